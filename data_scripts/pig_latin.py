@@ -1,0 +1,92 @@
+"""Make the Pig Latin data set of the quickstart: sentences of invented words and their translations.
+
+    python data_scripts/pig_latin.py --output data/pig_latin
+
+Writes sentences.txt (unlabelled, training words only) and train, dev and test .jsonl with question
+and answer. The words are split before the sentences are made, so no word of dev or test is ever
+trained on: whoever translates them has learned the rule, not the words.
+"""
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+
+ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sc sh sk sl sm sn sp spl st str sw t th tr v w y z".split()
+CODAS = "b ck d ft g l ld ll lt m mp n nd ng nk nt p r rd rk rm rn rt s sh sk sp ss st t th x".split()
+VOWELS = "a e i o u ai ea ee oa oo ou".split()
+SPLITS = {"train": 0.8, "dev": 0.1, "test": 0.1}
+
+
+def pig_latin(text: str) -> str:
+    """Translate every word of a text; what is no letter stays where it is, and so does a leading capital."""
+    return re.sub(r"[A-Za-z]+", lambda match: _word(match[0]), text)
+
+
+def _word(word: str) -> str:
+    """One word. The consonants before the first vowel go to the end, then "ay"; before a vowel, "way".
+
+    y is a vowel except at the start (my -> ymay, rhythm -> ythmrhay, yes -> esyay), and qu moves
+    as one (queen -> eenquay). A word without any vowel has nothing to move before (pst -> pstay).
+    """
+    lower = word.lower()
+    if lower[0] in "aeiou":
+        moved = lower + "way"
+    else:
+        match = re.match(r"(y?(?:qu|[^aeiouy])*)(.*)", lower)
+        assert match is not None
+        moved = (match[2] or "") + match[1] + "ay"
+    return moved.capitalize() if word[0].isupper() else moved
+
+
+def vocabulary(count: int, random: random.Random) -> list[str]:
+    """Pronounceable words of one to three syllables, all different; one in twenty has y for its only vowel."""
+    words: set[str] = set()
+    while len(words) < count:
+        if random.random() < 0.05:
+            word = random.choice([o for o in ONSETS if o not in ("qu", "y")]) + "y" + random.choice(["", *CODAS])
+        else:
+            syllables = random.choices([1, 2, 3], weights=[3, 5, 2])[0]
+            word = "".join(
+                random.choice(["", *ONSETS] if i == 0 else ONSETS) + random.choice(VOWELS) for i in range(syllables)
+            ) + random.choice(["", *CODAS])
+        if 2 <= len(word) <= 9:
+            words.add(word)
+    return sorted(words)
+
+
+def sentence(words: list[str], random: random.Random) -> str:
+    chosen = random.choices(words, k=random.randint(2, 5))
+    if len(chosen) > 3 and random.random() < 0.3:
+        chosen[1] += ","
+    return " ".join(chosen) + random.choice([".", ".", ".", "?", "!"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("data/pig_latin"), help="folder to write to")
+    parser.add_argument("--words", type=int, default=12_000, help="size of the vocabulary, all splits together")
+    parser.add_argument("--train", type=int, default=24_000, help="training sentences")
+    parser.add_argument("--held-out", type=int, default=200, help="sentences of dev, and of test")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    source = random.Random(arguments.seed)
+    words = vocabulary(arguments.words, source)
+    source.shuffle(words)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    start = 0
+    for split, part in SPLITS.items():
+        own = words[start : start + round(part * len(words))]
+        start += len(own)
+        sentences = [sentence(own, source) for _ in range(arguments.train if split == "train" else arguments.held_out)]
+        rows = [json.dumps({"question": s, "answer": pig_latin(s)}) for s in sentences]
+        (arguments.output / f"{split}.jsonl").write_text("".join(row + "\n" for row in rows))
+        if split == "train":
+            (arguments.output / "sentences.txt").write_text("".join(s + "\n" for s in sentences))
+        print(f"{split:<6}{len(rows):>7,} sentences of {len(own):>6,} words, such as: {sentences[0]}  ->  {pig_latin(sentences[0])}")
+
+
+if __name__ == "__main__":
+    main()

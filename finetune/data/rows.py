@@ -1,0 +1,340 @@
+"""Find and read rows, and turn each into a Conversation. Knows the file and line of every row.
+
+JSON Lines, JSON, CSV and text are read record by record with the standard library, because an
+error must name its line and "42" in a CSV must stay text; Parquet, folders and Hub names are
+read by `datasets`.
+"""
+
+import codecs
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a user's file. `line` is counted from 1; for Parquet and the Hub it is the row."""
+
+    source: str
+    line: int
+    values: dict[str, Any]
+
+    @property
+    def place(self) -> str:
+        return f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `context` is the separate input of an instruction row, empty elsewhere."""
+
+    role: str
+    content: str
+    supervised: bool = False
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The one internal shape of a row; plain text is a single message of role "text"."""
+
+    messages: tuple[Message, ...]
+    place: str
+
+
+# Format -> the columns it needs. Detection takes the first format whose columns are all there.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "question_answer": ("question", "answer"),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+# Other names in common use for a column.
+ALIASES = {"response": ("completion", "output"), "conversations": ("messages",)}
+ROLES = ("system", "user", "assistant")
+
+
+def read(source: str, text_unit: str = "line") -> Iterator[Row]:
+    """Rows of one source, in order. Raises DataError naming file and line."""
+    path = Path(source)
+    if not path.exists():
+        if _is_hub_name(source):
+            yield from _read_with_datasets(source)
+            return
+        raise DataError(
+            f"{source}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]"
+        )
+    if path.is_dir():
+        yield from _read_with_datasets(source)
+        return
+    readers: dict[str, Callable[[str], Iterator[Row]]] = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_with_datasets,
+        ".txt": lambda name: _read_text(name, text_unit),
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{source}: unknown file type {path.suffix!r}; use one of {' '.join(readers)}")
+    empty = True
+    try:
+        for row in reader(source):
+            empty = False
+            yield row
+    except OSError as exc:
+        raise DataError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
+    if empty:
+        raise DataError(f"{source}: holds no rows")
+
+
+def sources(train: str | list[str], evaluation: str | list[str] | None) -> tuple[list[str], list[str]]:
+    """Names of the training and evaluation files. Raises DataError if one of them is both, or is named twice."""
+    train_files = [train] if isinstance(train, str) else train
+    eval_files = [evaluation] if isinstance(evaluation, str) else evaluation or []
+    if not train_files:
+        raise DataError("data.train: the list is empty; name at least one file")
+    known: dict[str, str] = {}
+    for key, names in (("data.train", train_files), ("data.eval", eval_files)):
+        for name in names:
+            content = fingerprint(name)
+            if content in known:
+                raise DataError(
+                    f"{key}: {name} holds the same rows as {known[content]}; what is trained on cannot be evaluated on, nor be given twice"
+                )
+            known[content] = f"{key} {name}"
+    return train_files, eval_files
+
+
+def detect_format(source: str, text_unit: str) -> str:
+    """Format of a source, from its first row."""
+    return detect(next(read(source, text_unit)))
+
+
+def fingerprint(source: str) -> str:
+    """Hash of what a source holds; changes when any byte of it does."""
+    path = Path(source)
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as exc:
+            raise DataError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
+    if path.is_dir() or _is_hub_name(source):
+        return str(_load_dataset(source)._fingerprint)
+    raise DataError(f"{source}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]")
+
+
+def detect(row: Row) -> str:
+    """Format of the rows, from the columns of the first one."""
+    columns = set(row.values) | {name for column in row.values for name in ALIASES.get(column, ())}
+    for name, needed in FORMATS.items():
+        if columns.issuperset(needed):
+            return name
+    shapes = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
+    raise DataError(
+        f"{row.place}: columns {sorted(row.values)} fit no format ({shapes}); "
+        "rename them, or map them with data.columns, for example {question: Patient, answer: Doctor}"
+    )
+
+
+def to_conversation(row: Row, format: str, columns: dict[str, str], system_prompt: str | None = None) -> Conversation:
+    """One row -> Conversation. `columns` maps our name to the file's. Raises DataError naming row and column."""
+
+    def cell(name: str, may_be_empty: bool = False) -> str:
+        return _text(row, columns.get(name) or _present(row, name), may_be_empty)
+
+    if format == "text":
+        return Conversation((Message("text", cell("text"), supervised=True),), row.place)
+    if format == "messages":
+        messages = _messages(row, columns.get("messages") or _present(row, "messages"))
+    else:
+        user, answer = FORMATS[format]
+        has_input = format == "instruction" and row.values.get(columns.get("input", "input")) is not None
+        context = cell("input", may_be_empty=True) if has_input else ""
+        messages = [Message("user", cell(user), context=context), Message("assistant", cell(answer), supervised=True)]
+    if system_prompt is not None and messages[0].role != "system":
+        messages.insert(0, Message("system", system_prompt))
+    return Conversation(tuple(messages), row.place)
+
+
+def _present(row: Row, name: str) -> str:
+    """The row's own name for a column: itself, or a common alias."""
+    if name not in row.values:
+        for alias, stands_for in ALIASES.items():
+            if name in stands_for and alias in row.values:
+                return alias
+    return name
+
+
+def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
+    if column not in row.values:
+        raise DataError(f"{row.place}: no column {column!r}; this row has {sorted(row.values)}")
+    value = row.values[column]
+    if not isinstance(value, str):
+        raise DataError(f"{row.place}: column {column!r} should be text, got {_short(value)}; write it as a string")
+    if not may_be_empty and not value.strip():
+        raise DataError(f"{row.place}: column {column!r} is empty; fill it or remove the row")
+    return value
+
+
+def _messages(row: Row, column: str) -> list[Message]:
+    """Check and convert a list of turns: system first if at all, then user and assistant in turn."""
+    turns = row.values.get(column)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{row.place}: column {column!r} should be a list of messages, got {_short(turns)}")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        where = f"{row.place}: message {number} of {column!r}"
+        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
+            raise DataError(f"{where} should have role and content, got {_short(turn)}")
+        role, content = turn["role"], turn["content"]
+        if role not in ROLES:
+            raise DataError(f"{where} has role {role!r}; roles are {', '.join(ROLES)}")
+        if not isinstance(content, str) or not content.strip():
+            raise DataError(f"{where} ({role}) should have text as content, got {_short(content)}")
+        messages.append(Message(role, content, supervised=role == "assistant"))
+    spoken = [message.role for message in messages if message.role != "system"]
+    if any(message.role == "system" for message in messages[1:]):
+        raise DataError(f"{row.place}: a system message stands after the first message; it can only be the first")
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
+        ends = (
+            "the conversation ends with the user, so there is nothing to learn last; "
+            if spoken[-1:] == ["user"]
+            else ""
+        )
+        raise DataError(
+            f"{row.place}: {ends}roles should be user, assistant, user, assistant, ..., got {', '.join(spoken) or 'none'}"
+        )
+    return messages
+
+
+def _lines(source: str) -> Iterator[tuple[int, str]]:
+    with open(source, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield number, raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+            except UnicodeDecodeError as exc:
+                raise DataError(
+                    f"{source}:{number}: byte {raw[exc.start]:#04x} at position {exc.start + 1} is not UTF-8; "
+                    "save the file as UTF-8"
+                ) from exc
+
+
+def _record(source: str, line: int, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{source}:{line}: a row should be an object like {{...}}, got {_short(value)}")
+    return Row(source, line, value)
+
+
+def _read_jsonl(source: str) -> Iterator[Row]:
+    for number, line in _lines(source):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as exc:
+                raise DataError(
+                    f"{source}:{number}: broken JSON: {exc.msg} at character {exc.pos + 1}: {_short(line.strip())}"
+                ) from exc
+            yield _record(source, number, value)
+
+
+def _read_json(source: str) -> Iterator[Row]:
+    """A list of objects; a row's line is that of its opening brace."""
+    text = "".join(line for _, line in _lines(source))
+    decoder, position, line = json.JSONDecoder(), len(text) - len(text.lstrip()), 1
+    line += text.count("\n", 0, position)
+
+    def skip(to: int) -> None:
+        nonlocal position, line
+        while to < len(text) and text[to] in " \t\r\n":
+            to += 1
+        line += text.count("\n", position, to)
+        position = to
+
+    if not text[position : position + 1] == "[":
+        raise DataError(
+            f"{source}:{line}: a .json file should hold a list of rows, [ {{...}}, ... ]; one object per line is .jsonl"
+        )
+    skip(position + 1)
+    while text[position : position + 1] != "]":
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as exc:
+            raise DataError(f"{source}:{exc.lineno}: broken JSON: {exc.msg} at column {exc.colno}") from exc
+        yield _record(source, line, value)
+        skip(end)
+        separator = text[position : position + 1]
+        if separator == ",":
+            skip(position + 1)
+        elif separator != "]":
+            raise DataError(f"{source}:{line}: broken JSON: expected , or ] after a row, got {separator!r}")
+
+
+def _read_csv(source: str) -> Iterator[Row]:
+    reader = csv.reader((line for _, line in _lines(source)), strict=True)
+    try:
+        header = next(reader, None)
+        if not header:
+            return
+        start = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise DataError(
+                    f"{source}:{start}: {len(cells)} cells, but the header names {len(header)} columns {header}"
+                )
+            if cells:
+                yield Row(source, start, dict(zip(header, cells)))
+            start = reader.line_num + 1
+    except csv.Error as exc:
+        raise DataError(f"{source}:{reader.line_num}: broken CSV: {exc}") from exc
+
+
+def _read_text(source: str, unit: str) -> Iterator[Row]:
+    start, block = 1, ""
+    for number, line in _lines(source):
+        boundary = unit == "line" or (unit == "paragraph" and not line.strip())
+        block = block + line
+        if boundary:
+            if block.strip():
+                yield Row(source, start, {"text": block.strip("\r\n")})
+            start, block = number + 1, ""
+    if block.strip():
+        yield Row(source, start, {"text": block.strip("\r\n")})
+
+
+def _read_with_datasets(source: str) -> Iterator[Row]:
+    for number, values in enumerate(_load_dataset(source), 1):
+        yield Row(source, number, values)
+
+
+def _load_dataset(source: str) -> Any:
+    """A Parquet file, a folder, or a Hub name with an optional :split, as a datasets.Dataset."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    name, _, split = source.partition(":") if not os.path.exists(source) else (source, "", "")
+    try:
+        if name.endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files=name, split="train")
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as exc:  # datasets raises a dozen kinds, many of them plain ValueError and OSError
+        raise DataError(f"{source}: datasets cannot load it: {type(exc).__name__}: {exc}") from exc
+
+
+def _is_hub_name(source: str) -> bool:
+    name = source.partition(":")[0]
+    return name.count("/") == 1 and not Path(name).suffix and not name.startswith((".", "/", "~"))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
+    return f"{text[:80]}..." if len(text) > 80 else text

@@ -1,0 +1,327 @@
+"""Segments + tokenizer -> Examples: token ids, and which of them are learned. Cached by content.
+
+The rendered text is tokenised whole, as inference will tokenise it, and a token is supervised when
+its characters lie in a supervised segment. The cache key is a hash of everything that decides the
+tokens: bytes of the rows, tokenizer, template and options.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from finetune.data import rows
+from finetune.data.rows import Conversation
+from finetune.data.templates import Segment, Template
+from finetune.errors import DataError, ModelError
+
+CACHE_VERSION = 1  # raise it when the same input should give other tokens than before
+ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the tokens besides rows, tokenizer and template."""
+
+    format: str
+    columns: dict[str, str]
+    text_unit: str
+    system_prompt: str | None
+    loss_on: str
+    max_length: int
+    truncation: str
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised rows in memory-mapped arrays.
+
+    input_ids: int32 [all tokens]; supervised: bool [all tokens]; starts, ends: int64 [examples],
+    where each example lies in them; source, line: where its row stands in the user's files.
+    """
+
+    input_ids: np.ndarray
+    supervised: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    source: np.ndarray
+    line: np.ndarray
+    sources: list[str]
+    fingerprint: str
+    num_rows: int
+    num_truncated: int
+    num_dropped: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [examples]."""
+        return self.ends - self.starts
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        return int(sum(self.supervised[s:e].sum() for s, e in zip(self.starts, self.ends)))
+
+    def receipt(self) -> dict[str, Any]:
+        """What a run's receipt keeps of its data."""
+        return {
+            "sources": self.sources, "fingerprint": self.fingerprint, "rows": self.num_rows, "examples": len(self),
+            "truncated": self.num_truncated, "dropped": self.num_dropped, "tokens": int(self.lengths.sum()),
+        }  # fmt: skip
+
+    def place(self, example: int) -> str:
+        """file:line of the row an example came from."""
+        return f"{self.sources[self.source[example]]}:{self.line[example]}"
+
+    def subset(self, chosen: np.ndarray) -> "Examples":
+        per_example = {name: getattr(self, name)[chosen] for name in ("starts", "ends", "source", "line")}
+        return Examples(**{**self.__dict__, **per_example})
+
+
+def prepare(sources: Sequence[str], template: Template, tokenizer: Any, options: Options, cache_dir: str) -> Examples:
+    """Tokenised rows of all sources, from the cache if they are there.
+
+    Every process may call this at once: the first builds, the others wait on a file lock, so no
+    collective can time out. Raises DataError naming file and line.
+    """
+    identity = {
+        "version": CACHE_VERSION,
+        "sources": [(os.path.abspath(s) if os.path.exists(s) else s, rows.fingerprint(s)) for s in sources],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": template.fingerprint,
+        "options": asdict(options),
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    root = Path(cache_dir).expanduser() / "tokens"
+    folder = root / fingerprint
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{fingerprint}.lock"):
+            if not (folder / "meta.json").exists():
+                build = tempfile.mkdtemp(prefix=".building-", dir=root)
+                try:
+                    _build(Path(build), sources, template, tokenizer, options)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.rename(build, folder)
+                finally:
+                    shutil.rmtree(build, ignore_errors=True)
+    except OSError as exc:
+        raise DataError(f"data.cache_dir: {cache_dir}: cannot be written: {exc}") from exc
+    return _open(folder, list(sources), fingerprint)
+
+
+def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Split off a part for evaluation: (the rest, the part); the same for the same seed."""
+    order = np.random.default_rng([seed, 0x5E1]).permutation(len(examples))
+    count = max(1, round(fraction * len(examples)))
+    if count >= len(examples):
+        raise DataError(f"data.eval_fraction: {fraction} of {len(examples)} examples leaves nothing to train on")
+    return examples.subset(np.sort(order[count:])), examples.subset(np.sort(order[:count]))
+
+
+def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Segments of several rows -> (input_ids int32 [T], supervised bool [T]) of each."""
+    whole = ["".join(segment.text for segment in segments) for segments in texts]
+    encoded = tokenizer(
+        whole, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    results = []
+    for segments, ids, spans in zip(texts, encoded["input_ids"], encoded["offset_mapping"]):
+        bounds = np.cumsum([0] + [len(segment.text) for segment in segments])
+        offsets = np.asarray(spans, np.int64).reshape(-1, 2)
+        first = np.searchsorted(bounds, offsets[:, 0], side="right") - 1
+        last = np.searchsorted(bounds, np.maximum(offsets[:, 1], offsets[:, 0] + 1) - 1, side="right") - 1
+        if (first != last).any():
+            # A token would reach from a prompt into its answer. At inference the prompt is tokenised
+            # alone, so the boundary is a token boundary in training too.
+            parts = [
+                tokenizer(s.text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+                for s in segments
+            ]
+            ids = [token for part in parts for token in part]
+            first = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        learned = np.array([segment.supervised for segment in segments], bool)
+        results.append((np.asarray(ids, np.int32), learned[np.minimum(first, len(segments) - 1)]))
+    return results
+
+
+def encode_prompt(text: str, tokenizer: Any) -> list[int]:
+    """A prompt as training saw it: one BOS if the tokenizer uses one."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if uses_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
+        ids = [tokenizer.bos_token_id, *ids]
+    return list(ids)
+
+
+def uses_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a BOS before a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of vocabulary, merges, normalisation and special tokens."""
+    parts = [tokenizer.backend_tokenizer.to_str(), json.dumps(tokenizer.special_tokens_map, sort_keys=True)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def conversations(sources: Sequence[str], options: Options) -> Iterator[Conversation]:
+    """Rows of all sources as conversations; `options.format` may be auto."""
+    for source in sources:
+        format = options.format
+        for row in rows.read(source, options.text_unit):
+            if format == "auto":
+                format = rows.detect(row)
+            yield rows.to_conversation(row, format, options.columns, options.system_prompt)
+
+
+def _build(folder: Path, sources: Sequence[str], template: Template, tokenizer: Any, options: Options) -> None:
+    ids_parts, supervised_parts, places = [], [], []
+    counts = {"num_rows": 0, "num_truncated": 0, "num_dropped": 0}
+    finish = _Finisher(template, tokenizer, options)
+    index = {source: number for number, source in enumerate(sources)}
+    bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
+    stream = conversations(sources, options)
+    while batch := list(islice(stream, ROWS_AT_ONCE)):
+        for conversation in batch:
+            finish.refuse_control_tokens(conversation)
+        segments = [template.segments(conversation, options.loss_on) for conversation in batch]
+        for conversation, (ids, supervised) in zip(batch, encode(segments, tokenizer)):
+            counts["num_rows"] += 1
+            ids, supervised = finish(conversation, ids, supervised)
+            pieces = _shorten(ids, supervised, options, finish.bos_id, conversation.place)
+            counts["num_dropped"] += not pieces
+            counts["num_truncated"] += bool(pieces) and len(ids) > options.max_length
+            for piece_ids, piece_supervised in pieces:
+                if not piece_supervised[1:].any():
+                    raise DataError(
+                        f"{conversation.place}: no supervised token is left in {len(ids)} tokens cut to {options.max_length}; "
+                        "raise data.max_length, or set data.truncation to left or drop"
+                    )
+                ids_parts.append(piece_ids)
+                supervised_parts.append(piece_supervised)
+                source, _, line = conversation.place.rpartition(":")
+                places.append((index[source], int(line)))
+        bar.update(len(batch))
+    bar.close()
+    if not ids_parts:
+        raise DataError(
+            f"{', '.join(sources)}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
+        )
+    ends = np.cumsum([len(part) for part in ids_parts])
+    np.save(folder / "input_ids.npy", np.concatenate(ids_parts))
+    np.save(folder / "supervised.npy", np.concatenate(supervised_parts))
+    np.save(folder / "ends.npy", ends)
+    np.save(folder / "places.npy", np.array(places, np.int64))
+    (folder / "meta.json").write_text(json.dumps(counts))
+
+
+def _open(folder: Path, sources: list[str], fingerprint: str) -> Examples:
+    try:
+        counts = json.loads((folder / "meta.json").read_text())
+        arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r")
+            for name in ("input_ids", "supervised", "ends", "places")
+        }
+    except (OSError, ValueError) as exc:
+        raise DataError(f"{folder}: this part of the token cache is damaged ({exc}); delete it and run again") from exc
+    ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
+    starts = np.concatenate([[0], ends[:-1]])
+    return Examples(
+        arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1], sources, fingerprint, **counts
+    )  # fmt: skip
+
+
+class _Finisher:
+    """Puts one BOS before an example and the token that ends it behind, and refuses rows that bring their own."""
+
+    def __init__(self, template: Template, tokenizer: Any, options: Options) -> None:
+        self.tokenizer = tokenizer
+        self.bos_id = tokenizer.bos_token_id if uses_bos(tokenizer) else None
+        self.eos_id = tokenizer.eos_token_id
+        self.template = template
+        self._template_stops: bool | None = None
+        bos, eos, unk, pad = (getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad"))
+        control = (set(template.turn_ends) - {bos, unk, pad}) | {eos} | ({bos} if self.bos_id is not None else set())
+        self._control = re.compile("|".join(re.escape(token) for token in sorted(control - {None})) or r"(?!)")
+
+    def refuse_control_tokens(self, conversation: Conversation) -> None:
+        """Raise DataError if a row's text would be tokenised to BOS, EOS or the end of a turn."""
+        for message in conversation.messages:
+            found = self._control.search(message.content + message.context)
+            if found:
+                what = (
+                    "a BOS that the tokenizer adds itself"
+                    if found[0] == self.tokenizer.bos_token
+                    else "a control token of the tokenizer"
+                )
+                raise DataError(f"{conversation.place}: the text contains {found[0]!r}, {what}; remove it from the row")
+
+    def __call__(
+        self, conversation: Conversation, ids: np.ndarray, supervised: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.bos_id is not None and (ids.size == 0 or ids[0] != self.bos_id):
+            ids, supervised = np.insert(ids, 0, self.bos_id), np.insert(supervised, 0, False)
+        if self.bos_id is not None and (ids[1:] == self.bos_id).any():
+            raise DataError(
+                f"{conversation.place}: template {self.template.name!r} renders more than one BOS {self.tokenizer.bos_token!r}; "
+                "write it once at the start, or leave it to the tokenizer"
+            )
+        if not self._stops(conversation):
+            if self.eos_id is None:
+                raise ModelError(
+                    "the tokenizer has no EOS token and the template ends no turn, so stopping cannot be learned; set eos_token"
+                )
+            ids, supervised = np.append(ids, np.int32(self.eos_id)), np.append(supervised, True)
+        return ids, supervised
+
+    def _stops(self, conversation: Conversation) -> bool:
+        if conversation.messages[0].role == "text":
+            return False
+        if self._template_stops is None:
+            self._template_stops = self.template.stop_token() is not None
+        return self._template_stops
+
+
+def _shorten(
+    ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None, place: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """At most max_length tokens: the example itself, or what data.truncation makes of it."""
+    limit, over = options.max_length, len(ids) - options.max_length
+    if over <= 0:
+        return [(ids, supervised)]
+    if options.truncation == "error":
+        raise DataError(
+            f"{place}: {len(ids)} tokens, over data.max_length {limit}; raise it, or set data.truncation to right, left, drop or (clm) split"
+        )
+    if options.truncation == "drop":
+        return []
+    if options.truncation == "right":
+        return [(ids[:limit], supervised[:limit])]
+    head = 0 if bos_id is None else 1  # every piece begins with the BOS
+    if options.truncation == "left":
+        return [
+            (
+                np.concatenate([ids[:head], ids[head + over :]]),
+                np.concatenate([supervised[:head], supervised[head + over :]]),
+            )
+        ]
+    pieces = []
+    for start in range(head, len(ids), limit - head):
+        piece = slice(start, start + limit - head)
+        pieces.append(
+            (np.concatenate([ids[:head], ids[piece]]), np.concatenate([supervised[:head], supervised[piece]]))
+        )
+    return [piece for piece in pieces if len(piece[0]) > 1]

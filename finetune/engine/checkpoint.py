@@ -1,0 +1,250 @@
+"""Checkpoints: written atomically, found only if whole, resumed exactly.
+
+Protocol: a fresh directory `.writing-...` beside the others; every process writes its part, and
+every file is flushed to the disk; the main process hashes them all into manifest.json, last;
+then one rename makes it `step-00000300`, and the parent directory is flushed too. What a crash
+leaves is a `.writing-` directory, which is never read and is swept away at the next save.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from finetune.config import Config, differences
+from finetune.engine.topology import Topology
+from finetune.errors import CheckpointError, RunDirectoryError
+from finetune.progress import Progress
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose manifest and files agree."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+
+def save(
+    root: Path,
+    topology: Topology,
+    model: nn.Module,
+    optimizer: Any,
+    progress: Progress,
+    about: dict[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write checkpoint `step-<progress.step>` under `root` and prune older ones. Collective.
+
+    `about` goes into the manifest: what a resumption must agree with. Raises CheckpointError on
+    every process if any failed; what was there before stays as it was.
+    """
+    final, writing = root / f"step-{progress.step:08d}", root / f".writing-step-{progress.step:08d}"
+    error = ""
+    try:
+        if topology.is_main:
+            for torn in root.glob(".writing-*"):
+                shutil.rmtree(torn)
+            writing.mkdir(parents=True)
+        topology.wait_for_all()
+        model_state, optimizer_state = _state(model, optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing / "shards")
+        _write(
+            writing / f"process-{topology.rank:04d}.json",
+            {"random": _random_state(topology), "scaler": _scaler(topology)},
+        )
+    except Exception as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
+        error = f"{type(exc).__name__}: {exc}"
+    if topology.any(bool(error)):
+        raise CheckpointError(f"checkpoint {final} could not be written: {error or 'another process failed'}")
+    if topology.is_main:
+        manifest = {
+            "format": FORMAT, "progress": progress.to_dict(), "num_processes": topology.num_processes,
+            "topology": topology.name, **about, "files": _hashes(writing),
+        }  # fmt: skip
+        _write(writing / MANIFEST, manifest)
+        if final.exists():  # an older attempt at this step that was found invalid
+            shutil.rmtree(final)
+        _flush_directory(writing)
+        os.rename(writing, final)
+        _flush_directory(root)
+        _prune(root, keep_last)
+    topology.wait_for_all()
+    return final
+
+
+class Saver:
+    """When and what to save, for one run."""
+
+    def __init__(self, root: Path, topology: Topology, config: Config, data_fingerprint: str) -> None:
+        self.root, self.topology = root, topology
+        self.every_minutes, self.keep_last = config.checkpoint.every_minutes, config.checkpoint.keep_last
+        self.about = {"config": config.model_dump(), "data": data_fingerprint}
+        self.saved_at = time.monotonic()
+
+    def is_time(self) -> bool:
+        """Whether checkpoint.every_minutes have passed on this process's clock."""
+        return self.every_minutes is not None and time.monotonic() - self.saved_at > 60 * self.every_minutes
+
+    def save(self, model: nn.Module, optimizer: Any, progress: Progress) -> None:
+        save(self.root, self.topology, model, optimizer, progress, self.about, self.keep_last)
+        self.saved_at = time.monotonic()
+
+
+def require_same_run(found: Found, config: Config, data_fingerprint: str) -> None:
+    """Raise RunDirectoryError with the differing keys if a checkpoint belongs to another config or other data."""
+    different = differences(found.manifest["config"], config)
+    if found.manifest["data"] != data_fingerprint:
+        different.append(
+            f"the training data: its tokens were {found.manifest['data']}, now {data_fingerprint} (rows, tokenizer or template changed)"
+        )
+    if different:
+        raise RunDirectoryError(
+            f"{found.path} is a checkpoint of another run; what differs:\n  " + "\n  ".join(different)
+            + "\ngive this run another run.name, or go back to those values"
+        )  # fmt: skip
+
+
+def find_newest(root: Path) -> tuple[Found | None, list[str]]:
+    """The newest valid checkpoint under `root`, and what is wrong with each newer one.
+
+    Raises CheckpointError if there are checkpoints but none is valid: starting afresh would hide
+    that work was lost.
+    """
+    rejected = []
+    for path in sorted(root.glob("step-*"), reverse=True):
+        try:
+            return Found(path, _verified_manifest(path)), rejected
+        except (OSError, ValueError, KeyError) as exc:
+            rejected.append(f"{path}: {exc}")
+    if rejected:
+        raise CheckpointError(
+            "no checkpoint is valid, and nothing was deleted:\n  " + "\n  ".join(rejected)
+            + f"\nmove {root} away to start afresh"
+        )  # fmt: skip
+    return None, []
+
+
+def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, progress: Progress) -> None:
+    """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises CheckpointError."""
+    model_state, optimizer_state = _state(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        dcp.load(state, checkpoint_id=found.path / "shards")
+        set_state_dict(
+            model,
+            _bare(optimizer),
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_options(),
+        )
+        own = found.path / f"process-{topology.rank:04d}.json"
+        if own.exists():
+            values = json.loads(own.read_text())
+            _restore_random_state(values["random"], topology)
+            if topology.accelerator.scaler is not None and values["scaler"]:
+                topology.accelerator.scaler.load_state_dict(values["scaler"])
+    except Exception as exc:  # dcp raises many kinds for a checkpoint that does not fit the model
+        raise CheckpointError(f"checkpoint {found.path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+    progress.restore(found.manifest["progress"])
+
+
+def _state(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights that train and the optimizer's state, under the names of the bare model."""
+    model_state, optimizer_state = get_state_dict(model, _bare(optimizer), options=_options())
+    return model_state, optimizer_state
+
+
+def _options() -> StateDictOptions:
+    return StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside Accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _random_state(topology: Topology) -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    cuda = torch.cuda.get_rng_state(topology.device).tolist() if topology.device.type == "cuda" else None
+    return {
+        "python": random.getstate(), "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(), "cuda": cuda,
+    }  # fmt: skip
+
+
+def _restore_random_state(state: dict[str, Any], topology: Topology) -> None:
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+    if state["cuda"] is not None and topology.device.type == "cuda":
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), topology.device)
+
+
+def _scaler(topology: Topology) -> dict[str, Any]:
+    scaler = topology.accelerator.scaler
+    return scaler.state_dict() if scaler is not None else {}
+
+
+def _verified_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, if every file is there with its size and hash. Raises OSError, ValueError or KeyError."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+    for name, wanted in manifest["files"].items():
+        size = (path / name).stat().st_size
+        if size != wanted["bytes"]:
+            raise ValueError(f"{name} has {size} bytes instead of {wanted['bytes']}")
+        if _sha256(path / name) != wanted["sha256"]:
+            raise ValueError(f"{name} is corrupt: its sha256 differs from the manifest's")
+    return manifest
+
+
+def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(values, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(root: Path, keep_last: int) -> None:
+    """Keep the newest checkpoints that have a manifest; one without is no backup and is not counted."""
+    whole = [path for path in sorted(root.glob("step-*"), reverse=True) if (path / MANIFEST).exists()]
+    for path in whole[keep_last:]:
+        shutil.rmtree(path)

@@ -1,0 +1,159 @@
+"""The run directory: what one run leaves behind, and the rule that no run overwrites another's."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune import config as configs
+from finetune.config import Config
+from finetune.errors import RunDirectoryError
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy", "safetensors")
+
+
+class RunDirectory:
+    """`runs/<name>/` of one run. Only the main process writes."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.run_dir
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.metrics = self.path / "metrics.jsonl"
+        self.evals = self.path / "eval.jsonl"
+
+    def check(self, config: Config) -> None:
+        """Raise RunDirectoryError if it cannot be written or holds another run. Writes nothing."""
+        saved = self.path / "config.yaml"
+        if saved.exists():
+            different = configs.differences(self._read_config(saved), config)
+            if different:
+                raise RunDirectoryError(
+                    f"{self.path} holds another run; what differs:\n  " + "\n  ".join(different)
+                    + "\ngive this run another run.name, or go back to those values"
+                )  # fmt: skip
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunDirectoryError(
+                f"{self.path} exists and is not a run directory (no config.yaml); choose another run.name or run.dir"
+            )
+        if config.checkpoint.resume == "never" and any(self.checkpoints.glob("step-*")):
+            raise RunDirectoryError(
+                f"{self.path} has checkpoints, and checkpoint.resume is never; set it to auto, or choose another run.name"
+            )
+        writable = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+        if not os.access(writable, os.W_OK):
+            raise RunDirectoryError(
+                f"{self.path} cannot be written: no permission in {writable}; choose another run.dir"
+            )
+
+    def create(self, config: Config) -> None:
+        """Make the directory and write the resolved config. Raises RunDirectoryError."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.yaml", configs.to_yaml(config))
+        except OSError as exc:
+            raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
+
+    def write_receipt(self, **facts: Any) -> None:
+        """What was run on what: `facts` and versions, code and machine."""
+        receipt = {"written": _now(), **facts, "versions": versions(), "code": code_fingerprint(), "machine": machine()}
+        write_atomically(self.path / "receipt.json", json.dumps(receipt, indent=2))
+
+    def write_outcome(self, state: str, step: int, reason: str) -> None:
+        """state: complete, preempted or failed."""
+        outcome = {"state": state, "step": step, "reason": reason, "written": _now()}
+        write_atomically(self.path / "outcome.json", json.dumps(outcome, indent=2))
+
+    def outcome(self) -> dict[str, Any]:
+        """How the last attempt ended; empty if there was none."""
+        try:
+            outcome: dict[str, Any] = json.loads((self.path / "outcome.json").read_text())
+            return outcome
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    def rewind(self, step: int) -> None:
+        """Take lines of later steps (and a torn last line) out of the logs: they will be trained again."""
+        for log in (self.metrics, self.evals):
+            if log.exists():
+                kept = [line for line in log.read_text().splitlines() if _step_of(line) <= step]
+                write_atomically(log, "".join(line + "\n" for line in kept))
+
+    def _read_config(self, path: Path) -> dict[str, Any]:
+        try:
+            values = yaml.safe_load(path.read_text())
+            configs.flatten(values)
+            return dict(values)
+        except (OSError, yaml.YAMLError, AttributeError, TypeError) as exc:
+            raise RunDirectoryError(f"{path} is not the config of a run: {exc}; choose another run.name") from exc
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole new file or the whole old one, whatever happens."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.rename(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def code_fingerprint() -> dict[str, Any]:
+    """Git revision, whether the tree was changed, and a hash of the package's own sources."""
+    package = Path(__file__).resolve().parents[1]
+    sources = hashlib.sha256()
+    for path in sorted([*package.rglob("*.py"), package.parent / "train.py"]):
+        if path.exists():
+            sources.update(path.read_bytes())
+
+    def git(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "git_revision": git("rev-parse", "HEAD"),
+        "git_changed": None if changed is None else bool(changed),
+        "sha256": sources.hexdigest(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

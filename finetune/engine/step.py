@@ -1,0 +1,81 @@
+"""One token-normalised optimizer step; one evaluation pass."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.data.batches import Batch
+from finetune.engine.optim import set_lr
+from finetune.engine.topology import Topology
+from finetune.errors import TrainingDiverged
+
+Loss = Callable[[Any, Batch], tuple[torch.Tensor, int]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Totals over all processes. loss: mean over supervised tokens, nats; grad_norm: before clipping."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    skipped: bool
+    wishes: tuple[bool, ...]
+
+
+def train_step(
+    topology: Topology, model: nn.Module, optimizer: Any, loss: Loss, batches: Sequence[Batch], *,
+    lr: float, max_grad_norm: float | None, wishes: Sequence[bool] = (),
+) -> StepResult:  # fmt: skip
+    """Move the weights once.
+
+    The gradient is that of (sum of token losses over all micro-batches and processes) / (number
+    of supervised tokens over the same): every micro-batch's sum is divided by the whole step's
+    count before its backward pass, so sums simply add up. `wishes` of single processes (stop, save)
+    travel with that count, so that all processes learn of them in the same step.
+
+    Raises TrainingDiverged before the weights move if the loss or a gradient is not finite.
+    """
+    counts = [sum(b.num_supervised for b in batches), sum(b.num_tokens for b in batches), *map(float, wishes)]
+    supervised, tokens, *wished = topology.sum(counts)
+    model.train()
+    local = torch.zeros((), dtype=torch.float64, device=topology.device)
+    for number, batch in enumerate(batches, 1):
+        with topology.accumulate(model, last=number == len(batches)):
+            total, _ = loss(model, batch.to(topology.device))
+            topology.backward(total / supervised)
+        local += total.detach().double()
+    grad_norm = float(topology.clip(model, max_grad_norm))
+    mean = topology.sum([local])[0] / supervised
+    # Overflowing fp16 gradients are no divergence: the scaler leaves the step out and scales less.
+    if not math.isfinite(mean) or not (math.isfinite(grad_norm) or topology.scales_gradients):
+        optimizer.zero_grad()
+        raise TrainingDiverged(f"loss {mean}, gradient norm {grad_norm}, learning rate {lr:g}")
+    set_lr(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(
+        mean, grad_norm, int(tokens), int(supervised), topology.step_was_skipped(), tuple(w > 0 for w in wished)
+    )
+
+
+def evaluate(topology: Topology, model: nn.Module, loss: Loss, batches: Iterable[Sequence[Batch]]) -> dict[str, float]:
+    """Mean loss over every supervised token of the evaluation rows: sum / count over all processes."""
+    was_training = model.training
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64, device=topology.device), 0
+    with torch.no_grad():
+        for micro_batches in batches:
+            for batch in micro_batches:
+                part, number = loss(model, batch.to(topology.device))
+                total += part.double()
+                count += number
+    model.train(was_training)
+    sums, counts = topology.sum([total, count])
+    mean = sums / counts
+    return {"eval_loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "eval_tokens": counts}

@@ -1,0 +1,131 @@
+"""How processes share the model. The only file that knows Accelerate, DDP and what comes after them.
+
+Whatever the topology, a step sees the same few verbs: prepare, accumulate, backward, clip, sum.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from finetune.errors import ConfigError
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class Topology:
+    """One process's view of all of them. Raises ConfigError if the launch is not what it claims."""
+
+    def __init__(self, precision: str) -> None:
+        cuda = torch.cuda.is_available()
+        self.precision = _resolve(precision, cuda)
+        self.accelerator = Accelerator(cpu=not cuda, mixed_precision=PRECISIONS[self.precision])
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.num_processes: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.num_processes != launched:
+            raise ConfigError(
+                f"the launcher started {launched} processes, but only {self.num_processes} found each other; see docs/topologies.md"
+            )
+        if self.accelerator.distributed_type not in (
+            DistributedType.NO,
+            DistributedType.MULTI_GPU,
+            DistributedType.MULTI_CPU,
+        ):
+            raise ConfigError(
+                f"topology {self.accelerator.distributed_type} is not supported; use accelerate_configs/single.yaml or ddp.yaml"
+            )
+
+    @property
+    def name(self) -> str:
+        return "single" if self.num_processes == 1 else "ddp"
+
+    @property
+    def scales_gradients(self) -> bool:
+        """fp16: gradients are scaled up, and a step whose scaled gradients overflow is skipped."""
+        return self.accelerator.scaler is not None
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Model and optimizer on the device and shared; then checks that they really are."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # DDP's notes on bucket views say nothing a user could act on
+            model, optimizer = self.accelerator.prepare(model, optimizer)
+        shared = isinstance(model, nn.parallel.DistributedDataParallel)
+        if shared != (self.num_processes > 1):
+            raise ConfigError(f"asked for {self.name} with {self.num_processes} processes, got {type(model).__name__}")
+        return model, optimizer
+
+    def unwrap(self, model: nn.Module) -> Any:
+        return self.accelerator.unwrap_model(model)
+
+    def autocast(self) -> Any:
+        return self.accelerator.autocast()
+
+    @contextmanager
+    def accumulate(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Gradients are exchanged in the last backward pass of a step only."""
+        with nullcontext() if last else self.accelerator.no_sync(model):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add this loss's gradient. Over processes gradients add up: DDP's mean over N is undone by N."""
+        self.accelerator.backward(loss * self.num_processes)
+
+    def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
+        """Norm of all gradients before clipping, float32 scalar; scales them to max_norm if they are over."""
+        limit = float("inf") if max_norm is None else max_norm
+        return self.accelerator.clip_grad_norm_(model.parameters(), limit)
+
+    def step_was_skipped(self) -> bool:
+        """Whether the last optimizer step was left out because fp16 gradients overflowed."""
+        return bool(self.accelerator.optimizer_step_was_skipped)
+
+    def sum(self, values: Sequence[float | torch.Tensor]) -> list[float]:
+        """Each value summed over all processes, in float64."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        if self.num_processes > 1:
+            torch.distributed.all_reduce(total)
+        return [float(v) for v in total.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return self.sum([float(flag)])[0] > 0
+
+    def wait_for_all(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def full_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """All weights, whole, on the CPU of the main process; empty elsewhere. Collective."""
+        state = self.accelerator.get_state_dict(model)
+        return {name: tensor.detach().cpu() for name, tensor in state.items()} if self.is_main else {}
+
+    def memory_gb(self) -> float:
+        """Peak memory of this process in GB (1e9 bytes): of its GPU, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+
+
+def _resolve(precision: str, cuda: bool) -> str:
+    if precision == "auto":
+        return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and not cuda:
+        raise ConfigError("train.precision: fp16 needs a GPU; on a CPU use fp32 or bf16")
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            "train.precision: bf16 needs a GPU of compute capability 8.0 (Ampere) or newer; use fp16 or fp32"
+        )
+    return precision

@@ -1,0 +1,99 @@
+"""What a run tells while it goes: metrics.jsonl, eval.jsonl, a progress bar or plain lines."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from finetune.engine.step import StepResult
+from finetune.progress import Progress
+
+# Peak dense bf16 rate of a GPU in FLOP/s, from the vendors' data sheets; for model FLOPs utilisation.
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def say(message: str) -> None:
+    """One line for a person, past any progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+class Tracker:
+    """Of the main process; elsewhere every call does nothing."""
+
+    def __init__(
+        self, metrics: Path, evals: Path, *, num_steps: int, start: int, every: int, is_main: bool, flops_per_token: float = 0.0
+    ) -> None:  # fmt: skip
+        self.metrics, self.evals = metrics, evals
+        self.num_steps, self.every, self.is_main = num_steps, every, is_main
+        self.flops_per_token = flops_per_token
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=num_steps, initial=start, unit="step", disable=not (is_main and terminal), dynamic_ncols=True
+        )
+        self.plain = is_main and not terminal
+        self.started = self.last_line = self.mark = time.monotonic()
+        self.tokens = 0
+        self.first = start
+
+    def step(self, progress: Progress, result: StepResult, *, lr: float, epoch: float, memory_gb: float) -> None:
+        """After each step. `tokens` and `supervised_tokens` of a line are totals since the start of the run."""
+        if not self.is_main:
+            return
+        self.tokens += result.tokens
+        self.bar.update()
+        step, last = progress.step, progress.step == self.num_steps
+        if step % self.every and not last:
+            return
+        now = time.monotonic()
+        seconds = now - self.mark
+        rate = self.tokens / max(seconds, 1e-9)
+        line = {
+            "step": step, "epoch": round(epoch, 4), "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm,
+            "tokens": progress.tokens, "supervised_tokens": progress.supervised_tokens,
+            "tokens_per_second": round(rate, 1), "seconds": round(seconds, 4), "memory_gb": round(memory_gb, 3),
+            **self._utilisation(rate), **({"skipped": True} if result.skipped else {}),
+        }  # fmt: skip
+        self.mark, self.tokens = now, 0
+        _append(self.metrics, line)
+        self.bar.set_postfix_str(f"loss {result.loss:.4f}, {rate:,.0f} tokens/s, {memory_gb:.1f} GB")
+        if self.plain and (now - self.last_line > 10 or last or step == self.first + 1):
+            left = (now - self.started) / (step - self.first) * (self.num_steps - step)
+            say(
+                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f}  lr {lr:.2e}  "
+                f"{rate:,.0f} tokens/s  {memory_gb:.1f} GB  {_duration(left)} left"
+            )
+            self.last_line = now
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        if self.is_main:
+            _append(self.evals, {"step": step, **values})
+            say(
+                f"step {step}/{self.num_steps}  eval loss {values['eval_loss']:.4f}  perplexity {values['perplexity']:.2f}"
+            )
+            self.mark = time.monotonic()  # an evaluation's time is no training time
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilisation: the arithmetic the model needs over what the GPUs could do."""
+        if not torch.cuda.is_available() or not self.flops_per_token:
+            return {}
+        peak = next((rate for name, rate in PEAK_BF16.items() if name in torch.cuda.get_device_name()), None)
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return {"mfu": round(tokens_per_second * self.flops_per_token / (peak * world), 4)} if peak else {}
+
+
+def _append(path: Path, values: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,43 @@
+"""The errors a user can cause. Each one says what is wrong, what was found, and what to do."""
+
+
+class UserError(Exception):
+    """Input that is wrong: the run ends with exit code 2, and trying again cannot help."""
+
+
+class ConfigError(UserError):
+    """A key or a value of the run config is wrong."""
+
+
+class DataError(UserError):
+    """A file, a row or a template is wrong."""
+
+
+class ModelError(UserError):
+    """The model, its tokenizer or its adapter cannot be what the config asks for."""
+
+
+class RunDirectoryError(UserError):
+    """The run directory cannot be written, or holds something that must not be overwritten."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written or read back. Not the user's input: exit code 1."""
+
+
+class ExportError(Exception):
+    """The exported model does not match the trained one. Exit code 1."""
+
+
+class TrainingDiverged(Exception):
+    """The loss or a gradient is NaN or infinite. Exit code 1; the weights were not updated."""
+
+
+class Preempted(Exception):
+    """The machine is being taken away. The state is saved; exit code 75 asks to be run again."""
+
+
+EXIT_COMPLETE = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: temporary failure, run it again

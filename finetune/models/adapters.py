@@ -1,0 +1,60 @@
+"""What trains: all weights, or LoRA adapters. Merging."""
+
+import difflib
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from finetune.config import Adapter
+from finetune.errors import ModelError
+
+
+def apply(model: Any, adapter: Adapter, base_path: str | None) -> Any:
+    """The model with what trains unfrozen: itself (full), or a PeftModel around it. Raises ModelError."""
+    if adapter.kind == "full":
+        return model
+    check_targets(model, adapter.target_modules)
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_path,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as exc:
+        raise ModelError(f"adapter.target_modules: {adapter.target_modules!r}: {exc}") from exc
+
+
+def check_targets(model: nn.Module, targets: str | list[str]) -> None:
+    """Raise ModelError if a target names no linear layer of the model."""
+    if isinstance(targets, str):  # all-linear, or a regular expression that peft matches whole
+        return
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    leaves = sorted({name.split(".")[-1] for name in linear})
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            near = difflib.get_close_matches(target, leaves, n=1)
+            hint = f"did you mean {near[0]}?" if near else "use all-linear for all of them"
+            raise ModelError(
+                f"adapter.target_modules: no linear layer is called {target!r}; there are {', '.join(leaves)}; {hint}"
+            )
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; tied ones count once."""
+    sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
+    return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
+
+
+def dead_adapters(model: nn.Module) -> list[str]:
+    """LoRA B matrices that are still zero: their adapters changed nothing."""
+    return [name for name, p in model.named_parameters() if "lora_B" in name and not p.any()]
+
+
+def merge(model: PeftModel) -> Any:
+    """The base model with every adapter added in: W + (alpha / r) B A."""
+    return model.merge_and_unload(safe_merge=True)

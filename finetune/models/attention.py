@@ -1,0 +1,141 @@
+"""Attention that respects document boundaries, registered with transformers as "documents".
+
+Sequences lie end to end in one row; `cu_seq_lens_q` says where documents start. Each document
+attends to itself only, causally, without any mask tensor: T tokens in documents of length n cost
+the sum of n^2, not T^2.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from finetune.errors import ModelError
+
+NAME = "documents"
+PADDED = ("sdpa", "eager")  # implementations that train padded batches
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
+
+def choose(wanted: str, model_class: Any, config: Any, device: torch.device) -> str:
+    """The implementation for model.attention: auto, or the one asked for. Raises ModelError if it cannot be had."""
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    if wanted == "flash_attention_2" and not (has_flash and device.type == "cuda"):
+        found = "no CUDA device" if device.type != "cuda" else "no flash_attn package"
+        raise ModelError(
+            f"model.attention: flash_attention_2 needs a CUDA device and the flash-attn package, found {found}; use auto"
+        )
+    can_separate = getattr(model_class, "_supports_attention_backend", False) and not _soft_capped(config)
+    if wanted == NAME and not can_separate:
+        raise ModelError(
+            f"model.attention: {NAME} does not support {config.model_type} (soft-capped scores, or attention of its own); use eager"
+        )
+    if wanted != "auto":
+        return wanted
+    if not can_separate:
+        return "eager" if _soft_capped(config) else "sdpa"
+    if has_flash and device.type == "cuda" and getattr(model_class, "_supports_flash_attn", False):
+        return "flash_attention_2"
+    return NAME
+
+
+def attend_within_documents(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [1, H, T, D], key and value [1, KV, T, D] -> ([1, T, H, D], None).
+
+    Raises ModelError for what it would otherwise ignore: soft caps, sinks, position biases.
+    """
+    ignored = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if ignored or cu_seq_lens_q is None or max_length_q is None:
+        what = f"{' and '.join(ignored)} of this model" if ignored else "a call without document bounds"
+        raise ModelError(f"model.attention: {NAME} cannot do {what}; use eager")
+    if query.is_cuda and varlen_attn is not None and query.dtype != torch.float32 and dropout == 0.0:
+        window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        out = varlen_attn(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            scale=scaling, window_size=window, enable_gqa=key.shape[1] != query.shape[1],
+        )  # fmt: skip
+        return out[None], None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    bounds = cu_seq_lens_q.tolist()
+    outputs = []
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        band = (
+            None
+            if sliding_window is None or end - start <= sliding_window
+            else _band(end - start, sliding_window, query.device)
+        )
+        out = F.scaled_dot_product_attention(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
+            attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling,
+        )  # fmt: skip
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+def check_documents_apart(model: torch.nn.Module, vocab_size: int, device: torch.device) -> None:
+    """Raise ModelError if a document's logits depend on the document before it.
+
+    Two documents in one row; other tokens in the first must not move the second at all. Models
+    that mix positions outside attention (convolutions, recurrent states) fail here, before the
+    first step.
+    """
+    random = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(vocab_size, (1, n), generator=random) for n in (5, 7))
+    other = (first + 1 + torch.randint(vocab_size - 1, first.shape, generator=random)) % vocab_size
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = [
+            model(
+                input_ids=torch.cat([start, second], 1).to(device), position_ids=positions, use_cache=False,
+                cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=7, max_length_k=7,
+            ).logits[0, 5:]
+            for start in (first, other)
+        ]  # fmt: skip
+    model.train(was_training)
+    if not torch.equal(*logits):
+        raise ModelError(
+            "this model lets a document see the one before it in the same sequence "
+            f"(logits move by {(logits[0] - logits[1]).abs().max():.2g}); set data.packing: false and model.attention: sdpa"
+        )
+
+
+def _soft_capped(config: Any) -> bool:
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Causal mask of a sliding window, bool [length, length]: each token sees itself and window - 1 before it."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
+    return (distance >= 0) & (distance < window)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Boundaries come from cu_seq_lens_q, so transformers need not build a mask."""
+
+
+AttentionInterface.register(NAME, attend_within_documents)
+AttentionMaskInterface.register(NAME, _no_mask)

@@ -1,0 +1,147 @@
+"""Model and tokenizer: from a folder, from the Hub, or with random weights. Errors of transformers are translated here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from finetune.config import Model
+from finetune.errors import ModelError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The model's tokenizer, with a pad token. Raises ModelError.
+
+    Without a pad token, EOS stands in: padding is masked by position, so EOS is still learned.
+    """
+    name = model.tokenizer or model.path
+    if name == "bytes":
+        return bytes_tokenizer()
+    with _translated(f"tokenizer {name!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"tokenizer {name!r} has no fast version, which is needed to know where each token lies in the text"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_config(model: Model) -> Any:
+    """The architecture, without weights. Raises ModelError."""
+    if model.config is not None:
+        values = dict(model.config)
+        with _translated(f"model.config with model_type {values.get('model_type')!r}"):
+            return AutoConfig.for_model(values.pop("model_type"), **values)
+    with _translated(f"model {model.path!r}"):
+        return AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+
+def model_class(config: Any) -> Any:
+    """The causal LM class of an architecture. Raises ModelError if it has none."""
+    try:
+        return transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        if getattr(config, "auto_map", None):
+            return None  # code of its own, known only once it is loaded
+        raise ModelError(
+            f"model_type {config.model_type!r} has no causal language model in transformers {transformers.__version__}"
+        ) from None
+
+
+def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dtype: torch.dtype, seed: int) -> Any:
+    """The model on the CPU in `dtype`, saved or random weights. Raises ModelError.
+
+    `config` is completed from the tokenizer where it starts from nothing (model.config).
+    """
+    if model.config is not None:
+        config = _complete(config, model.config, tokenizer)
+    if model.init == "random":
+        torch.manual_seed(seed)
+        with _translated("random weights"):
+            loaded = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=dtype, trust_remote_code=model.trust_remote_code
+            )
+    else:
+        with _translated(f"model {model.path!r}"):
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                model.path, config=config, attn_implementation=attention, dtype=dtype,
+                revision=model.revision, trust_remote_code=model.trust_remote_code, output_loading_info=True,
+            )  # fmt: skip
+        absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        if absent:
+            raise ModelError(
+                f"model {model.path!r}: {len(absent)} weights are missing or of another shape, such as {absent[0]}; they would be random"
+            )
+    check_vocabulary(loaded, tokenizer)
+    return loaded
+
+
+def skeleton(model: Model, config: Any, tokenizer: Any) -> Any:
+    """The model without memory for its weights (on the meta device), to count and to check. Raises ModelError."""
+    if model.config is not None:
+        config = _complete(config, model.config, tokenizer)
+    with torch.device("meta"), _translated(f"architecture {config.model_type}"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    check_vocabulary(empty, tokenizer)
+    return empty
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise ModelError if the tokenizer can give ids that the embedding does not have."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer has ids up to {highest}, but the embedding has {rows} rows; "
+            "take the tokenizer that belongs to the model, or a larger vocab_size"
+        )
+
+
+def bytes_tokenizer() -> Any:
+    """A tokenizer of 256 bytes, BOS, EOS, PAD and the two tokens of ChatML: ids 0 to 260, nothing to download."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
+    """A config from scratch takes vocabulary and special tokens from its tokenizer, unless they were given."""
+    facts = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, value in facts.items():
+        if name not in given:
+            setattr(config, name, value)
+    return config
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """transformers raises OSError, ValueError, KeyError and more for what is the user's to mend."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as exc:
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise ModelError(f"{what} cannot be loaded: {reason}") from exc

@@ -1,0 +1,18 @@
+"""Causal language modelling: every next token of every row."""
+
+from typing import Any
+
+import torch
+
+from finetune.data.batches import Batch
+from finetune.models.head import loss_sum
+
+
+def supervises(loss_on: str) -> str:
+    """Which part of a row is learned, whatever data.loss_on says: all of it."""
+    return "all"
+
+
+def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
+    """(sum of token losses, number of tokens it sums over)."""
+    return loss_sum(model, batch.model_inputs(), batch.targets), batch.num_supervised

@@ -1,0 +1,263 @@
+"""Specialise a language model to a task. The run, top to bottom.
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml train.py --config configs/my_run.yaml
+    python train.py --config configs/my_run.yaml            one process, CPU or one GPU
+    python train.py --config configs/my_run.yaml --check    everything that can be known without loading weights
+
+Heavy imports stand inside functions, so that --help and a wrong config answer at once.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from finetune import config as configs
+from finetune.config import Config
+from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from finetune.errors import CheckpointError, ExportError, Preempted, TrainingDiverged, UserError
+from finetune.progress import Progress
+
+# ------------------------------------------------------------------------------------------ run
+
+
+def main() -> int:
+    """Run, and turn how it ended into the exit code of the contract."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        run(*configs.parse(sys.argv[1:]))
+        return EXIT_COMPLETE
+    except UserError as exc:
+        print(f"error: {exc}" if rank == 0 else f"[process {rank}] error: {str(exc).splitlines()[0]}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Preempted as exc:
+        print(f"[process {rank}] preempted: {exc}", file=sys.stderr)
+        return EXIT_PREEMPTED
+    except (TrainingDiverged, CheckpointError, ExportError) as exc:
+        print(f"[process {rank}] failed: {exc}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def run(config: Config, check_only: bool) -> None:
+    """Check everything, build, loop, finish. Until the loop starts, nothing is written but the token cache."""
+    from finetune.engine.preemption import StopFlag
+    from finetune.engine.rundir import RunDirectory
+    from finetune.engine.topology import Topology
+
+    stop, directory = StopFlag(), RunDirectory(config)
+    directory.check(config)
+    topology = Topology(config.train.precision)
+    configs.accumulation(config, topology.num_processes)
+    if directory.outcome().get("state") == "complete" and not check_only:
+        tell(topology, f"{directory.path} is complete; its model is in {directory.model}")
+        return
+    data = prepare(config, topology)
+    tell(topology, summary(config, data, topology))
+    if check_only:
+        return
+    model, optimizer = build(config, data, topology)
+    progress = Progress()
+    try:
+        resume(config, data, topology, model, optimizer, directory, progress)
+        loop(config, data, topology, model, optimizer, directory, progress, stop)
+        finish(config, data, topology, model, directory, progress)
+    except Exception as exc:
+        if topology.is_main and directory.path.exists():
+            state = "preempted" if isinstance(exc, Preempted) else "failed"
+            directory.write_outcome(state, progress.step, f"{type(exc).__name__}: {exc}")
+        raise
+    topology.close()
+
+
+# ---------------------------------------------------------------------------------------- check
+
+
+@dataclass
+class Data:
+    """Everything that is known before weights are loaded."""
+
+    tokenizer: Any
+    template: Any
+    model_config: Any
+    attention: str
+    train: Any
+    eval: Any
+    num_steps: int
+
+
+def prepare(config: Config, topology: Any) -> Data:
+    """Rows -> sequences in a plan. Raises for whatever is wrong with rows, template or tokenizer."""
+    from finetune.data import batches, rows, templates, tokens
+    from finetune.models import attention, load
+    from finetune.objectives import OBJECTIVES
+
+    wanted, seed = config.data, config.run.seed
+    tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
+    kernel = attention.choose(config.model.attention, load.model_class(model_config), model_config, topology.device)
+    if wanted.packing and kernel in attention.PADDED:
+        raise UserError(
+            f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
+        )
+
+    train_files, eval_files = rows.sources(wanted.train, wanted.eval)
+    format = rows.detect_format(train_files[0], wanted.text_unit) if wanted.format == "auto" else wanted.format
+    template = templates.load(
+        wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+    )
+    options = tokens.Options(
+        wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
+        OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
+    )  # fmt: skip
+    train = tokens.prepare(train_files, template, tokenizer, options, wanted.cache_dir)
+    evals = tokens.prepare(eval_files, template, tokenizer, options, wanted.cache_dir) if eval_files else None
+    if wanted.eval_fraction:
+        train, evals = tokens.hold_out(train, wanted.eval_fraction, seed)
+
+    def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> Any:
+        return batches.Batches(
+            batches.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
+            global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
+            rank=topology.rank, num_processes=topology.num_processes,
+            padded=kernel in attention.PADDED, pad_id=tokenizer.pad_token_id or 0,
+        )  # fmt: skip
+
+    at_once = config.evaluation.micro_batch_size or config.train.micro_batch_size
+    plan = batched(train, config.train.global_batch_size, config.train.micro_batch_size, wanted.group_by_length)
+    eval_plan = batched(evals, at_once * topology.num_processes, at_once, True) if evals else None
+    num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
+    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps)
+
+
+def summary(config: Config, data: Data, topology: Any) -> str:
+    """What will be trained on what, for a person to read before it starts."""
+    from finetune import preflight
+    from finetune.models import adapters, load
+
+    skeleton = adapters.apply(load.skeleton(config.model, data.model_config, data.tokenizer), config.adapter, None)
+    return preflight.summary(config, data, topology, *adapters.count(skeleton))
+
+
+# ---------------------------------------------------------------------------------------- build
+
+
+def build(config: Config, data: Data, topology: Any) -> tuple[Any, Any]:
+    """Model and optimizer, on their devices and shared between processes."""
+    import torch
+
+    from finetune.engine import optim
+    from finetune.models import adapters, attention, load
+
+    frozen_dtype = load.DTYPES[topology.precision] if config.adapter.kind != "full" else torch.float32
+    dtype = frozen_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    base = load.load_model(
+        config.model, data.model_config, data.tokenizer, attention=data.attention, dtype=dtype, seed=config.run.seed
+    )
+    model = adapters.apply(base, config.adapter, config.model.path)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model, optimizer = topology.prepare(model, optim.build(model, config.optimizer))
+    if data.attention not in attention.PADDED:
+        attention.check_documents_apart(model, base.get_input_embeddings().weight.shape[0], topology.device)
+    torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
+    return model, optimizer
+
+
+def resume(
+    config: Config, data: Data, topology: Any, model: Any, optimizer: Any, directory: Any, progress: Progress
+) -> None:
+    """Open the run directory, and go on from its newest valid checkpoint if it has one."""
+    from finetune.engine import checkpoint
+
+    found, rejected = checkpoint.find_newest(directory.checkpoints)
+    for problem in rejected:
+        tell(topology, f"skipped a damaged checkpoint: {problem}")
+    if found:
+        checkpoint.require_same_run(found, config, data.train.sequences.examples.fingerprint)
+        checkpoint.load(found, topology, model, optimizer, progress)
+        tell(topology, f"resumed from {found.path} at step {progress.step}")
+    if topology.is_main:
+        directory.create(config)
+        directory.rewind(progress.step)
+        directory.write_receipt(
+            seed=config.run.seed, num_processes=topology.num_processes, topology=topology.name,
+            precision=topology.precision, attention=data.attention, num_steps=data.num_steps,
+            train_data=data.train.sequences.examples.receipt(), template=data.template.fingerprint,
+            eval_data=data.eval.sequences.examples.receipt() if data.eval else None,
+        )  # fmt: skip
+    topology.wait_for_all()
+
+
+# ----------------------------------------------------------------------------------------- loop
+
+
+def loop(
+    config: Config, data: Data, topology: Any, model: Any, optimizer: Any, directory: Any, progress: Progress, stop: Any
+) -> None:
+    """Step, log, evaluate, save; until the plan is done or the machine is taken away."""
+    from finetune.engine import checkpoint, optim, step as steps
+    from finetune.engine.tracking import Tracker
+    from finetune.models.adapters import count
+    from finetune.objectives import OBJECTIVES
+
+    loss = OBJECTIVES[config.objective.kind].loss
+    trainable, total = count(model)
+    tracker = Tracker(
+        directory.metrics, directory.evals, num_steps=data.num_steps, start=progress.step, is_main=topology.is_main,
+        every=config.tracking.log_every_steps, flops_per_token=2.0 * trainable + 4.0 * total,
+    )  # fmt: skip
+    saves = checkpoint.Saver(directory.checkpoints, topology, config, data.train.sequences.examples.fingerprint)
+    while progress.step < data.num_steps:
+        lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
+        try:
+            result = steps.train_step(
+                topology, model, optimizer, loss, data.train.at(progress.step),
+                lr=lr, max_grad_norm=config.train.max_grad_norm, wishes=(stop.is_set, saves.is_time()),
+            )  # fmt: skip
+        except TrainingDiverged as exc:
+            rows = ", ".join(data.train.places(progress.step))
+            raise TrainingDiverged(f"step {progress.step + 1}: {exc}; its rows: {rows}") from exc
+        must_stop, time_to_save = result.wishes
+        progress.advance(len(data.train.of_step(progress.step)), result.tokens, result.supervised_tokens)
+        progress.epoch = progress.step // data.train.steps_per_epoch
+        tracker.step(
+            progress, result, lr=lr, epoch=progress.step / data.train.steps_per_epoch, memory_gb=topology.memory_gb()
+        )
+        last = progress.step == data.num_steps
+        if data.eval and (last or progress.step % (config.evaluation.every_steps or sys.maxsize) == 0):
+            tracker.evaluation(progress.step, steps.evaluate(topology, model, loss, data.eval.epoch()))
+        if last or must_stop or time_to_save or progress.step % (config.checkpoint.every_steps or sys.maxsize) == 0:
+            saves.save(model, optimizer, progress)
+        if must_stop and not last:
+            tracker.close()
+            raise Preempted(
+                f"{stop.reason or 'another process'} at step {progress.step}; saved, run the same command again"
+            )
+    tracker.close()
+
+
+# --------------------------------------------------------------------------------------- finish
+
+
+def finish(config: Config, data: Data, topology: Any, model: Any, directory: Any, progress: Progress) -> None:
+    """Export, open what was exported, and only then call the run complete."""
+    from finetune import export
+
+    weights, bare = topology.full_weights(model), topology.unwrap(model)
+    if topology.is_main:
+        export.save(bare, weights, data.tokenizer, data.template, directory.model)
+        export.verify(directory.model, bare, weights, data.tokenizer, topology.precision)
+        directory.write_outcome("complete", progress.step, "every step done, model verified")
+        tell(topology, f"complete: {directory.model}\nchat with it: python -m finetune chat --model {directory.model}")
+    topology.wait_for_all()
+
+
+def tell(topology: Any, message: str) -> None:
+    if topology.is_main:
+        from finetune.engine.tracking import say
+
+        say(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
