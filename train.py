@@ -9,14 +9,22 @@ Heavy imports stand inside functions, so that --help and a wrong config answer a
 
 import os
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from finetune import config as configs
 from finetune.config import Config
-from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from finetune.errors import CheckpointError, ExportError, Preempted, TrainingDiverged, UserError
+from finetune.errors import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    CheckpointError,
+    ExportError,
+    Preempted,
+    TrainingDiverged,
+    UserError,
+)
 from finetune.progress import Progress
 
 # ------------------------------------------------------------------------------------------ run
@@ -195,7 +203,8 @@ def loop(
     config: Config, data: Data, topology: Any, model: Any, optimizer: Any, directory: Any, progress: Progress, stop: Any
 ) -> None:
     """Step, log, evaluate, save; until the plan is done or the machine is taken away."""
-    from finetune.engine import checkpoint, optim, step as steps
+    from finetune.engine import checkpoint, optim
+    from finetune.engine import step as steps
     from finetune.engine.tracking import Tracker
     from finetune.models.adapters import count
     from finetune.objectives import OBJECTIVES
@@ -245,7 +254,8 @@ def finish(config: Config, data: Data, topology: Any, model: Any, directory: Any
 
     weights, bare = topology.full_weights(model), topology.unwrap(model)
     if topology.is_main:
-        export.save(bare, weights, data.tokenizer, data.template, directory.model)
+        template = data.template if config.objective.kind != "clm" else None  # plain text has no turns to keep
+        export.save(bare, weights, data.tokenizer, template, directory.model)
         export.verify(directory.model, bare, weights, data.tokenizer, topology.precision)
         directory.write_outcome("complete", progress.step, "every step done, model verified")
         tell(topology, f"complete: {directory.model}\nchat with it: python -m finetune chat --model {directory.model}")

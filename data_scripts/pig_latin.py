@@ -13,9 +13,9 @@ import random
 import re
 from pathlib import Path
 
-ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sc sh sk sl sm sn sp spl st str sw t th tr v w y z".split()
-CODAS = "b ck d ft g l ld ll lt m mp n nd ng nk nt p r rd rk rm rn rt s sh sk sp ss st t th x".split()
-VOWELS = "a e i o u ai ea ee oa oo ou".split()
+ONSETS = ["b", "bl", "br", "c", "ch", "cl", "cr", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "l", "m", "n", "p", "ph", "pl", "pr", "qu", "r", "s", "sc", "sh", "sk", "sl", "sm", "sn", "sp", "spl", "st", "str", "sw", "t", "th", "tr", "v", "w", "y", "z"]
+CODAS = ["b", "ck", "d", "ft", "g", "l", "ld", "ll", "lt", "m", "mp", "n", "nd", "ng", "nk", "nt", "p", "r", "rd", "rk", "rm", "rn", "rt", "s", "sh", "sk", "sp", "ss", "st", "t", "th", "x"]
+VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ee", "oa", "oo", "ou"]
 SPLITS = {"train": 0.8, "dev": 0.1, "test": 0.1}
 
 
@@ -85,7 +85,9 @@ def main() -> None:
         (arguments.output / f"{split}.jsonl").write_text("".join(row + "\n" for row in rows))
         if split == "train":
             (arguments.output / "sentences.txt").write_text("".join(s + "\n" for s in sentences))
-        print(f"{split:<6}{len(rows):>7,} sentences of {len(own):>6,} words, such as: {sentences[0]}  ->  {pig_latin(sentences[0])}")
+        print(
+            f"{split:<6}{len(rows):>7,} sentences of {len(own):>6,} words, such as: {sentences[0]}  ->  {pig_latin(sentences[0])}"
+        )
 
 
 if __name__ == "__main__":

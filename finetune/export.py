@@ -1,5 +1,6 @@
 """Trained weights -> a folder that transformers or peft opens, verified by opening it."""
 
+import argparse
 import os
 import shutil
 from pathlib import Path
@@ -123,17 +124,32 @@ def merge(source: Path, target: Path, dtype: str) -> float:
     Raises ModelError if `source` is no adapter or `target` exists.
     """
     if not (source / "adapter_config.json").exists():
-        raise ModelError(
-            f"{source}: no adapter_config.json, so there is nothing to merge; give the model/ folder of a LoRA run"
-        )
+        raise ModelError(f"{source}: no adapter_config.json, so there is nothing to merge; give model/ of a LoRA run")
     if target.exists():
         raise ModelError(f"{target} exists; choose another --output")
-    model, tokenizer = load(source, getattr(torch, dtype) if dtype != "auto" else "auto"), load_tokenizer(source)
+    model, tokenizer = load(source, dtype), load_tokenizer(source)
     before = probe_logits(model)
     merged = adapters.merge(model)
     weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
     save(merged, weights, tokenizer, None, target)
     return float((probe_logits(load(target)) - before).abs().max())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--merge", action="store_true", required=True, help="add the adapter into its base")
+    parser.add_argument("--model", required=True, type=Path, help="folder of the adapter, as in runs/<name>/model")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights; auto: the base's own",
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    difference = merge(arguments.model, arguments.output, arguments.dtype)
+    print(f"{arguments.output}: merged; logits differ by at most {difference:.3g} from base plus adapter")
 
 
 def chat_template(template: Template, tokenizer: Any) -> str:

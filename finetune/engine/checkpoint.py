@@ -62,7 +62,8 @@ def save(
             writing.mkdir(parents=True)
         topology.wait_for_all()
         model_state, optimizer_state = _state(model, optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing / "shards")
+        alone = topology.num_processes == 1
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing / "shards", no_dist=alone)
         _write(
             writing / f"process-{topology.rank:04d}.json",
             {"random": _random_state(topology), "scaler": _scaler(topology)},
@@ -144,7 +145,7 @@ def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, pro
     model_state, optimizer_state = _state(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     try:
-        dcp.load(state, checkpoint_id=found.path / "shards")
+        dcp.load(state, checkpoint_id=found.path / "shards", no_dist=topology.num_processes == 1)
         set_state_dict(
             model,
             _bare(optimizer),

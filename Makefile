@@ -1,0 +1,45 @@
+# Every target needs nothing done before it: it makes .venv if it has to.
+SHELL := bash
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install quickstart test test-fast lint schema clean
+.DELETE_ON_ERROR:
+
+install: .venv/installed
+
+.venv/installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	# torch first: the others then accept the build that is there (on a CPU-only machine add --index-url of your CPU wheels)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+quickstart: install
+	$(BIN)/python data_scripts/pig_latin.py --output data/pig_latin
+	$(BIN)/python train.py --config configs/quickstart_pretrain.yaml
+	$(BIN)/python train.py --config configs/quickstart.yaml
+	@echo
+	$(BIN)/python -m finetune evaluate --base runs/quickstart_base/model --tuned runs/quickstart/model \
+	  --data data/pig_latin/test.jsonl --max-new-tokens 80
+	@echo
+	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
+	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
+
+test: install
+	$(BIN)/python -m pytest tests
+
+test-fast: install
+	$(BIN)/python -m pytest tests -m "not slow"
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+schema: install
+	$(BIN)/python -m finetune schema > configs/schema.json
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

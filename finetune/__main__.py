@@ -1,0 +1,43 @@
+"""python -m finetune evaluate | chat | export | schema. Each command imports what it needs when it runs."""
+
+import argparse
+import importlib
+import json
+import sys
+
+from finetune import config as configs
+from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USER_ERROR, ExportError, UserError
+
+COMMANDS = {
+    "evaluate": ("finetune.evaluation.compare", "base and tuned model side by side on held-out rows"),
+    "chat": ("finetune.chat", "talk to a model in the terminal"),
+    "export": ("finetune.export", "merge an adapter into its base and save full weights"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m finetune", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if argv[:1] == [name]:
+            importlib.import_module(module).add_arguments(command)
+    commands.add_parser("schema", help="JSON schema of the run config, for editors")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "schema":
+            print(json.dumps(configs.json_schema(), indent=2))
+        else:
+            importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)
+        return EXIT_COMPLETE
+    except UserError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except ExportError as exc:
+        print(f"failed: {exc}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Talk to a model in the terminal."""
+
+import argparse
+import sys
+
+import torch
+
+from finetune import export
+from finetune.data.rows import Message
+from finetune.errors import ModelError
+from finetune.evaluation import generation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or Hub id, full weights or adapter")
+    parser.add_argument("--prompt", default=None, help="answer this one message and end")
+    parser.add_argument("--system", default=None, help="system message")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--one-turn", action="store_true", help="forget each message before the next")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    tokenizer = export.load_tokenizer(arguments.model)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{arguments.model}: its tokenizer has no chat template; models tuned with objective.kind: sft have one"
+        )
+    model = export.load(arguments.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    start = [Message("system", arguments.system)] if arguments.system else []
+
+    def answer(messages: list[Message]) -> str:
+        prompt = generation.chat_prompt(tokenizer, messages)
+        return generation.answers(
+            model,
+            tokenizer,
+            [prompt],
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=1,
+            temperature=arguments.temperature,
+        )[0]
+
+    if arguments.prompt is not None:
+        print(answer([*start, Message("user", arguments.prompt)]))
+        return
+    print("An empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
+    messages = list(start)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not text or arguments.one_turn:
+            messages = list(start)
+        if text:
+            messages.append(Message("user", text))
+            messages.append(Message("assistant", answer(messages)))
+            print(messages[-1].content)

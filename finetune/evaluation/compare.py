@@ -1,0 +1,116 @@
+"""Base and tuned model side by side on the same held-out rows."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import export
+from finetune.data import rows
+from finetune.data.rows import Conversation
+from finetune.errors import DataError, UserError
+from finetune.evaluation import generation, scores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help="folder or Hub id of the model before tuning")
+    parser.add_argument("--tuned", required=True, help="folder of the model after tuning, as in runs/<name>/model")
+    parser.add_argument("--data", required=True, help="held-out rows, in any format that training reads")
+    parser.add_argument("--format", default="auto", help="format of the rows; auto: from the columns of the first")
+    parser.add_argument("--limit", type=int, default=None, help="use only the first so many rows")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--batch-size", type=int, default=64, help="answers generated at once")
+    parser.add_argument("--examples", type=int, default=5, help="rows printed in full")
+    parser.add_argument("--output", default=None, help="also write every answer and score to this .jsonl file")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Generate, score, print. Both models get the same prompts, by the tuned model's chat template."""
+    conversations = read(arguments.data, arguments.format, arguments.limit)
+    tokenizer = export.load_tokenizer(arguments.tuned)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{arguments.tuned}: its tokenizer has no chat template, so it cannot be asked; was it tuned with objective.kind: sft?"
+        )
+    wanted = [conversation.messages[-1].content for conversation in conversations]
+    given = {}
+    for name, path in (("base", arguments.base), ("tuned", arguments.tuned)):
+        own = export.load_tokenizer(path)
+        own.chat_template = tokenizer.chat_template
+        prompts = [generation.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
+        model = export.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
+        given[name] = generation.answers(
+            model, own, prompts, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name
+        )
+    results = {
+        score: {name: [rule(a, w) for a, w in zip(answers, wanted)] for name, answers in given.items()}
+        for score, rule in scores.SCORES.items()
+    }
+    print(report(conversations, wanted, given, results, arguments.examples))
+    if arguments.output:
+        write(Path(arguments.output), conversations, wanted, given, results)
+
+
+def read(source: str, format: str, limit: int | None) -> list[Conversation]:
+    """Rows that end with an answer. Raises DataError."""
+    conversations = []
+    for row in rows.read(source):
+        format = rows.detect(row) if format == "auto" else format
+        conversation = rows.to_conversation(row, format, {})
+        if conversation.messages[-1].role != "assistant":
+            raise DataError(f"{conversation.place}: has no answer to compare with")
+        conversations.append(conversation)
+        if limit is not None and len(conversations) >= limit:
+            break
+    return conversations
+
+
+def report(
+    conversations: list[Conversation],
+    wanted: list[str],
+    given: dict[str, list[str]],
+    results: dict[str, Any],
+    shown: int,
+) -> str:
+    """The table and the first examples, as text."""
+    lines = [f"{len(wanted)} held-out rows", f"{'':<16}{'base':>8}{'tuned':>8}   gain, 95% interval over the rows"]
+    for score, by_model in results.items():
+        base, tuned = (100 * sum(by_model[name]) / len(wanted) for name in ("base", "tuned"))
+        low, high = scores.paired_interval(by_model["base"], by_model["tuned"])
+        lines.append(
+            f"{score:<16}{base:>7.1f}%{tuned:>7.1f}%   {tuned - base:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        )
+    for conversation, right, base, tuned in list(zip(conversations, wanted, given["base"], given["tuned"]))[:shown]:
+        lines += [
+            "",
+            f"prompt  {_line(conversation.messages[-2].content)}",
+            f"wanted  {_line(right)}",
+            f"base    {_line(base)}",
+            f"tuned   {_line(tuned)}",
+        ]
+    return "\n".join(lines)
+
+
+def write(
+    path: Path,
+    conversations: list[Conversation],
+    wanted: list[str],
+    given: dict[str, list[str]],
+    results: dict[str, Any],
+) -> None:
+    with path.open("w") as file:
+        for i, conversation in enumerate(conversations):
+            line = {
+                "row": conversation.place,
+                "wanted": wanted[i],
+                **{name: answers[i] for name, answers in given.items()},
+            }
+            line |= {f"{score} {name}": by_model[name][i] for score, by_model in results.items() for name in given}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _line(text: str, width: int = 100) -> str:
+    text = text.strip().replace("\n", "\\n")
+    return text if len(text) <= width else text[:width] + "..."

@@ -1,0 +1,61 @@
+"""Answers of a model to prompts, in batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from finetune.data.rows import Message
+from finetune.data.tokens import encode_prompt
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    title: str = "generating",
+) -> list[str]:
+    """The model's answer to each prompt, without the token that ended it; temperature 0 is greedy.
+
+    Prompts are tokenised as in training, sorted by length and padded on the left. Prompts that
+    leave no room for `max_new_tokens` in the model's context lose tokens on the left.
+    """
+    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    room = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - max_new_tokens
+    if room <= 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in this model's context")
+    encoded = [ids[-room:] for ids in encoded]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    results = [""] * len(encoded)
+    choice = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    model.eval()
+    device = next(model.parameters()).device
+    bar = tqdm(total=len(encoded), desc=title, unit=" answers", disable=None, leave=False)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = max(len(encoded[i]) for i in chosen)
+        ids = torch.tensor([[pad] * (longest - len(encoded[i])) + encoded[i] for i in chosen], device=device)
+        mask = torch.tensor([[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=device)
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **choice
+            )
+        for i, row in zip(chosen, out[:, longest:], strict=True):
+            results[i] = tokenizer.decode(row, skip_special_tokens=True)
+        bar.update(len(chosen))
+    bar.close()
+    return results
+
+
+def chat_prompt(tokenizer: Any, messages: Sequence[Message], place: str = "prompt") -> str:
+    """The text of a conversation up to the next answer, by the tokenizer's chat template."""
+    from finetune.data import templates
+
+    template = templates.load("chat", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, {})
+    return template.prompt(messages, place)

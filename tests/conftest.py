@@ -1,0 +1,134 @@
+"""What tests share: rows, a two-layer model, and the real train.py in this process or in its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and several processes share few cores
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TINY_LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+def pairs(count: int = 40) -> list[dict[str, Any]]:
+    """Question and answer rows whose answers have very different lengths."""
+    return [{"question": f"what is {i} times three", "answer": f"{'so ' * (i * 7 % 13)}{3 * i}"} for i in range(count)]
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_jsonl(run / "metrics.jsonl")]
+
+
+class Workshop:
+    """A folder with rows, and configs of small runs in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = write_jsonl(folder / "rows.jsonl", pairs())
+
+    def config(self, name: str = "run", **changes: Any) -> dict[str, Any]:
+        """A complete run config; changes are given as section__field=value."""
+        config: dict[str, Any] = {
+            "run": {"name": name, "dir": str(self.folder / "runs")},
+            "model": {"init": "random", "tokenizer": "bytes", "config": dict(TINY_LLAMA)},
+            "data": {"train": str(self.rows), "max_length": 128, "cache_dir": str(self.folder / "cache")},
+            "optimizer": {"lr": 1e-2},
+            "train": {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 5},
+        }
+        for key, value in changes.items():
+            section, field = key.split("__")
+            config.setdefault(section, {})[field] = value
+        return config
+
+    def write(self, config: dict[str, Any]) -> Path:
+        path = self.folder / f"{config['run']['name']}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def run_dir(self, name: str = "run") -> Path:
+        return self.folder / "runs" / name
+
+    def train(self, name: str = "run", **changes: Any) -> Path:
+        """Train in this process; raises what train.py would turn into an exit code. Returns the run directory."""
+        import train
+        from finetune import config as configs
+
+        config, check_only = configs.parse(["--config", str(self.write(self.config(name, **changes)))])
+        train.run(config, check_only)
+        return self.run_dir(name)
+
+    def launch(
+        self, name: str = "run", processes: int = 1, arguments: Sequence[str] = (), **changes: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """The real command line in processes of its own."""
+        return launch([*command(processes), "--config", str(self.write(self.config(name, **changes))), *arguments])
+
+
+def command(processes: int = 1) -> list[str]:
+    """python train.py, or accelerate launch with so many CPU processes."""
+    if processes == 1:
+        return [sys.executable, str(ROOT / "train.py")]
+    file = ROOT / "accelerate_configs" / "cpu_debug.yaml"
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file),
+        "--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "train.py"),
+    ]  # fmt: skip
+
+
+def launch(arguments: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_state() -> Iterator[None]:
+    """Accelerate keeps one state per process, and runs install signal handlers; each test starts without."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def bytes_tokenizer() -> Any:
+    from finetune.models.load import bytes_tokenizer
+
+    return bytes_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real data and tokenizers, where a machine has them."""
+    folder = os.environ.get("FINETUNE_REAL_DATA")
+    if not folder:
+        pytest.skip("FINETUNE_REAL_DATA is not set: no real data on this machine")
+    return Path(folder)
