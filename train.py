@@ -158,12 +158,11 @@ def build(config: Config, data: Data, topology: Any) -> tuple[Any, Any]:
 
     frozen_dtype = load.DTYPES[topology.precision] if config.adapter.kind != "full" else torch.float32
     dtype = frozen_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-    base = load.load_model(
-        config.model, data.model_config, data.tokenizer, attention=data.attention, dtype=dtype, seed=config.run.seed
-    )
+    torch.manual_seed(config.run.seed)  # random weights and fresh adapters are the same everywhere
+    base = load.load_model(config.model, data.model_config, data.tokenizer, attention=data.attention, dtype=dtype)
     model = adapters.apply(base, config.adapter, config.model.path)
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = topology.prepare(model, optim.build(model, config.optimizer))
     if data.attention not in attention.PADDED:
         attention.check_documents_apart(model, base.get_input_embeddings().weight.shape[0], topology.device)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and several processes share few cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -74,6 +75,8 @@ class Workshop:
         import train
         from finetune import config as configs
 
+        forget_process_state()
+
         config, check_only = configs.parse(["--config", str(self.write(self.config(name, **changes)))])
         train.run(config, check_only)
         return self.run_dir(name)
@@ -83,6 +86,14 @@ class Workshop:
     ) -> subprocess.CompletedProcess[str]:
         """The real command line in processes of its own."""
         return launch([*command(processes), "--config", str(self.write(self.config(name, **changes))), *arguments])
+
+
+def forget_process_state() -> None:
+    """Accelerate keeps one state per process; a run in a process of its own would start without."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def command(processes: int = 1) -> list[str]:
@@ -107,15 +118,12 @@ def workshop(tmp_path: Path) -> Workshop:
 
 @pytest.fixture(autouse=True)
 def fresh_process_state() -> Iterator[None]:
-    """Accelerate keeps one state per process, and runs install signal handlers; each test starts without."""
+    """Runs install signal handlers and fill Accelerate's state; each test starts without."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if "accelerate" in sys.modules:
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
+    forget_process_state()
 
 
 @pytest.fixture

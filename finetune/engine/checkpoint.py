@@ -12,6 +12,9 @@ import os
 import random
 import shutil
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +65,9 @@ def save(
             writing.mkdir(parents=True)
         topology.wait_for_all()
         model_state, optimizer_state = _state(model, optimizer)
-        alone = topology.num_processes == 1
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing / "shards", no_dist=alone)
+        with _alone(topology) as alone:
+            state = {"model": model_state, "optimizer": optimizer_state}
+            dcp.save(state, checkpoint_id=writing / "shards", no_dist=alone)
         _write(
             writing / f"process-{topology.rank:04d}.json",
             {"random": _random_state(topology), "scaler": _scaler(topology)},
@@ -145,7 +149,8 @@ def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, pro
     model_state, optimizer_state = _state(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     try:
-        dcp.load(state, checkpoint_id=found.path / "shards", no_dist=topology.num_processes == 1)
+        with _alone(topology) as alone:
+            dcp.load(state, checkpoint_id=found.path / "shards", no_dist=alone)
         set_state_dict(
             model,
             _bare(optimizer),
@@ -168,6 +173,14 @@ def _state(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, 
     """Weights that train and the optimizer's state, under the names of the bare model."""
     model_state, optimizer_state = get_state_dict(model, _bare(optimizer), options=_options())
     return model_state, optimizer_state
+
+
+@contextmanager
+def _alone(topology: Topology) -> Iterator[bool]:
+    """Whether there is one process only; then dcp warns that it saves in one process, which is what is wanted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield topology.num_processes == 1
 
 
 def _options() -> StateDictOptions:

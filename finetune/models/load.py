@@ -60,7 +60,7 @@ def model_class(config: Any) -> Any:
         ) from None
 
 
-def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dtype: torch.dtype, seed: int) -> Any:
+def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dtype: torch.dtype) -> Any:
     """The model on the CPU in `dtype`, saved or random weights. Raises ModelError.
 
     `config` is completed from the tokenizer where it starts from nothing (model.config).
@@ -68,7 +68,6 @@ def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dty
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
     if model.init == "random":
-        torch.manual_seed(seed)
         with _translated("random weights"):
             loaded = AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention, dtype=dtype, trust_remote_code=model.trust_remote_code
