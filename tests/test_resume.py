@@ -1,11 +1,18 @@
 """A run that was interrupted ends as one that was not."""
 
+import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workshop, losses, read_jsonl
+from conftest import ROOT, Workshop, command, losses, read_jsonl
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+
+from finetune.errors import CheckpointError, RunDirectoryError
 
 
 class Interrupted(Exception):
@@ -68,5 +75,123 @@ def test_lora_resumes_to_the_bit(workshop, monkeypatch):
     assert losses(parts) == losses(whole)
     before, after = (load_file(r / "model/adapter_model.safetensors") for r in (whole, parts))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    shards = sum(f.stat().st_size for f in (parts / "checkpoints").glob("step-00000006/shards/*"))
-    assert shards < (base / "model/model.safetensors").stat().st_size, "frozen weights must not be in a checkpoint"
+    saved = FileSystemReader(parts / "checkpoints/step-00000006/shards").read_metadata().state_dict_metadata
+    assert saved
+    assert all("lora_" in name or "param_groups" in name for name in saved), "frozen weights must not be saved again"
+
+
+def test_a_signal_saves_and_asks_to_be_run_again(workshop):
+    """SIGTERM -> a checkpoint, outcome preempted, exit code 75; the same command goes on to the same end."""
+    settings = {"train__epochs": 60, "train__max_steps": 300, "checkpoint__every_minutes": None}
+    config = workshop.write(workshop.config("signalled", **settings))
+    process = subprocess.Popen([*command(), "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics = workshop.run_dir("signalled") / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    outcome = json.loads((workshop.run_dir("signalled") / "outcome.json").read_text())
+    assert process.returncode == 75, errors
+    assert outcome["state"] == "preempted"
+    assert 5 < outcome["step"] < 300
+    again = workshop.launch("signalled", **settings)
+    assert again.returncode == 0, again.stderr
+    assert f"at step {outcome['step']}" in again.stderr
+    assert losses(workshop.run_dir("signalled")) == losses(workshop.train("whole", **settings))
+
+
+def test_a_finished_run_started_again_is_still_finished(workshop):
+    run = workshop.train()
+    before = (run / "model/model.safetensors").stat().st_mtime_ns
+    assert workshop.launch().returncode == 0
+    assert (run / "model/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_keep_last_counts_whole_checkpoints(workshop):
+    run = workshop.train(checkpoint__every_steps=1, checkpoint__keep_last=3)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step-{n:08d}" for n in (3, 4, 5)]
+
+
+def damage_newest(run: Path, how: str) -> Path:
+    newest = max((run / "checkpoints").glob("step-*"))
+    shard = next(newest.glob("shards/*.distcp"))
+    if how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif how == "one bit flipped":
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif how == "a file missing":
+        shard.unlink()
+    else:
+        (newest / "manifest.json").unlink()
+    return newest
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit flipped", "a file missing", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(workshop, monkeypatch, capfd, how):
+    settings = {"checkpoint__every_steps": 2}
+    whole = workshop.train("whole", **settings)
+    run = train_until(workshop, monkeypatch, 4, "parts", **settings)
+    damaged = damage_newest(run, how)
+    workshop.train("parts", **settings)
+    errors = capfd.readouterr().err
+    assert f"skipped a damaged checkpoint: {damaged}" in errors
+    assert "at step 2" in errors
+    assert losses(run) == losses(whole)
+
+
+def test_checkpoints_that_are_all_damaged_stop_the_run_and_stay(workshop, monkeypatch):
+    run = train_until(workshop, monkeypatch, 4, "parts", checkpoint__every_steps=2, checkpoint__keep_last=1)
+    damaged = damage_newest(run, "truncated")
+    with pytest.raises(CheckpointError, match="no checkpoint is valid, and nothing was deleted"):
+        workshop.train("parts", checkpoint__every_steps=2, checkpoint__keep_last=1)
+    assert damaged.exists()
+    assert workshop.launch("parts", checkpoint__every_steps=2, checkpoint__keep_last=1).returncode == 1
+
+
+def test_a_torn_write_is_not_seen(workshop, monkeypatch):
+    """A process that dies between two lines of the protocol leaves only a .writing- directory."""
+    from finetune.engine import checkpoint
+
+    def die(*arguments):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_hashes", die)
+        with pytest.raises(Interrupted):
+            workshop.train("torn", checkpoint__every_steps=2)
+    names = [p.name for p in (workshop.run_dir("torn") / "checkpoints").iterdir()]
+    assert names == [".writing-step-00000002"]
+    assert losses(workshop.train("torn", checkpoint__every_steps=2)) == losses(workshop.train("whole"))
+    assert not list((workshop.run_dir("torn") / "checkpoints").glob(".writing-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"optimizer__lr": 1e-3}, "optimizer.lr: was 0.01, now 0.001"),
+        ({"train__global_batch_size": 4}, "train.global_batch_size: was 8, now 4"),
+        ({"data__max_length": 100}, "data.max_length: was 128, now 100"),
+    ],
+)
+def test_a_run_directory_of_another_config_is_refused_with_the_keys(workshop, change, key):
+    run = workshop.train()
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(RunDirectoryError, match=key):
+        workshop.train(**change)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before, "nothing on disk may change"
+
+
+def test_a_checkpoint_of_other_data_is_refused(workshop, monkeypatch):
+    train_until(workshop, monkeypatch, 4, "run", checkpoint__every_steps=2)
+    workshop.rows.write_text(workshop.rows.read_text().replace("three", "four"))
+    with pytest.raises(RunDirectoryError, match="the training data"):
+        workshop.train(checkpoint__every_steps=2)
+
+
+def test_what_does_not_change_the_arithmetic_may_change_on_resume(workshop, monkeypatch):
+    train_until(workshop, monkeypatch, 4, "run", checkpoint__every_steps=2)
+    run = workshop.train(checkpoint__every_steps=3, train__micro_batch_size=4, tracking__log_every_steps=1)
+    assert losses(run) == pytest.approx(losses(workshop.train("whole")), rel=1e-5)
