@@ -34,7 +34,7 @@ def save(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template:
     if template is not None:
         tokenizer.chat_template = chat_template(template, tokenizer)
     _set_generation(model, tokenizer, template)
-    model.save_pretrained(writing, state_dict=weights)
+    model.save_pretrained(writing, state_dict=dict(weights))  # a copy: transformers empties the mapping it is given
     tokenizer.save_pretrained(writing)
     if target.exists():
         os.rename(target, old)

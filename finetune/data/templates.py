@@ -124,6 +124,11 @@ class Template:
         """
         messages = conversation.messages
         if messages[0].role == "text":
+            if loss_on != "all":
+                raise DataError(
+                    f"{conversation.place}: is plain text without an answer, but objective.kind: sft learns answers; "
+                    "use objective.kind: clm, or rows with prompts and answers"
+                )
             return [Segment(messages[0].content, True)]
         text = self._render(conversation)
         answers = [i for i, message in enumerate(messages) if message.supervised]

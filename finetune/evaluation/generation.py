@@ -22,14 +22,12 @@ def answers(
 ) -> list[str]:
     """The model's answer to each prompt, without the token that ended it; temperature 0 is greedy.
 
-    Prompts are tokenised as in training, sorted by length and padded on the left. Prompts that
-    leave no room for `max_new_tokens` in the model's context lose tokens on the left.
+    Prompts are tokenised as in training, sorted by length and padded on the left. Where prompt and
+    answer do not fit the model's context together, the prompt keeps at least half of it, its end.
     """
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    room = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - max_new_tokens
-    if room <= 0:
-        raise ValueError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in this model's context")
-    encoded = [ids[-room:] for ids in encoded]
+    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    encoded = [ids[-max(context - max_new_tokens, context // 2) :] for ids in encoded]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     results = [""] * len(encoded)
     choice = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -44,7 +42,7 @@ def answers(
         mask = torch.tensor([[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=device)
         with torch.no_grad():
             out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **choice
+                input_ids=ids, attention_mask=mask, max_new_tokens=min(max_new_tokens, context - longest), pad_token_id=pad, **choice
             )
         for i, row in zip(chosen, out[:, longest:], strict=True):
             results[i] = tokenizer.decode(row, skip_special_tokens=True)

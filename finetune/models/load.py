@@ -84,6 +84,9 @@ def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dty
                 f"model {model.path!r}: {len(absent)} weights are missing or of another shape, such as {absent[0]}; they would be random"
             )
     check_vocabulary(loaded, tokenizer)
+    # With padding_idx an embedding gives its pad row no gradient. Padding here is masked by position, and
+    # where EOS serves as pad its embedding must learn like any other.
+    loaded.get_input_embeddings().padding_idx = None
     return loaded
 
 
@@ -122,12 +125,7 @@ def bytes_tokenizer() -> Any:
 
 def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
     """A config from scratch takes vocabulary and special tokens from its tokenizer, unless they were given."""
-    facts = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    facts = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     for name, value in facts.items():
         if name not in given:
             setattr(config, name, value)

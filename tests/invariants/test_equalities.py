@@ -1,0 +1,211 @@
+"""What must not change the result: how a step is cut up, packed, padded, shared or recomputed."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_LLAMA, Workshop, losses, pairs, read_jsonl, write_jsonl
+from safetensors.torch import load_file
+
+from finetune.data.batches import Batches, Sequences
+from finetune.data.tokens import Options, prepare
+from finetune.engine import step as steps
+
+# float32 sums in another order: 5 to 20 steps of a tiny model stay within a few ulps of each other.
+REORDERED = 1e-5
+
+
+def weights(run):
+    return load_file(run / "model/model.safetensors")
+
+
+def assert_same_weights(one, other, tolerance=2e-4):
+    """Adam divides by the root of the second moment, so a gradient near zero turns a reordering into a visible step."""
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=tolerance, rtol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_accumulation_1x8_equals_8x1(workshop, tied):
+    config = {**TINY_LLAMA, "tie_word_embeddings": tied}
+    runs = [
+        workshop.train(
+            f"micro{size}", model__config=config, train__micro_batch_size=size, train__max_steps=10, train__epochs=2
+        )
+        for size in (8, 2, 1)
+    ]
+    for run in runs[1:]:
+        assert losses(run) == pytest.approx(losses(runs[0]), rel=REORDERED)
+        assert_same_weights(run, runs[0])
+
+
+def test_accumulation_by_a_mean_of_means_would_be_caught(workshop, monkeypatch):
+    """The test above must be able to fail: rows here differ enough for the wrong average to show."""
+    right = workshop.train("right", train__micro_batch_size=1)
+    whole = steps.train_step
+
+    def mean_of_means(topology, model, optimizer, loss, batches, **keywords):
+        supervised = sum(b.num_supervised for b in batches)
+
+        def wrong(model, batch):
+            total, count = loss(model, batch)
+            return total / count * supervised / len(batches), count
+
+        return whole(topology, model, optimizer, wrong, batches, **keywords)
+
+    monkeypatch.setattr(steps, "train_step", mean_of_means)
+    wrong = workshop.train("wrong", train__micro_batch_size=1)
+    assert losses(wrong) != pytest.approx(losses(right), rel=1e-2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padded_equals_end_to_end(workshop, attention):
+    end_to_end = workshop.train("end_to_end")
+    padded = workshop.train("padded", model__attention=attention)
+    assert losses(padded) == pytest.approx(losses(end_to_end), rel=REORDERED)
+    assert_same_weights(padded, end_to_end)
+
+
+def test_gradient_checkpointing_changes_nothing(workshop):
+    plain = workshop.train("plain")
+    recomputed = workshop.train("recomputed", train__gradient_checkpointing=True)
+    assert losses(recomputed) == pytest.approx(losses(plain), rel=REORDERED)
+
+
+def tiny_model(**changes):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {**TINY_LLAMA, "vocab_size": 261, **changes}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=values.get("attention", "documents")).eval()
+
+
+def token_losses(model, batch):
+    """Loss of every supervised token, in the order of the batch."""
+    logits = model(**batch.model_inputs()).logits
+    wanted = batch.targets >= 0
+    return torch.nn.functional.cross_entropy(logits[wanted], batch.targets[wanted], reduction="none")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
+        {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
+    ],
+    ids=lambda a: a.get("model_type", "llama"),
+)  # fmt: skip
+def test_packed_and_unpacked_give_the_same_loss_for_every_token(tmp_path, bytes_tokenizer, architecture):
+    """Also with sliding windows shorter than the documents."""
+    from finetune.data import templates
+    from finetune.models import attention  # noqa: F401  registers "documents"
+
+    template = templates.load("question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {})
+    options = Options("question_answer", {}, "line", None, "completion", 256, "error")
+    rows = write_jsonl(tmp_path / "rows.jsonl", pairs(12))
+    examples = prepare([str(rows)], template, bytes_tokenizer, options, str(tmp_path / "cache"))
+    model = tiny_model(**architecture)
+
+    def losses_by_example(packing):
+        sequences = Sequences(examples, packing, 256, seed=0)
+        batches = Batches(sequences, seed=0, global_batch_size=1, micro_batch_size=1)
+        found = {}
+        for number, [batch] in enumerate(batches.epoch()):
+            [sequence] = batches.of_step(number)
+            members = sequences.members(sequence)
+            counts = [int((sequences._document(e)[1] >= 0).sum()) for e in members]
+            for example, part in zip(members, token_losses(model, batch).split(counts)):
+                found[int(example)] = part.detach()
+        return found
+
+    packed, alone = losses_by_example(True), losses_by_example(False)
+    assert packed.keys() == alone.keys() == set(range(12))
+    for example in alone:
+        torch.testing.assert_close(packed[example], alone[example], atol=1e-5, rtol=1e-5)
+
+
+def test_packing_keeps_the_loss_of_an_epoch(workshop):
+    """The mean over all supervised tokens of untouched weights is a fact of the data, packed or not."""
+    evaluated = [
+        read_jsonl(
+            workshop.train(
+                name, data__packing=packing, data__eval_fraction=0.5, optimizer__lr=1e-12, train__max_steps=1
+            )
+            / "eval.jsonl"
+        )[-1]
+        for name, packing in (("packed", True), ("alone", False))
+    ]
+    assert evaluated[0]["eval_tokens"] == evaluated[1]["eval_tokens"]
+    assert evaluated[0]["eval_loss"] == pytest.approx(evaluated[1]["eval_loss"], rel=1e-6)
+
+
+def test_merged_equals_adapter(workshop):
+    """W + (alpha / r) B A, computed by hand, is the merged weight; logits agree; and training moved them."""
+    from finetune import export
+
+    base = workshop.train("base")
+    run = workshop.train(
+        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
+        adapter__kind="lora", adapter__r=4, adapter__alpha=10.0,
+    )  # fmt: skip
+    difference = export.merge(run / "model", workshop.folder / "merged", "auto")
+    adapter, merged = (
+        load_file(run / "model/adapter_model.safetensors"),
+        load_file(workshop.folder / "merged/model.safetensors"),
+    )
+    before = weights(base)
+    name = "model.layers.1.mlp.down_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    torch.testing.assert_close(merged[f"{name}.weight"], before[f"{name}.weight"] + 10.0 / 4 * b @ a)
+    assert not torch.equal(merged[f"{name}.weight"], before[f"{name}.weight"])
+    assert difference < 1e-4
+
+
+def test_only_adapters_train_and_the_base_stays(workshop):
+    base = workshop.train("base")
+    before = (base / "model/model.safetensors").read_bytes()
+    run = workshop.train(
+        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
+        adapter__kind="lora",
+    )  # fmt: skip
+    assert (base / "model/model.safetensors").read_bytes() == before
+    saved = load_file(run / "model/adapter_model.safetensors")
+    linear = 2 * 7  # q k v o gate up down of two layers
+    assert len(saved) == 2 * linear
+    assert all(tensor.any() for tensor in saved.values())
+    assert losses(run)[-1] < losses(run)[0]
+
+
+def test_reported_loss_is_sum_over_count(workshop):
+    """Recomputed by hand from the exported initial weights: the first step's loss is sum / count over its rows."""
+    run = workshop.train(
+        optimizer__lr=1e-30, train__max_steps=1, train__global_batch_size=40, train__micro_batch_size=1
+    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
+    total, count = 0.0, 0
+    for row in pairs():
+        messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        start = len(tokenizer(prompt)["input_ids"])
+        logits = model(ids).logits[0, start - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum").item()
+        count += ids.shape[1] - start
+    line = read_jsonl(run / "metrics.jsonl")[0]
+    assert line["supervised_tokens"] == count
+    assert line["loss"] == pytest.approx(total / count, rel=1e-6)
+    assert np.isfinite(line["grad_norm"])
+
+
+def test_bf16_follows_fp32(workshop: Workshop):
+    """Autocast keeps 8 bits in each product; the loss curve stays within a percent or two."""
+    exact, mixed = workshop.train("exact"), workshop.train("mixed", train__precision="bf16")
+    assert losses(mixed) != losses(exact)
+    assert losses(mixed) == pytest.approx(losses(exact), rel=2e-2)

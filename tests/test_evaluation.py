@@ -1,0 +1,101 @@
+"""Scores, the paired interval, and base beside tuned."""
+
+import json
+
+import pytest
+from conftest import pairs, write_jsonl
+
+from finetune.__main__ import main
+from finetune.evaluation import generation, scores
+
+
+def test_exact_match_ignores_white_space_at_the_ends_only():
+    assert scores.exact_match(" a b\n", "a b") == 1
+    assert scores.exact_match("a  b", "a b") == 0
+    assert scores.exact_match("A b", "a b") == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "score"),
+    [("a b c", "a b c", 1), ("a x c", "a b c", 2 / 3), ("a b c d", "a b c", 3 / 4), ("", "a", 0), ("a", "a b", 1 / 2)],
+)
+def test_word_accuracy(answer, wanted, score):
+    assert scores.word_accuracy(answer, wanted) == pytest.approx(score)
+
+
+def test_the_interval_holds_the_gain_and_is_narrower_with_more_rows():
+    low, high = scores.paired_interval([0] * 50, [1, 0] * 25)
+    assert low < 0.5 < high
+    more = scores.paired_interval([0] * 5000, [1, 0] * 2500)
+    assert more[1] - more[0] < (high - low) / 5
+    assert scores.paired_interval([1, 1, 0], [1, 1, 0]) == (0, 0)
+
+
+@pytest.fixture
+def base_and_tuned(workshop):
+    """A base of untrained weights, and the same tuned until it knows four answers by heart."""
+    rows = write_jsonl(workshop.rows, [{"question": q, "answer": q.upper()} for q in ("ab", "cd", "ef", "gh")])
+    base = workshop.train(
+        "base", optimizer__lr=1e-12, train__max_steps=1, train__global_batch_size=4, train__micro_batch_size=4
+    )
+    tuned = workshop.train(
+        "tuned", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
+        train__global_batch_size=4, train__micro_batch_size=4, train__epochs=120, train__max_steps=120,
+    )  # fmt: skip
+    return base / "model", tuned / "model", rows
+
+
+def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, capsys):
+    base, tuned, rows = base_and_tuned
+    output = tmp_path / "answers.jsonl"
+    arguments = ["evaluate", "--base", str(base), "--tuned", str(tuned), "--data", str(rows), "--max-new-tokens", "8"]
+    assert main([*arguments, "--batch-size", "3", "--output", str(output)]) == 0
+    table = capsys.readouterr().out
+    assert "exact match         0.0%  100.0%   +100.0 (+100.0 to +100.0)" in table
+    assert "tuned   AB" in table
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["tuned"] for line in lines] == ["AB", "CD", "EF", "GH"]
+    assert lines[0]["row"] == f"{rows}:1"
+
+
+def test_answers_do_not_depend_on_the_batch(base_and_tuned):
+    from finetune import export
+
+    _, tuned, _ = base_and_tuned
+    model, tokenizer = export.load(tuned), export.load_tokenizer(tuned)
+    prompts = [f"### Question:\n{q}\n\n### Answer:\n" for q in ("ab", "cd ef gh", "x", "gh")]
+    alone = generation.answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=1)
+    together = generation.answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=4)
+    assert alone == together
+    assert alone[0] == "AB"
+
+
+def test_chat_answers_one_prompt(base_and_tuned, capsys):
+    _, tuned, _ = base_and_tuned
+    assert main(["chat", "--model", str(tuned), "--prompt", "cd"]) == 0
+    assert capsys.readouterr().out == "CD\n"
+
+
+def test_chat_talks_until_the_input_ends(base_and_tuned, capsys, monkeypatch):
+    import io
+
+    _, tuned, _ = base_and_tuned
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\ngh\n"))
+    assert main(["chat", "--model", str(tuned), "--one-turn"]) == 0
+    assert capsys.readouterr().out.replace("> ", "") == "AB\nGH\n"
+
+
+def test_a_model_without_chat_template_cannot_be_asked(workshop, capsys):
+    text = workshop.folder / "text.txt"
+    text.write_text("a line\n" * 9 + "another\n")
+    run = workshop.train("plain", data__train=str(text), objective__kind="clm", train__max_steps=1)
+    assert main(["chat", "--model", str(run / "model"), "--prompt", "hi"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+    rows = write_jsonl(workshop.folder / "pairs.jsonl", pairs(2))
+    arguments = ["evaluate", "--base", str(run / "model"), "--tuned", str(run / "model"), "--data", str(rows)]
+    assert main(arguments) == 2
+
+
+def test_a_model_that_is_not_there_is_exit_2(capsys):
+    assert main(["chat", "--model", "/no/such/model", "--prompt", "hi"]) == 2
+    assert "/no/such/model" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""What a run exports opens elsewhere, and a folder that does not match is never called complete."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY_LLAMA
+from safetensors.torch import load_file, save_file
+
+from finetune import export
+from finetune.errors import ExportError, ModelError
+
+
+def as_adapter(base):
+    return {
+        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None, "model__tokenizer": None,
+        "adapter__kind": "lora",
+    }  # fmt: skip
+
+
+def test_full_weights_open_with_plain_transformers(workshop):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = workshop.train()
+    model, tokenizer = (c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "### Question:\nhi\n\n### Answer:\n"
+    assert model.config._attn_implementation == "sdpa", "the export must not ask for this package's attention"
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert torch.isfinite(model(**tokenizer(text, return_tensors="pt")).logits).all()
+
+
+def test_an_adapter_opens_with_plain_peft(workshop):
+    from peft import AutoPeftModelForCausalLM
+
+    run = workshop.train("lora", **as_adapter(workshop.train("base")))
+    model = AutoPeftModelForCausalLM.from_pretrained(run / "model")
+    assert not (run / "model/model.safetensors").exists()
+    assert json.loads((run / "model/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        workshop.run_dir("base") / "model"
+    )
+    assert export.load_tokenizer(run / "model").chat_template
+    assert torch.isfinite(model(input_ids=torch.tensor([[1, 2]])).logits).all()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tied_and_untied_models_of_each_dtype_are_saved_whole(workshop, tied, dtype):
+    run = workshop.train(model__config={**TINY_LLAMA, "tie_word_embeddings": tied}, model__dtype=dtype)
+    saved = load_file(run / "model/model.safetensors")
+    assert ("lm_head.weight" in saved) != tied
+    assert {str(t.dtype) for t in saved.values()} == {f"torch.{dtype}"}
+
+
+def tamper(change):
+    """Save as usual, then change a tensor of what was written."""
+    whole = export.save
+
+    def save(model, weights, tokenizer, template, target):
+        whole(model, weights, tokenizer, template, target)
+        [path] = target.glob("*model.safetensors")
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return save
+
+
+def test_half_a_saved_model_is_never_complete(workshop, monkeypatch):
+    def half(tensors):
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].clone()
+        tensors[name][tensors[name].shape[0] // 2 :] = 0  # as if one process's shard had been saved
+
+    monkeypatch.setattr(export, "save", tamper(half))
+    with pytest.raises(ExportError, match="weight model.layers.0.mlp.up_proj.weight is other than trained"):
+        workshop.train()
+    assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "failed"
+
+
+def test_a_missing_weight_is_never_complete(workshop, monkeypatch):
+    monkeypatch.setattr(export, "save", tamper(lambda tensors: tensors.pop("model.norm.weight")))
+    with pytest.raises(ExportError, match="model.norm.weight"):
+        workshop.train()
+
+
+def test_an_adapter_that_learned_nothing_is_never_complete(workshop, monkeypatch):
+    settings = as_adapter(workshop.train("base"))
+
+    def nothing(tensors):
+        for name in tensors:
+            if "lora_B" in name:
+                tensors[name] = torch.zeros_like(tensors[name])
+
+    monkeypatch.setattr(export, "save", tamper(nothing))
+    with pytest.raises(ExportError, match="28 adapters are zero|14 adapters are zero"):
+        workshop.train("lora", **settings)
+
+
+def test_a_failed_export_is_done_again_from_the_last_checkpoint(workshop, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save", tamper(lambda tensors: tensors["model.norm.weight"].zero_()))
+        with pytest.raises(ExportError):
+            workshop.train()
+    run = workshop.train()
+    assert json.loads((run / "outcome.json").read_text()) | {"written": ""} == {
+        "state": "complete", "step": 5, "reason": "every step done, model verified", "written": "",
+    }  # fmt: skip
+
+
+def test_merge_command_writes_full_weights(workshop, capsys):
+    from finetune.__main__ import main
+
+    run = workshop.train("lora", **as_adapter(workshop.train("base")))
+    target = workshop.folder / "merged"
+    assert main(["export", "--merge", "--model", str(run / "model"), "--output", str(target)]) == 0
+    assert "logits differ by at most" in capsys.readouterr().out
+    assert (target / "model.safetensors").exists()
+    assert (target / "chat_template.jinja").read_text() == (run / "model/chat_template.jinja").read_text()
+    assert main(["export", "--merge", "--model", str(run / "model"), "--output", str(target)]) == 2
+    assert "exists; choose another --output" in capsys.readouterr().err
+
+
+def test_merging_full_weights_is_an_error(workshop):
+    run = workshop.train()
+    with pytest.raises(ModelError, match="nothing to merge"):
+        export.merge(run / "model", workshop.folder / "merged", "auto")

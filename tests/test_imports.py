@@ -1,0 +1,93 @@
+"""The arrows of docs/architecture.md: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# Module (or package, for all in it) -> what it may import of this project. Python's own rule that
+# a package's modules see each other is not enough: the order inside data is listed too.
+ALLOWED = {
+    "finetune.errors": [],
+    "finetune.progress": [],
+    "finetune.config": ["finetune.errors"],
+    "finetune.data.rows": ["finetune.errors"],
+    "finetune.data.templates": ["finetune.data.rows", "finetune.errors"],
+    "finetune.data.tokens": ["finetune.data.templates", "finetune.data.rows", "finetune.errors"],
+    "finetune.data.packing": [],
+    "finetune.data.batches": ["finetune.data.packing", "finetune.data.tokens"],
+    "finetune.models": ["finetune.config", "finetune.errors"],
+    "finetune.objectives": ["finetune.models.head", "finetune.data.batches", "finetune.objectives"],
+    "finetune.engine": [
+        "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.progress",
+        "finetune.errors", "finetune.engine",
+    ],
+    "finetune.export": ["finetune.data", "finetune.models", "finetune.errors"],
+    "finetune.preflight": ["finetune.config"],
+    "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
+    "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
+    "finetune.__main__": ["finetune.config", "finetune.errors"],
+    "data_scripts": ["finetune.data.rows", "finetune.data.templates", "finetune.data.tokens"],
+}  # fmt: skip
+SHARDING = (
+    "deepspeed",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "accelerate",
+)
+MAY_SHARD = {"finetune.engine.topology": SHARDING, "finetune.engine.checkpoint": ("torch.distributed.checkpoint",)}
+
+
+def modules():
+    for path in sorted([*ROOT.glob("finetune/**/*.py"), *ROOT.glob("data_scripts/*.py")]):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), path
+
+
+def imports(path: Path) -> set[str]:
+    """Everything a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name: str, packages) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda v: v if isinstance(v, str) else "")
+def test_arrows_point_only_where_the_architecture_says(module, path):
+    rules = [package for package in ALLOWED if within(module, [package])]
+    assert rules or not imports(path), (
+        f"{module} has no place in the architecture: add it to ALLOWED and to docs/architecture.md"
+    )
+    allowed = ALLOWED[max(rules, key=len)] if rules else []
+    own = {name for name in imports(path) if within(name, ["finetune", "train", "data_scripts"])}
+    wrong = {name for name in own if not within(name, allowed)}
+    assert not wrong
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda v: v if isinstance(v, str) else "")
+def test_only_topology_knows_how_processes_share_the_model(module, path):
+    used = {name for name in imports(path) if within(name, SHARDING)}
+    assert all(within(name, MAY_SHARD.get(module, ())) for name in used), used
+
+
+def test_nothing_imports_the_script():
+    assert not [m for m, path in modules() if within("train", imports(path)) or "train" in imports(path)]
+
+
+@pytest.mark.parametrize(
+    "module", ["finetune.config", "finetune.progress", "finetune.errors", "train", "finetune.__main__"]
+)
+def test_importing_it_needs_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

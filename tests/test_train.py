@@ -1,0 +1,250 @@
+"""The command line: exit codes, what a run leaves behind, and what bad input gets."""
+
+import json
+import math
+import os
+import stat
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_LLAMA, losses, pairs, read_jsonl, write_jsonl
+
+from finetune import config as configs
+from finetune.errors import DataError, ModelError, RunDirectoryError, TrainingDiverged, UserError
+
+
+def test_a_run_leaves_everything_its_contract_names(workshop):
+    run = workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml", "receipt.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "outcome.json", "model",
+    }  # fmt: skip
+    lines = read_jsonl(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5][: len(lines)]
+    assert lines[0].keys() == {
+        "step", "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second", "seconds", "memory_gb",
+    }  # fmt: skip
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert [line["step"] for line in read_jsonl(run / "eval.jsonl")] == [2, 4]
+    assert read_jsonl(run / "eval.jsonl")[-1]["perplexity"] == pytest.approx(
+        math.exp(read_jsonl(run / "eval.jsonl")[-1]["eval_loss"])
+    )
+    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+    receipt = json.loads((run / "receipt.json").read_text())
+    assert receipt["train_data"]["rows"] == 40
+    assert receipt["versions"]["torch"] == torch.__version__.split("+")[0] or receipt["versions"]["torch"]
+    assert receipt["code"]["sha256"]
+    saved = configs.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
+    assert saved.optimizer.lr == 1e-2
+    newest = max((run / "checkpoints").iterdir())
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert {name: file["bytes"] for name, file in manifest["files"].items()} == {
+        str(p.relative_to(newest)): p.stat().st_size for p in newest.rglob("*") if p.is_file() and p.name != "manifest.json"
+    }  # fmt: skip
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(workshop):
+    one, same, other = (workshop.train(name, run__seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert losses(one) == losses(same)
+    assert losses(one) != losses(other)
+
+
+def test_clm_learns_every_token_of_text(workshop):
+    text = workshop.folder / "text.txt"
+    text.write_text("".join(f"line {i} of a text that goes on and on {'la ' * (i % 40)}\n" for i in range(60)))
+    run = workshop.train(
+        data__train=str(text), objective__kind="clm", data__packing=True, data__truncation="split", data__max_length=64
+    )
+    receipt = json.loads((run / "receipt.json").read_text())
+    assert receipt["train_data"]["examples"] > 60, "long lines are split, not cut"
+    assert receipt["train_data"]["truncated"] > 0
+    assert losses(run)[-1] < losses(run)[0]
+
+
+def test_check_tells_what_would_be_trained_and_writes_nothing(workshop):
+    result = workshop.launch(arguments=["--check"], data__packing=True)
+    assert result.returncode == 0, result.stderr
+    assert "35,296 parameters" in result.stderr
+    assert "[[0<|eos|>]]" in result.stderr
+    assert not workshop.run_dir().exists()
+
+
+def test_wrong_config_is_exit_2_with_every_problem(workshop):
+    result = workshop.launch(arguments=["--optimizer.learning_rate", "1"], train__epochs=0, model__pth="x")
+    assert result.returncode == 2
+    assert "3 problems" in result.stderr
+    for part in ("--optimizer.learning_rate: unknown option; did you mean optimizer.lr?", "train.epochs", "model.pth: unknown key; did you mean model.path?"):  # fmt: skip
+        assert part in result.stderr
+
+
+def test_a_bad_row_is_exit_2_and_leaves_no_run_directory(workshop):
+    write_jsonl(workshop.rows, [*pairs(3), {"question": "q", "answer": None}])
+    result = workshop.launch()
+    assert result.returncode == 2
+    assert f"{workshop.rows}:4: column 'answer' should be text, got null" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not workshop.run_dir().exists()
+
+
+def test_divergence_stops_before_the_weights_move_and_names_step_rate_and_rows(workshop):
+    """Weights of 1e30 overflow float32 in the first product."""
+    base = workshop.train("base")
+    from safetensors.torch import load_file, save_file
+
+    path = base / "model/model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] *= 1e38
+    save_file(tensors, path, metadata={"format": "pt"})
+    pretrained = {
+        "model__init": "pretrained",
+        "model__path": str(base / "model"),
+        "model__config": None,
+        "model__tokenizer": None,
+    }
+    with pytest.raises(
+        TrainingDiverged, match=r"step 1: loss (nan|inf).*learning rate 0.01; its rows: .*rows.jsonl:\d+"
+    ):
+        workshop.train("diverged", **pretrained)
+    run = workshop.run_dir("diverged")
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["state"], outcome["step"]) == ("failed", 0)
+    assert not list((run / "checkpoints").iterdir())
+    assert not (run / "model").exists()
+    assert workshop.launch("diverged", **pretrained).returncode == 1
+
+
+def pretrained_of(workshop, **changes):
+    base = workshop.train("base", **changes)
+    return {
+        "model__init": "pretrained",
+        "model__path": str(base / "model"),
+        "model__config": None,
+        "model__tokenizer": None,
+    }
+
+
+def test_an_unknown_target_module_is_named_with_the_nearest(workshop):
+    with pytest.raises(ModelError, match="no linear layer is called 'q_prj'.*did you mean q_proj?"):
+        workshop.train(**pretrained_of(workshop), adapter__kind="lora", adapter__target_modules=["q_prj", "v_proj"])
+
+
+def test_a_target_pattern_that_matches_nothing_is_an_error(workshop):
+    with pytest.raises(ModelError, match=r"adapter.target_modules: '\.\*nothing'"):
+        workshop.train(**pretrained_of(workshop), adapter__kind="lora", adapter__target_modules=".*nothing")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_an_error(workshop):
+    with pytest.raises(ModelError, match="ids up to 260, but the embedding has 200 rows"):
+        workshop.train(model__config={**TINY_LLAMA, "vocab_size": 200})
+
+
+def test_a_model_that_is_not_there_is_an_error(workshop):
+    with pytest.raises(ModelError, match="tokenizer '/no/such/folder' cannot be loaded"):
+        workshop.train(
+            model__init="pretrained", model__path="/no/such/folder", model__config=None, model__tokenizer=None
+        )
+
+
+def test_weights_that_are_missing_are_an_error_not_random(workshop):
+    settings = pretrained_of(workshop)
+    from safetensors.torch import load_file, save_file
+
+    path = workshop.run_dir("base") / "model/model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match="1 weights are missing .*model.layers.1.mlp.up_proj.weight; they would be random"
+    ):
+        workshop.train(**settings)
+
+
+def test_flash_attention_without_a_gpu_is_an_error(workshop):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ModelError, match="flash_attention_2 needs a CUDA device"):
+        workshop.train(model__attention="flash_attention_2")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        workshop.train(train__precision="fp16")
+
+
+def test_packing_a_model_that_cannot_keep_documents_apart_is_an_error(workshop):
+    """Mamba's state runs through the whole row."""
+    mamba = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    with pytest.raises(UserError, match="can only train padded batches"):
+        workshop.train(model__config=mamba, data__packing=True)
+
+
+def test_a_model_that_leaks_between_documents_fails_before_the_first_step(workshop, monkeypatch):
+    """An attention that ignores the bounds, as plain causal attention over a pack would."""
+    from transformers import AttentionInterface
+
+    from finetune.models import attention
+
+    def leaking(module, query, key, value, mask, cu_seq_lens_q=None, **keywords):
+        whole = torch.tensor([0, query.shape[2]], dtype=torch.int32)
+        return attention.attend_within_documents(module, query, key, value, mask, cu_seq_lens_q=whole, **keywords)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "documents", leaking)
+    with pytest.raises(ModelError, match="lets a document see the one before it"):
+        workshop.train(data__packing=True)
+    assert not workshop.run_dir().exists()
+
+
+def test_a_directory_that_is_no_run_is_not_touched(workshop):
+    workshop.run_dir().mkdir(parents=True)
+    (workshop.run_dir() / "thesis.txt").write_text("precious")
+    with pytest.raises(RunDirectoryError, match="exists and is not a run directory"):
+        workshop.train()
+    assert [p.name for p in workshop.run_dir().iterdir()] == ["thesis.txt"]
+
+
+def test_an_output_directory_that_is_a_file_is_an_error(workshop):
+    (workshop.folder / "runs").write_text("a file")
+    with pytest.raises(RunDirectoryError, match="cannot be written"):
+        workshop.train()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_directory_without_permission_is_an_error(workshop):
+    (workshop.folder / "runs").mkdir()
+    os.chmod(workshop.folder / "runs", stat.S_IRUSR)
+    with pytest.raises(RunDirectoryError, match="no permission"):
+        workshop.train()
+
+
+def test_resume_never_refuses_where_there_are_checkpoints(workshop):
+    workshop.train()
+    with pytest.raises(RunDirectoryError, match="checkpoint.resume is never"):
+        workshop.train(checkpoint__resume="never")
+
+
+def test_evaluation_rows_that_are_training_rows_are_an_error(workshop):
+    copy = workshop.folder / "copy.jsonl"
+    copy.write_bytes(workshop.rows.read_bytes())
+    with pytest.raises(DataError, match="holds the same rows as data.train"):
+        workshop.train(data__eval=str(copy))
+
+
+def test_sft_on_plain_text_is_an_error(workshop):
+    write_jsonl(workshop.rows, [{"text": "only text"}])
+    with pytest.raises(DataError, match=r"rows.jsonl:1.*use objective.kind: clm"):
+        workshop.train()
+
+
+def test_stopping_is_learned_when_pad_is_eos(workshop, bytes_tokenizer):
+    """The tuned model ends its answer, although every pad is the same token as the end."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = workshop.folder / "tokenizer"
+    bytes_tokenizer.pad_token = bytes_tokenizer.eos_token
+    bytes_tokenizer.save_pretrained(folder)
+    write_jsonl(workshop.rows, [{"question": q, "answer": "ok"} for q in ("a", "bb", "c c c", "dd dd dd dd")])
+    run = workshop.train(model__tokenizer=str(folder), model__attention="sdpa", train__global_batch_size=4, train__micro_batch_size=4, train__epochs=60, train__max_steps=60)  # fmt: skip
+    model, tokenizer = (c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "bb"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert out.tolist() == [*tokenizer("ok")["input_ids"], tokenizer.eos_token_id]
