@@ -48,11 +48,10 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path} has checkpoints, and checkpoint.resume is never; set it to auto, or choose another run.name"
             )
-        writable = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
-        if not os.access(writable, os.W_OK):
-            raise RunDirectoryError(
-                f"{self.path} cannot be written: no permission in {writable}; choose another run.dir"
-            )
+        nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            why = "no permission in" if nearest.is_dir() else "there is a file called"
+            raise RunDirectoryError(f"{self.path} cannot be written: {why} {nearest}; choose another run.dir")
 
     def create(self, config: Config) -> None:
         """Make the directory and write the resolved config. Raises RunDirectoryError."""
