@@ -47,18 +47,18 @@ def vocabulary(count: int, random: random.Random) -> list[str]:
         if random.random() < 0.05:
             word = random.choice([o for o in ONSETS if o not in ("qu", "y")]) + "y" + random.choice(["", *CODAS])
         else:
-            syllables = random.choices([1, 2, 3], weights=[3, 5, 2])[0]
+            syllables = random.choices([1, 2, 3], weights=[4, 5, 1])[0]
             word = "".join(
                 random.choice(["", *ONSETS] if i == 0 else ONSETS) + random.choice(VOWELS) for i in range(syllables)
             ) + random.choice(["", *CODAS])
-        if 2 <= len(word) <= 9:
+        if 2 <= len(word) <= 8:
             words.add(word)
     return sorted(words)
 
 
 def sentence(words: list[str], random: random.Random) -> str:
-    chosen = random.choices(words, k=random.randint(2, 5))
-    if len(chosen) > 3 and random.random() < 0.3:
+    chosen = random.choices(words, k=random.randint(2, 4))
+    if len(chosen) > 2 and random.random() < 0.3:
         chosen[1] += ","
     return " ".join(chosen) + random.choice([".", ".", ".", "?", "!"])
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/pig_latin"), help="folder to write to")
     parser.add_argument("--words", type=int, default=12_000, help="size of the vocabulary, all splits together")
-    parser.add_argument("--train", type=int, default=24_000, help="training sentences")
+    parser.add_argument("--train", type=int, default=19_200, help="training sentences")
     parser.add_argument("--held-out", type=int, default=200, help="sentences of dev, and of test")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

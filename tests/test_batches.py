@@ -1,0 +1,275 @@
+"""The same steps whatever the number of processes, every sequence once, and no target across documents."""
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.data.batches import GROUP_STEPS, IGNORE, Batch, Batches, Sequences, plan
+from finetune.data.tokens import Examples
+
+EOS = 1  # also the padding, as in many tokenizers
+LENGTHS = np.random.default_rng(0).integers(2, 30, 53)
+
+
+def examples_of(lengths: np.ndarray) -> Examples:
+    """Example i is [10 + i, random..., EOS], of which the second half is learned."""
+    random = np.random.default_rng(3)
+    parts, supervised = [], []
+    for number, length in enumerate(lengths):
+        parts.append(np.concatenate([[10 + number], random.integers(1000, 2000, length - 2), [EOS]]).astype(np.int32))
+        supervised.append(np.arange(length) >= max(1, length // 2))
+    ends = np.cumsum(lengths)
+    return Examples(
+        np.concatenate(parts), np.concatenate(supervised), ends - lengths, ends, np.arange(len(lengths)) % 2,
+        np.arange(len(lengths)) + 1, ["a.jsonl", "b.jsonl"], "fingerprint", len(lengths), 0, 0,
+    )  # fmt: skip
+
+
+def batches_of(lengths: np.ndarray = LENGTHS, packing: bool = False, **settings) -> Batches:
+    settings = {"seed": 4, "global_batch_size": 8, "micro_batch_size": 2, "pad_id": EOS} | settings
+    return Batches(Sequences(examples_of(lengths), packing, 64, seed=4), **settings)
+
+
+def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, targets) of every document in a micro-batch, fillers left out, read as the model would read them."""
+    found = []
+    if batch.bounds is None:
+        for ids, targets, mask in zip(batch.input_ids, batch.targets, batch.attention_mask.bool()):
+            found.append((ids[mask].tolist(), targets[mask].tolist()))
+    else:
+        for start, end in zip(batch.bounds[:-1], batch.bounds[1:]):
+            found.append((batch.input_ids[0, start:end].tolist(), batch.targets[0, start:end].tolist()))
+    return [document for document in found if document[0] != [EOS, EOS]]
+
+
+def of_example(examples: Examples, number: int) -> tuple[list[int], list[int]]:
+    """What a document should hold: its tokens, and for each the next one where that is learned."""
+    part = slice(examples.starts[number], examples.ends[number])
+    ids, supervised = examples.input_ids[part].tolist(), examples.supervised[part].tolist()
+    return ids, [token if learned else IGNORE for token, learned in zip(ids[1:], supervised[1:])] + [IGNORE]
+
+
+@pytest.fixture(params=[False, True], ids=["end to end", "padded"])
+def padded(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["examples", "packs"])
+def packing(request):
+    return request.param
+
+
+# The plan
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 53, 1000])
+@pytest.mark.parametrize("epoch", [0, 1, 17])
+def test_every_epoch_holds_every_sequence_once(group_by_length, count, epoch):
+    lengths = np.random.default_rng(count).integers(1, 100, count)
+    assert sorted(plan(0, epoch, lengths, 8, group_by_length)) == list(range(count))
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_the_plan_follows_from_seed_and_epoch_alone(group_by_length):
+    def order(seed: int, epoch: int) -> list[int]:
+        return plan(seed, epoch, LENGTHS, 8, group_by_length).tolist()
+
+    first = order(1, 2)
+    np.random.default_rng().random(100)
+    np.random.seed(5)
+    assert order(1, 2) == first
+    assert order(1, 3) != first
+    assert order(2, 2) != first
+
+
+def test_the_plan_leaves_the_lengths_as_they_were():
+    lengths = LENGTHS.copy()
+    plan(0, 0, lengths, 8, True)
+    assert np.array_equal(lengths, LENGTHS)
+
+
+def test_grouping_puts_like_lengths_into_one_step_and_its_steps_in_no_order():
+    lengths = np.random.default_rng(0).integers(1, 1000, 8 * GROUP_STEPS)
+    steps = lengths[plan(0, 0, lengths, 8, True)].reshape(-1, 8)
+    alone = lengths[plan(0, 0, lengths, 8, False)].reshape(-1, 8)
+    assert np.ptp(steps, axis=1).mean() < 0.1 * np.ptp(alone, axis=1).mean()
+    means = steps.mean(axis=1)
+    assert not np.array_equal(means, np.sort(means))
+    assert not np.array_equal(means, np.sort(means)[::-1])
+
+
+def test_grouping_keeps_an_incomplete_step_last_and_random():
+    lengths = np.arange(8 * 3 + 5)
+    last = {tuple(plan(0, epoch, lengths, 8, True)[24:]) for epoch in range(5)}
+    assert len(last) == 5
+
+
+# Steps and processes
+
+
+def test_the_steps_of_an_epoch_hold_every_sequence_once(packing):
+    batches = batches_of(packing=packing)
+    for epoch in range(3):
+        steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+        chosen = np.concatenate([batches.of_step(step) for step in steps])
+        assert sorted(chosen) == list(range(len(batches.sequences)))
+        assert all(len(batches.of_step(step)) == 8 for step in steps[:-1])
+
+
+def test_a_step_is_the_same_whenever_it_is_asked_for():
+    """Resuming at a step, going back to it and arriving at it give the same sequences."""
+    arrived, jumped = batches_of(), batches_of()
+    orders = [arrived.of_step(step).tolist() for step in range(20)]
+    assert [jumped.of_step(step).tolist() for step in (19, 0, 7, 13)] == [orders[step] for step in (19, 0, 7, 13)]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+@pytest.mark.parametrize("step", [0, 2, 4], ids=["first", "last of an epoch", "in the next"])
+def test_any_number_of_processes_makes_the_same_step(num_processes, micro_batch_size, step, padded, packing):
+    """53 examples in steps of 24: the third is incomplete. Packed there are fewer, and the steps are of 12."""
+    size = 12 if packing else 24
+    shared = {"global_batch_size": size, "padded": padded, "packing": packing}
+    whole = batches_of(**shared, micro_batch_size=size)
+    ranks = [
+        batches_of(**shared, micro_batch_size=micro_batch_size, rank=rank, num_processes=num_processes).at(step)
+        for rank in range(num_processes)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    members = [example for sequence in whole.of_step(step) for example in whole.sequences.members(sequence)]
+    expected = sorted(of_example(whole.sequences.examples, example) for example in members)
+    together = [batch for batches in ranks for batch in batches]
+    assert sorted(document for batch in together for document in documents(batch)) == expected
+    assert sum(batch.num_tokens for batch in together) == sum(len(ids) for ids, _ in expected)
+    assert sum(batch.num_supervised for batch in together) == sum(
+        target != IGNORE for _, targets in expected for target in targets
+    )
+
+
+def test_an_incomplete_last_step_gives_each_process_as_many_micro_batches(padded):
+    """5 sequences for 4 processes of 2: the last has none of its own and goes through the model all the same."""
+    lengths = LENGTHS[:13]
+    ranks = [batches_of(lengths, rank=rank, num_processes=4, padded=padded) for rank in range(4)]
+    assert [len(rank.of_step(1)) for rank in ranks] == [5] * 4
+    held = [[len(documents(batch)) for batch in rank.at(1)] for rank in ranks]
+    assert held == [[2], [2], [1], [0]]
+
+
+def test_a_filler_teaches_nothing(padded):
+    (filler,) = batches_of(LENGTHS[:13], rank=3, num_processes=4, padded=padded).at(1)
+    assert (filler.num_tokens, filler.num_supervised) == (0, 0)
+    assert (filler.targets == IGNORE).all()
+    assert filler.input_ids.numel() > 0
+
+
+def test_an_epoch_is_its_steps_one_after_the_other(padded):
+    batches = batches_of(padded=padded)
+    steps = list(batches.epoch(1))
+    assert len(steps) == batches.steps_per_epoch == 7
+    for number, step in enumerate(steps):
+        for one, other in zip(step, batches.at(7 + number), strict=True):
+            assert torch.equal(one.input_ids, other.input_ids)
+    assert sum(len(documents(batch)) for step in steps for batch in step) == len(LENGTHS)
+
+
+def test_the_rows_of_a_step_are_named_by_file_and_line(packing):
+    batches = batches_of(packing=packing)
+    members = [example for sequence in batches.of_step(1) for example in batches.sequences.members(sequence)]
+    assert batches.places(1) == [f"{'ab'[example % 2]}.jsonl:{example + 1}" for example in members]
+    assert len(batches.places(1)) >= 8
+
+
+# Layout
+
+
+def test_targets_are_the_next_learned_tokens_and_never_cross_a_document(padded, packing):
+    batches = batches_of(padded=padded, packing=packing)
+    seen = 0
+    for step in batches.epoch():
+        for batch in step:
+            for ids, targets in documents(batch):
+                assert (ids, targets) == of_example(batches.sequences.examples, ids[0] - 10)
+                assert targets[-1] == IGNORE
+                seen += 1
+    assert seen == len(LENGTHS)
+
+
+def test_padded_and_end_to_end_hold_the_same_pairs_of_token_and_target(packing):
+    for one, other in zip(
+        batches_of(packing=packing).epoch(), batches_of(packing=packing, padded=True).epoch(), strict=True
+    ):
+        for laid, rectangle in zip(one, other, strict=True):
+            assert documents(laid) == documents(rectangle)
+            assert (laid.num_tokens, laid.num_supervised) == (rectangle.num_tokens, rectangle.num_supervised)
+
+
+def test_padding_is_masked_by_position_so_that_an_eos_is_still_seen():
+    """The padding has the id of the EOS that ends every document."""
+    for step in batches_of(padded=True).epoch():
+        for batch in step:
+            lengths = batch.attention_mask.sum(dim=1)
+            assert lengths.sum() == batch.num_tokens
+            for ids, targets, mask, length in zip(batch.input_ids, batch.targets, batch.attention_mask, lengths):
+                assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+                assert ids[length - 1] == EOS
+                assert targets[length - 2] == EOS, "stopping is learned"
+                assert (ids[length:] == EOS).all()
+                assert (targets[length:] == IGNORE).all()
+
+
+def test_positions_begin_anew_in_every_document(packing):
+    for step in batches_of(packing=packing).epoch():
+        for batch in step:
+            lengths = batch.bounds.diff().tolist()
+            assert batch.position_ids[0].tolist() == [position for n in lengths for position in range(n)]
+            assert batch.longest == max(lengths)
+
+
+def test_positions_of_a_padded_batch_count_from_0():
+    for batch in batches_of(padded=True).at(0):
+        assert torch.equal(batch.position_ids, torch.arange(batch.longest).expand_as(batch.input_ids))
+
+
+def test_a_batch_is_called_as_transformers_calls_it(padded):
+    batch = batches_of(padded=padded).at(0)[0]
+    inputs = batch.model_inputs()
+    assert inputs["input_ids"].dtype == inputs["position_ids"].dtype == batch.targets.dtype == torch.int64
+    assert inputs["use_cache"] is False
+    assert inputs["input_ids"].shape == inputs["position_ids"].shape == batch.targets.shape
+    if padded:
+        assert inputs["attention_mask"].shape == inputs["input_ids"].shape
+        assert "cu_seq_lens_q" not in inputs
+    else:
+        assert "attention_mask" not in inputs, "a mask of ones would let documents see each other"
+        assert inputs["cu_seq_lens_q"].dtype == torch.int32
+        assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == batch.bounds.tolist()
+        assert inputs["max_length_q"] == inputs["max_length_k"] == batch.longest
+        assert batch.bounds[-1] == batch.input_ids.shape[1]
+
+
+def test_a_micro_batch_has_the_sequences_it_is_said_to_have(padded):
+    for batch in batches_of(micro_batch_size=4, padded=padded).at(0):
+        assert len(documents(batch)) == 4
+
+
+def test_a_pack_is_a_sequence_of_at_most_max_length_tokens():
+    batches = batches_of(packing=True)
+    assert len(batches.sequences) < len(LENGTHS)
+    assert batches.sequences.lengths.max() <= 64
+    for sequence in range(len(batches.sequences)):
+        assert sum(len(ids) for ids, _ in batches.sequences.documents(sequence)) == batches.sequences.lengths[sequence]
+
+
+def test_grouping_by_length_pads_less():
+    def padding(group_by_length: bool) -> int:
+        batches = batches_of(padded=True, micro_batch_size=8, group_by_length=group_by_length)
+        return sum(batch.input_ids.numel() - batch.num_tokens for step in batches.epoch() for batch in step)
+
+    assert padding(True) < 0.5 * padding(False)
+
+
+def test_one_sequence_makes_one_step(padded):
+    batches = batches_of(np.array([5]), padded=padded)
+    assert batches.steps_per_epoch == 1
+    assert [len(documents(batch)) for batch in batches.at(3)] == [1]

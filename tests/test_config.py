@@ -1,0 +1,629 @@
+"""The run config: strict, documented, and every problem at once."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from conftest import ROOT, TINY_LLAMA
+
+from finetune import config as configs
+from finetune.config import Config
+from finetune.errors import ConfigError
+
+COMPLETE: dict[str, Any] = {"run": {"name": "a"}, "model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
+FIELDS = [
+    f"{section}.{name}" for section, field in Config.model_fields.items() for name in field.annotation.model_fields
+]
+EVERYTHING: dict[str, Any] = {
+    "run": {"name": "all-2.5_b", "dir": "/some/where", "seed": 7},
+    "model": {"path": "some/model", "revision": "main", "tokenizer": "bytes", "dtype": "bfloat16", "attention": "sdpa", "trust_remote_code": True},
+    "adapter": {"kind": "lora", "r": 4, "alpha": 8.5, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+    "data": {
+        "train": ["a.jsonl", "owner/name:train"], "eval": ["b.jsonl"], "format": "question_answer",
+        "columns": {"question": "Patient", "answer": "Doctor"}, "system_prompt": "Bleib höflich:\n- kurz\n- \"klar\" 🙂\n",
+        "template": "alpaca", "loss_on": "last_turn", "max_length": 77, "truncation": "drop", "group_by_length": True,
+    },
+    "optimizer": {"lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1},
+    "schedule": {"kind": "cosine", "warmup_steps": 3, "min_lr_fraction": 0.1},
+    "train": {"epochs": 2, "max_steps": 9, "global_batch_size": 12, "micro_batch_size": 3, "precision": "bf16", "max_grad_norm": None},
+    "checkpoint": {"every_steps": 5, "every_minutes": None, "keep_last": 1, "resume": "never"},
+    "evaluation": {"every_steps": 4, "micro_batch_size": 2},
+    "tracking": {"log_every_steps": 2},
+}  # fmt: skip
+
+
+def changed(base: dict[str, Any] = COMPLETE, **changes: Any) -> dict[str, Any]:
+    """A nested config with section__field=value set in it; a value of ... takes the key away."""
+    values = {section: dict(fields) for section, fields in base.items()}
+    for key, value in changes.items():
+        section, name = key.split("__")
+        values.setdefault(section, {})[name] = value
+        if value is ...:
+            del values[section][name]
+    return values
+
+
+def problems_of(values: dict[str, Any]) -> list[str]:
+    """One line for each problem that loading reports."""
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(values)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+@pytest.fixture
+def parse(tmp_path: Path):
+    """Parse the text of a YAML file together with words of a command line."""
+
+    def parse(text: str, *words: str) -> Config:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return configs.parse(["--config", str(path), *words])[0]
+
+    return parse
+
+
+@pytest.fixture
+def refusal(parse):
+    """What the user reads about a YAML file and a command line that cannot be taken."""
+
+    def refusal(text: str, *words: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            parse(text, *words)
+        return str(caught.value)
+
+    return refusal
+
+
+def test_every_problem_is_reported_at_once(refusal):
+    message = refusal(
+        """
+        run: {name: "no/slash", sed: 1}
+        model: {path: some/model, dtype: int8}
+        data: {truncation: split}
+        optimizer: {lr: -1, betas: [0.9]}
+        train: {global_batch_size: 6, micro_batch_size: 4}
+        """,
+        "--train.epochs", "none", "--modl.path", "x",
+    )  # fmt: skip
+    keys = [line.split(":")[0].strip() for line in message.splitlines()[1:]]
+    assert sorted(keys) == sorted(
+        [
+            "run.name", "run.sed", "model.dtype", "data.train", "data.truncation", "optimizer.lr", "optimizer.betas",
+            "train.global_batch_size", "train.epochs", "--modl.path",
+        ]
+    )  # fmt: skip
+    assert message.startswith("10 problems in ")
+    assert "run.yaml" in message.splitlines()[0]
+
+
+def test_missing_sections_and_fields_are_named():
+    assert problems_of({"model": {"path": "m"}, "data": {}}) == [
+        "run: required and not given (section run:)",
+        "data.train: required and not given",
+    ]
+
+
+def test_one_wrong_value_is_one_problem():
+    assert len(problems_of(changed(data__train=5))) == 1
+    assert len(problems_of(changed(run__name=5))) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "nearest"),
+    [
+        ("run", "nmae", "run.name"),
+        ("optimizer", "learning_rate", "optimizer.lr"),
+        ("optimizer", "wieght_decay", "optimizer.weight_decay"),
+        ("data", "max_len", "data.max_length"),
+        ("model", "seed", "run.seed"),
+        ("train", "lr", "optimizer.lr"),
+        ("train", "grad_checkpointing", "train.gradient_checkpointing"),
+        ("adapter", "lora_alpha", "adapter.alpha"),
+        ("tracking", "log_every", "tracking.log_every_steps"),
+    ],
+)
+def test_a_misspelt_key_gets_the_nearest_valid_name(section, key, nearest):
+    assert problems_of(changed(**{f"{section}__{key}": 1})) == [
+        f"{section}.{key}: unknown key; did you mean {nearest}?"
+    ]
+
+
+@pytest.mark.parametrize(("key", "field"), [("lr", "optimizer.lr"), ("seed", "run.seed"), ("max_length", "data.max_length")])  # fmt: skip
+def test_a_field_outside_its_section_is_told_where_it_belongs(key, field):
+    assert problems_of({**COMPLETE, key: 1}) == [f"{key}: unknown key; did you mean {field}?"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("schedul", "schedule"), ("optimiser", "optimizer"), ("trian", "train"), ("adaptor", "adapter"), ("eval", "data.eval")],
+)  # fmt: skip
+def test_a_misspelt_section_gets_the_nearest_section(wrong, right):
+    (problem,) = problems_of({**COMPLETE, wrong: {"kind": "cosine"}})
+    assert re.search(rf"^{wrong}: unknown key; did you mean {re.escape(right)}[?:]", problem)
+
+
+@pytest.mark.parametrize(
+    ("word", "nearest"),
+    [
+        ("--optimizer.lrr", "optimizer.lr"),
+        ("--optimizer.lrr=3", "optimizer.lr"),
+        ("--lr", "optimizer.lr"),
+        ("--schedul.kind", "schedule.kind"),
+        ("--optimiser.kind", "optimizer.kind"),
+        ("--evaluate.every_steps", "evaluation.every_steps"),
+        ("--data.max-length", "data.max_length"),
+    ],
+)
+def test_a_misspelt_option_gets_the_nearest_valid_name(refusal, word, nearest):
+    message = refusal(yaml.safe_dump(COMPLETE), word, "cosine")
+    assert f"{word.split('=')[0]}: unknown option; did you mean {nearest}?" in message
+    assert message.startswith("1 problem in ")
+
+
+def test_a_key_like_no_other_is_shown_the_sections():
+    (problem,) = problems_of({**COMPLETE, "zzz": {}})
+    assert all(section in problem for section in Config.model_fields)
+
+
+def test_a_misspelt_column_is_refused():
+    """data.columns maps names of ours: one that no format has would leave a column unread, without a word."""
+    (problem,) = problems_of(changed(data__format="instruction", data__columns={"inptu": "Context"}))
+    assert "data.columns" in problem
+    assert "inptu" in problem
+    assert re.search(r"\binput\b", problem)
+
+
+def test_a_stray_word_is_refused(refusal):
+    assert "'run2.yaml': stray word" in refusal(yaml.safe_dump(COMPLETE), "run2.yaml")
+
+
+@pytest.mark.parametrize("text", ["run: {name: a, name: b}", "run: {name: a}\ndata: {train: x}\nrun: {seed: 1}"])
+def test_a_key_given_twice_is_refused_with_its_line(refusal, text):
+    key, line = ("name", 1) if "name: b" in text else ("run", 3)
+    message = refusal(text)
+    assert f"line {line}: '{key}' is given twice" in message
+    assert "run.yaml" in message
+
+
+@pytest.mark.parametrize(
+    ("written", "number"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("2.5e-5", 2.5e-5), (".5", 0.5), ("1", 1.0), ("+1e0", 1.0)]
+)
+def test_a_number_is_a_number_however_it_is_written(parse, written, number):
+    text = yaml.safe_dump(COMPLETE)
+    assert parse(f"{text}\noptimizer: {{lr: {written}}}").optimizer.lr == number
+    assert parse(text, "--optimizer.lr", written).optimizer.lr == number
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("run: [", "not valid YAML"),
+        ("- a\n- b", "expected sections"),
+        ("just words", "expected sections"),
+        ("", "expected sections"),
+        ("run: {name: {{ name }}}", "name"),  # a placeholder of Helm or Jinja that was never filled in
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_by_name(refusal, text, says):
+    message = refusal(text)
+    assert "run.yaml" in message
+    assert says in message
+
+
+def test_a_config_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot read the config"):
+        configs.parse(["--config", str(tmp_path / "absent.yaml")])
+
+
+def test_a_config_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"run: {name: caf\xe9}")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot read the config"):
+        configs.parse(["--config", str(tmp_path / "latin.yaml")])
+
+
+def test_the_command_line_wins_over_the_file(parse):
+    config = parse(yaml.safe_dump(changed(optimizer__lr=1.0, run__seed=3)), "--optimizer.lr", "1e-3", "--run.seed=4")
+    assert (config.optimizer.lr, config.run.seed) == (1e-3, 4)
+
+
+def test_a_config_needs_no_file():
+    config, check = configs.parse(["--run.name", "a", "--model.path", "m", "--data.train", "rows.jsonl", "--check"])
+    assert config == configs.from_dict(changed(model__path="m"))
+    assert check
+
+
+@pytest.mark.parametrize(
+    ("option", "word", "value"),
+    [
+        ("data.train", "a.jsonl", "a.jsonl"),
+        ("data.train", "[a.jsonl, b.jsonl]", ["a.jsonl", "b.jsonl"]),
+        ("run.name", "5e-5", "5e-5"),
+        ("run.name", "2024", "2024"),
+        ("model.revision", "1234567", "1234567"),
+        ("model.revision", "null", None),
+        ("data.columns", "{question: Patient}", {"question": "Patient"}),
+        ("data.system_prompt", "yes", "yes"),
+        ("data.system_prompt", "Answer: yes or no", "Answer: yes or no"),
+        ("data.system_prompt", "Answer: yes or no: nothing else", "Answer: yes or no: nothing else"),
+        ("data.system_prompt", "'Quoted' and not", "'Quoted' and not"),
+        ("data.system_prompt", "@home #1", "@home #1"),
+        ("data.template", "[INST].jinja", "[INST].jinja"),
+        ("run.dir", "*runs", "*runs"),
+        ("train.max_grad_norm", "null", None),
+        ("train.gradient_checkpointing", "true", True),
+        ("optimizer.betas", "[0.8, 0.9]", [0.8, 0.9]),
+    ],
+)
+def test_a_word_of_the_command_line_has_the_type_of_its_field(parse, option, word, value):
+    config = parse(yaml.safe_dump(COMPLETE), f"--{option}={word}")
+    assert configs.flatten(config.model_dump())[option] == value
+
+
+def test_an_expression_for_modules_needs_no_quotes_of_yaml(parse):
+    text = yaml.safe_dump(changed(adapter__kind="lora"))
+    assert parse(text, "--adapter.target_modules", "[qv]_proj").adapter.target_modules == "[qv]_proj"
+
+
+@pytest.mark.parametrize("word", ["{question: ", "{a: b, a: c}", "[a, b"])
+def test_a_value_that_cannot_be_read_is_refused_by_its_option(refusal, word):
+    assert "data.columns" in refusal(yaml.safe_dump(COMPLETE), "--data.columns", word)
+
+
+def test_an_option_does_not_hide_a_section_of_the_wrong_kind(refusal):
+    assert "optimizer: a section" in refusal(yaml.safe_dump({**COMPLETE, "optimizer": 5}), "--optimizer.lr", "1e-4")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run.name", 5), ("run.name", None), ("run.seed", "1"), ("run.seed", 1.0), ("run.seed", True),
+        ("model.path", 5), ("model.trust_remote_code", "yes"), ("model.config", "llama"),
+        ("adapter.kind", "qlora"), ("adapter.r", 8.0), ("adapter.target_modules", 3),
+        ("data.train", 5), ("data.train", {"a": 1}), ("data.columns", ["a"]), ("data.columns", {"question": 5}),
+        ("data.packing", 1), ("data.format", "chat"), ("data.system_prompt", ["a"]),
+        ("optimizer.lr", "fast"), ("optimizer.lr", "1e-4"), ("optimizer.betas", 0.9), ("optimizer.betas", [0.9]),
+        ("optimizer.betas", [0.9, 0.99, 0.999]), ("train.epochs", 1.5), ("train.max_steps", "3"),
+        ("train.precision", "float16"), ("checkpoint.resume", True), ("evaluation.every_steps", "3"),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type_is_named_with_its_key(key, value):
+    problems = problems_of(changed(**{key.replace(".", "__"): value}))
+    assert {problem.split(":")[0] for problem in problems} == {key}
+    assert "got " in problems[0]
+
+
+@pytest.mark.parametrize("section", ["run", "train", "data"])
+@pytest.mark.parametrize("value", [5, None, ["a"], "text"])
+def test_a_section_that_is_no_mapping_is_named(section, value):
+    problems = problems_of({**COMPLETE, section: value})
+    assert any(problem.startswith(f"{section}: a section with keys of its own, got ") for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run.seed", -1), ("run.seed", 2**31), ("run.name", ""), ("run.name", "../up"), ("run.name", "a b"),
+        ("adapter.r", 0), ("adapter.alpha", 0), ("adapter.dropout", 1.0), ("adapter.dropout", -0.1),
+        ("data.eval_fraction", 1.0), ("data.eval_fraction", -0.5), ("data.max_length", 0), ("data.max_length", -8),
+        ("optimizer.lr", 0), ("optimizer.lr", -1e-4), ("optimizer.betas", [0.9, 1.0]), ("optimizer.betas", [-0.1, 0.9]),
+        ("optimizer.eps", 0), ("optimizer.weight_decay", -0.1), ("schedule.warmup_steps", -1),
+        ("schedule.min_lr_fraction", 1.1), ("train.epochs", 0), ("train.max_steps", 0), ("train.global_batch_size", 0),
+        ("train.micro_batch_size", -2), ("train.max_grad_norm", 0), ("checkpoint.every_steps", 0),
+        ("checkpoint.every_minutes", 0), ("checkpoint.keep_last", 0), ("evaluation.every_steps", 0),
+        ("evaluation.micro_batch_size", 0), ("tracking.log_every_steps", 0),
+        ("data.max_length", 1),  # a token and the one it predicts are two
+    ],
+)  # fmt: skip
+def test_an_impossible_number_is_refused(key, value):
+    problems = problems_of(changed(adapter__kind="lora", **{key.replace(".", "__"): value}))
+    assert [problem.split(":")[0] for problem in problems] == [key]
+
+
+NUMBERS = [
+    f"{section}.{name}" for section, field in Config.model_fields.items()
+    for name, inner in field.annotation.model_fields.items() if "float" in str(inner.annotation)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_no_number_may_be_infinite_or_undefined(key, value):
+    section, name = key.split(".")
+    value = [value, value] if name == "betas" else value
+    problems = problems_of(changed(**{f"{section}__{name}": value}))
+    assert {problem.split(":")[0] for problem in problems} == {key}
+
+
+def test_whole_numbers_stand_for_fractions():
+    config = configs.from_dict(changed(adapter__kind="lora", adapter__alpha=8, optimizer__lr=1))
+    assert (config.adapter.alpha, config.optimizer.lr) == (8.0, 1.0)
+
+
+@pytest.mark.parametrize(("whole", "micro"), [(8, 3), (4, 8), (7, 2)])
+def test_batch_sizes_that_do_not_divide_are_refused(whole, micro):
+    (problem,) = problems_of(changed(train__global_batch_size=whole, train__micro_batch_size=micro))
+    assert problem == f"train.global_batch_size: {whole} is not a multiple of train.micro_batch_size {micro}"
+
+
+@pytest.mark.parametrize(
+    ("whole", "micro", "processes", "times"), [(8, 1, 1, 8), (8, 2, 1, 4), (8, 2, 4, 1), (24, 3, 2, 4)]
+)
+def test_accumulation_is_what_is_left_of_the_global_batch(whole, micro, processes, times):
+    config = configs.from_dict(changed(train__global_batch_size=whole, train__micro_batch_size=micro))
+    assert configs.accumulation(config, processes) == times
+
+
+@pytest.mark.parametrize(("processes", "multiple", "example"), [(3, 6, 12), (5, 10, 10), (8, 16, 16)])
+def test_processes_that_the_batch_cannot_be_split_over_are_refused(processes, multiple, example):
+    config = configs.from_dict(changed(train__global_batch_size=8, train__micro_batch_size=2))
+    with pytest.raises(ConfigError) as caught:
+        configs.accumulation(config, processes)
+    assert f"train.global_batch_size: 8 cannot be split over {processes} processes" in str(caught.value)
+    assert f"a multiple of {multiple}, for example {example}" in str(caught.value)
+
+
+RANDOM = {"model__path": ..., "model__init": "random", "model__config": TINY_LLAMA, "model__tokenizer": "bytes"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"model__path": ...}, "model.path"),
+        ({**RANDOM, "model__path": "m"}, "model.path"),
+        ({**RANDOM, "model__init": "pretrained"}, "model.config"),
+        ({**RANDOM, "model__tokenizer": ...}, "model.tokenizer"),
+        ({**RANDOM, "model__config": {"hidden_size": 8}}, "model.config"),
+        ({**RANDOM, "adapter__kind": "lora"}, "adapter.kind"),
+        ({"data__truncation": "split"}, "data.truncation"),
+        ({"data__format": "text"}, "objective.kind"),
+        ({"data__packing": True, "model__attention": "sdpa"}, "data.packing"),
+        ({"data__packing": True, "model__attention": "eager"}, "data.packing"),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused(changes, key):
+    (problem,) = problems_of(changed(**changes))
+    assert problem.startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"adapter__r": 8}, "adapter.r"),
+        ({"adapter__alpha": 8.0}, "adapter.alpha"),
+        ({"adapter__dropout": 0.1}, "adapter.dropout"),
+        ({"adapter__target_modules": "q_proj"}, "adapter.target_modules"),
+        ({"objective__kind": "clm", "data__loss_on": "last_turn"}, "data.loss_on"),
+        ({"objective__kind": "clm", "data__format": "text", "data__template": "alpaca"}, "data.template"),
+        ({"objective__kind": "clm", "data__format": "text", "data__system_prompt": "s"}, "data.system_prompt"),
+        ({"data__eval": "b.jsonl", "data__eval_fraction": 0.1}, "data.eval_fraction"),
+        ({"data__packing": True, "data__group_by_length": True}, "data.group_by_length"),
+        ({"schedule__kind": "constant", "schedule__min_lr_fraction": 0.1}, "schedule.min_lr_fraction"),
+        ({"evaluation__every_steps": 5}, "evaluation.every_steps"),
+        ({"evaluation__micro_batch_size": 5}, "evaluation.micro_batch_size"),
+        ({"data__text_unit": "paragraph"}, "data.text_unit"),
+        ({**RANDOM, "model__revision": "main"}, "model.revision"),
+        ({**RANDOM, "model__trust_remote_code": True}, "model.trust_remote_code"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_an_error(changes, key):
+    (problem,) = problems_of(changed(**changes))
+    assert problem.startswith(f"{key}: ")
+    assert "ignored" in problem
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        RANDOM,
+        {"model__init": "random"},
+        {"adapter__kind": "lora", "adapter__r": 8},
+        {"objective__kind": "clm", "data__format": "text", "data__truncation": "split", "data__packing": True},
+        {"objective__kind": "clm", "data__train": "a.txt", "data__text_unit": "paragraph"},
+        {"data__eval": "b.jsonl", "evaluation__every_steps": 5},
+        {"data__eval_fraction": 0.1, "evaluation__micro_batch_size": 5},
+        {"schedule__kind": "constant", "schedule__warmup_steps": 5},
+    ],
+)
+def test_settings_that_belong_together_are_accepted(changes):
+    assert list(configs.conflicts(configs.from_dict(changed(**changes)))) == []
+
+
+def test_the_largest_example_sets_every_section():
+    assert configs.from_dict(EVERYTHING).model_dump().keys() == EVERYTHING.keys() | {"objective"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        COMPLETE, EVERYTHING, changed(**RANDOM),
+        *(changed(model__path=text) for text in ("5e-5", "1e5", "08", "0x1f", "1_000", "null", "~", "yes", "1:30", "", " a ", "2024-01-01", "a: b", "#a", "é🙂", "-", "[a]", "1.", ".5", "+5")),
+        changed(run__name="5e-5"), changed(data__system_prompt="two\n\n  lines \n"), changed(data__system_prompt="from a word\u2028processor"), changed(optimizer__eps=1e-30, optimizer__lr=123456789.0),
+    ],
+    ids=lambda values: f"{values['run']['name']} {values['model'].get('path')!r}",
+)  # fmt: skip
+def test_the_resolved_config_reads_back_as_the_same_config(tmp_path, values):
+    config = configs.from_dict(values)
+    (tmp_path / "resolved.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
+    assert configs.from_dict(configs.read_yaml(tmp_path / "resolved.yaml")) == config
+
+
+def test_the_resolved_config_writes_every_field_out():
+    written = yaml.safe_load(configs.to_yaml(configs.from_dict(COMPLETE)))
+    assert list(configs.flatten(written)) == FIELDS
+
+
+def test_the_shipped_configs_are_valid():
+    shipped = sorted((ROOT / "configs").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        configs.parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optimizer__lr": 1e-3}, "optimizer.lr: was 0.0003, now 0.001"),
+        ({"data__train": "c.jsonl"}, "data.train: was [a.jsonl, 'owner/name:train'], now c.jsonl"),
+        ({"train__global_batch_size": 6}, "train.global_batch_size: was 12, now 6"),
+        ({"model__revision": None}, "model.revision: was main, now null"),
+        ({"run__seed": 8}, "run.seed: was 7, now 8"),
+        ({"adapter__r": 5}, "adapter.r: was 4, now 5"),
+    ],
+)
+def test_a_difference_that_makes_another_run_is_named_with_both_values(changes, named):
+    old = configs.from_dict(EVERYTHING).model_dump()
+    assert configs.differences(old, configs.from_dict(changed(EVERYTHING, **changes))) == [named]
+
+
+def test_what_may_change_between_a_run_and_its_resumption_is_no_difference():
+    old = configs.from_dict(EVERYTHING).model_dump()
+    new = changed(
+        EVERYTHING, run__dir="elsewhere", data__cache_dir="/tmp/c", model__attention="eager",
+        train__micro_batch_size=1, train__gradient_checkpointing=True, checkpoint__every_steps=1, checkpoint__keep_last=9,
+        checkpoint__resume="auto", evaluation__every_steps=1, evaluation__micro_batch_size=1, tracking__log_every_steps=9,
+    )  # fmt: skip
+    assert configs.differences(old, configs.from_dict(new)) == []
+
+
+def test_a_saved_config_of_another_version_differs_by_its_keys():
+    old = configs.from_dict(COMPLETE).model_dump()
+    old["data"]["gone"] = 1
+    del old["optimizer"]["eps"]
+    assert configs.differences(old, configs.from_dict(COMPLETE)) == [
+        "data.gone: was 1, now null",
+        "optimizer.eps: was null, now 1.0e-08",
+    ]
+
+
+def test_nothing_changes_a_config_after_it_was_read():
+    config = configs.from_dict(COMPLETE)
+    with pytest.raises(ValueError, match="frozen"):
+        config.optimizer.lr = 1.0
+
+
+def test_reading_leaves_the_given_values_as_they_were():
+    values = changed(data__max_length=0, run__sed=1)
+    before = json.dumps(values)
+    problems_of(values)
+    assert json.dumps(values) == before
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_every_field_is_documented(key):
+    section, name = key.split(".")
+    model = Config.model_fields[section].annotation
+    text = model.model_fields[name].description
+    assert text, f"{key} has no line of documentation"
+    assert text.endswith(".")
+    assert "\n" not in text
+
+
+def imports(process: subprocess.CompletedProcess[str]) -> set[str]:
+    """Modules that a process started with -X importtime has imported."""
+    return {line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")}
+
+
+def train_py(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+
+
+def test_help_names_every_field_and_does_not_wait_for_torch():
+    process = train_py("--help")
+    assert process.returncode == 0
+    assert [key for key in FIELDS if f"--{key} " not in process.stdout] == []
+    text = " ".join(process.stdout.split())
+    for section, field in Config.model_fields.items():
+        for name, inner in field.annotation.model_fields.items():
+            assert " ".join(inner.description.split()[:4]) in text, (
+                f"{section}.{name}: its documentation is not in --help"
+            )
+    assert "finetune.config" in imports(process)
+    assert not {"torch", "transformers", "numpy"} & imports(process)
+
+
+def test_a_wrong_config_ends_with_code_2_before_torch_is_imported(tmp_path):
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(changed(optimizer__lrr=1)))
+    process = train_py("--config", str(tmp_path / "wrong.yaml"))
+    assert process.returncode == 2
+    assert "optimizer.lrr: unknown key; did you mean optimizer.lr?" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert "torch" not in imports(process)
+
+
+def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
+    """Whether a value fits a JSON schema, as far as the run config uses that language."""
+    if "$ref" in schema:
+        return fits(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
+    if "anyOf" in schema:
+        return any(fits(value, option, root) for option in schema["anyOf"])
+    types = {
+        "object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float), "null": type(None)
+    }  # fmt: skip
+    kind = schema.get("type")
+    if kind and (not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "boolean")):
+        return False
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    if "const" in schema and value != schema["const"]:
+        return False
+    if isinstance(value, list):
+        size = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
+        return size and all(fits(item, schema.get("items", {}), root) for item in value)
+    if isinstance(value, dict):
+        known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        return set(schema.get("required", ())) <= value.keys() and all(
+            fits(item, known[key], root) if key in known else (others is True or (others and fits(item, others, root)))
+            for key, item in value.items()
+        )
+    if isinstance(value, str):
+        return re.search(schema.get("pattern", ""), value) is not None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (
+            value >= schema.get("minimum", value) and value <= schema.get("maximum", value)
+            and value > schema.get("exclusiveMinimum", value - 1) and value < schema.get("exclusiveMaximum", value + 1)
+        )  # fmt: skip
+    return True
+
+
+@pytest.mark.parametrize(
+    "values",
+    [COMPLETE, EVERYTHING, changed(**RANDOM), configs.from_dict(COMPLETE).model_dump(), configs.from_dict(EVERYTHING).model_dump()],
+    ids=["complete", "everything", "random", "complete, resolved", "everything, resolved"],
+)  # fmt: skip
+def test_the_schema_accepts_what_the_config_accepts(values):
+    schema = configs.json_schema()
+    assert fits(json.loads(json.dumps(values)), schema, schema)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        changed(run__nmae="a"), changed(data__train=...), changed(run__name="a b"), changed(run__seed="1"), changed(train__epochs=0),
+        changed(optimizer__betas=[0.9]), changed(adapter__kind="qlora"), changed(adapter__dropout=1.0), {**COMPLETE, "trian": {}},
+        changed(data__train={"a": 1}), changed(run__seed=True), changed(data__columns={"question": 5}),
+    ],
+)  # fmt: skip
+def test_the_schema_refuses_what_the_config_refuses(values):
+    schema = configs.json_schema()
+    assert not fits(values, schema, schema)
+    assert problems_of(values)
+
+
+def test_the_schema_describes_every_field():
+    sections = configs.json_schema()["$defs"]
+    described = [
+        key for key in FIELDS if sections[key.split(".")[0].capitalize()]["properties"][key.split(".")[1]].get("description")
+    ]  # fmt: skip
+    assert described == FIELDS
+
+
+def test_the_schema_lists_the_choices_of_a_field():
+    choices = configs.json_schema()["$defs"]["Data"]["properties"]["truncation"]["enum"]
+    assert tuple(choices) == get_args(configs.Data.model_fields["truncation"].annotation)

@@ -1,0 +1,129 @@
+"""The rules of Pig Latin, and a data set whose splits share no word."""
+
+import json
+import random
+import re
+import sys
+
+import pytest
+from conftest import ROOT, read_jsonl
+
+from data_scripts import pig_latin as script
+from data_scripts.pig_latin import pig_latin
+
+
+@pytest.mark.parametrize(
+    ("word", "translation"),
+    [
+        ("apple", "appleway"), ("I", "Iway"), ("a", "away"), ("under", "underway"),
+        ("pig", "igpay"), ("latin", "atinlay"), ("string", "ingstray"), ("three", "eethray"),
+        ("queen", "eenquay"), ("quick", "ickquay"), ("square", "aresquay"), ("squid", "idsquay"), ("qat", "atqay"),
+        ("my", "ymay"), ("sky", "yskay"), ("rhythm", "ythmrhay"), ("gypsy", "ypsygay"), ("myth", "ythmay"), ("fly", "yflay"),
+        ("yes", "esyay"), ("yellow", "ellowyay"), ("day", "ayday"), ("y", "yay"),
+        ("pst", "pstay"), ("hmm", "hmmay"), ("b", "bay"), ("nth", "nthay"),
+    ],
+)  # fmt: skip
+def test_a_word_is_translated_by_the_rule(word, translation):
+    assert pig_latin(word) == translation
+
+
+@pytest.mark.parametrize(
+    ("text", "translation"),
+    [
+        ("Hello", "Ellohay"), ("Apple", "Appleway"), ("My", "Ymay"), ("Queen", "Eenquay"),
+        ("Hello, world!", "Ellohay, orldway!"),
+        ("What is it?  It is  my cat.", "Atwhay isway itway?  Itway isway  ymay atcay."),
+        ("(yes) - no: 42", "(esyay) - onay: 42"),
+        ("line one\nline two", "inelay oneway\ninelay otway"),
+        ("", ""), ("...", "..."), ("123", "123"),
+    ],
+)  # fmt: skip
+def test_capitals_and_punctuation_stay_where_they_are(text, translation):
+    assert pig_latin(text) == translation
+
+
+def test_every_word_is_translated_to_its_own_letters_and_ay():
+    for word in script.vocabulary(500, random.Random(0)):
+        translated = pig_latin(word)
+        assert translated.endswith("ay")
+        added = "way" if word[0] in "aeiou" else "ay"
+        assert sorted(translated) == sorted(word + added)
+
+
+def test_the_vocabulary_has_words_of_every_rule():
+    words = script.vocabulary(2000, random.Random(0))
+    assert len(set(words)) == 2000
+    assert all(re.fullmatch("[a-z]{2,9}", word) for word in words)
+    for pattern in ("[aeiou].*", "qu.*", "[^aeiou]+", "y.*", "str.*"):
+        assert sum(bool(re.fullmatch(pattern, word)) for word in words) >= 5, pattern
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Write the data set into a folder of that name."""
+
+    def make(name: str, *words: str):
+        sizes = ["--words", "400", "--train", "300", "--held-out", "40"]
+        monkeypatch.setattr(sys, "argv", ["pig_latin.py", "--output", str(tmp_path / name), *sizes, *words])
+        script.main()
+        return tmp_path / name
+
+    return make
+
+
+def words_of(path) -> set[str]:
+    return {word for row in read_jsonl(path) for word in re.findall("[a-z]+", row["question"].lower())}
+
+
+def test_no_word_of_one_split_is_in_another(make):
+    folder = make("data")
+    train, dev, test = (words_of(folder / f"{split}.jsonl") for split in ("train", "dev", "test"))
+    assert len(train) > 200
+    assert len(dev) > 20
+    assert len(test) > 20
+    assert not train & dev
+    assert not train & test
+    assert not dev & test
+
+
+def test_the_unlabelled_sentences_are_those_of_training(make):
+    folder = make("data")
+    sentences = (folder / "sentences.txt").read_text().splitlines()
+    assert sentences == [row["question"] for row in read_jsonl(folder / "train.jsonl")]
+
+
+def test_every_row_is_a_sentence_and_its_translation(make):
+    folder = make("data")
+    for split, count in (("train", 300), ("dev", 40), ("test", 40)):
+        found = read_jsonl(folder / f"{split}.jsonl")
+        assert len(found) == count
+        assert all(row == {"question": row["question"], "answer": pig_latin(row["question"])} for row in found)
+        assert all(row["question"][-1] in ".?!" for row in found)
+
+
+def test_the_same_seed_writes_the_same_files(make):
+    def contents(name: str, *words: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in make(name, *words).iterdir()}
+
+    first = contents("a")
+    assert sorted(first) == ["dev.jsonl", "sentences.txt", "test.jsonl", "train.jsonl"]
+    assert contents("b") == first
+    assert contents("c", "--seed", "1") != first
+
+
+def test_the_rows_are_what_the_quickstart_reads(make):
+    from finetune.data import rows
+
+    folder = make("data")
+    assert rows.detect_format(str(folder / "train.jsonl"), "line") == "question_answer"
+    train, dev = rows.sources(str(folder / "train.jsonl"), str(folder / "dev.jsonl"))
+    assert len([rows.to_conversation(row, "question_answer", {}) for row in rows.read(train[0])]) == 300
+    assert len(list(rows.read(dev[0]))) == 40
+
+
+def test_the_script_needs_no_package():
+    """The quickstart makes its data before anything heavy is imported."""
+    source = (ROOT / "data_scripts" / "pig_latin.py").read_text()
+    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
+    assert imported <= set(sys.stdlib_module_names)
+    assert json.__name__ in imported

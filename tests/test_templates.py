@@ -1,0 +1,467 @@
+"""What is trained on is what inference renders, and exactly the answers of it are learned."""
+
+import pytest
+
+from finetune.data import templates
+from finetune.data.rows import Conversation, Message
+from finetune.data.templates import Template
+from finetune.errors import DataError
+
+SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+VOCABULARY = {"<|im_start|>": 1, "<|im_end|>": 2, "<|eot|>": 3, "<start_of_turn>": 4, "<end_of_turn>": 5, "word": 6}
+
+# Chat templates as tokenizers bring them along, each with a habit of its own.
+CHAT = {
+    "header": """\
+{%- for message in messages %}{{ '<|start|>' + message.role + '<|sep|>\n' + message.content + '<|eot|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant<|sep|>\n' }}{% endif %}""",
+    "writes the BOS": """\
+{{- bos_token }}{% for message in messages %}{{ '[' + message.role + '] ' + message.content + '<|eot|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}""",
+    "trims": """\
+{%- for message in messages %}{{ message.role + ': ' + message.content | trim + '<|eot|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
+    "a space before the end of the turn": """\
+{%- for message in messages %}{{ message.role + ': ' + message.content + ' <|eot|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
+    "text after the last turn": """\
+{%- for message in messages %}{{ message.role + ': ' + message.content + '<|eot|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ 'The end.' + eos_token }}{% endif %}""",
+    "marks the content": """\
+{%- for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}
+{%- else %}{{ message.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
+    "marks the turn": """\
+{%- for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|eot|>' }}{% endgeneration %}
+{%- else %}{{ message.content + '<|eot|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
+}
+# What the model should write for an answer, in the built-in templates.
+ANSWERS = {
+    "plain": "{}<|eos|>",
+    "question_answer": "{}<|eos|>",
+    "alpaca": "{}<|eos|>",
+    "llama2": " {} <|eos|>",
+    "chatml": "{}<|im_end|>",
+}
+
+
+def conversation(*said: str, system: str | None = None) -> Conversation:
+    """Turns of user and assistant in turn, after a system message where there is one."""
+    messages = [Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1) for i, text in enumerate(said)]
+    return Conversation(tuple([Message("system", system)] * (system is not None) + messages), "rows.jsonl:3")
+
+
+CONVERSATIONS = {
+    "one turn": conversation("What is 6 x 7?", "42"),
+    "several turns": conversation("Hi", "Hello", "And you?", "Fine.\nThanks", "Bye", "Bye"),
+    "system": conversation("Hi", "Hello", system="Be brief."),
+    "system, several turns": conversation("Hi", "Hello", "Hi", "Hello", system="Be brief."),
+    "the answer stands in the question": conversation("Say: Hello", "Hello", "Again: Hello", "Hello"),
+    "spaces and lines at the ends": conversation(" Hi \n", "\n Hello  \n", "And? ", " Fine "),
+    "text of no template": conversation("{{ messages }} {% if %}", "{# no #} ### Answer:\n[INST] é🙂"),
+    "the prompt of an answer": conversation("Hi", "### Answer:\n### Response:\n", "Hi", "assistant: [assistant]"),
+}
+
+
+def template(name: str) -> Template:
+    """A built-in template, or one of the chat templates above."""
+    if name in CHAT:
+        return templates.load("chat", "messages", CHAT[name], SPECIAL, VOCABULARY)
+    return templates.load(name, "messages", None, SPECIAL, VOCABULARY)
+
+
+def chat(source: str) -> Template:
+    return templates.load("chat", "messages", source, SPECIAL, VOCABULARY)
+
+
+def supervised(template: Template, conversation: Conversation, loss_on: str = "completion") -> list[str]:
+    return [segment.text for segment in template.segments(conversation, loss_on) if segment.supervised]
+
+
+def rendered(template: Template, conversation: Conversation) -> str:
+    return "".join(segment.text for segment in template.segments(conversation))
+
+
+def as_inference_renders(tokenizer, template: Template, messages, add_generation_prompt: bool = False) -> str:
+    """The same messages through the tokenizer, as whoever opens the exported model will do it."""
+    turns = [{"role": m.role, "content": m.content, **({"context": m.context} if m.context else {})} for m in messages]
+    return tokenizer.apply_chat_template(
+        turns, chat_template=template.source, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+
+
+@pytest.fixture(params=[*ANSWERS, *CHAT])
+def each_template(request):
+    return template(request.param)
+
+
+@pytest.fixture(params=CONVERSATIONS)
+def each_conversation(request):
+    return CONVERSATIONS[request.param]
+
+
+def test_the_segments_together_are_the_text_that_inference_renders(each_template, each_conversation, bytes_tokenizer):
+    expected = as_inference_renders(bytes_tokenizer, each_template, each_conversation.messages)
+    for loss_on in ("completion", "last_turn", "all"):
+        assert "".join(s.text for s in each_template.segments(each_conversation, loss_on)) == expected
+
+
+def test_every_prompt_is_what_stands_before_its_answer(each_template, each_conversation, bytes_tokenizer):
+    """At inference the model sees the prompt; in training the supervised text begins right after it."""
+    messages = each_conversation.messages
+    segments = each_template.segments(each_conversation)
+    starts = [len("".join(s.text for s in segments[:i])) for i, s in enumerate(segments) if s.supervised]
+    turns = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    assert len(starts) == len(turns)
+    for turn, start in zip(turns, starts):
+        prompt = each_template.prompt(messages[:turn])
+        assert prompt == rendered(each_template, each_conversation)[:start]
+        assert prompt == as_inference_renders(
+            bytes_tokenizer, each_template, messages[:turn], add_generation_prompt=True
+        )
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_exactly_the_answers_and_the_ends_of_their_turns_are_learned(name, each_conversation):
+    answers = [message.content for message in each_conversation.messages if message.supervised]
+    assert supervised(template(name), each_conversation) == [ANSWERS[name].format(answer) for answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [
+        ("header", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
+        ("writes the BOS", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
+        ("trims", ["Hello<|eot|>", "Fine<|eot|>"]),
+        ("a space before the end of the turn", ["\n Hello  \n <|eot|>", " Fine  <|eot|>"]),
+        ("text after the last turn", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
+        ("marks the content", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
+        ("marks the turn", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
+    ],
+)
+def test_of_a_chat_template_the_answers_and_the_ends_of_their_turns_are_learned(name, answers):
+    assert supervised(template(name), CONVERSATIONS["spaces and lines at the ends"]) == answers
+
+
+def test_only_the_last_answer_is_learned_where_that_is_asked(each_template):
+    whole = CONVERSATIONS["several turns"]
+    assert supervised(each_template, whole, "last_turn") == supervised(each_template, whole)[-1:]
+    assert len(supervised(each_template, whole)) == 3
+
+
+def test_everything_is_learned_where_that_is_asked(each_template, each_conversation):
+    assert supervised(each_template, each_conversation, "all") == [rendered(each_template, each_conversation)]
+
+
+def test_no_segment_is_empty(each_template, each_conversation):
+    assert all(segment.text for segment in each_template.segments(each_conversation))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("plain", "HiHello<|eos|>And?Fine<|eos|>"),
+        ("question_answer", "### Question:\nHi\n\n### Answer:\nHello<|eos|>\n\n### Question:\nAnd?\n\n### Answer:\nFine<|eos|>"),
+        ("llama2", "[INST] Hi [/INST] Hello <|eos|>[INST] And? [/INST] Fine <|eos|>"),
+        ("chatml", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nFine<|im_end|>\n"),
+    ],
+)  # fmt: skip
+def test_the_built_in_templates_are_as_their_models_know_them(name, expected):
+    assert rendered(template(name), conversation("Hi", "Hello", "And?", "Fine")) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("plain", "Be brief.Hi"),
+        ("question_answer", "Be brief.\n\n### Question:\nHi\n\n### Answer:\n"),
+        ("alpaca", "Be brief.\n\nBelow is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nHi\n\n### Response:\n"),
+        ("llama2", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"),
+        ("chatml", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+    ],
+)  # fmt: skip
+def test_a_system_prompt_stands_once_and_first(name, expected):
+    assert template(name).prompt(conversation("Hi", system="Be brief.").messages) == expected
+    whole = rendered(template(name), CONVERSATIONS["system, several turns"])
+    assert whole.count("Be brief.") == 1
+
+
+def instruction(context: str) -> Conversation:
+    return Conversation((Message("user", "Add.", context=context), Message("assistant", "3", supervised=True)), "r:1")
+
+
+def test_alpaca_gives_the_input_of_an_instruction_a_place_of_its_own():
+    assert rendered(template("alpaca"), instruction("1 + 2")) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 + 2\n\n### Response:\n3<|eos|>"
+    )
+    assert "### Input:" not in rendered(template("alpaca"), instruction(""))
+
+
+def test_elsewhere_the_input_of_an_instruction_follows_it():
+    assert template("question_answer").prompt(instruction("1 + 2").messages[:1]) == (
+        "### Question:\nAdd.\n\n1 + 2\n\n### Answer:\n"
+    )
+
+
+def test_an_input_is_rendered_as_inference_renders_it(bytes_tokenizer):
+    whole = instruction("1 + 2")
+    assert rendered(template("alpaca"), whole) == as_inference_renders(
+        bytes_tokenizer, template("alpaca"), whole.messages
+    )
+
+
+def test_alpaca_introduces_itself_once():
+    assert rendered(template("alpaca"), CONVERSATIONS["several turns"]).count("Below is an instruction") == 1
+
+
+def test_plain_text_is_left_as_it_is():
+    text = Conversation((Message("text", " {{ text }}\n", supervised=True),), "r:1")
+    assert template("plain").segments(text, "all") == [templates.Segment(" {{ text }}\n", True)]
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "last_turn"])
+def test_plain_text_has_no_answer_to_learn(loss_on):
+    text = Conversation((Message("text", "words", supervised=True),), "rows.txt:5")
+    with pytest.raises(DataError, match=r"^rows\.txt:5: .* use objective\.kind: clm"):
+        template("plain").segments(text, loss_on)
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [("plain", "<|eos|>"), ("llama2", "<|eos|>"), ("chatml", "<|im_end|>"), *((name, "<|eot|>") for name in CHAT)],
+)
+def test_the_token_that_ends_an_answer_is_known(name, token):
+    assert template(name).stop_token() == token
+
+
+def test_a_template_that_ends_no_turn_says_so_and_only_the_answer_is_learned():
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    assert chat(source).stop_token() is None
+    assert supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine")) == ["Hello", "Fine"]
+
+
+# {% generation %} marks
+
+
+def test_marks_decide_what_is_learned():
+    """The header is inside the marks, as SmolLM3 has it, and so is the line after the turn."""
+    source = (
+        "{%- for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
+        "{% else %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    answers = ["<|im_start|>assistant\nHello<|im_end|>\n", "<|im_start|>assistant\nFine<|im_end|>\n"]
+    assert supervised(chat(source), conversation("Hi", "Hello")) == answers[:1]
+    assert supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine")) == answers
+    assert supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine"), "last_turn") == answers[1:]
+    assert chat(source).stop_token() == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("source", "marked"),
+    [
+        ("{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}", 1),
+        ("{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}", 1),
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", 4),
+    ],
+)  # fmt: skip
+def test_marks_that_are_not_one_around_each_answer_are_refused(source, marked):
+    with pytest.raises(DataError) as caught:
+        chat(source).segments(conversation("a", "b", "c", "d"))
+    assert str(caught.value).startswith("rows.jsonl:3: template 'chat'")
+    assert f"marks {marked} {{% generation %}} blocks for 2 assistant messages" in str(caught.value)
+
+
+def test_marks_may_trim_on_both_sides():
+    source = "{% for m in messages %}{%- if m.role == 'assistant' -%}{%- generation -%}{{ m.content }}{%- endgeneration -%}{% else %}{{ m.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}"
+    assert supervised(chat(source), conversation("Hi", "Hello")) == ["Hello<|eot|>"]
+
+
+# Templates that would train something else than what is asked
+
+
+DROPS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+DROPS_EARLIER = (
+    "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content + '<|eot|>' }}{% endif %}{% endfor %}"
+)
+SHOUTS = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+HIDES_THOUGHTS = """\
+{%- for m in messages %}{% if m.role == 'assistant' and not loop.last %}{{ 'assistant: ' + m.content.split('</think>')[-1] }}
+{%- else %}{{ m.role + ': ' + m.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+POINTS_AT_THE_LAST = """\
+{%- for m in messages %}{{ ('(now) ' if loop.last else '') + m.role + ': ' + m.content + '<|eot|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "said", "says"),
+    [
+        (DROPS, ("Hi", "Hello"), "drops the answer in message 2 ('Hello'); use another data.template"),
+        (DROPS_EARLIER, ("Hi", "Hello", "And?", "Fine"), "drops the answer in message 2 ('Hello')"),
+        (SHOUTS, ("Hi", "Hello"), "drops or rewrites the answer 'Hello'"),
+        (HIDES_THOUGHTS, ("Hi", "<think>hm</think>Hello", "And?", "Fine"), "or data.loss_on: last_turn"),
+        (POINTS_AT_THE_LAST, ("Hi", "Hello"), "renders the prompt of message 2 differently once the answer is there"),
+        (RAISES, ("Hi", "Hello"), "fails: one message only"),
+        ("{{ messages[7].content }}", ("Hi", "Hello"), "fails: "),
+        ("{% for m in messages %}", ("Hi", "Hello"), "fails: "),
+        ("{{ messages | no_such_filter }}", ("Hi", "Hello"), "fails: "),
+        ("{{ 1 + messages }}", ("Hi", "Hello"), "fails: "),
+    ],
+    ids=["drops", "drops an earlier answer", "rewrites", "hides thoughts", "prompt changes", "raises", "undefined", "syntax", "filter", "type"],
+)  # fmt: skip
+def test_a_template_that_would_train_something_else_is_refused(source, said, says):
+    with pytest.raises(DataError) as caught:
+        chat(source).segments(conversation(*said))
+    assert str(caught.value).startswith("rows.jsonl:3: template 'chat'")
+    assert says in str(caught.value)
+
+
+def test_thoughts_of_earlier_turns_may_be_hidden_where_only_the_last_is_learned():
+    whole = conversation("Hi", "<think>hm</think>Hello", "And?", "<think>so</think>Fine")
+    assert supervised(chat(HIDES_THOUGHTS), whole, "last_turn") == ["<think>so</think>Fine<|eot|>"]
+
+
+def test_a_prompt_that_cannot_be_rendered_is_refused():
+    with pytest.raises(DataError, match=r"^prompt: template 'chat' fails: one message only"):
+        chat(RAISES).prompt(conversation("Hi", "Hello").messages)
+
+
+# Finding a template
+
+
+@pytest.mark.parametrize(
+    ("format", "chat_template", "name"),
+    [
+        ("text", None, "plain"),
+        ("text", "{{ x }}", "plain"),
+        ("prompt_completion", "{{ x }}", "plain"),
+        ("question_answer", None, "question_answer"),
+        ("instruction", None, "alpaca"),
+        ("messages", None, "chatml"),
+        ("question_answer", "{{ x }}", "chat"),
+        ("instruction", "{{ x }}", "chat"),
+        ("messages", "{{ x }}", "chat"),
+    ],
+)
+def test_auto_takes_the_chat_template_or_the_usual_one_of_the_format(format, chat_template, name):
+    assert templates.load("auto", format, chat_template, SPECIAL, VOCABULARY).name == name
+
+
+@pytest.mark.parametrize("name", ["chatml", "auto"])
+@pytest.mark.parametrize(
+    ("vocabulary", "missing"),
+    [
+        ({}, "<|im_start|> and <|im_end|>"),
+        ({"<|im_start|>": 1}, "<|im_end|>"),
+        ({"<|im_end|>": 1}, "<|im_start|>"),
+    ],
+)
+def test_chatml_needs_its_tokens(name, vocabulary, missing):
+    with pytest.raises(DataError) as caught:
+        templates.load(name, "messages", None, SPECIAL, vocabulary)
+    assert f"the tokenizer has no {missing}; use question_answer, alpaca or llama2" in str(caught.value)
+
+
+def test_chat_needs_a_chat_template():
+    with pytest.raises(
+        DataError, match=r"data\.template: chat, but the tokenizer has no chat template; use one of plain"
+    ):
+        templates.load("chat", "messages", None, SPECIAL, VOCABULARY)
+
+
+def test_an_unknown_template_is_told_the_known_ones():
+    with pytest.raises(DataError) as caught:
+        templates.load("vicuna", "messages", None, SPECIAL, VOCABULARY)
+    assert "data.template: 'vicuna' is none of auto, chat, plain, question_answer, alpaca, llama2, chatml" in str(
+        caught.value
+    )
+
+
+def test_a_template_is_read_from_a_file(tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(CHAT["header"])
+    own = templates.load(str(path), "messages", "{{ other }}", SPECIAL, VOCABULARY)
+    assert supervised(own, CONVERSATIONS["one turn"]) == ["42<|eot|>"]
+
+
+def test_a_template_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
+    for name in ("absent.jinja", "latin.jinja"):
+        with pytest.raises(DataError, match=rf"data\.template: .*{name}: cannot be read"):
+            templates.load(str(tmp_path / name), "messages", None, SPECIAL, VOCABULARY)
+
+
+def test_a_fingerprint_changes_with_all_that_decides_the_text():
+    base = ("chat", "messages", CHAT["header"], SPECIAL, VOCABULARY)
+    changes = [
+        (*base[:2], CHAT["header"] + " ", SPECIAL, VOCABULARY),
+        (*base[:3], {**SPECIAL, "eos_token": "</s>"}, VOCABULARY),
+        (*base[:4], {**VOCABULARY, "<|other_end|>": 7}),
+    ]
+    prints = {templates.load(*arguments).fingerprint for arguments in [base, *changes]}
+    assert len(prints) == 4
+    assert templates.load(*base).fingerprint in prints
+
+
+# The chat templates of real models
+
+
+def real_template(real_data, name: str) -> Template:
+    source = (real_data / "chat_templates" / f"{name}.jinja").read_text()
+    return templates.load("chat", "messages", source, SPECIAL, VOCABULARY)
+
+
+REAL = {"qwen2.5": "<|im_end|>", "qwen3": "<|im_end|>", "gemma-3": "<end_of_turn>", "smollm3": "<|im_end|>"}
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("case", ["one turn", "several turns", "system", "system, several turns"])
+def test_a_real_template_renders_as_inference_does(real_data, bytes_tokenizer, name, case):
+    own, whole = real_template(real_data, name), CONVERSATIONS[case]
+    assert rendered(own, whole) == as_inference_renders(bytes_tokenizer, own, whole.messages)
+    assert own.stop_token() == REAL[name]
+    for turn, message in enumerate(whole.messages):
+        if message.role == "assistant":
+            assert rendered(own, whole).startswith(own.prompt(whole.messages[:turn]))
+
+
+@pytest.mark.parametrize(
+    ("name", "learned"),
+    [
+        ("qwen2.5", ["Hello<|im_end|>", "Fine<|im_end|>"]),
+        ("qwen3", ["Hello<|im_end|>", "<think>\n\n</think>\n\nFine<|im_end|>"]),  # as Qwen3 itself fills it in
+        ("gemma-3", ["Hello<end_of_turn>", "Fine<end_of_turn>"]),
+        ("smollm3", ["<|im_start|>assistant\nHello<|im_end|>\n", "<|im_start|>assistant\nFine<|im_end|>\n"]),  # its marks
+    ],
+)  # fmt: skip
+def test_of_a_real_template_exactly_the_answers_are_learned(real_data, name, learned):
+    assert supervised(real_template(real_data, name), conversation("Hi", "Hello", "And?", "Fine")) == learned
+
+
+def test_qwen3_hides_earlier_thoughts_so_only_the_last_turn_can_be_learned(real_data):
+    whole = conversation("Hi", "<think>\nhm\n</think>\n\nHello", "And?", "<think>\nso\n</think>\n\nFine")
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: .*data\.loss_on: last_turn"):
+        real_template(real_data, "qwen3").segments(whole)
+    assert supervised(real_template(real_data, "qwen3"), whole, "last_turn") == [
+        "<think>\nso\n</think>\n\nFine<|im_end|>"
+    ]
+
+
+def test_phi3_ends_a_turn_and_then_the_text(real_data):
+    from finetune.config import Model
+    from finetune.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(Model(path=str(real_data / "tokenizers" / "phi-3-mini")))
+    own = templates.load(
+        "auto", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+    )
+    whole = conversation("Hi", "Hello", "And?", "Fine")
+    assert own.name == "chat"
+    assert rendered(own, whole) == as_inference_renders(tokenizer, own, whole.messages)
+    assert supervised(own, whole) == ["Hello<|end|>", "Fine<|end|>"]
+    assert own.stop_token() == "<|end|>"

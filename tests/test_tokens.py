@@ -1,0 +1,649 @@
+"""Labels line up with tokens, stopping is learned, one BOS, and a cache that is never wrong."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, pairs, write_jsonl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from finetune.config import Model
+from finetune.data import rows, templates, tokens
+from finetune.data.rows import Message
+from finetune.data.tokens import Examples
+from finetune.errors import DataError, ModelError
+from finetune.models.load import bytes_tokenizer, load_tokenizer
+
+BUILT_IN = ["plain", "question_answer", "alpaca", "llama2", "chatml"]
+STOPS = {"chatml": "<|im_end|>"}  # the others end an answer with EOS
+CHATML = ["<|im_start|>", "<|im_end|>"]
+TEXTS = [
+    "What is it? It is whatever it is, and the answer to the question.",
+    "### Question:\nWhat\n\n### Answer:\nwhatever\n\n",
+    "the answer\n\n",
+]
+
+
+def adds_bos(tokenizer: Any) -> Any:
+    """The same tokenizer with a BOS before every text, as the tokenizers of Llama and Gemma have it."""
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    return tokenizer
+
+
+def byte_pairs(*merges: tuple[str, str]) -> Any:
+    """Bytes, and these merges; like GPT-2 it has one token for BOS and EOS, here for padding too."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|eos|>", eos_token="<|eos|>", pad_token="<|eos|>",
+        extra_special_tokens=CHATML, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def like_gpt2() -> Any:
+    """Byte-level BPE over words as GPT-2 cuts them, with merges learned from TEXTS."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        TEXTS * 4, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|eos|>", eos_token="<|eos|>", pad_token="<|eos|>",
+        extra_special_tokens=CHATML, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def like_llama() -> Any:
+    """BPE whose spaces are \u2581, put before every text too; bytes for what it does not know; adds a BOS."""
+    merges = [("\u2581", "W"), ("e", "v"), ("t", "ev"), ("e", "r"), ("ev", "er"), ("\u2581", "ever")]
+    symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
+    vocabulary = {symbol: number for number, symbol in enumerate([*symbols, *(a + b for a, b in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return adds_bos(
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>",
+            extra_special_tokens=CHATML, clean_up_tokenization_spaces=False,
+        )
+    )  # fmt: skip
+
+
+TOKENIZERS = {
+    "bytes": bytes_tokenizer,
+    "bytes and BOS": lambda: adds_bos(bytes_tokenizer()),
+    "like GPT-2": like_gpt2,
+    "like Llama": like_llama,
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def each_tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+def template_for(tokenizer: Any, name: str, format: str = "question_answer") -> templates.Template:
+    return templates.load(name, format, None, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+
+
+def chat_for(tokenizer: Any, source: str) -> templates.Template:
+    return templates.load("chat", "messages", source, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+
+
+def options(**changes: Any) -> tokens.Options:
+    return replace(tokens.Options("auto", {}, "line", None, "completion", 1000, "error"), **changes)
+
+
+class Desk:
+    """Writes rows to a file and tokenises them through a cache of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cache = folder, folder / "cache"
+
+    def write(self, values: Sequence[Any], name: str = "rows.jsonl") -> str:
+        return str(write_jsonl(self.folder / name, values))
+
+    def prepare(
+        self, values: Sequence[Any], tokenizer: Any, template: str | templates.Template = "plain", **changes: Any
+    ) -> Examples:
+        template = template_for(tokenizer, template) if isinstance(template, str) else template
+        return tokens.prepare([self.write(values)], template, tokenizer, options(**changes), str(self.cache))
+
+    def refused(self, *arguments: Any, **changes: Any) -> str:
+        """What the user reads about the rows, after file and line of the last of them."""
+        with pytest.raises(DataError) as caught:
+            self.prepare(*arguments, **changes)
+        place = f"{self.folder / 'rows.jsonl'}:{len(arguments[0])}: "
+        assert str(caught.value).startswith(place)
+        return str(caught.value).removeprefix(place)
+
+
+@pytest.fixture
+def desk(tmp_path):
+    return Desk(tmp_path)
+
+
+def of(examples: Examples, number: int = 0) -> tuple[list[int], list[bool]]:
+    """Token ids of one example, and which of them are learned."""
+    part = slice(examples.starts[number], examples.ends[number])
+    return examples.input_ids[part].tolist(), examples.supervised[part].tolist()
+
+
+def learned(tokenizer: Any, ids: list[int], supervised: list[bool]) -> list[str]:
+    """The text of every run of learned tokens, as the model would write it after what stands before."""
+    edges = np.flatnonzero(np.diff([False, *supervised, False]))
+    return [
+        tokenizer.decode(ids[:end]).removeprefix(tokenizer.decode(ids[:start]))
+        for start, end in zip(edges[::2], edges[1::2])
+    ]
+
+
+# One BOS
+
+
+def test_a_bos_is_put_first_exactly_where_the_tokenizer_uses_one(desk):
+    for tokenizer, count in ((bytes_tokenizer(), 0), (adds_bos(bytes_tokenizer()), 1)):
+        for name in BUILT_IN:
+            ids, supervised = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, name))
+            assert ids.count(tokenizer.bos_token_id) == count
+            assert (ids[0] == tokenizer.bos_token_id) == bool(count)
+            assert not supervised[0]
+
+
+def test_plain_text_gets_one_bos_and_one_eos(desk):
+    tokenizer = adds_bos(bytes_tokenizer())
+    ids, supervised = of(desk.prepare([{"text": "ab"}], tokenizer, loss_on="all"))
+    assert tokenizer.decode(ids) == "<|bos|>ab<|eos|>"
+    assert supervised == [False, True, True, True]
+
+
+WRITES_BOS = "{{ bos_token }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+WRITES_BOS_EACH_TIME = "{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
+def test_a_template_that_writes_the_bos_gives_no_second_one(desk, tokenizer):
+    tokenizer = TOKENIZERS[tokenizer]()
+    ids, _ = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, WRITES_BOS)))
+    assert tokenizer.decode(ids) == "<|bos|>user:q<|eos|>assistant:a<|eos|>"
+
+
+def test_a_template_that_writes_several_bos_is_refused(desk):
+    tokenizer = adds_bos(bytes_tokenizer())
+    says = desk.refused([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, WRITES_BOS_EACH_TIME))
+    assert (
+        says
+        == "template 'chat' renders more than one BOS '<|bos|>'; write it once at the start, or leave it to the tokenizer"
+    )
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_where_one_token_is_bos_and_eos_both_are_there(desk, name):
+    tokenizer = adds_bos(byte_pairs())
+    ids, supervised = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, name))
+    assert ids[0] == tokenizer.bos_token_id
+    assert learned(tokenizer, ids, supervised)[-1].endswith(STOPS.get(name, "<|eos|>"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "a <|bos|>", "answer": "b"},
+        {"question": "a", "answer": "<|bos|>b"},
+        {"instruction": "a", "input": "b<|bos|>", "output": "c"},
+        {"messages": [{"role": "system", "content": "<|bos|>"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ],
+)  # fmt: skip
+def test_a_bos_written_in_a_row_is_refused(desk, row):
+    says = desk.refused([row], adds_bos(bytes_tokenizer()))
+    assert says == "the text contains '<|bos|>', a BOS that the tokenizer adds itself; remove it from the row"
+
+
+@pytest.mark.parametrize("token", ["<|eos|>", "<|im_end|>", "<|im_start|>"])
+@pytest.mark.parametrize("column", ["question", "answer"])
+def test_a_control_token_written_in_a_row_is_refused(desk, token, column):
+    row = {"question": "q", "answer": "a"} | {column: f"some{token}thing"}
+    says = desk.refused([{"question": "q", "answer": "a"}, row], bytes_tokenizer(), "chatml")
+    assert says == f"the text contains {token!r}, a control token of the tokenizer; remove it from the row"
+
+
+def test_an_eos_written_in_plain_text_is_refused(desk):
+    assert "'<|eos|>'" in desk.refused([{"text": "a<|eos|>b"}], bytes_tokenizer(), loss_on="all")
+
+
+# What is learned
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_exactly_the_answer_and_the_token_that_stops_are_learned(desk, each_tokenizer, name):
+    row = {"question": "Whatever é🙂 is it?", "answer": "é🙂 so\n\nwhatever ünd 漢字!"}
+    ids, supervised = of(desk.prepare([row], each_tokenizer, name))
+    stop = STOPS.get(name, each_tokenizer.eos_token)
+    (text,) = learned(each_tokenizer, ids, supervised)
+    assert text == (f" {row['answer']} {stop}" if name == "llama2" else row["answer"] + stop)
+    assert ids[np.flatnonzero(supervised)[-1]] == each_tokenizer.convert_tokens_to_ids(stop)
+
+
+def test_stopping_is_learned_where_padding_is_the_eos(desk):
+    tokenizer = byte_pairs()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    for values, changes in (([{"question": "q", "answer": "a"}], {}), ([{"text": "a"}], {"loss_on": "all"})):
+        ids, supervised = of(desk.prepare(values, tokenizer, **changes))
+        assert (ids[-1], supervised[-1]) == (tokenizer.eos_token_id, True)
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "expected"),
+    [("completion", ["Hello<|eos|>", "Fine<|eos|>"]), ("last_turn", ["Fine<|eos|>"]), ("all", ["HiHello<|eos|>And?Fine<|eos|>"])],
+)  # fmt: skip
+def test_of_several_turns_those_that_are_asked_for_are_learned(desk, loss_on, expected):
+    said = ["Hi", "Hello", "And?", "Fine"]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    tokenizer = bytes_tokenizer()
+    assert learned(tokenizer, *of(desk.prepare([{"messages": turns}], tokenizer, loss_on=loss_on))) == expected
+
+
+def test_a_template_that_ends_no_turn_gets_an_eos_that_is_learned(desk):
+    tokenizer = bytes_tokenizer()
+    source = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    ids, supervised = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)))
+    assert tokenizer.decode(ids) == "user: q\nassistant: a\n<|eos|>"
+    assert learned(tokenizer, ids, supervised) == ["a", "<|eos|>"]
+
+
+def test_a_turn_that_its_marks_end_gets_no_second_end(desk):
+    """SmolLM3 marks an answer together with the end of its turn and the line after it."""
+    tokenizer = bytes_tokenizer()
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    )
+    ids, _ = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)))
+    assert tokenizer.decode(ids) == "q<|im_end|>\na<|im_end|>\n"
+
+
+def test_a_tokenizer_that_cannot_stop_is_refused(desk):
+    tokenizer = bytes_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match=r"no EOS token .*; set eos_token"):
+        desk.prepare([{"text": "a"}], tokenizer, loss_on="all")
+
+
+# Where prompt and answer meet
+
+
+MEETINGS = [("What", "ever"), ("What: ", "ever"), ("What:\n\n", "ever"), ("What\n", "\never"), ("Wh\u00e9", "\u00e9t"), ("What?", " ever")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "answer"), MEETINGS)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(desk, each_tokenizer, name, prompt, answer):
+    ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
+    asked = tokens.encode_prompt(template_for(each_tokenizer, name).prompt([Message("user", prompt)]), each_tokenizer)
+    assert ids[: len(asked)] == asked
+    assert not any(supervised[: len(asked)])
+    assert supervised[len(asked)]
+
+
+@pytest.mark.parametrize(("prompt", "answer"), MEETINGS)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_tokens_of_an_example_are_its_text(desk, each_tokenizer, name, prompt, answer):
+    ids, _ = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
+    messages = (Message("user", prompt), Message("assistant", answer, supervised=True))
+    segments = template_for(each_tokenizer, name).segments(rows.Conversation(messages, "r:1"))
+    bos = each_tokenizer.bos_token if tokens.uses_bos(each_tokenizer) else ""
+    assert each_tokenizer.decode(ids).removeprefix(bos).lstrip(" ") == "".join(s.text for s in segments)
+
+
+@pytest.mark.parametrize(
+    ("merge", "prompt", "answer"),
+    [
+        (("a", "b"), "xa", "by"),
+        (("Ġ", "b"), "x ", "by"),
+        (("Ċ", "b"), "x\n", "by"),
+        (("©", "Ã"), "é", "éy"),  # the last byte of one character and the first of the next
+    ],
+)
+def test_no_token_reaches_from_a_prompt_into_its_answer(desk, merge, prompt, answer):
+    tokenizer = byte_pairs(merge)
+    whole = tokenizer(prompt + answer)["input_ids"]
+    apart = tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"]
+    assert len(whole) < len(apart), "the merge must reach over the boundary, or this test shows nothing"
+    ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], tokenizer))
+    assert ids == [*apart, tokenizer.eos_token_id]
+    assert learned(tokenizer, ids, supervised) == [f"{answer}<|eos|>"]
+
+
+def test_a_prompt_gets_one_bos_whether_or_not_its_template_writes_it():
+    tokenizer = adds_bos(bytes_tokenizer())
+    for text in ("a", "<|bos|>a"):
+        assert tokenizer.convert_ids_to_tokens(tokens.encode_prompt(text, tokenizer)) == ["<|bos|>", "a"]
+    assert tokenizer.convert_ids_to_tokens(tokens.encode_prompt("a", bytes_tokenizer())) == ["a"]
+
+
+# Rows that are too long
+
+
+def test_a_row_over_max_length_is_refused_by_default(desk):
+    says = desk.refused([{"question": "q", "answer": "a"}, {"question": "q", "answer": "a" * 30}], bytes_tokenizer(), max_length=20)  # fmt: skip
+    assert says.startswith("32 tokens, over data.max_length 20; raise it, or set data.truncation to ")
+
+
+def test_a_row_of_exactly_max_length_is_kept_whole(desk):
+    for truncation in ("error", "right", "left", "drop", "split"):
+        examples = desk.prepare(
+            [{"text": "a" * 9}], bytes_tokenizer(), loss_on="all", max_length=10, truncation=truncation
+        )
+        assert (examples.lengths.tolist(), examples.num_truncated, examples.num_dropped) == ([10], 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "expected"),
+    [
+        ("right", ["<|bos|>abcd"]),
+        ("left", ["<|bos|>fgh<|eos|>"]),
+        ("split", ["<|bos|>abcd", "<|bos|>efgh", "<|bos|><|eos|>"]),
+    ],
+)
+def test_a_row_over_max_length_is_cut_and_keeps_its_bos(desk, truncation, expected):
+    tokenizer = adds_bos(bytes_tokenizer())
+    examples = desk.prepare([{"text": "abcdefgh"}], tokenizer, loss_on="all", max_length=5, truncation=truncation)
+    assert [tokenizer.decode(of(examples, number)[0]) for number in range(len(examples))] == expected
+    assert all(of(examples, number)[1] == [False] + [True] * (n - 1) for number, n in enumerate(examples.lengths))
+    assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (1, 1, 0)
+
+
+def test_what_is_cut_from_the_left_of_a_row_is_not_its_answer(desk):
+    tokenizer = bytes_tokenizer()
+    examples = desk.prepare([{"question": "q" * 50, "answer": "abc"}], tokenizer, max_length=10, truncation="left")
+    assert tokenizer.decode(of(examples)[0]) == "qqqqqqabc<|eos|>"
+    assert learned(tokenizer, *of(examples)) == ["abc<|eos|>"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
+@pytest.mark.parametrize("max_length", [2, 3, 4, 5, 6, 7, 8])
+def test_splitting_loses_no_token_not_even_the_last(desk, tokenizer, max_length):
+    tokenizer = TOKENIZERS[tokenizer]()
+    examples = desk.prepare(
+        [{"text": "abcdefghijkl"}], tokenizer, loss_on="all", max_length=max_length, truncation="split"
+    )
+    pieces = [of(examples, number)[0] for number in range(len(examples))]
+    assert all(2 <= len(piece) <= max_length for piece in pieces)
+    without_bos = [token for piece in pieces for token in piece if token != tokenizer.bos_token_id]
+    assert tokenizer.decode(list(dict.fromkeys(without_bos))) == "abcdefghijkl<|eos|>"
+
+
+def test_rows_over_max_length_are_dropped_and_counted(desk):
+    values = [{"text": "a" * n} for n in (3, 50, 4, 60, 70)]
+    examples = desk.prepare(values, bytes_tokenizer(), loss_on="all", max_length=10, truncation="drop")
+    assert examples.lengths.tolist() == [4, 5]
+    assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (5, 0, 3)
+    assert examples.receipt()["dropped"] == 3
+
+
+def test_where_every_row_is_dropped_it_is_said(desk):
+    with pytest.raises(DataError, match=r"rows\.jsonl: all 2 rows are over data\.max_length 10 and dropped"):
+        desk.prepare([{"text": "a" * 50}] * 2, bytes_tokenizer(), loss_on="all", max_length=10, truncation="drop")
+
+
+def test_a_cut_that_leaves_nothing_to_learn_is_refused(desk):
+    values = [{"question": "q", "answer": "a"}, {"question": "q" * 50, "answer": "a"}]
+    says = desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right")
+    assert says.startswith("no supervised token is left in 52 tokens cut to 20; ")
+    assert "raise data.max_length, or set data.truncation to left or drop" in says
+
+
+def test_the_only_learned_token_may_not_be_the_first(desk):
+    """The first token of a sequence is predicted by none, so labels on it alone would train nothing."""
+    says = desk.refused([{"text": "ab"}], bytes_tokenizer(), loss_on="all", max_length=1, truncation="right")
+    assert says.startswith("no supervised token is left")
+
+
+# Where a row stands
+
+
+def test_an_example_knows_file_and_line_after_drops_splits_and_blank_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\nlong long\ntwo\n")
+    (tmp_path / "b:2.jsonl").write_text('\n{"text": "x"}\n\n{"text": "long long"}\n{"text": "y"}\n')
+    a, b, tokenizer = str(tmp_path / "a.txt"), str(tmp_path / "b:2.jsonl"), bytes_tokenizer()
+
+    def places(truncation: str) -> list[str]:
+        chosen = options(loss_on="all", max_length=6, truncation=truncation)
+        examples = tokens.prepare([a, b], template_for(tokenizer, "plain"), tokenizer, chosen, str(tmp_path / "cache"))
+        return [examples.place(number) for number in range(len(examples))]
+
+    assert places("drop") == [f"{a}:1", f"{a}:4", f"{b}:2", f"{b}:5"]
+    assert places("split") == [f"{a}:1", f"{a}:3", f"{a}:3", f"{a}:4", f"{b}:2", f"{b}:4", f"{b}:4", f"{b}:5"]
+
+
+def test_rows_stay_in_order_however_many_are_tokenised_at_once(desk):
+    count = 2 * tokens.ROWS_AT_ONCE + 7
+    tokenizer = bytes_tokenizer()
+    examples = desk.prepare([{"text": str(n)} for n in range(count)], tokenizer, loss_on="all")
+    assert len(examples) == count
+    for number in (0, tokens.ROWS_AT_ONCE - 1, tokens.ROWS_AT_ONCE, count - 1):
+        assert tokenizer.decode(of(examples, number)[0]) == f"{number}<|eos|>"
+        assert examples.place(number).endswith(f":{number + 1}")
+
+
+def test_the_counts_are_those_of_the_tokens(desk):
+    examples = desk.prepare([{"question": "ab", "answer": "cd"}, {"question": "e", "answer": "f"}], bytes_tokenizer())
+    assert examples.receipt() | {"sources": 0, "fingerprint": 0} == {
+        "sources": 0, "fingerprint": 0, "rows": 2, "examples": 2, "truncated": 0, "dropped": 0, "tokens": 8,
+    }  # fmt: skip
+    assert examples.num_supervised_tokens == 5
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
+def test_a_token_that_none_predicts_is_not_counted_as_learned(desk, tokenizer):
+    examples = desk.prepare([{"text": "abc"}, {"text": "de"}], TOKENIZERS[tokenizer](), loss_on="all")
+    assert examples.num_supervised_tokens == (7 if tokenizer == "bytes and BOS" else 5)
+
+
+# Rows set aside
+
+
+@pytest.fixture
+def forty(desk):
+    return desk.prepare([{"text": f"row {n}"} for n in range(40)], bytes_tokenizer(), loss_on="all")
+
+
+def lines(examples: Examples) -> list[int]:
+    return [int(examples.place(number).rpartition(":")[2]) for number in range(len(examples))]
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.1, 4), (0.5, 20), (0.001, 1), (0.97, 39)])
+def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(forty, fraction, count):
+    rest, part = tokens.hold_out(forty, fraction, seed=3)
+    assert len(part) == count
+    assert sorted(lines(rest) + lines(part)) == list(range(1, 41))
+    for number, line in enumerate(lines(part)):
+        assert of(part, number) == of(forty, line - 1)
+
+
+def test_what_is_held_out_follows_from_the_seed(forty):
+    assert [lines(part) for part in tokens.hold_out(forty, 0.25, 1)] == [
+        lines(part) for part in tokens.hold_out(forty, 0.25, 1)
+    ]
+    assert lines(tokens.hold_out(forty, 0.25, 1)[1]) != lines(tokens.hold_out(forty, 0.25, 2)[1])
+
+
+def test_holding_out_everything_is_refused(forty):
+    with pytest.raises(DataError, match=r"data\.eval_fraction: 0\.99 of 40 examples leaves nothing to train on"):
+        tokens.hold_out(forty, 0.99, 0)
+
+
+# The cache
+
+
+def entries(desk: Desk) -> dict[str, int]:
+    """Folder of the cache -> identity of its tokens on disk, which a rebuild would change."""
+    return {path.parent.name: path.stat().st_ino for path in desk.cache.glob("tokens/*/input_ids.npy")}
+
+
+BASE = [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}]
+
+
+def test_tokens_are_made_once(desk):
+    first = desk.prepare(BASE, bytes_tokenizer())
+    before = entries(desk)
+    second = desk.prepare(BASE, bytes_tokenizer())
+    assert entries(desk) == before
+    assert list(before) == [first.fingerprint] == [second.fingerprint]
+    assert [of(first, n) for n in range(2)] == [of(second, n) for n in range(2)]
+
+
+def with_another_token() -> Any:
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_tokens(["ab"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": [*BASE, {"question": "s", "answer": "c"}]},
+        {"values": [BASE[0], {"question": "r", "answer": "B"}]},
+        {"values": BASE[::-1]},
+        {"tokenizer": with_another_token},
+        {"tokenizer": lambda: adds_bos(bytes_tokenizer())},
+        {"tokenizer": byte_pairs},
+        {"template": "question_answer"},
+        {"system_prompt": "Be brief."},
+        {"loss_on": "all"},
+        {"max_length": 999},
+        {"truncation": "drop"},
+        {"format": "question_answer"},
+        {"columns": {"input": "extra"}},
+        {"text_unit": "file"},
+    ],
+    ids=lambda change: f"{next(iter(change))} {str(next(iter(change.values())))[-30:]}",
+)
+def test_tokens_are_made_anew_where_anything_that_decides_them_changes(desk, change):
+    before = desk.prepare(BASE, bytes_tokenizer())
+    own = {"values": BASE, "tokenizer": bytes_tokenizer, "template": "plain"} | change
+    after = desk.prepare(own.pop("values"), own.pop("tokenizer")(), own.pop("template"), **own)
+    assert after.fingerprint != before.fingerprint
+    assert sorted(entries(desk)) == sorted([before.fingerprint, after.fingerprint])
+
+
+def test_a_changed_template_file_is_not_served_from_the_cache(desk, tmp_path):
+    tokenizer, path = bytes_tokenizer(), tmp_path / "own.jinja"
+    seen = []
+    for word in ("Q", "R"):
+        path.write_text(
+            f"{{% for m in messages %}}{word}{{{{ m.content + eos_token }}}}{{% endfor %}}{{% if add_generation_prompt %}}{word}{{% endif %}}"
+        )
+        own = templates.load(str(path), "messages", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+        seen.append(tokenizer.decode(of(desk.prepare(BASE, tokenizer, own))[0]))
+    assert seen == ["Qq<|eos|>Qa<|eos|>", "Rq<|eos|>Ra<|eos|>"]
+
+
+def test_a_failure_leaves_nothing_in_the_cache(desk):
+    desk.refused([*BASE, {"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=10)
+    assert entries(desk) == {}
+    assert [path.name for path in (desk.cache / "tokens").iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_damaged_tokens_are_refused_with_the_folder_to_delete(desk):
+    examples = desk.prepare(BASE, bytes_tokenizer())
+    folder = desk.cache / "tokens" / examples.fingerprint
+    (folder / "input_ids.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(DataError, match=re.escape(str(folder)) + r": .* damaged .*; delete it and run again"):
+        desk.prepare(BASE, bytes_tokenizer())
+
+
+def test_a_cache_that_cannot_be_written_is_named(desk, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    desk.cache = tmp_path / "file" / "cache"
+    with pytest.raises(DataError, match=r"data\.cache_dir: .*file/cache: cannot be written"):
+        desk.prepare(BASE, bytes_tokenizer())
+
+
+PROCESS = """\
+import hashlib, sys, time
+from pathlib import Path
+from finetune.data import templates, tokens
+from finetune.models.load import bytes_tokenizer
+folder, number = Path(sys.argv[1]), sys.argv[2]
+tokenizer = bytes_tokenizer()
+template = templates.load("plain", "question_answer", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
+(folder / f"ready-{number}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.002)
+examples = tokens.prepare([str(folder / "rows.jsonl")], template, tokenizer, options, str(folder / "cache"))
+print(examples.fingerprint, len(examples), hashlib.sha256(examples.input_ids.tobytes() + examples.supervised.tobytes()).hexdigest())
+"""
+
+
+def test_processes_that_start_together_get_the_same_tokens(desk, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", pairs(2000))
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(n)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        for n in range(2)
+    ]  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    told = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert told[0] == told[1]
+    assert told[0][1] == "2000"
+    assert list(entries(desk)) == [told[0][0]]
+    assert not list(desk.cache.glob("tokens/.building-*"))
+
+
+# Real tokenizers
+
+
+@pytest.fixture(params=["phi-2", "phi-3-mini"])
+def real_tokenizer(request, real_data):
+    return load_tokenizer(Model(path=str(real_data / "tokenizers" / request.param)))
+
+
+@pytest.mark.parametrize("name", ["plain", "question_answer", "alpaca", "llama2", "auto"])
+def test_a_real_tokenizer_learns_every_answer_and_to_stop(real_data, real_tokenizer, desk, name):
+    own = templates.load(
+        name, "question_answer", real_tokenizer.chat_template, real_tokenizer.special_tokens_map, real_tokenizer.get_added_vocab()
+    )  # fmt: skip
+    values = [json.loads(line) for line in (real_data / "gsm8k" / "test.jsonl").read_text().splitlines()[:100]]
+    examples = desk.prepare(values, real_tokenizer, own)
+    for number, row in enumerate(values):
+        ids, supervised = of(examples, number)
+        asked = tokens.encode_prompt(own.prompt([Message("user", row["question"])]), real_tokenizer)
+        end = int(np.flatnonzero(supervised)[-1]) + 1
+        assert ids[: len(asked)] == asked
+        assert supervised == [False] * len(asked) + [True] * (end - len(asked)) + [False] * (len(ids) - end)
+        assert ids[end - 1] == real_tokenizer.convert_tokens_to_ids(own.stop_token())
+        assert real_tokenizer.decode(ids[len(asked) : end - 1]).strip() == row["answer"]
+
+
+@pytest.mark.parametrize(("prompt", "answer"), MEETINGS)
+def test_a_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer, desk, prompt, answer):
+    ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], real_tokenizer))
+    asked = tokens.encode_prompt(prompt, real_tokenizer)
+    assert ids[: len(asked)] == asked
+    assert supervised == [False] * len(asked) + [True] * (len(ids) - len(asked))
+    assert real_tokenizer.decode(ids) == prompt + answer + real_tokenizer.eos_token
