@@ -394,7 +394,7 @@ _Loader.add_implicit_resolver(
 
 
 def _sections() -> list[tuple[str, type[Section]]]:
-    return [(name, field.annotation) for name, field in Config.model_fields.items()]  # type: ignore[misc]
+    return [(name, field.annotation) for name, field in Config.model_fields.items()]
 
 
 def _field(key: str) -> Any:

@@ -1,8 +1,10 @@
 """The rules of Pig Latin, and a data set whose splits share no word."""
 
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +12,8 @@ from conftest import ROOT, read_jsonl
 
 from data_scripts import pig_latin as script
 from data_scripts.pig_latin import pig_latin
+
+SIZES = ["--words", "400", "--train", "300", "--held-out", "40"]
 
 
 @pytest.mark.parametrize(
@@ -62,9 +66,8 @@ def test_the_vocabulary_has_words_of_every_rule():
 def make(tmp_path, monkeypatch):
     """Write the data set into a folder of that name."""
 
-    def make(name: str, *words: str):
-        sizes = ["--words", "400", "--train", "300", "--held-out", "40"]
-        monkeypatch.setattr(sys, "argv", ["pig_latin.py", "--output", str(tmp_path / name), *sizes, *words])
+    def make(name: str):
+        monkeypatch.setattr(sys, "argv", ["pig_latin.py", "--output", str(tmp_path / name), *SIZES])
         script.main()
         return tmp_path / name
 
@@ -101,14 +104,26 @@ def test_every_row_is_a_sentence_and_its_translation(make):
         assert all(row["question"][-1] in ".?!" for row in found)
 
 
-def test_the_same_seed_writes_the_same_files(make):
-    def contents(name: str, *words: str) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in make(name, *words).iterdir()}
+def test_the_same_seed_writes_the_same_files(tmp_path):
+    """In processes that order their sets differently."""
 
-    first = contents("a")
+    def contents(name: str, hash_seed: str, *words: str) -> dict[str, bytes]:
+        command = [
+            sys.executable,
+            str(ROOT / "data_scripts" / "pig_latin.py"),
+            "--output",
+            str(tmp_path / name),
+            *SIZES,
+        ]
+        subprocess.run(
+            [*command, *words], check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": hash_seed}
+        )
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    first = contents("a", "1")
     assert sorted(first) == ["dev.jsonl", "sentences.txt", "test.jsonl", "train.jsonl"]
-    assert contents("b") == first
-    assert contents("c", "--seed", "1") != first
+    assert contents("b", "2") == first
+    assert contents("c", "1", "--seed", "1") != first
 
 
 def test_the_rows_are_what_the_quickstart_reads(make):

@@ -593,11 +593,13 @@ options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
 while not (folder / "go").exists():
     time.sleep(0.002)
 examples = tokens.prepare([str(folder / "rows.jsonl")], template, tokenizer, options, str(folder / "cache"))
-print(examples.fingerprint, len(examples), hashlib.sha256(examples.input_ids.tobytes() + examples.supervised.tobytes()).hexdigest())
+made = folder / "cache" / "tokens" / examples.fingerprint / "input_ids.npy"
+content = hashlib.sha256(examples.input_ids.tobytes() + examples.supervised.tobytes()).hexdigest()
+print(examples.fingerprint, len(examples), content, made.stat().st_ino)
 """
 
 
-def test_processes_that_start_together_get_the_same_tokens(desk, tmp_path):
+def test_of_processes_that_start_together_one_makes_the_tokens_of_all(desk, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", pairs(2000))
     processes = [
         subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(n)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -611,7 +613,7 @@ def test_processes_that_start_together_get_the_same_tokens(desk, tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     assert told[0] == told[1]
     assert told[0][1] == "2000"
-    assert list(entries(desk)) == [told[0][0]]
+    assert entries(desk) == {told[0][0]: int(told[0][3])}
     assert not list(desk.cache.glob("tokens/.building-*"))
 
 

@@ -130,7 +130,7 @@ def find_newest(root: Path) -> tuple[Found | None, list[str]]:
     Raises CheckpointError if there are checkpoints but none is valid: starting afresh would hide
     that work was lost.
     """
-    rejected = []
+    rejected: list[str] = []
     for path in sorted(root.glob("step-*"), reverse=True):
         try:
             return Found(path, _verified_manifest(path)), rejected
@@ -193,10 +193,10 @@ def _bare(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _random_state(topology: Topology) -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     cuda = torch.cuda.get_rng_state(topology.device).tolist() if topology.device.type == "cuda" else None
     return {
-        "python": random.getstate(), "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+        "python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
         "torch": torch.get_rng_state().numpy().tobytes().hex(), "cuda": cuda,
     }  # fmt: skip
 

@@ -42,7 +42,11 @@ def answers(
         mask = torch.tensor([[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=device)
         with torch.no_grad():
             out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=min(max_new_tokens, context - longest), pad_token_id=pad, **choice
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=min(max_new_tokens, context - longest),
+                pad_token_id=pad,
+                **choice,
             )
         for i, row in zip(chosen, out[:, longest:], strict=True):
             results[i] = tokenizer.decode(row, skip_special_tokens=True)

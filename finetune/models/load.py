@@ -125,7 +125,11 @@ def bytes_tokenizer() -> Any:
 
 def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
     """A config from scratch takes vocabulary and special tokens from its tokenizer, unless they were given."""
-    facts = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    facts = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     for name, value in facts.items():
         if name not in given:
             setattr(config, name, value)

@@ -1,0 +1,132 @@
+"""Every command and config in the README and CONTRIBUTING does what the text says."""
+
+import json
+import re
+import shlex
+
+import pytest
+import yaml
+from conftest import ROOT, launch, pairs, write_jsonl
+
+from finetune import config as configs
+from finetune.__main__ import main
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(text: str = README) -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash", text) for line in block.splitlines()]
+    inline = re.findall(r"`((?:pip|python) [^`]+)`", text)
+    return [line for line in [*lines, *inline] if line]
+
+
+def test_the_makefile_has_every_target_that_is_named():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        c.split()[1] for c in commands() + commands((ROOT / "CONTRIBUTING.md").read_text()) if c.startswith("make ")
+    }
+    assert {"install", "quickstart", "test"} <= named | {"install"} <= targets
+    assert named <= targets
+
+
+def test_every_kind_of_command_is_run_by_a_test_here():
+    """A new kind of command in the README needs a test in this file."""
+    known = ("make ", "source .venv", "python train.py --config configs/my_run.yaml", "python -m finetune chat", "accelerate launch",
+             "python -m finetune evaluate", "python -m finetune export", "python train.py --help", "pip install --no-build-isolation")  # fmt: skip
+    assert [c for c in commands() if not c.startswith(known)] == []
+
+
+@pytest.fixture(scope="module")
+def my_run(tmp_path_factory):
+    """The run of one's own, typed as it stands, with a two-layer model where the README names one of the Hub."""
+    from conftest import Workshop, forget_process_state
+
+    folder = tmp_path_factory.mktemp("own")
+    base = Workshop(folder).train("base") / "model"
+    forget_process_state()
+    [row] = blocks("json")
+    write_jsonl(folder / "my_rows.jsonl", [json.loads(row), *pairs(39)])
+    write_jsonl(folder / "my_held_out_rows.jsonl", pairs(4))
+    [text] = blocks("yaml")
+    (folder / "my_run.yaml").write_text(text)
+    values = configs.read_yaml(folder / "my_run.yaml")
+    configs.from_dict(values)
+    values["model"]["path"] = str(base)
+    values["run"]["dir"] = str(folder / "runs")
+    values["data"]["train"] = str(folder / "my_rows.jsonl")
+    values["data"]["cache_dir"] = str(folder / "cache")
+    (folder / "my_run.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def typed(command: str, folder) -> list[str]:
+    """A README command with the test's own folder and model in place of the reader's."""
+    import sys
+
+    for name, place in (
+        ("configs/my_run.yaml", folder / "my_run.yaml"), ("runs/my_run", folder / "runs/my_run"),
+        ("my_held_out_rows.jsonl", folder / "my_held_out_rows.jsonl"), ("Qwen/Qwen2.5-0.5B-Instruct", folder / "runs/base/model"),
+        ("accelerate_configs/ddp.yaml", ROOT / "accelerate_configs/ddp.yaml"), ("train.py", ROOT / "train.py"),
+    ):  # fmt: skip
+        command = command.replace(name, str(place))
+    words = shlex.split(command)
+    return (
+        [sys.executable, *words[1:]]
+        if words[0] == "python"
+        else [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
+    )
+
+
+@pytest.mark.slow
+def test_a_run_of_ones_own_in_the_order_of_the_readme(my_run):
+    """--check, train, chat, evaluate, merge; then the same with several processes."""
+    chosen = [
+        c
+        for c in commands()
+        if c.startswith(("python train.py --config", "python -m finetune evaluate", "python -m finetune export"))
+    ]
+    assert len(chosen) == 4
+    for command in chosen:
+        result = launch(typed(command, my_run))
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    [chat] = [c for c in commands() if c.startswith("python -m finetune chat")]
+    assert main(["chat", *typed(chat, my_run)[4:], "--prompt", "hi", "--max-new-tokens", "4"]) == 0
+    [several] = [c for c in commands() if c.startswith("accelerate launch")]
+    result = launch([*typed(several, my_run), "--run.name", "several"])
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_names_every_setting_without_torch():
+    result = launch(typed("python train.py --help", ROOT))
+    assert result.returncode == 0
+    for section, model in configs._sections():
+        assert all(f"--{section}.{name}" in result.stdout for name in model.model_fields)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_passes_the_config_check(path):
+    configs.parse(["--config", str(path)])
+
+
+def test_the_schema_is_that_of_the_config():
+    assert json.loads((ROOT / "configs/schema.json").read_text()) == configs.json_schema(), "run make schema"
+
+
+def test_links_and_files_exist():
+    for text in [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / target).exists(), target
+    for file in re.findall(r"`((?:finetune|accelerate_configs|configs|tests)/[\w./]+\.\w+)`", README + (ROOT / "docs/architecture.md").read_text()):  # fmt: skip
+        assert (ROOT / file).exists() or file == "configs/my_run.yaml", file
+
+
+def test_the_architecture_names_every_module():
+    text = (ROOT / "docs/architecture.md").read_text()
+    for path in ROOT.glob("finetune/**/*.py"):
+        if path.name != "__init__.py":
+            folder = str(path.parent.relative_to(ROOT)) + "/"
+            assert path.name in text or f"`{folder}`" in text, path
