@@ -53,7 +53,7 @@ def run(config: Config, check_only: bool) -> None:
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
 
-    stop, directory = StopFlag(), RunDirectory(config)
+    stop, directory = StopFlag(), RunDirectory(config)  # until the loop starts, a signal ends the run at once
     directory.check(config)
     topology = Topology(config.train.precision)
     configs.accumulation(config, topology.num_processes)
@@ -102,14 +102,20 @@ def prepare(config: Config, topology: Any) -> Data:
 
     wanted, seed = config.data, config.run.seed
     tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
-    kernel = attention.choose(config.model.attention, load.model_class(model_config), model_config, topology.device)
+    kernel = attention.choose(
+        config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision
+    )
     if wanted.packing and kernel in attention.PADDED:
         raise UserError(
             f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
         )
 
     train_files, eval_files = rows.sources(wanted.train, wanted.eval)
-    format = rows.detect_format(train_files[0], wanted.text_unit) if wanted.format == "auto" else wanted.format
+    format = (
+        rows.detect_format(train_files[0], wanted.text_unit, wanted.columns)
+        if wanted.format == "auto"
+        else wanted.format
+    )
     template = templates.load(
         wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
     )
@@ -214,6 +220,7 @@ def loop(
         directory.metrics, directory.evals, num_steps=data.num_steps, start=progress.step, is_main=topology.is_main,
         every=config.tracking.log_every_steps, flops_per_token=2.0 * trainable + 4.0 * total,
     )  # fmt: skip
+    stop.only_note()
     saves = checkpoint.Saver(directory.checkpoints, topology, config, data.train.sequences.examples.fingerprint)
     while progress.step < data.num_steps:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)

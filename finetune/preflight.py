@@ -45,7 +45,7 @@ def _marked(examples: Any, tokenizer: Any) -> str:
     cuts = np.flatnonzero(np.diff(supervised)) + 1
     text = ""
     for run, learned in zip(np.split(ids, cuts), supervised[[0, *cuts]]):
-        piece = tokenizer.decode(run.tolist())
+        piece = tokenizer.decode(run.tolist(), clean_up_tokenization_spaces=False)
         text += f"[[{piece}]]" if learned else piece
     text = (
         text

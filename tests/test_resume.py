@@ -195,3 +195,20 @@ def test_what_does_not_change_the_arithmetic_may_change_on_resume(workshop, monk
     train_until(workshop, monkeypatch, 4, "run", checkpoint__every_steps=2)
     run = workshop.train(checkpoint__every_steps=3, train__micro_batch_size=4, tracking__log_every_steps=1)
     assert losses(run) == pytest.approx(losses(workshop.train("whole")), rel=1e-5)
+
+
+def test_a_signal_before_the_first_step_ends_at_once(workshop):
+    """Nothing is there to save yet: exit code 75 asks to be run again."""
+    workshop.rows.write_text(
+        "".join(json.dumps({"question": f"{i}", "answer": "a" * 50}) + "\n" for i in range(200_000))
+    )
+    config = workshop.write(workshop.config())
+    process = subprocess.Popen([*command(), "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(workshop.folder.glob("cache/tokens/.building-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "SIGTERM before the first step" in errors
+    assert not list(workshop.folder.glob("cache/tokens/.building-*")), "half a cache must not stay"

@@ -70,8 +70,11 @@ def like_gpt2() -> Any:
     )  # fmt: skip
 
 
-def like_llama() -> Any:
-    """BPE whose spaces are \u2581, put before every text too; bytes for what it does not know; adds a BOS."""
+def like_llama(swallows_lines: bool = False) -> Any:
+    """BPE whose spaces are \u2581, put before every text too; bytes for what it does not know; adds a BOS.
+
+    The control tokens of Phi-3 swallow the white space after them.
+    """
     merges = [("\u2581", "W"), ("e", "v"), ("t", "ev"), ("e", "r"), ("ev", "er"), ("\u2581", "ever")]
     symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
     vocabulary = {symbol: number for number, symbol in enumerate([*symbols, *(a + b for a, b in merges)])}

@@ -10,9 +10,10 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finetune.errors import DataError
@@ -114,9 +115,9 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> tuple
     return train_files, eval_files
 
 
-def detect_format(source: str, text_unit: str) -> str:
+def detect_format(source: str, text_unit: str, columns: Mapping[str, str]) -> str:
     """Format of a source, from its first row."""
-    return detect(next(read(source, text_unit)))
+    return detect(next(read(source, text_unit)), columns)
 
 
 def fingerprint(source: str) -> str:
@@ -133,11 +134,12 @@ def fingerprint(source: str) -> str:
     raise DataError(f"{source}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]")
 
 
-def detect(row: Row) -> str:
-    """Format of the rows, from the columns of the first one."""
-    columns = set(row.values) | {name for column in row.values for name in ALIASES.get(column, ())}
+def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Format of the rows, from the columns of the first one. `columns` maps our name to the file's."""
+    names = set(row.values) | {name for column in row.values for name in ALIASES.get(column, ())}
+    names |= {ours for ours, theirs in columns.items() if theirs in row.values}
     for name, needed in FORMATS.items():
-        if columns.issuperset(needed):
+        if names.issuperset(needed):
             return name
     shapes = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
     raise DataError(
@@ -146,7 +148,9 @@ def detect(row: Row) -> str:
     )
 
 
-def to_conversation(row: Row, format: str, columns: dict[str, str], system_prompt: str | None = None) -> Conversation:
+def to_conversation(
+    row: Row, format: str, columns: Mapping[str, str], system_prompt: str | None = None
+) -> Conversation:
     """One row -> Conversation. `columns` maps our name to the file's. Raises DataError naming row and column."""
 
     def cell(name: str, may_be_empty: bool = False) -> str:

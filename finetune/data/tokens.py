@@ -183,7 +183,7 @@ def conversations(sources: Sequence[str], options: Options) -> Iterator[Conversa
         format = options.format
         for row in rows.read(source, options.text_unit):
             if format == "auto":
-                format = rows.detect(row)
+                format = rows.detect(row, options.columns)
             yield rows.to_conversation(row, format, options.columns, options.system_prompt)
 
 

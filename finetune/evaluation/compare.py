@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from finetune import export
 from finetune.data import rows
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tuned", required=True, help="folder of the model after tuning, as in runs/<name>/model")
     parser.add_argument("--data", required=True, help="held-out rows, in any format that training reads")
     parser.add_argument("--format", default="auto", help="format of the rows; auto: from the columns of the first")
+    parser.add_argument("--columns", type=yaml.safe_load, default={}, help="columns under other names, as data.columns")
     parser.add_argument("--limit", type=int, default=None, help="use only the first so many rows")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--batch-size", type=int, default=64, help="answers generated at once")
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Generate, score, print. Both models get the same prompts, by the tuned model's chat template."""
-    conversations = read(arguments.data, arguments.format, arguments.limit)
+    conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
     tokenizer = export.load_tokenizer(arguments.tuned)
     if not tokenizer.chat_template:
         raise UserError(
@@ -53,12 +55,12 @@ def main(arguments: argparse.Namespace) -> None:
         write(Path(arguments.output), conversations, wanted, given, results)
 
 
-def read(source: str, format: str, limit: int | None) -> list[Conversation]:
+def read(source: str, format: str, columns: dict[str, str], limit: int | None) -> list[Conversation]:
     """Rows that end with an answer. Raises DataError."""
     conversations = []
     for row in rows.read(source):
-        format = rows.detect(row) if format == "auto" else format
-        conversation = rows.to_conversation(row, format, {})
+        format = rows.detect(row, columns) if format == "auto" else format
+        conversation = rows.to_conversation(row, format, columns)
         if conversation.messages[-1].role != "assistant":
             raise DataError(f"{conversation.place}: has no answer to compare with")
         conversations.append(conversation)

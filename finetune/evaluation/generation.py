@@ -49,7 +49,7 @@ def answers(
                 **choice,
             )
         for i, row in zip(chosen, out[:, longest:], strict=True):
-            results[i] = tokenizer.decode(row, skip_special_tokens=True)
+            results[i] = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         bar.update(len(chosen))
     bar.close()
     return results

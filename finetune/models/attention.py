@@ -23,13 +23,19 @@ except ImportError:  # before torch 2.10
     varlen_attn = None
 
 
-def choose(wanted: str, model_class: Any, config: Any, device: torch.device) -> str:
+def choose(wanted: str, model_class: Any, config: Any, device: torch.device, precision: str) -> str:
     """The implementation for model.attention: auto, or the one asked for. Raises ModelError if it cannot be had."""
     has_flash = importlib.util.find_spec("flash_attn") is not None
-    if wanted == "flash_attention_2" and not (has_flash and device.type == "cuda"):
-        found = "no CUDA device" if device.type != "cuda" else "no flash_attn package"
+    if wanted == "flash_attention_2" and not (has_flash and device.type == "cuda" and precision != "fp32"):
+        found = (
+            "no CUDA device"
+            if device.type != "cuda"
+            else "no flash_attn package"
+            if not has_flash
+            else "train.precision: fp32"
+        )
         raise ModelError(
-            f"model.attention: flash_attention_2 needs a CUDA device and the flash-attn package, found {found}; use auto"
+            f"model.attention: flash_attention_2 needs a CUDA device, the flash-attn package and bf16 or fp16, found {found}; use auto"
         )
     can_separate = getattr(model_class, "_supports_attention_backend", False) and not _soft_capped(config)
     if wanted == NAME and not can_separate:
@@ -40,7 +46,8 @@ def choose(wanted: str, model_class: Any, config: Any, device: torch.device) -> 
         return wanted
     if not can_separate:
         return "eager" if _soft_capped(config) else "sdpa"
-    if has_flash and device.type == "cuda" and getattr(model_class, "_supports_flash_attn", False):
+    half = precision != "fp32"  # the kernel knows no float32
+    if has_flash and half and device.type == "cuda" and getattr(model_class, "_supports_flash_attn", False):
         return "flash_attention_2"
     return NAME
 
@@ -66,6 +73,9 @@ def attend_within_documents(
     if ignored or cu_seq_lens_q is None or max_length_q is None:
         what = f"{' and '.join(ignored)} of this model" if ignored else "a call without document bounds"
         raise ModelError(f"model.attention: {NAME} cannot do {what}; use eager")
+    if torch.is_autocast_enabled(query.device.type):  # norms of queries and keys in float32 would leave them so
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     if query.is_cuda and varlen_attn is not None and query.dtype != torch.float32 and dropout == 0.0:
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
