@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -379,7 +379,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
             seen.add(key)
@@ -394,7 +394,7 @@ _Loader.add_implicit_resolver(
 
 
 def _sections() -> list[tuple[str, type[Section]]]:
-    return [(name, field.annotation) for name, field in Config.model_fields.items()]
+    return [(name, cast(type[Section], field.annotation)) for name, field in Config.model_fields.items()]
 
 
 def _field(key: str) -> Any:

@@ -206,7 +206,7 @@ def test_a_number_is_a_number_however_it_is_written(parse, written, number):
         ("- a\n- b", "expected sections"),
         ("just words", "expected sections"),
         ("", "expected sections"),
-        ("run: {name: {{ name }}}", "name"),  # a placeholder of Helm or Jinja that was never filled in
+        ("run: {name: {{ name }}}", "line 1"),  # a placeholder of Helm or Jinja that was never filled in
     ],
 )
 def test_a_file_that_is_no_config_is_refused_by_name(refusal, text, says):

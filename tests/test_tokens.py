@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, pairs, write_jsonl
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from finetune.config import Model
@@ -86,7 +86,8 @@ def like_llama(swallows_lines: bool = False) -> Any:
     return adds_bos(
         PreTrainedTokenizerFast(
             tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>",
-            extra_special_tokens=CHATML, clean_up_tokenization_spaces=False,
+            extra_special_tokens=[AddedToken(t, normalized=False, rstrip=swallows_lines) for t in CHATML],
+            clean_up_tokenization_spaces=False,
         )
     )  # fmt: skip
 
@@ -308,6 +309,31 @@ def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(desk, each_toke
     assert supervised[len(asked)]
 
 
+SAID = ["Hi", "Hello there", "And?", "Fine", "Bye", "Bye"]
+
+
+def check_every_prompt(desk: Desk, tokenizer: Any, template: templates.Template) -> None:
+    """Every turn of a conversation is asked at inference with the tokens that stand before its answer in training."""
+    messages = [Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1) for i, text in enumerate(SAID)]
+    values = [{"messages": [{"role": message.role, "content": message.content} for message in messages]}]
+    ids, supervised = of(desk.prepare(values, tokenizer, template))
+    for turn in (1, 3, 5):
+        asked = tokens.encode_prompt(template.prompt(messages[:turn]), tokenizer)
+        assert tokenizer.convert_ids_to_tokens(ids[: len(asked)]) == tokenizer.convert_ids_to_tokens(asked)
+        assert (supervised[len(asked) - 1], supervised[len(asked)]) == (False, True)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_turn_is_asked_with_the_tokens_of_training(desk, each_tokenizer, name):
+    check_every_prompt(desk, each_tokenizer, template_for(each_tokenizer, name))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_control_tokens_that_swallow_a_line_end_swallow_it_in_training_too(desk, name):
+    tokenizer = like_llama(swallows_lines=True)
+    check_every_prompt(desk, tokenizer, template_for(tokenizer, name))
+
+
 @pytest.mark.parametrize(("prompt", "answer"), MEETINGS)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_tokens_of_an_example_are_its_text(desk, each_tokenizer, name, prompt, answer):
@@ -484,6 +510,21 @@ def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(forty, fraction,
         assert of(part, number) == of(forty, line - 1)
 
 
+def test_the_pieces_of_a_row_are_held_out_together(desk):
+    """A row is evaluated on or trained on, never both, also where it was split."""
+    examples = desk.prepare(
+        [{"text": f"row {n} " * 5} for n in range(20)],
+        bytes_tokenizer(),
+        loss_on="all",
+        max_length=12,
+        truncation="split",
+    )
+    assert len(examples) > 40
+    rest, part = tokens.hold_out(examples, 0.3, seed=0)
+    assert len(part)
+    assert not set(lines(rest)) & set(lines(part))
+
+
 def test_what_is_held_out_follows_from_the_seed(forty):
     assert [lines(part) for part in tokens.hold_out(forty, 0.25, 1)] == [
         lines(part) for part in tokens.hold_out(forty, 0.25, 1)
@@ -652,3 +693,8 @@ def test_a_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer, desk, pr
     assert ids[: len(asked)] == asked
     assert supervised == [False] * len(asked) + [True] * (len(ids) - len(asked))
     assert real_tokenizer.decode(ids) == prompt + answer + real_tokenizer.eos_token
+
+
+def test_every_turn_of_phi3_is_asked_with_the_tokens_of_training(real_data, desk):
+    tokenizer = load_tokenizer(Model(path=str(real_data / "tokenizers" / "phi-3-mini")))
+    check_every_prompt(desk, tokenizer, chat_for(tokenizer, tokenizer.chat_template))
