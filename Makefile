@@ -28,10 +28,10 @@ quickstart: install
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
 
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto
 
 test-fast: install
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -n auto -m "not slow"
 
 lint: install
 	$(BIN)/ruff format --check .

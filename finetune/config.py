@@ -11,7 +11,8 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from finetune.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
+# What a format can call a column; the formats themselves are in data/rows.py.
+COLUMNS = ("text", "question", "answer", "prompt", "completion", "instruction", "input", "output", "messages")
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -96,7 +99,7 @@ class Data(Section):
     """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file; auto: chat if there is one, else the usual one of the format."""
     loss_on: Literal["completion", "all", "last_turn"] = "completion"
     """What is learned: every answer, every token, or the last answer only."""
-    max_length: Positive = 1024
+    max_length: Annotated[int, Field(gt=1)] = 1024
     """Most tokens of a sequence."""
     truncation: Literal["error", "right", "left", "drop", "split"] = "error"
     """A row over max_length: stop with an error, cut its right or left end, drop it, or (clm) split it."""
@@ -124,7 +127,7 @@ class Optimizer(Section):
     """Peak learning rate."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Decay of Adam's two running averages."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Added to Adam's denominator."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Decoupled weight decay; never on norms and biases."""
@@ -165,7 +168,7 @@ class Checkpoint(Section):
 
     every_steps: Positive | None = None
     """Save every so many steps; null: not by steps."""
-    every_minutes: Annotated[float, Field(gt=0)] | None = 15.0
+    every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 15.0
     """Save when this many minutes have passed since the last save; null: not by time."""
     keep_last: Positive = 2
     """Checkpoints kept."""
@@ -250,9 +253,13 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     values = read_yaml(path) if path else {}
     for key, raw in overrides.items():
         section, name = key.split(".")
-        if not isinstance(values.setdefault(section, {}), dict):
+        if values.get(section) is None:
             values[section] = {}
-        values[section][name] = _from_command_line(_field(key).annotation, raw)
+        if isinstance(values[section], dict):  # if not, that is a problem of its own
+            try:
+                values[section][name] = _from_command_line(_field(key).annotation, raw)
+            except yaml.YAMLError:
+                problems.append(f"{key}: {raw!r} cannot be read; write lists as [a, b] and mappings as {{a: b}}")
     return from_dict(values, where=path or "the command line", problems=problems), check
 
 
@@ -301,6 +308,8 @@ def conflicts(config: Config) -> Iterator[str]:
         yield 'model.tokenizer: needed with model.config: a folder, a Hub id or "bytes"'
     if model.config is not None and "model_type" not in model.config:
         yield "model.config: needs model_type, for example llama"
+    if model.config is not None and model.tokenizer == "bytes":
+        yield from _ignored(config, "model", ("revision", "trust_remote_code"), "nothing is loaded from the Hub")
     if model.init == "random" and adapter.kind != "full":
         yield f"adapter.kind: {adapter.kind} beside random weights cannot be loaded again, as they are not saved; use full"
     if adapter.kind == "full":
@@ -315,6 +324,15 @@ def conflicts(config: Config) -> Iterator[str]:
         yield from _ignored(config, "data", ("template", "system_prompt"), "rows of text have no turns")
         if config.objective.kind == "sft":
             yield "objective.kind: sft needs prompts and answers, but data.format is text; use clm"
+    for name in data.columns:
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.5)
+            yield f"data.columns: no format has a column {name!r}; " + (
+                f"did you mean {near[0]}?" if near else f"the columns are {', '.join(COLUMNS)}"
+            )
+    sources = [*_listed(data.train), *_listed(data.eval)]
+    if not any(source.lower().endswith(".txt") for source in sources):
+        yield from _ignored(config, "data", ("text_unit",), "no source is a .txt file")
     if data.eval is not None:
         yield from _ignored(config, "data", ("eval_fraction",), "data.eval gives the evaluation rows")
     if data.packing and config.padded:
@@ -379,6 +397,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.YAMLError(
+                    f"line {key_node.start_mark.line + 1}: a key should be a word; quote {{{{ ... }}}}"
+                )
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
@@ -386,11 +410,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that _Loader would read as numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?$"),
+        list("-+0123456789."),
+    )
 
 
 def _sections() -> list[tuple[str, type[Section]]]:
@@ -407,7 +436,7 @@ def _keys() -> list[str]:
 
 
 def _yaml(value: Any, flow: bool = True) -> str:
-    text = yaml.safe_dump(value, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=10_000)
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...") if flow else text
 
 
@@ -422,17 +451,22 @@ def _type_name(field: Any) -> str:
 
 def _from_command_line(annotation: Any, raw: str) -> Any:
     """A word of the command line is YAML, except that what can be a string stays one."""
-    parsed = yaml.load(raw, Loader=_Loader)
-    options = get_args(annotation) or (annotation,)
-    if str in options and not isinstance(parsed, list) and parsed is not None:
-        return raw
-    return parsed
+    options = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    if str in options:
+        try:
+            parsed = yaml.load(raw, Loader=_Loader)
+        except yaml.YAMLError:
+            return raw
+        as_list = isinstance(parsed, list) and any(get_origin(option) is list for option in options)
+        return parsed if as_list or (parsed is None and type(None) in options) else raw
+    return yaml.load(raw, Loader=_Loader)
 
 
 def _nearest(key: str) -> str:
     leaf = key.split(".")[-1]
-    same_leaf = [k for k in _keys() if k.split(".")[1] == leaf]
-    near = same_leaf or difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
+    same_leaf = difflib.get_close_matches(key, [k for k in _keys() if k.split(".")[1] == leaf], n=1, cutoff=0)
+    sections = difflib.get_close_matches(key, dict(_sections()), n=1) if "." not in key else []
+    near = same_leaf or sections or difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
     if not near:
         leaves = difflib.get_close_matches(leaf, [k.split(".")[1] for k in _keys()], n=1, cutoff=0.6)
         near = [k for k in _keys() if leaves and k.split(".")[1] == leaves[0]]
@@ -485,6 +519,10 @@ def _without(values: dict[str, Any], errors: Any) -> Config | None:
         return Config.model_validate(kept)
     except ValidationError:
         return None
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
 
 
 def _ignored(config: Config, section: str, names: tuple[str, ...], why: str) -> Iterator[str]:

@@ -484,7 +484,7 @@ def test_a_difference_that_makes_another_run_is_named_with_both_values(changes, 
 def test_what_may_change_between_a_run_and_its_resumption_is_no_difference():
     old = configs.from_dict(EVERYTHING).model_dump()
     new = changed(
-        EVERYTHING, run__dir="elsewhere", data__cache_dir="/tmp/c", model__attention="eager",
+        EVERYTHING, run__dir="elsewhere", data__cache_dir="elsewhere", model__attention="eager",
         train__micro_batch_size=1, train__gradient_checkpointing=True, checkpoint__every_steps=1, checkpoint__keep_last=9,
         checkpoint__resume="auto", evaluation__every_steps=1, evaluation__micro_batch_size=1, tracking__log_every_steps=9,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 # Other names in common use for a column.
 ALIASES = {"response": ("completion", "output"), "conversations": ("messages",)}
 ROLES = ("system", "user", "assistant")
+csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a book
 
 
 def read(source: str, text_unit: str = "line") -> Iterator[Row]:
@@ -185,14 +187,26 @@ def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
     value = row.values[column]
     if not isinstance(value, str):
         raise DataError(f"{row.place}: column {column!r} should be text, got {_short(value)}; write it as a string")
+    _require_unicode(f"{row.place}: column {column!r}", value)
     if not may_be_empty and not value.strip():
         raise DataError(f"{row.place}: column {column!r} is empty; fill it or remove the row")
     return value
 
 
+def _require_unicode(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise DataError(
+            f"{where} holds {text[exc.start]!a}, half of a character that was cut in two; remove it"
+        ) from exc
+
+
 def _messages(row: Row, column: str) -> list[Message]:
     """Check and convert a list of turns: system first if at all, then user and assistant in turn."""
-    turns = row.values.get(column)
+    if column not in row.values:
+        raise DataError(f"{row.place}: no column {column!r}; this row has {sorted(row.values)}")
+    turns = row.values[column]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{row.place}: column {column!r} should be a list of messages, got {_short(turns)}")
     messages = []
@@ -205,6 +219,7 @@ def _messages(row: Row, column: str) -> list[Message]:
             raise DataError(f"{where} has role {role!r}; roles are {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
             raise DataError(f"{where} ({role}) should have text as content, got {_short(content)}")
+        _require_unicode(where, content)
         messages.append(Message(role, content, supervised=role == "assistant"))
     spoken = [message.role for message in messages if message.role != "system"]
     if any(message.role == "system" for message in messages[1:]):
@@ -281,14 +296,21 @@ def _read_json(source: str) -> Iterator[Row]:
             skip(position + 1)
         elif separator != "]":
             raise DataError(f"{source}:{line}: broken JSON: expected , or ] after a row, got {separator!r}")
+    skip(position + 1)
+    if position < len(text):
+        raise DataError(
+            f"{source}:{line}: broken JSON: the list of rows has ended, but there is {_short(text[position:])}; write one list"
+        )
 
 
 def _read_csv(source: str) -> Iterator[Row]:
-    reader = csv.reader((line for _, line in _lines(source)), strict=True)
+    reader, start = csv.reader((line for _, line in _lines(source)), strict=True), 1
     try:
-        header = next(reader, None)
+        header = next((cells for cells in reader if cells), None)
         if not header:
             return
+        if len(set(header)) < len(header):
+            raise DataError(f"{source}:{reader.line_num}: the header names a column twice: {header}; rename one")
         start = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
@@ -299,14 +321,14 @@ def _read_csv(source: str) -> Iterator[Row]:
                 yield Row(source, start, dict(zip(header, cells)))
             start = reader.line_num + 1
     except csv.Error as exc:
-        raise DataError(f"{source}:{reader.line_num}: broken CSV: {exc}") from exc
+        raise DataError(f"{source}:{start}: broken CSV: {exc}; check the quotes of the row that begins here") from exc
 
 
 def _read_text(source: str, unit: str) -> Iterator[Row]:
     start, block = 1, ""
     for number, line in _lines(source):
         boundary = unit == "line" or (unit == "paragraph" and not line.strip())
-        block = block + line
+        block += line if unit != "paragraph" or line.strip() else ""
         if boundary:
             if block.strip():
                 yield Row(source, start, {"text": block.strip("\r\n")})
@@ -316,6 +338,14 @@ def _read_text(source: str, unit: str) -> Iterator[Row]:
 
 
 def _read_with_datasets(source: str) -> Iterator[Row]:
+    if source.lower().endswith(".parquet"):
+        from pyarrow import ArrowInvalid, parquet
+
+        try:
+            if parquet.read_metadata(source).num_rows == 0:
+                return  # datasets fails on it
+        except ArrowInvalid:
+            pass  # datasets says what is wrong
     for number, values in enumerate(_load_dataset(source), 1):
         yield Row(source, number, values)
 
@@ -327,7 +357,7 @@ def _load_dataset(source: str) -> Any:
     datasets.disable_progress_bars()
     name, _, split = source.partition(":") if not os.path.exists(source) else (source, "", "")
     try:
-        if name.endswith(".parquet"):
+        if name.lower().endswith(".parquet"):
             return datasets.load_dataset("parquet", data_files=name, split="train")
         return datasets.load_dataset(name, split=split or "train")
     except Exception as exc:  # datasets raises a dozen kinds, many of them plain ValueError and OSError
@@ -336,7 +366,8 @@ def _load_dataset(source: str) -> Any:
 
 def _is_hub_name(source: str) -> bool:
     name = source.partition(":")[0]
-    return name.count("/") == 1 and not Path(name).suffix and not name.startswith((".", "/", "~"))
+    is_file = Path(name).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".txt")
+    return name.count("/") == 1 and not is_file and not name.startswith((".", "/", "~"))
 
 
 def _short(value: Any) -> str:

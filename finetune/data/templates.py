@@ -153,7 +153,7 @@ class Template:
         """The token that ends an answer, or None if the template leaves that to the tokenizer's EOS."""
         probe = Conversation((Message("user", "a"), Message("assistant", "b", supervised=True)), "probe")
         answer = [s.text for s in self.segments(probe) if s.supervised][-1]
-        return next((token for token in self.turn_ends if answer.endswith(token)), None)
+        return next((token for token in self.turn_ends if answer.rstrip().endswith(token)), None)
 
     def _span(self, conversation: Conversation, text: str, turn: int) -> tuple[int, int]:
         """Where answer `turn` begins and ends in the rendered text, its end-of-turn token included."""
@@ -176,7 +176,9 @@ class Template:
         return len(prompt), self._with_turn_end(text, end)
 
     def _with_turn_end(self, text: str, end: int) -> int:
-        """Move the end of an answer past the token that ends its turn, if one follows."""
+        """Move the end of an answer past the token that ends its turn, if one follows and none is inside."""
+        if text[:end].rstrip().endswith(tuple(self.turn_ends)):
+            return end
         stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.turn_ends)) + ")") if self.turn_ends else None
         match = stop.match(text, end) if stop else None
         return match.end() if match else end

@@ -73,7 +73,7 @@ class Examples:
 
     @property
     def num_supervised_tokens(self) -> int:
-        return int(sum(self.supervised[s:e].sum() for s, e in zip(self.starts, self.ends)))
+        return int(sum(self.supervised[s + 1 : e].sum() for s, e in zip(self.starts, self.ends)))
 
     def receipt(self) -> dict[str, Any]:
         """What a run's receipt keeps of its data."""
@@ -125,37 +125,62 @@ def prepare(sources: Sequence[str], template: Template, tokenizer: Any, options:
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
     """Split off a part for evaluation: (the rest, the part); the same for the same seed."""
-    order = np.random.default_rng([seed, 0x5E1]).permutation(len(examples))
-    count = max(1, round(fraction * len(examples)))
-    if count >= len(examples):
+    places, row = np.unique(np.stack([examples.source, examples.line]), axis=1, return_inverse=True)
+    order = np.random.default_rng([seed, 0x5E1]).permutation(places.shape[1])  # whole rows, also where they were split
+    count = max(1, round(fraction * len(order)))
+    if count >= len(order):
         raise DataError(f"data.eval_fraction: {fraction} of {len(examples)} examples leaves nothing to train on")
-    return examples.subset(np.sort(order[count:])), examples.subset(np.sort(order[:count]))
+    held = np.isin(row, order[:count])
+    return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
 
 
 def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Segments of several rows -> (input_ids int32 [T], supervised bool [T]) of each."""
     whole = ["".join(segment.text for segment in segments) for segments in texts]
+    bounds = [np.cumsum([0] + [len(segment.text) for segment in segments]) for segments in texts]
+    answers = [[n for n, segment in enumerate(segments) if n and segment.supervised] for segments in texts]
     encoded = tokenizer(
         whole, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
+    asked = iter(_ids([text[: b[n]] for text, b, turns in zip(whole, bounds, answers) for n in turns], tokenizer))
     results = []
-    for segments, ids, spans in zip(texts, encoded["input_ids"], encoded["offset_mapping"]):
-        bounds = np.cumsum([0] + [len(segment.text) for segment in segments])
-        offsets = np.asarray(spans, np.int64).reshape(-1, 2)
-        first = np.searchsorted(bounds, offsets[:, 0], side="right") - 1
-        last = np.searchsorted(bounds, np.maximum(offsets[:, 1], offsets[:, 0] + 1) - 1, side="right") - 1
-        if (first != last).any():
-            # A token would reach from a prompt into its answer. At inference the prompt is tokenised
-            # alone, so the boundary is a token boundary in training too.
+    for number, segments in enumerate(texts):
+        ids, starts = (
+            encoded["input_ids"][number],
+            np.array(encoded["offset_mapping"][number], np.int64).reshape(-1, 2)[:, 0],
+        )
+        owner = np.minimum(np.searchsorted(bounds[number], starts, side="right") - 1, len(segments) - 1)
+        prompts = [next(asked) for _ in answers[number]]
+        if any(
+            ids[: len(prompt)] != prompt or (owner[: len(prompt)] >= n).any() or (owner[len(prompt) :] < n).any()
+            for n, prompt in zip(answers[number], prompts)
+        ):
+            # At inference a prompt is tokenised alone, and here that gives other tokens than before its
+            # answer: one would reach over the boundary. So the boundary is one of tokens in training too.
             parts = [
-                tokenizer(s.text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-                for s in segments
+                _continue(segment.text, tokenizer) if n else _ids([segment.text], tokenizer)[0]
+                for n, segment in enumerate(segments)
             ]
             ids = [token for part in parts for token in part]
-            first = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+            owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         learned = np.array([segment.supervised for segment in segments], bool)
-        results.append((np.asarray(ids, np.int32), learned[np.minimum(first, len(segments) - 1)]))
+        results.append((np.asarray(ids, np.int32), learned[owner]))
     return results
+
+
+def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _continue(text: str, tokenizer: Any) -> list[int]:
+    """Tokens of a text that goes on after another: Llama's tokenizer puts a space before what stands alone."""
+    for before in ("\n", tokenizer.eos_token or "\n"):
+        head, ids = _ids([before, before + text], tokenizer)
+        if ids[: len(head)] == head:
+            return ids[len(head) :]
+    return _ids([text], tokenizer)[0]
 
 
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
@@ -274,7 +299,7 @@ class _Finisher:
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.bos_id is not None and (ids.size == 0 or ids[0] != self.bos_id):
             ids, supervised = np.insert(ids, 0, self.bos_id), np.insert(supervised, 0, False)
-        if self.bos_id is not None and (ids[1:] == self.bos_id).any():
+        if self.bos_id not in (None, self.eos_id) and (ids[1:] == self.bos_id).any():
             raise DataError(
                 f"{conversation.place}: template {self.template.name!r} renders more than one BOS {self.tokenizer.bos_token!r}; "
                 "write it once at the start, or leave it to the tokenizer"
@@ -319,9 +344,10 @@ def _shorten(
             )
         ]
     pieces = []
-    for start in range(head, len(ids), limit - head):
+    # Without a BOS to begin with, a piece begins with the last token of the one before, so that each is predicted once.
+    for start in range(head, len(ids) - (1 - head), limit - 1):
         piece = slice(start, start + limit - head)
         pieces.append(
             (np.concatenate([ids[:head], ids[piece]]), np.concatenate([supervised[:head], supervised[piece]]))
         )
-    return [piece for piece in pieces if len(piece[0]) > 1]
+    return pieces
