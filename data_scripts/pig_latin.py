@@ -121,10 +121,10 @@ def _word(word: str) -> str:
 
 
 def vocabulary(count: int, random: random.Random) -> list[str]:
-    """Pronounceable words of one to three syllables, all different; one in twenty has y for its only vowel."""
+    """Pronounceable words of one to three syllables, all different; one in 25 has y for its only vowel."""
     words: set[str] = set()
     while len(words) < count:
-        if random.random() < 0.05:
+        if random.random() < 0.04:
             word = random.choice([o for o in ONSETS if o not in ("qu", "y")]) + "y" + random.choice(["", *CODAS])
         else:
             syllables = random.choices([1, 2, 3], weights=[4, 5, 1])[0]
@@ -140,13 +140,13 @@ def sentence(words: list[str], random: random.Random) -> str:
     chosen = random.choices(words, k=random.randint(2, 4))
     if len(chosen) > 2 and random.random() < 0.3:
         chosen[1] += ","
-    return " ".join(chosen) + random.choice([".", ".", ".", "?", "!"])
+    return " ".join(chosen) + random.choice(".?!")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/pig_latin"), help="folder to write to")
-    parser.add_argument("--words", type=int, default=12_000, help="size of the vocabulary, all splits together")
+    parser.add_argument("--words", type=int, default=24_000, help="size of the vocabulary, all splits together")
     parser.add_argument("--train", type=int, default=19_200, help="training sentences")
     parser.add_argument("--held-out", type=int, default=200, help="sentences of dev, and of test")
     parser.add_argument("--seed", type=int, default=0)
