@@ -140,7 +140,7 @@ def sentence(words: list[str], random: random.Random) -> str:
     chosen = random.choices(words, k=random.randint(2, 4))
     if len(chosen) > 2 and random.random() < 0.3:
         chosen[1] += ","
-    return " ".join(chosen) + random.choice(".?!")
+    return " ".join(chosen) + "."
 
 
 def main() -> None:
