@@ -47,6 +47,16 @@ def main() -> int:
         return EXIT_FAILED
 
 
+@dataclass(frozen=True)
+class Job:
+    """What was asked, where it lives, how it is shared, and whether it must stop."""
+
+    config: Config
+    directory: Any
+    topology: Any
+    stop: Any
+
+
 def run(config: Config, check_only: bool) -> None:
     """Check everything, build, loop, finish. Until the loop starts, nothing is written but the token cache."""
     from finetune.engine.preemption import StopFlag
@@ -55,27 +65,26 @@ def run(config: Config, check_only: bool) -> None:
 
     stop, directory = StopFlag(), RunDirectory(config)  # until the loop starts, a signal ends the run at once
     directory.check(config)
-    topology = Topology(config.train.precision)
-    configs.accumulation(config, topology.num_processes)
+    job = Job(config, directory, Topology(config.train.precision), stop)
+    configs.accumulation(config, job.topology.num_processes)
     if directory.outcome().get("state") == "complete" and not check_only:
-        tell(topology, f"{directory.path} is complete; its model is in {directory.model}")
+        tell(job.topology, f"{directory.path} is complete; its model is in {directory.model}")
         return
-    data = prepare(config, topology)
-    tell(topology, summary(config, data, topology))
+    data = prepare(job)
+    tell(job.topology, summary(job, data))
     if check_only:
         return
-    model, optimizer = build(config, data, topology)
-    progress = Progress()
+    model, optimizer = build(job, data)
+    progress = resume(job, data, model, optimizer)
     try:
-        resume(config, data, topology, model, optimizer, directory, progress)
-        loop(config, data, topology, model, optimizer, directory, progress, stop)
-        finish(config, data, topology, model, directory, progress)
+        loop(job, data, model, optimizer, progress)
+        finish(job, data, model, progress)
     except Exception as exc:
-        if topology.is_main and directory.path.exists():
+        if job.topology.is_main:
             state = "preempted" if isinstance(exc, Preempted) else "failed"
             directory.write_outcome(state, progress.step, f"{type(exc).__name__}: {exc}")
         raise
-    topology.close()
+    job.topology.close()
 
 
 # ---------------------------------------------------------------------------------------- check
@@ -94,12 +103,13 @@ class Data:
     num_steps: int
 
 
-def prepare(config: Config, topology: Any) -> Data:
+def prepare(job: Job) -> Data:
     """Rows -> sequences in a plan. Raises for whatever is wrong with rows, template or tokenizer."""
     from finetune.data import batches, rows, templates, tokens
     from finetune.models import attention, load
     from finetune.objectives import OBJECTIVES
 
+    config, topology = job.config, job.topology
     wanted, seed = config.data, config.run.seed
     tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
     kernel = attention.choose(
@@ -143,25 +153,28 @@ def prepare(config: Config, topology: Any) -> Data:
     return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps)
 
 
-def summary(config: Config, data: Data, topology: Any) -> str:
+def summary(job: Job, data: Data) -> str:
     """What will be trained on what, for a person to read before it starts."""
     from finetune import preflight
     from finetune.models import adapters, load
 
-    skeleton = adapters.apply(load.skeleton(config.model, data.model_config, data.tokenizer), config.adapter, None)
-    return preflight.summary(config, data, topology, *adapters.count(skeleton))
+    skeleton = adapters.apply(
+        load.skeleton(job.config.model, data.model_config, data.tokenizer), job.config.adapter, None
+    )
+    return preflight.summary(job.config, data, job.topology, *adapters.count(skeleton))
 
 
 # ---------------------------------------------------------------------------------------- build
 
 
-def build(config: Config, data: Data, topology: Any) -> tuple[Any, Any]:
+def build(job: Job, data: Data) -> tuple[Any, Any]:
     """Model and optimizer, on their devices and shared between processes."""
     import torch
 
     from finetune.engine import optim
     from finetune.models import adapters, attention, load
 
+    config, topology = job.config, job.topology
     frozen_dtype = load.DTYPES[topology.precision] if config.adapter.kind != "full" else torch.float32
     dtype = frozen_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     torch.manual_seed(config.run.seed)  # random weights and fresh adapters are the same everywhere
@@ -176,37 +189,39 @@ def build(config: Config, data: Data, topology: Any) -> tuple[Any, Any]:
     return model, optimizer
 
 
-def resume(
-    config: Config, data: Data, topology: Any, model: Any, optimizer: Any, directory: Any, progress: Progress
-) -> None:
+def resume(job: Job, data: Data, model: Any, optimizer: Any) -> Progress:
     """Open the run directory, and go on from its newest valid checkpoint if it has one."""
     from finetune.engine import checkpoint
 
-    found, rejected = checkpoint.find_newest(directory.checkpoints)
-    for problem in rejected:
-        tell(topology, f"skipped a damaged checkpoint: {problem}")
+    directory, topology, progress = job.directory, job.topology, Progress()
+    fingerprint = data.train.sequences.examples.fingerprint
+    found, damaged = topology.on_main(lambda: checkpoint.find_newest(directory.checkpoints))
     if found:
-        checkpoint.require_same_run(found, config, data.train.sequences.examples.fingerprint)
+        checkpoint.require_same_run(found, job.config, fingerprint)
         checkpoint.load(found, topology, model, optimizer, progress)
+        for path, problem in damaged.items():
+            tell(topology, f"skipped a damaged checkpoint: {path}: {problem}")
         tell(topology, f"resumed from {found.path} at step {progress.step}")
-    if topology.is_main:
-        directory.create(config)
+
+    def open_directory() -> None:
+        checkpoint.set_aside(list(damaged))
+        directory.create(job.config)
         directory.rewind(progress.step)
         directory.write_receipt(
-            seed=config.run.seed, num_processes=topology.num_processes, topology=topology.name,
+            seed=job.config.run.seed, num_processes=topology.num_processes, topology=topology.name,
             precision=topology.precision, attention=data.attention, num_steps=data.num_steps,
             train_data=data.train.sequences.examples.receipt(), template=data.template.fingerprint,
             eval_data=data.eval.sequences.examples.receipt() if data.eval else None,
         )  # fmt: skip
-    topology.wait_for_all()
+
+    topology.on_main(open_directory)
+    return progress
 
 
 # ----------------------------------------------------------------------------------------- loop
 
 
-def loop(
-    config: Config, data: Data, topology: Any, model: Any, optimizer: Any, directory: Any, progress: Progress, stop: Any
-) -> None:
+def loop(job: Job, data: Data, model: Any, optimizer: Any, progress: Progress) -> None:
     """Step, log, evaluate, save; until the plan is done or the machine is taken away."""
     from finetune.engine import checkpoint, optim
     from finetune.engine import step as steps
@@ -214,20 +229,21 @@ def loop(
     from finetune.models.adapters import count
     from finetune.objectives import OBJECTIVES
 
+    config, directory, topology = job.config, job.directory, job.topology
     loss = OBJECTIVES[config.objective.kind].loss
     trainable, total = count(model)
     tracker = Tracker(
         directory.metrics, directory.evals, num_steps=data.num_steps, start=progress.step, is_main=topology.is_main,
         every=config.tracking.log_every_steps, flops_per_token=2.0 * trainable + 4.0 * total,
     )  # fmt: skip
-    stop.only_note()
+    job.stop.only_note()
     saves = checkpoint.Saver(directory.checkpoints, topology, config, data.train.sequences.examples.fingerprint)
     while progress.step < data.num_steps:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
         try:
             result = steps.train_step(
                 topology, model, optimizer, loss, data.train.at(progress.step),
-                lr=lr, max_grad_norm=config.train.max_grad_norm, wishes=(stop.is_set, saves.is_time()),
+                lr=lr, max_grad_norm=config.train.max_grad_norm, wishes=(job.stop.is_set, saves.is_time()),
             )  # fmt: skip
         except TrainingDiverged as exc:
             rows = ", ".join(data.train.places(progress.step))
@@ -246,7 +262,7 @@ def loop(
         if must_stop and not last:
             tracker.close()
             raise Preempted(
-                f"{stop.reason or 'another process'} at step {progress.step}; saved, run the same command again"
+                f"{job.stop.reason or 'another process'} at step {progress.step}; saved, run the same command again"
             )
     tracker.close()
 
@@ -254,18 +270,21 @@ def loop(
 # --------------------------------------------------------------------------------------- finish
 
 
-def finish(config: Config, data: Data, topology: Any, model: Any, directory: Any, progress: Progress) -> None:
+def finish(job: Job, data: Data, model: Any, progress: Progress) -> None:
     """Export, open what was exported, and only then call the run complete."""
     from finetune import export
 
+    topology, target = job.topology, job.directory.model
     weights, bare = topology.full_weights(model), topology.unwrap(model)
-    if topology.is_main:
-        template = data.template if config.objective.kind != "clm" else None  # plain text has no turns to keep
-        export.save(bare, weights, data.tokenizer, template, directory.model)
-        export.verify(directory.model, bare, weights, data.tokenizer, topology.precision)
-        directory.write_outcome("complete", progress.step, "every step done, model verified")
-        tell(topology, f"complete: {directory.model}\nchat with it: python -m finetune chat --model {directory.model}")
-    topology.wait_for_all()
+
+    def save_and_verify() -> None:
+        template = data.template if job.config.objective.kind != "clm" else None  # plain text has no turns to keep
+        export.save(bare, weights, data.tokenizer, template, target)
+        export.verify(target, bare, weights, data.tokenizer, topology.precision)
+        job.directory.write_outcome("complete", progress.step, "every step done, model verified")
+
+    topology.on_main(save_and_verify)
+    tell(topology, f"complete: {target}\nchat with it: python -m finetune chat --model {target}")
 
 
 def tell(topology: Any, message: str) -> None:

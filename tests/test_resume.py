@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from finetune.errors import CheckpointError, RunDirectoryError
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # not caught by anything, as the end of a process is not
     pass
 
 

@@ -43,53 +43,58 @@ class Found:
 
 
 def save(
-    root: Path,
-    topology: Topology,
-    model: nn.Module,
-    optimizer: Any,
-    progress: Progress,
-    about: dict[str, Any],
-    keep_last: int,
-) -> Path:
+    root: Path, topology: Topology, model: nn.Module, optimizer: Any, progress: Progress, about: dict[str, Any], keep_last: int
+) -> None:  # fmt: skip
     """Write checkpoint `step-<progress.step>` under `root` and prune older ones. Collective.
 
     `about` goes into the manifest: what a resumption must agree with. Raises CheckpointError on
     every process if any failed; what was there before stays as it was.
     """
     final, writing = root / f"step-{progress.step:08d}", root / f".writing-step-{progress.step:08d}"
-    error = ""
+    manifest = {
+        "format": FORMAT, "progress": progress.to_dict(), "num_processes": topology.num_processes,
+        "topology": topology.name, **about,
+    }  # fmt: skip
     try:
-        if topology.is_main:
-            for torn in root.glob(".writing-*"):
-                shutil.rmtree(torn)
-            writing.mkdir(parents=True)
-        topology.wait_for_all()
-        model_state, optimizer_state = _state(model, optimizer)
-        with _alone(topology) as alone:
-            state = {"model": model_state, "optimizer": optimizer_state}
-            dcp.save(state, checkpoint_id=writing / "shards", no_dist=alone)
-        _write(
-            writing / f"process-{topology.rank:04d}.json",
-            {"random": _random_state(topology), "scaler": _scaler(topology)},
-        )
+        topology.on_main(lambda: _begin(root, writing))
+        topology.on_every(lambda: _write_part(writing, topology, model, optimizer))
+        topology.on_main(lambda: _commit(writing, final, manifest, keep_last))
     except Exception as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
-        error = f"{type(exc).__name__}: {exc}"
-    if topology.any(bool(error)):
-        raise CheckpointError(f"checkpoint {final} could not be written: {error or 'another process failed'}")
-    if topology.is_main:
-        manifest = {
-            "format": FORMAT, "progress": progress.to_dict(), "num_processes": topology.num_processes,
-            "topology": topology.name, **about, "files": _hashes(writing),
-        }  # fmt: skip
-        _write(writing / MANIFEST, manifest)
-        if final.exists():  # an older attempt at this step that was found invalid
-            shutil.rmtree(final)
-        _flush_directory(writing)
-        os.rename(writing, final)
-        _flush_directory(root)
-        _prune(root, keep_last)
-    topology.wait_for_all()
-    return final
+        raise CheckpointError(f"checkpoint {final} could not be written: {exc}") from exc
+
+
+def _begin(root: Path, writing: Path) -> None:
+    """A fresh directory; what crashes left goes."""
+    for torn in root.glob(".writing-*"):
+        shutil.rmtree(torn)
+    writing.mkdir(parents=True)
+
+
+def _write_part(writing: Path, topology: Topology, model: nn.Module, optimizer: Any) -> None:
+    """This process's part. dcp flushes its own files to the disk."""
+    model_state, optimizer_state = _state(model, optimizer)
+    with _alone(topology) as alone:
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing / "shards", no_dist=alone)
+    own = {"random": _random_state(topology), "scaler": _scaler(topology)}
+    _write(writing / f"process-{topology.rank:04d}.json", own)
+
+
+def _commit(writing: Path, final: Path, manifest: dict[str, Any], keep_last: int) -> None:
+    """Hashes last, then one rename; only then may older ones go."""
+    _write(writing / MANIFEST, {**manifest, "files": _hashes(writing)})
+    _flush_directory(writing / "shards")
+    _flush_directory(writing)
+    os.rename(writing, final)
+    _flush_directory(final.parent)
+    for old in sorted(final.parent.glob("step-*"), reverse=True)[keep_last:]:
+        shutil.rmtree(old)
+
+
+def set_aside(damaged: list[Path]) -> None:
+    """Rename checkpoints that are not whole to `damaged-step-...`: kept, but neither read, counted nor in the way."""
+    for path in damaged:
+        free = next(n for n in range(1000) if not path.with_name(f"damaged-{path.name}.{n}").exists())
+        os.rename(path, path.with_name(f"damaged-{path.name}.{free}"))
 
 
 class Saver:
@@ -124,24 +129,24 @@ def require_same_run(found: Found, config: Config, data_fingerprint: str) -> Non
         )  # fmt: skip
 
 
-def find_newest(root: Path) -> tuple[Found | None, list[str]]:
+def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
     """The newest valid checkpoint under `root`, and what is wrong with each newer one.
 
     Raises CheckpointError if there are checkpoints but none is valid: starting afresh would hide
     that work was lost.
     """
-    rejected: list[str] = []
+    rejected: dict[Path, str] = {}
     for path in sorted(root.glob("step-*"), reverse=True):
         try:
             return Found(path, _verified_manifest(path)), rejected
         except (OSError, ValueError, KeyError) as exc:
-            rejected.append(f"{path}: {exc}")
+            rejected[path] = str(exc)
     if rejected:
         raise CheckpointError(
-            "no checkpoint is valid, and nothing was deleted:\n  " + "\n  ".join(rejected)
+            "no checkpoint is valid, and nothing was deleted:\n  " + "\n  ".join(f"{path}: {problem}" for path, problem in rejected.items())
             + f"\nmove {root} away to start afresh"
         )  # fmt: skip
-    return None, []
+    return None, {}
 
 
 def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, progress: Progress) -> None:
@@ -255,10 +260,3 @@ def _flush_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _prune(root: Path, keep_last: int) -> None:
-    """Keep the newest checkpoints that have a manifest; one without is no backup and is not counted."""
-    whole = [path for path in sorted(root.glob("step-*"), reverse=True) if (path / MANIFEST).exists()]
-    for path in whole[keep_last:]:
-        shutil.rmtree(path)

@@ -5,7 +5,7 @@ Whatever the topology, a step sees the same few verbs: prepare, accumulate, back
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -95,12 +95,33 @@ class Topology:
             torch.distributed.all_reduce(total)
         return [float(v) for v in total.tolist()]
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
-        return self.sum([float(flag)])[0] > 0
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Do it on the main process only; every process gets its result, or raises its error."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except Exception as exc:
+                outcome[1] = exc
+        if self.num_processes > 1:
+            torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
-    def wait_for_all(self) -> None:
-        self.accelerator.wait_for_everyone()
+    def on_every(self, action: Callable[[], None]) -> None:
+        """Do it on every process; if it fails on one, all raise RuntimeError that says which and why."""
+        problem = None
+        try:
+            action()
+        except Exception as exc:
+            problem = f"process {self.rank}: {type(exc).__name__}: {exc}"
+        problems: list[str | None] = [problem]
+        if self.num_processes > 1:
+            problems = [None] * self.num_processes
+            torch.distributed.all_gather_object(problems, problem)
+        if any(problems):
+            raise RuntimeError("; ".join(filter(None, problems)))
 
     def full_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """All weights, whole, on the CPU of the main process; empty elsewhere. Collective."""
