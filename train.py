@@ -27,6 +27,8 @@ from finetune.errors import (
 )
 from finetune.progress import Progress
 
+MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16 leave nothing to scale
+
 # ------------------------------------------------------------------------------------------ run
 
 
@@ -58,7 +60,7 @@ class Job:
 
 
 def run(config: Config, check_only: bool) -> None:
-    """Check everything, build, loop, finish. Until the loop starts, nothing is written but the token cache."""
+    """Check everything, build, loop, finish. Until it opens its directory, a run writes nothing but the token cache."""
     from finetune.engine.preemption import StopFlag
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
@@ -67,20 +69,22 @@ def run(config: Config, check_only: bool) -> None:
     directory.check(config)
     job = Job(config, directory, Topology(config.train.precision), stop)
     configs.accumulation(config, job.topology.num_processes)
-    if directory.outcome().get("state") == "complete" and not check_only:
+    data = prepare(job)
+    if not check_only and directory.is_complete(data.train.sequences.examples.fingerprint):
         tell(job.topology, f"{directory.path} is complete; its model is in {directory.model}")
         return
-    data = prepare(job)
     tell(job.topology, summary(job, data))
     if check_only:
         return
     model, optimizer = build(job, data)
-    progress = resume(job, data, model, optimizer)
+    progress = Progress()
     try:
+        resume(job, data, model, optimizer, progress)
+        open_directory(job, data, progress)
         loop(job, data, model, optimizer, progress)
         finish(job, data, model, progress)
-    except Exception as exc:
-        if job.topology.is_main:
+    except (Exception, Preempted) as exc:
+        if job.topology.is_main and not isinstance(exc, UserError):
             state = "preempted" if isinstance(exc, Preempted) else "failed"
             directory.write_outcome(state, progress.step, f"{type(exc).__name__}: {exc}")
         raise
@@ -105,6 +109,7 @@ class Data:
 
 def prepare(job: Job) -> Data:
     """Rows -> sequences in a plan. Raises for whatever is wrong with rows, template or tokenizer."""
+    from finetune import preflight
     from finetune.data import batches, rows, templates, tokens
     from finetune.models import attention, load
     from finetune.objectives import OBJECTIVES
@@ -121,11 +126,11 @@ def prepare(job: Job) -> Data:
         )
 
     train_files, eval_files = rows.sources(wanted.train, wanted.eval)
-    format = (
-        rows.detect_format(train_files[0], wanted.text_unit, wanted.columns)
-        if wanted.format == "auto"
-        else wanted.format
-    )
+    format: str = wanted.format
+    if format == "auto":
+        format = rows.detect_format([*train_files, *eval_files], wanted.text_unit, wanted.columns)
+    if format == "text" and (wanted.template != "auto" or wanted.system_prompt is not None):
+        raise UserError("data.template, data.system_prompt: would be ignored: rows of text have no turns; remove them")
     template = templates.load(
         wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
     )
@@ -150,6 +155,7 @@ def prepare(job: Job) -> Data:
     plan = batched(train, config.train.global_batch_size, config.train.micro_batch_size, wanted.group_by_length)
     eval_plan = batched(evals, at_once * topology.num_processes, at_once, True) if evals else None
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
+    preflight.check_lengths(train, config, model_config, num_steps)
     return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps)
 
 
@@ -158,9 +164,8 @@ def summary(job: Job, data: Data) -> str:
     from finetune import preflight
     from finetune.models import adapters, load
 
-    skeleton = adapters.apply(
-        load.skeleton(job.config.model, data.model_config, data.tokenizer), job.config.adapter, None
-    )
+    skeleton = load.skeleton(job.config.model, data.model_config, data.tokenizer)
+    skeleton = adapters.apply(skeleton, job.config.adapter, job.config.model)
     return preflight.summary(job.config, data, job.topology, *adapters.count(skeleton))
 
 
@@ -179,34 +184,52 @@ def build(job: Job, data: Data) -> tuple[Any, Any]:
     dtype = frozen_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     torch.manual_seed(config.run.seed)  # random weights and fresh adapters are the same everywhere
     base = load.load_model(config.model, data.model_config, data.tokenizer, attention=data.attention, dtype=dtype)
-    model = adapters.apply(base, config.adapter, config.model.path)
+    model = adapters.apply(base, config.adapter, config.model)
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = topology.prepare(model, optim.build(model, config.optimizer))
     if data.attention not in attention.PADDED:
-        attention.check_documents_apart(model, base.get_input_embeddings().weight.shape[0], topology.device)
+        attention.check_documents_apart(
+            model, base.get_input_embeddings().weight.shape[0], topology.device, topology.precision
+        )
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
     return model, optimizer
 
 
-def resume(job: Job, data: Data, model: Any, optimizer: Any) -> Progress:
-    """Open the run directory, and go on from its newest valid checkpoint if it has one."""
+def resume(job: Job, data: Data, model: Any, optimizer: Any, progress: Progress) -> None:
+    """Go on from the newest valid checkpoint of this run, if it has one."""
     from finetune.engine import checkpoint
 
-    directory, topology, progress = job.directory, job.topology, Progress()
-    fingerprint = data.train.sequences.examples.fingerprint
-    found, damaged = topology.on_main(lambda: checkpoint.find_newest(directory.checkpoints))
+    root = job.directory.checkpoints
+    found, damaged = job.topology.on_main(lambda: checkpoint.find_newest(root))
     if found:
-        checkpoint.require_same_run(found, job.config, fingerprint)
-        checkpoint.load(found, topology, model, optimizer, progress)
+        checkpoint.require_same_run(found, job.config, identity(job, data, model))
+        checkpoint.load(found, job.topology, model, optimizer, progress)
+        job.topology.on_main(lambda: checkpoint.set_aside(list(damaged)))
         for path, problem in damaged.items():
-            tell(topology, f"skipped a damaged checkpoint: {path}: {problem}")
-        tell(topology, f"resumed from {found.path} at step {progress.step}")
+            tell(job.topology, f"skipped a damaged checkpoint: {path}: {problem}")
+        tell(job.topology, f"resumed from {found.path} at step {progress.step}")
 
-    def open_directory() -> None:
-        checkpoint.set_aside(list(damaged))
+
+def identity(job: Job, data: Data, model: Any) -> dict[str, str]:
+    """What the config only points at, and what auto became: a resumption must find the same."""
+    from finetune.models import adapters
+
+    return {
+        "training data": data.train.sequences.examples.fingerprint,
+        "frozen weights": adapters.frozen_fingerprint(job.topology.unwrap(model)),
+        "train.precision": job.topology.precision,
+    }
+
+
+def open_directory(job: Job, data: Data, progress: Progress) -> None:
+    """From here on the run directory is this run's."""
+    directory, topology = job.directory, job.topology
+
+    def write() -> None:
         directory.create(job.config)
         directory.rewind(progress.step)
+        directory.write_outcome("running", progress.step, "started, or started again")
         directory.write_receipt(
             seed=job.config.run.seed, num_processes=topology.num_processes, topology=topology.name,
             precision=topology.precision, attention=data.attention, num_steps=data.num_steps,
@@ -214,8 +237,7 @@ def resume(job: Job, data: Data, model: Any, optimizer: Any) -> Progress:
             eval_data=data.eval.sequences.examples.receipt() if data.eval else None,
         )  # fmt: skip
 
-    topology.on_main(open_directory)
-    return progress
+    topology.on_main(write)
 
 
 # ----------------------------------------------------------------------------------------- loop
@@ -234,36 +256,46 @@ def loop(job: Job, data: Data, model: Any, optimizer: Any, progress: Progress) -
     trainable, total = count(model)
     tracker = Tracker(
         directory.metrics, directory.evals, num_steps=data.num_steps, start=progress.step, is_main=topology.is_main,
-        every=config.tracking.log_every_steps, flops_per_token=2.0 * trainable + 4.0 * total,
+        num_processes=topology.num_processes, every=config.tracking.log_every_steps, flops_per_token=2.0 * trainable + 4.0 * total,
     )  # fmt: skip
     job.stop.only_note()
-    saves = checkpoint.Saver(directory.checkpoints, topology, config, data.train.sequences.examples.fingerprint)
+    saves = checkpoint.Saver(directory.checkpoints, topology, config, identity(job, data, model))
+    skips = 0
     while progress.step < data.num_steps:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
         try:
             result = steps.train_step(
                 topology, model, optimizer, loss, data.train.at(progress.step),
-                lr=lr, max_grad_norm=config.train.max_grad_norm, wishes=(job.stop.is_set, saves.is_time()),
+                lr=lr, max_grad_norm=config.train.max_grad_norm, wishes=lambda: (job.stop.is_set, saves.is_time()),
             )  # fmt: skip
         except TrainingDiverged as exc:
             rows = ", ".join(data.train.places(progress.step))
             raise TrainingDiverged(f"step {progress.step + 1}: {exc}; its rows: {rows}") from exc
         must_stop, time_to_save = result.wishes
+        skips = skips + 1 if result.skipped else 0
+        if skips == MOST_SKIPS:
+            raise TrainingDiverged(
+                f"step {progress.step + 1}: fp16 gradients overflowed {skips} times in a row; use bf16"
+            )
         progress.advance(len(data.train.of_step(progress.step)), result.tokens, result.supervised_tokens)
         progress.epoch = progress.step // data.train.steps_per_epoch
         tracker.step(
             progress, result, lr=lr, epoch=progress.step / data.train.steps_per_epoch, memory_gb=topology.memory_gb()
         )
         last = progress.step == data.num_steps
-        if data.eval and (last or progress.step % (config.evaluation.every_steps or sys.maxsize) == 0):
-            tracker.evaluation(progress.step, steps.evaluate(topology, model, loss, data.eval.epoch()))
-        if last or must_stop or time_to_save or progress.step % (config.checkpoint.every_steps or sys.maxsize) == 0:
-            saves.save(model, optimizer, progress)
-        if must_stop and not last:
+        with tracker.pause():
+            # A machine that is going away has no time for an evaluation.
+            if data.eval and not (must_stop or last) and due(progress.step, config.evaluation.every_steps):
+                tracker.evaluation(progress.step, steps.evaluate(topology, model, loss, data.eval.epoch()))
+            if last or must_stop or time_to_save or due(progress.step, config.checkpoint.every_steps):
+                saves.save(model, optimizer, progress)
+        if must_stop:
             tracker.close()
             raise Preempted(
                 f"{job.stop.reason or 'another process'} at step {progress.step}; saved, run the same command again"
             )
+    if data.eval and not topology.on_main(lambda: directory.has_evaluation(progress.step)):
+        tracker.evaluation(progress.step, steps.evaluate(topology, model, loss, data.eval.epoch()))
     tracker.close()
 
 
@@ -280,11 +312,18 @@ def finish(job: Job, data: Data, model: Any, progress: Progress) -> None:
     def save_and_verify() -> None:
         template = data.template if job.config.objective.kind != "clm" else None  # plain text has no turns to keep
         export.save(bare, weights, data.tokenizer, template, target)
-        export.verify(target, bare, weights, data.tokenizer, topology.precision)
+        export.verify(
+            target, bare, weights, data.tokenizer, template,
+            precision=topology.precision, trust_remote_code=job.config.model.trust_remote_code,
+        )  # fmt: skip
         job.directory.write_outcome("complete", progress.step, "every step done, model verified")
 
     topology.on_main(save_and_verify)
     tell(topology, f"complete: {target}\nchat with it: python -m finetune chat --model {target}")
+
+
+def due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def tell(topology: Any, message: str) -> None:

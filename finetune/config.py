@@ -310,6 +310,8 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "model.config: needs model_type, for example llama"
     if model.config is not None and model.tokenizer == "bytes":
         yield from _ignored(config, "model", ("revision", "trust_remote_code"), "nothing is loaded from the Hub")
+    if model.path is not None and os.path.isdir(model.path):
+        yield from _ignored(config, "model", ("revision",), "model.path is a folder")
     if model.init == "random" and adapter.kind != "full":
         yield f"adapter.kind: {adapter.kind} beside random weights cannot be loaded again, as they are not saved; use full"
     if adapter.kind == "full":
@@ -530,8 +532,3 @@ def _ignored(config: Config, section: str, names: tuple[str, ...], why: str) -> 
     for name in names:
         if getattr(values, name) != type(values).model_fields[name].default:
             yield f"{section}.{name}: would be ignored: {why}; remove it"
-
-
-def num_processes_from_environment() -> int:
-    """Processes of this launch, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -33,8 +33,11 @@ class TrainingDiverged(Exception):
     """The loss or a gradient is NaN or infinite. Exit code 1; the weights were not updated."""
 
 
-class Preempted(Exception):
-    """The machine is being taken away. The state is saved; exit code 75 asks to be run again."""
+class Preempted(BaseException):
+    """The machine is being taken away; exit code 75 asks to be run again.
+
+    No Exception, so that no library's or our own `except Exception` takes it for something else.
+    """
 
 
 EXIT_COMPLETE = 0

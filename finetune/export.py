@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from finetune.data.rows import Message
 from finetune.data.templates import Template
-from finetune.data.tokens import tokenizer_fingerprint, uses_bos
+from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
 from finetune.errors import ExportError, ModelError
 from finetune.models import adapters
+from finetune.models.load import translated
 
 PROBE_TOKENS = 16
 # Largest difference of logits between the trained and the reloaded model, as a part of the largest
@@ -35,7 +37,11 @@ def save(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template:
         tokenizer.chat_template = chat_template(template, tokenizer)
     _set_generation(model, tokenizer, template)
     model.save_pretrained(writing, state_dict=dict(weights))  # a copy: transformers empties the mapping it is given
+    model.generation_config.save_pretrained(writing)  # peft leaves it out, and with it the token that ends an answer
     tokenizer.save_pretrained(writing)
+    for file in writing.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
     if target.exists():
         os.rename(target, old)
     os.rename(writing, target)
@@ -43,14 +49,19 @@ def save(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template:
 
 
 def verify(
-    target: Path, trained: Any, weights: dict[str, torch.Tensor], tokenizer: Any, precision: str
+    target: Path, trained: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None, *,
+    precision: str, trust_remote_code: bool,
 ) -> None:  # fmt: skip
     """Open `target` as a user would and compare it with what was trained. Raises ExportError.
 
     Every tensor must be there bit for bit, no adapter may be zero, the logits of `probe_ids` must
-    agree, and the tokenizer must give the same ids and the same chat.
+    agree, the tokenizer must give the same ids, and its chat template the prompt that was trained.
     """
-    reloaded = load(target, trained.get_input_embeddings().weight.dtype)
+    try:
+        reloaded = load(target, trained.get_input_embeddings().weight.dtype, trust_remote_code)
+        again = load_tokenizer(target, trust_remote_code)
+    except ModelError as exc:
+        raise ExportError(str(exc)) from exc
     if isinstance(trained, PeftModel) and (dead := adapters.dead_adapters(reloaded)):
         raise ExportError(f"{target}: {len(dead)} adapters are zero, such as {dead[0]}: they were never trained")
     state = reloaded.state_dict()
@@ -59,40 +70,52 @@ def verify(
             raise ExportError(
                 f"{target}: weight {name} is {'other than trained' if name in state else 'missing'} after reloading"
             )
-    logits, wanted = probe_logits(reloaded), probe_logits(trained)
-    difference, scale = (logits - wanted).abs().max().item(), wanted.abs().max().item()
-    if not difference <= TOLERANCE[precision] * scale:
-        raise ExportError(f"{target}: logits differ by {difference:.3g} (largest logit {scale:.3g}) after reloading")
-    again = AutoTokenizer.from_pretrained(target)
+    difference = _relative_difference(probe_logits(reloaded), probe_logits(trained))
+    if not difference <= TOLERANCE[precision]:
+        raise ExportError(f"{target}: logits differ by {difference:.3g} of the largest one after reloading")
     if (
         tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer)
         or again.chat_template != tokenizer.chat_template
     ):
         raise ExportError(f"{target}: the tokenizer differs after reloading")
+    if reloaded.generation_config.eos_token_id != trained.generation_config.eos_token_id:
+        raise ExportError(f"{target}: the tokens that end an answer differ after reloading")
+    if template is not None:
+        _verify_prompt(target, again, template)
 
 
-def load(path: str | Path, dtype: torch.dtype | str = "auto") -> Any:
+def _verify_prompt(target: Path, tokenizer: Any, template: Template) -> None:
+    """A question asked through the exported chat template must give the tokens that training put before answers."""
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    trained = encode_prompt(template.prompt([Message("user", "a")]), tokenizer)
+    if ids != trained:
+        raise ExportError(
+            f"{target}: its chat template gives the tokens {ids} for a prompt that was trained as {trained}"
+        )
+
+
+def load(path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
     """Full weights, or an adapter on its base. Raises ModelError."""
     folder = Path(path)
-    try:
-        if (folder / "adapter_config.json").exists():
-            from peft import PeftConfig
+    with translated(f"model {str(path)!r}"):
+        if not (folder / "adapter_config.json").exists():
+            return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
+        adapter = PeftConfig.from_pretrained(str(folder))
+        base = AutoModelForCausalLM.from_pretrained(
+            str(adapter.base_model_name_or_path), dtype=dtype, revision=adapter.revision, trust_remote_code=trust_remote_code
+        )  # fmt: skip
+        if (folder / "generation_config.json").exists():
+            base.generation_config = GenerationConfig.from_pretrained(folder)
+        return PeftModel.from_pretrained(base, str(folder))
 
-            base = AutoModelForCausalLM.from_pretrained(
-                str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path), dtype=dtype
-            )
-            return PeftModel.from_pretrained(base, str(folder))
-        return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as exc:
-        raise ModelError(f"{path}: cannot be opened as a model: {str(exc).strip().splitlines()[0]}") from exc
 
-
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of an exported model. Raises ModelError."""
-    try:
-        return AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as exc:
-        raise ModelError(f"{path}: has no tokenizer: {str(exc).strip().splitlines()[0]}") from exc
+    with translated(f"the tokenizer of {str(path)!r}"):
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
 
 
 def probe_logits(model: Any) -> torch.Tensor:
@@ -119,9 +142,11 @@ def probe_ids(vocab_size: int) -> torch.Tensor:
 
 
 def merge(source: Path, target: Path, dtype: str) -> float:
-    """Add an adapter into its base, save full weights, and return the largest difference of logits this made.
+    """Add an adapter into its base and save full weights.
 
-    Raises ModelError if `source` is no adapter or `target` exists.
+    Returns the largest difference of logits this made, as a part of the largest logit. Raises
+    ModelError if `source` is no adapter or `target` exists, ExportError if the difference is more
+    than rounding; then nothing is left at `target`.
     """
     if not (source / "adapter_config.json").exists():
         raise ModelError(f"{source}: no adapter_config.json, so there is nothing to merge; give model/ of a LoRA run")
@@ -132,7 +157,14 @@ def merge(source: Path, target: Path, dtype: str) -> float:
     merged = adapters.merge(model)
     weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
     save(merged, weights, tokenizer, None, target)
-    return float((probe_logits(load(target)) - before).abs().max())
+    difference = _relative_difference(probe_logits(load(target)), before)
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if not difference <= TOLERANCE[names[merged.dtype]]:
+        shutil.rmtree(target)
+        raise ExportError(
+            f"{target}: merging changed the logits by {difference:.3g} of the largest one; it was removed"
+        )
+    return difference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,14 +181,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     difference = merge(arguments.model, arguments.output, arguments.dtype)
-    print(f"{arguments.output}: merged; logits differ by at most {difference:.3g} from base plus adapter")
+    print(
+        f"{arguments.output}: merged; logits differ from base plus adapter by at most {difference:.2g} of the largest one"
+    )
 
 
 def chat_template(template: Template, tokenizer: Any) -> str:
-    """The Jinja source to save: with the BOS in front that training put there, if the template has none."""
-    if uses_bos(tokenizer) and "bos_token" not in template.source:
+    """The Jinja source to save: with the BOS in front that training put there, if the template renders none."""
+    if uses_bos(tokenizer) and not template.prompt([Message("user", "a")]).startswith(tokenizer.bos_token):
         return "{{ bos_token }}" + template.source
     return template.source
+
+
+def _relative_difference(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((logits - wanted).abs().max() / wanted.abs().max())
 
 
 def _set_generation(model: Any, tokenizer: Any, template: Template | None) -> None:

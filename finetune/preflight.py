@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from finetune.config import Config, accumulation
+from finetune.errors import ConfigError
 
 SHOWN_CHARACTERS = 600
 
@@ -31,6 +32,23 @@ def summary(config: Config, data: Any, topology: Any, trainable: int, total: int
         lines.append(f"evaluation  {len(data.eval.sequences.examples):,} examples")
     lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
     return "\n".join(lines)
+
+
+def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: int) -> None:
+    """Raise ConfigError if the model has too few positions, or the run too few steps for its warm-up."""
+    longest = int(examples.lengths.max())
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        where = examples.place(int(examples.lengths.argmax()))
+        raise ConfigError(
+            f"data.max_length: {where} has {longest} tokens, but the model only {positions} positions "
+            "(max_position_embeddings); lower data.max_length and choose a data.truncation"
+        )
+    if config.schedule.warmup_steps >= num_steps:
+        raise ConfigError(
+            f"schedule.warmup_steps: {config.schedule.warmup_steps} of {num_steps} steps: "
+            "the learning rate would never reach optimizer.lr; lower it"
+        )
 
 
 def _quartiles(lengths: np.ndarray) -> str:

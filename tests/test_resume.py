@@ -187,7 +187,7 @@ def test_a_run_directory_of_another_config_is_refused_with_the_keys(workshop, ch
 def test_a_checkpoint_of_other_data_is_refused(workshop, monkeypatch):
     train_until(workshop, monkeypatch, 4, "run", checkpoint__every_steps=2)
     workshop.rows.write_text(workshop.rows.read_text().replace("three", "four"))
-    with pytest.raises(RunDirectoryError, match="the training data"):
+    with pytest.raises(RunDirectoryError, match="training data: was"):
         workshop.train(checkpoint__every_steps=2)
 
 
@@ -212,3 +212,33 @@ def test_a_signal_before_the_first_step_ends_at_once(workshop):
     assert process.returncode == 75, errors
     assert "SIGTERM before the first step" in errors
     assert not list(workshop.folder.glob("cache/tokens/.building-*")), "half a cache must not stay"
+
+
+def test_a_lora_run_does_not_go_on_over_another_base(workshop, monkeypatch):
+    base = workshop.train("base")
+    lora = {
+        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None, "model__tokenizer": None,
+        "adapter__kind": "lora", "checkpoint__every_steps": 2,
+    }  # fmt: skip
+    train_until(workshop, monkeypatch, 3, "lora", **lora)
+    other = workshop.train("other", run__seed=7)
+    (base / "model/model.safetensors").write_bytes((other / "model/model.safetensors").read_bytes())
+    with pytest.raises(RunDirectoryError, match="frozen weights: was"):
+        workshop.train("lora", **lora)
+    assert (workshop.run_dir("lora") / "checkpoints/step-00000002/manifest.json").exists()
+
+
+def test_a_moved_data_file_is_the_same_data(workshop, monkeypatch):
+    monkeypatch.chdir(workshop.folder)
+    settings = {"data__train": "rows.jsonl", "checkpoint__every_steps": 2}
+    train_until(workshop, monkeypatch, 3, "run", **settings)
+    elsewhere = workshop.folder / "elsewhere"
+    elsewhere.mkdir()
+    workshop.rows.rename(elsewhere / "rows.jsonl")
+    monkeypatch.chdir(elsewhere)
+    assert losses(workshop.train(**settings)) == losses(workshop.train("whole", **settings))
+
+
+def test_a_run_that_is_going_does_not_say_it_was_preempted(workshop, monkeypatch):
+    run = train_until(workshop, monkeypatch, 3, "run", checkpoint__every_steps=2)
+    assert json.loads((run / "outcome.json").read_text())["state"] == "running"

@@ -117,9 +117,13 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> tuple
     return train_files, eval_files
 
 
-def detect_format(source: str, text_unit: str, columns: Mapping[str, str]) -> str:
-    """Format of a source, from its first row."""
-    return detect(next(read(source, text_unit)), columns)
+def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str]) -> str:
+    """The one format of all sources, each from its first row. Raises DataError if they differ: a template fits one."""
+    found = {source: detect(next(read(source, text_unit)), columns) for source in sources}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{source}: {format}" for source, format in found.items())
+        raise DataError(f"the files hold rows of different formats ({listed}); bring them into one")
+    return found[sources[0]]
 
 
 def fingerprint(source: str) -> str:

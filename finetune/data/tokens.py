@@ -99,7 +99,7 @@ def prepare(sources: Sequence[str], template: Template, tokenizer: Any, options:
     """
     identity = {
         "version": CACHE_VERSION,
-        "sources": [(os.path.abspath(s) if os.path.exists(s) else s, rows.fingerprint(s)) for s in sources],
+        "sources": [rows.fingerprint(source) for source in sources],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": template.fingerprint,
         "options": asdict(options),

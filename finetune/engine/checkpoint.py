@@ -57,7 +57,8 @@ def save(
     }  # fmt: skip
     try:
         topology.on_main(lambda: _begin(root, writing))
-        topology.on_every(lambda: _write_part(writing, topology, model, optimizer))
+        topology.on_every(lambda: _write_own(writing, topology))
+        _write_shards(writing, topology, model, optimizer)
         topology.on_main(lambda: _commit(writing, final, manifest, keep_last))
     except Exception as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
         raise CheckpointError(f"checkpoint {final} could not be written: {exc}") from exc
@@ -70,13 +71,17 @@ def _begin(root: Path, writing: Path) -> None:
     writing.mkdir(parents=True)
 
 
-def _write_part(writing: Path, topology: Topology, model: nn.Module, optimizer: Any) -> None:
-    """This process's part. dcp flushes its own files to the disk."""
+def _write_own(writing: Path, topology: Topology) -> None:
+    """What only this process knows."""
+    own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
+    _write(writing / f"process-{topology.rank:04d}.json", own)
+
+
+def _write_shards(writing: Path, topology: Topology, model: nn.Module, optimizer: Any) -> None:
+    """This process's part of the tensors. dcp flushes its files, and raises on every process if one fails."""
     model_state, optimizer_state = _state(model, optimizer)
     with _alone(topology) as alone:
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing / "shards", no_dist=alone)
-    own = {"random": _random_state(topology), "scaler": _scaler(topology)}
-    _write(writing / f"process-{topology.rank:04d}.json", own)
 
 
 def _commit(writing: Path, final: Path, manifest: dict[str, Any], keep_last: int) -> None:
@@ -100,10 +105,10 @@ def set_aside(damaged: list[Path]) -> None:
 class Saver:
     """When and what to save, for one run."""
 
-    def __init__(self, root: Path, topology: Topology, config: Config, data_fingerprint: str) -> None:
+    def __init__(self, root: Path, topology: Topology, config: Config, identity: dict[str, str]) -> None:
         self.root, self.topology = root, topology
         self.every_minutes, self.keep_last = config.checkpoint.every_minutes, config.checkpoint.keep_last
-        self.about = {"config": config.model_dump(), "data": data_fingerprint}
+        self.about = {"config": config.model_dump(), "identity": identity}
         self.saved_at = time.monotonic()
 
     def is_time(self) -> bool:
@@ -115,13 +120,16 @@ class Saver:
         self.saved_at = time.monotonic()
 
 
-def require_same_run(found: Found, config: Config, data_fingerprint: str) -> None:
-    """Raise RunDirectoryError with the differing keys if a checkpoint belongs to another config or other data."""
+def require_same_run(found: Found, config: Config, identity: dict[str, str]) -> None:
+    """Raise RunDirectoryError with what differs if a checkpoint belongs to another config, or to other data or weights.
+
+    `identity` holds what a config only points at: name -> fingerprint, such as that of the training data.
+    """
     different = differences(found.manifest["config"], config)
-    if found.manifest["data"] != data_fingerprint:
-        different.append(
-            f"the training data: its tokens were {found.manifest['data']}, now {data_fingerprint} (rows, tokenizer or template changed)"
-        )
+    saved = found.manifest["identity"]
+    different += [
+        f"{name}: was {saved.get(name)}, now {now}" for name, now in identity.items() if saved.get(name) != now
+    ]
     if different:
         raise RunDirectoryError(
             f"{found.path} is a checkpoint of another run; what differs:\n  " + "\n  ".join(different)
@@ -165,10 +173,9 @@ def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, pro
         )
         own = found.path / f"process-{topology.rank:04d}.json"
         if own.exists():
-            values = json.loads(own.read_text())
-            _restore_random_state(values["random"], topology)
-            if topology.accelerator.scaler is not None and values["scaler"]:
-                topology.accelerator.scaler.load_state_dict(values["scaler"])
+            _restore_random_state(json.loads(own.read_text())["random"], topology)
+        # One scaler for all: processes that are new have none saved, and must scale as the others do.
+        topology.restore_scaler(json.loads((found.path / "process-0000.json").read_text())["scaler"])
     except Exception as exc:  # dcp raises many kinds for a checkpoint that does not fit the model
         raise CheckpointError(f"checkpoint {found.path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
     progress.restore(found.manifest["progress"])
@@ -213,11 +220,6 @@ def _restore_random_state(state: dict[str, Any], topology: Topology) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
     if state["cuda"] is not None and topology.device.type == "cuda":
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), topology.device)
-
-
-def _scaler(topology: Topology) -> dict[str, Any]:
-    scaler = topology.accelerator.scaler
-    return scaler.state_dict() if scaler is not None else {}
 
 
 def _verified_manifest(path: Path) -> dict[str, Any]:

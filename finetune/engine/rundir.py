@@ -67,17 +67,30 @@ class RunDirectory:
         write_atomically(self.path / "receipt.json", json.dumps(receipt, indent=2))
 
     def write_outcome(self, state: str, step: int, reason: str) -> None:
-        """state: complete, preempted or failed."""
+        """state: running, complete, preempted or failed."""
         outcome = {"state": state, "step": step, "reason": reason, "written": _now()}
         write_atomically(self.path / "outcome.json", json.dumps(outcome, indent=2))
 
     def outcome(self) -> dict[str, Any]:
         """How the last attempt ended; empty if there was none."""
-        try:
-            outcome: dict[str, Any] = json.loads((self.path / "outcome.json").read_text())
-            return outcome
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
+        return self._read_json("outcome.json")
+
+    def is_complete(self, data_fingerprint: str) -> bool:
+        """Whether a run has ended here and its model is there. Raises RunDirectoryError if it was of other data."""
+        there = any((self.model / name).exists() for name in ("config.json", "adapter_config.json"))
+        if self.outcome().get("state") != "complete" or not there:
+            return False
+        trained = self._read_json("receipt.json").get("train_data", {}).get("fingerprint")
+        if trained != data_fingerprint:
+            raise RunDirectoryError(
+                f"{self.path} is complete, but of other training data (rows, tokenizer or template have changed since); "
+                "give this run another run.name"
+            )
+        return True
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after this step is on record."""
+        return self.evals.exists() and any(_step_of(line) == step for line in self.evals.read_text().splitlines())
 
     def rewind(self, step: int) -> None:
         """Take lines of later steps (and a torn last line) out of the logs: they will be trained again."""
@@ -85,6 +98,13 @@ class RunDirectory:
             if log.exists():
                 kept = [line for line in log.read_text().splitlines() if _step_of(line) <= step]
                 write_atomically(log, "".join(line + "\n" for line in kept))
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            values: dict[str, Any] = json.loads((self.path / name).read_text())
+            return values
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
 
     def _read_config(self, path: Path) -> dict[str, Any]:
         try:

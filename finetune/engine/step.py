@@ -18,7 +18,10 @@ Loss = Callable[[Any, Batch], tuple[torch.Tensor, int]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Totals over all processes. loss: mean over supervised tokens, nats; grad_norm: before clipping."""
+    """Totals over all processes. loss: mean over supervised tokens, nats; grad_norm: before clipping.
+
+    skipped: the weights stayed, as fp16 gradients overflowed under their scale.
+    """
 
     loss: float
     grad_norm: float
@@ -30,19 +33,18 @@ class StepResult:
 
 def train_step(
     topology: Topology, model: nn.Module, optimizer: Any, loss: Loss, batches: Sequence[Batch], *,
-    lr: float, max_grad_norm: float | None, wishes: Sequence[bool] = (),
+    lr: float, max_grad_norm: float | None, wishes: Callable[[], Sequence[bool]] = tuple,
 ) -> StepResult:  # fmt: skip
     """Move the weights once.
 
     The gradient is that of (sum of token losses over all micro-batches and processes) / (number
     of supervised tokens over the same): every micro-batch's sum is divided by the whole step's
     count before its backward pass, so sums simply add up. `wishes` of single processes (stop, save)
-    travel with that count, so that all processes learn of them in the same step.
+    are asked for at the end and travel with the loss, so that all learn of them in the same step.
 
     Raises TrainingDiverged before the weights move if the loss or a gradient is not finite.
     """
-    counts = [sum(b.num_supervised for b in batches), sum(b.num_tokens for b in batches), *map(float, wishes)]
-    supervised, tokens, *wished = topology.sum(counts)
+    supervised, tokens = topology.sum([sum(b.num_supervised for b in batches), sum(b.num_tokens for b in batches)])
     model.train()
     local = torch.zeros((), dtype=torch.float64, device=topology.device)
     for number, batch in enumerate(batches, 1):
@@ -51,17 +53,16 @@ def train_step(
             topology.backward(total / supervised)
         local += total.detach().double()
     grad_norm = float(topology.clip(model, max_grad_norm))
-    mean = topology.sum([local])[0] / supervised
+    total_loss, *wished = topology.sum([local, *map(float, wishes())])
+    mean, finite = total_loss / supervised, math.isfinite(grad_norm)
     # Overflowing fp16 gradients are no divergence: the scaler leaves the step out and scales less.
-    if not math.isfinite(mean) or not (math.isfinite(grad_norm) or topology.scales_gradients):
+    if not math.isfinite(mean) or not (finite or topology.scales_gradients):
         optimizer.zero_grad()
         raise TrainingDiverged(f"loss {mean}, gradient norm {grad_norm}, learning rate {lr:g}")
     set_lr(optimizer, lr)
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(
-        mean, grad_norm, int(tokens), int(supervised), topology.step_was_skipped(), tuple(w > 0 for w in wished)
-    )
+    return StepResult(mean, grad_norm, int(tokens), int(supervised), not finite, tuple(w > 0 for w in wished))
 
 
 def evaluate(topology: Topology, model: nn.Module, loss: Loss, batches: Iterable[Sequence[Batch]]) -> dict[str, float]:

@@ -7,14 +7,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import nn
 
-from finetune.errors import ConfigError
+from finetune.errors import CheckpointError, ConfigError, ExportError, UserError
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -25,7 +26,15 @@ class Topology:
     def __init__(self, precision: str) -> None:
         cuda = torch.cuda.is_available()
         self.precision = _resolve(precision, cuda)
-        self.accelerator = Accelerator(cpu=not cuda, mixed_precision=PRECISIONS[self.precision])
+        _refuse_what_the_launcher_cannot_mean()
+        self.accelerator = Accelerator(
+            cpu=not cuda,
+            mixed_precision=PRECISIONS[self.precision],
+            # Steps are whole groups of micro-batches that `train_step` scales itself: Accelerate must divide by nothing.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            # The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end that.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.num_processes: int = self.accelerator.num_processes
@@ -66,9 +75,6 @@ class Topology:
     def unwrap(self, model: nn.Module) -> Any:
         return self.accelerator.unwrap_model(model)
 
-    def autocast(self) -> Any:
-        return self.accelerator.autocast()
-
     @contextmanager
     def accumulate(self, model: nn.Module, last: bool) -> Iterator[None]:
         """Gradients are exchanged in the last backward pass of a step only."""
@@ -84,9 +90,13 @@ class Topology:
         limit = float("inf") if max_norm is None else max_norm
         return self.accelerator.clip_grad_norm_(model.parameters(), limit)
 
-    def step_was_skipped(self) -> bool:
-        """Whether the last optimizer step was left out because fp16 gradients overflowed."""
-        return bool(self.accelerator.optimizer_step_was_skipped)
+    def scaler_state(self) -> dict[str, Any]:
+        """State of fp16's gradient scaler, the same on every process; empty without one."""
+        return self.accelerator.scaler.state_dict() if self.scales_gradients else {}
+
+    def restore_scaler(self, state: dict[str, Any]) -> None:
+        if self.scales_gradients and state:
+            self.accelerator.scaler.load_state_dict(state)
 
     def sum(self, values: Sequence[float | torch.Tensor]) -> list[float]:
         """Each value summed over all processes, in float64."""
@@ -102,7 +112,10 @@ class Topology:
             try:
                 outcome[0] = action()
             except Exception as exc:
-                outcome[1] = exc
+                if self.num_processes == 1:
+                    raise
+                own = isinstance(exc, UserError | CheckpointError | ExportError)  # others may not survive the journey
+                outcome[1] = exc if own else RuntimeError(f"{type(exc).__name__}: {exc}")
         if self.num_processes > 1:
             torch.distributed.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
@@ -140,12 +153,32 @@ class Topology:
         self.accelerator.end_training()
 
 
+def _refuse_what_the_launcher_cannot_mean() -> None:
+    """Wishes of `accelerate launch` that would be dropped or would change the arithmetic in silence."""
+    for name, wish in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "false").lower() == "true":
+            raise ConfigError(
+                f"the topology file asks for {wish}, which is not supported yet; use single.yaml or ddp.yaml"
+            )
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "use_cpu: true makes accelerate launch start one process whatever num_processes says; set it to false "
+            "(without a GPU train.py takes the CPU by itself), as in accelerate_configs/cpu_debug.yaml"
+        )
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        raise ConfigError(
+            f"the launcher sets gradient_accumulation_steps to {steps}; remove it there: accumulation follows from "
+            "train.global_batch_size and train.micro_batch_size"
+        )
+
+
 def _resolve(precision: str, cuda: bool) -> str:
     if precision == "auto":
-        return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if precision == "fp16" and not cuda:
         raise ConfigError("train.precision: fp16 needs a GPU; on a CPU use fp32 or bf16")
-    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             "train.precision: bf16 needs a GPU of compute capability 8.0 (Ampere) or newer; use fp16 or fp32"
         )

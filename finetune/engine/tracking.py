@@ -1,8 +1,11 @@
 """What a run tells while it goes: metrics.jsonl, eval.jsonl, a progress bar or plain lines."""
 
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,12 @@ class Tracker:
     """Of the main process; elsewhere every call does nothing."""
 
     def __init__(
-        self, metrics: Path, evals: Path, *, num_steps: int, start: int, every: int, is_main: bool, flops_per_token: float = 0.0
+        self, metrics: Path, evals: Path, *, num_steps: int, start: int, every: int, is_main: bool, num_processes: int,
+        flops_per_token: float,
     ) -> None:  # fmt: skip
         self.metrics, self.evals = metrics, evals
         self.num_steps, self.every, self.is_main = num_steps, every, is_main
-        self.flops_per_token = flops_per_token
+        self.flops_per_token, self.num_processes = flops_per_token, num_processes
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=num_steps, initial=start, unit="step", disable=not (is_main and terminal), dynamic_ncols=True
@@ -74,7 +78,13 @@ class Tracker:
             say(
                 f"step {step}/{self.num_steps}  eval loss {values['eval_loss']:.4f}  perplexity {values['perplexity']:.2f}"
             )
-            self.mark = time.monotonic()  # an evaluation's time is no training time
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside is no training time."""
+        began = time.monotonic()
+        yield
+        self.mark += time.monotonic() - began
 
     def close(self) -> None:
         self.bar.close()
@@ -84,13 +94,14 @@ class Tracker:
         if not torch.cuda.is_available() or not self.flops_per_token:
             return {}
         peak = next((rate for name, rate in PEAK_BF16.items() if name in torch.cuda.get_device_name()), None)
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        return {"mfu": round(tokens_per_second * self.flops_per_token / (peak * world), 4)} if peak else {}
+        return {"mfu": round(tokens_per_second * self.flops_per_token / (peak * self.num_processes), 4)} if peak else {}
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(values) + "\n")
+        # JSON knows no NaN and no infinity.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def _duration(seconds: float) -> str:

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
+from finetune.data import templates
 from finetune.data.rows import Message
 from finetune.data.tokens import encode_prompt
 
@@ -32,6 +34,9 @@ def answers(
     results = [""] * len(encoded)
     choice = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # Not the model's own: a repetition penalty or a sampling default in it would decode base and tuned by other rules.
+    ends = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad, **choice)
     model.eval()
     device = next(model.parameters()).device
     bar = tqdm(total=len(encoded), desc=title, unit=" answers", disable=None, leave=False)
@@ -45,8 +50,6 @@ def answers(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=min(max_new_tokens, context - longest),
-                pad_token_id=pad,
-                **choice,
             )
         for i, row in zip(chosen, out[:, longest:], strict=True):
             results[i] = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -57,7 +60,5 @@ def answers(
 
 def chat_prompt(tokenizer: Any, messages: Sequence[Message], place: str = "prompt") -> str:
     """The text of a conversation up to the next answer, by the tokenizer's chat template."""
-    from finetune.data import templates
-
     template = templates.load("chat", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, {})
     return template.prompt(messages, place)

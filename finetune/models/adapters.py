@@ -1,16 +1,19 @@
 """What trains: all weights, or LoRA adapters. Merging."""
 
 import difflib
+import hashlib
+import os
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from finetune.config import Adapter
+from finetune.config import Adapter, Model
 from finetune.errors import ModelError
 
 
-def apply(model: Any, adapter: Adapter, base_path: str | None) -> Any:
+def apply(model: Any, adapter: Adapter, base: Model) -> Any:
     """The model with what trains unfrozen: itself (full), or a PeftModel around it. Raises ModelError."""
     if adapter.kind == "full":
         return model
@@ -21,19 +24,23 @@ def apply(model: Any, adapter: Adapter, base_path: str | None) -> Any:
         lora_dropout=adapter.dropout,
         target_modules=adapter.target_modules,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_path,
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as exc:
         raise ModelError(f"adapter.target_modules: {adapter.target_modules!r}: {exc}") from exc
+    # peft notes the base as it was given; a relative folder would be looked for on the Hub from anywhere else.
+    saved = adapted.peft_config["default"]
+    saved.base_model_name_or_path = os.path.abspath(base.path) if base.path and os.path.isdir(base.path) else base.path
+    saved.revision = base.revision
+    return adapted
 
 
 def check_targets(model: nn.Module, targets: str | list[str]) -> None:
     """Raise ModelError if a target names no linear layer of the model."""
     if isinstance(targets, str):  # all-linear, or a regular expression that peft matches whole
         return
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     leaves = sorted({name.split(".")[-1] for name in linear})
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
@@ -42,12 +49,30 @@ def check_targets(model: nn.Module, targets: str | list[str]) -> None:
             raise ModelError(
                 f"adapter.target_modules: no linear layer is called {target!r}; there are {', '.join(leaves)}; {hint}"
             )
+    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and head and any(head == target or head.endswith("." + target) for target in targets):
+        raise ModelError(
+            f"adapter.target_modules: {head} shares its weights with the embedding in this model, so an adapter on it "
+            "could not be merged; leave it out"
+        )
 
 
 def count(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; tied ones count once."""
     sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
     return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """Hash of the weights that do not train, from up to 64 values of each: adapters belong to these and no others."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
+            digest.update(f"{name} {tuple(weight.shape)} ".encode() + sample.tobytes())
+    return digest.hexdigest()[:32]
 
 
 def dead_adapters(model: nn.Module) -> list[str]:

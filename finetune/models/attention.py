@@ -37,7 +37,12 @@ def choose(wanted: str, model_class: Any, config: Any, device: torch.device, pre
         raise ModelError(
             f"model.attention: flash_attention_2 needs a CUDA device, the flash-attn package and bf16 or fp16, found {found}; use auto"
         )
-    can_separate = getattr(model_class, "_supports_attention_backend", False) and not _soft_capped(config)
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    can_separate = (
+        getattr(model_class, "_supports_attention_backend", False)
+        and not _soft_capped(config)
+        and layers <= {"full_attention", "sliding_attention"}
+    )
     if wanted == NAME and not can_separate:
         raise ModelError(
             f"model.attention: {NAME} does not support {config.model_type} (soft-capped scores, or attention of its own); use eager"
@@ -45,7 +50,7 @@ def choose(wanted: str, model_class: Any, config: Any, device: torch.device, pre
     if wanted != "auto":
         return wanted
     if not can_separate:
-        return "eager" if _soft_capped(config) else "sdpa"
+        return "sdpa" if getattr(model_class, "_supports_sdpa", False) and not _soft_capped(config) else "eager"
     half = precision != "fp32"  # the kernel knows no float32
     if has_flash and half and device.type == "cuda" and getattr(model_class, "_supports_flash_attn", False):
         return "flash_attention_2"
@@ -70,13 +75,16 @@ def attend_within_documents(
     Raises ModelError for what it would otherwise ignore: soft caps, sinks, position biases.
     """
     ignored = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if _is_sliding(module) and sliding_window is None:
+        ignored.append("sliding windows")  # this model leaves them to a mask, and there is none here
     if ignored or cu_seq_lens_q is None or max_length_q is None:
         what = f"{' and '.join(ignored)} of this model" if ignored else "a call without document bounds"
         raise ModelError(f"model.attention: {NAME} cannot do {what}; use eager")
     if torch.is_autocast_enabled(query.device.type):  # norms of queries and keys in float32 would leave them so
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
-    if query.is_cuda and varlen_attn is not None and query.dtype != torch.float32 and dropout == 0.0:
+    fast = query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if fast and varlen_attn is not None and dropout == 0.0:
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         out = varlen_attn(
@@ -103,10 +111,10 @@ def attend_within_documents(
     return torch.cat(outputs, dim=1), None
 
 
-def check_documents_apart(model: torch.nn.Module, vocab_size: int, device: torch.device) -> None:
+def check_documents_apart(model: torch.nn.Module, vocab_size: int, device: torch.device, precision: str) -> None:
     """Raise ModelError if a document's logits depend on the document before it.
 
-    Two documents in one row; other tokens in the first must not move the second at all. Models
+    Two documents in one row; other tokens in the first must not move the second. Models
     that mix positions outside attention (convolutions, recurrent states) fail here, before the
     first step.
     """
@@ -115,6 +123,7 @@ def check_documents_apart(model: torch.nn.Module, vocab_size: int, device: torch
     other = (first + 1 + torch.randint(vocab_size - 1, first.shape, generator=random)) % vocab_size
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
+    exact = precision == "fp32" and next(model.parameters()).dtype == torch.float32
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -126,11 +135,20 @@ def check_documents_apart(model: torch.nn.Module, vocab_size: int, device: torch
             for start in (first, other)
         ]  # fmt: skip
     model.train(was_training)
-    if not torch.equal(*logits):
+    moved, scale = (logits[0] - logits[1]).abs().max(), logits[0].abs().max()
+    # Not to the bit: in a mixture of experts other tokens in the first document change the shapes, and with
+    # them the rounding, of the matrix products that the second takes part in. A leak is orders larger.
+    if moved > scale * (1e-5 if exact else 1e-2):
         raise ModelError(
             "this model lets a document see the one before it in the same sequence "
-            f"(logits move by {(logits[0] - logits[1]).abs().max():.2g}); set data.packing: false and model.attention: sdpa"
+            f"(logits move by {moved:.2g}); set data.packing: false and model.attention: sdpa"
         )
+
+
+def _is_sliding(module: torch.nn.Module) -> bool:
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    layer = getattr(module, "layer_idx", None)
+    return types is not None and layer is not None and types[layer] == "sliding_attention"
 
 
 def _soft_capped(config: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -23,9 +24,11 @@ def load_tokenizer(model: Model) -> Any:
     name = model.tokenizer or model.path
     if name == "bytes":
         return bytes_tokenizer()
-    with _translated(f"tokenizer {name!r}"):
+    with translated(f"tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=model.revision, trust_remote_code=model.trust_remote_code
+            name,
+            revision=None if model.tokenizer else model.revision,  # the revision is that of the model's repository
+            trust_remote_code=model.trust_remote_code,
         )
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
@@ -40,9 +43,9 @@ def load_config(model: Model) -> Any:
     """The architecture, without weights. Raises ModelError."""
     if model.config is not None:
         values = dict(model.config)
-        with _translated(f"model.config with model_type {values.get('model_type')!r}"):
+        with translated(f"model.config with model_type {values.get('model_type')!r}"):
             return AutoConfig.for_model(values.pop("model_type"), **values)
-    with _translated(f"model {model.path!r}"):
+    with translated(f"model {model.path!r}"):
         return AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -68,12 +71,12 @@ def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dty
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
     if model.init == "random":
-        with _translated("random weights"):
+        with translated("random weights"):
             loaded = AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention, dtype=dtype, trust_remote_code=model.trust_remote_code
             )
     else:
-        with _translated(f"model {model.path!r}"):
+        with translated(f"model {model.path!r}"):
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 model.path, config=config, attn_implementation=attention, dtype=dtype,
                 revision=model.revision, trust_remote_code=model.trust_remote_code, output_loading_info=True,
@@ -94,7 +97,7 @@ def skeleton(model: Model, config: Any, tokenizer: Any) -> Any:
     """The model without memory for its weights (on the meta device), to count and to check. Raises ModelError."""
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
-    with torch.device("meta"), _translated(f"architecture {config.model_type}"):
+    with torch.device("meta"), translated(f"architecture {config.model_type}"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     check_vocabulary(empty, tokenizer)
     return empty
@@ -137,12 +140,21 @@ def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
+def translated(what: str) -> Iterator[None]:
     """transformers raises OSError, ValueError, KeyError and more for what is the user's to mend."""
     try:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as exc:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as exc:
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise ModelError(f"{what} cannot be loaded: {reason}") from exc

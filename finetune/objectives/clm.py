@@ -14,5 +14,5 @@ def supervises(loss_on: str) -> str:
 
 
 def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
-    """(sum of token losses, number of tokens it sums over)."""
+    """(sum of the losses of all supervised tokens, their number)."""
     return loss_sum(model, batch.model_inputs(), batch.targets), batch.num_supervised

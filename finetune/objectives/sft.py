@@ -1,18 +1,10 @@
 """Supervised fine-tuning: the answers, given the prompts."""
 
-from typing import Any
+from finetune.objectives.clm import loss
 
-import torch
-
-from finetune.data.batches import Batch
-from finetune.models.head import loss_sum
+__all__ = ["loss", "supervises"]  # the loss is the same sum; what differs is which tokens are in it
 
 
 def supervises(loss_on: str) -> str:
     """Which part of a row is learned: what data.loss_on says."""
     return loss_on
-
-
-def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
-    """(sum of token losses, number of supervised tokens)."""
-    return loss_sum(model, batch.model_inputs(), batch.targets), batch.num_supervised
