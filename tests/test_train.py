@@ -306,6 +306,7 @@ def test_a_mixture_of_experts_trains_packed(workshop, architecture):
         "model_type": architecture,
         "num_local_experts": 4,
         "num_experts": 4,
+        "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
     }
     run = workshop.train(model__config=config, data__packing=True, train__epochs=3)
