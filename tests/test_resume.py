@@ -80,6 +80,7 @@ def test_lora_resumes_to_the_bit(workshop, monkeypatch):
     assert all("lora_" in name or "param_groups" in name for name in saved), "frozen weights must not be saved again"
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_asks_to_be_run_again(workshop):
     """SIGTERM -> a checkpoint, outcome preempted, exit code 75; the same command goes on to the same end."""
     settings = {"train__epochs": 60, "train__max_steps": 300, "checkpoint__every_minutes": None}
@@ -101,6 +102,7 @@ def test_a_signal_saves_and_asks_to_be_run_again(workshop):
     assert losses(workshop.run_dir("signalled")) == losses(workshop.train("whole", **settings))
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_is_still_finished(workshop):
     run = workshop.train()
     before = (run / "model/model.safetensors").stat().st_mtime_ns
@@ -142,6 +144,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(workshop, mon
     assert losses(run) == losses(whole)
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_all_damaged_stop_the_run_and_stay(workshop, monkeypatch):
     run = train_until(workshop, monkeypatch, 4, "parts", checkpoint__every_steps=2, checkpoint__keep_last=1)
     damaged = damage_newest(run, "truncated")
@@ -197,6 +200,7 @@ def test_what_does_not_change_the_arithmetic_may_change_on_resume(workshop, monk
     assert losses(run) == pytest.approx(losses(workshop.train("whole")), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_ends_at_once(workshop):
     """Nothing is there to save yet: exit code 75 asks to be run again."""
     workshop.rows.write_text(

@@ -62,6 +62,7 @@ def test_clm_learns_every_token_of_text(workshop):
     assert losses(run)[-1] < losses(run)[0]
 
 
+@pytest.mark.slow
 def test_check_tells_what_would_be_trained_and_writes_nothing(workshop):
     result = workshop.launch(arguments=["--check"], data__packing=True)
     assert result.returncode == 0, result.stderr
@@ -78,6 +79,7 @@ def test_wrong_config_is_exit_2_with_every_problem(workshop):
         assert part in result.stderr
 
 
+@pytest.mark.slow
 def test_a_bad_row_is_exit_2_and_leaves_no_run_directory(workshop):
     write_jsonl(workshop.rows, [*pairs(3), {"question": "q", "answer": None}])
     result = workshop.launch()
@@ -87,6 +89,7 @@ def test_a_bad_row_is_exit_2_and_leaves_no_run_directory(workshop):
     assert not workshop.run_dir().exists()
 
 
+@pytest.mark.slow
 def test_divergence_stops_before_the_weights_move_and_names_step_rate_and_rows(workshop):
     """Weights of 1e30 overflow float32 in the first product."""
     base = workshop.train("base")
