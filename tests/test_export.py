@@ -138,10 +138,13 @@ def test_an_adapter_and_its_merge_know_the_token_that_ends_an_answer(workshop):
     assert stop in export.load(workshop.folder / "merged").generation_config.eos_token_id
 
 
-def test_an_adapter_on_a_tied_head_is_refused(workshop):
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "lm_head"], ".*(q_proj|lm_head)", ["embed_tokens"], ".*embed_tokens"], ids=str
+)
+def test_an_adapter_on_tied_weights_is_refused(workshop, targets):
     base = workshop.train("base", model__config={**TINY_LLAMA, "tie_word_embeddings": True})
-    with pytest.raises(ModelError, match="lm_head shares its weights with the embedding"):
-        workshop.train("lora", adapter__target_modules=["q_proj", "lm_head"], **as_adapter(base))
+    with pytest.raises(ModelError, match="shares its weights|no linear layer is called 'embed_tokens'"):
+        workshop.train("lora", adapter__target_modules=targets, **as_adapter(base))
 
 
 @pytest.mark.parametrize("own_bos", [False, True], ids=["BOS left to the tokenizer", "BOS in the template"])

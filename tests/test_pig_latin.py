@@ -130,7 +130,7 @@ def test_the_rows_are_what_the_quickstart_reads(make):
     from finetune.data import rows
 
     folder = make("data")
-    assert rows.detect_format(str(folder / "train.jsonl"), "line", {}) == "question_answer"
+    assert rows.detect_format([str(folder / "train.jsonl")], "line", {}) == "question_answer"
     train, dev = rows.sources(str(folder / "train.jsonl"), str(folder / "dev.jsonl"))
     assert len([rows.to_conversation(row, "question_answer", {}) for row in rows.read(train[0])]) == 300
     assert len(list(rows.read(dev[0]))) == 40

@@ -272,9 +272,9 @@ def test_only_answers_are_supervised():
 
 
 def test_the_format_of_a_file_is_that_of_its_first_row(tmp_path):
-    assert rows.detect_format(str(write_jsonl(tmp_path / "a.jsonl", [QA])), "line", {}) == "question_answer"
+    assert rows.detect_format([str(write_jsonl(tmp_path / "a.jsonl", [QA]))], "line", {}) == "question_answer"
     (tmp_path / "b.txt").write_text("words")
-    assert rows.detect_format(str(tmp_path / "b.txt"), "line", {}) == "text"
+    assert rows.detect_format([str(tmp_path / "b.txt")], "line", {}) == "text"
 
 
 # Files that cannot be read.
@@ -559,6 +559,6 @@ def test_a_fingerprint_changes_with_any_byte(tmp_path):
 def test_real_rows_become_conversations(real_data, name, format, count):
     source = str(real_data / name)
     conversations = [rows.to_conversation(row, rows.detect(row), {}) for row in rows.read(source)]
-    assert rows.detect_format(source, "line", {}) == format
+    assert rows.detect_format([source], "line", {}) == format
     assert len(conversations) == count or count is None
     assert all(conversation.messages[-1].supervised for conversation in conversations)

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import os
+import warnings
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,6 +19,7 @@ def apply(model: Any, adapter: Adapter, base: Model) -> Any:
     if adapter.kind == "full":
         return model
     check_targets(model, adapter.target_modules)
+    base_head, base_embedding = model.get_output_embeddings(), model.get_input_embeddings()
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
@@ -26,9 +28,18 @@ def apply(model: Any, adapter: Adapter, base: Model) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # refused below
+            adapted = get_peft_model(model, config)
     except ValueError as exc:
         raise ModelError(f"adapter.target_modules: {adapter.target_modules!r}: {exc}") from exc
+    ends = {id(module) for module in (base_head, base_embedding)}
+    touched = [name for name, m in adapted.named_modules() if hasattr(m, "lora_A") and id(m.get_base_layer()) in ends]
+    if touched and model.config.get_text_config().tie_word_embeddings:
+        raise ModelError(
+            f"adapter.target_modules: {touched[0].removeprefix('base_model.model.')} shares its weights between head and "
+            "embedding in this model, so an adapter on it could not be merged; leave it out"
+        )
     # peft notes the base as it was given; a relative folder would be looked for on the Hub from anywhere else.
     saved = adapted.peft_config["default"]
     saved.base_model_name_or_path = os.path.abspath(base.path) if base.path and os.path.isdir(base.path) else base.path
@@ -49,13 +60,6 @@ def check_targets(model: nn.Module, targets: str | list[str]) -> None:
             raise ModelError(
                 f"adapter.target_modules: no linear layer is called {target!r}; there are {', '.join(leaves)}; {hint}"
             )
-    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
-    tied = model.config.get_text_config().tie_word_embeddings
-    if tied and head and any(head == target or head.endswith("." + target) for target in targets):
-        raise ModelError(
-            f"adapter.target_modules: {head} shares its weights with the embedding in this model, so an adapter on it "
-            "could not be merged; leave it out"
-        )
 
 
 def count(model: nn.Module) -> tuple[int, int]:
