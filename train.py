@@ -10,7 +10,7 @@ Heavy imports stand inside functions, so that --help and a wrong config answer a
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune import config as configs
 from finetune.config import Config
@@ -26,6 +26,12 @@ from finetune.errors import (
     UserError,
 )
 from finetune.progress import Progress
+
+if TYPE_CHECKING:
+    from finetune.engine.preemption import StopFlag
+    from finetune.engine.rundir import RunDirectory
+    from finetune.engine.topology import Topology
+    from finetune.preflight import Data
 
 MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16 leave nothing to scale
 
@@ -51,128 +57,53 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked, where it lives, how it is shared, and whether it must stop."""
+    """What was asked, where it lives, how it is shared, what it learns from, and whether it must stop."""
 
     config: Config
-    directory: Any
-    topology: Any
-    stop: Any
+    directory: "RunDirectory"
+    topology: "Topology"
+    data: "Data"
+    stop: "StopFlag"
 
 
 def run(config: Config, check_only: bool) -> None:
     """Check everything, build, loop, finish. Until it opens its directory, a run writes nothing but the token cache."""
+    from finetune import preflight
     from finetune.engine.preemption import StopFlag
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
+    from finetune.models import adapters
 
     stop, directory = StopFlag(), RunDirectory(config)  # until the loop starts, a signal ends the run at once
     directory.check(config)
-    job = Job(config, directory, Topology(config.train.precision), stop)
-    configs.accumulation(config, job.topology.num_processes)
-    data = prepare(job)
-    if not check_only and directory.is_complete(data.train.sequences.examples.fingerprint):
-        tell(job.topology, f"{directory.path} is complete; its model is in {directory.model}")
+    topology = Topology(config.train.precision)
+    configs.accumulation(config, topology.num_processes)
+    job = Job(config, directory, topology, preflight.prepare(config, topology), stop)
+    if not check_only and directory.is_complete(job.data.train.fingerprint):
+        tell(topology, f"{directory.path} is complete; its model is in {directory.model}")
         return
-    tell(job.topology, summary(job, data))
+    tell(topology, preflight.summary(config, topology, job.data))
     if check_only:
         return
-    model, optimizer = build(job, data)
-    progress = Progress()
+    model, optimizer = build(job)
+    untrained, progress = adapters.sums(model), Progress()
     try:
-        resume(job, data, model, optimizer, progress)
-        open_directory(job, data, progress)
-        loop(job, data, model, optimizer, progress)
-        finish(job, data, model, progress)
+        resume(job, model, optimizer, progress)
+        open_directory(job, progress)
+        loop(job, model, optimizer, progress)
+        finish(job, model, progress, untrained)
     except (Exception, Preempted) as exc:
-        if job.topology.is_main and not isinstance(exc, UserError):
+        if topology.is_main and not isinstance(exc, UserError):
             state = "preempted" if isinstance(exc, Preempted) else "failed"
             directory.write_outcome(state, progress.step, f"{type(exc).__name__}: {exc}")
         raise
-    job.topology.close()
-
-
-# ---------------------------------------------------------------------------------------- check
-
-
-@dataclass
-class Data:
-    """Everything that is known before weights are loaded."""
-
-    tokenizer: Any
-    template: Any
-    model_config: Any
-    attention: str
-    train: Any
-    eval: Any
-    num_steps: int
-
-
-def prepare(job: Job) -> Data:
-    """Rows -> sequences in a plan. Raises for whatever is wrong with rows, template or tokenizer."""
-    from finetune import preflight
-    from finetune.data import batches, rows, templates, tokens
-    from finetune.models import attention, load
-    from finetune.objectives import OBJECTIVES
-
-    config, topology = job.config, job.topology
-    wanted, seed = config.data, config.run.seed
-    tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
-    kernel = attention.choose(
-        config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision
-    )
-    if wanted.packing and kernel in attention.PADDED:
-        raise UserError(
-            f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
-        )
-
-    train_files, eval_files = rows.sources(wanted.train, wanted.eval)
-    format: str = wanted.format
-    if format == "auto":
-        format = rows.detect_format([*train_files, *eval_files], wanted.text_unit, wanted.columns)
-    if format == "text" and (wanted.template != "auto" or wanted.system_prompt is not None):
-        raise UserError("data.template, data.system_prompt: would be ignored: rows of text have no turns; remove them")
-    template = templates.load(
-        wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
-    )
-    options = tokens.Options(
-        wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
-        OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
-    )  # fmt: skip
-    train = tokens.prepare(train_files, template, tokenizer, options, wanted.cache_dir)
-    evals = tokens.prepare(eval_files, template, tokenizer, options, wanted.cache_dir) if eval_files else None
-    if wanted.eval_fraction:
-        train, evals = tokens.hold_out(train, wanted.eval_fraction, seed)
-
-    def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> Any:
-        return batches.Batches(
-            batches.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
-            global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
-            rank=topology.rank, num_processes=topology.num_processes,
-            padded=kernel in attention.PADDED, pad_id=tokenizer.pad_token_id or 0,
-        )  # fmt: skip
-
-    at_once = config.evaluation.micro_batch_size or config.train.micro_batch_size
-    plan = batched(train, config.train.global_batch_size, config.train.micro_batch_size, wanted.group_by_length)
-    eval_plan = batched(evals, at_once * topology.num_processes, at_once, True) if evals else None
-    num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
-    preflight.check_lengths(train, config, model_config, num_steps)
-    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps)
-
-
-def summary(job: Job, data: Data) -> str:
-    """What will be trained on what, for a person to read before it starts."""
-    from finetune import preflight
-    from finetune.models import adapters, load
-
-    skeleton = load.skeleton(job.config.model, data.model_config, data.tokenizer)
-    skeleton = adapters.apply(skeleton, job.config.adapter, job.config.model)
-    return preflight.summary(job.config, data, job.topology, *adapters.count(skeleton))
+    topology.close()
 
 
 # ---------------------------------------------------------------------------------------- build
 
 
-def build(job: Job, data: Data) -> tuple[Any, Any]:
+def build(job: Job) -> tuple[Any, Any]:
     """Model and optimizer, on their devices and shared between processes."""
     import torch
 
@@ -183,12 +114,14 @@ def build(job: Job, data: Data) -> tuple[Any, Any]:
     frozen_dtype = load.DTYPES[topology.precision] if config.adapter.kind != "full" else torch.float32
     dtype = frozen_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     torch.manual_seed(config.run.seed)  # random weights and fresh adapters are the same everywhere
-    base = load.load_model(config.model, data.model_config, data.tokenizer, attention=data.attention, dtype=dtype)
+    base = load.load_model(
+        config.model, job.data.model_config, job.data.tokenizer, attention=job.data.attention, dtype=dtype
+    )
     model = adapters.apply(base, config.adapter, config.model)
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = topology.prepare(model, optim.build(model, config.optimizer))
-    if data.attention not in attention.PADDED:
+    if not attention.pads(job.data.attention):
         attention.check_documents_apart(
             model, base.get_input_embeddings().weight.shape[0], topology.device, topology.precision
         )
@@ -196,14 +129,14 @@ def build(job: Job, data: Data) -> tuple[Any, Any]:
     return model, optimizer
 
 
-def resume(job: Job, data: Data, model: Any, optimizer: Any, progress: Progress) -> None:
+def resume(job: Job, model: Any, optimizer: Any, progress: Progress) -> None:
     """Go on from the newest valid checkpoint of this run, if it has one."""
     from finetune.engine import checkpoint
 
     root = job.directory.checkpoints
     found, damaged = job.topology.on_main(lambda: checkpoint.find_newest(root))
     if found:
-        checkpoint.require_same_run(found, job.config, identity(job, data, model))
+        checkpoint.require_same_run(found, job.config, identity(job, model))
         checkpoint.load(found, job.topology, model, optimizer, progress)
         job.topology.on_main(lambda: checkpoint.set_aside(list(damaged)))
         for path, problem in damaged.items():
@@ -211,18 +144,18 @@ def resume(job: Job, data: Data, model: Any, optimizer: Any, progress: Progress)
         tell(job.topology, f"resumed from {found.path} at step {progress.step}")
 
 
-def identity(job: Job, data: Data, model: Any) -> dict[str, str]:
+def identity(job: Job, model: Any) -> dict[str, str]:
     """What the config only points at, and what auto became: a resumption must find the same."""
     from finetune.models import adapters
 
     return {
-        "training data": data.train.sequences.examples.fingerprint,
+        "training data": job.data.train.fingerprint,
         "frozen weights": adapters.frozen_fingerprint(job.topology.unwrap(model)),
         "train.precision": job.topology.precision,
     }
 
 
-def open_directory(job: Job, data: Data, progress: Progress) -> None:
+def open_directory(job: Job, progress: Progress) -> None:
     """From here on the run directory is this run's."""
     directory, topology = job.directory, job.topology
 
@@ -232,9 +165,9 @@ def open_directory(job: Job, data: Data, progress: Progress) -> None:
         directory.write_outcome("running", progress.step, "started, or started again")
         directory.write_receipt(
             seed=job.config.run.seed, num_processes=topology.num_processes, topology=topology.name,
-            precision=topology.precision, attention=data.attention, num_steps=data.num_steps,
-            train_data=data.train.sequences.examples.receipt(), template=data.template.fingerprint,
-            eval_data=data.eval.sequences.examples.receipt() if data.eval else None,
+            precision=topology.precision, attention=job.data.attention, num_steps=job.data.num_steps,
+            train_data=job.data.train.sequences.examples.receipt(), template=job.data.template.fingerprint,
+            eval_data=job.data.eval.sequences.examples.receipt() if job.data.eval else None,
         )  # fmt: skip
 
     topology.on_main(write)
@@ -243,7 +176,7 @@ def open_directory(job: Job, data: Data, progress: Progress) -> None:
 # ----------------------------------------------------------------------------------------- loop
 
 
-def loop(job: Job, data: Data, model: Any, optimizer: Any, progress: Progress) -> None:
+def loop(job: Job, model: Any, optimizer: Any, progress: Progress) -> None:
     """Step, log, evaluate, save; until the plan is done or the machine is taken away."""
     from finetune.engine import checkpoint, optim
     from finetune.engine import step as steps
@@ -251,7 +184,7 @@ def loop(job: Job, data: Data, model: Any, optimizer: Any, progress: Progress) -
     from finetune.models.adapters import count
     from finetune.objectives import OBJECTIVES
 
-    config, directory, topology = job.config, job.directory, job.topology
+    config, directory, topology, data = job.config, job.directory, job.topology, job.data
     loss = OBJECTIVES[config.objective.kind].loss
     trainable, total = count(model)
     tracker = Tracker(
@@ -259,7 +192,10 @@ def loop(job: Job, data: Data, model: Any, optimizer: Any, progress: Progress) -
         num_processes=topology.num_processes, every=config.tracking.log_every_steps, flops_per_token=2.0 * trainable + 4.0 * total,
     )  # fmt: skip
     job.stop.only_note()
-    saves = checkpoint.Saver(directory.checkpoints, topology, config, identity(job, data, model))
+    saves = checkpoint.Saver(
+        directory.checkpoints, topology, about={"config": config.model_dump(), "identity": identity(job, model)},
+        every_minutes=config.checkpoint.every_minutes, keep_last=config.checkpoint.keep_last,
+    )  # fmt: skip
     skips = 0
     while progress.step < data.num_steps:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
@@ -279,10 +215,8 @@ def loop(job: Job, data: Data, model: Any, optimizer: Any, progress: Progress) -
             )
         progress.advance(len(data.train.of_step(progress.step)), result.tokens, result.supervised_tokens)
         progress.epoch = progress.step // data.train.steps_per_epoch
-        tracker.step(
-            progress, result, lr=lr, epoch=progress.step / data.train.steps_per_epoch, memory_gb=topology.memory_gb()
-        )
-        last = progress.step == data.num_steps
+        epoch, last = progress.step / data.train.steps_per_epoch, progress.step == data.num_steps
+        tracker.step(progress, result, lr=lr, epoch=epoch, memory_gb=topology.memory_gb())
         with tracker.pause():
             # A machine that is going away has no time for an evaluation.
             if data.eval and not (must_stop or last) and due(progress.step, config.evaluation.every_steps):
@@ -302,18 +236,27 @@ def loop(job: Job, data: Data, model: Any, optimizer: Any, progress: Progress) -
 # --------------------------------------------------------------------------------------- finish
 
 
-def finish(job: Job, data: Data, model: Any, progress: Progress) -> None:
-    """Export, open what was exported, and only then call the run complete."""
+def finish(job: Job, model: Any, progress: Progress, untrained: dict[str, float]) -> None:
+    """Export what has moved, open what was exported, and only then call the run complete."""
     from finetune import export
+    from finetune.models import adapters
 
     topology, target = job.topology, job.directory.model
+    trained = adapters.sums(model)
+    still = [name for name in trained if trained[name] == untrained[name]]
+    if len(still) == len(trained):
+        raise ExportError(
+            f"not one weight has moved in {progress.step} steps; is optimizer.lr too small for model.dtype?"
+        )
+    if still:
+        tell(topology, f"note: {len(still)} of {len(trained)} weight tensors have not moved, such as {still[0]}")
     weights, bare = topology.full_weights(model), topology.unwrap(model)
 
     def save_and_verify() -> None:
-        template = data.template if job.config.objective.kind != "clm" else None  # plain text has no turns to keep
-        export.save(bare, weights, data.tokenizer, template, target)
+        template = job.data.template if job.config.objective.kind != "clm" else None  # plain text has no turns to keep
+        export.save(bare, weights, job.data.tokenizer, template, target)
         export.verify(
-            target, bare, weights, data.tokenizer, template,
+            target, bare, weights, job.data.tokenizer, template,
             precision=topology.precision, trust_remote_code=job.config.model.trust_remote_code,
         )  # fmt: skip
         job.directory.write_outcome("complete", progress.step, "every step done, model verified")

@@ -18,15 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     parser.add_argument("--one-turn", action="store_true", help="forget each message before the next")
+    export.trust_remote_code_argument(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    tokenizer = export.load_tokenizer(arguments.model)
+    tokenizer = export.load_tokenizer(arguments.model, arguments.trust_remote_code)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{arguments.model}: its tokenizer has no chat template; models tuned with objective.kind: sft have one"
         )
-    model = export.load(arguments.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = export.load(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     start = [Message("system", arguments.system)] if arguments.system else []
 
     def answer(messages: list[Message]) -> str:

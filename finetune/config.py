@@ -22,6 +22,7 @@ from finetune.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 # What a format can call a column; the formats themselves are in data/rows.py.
 COLUMNS = ("text", "question", "answer", "prompt", "completion", "instruction", "input", "output", "messages")
+PADDED_ATTENTION = ("sdpa", "eager")  # they train padded rectangles; the others take sequences end to end in one row
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -211,11 +212,6 @@ class Config(Section):
     def run_dir(self) -> Path:
         return Path(self.run.dir) / self.run.name
 
-    @property
-    def padded(self) -> bool:
-        """Whether micro-batches are padded rectangles; else sequences lie end to end in one row."""
-        return self.model.attention in ("sdpa", "eager")
-
 
 # What may differ between a run and its resumption: it changes neither the data nor the arithmetic
 # of a step (micro_batch_size and checkpointing only reorder the same float operations).
@@ -337,7 +333,7 @@ def conflicts(config: Config) -> Iterator[str]:
         yield from _ignored(config, "data", ("text_unit",), "no source is a .txt file")
     if data.eval is not None:
         yield from _ignored(config, "data", ("eval_fraction",), "data.eval gives the evaluation rows")
-    if data.packing and config.padded:
+    if data.packing and model.attention in PADDED_ATTENTION:
         yield f"data.packing: with model.attention: {model.attention} packed documents would see each other; use auto"
     if data.packing and data.group_by_length:
         yield "data.group_by_length: ignored with data.packing, which fills every sequence"

@@ -1,6 +1,7 @@
 """Trained weights -> a folder that transformers or peft opens, verified by opening it."""
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,9 +15,10 @@ from finetune.data.rows import Message
 from finetune.data.templates import Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
 from finetune.errors import ExportError, ModelError
-from finetune.models import adapters
+from finetune.models import adapters, attention
 from finetune.models.load import translated
 
+BASE = "base_weights.json"  # beside an adapter: which weights it was trained on
 PROBE_TOKENS = 16
 # Largest difference of logits between the trained and the reloaded model, as a part of the largest
 # logit. float32: the two attention kernels add in another order. Half precision: bf16 keeps 8 bits
@@ -39,6 +41,8 @@ def save(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template:
     model.save_pretrained(writing, state_dict=dict(weights))  # a copy: transformers empties the mapping it is given
     model.generation_config.save_pretrained(writing)  # peft leaves it out, and with it the token that ends an answer
     tokenizer.save_pretrained(writing)
+    if isinstance(model, PeftModel):
+        _write_base(model, writing / BASE)
     for file in writing.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -104,9 +108,21 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code:
         if not (folder / "adapter_config.json").exists():
             return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
         adapter = PeftConfig.from_pretrained(str(folder))
-        base = AutoModelForCausalLM.from_pretrained(
-            str(adapter.base_model_name_or_path), dtype=dtype, revision=adapter.revision, trust_remote_code=trust_remote_code
-        )  # fmt: skip
+
+        def load_base(dtype: torch.dtype | str) -> Any:
+            return AutoModelForCausalLM.from_pretrained(
+                str(adapter.base_model_name_or_path), dtype=dtype, revision=adapter.revision, trust_remote_code=trust_remote_code
+            )  # fmt: skip
+
+        base = load_base(dtype)
+        if (folder / BASE).exists():
+            record = json.loads((folder / BASE).read_text())
+            exact = dtype in (
+                "auto",
+                torch.float32,
+                getattr(torch, record["dtype"]),
+            )  # else values were rounded on the way
+            _check_base(base if exact else load_base("auto"), record, folder)
         if (folder / "generation_config.json").exists():
             base.generation_config = GenerationConfig.from_pretrained(folder)
         return PeftModel.from_pretrained(base, str(folder))
@@ -123,7 +139,7 @@ def probe_logits(model: Any) -> torch.Tensor:
     was_training, device = model.training, model.get_input_embeddings().weight.device
     ids = probe_ids(model.get_input_embeddings().weight.shape[0]).to(device)
     bounds = torch.tensor([0, PROBE_TOKENS], dtype=torch.int32, device=device)
-    apart = model.config._attn_implementation not in ("sdpa", "eager")
+    apart = not attention.pads(model.config._attn_implementation)
     one_document = {
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
@@ -141,7 +157,7 @@ def probe_ids(vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-def merge(source: Path, target: Path, dtype: str) -> float:
+def merge(source: Path, target: Path, dtype: str = "auto", trust_remote_code: bool = False) -> float:
     """Add an adapter into its base and save full weights.
 
     Returns the largest difference of logits this made, as a part of the largest logit. Raises
@@ -152,12 +168,13 @@ def merge(source: Path, target: Path, dtype: str) -> float:
         raise ModelError(f"{source}: no adapter_config.json, so there is nothing to merge; give model/ of a LoRA run")
     if target.exists():
         raise ModelError(f"{target} exists; choose another --output")
-    model, tokenizer = load(source, dtype), load_tokenizer(source)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    model, tokenizer = load(source, wanted, trust_remote_code), load_tokenizer(source, trust_remote_code)
     before = probe_logits(model)
     merged = adapters.merge(model)
     weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
     save(merged, weights, tokenizer, None, target)
-    difference = _relative_difference(probe_logits(load(target)), before)
+    difference = _relative_difference(probe_logits(load(target, trust_remote_code=trust_remote_code)), before)
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     if not difference <= TOLERANCE[names[merged.dtype]]:
         shutil.rmtree(target)
@@ -177,10 +194,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="of the weights; auto: the base's own",
     )
+    trust_remote_code_argument(parser)
+
+
+def trust_remote_code_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that a Hub model brings along"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
-    difference = merge(arguments.model, arguments.output, arguments.dtype)
+    difference = merge(arguments.model, arguments.output, arguments.dtype, arguments.trust_remote_code)
     print(
         f"{arguments.output}: merged; logits differ from base plus adapter by at most {difference:.2g} of the largest one"
     )
@@ -195,6 +219,23 @@ def chat_template(template: Template, tokenizer: Any) -> str:
 
 def _relative_difference(logits: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((logits - wanted).abs().max() / wanted.abs().max())
+
+
+def _write_base(model: PeftModel, path: Path) -> None:
+    dtype = adapters.frozen_dtype(model)
+    hashes = adapters.frozen_hashes(model, dtype)
+    path.write_text(json.dumps({"dtype": str(dtype).removeprefix("torch."), "weights": hashes}, indent=1))
+
+
+def _check_base(base: Any, record: dict[str, Any], folder: Path) -> None:
+    """Raise ModelError if the base is not the one that the adapter was trained on."""
+    found = adapters.frozen_hashes(base.requires_grad_(False), getattr(torch, record["dtype"]))
+    others = [name for name, wanted in record["weights"].items() if found.get(name) != wanted]
+    if others:
+        raise ModelError(
+            f"{folder}: its base {base.name_or_path} has changed since the adapter was trained beside it: {len(others)} of "
+            f"{len(record['weights'])} weights are others, such as {others[0]}; put the old base back, or train again"
+        )
 
 
 def _set_generation(model: Any, tokenizer: Any, template: Template | None) -> None:

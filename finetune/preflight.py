@@ -1,17 +1,90 @@
-"""What will be trained on what, in words, before the first step."""
+"""Everything that can be known before weights are loaded: rows -> sequences in a plan, checked, and said in words."""
 
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from finetune.config import Config, accumulation
-from finetune.errors import ConfigError
+from finetune.data import batches, rows, templates, tokens
+from finetune.engine.topology import Topology
+from finetune.errors import ConfigError, UserError
+from finetune.models import adapters, attention, load
+from finetune.objectives import OBJECTIVES
 
 SHOWN_CHARACTERS = 600
 
 
-def summary(config: Config, data: Any, topology: Any, trainable: int, total: int) -> str:
-    """The run in a dozen lines, and its first example with what is learned in [brackets]."""
+@dataclass(frozen=True)
+class Data:
+    """What will be trained, and in which order."""
+
+    tokenizer: Any
+    template: templates.Template
+    model_config: Any
+    attention: str
+    train: batches.Batches
+    eval: batches.Batches | None
+    num_steps: int
+
+
+def prepare(config: Config, topology: Topology) -> Data:
+    """Rows -> sequences in a plan. Raises UserError for whatever is wrong with rows, template or tokenizer."""
+    wanted, seed = config.data, config.run.seed
+    tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
+    kernel = attention.choose(
+        config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision
+    )
+    if wanted.packing and attention.pads(kernel):
+        raise UserError(
+            f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
+        )
+
+    train_files, eval_files = rows.sources(wanted.train, wanted.eval)
+    format: str = wanted.format
+    if format == "auto":
+        format = rows.detect_format([*train_files, *eval_files], wanted.text_unit, wanted.columns)
+    if format == "text" and (wanted.template != "auto" or wanted.system_prompt is not None):
+        raise UserError("data.template, data.system_prompt: would be ignored: rows of text have no turns; remove them")
+    template = templates.load(
+        wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+    )
+    options = tokens.Options(
+        wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
+        OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
+    )  # fmt: skip
+    train = tokens.prepare(train_files, template, tokenizer, options, wanted.cache_dir)
+    evals = tokens.prepare(eval_files, template, tokenizer, options, wanted.cache_dir) if eval_files else None
+    if wanted.eval_fraction:
+        train, evals = tokens.hold_out(train, wanted.eval_fraction, seed)
+
+    def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
+        return batches.Batches(
+            batches.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
+            global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
+            rank=topology.rank, num_processes=topology.num_processes,
+            padded=attention.pads(kernel), pad_id=tokenizer.pad_token_id or 0,
+        )  # fmt: skip
+
+    at_once = config.evaluation.micro_batch_size or config.train.micro_batch_size
+    plan = batched(train, config.train.global_batch_size, config.train.micro_batch_size, wanted.group_by_length)
+    eval_plan = batched(evals, at_once * topology.num_processes, at_once, True) if evals else None
+    num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
+    check_lengths(train, config, model_config, num_steps)
+    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps)
+
+
+def summary(config: Config, topology: Topology, data: Data) -> str:
+    """The run in a dozen lines, and its first example with what is learned in [[brackets]].
+
+    Raises ModelError if the architecture, its vocabulary or its adapters cannot be.
+    """
+    skeleton = load.skeleton(
+        config.model, data.model_config, data.tokenizer, data.attention if attention.pads(data.attention) else attention.NAME
+    )  # fmt: skip
+    load.check_shapes(skeleton)
+    trainable, total = adapters.count(adapters.apply(skeleton, config.adapter, config.model))
     train, examples = data.train.sequences, data.train.sequences.examples
     supervised = examples.num_supervised_tokens
     name = config.model.path or f"{data.model_config.model_type} from random weights"
@@ -30,6 +103,10 @@ def summary(config: Config, data: Any, topology: Any, trainable: int, total: int
         lines.append(f"packing     {train.lengths.sum() / (len(train) * config.data.max_length):.1%} full")
     if data.eval:
         lines.append(f"evaluation  {len(data.eval.sequences.examples):,} examples")
+    if config.model.dtype == "bfloat16" and config.adapter.kind == "full":
+        lines.append(
+            "note        bfloat16 keeps 8 bits: steps of less than 1/256 of a weight are lost; float32 loses none"
+        )
     lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
     return "\n".join(lines)
 

@@ -99,6 +99,19 @@ def test_an_adapter_that_learned_nothing_is_never_complete(workshop, monkeypatch
         workshop.train("lora", **settings)
 
 
+def test_a_run_that_moved_no_weight_is_never_complete(workshop):
+    """bfloat16 keeps 8 bits: a step of 1e-6 is lost on weights of 1e-2, in silence, at every step."""
+    with pytest.raises(ExportError, match=r"not one weight has moved in 5 steps; is optimizer.lr too small"):
+        workshop.train(model__dtype="bfloat16", optimizer__lr=1e-12)
+
+
+def test_weights_that_did_not_move_are_named(workshop, capsys):
+    workshop.train(model__dtype="bfloat16", optimizer__lr=1e-3)  # norms are 1, where bfloat16 steps by 2^-7
+    assert (
+        "note: 5 of 21 weight tensors have not moved, such as model.layers.0.input_layernorm" in capsys.readouterr().err
+    )
+
+
 def test_a_failed_export_is_done_again_from_the_last_checkpoint(workshop, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(export, "save", tamper(lambda tensors: tensors["model.norm.weight"].zero_()))
@@ -145,6 +158,32 @@ def test_an_adapter_on_tied_weights_is_refused(workshop, targets):
     base = workshop.train("base", model__config={**TINY_LLAMA, "tie_word_embeddings": True})
     with pytest.raises(ModelError, match="shares its weights|no linear layer is called 'embed_tokens'"):
         workshop.train("lora", adapter__target_modules=targets, **as_adapter(base))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16", "float16"])
+def test_an_adapter_knows_its_base_in_whatever_dtype_both_are(workshop, dtype, wanted):
+    base = workshop.train("base", model__dtype=dtype)
+    run = workshop.train("lora", model__dtype="bfloat16", **as_adapter(base))
+    export.merge(run / "model", workshop.folder / "merged", wanted)
+
+
+@pytest.mark.parametrize("command", ["merge", "chat", "evaluate"])
+def test_an_adapter_beside_another_base_is_refused(workshop, capsys, command):
+    """Same path, same shapes, other weights: what comes out would be neither model."""
+    from finetune.__main__ import main
+
+    run = workshop.train("lora", **as_adapter(workshop.train("base")))
+    workshop.run_dir("base").rename(workshop.folder / "old")
+    base, model = workshop.train("base", run__seed=1) / "model", str(run / "model")
+    arguments = {
+        "merge": ["export", "--merge", "--model", model, "--output", str(workshop.folder / "merged")],
+        "chat": ["chat", "--model", model, "--prompt", "hi"],
+        "evaluate": ["evaluate", "--base", str(base), "--tuned", model, "--data", str(workshop.rows)],
+    }
+    assert main(arguments[command]) == 2
+    assert f"its base {base} has changed since the adapter was trained" in capsys.readouterr().err
+    assert not (workshop.folder / "merged").exists()
 
 
 @pytest.mark.parametrize("own_bos", [False, True], ids=["BOS left to the tokenizer", "BOS in the template"])

@@ -26,7 +26,9 @@ ALLOWED = {
         "finetune.errors", "finetune.engine",
     ],
     "finetune.export": ["finetune.data", "finetune.models", "finetune.errors"],
-    "finetune.preflight": ["finetune.config", "finetune.errors"],
+    "finetune.preflight": [
+        "finetune.data", "finetune.models", "finetune.objectives", "finetune.engine.topology", "finetune.config", "finetune.errors",
+    ],
     "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.__main__": ["finetune.config", "finetune.errors"],

@@ -71,6 +71,24 @@ def test_check_tells_what_would_be_trained_and_writes_nothing(workshop):
     assert not workshop.run_dir().exists()
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [{"num_key_value_heads": 3}, {"hidden_size": 30}, {"num_attention_heads": 3, "num_key_value_heads": 2}],
+    ids=str,
+)
+def test_an_architecture_that_no_token_can_pass_is_refused_before_weights_exist(workshop, sizes):
+    with pytest.raises(ModelError, match="heads"):
+        workshop.train(model__config={**TINY_LLAMA, **sizes})
+    assert not workshop.run_dir().exists()
+
+
+def test_a_model_with_attention_sinks_trains_in_padded_batches(workshop):
+    """gpt-oss adds a learned logit to every softmax, which neither packs nor SDPA know."""
+    config = {**TINY_LLAMA, "model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    run = workshop.train(model__config=config)
+    assert json.loads((run / "receipt.json").read_text())["attention"] == "eager"
+
+
 def test_wrong_config_is_exit_2_with_every_problem(workshop):
     result = workshop.launch(arguments=["--optimizer.learning_rate", "1"], train__epochs=0, model__pth="x")
     assert result.returncode == 2

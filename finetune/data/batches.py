@@ -114,6 +114,11 @@ class Batches:
         self.steps_per_epoch = -(-len(sequences) // global_batch_size)
         self._order: tuple[int, np.ndarray] | None = None
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the rows as tokens: their content, template, tokenizer and order."""
+        return self.sequences.examples.fingerprint
+
     def of_step(self, step: int) -> np.ndarray:
         """Sequences of one step over all processes; fewer than global_batch_size at the end of an epoch."""
         epoch, number = divmod(step, self.steps_per_epoch)

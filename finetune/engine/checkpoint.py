@@ -105,10 +105,11 @@ def set_aside(damaged: list[Path]) -> None:
 class Saver:
     """When and what to save, for one run."""
 
-    def __init__(self, root: Path, topology: Topology, config: Config, identity: dict[str, str]) -> None:
-        self.root, self.topology = root, topology
-        self.every_minutes, self.keep_last = config.checkpoint.every_minutes, config.checkpoint.keep_last
-        self.about = {"config": config.model_dump(), "identity": identity}
+    def __init__(
+        self, root: Path, topology: Topology, *, about: dict[str, Any], every_minutes: float | None, keep_last: int
+    ) -> None:
+        self.root, self.topology, self.about = root, topology, about
+        self.every_minutes, self.keep_last = every_minutes, keep_last
         self.saved_at = time.monotonic()
 
     def is_time(self) -> bool:

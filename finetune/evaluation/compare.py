@@ -26,12 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="answers generated at once")
     parser.add_argument("--examples", type=int, default=5, help="rows printed in full")
     parser.add_argument("--output", default=None, help="also write every answer and score to this .jsonl file")
+    export.trust_remote_code_argument(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Generate, score, print. Both models get the same prompts, by the tuned model's chat template."""
     conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
-    tokenizer = export.load_tokenizer(arguments.tuned)
+    tokenizer = export.load_tokenizer(arguments.tuned, arguments.trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(
             f"{arguments.tuned}: its tokenizer has no chat template, so it cannot be asked; was it tuned with objective.kind: sft?"
@@ -39,10 +40,11 @@ def main(arguments: argparse.Namespace) -> None:
     wanted = [conversation.messages[-1].content for conversation in conversations]
     given = {}
     for name, path in (("base", arguments.base), ("tuned", arguments.tuned)):
-        own = export.load_tokenizer(path)
+        own = export.load_tokenizer(path, arguments.trust_remote_code)
         own.chat_template = tokenizer.chat_template
         prompts = [generation.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
-        model = export.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
+        model = export.load(path, trust_remote_code=arguments.trust_remote_code)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         given[name] = generation.answers(
             model, own, prompts, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name
         )

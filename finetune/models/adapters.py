@@ -6,6 +6,7 @@ import os
 import warnings
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -68,15 +69,35 @@ def count(model: nn.Module) -> tuple[int, int]:
     return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
 
 
-def frozen_fingerprint(model: nn.Module) -> str:
-    """Hash of the weights that do not train, from up to 64 values of each: adapters belong to these and no others."""
-    digest = hashlib.sha256()
+def sums(model: nn.Module) -> dict[str, float]:
+    """Name -> sum of each weight tensor that trains, in float64: a tensor whose sum stays has not moved."""
+    return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def frozen_hashes(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
+    """Name in the base model -> hash of up to 64 values, cast to `dtype`, of each weight that does not train.
+
+    Adapters belong to these weights and no others.
+    """
+    hashes = {}
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
-            digest.update(f"{name} {tuple(weight.shape)} ".encode() + sample.tobytes())
-    return digest.hexdigest()[:32]
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to(dtype).float().cpu().numpy()
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            hashes[name] = hashlib.sha256(f"{tuple(weight.shape)} ".encode() + sample.tobytes()).hexdigest()[:16]
+    return hashes
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """One hash for all weights that do not train."""
+    return hashlib.sha256(repr(frozen_hashes(model, frozen_dtype(model))).encode()).hexdigest()[:32]
+
+
+def frozen_dtype(model: nn.Module) -> torch.dtype:
+    """The narrowest dtype of the weights that do not train; float32 if all do."""
+    frozen = [p.dtype for p in model.parameters() if not p.requires_grad]
+    return min(frozen, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
 def dead_adapters(model: nn.Module) -> list[str]:

@@ -12,15 +12,20 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from finetune.config import PADDED_ATTENTION
 from finetune.errors import ModelError
 
 NAME = "documents"
-PADDED = ("sdpa", "eager")  # implementations that train padded batches
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
     varlen_attn = None
+
+
+def pads(implementation: str) -> bool:
+    """Whether it trains padded rectangles; else sequences lie end to end."""
+    return implementation in PADDED_ATTENTION
 
 
 def choose(wanted: str, model_class: Any, config: Any, device: torch.device, precision: str) -> str:
@@ -40,12 +45,13 @@ def choose(wanted: str, model_class: Any, config: Any, device: torch.device, pre
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
     can_separate = (
         getattr(model_class, "_supports_attention_backend", False)
+        and getattr(model_class, "_supports_sdpa", False)  # where SDPA cannot follow (sinks, soft caps), nor can we
         and not _soft_capped(config)
         and layers <= {"full_attention", "sliding_attention"}
     )
     if wanted == NAME and not can_separate:
         raise ModelError(
-            f"model.attention: {NAME} does not support {config.model_type} (soft-capped scores, or attention of its own); use eager"
+            f"model.attention: {NAME} does not support {config.model_type} (soft-capped scores, sinks, or attention of its own); use eager"
         )
     if wanted != "auto":
         return wanted
@@ -92,7 +98,9 @@ def attend_within_documents(
             scale=scaling, window_size=window, enable_gqa=key.shape[1] != query.shape[1],
         )  # fmt: skip
         return out[None], None
-    groups = query.shape[1] // key.shape[1]
+    groups, rest = divmod(query.shape[1], key.shape[1])
+    if rest:
+        raise ModelError(f"{query.shape[1]} heads cannot share {key.shape[1]} heads of keys and values evenly")
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     bounds = cu_seq_lens_q.tolist()

@@ -1,12 +1,12 @@
 """Model and tokenizer: from a folder, from the Hub, or with random weights. Errors of transformers are translated here."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -93,14 +93,30 @@ def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dty
     return loaded
 
 
-def skeleton(model: Model, config: Any, tokenizer: Any) -> Any:
+def skeleton(model: Model, config: Any, tokenizer: Any, attention: str) -> Any:
     """The model without memory for its weights (on the meta device), to count and to check. Raises ModelError."""
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
     with torch.device("meta"), translated(f"architecture {config.model_type}"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        empty = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=model.trust_remote_code, attn_implementation=attention
+        )
     check_vocabulary(empty, tokenizer)
     return empty
+
+
+def check_shapes(skeleton: Any) -> None:
+    """Raise ModelError if tokens cannot pass through the architecture. Nothing is computed on the meta device."""
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 2]), "max_length_q": 2}  # one document, for those who ask
+    try:
+        skeleton(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False, **bounds)
+    except (RuntimeError, NotImplementedError) as exc:
+        # Other errors say that the meta device cannot do it, as with the choice of experts, not that the model cannot.
+        if re.search("size|shape|dimension", str(exc)):
+            raise ModelError(
+                f"architecture {skeleton.config.model_type}: tokens cannot pass through it: {str(exc).splitlines()[0]}; "
+                "do the sizes in its config (heads, hidden_size, ...) fit each other?"
+            ) from exc
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
@@ -141,20 +157,12 @@ def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """transformers raises OSError, ValueError, KeyError and more for what is the user's to mend."""
+    """transformers and its parts raise errors of many families for what is the user's to mend."""
     try:
         yield
     except ModelError:
         raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as exc:
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+    except Exception as exc:
+        lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) or type(exc).__name__
         raise ModelError(f"{what} cannot be loaded: {reason}") from exc
