@@ -1,6 +1,7 @@
 """Every format and file type is read, and every bad row is refused by file, line and column."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import pytest
 from conftest import write_jsonl
 
 from finetune.data import rows
-from finetune.data.rows import Conversation, Message
-from finetune.errors import DataError
+from finetune.data.rows import Message
+from finetune.errors import ConfigError, DataError
 
 QA = {"question": "q", "answer": "a"}
 
@@ -28,7 +29,7 @@ def system(content: str) -> Message:
 
 
 def lines_and_values(path: Path, text_unit: str = "line") -> list[tuple[int, dict[str, Any]]]:
-    return [(row.line, row.values) for row in rows.read(str(path), text_unit)]
+    return [(row.place.line, row.values) for row in rows.read(str(path), text_unit)]
 
 
 def converse(
@@ -37,10 +38,10 @@ def converse(
     columns: dict[str, str] | None = None,
     system_prompt: str | None = None,
 ) -> tuple[Message, ...]:
-    row = rows.Row("rows.jsonl", 7, values)
+    row = rows.Row(rows.Place("rows.jsonl", 7), values)
     format = rows.detect(row) if format == "auto" else format
     conversation = rows.to_conversation(row, format, columns or {}, system_prompt)
-    assert conversation.place == "rows.jsonl:7"
+    assert str(conversation.place) == "rows.jsonl:7"
     return conversation.messages
 
 
@@ -242,14 +243,15 @@ def test_a_row_of_every_format_becomes_a_conversation(values, messages):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("auto", [False, True], ids=["format given", "format auto"])
-def test_columns_are_read_under_the_names_they_are_given(tmp_path, format, values, columns, auto):
+def test_columns_are_read_under_the_names_they_are_given(tmp_path, bytes_tokenizer, format, values, columns, auto):
     """Through the same door as a run, which finds out the format where it is not given."""
-    from finetune.data import tokens
+    from finetune.data import templates, tokens
 
     path = write_jsonl(tmp_path / "rows.jsonl", [values])
     options = tokens.Options("auto" if auto else format, columns, "line", None, "completion", 100, "error")
-    (conversation,) = tokens.conversations([str(path)], options)
-    assert conversation == Conversation((user("q"), assistant("a")), f"{path}:1")
+    template = templates.load("plain", format, None, bytes_tokenizer.special_tokens_map, {})
+    examples = tokens.prepare([str(path)], template, bytes_tokenizer, options, str(tmp_path / "cache"))
+    assert bytes_tokenizer.decode(examples.input_ids) == "qa<|eos|>"
 
 
 def test_text_and_input_can_stand_under_other_names():
@@ -308,7 +310,7 @@ def test_a_parquet_file_without_rows_is_named(parquet):
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path, datasets_cache):
-    assert "datasets cannot load it" in unreadable(tmp_path / "rows.parquet", b"PAR1 and nothing more")
+    assert "no whole Parquet file" in unreadable(tmp_path / "rows.parquet", b"PAR1 and nothing more")
 
 
 @pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.jsonl.gz"])
@@ -331,8 +333,75 @@ def test_an_unknown_file_type_is_told_the_known_ones(tmp_path, name):
 )
 def test_a_broken_json_line_is_named(tmp_path, content, line, says):
     message = unreadable(tmp_path / "rows.jsonl", content)
-    assert message.startswith(f":{line}: ")
+    assert message.startswith((f":{line}: ", f":{line} (row "))
     assert says in message
+
+
+def test_rows_of_a_json_file_on_one_line_are_told_apart(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"question": "q", "answer": "a"}] * 3))
+    assert [str(row.place) for row in rows.read(str(path))] == [f"{path}:1 (row {n})" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[" * 200_000, "recursion"),
+        ('{"question": ' + "9" * 5_000 + "}", "digits"),
+        ('{"question": "q", "answer": "a", "answer": "b"}', "'answer' is given twice"),
+    ],
+    ids=["nested too deep", "a number too long", "a key twice"],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_json_that_python_cannot_hold_is_refused_at_its_line(tmp_path, line, says, ending):
+    message = unreadable(tmp_path / f"rows.{ending}", f"[{line}]" if ending == "json" else line)
+    assert message.startswith((":1: broken JSON: ", ":1 (row 1): broken JSON: "))
+    assert says in message
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "weight", "thinking"])
+def test_a_message_with_what_would_be_lost_is_refused(key):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: 0}]
+    assert f"message 2 of 'messages' has {key!r}, which would be ignored" in refused({"messages": turns})
+
+
+def test_a_message_with_empty_keys_is_as_good_as_one_without():
+    turns = [{"role": "user", "content": "q", "tool_calls": None}, {"role": "assistant", "content": "a", "weight": 1}]
+    assert converse({"messages": turns}) == (user("q"), assistant("a"))
+
+
+def test_a_mapped_column_that_the_format_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.columns: output is no column of format question_answer"):
+        converse({"question": "q", "answer": "a", "foo": "x"}, columns={"output": "foo"})
+
+
+def test_columns_that_are_not_read_are_known():
+    row = rows.Row(rows.Place("r", 1), {"instruction": "i", "response": "o", "context": "c", "category": "d"})
+    assert rows.unused(row, "instruction", {}) == ["category", "context"]
+    assert rows.unused(row, "instruction", {"input": "context"}) == ["category"]
+
+
+def test_a_file_separated_by_something_else_is_told_so(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question;answer\nq;a\n")
+    with pytest.raises(DataError, match="is it separated by ';'"):
+        rows.detect(next(rows.read(str(path))))
+
+
+def test_a_changed_file_of_the_same_size_and_time_is_read_anew(tmp_path, datasets_cache):
+    """As cp -p, rsync -t and image layers leave it: datasets alone would give the old rows."""
+    from pyarrow import parquet, table
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path, seen = folder / "rows.parquet", []
+    for word in ("old", "new"):
+        parquet.write_table(table({"text": [word]}), path)
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        for source in (str(path), str(folder)):
+            seen.append((rows.fingerprint(source), [row.values["text"] for row in rows.read(source)]))
+    assert [texts for _, texts in seen] == [["old"], ["old"], ["new"], ["new"]]
+    assert len({fingerprint for fingerprint, _ in seen}) == 4
 
 
 @pytest.mark.parametrize(
@@ -350,7 +419,7 @@ def test_a_broken_json_line_is_named(tmp_path, content, line, says):
 )
 def test_a_broken_json_file_is_refused_at_its_line(tmp_path, content, line, says):
     message = unreadable(tmp_path / "rows.json", content)
-    assert message.startswith(f":{line}: ")
+    assert message.startswith((f":{line}: ", f":{line} (row "))
     assert says in message
 
 
@@ -367,7 +436,7 @@ def test_a_broken_json_file_is_refused_at_its_line(tmp_path, content, line, says
 )
 def test_a_broken_csv_is_refused_at_its_line(tmp_path, content, line, says):
     message = unreadable(tmp_path / "rows.csv", content)
-    assert message.startswith(f":{line}: ")
+    assert message.startswith((f":{line}: ", f":{line} (row "))
     assert says in message
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from finetune.data import templates
-from finetune.data.rows import Conversation, Message
+from finetune.data.rows import Conversation, Message, Place
 from finetune.data.templates import Template
 from finetune.errors import DataError
 
@@ -49,7 +49,7 @@ ANSWERS = {
 def conversation(*said: str, system: str | None = None) -> Conversation:
     """Turns of user and assistant in turn, after a system message where there is one."""
     messages = [Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1) for i, text in enumerate(said)]
-    return Conversation(tuple([Message("system", system)] * (system is not None) + messages), "rows.jsonl:3")
+    return Conversation(tuple([Message("system", system)] * (system is not None) + messages), Place("rows.jsonl", 3))
 
 
 CONVERSATIONS = {
@@ -188,7 +188,9 @@ def test_a_system_prompt_stands_once_and_first(name, expected):
 
 
 def instruction(context: str) -> Conversation:
-    return Conversation((Message("user", "Add.", context=context), Message("assistant", "3", supervised=True)), "r:1")
+    return Conversation(
+        (Message("user", "Add.", context=context), Message("assistant", "3", supervised=True)), Place("r", 1)
+    )
 
 
 def test_alpaca_gives_the_input_of_an_instruction_a_place_of_its_own():
@@ -218,13 +220,13 @@ def test_alpaca_introduces_itself_once():
 
 
 def test_plain_text_is_left_as_it_is():
-    text = Conversation((Message("text", " {{ text }}\n", supervised=True),), "r:1")
+    text = Conversation((Message("text", " {{ text }}\n", supervised=True),), Place("r", 1))
     assert template("plain").segments(text, "all") == [templates.Segment(" {{ text }}\n", True)]
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "last_turn"])
 def test_plain_text_has_no_answer_to_learn(loss_on):
-    text = Conversation((Message("text", "words", supervised=True),), "rows.txt:5")
+    text = Conversation((Message("text", "words", supervised=True),), Place("rows.txt", 5))
     with pytest.raises(DataError, match=r"^rows\.txt:5: .* use objective\.kind: clm"):
         template("plain").segments(text, loss_on)
 
@@ -306,7 +308,7 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
         (SHOUTS, ("Hi", "Hello"), "drops or rewrites the answer 'Hello'"),
         (HIDES_THOUGHTS, ("Hi", "<think>hm</think>Hello", "And?", "Fine"), "or data.loss_on: last_turn"),
         (POINTS_AT_THE_LAST, ("Hi", "Hello"), "renders the prompt of message 2 differently once the answer is there"),
-        (RAISES, ("Hi", "Hello"), "fails: one message only"),
+        (RAISES, ("Hi", "Hello"), "fails: TemplateError: one message only"),
         ("{{ messages[7].content }}", ("Hi", "Hello"), "fails: "),
         ("{% for m in messages %}", ("Hi", "Hello"), "fails: "),
         ("{{ messages | no_such_filter }}", ("Hi", "Hello"), "fails: "),
@@ -327,7 +329,7 @@ def test_thoughts_of_earlier_turns_may_be_hidden_where_only_the_last_is_learned(
 
 
 def test_a_prompt_that_cannot_be_rendered_is_refused():
-    with pytest.raises(DataError, match=r"^prompt: template 'chat' fails: one message only"):
+    with pytest.raises(DataError, match=r"^the prompt:1: template 'chat' fails: TemplateError: one message only"):
         chat(RAISES).prompt(conversation("Hi", "Hello").messages)
 
 

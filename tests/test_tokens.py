@@ -339,7 +339,7 @@ def test_control_tokens_that_swallow_a_line_end_swallow_it_in_training_too(desk,
 def test_the_tokens_of_an_example_are_its_text(desk, each_tokenizer, name, prompt, answer):
     ids, _ = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
     messages = (Message("user", prompt), Message("assistant", answer, supervised=True))
-    segments = template_for(each_tokenizer, name).segments(rows.Conversation(messages, "r:1"))
+    segments = template_for(each_tokenizer, name).segments(rows.Conversation(messages, rows.Place("r", 1)))
     bos = each_tokenizer.bos_token if tokens.uses_bos(each_tokenizer) else ""
     assert each_tokenizer.decode(ids).removeprefix(bos).lstrip(" ") == "".join(s.text for s in segments)
 
@@ -439,7 +439,7 @@ def test_a_cut_that_leaves_nothing_to_learn_is_refused(desk):
     values = [{"question": "q", "answer": "a"}, {"question": "q" * 50, "answer": "a"}]
     says = desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right")
     assert says.startswith("no supervised token is left in 52 tokens cut to 20; ")
-    assert "raise data.max_length, or set data.truncation to left or drop" in says
+    assert "raise data.max_length, or set data.truncation to drop" in says
 
 
 def test_the_only_learned_token_may_not_be_the_first(desk):
@@ -510,6 +510,76 @@ def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(forty, fraction,
         assert of(part, number) == of(forty, line - 1)
 
 
+def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(desk, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"text": f"row {n}"} for n in range(40)]))
+    options = tokens.Options("auto", {}, "line", None, "all", 100, "error")
+    tokenizer = bytes_tokenizer()
+    examples = tokens.prepare(
+        [str(path)], template_for(tokenizer, "plain"), tokenizer, options, str(tmp_path / "cache")
+    )
+    rest, part = tokens.hold_out(examples, 0.1, seed=0)
+    assert (len(rest), len(part)) == (36, 4)
+    assert examples.place(7) == f"{path}:1 (row 8)"
+
+
+def test_equal_rows_are_never_on_both_sides(desk):
+    examples = desk.prepare([{"text": f"row {n % 10}"} for n in range(40)], bytes_tokenizer(), loss_on="all")
+    rest, part = tokens.hold_out(examples, 0.3, seed=0)
+    assert (len(rest), len(part)) == (28, 12)
+    assert tokens.num_trained_on(part, rest) == 0
+
+
+def test_every_bad_row_is_told_at_once(desk):
+    good = {"question": "q", "answer": "a"}
+    values = [
+        good,
+        {"question": "q", "answer": None},
+        good,
+        {"question": " ", "answer": "a"},
+        {"question": "<|eos|>", "answer": "a"},
+    ]
+    with pytest.raises(DataError) as caught:
+        desk.prepare(values, bytes_tokenizer())
+    says = str(caught.value).splitlines()
+    assert says[0] == "3 rows are wrong:"
+    assert [line.split(": ")[0].rpartition(":")[2] for line in says[1:]] == ["2", "4", "5"]
+
+
+def test_no_more_than_ten_bad_rows_are_told(desk):
+    with pytest.raises(DataError, match="^at least 10 rows are wrong") as caught:
+        desk.prepare([{"question": "q", "answer": ""}] * 50, bytes_tokenizer(), format="question_answer")
+    assert len(str(caught.value).splitlines()) == 11
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(desk, tmp_path, monkeypatch):
+    """Its rows would be kept under the hash of other rows, for every run to come."""
+    whole = tokens._build
+
+    def build(folder, sources, *rest):
+        whole(folder, sources, *rest)
+        with open(sources[0], "a") as file:
+            file.write('{"question": "new", "answer": "row"}\n')
+
+    monkeypatch.setattr(tokens, "_build", build)
+    with pytest.raises(DataError, match="changed while being read"):
+        desk.prepare(BASE, bytes_tokenizer())
+    monkeypatch.undo()
+    assert len(desk.prepare(BASE, bytes_tokenizer())) == len(BASE)
+
+
+def test_the_rest_of_an_answer_whose_prompt_was_cut_off_is_not_learned(desk):
+    says = desk.refused([{"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=20, truncation="left")
+    assert says.startswith("no supervised token is left")
+
+
+@pytest.mark.parametrize("token", ["[INST]", "<tool_call>", "<|pad|>"])
+def test_a_special_token_in_a_row_is_refused(desk, token):
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]}) if token != "<|pad|>" else None
+    assert "a control token" in desk.refused([{"question": f"q {token}", "answer": "a"}], tokenizer)
+
+
 def test_the_pieces_of_a_row_are_held_out_together(desk):
     """A row is evaluated on or trained on, never both, also where it was split."""
     examples = desk.prepare(
@@ -533,7 +603,7 @@ def test_what_is_held_out_follows_from_the_seed(forty):
 
 
 def test_holding_out_everything_is_refused(forty):
-    with pytest.raises(DataError, match=r"data\.eval_fraction: 0\.99 of 40 examples leaves nothing to train on"):
+    with pytest.raises(DataError, match=r"data\.eval_fraction: 0\.99 of 40 different rows leaves nothing to train on"):
         tokens.hold_out(forty, 0.99, 0)
 
 
@@ -578,7 +648,7 @@ def with_another_token() -> Any:
         {"max_length": 999},
         {"truncation": "drop"},
         {"format": "question_answer"},
-        {"columns": {"input": "extra"}},
+        {"columns": {"question": "question"}},
         {"text_unit": "file"},
     ],
     ids=lambda change: next(iter(change)),

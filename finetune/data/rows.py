@@ -1,8 +1,8 @@
 """Find and read rows, and turn each into a Conversation. Knows the file and line of every row.
 
 JSON Lines, JSON, CSV and text are read record by record with the standard library, because an
-error must name its line and "42" in a CSV must stay text; Parquet, folders and Hub names are
-read by `datasets`.
+error must name its line and "42" in a CSV must stay text; Parquet is read by pyarrow,
+folders and Hub names by `datasets`.
 """
 
 import codecs
@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,20 +18,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands. `line` and `row` are counted from 1; row is 0 where each row has a line of its own."""
+
+    source: str
+    line: int
+    row: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}" + (f" (row {self.row})" if self.row else "")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One record of a user's file. `line` is counted from 1; for Parquet and the Hub it is the row."""
+    """One record of a user's file."""
 
-    source: str
-    line: int
+    place: Place
     values: dict[str, Any]
-
-    @property
-    def place(self) -> str:
-        return f"{self.source}:{self.line}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Conversation:
     """The one internal shape of a row; plain text is a single message of role "text"."""
 
     messages: tuple[Message, ...]
-    place: str
+    place: Place
 
 
 # Format -> the columns it needs. Detection takes the first format whose columns are all there.
@@ -62,18 +70,20 @@ FORMATS: dict[str, tuple[str, ...]] = {
 # Other names in common use for a column.
 ALIASES = {"response": ("completion", "output"), "conversations": ("messages",)}
 ROLES = ("system", "user", "assistant")
+# Keys of a message that other tools give a meaning, and that would be lost here.
+MEANT = ("weight", "train", "tool_calls", "function_call", "thinking", "reasoning_content", "reasoning")
 csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a book
 
 
 def read(source: str, text_unit: str = "line") -> Iterator[Row]:
     """Rows of one source, in order. Raises DataError naming file and line."""
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(source):
         if _is_hub_name(source):
             yield from _read_with_datasets(source)
             return
         raise DataError(
-            f"{source}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]"
+            f"{source or '(empty name)'}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]"
         )
     if path.is_dir():
         yield from _read_with_datasets(source)
@@ -82,7 +92,7 @@ def read(source: str, text_unit: str = "line") -> Iterator[Row]:
         ".jsonl": _read_jsonl,
         ".json": _read_json,
         ".csv": _read_csv,
-        ".parquet": _read_with_datasets,
+        ".parquet": _read_parquet,
         ".txt": lambda name: _read_text(name, text_unit),
     }
     reader = readers.get(path.suffix.lower())
@@ -96,7 +106,7 @@ def read(source: str, text_unit: str = "line") -> Iterator[Row]:
     except OSError as exc:
         raise DataError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
     if empty:
-        raise DataError(f"{source}: holds no rows")
+        raise DataError(f"{source}: holds no rows; is it the right file?")
 
 
 def sources(train: str | list[str], evaluation: str | list[str] | None) -> tuple[list[str], list[str]]:
@@ -128,16 +138,22 @@ def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str]
 
 def fingerprint(source: str) -> str:
     """Hash of what a source holds; changes when any byte of it does."""
-    path = Path(source)
-    if path.is_file():
-        try:
-            with path.open("rb") as file:
+    try:
+        if os.path.isfile(source):
+            with open(source, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as exc:
-            raise DataError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
-    if path.is_dir() or _is_hub_name(source):
+        if os.path.isdir(source):
+            digest = hashlib.sha256()
+            for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
+                digest.update(f"{path.relative_to(source)} {fingerprint(str(path))}\n".encode())
+            return digest.hexdigest()
+    except OSError as exc:
+        raise DataError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
+    if _is_hub_name(source):
         return str(_load_dataset(source)._fingerprint)
-    raise DataError(f"{source}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]")
+    raise DataError(
+        f"{source or '(empty name)'}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]"
+    )
 
 
 def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -147,6 +163,10 @@ def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({})) -> str:
     for name, needed in FORMATS.items():
         if names.issuperset(needed):
             return name
+    if len(row.values) == 1 and (other := re.search(r"[;\t|]", next(iter(row.values)))):
+        raise DataError(
+            f"{row.place}: a single column {next(iter(row.values))!r}; is it separated by {other[0]!r}? Use commas"
+        )
     shapes = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
     raise DataError(
         f"{row.place}: columns {sorted(row.values)} fit no format ({shapes}); "
@@ -162,6 +182,11 @@ def to_conversation(
     def cell(name: str, may_be_empty: bool = False) -> str:
         return _text(row, columns.get(name) or _present(row, name), may_be_empty)
 
+    known = (*FORMATS[format], "input") if format == "instruction" else FORMATS[format]
+    if unused := [name for name in columns if name not in known]:
+        raise ConfigError(
+            f"data.columns: {unused[0]} is no column of format {format}, whose columns are {', '.join(known)}; remove it"
+        )
     if format == "text":
         return Conversation((Message("text", cell("text"), supervised=True),), row.place)
     if format == "messages":
@@ -174,6 +199,13 @@ def to_conversation(
     if system_prompt is not None and messages[0].role != "system":
         messages.insert(0, Message("system", system_prompt))
     return Conversation(tuple(messages), row.place)
+
+
+def unused(row: Row, format: str, columns: Mapping[str, str]) -> list[str]:
+    """Columns of a row that its format does not read."""
+    known = {*FORMATS[format], "input"} if format == "instruction" else set(FORMATS[format])
+    read = {columns.get(name) or _present(row, name) for name in known}
+    return sorted(set(row.values) - read)
 
 
 def _present(row: Row, name: str) -> str:
@@ -219,6 +251,10 @@ def _messages(row: Row, column: str) -> list[Message]:
         if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
             raise DataError(f"{where} should have role and content, got {_short(turn)}")
         role, content = turn["role"], turn["content"]
+        if ignored := sorted(key for key in set(turn) & set(MEANT) if turn[key] not in (None, [], "", 1, 1.0, True)):
+            raise DataError(
+                f"{where} has {ignored[0]!r}, which would be ignored; remove it, or write it into the content"
+            )
         if role not in ROLES:
             raise DataError(f"{where} has role {role!r}; roles are {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
@@ -252,28 +288,38 @@ def _lines(source: str) -> Iterator[tuple[int, str]]:
                 ) from exc
 
 
-def _record(source: str, line: int, value: Any) -> Row:
+def _record(place: Place, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{source}:{line}: a row should be an object like {{...}}, got {_short(value)}")
-    return Row(source, line, value)
+        raise DataError(f"{place}: a row should be an object like {{...}}, got {_short(value)}")
+    return Row(place, value)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, without silent duplicate keys."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return values
 
 
 def _read_jsonl(source: str) -> Iterator[Row]:
     for number, line in _lines(source):
         if line.strip():
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError as exc:
+                value = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as exc:
+                why = f"{exc.msg} at character {exc.pos + 1}" if isinstance(exc, json.JSONDecodeError) else str(exc)
                 raise DataError(
-                    f"{source}:{number}: broken JSON: {exc.msg} at character {exc.pos + 1}: {_short(line.strip())}"
+                    f"{source}:{number}: broken JSON: {why}: {_short(line.strip())}; correct or remove it"
                 ) from exc
-            yield _record(source, number, value)
+            yield _record(Place(source, number), value)
 
 
 def _read_json(source: str) -> Iterator[Row]:
     """A list of objects; a row's line is that of its opening brace."""
     text = "".join(line for _, line in _lines(source))
-    decoder, position, line = json.JSONDecoder(), len(text) - len(text.lstrip()), 1
+    decoder, position, line = json.JSONDecoder(object_pairs_hook=_object), len(text) - len(text.lstrip()), 1
     line += text.count("\n", 0, position)
 
     def skip(to: int) -> None:
@@ -288,16 +334,22 @@ def _read_json(source: str) -> Iterator[Row]:
             f"{source}:{line}: a .json file should hold a list of rows, [ {{...}}, ... ]; one object per line is .jsonl"
         )
     skip(position + 1)
+    number = 0
     while text[position : position + 1] != "]":
+        number += 1
         try:
             value, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as exc:
-            raise DataError(f"{source}:{exc.lineno}: broken JSON: {exc.msg} at column {exc.colno}") from exc
-        yield _record(source, line, value)
+            raise DataError(f"{source}:{exc.lineno}: broken JSON: {exc.msg} at column {exc.colno}; correct it") from exc
+        except (ValueError, RecursionError) as exc:
+            raise DataError(f"{Place(source, line, number)}: broken JSON: {exc}; correct it") from exc
+        yield _record(Place(source, line, number), value)
         skip(end)
         separator = text[position : position + 1]
         if separator == ",":
             skip(position + 1)
+            if text[position : position + 1] == "]":
+                raise DataError(f"{source}:{line}: broken JSON: a row should follow the last comma; remove the comma")
         elif separator != "]":
             raise DataError(f"{source}:{line}: broken JSON: expected , or ] after a row, got {separator!r}")
     skip(position + 1)
@@ -322,7 +374,7 @@ def _read_csv(source: str) -> Iterator[Row]:
                     f"{source}:{start}: {len(cells)} cells, but the header names {len(header)} columns {header}"
                 )
             if cells:
-                yield Row(source, start, dict(zip(header, cells)))
+                yield Row(Place(source, start), dict(zip(header, cells)))
             start = reader.line_num + 1
     except csv.Error as exc:
         raise DataError(f"{source}:{start}: broken CSV: {exc}; check the quotes of the row that begins here") from exc
@@ -335,35 +387,40 @@ def _read_text(source: str, unit: str) -> Iterator[Row]:
         block += line if unit != "paragraph" or line.strip() else ""
         if boundary:
             if block.strip():
-                yield Row(source, start, {"text": block.strip("\r\n")})
+                yield Row(Place(source, start), {"text": block.strip("\r\n")})
             start, block = number + 1, ""
     if block.strip():
-        yield Row(source, start, {"text": block.strip("\r\n")})
+        yield Row(Place(source, start), {"text": block.strip("\r\n")})
+
+
+def _read_parquet(source: str) -> Iterator[Row]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(source).iter_batches(batch_size=1_000):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(Place(source, number), values)
+    except ArrowException as exc:
+        raise DataError(f"{source}: no whole Parquet file: {exc}") from exc
 
 
 def _read_with_datasets(source: str) -> Iterator[Row]:
-    if source.lower().endswith(".parquet"):
-        from pyarrow import ArrowInvalid, parquet
-
-        try:
-            if parquet.read_metadata(source).num_rows == 0:
-                return  # datasets fails on it
-        except ArrowInvalid:
-            pass  # datasets says what is wrong
     for number, values in enumerate(_load_dataset(source), 1):
-        yield Row(source, number, values)
+        yield Row(Place(source, number), values)
 
 
 def _load_dataset(source: str) -> Any:
-    """A Parquet file, a folder, or a Hub name with an optional :split, as a datasets.Dataset."""
+    """A folder, or a Hub name with an optional :split, as a datasets.Dataset."""
     import datasets
 
     datasets.disable_progress_bars()
-    name, _, split = source.partition(":") if not os.path.exists(source) else (source, "", "")
+    # datasets knows a folder again by times and sizes; here it is by content.
+    cache = os.path.join(datasets.config.HF_DATASETS_CACHE, fingerprint(source)) if os.path.isdir(source) else None
+    name, _, split = source.partition(":") if cache is None else (source, "", "")
     try:
-        if name.lower().endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=name, split="train")
-        return datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset(name, split=split or "train", cache_dir=cache)
     except Exception as exc:  # datasets raises a dozen kinds, many of them plain ValueError and OSError
         raise DataError(f"{source}: datasets cannot load it: {type(exc).__name__}: {exc}") from exc
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.data.rows import Conversation, Message
+from finetune.data.rows import Conversation, Message, Place
 from finetune.errors import DataError
 
 _QUESTION_ANSWER = """\
@@ -93,6 +93,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "\ufdd0"  # a Unicode noncharacter: no text contains it
 
 
+PROMPT = Place("the prompt", 1)  # where a conversation stands that is in no file
+
+
 @dataclass(frozen=True)
 class Segment:
     """A piece of the rendered text, and whether the model should learn it."""
@@ -145,26 +148,20 @@ class Template:
             return [Segment(text, True)]
         return _cut(text, spans)
 
-    def prompt(self, messages: Sequence[Message], place: str = "prompt") -> str:
+    def prompt(self, messages: Sequence[Message], place: Place = PROMPT) -> str:
         """Text up to the point where the model should begin to answer."""
         return self._render(Conversation(tuple(messages), place), add_generation_prompt=True)
 
     def stop_token(self) -> str | None:
         """The token that ends an answer, or None if the template leaves that to the tokenizer's EOS."""
-        probe = Conversation((Message("user", "a"), Message("assistant", "b", supervised=True)), "probe")
+        probe = Conversation((Message("user", "a"), Message("assistant", "b", supervised=True)), PROMPT)
         answer = [s.text for s in self.segments(probe) if s.supervised][-1]
         return next((token for token in self.turn_ends if answer.rstrip().endswith(token)), None)
 
     def _span(self, conversation: Conversation, text: str, turn: int) -> tuple[int, int]:
         """Where answer `turn` begins and ends in the rendered text, its end-of-turn token included."""
         messages = conversation.messages
-        prompt = self._render(Conversation(messages[:turn], conversation.place), add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise DataError(
-                f"{conversation.place}: template {self.name!r} renders the prompt of message {turn + 1} differently once the "
-                "answer is there, so what is trained would not be what is asked; use data.loss_on: last_turn, or a template "
-                "with {% generation %} marks"
-            )
+        prompt = self._prompt_of(conversation, text, turn)
         marked = Message("assistant", messages[turn].content.rstrip() + _MARK, supervised=True)
         moved = self._render(Conversation((*messages[:turn], marked, *messages[turn + 1 :]), conversation.place))
         end = moved.find(_MARK)
@@ -174,6 +171,18 @@ class Template:
                 f"({_short(messages[turn].content)}); use another data.template"
             )
         return len(prompt), self._with_turn_end(text, end)
+
+    def _prompt_of(self, conversation: Conversation, text: str, turn: int) -> str:
+        """What a model is asked before message `turn`. Raises DataError if the rendered text does not begin with it."""
+        asked = Conversation(conversation.messages[:turn], conversation.place)
+        prompt = self._render(asked, add_generation_prompt=True)
+        if not text.startswith(prompt):
+            raise DataError(
+                f"{conversation.place}: template {self.name!r} renders the prompt of message {turn + 1} differently once the "
+                "answer is there, so what is trained would not be what is asked; use data.loss_on: last_turn, or a template "
+                "whose add_generation_prompt gives what stands before the answer"
+            )
+        return prompt
 
     def _with_turn_end(self, text: str, end: int) -> int:
         """Move the end of an answer past the token that ends its turn, if one follows and none is inside."""
@@ -190,6 +199,8 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         kwargs = {**self.special_tokens, "chat_template": self.source, "return_assistant_tokens_mask": True}
+        last = max(i for i, message in enumerate(conversation.messages) if message.supervised)
+        self._prompt_of(conversation, self._render(conversation), last)
         texts, indices = render_jinja_template([self._plain(conversation)], **kwargs)
         spans = [(start, self._with_turn_end(texts[0], end)) for start, end in indices[0]]
         supervised = sum(message.supervised for message in conversation.messages)
@@ -214,14 +225,13 @@ class Template:
         return plain
 
     def _render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         kwargs = {**self.special_tokens, "chat_template": self.source, "add_generation_prompt": add_generation_prompt}
         try:
             texts, _ = render_jinja_template([self._plain(conversation)], **kwargs)
-        except (TemplateError, TypeError, ValueError) as exc:
-            raise DataError(f"{conversation.place}: template {self.name!r} fails: {exc}") from exc
+        except Exception as exc:  # a template is a program: it can divide by zero, or never end
+            raise DataError(f"{conversation.place}: template {self.name!r} fails: {type(exc).__name__}: {exc}") from exc
         return str(texts[0])
 
 

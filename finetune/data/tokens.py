@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,12 +23,13 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from finetune.data import rows
-from finetune.data.rows import Conversation
+from finetune.data.rows import Conversation, Place
 from finetune.data.templates import Segment, Template
 from finetune.errors import DataError, ModelError
 
-CACHE_VERSION = 1  # raise it when the same input should give other tokens than before
+CACHE_VERSION = 2  # raise it when the same input should give other tokens than before
 ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
+MOST_PROBLEMS = 10  # told at once
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Examples:
     """Tokenised rows in memory-mapped arrays.
 
     input_ids: int32 [all tokens]; supervised: bool [all tokens]; starts, ends: int64 [examples],
-    where each example lies in them; source, line: where its row stands in the user's files.
+    where each example lies in them; source, line, row: where its row stands in the user's files.
     """
 
     input_ids: np.ndarray
@@ -57,6 +59,7 @@ class Examples:
     ends: np.ndarray
     source: np.ndarray
     line: np.ndarray
+    row: np.ndarray
     sources: list[str]
     fingerprint: str
     num_rows: int
@@ -84,10 +87,14 @@ class Examples:
 
     def place(self, example: int) -> str:
         """file:line of the row an example came from."""
-        return f"{self.sources[self.source[example]]}:{self.line[example]}"
+        return str(Place(self.sources[self.source[example]], int(self.line[example]), int(self.row[example])))
+
+    def contents(self) -> list[bytes]:
+        """The token ids of each example, to compare examples by."""
+        return [self.input_ids[start:end].tobytes() for start, end in zip(self.starts, self.ends)]
 
     def subset(self, chosen: np.ndarray) -> "Examples":
-        per_example = {name: getattr(self, name)[chosen] for name in ("starts", "ends", "source", "line")}
+        per_example = {name: getattr(self, name)[chosen] for name in ("starts", "ends", "source", "line", "row")}
         return Examples(**{**self.__dict__, **per_example})
 
 
@@ -114,28 +121,49 @@ def prepare(sources: Sequence[str], template: Template, tokenizer: Any, options:
                 build = tempfile.mkdtemp(prefix=".building-", dir=root)
                 try:
                     _build(Path(build), sources, template, tokenizer, options)
+                    if identity["sources"] != [rows.fingerprint(source) for source in sources]:
+                        raise DataError(
+                            f"{', '.join(sources)}: changed while being read; start again once they are whole"
+                        )
                     shutil.rmtree(folder, ignore_errors=True)
                     os.rename(build, folder)
                 finally:
                     shutil.rmtree(build, ignore_errors=True)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a path with a NUL
         raise DataError(f"data.cache_dir: {cache_dir}: cannot be written: {exc}") from exc
     return _open(folder, list(sources), fingerprint)
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Split off a part for evaluation: (the rest, the part); the same for the same seed."""
-    places, row = np.unique(np.stack([examples.source, examples.line]), axis=1, return_inverse=True)
-    order = np.random.default_rng([seed, 0x5E1]).permutation(places.shape[1])  # whole rows, also where they were split
+    """Split off a part for evaluation: (the rest, the part); the same for the same seed.
+
+    Rows stay whole, also where they were split into several examples, and equal rows stay together:
+    what is trained on must not be what is evaluated on.
+    """
+    places = np.stack([examples.source, examples.line, examples.row])
+    _, row = np.unique(places, axis=1, return_inverse=True)
+    whole: dict[int, bytes] = {}
+    for number, content in zip(row.tolist(), examples.contents()):
+        whole[number] = whole.get(number, b"") + content
+    group = np.unique([whole[number] for number in row.tolist()], return_inverse=True)[1]
+    order = np.random.default_rng([seed, 0x5E1]).permutation(group.max() + 1)
     count = max(1, round(fraction * len(order)))
     if count >= len(order):
-        raise DataError(f"data.eval_fraction: {fraction} of {len(examples)} examples leaves nothing to train on")
-    held = np.isin(row, order[:count])
+        raise DataError(f"data.eval_fraction: {fraction} of {len(order)} different rows leaves nothing to train on")
+    held = np.isin(group, order[:count])
     return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
+
+
+def num_trained_on(evals: Examples, train: Examples) -> int:
+    """How many examples of the evaluation are also in the training data."""
+    known = set(train.contents())
+    return sum(content in known for content in evals.contents())
 
 
 def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Segments of several rows -> (input_ids int32 [T], supervised bool [T]) of each."""
+    if not texts:
+        return []
     whole = ["".join(segment.text for segment in segments) for segments in texts]
     bounds = [np.cumsum([0] + [len(segment.text) for segment in segments]) for segments in texts]
     answers = [[n for n, segment in enumerate(segments) if n and segment.supervised] for segments in texts]
@@ -202,14 +230,45 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def conversations(sources: Sequence[str], options: Options) -> Iterator[Conversation]:
+class _Problems:
+    """What is wrong with rows, several of them at once, so that nobody mends a file by one start for each."""
+
+    def __init__(self) -> None:
+        self.found: list[DataError] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError as exc:
+            if len(self.found) == MOST_PROBLEMS:
+                raise  # has been told, and is on its way out
+            self.found.append(exc)
+            if len(self.found) == MOST_PROBLEMS:
+                self.tell("at least ")
+
+    def tell(self, at_least: str = "") -> None:
+        """Raise DataError if there is anything to tell."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            listed = "\n".join(f"  {problem}" for problem in self.found)
+            raise DataError(f"{at_least}{len(self.found)} rows are wrong:\n{listed}")
+
+
+def _conversations(sources: Sequence[str], options: Options, problems: _Problems) -> Iterator[Conversation]:
     """Rows of all sources as conversations; `options.format` may be auto."""
     for source in sources:
         format = options.format
-        for row in rows.read(source, options.text_unit):
-            if format == "auto":
-                format = rows.detect(row, options.columns)
-            yield rows.to_conversation(row, format, options.columns, options.system_prompt)
+        with problems.noted():  # a file that is broken is read no further
+            for row in rows.read(source, options.text_unit):
+                if format == "auto":
+                    format = rows.detect(row, options.columns)
+                conversation = None
+                with problems.noted():
+                    conversation = rows.to_conversation(row, format, options.columns, options.system_prompt)
+                if conversation:
+                    yield conversation
 
 
 def _build(folder: Path, sources: Sequence[str], template: Template, tokenizer: Any, options: Options) -> None:
@@ -218,29 +277,35 @@ def _build(folder: Path, sources: Sequence[str], template: Template, tokenizer: 
     finish = _Finisher(template, tokenizer, options)
     index = {source: number for number, source in enumerate(sources)}
     bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
-    stream = conversations(sources, options)
+    problems = _Problems()
+    stream = _conversations(sources, options, problems)
     while batch := list(islice(stream, ROWS_AT_ONCE)):
+        rendered = []
         for conversation in batch:
-            finish.refuse_control_tokens(conversation)
-        segments = [template.segments(conversation, options.loss_on) for conversation in batch]
-        for conversation, (ids, supervised) in zip(batch, encode(segments, tokenizer)):
+            with problems.noted():
+                finish.refuse_control_tokens(conversation)
+                rendered.append((conversation, template.segments(conversation, options.loss_on)))
+        encoded = encode([segments for _, segments in rendered], tokenizer)
+        for (conversation, _), (ids, supervised) in zip(rendered, encoded):
+            place, pieces = conversation.place, []
             counts["num_rows"] += 1
-            ids, supervised = finish(conversation, ids, supervised)
-            pieces = _shorten(ids, supervised, options, finish.bos_id, conversation.place)
-            counts["num_dropped"] += not pieces
-            counts["num_truncated"] += bool(pieces) and len(ids) > options.max_length
-            for piece_ids, piece_supervised in pieces:
-                if not piece_supervised[1:].any():
+            with problems.noted():
+                ids, supervised = finish(conversation, ids, supervised)
+                pieces = _shorten(ids, supervised, options, finish.bos_id, place)
+                if not all(learned[1:].any() for _, learned in pieces):
                     raise DataError(
-                        f"{conversation.place}: no supervised token is left in {len(ids)} tokens cut to {options.max_length}; "
-                        "raise data.max_length, or set data.truncation to left or drop"
+                        f"{place}: no supervised token is left in {len(ids)} tokens cut to {options.max_length}; "
+                        "raise data.max_length, or set data.truncation to drop"
                     )
+                counts["num_dropped"] += not pieces
+                counts["num_truncated"] += bool(pieces) and len(ids) > options.max_length
+            for piece_ids, piece_supervised in pieces:
                 ids_parts.append(piece_ids)
                 supervised_parts.append(piece_supervised)
-                source, _, line = conversation.place.rpartition(":")
-                places.append((index[source], int(line)))
+                places.append((index[place.source], place.line, place.row))
         bar.update(len(batch))
     bar.close()
+    problems.tell()
     if not ids_parts:
         raise DataError(
             f"{', '.join(sources)}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
@@ -265,7 +330,7 @@ def _open(folder: Path, sources: list[str], fingerprint: str) -> Examples:
     ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
     starts = np.concatenate([[0], ends[:-1]])
     return Examples(
-        arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1], sources, fingerprint, **counts
+        arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1], places[:, 2], sources, fingerprint, **counts
     )  # fmt: skip
 
 
@@ -279,11 +344,12 @@ class _Finisher:
         self.template = template
         self._template_stops: bool | None = None
         bos, eos, unk, pad = (getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad"))
-        control = (set(template.turn_ends) - {bos, unk, pad}) | {eos} | ({bos} if self.bos_id is not None else set())
-        self._control = re.compile("|".join(re.escape(token) for token in sorted(control - {None})) or r"(?!)")
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        control = special | set(template.turn_ends) | {eos, pad} | ({bos} if self.bos_id is not None else set())
+        self._control = re.compile("|".join(re.escape(token) for token in sorted(control - {None, unk})) or r"(?!)")
 
     def refuse_control_tokens(self, conversation: Conversation) -> None:
-        """Raise DataError if a row's text would be tokenised to BOS, EOS or the end of a turn."""
+        """Raise DataError if a row's text would be tokenised to BOS, EOS, the end of a turn or another special token."""
         for message in conversation.messages:
             found = self._control.search(message.content + message.context)
             if found:
@@ -321,7 +387,7 @@ class _Finisher:
 
 
 def _shorten(
-    ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None, place: str
+    ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None, place: Place
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """At most max_length tokens: the example itself, or what data.truncation makes of it."""
     limit, over = options.max_length, len(ids) - options.max_length
@@ -333,16 +399,18 @@ def _shorten(
         )
     if options.truncation == "drop":
         return []
-    if options.truncation == "right":
-        return [(ids[:limit], supervised[:limit])]
     head = 0 if bos_id is None else 1  # every piece begins with the BOS
-    if options.truncation == "left":
-        return [
-            (
-                np.concatenate([ids[:head], ids[head + over :]]),
-                np.concatenate([supervised[:head], supervised[head + over :]]),
-            )
-        ]
+    if options.truncation in ("right", "left"):
+        if options.truncation == "right":
+            ids, supervised = ids[:limit], supervised[:limit]
+        else:
+            has_prompt = not supervised[head:].all()
+            ids = np.concatenate([ids[:head], ids[head + over :]])
+            supervised = np.concatenate([supervised[:head], supervised[head + over :]])
+            if has_prompt:  # the rest of an answer whose prompt is gone is read, but not learned
+                rest = len(ids) if supervised[head:].all() else head + int(np.argmin(supervised[head:]))
+                supervised[head:rest] = False
+        return [(ids, supervised)]
     pieces = []
     # Without a BOS to begin with, a piece begins with the last token of the one before, so that each is predicted once.
     for start in range(head, len(ids) - (1 - head), limit - 1):

@@ -107,7 +107,7 @@ def write(
     with path.open("w") as file:
         for i, conversation in enumerate(conversations):
             line = {
-                "row": conversation.place,
+                "row": str(conversation.place),
                 "wanted": wanted[i],
                 **{name: answers[i] for name, answers in given.items()},
             }

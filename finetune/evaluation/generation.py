@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from finetune.data import templates
-from finetune.data.rows import Message
+from finetune.data.rows import Message, Place
 from finetune.data.tokens import encode_prompt
 
 
@@ -58,7 +58,7 @@ def answers(
     return results
 
 
-def chat_prompt(tokenizer: Any, messages: Sequence[Message], place: str = "prompt") -> str:
+def chat_prompt(tokenizer: Any, messages: Sequence[Message], place: Place = templates.PROMPT) -> str:
     """The text of a conversation up to the next answer, by the tokenizer's chat template."""
     template = templates.load("chat", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, {})
     return template.prompt(messages, place)

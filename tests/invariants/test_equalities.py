@@ -182,9 +182,7 @@ def test_only_adapters_train_and_the_base_stays(workshop):
 
 def test_reported_loss_is_sum_over_count(workshop):
     """Recomputed by hand from the exported initial weights: the first step's loss is sum / count over its rows."""
-    run = workshop.train(
-        optimizer__lr=1e-9, train__max_steps=1, train__global_batch_size=40, train__micro_batch_size=1
-    )
+    run = workshop.train(optimizer__lr=1e-9, train__max_steps=1, train__global_batch_size=40, train__micro_batch_size=1)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = (c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
