@@ -7,6 +7,7 @@
 Heavy imports stand inside functions, so that --help and a wrong config answer at once.
 """
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import config as configs
 from finetune.config import Config
+from finetune.engine.preemption import StopFlag
 from finetune.errors import (
     EXIT_COMPLETE,
     EXIT_FAILED,
@@ -21,6 +23,7 @@ from finetune.errors import (
     EXIT_USER_ERROR,
     CheckpointError,
     ExportError,
+    ModelError,
     Preempted,
     TrainingDiverged,
     UserError,
@@ -28,7 +31,6 @@ from finetune.errors import (
 from finetune.progress import Progress
 
 if TYPE_CHECKING:
-    from finetune.engine.preemption import StopFlag
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
     from finetune.preflight import Data
@@ -41,17 +43,19 @@ MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16
 def main() -> int:
     """Run, and turn how it ended into the exit code of the contract."""
     rank = int(os.environ.get("RANK", "0"))
+    who = f"[process {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    stop = StopFlag()  # until the loop starts, a signal ends the run at once
     try:
-        run(*configs.parse(sys.argv[1:]))
+        run(*configs.parse(sys.argv[1:]), stop)
         return EXIT_COMPLETE
     except UserError as exc:
         print(f"error: {exc}" if rank == 0 else f"[process {rank}] error: {str(exc).splitlines()[0]}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Preempted as exc:
-        print(f"[process {rank}] preempted: {exc}", file=sys.stderr)
+        print(f"{who}preempted: {exc}", file=sys.stderr)
         return EXIT_PREEMPTED
     except (TrainingDiverged, CheckpointError, ExportError) as exc:
-        print(f"[process {rank}] failed: {exc}", file=sys.stderr)
+        print(f"{who}failed: {exc}", file=sys.stderr)
         return EXIT_FAILED
 
 
@@ -63,19 +67,18 @@ class Job:
     directory: "RunDirectory"
     topology: "Topology"
     data: "Data"
-    stop: "StopFlag"
+    stop: StopFlag
 
 
-def run(config: Config, check_only: bool) -> None:
+def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     """Check everything, build, loop, finish. Until it opens its directory, a run writes nothing but the token cache."""
     from finetune import preflight
-    from finetune.engine.preemption import StopFlag
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
-    from finetune.models import adapters
 
-    stop, directory = StopFlag(), RunDirectory(config)  # until the loop starts, a signal ends the run at once
-    directory.check(config)
+    directory = RunDirectory(config)
+    if not check_only:
+        directory.check(config)
     topology = Topology(config.train.precision)
     configs.accumulation(config, topology.num_processes)
     job = Job(config, directory, topology, preflight.prepare(config, topology), stop)
@@ -84,9 +87,20 @@ def run(config: Config, check_only: bool) -> None:
         return
     tell(topology, preflight.summary(config, topology, job.data))
     if check_only:
+        directory.check(config)  # last: what is wrong with the data is of more use
         return
+    train(job)
+    topology.close()
+
+
+def train(job: Job) -> None:
+    """Build, loop, finish; however it ends, the outcome says so."""
+    from finetune.models import adapters
+
+    directory, topology, progress = job.directory, job.topology, Progress()
     model, optimizer = build(job)
-    untrained, progress = adapters.sums(model), Progress()
+    untrained = adapters.sums(model)
+    topology.on_main(directory.lock)
     try:
         resume(job, model, optimizer, progress)
         open_directory(job, progress)
@@ -94,10 +108,13 @@ def run(config: Config, check_only: bool) -> None:
         finish(job, model, progress, untrained)
     except (Exception, Preempted) as exc:
         if topology.is_main and not isinstance(exc, UserError):
-            state = "preempted" if isinstance(exc, Preempted) else "failed"
-            directory.write_outcome(state, progress.step, f"{type(exc).__name__}: {exc}")
+            state, name = ("preempted", "") if isinstance(exc, Preempted) else ("failed", f"{type(exc).__name__}: ")
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                directory.write_outcome(state, progress.step, f"{name}{exc}")
         raise
-    topology.close()
+    finally:
+        if topology.is_main:
+            directory.unlock()
 
 
 # ---------------------------------------------------------------------------------------- build
@@ -120,11 +137,12 @@ def build(job: Job) -> tuple[Any, Any]:
     model = adapters.apply(base, config.adapter, config.model)
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model, optimizer = topology.prepare(model, optim.build(model, config.optimizer))
-    if not attention.pads(job.data.attention):
-        attention.check_documents_apart(
-            model, base.get_input_embeddings().weight.shape[0], topology.device, topology.precision
+    if broken := adapters.not_finite(model):
+        raise ModelError(
+            f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such as {broken[0]}"
         )
+    model, optimizer = topology.prepare(model, optim.build(model, config.optimizer))
+    attention.check(model, base, job.data.attention, topology.device, topology.precision)
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
     return model, optimizer
 
@@ -142,6 +160,8 @@ def resume(job: Job, model: Any, optimizer: Any, progress: Progress) -> None:
         for path, problem in damaged.items():
             tell(job.topology, f"skipped a damaged checkpoint: {path}: {problem}")
         tell(job.topology, f"resumed from {found.path} at step {progress.step}")
+    elif job.directory.outcome():
+        tell(job.topology, f"no checkpoint in {root}: starting again at step 1")
 
 
 def identity(job: Job, model: Any) -> dict[str, str]:
@@ -253,16 +273,21 @@ def finish(job: Job, model: Any, progress: Progress, untrained: dict[str, float]
     weights, bare = topology.full_weights(model), topology.unwrap(model)
 
     def save_and_verify() -> None:
-        template = job.data.template if job.config.objective.kind != "clm" else None  # plain text has no turns to keep
-        export.save(bare, weights, job.data.tokenizer, template, target)
+        sft = job.config.objective.kind != "clm"  # plain text has no turns whose template there is to keep
+        template, system_prompt = (job.data.template, job.config.data.system_prompt) if sft else (None, None)
+        folder = target.with_name(".writing-model")
+        export.save(bare, weights, job.data.tokenizer, template, folder, system_prompt)
         export.verify(
-            target, bare, weights, job.data.tokenizer, template,
+            folder, bare, weights, job.data.tokenizer, template, system_prompt=system_prompt,
             precision=topology.precision, trust_remote_code=job.config.model.trust_remote_code,
         )  # fmt: skip
+        export.publish(folder, target)
         job.directory.write_outcome("complete", progress.step, "every step done, model verified")
 
     topology.on_main(save_and_verify)
-    tell(topology, f"complete: {target}\nchat with it: python -m finetune chat --model {target}")
+    tell(topology, f"complete: {target}")
+    if job.config.objective.kind != "clm":
+        tell(topology, f"chat with it: python -m finetune chat --model {target}")
 
 
 def due(step: int, every: int | None) -> bool:

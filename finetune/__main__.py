@@ -6,7 +6,7 @@ import json
 import sys
 
 from finetune import config as configs
-from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USER_ERROR, ExportError, UserError
+from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, ExportError, UserError
 
 COMMANDS = {
     "evaluate": ("finetune.evaluation.compare", "base and tuned model side by side on held-out rows"),
@@ -20,7 +20,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m finetune", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
         if argv[:1] == [name]:
             importlib.import_module(module).add_arguments(command)
     commands.add_parser("schema", help="JSON schema of the run config, for editors")
@@ -34,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except ExportError as exc:
         print(f"failed: {exc}", file=sys.stderr)
         return EXIT_FAILED

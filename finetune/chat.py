@@ -15,10 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id, full weights or adapter")
     parser.add_argument("--prompt", default=None, help="answer this one message and end")
     parser.add_argument("--system", default=None, help="system message")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--max-new-tokens", type=generation.at_least(1), default=256, help="longest answer")
+    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0: always the likeliest token")
     parser.add_argument("--one-turn", action="store_true", help="forget each message before the next")
     export.trust_remote_code_argument(parser)
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise ValueError
+    return float(text)
 
 
 def main(arguments: argparse.Namespace) -> None:

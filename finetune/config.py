@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from finetune.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
+BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 # What a format can call a column; the formats themselves are in data/rows.py.
 COLUMNS = ("text", "question", "answer", "prompt", "completion", "instruction", "input", "output", "messages")
 PADDED_ATTENTION = ("sdpa", "eager")  # they train padded rectangles; the others take sequences end to end in one row
@@ -152,9 +153,9 @@ class Train(Section):
     """Passes over the data."""
     max_steps: Positive | None = None
     """Stop after this many optimizer steps, if that is sooner than train.epochs."""
-    global_batch_size: Positive = 8
+    global_batch_size: BatchSize = 8
     """Sequences of one optimizer step, over all processes."""
-    micro_batch_size: Positive = 1
+    micro_batch_size: BatchSize = 1
     """Sequences that one process puts through the model at once."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the arithmetic; auto: bf16 on a GPU that can, else fp32."""
@@ -182,7 +183,7 @@ class Evaluation(Section):
 
     every_steps: Positive | None = None
     """Evaluate every so many steps, and always at the end; null: at the end only."""
-    micro_batch_size: Positive | None = None
+    micro_batch_size: BatchSize | None = None
     """Sequences that one process evaluates at once; null: train.micro_batch_size."""
 
 
@@ -241,6 +242,10 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
             default = "required" if field.is_required() else f"default: {_yaml(field.default)}"
             text = f"{field.description} ({default})".replace("%", "%%")
             group.add_argument(f"--{section}.{name}", metavar=_type_name(field), help=text)
+    if not argv:
+        raise ConfigError(
+            "nothing to do: give --config FILE, such as configs/quickstart.yaml; --help lists every setting"
+        )
     known, unknown = parser.parse_known_args(argv)
     overrides = vars(known)
     path, check = overrides.pop("config", None), overrides.pop("check", False)
@@ -256,7 +261,11 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
                 values[section][name] = _from_command_line(_field(key).annotation, raw)
             except yaml.YAMLError:
                 problems.append(f"{key}: {raw!r} cannot be read; write lists as [a, b] and mappings as {{a: b}}")
-    return from_dict(values, where=path or "the command line", problems=problems), check
+    return from_dict(values, where=_where(path, bool(overrides or unknown)), problems=problems), check
+
+
+def _where(path: str | None, overridden: bool) -> str:
+    return " and ".join([*([path] if path else []), *(["the command line"] if overridden or not path else [])])
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

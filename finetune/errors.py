@@ -44,3 +44,4 @@ EXIT_COMPLETE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: temporary failure, run it again
+EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C

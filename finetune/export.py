@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +27,66 @@ PROBE_TOKENS = 16
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
-def save(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None, target: Path) -> None:
-    """Write model (`weights` whole, on the CPU) and tokenizer into `target`, at once or not at all.
+def save(
+    model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None, folder: Path,
+    system_prompt: str | None = None,
+) -> None:  # fmt: skip
+    """Write model (`weights` whole, on the CPU) and tokenizer into a fresh `folder`.
 
     The tokenizer carries the template as its chat template, and the generation config every token
-    that ends an answer. An older folder at `target` is replaced only by a complete new one.
+    that ends an answer.
     """
-    writing, old = target.with_name(f".writing-{target.name}"), target.with_name(f".old-{target.name}")
-    shutil.rmtree(writing, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     if template is not None:
-        tokenizer.chat_template = chat_template(template, tokenizer)
+        tokenizer.chat_template = chat_template(template, tokenizer, system_prompt)
     _set_generation(model, tokenizer, template)
-    model.save_pretrained(writing, state_dict=dict(weights))  # a copy: transformers empties the mapping it is given
-    model.generation_config.save_pretrained(writing)  # peft leaves it out, and with it the token that ends an answer
-    tokenizer.save_pretrained(writing)
+    model.save_pretrained(folder, state_dict=dict(weights))  # a copy: transformers empties the mapping it is given
+    model.generation_config.save_pretrained(folder)  # peft leaves it out, and with it the token that ends an answer
+    tokenizer.save_pretrained(folder)
     if isinstance(model, PeftModel):
-        _write_base(model, writing / BASE)
-    for file in writing.iterdir():
+        _write_base(model, folder / BASE)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
+    for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Put a verified folder in its place, at once; what was there is replaced only now."""
+    old = target.with_name(f".old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
-    os.rename(writing, target)
+    os.rename(folder, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def rehearse(tokenizer: Any, model_config: Any, path: str | None) -> None:
+    """Raise ModelError for what would let the export fail after all the training: tokenizer or generation config."""
+    with tempfile.TemporaryDirectory() as name:
+        model_config.save_pretrained(name)  # its model_type decides which class opens the tokenizer
+        tokenizer.save_pretrained(name)
+        again = load_tokenizer(name)
+        if tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer):
+            raise ModelError(
+                f"model.tokenizer: saved beside a model of type {model_config.model_type} it opens as {type(again).__name__}, "
+                "which gives other tokens; take the tokenizer of a model of this type, or another model_type"
+            )
+        if path and os.path.exists(os.path.join(path, "generation_config.json")):
+            try:
+                config = GenerationConfig.from_pretrained(path)
+                _sample_if_it_says_how(config)
+                config.validate(strict=True)
+            except ValueError as exc:
+                reason = " ".join(str(exc).split())[:200]
+                raise ModelError(
+                    f"model {path!r}: its generation_config.json cannot be saved again: {reason}; correct it"
+                ) from exc
 
 
 def verify(
     target: Path, trained: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None, *,
-    precision: str, trust_remote_code: bool,
+    precision: str, trust_remote_code: bool, system_prompt: str | None = None,
 ) -> None:  # fmt: skip
     """Open `target` as a user would and compare it with what was trained. Raises ExportError.
 
@@ -85,16 +117,17 @@ def verify(
     if reloaded.generation_config.eos_token_id != trained.generation_config.eos_token_id:
         raise ExportError(f"{target}: the tokens that end an answer differ after reloading")
     if template is not None:
-        _verify_prompt(target, again, template)
+        _verify_prompt(target, again, template, system_prompt)
 
 
-def _verify_prompt(target: Path, tokenizer: Any, template: Template) -> None:
+def _verify_prompt(target: Path, tokenizer: Any, template: Template, system_prompt: str | None) -> None:
     """A question asked through the exported chat template must give the tokens that training put before answers."""
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
     )
     ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
-    trained = encode_prompt(template.prompt([Message("user", "a")]), tokenizer)
+    system = [Message("system", system_prompt)] if system_prompt is not None else []
+    trained = encode_prompt(template.prompt([*system, Message("user", "a")]), tokenizer)
     if ids != trained:
         raise ExportError(
             f"{target}: its chat template gives the tokens {ids} for a prompt that was trained as {trained}"
@@ -130,6 +163,8 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code:
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of an exported model. Raises ModelError."""
+    if not (Path(path) / "config.json").exists() and (Path(path) / "model").is_dir():
+        raise ModelError(f"{path} is a run directory; its model is in {Path(path) / 'model'}")
     with translated(f"the tokenizer of {str(path)!r}"):
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
 
@@ -170,17 +205,19 @@ def merge(source: Path, target: Path, dtype: str = "auto", trust_remote_code: bo
         raise ModelError(f"{target} exists; choose another --output")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     model, tokenizer = load(source, wanted, trust_remote_code), load_tokenizer(source, trust_remote_code)
+    folder = target.with_name(f".writing-{target.name}")
     before = probe_logits(model)
     merged = adapters.merge(model)
     weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
-    save(merged, weights, tokenizer, None, target)
-    difference = _relative_difference(probe_logits(load(target, trust_remote_code=trust_remote_code)), before)
+    save(merged, weights, tokenizer, None, folder)
+    difference = _relative_difference(probe_logits(load(folder, trust_remote_code=trust_remote_code)), before)
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     if not difference <= TOLERANCE[names[merged.dtype]]:
-        shutil.rmtree(target)
+        shutil.rmtree(folder)
         raise ExportError(
-            f"{target}: merging changed the logits by {difference:.3g} of the largest one; it was removed"
+            f"{target}: merging changed the logits by {difference:.3g} of the largest one; nothing was written"
         )
+    publish(folder, target)
     return difference
 
 
@@ -210,11 +247,18 @@ def main(arguments: argparse.Namespace) -> None:
     )
 
 
-def chat_template(template: Template, tokenizer: Any) -> str:
-    """The Jinja source to save: with the BOS in front that training put there, if the template renders none."""
+def chat_template(template: Template, tokenizer: Any, system_prompt: str | None = None) -> str:
+    """The Jinja source to save: with the BOS in front and the system prompt that training put there, if it renders none."""
+    source = template.source
     if uses_bos(tokenizer) and not template.prompt([Message("user", "a")]).startswith(tokenizer.bos_token):
-        return "{{ bos_token }}" + template.source
-    return template.source
+        source = "{{ bos_token }}" + source
+    if system_prompt is not None:
+        message = json.dumps({"role": "system", "content": system_prompt})
+        source = (
+            "{% if messages and messages[0]['role'] != 'system' %}{% set messages = [" + message + "] + messages %}{% endif %}"
+            + source
+        )  # fmt: skip
+    return source
 
 
 def _relative_difference(logits: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -247,3 +291,12 @@ def _set_generation(model: Any, tokenizer: Any, template: Template | None) -> No
     ends = list(dict.fromkeys(token for token in ends if token is not None))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends
     config.pad_token_id = tokenizer.pad_token_id
+    _sample_if_it_says_how(config)
+
+
+def _sample_if_it_says_how(config: GenerationConfig) -> None:
+    """Published models give a temperature and forget do_sample; transformers saves no such config that was changed."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True

@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from finetune import export
 from finetune.config import Config, accumulation
 from finetune.data import batches, rows, templates, tokens
 from finetune.engine.topology import Topology
-from finetune.errors import ConfigError, UserError
+from finetune.errors import ConfigError, DataError, UserError
 from finetune.models import adapters, attention, load
 from finetune.objectives import OBJECTIVES
 
 SHOWN_CHARACTERS = 600
+MOST_KNOWN = 0.1  # part of the evaluation rows that may be training rows too; data sets in use have a few
+FEW_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Data:
     train: batches.Batches
     eval: batches.Batches | None
     num_steps: int
+    unused: list[str]
+    """Columns of the training rows that are not read."""
+    num_eval_known: int
+    """Evaluation examples that are also trained on."""
 
 
 def prepare(config: Config, topology: Topology) -> Data:
@@ -41,6 +48,7 @@ def prepare(config: Config, topology: Topology) -> Data:
             f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
         )
 
+    topology.on_main(lambda: export.rehearse(tokenizer, model_config, config.model.path))
     train_files, eval_files = rows.sources(wanted.train, wanted.eval)
     format: str = wanted.format
     if format == "auto":
@@ -58,6 +66,12 @@ def prepare(config: Config, topology: Topology) -> Data:
     evals = tokens.prepare(eval_files, template, tokenizer, options, wanted.cache_dir) if eval_files else None
     if wanted.eval_fraction:
         train, evals = tokens.hold_out(train, wanted.eval_fraction, seed)
+    known = tokens.num_trained_on(evals, train) if evals else 0
+    if evals and known > MOST_KNOWN * len(evals):
+        raise DataError(
+            f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memory; "
+            "take them out of one of the two"
+        )
 
     def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
         return batches.Batches(
@@ -72,7 +86,10 @@ def prepare(config: Config, topology: Topology) -> Data:
     eval_plan = batched(evals, at_once * topology.num_processes, at_once, True) if evals else None
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
-    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps)
+    unused = sorted(
+        {name for file in train_files for name in rows.unused_columns(file, wanted.text_unit, format, wanted.columns)}
+    )
+    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, unused, known)
 
 
 def summary(config: Config, topology: Topology, data: Data) -> str:
@@ -90,19 +107,30 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     name = config.model.path or f"{data.model_config.model_type} from random weights"
     lines = [
         f"model       {name}: {total:,} parameters, {trainable:,} of them train ({trainable / total:.2%}, {config.adapter.kind})",
-        f"topology    {topology.name}, {topology.num_processes} process(es) on {topology.device.type}, {topology.precision}, attention {data.attention}",
-        f"data        {examples.num_rows:,} rows -> {len(examples):,} examples -> {len(train):,} sequences of at most {config.data.max_length} tokens"
+        f"topology    {topology.name}, {_counted(topology.num_processes, 'process')} on {topology.device.type}, {topology.precision}, attention {data.attention}",
+        f"data        {examples.num_rows:,} rows -> {_counted(len(examples), 'example')} -> {_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
         + (f"; {examples.num_truncated} cut" if examples.num_truncated else "")
         + (f"; {examples.num_dropped} dropped" if examples.num_dropped else ""),
         f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
         f"template    {data.template.name}, objective {config.objective.kind}",
-        f"steps       {data.num_steps:,} of {config.train.global_batch_size} sequences "
-        f"({config.train.micro_batch_size} at once x {accumulation(config, topology.num_processes)} x {topology.num_processes} process(es))",
+        f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
+        f"({config.train.micro_batch_size} at once x {accumulation(config, topology.num_processes)} x {_counted(topology.num_processes, 'process')})",
     ]
     if config.data.packing:
         lines.append(f"packing     {train.lengths.sum() / (len(train) * config.data.max_length):.1%} full")
     if data.eval:
-        lines.append(f"evaluation  {len(data.eval.sequences.examples):,} examples")
+        lines.append(
+            f"evaluation  {_counted(len(data.eval.sequences.examples), 'example')}"
+            + (" held out" if config.data.eval_fraction else "")
+            + (f"; {data.num_eval_known:,} of them are also trained on" if data.num_eval_known else "")
+        )
+    if data.unused:
+        lines.append(f"not read    columns {', '.join(data.unused)}")
+    if data.num_steps < FEW_STEPS:
+        lines.append(
+            f"note        {_counted(data.num_steps, 'step')} will teach next to nothing; lower train.global_batch_size, "
+            "raise train.epochs, or set data.packing to false (packs count as one sequence)"
+        )
     if config.model.dtype == "bfloat16" and config.adapter.kind == "full":
         lines.append(
             "note        bfloat16 keeps 8 bits: steps of less than 1/256 of a weight are lost; float32 loses none"
@@ -115,7 +143,7 @@ def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: i
     """Raise ConfigError if the model has too few positions, or the run too few steps for its warm-up."""
     longest = int(examples.lengths.max())
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
+    if positions is not None and 0 < positions < longest:
         where = examples.place(int(examples.lengths.argmax()))
         raise ConfigError(
             f"data.max_length: {where} has {longest} tokens, but the model only {positions} positions "
@@ -128,9 +156,14 @@ def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: i
         )
 
 
+def _counted(number: int, noun: str) -> str:
+    plural = noun if number == 1 else noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {plural}"
+
+
 def _quartiles(lengths: np.ndarray) -> str:
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
-    return f"{low} to {high} tokens, half of them at most {middle}"
+    return f"{low} to {high} tokens, half of them at most {middle}" if low < high else f"{low} tokens"
 
 
 def _marked(examples: Any, tokenizer: Any) -> str:

@@ -72,13 +72,21 @@ class Workshop:
 
     def train(self, name: str = "run", **changes: Any) -> Path:
         """Train in this process; raises what train.py would turn into an exit code. Returns the run directory."""
+        return self._run([], name, changes)
+
+    def check(self, name: str = "run", **changes: Any) -> Path:
+        """train.py --check in this process."""
+        return self._run(["--check"], name, changes)
+
+    def _run(self, arguments: list[str], name: str, changes: dict[str, Any]) -> Path:
         import train
         from finetune import config as configs
+        from finetune.engine.preemption import StopFlag
 
         forget_process_state()
 
-        config, check_only = configs.parse(["--config", str(self.write(self.config(name, **changes)))])
-        train.run(config, check_only)
+        config, check_only = configs.parse(["--config", str(self.write(self.config(name, **changes))), *arguments])
+        train.run(config, check_only, StopFlag())
         return self.run_dir(name)
 
     def launch(

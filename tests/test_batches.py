@@ -21,7 +21,7 @@ def examples_of(lengths: np.ndarray) -> Examples:
     ends = np.cumsum(lengths)
     return Examples(
         np.concatenate(parts), np.concatenate(supervised), ends - lengths, ends, np.arange(len(lengths)) % 2,
-        np.arange(len(lengths)) + 1, ["a.jsonl", "b.jsonl"], "fingerprint", len(lengths), 0, 0,
+        np.arange(len(lengths)) + 1, np.zeros(len(lengths), int), ["a.jsonl", "b.jsonl"], "fingerprint", len(lengths), 0, 0,
     )  # fmt: skip
 
 

@@ -58,8 +58,8 @@ def tamper(change):
     """Save as usual, then change a tensor of what was written."""
     whole = export.save
 
-    def save(model, weights, tokenizer, template, target):
-        whole(model, weights, tokenizer, template, target)
+    def save(model, weights, tokenizer, template, target, *rest):
+        whole(model, weights, tokenizer, template, target, *rest)
         [path] = target.glob("*model.safetensors")
         tensors = load_file(path)
         change(tensors)
@@ -118,9 +118,9 @@ def test_a_failed_export_is_done_again_from_the_last_checkpoint(workshop, monkey
         with pytest.raises(ExportError):
             workshop.train()
     run = workshop.train()
-    assert json.loads((run / "outcome.json").read_text()) | {"written": ""} == {
-        "state": "complete", "step": 5, "reason": "every step done, model verified", "written": "",
-    }  # fmt: skip
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["state"], outcome["step"], outcome["reason"]) == ("complete", 5, "every step done, model verified")
+    assert outcome["model"]["model.safetensors"] == (run / "model/model.safetensors").stat().st_size
 
 
 def test_merge_command_writes_full_weights(workshop, capsys):
@@ -215,8 +215,8 @@ def test_the_exported_chat_template_gives_the_tokens_that_were_trained(workshop,
 def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monkeypatch):
     whole = export.save
 
-    def save(model, weights, tokenizer, template, target):
-        whole(model, weights, tokenizer, template, target)
+    def save(model, weights, tokenizer, template, target, *rest):
+        whole(model, weights, tokenizer, template, target, *rest)
         path = target / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1000])
 

@@ -27,7 +27,8 @@ ALLOWED = {
     ],
     "finetune.export": ["finetune.data", "finetune.models", "finetune.errors"],
     "finetune.preflight": [
-        "finetune.data", "finetune.models", "finetune.objectives", "finetune.engine.topology", "finetune.config", "finetune.errors",
+        "finetune.data", "finetune.models", "finetune.objectives", "finetune.export", "finetune.engine.topology",
+        "finetune.config", "finetune.errors",
     ],
     "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],

@@ -1,6 +1,7 @@
 """A run that was interrupted ends as one that was not."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, Workshop, command, losses, read_jsonl
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
+from finetune import config as configs
 from finetune.errors import CheckpointError, RunDirectoryError
 
 
@@ -246,3 +249,67 @@ def test_a_moved_data_file_is_the_same_data(workshop, monkeypatch):
 def test_a_run_that_is_going_does_not_say_it_was_preempted(workshop, monkeypatch):
     run = train_until(workshop, monkeypatch, 3, "run", checkpoint__every_steps=2)
     assert json.loads((run / "outcome.json").read_text())["state"] == "running"
+
+
+def test_a_run_in_progress_keeps_others_out(workshop):
+    from finetune.engine.rundir import RunDirectory
+
+    run = workshop.train()
+    config = configs.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
+    first = RunDirectory(config)
+    first.lock()
+    (run / "outcome.json").unlink()
+    with pytest.raises(RunDirectoryError, match="is in use by another process"):
+        workshop.train()
+    first.unlock()
+    workshop.train()
+
+
+def test_what_a_user_keeps_beside_checkpoints_is_not_taken_for_one(workshop):
+    settings = {"checkpoint__every_steps": 1, "checkpoint__keep_last": 2}
+    run = workshop.train(**settings)
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000004", checkpoints / "step-00000004.bak")
+    shutil.copytree(checkpoints / "step-00000004", checkpoints / "step-keep-this")
+    (checkpoints / "step-notes.txt").write_text("mine")
+    shutil.rmtree(checkpoints / "step-00000005")
+    (run / "outcome.json").unlink()
+    workshop.train(**settings)
+    assert {p.name for p in checkpoints.iterdir()} == {
+        "step-00000004", "step-00000005", "step-00000004.bak", "step-keep-this", "step-notes.txt",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["[]", "null", "no progress", "no identity", "no files", "step -3", "another step"])
+def test_an_edited_manifest_is_a_damaged_checkpoint(workshop, damage, capsys):
+    run = workshop.train(checkpoint__every_steps=1)
+    newest = run / "checkpoints/step-00000005"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    if damage.startswith("no "):
+        manifest[damage[3:]] = {}
+    elif "step" in damage:
+        manifest["progress"]["step"] = -3 if damage == "step -3" else 4
+    text = json.dumps(manifest) if " " in damage else damage
+    (newest / "manifest.json").write_text(text)
+    (run / "outcome.json").unlink()
+    workshop.train(checkpoint__every_steps=1)
+    says = capsys.readouterr().err
+    assert f"skipped a damaged checkpoint: {newest}" in says
+    assert "step-00000004 at step 4" in says
+
+
+@pytest.mark.parametrize("name", ["outcome.json", "metrics.jsonl", "receipt.json"])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]\n"], ids=["not UTF-8", "a list"])
+def test_a_damaged_note_of_a_run_does_not_stop_it(workshop, name, content):
+    run = workshop.train()
+    (run / "outcome.json").unlink()
+    (run / name).write_bytes(content)
+    workshop.train()
+
+
+def test_a_finished_run_whose_model_is_gone_exports_it_again(workshop):
+    run = workshop.train()
+    before = (run / "model/model.safetensors").read_bytes()
+    (run / "model/model.safetensors").unlink()
+    workshop.train()
+    assert (run / "model/model.safetensors").read_bytes() == before

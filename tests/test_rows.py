@@ -375,10 +375,10 @@ def test_a_mapped_column_that_the_format_does_not_have_is_refused():
         converse({"question": "q", "answer": "a", "foo": "x"}, columns={"output": "foo"})
 
 
-def test_columns_that_are_not_read_are_known():
-    row = rows.Row(rows.Place("r", 1), {"instruction": "i", "response": "o", "context": "c", "category": "d"})
-    assert rows.unused(row, "instruction", {}) == ["category", "context"]
-    assert rows.unused(row, "instruction", {"input": "context"}) == ["category"]
+def test_columns_that_are_not_read_are_known(tmp_path):
+    path = write_jsonl(tmp_path / "r.jsonl", [{"instruction": "i", "response": "o", "context": "c", "category": "d"}])
+    assert rows.unused_columns(str(path), "line", "instruction", {}) == ["category", "context"]
+    assert rows.unused_columns(str(path), "line", "instruction", {"input": "context"}) == ["category"]
 
 
 def test_a_file_separated_by_something_else_is_told_so(tmp_path):

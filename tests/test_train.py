@@ -82,6 +82,94 @@ def test_an_architecture_that_no_token_can_pass_is_refused_before_weights_exist(
     assert not workshop.run_dir().exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "attention"), [("bert", "auto"), ("bert", "sdpa"), ("electra", "auto"), ("gemma3_text", "auto")]
+)
+def test_a_model_whose_tokens_see_those_after_them_is_refused(workshop, kind, attention):
+    """It would learn to copy the answer it is shown."""
+    config = {**TINY_LLAMA, "model_type": kind}
+    config |= {"use_bidirectional_attention": True, "head_dim": 8} if kind == "gemma3_text" else {}
+    config = {k: v for k, v in config.items() if kind == "gemma3_text" or k != "num_key_value_heads"}
+    with pytest.raises(ModelError, match="no causal language model"):
+        workshop.train(model__config=config, model__attention=attention)
+    assert not workshop.run_dir().exists()
+
+
+def test_a_misspelt_setting_of_the_architecture_is_refused(workshop):
+    with pytest.raises(ModelError, match="llama has no setting 'num_hiden_layers'; did you mean num_hidden_layers"):
+        workshop.train(model__config={**TINY_LLAMA, "num_hiden_layers": 9})
+
+
+def test_a_config_with_fewer_layers_than_its_weights_is_refused(workshop):
+    model = workshop.train("base") / "model"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
+    with pytest.raises(ModelError, match="its config has fewer layers than its weights: 9 of them would be dropped"):
+        workshop.train(**from_folder(model))
+
+
+def test_weights_that_are_no_numbers_are_refused(workshop):
+    from safetensors.torch import load_file, save_file
+
+    model = workshop.train("base") / "model"
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 of its weights hold NaN or infinity, such as model\.norm\.weight"):
+        workshop.train(**from_folder(model))
+
+
+def from_folder(model):
+    return {"model__init": "pretrained", "model__path": str(model), "model__config": None, "model__tokenizer": None}
+
+
+def test_what_would_let_the_export_fail_is_an_error_before_training(workshop):
+    model = workshop.train("base") / "model"
+    (model / "generation_config.json").write_text('{"max_new_tokens": -1}')
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be saved again"):
+        workshop.train(**from_folder(model))
+    with pytest.raises(ModelError, match="saved beside a model of type qwen2 it opens as"):
+        workshop.train("other", model__config={**TINY_LLAMA, "model_type": "qwen2"})
+
+
+def test_a_generation_config_that_forgot_to_sample_does_not_spoil_the_export(workshop):
+    model = workshop.train("base") / "model"
+    (model / "generation_config.json").write_text('{"temperature": 0.5}')
+    run = workshop.train(**from_folder(model))
+    saved = json.loads((run / "model/generation_config.json").read_text())
+    assert (saved["temperature"], saved["do_sample"]) == (0.5, True)
+
+
+@pytest.mark.parametrize("copied", ["all rows", "three rows"])
+def test_evaluating_on_training_rows_is_refused_or_told(workshop, capsys, copied):
+    rows = pairs()
+    evals = rows if copied == "all rows" else [*rows[:3], *({"question": f"{n}?", "answer": "new"} for n in range(40))]
+    path = write_jsonl(workshop.folder / "eval.jsonl", evals)
+    path.write_text(path.read_text() + "\n")
+    if copied == "all rows":
+        with pytest.raises(DataError, match="40 of its 40 examples are also trained on"):
+            workshop.train(data__eval=str(path))
+    else:
+        workshop.train(data__eval=str(path))
+        assert "43 examples; 3 of them are also trained on" in capsys.readouterr().err
+
+
+def test_the_summary_says_what_is_not_read_and_what_will_teach_nothing(workshop, capsys):
+    path = write_jsonl(workshop.folder / "more.jsonl", [row | {"category": "c"} for row in pairs()])
+    workshop.train(data__train=str(path))
+    says = capsys.readouterr().err
+    assert "not read    columns category" in says
+    assert "5 steps will teach next to nothing" in says
+
+
+def test_check_of_an_existing_run_looks_at_the_data_first(workshop):
+    workshop.train()
+    with pytest.raises(DataError, match="nothing.jsonl: no such file"):
+        workshop.check(data__train="nothing.jsonl")
+    with pytest.raises(RunDirectoryError, match="holds another run"):
+        workshop.check(optimizer__lr=1e-4)
+
+
 def test_a_model_with_attention_sinks_trains_in_padded_batches(workshop):
     """gpt-oss adds a learned logit to every softmax, which neither packs nor SDPA know."""
     config = {**TINY_LLAMA, "model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
@@ -161,7 +249,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error(workshop):
 
 
 def test_a_model_that_is_not_there_is_an_error(workshop):
-    with pytest.raises(ModelError, match="tokenizer '/no/such/folder' cannot be loaded"):
+    with pytest.raises(ModelError, match="model.path: /no/such/folder: no such folder"):
         workshop.train(
             model__init="pretrained", model__path="/no/such/folder", model__config=None, model__tokenizer=None
         )
@@ -319,17 +407,17 @@ def test_what_the_launcher_would_drop_or_change_in_silence_is_an_error(workshop,
         workshop.train()
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"model_type": "mixtral", "num_local_experts": 4},
+        {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 32},
+    ],
+    ids=["mixtral", "qwen3_moe"],
+)
 def test_a_mixture_of_experts_trains_packed(workshop, architecture):
     """Other tokens in one document change how many each expert gets, and so the rounding in the other; no leak."""
-    config = {
-        **TINY_LLAMA,
-        "model_type": architecture,
-        "num_local_experts": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-    }
+    config = {**TINY_LLAMA, **architecture, "num_experts_per_tok": 2}
     run = workshop.train(model__config=config, data__packing=True, train__epochs=3)
     assert losses(run)[-1] < losses(run)[0]
 

@@ -182,7 +182,7 @@ def to_conversation(
     def cell(name: str, may_be_empty: bool = False) -> str:
         return _text(row, columns.get(name) or _present(row, name), may_be_empty)
 
-    known = (*FORMATS[format], "input") if format == "instruction" else FORMATS[format]
+    known = _columns_of(format)
     if unused := [name for name in columns if name not in known]:
         raise ConfigError(
             f"data.columns: {unused[0]} is no column of format {format}, whose columns are {', '.join(known)}; remove it"
@@ -201,11 +201,14 @@ def to_conversation(
     return Conversation(tuple(messages), row.place)
 
 
-def unused(row: Row, format: str, columns: Mapping[str, str]) -> list[str]:
-    """Columns of a row that its format does not read."""
-    known = {*FORMATS[format], "input"} if format == "instruction" else set(FORMATS[format])
-    read = {columns.get(name) or _present(row, name) for name in known}
-    return sorted(set(row.values) - read)
+def unused_columns(source: str, text_unit: str, format: str, columns: Mapping[str, str]) -> list[str]:
+    """Columns of a source's first row that its format does not read."""
+    row = next(read(source, text_unit))
+    return sorted(set(row.values) - {columns.get(name) or _present(row, name) for name in _columns_of(format)})
+
+
+def _columns_of(format: str) -> tuple[str, ...]:
+    return (*FORMATS[format], "input") if format == "instruction" else FORMATS[format]
 
 
 def _present(row: Row, name: str) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import time
 import warnings
@@ -61,6 +62,8 @@ def save(
         _write_shards(writing, topology, model, optimizer)
         topology.on_main(lambda: _commit(writing, final, manifest, keep_last))
     except Exception as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
+        if topology.is_main:
+            shutil.rmtree(writing, ignore_errors=True)  # its space may be what is missing
         raise CheckpointError(f"checkpoint {final} could not be written: {exc}") from exc
 
 
@@ -91,8 +94,13 @@ def _commit(writing: Path, final: Path, manifest: dict[str, Any], keep_last: int
     _flush_directory(writing)
     os.rename(writing, final)
     _flush_directory(final.parent)
-    for old in sorted(final.parent.glob("step-*"), reverse=True)[keep_last:]:
+    for old in steps(final.parent)[keep_last:]:
         shutil.rmtree(old)
+
+
+def steps(root: Path) -> list[Path]:
+    """Checkpoints under `root`, whole or not, the newest first; what a user keeps beside them is not ours."""
+    return sorted((p for p in root.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir()), reverse=True)
 
 
 def set_aside(damaged: list[Path]) -> None:
@@ -145,10 +153,10 @@ def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
     that work was lost.
     """
     rejected: dict[Path, str] = {}
-    for path in sorted(root.glob("step-*"), reverse=True):
+    for path in steps(root):
         try:
             return Found(path, _verified_manifest(path)), rejected
-        except (OSError, ValueError, KeyError) as exc:
+        except (OSError, ValueError) as exc:
             rejected[path] = str(exc)
     if rejected:
         raise CheckpointError(
@@ -224,19 +232,28 @@ def _restore_random_state(state: dict[str, Any], topology: Topology) -> None:
 
 
 def _verified_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, if every file is there with its size and hash. Raises OSError, ValueError or KeyError."""
+    """The manifest, if every file is there with its size and hash. Raises OSError or ValueError."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
-    for name, wanted in manifest["files"].items():
-        size = (path / name).stat().st_size
-        if size != wanted["bytes"]:
-            raise ValueError(f"{name} has {size} bytes instead of {wanted['bytes']}")
-        if _sha256(path / name) != wanted["sha256"]:
-            raise ValueError(f"{name} is corrupt: its sha256 differs from the manifest's")
+    try:
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        Progress().restore(manifest["progress"])
+        files = dict(manifest["files"])
+        if manifest["progress"]["step"] != int(path.name.removeprefix("step-")) or not (
+            manifest["config"] and manifest["identity"] and files
+        ):
+            raise ValueError(f"{MANIFEST} is not that of {path.name}")
+        for name, wanted in files.items():
+            size = (path / name).stat().st_size
+            if size != wanted["bytes"]:
+                raise ValueError(f"{name} has {size} bytes instead of {wanted['bytes']}")
+            if _sha256(path / name) != wanted["sha256"]:
+                raise ValueError(f"{name} is corrupt: its sha256 differs from the manifest's")
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise ValueError(f"{MANIFEST} is damaged: {type(exc).__name__}: {exc}") from exc
     return manifest
 
 

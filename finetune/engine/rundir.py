@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from finetune import config as configs
 from finetune.config import Config
 from finetune.errors import RunDirectoryError
 
+LOCK = ".lock"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy", "safetensors")
 
 
@@ -33,14 +35,14 @@ class RunDirectory:
     def check(self, config: Config) -> None:
         """Raise RunDirectoryError if it cannot be written or holds another run. Writes nothing."""
         saved = self.path / "config.yaml"
-        if saved.exists():
+        if os.path.exists(saved):
             different = configs.differences(self._read_config(saved), config)
             if different:
                 raise RunDirectoryError(
                     f"{self.path} holds another run; what differs:\n  " + "\n  ".join(different)
-                    + "\ngive this run another run.name, or go back to those values"
+                    + "\ngive this run another run.name, go back to those values, or remove the directory to start over"
                 )  # fmt: skip
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif os.path.exists(self.path) and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir())):
             raise RunDirectoryError(
                 f"{self.path} exists and is not a run directory (no config.yaml); choose another run.name or run.dir"
             )
@@ -48,10 +50,27 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path} has checkpoints, and checkpoint.resume is never; set it to auto, or choose another run.name"
             )
-        nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+        nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if os.path.exists(parent))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             why = "no permission in" if nearest.is_dir() else "there is a file called"
             raise RunDirectoryError(f"{self.path} cannot be written: {why} {nearest}; choose another run.dir")
+
+    def lock(self) -> None:
+        """Make the directory and keep others from running in it, as long as this process lives. Raises RunDirectoryError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / LOCK)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunDirectoryError(
+                f"{self.path} is in use by another process; wait for it, or choose another run.name"
+            ) from None
+        except OSError as exc:
+            raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
+
+    def unlock(self) -> None:
+        self._lock.release()
+        (self.path / LOCK).unlink(missing_ok=True)
 
     def create(self, config: Config) -> None:
         """Make the directory and write the resolved config. Raises RunDirectoryError."""
@@ -69,6 +88,8 @@ class RunDirectory:
     def write_outcome(self, state: str, step: int, reason: str) -> None:
         """state: running, complete, preempted or failed."""
         outcome = {"state": state, "step": step, "reason": reason, "written": _now()}
+        if state == "complete":
+            outcome["model"] = self._model_files()
         write_atomically(self.path / "outcome.json", json.dumps(outcome, indent=2))
 
     def outcome(self) -> dict[str, Any]:
@@ -76,9 +97,9 @@ class RunDirectory:
         return self._read_json("outcome.json")
 
     def is_complete(self, data_fingerprint: str) -> bool:
-        """Whether a run has ended here and its model is there. Raises RunDirectoryError if it was of other data."""
-        there = any((self.model / name).exists() for name in ("config.json", "adapter_config.json"))
-        if self.outcome().get("state") != "complete" or not there:
+        """Whether a run has ended here and its model is whole. Raises RunDirectoryError if it was of other data."""
+        outcome = self.outcome()
+        if outcome.get("state") != "complete" or outcome.get("model") != self._model_files():
             return False
         trained = self._read_json("receipt.json").get("train_data", {}).get("fingerprint")
         if trained != data_fingerprint:
@@ -90,40 +111,51 @@ class RunDirectory:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the evaluation after this step is on record."""
-        return self.evals.exists() and any(_step_of(line) == step for line in self.evals.read_text().splitlines())
+        return self.evals.exists() and any(
+            _step_of(line) == step for line in self.evals.read_text(errors="replace").splitlines()
+        )
 
     def rewind(self, step: int) -> None:
         """Take lines of later steps (and a torn last line) out of the logs: they will be trained again."""
         for log in (self.metrics, self.evals):
             if log.exists():
-                kept = [line for line in log.read_text().splitlines() if _step_of(line) <= step]
+                kept = [line for line in log.read_text(errors="replace").splitlines() if _step_of(line) <= step]
                 write_atomically(log, "".join(line + "\n" for line in kept))
 
+    def _model_files(self) -> dict[str, int]:
+        """Size of each file of the exported model, in bytes."""
+        return {p.name: p.stat().st_size for p in sorted(self.model.glob("*"))}
+
     def _read_json(self, name: str) -> dict[str, Any]:
+        """What a file of this directory holds; nothing if it is not there or broken."""
         try:
-            values: dict[str, Any] = json.loads((self.path / name).read_text())
-            return values
-        except (FileNotFoundError, json.JSONDecodeError):
+            values = json.loads((self.path / name).read_text())
+        except (FileNotFoundError, ValueError):
             return {}
+        return values if isinstance(values, dict) else {}
 
     def _read_config(self, path: Path) -> dict[str, Any]:
         try:
             values = yaml.safe_load(path.read_text())
             configs.flatten(values)
             return dict(values)
-        except (OSError, yaml.YAMLError, AttributeError, TypeError) as exc:
+        except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as exc:
             raise RunDirectoryError(f"{path} is not the config of a run: {exc}; choose another run.name") from exc
 
 
 def write_atomically(path: Path, text: str) -> None:
     """The whole new file or the whole old one, whatever happens."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.rename(temporary, path)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.rename(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def versions() -> dict[str, str]:

@@ -150,6 +150,11 @@ class Topology:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
     def close(self) -> None:
+        """Part from the others, once models and optimizers are gone.
+
+        A DDP model that outlives its process group ends it itself, and then waits for a thread that waits for it.
+        """
+        self.accelerator.free_memory()
         self.accelerator.end_training()
 
 

@@ -19,18 +19,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help="folder or Hub id of the model before tuning")
     parser.add_argument("--tuned", required=True, help="folder of the model after tuning, as in runs/<name>/model")
     parser.add_argument("--data", required=True, help="held-out rows, in any format that training reads")
-    parser.add_argument("--format", default="auto", help="format of the rows; auto: from the columns of the first")
-    parser.add_argument("--columns", type=yaml.safe_load, default={}, help="columns under other names, as data.columns")
-    parser.add_argument("--limit", type=int, default=None, help="use only the first so many rows")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
-    parser.add_argument("--batch-size", type=int, default=64, help="answers generated at once")
-    parser.add_argument("--examples", type=int, default=5, help="rows printed in full")
+    parser.add_argument(
+        "--format",
+        default="auto",
+        choices=["auto", *rows.FORMATS],
+        help="format of the rows; auto: from the columns of the first",
+    )
+    parser.add_argument("--columns", type=_mapping, default={}, help="columns under other names, as data.columns")
+    parser.add_argument("--limit", type=generation.at_least(1), default=None, help="use only the first so many rows")
+    parser.add_argument("--max-new-tokens", type=generation.at_least(1), default=256, help="longest answer")
+    parser.add_argument("--batch-size", type=generation.at_least(1), default=64, help="answers generated at once")
+    parser.add_argument("--examples", type=generation.at_least(0), default=5, help="rows printed in full")
     parser.add_argument("--output", default=None, help="also write every answer and score to this .jsonl file")
     export.trust_remote_code_argument(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Generate, score, print. Both models get the same prompts, by the tuned model's chat template."""
+    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
+        raise UserError(f"--output: {arguments.output}: there is no such folder to write into")
     conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
     tokenizer = export.load_tokenizer(arguments.tuned, arguments.trust_remote_code)
     if not tokenizer.chat_template:
@@ -55,6 +62,17 @@ def main(arguments: argparse.Namespace) -> None:
     print(report(conversations, wanted, given, results, arguments.examples))
     if arguments.output:
         write(Path(arguments.output), conversations, wanted, given, results)
+
+
+def _mapping(text: str) -> dict[str, str]:
+    """{question: Patient} of the command line."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        raise argparse.ArgumentTypeError(f"cannot be read: {text!r}") from exc
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"should be like '{{question: Patient, answer: Doctor}}', got {text!r}")
+    return values
 
 
 def read(source: str, format: str, columns: dict[str, str], limit: int | None) -> list[Conversation]:

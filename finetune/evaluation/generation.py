@@ -1,6 +1,6 @@
 """Answers of a model to prompts, in batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,18 @@ from transformers import GenerationConfig
 from finetune.data import templates
 from finetune.data.rows import Message, Place
 from finetune.data.tokens import encode_prompt
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A whole number on the command line that is not too small, for argparse."""
+
+    def number(text: str) -> int:
+        if int(text) < minimum:
+            raise ValueError
+        return int(text)
+
+    number.__name__ = f"whole number of at least {minimum}"  # argparse says: invalid ... value
+    return number
 
 
 def answers(

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import os
+import re
 import warnings
 from typing import Any
 
@@ -32,7 +33,7 @@ def apply(model: Any, adapter: Adapter, base: Model) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # refused below
             adapted = get_peft_model(model, config)
-    except ValueError as exc:
+    except (ValueError, re.error) as exc:
         raise ModelError(f"adapter.target_modules: {adapter.target_modules!r}: {exc}") from exc
     ends = {id(module) for module in (base_head, base_embedding)}
     touched = [name for name, m in adapted.named_modules() if hasattr(m, "lora_A") and id(m.get_base_layer()) in ends]
@@ -72,6 +73,11 @@ def count(model: nn.Module) -> tuple[int, int]:
 def sums(model: nn.Module) -> dict[str, float]:
     """Name -> sum of each weight tensor that trains, in float64: a tensor whose sum stays has not moved."""
     return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of weights that hold NaN or infinity."""
+    return [name for name, p in model.named_parameters() if not p.detach().sum(dtype=torch.float64).isfinite()]
 
 
 def frozen_hashes(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:

@@ -119,38 +119,64 @@ def attend_within_documents(
     return torch.cat(outputs, dim=1), None
 
 
-def check_documents_apart(model: torch.nn.Module, vocab_size: int, device: torch.device, precision: str) -> None:
-    """Raise ModelError if a document's logits depend on the document before it.
+def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, precision: str) -> None:
+    """Raise ModelError if tokens see what they must not, before the first step. A dozen random tokens show it.
 
-    Two documents in one row; other tokens in the first must not move the second. Models
-    that mix positions outside attention (convolutions, recurrent states) fail here, before the
-    first step.
+    Other tokens in a document must not move the next document's logits, nor a later token those of
+    earlier ones, and `kernel` must give what the model's own attention gives. `base` is the model
+    inside its wrappers. Models that mix positions outside attention (convolutions, recurrent
+    states), or that are no causal ones at all, fail here.
     """
-    random = torch.Generator().manual_seed(0)
-    first, second = (torch.randint(vocab_size, (1, n), generator=random) for n in (5, 7))
-    other = (first + 1 + torch.randint(vocab_size - 1, first.shape, generator=random)) % vocab_size
-    bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
-    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
-    exact = precision == "fp32" and next(model.parameters()).dtype == torch.float32
+    vocab_size = base.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
+    # What is not seen changes nothing, to the bit; but in a mixture of experts it changes the shapes, and with
+    # them the rounding, of the matrix products that the rest takes part in.
+    rounding = 1e-2 if any("experts" in name for name, _ in base.named_modules()) else 1e-5
+
+    def logits(tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        documents = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 12, "max_length_k": 12}
+        padded = {"attention_mask": torch.ones_like(tokens, device=device)}
+        inputs = padded if pads(base.config._attn_implementation) else documents
+        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+        return model(input_ids=tokens.to(device), position_ids=positions, use_cache=False, **inputs).logits[0].float()
+
+    def other(where: slice) -> torch.Tensor:
+        changed = ids.clone()
+        changed[:, where] = (changed[:, where] + 1) % vocab_size
+        return changed
+
+    def require_causal(whole: torch.Tensor) -> None:
+        if (logits(other(slice(11, 12)), [12])[:11] - whole[:11]).abs().max() > rounding * scale:
+            raise ModelError(
+                f"{base.config.model_type} lets a token see those after it ({base.config._attn_implementation} attention), "
+                "so it would learn to copy them; it is no causal language model"
+            )
+
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        logits = [
-            model(
-                input_ids=torch.cat([start, second], 1).to(device), position_ids=positions, use_cache=False,
-                cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=7, max_length_k=7,
-            ).logits[0, 5:]
-            for start in (first, other)
-        ]  # fmt: skip
+        whole = logits(ids, [12])
+        scale = whole.abs().max()
+        require_causal(whole)
+        if not pads(kernel):
+            second = [logits(tokens, [5, 7])[5:] for tokens in (ids, other(slice(0, 5)))]
+            if (second[0] - second[1]).abs().max() > rounding * scale:
+                raise ModelError(
+                    f"{base.config.model_type} lets a document see the one before it in the same sequence; "
+                    "set data.packing: false and model.attention: sdpa"
+                )
+            base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+            own = logits(ids, [12])
+            require_causal(own)
+            base.set_attn_implementation(kernel)
+            exact = precision == "fp32" and next(model.parameters()).dtype == torch.float32
+            if (own - whole).abs().max() > (1e-4 if exact else 5e-2) * scale:
+                raise ModelError(
+                    f"{base.config.model_type} has an attention of its own that {kernel} does not follow; "
+                    "set data.packing: false and model.attention: eager"
+                )
     model.train(was_training)
-    moved, scale = (logits[0] - logits[1]).abs().max(), logits[0].abs().max()
-    # Not to the bit: in a mixture of experts other tokens in the first document change the shapes, and with
-    # them the rounding, of the matrix products that the second takes part in. A leak is orders larger.
-    if moved > scale * (1e-5 if exact else 1e-2):
-        raise ModelError(
-            "this model lets a document see the one before it in the same sequence "
-            f"(logits move by {moved:.2g}); set data.packing: false and model.attention: sdpa"
-        )
 
 
 def _is_sliding(module: torch.nn.Module) -> bool:

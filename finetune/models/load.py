@@ -1,5 +1,7 @@
 """Model and tokenizer: from a folder, from the Hub, or with random weights. Errors of transformers are translated here."""
 
+import difflib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ def load_tokenizer(model: Model) -> Any:
     name = model.tokenizer or model.path
     if name == "bytes":
         return bytes_tokenizer()
+    _require_folder_or_hub("model.tokenizer" if model.tokenizer else "model.path", name)
     with translated(f"tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name,
@@ -43,8 +46,16 @@ def load_config(model: Model) -> Any:
     """The architecture, without weights. Raises ModelError."""
     if model.config is not None:
         values = dict(model.config)
-        with translated(f"model.config with model_type {values.get('model_type')!r}"):
-            return AutoConfig.for_model(values.pop("model_type"), **values)
+        kind = values.pop("model_type")
+        with translated(f"model.config with model_type {kind!r}"):
+            usual, config = AutoConfig.for_model(kind), AutoConfig.for_model(kind, **values)
+        for key in values:
+            if not hasattr(usual, key):
+                near = difflib.get_close_matches(key, [name for name in vars(usual) if not name.startswith("_")], n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ModelError(f"model.config: {kind} has no setting {key!r}{hint}")
+        return config
+    _require_folder_or_hub("model.path", model.path)
     with translated(f"model {model.path!r}"):
         return AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -81,6 +92,7 @@ def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dty
                 model.path, config=config, attn_implementation=attention, dtype=dtype,
                 revision=model.revision, trust_remote_code=model.trust_remote_code, output_loading_info=True,
             )  # fmt: skip
+        _refuse_lost_layers(model.path, loaded, info["unexpected_keys"])
         absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         if absent:
             raise ModelError(
@@ -91,6 +103,21 @@ def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dty
     # where EOS serves as pad its embedding must learn like any other.
     loaded.get_input_embeddings().padding_idx = None
     return loaded
+
+
+def _refuse_lost_layers(path: Any, model: Any, unexpected: Any) -> None:
+    """Raise ModelError if saved weights would be dropped that are like others of the model: layers that its config forgot."""
+
+    def shape(name: str) -> str:
+        return re.sub(r"\d+", "N", name)
+
+    known = {shape(name) for name, _ in model.named_parameters()}
+    lost = sorted(name for name in unexpected if shape(name) in known and re.search(r"\d", name))
+    if lost:
+        raise ModelError(
+            f"model {path!r}: its config has fewer layers than its weights: {len(lost)} of them would be dropped, such as "
+            f"{lost[0]}; correct the number of layers in config.json"
+        )
 
 
 def skeleton(model: Model, config: Any, tokenizer: Any, attention: str) -> Any:
@@ -148,11 +175,20 @@ def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
     for name, value in facts.items():
-        if name not in given:
+        if name not in given and (name == "vocab_size" or value is None or value < config.vocab_size):
             setattr(config, name, value)
     return config
+
+
+def _require_folder_or_hub(key: str, name: str | None) -> None:
+    """Raise ModelError at once for what is neither a folder that is there nor the form of a Hub id."""
+    if name and not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(
+            f"{key}: {name}: no such folder (looked for from {os.getcwd()}), and no Hub id, which is owner/name"
+        )
 
 
 @contextmanager
@@ -165,4 +201,6 @@ def translated(what: str) -> Iterator[None]:
     except Exception as exc:
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(exc).__name__
+        if "huggingface.co" in reason:
+            reason += f" (and there is no such folder here, in {os.getcwd()})"
         raise ModelError(f"{what} cannot be loaded: {reason}") from exc
