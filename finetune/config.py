@@ -473,7 +473,11 @@ def _nearest(key: str) -> str:
     leaf = key.split(".")[-1]
     same_leaf = difflib.get_close_matches(key, [k for k in _keys() if k.split(".")[1] == leaf], n=1, cutoff=0)
     sections = difflib.get_close_matches(key, dict(_sections()), n=1) if "." not in key else []
-    near = same_leaf or sections or difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
+    inside = [
+        k for k in _keys() if len(min(leaf, own := k.split(".")[1], key=len)) > 3 and (leaf in own or own in leaf)
+    ]
+    near = same_leaf or sections or difflib.get_close_matches(key, inside, n=1, cutoff=0)
+    near = near or difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
     if not near:
         leaves = difflib.get_close_matches(leaf, [k.split(".")[1] for k in _keys()], n=1, cutoff=0.6)
         near = [k for k in _keys() if leaves and k.split(".")[1] == leaves[0]]

@@ -99,3 +99,31 @@ def test_a_model_without_chat_template_cannot_be_asked(workshop, capsys):
 def test_a_model_that_is_not_there_is_exit_2(capsys):
     assert main(["chat", "--model", "/no/such/model", "--prompt", "hi"]) == 2
     assert "/no/such/model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "--batch-size", "-1"], ["evaluate", "--batch-size", "0"], ["evaluate", "--limit", "0"],
+        ["evaluate", "--max-new-tokens", "0"], ["evaluate", "--columns", "abc"], ["evaluate", "--columns", "{a: ["],
+        ["evaluate", "--format", "bogus"], ["chat", "--temperature", "-1"], ["chat", "--temperature", "nan"], ["chat", "--max-new-tokens", "-3"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_wrong_number_on_the_command_line_is_exit_2(arguments, capsys):
+    needed = {"evaluate": ["--base", "a", "--tuned", "b", "--data", "c"], "chat": ["--model", "a"]}[arguments[0]]
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, *needed])
+    assert caught.value.code == 2
+    assert f"argument {arguments[1]}" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(capsys):
+    assert main(["evaluate", "--base", "a", "--tuned", "b", "--data", "c", "--output", "/no/such/folder/x"]) == 2
+    assert "--output: /no/such/folder/x: there is no such folder" in capsys.readouterr().err
+
+
+def test_a_run_directory_is_not_taken_for_its_model(workshop, capsys):
+    run = workshop.train()
+    assert main(["chat", "--model", str(run)]) == 2
+    assert f"{run} is a run directory; its model is in {run / 'model'}" in capsys.readouterr().err

@@ -212,6 +212,19 @@ def test_the_exported_chat_template_gives_the_tokens_that_were_trained(workshop,
     assert ids[0] == tokenizer.bos_token_id
 
 
+def test_the_system_prompt_of_training_is_there_when_asked(workshop):
+    """Without it a tuned model would be asked by a prompt that it never saw."""
+    run = workshop.train(data__system_prompt='Say "so" {{ often }}.', data__template="chatml")
+    tokenizer = export.load_tokenizer(run / "model")
+
+    def asked(*messages):
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    user = {"role": "user", "content": "hi"}
+    assert asked(user).startswith('<|im_start|>system\nSay "so" {{ often }}.<|im_end|>\n<|im_start|>user')
+    assert asked({"role": "system", "content": "Other."}, user).count("system") == 1
+
+
 def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monkeypatch):
     whole = export.save
 

@@ -467,3 +467,22 @@ def test_phi3_ends_a_turn_and_then_the_text(real_data):
     assert rendered(own, whole) == as_inference_renders(tokenizer, own, whole.messages)
     assert supervised(own, whole) == ["Hello<|end|>", "Fine<|end|>"]
     assert own.stop_token() == "<|end|>"
+
+
+def test_generation_marks_do_not_hide_a_prompt_that_is_not_trained():
+    """Asked with empty thoughts before the answer, trained without: two different models."""
+    source = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:<think></think>{% endif %}"
+    )
+    with pytest.raises(DataError, match="renders the prompt of message 2 differently once the answer is there"):
+        chat(source).segments(conversation("Hi", "Hello"))
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 1 / 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"], ids=["zero", "endless"]
+)
+def test_a_template_that_breaks_down_is_named(source):
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: template 'chat' fails: (ZeroDivisionError|RecursionError)"):
+        chat(source).segments(conversation("Hi", "Hello"))
