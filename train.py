@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from finetune.engine.topology import Topology
     from finetune.preflight import Data
 
+EVA_STEPS = 8  # steps whose inputs adapter.init: eva looks at
 MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16 leave nothing to scale
 
 # ------------------------------------------------------------------------------------------ run
@@ -107,7 +108,7 @@ def train(job: Job) -> None:
         loop(job, model, optimizer, progress)
         finish(job, model, progress, untrained)
     except (Exception, Preempted) as exc:
-        if topology.is_main and not isinstance(exc, UserError):
+        if topology.is_main and directory.outcome():
             state, name = ("preempted", "") if isinstance(exc, Preempted) else ("failed", f"{type(exc).__name__}: ")
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 directory.write_outcome(state, progress.step, f"{name}{exc}")
@@ -131,10 +132,21 @@ def build(job: Job) -> tuple[Any, Any]:
     frozen_dtype = load.DTYPES[topology.precision] if config.adapter.kind != "full" else torch.float32
     dtype = frozen_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     torch.manual_seed(config.run.seed)  # random weights and fresh adapters are the same everywhere
-    base = load.load_model(
-        config.model, job.data.model_config, job.data.tokenizer, attention=job.data.attention, dtype=dtype
-    )
-    model = adapters.apply(base, config.adapter, config.model)
+
+    def load_base(quantization: dict[str, Any] | None) -> Any:
+        return load.load_model(
+            config.model, job.data.model_config, job.data.tokenizer,
+            attention=job.data.attention, dtype=dtype, quantization=quantization,
+        )  # fmt: skip
+
+    base = load_base(adapters.quantization(config.adapter, dtype))
+    model = adapters.apply(base, config.adapter, config.model, dtype)
+    if config.adapter.init == "loftq":
+        adapters.initialise_from_quantization(model, load_base(None))
+    elif config.adapter.init == "eva":
+        steps = range(min(EVA_STEPS, job.data.num_steps))
+        seen = (batch.to(topology.device).model_inputs() for step in steps for batch in job.data.train.at(step))
+        adapters.initialise_from_data(model.to(topology.device), seen)
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if broken := adapters.not_finite(model):
@@ -262,15 +274,19 @@ def finish(job: Job, model: Any, progress: Progress, untrained: dict[str, float]
     from finetune.models import adapters
 
     topology, target = job.topology, job.directory.model
-    trained = adapters.sums(model)
+    trained, trains = adapters.sums(model), {name for name, p in model.named_parameters() if p.requires_grad}
     still = [name for name in trained if trained[name] == untrained[name]]
-    if len(still) == len(trained):
+    if frozen := [name for name in trained if name not in trains and name not in still]:
+        raise ExportError(f"{len(frozen)} frozen weights have moved, such as {frozen[0]}")
+    still = [name for name in still if name in trains]
+    if len(still) == len(trains):
         raise ExportError(
             f"not one weight has moved in {progress.step} steps; is optimizer.lr too small for model.dtype?"
         )
     if still:
-        tell(topology, f"note: {len(still)} of {len(trained)} weight tensors have not moved, such as {still[0]}")
-    weights, bare = topology.full_weights(model), topology.unwrap(model)
+        tell(topology, f"note: {len(still)} of {len(trains)} weight tensors have not moved, such as {still[0]}")
+    bare = topology.unwrap(model)
+    weights = topology.full_weights(model, trained_only=job.config.adapter.kind != "full")
 
     def save_and_verify() -> None:
         sft = job.config.objective.kind != "clm"  # plain text has no turns whose template there is to keep

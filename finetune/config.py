@@ -68,8 +68,12 @@ class Model(Section):
 class Adapter(Section):
     """What trains: all weights, or low-rank adapters beside frozen ones."""
 
-    kind: Literal["full", "lora"] = "full"
-    """full trains all weights; lora trains low-rank adapters."""
+    kind: Literal["full", "lora", "qlora"] = "full"
+    """full trains all weights; lora trains low-rank adapters; qlora the same beside weights quantised to 4 or 8 bits."""
+    freeze: list[str] = []
+    """full: regular expressions; weights whose name holds one of them do not train."""
+    path: str | None = None
+    """Adapter to go on from: folder or Hub id; it keeps its own shape."""
     r: Positive = 16
     """LoRA rank."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32
@@ -78,6 +82,30 @@ class Adapter(Section):
     """Dropout on the input of the adapters."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter: names or suffixes, a regular expression, or all-linear (all but the head)."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Only these layers, counted from 0, get adapters; null: all."""
+    rank_pattern: dict[str, Positive] = {}
+    """Other ranks for some modules, as {regular expression: r}."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    """Other alphas for some modules, as {regular expression: alpha}."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r), which keeps updates alike at high ranks (Kalajdzievski, 2023)."""
+    dora: bool = False
+    """Learn the length of weights apart from their direction (Liu et al., 2024): better at low ranks, slower."""
+    init: Literal["default", "gaussian", "pissa", "eva", "loftq", "random"] = "default"
+    """What adapters start from. default, gaussian: no change at first; pissa: the weights' own main directions; eva: those of the data; loftq: what quantisation has lost; random: also B."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that train too. Without its adapter the base is then no longer what it was."""
+    train_norms: bool = False
+    """Train the norms too, whole."""
+    modules_to_save: list[str] = []
+    """Modules that train whole beside the adapters and are saved with them."""
+    quantization: Literal["nf4", "fp4", "int8"] = "nf4"
+    """qlora: how frozen weights are stored."""
+    double_quantization: bool = True
+    """qlora, 4 bits: quantise the scales too; saves 0.4 bits a weight."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """qlora, 4 bits: what weights are unpacked to for each product; auto: train.precision."""
 
 
 class Data(Section):
@@ -123,12 +151,18 @@ class Objective(Section):
 class Optimizer(Section):
     """How weights move."""
 
-    kind: Literal["adamw"] = "adamw"
-    """AdamW, fused where the device can."""
+    kind: Literal[
+        "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion", "lion_8bit", "adafactor", "muon"
+    ] = "adamw"
+    """adamw; 8-bit and paged ones keep its state small or in host memory; lion keeps half of it; adafactor next to none; muon for all weights."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
     """Peak learning rate."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """Decay of Adam's two running averages."""
+    embedding_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Peak learning rate of embeddings and head; null: optimizer.lr."""
+    lora_plus_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """LoRA+ (Hayou et al., 2024): B matrices learn so many times faster than A matrices; null: as fast."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = None
+    """Decay of the running averages; null: [0.9, 0.999], and [0.9, 0.99] for lion."""
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Added to Adam's denominator."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -138,12 +172,14 @@ class Optimizer(Section):
 class Schedule(Section):
     """The learning rate over the run."""
 
-    kind: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape after the warm-up."""
+    kind: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "linear"
+    """Shape after the warm-up; wsd (warmup-stable-decay): constant, then linear over the last part."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from 0."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """wsd: part of the run, at its end, over which the learning rate falls."""
     min_lr_fraction: Fraction = 0.0
-    """Part of the peak that linear and cosine end at."""
+    """Part of the peak that linear, cosine and wsd end at."""
 
 
 class Train(Section):
@@ -314,21 +350,19 @@ def conflicts(config: Config) -> Iterator[str]:
     if model.config is not None and "model_type" not in model.config:
         yield "model.config: needs model_type, for example llama"
     if model.config is not None and model.tokenizer == "bytes":
-        yield from _ignored(config, "model", ("revision", "trust_remote_code"), "nothing is loaded from the Hub")
+        yield from _ignored(config.model, "model", ("revision", "trust_remote_code"), "nothing is loaded from the Hub")
     if model.path is not None and os.path.isdir(model.path):
-        yield from _ignored(config, "model", ("revision",), "model.path is a folder")
+        yield from _ignored(config.model, "model", ("revision",), "model.path is a folder")
     if model.init == "random" and adapter.kind != "full":
         yield f"adapter.kind: {adapter.kind} beside random weights cannot be loaded again, as they are not saved; use full"
-    if adapter.kind == "full":
-        yield from _ignored(
-            config, "adapter", ("r", "alpha", "dropout", "target_modules"), "adapter.kind: full has no adapter"
-        )
+    yield from _adapter_conflicts(adapter)
+    yield from _optimizer_conflicts(config)
     if config.objective.kind == "clm":
-        yield from _ignored(config, "data", ("loss_on",), "objective.kind: clm learns every token")
+        yield from _ignored(config.data, "data", ("loss_on",), "objective.kind: clm learns every token")
     elif data.truncation == "split":
         yield "data.truncation: split would cut answers from their prompts; it is for objective.kind: clm"
     if data.format == "text":
-        yield from _ignored(config, "data", ("template", "system_prompt"), "rows of text have no turns")
+        yield from _ignored(config.data, "data", ("template", "system_prompt"), "rows of text have no turns")
         if config.objective.kind == "sft":
             yield "objective.kind: sft needs prompts and answers, but data.format is text; use clm"
     for name in data.columns:
@@ -339,15 +373,21 @@ def conflicts(config: Config) -> Iterator[str]:
             )
     sources = [*_listed(data.train), *_listed(data.eval)]
     if not any(source.lower().endswith(".txt") for source in sources):
-        yield from _ignored(config, "data", ("text_unit",), "no source is a .txt file")
+        yield from _ignored(config.data, "data", ("text_unit",), "no source is a .txt file")
     if data.eval is not None:
-        yield from _ignored(config, "data", ("eval_fraction",), "data.eval gives the evaluation rows")
+        yield from _ignored(config.data, "data", ("eval_fraction",), "data.eval gives the evaluation rows")
     if data.packing and model.attention in PADDED_ATTENTION:
         yield f"data.packing: with model.attention: {model.attention} packed documents would see each other; use auto"
     if data.packing and data.group_by_length:
         yield "data.group_by_length: ignored with data.packing, which fills every sequence"
-    if config.schedule.kind == "constant":
-        yield from _ignored(config, "schedule", ("min_lr_fraction",), "schedule.kind: constant does not fall")
+    if config.schedule.kind in ("constant", "inverse_sqrt"):
+        yield from _ignored(
+            config.schedule, "schedule", ("min_lr_fraction",), f"schedule.kind: {config.schedule.kind} ends nowhere"
+        )
+    if config.schedule.kind != "wsd":
+        yield from _ignored(config.schedule, "schedule", ("decay_fraction",), "it is for schedule.kind: wsd")
+    if config.schedule.kind == "inverse_sqrt" and config.schedule.warmup_steps == 0:
+        yield "schedule.warmup_steps: inverse_sqrt falls as sqrt(warmup_steps / step), so it needs some"
     if train.global_batch_size % train.micro_batch_size:
         yield (
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
@@ -355,8 +395,54 @@ def conflicts(config: Config) -> Iterator[str]:
         )
     if data.eval is None and data.eval_fraction == 0:
         yield from _ignored(
-            config, "evaluation", ("every_steps", "micro_batch_size"), "there are no evaluation rows (data.eval)"
+            config.evaluation,
+            "evaluation",
+            ("every_steps", "micro_batch_size"),
+            "there are no evaluation rows (data.eval)",
         )
+
+
+SHAPE = (
+    "r", "alpha", "dropout", "target_modules", "layers", "rank_pattern", "alpha_pattern", "rslora", "dora", "init", "bias",
+    "train_norms", "modules_to_save",
+)  # fmt: skip
+QUANTIZED = ("quantization", "double_quantization", "compute_dtype")
+
+
+def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
+    if adapter.kind == "full":
+        yield from _ignored(adapter, "adapter", ("path", *SHAPE), "adapter.kind: full has no adapter")
+    else:
+        yield from _ignored(adapter, "adapter", ("freeze",), "beside adapters every other weight is frozen")
+    if adapter.kind != "qlora":
+        yield from _ignored(adapter, "adapter", QUANTIZED, "it is for adapter.kind: qlora")
+    elif adapter.quantization == "int8":
+        yield from _ignored(adapter, "adapter", QUANTIZED[1:], "it is for 4 bits")
+    if adapter.path is not None:
+        yield from _ignored(adapter, "adapter", SHAPE, "adapter.path brings its own shape")
+        return
+    if adapter.kind == "qlora" and adapter.init == "pissa":
+        yield "adapter.init: pissa rewrites the base weights, which qlora has quantised before; use loftq, or kind: lora"
+    if adapter.kind == "lora" and adapter.init == "loftq":
+        yield "adapter.init: loftq makes up for quantisation, and nothing is quantised; use kind: qlora"
+    if adapter.dora and adapter.init in ("pissa", "loftq", "eva"):
+        yield f"adapter.dora: not beside adapter.init: {adapter.init}; use init: default"
+    if adapter.kind == "qlora" and adapter.dora and adapter.quantization == "int8":
+        yield "adapter.dora: unpacks weights at every step, which int8 does inexactly; use nf4"
+    if adapter.bias != "none" and adapter.dora:
+        yield "adapter.bias: not beside adapter.dora; use none"
+
+
+def _optimizer_conflicts(config: Config) -> Iterator[str]:
+    optimizer, kind = config.optimizer, config.optimizer.kind
+    if kind == "adafactor":
+        yield from _ignored(optimizer, "optimizer", ("betas", "eps"), "adafactor has its own")
+    if kind.startswith("lion"):
+        yield from _ignored(optimizer, "optimizer", ("eps",), "lion divides by nothing")
+    if kind == "muon" and config.adapter.kind != "full":
+        yield "optimizer.kind: muon turns the update of a whole matrix, which adapters have in two parts; use adamw"
+    if config.adapter.kind == "full":
+        yield from _ignored(optimizer, "optimizer", ("lora_plus_ratio",), "adapter.kind: full has no adapter")
 
 
 def accumulation(config: Config, num_processes: int) -> int:
@@ -469,8 +555,21 @@ def _from_command_line(annotation: Any, raw: str) -> Any:
     return yaml.load(raw, Loader=_Loader)
 
 
+# What other tools call a setting.
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr", "optim": "optimizer.kind", "lr_scheduler_type": "schedule.kind", "warmup_ratio": "schedule.warmup_steps",
+    "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "batch_size": "train.global_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size", "gradient_accumulation_steps": "train.global_batch_size",
+    "max_seq_length": "data.max_length", "sequence_len": "data.max_length", "cutoff_len": "data.max_length",
+    "model_name_or_path": "model.path", "base_model": "model.path", "dataset": "data.train", "output_dir": "run.dir",
+    "lora_r": "adapter.r", "lora_alpha": "adapter.alpha", "lora_dropout": "adapter.dropout", "load_in_4bit": "adapter.kind",
+}  # fmt: skip
+
+
 def _nearest(key: str) -> str:
     leaf = key.split(".")[-1]
+    if leaf in ELSEWHERE:
+        return f"did you mean {ELSEWHERE[leaf]}?"
     same_leaf = difflib.get_close_matches(key, [k for k in _keys() if k.split(".")[1] == leaf], n=1, cutoff=0)
     sections = difflib.get_close_matches(key, dict(_sections()), n=1) if "." not in key else []
     inside = [
@@ -536,8 +635,7 @@ def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
-def _ignored(config: Config, section: str, names: tuple[str, ...], why: str) -> Iterator[str]:
-    values = getattr(config, section)
+def _ignored(values: Section, section: str, names: tuple[str, ...], why: str) -> Iterator[str]:
     for name in names:
         if getattr(values, name) != type(values).model_fields[name].default:
             yield f"{section}.{name}: would be ignored: {why}; remove it"

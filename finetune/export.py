@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from finetune.data.rows import Message
 from finetune.data.templates import Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
 from finetune.errors import ExportError, ModelError
 from finetune.models import adapters, attention
-from finetune.models.load import translated
+from finetune.models.load import keep_layout, translated
 
 BASE = "base_weights.json"  # beside an adapter: which weights it was trained on
 PROBE_TOKENS = 16
@@ -44,7 +44,7 @@ def save(
     model.generation_config.save_pretrained(folder)  # peft leaves it out, and with it the token that ends an answer
     tokenizer.save_pretrained(folder)
     if isinstance(model, PeftModel):
-        _write_base(model, folder / BASE)
+        (folder / BASE).write_text(json.dumps(model.base_record, indent=1))
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
     for file in folder.iterdir():
         with file.open("rb") as handle:
@@ -61,12 +61,20 @@ def publish(folder: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def rehearse(tokenizer: Any, model_config: Any, path: str | None) -> None:
-    """Raise ModelError for what would let the export fail after all the training: tokenizer or generation config."""
+def rehearse(
+    tokenizer: Any, model_config: Any, path: str | None, template: Template | None, system_prompt: str | None, trust_remote_code: bool
+) -> None:  # fmt: skip
+    """Raise ModelError for what would let the export fail after all the training: tokenizer, template or generation config."""
     with tempfile.TemporaryDirectory() as name:
         model_config.save_pretrained(name)  # its model_type decides which class opens the tokenizer
         tokenizer.save_pretrained(name)
-        again = load_tokenizer(name)
+        again = load_tokenizer(name, trust_remote_code)
+        if template is not None:
+            again.chat_template = chat_template(template, tokenizer, system_prompt)
+            try:
+                _verify_prompt(Path("data.template"), again, template, system_prompt)
+            except ExportError as exc:
+                raise ModelError(str(exc)) from exc
         if tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer):
             raise ModelError(
                 f"model.tokenizer: saved beside a model of type {model_config.model_type} it opens as {type(again).__name__}, "
@@ -100,7 +108,7 @@ def verify(
         raise ExportError(str(exc)) from exc
     if isinstance(trained, PeftModel) and (dead := adapters.dead_adapters(reloaded)):
         raise ExportError(f"{target}: {len(dead)} adapters are zero, such as {dead[0]}: they were never trained")
-    state = reloaded.state_dict()
+    state = {**dict(reloaded.named_buffers()), **dict(reloaded.named_parameters(remove_duplicate=False))}
     for name, tensor in weights.items():
         if name not in state or not torch.equal(state[name].cpu(), tensor):
             raise ExportError(
@@ -134,27 +142,30 @@ def _verify_prompt(target: Path, tokenizer: Any, template: Template, system_prom
         )
 
 
-def load(path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
-    """Full weights, or an adapter on its base. Raises ModelError."""
+def load(
+    path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, quantized: bool = True
+) -> Any:
+    """Full weights, or an adapter on its base, quantised as it was trained unless not `quantized`. Raises ModelError."""
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
         if not (folder / "adapter_config.json").exists():
             return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
         adapter = PeftConfig.from_pretrained(str(folder))
+        record = json.loads((folder / BASE).read_text()) if (folder / BASE).exists() else {}
+        quantization = (record.get("quantization") or None) if quantized else None
 
         def load_base(dtype: torch.dtype | str) -> Any:
             return AutoModelForCausalLM.from_pretrained(
-                str(adapter.base_model_name_or_path), dtype=dtype, revision=adapter.revision, trust_remote_code=trust_remote_code
+                str(adapter.base_model_name_or_path), dtype=dtype, revision=adapter.revision, trust_remote_code=trust_remote_code,
+                quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
             )  # fmt: skip
 
+        if quantization and dtype == "auto":
+            dtype = getattr(torch, record["dtype"])
         base = load_base(dtype)
-        if (folder / BASE).exists():
-            record = json.loads((folder / BASE).read_text())
-            exact = dtype in (
-                "auto",
-                torch.float32,
-                getattr(torch, record["dtype"]),
-            )  # else values were rounded on the way
+        keep_layout(base)
+        if record and (quantization or not record["quantization"]):
+            exact = dtype in ("auto", torch.float32, getattr(torch, record["dtype"]))  # else values were rounded
             _check_base(base if exact else load_base("auto"), record, folder)
         if (folder / "generation_config.json").exists():
             base.generation_config = GenerationConfig.from_pretrained(folder)
@@ -253,7 +264,7 @@ def chat_template(template: Template, tokenizer: Any, system_prompt: str | None 
     if uses_bos(tokenizer) and not template.prompt([Message("user", "a")]).startswith(tokenizer.bos_token):
         source = "{{ bos_token }}" + source
     if system_prompt is not None:
-        message = json.dumps({"role": "system", "content": system_prompt})
+        message = json.dumps({"role": "system", "content": system_prompt}, ensure_ascii=False)
         source = (
             "{% if messages and messages[0]['role'] != 'system' %}{% set messages = [" + message + "] + messages %}{% endif %}"
             + source
@@ -265,15 +276,9 @@ def _relative_difference(logits: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((logits - wanted).abs().max() / wanted.abs().max())
 
 
-def _write_base(model: PeftModel, path: Path) -> None:
-    dtype = adapters.frozen_dtype(model)
-    hashes = adapters.frozen_hashes(model, dtype)
-    path.write_text(json.dumps({"dtype": str(dtype).removeprefix("torch."), "weights": hashes}, indent=1))
-
-
 def _check_base(base: Any, record: dict[str, Any], folder: Path) -> None:
     """Raise ModelError if the base is not the one that the adapter was trained on."""
-    found = adapters.frozen_hashes(base.requires_grad_(False), getattr(torch, record["dtype"]))
+    found = adapters.hashes(base, getattr(torch, record["dtype"]))
     others = [name for name, wanted in record["weights"].items() if found.get(name) != wanted]
     if others:
         raise ModelError(

@@ -10,12 +10,12 @@ from finetune import export
 from finetune.config import Config, accumulation
 from finetune.data import batches, rows, templates, tokens
 from finetune.engine.topology import Topology
-from finetune.errors import ConfigError, DataError, UserError
+from finetune.errors import ConfigError, DataError
 from finetune.models import adapters, attention, load
 from finetune.objectives import OBJECTIVES
 
 SHOWN_CHARACTERS = 600
-MOST_KNOWN = 0.1  # part of the evaluation rows that may be training rows too; data sets in use have a few
+MAX_EVAL_OVERLAP = 0.1  # part of the evaluation rows that may be training rows too; data sets in use have a few
 FEW_STEPS = 20
 
 
@@ -44,19 +44,26 @@ def prepare(config: Config, topology: Topology) -> Data:
         config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision
     )
     if wanted.packing and attention.pads(kernel):
-        raise UserError(
+        raise ConfigError(
             f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
         )
 
-    topology.on_main(lambda: export.rehearse(tokenizer, model_config, config.model.path))
     train_files, eval_files = rows.sources(wanted.train, wanted.eval)
     format: str = wanted.format
     if format == "auto":
         format = rows.detect_format([*train_files, *eval_files], wanted.text_unit, wanted.columns)
     if format == "text" and (wanted.template != "auto" or wanted.system_prompt is not None):
-        raise UserError("data.template, data.system_prompt: would be ignored: rows of text have no turns; remove them")
+        raise ConfigError(
+            "data.template, data.system_prompt: would be ignored: rows of text have no turns; remove them"
+        )
     template = templates.load(
         wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+    )
+    kept = template if config.objective.kind != "clm" else None
+    topology.on_main(
+        lambda: export.rehearse(
+            tokenizer, model_config, config.model.path, kept, wanted.system_prompt, config.model.trust_remote_code
+        )
     )
     options = tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
@@ -67,7 +74,7 @@ def prepare(config: Config, topology: Topology) -> Data:
     if wanted.eval_fraction:
         train, evals = tokens.hold_out(train, wanted.eval_fraction, seed)
     known = tokens.num_trained_on(evals, train) if evals else 0
-    if evals and known > MOST_KNOWN * len(evals):
+    if evals and known > MAX_EVAL_OVERLAP * len(evals):
         raise DataError(
             f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memory; "
             "take them out of one of the two"
@@ -128,8 +135,9 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         lines.append(f"not read    columns {', '.join(data.unused)}")
     if data.num_steps < FEW_STEPS:
         lines.append(
-            f"note        {_counted(data.num_steps, 'step')} will teach next to nothing; lower train.global_batch_size, "
-            "raise train.epochs, or set data.packing to false (packs count as one sequence)"
+            f"note        {_counted(data.num_steps, 'step')} will teach next to nothing; lower train.global_batch_size or "
+            "raise train.epochs"
+            + (", or set data.packing to false (a pack is one sequence)" if config.data.packing else "")
         )
     if config.model.dtype == "bfloat16" and config.adapter.kind == "full":
         lines.append(

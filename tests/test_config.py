@@ -283,7 +283,7 @@ def test_an_option_does_not_hide_a_section_of_the_wrong_kind(refusal):
     [
         ("run.name", 5), ("run.name", None), ("run.seed", "1"), ("run.seed", 1.0), ("run.seed", True),
         ("model.path", 5), ("model.trust_remote_code", "yes"), ("model.config", "llama"),
-        ("adapter.kind", "qlora"), ("adapter.r", 8.0), ("adapter.target_modules", 3),
+        ("adapter.kind", "dora"), ("adapter.r", 8.0), ("adapter.target_modules", 3),
         ("data.train", 5), ("data.train", {"a": 1}), ("data.columns", ["a"]), ("data.columns", {"question": 5}),
         ("data.packing", 1), ("data.format", "chat"), ("data.system_prompt", ["a"]),
         ("optimizer.lr", "fast"), ("optimizer.lr", "1e-4"), ("optimizer.betas", 0.9), ("optimizer.betas", [0.9]),
@@ -606,7 +606,7 @@ def test_the_schema_accepts_what_the_config_accepts(values):
     "values",
     [
         changed(run__nmae="a"), changed(data__train=...), changed(run__name="a b"), changed(run__seed="1"), changed(train__epochs=0),
-        changed(optimizer__betas=[0.9]), changed(adapter__kind="qlora"), changed(adapter__dropout=1.0), {**COMPLETE, "trian": {}},
+        changed(optimizer__betas=[0.9]), changed(adapter__kind="dora"), changed(adapter__dropout=1.0), {**COMPLETE, "trian": {}},
         changed(data__train={"a": 1}), changed(run__seed=True), changed(data__columns={"question": 5}),
     ],
 )  # fmt: skip

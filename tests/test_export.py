@@ -214,14 +214,14 @@ def test_the_exported_chat_template_gives_the_tokens_that_were_trained(workshop,
 
 def test_the_system_prompt_of_training_is_there_when_asked(workshop):
     """Without it a tuned model would be asked by a prompt that it never saw."""
-    run = workshop.train(data__system_prompt='Say "so" {{ often }}.', data__template="chatml")
+    run = workshop.train(data__system_prompt='Say "so" {{ often }} 😀.', data__template="chatml")
     tokenizer = export.load_tokenizer(run / "model")
 
     def asked(*messages):
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
     user = {"role": "user", "content": "hi"}
-    assert asked(user).startswith('<|im_start|>system\nSay "so" {{ often }}.<|im_end|>\n<|im_start|>user')
+    assert asked(user).startswith('<|im_start|>system\nSay "so" {{ often }} 😀.<|im_end|>\n<|im_start|>user')
     assert asked({"role": "system", "content": "Other."}, user).count("system") == 1
 
 
@@ -236,6 +236,32 @@ def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monk
     monkeypatch.setattr(export, "save", save)
     with pytest.raises(ExportError, match="cannot be loaded"):
         workshop.train()
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [{"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}, {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}],
+    ids=["experts in one weight", "Conv1D"],
+)  # fmt: skip
+def test_adapters_on_other_architectures_come_home(workshop, architecture):
+    config = TINY_LLAMA if architecture["model_type"] == "mixtral" else {}
+    run = workshop.train("lora", **as_adapter(workshop.train("base", model__config={**config, **architecture})))
+    export.merge(run / "model", workshop.folder / "merged")
+
+
+def test_a_model_that_also_sees_gets_adapters_where_text_goes(workshop):
+    text = {**{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, "head_dim": 8, "vocab_size": 300}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": vision, "mm_tokens_per_image": 1}
+    run = workshop.train("lora", **as_adapter(workshop.train("base", model__config=config)))
+    assert not [name for name in load_file(run / "model/adapter_model.safetensors") if "vision" in name]
 
 
 def test_an_adapter_opens_from_any_folder(workshop, monkeypatch, tmp_path_factory):

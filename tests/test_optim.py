@@ -40,7 +40,7 @@ def test_falls_to_the_fraction_asked_for():
 def test_weight_decay_spares_norms_and_biases():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False))
     model[2].weight.requires_grad = False
-    decayed, spared = optim.parameter_groups(model, 0.1)
+    decayed, spared = optim.parameter_groups(model, Optimizer(weight_decay=0.1))
     assert [p.shape for p in decayed["params"]] == [torch.Size([4, 3])]
     assert len(spared["params"]) == 3
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)

@@ -132,8 +132,8 @@ def test_the_rows_are_what_the_quickstart_reads(make):
     folder = make("data")
     assert rows.detect_format([str(folder / "train.jsonl")], "line", {}) == "question_answer"
     train, dev = rows.sources(str(folder / "train.jsonl"), str(folder / "dev.jsonl"))
-    assert len([rows.to_conversation(row, "question_answer", {}) for row in rows.read(train[0])]) == 300
-    assert len(list(rows.read(dev[0]))) == 40
+    assert len([rows.to_conversation(row, "question_answer", {}) for row in rows.read(next(iter(train)))]) == 300
+    assert len(list(rows.read(next(iter(dev))))) == 40
 
 
 def test_the_script_needs_no_package():

@@ -250,7 +250,9 @@ def test_columns_are_read_under_the_names_they_are_given(tmp_path, bytes_tokeniz
     path = write_jsonl(tmp_path / "rows.jsonl", [values])
     options = tokens.Options("auto" if auto else format, columns, "line", None, "completion", 100, "error")
     template = templates.load("plain", format, None, bytes_tokenizer.special_tokens_map, {})
-    examples = tokens.prepare([str(path)], template, bytes_tokenizer, options, str(tmp_path / "cache"))
+    examples = tokens.prepare(
+        rows.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache")
+    )
     assert bytes_tokenizer.decode(examples.input_ids) == "qa<|eos|>"
 
 
@@ -464,7 +466,7 @@ def test_half_of_a_surrogate_pair_is_refused_at_its_line(tmp_path, bytes_tokeniz
     template = templates.load("plain", "question_answer", None, {"eos_token": "<|eos|>"}, {})
     options = tokens.Options("auto", {}, "line", None, "completion", 100, "error")
     with pytest.raises(DataError, match=re.escape(f"{path}:2: ")):
-        tokens.prepare([str(path)], template, bytes_tokenizer, options, str(tmp_path / "cache"))
+        tokens.prepare(rows.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("name", ["owner/no-such-name", "owner/name-2.5", "owner/name-v1.0:test"])
@@ -581,9 +583,9 @@ def test_a_long_value_is_shown_in_short():
 
 def test_sources_are_lists_of_names(tmp_path):
     a, b = (str(write_jsonl(tmp_path / f"{n}.jsonl", [{"text": n}])) for n in "ab")
-    assert rows.sources(a, None) == ([a], [])
-    assert rows.sources([a], b) == ([a], [b])
-    assert rows.sources([a, b], None) == ([a, b], [])
+    assert [list(names) for names in rows.sources(a, None)] == [[a], []]
+    assert [list(names) for names in rows.sources([a], b)] == [[a], [b]]
+    assert [list(names) for names in rows.sources([a, b], None)] == [[a, b], []]
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["the same file", "a copy under another name"])

@@ -130,7 +130,9 @@ class Desk:
         self, values: Sequence[Any], tokenizer: Any, template: str | templates.Template = "plain", **changes: Any
     ) -> Examples:
         template = template_for(tokenizer, template) if isinstance(template, str) else template
-        return tokens.prepare([self.write(values)], template, tokenizer, options(**changes), str(self.cache))
+        return tokens.prepare(
+            rows.sources(self.write(values), None)[0], template, tokenizer, options(**changes), str(self.cache)
+        )
 
     def refused(self, *arguments: Any, **changes: Any) -> str:
         """What the user reads about the rows, after file and line of the last of them."""
@@ -458,7 +460,9 @@ def test_an_example_knows_file_and_line_after_drops_splits_and_blank_lines(tmp_p
 
     def places(truncation: str) -> list[str]:
         chosen = options(loss_on="all", max_length=6, truncation=truncation)
-        examples = tokens.prepare([a, b], template_for(tokenizer, "plain"), tokenizer, chosen, str(tmp_path / "cache"))
+        examples = tokens.prepare(
+            rows.sources([a, b], None)[0], template_for(tokenizer, "plain"), tokenizer, chosen, str(tmp_path / "cache")
+        )
         return [examples.place(number) for number in range(len(examples))]
 
     assert places("drop") == [f"{a}:1", f"{a}:4", f"{b}:2", f"{b}:5"]
@@ -516,11 +520,17 @@ def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(desk, tmp_path)
     options = tokens.Options("auto", {}, "line", None, "all", 100, "error")
     tokenizer = bytes_tokenizer()
     examples = tokens.prepare(
-        [str(path)], template_for(tokenizer, "plain"), tokenizer, options, str(tmp_path / "cache")
+        rows.sources(str(path), None)[0], template_for(tokenizer, "plain"), tokenizer, options, str(tmp_path / "cache")
     )
     rest, part = tokens.hold_out(examples, 0.1, seed=0)
     assert (len(rest), len(part)) == (36, 4)
     assert examples.place(7) == f"{path}:1 (row 8)"
+
+
+def test_a_text_may_hold_what_some_vocabularies_call_special(desk):
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
+    assert len(desk.prepare([{"text": "usage: cp <filename> dst"}], tokenizer, loss_on="all")) == 1
 
 
 def test_equal_rows_are_never_on_both_sides(desk):
@@ -697,7 +707,7 @@ def test_a_cache_that_cannot_be_written_is_named(desk, tmp_path):
 PROCESS = """\
 import hashlib, sys, time
 from pathlib import Path
-from finetune.data import templates, tokens
+from finetune.data import rows, templates, tokens
 from finetune.models.load import bytes_tokenizer
 folder, number = Path(sys.argv[1]), sys.argv[2]
 tokenizer = bytes_tokenizer()
@@ -706,7 +716,7 @@ options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
 (folder / f"ready-{number}").touch()
 while not (folder / "go").exists():
     time.sleep(0.002)
-examples = tokens.prepare([str(folder / "rows.jsonl")], template, tokenizer, options, str(folder / "cache"))
+examples = tokens.prepare(rows.sources(str(folder / "rows.jsonl"), None)[0], template, tokenizer, options, str(folder / "cache"))
 made = folder / "cache" / "tokens" / examples.fingerprint / "input_ids.npy"
 content = hashlib.sha256(examples.input_ids.tobytes() + examples.supervised.tobytes()).hexdigest()
 print(examples.fingerprint, len(examples), content, made.stat().st_ino)

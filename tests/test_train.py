@@ -18,7 +18,7 @@ from finetune.errors import DataError, ModelError, RunDirectoryError, TrainingDi
 def test_a_run_leaves_everything_its_contract_names(workshop):
     run = workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "receipt.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "outcome.json", "model",
+        "config.yaml", "receipt.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "outcome.json", "model", ".lock",
     }  # fmt: skip
     lines = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4], "32 of 40 rows in steps of 8"

@@ -71,23 +71,13 @@ FORMATS: dict[str, tuple[str, ...]] = {
 ALIASES = {"response": ("completion", "output"), "conversations": ("messages",)}
 ROLES = ("system", "user", "assistant")
 # Keys of a message that other tools give a meaning, and that would be lost here.
-MEANT = ("weight", "train", "tool_calls", "function_call", "thinking", "reasoning_content", "reasoning")
+MEANINGFUL_KEYS = ("weight", "train", "tool_calls", "function_call", "thinking", "reasoning_content", "reasoning")
+_CONTENT: dict[str, str] = {}  # folder -> its fingerprint when it was last asked for; hashing one takes a while
 csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a book
 
 
 def read(source: str, text_unit: str = "line") -> Iterator[Row]:
     """Rows of one source, in order. Raises DataError naming file and line."""
-    path = Path(source)
-    if not os.path.exists(source):
-        if _is_hub_name(source):
-            yield from _read_with_datasets(source)
-            return
-        raise DataError(
-            f"{source or '(empty name)'}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]"
-        )
-    if path.is_dir():
-        yield from _read_with_datasets(source)
-        return
     readers: dict[str, Callable[[str], Iterator[Row]]] = {
         ".jsonl": _read_jsonl,
         ".json": _read_json,
@@ -95,9 +85,16 @@ def read(source: str, text_unit: str = "line") -> Iterator[Row]:
         ".parquet": _read_parquet,
         ".txt": lambda name: _read_text(name, text_unit),
     }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{source}: unknown file type {path.suffix!r}; use one of {' '.join(readers)}")
+    suffix = Path(source).suffix.lower()
+    reader: Callable[[str], Iterator[Row]] = _read_with_datasets
+    if os.path.isdir(source) or (not os.path.exists(source) and _is_hub_name(source)):
+        pass
+    elif not os.path.exists(source):
+        raise _absent(source)
+    elif suffix not in readers:
+        raise DataError(f"{source}: unknown file type {suffix!r}; use one of {' '.join(readers)}")
+    else:
+        reader = readers[suffix]
     empty = True
     try:
         for row in reader(source):
@@ -109,14 +106,21 @@ def read(source: str, text_unit: str = "line") -> Iterator[Row]:
         raise DataError(f"{source}: holds no rows; is it the right file?")
 
 
-def sources(train: str | list[str], evaluation: str | list[str] | None) -> tuple[list[str], list[str]]:
-    """Names of the training and evaluation files. Raises DataError if one of them is both, or is named twice."""
+def _absent(source: str) -> DataError:
+    return DataError(
+        f"{source or '(empty name)'}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]"
+    )
+
+
+def sources(train: str | list[str], evaluation: str | list[str] | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Training and evaluation sources, name -> hash of content. Raises DataError if one is both, or is named twice."""
     train_files = [train] if isinstance(train, str) else train
     eval_files = [evaluation] if isinstance(evaluation, str) else evaluation or []
     if not train_files:
         raise DataError("data.train: the list is empty; name at least one file")
     known: dict[str, str] = {}
-    for key, names in (("data.train", train_files), ("data.eval", eval_files)):
+    found: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for own, key, names in ((found[0], "data.train", train_files), (found[1], "data.eval", eval_files)):
         for name in names:
             content = fingerprint(name)
             if content in known:
@@ -124,7 +128,8 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> tuple
                     f"{key}: {name} holds the same rows as {known[content]}; what is trained on cannot be evaluated on, nor be given twice"
                 )
             known[content] = f"{key} {name}"
-    return train_files, eval_files
+            own[name] = content
+    return found
 
 
 def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str]) -> str:
@@ -145,15 +150,16 @@ def fingerprint(source: str) -> str:
         if os.path.isdir(source):
             digest = hashlib.sha256()
             for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
-                digest.update(f"{path.relative_to(source)} {fingerprint(str(path))}\n".encode())
-            return digest.hexdigest()
+                inside = path.relative_to(source)
+                if not any(part.startswith(".") for part in inside.parts):  # .git and .cache are no rows
+                    digest.update(f"{inside} {fingerprint(str(path))}\n".encode())
+            _CONTENT[source] = digest.hexdigest()
+            return _CONTENT[source]
     except OSError as exc:
         raise DataError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
     if _is_hub_name(source):
         return str(_load_dataset(source)._fingerprint)
-    raise DataError(
-        f"{source or '(empty name)'}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]"
-    )
+    raise _absent(source)
 
 
 def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -254,7 +260,9 @@ def _messages(row: Row, column: str) -> list[Message]:
         if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
             raise DataError(f"{where} should have role and content, got {_short(turn)}")
         role, content = turn["role"], turn["content"]
-        if ignored := sorted(key for key in set(turn) & set(MEANT) if turn[key] not in (None, [], "", 1, 1.0, True)):
+        if ignored := sorted(
+            key for key in set(turn) & set(MEANINGFUL_KEYS) if turn[key] not in (None, [], "", 1, 1.0, True)
+        ):
             raise DataError(
                 f"{where} has {ignored[0]!r}, which would be ignored; remove it, or write it into the content"
             )
@@ -420,7 +428,8 @@ def _load_dataset(source: str) -> Any:
 
     datasets.disable_progress_bars()
     # datasets knows a folder again by times and sizes; here it is by content.
-    cache = os.path.join(datasets.config.HF_DATASETS_CACHE, fingerprint(source)) if os.path.isdir(source) else None
+    content = (_CONTENT.get(source) or fingerprint(source)) if os.path.isdir(source) else None
+    cache = os.path.join(datasets.config.HF_DATASETS_CACHE, content) if content else None
     name, _, split = source.partition(":") if cache is None else (source, "", "")
     try:
         return datasets.load_dataset(name, split=split or "train", cache_dir=cache)

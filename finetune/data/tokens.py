@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -89,24 +89,28 @@ class Examples:
         """file:line of the row an example came from."""
         return str(Place(self.sources[self.source[example]], int(self.line[example]), int(self.row[example])))
 
-    def contents(self) -> list[bytes]:
-        """The token ids of each example, to compare examples by."""
-        return [self.input_ids[start:end].tobytes() for start, end in zip(self.starts, self.ends)]
+    def digests(self) -> list[bytes]:
+        """A hash of the token ids of each example, to compare examples by."""
+        parts = (self.input_ids[start:end].tobytes() for start, end in zip(self.starts, self.ends))
+        return [hashlib.blake2b(part, digest_size=16).digest() for part in parts]
 
     def subset(self, chosen: np.ndarray) -> "Examples":
         per_example = {name: getattr(self, name)[chosen] for name in ("starts", "ends", "source", "line", "row")}
         return Examples(**{**self.__dict__, **per_example})
 
 
-def prepare(sources: Sequence[str], template: Template, tokenizer: Any, options: Options, cache_dir: str) -> Examples:
-    """Tokenised rows of all sources, from the cache if they are there.
+def prepare(
+    sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options, cache_dir: str
+) -> Examples:
+    """Tokenised rows of all sources (name -> hash of its content), from the cache if they are there.
 
     Every process may call this at once: the first builds, the others wait on a file lock, so no
     collective can time out. Raises DataError naming file and line.
     """
+    names = list(sources)
     identity = {
         "version": CACHE_VERSION,
-        "sources": [rows.fingerprint(source) for source in sources],
+        "sources": list(sources.values()),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": template.fingerprint,
         "options": asdict(options),
@@ -114,24 +118,34 @@ def prepare(sources: Sequence[str], template: Template, tokenizer: Any, options:
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     root = Path(cache_dir).expanduser() / "tokens"
     folder = root / fingerprint
-    try:
+    with _writable(cache_dir):
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{fingerprint}.lock"):
-            if not (folder / "meta.json").exists():
-                build = tempfile.mkdtemp(prefix=".building-", dir=root)
-                try:
-                    _build(Path(build), sources, template, tokenizer, options)
-                    if identity["sources"] != [rows.fingerprint(source) for source in sources]:
-                        raise DataError(
-                            f"{', '.join(sources)}: changed while being read; start again once they are whole"
-                        )
+        lock = FileLock(root / f"{fingerprint}.lock")
+        lock.acquire()
+    try:
+        if not (folder / "meta.json").exists():
+            with _writable(cache_dir):
+                build = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
+            try:
+                _build(build, names, template, tokenizer, options, cache_dir)
+                if any(rows.fingerprint(name) != content for name, content in sources.items()):
+                    raise DataError(f"{', '.join(names)}: changed while being read; start again once they are whole")
+                with _writable(cache_dir):
                     shutil.rmtree(folder, ignore_errors=True)
                     os.rename(build, folder)
-                finally:
-                    shutil.rmtree(build, ignore_errors=True)
+            finally:
+                shutil.rmtree(build, ignore_errors=True)
+    finally:
+        lock.release()
+    return _open(folder, names, fingerprint)
+
+
+@contextmanager
+def _writable(cache_dir: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as exc:  # ValueError: a path with a NUL
         raise DataError(f"data.cache_dir: {cache_dir}: cannot be written: {exc}") from exc
-    return _open(folder, list(sources), fingerprint)
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
@@ -143,9 +157,10 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     places = np.stack([examples.source, examples.line, examples.row])
     _, row = np.unique(places, axis=1, return_inverse=True)
     whole: dict[int, bytes] = {}
-    for number, content in zip(row.tolist(), examples.contents()):
-        whole[number] = whole.get(number, b"") + content
-    group = np.unique([whole[number] for number in row.tolist()], return_inverse=True)[1]
+    for number, digest in zip(row.tolist(), examples.digests()):
+        whole[number] = whole.get(number, b"") + digest
+    numbers: dict[bytes, int] = {}
+    group = np.array([numbers.setdefault(whole[number], len(numbers)) for number in row.tolist()])
     order = np.random.default_rng([seed, 0x5E1]).permutation(group.max() + 1)
     count = max(1, round(fraction * len(order)))
     if count >= len(order):
@@ -156,8 +171,8 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
 
 def num_trained_on(evals: Examples, train: Examples) -> int:
     """How many examples of the evaluation are also in the training data."""
-    known = set(train.contents())
-    return sum(content in known for content in evals.contents())
+    known = set(train.digests())
+    return sum(digest in known for digest in evals.digests())
 
 
 def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -271,7 +286,9 @@ def _conversations(sources: Sequence[str], options: Options, problems: _Problems
                     yield conversation
 
 
-def _build(folder: Path, sources: Sequence[str], template: Template, tokenizer: Any, options: Options) -> None:
+def _build(
+    folder: Path, sources: Sequence[str], template: Template, tokenizer: Any, options: Options, cache_dir: str
+) -> None:
     ids_parts, supervised_parts, places = [], [], []
     counts = {"num_rows": 0, "num_truncated": 0, "num_dropped": 0}
     finish = _Finisher(template, tokenizer, options)
@@ -311,11 +328,12 @@ def _build(folder: Path, sources: Sequence[str], template: Template, tokenizer: 
             f"{', '.join(sources)}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
         )
     ends = np.cumsum([len(part) for part in ids_parts])
-    np.save(folder / "input_ids.npy", np.concatenate(ids_parts))
-    np.save(folder / "supervised.npy", np.concatenate(supervised_parts))
-    np.save(folder / "ends.npy", ends)
-    np.save(folder / "places.npy", np.array(places, np.int64))
-    (folder / "meta.json").write_text(json.dumps(counts))
+    with _writable(cache_dir):
+        np.save(folder / "input_ids.npy", np.concatenate(ids_parts))
+        np.save(folder / "supervised.npy", np.concatenate(supervised_parts))
+        np.save(folder / "ends.npy", ends)
+        np.save(folder / "places.npy", np.array(places, np.int64))
+        (folder / "meta.json").write_text(json.dumps(counts))
 
 
 def _open(folder: Path, sources: list[str], fingerprint: str) -> Examples:
@@ -344,14 +362,16 @@ class _Finisher:
         self.template = template
         self._template_stops: bool | None = None
         bos, eos, unk, pad = (getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad"))
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        control = special | set(template.turn_ends) | {eos, pad} | ({bos} if self.bos_id is not None else set())
-        self._control = re.compile("|".join(re.escape(token) for token in sorted(control - {None, unk})) or r"(?!)")
+        ends = (set(template.turn_ends) | {eos, pad} | ({bos} if self.bos_id is not None else set())) - {None, unk}
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {unk}
+        self._control_of_text, self._control = _any_of(ends), _any_of(ends | special)
 
     def refuse_control_tokens(self, conversation: Conversation) -> None:
         """Raise DataError if a row's text would be tokenised to BOS, EOS, the end of a turn or another special token."""
         for message in conversation.messages:
-            found = self._control.search(message.content + message.context)
+            # A text has no turns to forge, and code is full of what some vocabularies call special, as <filename>.
+            control = self._control_of_text if message.role == "text" else self._control
+            found = control.search(message.content + message.context)
             if found:
                 what = (
                     "a BOS that the tokenizer adds itself"
@@ -384,6 +404,10 @@ class _Finisher:
         if self._template_stops is None:
             self._template_stops = self.template.stop_token() is not None
         return self._template_stops
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens)) or r"(?!)")
 
 
 def _shorten(

@@ -24,7 +24,11 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from finetune.config import Config, differences
 from finetune.engine.topology import Topology
@@ -82,7 +86,7 @@ def _write_own(writing: Path, topology: Topology) -> None:
 
 def _write_shards(writing: Path, topology: Topology, model: nn.Module, optimizer: Any) -> None:
     """This process's part of the tensors. dcp flushes its files, and raises on every process if one fails."""
-    model_state, optimizer_state = _state(model, optimizer)
+    model_state, optimizer_state = _state(topology, model, optimizer)
     with _alone(topology) as alone:
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing / "shards", no_dist=alone)
 
@@ -168,18 +172,14 @@ def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
 
 def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, progress: Progress) -> None:
     """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises CheckpointError."""
-    model_state, optimizer_state = _state(model, optimizer)
+    model_state, optimizer_state = _state(topology, model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     try:
         with _alone(topology) as alone:
             dcp.load(state, checkpoint_id=found.path / "shards", no_dist=alone)
-        set_state_dict(
-            model,
-            _bare(optimizer),
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=_options(),
-        )
+        set_optimizer_state_dict(
+            model, _bare(optimizer), state["optimizer"], options=_options()
+        )  # weights were read in place
         own = found.path / f"process-{topology.rank:04d}.json"
         if own.exists():
             _restore_random_state(json.loads(own.read_text())["random"], topology)
@@ -190,10 +190,10 @@ def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, pro
     progress.restore(found.manifest["progress"])
 
 
-def _state(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _state(topology: Topology, model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights that train and the optimizer's state, under the names of the bare model."""
-    model_state, optimizer_state = get_state_dict(model, _bare(optimizer), options=_options())
-    return model_state, optimizer_state
+    weights = {name: p.detach() for name, p in topology.unwrap(model).named_parameters() if p.requires_grad}
+    return weights, get_optimizer_state_dict(model, _bare(optimizer), options=_options())
 
 
 @contextmanager

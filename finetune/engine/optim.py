@@ -1,6 +1,8 @@
 """Parameter groups, optimizers, and the learning rate as a pure function of the step."""
 
 import math
+import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,38 +10,115 @@ from torch import nn
 from finetune.config import Optimizer, Schedule
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: with weight decay (matrices), and without (norms, biases and every other vector)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Weights that train, by what is done to them: weight decay, and `scale` of the learning rate.
+
+    Matrices decay; norms, biases and every other vector do not. Embeddings and head have
+    optimizer.embedding_lr, LoRA's B matrices optimizer.lora_plus_ratio x the rate of the others.
+    `hidden` marks the matrices that are neither embedding nor head, which muon turns.
+    """
+    ends = {id(p) for module in _ends(model) for p in module.parameters()}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_end, is_matrix = id(parameter) in ends, parameter.ndim >= 2
+            scale = optimizer.embedding_lr / optimizer.lr if is_end and optimizer.embedding_lr else 1.0
+            if "lora_B" in name or "lora_embedding_B" in name:
+                scale = optimizer.lora_plus_ratio or 1.0
+            key = (optimizer.weight_decay if is_matrix else 0.0, scale, is_matrix and not is_end)
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "scale": scale, "hidden": hidden}
+        for (decay, scale, hidden), parameters in groups.items()
     ]
 
 
 def build(model: nn.Module, optimizer: Optimizer) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019), one fused kernel over all parameters."""
-    groups = [group for group in parameter_groups(model, optimizer.weight_decay) if group["params"]]
-    return torch.optim.AdamW(
-        groups, lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps, fused=True
-    )
+    """The optimizer over `parameter_groups`, at learning rate optimizer.lr x scale."""
+    groups = parameter_groups(model, optimizer)
+    for group in groups:
+        group["lr"] = optimizer.lr * group["scale"]
+    kind, eps = optimizer.kind, optimizer.eps
+    first, second = optimizer.betas or ([0.9, 0.99] if kind.startswith("lion") else [0.9, 0.999])
+    betas = (first, second)
+    if kind == "adamw":  # Loshchilov and Hutter, 2019; one fused kernel over all parameters
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+    if kind == "adafactor":  # Shazeer and Stern, 2018: row and column sums in place of second moments
+        return torch.optim.Adafactor(groups)
+    if kind == "muon":
+        return Muon(groups, betas=betas, eps=eps)
+    import bitsandbytes.optim as bnb  # Dettmers et al., 2022: state in blocks of 256 values of 8 bits with a scale
+
+    warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")  # there, all memory is the host's
+    bits, is_paged = 8 if kind.endswith("8bit") else 32, kind.startswith("paged")
+    if kind.startswith("lion"):  # Chen et al., 2023: the sign of a running average
+        return bnb.Lion(groups, betas=betas, optim_bits=bits)
+    return bnb.AdamW(groups, betas=betas, eps=eps, optim_bits=bits, is_paged=is_paged)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for hidden matrices, AdamW for everything else; as one optimizer.
+
+    Rates are matched to the root mean square of AdamW's updates (Liu et al., 2025), so optimizer.lr
+    means the same for both.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(groups, {})
+        matrices = [group for group in self.param_groups if group["hidden"]]
+        others = [group for group in self.param_groups if not group["hidden"]]
+        # Their groups are made of ours, so that a rate set here is theirs; state is one mapping from parameter to state.
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.parts.append(torch.optim.AdamW(others, betas=betas, eps=eps, fused=True))
+        self._share()
+
+    def _share(self) -> None:
+        for part in self.parts:
+            part.param_groups = [g for g in self.param_groups if g["hidden"] == isinstance(part, torch.optim.Muon)]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
 
 
 def lr_at(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
     """Learning rate of step `step` (from 0) of `num_steps`.
 
-    Warm-up rises linearly and reaches the peak at step warmup_steps; what follows reaches
-    min_lr_fraction x peak after the last step.
+    Warm-up rises linearly and reaches the peak at step warmup_steps. After it linear, cosine and
+    wsd reach min_lr_fraction x peak after the last step; inverse_sqrt is peak x sqrt(warmup / step).
     """
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / (schedule.warmup_steps + 1)
+    warmup, floor = schedule.warmup_steps, schedule.min_lr_fraction
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
     if schedule.kind == "constant":
         return peak
-    done = (step - schedule.warmup_steps) / max(1, num_steps - schedule.warmup_steps)
-    falling = 1 - done if schedule.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return peak * (schedule.min_lr_fraction + (1 - schedule.min_lr_fraction) * falling)
+    if schedule.kind == "inverse_sqrt":
+        return peak * math.sqrt(warmup / max(step, 1))
+    start = warmup
+    if schedule.kind == "wsd":  # linear from where the stable part ends
+        start = max(warmup, num_steps - math.ceil(schedule.decay_fraction * num_steps))
+    done = max(0, step - start) / max(1, num_steps - start)
+    falling = (1 + math.cos(math.pi * done)) / 2 if schedule.kind == "cosine" else 1 - done
+    return peak * (floor + (1 - floor) * falling)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """`lr` x the scale of each group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """Embedding and head."""
+    found = [
+        getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings") if hasattr(model, name)
+    ]
+    return [module for module in found if module is not None]

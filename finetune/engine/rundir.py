@@ -69,8 +69,7 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
 
     def unlock(self) -> None:
-        self._lock.release()
-        (self.path / LOCK).unlink(missing_ok=True)
+        self._lock.release()  # the file stays: who removed it could take it from under the next one's feet
 
     def create(self, config: Config) -> None:
         """Make the directory and write the resolved config. Raises RunDirectoryError."""

@@ -136,9 +136,13 @@ class Topology:
         if any(problems):
             raise RuntimeError("; ".join(filter(None, problems)))
 
-    def full_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """All weights, whole, on the CPU of the main process; empty elsewhere. Collective."""
-        state = self.accelerator.get_state_dict(model)
+    def full_weights(self, model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
+        """Weights, or those that train, whole, on the CPU of the main process; empty elsewhere. Collective."""
+        if trained_only:
+            named = self.unwrap(model).named_parameters(remove_duplicate=False)
+            state = {name: parameter for name, parameter in named if parameter.requires_grad}
+        else:
+            state = self.accelerator.get_state_dict(model)
         return {name: tensor.detach().cpu() for name, tensor in state.items()} if self.is_main else {}
 
     def memory_gb(self) -> float:

@@ -1,6 +1,7 @@
 """Model and tokenizer: from a folder, from the Hub, or with random weights. Errors of transformers are translated here."""
 
 import difflib
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from finetune.config import Model
 from finetune.errors import ModelError
@@ -49,11 +50,13 @@ def load_config(model: Model) -> Any:
         kind = values.pop("model_type")
         with translated(f"model.config with model_type {kind!r}"):
             usual, config = AutoConfig.for_model(kind), AutoConfig.for_model(kind, **values)
+        source = inspect.getsource(inspect.getmodule(model_class(config)) or load_config)
         for key in values:
-            if not hasattr(usual, key):
-                near = difflib.get_close_matches(key, [name for name in vars(usual) if not name.startswith("_")], n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ModelError(f"model.config: {kind} has no setting {key!r}{hint}")
+            near = difflib.get_close_matches(
+                key, [name for name in vars(usual) if not name.startswith("_")], n=1, cutoff=0.8
+            )
+            if near and not hasattr(usual, key) and key not in source:
+                raise ModelError(f"model.config: {kind} has no setting {key!r}; did you mean {near[0]}?")
         return config
     _require_folder_or_hub("model.path", model.path)
     with translated(f"model {model.path!r}"):
@@ -74,8 +77,18 @@ def model_class(config: Any) -> Any:
         ) from None
 
 
-def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dtype: torch.dtype) -> Any:
-    """The model on the CPU in `dtype`, saved or random weights. Raises ModelError.
+def load_model(
+    model: Model,
+    config: Any,
+    tokenizer: Any,
+    *,
+    attention: str,
+    dtype: torch.dtype,
+    quantization: dict[str, Any] | None = None,
+) -> Any:
+    """The model in `dtype`, saved or random weights; on the CPU, or where quantised weights live. Raises ModelError.
+
+    `quantization`: arguments of BitsAndBytesConfig; embedding, head and norms stay in `dtype`.
 
     `config` is completed from the tokenizer where it starts from nothing (model.config).
     """
@@ -91,6 +104,7 @@ def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dty
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 model.path, config=config, attn_implementation=attention, dtype=dtype,
                 revision=model.revision, trust_remote_code=model.trust_remote_code, output_loading_info=True,
+                quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
             )  # fmt: skip
         _refuse_lost_layers(model.path, loaded, info["unexpected_keys"])
         absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -99,20 +113,32 @@ def load_model(model: Model, config: Any, tokenizer: Any, *, attention: str, dty
                 f"model {model.path!r}: {len(absent)} weights are missing or of another shape, such as {absent[0]}; they would be random"
             )
     check_vocabulary(loaded, tokenizer)
+    keep_layout(loaded)
     # With padding_idx an embedding gives its pad row no gradient. Padding here is masked by position, and
     # where EOS serves as pad its embedding must learn like any other.
     loaded.get_input_embeddings().padding_idx = None
     return loaded
 
 
+def keep_layout(model: Any) -> None:
+    """Keep 4-bit weights as they are in memory.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks them at the first evaluation, for a product in
+    bfloat16 that has no gradient: training would go on without one, in silence.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _refuse_lost_layers(path: Any, model: Any, unexpected: Any) -> None:
     """Raise ModelError if saved weights would be dropped that are like others of the model: layers that its config forgot."""
 
-    def shape(name: str) -> str:
+    def pattern(name: str) -> str:
         return re.sub(r"\d+", "N", name)
 
-    known = {shape(name) for name, _ in model.named_parameters()}
-    lost = sorted(name for name in unexpected if shape(name) in known and re.search(r"\d", name))
+    known = {pattern(name) for name, _ in model.named_parameters()}
+    lost = sorted(name for name in unexpected if pattern(name) in known and re.search(r"\d", name))
     if lost:
         raise ModelError(
             f"model {path!r}: its config has fewer layers than its weights: {len(lost)} of them would be dropped, such as "
