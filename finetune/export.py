@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from finetune.errors import ExportError, ModelError
 from finetune.models import adapters, attention
 from finetune.models.load import keep_layout, translated
 
-BASE = "base_weights.json"  # beside an adapter: which weights it was trained on
 PROBE_TOKENS = 16
 # Largest difference of logits between the trained and the reloaded model, as a part of the largest
 # logit. float32: the two attention kernels add in another order. Half precision: bf16 keeps 8 bits
@@ -44,7 +45,7 @@ def save(
     model.generation_config.save_pretrained(folder)  # peft leaves it out, and with it the token that ends an answer
     tokenizer.save_pretrained(folder)
     if isinstance(model, PeftModel):
-        (folder / BASE).write_text(json.dumps(model.base_record, indent=1))
+        (folder / adapters.BASE).write_text(json.dumps(model.base_record, indent=1))
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
     for file in folder.iterdir():
         with file.open("rb") as handle:
@@ -151,7 +152,7 @@ def load(
         if not (folder / "adapter_config.json").exists():
             return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
         adapter = PeftConfig.from_pretrained(str(folder))
-        record = json.loads((folder / BASE).read_text()) if (folder / BASE).exists() else {}
+        record = adapters.base_record(folder)
         quantization = (record.get("quantization") or None) if quantized else None
 
         def load_base(dtype: torch.dtype | str) -> Any:
@@ -166,7 +167,7 @@ def load(
         keep_layout(base)
         if record and (quantization or not record["quantization"]):
             exact = dtype in ("auto", torch.float32, getattr(torch, record["dtype"]))  # else values were rounded
-            _check_base(base if exact else load_base("auto"), record, folder)
+            adapters.check_base(base if exact else load_base("auto"), record, folder)
         if (folder / "generation_config.json").exists():
             base.generation_config = GenerationConfig.from_pretrained(folder)
         return PeftModel.from_pretrained(base, str(folder))
@@ -203,38 +204,77 @@ def probe_ids(vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-def merge(source: Path, target: Path, dtype: str = "auto", trust_remote_code: bool = False) -> float:
-    """Add an adapter into its base and save full weights.
+@dataclass(frozen=True)
+class Merged:
+    """Largest differences of logits that merging made, as a part of the largest logit.
 
-    Returns the largest difference of logits this made, as a part of the largest logit. Raises
-    ModelError if `source` is no adapter or `target` exists, ExportError if the difference is more
-    than rounding; then nothing is left at `target`.
+    rounding: from the same base with the adapters beside it; quantization: from the quantised base
+    that they were trained on, None if there was none.
     """
-    if not (source / "adapter_config.json").exists():
-        raise ModelError(f"{source}: no adapter_config.json, so there is nothing to merge; give model/ of a LoRA run")
+
+    rounding: float
+    quantization: float | None
+
+
+def merge(sources: Sequence[Path], target: Path, dtype: str = "auto", trust_remote_code: bool = False) -> Merged:
+    """Add one or several adapters of the same base into it, W + sum of (alpha / r) B A, and save full weights.
+
+    A base that was quantised for training is taken whole, except for adapters that LoftQ began:
+    theirs make up for the quantisation, so they belong on what it left. Raises ModelError if a
+    source is no adapter or `target` exists, ExportError if logits differ by more than rounding;
+    then nothing is left at `target`.
+    """
+    for source in sources:
+        if not (source / "adapter_config.json").exists():
+            raise ModelError(
+                f"{source}: no adapter_config.json, so there is nothing to merge; give model/ of a LoRA run"
+            )
     if target.exists():
         raise ModelError(f"{target} exists; choose another --output")
+    first, others = sources[0], sources[1:]
+    bases = {str(PeftConfig.from_pretrained(str(source)).base_model_name_or_path) for source in sources}
+    if len(bases) > 1:
+        raise ModelError(f"adapters of different bases cannot be merged together: {', '.join(sorted(bases))}")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model, tokenizer = load(source, wanted, trust_remote_code), load_tokenizer(source, trust_remote_code)
-    folder = target.with_name(f".writing-{target.name}")
+    record = adapters.base_record(first)
+    model, tokenizer = load(first, wanted, trust_remote_code, quantized=False), load_tokenizer(first, trust_remote_code)
+    names = ["default"]
+    for source in others:
+        names.append(f"adapter_{len(names)}")
+        model.load_adapter(str(source), names[-1])
+    trained = None
+    if record.get("quantization"):
+        quantized = load(first, trust_remote_code=trust_remote_code)
+        if record.get("loftq"):
+            adapters.copy_dequantized(quantized, model)
+        trained = probe_logits(quantized)
+    model.base_model.set_adapter(names)
     before = probe_logits(model)
-    merged = adapters.merge(model)
+    merged = adapters.merge(model, names)
+    folder = target.with_name(f".writing-{target.name}")
     weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
     save(merged, weights, tokenizer, None, folder)
-    difference = _relative_difference(probe_logits(load(folder, trust_remote_code=trust_remote_code)), before)
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if not difference <= TOLERANCE[names[merged.dtype]]:
+    after = probe_logits(load(folder, trust_remote_code=trust_remote_code))
+    rounding = _relative_difference(after, before)
+    precisions = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if not rounding <= TOLERANCE[precisions[merged.dtype]]:
         shutil.rmtree(folder)
         raise ExportError(
-            f"{target}: merging changed the logits by {difference:.3g} of the largest one; nothing was written"
+            f"{target}: merging changed the logits by {rounding:.3g} of the largest one; nothing was written"
         )
     publish(folder, target)
-    return difference
+    return Merged(rounding, None if trained is None or others else _relative_difference(after, trained))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--merge", action="store_true", required=True, help="add the adapter into its base")
-    parser.add_argument("--model", required=True, type=Path, help="folder of the adapter, as in runs/<name>/model")
+    parser.add_argument("--merge", action="store_true", required=True, help="add adapters into their base")
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=Path,
+        nargs="+",
+        help="folder of the adapter, as in runs/<name>/model; or of several of one base",
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument(
         "--dtype",
@@ -252,10 +292,12 @@ def trust_remote_code_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    difference = merge(arguments.model, arguments.output, arguments.dtype, arguments.trust_remote_code)
+    merged = merge(arguments.model, arguments.output, arguments.dtype, arguments.trust_remote_code)
     print(
-        f"{arguments.output}: merged; logits differ from base plus adapter by at most {difference:.2g} of the largest one"
+        f"{arguments.output}: merged; logits differ from base plus adapter by at most {merged.rounding:.2g} of the largest one"
     )
+    if merged.quantization is not None:
+        print(f"and by {merged.quantization:.2g} from the quantised base plus adapter, which is what was trained")
 
 
 def chat_template(template: Template, tokenizer: Any, system_prompt: str | None = None) -> str:
@@ -274,17 +316,6 @@ def chat_template(template: Template, tokenizer: Any, system_prompt: str | None 
 
 def _relative_difference(logits: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((logits - wanted).abs().max() / wanted.abs().max())
-
-
-def _check_base(base: Any, record: dict[str, Any], folder: Path) -> None:
-    """Raise ModelError if the base is not the one that the adapter was trained on."""
-    found = adapters.hashes(base, getattr(torch, record["dtype"]))
-    others = [name for name, wanted in record["weights"].items() if found.get(name) != wanted]
-    if others:
-        raise ModelError(
-            f"{folder}: its base {base.name_or_path} has changed since the adapter was trained beside it: {len(others)} of "
-            f"{len(record['weights'])} weights are others, such as {others[0]}; put the old base back, or train again"
-        )
 
 
 def _set_generation(model: Any, tokenizer: Any, template: Template | None) -> None:

@@ -139,7 +139,7 @@ def test_merge_command_writes_full_weights(workshop, capsys):
 def test_merging_full_weights_is_an_error(workshop):
     run = workshop.train()
     with pytest.raises(ModelError, match="nothing to merge"):
-        export.merge(run / "model", workshop.folder / "merged", "auto")
+        export.merge([run / "model"], workshop.folder / "merged", "auto")
 
 
 def test_an_adapter_and_its_merge_know_the_token_that_ends_an_answer(workshop):
@@ -147,7 +147,7 @@ def test_an_adapter_and_its_merge_know_the_token_that_ends_an_answer(workshop):
     run = workshop.train("lora", data__template="chatml", **as_adapter(workshop.train("base")))
     stop = export.load_tokenizer(run / "model").convert_tokens_to_ids("<|im_end|>")
     assert stop in export.load(run / "model").generation_config.eos_token_id
-    export.merge(run / "model", workshop.folder / "merged", "auto")
+    export.merge([run / "model"], workshop.folder / "merged", "auto")
     assert stop in export.load(workshop.folder / "merged").generation_config.eos_token_id
 
 
@@ -165,7 +165,7 @@ def test_an_adapter_on_tied_weights_is_refused(workshop, targets):
 def test_an_adapter_knows_its_base_in_whatever_dtype_both_are(workshop, dtype, wanted):
     base = workshop.train("base", model__dtype=dtype)
     run = workshop.train("lora", model__dtype="bfloat16", **as_adapter(base))
-    export.merge(run / "model", workshop.folder / "merged", wanted)
+    export.merge([run / "model"], workshop.folder / "merged", wanted)
 
 
 @pytest.mark.parametrize("command", ["merge", "chat", "evaluate"])
@@ -246,7 +246,7 @@ def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monk
 def test_adapters_on_other_architectures_come_home(workshop, architecture):
     config = TINY_LLAMA if architecture["model_type"] == "mixtral" else {}
     run = workshop.train("lora", **as_adapter(workshop.train("base", model__config={**config, **architecture})))
-    export.merge(run / "model", workshop.folder / "merged")
+    export.merge([run / "model"], workshop.folder / "merged")
 
 
 def test_a_model_that_also_sees_gets_adapters_where_text_goes(workshop):

@@ -1,11 +1,19 @@
 """Every method and optimizer: it learns, moves only what it should, exports what it trained, and resumes to the bit."""
 
+import hashlib
 import json
 
 import pytest
 import torch
-from conftest import Workshop, losses
+from conftest import TINY_LLAMA, Workshop, losses
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune import export
+from finetune.config import Adapter, Model, Optimizer
+from finetune.engine import optim
+from finetune.errors import ModelError
+from finetune.models import adapters, load
 
 METHODS = {
     "full": {},
@@ -86,3 +94,200 @@ def test_it_learns_exports_and_resumes_to_the_bit(workshop, base, method, optimi
 def exported(run):
     [path] = (run / "model").glob("*model.safetensors")
     return load_file(path)
+
+
+MERGED = ["lora, DoRA", "lora, rsLoRA", "lora, PiSSA", "lora, norms", "lora, whole modules", "lora, biases", "qlora, NF4", "qlora, LoftQ", "qlora, int8"]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_merged_is_base_plus_adapter(workshop, base, method):
+    """Into the unquantised base for QLoRA, with what that changes measured; LoftQ's stay on what quantisation left."""
+    run = workshop.train(**on(base), **METHODS[method])
+    merged = export.merge([run / "model"], workshop.folder / "merged")
+    assert merged.rounding < 1e-4
+    if method.startswith("qlora"):
+        assert merged.quantization < (1e-4 if method == "qlora, LoftQ" else 0.3)
+        assert merged.quantization > 0
+    else:
+        assert merged.quantization is None
+
+
+def test_several_adapters_of_one_base_are_added_up(workshop, base):
+    runs = [
+        workshop.train(name, **on(base), adapter__kind="lora", run__seed=seed) for name, seed in (("a", 1), ("b", 2))
+    ]
+    export.merge([run / "model" for run in runs], workshop.folder / "merged")
+    name = "model.layers.0.self_attn.q_proj"
+    wanted = load_file(f"{base}/model.safetensors")[f"{name}.weight"]
+    for run in runs:
+        adapter = exported(run)
+        a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        wanted = wanted + 2 * b @ a  # alpha 32, r 16
+    assert torch.allclose(load_file(workshop.folder / "merged/model.safetensors")[f"{name}.weight"], wanted, atol=1e-6)
+
+
+def test_adapters_of_different_bases_are_not_merged(workshop, base):
+    other = workshop.train("other") / "model"
+    runs = [workshop.train(n, **on(b), adapter__kind="lora") for n, b in (("a", base), ("b", str(other)))]
+    with pytest.raises(ModelError, match="adapters of different bases"):
+        export.merge([run / "model" for run in runs], workshop.folder / "merged")
+
+
+def test_an_adapter_is_gone_on_from(workshop, base):
+    first = workshop.train("first", **on(base), adapter__kind="lora", adapter__r=4)
+    second = workshop.train("second", **on(base), adapter__kind="lora", adapter__path=str(first / "model"))
+    assert losses(second)[0] < losses(first)[0], "it begins where the first has ended"
+    assert exported(second).keys() == exported(first).keys()
+    other = (
+        workshop.train("base", model__config=TINY_LLAMA | {"attention_bias": True, "mlp_bias": True, "hidden_size": 64})
+        / "model"
+    )
+    with pytest.raises(ModelError, match="has changed since the adapter was trained beside it"):
+        workshop.train("third", **on(str(other)), adapter__kind="lora", adapter__path=str(first / "model"))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_the_quantised_base_stays_to_the_last_bit(workshop, base, kind, monkeypatch):
+    """Every byte, also after evaluations, which make bitsandbytes repack weights on some CPUs."""
+    import train
+
+    seen = []
+    build = train.build
+
+    def watched(job):
+        model, optimizer = build(job)
+        seen.extend([model, sha256(model)])
+        return model, optimizer
+
+    monkeypatch.setattr(train, "build", watched)
+    settings = {"data__eval_fraction": 0.2, "evaluation__every_steps": 2}
+    workshop.train(**on(base), **settings, adapter__kind="qlora", adapter__quantization=kind)
+    assert sha256(seen[0]) == seen[1]
+
+
+def sha256(model) -> str:
+    digest = hashlib.sha256()
+    for _, weight in sorted((n, p) for n, p in model.named_parameters() if not p.requires_grad):
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# Arithmetic, on the meta device
+
+
+def counted(adapter: Adapter, **config) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config))
+    return adapters.count(adapters.apply(model, adapter, Model(path="x")))[0]
+
+
+def test_llama_2_7b_with_rank_64_on_q_and_v_trains_33_554_432():
+    """32 layers x 2 projections x 64 x (4,096 + 4,096)."""
+    assert counted(Adapter(kind="lora", r=64, target_modules=["q_proj", "v_proj"])) == 33_554_432
+
+
+def test_a_square_layer_of_1000_with_rank_2_trains_4_000():
+    """r (d + k) = 2 x 2,000, of 1,000,000."""
+    sizes = {"hidden_size": 1000, "num_attention_heads": 10, "num_key_value_heads": 10, "num_hidden_layers": 1}
+    assert counted(Adapter(kind="lora", r=2, target_modules=["q_proj"]), **sizes) == 4_000
+
+
+def scaled(adapter: Adapter):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99))  # fmt: skip
+    layer = adapters.apply(model, adapter, Model(path="x")).get_submodule(
+        "base_model.model.model.layers.0.self_attn.q_proj"
+    )
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    return (
+        layer,
+        layer.weight.detach(),
+        layer.lora_A["default"].weight.detach(),
+        layer.lora_B["default"].weight.detach(),
+    )
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 4), (True, 6 / 2)], ids=["alpha / r", "alpha / sqrt(r)"])
+def test_lora_is_its_formula(rslora, scale):
+    layer, w, a, b = scaled(Adapter(kind="lora", r=4, alpha=6, rslora=rslora))
+    x = torch.randn(3, 32)
+    assert torch.allclose(layer(x), x @ (w + scale * b @ a).T, atol=1e-5)
+
+
+def test_dora_keeps_length_apart_from_direction():
+    """W' = m V / |V|, V = W + s B A, m the lengths of W's rows at first."""
+    layer, w, a, b = scaled(Adapter(kind="lora", r=4, alpha=4, dora=True))
+    v = w + b @ a
+    x = torch.randn(3, 32)
+    wanted = w.norm(dim=1, keepdim=True) * v / v.norm(dim=1, keepdim=True)
+    assert torch.allclose(layer(x), x @ wanted.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loftq_begins_closer_to_the_unquantised_model(base, kind):
+    def model(quantization=None):
+        return load.load_model(Model(path=base), AutoConfig.from_pretrained(base), load.bytes_tokenizer(), attention="sdpa", dtype=torch.float32, quantization=quantization)  # fmt: skip
+
+    ids = torch.arange(64)[None]
+    exact = model()(ids).logits
+    distances = {}
+    for init in ("default", "loftq"):
+        adapter = Adapter(kind="qlora", init=init, quantization=kind)
+        adapted = adapters.apply(model(adapters.quantization(adapter, torch.float32)), adapter, Model(path=base))
+        if init == "loftq":
+            adapters.initialise_from_quantization(adapted, model())
+        distances[init] = (adapted(ids).logits - exact).norm().item()
+    assert distances["loftq"] < (0.7 if kind == "nf4" else 0.95) * distances["default"]
+
+
+# Optimizers
+
+
+def state_bytes(kind: str) -> int:
+    layer = torch.nn.Linear(1024, 1024, bias=False)
+    optimizer = optim.build(layer, Optimizer(kind=kind, lr=1e-3))
+    layer(torch.ones(1, 1024)).sum().backward()
+    optimizer.step()
+    return sum(
+        v.numel() * v.element_size() for v in optimizer.state[layer.weight].values() if isinstance(v, torch.Tensor)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_per_weight"),
+    [("adamw", 8), ("adamw_8bit", 2), ("paged_adamw_8bit", 2), ("paged_adamw_32bit", 8), ("lion", 4), ("lion_8bit", 1), ("muon", 4), ("adafactor", 0)],
+)  # fmt: skip
+def test_the_state_of_an_optimizer_is_as_small_as_it_says(kind, bytes_per_weight):
+    """8 bits: a byte each, a float32 scale for 256 of them and a table of 256 values."""
+    assert state_bytes(kind) / 1024**2 == pytest.approx(bytes_per_weight, abs=0.04)
+
+
+def test_muon_moves_hidden_matrices_as_torch_does_and_the_rest_as_adamw():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.ModuleDict({"m": torch.nn.Linear(8, 8)}) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    mine = optim.build(ours, Optimizer(kind="muon", lr=1e-2, weight_decay=0.1))
+    muon = torch.optim.Muon([theirs["m"].weight], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([theirs["m"].bias], lr=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        x = torch.randn(4, 8)
+        for model, parts in ((ours, [mine]), (theirs, [muon, adamw])):
+            model["m"](x).square().sum().backward()
+            for part in parts:
+                part.step()
+                part.zero_grad()
+    assert torch.equal(ours["m"].weight, theirs["m"].weight)
+    assert torch.allclose(ours["m"].bias, theirs["m"].bias)
+
+
+def test_groups_have_their_own_rates():
+    with torch.device("meta"):
+        config = AutoConfig.for_model(
+            "llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99
+        )
+        model = AutoModelForCausalLM.from_config(config)
+    full = optim.parameter_groups(model, Optimizer(lr=1e-3, embedding_lr=1e-4))
+    assert {round(g["scale"], 6): len(g["params"]) for g in full if g["hidden"] or g["scale"] < 1} == {0.1: 2, 1.0: 14}
+    adapted = adapters.apply(model, Adapter(kind="lora"), Model(path="x"))
+    plus = optim.parameter_groups(adapted, Optimizer(lr=1e-3, lora_plus_ratio=16.0))
+    assert sorted((g["scale"], len(g["params"])) for g in plus) == [(1.0, 14), (16.0, 14)]

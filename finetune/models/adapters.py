@@ -2,15 +2,17 @@
 
 import difflib
 import hashlib
+import json
 import math
 import os
 import re
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.config import Adapter, Model
 from finetune.errors import ModelError
 
+BASE = "base_weights.json"  # beside an adapter: which weights it was trained on
 INITS = {"default": True, "loftq": True, "random": False}  # peft's names for adapter.init; the others are the same
 
 
@@ -29,8 +32,20 @@ def apply(model: Any, adapter: Adapter, base: Model, dtype: torch.dtype = torch.
     """
     if adapter.kind == "full":
         return _freeze(model, adapter.freeze)
-    record = {"dtype": str(dtype).removeprefix("torch."), "quantization": quantization(adapter, dtype)}
+    record = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization": quantization(adapter, dtype),
+        "loftq": adapter.init == "loftq",
+    }
     record["weights"] = hashes(model, dtype)
+    known = base_record(Path(adapter.path)) if adapter.path else {}
+    if (
+        known
+        and record["weights"]
+        and known["quantization"] == record["quantization"]
+        and known["dtype"] == record["dtype"]
+    ):
+        check_base(model, known, Path(str(adapter.path)))
     ends = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
     adapted = _continued(model, adapter.path) if adapter.path else _fresh(model, adapter)
     touched = [name for name, m in adapted.named_modules() if hasattr(m, "lora_A") and id(m.get_base_layer()) in ends]
@@ -123,9 +138,30 @@ def _fresh(model: Any, adapter: Adapter) -> PeftModel:
 
 def _continued(model: Any, path: str) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(model, path, is_trainable=True)
+        if next(model.parameters()).is_meta:
+            return get_peft_model(model, PeftConfig.from_pretrained(path))
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
     except Exception as exc:  # a folder that is not there, another shape, a broken file: each in its own family
         raise ModelError(f"adapter.path: {path}: cannot be gone on from: {exc}") from exc
+    return adapted
+
+
+def base_record(folder: Path) -> dict[str, Any]:
+    """What an adapter knows of its base; empty for adapters from elsewhere."""
+    path = folder / BASE
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record
+
+
+def check_base(base: nn.Module, record: dict[str, Any], folder: Path) -> None:
+    """Raise ModelError if the base is not the one that an adapter was trained on."""
+    found = hashes(base, getattr(torch, record["dtype"]))
+    others = [name for name, wanted in record["weights"].items() if found.get(name) != wanted]
+    if others:
+        raise ModelError(
+            f"{folder}: its base {base.name_or_path} has changed since the adapter was trained beside it: {len(others)} of "
+            f"{len(record['weights'])} weights are others, such as {others[0]}; put the old base back, or train again"
+        )
 
 
 def check_targets(model: nn.Module, targets: str | list[str]) -> None:
@@ -213,6 +249,14 @@ def dead_adapters(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if "lora_B" in name and not p.any()]
 
 
-def merge(model: PeftModel) -> Any:
-    """The base model with every adapter added in: W + (alpha / r) B A."""
-    return model.merge_and_unload(safe_merge=True)
+def merge(model: PeftModel, names: list[str]) -> Any:
+    """The base model with adapters added in: W + sum of (alpha / r) B A."""
+    return model.merge_and_unload(safe_merge=True, adapter_names=names)
+
+
+def copy_dequantized(source: nn.Module, target: nn.Module) -> None:
+    """Put what quantisation has left of the weights of `source` into the same layers of `target`."""
+    for name, module in source.named_modules():
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            weight = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
+            target.get_submodule(name).weight.data.copy_(weight)

@@ -153,7 +153,7 @@ def test_merged_equals_adapter(workshop):
         "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
         adapter__kind="lora", adapter__r=4, adapter__alpha=10.0,
     )  # fmt: skip
-    difference = export.merge(run / "model", workshop.folder / "merged", "auto")
+    difference = export.merge([run / "model"], workshop.folder / "merged", "auto")
     adapter, merged = (
         load_file(run / "model/adapter_model.safetensors"),
         load_file(workshop.folder / "merged/model.safetensors"),
