@@ -139,7 +139,11 @@ def test_an_adapter_is_gone_on_from(workshop, base):
     assert losses(second)[0] < losses(first)[0], "it begins where the first has ended"
     assert exported(second).keys() == exported(first).keys()
     other = (
-        workshop.train("base", model__config=TINY_LLAMA | {"attention_bias": True, "mlp_bias": True, "hidden_size": 64})
+        workshop.train(
+            "base",
+            run__seed=5,
+            model__config=TINY_LLAMA | {"attention_bias": True, "mlp_bias": True, "hidden_size": 64},
+        )
         / "model"
     )
     with pytest.raises(ModelError, match="has changed since the adapter was trained beside it"):

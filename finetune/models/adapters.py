@@ -138,12 +138,15 @@ def _fresh(model: Any, adapter: Adapter) -> PeftModel:
 
 def _continued(model: Any, path: str) -> PeftModel:
     try:
-        if next(model.parameters()).is_meta:
-            return get_peft_model(model, PeftConfig.from_pretrained(path))
-        adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", ".*base_model_name_or_path.* was renamed"
+            )  # `check_base` looks at the weights
+            if next(model.parameters()).is_meta:
+                return get_peft_model(model, PeftConfig.from_pretrained(path))
+            return PeftModel.from_pretrained(model, path, is_trainable=True)
     except Exception as exc:  # a folder that is not there, another shape, a broken file: each in its own family
         raise ModelError(f"adapter.path: {path}: cannot be gone on from: {exc}") from exc
-    return adapted
 
 
 def base_record(folder: Path) -> dict[str, Any]:
