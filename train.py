@@ -8,6 +8,7 @@ Heavy imports stand inside functions, so that --help and a wrong config answer a
 """
 
 import contextlib
+import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def build(job: Job) -> tuple[Any, Any]:
     import torch
 
     from finetune.engine import optim
-    from finetune.models import adapters, attention, load
+    from finetune.models import adapters, attention, embeddings, load
 
     config, topology = job.config, job.topology
     frozen_dtype = load.DTYPES[topology.precision] if config.adapter.kind != "full" else torch.float32
@@ -140,13 +141,15 @@ def build(job: Job) -> tuple[Any, Any]:
         )  # fmt: skip
 
     base = load_base(adapters.quantization(config.adapter, dtype))
-    model = adapters.apply(base, config.adapter, config.model, dtype)
+    model = adapters.apply(base, config.adapter, config.model, dtype, job.data.new_token_ids)
     if config.adapter.init == "loftq":
         adapters.initialise_from_quantization(model, load_base(None))
     elif config.adapter.init == "eva":
         steps = range(min(EVA_STEPS, job.data.num_steps))
         seen = (batch.to(topology.device).model_inputs() for step in steps for batch in job.data.train.at(step))
         adapters.initialise_from_data(model.to(topology.device), seen)
+    if config.train.neftune_alpha is not None:
+        embeddings.add_noise(base, config.train.neftune_alpha)
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if broken := adapters.not_finite(model):
@@ -217,7 +220,7 @@ def loop(job: Job, model: Any, optimizer: Any, progress: Progress) -> None:
     from finetune.objectives import OBJECTIVES
 
     config, directory, topology, data = job.config, job.directory, job.topology, job.data
-    loss = OBJECTIVES[config.objective.kind].loss
+    loss = functools.partial(OBJECTIVES[config.objective.kind].loss, label_smoothing=config.objective.label_smoothing)
     trainable, total = count(model)
     tracker = Tracker(
         directory.metrics, directory.evals, num_steps=data.num_steps, start=progress.step, is_main=topology.is_main,

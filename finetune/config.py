@@ -57,6 +57,8 @@ class Model(Section):
     """Architecture for init: random, as in config.json; needs model_type."""
     tokenizer: str | None = None
     """Folder or Hub id of the tokenizer, or "bytes" for a built-in one of 256 bytes; default: the model's own."""
+    new_tokens: list[str] = []
+    """Special tokens to add, such as [<|im_start|>, <|im_end|>]; their embeddings start from the mean and train."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the weights; auto: float32 for what trains, the dtype of train.precision for what is frozen."""
     attention: Literal["auto", "documents", "flash_attention_2", "sdpa", "eager"] = "auto"
@@ -113,6 +115,8 @@ class Data(Section):
 
     train: str | list[str]
     """Training rows: files (.jsonl .json .csv .parquet .txt), or Hub names as owner/name[:split]."""
+    max_rows: Positive | None = None
+    """Train on so many rows, drawn by run.seed; null: all."""
     eval: str | list[str] | None = None
     """Evaluation rows, as data.train."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -146,6 +150,8 @@ class Objective(Section):
 
     kind: Literal["clm", "sft"] = "sft"
     """clm: every next token of every row; sft: the answers, given the prompts."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of each target that is spread over the whole vocabulary; not in evaluations."""
 
 
 class Optimizer(Section):
@@ -197,6 +203,8 @@ class Train(Section):
     """Precision of the arithmetic; auto: bf16 on a GPU that can, else fp32."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
     """Gradients are scaled down to this norm; null: not."""
+    neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """NEFTune: noise on the embeddings in training, of +-alpha / sqrt(tokens x width); null: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -18,7 +18,7 @@ from finetune.data.rows import Message
 from finetune.data.templates import Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
 from finetune.errors import ExportError, ModelError
-from finetune.models import adapters, attention
+from finetune.models import adapters, attention, embeddings
 from finetune.models.load import keep_layout, translated
 
 PROBE_TOKENS = 16
@@ -41,7 +41,11 @@ def save(
     if template is not None:
         tokenizer.chat_template = chat_template(template, tokenizer, system_prompt)
     _set_generation(model, tokenizer, template)
-    model.save_pretrained(folder, state_dict=dict(weights))  # a copy: transformers empties the mapping it is given
+    # Resized embeddings are saved because they train (modules_to_save), not because peft finds them to be of another size.
+    own = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(
+        folder, state_dict=dict(weights), **own
+    )  # a copy: transformers empties the mapping it is given
     model.generation_config.save_pretrained(folder)  # peft leaves it out, and with it the token that ends an answer
     tokenizer.save_pretrained(folder)
     if isinstance(model, PeftModel):
@@ -165,6 +169,8 @@ def load(
             dtype = getattr(torch, record["dtype"])
         base = load_base(dtype)
         keep_layout(base)
+        if record.get("new_token_ids"):
+            embeddings.extend(base, record["new_token_ids"])
         if record and (quantization or not record["quantization"]):
             exact = dtype in ("auto", torch.float32, getattr(torch, record["dtype"]))  # else values were rounded
             adapters.check_base(base if exact else load_base("auto"), record, folder)

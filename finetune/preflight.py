@@ -30,6 +30,7 @@ class Data:
     train: batches.Batches
     eval: batches.Batches | None
     num_steps: int
+    new_token_ids: list[int]
     unused: list[str]
     """Columns of the training rows that are not read."""
     num_eval_known: int
@@ -71,6 +72,8 @@ def prepare(config: Config, topology: Topology) -> Data:
     )  # fmt: skip
     train = tokens.prepare(train_files, template, tokenizer, options, wanted.cache_dir)
     evals = tokens.prepare(eval_files, template, tokenizer, options, wanted.cache_dir) if eval_files else None
+    if wanted.max_rows is not None:
+        train = tokens.draw(train, wanted.max_rows, seed)
     if wanted.eval_fraction:
         train, evals = tokens.hold_out(train, wanted.eval_fraction, seed)
     known = tokens.num_trained_on(evals, train) if evals else 0
@@ -96,7 +99,8 @@ def prepare(config: Config, topology: Topology) -> Data:
     unused = sorted(
         {name for file in train_files for name in rows.unused_columns(file, wanted.text_unit, format, wanted.columns)}
     )
-    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, unused, known)
+    new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
+    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, unused, known)
 
 
 def summary(config: Config, topology: Topology, data: Data) -> str:
@@ -108,7 +112,9 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         config.model, data.model_config, data.tokenizer, data.attention if attention.pads(data.attention) else attention.NAME
     )  # fmt: skip
     load.check_shapes(skeleton)
-    trainable, total = adapters.count(adapters.apply(skeleton, config.adapter, config.model))
+    trainable, total = adapters.count(
+        adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
+    )
     train, examples = data.train.sequences, data.train.sequences.examples
     supervised = examples.num_supervised_tokens
     name = config.model.path or f"{data.model_config.model_type} from random weights"

@@ -19,7 +19,7 @@ ALLOWED = {
     "finetune.data.tokens": ["finetune.data.templates", "finetune.data.rows", "finetune.errors"],
     "finetune.data.packing": [],
     "finetune.data.batches": ["finetune.data.packing", "finetune.data.tokens"],
-    "finetune.models": ["finetune.config", "finetune.errors"],
+    "finetune.models": ["finetune.models", "finetune.config", "finetune.errors"],
     "finetune.objectives": ["finetune.models.head", "finetune.data.batches", "finetune.objectives"],
     "finetune.engine": [
         "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.progress",

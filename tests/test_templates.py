@@ -366,7 +366,7 @@ def test_auto_takes_the_chat_template_or_the_usual_one_of_the_format(format, cha
 def test_chatml_needs_its_tokens(name, vocabulary, missing):
     with pytest.raises(DataError) as caught:
         templates.load(name, "messages", None, SPECIAL, vocabulary)
-    assert f"the tokenizer has no {missing}; use question_answer, alpaca or llama2" in str(caught.value)
+    assert f"the tokenizer has no {missing}; add them with model.new_tokens: [" in str(caught.value)
 
 
 def test_chat_needs_a_chat_template():

@@ -256,7 +256,7 @@ def load(
         if missing:
             raise DataError(
                 f"data.template: chatml ends turns with the token <|im_end|>, but the tokenizer has no {' and '.join(missing)}; "
-                "use question_answer, alpaca or llama2, or a .jinja file"
+                f"add them with model.new_tokens: [{', '.join(missing)}], or use question_answer, alpaca or llama2"
             )
         return Template(name, BUILT_IN[name], special_tokens, turn_ends)
     if name.endswith(".jinja"):

@@ -169,6 +169,14 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
 
 
+def draw(examples: Examples, max_rows: int, seed: int) -> Examples:
+    """The examples of at most `max_rows` rows, drawn at random; the same for the same seed."""
+    places = np.stack([examples.source, examples.line, examples.row])
+    row = np.unique(places, axis=1, return_inverse=True)[1]
+    chosen = np.random.default_rng([seed, 0xD4A]).permutation(row.max() + 1)[:max_rows]
+    return examples.subset(np.flatnonzero(np.isin(row, chosen)))
+
+
 def num_trained_on(evals: Examples, train: Examples) -> int:
     """How many examples of the evaluation are also in the training data."""
     known = set(train.digests())

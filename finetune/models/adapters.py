@@ -7,7 +7,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ BASE = "base_weights.json"  # beside an adapter: which weights it was trained on
 INITS = {"default": True, "loftq": True, "random": False}  # peft's names for adapter.init; the others are the same
 
 
-def apply(model: Any, adapter: Adapter, base: Model, dtype: torch.dtype = torch.float32) -> Any:
+def apply(
+    model: Any, adapter: Adapter, base: Model, dtype: torch.dtype = torch.float32, new_token_ids: Sequence[int] = ()
+) -> Any:
     """The model with what trains unfrozen: itself (full), or a PeftModel around it. Raises ModelError.
 
     A PeftModel gets an attribute `base_record`: what is needed to know its base again. It is taken
-    here, because some initialisations rewrite the base.
+    here, because some initialisations rewrite the base. Where there are new tokens, embedding and
+    head train whole and are saved with the adapter.
     """
     if adapter.kind == "full":
         return _freeze(model, adapter.freeze)
@@ -36,6 +39,7 @@ def apply(model: Any, adapter: Adapter, base: Model, dtype: torch.dtype = torch.
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": quantization(adapter, dtype),
         "loftq": adapter.init == "loftq",
+        "new_token_ids": list(new_token_ids),
     }
     record["weights"] = hashes(model, dtype)
     known = base_record(Path(adapter.path)) if adapter.path else {}
@@ -47,7 +51,7 @@ def apply(model: Any, adapter: Adapter, base: Model, dtype: torch.dtype = torch.
     ):
         check_base(model, known, Path(str(adapter.path)))
     ends = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
-    adapted = _continued(model, adapter.path) if adapter.path else _fresh(model, adapter)
+    adapted = _continued(model, adapter.path) if adapter.path else _fresh(model, adapter, bool(new_token_ids))
     touched = [name for name, m in adapted.named_modules() if hasattr(m, "lora_A") and id(m.get_base_layer()) in ends]
     if touched and model.config.get_text_config().tie_word_embeddings:
         raise ModelError(
@@ -94,11 +98,14 @@ def _freeze(model: Any, patterns: list[str]) -> Any:
     return model
 
 
-def _fresh(model: Any, adapter: Adapter) -> PeftModel:
+def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> PeftModel:
     check_targets(model, adapter.target_modules)
     whole = list(adapter.modules_to_save)
     if adapter.train_norms:
         whole += sorted({n.split(".")[-1] for n, m in model.named_modules() if "norm" in type(m).__name__.lower()})
+    if has_new_tokens:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        whole += [name.split(".")[-1] for name, module in model.named_modules() if any(module is end for end in ends)]
     names = {name.split(".")[-1] for name, _ in model.named_modules()}
     for name in adapter.modules_to_save:
         if name.split(".")[-1] not in names:
@@ -124,7 +131,7 @@ def _fresh(model: Any, adapter: Adapter) -> PeftModel:
         layers_to_transform=adapter.layers, rank_pattern=dict(adapter.rank_pattern), alpha_pattern=dict(adapter.alpha_pattern),
         use_rslora=adapter.rslora, use_dora=adapter.dora, init_lora_weights=True if on_meta else INITS.get(adapter.init, adapter.init),
         eva_config=EvaConfig() if adapter.init == "eva" and not on_meta else None,
-        bias=adapter.bias, modules_to_save=whole or None, task_type="CAUSAL_LM",
+        bias=adapter.bias, modules_to_save=list(dict.fromkeys(whole)) or None, task_type="CAUSAL_LM",
         ensure_weight_tying=bool(whole) and model.config.get_text_config().tie_word_embeddings,
     )  # fmt: skip
     try:

@@ -1,5 +1,6 @@
 """Model and tokenizer: from a folder, from the Hub, or with random weights. Errors of transformers are translated here."""
 
+import copy
 import difflib
 import inspect
 import os
@@ -15,18 +16,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from finetune.config import Model
 from finetune.errors import ModelError
+from finetune.models import embeddings
 
+PADS = (
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|finetune_right_pad_id|>",
+    "<|pad_token|>",
+)  # what vocabularies hold and forget to name
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_tokenizer(model: Model) -> Any:
     """The model's tokenizer, with a pad token. Raises ModelError.
 
-    Without a pad token, EOS stands in: padding is masked by position, so EOS is still learned.
+    Without a pad token one of the vocabulary stands in, if need be EOS: padding is masked by
+    position, so EOS is still learned.
     """
     name = model.tokenizer or model.path
     if name == "bytes":
-        return bytes_tokenizer()
+        return _with_new_tokens(bytes_tokenizer(), model.new_tokens)
     _require_folder_or_hub("model.tokenizer" if model.tokenizer else "model.path", name)
     with translated(f"tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -39,7 +49,18 @@ def load_tokenizer(model: Model) -> Any:
             f"tokenizer {name!r} has no fast version, which is needed to know where each token lies in the text"
         )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        vocabulary = tokenizer.get_vocab()
+        own = next((token for token in PADS if token in vocabulary), None)
+        tokenizer.pad_token = own or tokenizer.eos_token or tokenizer.unk_token
+    return _with_new_tokens(tokenizer, model.new_tokens)
+
+
+def _with_new_tokens(tokenizer: Any, new: list[str]) -> Any:
+    known = [token for token in new if token in tokenizer.get_vocab()]
+    if known:
+        raise ModelError(f"model.new_tokens: {known[0]!r} is in the vocabulary already; remove it")
+    if new:
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     return tokenizer
 
 
@@ -112,6 +133,8 @@ def load_model(
             raise ModelError(
                 f"model {model.path!r}: {len(absent)} weights are missing or of another shape, such as {absent[0]}; they would be random"
             )
+    if model.new_tokens:
+        embeddings.extend(loaded, tokenizer.convert_tokens_to_ids(model.new_tokens))
     check_vocabulary(loaded, tokenizer)
     keep_layout(loaded)
     # With padding_idx an embedding gives its pad row no gradient. Padding here is masked by position, and
@@ -150,10 +173,13 @@ def skeleton(model: Model, config: Any, tokenizer: Any, attention: str) -> Any:
     """The model without memory for its weights (on the meta device), to count and to check. Raises ModelError."""
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
+    config = copy.deepcopy(config)  # new tokens change it
     with torch.device("meta"), translated(f"architecture {config.model_type}"):
         empty = AutoModelForCausalLM.from_config(
             config, trust_remote_code=model.trust_remote_code, attn_implementation=attention
         )
+    if model.new_tokens:
+        embeddings.extend(empty, tokenizer.convert_tokens_to_ids(model.new_tokens))
     check_vocabulary(empty, tokenizer)
     return empty
 

@@ -13,6 +13,6 @@ def supervises(loss_on: str) -> str:
     return "all"
 
 
-def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
+def loss(model: Any, batch: Batch, label_smoothing: float = 0.0) -> tuple[torch.Tensor, int]:
     """(sum of the losses of all supervised tokens, their number)."""
-    return loss_sum(model, batch.model_inputs(), batch.targets), batch.num_supervised
+    return loss_sum(model, batch.model_inputs(), batch.targets, label_smoothing), batch.num_supervised

@@ -1,0 +1,100 @@
+"""Every recipe of configs/ runs as it is, with a two-layer model of the same architecture in place of the real one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, TINY_LLAMA, Workshop, forget_process_state, losses, write_jsonl
+
+from finetune import config as configs
+
+RECIPES = sorted(p for p in (ROOT / "configs").glob("*.yaml") if "quickstart" not in p.name)
+SIZES = {k: v for k, v in TINY_LLAMA.items() if k != "model_type"}
+# What stands in for a published model: the smallest of its kind. Llama-3.1 and Phi-3.5 bring a chat template.
+KINDS = {
+    "meta-llama": {"model_type": "llama"},
+    "TinyLlama": {"model_type": "llama"},
+    "EleutherAI": {"model_type": "gpt_neox"},
+    "facebook": {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "microsoft": {"model_type": "phi3"},
+    "Qwen": {"model_type": "qwen2"},
+}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer_of(kind: str, bytes_tokenizer, has_chat: bool):
+    if kind == "qwen2":  # transformers opens the tokenizer beside this kind with a class of its own
+        from transformers import Qwen2Tokenizer
+
+        tokenizer = Qwen2Tokenizer(
+            vocab=json.loads(bytes_tokenizer.backend_tokenizer.to_str())["model"]["vocab"], merges=[]
+        )
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    else:
+        tokenizer = bytes_tokenizer
+    tokenizer.chat_template = CHATML if has_chat else None
+    return tokenizer
+
+
+def stand_in(workshop: Workshop, path: str, bytes_tokenizer) -> str:
+    kind = KINDS[path.split("/")[0]]
+    tokenizer = tokenizer_of(kind["model_type"], bytes_tokenizer, has_chat="nstruct" in path)
+    tokenizer.save_pretrained(workshop.folder / "tokenizer")
+    settings = {"model__config": {**SIZES, **kind}, "model__tokenizer": str(workshop.folder / "tokenizer")}
+    return str(workshop.train("stand_in", **settings, data__template="question_answer", train__max_steps=1) / "model")
+
+
+def rows_for(recipe: dict, folder: Path) -> str:
+    data = recipe["data"]
+    if data["train"].endswith(".txt"):
+        path = folder / "field.txt"
+        path.write_text("\n\n".join(f"paragraph {n} says {'words ' * (n % 9)}" for n in range(400)))
+        return str(path)
+    names = {name: data.get("columns", {}).get(name, name) for name in ("question", "answer")}
+    turns = [(f"what is {n} times three", f"{3 * n}, {'so it is ' * (n % 7)}") for n in range(80)]
+    if "conversations" in data["train"]:
+        return str(write_jsonl(folder / "r.jsonl", [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]))  # fmt: skip
+    if "instructions" in data["train"]:
+        return str(write_jsonl(folder / "r.jsonl", [{"instruction": q, "output": a} for q, a in turns]))
+    return str(write_jsonl(folder / "r.jsonl", [{names["question"]: q, names["answer"]: a} for q, a in turns]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
+    import train
+    from finetune.engine.preemption import StopFlag
+
+    recipe = yaml.safe_load(path.read_text())
+    model = stand_in(workshop, recipe["model"]["path"], bytes_tokenizer)
+    arguments = {
+        "run.dir": workshop.folder / "runs", "model.path": model, "data.train": rows_for(recipe, workshop.folder),
+        "data.cache_dir": workshop.folder / "cache", "data.max_length": 128, "schedule.warmup_steps": 1, "train.max_steps": 3,
+        "checkpoint.every_steps": 2,
+    }  # fmt: skip
+    if "eval" in recipe["data"]:
+        arguments["data.eval"] = write_jsonl(workshop.folder / "eval.jsonl", [{"question": "new?", "answer": "yes"}])
+    if recipe["train"].get("precision") == "fp16":
+        arguments["train.precision"] = "fp32"  # fp16 needs a GPU
+    if recipe["schedule"]["kind"] == "constant":
+        del arguments["schedule.warmup_steps"]
+    if recipe["data"].get("packing"):
+        arguments |= {"train.global_batch_size": recipe["train"]["micro_batch_size"] * 2}
+    forget_process_state()
+    config, check = configs.parse(["--config", str(path), *(f"--{key}={value}" for key, value in arguments.items())])
+    train.run(config, check, StopFlag())
+    run = workshop.run_dir(config.run.name)
+    assert len(losses(run)) == 3
+    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_says_its_command_and_its_hardware(path):
+    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"python train.py --config configs/{path.name}" in head
+    assert " GB (estimated)" in head
+    assert configs.from_dict(configs.read_yaml(path)).run.name == path.stem
