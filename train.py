@@ -232,7 +232,15 @@ def loop(job: Job, model: Any, optimizer: Any, progress: Progress) -> None:
         every_minutes=config.checkpoint.every_minutes, keep_last=config.checkpoint.keep_last,
     )  # fmt: skip
     skips = 0
-    while progress.step < data.num_steps:
+
+    def evaluate() -> tuple[int | None, bool]:
+        """(step of the best evaluation so far, whether patience has run out)"""
+        if data.eval and progress.step not in topology.on_main(directory.eval_losses):
+            tracker.evaluation(progress.step, steps.evaluate(topology, model, loss, data.eval.epoch()))
+        return topology.on_main(lambda: directory.judge(config.evaluation.patience))
+
+    best, stalled = topology.on_main(lambda: directory.judge(config.evaluation.patience))
+    while progress.step < data.num_steps and not stalled:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
         try:
             result = steps.train_step(
@@ -253,19 +261,41 @@ def loop(job: Job, model: Any, optimizer: Any, progress: Progress) -> None:
         epoch, last = progress.step / data.train.steps_per_epoch, progress.step == data.num_steps
         tracker.step(progress, result, lr=lr, epoch=epoch, memory_gb=topology.memory_gb())
         with tracker.pause():
-            # A machine that is going away has no time for an evaluation.
-            if data.eval and not (must_stop or last) and due(progress.step, config.evaluation.every_steps):
-                tracker.evaluation(progress.step, steps.evaluate(topology, model, loss, data.eval.epoch()))
-            if last or must_stop or time_to_save or due(progress.step, config.checkpoint.every_steps):
-                saves.save(model, optimizer, progress)
+            if not (must_stop or last):  # a machine that is going away has no time for them
+                if due(progress.step, config.evaluation.every_steps):
+                    best, stalled = evaluate()
+                if due(progress.step, config.evaluation.sample_every_steps):
+                    sample(job, model, progress.step)
+            is_best = config.evaluation.export_best and best == progress.step
+            every = config.checkpoint.every_steps
+            if last or must_stop or stalled or time_to_save or is_best or due(progress.step, every):
+                saves.save(model, optimizer, progress, best if config.evaluation.export_best else None)
         if must_stop:
             tracker.close()
             raise Preempted(
                 f"{job.stop.reason or 'another process'} at step {progress.step}; saved, run the same command again"
             )
-    if data.eval and not topology.on_main(lambda: directory.has_evaluation(progress.step)):
-        tracker.evaluation(progress.step, steps.evaluate(topology, model, loss, data.eval.epoch()))
+    evaluate()
+    sample(job, model, progress.step)
     tracker.close()
+
+
+def sample(job: Job, model: Any, step: int) -> None:
+    """Answers to the fixed prompts of the config, on the main process."""
+    from finetune.evaluation import generation
+
+    wanted, data = job.config.evaluation, job.data
+    if wanted.sample_prompts:
+        template = data.template if job.config.objective.kind != "clm" else None
+
+        def write() -> None:
+            answers = generation.while_training(
+                job.topology.unwrap(model), data.tokenizer, template, wanted.sample_prompts,
+                system_prompt=job.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
+            )  # fmt: skip
+            job.directory.write_samples(step, wanted.sample_prompts, answers)
+
+        job.topology.on_main(write)
 
 
 # --------------------------------------------------------------------------------------- finish
@@ -274,9 +304,14 @@ def loop(job: Job, model: Any, optimizer: Any, progress: Progress) -> None:
 def finish(job: Job, model: Any, progress: Progress, untrained: dict[str, float]) -> None:
     """Export what has moved, open what was exported, and only then call the run complete."""
     from finetune import export
+    from finetune.engine import checkpoint
     from finetune.models import adapters
 
     topology, target = job.topology, job.directory.model
+    best, _ = topology.on_main(lambda: job.directory.judge(None))
+    if job.config.evaluation.export_best and best != progress.step:
+        checkpoint.load_weights(job.directory.checkpoints, best, topology, model)
+        tell(topology, f"exporting the weights of step {best}, the best evaluation")
     trained, trains = adapters.sums(model), {name for name, p in model.named_parameters() if p.requires_grad}
     still = [name for name in trained if trained[name] == untrained[name]]
     if frozen := [name for name in trained if name not in trains and name not in still]:

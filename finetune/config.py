@@ -229,6 +229,16 @@ class Evaluation(Section):
     """Evaluate every so many steps, and always at the end; null: at the end only."""
     micro_batch_size: BatchSize | None = None
     """Sequences that one process evaluates at once; null: train.micro_batch_size."""
+    patience: Positive | None = None
+    """Stop when so many evaluations in a row have not been the best; null: never."""
+    export_best: bool = False
+    """Export the weights of the best evaluation, not the last ones."""
+    sample_prompts: list[str] = []
+    """Messages that the model answers now and then, into samples.jsonl."""
+    sample_every_steps: Positive | None = None
+    """Answer evaluation.sample_prompts every so many steps, and always at the end; null: at the end only."""
+    sample_max_new_tokens: Positive = 128
+    """Longest answer to a sample prompt."""
 
 
 class Tracking(Section):
@@ -401,11 +411,16 @@ def conflicts(config: Config) -> Iterator[str]:
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size {train.micro_batch_size}"
         )
+    if not config.evaluation.sample_prompts:
+        names = ("sample_every_steps", "sample_max_new_tokens")
+        yield from _ignored(config.evaluation, "evaluation", names, "there are no evaluation.sample_prompts")
+    if config.evaluation.patience is not None and config.evaluation.every_steps is None:
+        yield "evaluation.patience: needs evaluation.every_steps; there is only one evaluation, at the end"
     if data.eval is None and data.eval_fraction == 0:
         yield from _ignored(
             config.evaluation,
             "evaluation",
-            ("every_steps", "micro_batch_size"),
+            ("every_steps", "micro_batch_size", "patience", "export_best"),
             "there are no evaluation rows (data.eval)",
         )
 

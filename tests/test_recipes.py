@@ -73,7 +73,7 @@ def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
     model = stand_in(workshop, recipe["model"]["path"], bytes_tokenizer)
     arguments = {
         "run.dir": workshop.folder / "runs", "model.path": model, "data.train": rows_for(recipe, workshop.folder),
-        "data.cache_dir": workshop.folder / "cache", "data.max_length": 128, "schedule.warmup_steps": 1, "train.max_steps": 3,
+        "data.cache_dir": workshop.folder / "cache", "data.max_length": 250, "schedule.warmup_steps": 1, "train.max_steps": 3,
         "checkpoint.every_steps": 2,
     }  # fmt: skip
     if "eval" in recipe["data"]:

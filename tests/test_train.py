@@ -438,3 +438,51 @@ def test_metrics_are_json_also_where_a_number_is_infinite(tmp_path):
         "step": 1,
         "grad_norm": None,
     }
+
+
+EVALUATED = {"data__eval_fraction": 0.2, "evaluation__every_steps": 1, "checkpoint__keep_last": 1}
+OVERFITS = {**EVALUATED, "optimizer__lr": 1.0, "schedule__kind": "constant", "train__max_steps": 12, "train__epochs": 9}
+
+
+def eval_losses(run):
+    return {line["step"]: line["eval_loss"] for line in read_jsonl(run / "eval.jsonl")}
+
+
+def test_the_best_weights_are_exported_where_that_is_asked_for(workshop):
+    """At a rate of 1.0 the loss goes up and down, so the last is not the best."""
+    from safetensors.torch import load_file
+
+    run = workshop.train(**OVERFITS, evaluation__export_best=True)
+    found = eval_losses(run)
+    best = min(found, key=found.get)
+    assert best < 12
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {f"step-{best:08d}", "step-00000012"}
+    until = workshop.train("until", **(OVERFITS | {"train__max_steps": 12}))
+    assert not torch.equal(*(load_file(r / "model/model.safetensors")["model.norm.weight"] for r in (run, until)))
+    (run / "outcome.json").unlink()
+    again = load_file(workshop.train(**OVERFITS, evaluation__export_best=True) / "model/model.safetensors")
+    assert all(torch.equal(t, again[n]) for n, t in load_file(run / "model/model.safetensors").items())
+
+
+def test_a_run_stops_when_its_patience_is_out(workshop):
+    run = workshop.train(**OVERFITS, evaluation__patience=2)
+    found = list(eval_losses(run).values())
+    assert len(found) < 12
+    assert min(found[-2:]) >= min(found[:-2])
+    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_samples_change_nothing_but_their_file(workshop, adapter):
+    settings = {"train__max_steps": 4, "data__packing": True, "train__global_batch_size": 2, "train__epochs": 9}
+    if adapter:
+        settings |= from_folder(workshop.train("base") / "model") | {"adapter__kind": "lora", "adapter__dropout": 0.1}
+    plain = workshop.train("plain", **settings)
+    sampled = workshop.train("sampled", **settings, evaluation__sample_prompts=["what is 2 times three", "hi"], evaluation__sample_every_steps=2, evaluation__sample_max_new_tokens=5)  # fmt: skip
+    assert losses(sampled) == losses(plain)
+    lines = read_jsonl(sampled / "samples.jsonl")
+    assert [(line["step"], line["prompt"]) for line in lines] == [
+        (2, "what is 2 times three"), (2, "hi"), (4, "what is 2 times three"), (4, "hi"),
+    ]  # fmt: skip
+    config = [json.loads((run / "model/generation_config.json").read_text()) for run in (plain, sampled)]
+    assert config[0] == config[1]

@@ -48,14 +48,15 @@ class Found:
 
 
 def save(
-    root: Path, topology: Topology, model: nn.Module, optimizer: Any, progress: Progress, about: dict[str, Any], keep_last: int
+    root: Path, topology: Topology, model: nn.Module, optimizer: Any, progress: Progress, about: dict[str, Any], keep_last: int,
+    best: int | None = None,
 ) -> None:  # fmt: skip
-    """Write checkpoint `step-<progress.step>` under `root` and prune older ones. Collective.
+    """Write checkpoint `step-<progress.step>` under `root` and prune older ones, but not that of step `best`. Collective.
 
     `about` goes into the manifest: what a resumption must agree with. Raises CheckpointError on
     every process if any failed; what was there before stays as it was.
     """
-    final, writing = root / f"step-{progress.step:08d}", root / f".writing-step-{progress.step:08d}"
+    final, writing = root / step_name(progress.step), root / f".writing-{step_name(progress.step)}"
     manifest = {
         "format": FORMAT, "progress": progress.to_dict(), "num_processes": topology.num_processes,
         "topology": topology.name, **about,
@@ -64,7 +65,7 @@ def save(
         topology.on_main(lambda: _begin(root, writing))
         topology.on_every(lambda: _write_own(writing, topology))
         _write_shards(writing, topology, model, optimizer)
-        topology.on_main(lambda: _commit(writing, final, manifest, keep_last))
+        topology.on_main(lambda: _commit(writing, final, manifest, keep_last, best))
     except Exception as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
         if topology.is_main:
             shutil.rmtree(writing, ignore_errors=True)  # its space may be what is missing
@@ -91,7 +92,7 @@ def _write_shards(writing: Path, topology: Topology, model: nn.Module, optimizer
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing / "shards", no_dist=alone)
 
 
-def _commit(writing: Path, final: Path, manifest: dict[str, Any], keep_last: int) -> None:
+def _commit(writing: Path, final: Path, manifest: dict[str, Any], keep_last: int, best: int | None) -> None:
     """Hashes last, then one rename; only then may older ones go."""
     _write(writing / MANIFEST, {**manifest, "files": _hashes(writing)})
     _flush_directory(writing / "shards")
@@ -99,7 +100,12 @@ def _commit(writing: Path, final: Path, manifest: dict[str, Any], keep_last: int
     os.rename(writing, final)
     _flush_directory(final.parent)
     for old in steps(final.parent)[keep_last:]:
-        shutil.rmtree(old)
+        if best is None or old.name != step_name(best):
+            shutil.rmtree(old)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def steps(root: Path) -> list[Path]:
@@ -128,8 +134,8 @@ class Saver:
         """Whether checkpoint.every_minutes have passed on this process's clock."""
         return self.every_minutes is not None and time.monotonic() - self.saved_at > 60 * self.every_minutes
 
-    def save(self, model: nn.Module, optimizer: Any, progress: Progress) -> None:
-        save(self.root, self.topology, model, optimizer, progress, self.about, self.keep_last)
+    def save(self, model: nn.Module, optimizer: Any, progress: Progress, best: int | None = None) -> None:
+        save(self.root, self.topology, model, optimizer, progress, self.about, self.keep_last, best)
         self.saved_at = time.monotonic()
 
 
@@ -170,6 +176,18 @@ def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
     return None, {}
 
 
+def load_weights(root: Path, step: int, topology: Topology, model: nn.Module) -> None:
+    """Put back the weights, and nothing else, of one checkpoint. Collective. Raises CheckpointError."""
+    path = root / step_name(step)
+    try:
+        topology.on_main(lambda: _verified_manifest(path))
+        weights = _weights(topology, model)
+        with _alone(topology) as alone:
+            dcp.load({"model": weights}, checkpoint_id=path / "shards", no_dist=alone)
+    except Exception as exc:
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+
+
 def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, progress: Progress) -> None:
     """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises CheckpointError."""
     model_state, optimizer_state = _state(topology, model, optimizer)
@@ -192,8 +210,11 @@ def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, pro
 
 def _state(topology: Topology, model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights that train and the optimizer's state, under the names of the bare model."""
-    weights = {name: p.detach() for name, p in topology.unwrap(model).named_parameters() if p.requires_grad}
-    return weights, get_optimizer_state_dict(model, _bare(optimizer), options=_options())
+    return _weights(topology, model), get_optimizer_state_dict(model, _bare(optimizer), options=_options())
+
+
+def _weights(topology: Topology, model: nn.Module) -> dict[str, Any]:
+    return {name: p.detach() for name, p in topology.unwrap(model).named_parameters() if p.requires_grad}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -31,6 +32,7 @@ class RunDirectory:
         self.model = self.path / "model"
         self.metrics = self.path / "metrics.jsonl"
         self.evals = self.path / "eval.jsonl"
+        self.samples = self.path / "samples.jsonl"
 
     def check(self, config: Config) -> None:
         """Raise RunDirectoryError if it cannot be written or holds another run. Writes nothing."""
@@ -108,15 +110,28 @@ class RunDirectory:
             )
         return True
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the evaluation after this step is on record."""
-        return self.evals.exists() and any(
-            _step_of(line) == step for line in self.evals.read_text(errors="replace").splitlines()
+    def eval_losses(self) -> dict[int, float]:
+        """Step -> loss of every evaluation on record; infinity where it was no number."""
+        lines = self.evals.read_text(errors="replace").splitlines() if self.evals.exists() else []
+        read = [json.loads(line) for line in lines if _step_of(line) < math.inf]
+        return {int(line["step"]): math.inf if line["eval_loss"] is None else line["eval_loss"] for line in read}
+
+    def judge(self, patience: int | None) -> tuple[int | None, bool]:
+        """(step of the lowest evaluation loss, whether the last `patience` evaluations were all no better than one before)."""
+        losses = self.eval_losses()
+        best, values = min(losses, key=lambda step: losses[step], default=None), list(losses.values())
+        return best, patience is not None and len(values) > patience and min(values[-patience:]) >= min(
+            values[:-patience]
         )
+
+    def write_samples(self, step: int, prompts: list[str], answers: list[str]) -> None:
+        with self.samples.open("a") as file:
+            for prompt, answer in zip(prompts, answers):
+                file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
         """Take lines of later steps (and a torn last line) out of the logs: they will be trained again."""
-        for log in (self.metrics, self.evals):
+        for log in (self.metrics, self.evals, self.samples):
             if log.exists():
                 kept = [line for line in log.read_text(errors="replace").splitlines() if _step_of(line) <= step]
                 write_atomically(log, "".join(line + "\n" for line in kept))

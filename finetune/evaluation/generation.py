@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from finetune.data import templates
 from finetune.data.rows import Message, Place
+from finetune.data.templates import Template
 from finetune.data.tokens import encode_prompt
 
 
@@ -68,6 +69,26 @@ def answers(
         bar.update(len(chosen))
     bar.close()
     return results
+
+
+def while_training(
+    model: Any, tokenizer: Any, template: Template | None, prompts: Sequence[str], *, system_prompt: str | None, max_new_tokens: int
+) -> list[str]:  # fmt: skip
+    """Greedy answers of a model in training, as it will answer once exported; afterwards all is as it was.
+
+    `template` None: prompts are plain text to go on from.
+    """
+    system = [Message("system", system_prompt)] if system_prompt is not None else []
+    texts = [template.prompt([*system, Message("user", prompt)]) if template else prompt for prompt in prompts]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention, settings, was_training = inner.config._attn_implementation, model.generation_config, model.training
+    inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
+    try:
+        return answers(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts))
+    finally:
+        inner.set_attn_implementation(attention)
+        model.generation_config = settings
+        model.train(was_training)
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[Message], place: Place = templates.PROMPT) -> str:
