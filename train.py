@@ -33,7 +33,9 @@ from finetune.progress import Progress
 
 if TYPE_CHECKING:
     from finetune.engine.rundir import RunDirectory
+    from finetune.engine.state import TrainState
     from finetune.engine.topology import Topology
+    from finetune.engine.tracking import Tracker
     from finetune.preflight import Data
 
 EVA_STEPS = 8  # steps whose inputs adapter.init: eva looks at
@@ -99,20 +101,19 @@ def train(job: Job) -> None:
     """Build, loop, finish; however it ends, the outcome says so."""
     from finetune.models import adapters
 
-    directory, topology, progress = job.directory, job.topology, Progress()
-    model, optimizer = build(job)
-    untrained = adapters.sums(model)
+    directory, topology, state = job.directory, job.topology, build(job)
+    untrained = adapters.sums(state.model)
     topology.on_main(directory.lock)
     try:
-        resume(job, model, optimizer, progress)
-        open_directory(job, progress)
-        loop(job, model, optimizer, progress)
-        finish(job, model, progress, untrained)
+        resume(job, state)
+        open_directory(job, state.progress)
+        loop(job, state)
+        finish(job, state, untrained)
     except (Exception, Preempted) as exc:
         if topology.is_main and directory.outcome():
-            state, name = ("preempted", "") if isinstance(exc, Preempted) else ("failed", f"{type(exc).__name__}: ")
+            ended, name = ("preempted", "") if isinstance(exc, Preempted) else ("failed", f"{type(exc).__name__}: ")
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                directory.write_outcome(state, progress.step, f"{name}{exc}")
+                directory.write_outcome(ended, state.progress.step, f"{name}{exc}")
         raise
     finally:
         if topology.is_main:
@@ -122,11 +123,13 @@ def train(job: Job) -> None:
 # ---------------------------------------------------------------------------------------- build
 
 
-def build(job: Job) -> tuple[Any, Any]:
+def build(job: Job) -> "TrainState":
     """Model and optimizer, on their devices and shared between processes."""
     import torch
 
     from finetune.engine import optim
+    from finetune.engine.ema import Ema
+    from finetune.engine.state import TrainState
     from finetune.models import adapters, attention, embeddings, load
 
     config, topology = job.config, job.topology
@@ -159,22 +162,23 @@ def build(job: Job) -> tuple[Any, Any]:
     model, optimizer = topology.prepare(model, optim.build(model, config.optimizer))
     attention.check(model, base, job.data.attention, topology.device, topology.precision)
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
-    return model, optimizer
+    decay = config.train.ema_decay
+    return TrainState(model, optimizer, None if decay is None else Ema(topology.unwrap(model), decay))
 
 
-def resume(job: Job, model: Any, optimizer: Any, progress: Progress) -> None:
+def resume(job: Job, state: "TrainState") -> None:
     """Go on from the newest valid checkpoint of this run, if it has one."""
     from finetune.engine import checkpoint
 
     root = job.directory.checkpoints
     found, damaged = job.topology.on_main(lambda: checkpoint.find_newest(root))
     if found:
-        checkpoint.require_same_run(found, job.config, identity(job, model))
-        checkpoint.load(found, job.topology, model, optimizer, progress)
+        checkpoint.require_same_run(found, job.config, identity(job, state.model))
+        checkpoint.load(found, job.topology, state)
         job.topology.on_main(lambda: checkpoint.set_aside(list(damaged)))
         for path, problem in damaged.items():
             tell(job.topology, f"skipped a damaged checkpoint: {path}: {problem}")
-        tell(job.topology, f"resumed from {found.path} at step {progress.step}")
+        tell(job.topology, f"resumed from {found.path} at step {state.progress.step}")
     elif job.directory.outcome():
         tell(job.topology, f"no checkpoint in {root}: starting again at step 1")
 
@@ -211,40 +215,37 @@ def open_directory(job: Job, progress: Progress) -> None:
 # ----------------------------------------------------------------------------------------- loop
 
 
-def loop(job: Job, model: Any, optimizer: Any, progress: Progress) -> None:
-    """Step, log, evaluate, save; until the plan is done or the machine is taken away."""
+def loop(job: Job, state: "TrainState") -> None:
+    """Step, log, evaluate, save; until the plan is done, nothing gets better, or the machine is taken away."""
     from finetune.engine import checkpoint, optim
     from finetune.engine import step as steps
-    from finetune.engine.tracking import Tracker
-    from finetune.models.adapters import count
     from finetune.objectives import OBJECTIVES
 
-    config, directory, topology, data = job.config, job.directory, job.topology, job.data
+    config, directory, topology, data, progress = job.config, job.directory, job.topology, job.data, state.progress
     loss = functools.partial(OBJECTIVES[config.objective.kind].loss, label_smoothing=config.objective.label_smoothing)
-    trainable, total = count(model)
-    tracker = Tracker(
-        directory.metrics, directory.evals, num_steps=data.num_steps, start=progress.step, is_main=topology.is_main,
-        num_processes=topology.num_processes, every=config.tracking.log_every_steps, flops_per_token=2.0 * trainable + 4.0 * total,
-    )  # fmt: skip
+    tracker = open_tracker(job, state)
     job.stop.only_note()
     saves = checkpoint.Saver(
-        directory.checkpoints, topology, about={"config": config.model_dump(), "identity": identity(job, model)},
+        directory.checkpoints, topology, about={"config": config.model_dump(), "identity": identity(job, state.model)},
         every_minutes=config.checkpoint.every_minutes, keep_last=config.checkpoint.keep_last,
     )  # fmt: skip
-    skips = 0
+    keep_best, skips = config.evaluation.export_best, 0
 
-    def evaluate() -> tuple[int | None, bool]:
-        """(step of the best evaluation so far, whether patience has run out)"""
-        if data.eval and progress.step not in topology.on_main(directory.eval_losses):
-            tracker.evaluation(progress.step, steps.evaluate(topology, model, loss, data.eval.epoch()))
+    def judge() -> tuple[int | None, bool]:
         return topology.on_main(lambda: directory.judge(config.evaluation.patience))
 
-    best, stalled = topology.on_main(lambda: directory.judge(config.evaluation.patience))
+    def evaluate() -> None:
+        if data.eval and progress.step not in topology.on_main(directory.eval_losses):
+            with state.averaged():
+                values = steps.evaluate(topology, state.model, loss, data.eval.epoch())
+            tracker.evaluation(progress.step, values)
+
+    best, stalled = judge()
     while progress.step < data.num_steps and not stalled:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
         try:
             result = steps.train_step(
-                topology, model, optimizer, loss, data.train.at(progress.step),
+                topology, state.model, state.optimizer, loss, data.train.at(progress.step),
                 lr=lr, max_grad_norm=config.train.max_grad_norm, wishes=lambda: (job.stop.is_set, saves.is_time()),
             )  # fmt: skip
         except TrainingDiverged as exc:
@@ -258,90 +259,112 @@ def loop(job: Job, model: Any, optimizer: Any, progress: Progress) -> None:
             )
         progress.advance(len(data.train.of_step(progress.step)), result.tokens, result.supervised_tokens)
         progress.epoch = progress.step // data.train.steps_per_epoch
+        if state.ema:
+            state.ema.update(progress.step)
         epoch, last = progress.step / data.train.steps_per_epoch, progress.step == data.num_steps
         tracker.step(progress, result, lr=lr, epoch=epoch, memory_gb=topology.memory_gb())
         with tracker.pause():
             if not (must_stop or last):  # a machine that is going away has no time for them
                 if due(progress.step, config.evaluation.every_steps):
-                    best, stalled = evaluate()
+                    evaluate()
+                    best, stalled = judge()
                 if due(progress.step, config.evaluation.sample_every_steps):
-                    sample(job, model, progress.step)
-            is_best = config.evaluation.export_best and best == progress.step
-            every = config.checkpoint.every_steps
-            if last or must_stop or stalled or time_to_save or is_best or due(progress.step, every):
-                saves.save(model, optimizer, progress, best if config.evaluation.export_best else None)
+                    sample(job, state)
+            ends, is_best = last or must_stop or stalled, keep_best and best == progress.step
+            if ends or time_to_save or is_best or due(progress.step, config.checkpoint.every_steps):
+                saves.save(state, best if keep_best else None)
         if must_stop:
             tracker.close()
             raise Preempted(
                 f"{job.stop.reason or 'another process'} at step {progress.step}; saved, run the same command again"
             )
+    if stalled:
+        tell(topology, f"no evaluation since step {best} was better: stopping at step {progress.step}")
     evaluate()
-    sample(job, model, progress.step)
+    sample(job, state)
     tracker.close()
 
 
-def sample(job: Job, model: Any, step: int) -> None:
+def open_tracker(job: Job, state: "TrainState") -> "Tracker":
+    """What tells the files, the terminal and the trackers how the run goes."""
+    from finetune.engine.trackers import Trackers
+    from finetune.engine.tracking import Tracker, say
+    from finetune.models.adapters import count
+
+    config, directory, topology, progress = job.config, job.directory, job.topology, state.progress
+    trainable, total = count(state.model)
+    wanted = config.tracking
+    trackers = None
+    if topology.is_main and wanted.trackers:
+        trackers = Trackers(
+            wanted.trackers, project=wanted.project, run_name=config.run.name, run_id=progress.run_id,
+            directory=directory.path, first_step=progress.step + 1, wandb_mode=wanted.wandb_mode,
+            about={"config": config.model_dump(), "receipt": directory.receipt()}, say=say,
+        )  # fmt: skip
+    return Tracker(
+        directory.metrics, directory.evals, num_steps=job.data.num_steps, start=progress.step, is_main=topology.is_main,
+        num_processes=topology.num_processes, every=wanted.log_every_steps, flops_per_token=2.0 * trainable + 4.0 * total,
+        trackers=trackers,
+    )  # fmt: skip
+
+
+def sample(job: Job, state: "TrainState") -> None:
     """Answers to the fixed prompts of the config, on the main process."""
     from finetune.evaluation import generation
 
     wanted, data = job.config.evaluation, job.data
-    if wanted.sample_prompts:
-        template = data.template if job.config.objective.kind != "clm" else None
 
-        def write() -> None:
+    def write() -> None:
+        template = data.template if job.config.objective.kind != "clm" else None
+        with state.averaged():
             answers = generation.while_training(
-                job.topology.unwrap(model), data.tokenizer, template, wanted.sample_prompts,
+                job.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,
                 system_prompt=job.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
             )  # fmt: skip
-            job.directory.write_samples(step, wanted.sample_prompts, answers)
+        job.directory.write_samples(state.progress.step, wanted.sample_prompts, answers)
 
+    if wanted.sample_prompts:
         job.topology.on_main(write)
 
 
 # --------------------------------------------------------------------------------------- finish
 
 
-def finish(job: Job, model: Any, progress: Progress, untrained: dict[str, float]) -> None:
+def finish(job: Job, state: "TrainState", untrained: dict[str, float]) -> None:
     """Export what has moved, open what was exported, and only then call the run complete."""
     from finetune import export
     from finetune.engine import checkpoint
     from finetune.models import adapters
 
-    topology, target = job.topology, job.directory.model
+    config, topology, target, step = job.config, job.topology, job.directory.model, state.progress.step
     best, _ = topology.on_main(lambda: job.directory.judge(None))
-    if job.config.evaluation.export_best and best != progress.step:
-        checkpoint.load_weights(job.directory.checkpoints, best, topology, model)
+    if config.evaluation.export_best and best != step:
+        checkpoint.load_weights(job.directory.checkpoints, best, topology, state)
         tell(topology, f"exporting the weights of step {best}, the best evaluation")
-    trained, trains = adapters.sums(model), {name for name, p in model.named_parameters() if p.requires_grad}
-    still = [name for name in trained if trained[name] == untrained[name]]
-    if frozen := [name for name in trained if name not in trains and name not in still]:
-        raise ExportError(f"{len(frozen)} frozen weights have moved, such as {frozen[0]}")
-    still = [name for name in still if name in trains]
-    if len(still) == len(trains):
-        raise ExportError(
-            f"not one weight has moved in {progress.step} steps; is optimizer.lr too small for model.dtype?"
-        )
+    if state.ema:
+        state.ema.put_in()
+    still, num_trained = adapters.not_moved(state.model, untrained)
+    if len(still) == num_trained:
+        raise ExportError(f"not one weight has moved in {step} steps; is optimizer.lr too small for model.dtype?")
     if still:
-        tell(topology, f"note: {len(still)} of {len(trains)} weight tensors have not moved, such as {still[0]}")
-    bare = topology.unwrap(model)
-    weights = topology.full_weights(model, trained_only=job.config.adapter.kind != "full")
+        tell(topology, f"note: {len(still)} of {num_trained} weight tensors have not moved, such as {still[0]}")
+    bare = topology.unwrap(state.model)
+    weights = topology.full_weights(state.model, trained_only=config.adapter.kind != "full")
+    sft = config.objective.kind != "clm"  # plain text has no turns whose template there is to keep
+    template, system_prompt = (job.data.template, config.data.system_prompt) if sft else (None, None)
 
     def save_and_verify() -> None:
-        sft = job.config.objective.kind != "clm"  # plain text has no turns whose template there is to keep
-        template, system_prompt = (job.data.template, job.config.data.system_prompt) if sft else (None, None)
         folder = target.with_name(".writing-model")
         export.save(bare, weights, job.data.tokenizer, template, folder, system_prompt)
         export.verify(
             folder, bare, weights, job.data.tokenizer, template, system_prompt=system_prompt,
-            precision=topology.precision, trust_remote_code=job.config.model.trust_remote_code,
+            precision=topology.precision, trust_remote_code=config.model.trust_remote_code,
         )  # fmt: skip
         export.publish(folder, target)
-        job.directory.write_outcome("complete", progress.step, "every step done, model verified")
+        job.directory.write_outcome("complete", step, "every step done, model verified")
 
     topology.on_main(save_and_verify)
-    tell(topology, f"complete: {target}")
-    if job.config.objective.kind != "clm":
-        tell(topology, f"chat with it: python -m finetune chat --model {target}")
+    tell(topology, f"complete: {target}" + (f"\nchat with it: python -m finetune chat --model {target}" if sft else ""))
 
 
 def due(step: int, every: int | None) -> bool:

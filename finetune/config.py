@@ -205,6 +205,8 @@ class Train(Section):
     """Gradients are scaled down to this norm; null: not."""
     neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """NEFTune: noise on the embeddings in training, of +-alpha / sqrt(tokens x width); null: none."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an average of the weights, and evaluate, sample and export it; null: the weights themselves."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -246,6 +248,12 @@ class Tracking(Section):
 
     log_every_steps: Positive = 1
     """Write metrics every so many steps."""
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = []
+    """Programs that get the metrics too: Weights & Biases, TensorBoard (into the run directory), Trackio."""
+    project: str = "finetune"
+    """Project of the run in wandb and trackio."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """offline: into the run directory, for `wandb sync`; disabled: nowhere; null: as WANDB_MODE says, else online."""
 
 
 class Config(Section):
@@ -272,7 +280,8 @@ class Config(Section):
 # of a step (micro_batch_size and checkpointing only reorder the same float operations).
 RESUME_MAY_CHANGE = (
     "run.dir", "data.cache_dir", "model.attention", "train.micro_batch_size", "train.gradient_checkpointing",
-    "checkpoint.*", "evaluation.*", "tracking.*",
+    "checkpoint.*", "evaluation.every_steps", "evaluation.micro_batch_size", "evaluation.patience", "evaluation.sample_*",
+    "tracking.*",
 )  # fmt: skip
 
 
@@ -414,6 +423,13 @@ def conflicts(config: Config) -> Iterator[str]:
     if not config.evaluation.sample_prompts:
         names = ("sample_every_steps", "sample_max_new_tokens")
         yield from _ignored(config.evaluation, "evaluation", names, "there are no evaluation.sample_prompts")
+    trackers = config.tracking.trackers
+    if len(set(trackers)) < len(trackers):
+        yield "tracking.trackers: names one twice"
+    if "wandb" not in trackers:
+        yield from _ignored(config.tracking, "tracking", ("wandb_mode",), "wandb is not among tracking.trackers")
+        if "trackio" not in trackers:
+            yield from _ignored(config.tracking, "tracking", ("project",), "it is for wandb and trackio")
     if config.evaluation.patience is not None and config.evaluation.every_steps is None:
         yield "evaluation.patience: needs evaluation.every_steps; there is only one evaluation, at the end"
     if data.eval is None and data.eval_fraction == 0:

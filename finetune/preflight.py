@@ -9,6 +9,7 @@ import numpy as np
 from finetune import export
 from finetune.config import Config, accumulation
 from finetune.data import batches, rows, templates, tokens
+from finetune.engine import trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError
 from finetune.models import adapters, attention, load
@@ -40,6 +41,7 @@ class Data:
 def prepare(config: Config, topology: Topology) -> Data:
     """Rows -> sequences in a plan. Raises UserError for whatever is wrong with rows, template or tokenizer."""
     wanted, seed = config.data, config.run.seed
+    topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
     tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
     kernel = attention.choose(
         config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision

@@ -1,6 +1,8 @@
 """How far a run has come. No torch."""
 
-from dataclasses import asdict, dataclass, fields
+import secrets
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 
 @dataclass
@@ -8,7 +10,8 @@ class Progress:
     """Everything that places a run in its plan.
 
     `step` is the number of optimizer steps done; `epoch` and `sequences` count what those
-    steps consumed; `tokens` and `supervised_tokens` are totals over all processes.
+    steps consumed; `tokens` and `supervised_tokens` are totals over all processes. `run_id` is
+    how trackers know the run, however often it is started.
     """
 
     step: int = 0
@@ -16,8 +19,9 @@ class Progress:
     sequences: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    run_id: str = field(default_factory=lambda: secrets.token_hex(4))
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def advance(self, sequences: int, tokens: int, supervised_tokens: int) -> None:
@@ -27,7 +31,7 @@ class Progress:
         self.tokens += tokens
         self.supervised_tokens += supervised_tokens
 
-    def restore(self, values: dict[str, int]) -> None:
+    def restore(self, values: dict[str, Any]) -> None:
         """Take over what `to_dict` gave."""
-        for field in fields(self):
-            setattr(self, field.name, values[field.name])
+        for each in fields(self):
+            setattr(self, each.name, values[each.name])

@@ -28,7 +28,7 @@ ALLOWED = {
     "finetune.export": ["finetune.data", "finetune.models", "finetune.errors"],
     "finetune.preflight": [
         "finetune.data", "finetune.models", "finetune.objectives", "finetune.export", "finetune.engine.topology",
-        "finetune.config", "finetune.errors",
+        "finetune.engine.trackers", "finetune.config", "finetune.errors",
     ],
     "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
@@ -42,7 +42,10 @@ SHARDING = (
     "torch.distributed.checkpoint",
     "accelerate",
 )
-MAY_SHARD = {"finetune.engine.topology": SHARDING, "finetune.engine.checkpoint": ("torch.distributed.checkpoint",)}
+MAY_SHARD = {
+    "finetune.engine.topology": SHARDING, "finetune.engine.checkpoint": ("torch.distributed.checkpoint",),
+    "finetune.engine.trackers": ("accelerate.tracking",),
+}  # fmt: skip
 
 
 def modules():

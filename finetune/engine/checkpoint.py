@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from finetune.config import Config, differences
+from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.errors import CheckpointError, RunDirectoryError
 from finetune.progress import Progress
@@ -48,14 +48,14 @@ class Found:
 
 
 def save(
-    root: Path, topology: Topology, model: nn.Module, optimizer: Any, progress: Progress, about: dict[str, Any], keep_last: int,
-    best: int | None = None,
-) -> None:  # fmt: skip
+    root: Path, topology: Topology, state: TrainState, about: dict[str, Any], keep_last: int, best: int | None = None
+) -> None:
     """Write checkpoint `step-<progress.step>` under `root` and prune older ones, but not that of step `best`. Collective.
 
     `about` goes into the manifest: what a resumption must agree with. Raises CheckpointError on
     every process if any failed; what was there before stays as it was.
     """
+    progress = state.progress
     final, writing = root / step_name(progress.step), root / f".writing-{step_name(progress.step)}"
     manifest = {
         "format": FORMAT, "progress": progress.to_dict(), "num_processes": topology.num_processes,
@@ -64,7 +64,7 @@ def save(
     try:
         topology.on_main(lambda: _begin(root, writing))
         topology.on_every(lambda: _write_own(writing, topology))
-        _write_shards(writing, topology, model, optimizer)
+        _write_shards(writing, topology, state)
         topology.on_main(lambda: _commit(writing, final, manifest, keep_last, best))
     except Exception as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
         if topology.is_main:
@@ -85,11 +85,11 @@ def _write_own(writing: Path, topology: Topology) -> None:
     _write(writing / f"process-{topology.rank:04d}.json", own)
 
 
-def _write_shards(writing: Path, topology: Topology, model: nn.Module, optimizer: Any) -> None:
+def _write_shards(writing: Path, topology: Topology, state: TrainState) -> None:
     """This process's part of the tensors. dcp flushes its files, and raises on every process if one fails."""
-    model_state, optimizer_state = _state(topology, model, optimizer)
+    tensors = _tensors(topology, state)
     with _alone(topology) as alone:
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing / "shards", no_dist=alone)
+        dcp.save(tensors, checkpoint_id=writing / "shards", no_dist=alone)
 
 
 def _commit(writing: Path, final: Path, manifest: dict[str, Any], keep_last: int, best: int | None) -> None:
@@ -134,8 +134,8 @@ class Saver:
         """Whether checkpoint.every_minutes have passed on this process's clock."""
         return self.every_minutes is not None and time.monotonic() - self.saved_at > 60 * self.every_minutes
 
-    def save(self, model: nn.Module, optimizer: Any, progress: Progress, best: int | None = None) -> None:
-        save(self.root, self.topology, model, optimizer, progress, self.about, self.keep_last, best)
+    def save(self, state: TrainState, best: int | None = None) -> None:
+        save(self.root, self.topology, state, self.about, self.keep_last, best)
         self.saved_at = time.monotonic()
 
 
@@ -176,28 +176,25 @@ def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
     return None, {}
 
 
-def load_weights(root: Path, step: int, topology: Topology, model: nn.Module) -> None:
-    """Put back the weights, and nothing else, of one checkpoint. Collective. Raises CheckpointError."""
+def load_weights(root: Path, step: int, topology: Topology, state: TrainState) -> None:
+    """Put back the weights (and their averages), and nothing else, of one checkpoint. Collective. Raises CheckpointError."""
     path = root / step_name(step)
     try:
         topology.on_main(lambda: _verified_manifest(path))
-        weights = _weights(topology, model)
+        weights = _weights(topology, state)
         with _alone(topology) as alone:
-            dcp.load({"model": weights}, checkpoint_id=path / "shards", no_dist=alone)
+            dcp.load(weights, checkpoint_id=path / "shards", no_dist=alone)
     except Exception as exc:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
 
 
-def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, progress: Progress) -> None:
+def load(found: Found, topology: Topology, state: TrainState) -> None:
     """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises CheckpointError."""
-    model_state, optimizer_state = _state(topology, model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    tensors = _tensors(topology, state)
     try:
         with _alone(topology) as alone:
-            dcp.load(state, checkpoint_id=found.path / "shards", no_dist=alone)
-        set_optimizer_state_dict(
-            model, _bare(optimizer), state["optimizer"], options=_options()
-        )  # weights were read in place
+            dcp.load(tensors, checkpoint_id=found.path / "shards", no_dist=alone)  # weights are read in place
+        set_optimizer_state_dict(state.model, _bare(state.optimizer), tensors["optimizer"], options=_options())
         own = found.path / f"process-{topology.rank:04d}.json"
         if own.exists():
             _restore_random_state(json.loads(own.read_text())["random"], topology)
@@ -205,16 +202,18 @@ def load(found: Found, topology: Topology, model: nn.Module, optimizer: Any, pro
         topology.restore_scaler(json.loads((found.path / "process-0000.json").read_text())["scaler"])
     except Exception as exc:  # dcp raises many kinds for a checkpoint that does not fit the model
         raise CheckpointError(f"checkpoint {found.path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
-    progress.restore(found.manifest["progress"])
+    state.progress.restore(found.manifest["progress"])
 
 
-def _state(topology: Topology, model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights that train and the optimizer's state, under the names of the bare model."""
-    return _weights(topology, model), get_optimizer_state_dict(model, _bare(optimizer), options=_options())
+def _tensors(topology: Topology, state: TrainState) -> dict[str, Any]:
+    """Weights that train, their averages and the optimizer's state, under the names of the bare model."""
+    moments = get_optimizer_state_dict(state.model, _bare(state.optimizer), options=_options())
+    return {**_weights(topology, state), "optimizer": moments}
 
 
-def _weights(topology: Topology, model: nn.Module) -> dict[str, Any]:
-    return {name: p.detach() for name, p in topology.unwrap(model).named_parameters() if p.requires_grad}
+def _weights(topology: Topology, state: TrainState) -> dict[str, Any]:
+    trained = {name: p.detach() for name, p in topology.unwrap(state.model).named_parameters() if p.requires_grad}
+    return {"model": trained, "ema": state.ema.weights} if state.ema else {"model": trained}
 
 
 @contextmanager

@@ -86,6 +86,9 @@ class RunDirectory:
         receipt = {"written": _now(), **facts, "versions": versions(), "code": code_fingerprint(), "machine": machine()}
         write_atomically(self.path / "receipt.json", json.dumps(receipt, indent=2))
 
+    def receipt(self) -> dict[str, Any]:
+        return self._read_json("receipt.json")
+
     def write_outcome(self, state: str, step: int, reason: str) -> None:
         """state: running, complete, preempted or failed."""
         outcome = {"state": state, "step": step, "reason": reason, "written": _now()}
@@ -102,7 +105,7 @@ class RunDirectory:
         outcome = self.outcome()
         if outcome.get("state") != "complete" or outcome.get("model") != self._model_files():
             return False
-        trained = self._read_json("receipt.json").get("train_data", {}).get("fingerprint")
+        trained = self.receipt().get("train_data", {}).get("fingerprint")
         if trained != data_fingerprint:
             raise RunDirectoryError(
                 f"{self.path} is complete, but of other training data (rows, tokenizer or template have changed since); "

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from finetune.engine.step import StepResult
+from finetune.engine.trackers import Trackers
 from finetune.progress import Progress
 
 # Peak dense bf16 rate of a GPU in FLOP/s, from the vendors' data sheets; for model FLOPs utilisation.
@@ -29,8 +30,10 @@ class Tracker:
 
     def __init__(
         self, metrics: Path, evals: Path, *, num_steps: int, start: int, every: int, is_main: bool, num_processes: int,
-        flops_per_token: float,
+        flops_per_token: float, trackers: Trackers | None = None,
     ) -> None:  # fmt: skip
+        """`trackers` get every line that the files get."""
+        self.trackers = trackers
         self.metrics, self.evals = metrics, evals
         self.num_steps, self.every, self.is_main = num_steps, every, is_main
         self.flops_per_token, self.num_processes = flops_per_token, num_processes
@@ -62,7 +65,7 @@ class Tracker:
             **self._utilisation(rate), **({"skipped": True} if result.skipped else {}),
         }  # fmt: skip
         self.mark, self.tokens = now, 0
-        _append(self.metrics, line)
+        self._record(self.metrics, line)
         self.bar.set_postfix_str(f"loss {result.loss:.4f}, {rate:,.0f} tokens/s, {memory_gb:.1f} GB")
         if self.plain and (now - self.last_line > 10 or last or step == self.first + 1):
             left = (now - self.started) / (step - self.first) * (self.num_steps - step)
@@ -74,7 +77,7 @@ class Tracker:
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         if self.is_main:
-            _append(self.evals, {"step": step, **values})
+            self._record(self.evals, {"step": step, **values})
             say(
                 f"step {step}/{self.num_steps}  eval loss {values['eval_loss']:.4f}  perplexity {values['perplexity']:.2f}"
             )
@@ -88,6 +91,16 @@ class Tracker:
 
     def close(self) -> None:
         self.bar.close()
+        if self.trackers:
+            self.trackers.close()
+
+    def _record(self, path: Path, values: dict[str, Any]) -> None:
+        # JSON knows no NaN and no infinity.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with path.open("a") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        if self.trackers:
+            self.trackers.log(finite)
 
     def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOPs utilisation: the arithmetic the model needs over what the GPUs could do."""
@@ -95,13 +108,6 @@ class Tracker:
             return {}
         peak = next((rate for name, rate in PEAK_BF16.items() if name in torch.cuda.get_device_name()), None)
         return {"mfu": round(tokens_per_second * self.flops_per_token / (peak * self.num_processes), 4)} if peak else {}
-
-
-def _append(path: Path, values: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        # JSON knows no NaN and no infinity.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def _duration(seconds: float) -> str:

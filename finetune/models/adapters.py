@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetune.config import Adapter, Model
-from finetune.errors import ModelError
+from finetune.errors import ExportError, ModelError
 
 BASE = "base_weights.json"  # beside an adapter: which weights it was trained on
 INITS = {"default": True, "loftq": True, "random": False}  # peft's names for adapter.init; the others are the same
@@ -231,6 +231,18 @@ def initialise_from_quantization(model: PeftModel, original: nn.Module) -> None:
 def sums(model: nn.Module) -> dict[str, float]:
     """Name -> sum of each weight tensor, in float64: a tensor whose sum stays has not moved."""
     return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in model.named_parameters()}
+
+
+def not_moved(model: nn.Module, before: dict[str, float]) -> tuple[list[str], int]:
+    """(names of weights that train and are what they were, number of weights that train). `before`: their `sums`.
+
+    Raises ExportError if a frozen weight has moved.
+    """
+    moved = {name for name, total in sums(model).items() if total != before[name]}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if frozen := moved.difference(trained):
+        raise ExportError(f"{len(frozen)} frozen weights have moved, such as {min(frozen)}")
+    return [name for name in trained if name not in moved], len(trained)
 
 
 def not_finite(model: nn.Module) -> list[str]:

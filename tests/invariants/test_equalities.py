@@ -163,7 +163,8 @@ def test_merged_equals_adapter(workshop):
     a, b = (adapter[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
     torch.testing.assert_close(merged[f"{name}.weight"], before[f"{name}.weight"] + 10.0 / 4 * b @ a)
     assert not torch.equal(merged[f"{name}.weight"], before[f"{name}.weight"])
-    assert difference.rounding < 1e-4 and difference.quantization is None
+    assert difference.rounding < 1e-4
+    assert difference.quantization is None
 
 
 def test_only_adapters_train_and_the_base_stays(workshop):

@@ -1,0 +1,24 @@
+"""What a step moves, and a checkpoint holds."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from finetune.engine.ema import Ema
+from finetune.progress import Progress
+
+
+@dataclass
+class TrainState:
+    """Model and optimizer, shared between processes, the average of the weights if there is one, and how far it is."""
+
+    model: nn.Module
+    optimizer: Any
+    ema: Ema | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that count: the averages if the run keeps them."""
+        return self.ema.in_place() if self.ema else nullcontext()

@@ -1,0 +1,141 @@
+"""Programs that watch a run from elsewhere: Weights & Biases, TensorBoard, Trackio.
+
+They are guests. metrics.jsonl is the record; a tracker that fails is left out with one line, and
+the run goes on. What they get is free of this machine's secrets.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ConfigError
+
+SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+SHORTEST_SECRET = 8  # shorter values (true, 1, info) are no secrets and occur everywhere
+WANDB_FINISH_SECONDS = 60  # an upload that hangs must not outlast the machine; `wandb sync` sends what is left
+
+
+def check(names: Sequence[str], wandb_mode: str | None) -> None:
+    """Raise ConfigError if a tracker's package or key is missing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.trackers: {name} is not installed; pip install {name}, or take it out of the list"
+            )
+    if "wandb" in names and _mode(wandb_mode) == "online" and not _has_wandb_key():
+        raise ConfigError(
+            "tracking.trackers: wandb has no key; set WANDB_API_KEY, or call `wandb login` once, "
+            "or set tracking.wandb_mode to offline"
+        )
+
+
+def redacted(value: Any) -> Any:
+    """`value` with what secret environment variables (by their names) hold replaced by their names, at any depth."""
+    if isinstance(value, dict):
+        return {key: redacted(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [redacted(inner) for inner in value]
+    if isinstance(value, str):
+        for name, secret in os.environ.items():
+            if len(secret) >= SHORTEST_SECRET and any(part in name.upper() for part in SECRET_NAMES):
+                value = value.replace(secret, f"${name}")
+    return value
+
+
+class Trackers:
+    """All that a run has; of the main process."""
+
+    def __init__(
+        self, names: Sequence[str], *, project: str, run_name: str, run_id: str, directory: Path, first_step: int,
+        wandb_mode: str | None, about: dict[str, Any], say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """`about`: config and receipt, stored with the run. `first_step`: steps from here on may be there from an earlier attempt."""
+        self.say = say
+        self.running: dict[str, Any] = {}
+        about = redacted(about)
+
+        def start(name: str) -> None:
+            if name == "wandb":
+                self.running[name] = _start_wandb(project, run_name, run_id, directory, _mode(wandb_mode), about)
+            elif name == "tensorboard":
+                self.running[name] = _start_tensorboard(directory, first_step, about)
+            else:
+                self.running[name] = _start_trackio(project, run_name, run_id, about)
+
+        for name in names:
+            self._guarded(name, start, name)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Numbers after the step values["step"]; what is no number is left out."""
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        step = numbers.pop("step")
+        for name, tracker in list(self.running.items()):
+            if name == "wandb":  # its own steps only rise; on an axis of ours, a resumed run may go over steps again
+                self._guarded(name, tracker.log, {"step": step, **numbers})
+            else:
+                self._guarded(name, tracker.log, numbers, step)
+
+    def close(self) -> None:
+        for name, tracker in list(self.running.items()):
+            self._guarded(name, tracker.finish)
+        self.running.clear()
+
+    def _guarded(self, name: str, action: Callable[..., None], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except Exception as exc:  # whatever they raise is no reason to lose a run
+            self.running.pop(name, None)
+            self.say(redacted(f"note: tracker {name} failed, the run goes on without it: {type(exc).__name__}: {exc}"))
+
+
+def _start_wandb(project: str, run_name: str, run_id: str, directory: Path, mode: str, about: dict[str, Any]) -> Any:
+    """One W&B run over all attempts: `run_id` is kept with the checkpoints."""
+    from accelerate.tracking import WandBTracker
+
+    tracker = WandBTracker(
+        project, id=run_id, name=run_name, dir=str(directory), mode=mode, config=about,
+        resume="allow" if mode == "online" else None,  # offline runs are joined by their id when they are synced
+        settings={  # command line, remote and output may hold secrets; config and receipt say the rest
+            "console": "off", "disable_git": True, "x_disable_meta": True, "silent": True,
+            "finish_timeout": WANDB_FINISH_SECONDS,
+        },
+    )  # fmt: skip
+    tracker.start()
+    tracker.run.define_metric("*", step_metric="step")
+    return tracker
+
+
+def _start_tensorboard(directory: Path, first_step: int, about: dict[str, Any]) -> Any:
+    from accelerate.tracking import TensorBoardTracker
+
+    tracker = TensorBoardTracker("tensorboard", logging_dir=directory, purge_step=first_step)
+    tracker.start()
+    tracker.log({name: f"```\n{json.dumps(values, indent=2)}\n```" for name, values in about.items()}, step=first_step)
+    return tracker
+
+
+def _start_trackio(project: str, run_name: str, run_id: str, about: dict[str, Any]) -> Any:
+    from accelerate.tracking import TrackioTracker
+
+    tracker = TrackioTracker(
+        project, name=f"{run_name}-{run_id}", resume="allow", embed=False, config=about,
+        auto_log_cpu=False, auto_log_gpu=False,
+    )  # fmt: skip
+    tracker.start()
+    return tracker
+
+
+def _mode(wanted: str | None) -> str:
+    return wanted or os.environ.get("WANDB_MODE", "online")
+
+
+def _has_wandb_key() -> bool:
+    """From the environment or from `wandb login`, which writes ~/.netrc."""
+    from requests.utils import get_netrc_auth
+
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    return get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None

@@ -1,0 +1,73 @@
+"""The average of the weights: by its formula, beside the training, through checkpoints, into the export."""
+
+import pytest
+import torch
+from conftest import losses, read_jsonl
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from finetune.errors import ExportError
+
+EVERY = {"checkpoint__every_steps": 1, "checkpoint__keep_last": 99}
+
+
+def weights_of_step(run, step, kind="model"):
+    file = run / f"weights-{step}.pt"
+    dcp_to_torch_save(run / "checkpoints" / f"step-{step:08d}" / "shards", file)
+    return torch.load(file)[kind]
+
+
+def exported(run):
+    return load_file(run / "model/model.safetensors")
+
+
+def test_the_export_is_the_average_by_its_formula_and_training_knows_nothing_of_it(workshop):
+    plain = workshop.train("plain", **EVERY, data__eval_fraction=0.2)
+    run = workshop.train(train__ema_decay=0.25, data__eval_fraction=0.2)
+    assert losses(run) == losses(plain)
+    with pytest.raises(ExportError, match="not one weight has moved"):  # so its checkpoint holds what all began with
+        workshop.train("start", optimizer__lr=1e-30, train__max_steps=1, data__eval_fraction=0.2, **EVERY)
+    average = {name: tensor.clone() for name, tensor in weights_of_step(workshop.run_dir("start"), 1).items()}
+    for step in range(1, 5):
+        decay = min(0.25, (1 + step) / (10 + step))  # 2/11, 3/12, 4/13 and 5/14: from step 2 on it is 0.25
+        for name, tensor in weights_of_step(plain, step).items():
+            average[name] = decay * average[name] + (1 - decay) * tensor
+    for name, tensor in exported(run).items():
+        torch.testing.assert_close(tensor, average[name], rtol=1e-5, atol=1e-6)
+    evals = [read_jsonl(r / "eval.jsonl")[-1]["eval_loss"] for r in (run, plain)]
+    assert evals[0] != evals[1]
+
+
+def test_resumed_averages_are_uninterrupted_averages(workshop):
+    settings = {**EVERY, "train__ema_decay": 0.9, "data__eval_fraction": 0.2, "evaluation__every_steps": 2}
+    whole = workshop.train("whole", **settings)
+    run = workshop.train(**settings)
+    for folder in sorted((run / "checkpoints").iterdir())[2:]:
+        folder.rename(run / folder.name)
+    (run / "outcome.json").unlink()
+    workshop.train(**settings)
+    assert losses(run) == losses(whole)
+    assert read_jsonl(run / "eval.jsonl") == read_jsonl(whole / "eval.jsonl")
+    assert all(torch.equal(tensor, exported(whole)[name]) for name, tensor in exported(run).items())
+
+
+def test_the_best_averages_are_exported(workshop):
+    """At this rate the loss goes up and down: the best evaluation is not the last."""
+    run = workshop.train(
+        train__ema_decay=0.5, data__eval_fraction=0.2, evaluation__every_steps=1, evaluation__export_best=True,
+        optimizer__lr=1.0, schedule__kind="constant", train__max_steps=6, train__epochs=9,
+    )  # fmt: skip
+    found = {line["step"]: line["eval_loss"] for line in read_jsonl(run / "eval.jsonl")}
+    best = min(found, key=found.get)
+    assert best < 6
+    averages = weights_of_step(run, best, "ema")
+    assert all(torch.equal(tensor, averages[name]) for name, tensor in exported(run).items())
+
+
+def test_averages_of_an_adapter(workshop):
+    base = workshop.train("base") / "model"
+    run = workshop.train(
+        model__path=str(base), model__init="pretrained", model__config=None, model__tokenizer=None,
+        adapter__kind="lora", adapter__dropout=0.1, train__ema_decay=0.9,
+    )  # fmt: skip
+    assert all(tensor.any() for tensor in load_file(run / "model/adapter_model.safetensors").values())
