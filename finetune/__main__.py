@@ -1,4 +1,4 @@
-"""python -m finetune evaluate | chat | export | schema. Each command imports what it needs when it runs."""
+"""python -m finetune evaluate | chat | curves | export | schema. Each command imports what it needs when it runs."""
 
 import argparse
 import importlib
@@ -11,6 +11,7 @@ from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_U
 COMMANDS = {
     "evaluate": ("finetune.evaluation.compare", "base and tuned model side by side on held-out rows"),
     "chat": ("finetune.chat", "talk to a model in the terminal"),
+    "curves": ("finetune.curves", "loss, learning rate, gradient norm and speed of runs in one picture"),
     "export": ("finetune.export", "merge an adapter into its base and save full weights"),
 }
 

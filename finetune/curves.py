@@ -1,0 +1,112 @@
+"""Loss, evaluation loss, learning rate, gradient norm and speed of runs, in one picture."""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RunDirectoryError
+
+PANELS = {  # of a line of metrics.jsonl: what is drawn below the losses
+    "lr": "learning rate", "grad_norm": "gradient norm, before clipping", "tokens_per_second": "tokens / s",
+}  # fmt: skip
+SMOOTHED_FROM = 50  # points; shorter curves are drawn as they are
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, as runs/my_run")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="picture to write; default: curves.png, of one run inside it"
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    output = arguments.output or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "curves.png"
+    draw(arguments.runs, output)
+    print(output)
+
+
+def draw(runs: Sequence[Path], output: Path) -> None:
+    """One colour per run: training loss (thin: each step; thick: smoothed), evaluation loss (dots), and the rest below.
+
+    Raises RunDirectoryError if a run has no metrics, or the picture cannot be written.
+    """
+    lines = {run: (read(run / "metrics.jsonl"), read(run / "eval.jsonl")) for run in runs}
+    if empty := [run for run, (metrics, _) in lines.items() if not metrics]:
+        raise RunDirectoryError(f"{empty[0]} is no run directory with metrics (metrics.jsonl); give one as runs/my_run")
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    figure, axes = pyplot.subplot_mosaic(
+        [["loss"] * len(PANELS), list(PANELS)],
+        figsize=(13, 8),
+        height_ratios=[1.6, 1],
+        layout="constrained",
+        sharex=True,
+    )
+    for number, (run, (metrics, evals)) in enumerate(lines.items()):
+        colour = f"C{number % 10}"
+        steps, loss = series(metrics, "loss")
+        smooth = smoothed(loss)
+        axes["loss"].plot(steps, loss, color=colour, alpha=0.3 if smooth is not loss else 1, linewidth=1)
+        axes["loss"].plot(steps, smooth, color=colour, label=name_of(run, runs))
+        axes["loss"].plot(*series(evals, "eval_loss"), "o--", color=colour, markersize=5, markeredgecolor="white")
+        for key in PANELS:
+            axes[key].plot(*series(metrics, key), color=colour, linewidth=1)
+    axes["loss"].set_title("loss, nats per learned token", loc="left")
+    for key, title in PANELS.items():
+        axes[key].set_title(title, loc="left")
+        axes[key].set_xlabel("step")
+        axes[key].set_ylim(bottom=0)
+    handles, labels = axes["loss"].get_legend_handles_labels()
+    if any(evals for _, evals in lines.values()):
+        handles.append(Line2D([], [], color="grey", marker="o", linestyle="--", markeredgecolor="white"))
+        labels.append("evaluation")
+    axes["loss"].legend(handles, labels, frameon=False)
+    axes["loss"].tick_params(labelbottom=True)
+    for axis in axes.values():
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    try:
+        figure.savefig(output, dpi=120)
+    except (OSError, ValueError) as exc:  # ValueError: a format that matplotlib does not know
+        raise RunDirectoryError(f"{output} cannot be written: {exc}; give --output another place") from exc
+    finally:
+        pyplot.close(figure)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Lines of a log, also of a run that goes on: a torn last line is left out."""
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
+
+
+def series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values); NaN, a gap in the curve, where there is no number."""
+    return [line["step"] for line in lines], [math.nan if line.get(key) is None else line[key] for line in lines]
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Means over a window of a fiftieth of the curve around each point; short curves as they are."""
+    if len(values) < SMOOTHED_FROM:
+        return values
+    reach = len(values) // 100 or 1
+    windows = ([v for v in values[max(0, i - reach) : i + reach + 1] if not math.isnan(v)] for i in range(len(values)))
+    return [sum(window) / len(window) if window else math.nan for window in windows]
+
+
+def name_of(run: Path, runs: Sequence[Path]) -> str:
+    """The run's folder; with its parents where two have the same."""
+    return str(run) if [other.resolve().name for other in runs].count(run.resolve().name) > 1 else run.resolve().name

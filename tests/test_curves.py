@@ -1,0 +1,88 @@
+"""The picture of runs: drawn from what is on record, of one or several, finished or not."""
+
+import math
+import struct
+
+import pytest
+from conftest import pairs, write_jsonl
+
+from finetune import curves
+from finetune.__main__ import main
+from finetune.errors import RunDirectoryError
+
+
+@pytest.fixture
+def run(workshop):
+    return workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
+
+
+def is_picture(path):
+    data = path.read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    return data.startswith(b"\x89PNG") and width > 1000 and height > 500
+
+
+def test_one_run_is_drawn_into_its_directory(run, capsys):
+    assert main(["curves", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "curves.png")
+    assert is_picture(run / "curves.png")
+
+
+def test_what_is_drawn_is_what_is_on_record(run, monkeypatch):
+    """The lines of the figure hold the numbers of the files."""
+    from matplotlib.figure import Figure
+
+    drawn = {}
+    monkeypatch.setattr(
+        Figure, "savefig",
+        lambda figure, *_, **__: drawn.update({a.get_title(loc="left"): [line.get_xydata().tolist() for line in a.lines] for a in figure.axes}),
+    )  # fmt: skip
+    curves.draw([run], run / "x.png")
+    metrics, evals = curves.read(run / "metrics.jsonl"), curves.read(run / "eval.jsonl")
+    raw, _, evaluation = drawn["loss, nats per learned token"]
+    assert raw == [[line["step"], line["loss"]] for line in metrics]
+    assert evaluation == [[line["step"], line["eval_loss"]] for line in evals]
+    for key, title in curves.PANELS.items():
+        assert drawn[title] == [[[line["step"], line[key]] for line in metrics]]
+
+
+def test_several_runs_stand_in_one_picture(run, workshop, tmp_path):
+    other = workshop.train("other", optimizer__lr=1e-3)
+    curves.draw([run, other], tmp_path / "both.svg")
+    text = (tmp_path / "both.svg").read_text()
+    assert text.startswith("<?xml")
+    assert curves.name_of(run, [run, other]) == "run"
+    assert curves.name_of(run, [run, tmp_path / "elsewhere/run"]) == str(run)
+
+
+def test_a_run_that_goes_on_is_drawn_as_far_as_it_is(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": null, "lr": 0.1}\n{"step": 7, "lo')
+    curves.draw([run], run / "now.png")
+    assert is_picture(run / "now.png")
+    steps, values = curves.series(curves.read(run / "metrics.jsonl"), "loss")
+    assert steps[-1] == 6
+    assert math.isnan(values[-1])
+
+
+def test_smoothing_keeps_level_and_ends_and_spikes_do_not_spread_over_gaps():
+    flat = [2.0] * 100
+    assert curves.smoothed(flat) == flat
+    assert curves.smoothed([1.0, 5.0]) == [1.0, 5.0]
+    holes = curves.smoothed([1.0] * 60 + [math.nan] + [1.0] * 60)
+    assert holes == [1.0] * 121
+
+
+def test_what_is_no_run_is_an_error(workshop, tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", pairs())
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl"):
+            curves.draw([path], tmp_path / "x.png")
+    assert main(["curves", str(tmp_path / "nothing")]) == 2
+    assert "runs/my_run" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_an_error(run, tmp_path):
+    for name in ("no/such/folder.png", "picture.words"):
+        with pytest.raises(RunDirectoryError, match="cannot be written"):
+            curves.draw([run], tmp_path / name)
