@@ -29,7 +29,6 @@ from finetune.errors import (
     TrainingDiverged,
     UserError,
 )
-from finetune.progress import Progress
 
 if TYPE_CHECKING:
     from finetune.engine.rundir import RunDirectory
@@ -106,7 +105,7 @@ def train(job: Job) -> None:
     topology.on_main(directory.lock)
     try:
         resume(job, state)
-        open_directory(job, state.progress)
+        open_directory(job, state)
         loop(job, state)
         finish(job, state, untrained)
     except (Exception, Preempted) as exc:
@@ -194,17 +193,20 @@ def identity(job: Job, model: Any) -> dict[str, str]:
     }
 
 
-def open_directory(job: Job, progress: Progress) -> None:
+def open_directory(job: Job, state: "TrainState") -> None:
     """From here on the run directory is this run's."""
-    directory, topology = job.directory, job.topology
+    from finetune.models import adapters
+
+    directory, topology, step = job.directory, job.topology, state.progress.step
+    trainable, total = adapters.count(state.model)
 
     def write() -> None:
         directory.create(job.config)
-        directory.rewind(progress.step)
-        directory.write_outcome("running", progress.step, "started, or started again")
+        directory.rewind(step)
+        directory.write_outcome("running", step, "started, or started again")
         directory.write_receipt(
-            seed=job.config.run.seed, num_processes=topology.num_processes, topology=topology.name,
-            precision=topology.precision, attention=job.data.attention, num_steps=job.data.num_steps,
+            seed=job.config.run.seed, parameters={"trainable": trainable, "total": total},
+            num_processes=topology.num_processes, topology=topology.name, precision=topology.precision, attention=job.data.attention, num_steps=job.data.num_steps,
             train_data=job.data.train.sequences.examples.receipt(), template=job.data.template.fingerprint,
             eval_data=job.data.eval.sequences.examples.receipt() if job.data.eval else None,
         )  # fmt: skip

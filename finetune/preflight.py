@@ -151,6 +151,11 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         lines.append(
             "note        bfloat16 keeps 8 bits: steps of less than 1/256 of a weight are lost; float32 loses none"
         )
+    if config.adapter.bias != "none":
+        lines.append(
+            f"note        adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, "
+            "the model is not the base"
+        )
     lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
     return "\n".join(lines)
 
