@@ -159,9 +159,9 @@ def test_the_quantised_base_stays_to_the_last_bit(workshop, base, kind, monkeypa
     build = train.build
 
     def watched(job):
-        model, optimizer = build(job)
-        seen.extend([model, sha256(model)])
-        return model, optimizer
+        state = build(job)
+        seen.extend([state.model, sha256(state.model)])
+        return state
 
     monkeypatch.setattr(train, "build", watched)
     settings = {"data__eval_fraction": 0.2, "evaluation__every_steps": 2}

@@ -10,6 +10,7 @@ from conftest import ROOT, launch, pairs, write_jsonl
 
 from finetune import config as configs
 from finetune.__main__ import main
+from finetune.config import reader
 
 README = (ROOT / "README.md").read_text()
 
@@ -103,7 +104,7 @@ def test_a_run_of_ones_own_in_the_order_of_the_readme(my_run):
 def test_help_names_every_setting_without_torch():
     result = launch(typed("python train.py --help", ROOT))
     assert result.returncode == 0
-    for section, model in configs._sections():
+    for section, model in reader._sections():
         assert all(f"--{section}.{name}" in result.stdout for name in model.model_fields)
 
 

@@ -6,6 +6,7 @@ the run goes on. What they get is free of this machine's secrets.
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,7 +71,9 @@ class Trackers:
 
     def log(self, values: dict[str, Any]) -> None:
         """Numbers after the step values["step"]; what is no number is left out."""
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        numbers = {
+            key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)
+        }
         step = numbers.pop("step")
         for name, tracker in list(self.running.items()):
             if name == "wandb":  # its own steps only rise; on an axis of ours, a resumed run may go over steps again

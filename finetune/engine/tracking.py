@@ -95,12 +95,9 @@ class Tracker:
             self.trackers.close()
 
     def _record(self, path: Path, values: dict[str, Any]) -> None:
-        # JSON knows no NaN and no infinity.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with path.open("a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        _append(path, values)
         if self.trackers:
-            self.trackers.log(finite)
+            self.trackers.log(values)
 
     def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOPs utilisation: the arithmetic the model needs over what the GPUs could do."""
@@ -108,6 +105,13 @@ class Tracker:
             return {}
         peak = next((rate for name, rate in PEAK_BF16.items() if name in torch.cuda.get_device_name()), None)
         return {"mfu": round(tokens_per_second * self.flops_per_token / (peak * self.num_processes), 4)} if peak else {}
+
+
+def _append(path: Path, values: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        # JSON knows no NaN and no infinity.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def _duration(seconds: float) -> str:

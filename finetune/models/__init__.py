@@ -1,6 +1,5 @@
 """Models, their adapters, attention and head."""
 
-import logging as python_logging
 import sys
 import warnings
 
@@ -17,5 +16,3 @@ warnings.filterwarnings(
     "ignore", r"The following (rank|alpha)_pattern keys did not match .*gate_up_proj"
 )  # peft's own, for fused experts
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-# bitsandbytes would download a kernel for its 4-bit products on a CPU; its own are used.
-python_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(python_logging.ERROR)

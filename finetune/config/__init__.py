@@ -1,0 +1,23 @@
+"""The run config: typed, strict and documented. YAML file + command line -> one Config. No torch.
+
+Every field has its default in `fields` and nowhere else, and the line of text under it is at once
+its documentation, its `--help` and its description in the JSON schema.
+"""
+
+from finetune.config.fields import (
+    PADDED_ATTENTION,
+    Adapter,
+    Config,
+    Data,
+    Model,
+    Optimizer,
+    Schedule,
+    accumulation,
+)
+from finetune.config.reader import differences, flatten, from_dict, json_schema, parse, read_yaml, to_yaml
+from finetune.config.rules import conflicts
+
+__all__ = [
+    "PADDED_ATTENTION", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation", "conflicts",
+    "differences", "flatten", "from_dict", "json_schema", "parse", "read_yaml", "to_yaml",
+]  # fmt: skip

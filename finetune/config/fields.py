@@ -1,0 +1,282 @@
+"""Every setting of a run: its type, its one default, its one line of documentation."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from finetune.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
+# What a format can call a column; the formats themselves are in data/rows.py.
+COLUMNS = ("text", "question", "answer", "prompt", "completion", "instruction", "input", "output", "messages")
+PADDED_ATTENTION = ("sdpa", "eager")  # they train padded rectangles; the others take sequences end to end in one row
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, types are not guessed, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """Where the run lives."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; its directory is run.dir/run.name."""
+    dir: str = "runs"
+    """Folder that holds run directories."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of everything random: weights, order of data, dropout."""
+
+
+class Model(Section):
+    """Which model, and what it starts from."""
+
+    path: str | None = None
+    """Folder or Hub id of the model; with init: random only its config.json is used."""
+    revision: str | None = None
+    """Hub revision: branch, tag or commit."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from the saved weights, or from random ones."""
+    config: dict[str, Any] | None = None
+    """Architecture for init: random, as in config.json; needs model_type."""
+    tokenizer: str | None = None
+    """Folder or Hub id of the tokenizer, or "bytes" for a built-in one of 256 bytes; default: the model's own."""
+    new_tokens: list[str] = []
+    """Special tokens to add, such as [<|im_start|>, <|im_end|>]; their embeddings start from the mean and train."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the weights; auto: float32 for what trains, the dtype of train.precision for what is frozen."""
+    attention: Literal["auto", "documents", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """Attention; documents and flash_attention_2 keep documents apart without padding, sdpa and eager train padded batches."""
+    trust_remote_code: bool = False
+    """Run the Python code that a Hub model brings along."""
+
+
+class Adapter(Section):
+    """What trains: all weights, or low-rank adapters beside frozen ones."""
+
+    kind: Literal["full", "lora", "qlora"] = "full"
+    """full trains all weights; lora trains low-rank adapters; qlora the same beside weights quantised to 4 or 8 bits."""
+    freeze: list[str] = []
+    """full: regular expressions; weights whose name holds one of them do not train."""
+    path: str | None = None
+    """Adapter to go on from: folder or Hub id; it keeps its own shape."""
+    r: Positive = 16
+    """LoRA rank."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32
+    """LoRA scale: the update is (alpha / r) B A."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of the adapters."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter: names or suffixes, a regular expression, or all-linear (all but the head)."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Only these layers, counted from 0, get adapters; null: all."""
+    rank_pattern: dict[str, Positive] = {}
+    """Other ranks for some modules, as {regular expression: r}."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    """Other alphas for some modules, as {regular expression: alpha}."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r), which keeps updates alike at high ranks (Kalajdzievski, 2023)."""
+    dora: bool = False
+    """Learn the length of weights apart from their direction (Liu et al., 2024): better at low ranks, slower."""
+    init: Literal["default", "gaussian", "pissa", "eva", "loftq", "random"] = "default"
+    """What adapters start from. default, gaussian: no change at first; pissa: the weights' own main directions; eva: those of the data; loftq: what quantisation has lost; random: also B."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that train too. Without its adapter the base is then no longer what it was."""
+    train_norms: bool = False
+    """Train the norms too, whole."""
+    modules_to_save: list[str] = []
+    """Modules that train whole beside the adapters and are saved with them."""
+    quantization: Literal["nf4", "fp4", "int8"] = "nf4"
+    """qlora: how frozen weights are stored."""
+    double_quantization: bool = True
+    """qlora, 4 bits: quantise the scales too; saves 0.4 bits a weight."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """qlora, 4 bits: what weights are unpacked to for each product; auto: train.precision."""
+
+
+class Data(Section):
+    """What is learned from, and how rows become sequences."""
+
+    train: str | list[str]
+    """Training rows: files (.jsonl .json .csv .parquet .txt), or Hub names as owner/name[:split]."""
+    max_rows: Positive | None = None
+    """Train on so many rows, drawn by run.seed; null: all."""
+    eval: str | list[str] | None = None
+    """Evaluation rows, as data.train."""
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the training rows set aside for evaluation when data.eval is not given."""
+    format: Literal["auto", "text", "prompt_completion", "question_answer", "instruction", "messages"] = "auto"
+    """Shape of the rows; auto: from the columns of the first row."""
+    columns: dict[str, str] = {}
+    """Columns under other names, as {question: Patient, answer: Doctor}."""
+    text_unit: Literal["line", "paragraph", "file"] = "line"
+    """What is one row of a .txt file; paragraphs are separated by blank lines."""
+    system_prompt: str | None = None
+    """System message put before every conversation that has none."""
+    template: str = "auto"
+    """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file; auto: chat if there is one, else the usual one of the format."""
+    loss_on: Literal["completion", "all", "last_turn"] = "completion"
+    """What is learned: every answer, every token, or the last answer only."""
+    max_length: Annotated[int, Field(gt=1)] = 1024
+    """Most tokens of a sequence."""
+    truncation: Literal["error", "right", "left", "drop", "split"] = "error"
+    """A row over max_length: stop with an error, cut its right or left end, drop it, or (clm) split it."""
+    packing: bool = False
+    """Put several examples into one sequence of at most max_length tokens; they never see each other."""
+    group_by_length: bool = False
+    """Put examples of similar length into the same step, so that little is padded."""
+    cache_dir: str = "~/.cache/finetune"
+    """Where tokenised data is kept, by content hash."""
+
+
+class Objective(Section):
+    """What is learned from the data."""
+
+    kind: Literal["clm", "sft"] = "sft"
+    """clm: every next token of every row; sft: the answers, given the prompts."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of each target that is spread over the whole vocabulary; not in evaluations."""
+
+
+class Optimizer(Section):
+    """How weights move."""
+
+    kind: Literal[
+        "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion", "lion_8bit", "adafactor", "muon"
+    ] = "adamw"
+    """adamw; 8-bit and paged ones keep its state small or in host memory; lion keeps half of it; adafactor next to none; muon for all weights."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
+    """Peak learning rate."""
+    embedding_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Peak learning rate of embeddings and head; null: optimizer.lr."""
+    lora_plus_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """LoRA+ (Hayou et al., 2024): B matrices learn so many times faster than A matrices; null: as fast."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = None
+    """Decay of the running averages; null: [0.9, 0.999], and [0.9, 0.99] for lion."""
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    """Added to Adam's denominator."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Decoupled weight decay; never on norms and biases."""
+
+
+class Schedule(Section):
+    """The learning rate over the run."""
+
+    kind: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "linear"
+    """Shape after the warm-up; wsd (warmup-stable-decay): constant, then linear over the last part."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """wsd: part of the run, at its end, over which the learning rate falls."""
+    min_lr_fraction: Fraction = 0.0
+    """Part of the peak that linear, cosine and wsd end at."""
+
+
+class Train(Section):
+    """How long, how much at once, and in what precision."""
+
+    epochs: Positive = 1
+    """Passes over the data."""
+    max_steps: Positive | None = None
+    """Stop after this many optimizer steps, if that is sooner than train.epochs."""
+    global_batch_size: BatchSize = 8
+    """Sequences of one optimizer step, over all processes."""
+    micro_batch_size: BatchSize = 1
+    """Sequences that one process puts through the model at once."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the arithmetic; auto: bf16 on a GPU that can, else fp32."""
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
+    """Gradients are scaled down to this norm; null: not."""
+    neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """NEFTune: noise on the embeddings in training, of +-alpha / sqrt(tokens x width); null: none."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an average of the weights, and evaluate, sample and export it; null: the weights themselves."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class Checkpoint(Section):
+    """What survives a machine that vanishes."""
+
+    every_steps: Positive | None = None
+    """Save every so many steps; null: not by steps."""
+    every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 15.0
+    """Save when this many minutes have passed since the last save; null: not by time."""
+    keep_last: Positive = 2
+    """Checkpoints kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest valid checkpoint; never: refuse to start where there are checkpoints."""
+
+
+class Evaluation(Section):
+    """Loss on held-out rows."""
+
+    every_steps: Positive | None = None
+    """Evaluate every so many steps, and always at the end; null: at the end only."""
+    micro_batch_size: BatchSize | None = None
+    """Sequences that one process evaluates at once; null: train.micro_batch_size."""
+    patience: Positive | None = None
+    """Stop when so many evaluations in a row have not been the best; null: never."""
+    export_best: bool = False
+    """Export the weights of the best evaluation, not the last ones."""
+    sample_prompts: list[str] = []
+    """Messages that the model answers now and then, into samples.jsonl."""
+    sample_every_steps: Positive | None = None
+    """Answer evaluation.sample_prompts every so many steps, and always at the end; null: at the end only."""
+    sample_max_new_tokens: Positive = 128
+    """Longest answer to a sample prompt."""
+
+
+class Tracking(Section):
+    """What a run tells while it goes."""
+
+    log_every_steps: Positive = 1
+    """Write metrics every so many steps."""
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = []
+    """Programs that get the metrics too: Weights & Biases, TensorBoard (into the run directory), Trackio."""
+    project: str = "finetune"
+    """Project of the run in wandb and trackio."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """offline: into the run directory, for `wandb sync`; disabled: nowhere; null: as WANDB_MODE says, else online."""
+
+
+class Config(Section):
+    """One run."""
+
+    run: Run
+    model: Model = Model()
+    adapter: Adapter = Adapter()
+    data: Data
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+
+# What may differ between a run and its resumption: it changes neither the data nor the arithmetic
+# of a step (micro_batch_size and checkpointing only reorder the same float operations).
+
+
+def accumulation(config: Config, num_processes: int) -> int:
+    """Micro-batches of one process in one step: global / (micro x processes). Raises ConfigError if not whole."""
+    train = config.train
+    at_once = train.micro_batch_size * num_processes
+    if train.global_batch_size % at_once:
+        raise ConfigError(
+            f"train.global_batch_size: {train.global_batch_size} cannot be split over {num_processes} processes of "
+            f"train.micro_batch_size {train.micro_batch_size}; it must be a multiple of {at_once}, "
+            f"for example {math.ceil(train.global_batch_size / at_once) * at_once}"
+        )
+    return train.global_batch_size // at_once

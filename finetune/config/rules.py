@@ -1,0 +1,136 @@
+"""Settings that exclude each other, or that another setting would ignore."""
+
+import difflib
+import os
+from collections.abc import Iterator
+
+from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Adapter, Config, Section
+
+
+def conflicts(config: Config) -> Iterator[str]:
+    """Settings that cannot work together, or that this run would ignore."""
+    model, adapter, data, train = config.model, config.adapter, config.data, config.train
+    if (model.path is None) == (model.config is None):
+        yield "model.path: give either model.path or model.config (an architecture for init: random)"
+    if model.config is not None and model.init != "random":
+        yield "model.config: only for model.init: random; saved weights bring their own config"
+    if model.config is not None and model.tokenizer is None:
+        yield 'model.tokenizer: needed with model.config: a folder, a Hub id or "bytes"'
+    if model.config is not None and "model_type" not in model.config:
+        yield "model.config: needs model_type, for example llama"
+    if model.config is not None and model.tokenizer == "bytes":
+        yield from _ignored(config.model, "model", ("revision", "trust_remote_code"), "nothing is loaded from the Hub")
+    if model.path is not None and os.path.isdir(model.path):
+        yield from _ignored(config.model, "model", ("revision",), "model.path is a folder")
+    if model.init == "random" and adapter.kind != "full":
+        yield f"adapter.kind: {adapter.kind} beside random weights cannot be loaded again, as they are not saved; use full"
+    yield from _adapter_conflicts(adapter)
+    yield from _optimizer_conflicts(config)
+    if config.objective.kind == "clm":
+        yield from _ignored(config.data, "data", ("loss_on",), "objective.kind: clm learns every token")
+    elif data.truncation == "split":
+        yield "data.truncation: split would cut answers from their prompts; it is for objective.kind: clm"
+    if data.format == "text":
+        yield from _ignored(config.data, "data", ("template", "system_prompt"), "rows of text have no turns")
+        if config.objective.kind == "sft":
+            yield "objective.kind: sft needs prompts and answers, but data.format is text; use clm"
+    for name in data.columns:
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.5)
+            yield f"data.columns: no format has a column {name!r}; " + (
+                f"did you mean {near[0]}?" if near else f"the columns are {', '.join(COLUMNS)}"
+            )
+    sources = [*_listed(data.train), *_listed(data.eval)]
+    if not any(source.lower().endswith(".txt") for source in sources):
+        yield from _ignored(config.data, "data", ("text_unit",), "no source is a .txt file")
+    if data.eval is not None:
+        yield from _ignored(config.data, "data", ("eval_fraction",), "data.eval gives the evaluation rows")
+    if data.packing and model.attention in PADDED_ATTENTION:
+        yield f"data.packing: with model.attention: {model.attention} packed documents would see each other; use auto"
+    if data.packing and data.group_by_length:
+        yield "data.group_by_length: ignored with data.packing, which fills every sequence"
+    if config.schedule.kind in ("constant", "inverse_sqrt"):
+        yield from _ignored(
+            config.schedule, "schedule", ("min_lr_fraction",), f"schedule.kind: {config.schedule.kind} ends nowhere"
+        )
+    if config.schedule.kind != "wsd":
+        yield from _ignored(config.schedule, "schedule", ("decay_fraction",), "it is for schedule.kind: wsd")
+    if config.schedule.kind == "inverse_sqrt" and config.schedule.warmup_steps == 0:
+        yield "schedule.warmup_steps: inverse_sqrt falls as sqrt(warmup_steps / step), so it needs some"
+    if train.global_batch_size % train.micro_batch_size:
+        yield (
+            f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size {train.micro_batch_size}"
+        )
+    if not config.evaluation.sample_prompts:
+        names = ("sample_every_steps", "sample_max_new_tokens")
+        yield from _ignored(config.evaluation, "evaluation", names, "there are no evaluation.sample_prompts")
+    trackers = config.tracking.trackers
+    if len(set(trackers)) < len(trackers):
+        yield "tracking.trackers: names one twice"
+    if "wandb" not in trackers:
+        yield from _ignored(config.tracking, "tracking", ("wandb_mode",), "wandb is not among tracking.trackers")
+        if "trackio" not in trackers:
+            yield from _ignored(config.tracking, "tracking", ("project",), "it is for wandb and trackio")
+    if config.evaluation.patience is not None and config.evaluation.every_steps is None:
+        yield "evaluation.patience: needs evaluation.every_steps; there is only one evaluation, at the end"
+    if data.eval is None and data.eval_fraction == 0:
+        yield from _ignored(
+            config.evaluation,
+            "evaluation",
+            ("every_steps", "micro_batch_size", "patience", "export_best"),
+            "there are no evaluation rows (data.eval)",
+        )
+
+
+SHAPE = (
+    "r", "alpha", "dropout", "target_modules", "layers", "rank_pattern", "alpha_pattern", "rslora", "dora", "init", "bias",
+    "train_norms", "modules_to_save",
+)  # fmt: skip
+QUANTIZED = ("quantization", "double_quantization", "compute_dtype")
+
+
+def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
+    if adapter.kind == "full":
+        yield from _ignored(adapter, "adapter", ("path", *SHAPE), "adapter.kind: full has no adapter")
+    else:
+        yield from _ignored(adapter, "adapter", ("freeze",), "beside adapters every other weight is frozen")
+    if adapter.kind != "qlora":
+        yield from _ignored(adapter, "adapter", QUANTIZED, "it is for adapter.kind: qlora")
+    elif adapter.quantization == "int8":
+        yield from _ignored(adapter, "adapter", QUANTIZED[1:], "it is for 4 bits")
+    if adapter.path is not None:
+        yield from _ignored(adapter, "adapter", SHAPE, "adapter.path brings its own shape")
+        return
+    if adapter.kind == "qlora" and adapter.init == "pissa":
+        yield "adapter.init: pissa rewrites the base weights, which qlora has quantised before; use loftq, or kind: lora"
+    if adapter.kind == "lora" and adapter.init == "loftq":
+        yield "adapter.init: loftq makes up for quantisation, and nothing is quantised; use kind: qlora"
+    if adapter.dora and adapter.init in ("pissa", "loftq", "eva"):
+        yield f"adapter.dora: not beside adapter.init: {adapter.init}; use init: default"
+    if adapter.kind == "qlora" and adapter.dora and adapter.quantization == "int8":
+        yield "adapter.dora: unpacks weights at every step, which int8 does inexactly; use nf4"
+    if adapter.bias != "none" and adapter.dora:
+        yield "adapter.bias: not beside adapter.dora; use none"
+
+
+def _optimizer_conflicts(config: Config) -> Iterator[str]:
+    optimizer, kind = config.optimizer, config.optimizer.kind
+    if kind == "adafactor":
+        yield from _ignored(optimizer, "optimizer", ("betas", "eps"), "adafactor has its own")
+    if kind.startswith("lion"):
+        yield from _ignored(optimizer, "optimizer", ("eps",), "lion divides by nothing")
+    if kind == "muon" and config.adapter.kind != "full":
+        yield "optimizer.kind: muon turns the update of a whole matrix, which adapters have in two parts; use adamw"
+    if config.adapter.kind == "full":
+        yield from _ignored(optimizer, "optimizer", ("lora_plus_ratio",), "adapter.kind: full has no adapter")
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def _ignored(values: Section, section: str, names: tuple[str, ...], why: str) -> Iterator[str]:
+    for name in names:
+        if getattr(values, name) != type(values).model_fields[name].default:
+            yield f"{section}.{name}: would be ignored: {why}; remove it"
