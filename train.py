@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,6 @@ from finetune.errors import (
     EXIT_USER_ERROR,
     CheckpointError,
     ExportError,
-    ModelError,
     Preempted,
     TrainingDiverged,
     UserError,
@@ -33,6 +33,7 @@ from finetune.errors import (
 if TYPE_CHECKING:
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.state import TrainState
+    from finetune.engine.step import Loss, StepResult
     from finetune.engine.topology import Topology
     from finetune.engine.tracking import Tracker
     from finetune.preflight import Data
@@ -129,37 +130,21 @@ def build(job: Job) -> "TrainState":
     from finetune.engine import optim
     from finetune.engine.ema import Ema
     from finetune.engine.state import TrainState
-    from finetune.models import adapters, attention, embeddings, load
+    from finetune.models import attention
+    from finetune.models.build import build as build_model
 
-    config, topology = job.config, job.topology
-    frozen_dtype = load.DTYPES[topology.precision] if config.adapter.kind != "full" else torch.float32
-    dtype = frozen_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-    torch.manual_seed(config.run.seed)  # random weights and fresh adapters are the same everywhere
+    config, topology, data = job.config, job.topology, job.data
 
-    def load_base(quantization: dict[str, Any] | None) -> Any:
-        return load.load_model(
-            config.model, job.data.model_config, job.data.tokenizer,
-            attention=job.data.attention, dtype=dtype, quantization=quantization,
-        )  # fmt: skip
+    def first_inputs() -> Iterator[dict[str, Any]]:
+        for step in range(min(EVA_STEPS, data.num_steps)):
+            yield from (batch.to(topology.device).model_inputs() for batch in data.train.at(step))
 
-    base = load_base(adapters.quantization(config.adapter, dtype))
-    model = adapters.apply(base, config.adapter, config.model, dtype, job.data.new_token_ids)
-    if config.adapter.init == "loftq":
-        adapters.initialise_from_quantization(model, load_base(None))
-    elif config.adapter.init == "eva":
-        steps = range(min(EVA_STEPS, job.data.num_steps))
-        seen = (batch.to(topology.device).model_inputs() for step in steps for batch in job.data.train.at(step))
-        adapters.initialise_from_data(model.to(topology.device), seen)
-    if config.train.neftune_alpha is not None:
-        embeddings.add_noise(base, config.train.neftune_alpha)
-    if config.train.gradient_checkpointing:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    if broken := adapters.not_finite(model):
-        raise ModelError(
-            f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such as {broken[0]}"
-        )
-    model, optimizer = topology.prepare(model, optim.build(model, config.optimizer))
-    attention.check(model, base, job.data.attention, topology.device, topology.precision)
+    bare, base = build_model(
+        config, data.model_config, data.tokenizer, attention=data.attention, precision=topology.precision,
+        new_token_ids=data.new_token_ids, device=topology.device, first_inputs=first_inputs,
+    )  # fmt: skip
+    model, optimizer = topology.prepare(bare, optim.build(bare, config.optimizer))
+    attention.check(model, base, data.attention, topology.device, topology.precision)
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
     decay = config.train.ema_decay
     return TrainState(model, optimizer, None if decay is None else Ema(topology.unwrap(model), decay))
@@ -220,7 +205,7 @@ def open_directory(job: Job, state: "TrainState") -> None:
 def loop(job: Job, state: "TrainState") -> None:
     """Step, log, evaluate, save; until the plan is done, nothing gets better, or the machine is taken away."""
     from finetune.engine import checkpoint, optim
-    from finetune.engine import step as steps
+    from finetune.engine.step import evaluate as eval_loss
     from finetune.objectives import OBJECTIVES
 
     config, directory, topology, data, progress = job.config, job.directory, job.topology, job.data, state.progress
@@ -231,7 +216,7 @@ def loop(job: Job, state: "TrainState") -> None:
         directory.checkpoints, topology, about={"config": config.model_dump(), "identity": identity(job, state.model)},
         every_minutes=config.checkpoint.every_minutes, keep_last=config.checkpoint.keep_last,
     )  # fmt: skip
-    keep_best, skips = config.evaluation.export_best, 0
+    keep_best = config.evaluation.export_best
 
     def judge() -> tuple[int | None, bool]:
         return topology.on_main(lambda: directory.judge(config.evaluation.patience))
@@ -239,26 +224,14 @@ def loop(job: Job, state: "TrainState") -> None:
     def evaluate() -> None:
         if data.eval and progress.step not in topology.on_main(directory.eval_losses):
             with state.averaged():
-                values = steps.evaluate(topology, state.model, loss, data.eval.epoch())
+                values = eval_loss(topology, state.model, loss, data.eval.epoch())
             tracker.evaluation(progress.step, values)
 
     best, stalled = judge()
     while progress.step < data.num_steps and not stalled:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
-        try:
-            result = steps.train_step(
-                topology, state.model, state.optimizer, loss, data.train.at(progress.step),
-                lr=lr, max_grad_norm=config.train.max_grad_norm, wishes=lambda: (job.stop.is_set, saves.is_time()),
-            )  # fmt: skip
-        except TrainingDiverged as exc:
-            rows = ", ".join(data.train.places(progress.step))
-            raise TrainingDiverged(f"step {progress.step + 1}: {exc}; its rows: {rows}") from exc
+        result = one_step(job, state, loss, lr, wishes=lambda: (job.stop.is_set, saves.is_time()))
         must_stop, time_to_save = result.wishes
-        skips = skips + 1 if result.skipped else 0
-        if skips == MOST_SKIPS:
-            raise TrainingDiverged(
-                f"step {progress.step + 1}: fp16 gradients overflowed {skips} times in a row; use bf16"
-            )
         progress.advance(len(data.train.of_step(progress.step)), result.tokens, result.supervised_tokens)
         progress.epoch = progress.step // data.train.steps_per_epoch
         if state.ema:
@@ -285,6 +258,27 @@ def loop(job: Job, state: "TrainState") -> None:
     evaluate()
     sample(job, state)
     tracker.close()
+
+
+def one_step(
+    job: Job, state: "TrainState", loss: "Loss", lr: float, wishes: Callable[[], tuple[bool, ...]]
+) -> "StepResult":
+    """The next step of the plan; what diverges is told with its rows."""
+    from finetune.engine.step import train_step
+
+    step, max_grad_norm = state.progress.step, job.config.train.max_grad_norm
+    try:
+        result = train_step(
+            job.topology, state.model, state.optimizer, loss, job.data.train.at(step),
+            lr=lr, max_grad_norm=max_grad_norm, wishes=wishes,
+        )  # fmt: skip
+    except TrainingDiverged as exc:
+        rows = ", ".join(job.data.train.places(step))
+        raise TrainingDiverged(f"step {step + 1}: {exc}; its rows: {rows}") from exc
+    state.num_skips = state.num_skips + 1 if result.skipped else 0
+    if state.num_skips == MOST_SKIPS:
+        raise TrainingDiverged(f"step {step + 1}: fp16 gradients overflowed {MOST_SKIPS} times in a row; use bf16")
+    return result
 
 
 def open_tracker(job: Job, state: "TrainState") -> "Tracker":
@@ -356,13 +350,10 @@ def finish(job: Job, state: "TrainState", untrained: dict[str, float]) -> None:
     template, system_prompt = (job.data.template, config.data.system_prompt) if sft else (None, None)
 
     def save_and_verify() -> None:
-        folder = target.with_name(".writing-model")
-        export.save(bare, weights, job.data.tokenizer, template, folder, system_prompt)
-        export.verify(
-            folder, bare, weights, job.data.tokenizer, template, system_prompt=system_prompt,
+        export.write(
+            bare, weights, job.data.tokenizer, template, target, system_prompt=system_prompt,
             precision=topology.precision, trust_remote_code=config.model.trust_remote_code,
         )  # fmt: skip
-        export.publish(folder, target)
         job.directory.write_outcome("complete", step, "every step done, model verified")
 
     topology.on_main(save_and_verify)

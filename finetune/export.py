@@ -56,6 +56,20 @@ def save(
             os.fsync(handle.fileno())
 
 
+def write(
+    model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None, target: Path, *,
+    system_prompt: str | None, precision: str, trust_remote_code: bool,
+) -> None:  # fmt: skip
+    """Save beside `target`, verify, and only then put it there. Raises ExportError; what was there before stays."""
+    folder = target.with_name(f".writing-{target.name}")
+    save(model, weights, tokenizer, template, folder, system_prompt)
+    verify(
+        folder, model, weights, tokenizer, template,
+        precision=precision, trust_remote_code=trust_remote_code, system_prompt=system_prompt,
+    )  # fmt: skip
+    publish(folder, target)
+
+
 def publish(folder: Path, target: Path) -> None:
     """Put a verified folder in its place, at once; what was there is replaced only now."""
     old = target.with_name(f".old-{target.name}")

@@ -18,6 +18,7 @@ class TrainState:
     optimizer: Any
     ema: Ema | None = None
     progress: Progress = field(default_factory=Progress)
+    num_skips: int = 0  # steps in a row that fp16 has left out
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model has the weights that count: the averages if the run keeps them."""

@@ -1,0 +1,46 @@
+"""From config to a model that is ready to train: base, adapters, what they start from, noise, recomputation."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from finetune.config import Config
+from finetune.errors import ModelError
+from finetune.models import adapters, embeddings, load
+
+
+def build(
+    config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str, new_token_ids: list[int],
+    device: torch.device, first_inputs: Callable[[], Iterable[dict[str, Any]]],
+) -> tuple[Any, Any]:  # fmt: skip
+    """(model, base inside it), on the CPU and the same on every process. Raises ModelError.
+
+    Weights that train are float32, those beside adapters have the precision of the arithmetic.
+    `first_inputs`: what the model will see first, for initialisations that look at it.
+    """
+    dtype = load.DTYPES[precision] if config.adapter.kind != "full" else torch.float32
+    if config.model.dtype != "auto":
+        dtype = getattr(torch, config.model.dtype)
+    torch.manual_seed(config.run.seed)  # random weights and fresh adapters are the same everywhere
+
+    def load_base(quantization: dict[str, Any] | None) -> Any:
+        return load.load_model(
+            config.model, model_config, tokenizer, attention=attention, dtype=dtype, quantization=quantization
+        )
+
+    base = load_base(adapters.quantization(config.adapter, dtype))
+    model = adapters.apply(base, config.adapter, config.model, dtype, new_token_ids)
+    if config.adapter.init == "loftq":
+        adapters.initialise_from_quantization(model, load_base(None))
+    elif config.adapter.init == "eva":
+        adapters.initialise_from_data(model.to(device), first_inputs())
+    if config.train.neftune_alpha is not None:
+        embeddings.add_noise(base, config.train.neftune_alpha)
+    if config.train.gradient_checkpointing:
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if broken := adapters.not_finite(model):
+        raise ModelError(
+            f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such as {broken[0]}"
+        )
+    return model, base
