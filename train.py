@@ -83,7 +83,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     directory = RunDirectory(config)
     if not check_only:
         directory.check(config)
-    topology = Topology(config.train.precision)
+    topology = Topology(config.train.precision, check_only)
     configs.accumulation(config, topology.num_processes)
     job = Job(config, directory, topology, preflight.prepare(config, topology), stop)
     if not check_only and directory.is_complete(job.data.train.fingerprint):
@@ -101,13 +101,14 @@ def train(job: Job) -> None:
     """Build, loop, finish; however it ends, the outcome says so."""
     from finetune.models import adapters
 
-    directory, topology, state = job.directory, job.topology, build(job)
-    untrained = adapters.sums(state.model)
+    directory, topology, state, tracker = job.directory, job.topology, build(job), None
+    untrained = adapters.fingerprints(state.model)
     topology.on_main(directory.lock)
     try:
         resume(job, state)
         open_directory(job, state)
-        loop(job, state)
+        tracker = open_tracker(job, state)
+        loop(job, state, tracker)
         finish(job, state, untrained)
     except (Exception, Preempted) as exc:
         if topology.is_main and directory.outcome():
@@ -116,6 +117,8 @@ def train(job: Job) -> None:
                 directory.write_outcome(ended, state.progress.step, f"{name}{exc}")
         raise
     finally:
+        if tracker:
+            tracker.close()  # after the outcome: uploads may take longer than a machine that goes away has
         if topology.is_main:
             directory.unlock()
 
@@ -169,11 +172,12 @@ def resume(job: Job, state: "TrainState") -> None:
 
 def identity(job: Job, model: Any) -> dict[str, str]:
     """What the config only points at, and what auto became: a resumption must find the same."""
-    from finetune.models import adapters
+    from finetune.models import bases
 
     return {
         "training data": job.data.train.fingerprint,
-        "frozen weights": adapters.frozen_fingerprint(job.topology.unwrap(model)),
+        "evaluation data": job.data.eval.fingerprint if job.data.eval else "none",
+        "frozen weights": bases.frozen_fingerprint(job.topology.unwrap(model)),
         "train.precision": job.topology.precision,
     }
 
@@ -202,62 +206,64 @@ def open_directory(job: Job, state: "TrainState") -> None:
 # ----------------------------------------------------------------------------------------- loop
 
 
-def loop(job: Job, state: "TrainState") -> None:
+def loop(job: Job, state: "TrainState", tracker: "Tracker") -> None:
     """Step, log, evaluate, save; until the plan is done, nothing gets better, or the machine is taken away."""
     from finetune.engine import checkpoint, optim
-    from finetune.engine.step import evaluate as eval_loss
     from finetune.objectives import OBJECTIVES
 
     config, directory, topology, data, progress = job.config, job.directory, job.topology, job.data, state.progress
     loss = functools.partial(OBJECTIVES[config.objective.kind].loss, label_smoothing=config.objective.label_smoothing)
-    tracker = open_tracker(job, state)
     job.stop.only_note()
     saves = checkpoint.Saver(
         directory.checkpoints, topology, about={"config": config.model_dump(), "identity": identity(job, state.model)},
         every_minutes=config.checkpoint.every_minutes, keep_last=config.checkpoint.keep_last,
     )  # fmt: skip
-    keep_best = config.evaluation.export_best
+    wanted = config.evaluation
 
     def judge() -> tuple[int | None, bool]:
-        return topology.on_main(lambda: directory.judge(config.evaluation.patience))
+        best, stalled = topology.on_main(lambda: directory.judge(wanted.patience))
+        return best if wanted.export_best else None, stalled
 
-    def evaluate() -> None:
-        if data.eval and progress.step not in topology.on_main(directory.eval_losses):
-            with state.averaged():
-                values = eval_loss(topology, state.model, loss, data.eval.epoch())
-            tracker.evaluation(progress.step, values)
-
+    look(job, state, tracker, loss)  # the attempt before may have had no time for it
     best, stalled = judge()
+    topology.on_main(lambda: checkpoint.require(directory.checkpoints, best))
     while progress.step < data.num_steps and not stalled:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
         result = one_step(job, state, loss, lr, wishes=lambda: (job.stop.is_set, saves.is_time()))
         must_stop, time_to_save = result.wishes
         progress.advance(len(data.train.of_step(progress.step)), result.tokens, result.supervised_tokens)
         progress.epoch = progress.step // data.train.steps_per_epoch
-        if state.ema:
+        if state.ema and not result.skipped:
             state.ema.update(progress.step)
         epoch, last = progress.step / data.train.steps_per_epoch, progress.step == data.num_steps
         tracker.step(progress, result, lr=lr, epoch=epoch, memory_gb=topology.memory_gb())
         with tracker.pause():
-            if not (must_stop or last):  # a machine that is going away has no time for them
-                if due(progress.step, config.evaluation.every_steps):
-                    evaluate()
+            if not (must_stop or last):  # a machine that is going away has no time for it
+                look(job, state, tracker, loss)
+                if due(progress.step, wanted.every_steps):
                     best, stalled = judge()
-                if due(progress.step, config.evaluation.sample_every_steps):
-                    sample(job, state)
-            ends, is_best = last or must_stop or stalled, keep_best and best == progress.step
-            if ends or time_to_save or is_best or due(progress.step, config.checkpoint.every_steps):
-                saves.save(state, best if keep_best else None)
+            ends = last or must_stop or stalled or best == progress.step
+            if ends or time_to_save or due(progress.step, config.checkpoint.every_steps):
+                saves.save(state, best)
         if must_stop:
-            tracker.close()
-            raise Preempted(
-                f"{job.stop.reason or 'another process'} at step {progress.step}; saved, run the same command again"
-            )
-    if stalled:
-        tell(topology, f"no evaluation since step {best} was better: stopping at step {progress.step}")
-    evaluate()
-    sample(job, state)
-    tracker.close()
+            why = job.stop.reason or "another process"
+            raise Preempted(f"{why} at step {progress.step}; saved, run the same command again")
+    look(job, state, tracker, loss, at_the_end=True)
+
+
+def look(job: Job, state: "TrainState", tracker: "Tracker", loss: "Loss", at_the_end: bool = False) -> None:
+    """Evaluate, and sample, where that is due after this step and not on record yet."""
+    from finetune.engine.step import evaluate
+
+    wanted, directory, topology, step = job.config.evaluation, job.directory, job.topology, state.progress.step
+    wants_values = at_the_end or due(step, wanted.every_steps)
+    wants_samples = bool(wanted.sample_prompts) and (at_the_end or due(step, wanted.sample_every_steps))
+    if wants_values and job.data.eval and step not in topology.on_main(directory.eval_losses):
+        with state.averaged():
+            values = evaluate(topology, state.model, loss, job.data.eval.epoch())
+        tracker.evaluation(step, values)
+    if wants_samples and not topology.on_main(lambda: directory.has_samples(step)):
+        topology.on_main(lambda: sample(job, state))
 
 
 def one_step(
@@ -274,7 +280,9 @@ def one_step(
         )  # fmt: skip
     except TrainingDiverged as exc:
         rows = ", ".join(job.data.train.places(step))
-        raise TrainingDiverged(f"step {step + 1}: {exc}; its rows: {rows}") from exc
+        raise TrainingDiverged(
+            f"step {step + 1}: {exc}; lower optimizer.lr under another run.name, or look at its rows: {rows}"
+        ) from exc
     state.num_skips = state.num_skips + 1 if result.skipped else 0
     if state.num_skips == MOST_SKIPS:
         raise TrainingDiverged(f"step {step + 1}: fp16 gradients overflowed {MOST_SKIPS} times in a row; use bf16")
@@ -295,7 +303,7 @@ def open_tracker(job: Job, state: "TrainState") -> "Tracker":
         trackers = Trackers(
             wanted.trackers, project=wanted.project, run_name=config.run.name, run_id=progress.run_id,
             directory=directory.path, first_step=progress.step + 1, wandb_mode=wanted.wandb_mode,
-            about={"config": config.model_dump(), "receipt": directory.receipt()}, say=say,
+            about={"config": config.model_dump(), "receipt": directory.receipt()}, history=directory.history(), say=say,
         )  # fmt: skip
     return Tracker(
         directory.metrics, directory.evals, num_steps=job.data.num_steps, start=progress.step, is_main=topology.is_main,
@@ -305,63 +313,71 @@ def open_tracker(job: Job, state: "TrainState") -> "Tracker":
 
 
 def sample(job: Job, state: "TrainState") -> None:
-    """Answers to the fixed prompts of the config, on the main process."""
+    """Answers to the fixed prompts of the config; on the main process."""
     from finetune.evaluation import generation
 
     wanted, data = job.config.evaluation, job.data
-
-    def write() -> None:
-        template = data.template if job.config.objective.kind != "clm" else None
-        with state.averaged():
-            answers = generation.while_training(
-                job.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,
-                system_prompt=job.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
-            )  # fmt: skip
-        job.directory.write_samples(state.progress.step, wanted.sample_prompts, answers)
-
-    if wanted.sample_prompts:
-        job.topology.on_main(write)
+    template = data.template if job.config.objective.kind != "clm" else None
+    with state.averaged(), job.topology.arithmetic():
+        answers = generation.while_training(
+            job.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,
+            system_prompt=job.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
+        )  # fmt: skip
+    job.directory.write_samples(state.progress.step, wanted.sample_prompts, answers)
 
 
 # --------------------------------------------------------------------------------------- finish
 
 
-def finish(job: Job, state: "TrainState", untrained: dict[str, float]) -> None:
+def finish(job: Job, state: "TrainState", untrained: dict[str, float | str]) -> None:
     """Export what has moved, open what was exported, and only then call the run complete."""
     from finetune import export
     from finetune.engine import checkpoint
     from finetune.models import adapters
 
     config, topology, target, step = job.config, job.topology, job.directory.model, state.progress.step
-    best, _ = topology.on_main(lambda: job.directory.judge(None))
-    if config.evaluation.export_best and best != step:
-        checkpoint.load_weights(job.directory.checkpoints, best, topology, state)
-        tell(topology, f"exporting the weights of step {best}, the best evaluation")
+    exported, what = step, "the last weights"
+    if config.evaluation.export_best:
+        exported, _ = topology.on_main(lambda: job.directory.judge(None))
+        what = "the weights of the best evaluation"
+        if exported != step:
+            checkpoint.load_weights(job.directory.checkpoints, exported, topology, state)
     if state.ema:
         state.ema.put_in()
+        what = what.replace("weights", "averaged weights")
     still, num_trained = adapters.not_moved(state.model, untrained)
     if len(still) == num_trained:
         raise ExportError(f"not one weight has moved in {step} steps; is optimizer.lr too small for model.dtype?")
     if still:
         tell(topology, f"note: {len(still)} of {num_trained} weight tensors have not moved, such as {still[0]}")
     bare = topology.unwrap(state.model)
+    if config.adapter.kind != "full":
+        adapters.round_to_base(bare)
     weights = topology.full_weights(state.model, trained_only=config.adapter.kind != "full")
     sft = config.objective.kind != "clm"  # plain text has no turns whose template there is to keep
     template, system_prompt = (job.data.template, config.data.system_prompt) if sft else (None, None)
+    early = (
+        ""
+        if step == job.data.num_steps
+        else f"stopped early, of {job.data.num_steps} steps, as evaluations got no better; "
+    )
+    reason = f"{early}{what}, of step {exported}, exported and verified"
 
     def save_and_verify() -> None:
         export.write(
             bare, weights, job.data.tokenizer, template, target, system_prompt=system_prompt,
             precision=topology.precision, trust_remote_code=config.model.trust_remote_code,
         )  # fmt: skip
-        job.directory.write_outcome("complete", step, "every step done, model verified")
+        job.directory.write_outcome("complete", step, reason, exported_step=exported)
 
     topology.on_main(save_and_verify)
-    tell(topology, f"complete: {target}" + (f"\nchat with it: python -m finetune chat --model {target}" if sft else ""))
+    tell(topology, f"complete at step {step}: {reason}: {target}")
+    if sft:
+        tell(topology, f"chat with it: python -m finetune chat --model {target}")
 
 
 def due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
+    return every is not None and step > 0 and step % every == 0
 
 
 def tell(topology: Any, message: str) -> None:

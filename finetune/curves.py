@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     output = arguments.output or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "curves.png"
+    if not output.suffix:
+        output = output / "curves.png" if output.is_dir() else output.with_suffix(".png")
     draw(arguments.runs, output)
     print(output)
 
@@ -83,19 +85,21 @@ def draw(runs: Sequence[Path], output: Path) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """Lines of a log, also of a run that goes on: a torn last line is left out."""
     lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").split("\n") if path.is_file() else []:
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and "step" in line:
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
 
 
 def series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """(steps, values); NaN, a gap in the curve, where there is no number."""
-    return [line["step"] for line in lines], [math.nan if line.get(key) is None else line[key] for line in lines]
+    return [line["step"] for line in lines], [
+        line[key] if isinstance(line.get(key), int | float) else math.nan for line in lines
+    ]
 
 
 def smoothed(values: list[float]) -> list[float]:

@@ -18,7 +18,7 @@ from finetune.data.rows import Message
 from finetune.data.templates import Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
 from finetune.errors import ExportError, ModelError
-from finetune.models import adapters, attention, embeddings
+from finetune.models import adapters, attention, bases, embeddings
 from finetune.models.load import keep_layout, translated
 
 PROBE_TOKENS = 16
@@ -49,7 +49,7 @@ def save(
     model.generation_config.save_pretrained(folder)  # peft leaves it out, and with it the token that ends an answer
     tokenizer.save_pretrained(folder)
     if isinstance(model, PeftModel):
-        (folder / adapters.BASE).write_text(json.dumps(model.base_record, indent=1))
+        (folder / bases.FILE).write_text(json.dumps(model.base_record, indent=1))
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
     for file in folder.iterdir():
         with file.open("rb") as handle:
@@ -170,7 +170,7 @@ def load(
         if not (folder / "adapter_config.json").exists():
             return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
         adapter = PeftConfig.from_pretrained(str(folder))
-        record = adapters.base_record(folder)
+        record = bases.read(folder)
         quantization = (record.get("quantization") or None) if quantized else None
 
         def load_base(dtype: torch.dtype | str) -> Any:
@@ -186,8 +186,7 @@ def load(
         if record.get("new_token_ids"):
             embeddings.extend(base, record["new_token_ids"])
         if record and (quantization or not record["quantization"]):
-            exact = dtype in ("auto", torch.float32, getattr(torch, record["dtype"]))  # else values were rounded
-            adapters.check_base(base if exact else load_base("auto"), record, folder)
+            bases.require_weights(bases.hashes(base), record, folder)
         if (folder / "generation_config.json").exists():
             base.generation_config = GenerationConfig.from_pretrained(folder)
         return PeftModel.from_pretrained(base, str(folder))
@@ -251,12 +250,12 @@ def merge(sources: Sequence[Path], target: Path, dtype: str = "auto", trust_remo
             )
     if target.exists():
         raise ModelError(f"{target} exists; choose another --output")
+    if any(source.resolve() in target.resolve().parents for source in sources):
+        raise ModelError(f"{target} lies inside an adapter; choose another --output")
+    require_mergeable(sources)
     first, others = sources[0], sources[1:]
-    bases = {str(PeftConfig.from_pretrained(str(source)).base_model_name_or_path) for source in sources}
-    if len(bases) > 1:
-        raise ModelError(f"adapters of different bases cannot be merged together: {', '.join(sorted(bases))}")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    record = adapters.base_record(first)
+    record = bases.read(first)
     model, tokenizer = load(first, wanted, trust_remote_code, quantized=False), load_tokenizer(first, trust_remote_code)
     names = ["default"]
     for source in others:
@@ -284,6 +283,25 @@ def merge(sources: Sequence[Path], target: Path, dtype: str = "auto", trust_remo
         )
     publish(folder, target)
     return Merged(rounding, None if trained is None or others else _relative_difference(after, trained))
+
+
+def require_mergeable(sources: Sequence[Path]) -> None:
+    """Raise ModelError if adapters cannot simply be added: W + the sum of their changes must be what each of them meant."""
+    if len(sources) == 1:
+        return
+    configs = [PeftConfig.from_pretrained(str(source)) for source in sources]
+    records = [{k: v for k, v in bases.read(source).items() if k != "dtype"} for source in sources]
+    for source, config, record in zip(sources, configs, records):
+        if str(config.base_model_name_or_path) != str(configs[0].base_model_name_or_path) or record != records[0]:
+            raise ModelError(
+                f"{source} and {sources[0]} are adapters of different bases: they cannot be merged together"
+            )
+        if config.init_lora_weights in ("pissa", "olora", "corda") or record.get("loftq"):
+            raise ModelError(
+                f"{source} was begun from the weights of its base, which it changes (adapter.init); merge it alone"
+            )
+        if config.modules_to_save or config.bias != "none":
+            raise ModelError(f"{source} holds whole modules or biases, and two of one cannot be added; merge it alone")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

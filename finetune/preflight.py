@@ -98,6 +98,9 @@ def prepare(config: Config, topology: Topology) -> Data:
     eval_plan = batched(evals, at_once * topology.num_processes, at_once, True) if evals else None
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
+    for prompt in config.evaluation.sample_prompts:
+        if not tokens.encode_prompt(prompt, tokenizer):
+            raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; take it out")
     unused = sorted(
         {name for file in train_files for name in rows.unused_columns(file, wanted.text_unit, format, wanted.columns)}
     )
@@ -118,6 +121,14 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
     )
     train, examples = data.train.sequences, data.train.sequences.examples
+    if config.optimizer.embedding_lr is not None and not adapters.trains_ends(skeleton):
+        raise ConfigError("optimizer.embedding_lr: would be ignored: neither embedding nor head trains; remove it")
+    fastest = data.num_steps**-0.5
+    if config.optimizer.kind == "adafactor" and config.optimizer.lr > fastest:
+        raise ConfigError(
+            f"optimizer.lr: adafactor never steps by more than 1 / sqrt(step), so the schedule of {config.optimizer.lr:g} would be "
+            f"overridden in a run of {data.num_steps} steps; take at most {fastest:.2g}"
+        )
     supervised = examples.num_supervised_tokens
     name = config.model.path or f"{data.model_config.model_type} from random weights"
     lines = [
@@ -131,6 +142,7 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
         f"({config.train.micro_batch_size} at once x {accumulation(config, topology.num_processes)} x {_counted(topology.num_processes, 'process')})",
     ]
+    lines += _methods(config)
     if config.data.packing:
         lines.append(f"packing     {train.lengths.sum() / (len(train) * config.data.max_length):.1%} full")
     if data.eval:
@@ -143,8 +155,12 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         lines.append(f"not read    columns {', '.join(data.unused)}")
     if data.num_steps < FEW_STEPS:
         lines.append(
-            f"note        {_counted(data.num_steps, 'step')} will teach next to nothing; lower train.global_batch_size or "
-            "raise train.epochs"
+            f"note        {_counted(data.num_steps, 'step')} will teach next to nothing; "
+            + (
+                "raise train.max_steps"
+                if data.num_steps == config.train.max_steps
+                else "lower train.global_batch_size or raise train.epochs"
+            )
             + (", or set data.packing to false (a pack is one sequence)" if config.data.packing else "")
         )
     if config.model.dtype == "bfloat16" and config.adapter.kind == "full":
@@ -158,6 +174,32 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         )
     lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
     return "\n".join(lines)
+
+
+def _methods(config: Config) -> list[str]:
+    """How it is tuned, and what is done besides."""
+    adapter, optimizer, train, evaluation = config.adapter, config.optimizer, config.train, config.evaluation
+    how = []
+    if adapter.kind == "qlora":
+        how.append(
+            adapter.quantization
+            + (", doubly quantised" if adapter.double_quantization and adapter.quantization != "int8" else "")
+        )
+    if adapter.path:
+        how.append(f"going on from {adapter.path}")
+    elif adapter.kind != "full":
+        how.append(f"r {adapter.r}, alpha {adapter.alpha:g}, starting by {adapter.init}")
+    how.append(f"{optimizer.kind}, lr {optimizer.lr:g}, {config.schedule.kind}")
+    besides = [
+        f"averages of the weights ({train.ema_decay})" if train.ema_decay else "",
+        f"noise on embeddings ({train.neftune_alpha:g})" if train.neftune_alpha else "",
+        f"stops after {_counted(evaluation.patience, 'evaluation')} that are no better" if evaluation.patience else "",
+        "the best evaluation is exported" if evaluation.export_best else "",
+        f"{_counted(len(evaluation.sample_prompts), 'sample')}" if evaluation.sample_prompts else "",
+        *config.tracking.trackers,
+    ]
+    lines = [f"method      {'; '.join(how)}"]
+    return lines + ([f"besides     {'; '.join(filter(None, besides))}"] if any(besides) else [])
 
 
 def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: int) -> None:

@@ -90,6 +90,37 @@ def test_a_pad_token_of_the_vocabulary_is_taken_before_eos(workshop, bytes_token
     assert len(tokenizer) == len(bytes_tokenizer)
 
 
+def test_noise_reaches_models_in_16_bits():
+    """length x width, 64 x 4,096, is more than float16 can hold."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"} | {"hidden_size": 4096}, vocab_size=9)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    embeddings.add_noise(model, alpha=5.0)
+    ids, embedding = torch.ones(1, 64, dtype=torch.long), model.get_input_embeddings()
+    next(iter(model._forward_pre_hooks.values()))(model, (), {"input_ids": ids})
+    noise = (embedding(ids) - embedding.weight[ids]).abs()
+    assert noise.max() == pytest.approx(5.0 / (64 * 4096) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "gpt_neox"])
+def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(workshop, kind):
+    """peft knows tied modules by name, and these have other names; the run itself compares what it exported."""
+    sizes = {
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+        "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "tie_word_embeddings": True},
+    }  # fmt: skip
+    base = workshop.train("base", model__config={"model_type": kind, **sizes[kind]}) / "model"
+    run = workshop.train(
+        model__init="pretrained", model__path=str(base), model__config=None, model__tokenizer=None,
+        adapter__kind="lora", model__new_tokens=["<a>"],
+    )  # fmt: skip
+    model = export.load(run / "model")
+    assert torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    assert export.merge([run / "model"], workshop.folder / "merged").rounding < 1e-5
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_noise_is_as_large_as_its_formula_by_the_length_of_each_document(packed):
     from transformers import AutoConfig
@@ -118,11 +149,14 @@ def test_noise_is_as_large_as_its_formula_by_the_length_of_each_document(packed)
     assert torch.equal(seen[1], model.get_input_embeddings().weight[ids])
 
 
-def test_noise_and_smoothing_train_and_are_not_in_evaluations(workshop):
+@pytest.mark.parametrize(
+    "setting", [{"train__neftune_alpha": 5.0}, {"objective__label_smoothing": 0.2}], ids=["noise", "smoothing"]
+)
+def test_noise_and_smoothing_train_and_are_not_in_evaluations(workshop, setting):
     """The first evaluation comes before anything was learned to speak of: the same loss with and without them."""
     settings = {"data__eval_fraction": 0.2, "optimizer__lr": 1e-9, "train__max_steps": 1}
     plain = workshop.train("plain", **settings)
-    noisy = workshop.train("noisy", **settings, train__neftune_alpha=5.0, objective__label_smoothing=0.2)
+    noisy = workshop.train("noisy", **settings, **setting)
     assert losses(noisy)[0] != pytest.approx(losses(plain)[0], rel=1e-4)
     evaluated = [
         float((run / "eval.jsonl").read_text().split('"eval_loss": ')[1].split(",")[0]) for run in (plain, noisy)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune import export
 from finetune.config import Adapter, Model, Optimizer
 from finetune.engine import optim
-from finetune.errors import ModelError
+from finetune.errors import ConfigError, ModelError
 from finetune.models import adapters, load
 
 METHODS = {
@@ -58,7 +58,7 @@ def on(base: str) -> dict:
 def pairs_of_method_and_optimizer():
     for method in METHODS:
         for optimizer in OPTIMIZERS if method in ("full", "lora", "qlora, NF4") else OPTIMIZERS[:2]:
-            if not (optimizer == "muon" and METHODS[method]):
+            if not (optimizer in ("muon", "adafactor") and "adapter__kind" in METHODS[method]):
                 yield method, optimizer
 
 
@@ -131,6 +131,143 @@ def test_adapters_of_different_bases_are_not_merged(workshop, base):
     runs = [workshop.train(n, **on(b), adapter__kind="lora") for n, b in (("a", base), ("b", str(other)))]
     with pytest.raises(ModelError, match="adapters of different bases"):
         export.merge([run / "model" for run in runs], workshop.folder / "merged")
+
+
+def test_adapters_that_cannot_be_added_are_not_merged(workshop, base):
+    """Whole modules, and adapters that change the base under the others."""
+
+    def trained(name, **changes):
+        return workshop.train(name, **on(base), **({"adapter__kind": "lora"} | changes)) / "model"
+
+    plain = trained("plain")
+    for name, changes, why in (
+        ("pissa", {"adapter__init": "pissa"}, "begun from the weights of its base"),
+        ("norms", {"adapter__train_norms": True}, "holds whole modules or biases"),
+        ("biases", {"adapter__bias": "all"}, "holds whole modules or biases"),
+        ("loftq", {"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapters of different bases"),
+    ):  # fmt: skip
+        with pytest.raises(ModelError, match=why):
+            export.merge([plain, trained(name, **changes)], workshop.folder / "merged")
+    with pytest.raises(ModelError, match="lies inside an adapter"):
+        export.merge([plain], plain / "merged")
+    assert not (workshop.folder / "merged").exists()
+
+
+SIXTEEN = {
+    "norms": {"adapter__train_norms": True}, "biases": {"adapter__bias": "all"},
+    "whole modules": {"adapter__modules_to_save": ["lm_head"]}, "new tokens": {"model__new_tokens": ["<a>"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SIXTEEN)
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, method, monkeypatch):
+    """A norm is 1.0: in bfloat16 the next value below is 1/256 away, and steps of 2e-4 would all be lost."""
+    import train
+
+    states, build = [], train.build
+    monkeypatch.setattr(train, "build", lambda job: states.append(build(job)) or states[0])
+    settings = {**on(base), **SIXTEEN[method], "adapter__kind": kind, "train__precision": "bf16", "optimizer__lr": 2e-4}
+    if (kind, method) == ("qlora", "biases"):
+        with pytest.raises(ConfigError, match="adapter.bias: not with kind: qlora"):
+            workshop.train(**settings)
+        return
+    run = workshop.train(**settings, **TWENTY, evaluation__sample_prompts=["hi"], evaluation__sample_max_new_tokens=3)
+    moments = states[0].optimizer.optimizer.state
+    assert all(state["exp_avg"].dtype == torch.float32 for state in moments.values())
+    frozen = {p.dtype for p in states[0].model.parameters() if not p.requires_grad}
+    assert torch.bfloat16 in frozen
+    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+    assert losses(run)[-1] < losses(run)[0]
+    model = export.load(run / "model")
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
+    if method == "norms":
+        name = "model.layers.0.input_layernorm"
+        now = dict(model.named_parameters())[f"base_model.model.{name}.modules_to_save.default.weight"]
+        assert not torch.equal(now, before[f"{name}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "why"),
+    [
+        ({}, {"adapter__kind": "qlora"}, "the base would be nf4, doubly quantised, but .* was not quantised"),
+        ({"adapter__kind": "qlora"}, {}, "would be not quantised, but .* was nf4, doubly quantised"),
+        ({"adapter__kind": "qlora"}, {"adapter__kind": "qlora", "adapter__quantization": "int8"}, "would be int8"),
+        ({}, {"model__new_tokens": ["<a>"]}, r"model.new_tokens: \['<a>'\], but .* was trained with \[\]"),
+        ({"model__new_tokens": ["<a>"]}, {"model__new_tokens": ["<b>"]}, r"was trained with \['<a>'\]"),
+    ],
+    ids=["to qlora", "from qlora", "to int8", "tokens added", "other tokens"],
+)  # fmt: skip
+def test_an_adapter_is_not_gone_on_from_in_another_form(workshop, base, first, then, why):
+    """Already known before weights load."""
+    path = workshop.train("first", **on(base), **({"adapter__kind": "lora"} | first)) / "model"
+    with pytest.raises(ModelError, match=why):
+        workshop.check("then", **on(base), **({"adapter__kind": "lora"} | then), adapter__path=str(path))
+
+
+def test_an_adapter_in_another_precision_still_knows_its_base(workshop, base):
+    first = workshop.train("first", **on(base), adapter__kind="lora") / "model"
+    workshop.train("bf16", **on(base), adapter__kind="lora", adapter__path=str(first), train__precision="bf16")
+    config = TINY_LLAMA | {"attention_bias": True, "mlp_bias": True, "hidden_size": 64}
+    other = workshop.train("other", run__seed=5, model__config=config) / "model"
+    with pytest.raises(ModelError, match="has changed since the adapter was trained beside it"):
+        workshop.train("no", **on(str(other)), adapter__kind="lora", adapter__path=str(first), train__precision="bf16")
+
+
+def test_what_loftq_began_stays_marked(workshop, base):
+    kind = {"adapter__kind": "qlora"}
+    first = workshop.train("first", **on(base), **kind, adapter__init="loftq") / "model"
+    second = workshop.train("second", **on(base), **kind, adapter__path=str(first)) / "model"
+    assert export.merge([second], workshop.folder / "merged").quantization < 1e-4
+
+
+def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, capfd):
+    first = workshop.train("first", **on(base), adapter__kind="lora", adapter__init="pissa") / "model"
+    capfd.readouterr()
+    workshop.check("second", **on(base), adapter__kind="lora", adapter__path=str(first))
+    assert " 0 of them train" not in capfd.readouterr().err
+    with pytest.raises(ModelError, match=r"has no adapter_config.json; did you mean .*/model\?"):
+        workshop.check("third", **on(base), adapter__kind="lora", adapter__path=str(first.parent))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "why"),
+    [
+        ({"adapter__rank_pattern": {"q_porj": 64}}, ModelError, "adapter.rank_pattern: no adapted module is called 'q_porj'"),
+        ({"adapter__alpha_pattern": {"nope": 3.0}}, ModelError, "adapter.alpha_pattern: no adapted module"),
+        ({"adapter__rank_pattern": {"q_proj(": 64}}, ModelError, r"rank_pattern.*is no regular expression"),
+        ({"adapter__layers": [1], "adapter__target_modules": ".*q_proj"}, ConfigError, "adapter.layers: peft needs names"),
+        ({"adapter__layers": []}, ConfigError, "adapter.layers"),
+        ({"optimizer__embedding_lr": 0.1}, ConfigError, "embedding_lr: would be ignored"),
+        ({"optimizer__kind": "adafactor"}, ConfigError, "adafactor steps in proportion"),
+        ({"optimizer__kind": "muon"}, ConfigError, "optimizer.kind: muon"),
+        ({"adapter__init": "eva", "adapter__r": 99}, ModelError, "adapter.r: 99 is more than the 64 directions"),
+        ({"model__new_tokens": ["<a>", "<a>"]}, ConfigError, "model.new_tokens: '<a>' is empty or there twice"),
+        ({"model__new_tokens": [""]}, ConfigError, "model.new_tokens: '' is empty"),
+    ],
+)  # fmt: skip
+def test_what_would_have_no_effect_is_refused_before_weights_load(workshop, base, changes, error, why):
+    with pytest.raises(error, match=why):
+        workshop.check(**on(base), **({"adapter__kind": "lora"} | changes))
+
+
+def test_what_the_whole_model_cannot_have_is_refused(workshop, base):
+    without = workshop.train("without") / "model"
+    with pytest.raises(ModelError, match="there is no bias to train in this model"):
+        workshop.check(**on(str(without)), adapter__kind="lora", adapter__bias="all")
+    with pytest.raises(ModelError, match=r"model.new_tokens would never be learned"):
+        workshop.check(**on(base), model__new_tokens=["<a>"], adapter__freeze=["embed"])
+    with pytest.raises(ConfigError, match=r"adafactor never steps by more than 1 / sqrt\(step\)"):
+        workshop.check(**on(base), optimizer__kind="adafactor", optimizer__lr=0.9)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_loftq_is_refused_for_layers_that_are_not_linear(workshop, kind):
+    config = {"gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+              "mixtral": TINY_LLAMA | {"model_type": "mixtral", "num_local_experts": 2}}[kind]  # fmt: skip
+    model = workshop.train("base", model__config=config) / "model"
+    with pytest.raises(ModelError, match=r"adapter.init: loftq is for linear layers, and .* is"):
+        workshop.check(**on(str(model)), adapter__kind="qlora", adapter__init="loftq")
 
 
 def test_an_adapter_is_gone_on_from(workshop, base):
@@ -282,6 +419,26 @@ def test_muon_moves_hidden_matrices_as_torch_does_and_the_rest_as_adamw():
                 part.zero_grad()
     assert torch.equal(ours["m"].weight, theirs["m"].weight)
     assert torch.allclose(ours["m"].bias, theirs["m"].bias)
+
+
+def test_muon_leaves_what_is_no_matrix_and_what_is_looked_up_to_adamw():
+    model = torch.nn.ModuleDict(
+        {"wpe": torch.nn.Embedding(8, 8), "conv": torch.nn.Conv1d(8, 8, 3), "m": torch.nn.Linear(8, 8, bias=False)}
+    )
+    hidden = [
+        p for group in optim.parameter_groups(model, Optimizer(kind="muon")) if group["hidden"] for p in group["params"]
+    ]
+    assert [id(p) for p in hidden] == [id(model["m"].weight)]
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
+def test_embeddings_keep_their_state_in_32_bits(kind):
+    model = torch.nn.Sequential(torch.nn.Embedding(1000, 64), torch.nn.Linear(64, 1000))
+    optimizer = optim.build(model, Optimizer(kind=kind))
+    model(torch.arange(9)).sum().backward()
+    optimizer.step()
+    dtypes = [optimizer.state[layer.weight]["state1"].dtype for layer in model]
+    assert dtypes == [torch.float32, torch.uint8]
 
 
 def test_groups_have_their_own_rates():

@@ -16,7 +16,7 @@ KINDS = {
     "meta-llama": {"model_type": "llama"},
     "TinyLlama": {"model_type": "llama"},
     "EleutherAI": {"model_type": "gpt_neox"},
-    "facebook": {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "facebook": {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "microsoft": {"model_type": "phi3"},
     "Qwen": {"model_type": "qwen2"},
 }
@@ -90,6 +90,26 @@ def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
     run = workshop.run_dir(config.run.name)
     assert len(losses(run)) == 3
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+
+
+def test_the_medical_recipe_is_the_one_that_was_asked_for():
+    config = configs.from_dict(configs.read_yaml(ROOT / "configs/llama2_7b_chat_qlora_medical.yaml"))
+    train, data, adapter = config.train, config.data, config.adapter
+    assert (train.epochs, train.global_batch_size, train.max_grad_norm) == (1, 4, 0.3)
+    assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.weight_decay) == (
+        "paged_adamw_32bit",
+        4e-5,
+        0.001,
+    )
+    assert config.schedule.kind == "constant"
+    assert (data.max_rows, config.run.seed, data.group_by_length, data.packing, data.template) == (
+        3000,
+        1234,
+        True,
+        False,
+        "llama2",
+    )
+    assert (adapter.kind, adapter.quantization, adapter.compute_dtype) == ("qlora", "nf4", "float16")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -106,6 +106,40 @@ def test_a_signal_saves_and_asks_to_be_run_again(workshop):
 
 
 @pytest.mark.slow
+def test_what_a_preempted_run_had_no_time_to_look_at_is_made_up_for(workshop, monkeypatch):
+    """Else it would stop at another step, and export another model, than an undisturbed one."""
+    from finetune.engine import step as steps
+    from finetune.engine.preemption import StopFlag
+    from finetune.errors import Preempted
+
+    settings = {
+        "data__eval_fraction": 0.2, "evaluation__every_steps": 2, "evaluation__patience": 1, "evaluation__export_best": True,
+        "evaluation__sample_prompts": ["a\u2028b"], "evaluation__sample_every_steps": 2, "evaluation__sample_max_new_tokens": 2,
+        "optimizer__lr": 1.0, "schedule__kind": "constant", "train__max_steps": 12, "train__epochs": 9,
+    }  # fmt: skip
+    whole = workshop.train("whole", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(StopFlag, "is_set", property(lambda self: len(done) == 2))
+        one, done = steps.train_step, []
+        patch.setattr(steps, "train_step", lambda *a, **k: done.append(1) or one(*a, **k))
+        with pytest.raises(Preempted):
+            workshop.train("parts", **settings)
+    parts = workshop.train("parts", **settings)
+    assert read_jsonl(parts / "eval.jsonl") == read_jsonl(whole / "eval.jsonl")
+    assert (parts / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert torch.equal(*(load_file(run / "model/model.safetensors")["model.norm.weight"] for run in (whole, parts)))
+
+
+def test_other_evaluation_rows_are_another_run(workshop, monkeypatch):
+    rows = workshop.folder / "eval.jsonl"
+    rows.write_text('{"question": "new?", "answer": "yes"}\n')
+    settings = {"data__eval": str(rows), "checkpoint__every_steps": 2}
+    train_until(workshop, monkeypatch, 3, "run", **settings)
+    rows.write_text('{"question": "new?", "answer": "no"}\n')
+    with pytest.raises(RunDirectoryError, match="evaluation data: was"):
+        workshop.train(**settings)
+
+
 def test_a_finished_run_started_again_is_still_finished(workshop):
     run = workshop.train()
     before = (run / "model/model.safetensors").stat().st_mtime_ns

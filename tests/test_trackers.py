@@ -56,10 +56,8 @@ def test_an_unknown_or_missing_tracker_is_an_error(workshop, monkeypatch):
         workshop.check(tracking__trackers=["mlflow"])
     with pytest.raises(ConfigError, match="names one twice"):
         workshop.check(tracking__trackers=["tensorboard", "tensorboard"])
-    with pytest.raises(ConfigError, match=r"tracking.wandb_mode.*wandb is not among"):
-        workshop.check(tracking__trackers=["tensorboard"], tracking__wandb_mode="offline")
-    with pytest.raises(ConfigError, match=r"tracking.project"):
-        workshop.check(tracking__project="mine")
+    with pytest.raises(ConfigError, match=r"tracking.project: W&B takes no /"):
+        workshop.check(**OFFLINE, tracking__project="mine/yours")
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ConfigError, match="trackio is not installed; pip install trackio"):
         workshop.check(tracking__trackers=["trackio"])

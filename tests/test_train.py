@@ -12,7 +12,7 @@ import yaml
 from conftest import TINY_LLAMA, losses, pairs, read_jsonl, write_jsonl
 
 from finetune import config as configs
-from finetune.errors import DataError, ModelError, RunDirectoryError, TrainingDiverged, UserError
+from finetune.errors import CheckpointError, DataError, ModelError, RunDirectoryError, TrainingDiverged, UserError
 
 
 def test_a_run_leaves_everything_its_contract_names(workshop):
@@ -212,7 +212,7 @@ def test_divergence_stops_before_the_weights_move_and_names_step_rate_and_rows(w
         "model__tokenizer": None,
     }
     with pytest.raises(
-        TrainingDiverged, match=r"step 1: loss .*gradient norm inf.*learning rate 0.01; its rows: .*rows.jsonl:\d+"
+        TrainingDiverged, match=r"step 1: loss .*gradient norm inf.*learning rate 0.01; .* its rows: .*rows.jsonl:\d+"
     ):
         workshop.train("diverged", **pretrained)
     run = workshop.run_dir("diverged")
@@ -457,6 +457,7 @@ def test_the_best_weights_are_exported_where_that_is_asked_for(workshop):
     best = min(found, key=found.get)
     assert best < 12
     assert {p.name for p in (run / "checkpoints").iterdir()} == {f"step-{best:08d}", "step-00000012"}
+    assert json.loads((run / "outcome.json").read_text())["exported_step"] == best
     until = workshop.train("until", **(OVERFITS | {"train__max_steps": 12}))
     assert not torch.equal(*(load_file(r / "model/model.safetensors")["model.norm.weight"] for r in (run, until)))
     (run / "outcome.json").unlink()
@@ -464,8 +465,32 @@ def test_the_best_weights_are_exported_where_that_is_asked_for(workshop):
     assert all(torch.equal(t, again[n]) for n, t in load_file(run / "model/model.safetensors").items())
 
 
+def test_a_damaged_best_checkpoint_is_no_dead_end(workshop):
+    run = workshop.train(**OVERFITS, evaluation__export_best=True)
+    best = json.loads((run / "outcome.json").read_text())["exported_step"]
+    (run / "outcome.json").unlink()
+    [shard] = (run / "checkpoints" / f"step-{best:08d}").rglob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"the best evaluation, cannot be loaded.*--evaluation.export_best false"):
+        workshop.train(**OVERFITS, evaluation__export_best=True)
+    workshop.train(**OVERFITS)
+    assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
+
+
+def test_the_best_cannot_be_exported_when_nobody_kept_it(workshop):
+    run = workshop.train(**OVERFITS)
+    (run / "outcome.json").unlink()
+    with pytest.raises(RunDirectoryError, match="the best evaluation so far, of step 1, has no checkpoint"):
+        workshop.train(**OVERFITS, evaluation__export_best=True)
+
+
 def test_a_run_stops_when_its_patience_is_out(workshop):
-    run = workshop.train(**OVERFITS, evaluation__patience=2)
+    run = workshop.train(**OVERFITS, evaluation__patience=2, evaluation__sample_prompts=["hi"], evaluation__sample_every_steps=1, evaluation__sample_max_new_tokens=2)  # fmt: skip
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert "stopped early, of 12 steps" in outcome["reason"]
+    assert outcome["exported_step"] == outcome["step"] == len(eval_losses(run))
+    sampled = [line["step"] for line in read_jsonl(run / "samples.jsonl")]
+    assert sampled == list(range(1, outcome["step"] + 1)), "each once"
     found = list(eval_losses(run).values())
     assert len(found) < 12
     assert min(found[-2:]) >= min(found[:-2])

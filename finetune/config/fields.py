@@ -73,7 +73,7 @@ class Adapter(Section):
     """Dropout on the input of the adapters."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter: names or suffixes, a regular expression, or all-linear (all but the head)."""
-    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Only these layers, counted from 0, get adapters; null: all."""
     rank_pattern: dict[str, Positive] = {}
     """Other ranks for some modules, as {regular expression: r}."""
@@ -96,7 +96,7 @@ class Adapter(Section):
     double_quantization: bool = True
     """qlora, 4 bits: quantise the scales too; saves 0.4 bits a weight."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """qlora, 4 bits: what weights are unpacked to for each product; auto: train.precision."""
+    """qlora, 4 bits: what weights are unpacked to for each product; auto: the dtype of the rest of the base."""
 
 
 class Data(Section):
@@ -263,10 +263,6 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.run.dir) / self.run.name
-
-
-# What may differ between a run and its resumption: it changes neither the data nor the arithmetic
-# of a step (micro_batch_size and checkpointing only reorder the same float operations).
 
 
 def accumulation(config: Config, num_processes: int) -> int:

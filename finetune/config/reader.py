@@ -14,10 +14,11 @@ from finetune.config.fields import Config, Section
 from finetune.config.rules import conflicts
 from finetune.errors import ConfigError
 
+# What may differ between a run and its resumption: it changes neither the data nor the arithmetic
+# of a step (micro_batch_size and checkpointing only reorder the same float operations).
 RESUME_MAY_CHANGE = (
     "run.dir", "data.cache_dir", "model.attention", "train.micro_batch_size", "train.gradient_checkpointing",
-    "checkpoint.*", "evaluation.every_steps", "evaluation.micro_batch_size", "evaluation.patience", "evaluation.sample_*",
-    "tracking.*",
+    "checkpoint.*", "evaluation.*", "tracking.*",
 )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         for name, field in model.model_fields.items():
             default = "required" if field.is_required() else f"default: {_yaml(field.default)}"
             text = f"{field.description} ({default})".replace("%", "%%")
-            group.add_argument(f"--{section}.{name}", metavar=_type_name(field), help=text)
+            group.add_argument(f"--{section}.{name}", metavar=_type_name(field.annotation), help=text)
     if not argv:
         raise ConfigError(
             "nothing to do: give --config FILE, such as configs/quickstart.yaml; --help lists every setting"
@@ -176,13 +177,18 @@ def _yaml(value: Any, flow: bool = True) -> str:
     return text.removesuffix("\n").removesuffix("\n...") if flow else text
 
 
-def _type_name(field: Any) -> str:
-    options = get_args(field.annotation)
-    if options and all(isinstance(option, str) for option in options):
-        return "|".join(options)
-    text = str(field.annotation)
-    names = [n for n in ("bool", "int", "float", "list", "dict", "str") if n in text]
-    return names[0].upper() if names else "VALUE"
+def _type_name(annotation: Any) -> str:
+    """What a value looks like, for --help: INT, LIST of INT, a|b|c."""
+    origin, options = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(map(str, options))
+    if origin is Annotated:
+        return _type_name(options[0])
+    if origin in (UnionType, Union):
+        return " or ".join(dict.fromkeys(_type_name(option) for option in options if option is not type(None)))
+    if origin is list:
+        return f"LIST of {_type_name(options[0])}"
+    return "MAP" if origin is dict or annotation is dict else annotation.__name__.upper()
 
 
 def _from_command_line(annotation: Any, raw: str) -> Any:

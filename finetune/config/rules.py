@@ -68,12 +68,18 @@ def conflicts(config: Config) -> Iterator[str]:
     trackers = config.tracking.trackers
     if len(set(trackers)) < len(trackers):
         yield "tracking.trackers: names one twice"
-    if "wandb" not in trackers:
-        yield from _ignored(config.tracking, "tracking", ("wandb_mode",), "wandb is not among tracking.trackers")
-        if "trackio" not in trackers:
-            yield from _ignored(config.tracking, "tracking", ("project",), "it is for wandb and trackio")
+    if "wandb" in trackers and (bad := set(config.tracking.project) & set("/\\#?%:")):
+        yield f"tracking.project: W&B takes no {' '.join(sorted(bad))} in the name of a project"
     if config.evaluation.patience is not None and config.evaluation.every_steps is None:
         yield "evaluation.patience: needs evaluation.every_steps; there is only one evaluation, at the end"
+    if config.evaluation.export_best and config.evaluation.every_steps is None:
+        yield "evaluation.export_best: needs evaluation.every_steps; there is only one evaluation, at the end"
+    if any(not prompt.strip() for prompt in config.evaluation.sample_prompts):
+        yield "evaluation.sample_prompts: one is empty"
+    for token in model.new_tokens:
+        if not token.strip() or model.new_tokens.count(token) > 1:
+            yield f"model.new_tokens: {token!r} is empty or there twice"
+            break
     if data.eval is None and data.eval_fraction == 0:
         yield from _ignored(
             config.evaluation,
@@ -110,6 +116,10 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
         yield f"adapter.dora: not beside adapter.init: {adapter.init}; use init: default"
     if adapter.kind == "qlora" and adapter.dora and adapter.quantization == "int8":
         yield "adapter.dora: unpacks weights at every step, which int8 does inexactly; use nf4"
+    if adapter.layers is not None and isinstance(adapter.target_modules, str):
+        yield "adapter.layers: peft needs names of modules beside it; set adapter.target_modules, as [q_proj, v_proj]"
+    if adapter.bias != "none" and adapter.kind == "qlora":
+        yield "adapter.bias: not with kind: qlora, where bitsandbytes rounds biases to the compute type at each pass; use none"
     if adapter.bias != "none" and adapter.dora:
         yield "adapter.bias: not beside adapter.dora; use none"
 
@@ -122,6 +132,8 @@ def _optimizer_conflicts(config: Config) -> Iterator[str]:
         yield from _ignored(optimizer, "optimizer", ("eps",), "lion divides by nothing")
     if kind == "muon" and config.adapter.kind != "full":
         yield "optimizer.kind: muon turns the update of a whole matrix, which adapters have in two parts; use adamw"
+    if kind == "adafactor" and config.adapter.kind != "full":
+        yield "optimizer.kind: adafactor steps in proportion to the size of a weight, and half of an adapter starts at 0; use adamw_8bit"
     if config.adapter.kind == "full":
         yield from _ignored(optimizer, "optimizer", ("lora_plus_ratio",), "adapter.kind: full has no adapter")
 

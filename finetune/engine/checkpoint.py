@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from finetune.config import Config, differences
+from finetune.engine import optim
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.errors import CheckpointError, RunDirectoryError
@@ -176,6 +177,14 @@ def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
     return None, {}
 
 
+def require(root: Path, best: int | None) -> None:
+    """Raise RunDirectoryError if the best evaluation so far has no checkpoint, as when nobody asked to keep it."""
+    if best is not None and not (root / step_name(best)).exists():
+        raise RunDirectoryError(
+            f"evaluation.export_best: the best evaluation so far, of step {best}, has no checkpoint in {root}; set it to false"
+        )
+
+
 def load_weights(root: Path, step: int, topology: Topology, state: TrainState) -> None:
     """Put back the weights (and their averages), and nothing else, of one checkpoint. Collective. Raises CheckpointError."""
     path = root / step_name(step)
@@ -185,7 +194,10 @@ def load_weights(root: Path, step: int, topology: Topology, state: TrainState) -
         with _alone(topology) as alone:
             dcp.load(weights, checkpoint_id=path / "shards", no_dist=alone)
     except Exception as exc:
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+        raise CheckpointError(
+            f"checkpoint {path}, the best evaluation, cannot be loaded: {type(exc).__name__}: {exc}; "
+            "to export the last weights, give --evaluation.export_best false"
+        ) from exc
 
 
 def load(found: Found, topology: Topology, state: TrainState) -> None:
@@ -195,6 +207,7 @@ def load(found: Found, topology: Topology, state: TrainState) -> None:
         with _alone(topology) as alone:
             dcp.load(tensors, checkpoint_id=found.path / "shards", no_dist=alone)  # weights are read in place
         set_optimizer_state_dict(state.model, _bare(state.optimizer), tensors["optimizer"], options=_options())
+        optim.page_again(_bare(state.optimizer))
         own = found.path / f"process-{topology.rank:04d}.json"
         if own.exists():
             _restore_random_state(json.loads(own.read_text())["random"], topology)

@@ -15,17 +15,19 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
 
     Matrices decay; norms, biases and every other vector do not. Embeddings and head have
     optimizer.embedding_lr, LoRA's B matrices optimizer.lora_plus_ratio x the rate of the others.
-    `hidden` marks the matrices that are neither embedding nor head, which muon turns.
+    `hidden` marks the matrices that are neither embeddings nor head, which muon turns.
     """
     ends = {id(p) for module in _ends(model) for p in module.parameters()}
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # positions, too
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_end, is_matrix = id(parameter) in ends, parameter.ndim >= 2
+            hidden = parameter.ndim == 2 and id(parameter) not in looked_up and not is_end
             scale = optimizer.embedding_lr / optimizer.lr if is_end and optimizer.embedding_lr else 1.0
             if "lora_B" in name or "lora_embedding_B" in name:
                 scale = optimizer.lora_plus_ratio or 1.0
-            key = (optimizer.weight_decay if is_matrix else 0.0, scale, is_matrix and not is_end)
+            key = (optimizer.weight_decay if is_matrix else 0.0, scale, hidden)
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "scale": scale, "hidden": hidden}
@@ -49,6 +51,12 @@ def build(model: nn.Module, optimizer: Optimizer) -> torch.optim.Optimizer:
         return Muon(groups, betas=betas, eps=eps)
     import bitsandbytes.optim as bnb  # Dettmers et al., 2022: state in blocks of 256 values of 8 bits with a scale
 
+    overrides = bnb.GlobalOptimManager.get_instance()
+    overrides.initialize()  # it is one for the process, and knows parameters by their place
+    # Rare tokens move rarely and far: 8 bits are too few for them (section 3 of the paper).
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            overrides.register_module_override(module, "weight", {"optim_bits": 32})
     warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")  # there, all memory is the host's
     bits, is_paged = 8 if kind.endswith("8bit") else 32, kind.startswith("paged")
     if kind.startswith("lion"):  # Chen et al., 2023: the sign of a running average
@@ -108,6 +116,18 @@ def lr_at(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
     done = max(0, step - start) / max(1, num_steps - start)
     falling = (1 + math.cos(math.pi * done)) / 2 if schedule.kind == "cosine" else 1 - done
     return peak * (floor + (1 - floor) * falling)
+
+
+def page_again(optimizer: torch.optim.Optimizer) -> None:
+    """After a resumption: state of paged optimizers back into memory that the GPU may page out; bitsandbytes loads it into its own."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            loaded = state.get(name)
+            if isinstance(loaded, torch.Tensor) and loaded.is_cuda and not getattr(loaded, "is_paged", False):
+                state[name] = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
+                state[name].copy_(loaded)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -89,9 +89,9 @@ class RunDirectory:
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")
 
-    def write_outcome(self, state: str, step: int, reason: str) -> None:
+    def write_outcome(self, state: str, step: int, reason: str, **facts: Any) -> None:
         """state: running, complete, preempted or failed."""
-        outcome = {"state": state, "step": step, "reason": reason, "written": _now()}
+        outcome = {"state": state, "step": step, "reason": reason, **facts, "written": _now()}
         if state == "complete":
             outcome["model"] = self._model_files()
         write_atomically(self.path / "outcome.json", json.dumps(outcome, indent=2))
@@ -115,7 +115,7 @@ class RunDirectory:
 
     def eval_losses(self) -> dict[int, float]:
         """Step -> loss of every evaluation on record; infinity where it was no number."""
-        lines = self.evals.read_text(errors="replace").splitlines() if self.evals.exists() else []
+        lines = _lines(self.evals)
         read = [json.loads(line) for line in lines if _step_of(line) < math.inf]
         return {int(line["step"]): math.inf if line["eval_loss"] is None else line["eval_loss"] for line in read}
 
@@ -127,6 +127,16 @@ class RunDirectory:
             values[:-patience]
         )
 
+    def history(self) -> list[dict[str, Any]]:
+        """Every line of metrics and evaluations, in the order of their steps."""
+        lines = [
+            json.loads(line) for log in (self.metrics, self.evals) for line in _lines(log) if _step_of(line) < math.inf
+        ]
+        return sorted(lines, key=lambda line: line["step"])
+
+    def has_samples(self, step: int) -> bool:
+        return any(_step_of(line) == step for line in _lines(self.samples))
+
     def write_samples(self, step: int, prompts: list[str], answers: list[str]) -> None:
         with self.samples.open("a") as file:
             for prompt, answer in zip(prompts, answers):
@@ -136,7 +146,7 @@ class RunDirectory:
         """Take lines of later steps (and a torn last line) out of the logs: they will be trained again."""
         for log in (self.metrics, self.evals, self.samples):
             if log.exists():
-                kept = [line for line in log.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+                kept = [line for line in _lines(log) if _step_of(line) <= step]
                 write_atomically(log, "".join(line + "\n" for line in kept))
 
     def _model_files(self) -> dict[str, int]:
@@ -218,6 +228,11 @@ def machine() -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _lines(log: Path) -> list[str]:
+    """Lines of a log. Only a newline ends one: answers of a model may hold what Python's splitlines takes for an end."""
+    return log.read_text(errors="replace").split("\n") if log.exists() else []
 
 
 def _step_of(line: str) -> float:

@@ -58,7 +58,7 @@ def train_step(
     # Overflowing fp16 gradients are no divergence: the scaler leaves the step out and scales less.
     if not math.isfinite(mean) or not (finite or topology.scales_gradients):
         optimizer.zero_grad()
-        raise TrainingDiverged(f"loss {mean}, gradient norm {grad_norm}, learning rate {lr:g}")
+        raise TrainingDiverged(f"loss {mean:.4g}, gradient norm {grad_norm:.4g}, learning rate {lr:g}")
     set_lr(optimizer, lr)
     optimizer.step()
     optimizer.zero_grad()

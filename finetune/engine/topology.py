@@ -6,7 +6,7 @@ Whatever the topology, a step sees the same few verbs: prepare, accumulate, back
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -23,9 +23,10 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 class Topology:
     """One process's view of all of them. Raises ConfigError if the launch is not what it claims."""
 
-    def __init__(self, precision: str) -> None:
+    def __init__(self, precision: str, check_only: bool = False) -> None:
+        """`check_only`: nothing will be trained, so a precision that only a GPU has is no error."""
         cuda = torch.cuda.is_available()
-        self.precision = _resolve(precision, cuda)
+        self.precision = "fp32" if check_only and precision == "fp16" and not cuda else _resolve(precision, cuda)
         _refuse_what_the_launcher_cannot_mean()
         self.accelerator = Accelerator(
             cpu=not cuda,
@@ -71,6 +72,14 @@ class Topology:
         if shared != (self.num_processes > 1):
             raise ConfigError(f"asked for {self.name} with {self.num_processes} processes, got {type(model).__name__}")
         return model, optimizer
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Passes through a bare model inside are done in the precision of the run."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        if dtype is None:
+            return nullcontext()
+        context: AbstractContextManager[None] = torch.autocast(self.device.type, dtype)
+        return context
 
     def unwrap(self, model: nn.Module) -> Any:
         return self.accelerator.unwrap_model(model)

@@ -16,7 +16,7 @@ from finetune.errors import ConfigError
 
 SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 SHORTEST_SECRET = 8  # shorter values (true, 1, info) are no secrets and occur everywhere
-WANDB_FINISH_SECONDS = 60  # an upload that hangs must not outlast the machine; `wandb sync` sends what is left
+WANDB_FINISH_SECONDS = 30  # an upload that hangs must not outlast the machine; `wandb sync` sends what is left
 
 
 def check(names: Sequence[str], wandb_mode: str | None) -> None:
@@ -51,9 +51,9 @@ class Trackers:
 
     def __init__(
         self, names: Sequence[str], *, project: str, run_name: str, run_id: str, directory: Path, first_step: int,
-        wandb_mode: str | None, about: dict[str, Any], say: Callable[[str], None],
+        wandb_mode: str | None, about: dict[str, Any], history: list[dict[str, Any]], say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """`about`: config and receipt, stored with the run. `first_step`: steps from here on may be there from an earlier attempt."""
+        """`about`: config and receipt, stored with the run. `history`: what earlier attempts logged, up to before `first_step`."""
         self.say = say
         self.running: dict[str, Any] = {}
         about = redacted(about)
@@ -68,12 +68,13 @@ class Trackers:
 
         for name in names:
             self._guarded(name, start, name)
+        if _mode(wandb_mode) == "offline" and "wandb" in self.running:
+            for line in history:  # the newest offline folder replaces the earlier ones when it is synced
+                self._guarded("wandb", self.running["wandb"].log, _numbers(line))
 
     def log(self, values: dict[str, Any]) -> None:
         """Numbers after the step values["step"]; what is no number is left out."""
-        numbers = {
-            key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)
-        }
+        numbers = _numbers(values)
         step = numbers.pop("step")
         for name, tracker in list(self.running.items()):
             if name == "wandb":  # its own steps only rise; on an axis of ours, a resumed run may go over steps again
@@ -94,13 +95,17 @@ class Trackers:
             self.say(redacted(f"note: tracker {name} failed, the run goes on without it: {type(exc).__name__}: {exc}"))
 
 
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
 def _start_wandb(project: str, run_name: str, run_id: str, directory: Path, mode: str, about: dict[str, Any]) -> Any:
     """One W&B run over all attempts: `run_id` is kept with the checkpoints."""
     from accelerate.tracking import WandBTracker
 
     tracker = WandBTracker(
         project, id=run_id, name=run_name, dir=str(directory), mode=mode, config=about,
-        resume="allow" if mode == "online" else None,  # offline runs are joined by their id when they are synced
+        resume="allow" if mode == "online" else None,
         settings={  # command line, remote and output may hold secrets; config and receipt say the rest
             "console": "off", "disable_git": True, "x_disable_meta": True, "silent": True,
             "finish_timeout": WANDB_FINISH_SECONDS,

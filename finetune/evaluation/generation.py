@@ -81,13 +81,15 @@ def while_training(
     system = [Message("system", system_prompt)] if system_prompt is not None else []
     texts = [template.prompt([*system, Message("user", prompt)]) if template else prompt for prompt in prompts]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    attention, settings, was_training = inner.config._attn_implementation, model.generation_config, model.training
+    attention, was_training = inner.config._attn_implementation, model.training
+    settings = [(each, each.generation_config) for each in (model, inner)]
     inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
     try:
         return answers(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts))
     finally:
         inner.set_attn_implementation(attention)
-        model.generation_config = settings
+        for each, config in settings:
+            each.generation_config = config
         model.train(was_training)
 
 

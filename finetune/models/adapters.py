@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import json
 import math
 import os
 import re
@@ -19,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.config import Adapter, Model
 from finetune.errors import ExportError, ModelError
+from finetune.models import bases
 
-BASE = "base_weights.json"  # beside an adapter: which weights it was trained on
+QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers
 INITS = {"default": True, "loftq": True, "random": False}  # peft's names for adapter.init; the others are the same
 
 
@@ -34,22 +34,17 @@ def apply(
     head train whole and are saved with the adapter.
     """
     if adapter.kind == "full":
-        return _freeze(model, adapter.freeze)
-    record = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "quantization": quantization(adapter, dtype),
-        "loftq": adapter.init == "loftq",
-        "new_token_ids": list(new_token_ids),
-    }
-    record["weights"] = hashes(model, dtype)
-    known = base_record(Path(adapter.path)) if adapter.path else {}
-    if (
-        known
-        and record["weights"]
-        and known["quantization"] == record["quantization"]
-        and known["dtype"] == record["dtype"]
-    ):
-        check_base(model, known, Path(str(adapter.path)))
+        model = _freeze(model, adapter.freeze)
+        if new_token_ids and not model.get_input_embeddings().weight.requires_grad:
+            raise ModelError("adapter.freeze: freezes the embedding, so model.new_tokens would never be learned")
+        return model
+    form = quantization(adapter, dtype)
+    record = bases.record(
+        model, dtype, form, loftq=adapter.init == "loftq", new_tokens=base.new_tokens, new_token_ids=new_token_ids
+    )
+    if adapter.path and (known := bases.read(Path(adapter.path))):
+        bases.require_same(record, known, Path(adapter.path))
+        record["loftq"] = known["loftq"]
     ends = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
     adapted = _continued(model, adapter.path) if adapter.path else _fresh(model, adapter, bool(new_token_ids))
     touched = [name for name, m in adapted.named_modules() if hasattr(m, "lora_A") and id(m.get_base_layer()) in ends]
@@ -63,6 +58,10 @@ def apply(
     saved.base_model_name_or_path = os.path.abspath(base.path) if base.path and os.path.isdir(base.path) else base.path
     saved.revision = base.revision
     adapted.base_record = record
+    for parameter in adapted.parameters():  # 16 bits would lose most steps of a norm, a bias or an embedding
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    _refuse_what_has_no_effect(adapted, adapter)
     return adapted
 
 
@@ -100,6 +99,13 @@ def _freeze(model: Any, patterns: list[str]) -> Any:
 
 def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> PeftModel:
     check_targets(model, adapter.target_modules)
+    for pattern in (*adapter.rank_pattern, *adapter.alpha_pattern):
+        try:
+            re.compile(pattern)
+        except re.error as exc:
+            raise ModelError(
+                f"adapter.rank_pattern, alpha_pattern: {pattern!r} is no regular expression: {exc}"
+            ) from exc
     whole = list(adapter.modules_to_save)
     if adapter.train_norms:
         whole += sorted({n.split(".")[-1] for n, m in model.named_modules() if "norm" in type(m).__name__.lower()})
@@ -117,10 +123,6 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> PeftModel:
     num_layers = model.config.get_text_config().num_hidden_layers
     if adapter.layers and max(adapter.layers) >= num_layers:
         raise ModelError(f"adapter.layers: {max(adapter.layers)}, but the model has layers 0 to {num_layers - 1}")
-    if adapter.layers is not None and adapter.target_modules == "all-linear":
-        raise ModelError(
-            "adapter.layers: peft needs names of modules beside it; set adapter.target_modules, as [q_proj, v_proj]"
-        )
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     # A model that also sees has linear layers that no text ever reaches: their adapters would stay dead.
@@ -130,7 +132,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> PeftModel:
         r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=adapter.target_modules, exclude_modules=elsewhere,
         layers_to_transform=adapter.layers, rank_pattern=dict(adapter.rank_pattern), alpha_pattern=dict(adapter.alpha_pattern),
         use_rslora=adapter.rslora, use_dora=adapter.dora, init_lora_weights=True if on_meta else INITS.get(adapter.init, adapter.init),
-        eva_config=EvaConfig() if adapter.init == "eva" and not on_meta else None,
+        eva_config=EvaConfig(rho=1.0) if adapter.init == "eva" and not on_meta else None,
         bias=adapter.bias, modules_to_save=list(dict.fromkeys(whole)) or None, task_type="CAUSAL_LM",
         ensure_weight_tying=bool(whole) and model.config.get_text_config().tie_word_embeddings,
     )  # fmt: skip
@@ -138,40 +140,92 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> PeftModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # refused by `apply`
             warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except (ValueError, ImportError, re.error) as exc:
         raise ModelError(f"adapter.target_modules: {adapter.target_modules!r}: {exc}") from exc
+    if whole and model.config.get_text_config().tie_word_embeddings:
+        _keep_tied(adapted, whole)
+    return adapted
+
+
+def _keep_tied(model: PeftModel, whole: list[str]) -> None:
+    """Embedding and head that share their weights must go on doing so, here and in whoever opens the adapter. Raises ModelError.
+
+    peft knows such modules by their names, and forgets the head's when it saves.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    parameters = [next((p for p in module.parameters() if p.requires_grad), None) for module in ends]
+    if parameters[0] is not parameters[1]:
+        raise ModelError(
+            f"adapter.modules_to_save: peft cannot keep embedding and head of {model.config.model_type} tied, which share their "
+            "weights; use adapter.kind: full, or leave embedding and new tokens out"
+        )
+    model.peft_config["default"].modules_to_save = list(dict.fromkeys(whole))
 
 
 def _continued(model: Any, path: str) -> PeftModel:
+    if os.path.isdir(path) and not (Path(path) / "adapter_config.json").exists():
+        hint = (
+            f"; did you mean {path.rstrip('/')}/model?" if (Path(path) / "model/adapter_config.json").exists() else ""
+        )
+        raise ModelError(f"adapter.path: {path} has no adapter_config.json{hint}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", ".*base_model_name_or_path.* was renamed"
             )  # `check_base` looks at the weights
             if next(model.parameters()).is_meta:
-                return get_peft_model(model, PeftConfig.from_pretrained(path))
+                config = PeftConfig.from_pretrained(path)
+                config.inference_mode = False
+                config.init_lora_weights = True  # there are no weights to start from
+                return get_peft_model(model, config)
             return PeftModel.from_pretrained(model, path, is_trainable=True)
     except Exception as exc:  # a folder that is not there, another shape, a broken file: each in its own family
         raise ModelError(f"adapter.path: {path}: cannot be gone on from: {exc}") from exc
 
 
-def base_record(folder: Path) -> dict[str, Any]:
-    """What an adapter knows of its base; empty for adapters from elsewhere."""
-    path = folder / BASE
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return record
+def _refuse_what_has_no_effect(model: PeftModel, adapter: Adapter) -> None:
+    """Raise ModelError for settings that meet nothing in this model, and starts that its layers cannot have."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in layers):  # as peft does
+                leaves = sorted({name.split(".")[-1] for name in layers})
+                raise ModelError(
+                    f"adapter.{field}: no adapted module is called {pattern!r}; there are {', '.join(leaves)}"
+                )
+    if adapter.bias != "none" and not any(p.requires_grad and n.endswith("bias") for n, p in model.named_parameters()):
+        raise ModelError(f"adapter.bias: {adapter.bias}, but there is no bias to train in this model; set it to none")
+    if adapter.path is None and adapter.init in ("pissa", "eva", "loftq"):
+        for name, layer in layers.items():
+            inner = layer.get_base_layer()
+            linear = nn.Linear if adapter.init == "loftq" else (nn.Linear, Conv1D)
+            if not isinstance(inner, linear):
+                raise ModelError(
+                    f"adapter.init: {adapter.init} is for linear layers, and {name} is {type(inner).__name__}; name others in "
+                    "adapter.target_modules, or use default"
+                )
+            smallest = (
+                min(inner.weight.shape) if isinstance(inner, Conv1D) else min(inner.in_features, inner.out_features)
+            )
+            if layer.r["default"] > smallest:
+                raise ModelError(
+                    f"adapter.r: {layer.r['default']} is more than the {smallest} directions of {name}, from which {adapter.init} starts"
+                )
 
 
-def check_base(base: nn.Module, record: dict[str, Any], folder: Path) -> None:
-    """Raise ModelError if the base is not the one that an adapter was trained on."""
-    found = hashes(base, getattr(torch, record["dtype"]))
-    others = [name for name, wanted in record["weights"].items() if found.get(name) != wanted]
-    if others:
-        raise ModelError(
-            f"{folder}: its base {base.name_or_path} has changed since the adapter was trained beside it: {len(others)} of "
-            f"{len(record['weights'])} weights are others, such as {others[0]}; put the old base back, or train again"
-        )
+def round_to_base(model: PeftModel) -> None:
+    """Give trained norms, biases and whole modules the dtype in which whoever opens the adapter will have them."""
+    dtype = getattr(torch, model.base_record["dtype"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+def trains_ends(model: nn.Module) -> bool:
+    """Whether any weight of embedding or head trains."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return any(p.requires_grad for module in ends if module is not None for p in module.parameters())
 
 
 def check_targets(model: nn.Module, targets: str | list[str]) -> None:
@@ -196,14 +250,17 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def initialise_from_data(model: PeftModel, batches: Iterable[dict[str, Any]]) -> None:
-    """EVA (Paischer et al., 2024): A from the main directions of what each layer is given. `batches`: model inputs."""
+    """EVA (Paischer et al., 2024): A from the main directions of what each layer is given. `batches`: model inputs.
+
+    Every layer keeps its rank (rho is 1): ranks that followed the data would change with the number of processes.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "input of type .* could not be moved"
         )  # lengths and switches, which are no tensors
         initialize_lora_eva_weights(
             model, list(batches), forward_fn=lambda inner, inputs: inner(**inputs), prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=None, show_progress_bar=False,
+            prepare_layer_inputs_fn=None, show_progress_bar=False, gather_distributed_inputs=False,
         )  # fmt: skip
 
 
@@ -215,6 +272,8 @@ def initialise_from_quantization(model: PeftModel, original: nn.Module) -> None:
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
             quantized = layer.get_base_layer()
+            if type(quantized).__name__ not in QUANTIZED:  # nothing was lost: it starts as every adapter does
+                continue
             state = getattr(quantized, "state", None)  # of 8 bits; 4-bit weights carry theirs
             weight = original.get_submodule(name.removeprefix("base_model.model.")).weight
             lost = (
@@ -228,17 +287,32 @@ def initialise_from_quantization(model: PeftModel, original: nn.Module) -> None:
             layer.lora_B["default"].weight.data.copy_(u[:, :rank] * root / scale)
 
 
-def sums(model: nn.Module) -> dict[str, float]:
-    """Name -> sum of each weight tensor, in float64: a tensor whose sum stays has not moved."""
-    return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in model.named_parameters()}
+def fingerprints(model: nn.Module) -> dict[str, float | str]:
+    """Name -> what tells whether a weight has moved: the float64 sum of its values, or a hash of quantised ones with their scales."""
+    return {
+        name: float(p.detach().sum(dtype=torch.float64)) if p.is_floating_point() else _hash_quantized(p)
+        for name, p in model.named_parameters()
+    }
 
 
-def not_moved(model: nn.Module, before: dict[str, float]) -> tuple[list[str], int]:
-    """(names of weights that train and are what they were, number of weights that train). `before`: their `sums`.
+def _hash_quantized(weight: Any) -> str:
+    state = getattr(weight, "quant_state", None)  # of 4 bits; 8 bits have a scale for each row
+    scales = (
+        [state.absmax, *([state.state2.absmax] if state.nested else [])] if state else [getattr(weight, "SCB", None)]
+    )
+    digest = hashlib.sha256()
+    for tensor in (weight.detach(), *scales):
+        if tensor is not None:
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def not_moved(model: nn.Module, before: dict[str, float | str]) -> tuple[list[str], int]:
+    """(names of weights that train and are what they were, number of weights that train). `before`: their `fingerprints`.
 
     Raises ExportError if a frozen weight has moved.
     """
-    moved = {name for name, total in sums(model).items() if total != before[name]}
+    moved = {name for name, now in fingerprints(model).items() if now != before[name]}
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if frozen := moved.difference(trained):
         raise ExportError(f"{len(frozen)} frozen weights have moved, such as {min(frozen)}")
@@ -247,23 +321,11 @@ def not_moved(model: nn.Module, before: dict[str, float]) -> tuple[list[str], in
 
 def not_finite(model: nn.Module) -> list[str]:
     """Names of weights that hold NaN or infinity."""
-    return [name for name, total in sums(model).items() if not math.isfinite(total)]
-
-
-def hashes(model: nn.Module, dtype: torch.dtype, only_frozen: bool = False) -> dict[str, str]:
-    """Name -> hash of up to 64 values, cast to `dtype`, of each weight. Adapters belong to these weights and no others."""
-    found = {}
-    for name, weight in model.named_parameters():
-        if not weight.is_meta and not (only_frozen and weight.requires_grad):
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)][:64].to(dtype).float().cpu().numpy()
-            found[name] = hashlib.sha256(f"{tuple(weight.shape)} ".encode() + sample.tobytes()).hexdigest()[:16]
-    return found
-
-
-def frozen_fingerprint(model: nn.Module) -> str:
-    """One hash for all weights that do not train."""
-    return hashlib.sha256(repr(hashes(model, torch.float32, only_frozen=True)).encode()).hexdigest()[:32]
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and not math.isfinite(float(p.detach().sum(dtype=torch.float64)))
+    ]
 
 
 def dead_adapters(model: nn.Module) -> list[str]:
@@ -279,6 +341,6 @@ def merge(model: PeftModel, names: list[str]) -> Any:
 def copy_dequantized(source: nn.Module, target: nn.Module) -> None:
     """Put what quantisation has left of the weights of `source` into the same layers of `target`."""
     for name, module in source.named_modules():
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+        if type(module).__name__ in QUANTIZED:
             weight = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
             target.get_submodule(name).weight.data.copy_(weight)

@@ -16,7 +16,7 @@ def build(
 ) -> tuple[Any, Any]:  # fmt: skip
     """(model, base inside it), on the CPU and the same on every process. Raises ModelError.
 
-    Weights that train are float32, those beside adapters have the precision of the arithmetic.
+    Weights that train are float32, frozen ones beside adapters have the precision of the arithmetic.
     `first_inputs`: what the model will see first, for initialisations that look at it.
     """
     dtype = load.DTYPES[precision] if config.adapter.kind != "full" else torch.float32

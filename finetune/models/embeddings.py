@@ -39,8 +39,9 @@ def add_noise(model: Any, alpha: float) -> None:
     def disturb(module: Any, arguments: tuple[Any, ...], embedded: torch.Tensor) -> torch.Tensor:
         if not model.training:
             return embedded
-        reach = alpha / (lengths[0][..., None].to(embedded.dtype) * embedded.shape[-1]).sqrt()
-        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * reach
+        reach = alpha / (lengths[0][..., None].float() * embedded.shape[-1]).sqrt()  # float16 ends at 65,504
+        noise = torch.empty_like(embedded, dtype=torch.float32).uniform_(-1, 1) * reach
+        return embedded + noise.to(embedded.dtype)
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     model.get_input_embeddings().register_forward_hook(disturb)
