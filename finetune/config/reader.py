@@ -5,7 +5,7 @@ import difflib
 import re
 from pathlib import Path
 from types import UnionType
-from typing import Any, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError

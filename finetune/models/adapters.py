@@ -139,6 +139,9 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # refused by `apply`
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys did not match"
+            )  # refused by `apply`
             warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
             adapted = get_peft_model(model, config)
     except (ValueError, ImportError, re.error) as exc:
