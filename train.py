@@ -99,10 +99,10 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
 
 def train(job: Job) -> None:
     """Build, loop, finish; however it ends, the outcome says so."""
-    from finetune.models import adapters
+    from finetune.models import parameters
 
     directory, topology, state, tracker = job.directory, job.topology, build(job), None
-    untrained = adapters.fingerprints(state.model)
+    untrained = parameters.fingerprints(state.model)
     topology.on_main(directory.lock)
     try:
         resume(job, state)
@@ -184,10 +184,10 @@ def identity(job: Job, model: Any) -> dict[str, str]:
 
 def open_directory(job: Job, state: "TrainState") -> None:
     """From here on the run directory is this run's."""
-    from finetune.models import adapters
+    from finetune.models import parameters
 
     directory, topology, step = job.directory, job.topology, state.progress.step
-    trainable, total = adapters.count(state.model)
+    trainable, total = parameters.count(state.model)
 
     def write() -> None:
         directory.create(job.config)
@@ -195,7 +195,8 @@ def open_directory(job: Job, state: "TrainState") -> None:
         directory.write_outcome("running", step, "started, or started again")
         directory.write_receipt(
             seed=job.config.run.seed, parameters={"trainable": trainable, "total": total},
-            num_processes=topology.num_processes, topology=topology.name, precision=topology.precision, attention=job.data.attention, num_steps=job.data.num_steps,
+            num_processes=topology.num_processes, topology=topology.name, precision=topology.precision,
+            attention=job.data.attention, num_steps=job.data.num_steps,
             train_data=job.data.train.sequences.examples.receipt(), template=job.data.template.fingerprint,
             eval_data=job.data.eval.sequences.examples.receipt() if job.data.eval else None,
         )  # fmt: skip
@@ -248,6 +249,8 @@ def loop(job: Job, state: "TrainState", tracker: "Tracker") -> None:
         if must_stop:
             why = job.stop.reason or "another process"
             raise Preempted(f"{why} at step {progress.step}; saved, run the same command again")
+    if stalled:
+        tracker.flush()
     look(job, state, tracker, loss, at_the_end=True)
 
 
@@ -293,7 +296,7 @@ def open_tracker(job: Job, state: "TrainState") -> "Tracker":
     """What tells the files, the terminal and the trackers how the run goes."""
     from finetune.engine.trackers import Trackers
     from finetune.engine.tracking import Tracker, say
-    from finetune.models.adapters import count
+    from finetune.models.parameters import count
 
     config, directory, topology, progress = job.config, job.directory, job.topology, state.progress
     trainable, total = count(state.model)
@@ -333,7 +336,7 @@ def finish(job: Job, state: "TrainState", untrained: dict[str, float | str]) -> 
     """Export what has moved, open what was exported, and only then call the run complete."""
     from finetune import export
     from finetune.engine import checkpoint
-    from finetune.models import adapters
+    from finetune.models import adapters, parameters
 
     config, topology, target, step = job.config, job.topology, job.directory.model, state.progress.step
     exported, what = step, "the last weights"
@@ -345,7 +348,7 @@ def finish(job: Job, state: "TrainState", untrained: dict[str, float | str]) -> 
     if state.ema:
         state.ema.put_in()
         what = what.replace("weights", "averaged weights")
-    still, num_trained = adapters.not_moved(state.model, untrained)
+    still, num_trained = parameters.not_moved(state.model, untrained)
     if len(still) == num_trained:
         raise ExportError(f"not one weight has moved in {step} steps; is optimizer.lr too small for model.dtype?")
     if still:

@@ -132,7 +132,7 @@ def cost(methods: list[Method], shape: str) -> None:
     for round_, method in itertools.product(range(ROUNDS), [m for m in methods if m.costs]):
         settings = {
             "model.path": str(WORK / f"shape_{shape}/model"), "data.packing": True, "data.max_length": 512,
-            "train.max_steps": COST_STEPS, "train.global_batch_size": 4, "train.micro_batch_size": 4, "schedule.warmup_steps": 1,
+            "train.max_steps": COST_STEPS, "train.global_batch_size": 2, "train.micro_batch_size": 2, "schedule.warmup_steps": 1,
             "data.eval": None, "evaluation.every_steps": None, "checkpoint.every_steps": None, "optimizer.lr": 1e-5,
             **resolved(method, num_layers=SHAPES[shape]["num_hidden_layers"]),
         }  # fmt: skip

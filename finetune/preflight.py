@@ -12,7 +12,7 @@ from finetune.data import batches, rows, templates, tokens
 from finetune.engine import trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError
-from finetune.models import adapters, attention, load
+from finetune.models import adapters, attention, load, parameters
 from finetune.objectives import OBJECTIVES
 
 SHOWN_CHARACTERS = 600
@@ -117,7 +117,7 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         config.model, data.model_config, data.tokenizer, data.attention if attention.pads(data.attention) else attention.NAME
     )  # fmt: skip
     load.check_shapes(skeleton)
-    trainable, total = adapters.count(
+    trainable, total = parameters.count(
         adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
     )
     train, examples = data.train.sequences, data.train.sequences.examples

@@ -13,7 +13,7 @@ from finetune import export
 from finetune.config import Adapter, Model, Optimizer
 from finetune.engine import optim
 from finetune.errors import ConfigError, ModelError
-from finetune.models import adapters, load
+from finetune.models import adapters, load, parameters, starts
 
 METHODS = {
     "full": {},
@@ -319,7 +319,7 @@ def sha256(model) -> str:
 def counted(adapter: Adapter, **config) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config))
-    return adapters.count(adapters.apply(model, adapter, Model(path="x")))[0]
+    return parameters.count(adapters.apply(model, adapter, Model(path="x")))[0]
 
 
 def test_llama_2_7b_with_rank_64_on_q_and_v_trains_33_554_432():
@@ -376,7 +376,7 @@ def test_loftq_begins_closer_to_the_unquantised_model(base, kind):
         adapter = Adapter(kind="qlora", init=init, quantization=kind)
         adapted = adapters.apply(model(adapters.quantization(adapter, torch.float32)), adapter, Model(path=base))
         if init == "loftq":
-            adapters.initialise_from_quantization(adapted, model())
+            starts.initialise_from_quantization(adapted, model())
         distances[init] = (adapted(ids).logits - exact).norm().item()
     assert distances["loftq"] < (0.7 if kind == "nf4" else 0.95) * distances["default"]
 

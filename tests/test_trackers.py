@@ -78,6 +78,9 @@ def test_a_resumed_run_is_the_same_run_of_its_tracker(workshop):
         == second
         == json.loads((run / "checkpoints/step-00000005/manifest.json").read_text())["progress"]["run_id"]
     )
+    newest = max((run / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime)
+    [log] = newest.glob("*.wandb")
+    assert log.read_bytes().count(b"grad_norm") == 5, "what is synced last holds every step, also of the first attempt"
     other = workshop.train("other", **OFFLINE)
     assert wandb_ids(other) != [first]
 

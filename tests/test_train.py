@@ -465,6 +465,11 @@ def test_the_best_weights_are_exported_where_that_is_asked_for(workshop):
     assert all(torch.equal(t, again[n]) for n, t in load_file(run / "model/model.safetensors").items())
 
 
+def test_a_run_that_stops_early_has_its_last_step_on_record(workshop):
+    run = workshop.train(**OVERFITS, evaluation__patience=2, tracking__log_every_steps=100)
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [len(eval_losses(run))]
+
+
 def test_a_damaged_best_checkpoint_is_no_dead_end(workshop):
     run = workshop.train(**OVERFITS, evaluation__export_best=True)
     best = json.loads((run / "outcome.json").read_text())["exported_step"]

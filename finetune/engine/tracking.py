@@ -45,6 +45,7 @@ class Tracker:
         self.started = self.last_line = self.mark = time.monotonic()
         self.tokens = 0
         self.first = start
+        self.unwritten: dict[str, Any] | None = None
 
     def step(self, progress: Progress, result: StepResult, *, lr: float, epoch: float, memory_gb: float) -> None:
         """After each step. `tokens` and `supervised_tokens` of a line are totals since the start of the run."""
@@ -53,8 +54,6 @@ class Tracker:
         self.tokens += result.tokens
         self.bar.update()
         step, last = progress.step, progress.step == self.num_steps
-        if step % self.every and not last:
-            return
         now = time.monotonic()
         seconds = now - self.mark
         rate = self.tokens / max(seconds, 1e-9)
@@ -64,6 +63,9 @@ class Tracker:
             "tokens_per_second": round(rate, 1), "seconds": round(seconds, 4), "memory_gb": round(memory_gb, 3),
             **self._utilisation(rate), **({"skipped": True} if result.skipped else {}),
         }  # fmt: skip
+        self.unwritten = line if step % self.every and not last else None
+        if self.unwritten:
+            return
         self.mark, self.tokens = now, 0
         self._record(self.metrics, line)
         self.bar.set_postfix_str(f"loss {result.loss:.4f}, {rate:,.0f} tokens/s, {memory_gb:.1f} GB")
@@ -74,6 +76,12 @@ class Tracker:
                 f"{rate:,.0f} tokens/s  {memory_gb:.1f} GB  {_duration(left)} left"
             )
             self.last_line = now
+
+    def flush(self) -> None:
+        """Write the latest step although its turn has not come: there will be no other."""
+        if self.unwritten:
+            self._record(self.metrics, self.unwritten)
+            self.unwritten = None
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         if self.is_main:

@@ -1,26 +1,23 @@
 """What trains: all weights, or LoRA adapters. Merging."""
 
 import difflib
-import hashlib
-import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetune.config import Adapter, Model
-from finetune.errors import ExportError, ModelError
-from finetune.models import bases
+from finetune.errors import ModelError
+from finetune.models import bases, starts
 
-QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers
 INITS = {"default": True, "loftq": True, "random": False}  # peft's names for adapter.init; the others are the same
 
 
@@ -246,91 +243,6 @@ def check_targets(model: nn.Module, targets: str | list[str]) -> None:
             )
 
 
-def count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; tied ones count once."""
-    sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
-    return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
-
-
-def initialise_from_data(model: PeftModel, batches: Iterable[dict[str, Any]]) -> None:
-    """EVA (Paischer et al., 2024): A from the main directions of what each layer is given. `batches`: model inputs.
-
-    Every layer keeps its rank (rho is 1): ranks that followed the data would change with the number of processes.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "input of type .* could not be moved"
-        )  # lengths and switches, which are no tensors
-        initialize_lora_eva_weights(
-            model, list(batches), forward_fn=lambda inner, inputs: inner(**inputs), prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=None, show_progress_bar=False, gather_distributed_inputs=False,
-        )  # fmt: skip
-
-
-def initialise_from_quantization(model: PeftModel, original: nn.Module) -> None:
-    """LoftQ (Li et al., 2023), one iteration: B A = the best rank-r part of W - Q, of original and quantised weights.
-
-    peft's own function needs a CUDA device and leaves the scale alpha / r out.
-    """
-    for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A"):
-            quantized = layer.get_base_layer()
-            if type(quantized).__name__ not in QUANTIZED:  # nothing was lost: it starts as every adapter does
-                continue
-            state = getattr(quantized, "state", None)  # of 8 bits; 4-bit weights carry theirs
-            weight = original.get_submodule(name.removeprefix("base_model.model.")).weight
-            lost = (
-                weight.to(quantized.weight.device).float()
-                - dequantize_bnb_weight(quantized.weight, state=state).float()
-            )
-            rank, scale = layer.r["default"], layer.scaling["default"]
-            u, s, v = torch.svd_lowrank(lost, q=min(rank + 8, *lost.shape), niter=4)
-            root = s[:rank].sqrt()
-            layer.lora_A["default"].weight.data.copy_(root[:, None] * v[:, :rank].T)
-            layer.lora_B["default"].weight.data.copy_(u[:, :rank] * root / scale)
-
-
-def fingerprints(model: nn.Module) -> dict[str, float | str]:
-    """Name -> what tells whether a weight has moved: the float64 sum of its values, or a hash of quantised ones with their scales."""
-    return {
-        name: float(p.detach().sum(dtype=torch.float64)) if p.is_floating_point() else _hash_quantized(p)
-        for name, p in model.named_parameters()
-    }
-
-
-def _hash_quantized(weight: Any) -> str:
-    state = getattr(weight, "quant_state", None)  # of 4 bits; 8 bits have a scale for each row
-    scales = (
-        [state.absmax, *([state.state2.absmax] if state.nested else [])] if state else [getattr(weight, "SCB", None)]
-    )
-    digest = hashlib.sha256()
-    for tensor in (weight.detach(), *scales):
-        if tensor is not None:
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def not_moved(model: nn.Module, before: dict[str, float | str]) -> tuple[list[str], int]:
-    """(names of weights that train and are what they were, number of weights that train). `before`: their `fingerprints`.
-
-    Raises ExportError if a frozen weight has moved.
-    """
-    moved = {name for name, now in fingerprints(model).items() if now != before[name]}
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    if frozen := moved.difference(trained):
-        raise ExportError(f"{len(frozen)} frozen weights have moved, such as {min(frozen)}")
-    return [name for name in trained if name not in moved], len(trained)
-
-
-def not_finite(model: nn.Module) -> list[str]:
-    """Names of weights that hold NaN or infinity."""
-    return [
-        name
-        for name, p in model.named_parameters()
-        if p.is_floating_point() and not math.isfinite(float(p.detach().sum(dtype=torch.float64)))
-    ]
-
-
 def dead_adapters(model: nn.Module) -> list[str]:
     """LoRA B matrices that are still zero: their adapters changed nothing."""
     return [name for name, p in model.named_parameters() if "lora_B" in name and not p.any()]
@@ -344,6 +256,6 @@ def merge(model: PeftModel, names: list[str]) -> Any:
 def copy_dequantized(source: nn.Module, target: nn.Module) -> None:
     """Put what quantisation has left of the weights of `source` into the same layers of `target`."""
     for name, module in source.named_modules():
-        if type(module).__name__ in QUANTIZED:
+        if type(module).__name__ in starts.QUANTIZED:
             weight = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
             target.get_submodule(name).weight.data.copy_(weight)

@@ -7,7 +7,7 @@ import torch
 
 from finetune.config import Config
 from finetune.errors import ModelError
-from finetune.models import adapters, embeddings, load
+from finetune.models import adapters, embeddings, load, parameters, starts
 
 
 def build(
@@ -32,14 +32,14 @@ def build(
     base = load_base(adapters.quantization(config.adapter, dtype))
     model = adapters.apply(base, config.adapter, config.model, dtype, new_token_ids)
     if config.adapter.init == "loftq":
-        adapters.initialise_from_quantization(model, load_base(None))
+        starts.initialise_from_quantization(model, load_base(None))
     elif config.adapter.init == "eva":
-        adapters.initialise_from_data(model.to(device), first_inputs())
+        starts.initialise_from_data(model.to(device), first_inputs())
     if config.train.neftune_alpha is not None:
         embeddings.add_noise(base, config.train.neftune_alpha)
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    if broken := adapters.not_finite(model):
+    if broken := parameters.not_finite(model):
         raise ModelError(
             f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such as {broken[0]}"
         )

@@ -1,0 +1,57 @@
+"""Weights, counted, and watched: which have moved, which are no numbers."""
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.errors import ExportError
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; tied ones count once."""
+    sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
+    return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
+
+
+def fingerprints(model: nn.Module) -> dict[str, float | str]:
+    """Name -> what tells whether a weight has moved: the float64 sum of its values, or a hash of quantised ones with their scales."""
+    return {
+        name: float(p.detach().sum(dtype=torch.float64)) if p.is_floating_point() else _hash_quantized(p)
+        for name, p in model.named_parameters()
+    }
+
+
+def _hash_quantized(weight: Any) -> str:
+    state = getattr(weight, "quant_state", None)  # of 4 bits; 8 bits have a scale for each row
+    scales = (
+        [state.absmax, *([state.state2.absmax] if state.nested else [])] if state else [getattr(weight, "SCB", None)]
+    )
+    digest = hashlib.sha256()
+    for tensor in (weight.detach(), *scales):
+        if tensor is not None:
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def not_moved(model: nn.Module, before: dict[str, float | str]) -> tuple[list[str], int]:
+    """(names of weights that train and are what they were, number of weights that train). `before`: their `fingerprints`.
+
+    Raises ExportError if a frozen weight has moved.
+    """
+    moved = {name for name, now in fingerprints(model).items() if now != before[name]}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if frozen := moved.difference(trained):
+        raise ExportError(f"{len(frozen)} frozen weights have moved, such as {min(frozen)}")
+    return [name for name in trained if name not in moved], len(trained)
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of weights that hold NaN or infinity."""
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and not math.isfinite(float(p.detach().sum(dtype=torch.float64)))
+    ]
