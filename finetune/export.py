@@ -254,9 +254,10 @@ def merge(sources: Sequence[Path], target: Path, dtype: str = "auto", trust_remo
         raise ModelError(f"{target} lies inside an adapter; choose another --output")
     require_mergeable(sources)
     first, others = sources[0], sources[1:]
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    # float16 has fewer exponents than the others: adding comes first, rounding last.
+    adding = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}[dtype]
     record = bases.read(first)
-    model, tokenizer = load(first, wanted, trust_remote_code, quantized=False), load_tokenizer(first, trust_remote_code)
+    model, tokenizer = load(first, adding, trust_remote_code, quantized=False), load_tokenizer(first, trust_remote_code)
     names = ["default"]
     for source in others:
         names.append(f"adapter_{len(names)}")
@@ -270,6 +271,8 @@ def merge(sources: Sequence[Path], target: Path, dtype: str = "auto", trust_remo
     model.base_model.set_adapter(names)
     before = probe_logits(model)
     merged = adapters.merge(model, names)
+    if dtype == "float16":
+        merged = merged.half()
     folder = target.with_name(f".writing-{target.name}")
     weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
     save(merged, weights, tokenizer, None, folder)

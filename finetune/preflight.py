@@ -42,6 +42,7 @@ def prepare(config: Config, topology: Topology) -> Data:
     """Rows -> sequences in a plan. Raises UserError for whatever is wrong with rows, template or tokenizer."""
     wanted, seed = config.data, config.run.seed
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
+    train_files, eval_files = rows.sources(wanted.train, wanted.eval)  # before anything is asked of the Hub
     tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
     kernel = attention.choose(
         config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision
@@ -51,7 +52,6 @@ def prepare(config: Config, topology: Topology) -> Data:
             f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
         )
 
-    train_files, eval_files = rows.sources(wanted.train, wanted.eval)
     format: str = wanted.format
     if format == "auto":
         format = rows.detect_format([*train_files, *eval_files], wanted.text_unit, wanted.columns)

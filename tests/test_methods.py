@@ -302,8 +302,12 @@ def test_the_quantised_base_stays_to_the_last_bit(workshop, base, kind, monkeypa
 
     monkeypatch.setattr(train, "build", watched)
     settings = {"data__eval_fraction": 0.2, "evaluation__every_steps": 2}
-    workshop.train(**on(base), **settings, adapter__kind="qlora", adapter__quantization=kind)
+    run = workshop.train(**on(base), **settings, adapter__kind="qlora", adapter__quantization=kind)
     assert sha256(seen[0]) == seen[1]
+    counts = json.loads((run / "receipt.json").read_text())["parameters"]
+    assert counts["total"] - counts["trainable"] == sum(
+        t.numel() for t in load_file(f"{base}/model.safetensors").values()
+    ), "two 4-bit weights in a byte are two"
 
 
 def sha256(model) -> str:

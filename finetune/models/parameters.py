@@ -11,8 +11,9 @@ from finetune.errors import ExportError
 
 
 def count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; tied ones count once."""
-    sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
+    """(trainable, all) parameters; tied ones count once, and 4-bit ones, two to a byte, as what they stand for."""
+    packed = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
+    sizes = [(p.requires_grad, p.numel() if state is None else state.shape.numel()) for p, state in packed]
     return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
 
 
