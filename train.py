@@ -84,6 +84,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     if not check_only:
         directory.check(config)
     topology = Topology(config.train.precision, check_only)
+    topology.require_same({**configs.flatten(config.model_dump())})
     configs.accumulation(config, topology.num_processes)
     job = Job(config, directory, topology, preflight.prepare(config, topology), stop)
     if not check_only and directory.is_complete(job.data.train.fingerprint):
@@ -102,7 +103,7 @@ def train(job: Job) -> None:
     from finetune.models import parameters
 
     directory, topology, state, tracker = job.directory, job.topology, build(job), None
-    untrained = parameters.fingerprints(state.model)
+    untrained = parameters.fingerprints(topology.unwrap(state.model), topology.own_part)
     topology.on_main(directory.lock)
     try:
         resume(job, state)
@@ -133,7 +134,7 @@ def build(job: Job) -> "TrainState":
     from finetune.engine import optim
     from finetune.engine.ema import Ema
     from finetune.engine.state import TrainState
-    from finetune.models import attention
+    from finetune.models import attention, bases, parameters
     from finetune.models.build import build as build_model
 
     config, topology, data = job.config, job.topology, job.data
@@ -142,15 +143,22 @@ def build(job: Job) -> "TrainState":
         for step in range(min(EVA_STEPS, data.num_steps)):
             yield from (batch.to(topology.device).model_inputs() for batch in data.train.at(step))
 
-    bare, base = build_model(
+    # One process reads the weights; `prepare` sends each of the others its part. Quantised ones cannot be sent.
+    with_weights = topology.is_main or config.adapter.kind == "qlora"
+    bare, base = topology.on_every(lambda: build_model(
         config, data.model_config, data.tokenizer, attention=data.attention, precision=topology.precision,
-        new_token_ids=data.new_token_ids, device=topology.device, first_inputs=first_inputs,
+        new_token_ids=data.new_token_ids, device=topology.device, first_inputs=first_inputs, with_weights=with_weights,
+    ))  # fmt: skip
+    (trainable, total), frozen = topology.on_main(lambda: (parameters.count(bare), bases.frozen_fingerprint(bare)))
+    model, optimizer = topology.prepare(
+        bare, lambda shared: optim.build(shared, config.optimizer), max_norm=config.train.max_grad_norm,
+        accumulation=configs.accumulation(config, topology.num_processes), micro_batch_size=config.train.micro_batch_size,
     )  # fmt: skip
-    model, optimizer = topology.prepare(bare, optim.build(bare, config.optimizer))
     attention.check(model, base, data.attention, topology.device, topology.precision)
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
     decay = config.train.ema_decay
-    return TrainState(model, optimizer, None if decay is None else Ema(topology.unwrap(model), decay))
+    ema = None if decay is None else Ema(topology.unwrap(model), decay)
+    return TrainState(model, optimizer, trainable, total, frozen, ema)
 
 
 def resume(job: Job, state: "TrainState") -> None:
@@ -160,7 +168,7 @@ def resume(job: Job, state: "TrainState") -> None:
     root = job.directory.checkpoints
     found, damaged = job.topology.on_main(lambda: checkpoint.find_newest(root))
     if found:
-        checkpoint.require_same_run(found, job.config, identity(job, state.model))
+        checkpoint.require_same_run(found, job.config, identity(job, state))
         checkpoint.load(found, job.topology, state)
         job.topology.on_main(lambda: checkpoint.set_aside(list(damaged)))
         for path, problem in damaged.items():
@@ -170,31 +178,26 @@ def resume(job: Job, state: "TrainState") -> None:
         tell(job.topology, f"no checkpoint in {root}: starting again at step 1")
 
 
-def identity(job: Job, model: Any) -> dict[str, str]:
+def identity(job: Job, state: "TrainState") -> dict[str, str]:
     """What the config only points at, and what auto became: a resumption must find the same."""
-    from finetune.models import bases
-
     return {
         "training data": job.data.train.fingerprint,
         "evaluation data": job.data.eval.fingerprint if job.data.eval else "none",
-        "frozen weights": bases.frozen_fingerprint(job.topology.unwrap(model)),
+        "frozen weights": state.frozen,
         "train.precision": job.topology.precision,
     }
 
 
 def open_directory(job: Job, state: "TrainState") -> None:
     """From here on the run directory is this run's."""
-    from finetune.models import parameters
-
     directory, topology, step = job.directory, job.topology, state.progress.step
-    trainable, total = parameters.count(state.model)
 
     def write() -> None:
         directory.create(job.config)
         directory.rewind(step)
         directory.write_outcome("running", step, "started, or started again")
         directory.write_receipt(
-            seed=job.config.run.seed, parameters={"trainable": trainable, "total": total},
+            seed=job.config.run.seed, parameters={"trainable": state.num_trainable, "total": state.num_parameters},
             num_processes=topology.num_processes, topology=topology.name, precision=topology.precision,
             attention=job.data.attention, num_steps=job.data.num_steps,
             train_data=job.data.train.sequences.examples.receipt(), template=job.data.template.fingerprint,
@@ -213,10 +216,11 @@ def loop(job: Job, state: "TrainState", tracker: "Tracker") -> None:
     from finetune.objectives import OBJECTIVES
 
     config, directory, topology, data, progress = job.config, job.directory, job.topology, job.data, state.progress
-    loss = functools.partial(OBJECTIVES[config.objective.kind].loss, label_smoothing=config.objective.label_smoothing)
+    plain = OBJECTIVES[config.objective.kind].loss  # evaluations are without label smoothing
+    loss = functools.partial(plain, label_smoothing=config.objective.label_smoothing)
     job.stop.only_note()
     saves = checkpoint.Saver(
-        directory.checkpoints, topology, about={"config": config.model_dump(), "identity": identity(job, state.model)},
+        directory.checkpoints, topology, about={"config": config.model_dump(), "identity": identity(job, state)},
         every_minutes=config.checkpoint.every_minutes, keep_last=config.checkpoint.keep_last,
     )  # fmt: skip
     wanted = config.evaluation
@@ -225,7 +229,7 @@ def loop(job: Job, state: "TrainState", tracker: "Tracker") -> None:
         best, stalled = topology.on_main(lambda: directory.judge(wanted.patience))
         return best if wanted.export_best else None, stalled
 
-    look(job, state, tracker, loss)  # the attempt before may have had no time for it
+    look(job, state, tracker, plain)  # the attempt before may have had no time for it
     best, stalled = judge()
     topology.on_main(lambda: checkpoint.require(directory.checkpoints, best))
     while progress.step < data.num_steps and not stalled:
@@ -240,7 +244,7 @@ def loop(job: Job, state: "TrainState", tracker: "Tracker") -> None:
         tracker.step(progress, result, lr=lr, epoch=epoch, memory_gb=topology.memory_gb())
         with tracker.pause():
             if not (must_stop or last):  # a machine that is going away has no time for it
-                look(job, state, tracker, loss)
+                look(job, state, tracker, plain)
                 if due(progress.step, wanted.every_steps):
                     best, stalled = judge()
             ends = last or must_stop or stalled or best == progress.step
@@ -251,7 +255,7 @@ def loop(job: Job, state: "TrainState", tracker: "Tracker") -> None:
             raise Preempted(f"{why} at step {progress.step}; saved, run the same command again")
     if stalled:
         tracker.flush()
-    look(job, state, tracker, loss, at_the_end=True)
+    look(job, state, tracker, plain, at_the_end=True)
 
 
 def look(job: Job, state: "TrainState", tracker: "Tracker", loss: "Loss", at_the_end: bool = False) -> None:
@@ -266,7 +270,7 @@ def look(job: Job, state: "TrainState", tracker: "Tracker", loss: "Loss", at_the
             values = evaluate(topology, state.model, loss, job.data.eval.epoch())
         tracker.evaluation(step, values)
     if wants_samples and not topology.on_main(lambda: directory.has_samples(step)):
-        topology.on_main(lambda: sample(job, state))
+        sample(job, state)
 
 
 def one_step(
@@ -296,11 +300,9 @@ def open_tracker(job: Job, state: "TrainState") -> "Tracker":
     """What tells the files, the terminal and the trackers how the run goes."""
     from finetune.engine.trackers import Trackers
     from finetune.engine.tracking import Tracker, say
-    from finetune.models.parameters import count
 
     config, directory, topology, progress = job.config, job.directory, job.topology, state.progress
-    trainable, total = count(state.model)
-    wanted = config.tracking
+    wanted, flops_per_token = config.tracking, 2.0 * state.num_trainable + 4.0 * state.num_parameters
     trackers = None
     if topology.is_main and wanted.trackers:
         trackers = Trackers(
@@ -310,13 +312,13 @@ def open_tracker(job: Job, state: "TrainState") -> "Tracker":
         )  # fmt: skip
     return Tracker(
         directory.metrics, directory.evals, num_steps=job.data.num_steps, start=progress.step, is_main=topology.is_main,
-        num_processes=topology.num_processes, every=wanted.log_every_steps, flops_per_token=2.0 * trainable + 4.0 * total,
+        num_processes=topology.num_processes, every=wanted.log_every_steps, flops_per_token=flops_per_token,
         trackers=trackers,
     )  # fmt: skip
 
 
 def sample(job: Job, state: "TrainState") -> None:
-    """Answers to the fixed prompts of the config; on the main process."""
+    """Answers to the fixed prompts of the config; every process takes part, as each may hold a part of the model."""
     from finetune.evaluation import generation
 
     wanted, data = job.config.evaluation, job.data
@@ -326,7 +328,8 @@ def sample(job: Job, state: "TrainState") -> None:
             job.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,
             system_prompt=job.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
         )  # fmt: skip
-    job.directory.write_samples(state.progress.step, wanted.sample_prompts, answers)
+    step = state.progress.step
+    job.topology.on_main(lambda: job.directory.write_samples(step, wanted.sample_prompts, answers))
 
 
 # --------------------------------------------------------------------------------------- finish
@@ -348,15 +351,19 @@ def finish(job: Job, state: "TrainState", untrained: dict[str, float | str]) -> 
     if state.ema:
         state.ema.put_in()
         what = what.replace("weights", "averaged weights")
-    still, num_trained = parameters.not_moved(state.model, untrained)
+    bare = topology.unwrap(state.model)
+    now = parameters.fingerprints(bare, topology.own_part)
+    still, num_trained = parameters.still(bare, topology.union({name for name in now if now[name] != untrained[name]}))
     if len(still) == num_trained:
         raise ExportError(f"not one weight has moved in {step} steps; is optimizer.lr too small for model.dtype?")
     if still:
         tell(topology, f"note: {len(still)} of {num_trained} weight tensors have not moved, such as {still[0]}")
-    bare = topology.unwrap(state.model)
     if config.adapter.kind != "full":
         adapters.round_to_base(bare)
     weights = topology.full_weights(state.model, trained_only=config.adapter.kind != "full")
+    if config.adapter.kind != "full":
+        weights = adapters.in_base_dtype(bare, weights)
+    logits = topology.on_every(lambda: export.probe_logits(bare, topology.device))
     sft = config.objective.kind != "clm"  # plain text has no turns whose template there is to keep
     template, system_prompt = (job.data.template, config.data.system_prompt) if sft else (None, None)
     early = (
@@ -368,7 +375,7 @@ def finish(job: Job, state: "TrainState", untrained: dict[str, float | str]) -> 
 
     def save_and_verify() -> None:
         export.write(
-            bare, weights, job.data.tokenizer, template, target, system_prompt=system_prompt,
+            bare, weights, logits, job.data.tokenizer, template, target, system_prompt=system_prompt,
             precision=topology.precision, trust_remote_code=config.model.trust_remote_code,
         )  # fmt: skip
         job.directory.write_outcome("complete", step, reason, exported_step=exported)

@@ -29,6 +29,10 @@ class ExportError(Exception):
     """The exported model does not match the trained one. Exit code 1."""
 
 
+class TopologyError(Exception):
+    """Processes did not find, or lost, each other. Exit code 1; starting all of them again may help."""
+
+
 class TrainingDiverged(Exception):
     """The loss or a gradient is NaN or infinite. Exit code 1; the weights were not updated."""
 

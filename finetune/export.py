@@ -46,6 +46,10 @@ def save(
     model.save_pretrained(
         folder, state_dict=dict(weights), **own
     )  # a copy: transformers empties the mapping it is given
+    if not isinstance(model, PeftModel):
+        # An engine may have trained on 16-bit copies of the weights that are saved here.
+        model.config.dtype = embedding_dtype(model, weights)
+        model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)  # peft leaves it out, and with it the token that ends an answer
     tokenizer.save_pretrained(folder)
     if isinstance(model, PeftModel):
@@ -57,14 +61,18 @@ def save(
 
 
 def write(
-    model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None, target: Path, *,
+    model: Any, weights: dict[str, torch.Tensor], logits: torch.Tensor, tokenizer: Any, template: Template | None, target: Path, *,
     system_prompt: str | None, precision: str, trust_remote_code: bool,
 ) -> None:  # fmt: skip
-    """Save beside `target`, verify, and only then put it there. Raises ExportError; what was there before stays."""
+    """Save beside `target`, verify, and only then put it there. Raises ExportError; what was there before stays.
+
+    `model` gives class and settings; its weights may be shared between processes, `weights` are whole.
+    `logits`: its `probe_logits`.
+    """
     folder = target.with_name(f".writing-{target.name}")
     save(model, weights, tokenizer, template, folder, system_prompt)
     verify(
-        folder, model, weights, tokenizer, template,
+        folder, model, weights, logits, tokenizer, template,
         precision=precision, trust_remote_code=trust_remote_code, system_prompt=system_prompt,
     )  # fmt: skip
     publish(folder, target)
@@ -112,7 +120,7 @@ def rehearse(
 
 
 def verify(
-    target: Path, trained: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None, *,
+    target: Path, trained: Any, weights: dict[str, torch.Tensor], logits: torch.Tensor, tokenizer: Any, template: Template | None, *,
     precision: str, trust_remote_code: bool, system_prompt: str | None = None,
 ) -> None:  # fmt: skip
     """Open `target` as a user would and compare it with what was trained. Raises ExportError.
@@ -121,7 +129,8 @@ def verify(
     agree, the tokenizer must give the same ids, and its chat template the prompt that was trained.
     """
     try:
-        reloaded = load(target, trained.get_input_embeddings().weight.dtype, trust_remote_code)
+        of_base = getattr(torch, trained.base_record["dtype"]) if isinstance(trained, PeftModel) else None
+        reloaded = load(target, of_base or embedding_dtype(trained, weights), trust_remote_code)
         again = load_tokenizer(target, trust_remote_code)
     except ModelError as exc:
         raise ExportError(str(exc)) from exc
@@ -133,7 +142,7 @@ def verify(
             raise ExportError(
                 f"{target}: weight {name} is {'other than trained' if name in state else 'missing'} after reloading"
             )
-    difference = _relative_difference(probe_logits(reloaded), probe_logits(trained))
+    difference = _relative_difference(probe_logits(reloaded), logits)
     if not difference <= TOLERANCE[precision]:
         raise ExportError(f"{target}: logits differ by {difference:.3g} of the largest one after reloading")
     if (
@@ -200,10 +209,11 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
 
 
-def probe_logits(model: Any) -> torch.Tensor:
-    """Logits of the trained model for `probe_ids`, float32 [1, PROBE_TOKENS, V] on the CPU."""
-    was_training, device = model.training, model.get_input_embeddings().weight.device
-    ids = probe_ids(model.get_input_embeddings().weight.shape[0]).to(device)
+def probe_logits(model: Any, device: torch.device | None = None) -> torch.Tensor:
+    """Logits of the trained model for `probe_ids`, float32 [1, PROBE_TOKENS, V] on the CPU. Collective where weights are shared."""
+    was_training = model.training
+    device = device or model.get_input_embeddings().weight.device
+    ids = probe_ids(model.config.get_text_config().vocab_size).to(device)
     bounds = torch.tensor([0, PROBE_TOKENS], dtype=torch.int32, device=device)
     apart = not attention.pads(model.config._attn_implementation)
     one_document = {
@@ -217,6 +227,12 @@ def probe_logits(model: Any) -> torch.Tensor:
         logits = model(input_ids=ids, use_cache=False, **(one_document if apart else {})).logits.float().cpu()
     model.train(was_training)
     return logits
+
+
+def embedding_dtype(model: Any, weights: dict[str, torch.Tensor]) -> torch.dtype:
+    """The dtype of the embedding in `weights`, which that of all others follows."""
+    embedding = model.get_input_embeddings().weight
+    return next(weights[name].dtype for name, p in model.named_parameters() if p is embedding)
 
 
 def probe_ids(vocab_size: int) -> torch.Tensor:

@@ -88,6 +88,9 @@ def _write_own(writing: Path, topology: Topology) -> None:
 
 def _write_shards(writing: Path, topology: Topology, state: TrainState) -> None:
     """This process's part of the tensors. dcp flushes its files, and raises on every process if one fails."""
+    if topology.wish.is_zero:
+        topology.on_every(lambda: topology.save_engine(writing / "shards"))
+        return
     tensors = _tensors(topology, state)
     with _alone(topology) as alone:
         dcp.save(tensors, checkpoint_id=writing / "shards", no_dist=alone)
@@ -190,6 +193,9 @@ def load_weights(root: Path, step: int, topology: Topology, state: TrainState) -
     path = root / step_name(step)
     try:
         topology.on_main(lambda: _verified_manifest(path))
+        if topology.wish.is_zero:
+            topology.load_engine(path / "shards")
+            return
         weights = _weights(topology, state)
         with _alone(topology) as alone:
             dcp.load(weights, checkpoint_id=path / "shards", no_dist=alone)
@@ -202,12 +208,12 @@ def load_weights(root: Path, step: int, topology: Topology, state: TrainState) -
 
 def load(found: Found, topology: Topology, state: TrainState) -> None:
     """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises CheckpointError."""
-    tensors = _tensors(topology, state)
+    _require_readable(found, topology)
     try:
-        with _alone(topology) as alone:
-            dcp.load(tensors, checkpoint_id=found.path / "shards", no_dist=alone)  # weights are read in place
-        set_optimizer_state_dict(state.model, _bare(state.optimizer), tensors["optimizer"], options=_options())
-        optim.page_again(_bare(state.optimizer))
+        if topology.wish.is_zero:
+            topology.load_engine(found.path / "shards")
+        else:
+            _load_shards(found, topology, state)
         own = found.path / f"process-{topology.rank:04d}.json"
         if own.exists():
             _restore_random_state(json.loads(own.read_text())["random"], topology)
@@ -216,6 +222,25 @@ def load(found: Found, topology: Topology, state: TrainState) -> None:
     except Exception as exc:  # dcp raises many kinds for a checkpoint that does not fit the model
         raise CheckpointError(f"checkpoint {found.path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
     state.progress.restore(found.manifest["progress"])
+
+
+def _require_readable(found: Found, topology: Topology) -> None:
+    """Raise RunDirectoryError for what only the same topology can read: DeepSpeed's own files."""
+    saved, number = found.manifest["topology"], found.manifest["num_processes"]
+    was_zero = saved.startswith("zero")
+    if (was_zero or topology.wish.is_zero) and (saved, number) != (topology.name, topology.num_processes):
+        raise RunDirectoryError(
+            f"{found.path} was saved by {saved} on {number} processes, and this is {topology.name} on {topology.num_processes}; "
+            "what ZeRO saves can only be read by the same, so launch it so, or give this run another run.name"
+        )
+
+
+def _load_shards(found: Found, topology: Topology, state: TrainState) -> None:
+    tensors = _tensors(topology, state)
+    with _alone(topology) as alone:
+        dcp.load(tensors, checkpoint_id=found.path / "shards", no_dist=alone)  # weights are read in place
+    set_optimizer_state_dict(state.model, _bare(state.optimizer), tensors["optimizer"], options=_options())
+    optim.page_again(_bare(state.optimizer))
 
 
 def _tensors(topology: Topology, state: TrainState) -> dict[str, Any]:

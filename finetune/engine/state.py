@@ -16,6 +16,10 @@ class TrainState:
 
     model: nn.Module
     optimizer: Any
+    num_trainable: int
+    num_parameters: int
+    frozen: str
+    """Fingerprint of the weights that do not train."""
     ema: Ema | None = None
     progress: Progress = field(default_factory=Progress)
     num_skips: int = 0  # steps in a row that fp16 has left out

@@ -52,17 +52,15 @@ def train_step(
             total, _ = loss(model, batch.to(topology.device))
             topology.backward(total / supervised)
         local += total.detach().double()
-    grad_norm = float(topology.clip(model, max_grad_norm))
     total_loss, *wished = topology.sum([local, *map(float, wishes())])
-    mean, finite = total_loss / supervised, math.isfinite(grad_norm)
+    mean, grad_norm, moved = total_loss / supervised, math.nan, False
+    if math.isfinite(mean):
+        set_lr(optimizer, lr)
+        grad_norm, moved = topology.move(model, optimizer, max_grad_norm)
     # Overflowing fp16 gradients are no divergence: the scaler leaves the step out and scales less.
-    if not math.isfinite(mean) or not (finite or topology.scales_gradients):
-        optimizer.zero_grad()
+    if not math.isfinite(mean) or not (moved or topology.scales_gradients):
         raise TrainingDiverged(f"loss {mean:.4g}, gradient norm {grad_norm:.4g}, learning rate {lr:g}")
-    set_lr(optimizer, lr)
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepResult(mean, grad_norm, int(tokens), int(supervised), not finite, tuple(w > 0 for w in wished))
+    return StepResult(mean, grad_norm, int(tokens), int(supervised), not moved, tuple(w > 0 for w in wished))
 
 
 def evaluate(topology: Topology, model: nn.Module, loss: Loss, batches: Iterable[Sequence[Batch]]) -> dict[str, float]:

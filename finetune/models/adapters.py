@@ -215,11 +215,22 @@ def _refuse_what_has_no_effect(model: PeftModel, adapter: Adapter) -> None:
 
 
 def round_to_base(model: PeftModel) -> None:
-    """Give trained norms, biases and whole modules the dtype in which whoever opens the adapter will have them."""
+    """Give trained norms, biases and whole modules values that the base's dtype holds: whoever opens the adapter has them in it."""
+    for _, parameter in _whole_parts(model):
+        with torch.no_grad():
+            parameter.copy_(parameter.to(getattr(torch, model.base_record["dtype"])))
+
+
+def in_base_dtype(model: PeftModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights` as they are saved: what is no adapter in the dtype of the base, after `round_to_base`."""
     dtype = getattr(torch, model.base_record["dtype"])
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_" not in name:
-            parameter.data = parameter.data.to(dtype)
+    whole = {name for name, _ in _whole_parts(model)}
+    return {name: weight.to(dtype) if name in whole else weight for name, weight in weights.items()}
+
+
+def _whole_parts(model: PeftModel) -> list[tuple[str, nn.Parameter]]:
+    named = model.named_parameters(remove_duplicate=False)
+    return [(name, p) for name, p in named if p.requires_grad and "lora_" not in name]
 
 
 def trains_ends(model: nn.Module) -> bool:

@@ -127,7 +127,7 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
     inside its wrappers. Models that mix positions outside attention (convolutions, recurrent
     states), or that are no causal ones at all, fail here.
     """
-    vocab_size = base.get_input_embeddings().weight.shape[0]
+    vocab_size = base.config.get_text_config().vocab_size
     ids = torch.randint(vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
     # What is not seen changes nothing, to the bit; but in a mixture of experts it changes the shapes, and with
     # them the rounding, of the matrix products that the rest takes part in.

@@ -12,9 +12,11 @@ from finetune.models import adapters, embeddings, load, parameters, starts
 
 def build(
     config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str, new_token_ids: list[int],
-    device: torch.device, first_inputs: Callable[[], Iterable[dict[str, Any]]],
+    device: torch.device, first_inputs: Callable[[], Iterable[dict[str, Any]]], with_weights: bool = True,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """(model, base inside it), on the CPU and the same on every process. Raises ModelError.
+    """(model, base inside it), on the CPU. Raises ModelError.
+
+    Without weights, all is on the meta device, to be sent what the process has that builds with them.
 
     Weights that train are float32, frozen ones beside adapters have the precision of the arithmetic.
     `first_inputs`: what the model will see first, for initialisations that look at it.
@@ -29,17 +31,20 @@ def build(
             config.model, model_config, tokenizer, attention=attention, dtype=dtype, quantization=quantization
         )
 
-    base = load_base(adapters.quantization(config.adapter, dtype))
+    if with_weights:
+        base = load_base(adapters.quantization(config.adapter, dtype))
+    else:
+        base = load.skeleton(config.model, model_config, tokenizer, attention, dtype)
     model = adapters.apply(base, config.adapter, config.model, dtype, new_token_ids)
-    if config.adapter.init == "loftq":
+    if with_weights and config.adapter.init == "loftq":
         starts.initialise_from_quantization(model, load_base(None))
-    elif config.adapter.init == "eva":
+    elif with_weights and config.adapter.init == "eva":
         starts.initialise_from_data(model.to(device), first_inputs())
     if config.train.neftune_alpha is not None:
         embeddings.add_noise(base, config.train.neftune_alpha)
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    if broken := parameters.not_finite(model):
+    if with_weights and (broken := parameters.not_finite(model)):
         raise ModelError(
             f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such as {broken[0]}"
         )

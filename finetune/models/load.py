@@ -133,6 +133,11 @@ def load_model(
             raise ModelError(
                 f"model {model.path!r}: {len(absent)} weights are missing or of another shape, such as {absent[0]}; they would be random"
             )
+    return _completed(loaded, model, tokenizer)
+
+
+def _completed(loaded: Any, model: Model, tokenizer: Any) -> Any:
+    """What every model gets, with weights or without."""
     if model.new_tokens:
         embeddings.extend(loaded, tokenizer.convert_tokens_to_ids(model.new_tokens))
     check_vocabulary(loaded, tokenizer)
@@ -169,19 +174,16 @@ def _refuse_lost_layers(path: Any, model: Any, unexpected: Any) -> None:
         )
 
 
-def skeleton(model: Model, config: Any, tokenizer: Any, attention: str) -> Any:
-    """The model without memory for its weights (on the meta device), to count and to check. Raises ModelError."""
+def skeleton(model: Model, config: Any, tokenizer: Any, attention: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model without memory for its weights (on the meta device): to count, to check, or to be sent them. Raises ModelError."""
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
     config = copy.deepcopy(config)  # new tokens change it
     with torch.device("meta"), translated(f"architecture {config.model_type}"):
         empty = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=model.trust_remote_code, attn_implementation=attention
+            config, trust_remote_code=model.trust_remote_code, attn_implementation=attention, dtype=dtype
         )
-    if model.new_tokens:
-        embeddings.extend(empty, tokenizer.convert_tokens_to_ids(model.new_tokens))
-    check_vocabulary(empty, tokenizer)
-    return empty
+    return _completed(empty, model, tokenizer)
 
 
 def check_shapes(skeleton: Any) -> None:

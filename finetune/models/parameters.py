@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ def count(model: nn.Module) -> tuple[int, int]:
     return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
 
 
-def fingerprints(model: nn.Module) -> dict[str, float | str]:
-    """Name -> what tells whether a weight has moved: the float64 sum of its values, or a hash of quantised ones with their scales."""
+def fingerprints(model: nn.Module, own_part: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | str]:
+    """Name -> what tells whether a weight has moved: the float64 sum of its values, or a hash of quantised ones with their scales.
+
+    `own_part`: what this process holds of a weight.
+    """
     return {
-        name: float(p.detach().sum(dtype=torch.float64)) if p.is_floating_point() else _hash_quantized(p)
+        name: float(own_part(p).sum(dtype=torch.float64)) if p.is_floating_point() else _hash_quantized(p)
         for name, p in model.named_parameters()
     }
 
@@ -37,12 +41,11 @@ def _hash_quantized(weight: Any) -> str:
     return digest.hexdigest()
 
 
-def not_moved(model: nn.Module, before: dict[str, float | str]) -> tuple[list[str], int]:
-    """(names of weights that train and are what they were, number of weights that train). `before`: their `fingerprints`.
+def still(model: nn.Module, moved: set[str]) -> tuple[list[str], int]:
+    """(names of weights that train and are what they were, number of weights that train).
 
-    Raises ExportError if a frozen weight has moved.
+    Raises ExportError if a frozen weight is among those that `moved`.
     """
-    moved = {name for name, now in fingerprints(model).items() if now != before[name]}
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if frozen := moved.difference(trained):
         raise ExportError(f"{len(frozen)} frozen weights have moved, such as {min(frozen)}")

@@ -1,0 +1,140 @@
+"""FSDP2: every process holds a part of each weight, its gradient and its optimizer state, by PyTorch's `fully_shard`.
+
+Not through Accelerate's own `prepare`: on CPUs it takes DDP instead, without a word; it needs the
+optimizer before the weights are shared out, and finds parameters again by their address, which empty
+ones do not have; and it reduces gradients in 16 bits.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from finetune.engine.topology import empty
+from finetune.engine.topology.launch import Wish
+from finetune.errors import ConfigError
+
+
+class Fsdp2:
+    def __init__(
+        self, wish: Wish, device: torch.device, dtype: torch.dtype | None, on_main: Callable[[Callable[[], Any]], Any]
+    ) -> None:
+        """`dtype` of the arithmetic; None for float32."""
+        self.wish, self.device, self.dtype, self.on_main = wish, device, dtype, on_main
+        shape, names = (wish.num_processes,), ("shard",)
+        if wish.num_replicas > 1:
+            shape, names = (wish.num_replicas, wish.num_processes // wish.num_replicas), ("replicate", "shard")
+        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+    def prepare(
+        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], **_: Any
+    ) -> tuple[nn.Module, Any]:
+        """Shard the empty model, then send each weight from the main process, one at a time, and keep the own part.
+
+        Each layer is gathered as one, in the dtype of the arithmetic; embedding, last norm and head
+        stay together, whole-precision and gathered, as they are needed first and last. Gradients
+        are added up in float32.
+        """
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        buffers = self.on_main(lambda: empty.buffers_of(model))
+        empty.forget_weights(model)
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.wish.offload else OffloadPolicy()
+        half = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for layer in self._layers(model):
+            fully_shard(
+                layer, mesh=self.mesh, reshard_after_forward=self.wish.reshard, mp_policy=half, offload_policy=offload
+            )
+        whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=False, mp_policy=whole, offload_policy=offload)
+        model.to_empty(device="cpu" if self.wish.offload else self.device)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                self._send(weights.pop(name), parameter)
+        empty.put_buffers(model, buffers, self.device)
+        if self.dtype is not None:
+            model.forward = _in_precision(model.forward, self.device, self.dtype)  # type: ignore[method-assign]
+        self._verify(model)
+        return model, make_optimizer(model)
+
+    def _layers(self, model: nn.Module) -> list[nn.Module]:
+        classes = self.wish.layer_classes or tuple(_split_whole(model))
+        layers = [module for module in model.modules() if type(module).__name__ in classes]
+        if not layers:
+            raise ConfigError(
+                f"fsdp_transformer_layer_cls_to_wrap: the model has no module of class {' or '.join(classes) or '(none is known)'}; "
+                f"name the class of its layers, one of {', '.join(sorted({type(m).__name__ for m in model.modules()}))}"
+            )
+        return layers
+
+    def _send(self, weight: torch.Tensor, parameter: Any) -> None:
+        """Broadcast from the main process; each keeps its own part of it."""
+        full = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+        if not weight.is_meta:
+            full.copy_(weight)
+        torch.distributed.broadcast(full.view(-1).view(torch.uint8), src=0)
+        part = distribute_tensor(full, self.mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(part.to_local())
+
+    def _verify(self, model: nn.Module) -> None:
+        """Raise ConfigError unless what was asked for is what has happened."""
+        shards = self.mesh.size(-1)
+        for name, parameter in model.named_parameters():
+            if not isinstance(parameter, DTensor) or parameter.device_mesh != self.mesh:
+                raise ConfigError(
+                    f"FSDP2 was asked for, but {name} is not sharded; this model needs ddp.yaml or zero3.yaml"
+                )
+            share = math.ceil(parameter.shape[0] / shards) * parameter.shape[1:].numel()
+            if parameter.to_local().numel() > share:
+                raise ConfigError(f"FSDP2 was asked for, but {name} lies whole on every process")
+        if not isinstance(model, FSDPModule):
+            raise ConfigError("FSDP2 was asked for, but the model was not wrapped")
+
+    def unwrap(self, model: nn.Module) -> Any:
+        return model
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Every backward pass reduces: keeping gradients until the last would keep them whole, which is what FSDP avoids."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def move(self, model: nn.Module, optimizer: Any, max_norm: float) -> tuple[float, bool]:
+        """(gradient norm before clipping, whether the weights have moved)"""
+        total: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if finite := math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm, finite
+
+    def whole(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight, whole; collective."""
+        for name, parameter in parameters:
+            moved: Any = parameter.detach().to(self.device)  # parts in host memory are gathered on the device
+            yield name, moved.full_tensor()
+
+    def own_part(self, parameter: Any) -> torch.Tensor:
+        local: torch.Tensor = parameter.detach().to_local()
+        return local
+
+
+def _split_whole(model: nn.Module) -> set[str]:
+    """Classes that transformers says must not be split: the layers."""
+    return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+
+
+def _in_precision(forward: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def in_precision(*arguments: Any, **keywords: Any) -> Any:
+        with torch.autocast(device.type, dtype):
+            return forward(*arguments, **keywords)
+
+    return in_precision

@@ -1,0 +1,158 @@
+"""What the launcher asks for: the environment that `accelerate launch` makes of a topology file -> Wish. No torch."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ConfigError
+
+KINDS = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+# What a DeepSpeed file may not decide, and which setting of the run config does.
+OWNED = {
+    "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size", "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "optimizer.kind", "scheduler": "schedule.kind", "bf16": "train.precision", "fp16": "train.precision", "amp": "train.precision",
+    "torch_autocast": "train.precision", "activation_checkpointing": "train.gradient_checkpointing",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How processes are to share the model. `kind` is one of KINDS."""
+
+    kind: str = "single"
+    num_processes: int = 1
+    offload: bool = False
+    """Weights and optimizer wait in host memory (FSDP2), or the optimizer and, for ZeRO-3, the weights."""
+    reshard: bool = True
+    """FSDP2: layers are gathered again for the backward pass (ZeRO-3's way) instead of kept from the forward pass (ZeRO-2's)."""
+    num_replicas: int = 1
+    """FSDP2, hybrid: shards lie on num_processes / num_replicas processes, and so many such groups hold the same."""
+    num_context: int = 1
+    """FSDP2: so many processes share one sequence."""
+    layer_classes: tuple[str, ...] = ()
+    """FSDP2: what is sharded as one; empty: what transformers says of the model."""
+    mixed_precision: str = "no"
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """ZeRO: the file that deepspeed_config_file names."""
+
+    @property
+    def name(self) -> str:
+        return (
+            self.kind
+            + ("_offload" if self.offload else "")
+            + ("_hybrid" if self.num_replicas > 1 else "")
+            + ("_context" if self.num_context > 1 else "")
+        )
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.kind == "fsdp2" or self.is_zero
+
+    @property
+    def is_zero(self) -> bool:
+        return self.kind.startswith("zero")
+
+
+def read(environment: Mapping[str, str] = os.environ) -> Wish:
+    """Raises ConfigError for wishes that would be dropped, or would change the arithmetic, in silence."""
+    number = int(environment.get("WORLD_SIZE", "1"))
+    if _is_on(environment, "ACCELERATE_USE_CPU") and "WORLD_SIZE" not in environment:
+        raise ConfigError(
+            "use_cpu: true makes accelerate launch start one process whatever num_processes says; set it to false "
+            "(without a GPU train.py takes the CPU by itself), as in accelerate_configs/cpu_debug.yaml"
+        )
+    if (steps := environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
+        raise ConfigError(
+            f"the launcher sets gradient_accumulation_steps to {steps}; remove it there: accumulation follows from "
+            "train.global_batch_size and train.micro_batch_size"
+        )
+    for name, wish in (("MEGATRON_LM", "Megatron-LM"), ("FP8", "fp8"), ("TPU", "TPUs")):
+        if _is_on(environment, f"ACCELERATE_USE_{name}"):
+            raise ConfigError(
+                f"the topology file asks for {wish}, which this project does not have; see docs/topologies.md"
+            )
+    if (compiler := environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
+        raise ConfigError(f"the topology file sets dynamo_backend: {compiler}; remove it: torch.compile is not used")
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return _deepspeed(environment, number, precision)
+    if _is_on(environment, "ACCELERATE_USE_FSDP"):
+        return _fsdp(environment, number, precision)
+    if _is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ConfigError(
+            "parallelism_config needs distributed_type: FSDP and fsdp_version: 2, as in accelerate_configs/fsdp2_hybrid.yaml"
+        )
+    return Wish("ddp" if number > 1 else "single", number, mixed_precision=precision)
+
+
+def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Wish:
+    if environment.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("the topology file asks for FSDP 1; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml")
+    if _is_on(environment, "FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ConfigError(
+            "fsdp_activation_checkpointing: set it to false: train.gradient_checkpointing decides, under every topology"
+        )
+    if (policy := environment.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")) != "TRANSFORMER_BASED_WRAP":
+        raise ConfigError(
+            f"fsdp_auto_wrap_policy: {policy}; set TRANSFORMER_BASED_WRAP: every layer is sharded by itself"
+        )
+    if modules := environment.get("FSDP_IGNORED_MODULES"):
+        raise ConfigError(f"fsdp_ignored_modules: {modules}; remove it: every weight is sharded")
+    sizes = {
+        name: int(environment.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
+        for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
+    }
+    for name, instead in (("TP", "dp_shard_size"), ("SP", "cp_size")):
+        if sizes[name] > 1:
+            raise ConfigError(
+                f"parallelism_config_{name.lower()}_size: {sizes[name]} is not supported, see docs/topologies.md; use parallelism_config_{instead}"
+            )
+    if _is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        product = sizes["DP_REPLICATE"] * sizes["DP_SHARD"] * sizes["CP"]
+        if product != number:
+            raise ConfigError(
+                f"parallelism_config: dp_replicate_size {sizes['DP_REPLICATE']} x dp_shard_size {sizes['DP_SHARD']} x cp_size {sizes['CP']} "
+                f"is {product}, but there are {number} processes; make them equal"
+            )
+    classes = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    return Wish(
+        "fsdp2", number, offload=_is_on(environment, "FSDP_OFFLOAD_PARAMS"),
+        reshard=environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("true", "full_shard"),
+        num_replicas=sizes["DP_REPLICATE"], num_context=sizes["CP"], mixed_precision=precision,
+        layer_classes=tuple(name.strip() for name in classes.split(",") if name.strip() and classes != "None"),
+    )  # fmt: skip
+
+
+def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> Wish:
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file.lower() == "none":
+        raise ConfigError("the topology file has no deepspeed_config_file; point it at a file as those in ds_configs/")
+    try:
+        values = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"deepspeed_config_file: {file} cannot be read from {os.getcwd()}: {exc}") from exc
+    for key, owner in OWNED.items():
+        if values.get(key, "auto") != "auto":
+            raise ConfigError(f"{file}: {key} is decided by {owner} of the run config; remove it")
+    zero = values.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ConfigError(
+            f"{file}: zero_optimization.stage is {stage}; take 1, 2 or 3, or accelerate_configs/ddp.yaml for none"
+        )
+    devices = {name: zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
+    for name, device in devices.items():
+        if device not in ("none", "cpu"):
+            raise ConfigError(f"{file}: {name}.device is {device}; only cpu and none were ever proved here")
+    return Wish(
+        f"zero{stage}", number, offload="cpu" in devices.values(), mixed_precision=precision,
+        deepspeed={key: value for key, value in values.items() if key not in OWNED},
+    )  # fmt: skip
+
+
+def _is_on(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1", "yes")

@@ -1,0 +1,65 @@
+"""Every process has the whole model: one alone, or DDP."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from finetune.engine.topology import empty
+from finetune.errors import ConfigError
+
+
+class Replicated:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.num_processes: int = accelerator.num_processes
+
+    def prepare(
+        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], **_: Any
+    ) -> tuple[nn.Module, Any]:
+        """DDP sends the main process's weights to the others when it is made."""
+        if empty.is_empty(model):
+            model.to_empty(device=self.accelerator.device)
+        optimizer = make_optimizer(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # DDP's notes on bucket views say nothing a user could act on
+            model, optimizer = self.accelerator.prepare(model, optimizer)
+        shared = isinstance(model, nn.parallel.DistributedDataParallel)
+        if shared != (self.num_processes > 1):
+            raise ConfigError(
+                f"{self.num_processes} processes were to share a model by DDP, got {type(model).__name__}"
+            )
+        return model, optimizer
+
+    def unwrap(self, model: nn.Module) -> Any:
+        return self.accelerator.unwrap_model(model)
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged in the last backward pass of a step only."""
+        context: AbstractContextManager[None] = nullcontext() if last else self.accelerator.no_sync(model)
+        return context
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def move(self, model: nn.Module, optimizer: Any, max_norm: float) -> tuple[float, bool]:
+        """(gradient norm before clipping, whether the weights have moved)"""
+        norm = float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm))
+        # Overflowing fp16 gradients: the scaler leaves the step out and scales less from then on.
+        finite = norm - norm == 0.0
+        if finite or self.accelerator.scaler is not None:
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm, finite
+
+    def whole(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight, whole, where it lies; on every process."""
+        for name, parameter in parameters:
+            yield name, parameter.detach()
+
+    def own_part(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.detach()

@@ -1,0 +1,275 @@
+"""How processes share the model. The only package that knows Accelerate, FSDP and DeepSpeed.
+
+Whatever the topology, a step sees the same few verbs: prepare, accumulate, backward, move, sum.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch import nn
+
+from finetune.engine.topology import launch
+from finetune.engine.topology.replicated import Replicated
+from finetune.errors import CheckpointError, ConfigError, ExportError, TopologyError, UserError
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+JOIN_MINUTES = float(os.environ.get("FINETUNE_JOIN_MINUTES", "5"))  # for the others to come
+# The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end that.
+WAIT = timedelta(hours=2)
+
+
+class Topology:
+    """One process's view of all of them. Raises ConfigError if the launch is not what it claims, TopologyError if others do not come."""
+
+    def __init__(self, precision: str, check_only: bool = False) -> None:
+        """`check_only`: nothing will be trained, so a precision that only a GPU has is no error."""
+        cuda = torch.cuda.is_available()
+        self.wish = launch.read()
+        self.precision = "fp32" if check_only and precision == "fp16" and not cuda else _resolve(precision, cuda)
+        if self.wish.mixed_precision not in ("no", PRECISIONS[self.precision]):
+            raise ConfigError(
+                f"the topology file sets mixed_precision: {self.wish.mixed_precision}, but train.precision is {self.precision}; "
+                "remove it from the topology file"
+            )
+        # From here on Accelerate, and transformers, see plain processes: who shares what is decided below.
+        os.environ.update({f"ACCELERATE_USE_{name}": "false" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")})
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+        try:
+            self.accelerator = Accelerator(
+                cpu=not cuda,
+                mixed_precision=PRECISIONS[self.precision],
+                # Steps are whole groups of micro-batches that `train_step` scales itself: Accelerate must divide by nothing.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(
+                        timeout=timedelta(minutes=JOIN_MINUTES),
+                        # What waits in host memory is exchanged there.
+                        backend="cpu:gloo,cuda:nccl" if cuda and self.wish.offload else None,
+                    )
+                ],
+            )
+        except (RuntimeError, ValueError) as exc:
+            if self.wish.num_processes == 1:
+                raise
+            raise TopologyError(_nobody_came(exc)) from exc
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.num_processes: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        if self.num_processes != self.wish.num_processes:
+            raise ConfigError(
+                f"the launcher started {self.wish.num_processes} processes, but only {self.num_processes} found each other; see docs/topologies.md"
+            )
+        self.sharing: Any = self._sharing()
+
+    def _sharing(self) -> Any:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        if self.wish.kind == "fsdp2":
+            from finetune.engine.topology.fsdp import Fsdp2
+
+            return Fsdp2(self.wish, self.device, dtype, self.on_main)
+        if self.wish.is_zero:
+            from finetune.engine.topology.zero import Zero
+
+            return Zero(self.wish, self.device, dtype, self.on_main)
+        return Replicated(self.accelerator)
+
+    def require_same(self, values: dict[str, Any]) -> None:
+        """Raise ConfigError on every process if one was given other values. From here on waiting may take long."""
+        if self.num_processes == 1:
+            return
+        everyone: list[Any] = [None] * self.num_processes
+        try:
+            torch.distributed.all_gather_object(everyone, values)
+        except RuntimeError as exc:
+            raise TopologyError(_nobody_came(exc)) from exc
+        for rank, others in enumerate(everyone):
+            different = [key for key in values if others.get(key) != everyone[0].get(key)]
+            if different:
+                key = different[0]
+                raise ConfigError(
+                    f"process {rank} was started with another {key}: {others.get(key)!r}, process 0 has {everyone[0].get(key)!r}; "
+                    "give every node the same config and command line"
+                )
+        torch.distributed.distributed_c10d._set_pg_timeout(WAIT)
+
+    @property
+    def name(self) -> str:
+        return self.wish.name
+
+    @property
+    def scales_gradients(self) -> bool:
+        """fp16: gradients are scaled up, and a step whose scaled gradients overflow is skipped."""
+        return self.accelerator.scaler is not None
+
+    def prepare(
+        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
+        accumulation: int, micro_batch_size: int, max_norm: float | None,
+    ) -> tuple[nn.Module, Any]:  # fmt: skip
+        """Model and optimizer on the device and shared; then checks that they really are.
+
+        `model` may be without weights on all processes but the main one. The optimizer is made when
+        parameters are where they will be. Raises ConfigError if what was asked for did not happen.
+        """
+        shared: tuple[nn.Module, Any] = self.sharing.prepare(
+            model, make_optimizer, accumulation=accumulation, micro_batch_size=micro_batch_size,
+            max_norm=float("inf") if max_norm is None else max_norm,
+        )  # fmt: skip
+        return shared
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Passes through a bare model inside are done in the precision of the run."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        if dtype is None:
+            return nullcontext()
+        context: AbstractContextManager[None] = torch.autocast(self.device.type, dtype)
+        return context
+
+    def unwrap(self, model: nn.Module) -> Any:
+        return self.sharing.unwrap(model)
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around a forward and backward pass; `last` of its step."""
+        context: AbstractContextManager[None] = self.sharing.accumulate(model, last)
+        return context
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add this loss's gradient. Over processes gradients add up: every topology's mean over N is undone by N."""
+        self.sharing.backward(loss * self.num_processes)
+
+    def move(self, model: nn.Module, optimizer: Any, max_norm: float | None) -> tuple[float, bool]:
+        """(norm of all gradients before clipping, whether the weights moved): clip to max_norm, step, forget gradients.
+
+        They stay where they are if a gradient is not finite.
+        """
+        moved: tuple[float, bool] = self.sharing.move(model, optimizer, float("inf") if max_norm is None else max_norm)
+        return moved
+
+    def scaler_state(self) -> dict[str, Any]:
+        """State of fp16's gradient scaler, the same on every process; empty without one."""
+        return self.accelerator.scaler.state_dict() if self.scales_gradients else {}
+
+    def restore_scaler(self, state: dict[str, Any]) -> None:
+        if self.scales_gradients and state:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def sum(self, values: Sequence[float | torch.Tensor]) -> list[float]:
+        """Each value summed over all processes, in float64."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        if self.num_processes > 1:
+            torch.distributed.all_reduce(total)
+        return [float(v) for v in total.tolist()]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Do it on the main process only; every process gets its result, or raises its error."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except Exception as exc:
+                if self.num_processes == 1:
+                    raise
+                own = isinstance(exc, UserError | CheckpointError | ExportError)  # others may not survive the journey
+                outcome[1] = exc if own else RuntimeError(f"{type(exc).__name__}: {exc}")
+        if self.num_processes > 1:
+            torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def on_every(self, action: Callable[[], Any]) -> Any:
+        """Do it on every process; if it fails on one, all raise its error, or RuntimeError that says which and why."""
+        result, problem = None, None
+        try:
+            result = action()
+        except Exception as exc:
+            if self.num_processes == 1:
+                raise
+            own = isinstance(exc, UserError | CheckpointError | ExportError)
+            problem = exc if own else RuntimeError(f"process {self.rank}: {type(exc).__name__}: {exc}")
+        problems: list[Exception | None] = [problem]
+        if self.num_processes > 1:
+            problems = [None] * self.num_processes
+            torch.distributed.all_gather_object(problems, problem)
+        if found := [exc for exc in problems if exc is not None]:
+            raise next((exc for exc in found if isinstance(exc, UserError)), found[0])
+        return result
+
+    def union(self, names: set[str]) -> set[str]:
+        """What any process has."""
+        everyone: list[Any] = [names]
+        if self.num_processes > 1:
+            everyone = [None] * self.num_processes
+            torch.distributed.all_gather_object(everyone, names)
+        return set().union(*everyone)
+
+    def full_weights(self, model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
+        """Weights, or those that train, whole, on the CPU of the main process; empty elsewhere. Collective. Tied ones under each name."""
+        named = list(self.unwrap(model).named_parameters(remove_duplicate=False))
+        once = {id(p): (name, p) for name, p in reversed(named) if p.requires_grad or not trained_only}
+        found: dict[str, torch.Tensor] = {}
+        for name, weight in self.sharing.whole(list(once.values())):
+            if self.is_main:
+                found[name] = weight.cpu()
+        if not self.is_main:
+            return {}
+        whole = {name: found[once[id(p)][0]] for name, p in named if id(p) in once}
+        if not trained_only:
+            known = set(self.unwrap(model).state_dict())
+            whole |= {name: b.detach().cpu() for name, b in self.unwrap(model).named_buffers() if name in known}
+        return whole
+
+    def own_part(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What this process holds of a weight."""
+        part: torch.Tensor = self.sharing.own_part(parameter)
+        return part
+
+    def save_engine(self, folder: Path) -> None:
+        """ZeRO: weights that train and optimizer, in DeepSpeed's own files. Collective."""
+        self.sharing.save(folder)
+
+    def load_engine(self, folder: Path) -> None:
+        self.sharing.load(folder)
+
+    def memory_gb(self) -> float:
+        """Peak memory of this process in GB (1e9 bytes): of its GPU, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def close(self) -> None:
+        """Part from the others, once models and optimizers are gone.
+
+        A DDP model that outlives its process group ends it itself, and then waits for a thread that waits for it.
+        """
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
+
+def _nobody_came(exc: Exception) -> str:
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    return (
+        f"the {os.environ.get('WORLD_SIZE', '?')} processes did not find each other at {address} within {JOIN_MINUTES:g} minutes: "
+        f"{str(exc).splitlines()[0]}; read what the others say, and check that main_process_ip can be reached from every node"
+    )
+
+
+def _resolve(precision: str, cuda: bool) -> str:
+    if precision == "auto":
+        return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if precision == "fp16" and not cuda:
+        raise ConfigError("train.precision: fp16 needs a GPU; on a CPU use fp32 or bf16")
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            "train.precision: bf16 needs a GPU of compute capability 8.0 (Ampere) or newer; use fp16 or fp32"
+        )
+    return precision

@@ -1,0 +1,146 @@
+"""DeepSpeed ZeRO: optimizer state (1), gradients (2) and weights (3) in parts, by DeepSpeed's engine.
+
+The engine is given whole steps: it is told which backward pass is the last, divides by nothing that
+is not undone here, and has clipping, accumulation and precision from the run config.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.engine.topology import empty
+from finetune.engine.topology.launch import Wish
+from finetune.errors import CheckpointError, ConfigError
+
+TAG = "engine"  # DeepSpeed's files lie in a folder of this name
+
+
+class Zero:
+    def __init__(
+        self, wish: Wish, device: torch.device, dtype: torch.dtype | None, on_main: Callable[[Callable[[], Any]], Any]
+    ) -> None:
+        self.wish, self.device, self.dtype, self.on_main = wish, device, dtype, on_main
+        self.engine: Any = None
+
+    def prepare(
+        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
+        accumulation: int, micro_batch_size: int, max_norm: float,
+    ) -> tuple[nn.Module, Any]:  # fmt: skip
+        """The engine sends each weight from the main process, and ZeRO-3 keeps a part of it before the next comes.
+
+        On other processes memory is promised by `to_empty`, but the system gives none before it is written.
+        """
+        deepspeed = _deepspeed(self.device)
+        buffers = self.on_main(lambda: empty.buffers_of(model))
+        if empty.is_empty(model):
+            model.to_empty(device="cpu")
+        config = {
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": None,
+            **self.wish.deepspeed,
+            "train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.0 if math.isinf(max_norm) else max_norm, "bf16": {"enabled": self.dtype == torch.bfloat16},
+        }  # fmt: skip
+        with _quiet():
+            self.engine, optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=make_optimizer(model), config=config, dist_init_required=False
+            )
+        empty.put_buffers(model, buffers, self.device)  # the engine has made 16 bits of them
+        self._verify(accumulation, max_norm)
+        return self.engine, optimizer
+
+    def _verify(self, accumulation: int, max_norm: float) -> None:
+        """Raise ConfigError unless what was asked for is what has happened."""
+        engine, wish = self.engine, self.wish
+        found = {
+            "stage": (engine.zero_optimization_stage(), int(wish.kind[-1])),
+            "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), accumulation),
+            "gradient_clipping": (engine.gradient_clipping(), 0.0 if math.isinf(max_norm) else max_norm),
+            "offload": (bool(engine.zero_use_cpu_optimizer() or engine.zero_offload_param()), wish.offload),
+            "processes": (engine.dp_world_size, wish.num_processes),
+        }
+        for name, (got, wanted) in found.items():
+            if got != wanted:
+                raise ConfigError(f"{wish.name} was asked for with {name} {wanted}, but DeepSpeed has {got}")
+        if wish.kind == "zero3" and not all(hasattr(p, "ds_tensor") for p in engine.module.parameters()):
+            raise ConfigError("zero3 was asked for, but DeepSpeed left weights whole")
+
+    def unwrap(self, model: Any) -> Any:
+        return self.engine.module
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        with _quiet():
+            self.engine.backward(loss, scale_wrt_gas=False)
+
+    def move(self, model: nn.Module, optimizer: Any, max_norm: float) -> tuple[float, bool]:
+        """(gradient norm before clipping, whether the weights have moved). The engine leaves out a step that overflows."""
+        with _quiet():
+            self.engine.step()
+        moved = bool(self.engine.was_step_applied())
+        norm = self.engine.get_global_grad_norm()
+        return (float(norm) if moved and norm is not None else math.nan), moved
+
+    def whole(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight, whole, in float32 if it trains; collective."""
+        from deepspeed import zero
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in parameters:
+            if parameter.requires_grad:
+                with _quiet():
+                    yield name, safe_get_full_fp32_param(parameter).detach().view(_shape(parameter))
+            else:
+                with _quiet(), zero.GatheredParameters([parameter], enabled=self.wish.kind == "zero3"):
+                    yield name, parameter.detach().clone()  # it is let go again
+
+    def own_part(self, parameter: Any) -> torch.Tensor:
+        part: torch.Tensor = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+        return part.detach()
+
+    def save(self, folder: Path) -> None:
+        with _quiet():
+            self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        with _quiet():
+            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")
+
+
+def _shape(parameter: Any) -> torch.Size:
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The library, told which device it has, and kept from compiling: gloo serves where there is no GPU."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+    except ImportError as exc:
+        raise ConfigError(
+            f"ZeRO needs deepspeed, which cannot be imported: {exc}; pip install -r requirements.txt"
+        ) from exc
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed calls collectives by names that torch 2.13 has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
