@@ -96,6 +96,14 @@ class Workshop:
         return launch([*command(processes), "--config", str(self.write(self.config(name, **changes))), *arguments])
 
 
+def launcher(topology: str, processes: int) -> list[str]:
+    """accelerate launch with a file of accelerate_configs/ and so many processes."""
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"),
+        "--num_processes", str(processes), "--main_process_port", "0",
+    ]  # fmt: skip
+
+
 def forget_process_state() -> None:
     """Accelerate keeps one state per process; a run in a process of its own would start without."""
     if "accelerate" in sys.modules:
@@ -108,11 +116,7 @@ def command(processes: int = 1) -> list[str]:
     """python train.py, or accelerate launch with so many CPU processes."""
     if processes == 1:
         return [sys.executable, str(ROOT / "train.py")]
-    file = ROOT / "accelerate_configs" / "cpu_debug.yaml"
-    return [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file),
-        "--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "train.py"),
-    ]  # fmt: skip
+    return [*launcher("cpu_debug", processes), str(ROOT / "train.py")]
 
 
 def launch(arguments: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:

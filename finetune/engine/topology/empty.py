@@ -10,17 +10,23 @@ def is_empty(model: nn.Module) -> bool:
     return any(p.is_meta for p in model.parameters())
 
 
-def forget_weights(model: nn.Module) -> None:
-    """Move all weights and buffers to the meta device; what was tied stays tied."""
+def move(model: nn.Module, device: torch.device | str) -> None:
+    """Put weights and buffers without values on a device, in place of those that are there; what was tied stays tied.
+
+    `nn.Module.to_empty` would make two weights of a tied one. On a CPU memory is promised here, and
+    the system gives it when it is written.
+    """
     known: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
-                module._parameters[name] = known.setdefault(id(parameter), empty)
+                if id(parameter) not in known:
+                    values = torch.empty_like(parameter, device=device)
+                    known[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                module._parameters[name] = known[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty_like(buffer, device="meta")
+                module._buffers[name] = torch.empty_like(buffer, device=device)
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -34,6 +40,6 @@ def put_buffers(model: nn.Module, buffers: dict[str, torch.Tensor], device: torc
         model.get_submodule(path)._buffers[leaf] = buffer.to(device, copy=True)
 
 
-def shapes(model: nn.Module) -> list[Any]:
+def outline(model: nn.Module) -> list[Any]:
     """What all processes must agree on before weights are sent."""
     return [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]

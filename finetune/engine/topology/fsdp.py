@@ -39,12 +39,13 @@ class Fsdp2:
         """Shard the empty model, then send each weight from the main process, one at a time, and keep the own part.
 
         Each layer is gathered as one, in the dtype of the arithmetic; embedding, last norm and head
-        stay together, whole-precision and gathered, as they are needed first and last. Gradients
-        are added up in float32.
+        are together, in float32, so that autocast gives what it gives elsewhere, and are parted again
+        after each pass: whoever looks at weights between passes must find parts. Gradients are added
+        up in float32.
         """
         weights = {name: p.detach() for name, p in model.named_parameters()}
         buffers = self.on_main(lambda: empty.buffers_of(model))
-        empty.forget_weights(model)
+        empty.move(model, "meta")
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.wish.offload else OffloadPolicy()
         half = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in self._layers(model):
@@ -52,7 +53,7 @@ class Fsdp2:
                 layer, mesh=self.mesh, reshard_after_forward=self.wish.reshard, mp_policy=half, offload_policy=offload
             )
         whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(model, mesh=self.mesh, reshard_after_forward=False, mp_policy=whole, offload_policy=offload)
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)
         model.to_empty(device="cpu" if self.wish.offload else self.device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

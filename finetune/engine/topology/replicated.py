@@ -23,7 +23,7 @@ class Replicated:
     ) -> tuple[nn.Module, Any]:
         """DDP sends the main process's weights to the others when it is made."""
         if empty.is_empty(model):
-            model.to_empty(device=self.accelerator.device)
+            empty.move(model, self.accelerator.device)
         optimizer = make_optimizer(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DDP's notes on bucket views say nothing a user could act on

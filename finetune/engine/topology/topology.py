@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import nn
 
-from finetune.engine.topology import launch
+from finetune.engine.topology import empty, launch
 from finetune.engine.topology.replicated import Replicated
 from finetune.errors import CheckpointError, ConfigError, ExportError, TopologyError, UserError
 
@@ -59,6 +59,8 @@ class Topology:
             if self.wish.num_processes == 1:
                 raise
             raise TopologyError(_nobody_came(exc)) from exc
+        if self.wish.is_sharded and not torch.distributed.is_initialized():  # Accelerate makes no group of one process
+            torch.distributed.init_process_group("nccl" if cuda else "gloo")
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.num_processes: int = self.accelerator.num_processes
@@ -118,6 +120,8 @@ class Topology:
         `model` may be without weights on all processes but the main one. The optimizer is made when
         parameters are where they will be. Raises ConfigError if what was asked for did not happen.
         """
+        outline = self.on_main(lambda: empty.outline(model))
+        assert outline == empty.outline(model), f"process {self.rank} built another model than the main one"
         shared: tuple[nn.Module, Any] = self.sharing.prepare(
             model, make_optimizer, accumulation=accumulation, micro_batch_size=micro_batch_size,
             max_norm=float("inf") if max_norm is None else max_norm,

@@ -35,12 +35,12 @@ class Zero:
     ) -> tuple[nn.Module, Any]:  # fmt: skip
         """The engine sends each weight from the main process, and ZeRO-3 keeps a part of it before the next comes.
 
-        On other processes memory is promised by `to_empty`, but the system gives none before it is written.
+        So the others never hold all of a model that ZeRO-3 shares: their memory is given when a weight comes.
         """
         deepspeed = _deepspeed(self.device)
         buffers = self.on_main(lambda: empty.buffers_of(model))
         if empty.is_empty(model):
-            model.to_empty(device="cpu")
+            empty.move(model, "cpu")
         config = {
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": None,
             **self.wish.deepspeed,
