@@ -85,6 +85,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
         directory.check(config)
     topology = Topology(config.train.precision, check_only)
     topology.require_same({**configs.flatten(config.model_dump())})
+    topology.check(config)
     configs.accumulation(config, topology.num_processes)
     job = Job(config, directory, topology, preflight.prepare(config, topology), stop)
     if not check_only and directory.is_complete(job.data.train.fingerprint):
@@ -141,7 +142,7 @@ def build(job: Job) -> "TrainState":
 
     def first_inputs() -> Iterator[dict[str, Any]]:
         for step in range(min(EVA_STEPS, data.num_steps)):
-            yield from (batch.to(topology.device).model_inputs() for batch in data.train.at(step))
+            yield from (batch.to(topology.device).model_inputs() for batch in data.train.of_all().at(step))
 
     # One process reads the weights; `prepare` sends each of the others its part. Quantised ones cannot be sent.
     with_weights = topology.is_main or config.adapter.kind == "qlora"

@@ -104,6 +104,13 @@ def launcher(topology: str, processes: int) -> list[str]:
     ]  # fmt: skip
 
 
+def launch_several(topology: str, processes: int, configs: Sequence[Path], timeout: float = 400) -> None:
+    """Run after run in the processes of one launch; fails with what they said."""
+    script = str(ROOT / "tests/distributed/several.py")
+    result = launch([*launcher(topology, processes), script, *map(str, configs)], timeout)
+    assert result.returncode == 0, f"{topology} on {processes}: {result.stderr[-4000:]}"
+
+
 def forget_process_state() -> None:
     """Accelerate keeps one state per process; a run in a process of its own would start without."""
     if "accelerate" in sys.modules:
@@ -120,7 +127,10 @@ def command(processes: int = 1) -> list[str]:
 
 
 def launch(arguments: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 @pytest.fixture

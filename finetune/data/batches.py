@@ -5,6 +5,7 @@ integer, so resuming is arithmetic. Which process puts which sequence through th
 from the position alone: any number of processes makes the same steps.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,6 +114,12 @@ class Batches:
         self.padded, self.pad_id = padded, pad_id
         self.steps_per_epoch = -(-len(sequences) // global_batch_size)
         self._order: tuple[int, np.ndarray] | None = None
+
+    def of_all(self) -> "Batches":
+        """The same steps as one process alone sees them."""
+        whole = copy.copy(self)
+        whole.rank, whole.num_processes = 0, 1
+        return whole
 
     @property
     def fingerprint(self) -> str:

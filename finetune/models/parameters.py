@@ -23,21 +23,28 @@ def fingerprints(model: nn.Module, own_part: Callable[[torch.Tensor], torch.Tens
 
     `own_part`: what this process holds of a weight.
     """
+    scales = {id(m.weight): _scales(m) for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
     return {
-        name: float(own_part(p).sum(dtype=torch.float64)) if p.is_floating_point() else _hash_quantized(p)
+        name: float(own_part(p).sum(dtype=torch.float64)) if id(p) not in scales else _hash(own_part(p), *scales[id(p)])
         for name, p in model.named_parameters()
     }
 
 
-def _hash_quantized(weight: Any) -> str:
-    state = getattr(weight, "quant_state", None)  # of 4 bits; 8 bits have a scale for each row
-    scales = (
-        [state.absmax, *([state.state2.absmax] if state.nested else [])] if state else [getattr(weight, "SCB", None)]
-    )
+def _scales(layer: Any) -> list[torch.Tensor | None]:
+    """What the bytes of a layer of bitsandbytes are multiplied with. 4-bit layers keep it also where their weight is a part only."""
+    state = getattr(layer, "quant_state", None) or getattr(layer.weight, "quant_state", None)
+    if state is None:  # 8 bits: one scale for each row
+        return [getattr(layer.weight, "SCB", None)]
+    return [state.absmax, state.state2.absmax if state.nested else None]
+
+
+def _hash(*tensors: torch.Tensor | None) -> str:
     digest = hashlib.sha256()
-    for tensor in (weight.detach(), *scales):
+    for tensor in tensors:
         if tensor is not None:
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).as_subclass(torch.Tensor).numpy().tobytes()
+            )
     return digest.hexdigest()
 
 

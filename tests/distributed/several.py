@@ -1,13 +1,10 @@
-"""Several runs one after the other in the processes of one launch: `accelerate launch several.py A.yaml B.yaml`.
+"""Several runs one after the other in the processes of one launch: `accelerate launch tests/distributed/several.py A.yaml B.yaml`.
 
 Most of a small run is the start of its processes. Each config goes through train.py's own `run`.
 """
 
 import os
 import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 import torch
 from conftest import forget_process_state

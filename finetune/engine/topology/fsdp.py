@@ -28,10 +28,12 @@ class Fsdp2:
     ) -> None:
         """`dtype` of the arithmetic; None for float32."""
         self.wish, self.device, self.dtype, self.on_main = wish, device, dtype, on_main
-        shape, names = (wish.num_processes,), ("shard",)
-        if wish.num_replicas > 1:
-            shape, names = (wish.num_replicas, wish.num_processes // wish.num_replicas), ("replicate", "shard")
-        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        shards = wish.num_processes // wish.num_replicas
+        hybrid = wish.num_replicas > 1
+        self.mesh = init_device_mesh(
+            device.type, (wish.num_replicas, shards) if hybrid else (shards,),
+            mesh_dim_names=("replicate", "shard") if hybrid else ("shard",),
+        )  # fmt: skip
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], **_: Any
@@ -60,7 +62,7 @@ class Fsdp2:
                 self._send(weights.pop(name), parameter)
         empty.put_buffers(model, buffers, self.device)
         if self.dtype is not None:
-            model.forward = _in_precision(model.forward, self.device, self.dtype)  # type: ignore[method-assign]
+            model.forward = _in_precision(model.forward, self.device, self.dtype)
         self._verify(model)
         return model, make_optimizer(model)
 
@@ -105,7 +107,7 @@ class Fsdp2:
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def move(self, model: nn.Module, optimizer: Any, max_norm: float) -> tuple[float, bool]:
         """(gradient norm before clipping, whether the weights have moved)"""

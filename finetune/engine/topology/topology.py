@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import nn
 
-from finetune.engine.topology import empty, launch
+from finetune.config import Config
+from finetune.engine.topology import empty, launch, support
 from finetune.engine.topology.replicated import Replicated
 from finetune.errors import CheckpointError, ConfigError, ExportError, TopologyError, UserError
 
@@ -82,6 +83,17 @@ class Topology:
 
             return Zero(self.wish, self.device, dtype, self.on_main)
         return Replicated(self.accelerator)
+
+    def check(self, config: Config) -> None:
+        """Raise ConfigError with everything in the run config that this topology cannot do."""
+        if problems := list(support.conflicts(config, self.wish)):
+            raise ConfigError(
+                "\n  ".join(
+                    [f"{len(problems)} settings that {self.name} cannot have:", *problems]
+                    if len(problems) > 1
+                    else problems
+                )
+            )
 
     def require_same(self, values: dict[str, Any]) -> None:
         """Raise ConfigError on every process if one was given other values. From here on waiting may take long."""

@@ -1,0 +1,107 @@
+"""What works under which topology: the one list that errors and the table of docs/topologies.md are made from. No torch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from finetune.config import Config
+from finetune.engine.topology.launch import Wish
+
+COLUMNS = ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A row of the table. `refused`: pattern of topologies -> why not, and what to take instead."""
+
+    name: str
+    setting: str
+    used: Callable[[Config], bool]
+    refused: dict[str, str]
+
+    def reason(self, topology: str) -> str | None:
+        return next((why for pattern, why in self.refused.items() if fnmatch(topology, pattern)), None)
+
+
+def _optimizer(*kinds: str) -> Callable[[Config], bool]:
+    return lambda config: config.optimizer.kind in kinds
+
+
+def _quantized(*kinds: str) -> Callable[[Config], bool]:
+    return lambda config: config.adapter.kind == "qlora" and config.adapter.quantization in kinds
+
+
+FLAT = "ZeRO lays all weights end to end, and"
+FEATURES = [
+    Feature("all weights", "adapter.kind: full", lambda c: c.adapter.kind == "full", {}),
+    Feature("some weights frozen", "adapter.freeze", lambda c: bool(c.adapter.freeze), {}),
+    Feature("LoRA", "adapter.kind: lora", lambda c: c.adapter.kind == "lora", {}),
+    Feature("new tokens, whole modules, norms beside LoRA", "adapter.modules_to_save", lambda c: c.adapter.kind != "full", {}),
+    Feature(
+        "QLoRA, 4 bits", "adapter.kind: qlora", _quantized("nf4", "fp4"), {},
+    ),
+    Feature(
+        "QLoRA, 8 bits", "adapter.quantization: int8", _quantized("int8"),
+        {
+            "fsdp2*": "bitsandbytes keeps scales on the weight itself, which is not there when it is in parts; take nf4, or ddp.yaml",
+            "zero3*": "bitsandbytes keeps the whole weight beside each part, so nothing is saved; take nf4, or zero2.yaml",
+        },
+    ),
+    Feature("adamw", "optimizer.kind: adamw", _optimizer("adamw"), {}),
+    Feature(
+        "lion", "optimizer.kind: lion", _optimizer("lion"),
+        {"fsdp2*": "bitsandbytes cannot step parts of weights; take adamw, or zero2.yaml, or ddp.yaml"},
+    ),
+    Feature(
+        "paged_adamw_32bit", "optimizer.kind: paged_adamw_32bit", _optimizer("paged_adamw_32bit"),
+        {
+            "fsdp2*": "bitsandbytes cannot step parts of weights; take adamw, with fsdp2_offload.yaml if memory is short",
+            "*_offload": "the optimizer state is in host memory already; take adamw",
+        },
+    ),
+    Feature(
+        "8-bit optimizers", "optimizer.kind", _optimizer("adamw_8bit", "paged_adamw_8bit", "lion_8bit"),
+        {
+            "fsdp2*": "bitsandbytes cannot step parts of weights; take adamw: its state is in parts already",
+            "zero*": f"{FLAT} embeddings would be rounded to 8 bits with the rest; take adamw: its state is in parts already",
+        },
+    ),
+    Feature(
+        "adafactor", "optimizer.kind: adafactor", _optimizer("adafactor"),
+        {
+            "fsdp2*": "PyTorch's cannot step parts of weights; take adamw",
+            "zero*": f"{FLAT} without rows and columns adafactor is another optimizer; take adamw",
+        },
+    ),
+    Feature(
+        "muon", "optimizer.kind: muon", _optimizer("muon"),
+        {"zero*": f"{FLAT} muon needs matrices; take adamw, or fsdp2.yaml"},
+    ),
+    Feature(
+        "average of weights", "train.ema_decay", lambda c: c.train.ema_decay is not None,
+        {"zero*": "DeepSpeed keeps the weights that count to itself, so no average can take their place; take fsdp2.yaml"},
+    ),
+    Feature("gradient checkpointing", "train.gradient_checkpointing", lambda c: c.train.gradient_checkpointing, {}),
+    Feature("samples while training", "evaluation.sample_prompts", lambda c: bool(c.evaluation.sample_prompts), {}),
+    Feature(
+        "fp16", "train.precision: fp16", lambda c: c.train.precision == "fp16",
+        {
+            "fsdp2*": "overflows of scaled gradients in parts were never proved here; take bf16, or ddp.yaml",
+            "zero*": "overflows of scaled gradients in parts were never proved here; take bf16, or ddp.yaml",
+        },
+    ),
+]  # fmt: skip
+
+
+def conflicts(config: Config, wish: Wish) -> Iterator[str]:
+    """What the run config asks for and the topology cannot do, each with what to take instead."""
+    for feature in FEATURES:
+        if feature.used(config) and (why := feature.reason(wish.name)):
+            yield f"{feature.setting}: not with {wish.name}: {why}"
+
+
+def table() -> str:
+    """Markdown."""
+    lines = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
+    lines += [[f.name, *("no" if f.reason(column) else "yes" for column in COLUMNS)] for f in FEATURES]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
