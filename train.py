@@ -86,7 +86,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     topology = Topology(config.train.precision, check_only)
     topology.require_same({**configs.flatten(config.model_dump())})
     topology.check(config)
-    configs.accumulation(config, topology.num_processes)
+    configs.accumulation(config, topology.num_data)
     job = Job(config, directory, topology, preflight.prepare(config, topology), stop)
     if not check_only and directory.is_complete(job.data.train.fingerprint):
         tell(topology, f"{directory.path} is complete; its model is in {directory.model}")
@@ -153,7 +153,7 @@ def build(job: Job) -> "TrainState":
     (trainable, total), frozen = topology.on_main(lambda: (parameters.count(bare), bases.frozen_fingerprint(bare)))
     model, optimizer = topology.prepare(
         bare, lambda shared: optim.build(shared, config.optimizer), max_norm=config.train.max_grad_norm,
-        accumulation=configs.accumulation(config, topology.num_processes), micro_batch_size=config.train.micro_batch_size,
+        accumulation=configs.accumulation(config, topology.num_data), micro_batch_size=config.train.micro_batch_size,
     )  # fmt: skip
     attention.check(model, base, data.attention, topology.device, topology.precision)
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes

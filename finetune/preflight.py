@@ -45,8 +45,9 @@ def prepare(config: Config, topology: Topology) -> Data:
     train_files, eval_files = rows.sources(wanted.train, wanted.eval)  # before anything is asked of the Hub
     tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
     kernel = attention.choose(
-        config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision
-    )
+        config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision,
+        topology.wish.num_context,
+    )  # fmt: skip
     if wanted.packing and attention.pads(kernel):
         raise ConfigError(
             f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
@@ -89,13 +90,13 @@ def prepare(config: Config, topology: Topology) -> Data:
         return batches.Batches(
             batches.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
             global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
-            rank=topology.rank, num_processes=topology.num_processes,
+            rank=topology.data_rank, num_processes=topology.num_data,
             padded=attention.pads(kernel), pad_id=tokenizer.pad_token_id or 0,
         )  # fmt: skip
 
     at_once = config.evaluation.micro_batch_size or config.train.micro_batch_size
     plan = batched(train, config.train.global_batch_size, config.train.micro_batch_size, wanted.group_by_length)
-    eval_plan = batched(evals, at_once * topology.num_processes, at_once, True) if evals else None
+    eval_plan = batched(evals, at_once * topology.num_data, at_once, True) if evals else None
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
     for prompt in config.evaluation.sample_prompts:
@@ -140,7 +141,8 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
         f"template    {data.template.name}, objective {config.objective.kind}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
-        f"({config.train.micro_batch_size} at once x {accumulation(config, topology.num_processes)} x {_counted(topology.num_processes, 'process')})",
+        f"({config.train.micro_batch_size} at once x {accumulation(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
+        + (f", each shared by {topology.wish.num_context}" if topology.wish.num_context > 1 else ""),
     ]
     lines += _methods(config)
     if config.data.packing:

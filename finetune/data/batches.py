@@ -37,6 +37,28 @@ class Batch:
     longest: int
     num_tokens: int
     num_supervised: int
+    group: Any = None
+    """Processes that share this sequence, each with a `part` of its tokens; bounds are those of the whole."""
+
+    def part(self, index: int, count: int, group: Any) -> "Batch":
+        """One of `count` equal stretches of sequences laid end to end, filled up by a document that teaches nothing."""
+        assert self.bounds is not None
+        total = self.input_ids.shape[1]
+        length = -(-total // count)
+        filler = length * count - total
+        where = slice(index * length, (index + 1) * length)
+
+        def stretch(values: torch.Tensor, fill: int) -> torch.Tensor:
+            return torch.nn.functional.pad(values, (0, filler), value=fill)[:, where]
+
+        targets = stretch(self.targets, IGNORE)
+        ends = [self.bounds, *([torch.tensor([length * count], dtype=torch.int32)] if filler else [])]
+        return Batch(
+            input_ids=stretch(self.input_ids, 0), position_ids=stretch(self.position_ids, 0), targets=targets,
+            bounds=torch.cat(ends), attention_mask=None, longest=max(self.longest, filler),
+            num_tokens=max(0, min(total, where.stop) - where.start) if self.num_tokens else 0,
+            num_supervised=int((targets != IGNORE).sum()), group=group,
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
         moved = {k: v.to(device, non_blocking=True) for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
@@ -50,6 +72,7 @@ class Batch:
         return inputs | {
             "cu_seq_lens_q": self.bounds, "cu_seq_lens_k": self.bounds,
             "max_length_q": self.longest, "max_length_k": self.longest,
+            **({"sequence_group": self.group} if self.group else {}),
         }  # fmt: skip
 
 

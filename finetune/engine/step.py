@@ -44,6 +44,7 @@ def train_step(
 
     Raises TrainingDiverged before the weights move if the loss or a gradient is not finite.
     """
+    batches = [topology.part(batch) for batch in batches]
     supervised, tokens = topology.sum([sum(b.num_supervised for b in batches), sum(b.num_tokens for b in batches)])
     model.train()
     local = torch.zeros((), dtype=torch.float64, device=topology.device)
@@ -70,7 +71,7 @@ def evaluate(topology: Topology, model: nn.Module, loss: Loss, batches: Iterable
     total, count = torch.zeros((), dtype=torch.float64, device=topology.device), 0
     with torch.no_grad():
         for micro_batches in batches:
-            for batch in micro_batches:
+            for batch in map(topology.part, micro_batches):
                 part, number = loss(model, batch.to(topology.device))
                 total += part.double()
                 count += number

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from finetune.config import PADDED_ATTENTION
 from finetune.errors import ModelError
+from finetune.models import context
 
 NAME = "documents"
 
@@ -28,8 +29,13 @@ def pads(implementation: str) -> bool:
     return implementation in PADDED_ATTENTION
 
 
-def choose(wanted: str, model_class: Any, config: Any, device: torch.device, precision: str) -> str:
-    """The implementation for model.attention: auto, or the one asked for. Raises ModelError if it cannot be had."""
+def choose(
+    wanted: str, model_class: Any, config: Any, device: torch.device, precision: str, num_context: int = 1
+) -> str:
+    """The implementation for model.attention: auto, or the one asked for. Raises ModelError if it cannot be had.
+
+    `num_context`: processes that share a sequence.
+    """
     has_flash = importlib.util.find_spec("flash_attn") is not None
     if wanted == "flash_attention_2" and not (has_flash and device.type == "cuda" and precision != "fp32"):
         found = (
@@ -53,6 +59,14 @@ def choose(wanted: str, model_class: Any, config: Any, device: torch.device, pre
         raise ModelError(
             f"model.attention: {NAME} does not support {config.model_type} (soft-capped scores, sinks, or attention of its own); use eager"
         )
+    if num_context > 1:
+        heads = config.get_text_config().num_attention_heads
+        if not can_separate or wanted not in ("auto", NAME) or heads % num_context:
+            raise ModelError(
+                f"sequences shared by {num_context} processes need model.attention: {NAME}, which must be possible for the model, and "
+                f"a number of heads that they can divide; {config.model_type} has {heads}, and model.attention is {wanted}"
+            )
+        return NAME
     if wanted != "auto":
         return wanted
     if not can_separate:
@@ -74,11 +88,13 @@ def attend_within_documents(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    sequence_group: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, KV, T, D] -> ([1, T, H, D], None).
 
-    Raises ModelError for what it would otherwise ignore: soft caps, sinks, position biases.
+    Where a group of processes shares the sequence, T is that of the own stretch, and bounds are those
+    of the whole. Raises ModelError for what it would otherwise ignore: soft caps, sinks, position biases.
     """
     ignored = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if _is_sliding(module) and sliding_window is None:
@@ -89,23 +105,33 @@ def attend_within_documents(
     if torch.is_autocast_enabled(query.device.type):  # norms of queries and keys in float32 would leave them so
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
+    if sequence_group is not None:
+        count = torch.distributed.get_world_size(sequence_group)
+        if key.shape[1] % count:  # too few heads of keys and values to go round: each head of queries gets its own
+            key, value = _repeated(query, key), _repeated(query, value)
+        query, key, value = (context.exchange(states, sequence_group, 1, 2) for states in (query, key, value))
+    out = _attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, sliding_window)
+    return (out if sequence_group is None else context.exchange(out, sequence_group, 1, 2)), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
+    scaling: float | None, dropout: float, sliding_window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """query [1, H, T, D], key and value [1, KV, T, D], bounds int32 [documents + 1] -> [1, T, H, D]"""
     fast = query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
     if fast and varlen_attn is not None and dropout == 0.0:
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         out = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            q, k, v, bounds, bounds, longest, longest,
             scale=scaling, window_size=window, enable_gqa=key.shape[1] != query.shape[1],
         )  # fmt: skip
-        return out[None], None
-    groups, rest = divmod(query.shape[1], key.shape[1])
-    if rest:
-        raise ModelError(f"{query.shape[1]} heads cannot share {key.shape[1]} heads of keys and values evenly")
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bounds = cu_seq_lens_q.tolist()
+        return out[None]
+    key, value = _repeated(query, key), _repeated(query, value)
+    edges = bounds.tolist()
     outputs = []
-    for start, end in zip(bounds[:-1], bounds[1:]):
+    for start, end in zip(edges[:-1], edges[1:]):
         band = (
             None
             if sliding_window is None or end - start <= sliding_window
@@ -116,7 +142,15 @@ def attend_within_documents(
             attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling,
         )  # fmt: skip
         outputs.append(out.transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
+
+
+def _repeated(query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Keys or values [1, KV, T, D] -> [1, H, T, D], each as often as heads of queries share it."""
+    times, rest = divmod(query.shape[1], states.shape[1])
+    if rest:
+        raise ModelError(f"{query.shape[1]} heads cannot share {states.shape[1]} heads of keys and values evenly")
+    return states.repeat_interleave(times, dim=1) if times > 1 else states
 
 
 def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, precision: str) -> None:

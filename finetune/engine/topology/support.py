@@ -81,6 +81,10 @@ FEATURES = [
         "average of weights", "train.ema_decay", lambda c: c.train.ema_decay is not None,
         {"zero*": "DeepSpeed keeps the weights that count to itself, so no average can take their place; take fsdp2.yaml"},
     ),
+    Feature(
+        "noise on embeddings", "train.neftune_alpha", lambda c: c.train.neftune_alpha is not None,
+        {"*_context": "it depends on the length of documents, which lie on several processes; leave it out"},
+    ),
     Feature("gradient checkpointing", "train.gradient_checkpointing", lambda c: c.train.gradient_checkpointing, {}),
     Feature("samples while training", "evaluation.sample_prompts", lambda c: bool(c.evaluation.sample_prompts), {}),
     Feature(

@@ -16,6 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import nn
 
 from finetune.config import Config
+from finetune.data.batches import Batch
 from finetune.engine.topology import empty, launch, support
 from finetune.engine.topology.replicated import Replicated
 from finetune.errors import CheckpointError, ConfigError, ExportError, TopologyError, UserError
@@ -70,7 +71,10 @@ class Topology:
             raise ConfigError(
                 f"the launcher started {self.wish.num_processes} processes, but only {self.num_processes} found each other; see docs/topologies.md"
             )
+        self.data_rank, self.num_data = self.rank // self.wish.num_context, self.num_processes // self.wish.num_context
+        """Of processes that get sequences of their own: those that share a sequence count as one."""
         self.sharing: Any = self._sharing()
+        self._context = self._sequence_group()
 
     def _sharing(self) -> Any:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -83,6 +87,21 @@ class Topology:
 
             return Zero(self.wish, self.device, dtype, self.on_main)
         return Replicated(self.accelerator)
+
+    def _sequence_group(self) -> Any:
+        """The processes that share sequences with this one: neighbours, whose links are the fastest."""
+        count = self.wish.num_context
+        if count == 1:
+            return None
+        groups = [list(range(first, first + count)) for first in range(0, self.num_processes, count)]
+        group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
+        return group
+
+    def part(self, batch: Batch) -> Batch:
+        """What this process puts through the model of a micro-batch: all of it, or its stretch."""
+        if self._context is None:
+            return batch
+        return batch.part(self.rank % self.wish.num_context, self.wish.num_context, self._context)
 
     def check(self, config: Config) -> None:
         """Raise ConfigError with everything in the run config that this topology cannot do."""
