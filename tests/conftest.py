@@ -96,19 +96,12 @@ class Workshop:
         return launch([*command(processes), "--config", str(self.write(self.config(name, **changes))), *arguments])
 
 
-def launcher(topology: str, processes: int) -> list[str]:
+def launcher(topology: str, processes: int, extra: Sequence[str] = ()) -> list[str]:
     """accelerate launch with a file of accelerate_configs/ and so many processes."""
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"),
-        "--num_processes", str(processes), "--main_process_port", "0",
+        "--num_processes", str(processes), "--main_process_port", "0", *extra,
     ]  # fmt: skip
-
-
-def launch_several(topology: str, processes: int, configs: Sequence[Path], timeout: float = 400) -> None:
-    """Run after run in the processes of one launch; fails with what they said."""
-    script = str(ROOT / "tests/distributed/several.py")
-    result = launch([*launcher(topology, processes), script, *map(str, configs)], timeout)
-    assert result.returncode == 0, f"{topology} on {processes}: {result.stderr[-4000:]}"
 
 
 def forget_process_state() -> None:

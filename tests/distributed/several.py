@@ -1,30 +1,99 @@
-"""Several runs one after the other in the processes of one launch: `accelerate launch tests/distributed/several.py A.yaml B.yaml`.
+"""Several runs one after the other in the processes of one launch, each through train.py's own `run`.
 
-Most of a small run is the start of its processes. Each config goes through train.py's own `run`.
+    accelerate launch tests/distributed/several.py A.yaml B.yaml forget:runs/b:3 B.yaml break:one_shard C.yaml
+
+Most of a small run is the start of its processes. `forget:DIR:STEP` takes a run back to the
+checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the next run on
+purpose, so that the tests of the others are seen to fail.
 """
 
+import functools
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 from conftest import forget_process_state
 
 import train
 from finetune import config as configs
+from finetune.engine import step
 from finetune.engine.preemption import StopFlag
-from finetune.engine.topology import Topology
+from finetune.engine.topology import Topology, fsdp
 
 
 def main() -> None:
     asked_by_launcher = dict(os.environ)
     Topology.close = lambda self: self.accelerator.free_memory()  # the processes stay together for the next run
-    for path in sys.argv[1:]:
-        os.environ.update(asked_by_launcher)
-        forget_process_state()
-        train.run(*configs.parse(["--config", path]), StopFlag())
+    mend = lambda: None  # noqa: E731
+    for argument in sys.argv[1:]:
+        if argument.startswith("forget:"):
+            if os.environ.get("RANK", "0") == "0":
+                forget(Path(argument.split(":")[1]), int(argument.split(":")[2]))
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+        elif argument.startswith("break:"):
+            mend = BREAKS[argument.removeprefix("break:")]()
+        else:
+            os.environ.update(asked_by_launcher)
+            forget_process_state()
+            train.run(*configs.parse(["--config", argument]), StopFlag())
+            mend()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
+
+def forget(run: Path, step: int) -> None:
+    for later in (run / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    (run / "outcome.json").unlink()
+
+
+def instead(owner: object, name: str, value: object) -> functools.partial:
+    """Put it in; gives what puts the old one back."""
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    return functools.partial(setattr, owner, name, old)
+
+
+def forgotten_factor() -> functools.partial:
+    """The mean of gradients over processes that every library takes, not undone."""
+    return instead(Topology, "backward", lambda self, loss: self.sharing.backward(loss))
+
+
+def mean_of_means() -> functools.partial:
+    """Each process divides by the tokens of its own, and the results are averaged."""
+    right = step.train_step
+
+    def wrong(topology, model, optimizer, loss, batches, **keywords):
+        own = sum(batch.num_supervised for batch in batches)
+        everyone = topology.sum([own])[0]
+
+        def scaled(model, batch):
+            total, count = loss(model, batch)
+            return total * everyone / max(own, 1) / topology.num_processes, count
+
+        return right(topology, model, optimizer, scaled, batches, **keywords)
+
+    return instead(step, "train_step", wrong)
+
+
+def one_shard() -> functools.partial:
+    """What one process holds, saved as if it were all."""
+
+    def whole(self, parameters):
+        for name, parameter in parameters:
+            own = torch.zeros(parameter.shape, dtype=parameter.dtype)
+            local = parameter.to_local().detach()
+            own[: local.shape[0]] = local
+            yield name, own
+
+    return instead(fsdp.Fsdp2, "whole", whole)
+
+
+BREAKS = {each.__name__: each for each in (forgotten_factor, mean_of_means, one_shard)}
 
 if __name__ == "__main__":
     main()

@@ -1,39 +1,14 @@
 """Two processes, by the real accelerate launch, are one process."""
 
-import json
 
 import pytest
-import torch
-from conftest import losses, read_jsonl
-from safetensors.torch import load_file
+from conftest import losses
 
 pytestmark = pytest.mark.slow
 
 
 def check(result):
     assert result.returncode == 0, result.stderr[-3000:]
-
-
-@pytest.mark.parametrize("changes", [{"data__packing": True}, {"model__attention": "sdpa", "data__group_by_length": True}], ids=["packed", "padded"])  # fmt: skip
-def test_two_processes_give_the_losses_and_weights_of_one(workshop, changes):
-    """Uneven answers, a last step of an epoch with too few sequences for both, and evaluation."""
-    settings = {
-        "train__epochs": 2,
-        "train__max_steps": 10,
-        "data__eval_fraction": 0.2,
-        "train__micro_batch_size": 1,
-        **changes,
-    }
-    check(workshop.launch("two", processes=2, **settings))
-    one, two = workshop.train("one", **settings), workshop.run_dir("two")
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    evals = [read_jsonl(run / "eval.jsonl")[-1] for run in (one, two)]
-    assert evals[0]["eval_tokens"] == evals[1]["eval_tokens"]
-    assert evals[1]["eval_loss"] == pytest.approx(evals[0]["eval_loss"], rel=1e-5)
-    weights = [load_file(run / "model/model.safetensors") for run in (one, two)]
-    for name in weights[0]:
-        torch.testing.assert_close(*(w[name] for w in weights), atol=2e-4, rtol=2e-4)
-    assert json.loads((two / "receipt.json").read_text())["num_processes"] == 2
 
 
 def test_lora_on_two_processes_resumes_to_the_bit_and_on_one_process_too(workshop):

@@ -1,0 +1,93 @@
+"""Several nodes: launchers with ranks of their own, here on one host."""
+
+import os
+import socket
+import subprocess
+import time
+
+import pytest
+from conftest import ROOT, losses
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# File -> processes on each of two nodes, and what its numbers are for so few.
+FILES = {
+    "ddp_multinode": (1, []), "fsdp2_multinode": (1, []), "zero3_multinode": (1, []),
+    "fsdp2_hybrid_multinode": (2, ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"]),
+}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def node(rank, topology, port, *arguments, each=1, extra=(), address="127.0.0.1", wait="60", join="1"):
+    """One node's launcher, as a cluster would start it."""
+    line = (
+        f"accelerate-launch --config_file accelerate_configs/{topology}.yaml --num_machines $PET_NNODES "
+        f"--num_processes $(({each} * PET_NNODES)) --machine_rank $PET_NODE_RANK --main_process_ip $PET_MASTER_ADDR "
+        f"--main_process_port {port} --rdzv_conf timeout={wait} {' '.join(extra)} train.py {' '.join(map(str, arguments))}"
+    ).replace("accelerate-launch", "python -m accelerate.commands.launch")
+    cluster = {"PET_NNODES": "2", "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": address}
+    environment = {**os.environ, **cluster, "FINETUNE_JOIN_MINUTES": join}
+    return subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def said(*nodes, within):
+    """What every node says; all have ended after so many seconds."""
+    end = time.monotonic() + within
+    try:
+        return [each.communicate(timeout=max(1, end - time.monotonic()))[1] for each in nodes]
+    finally:
+        for each in nodes:
+            subprocess.run(["pkill", "-P", str(each.pid)], check=False)
+            each.kill()
+
+
+@pytest.mark.parametrize("topology", FILES)
+def test_two_nodes_train_as_one_process(workshop, topology):
+    each, extra = FILES[topology]
+    config = workshop.write(workshop.config("two", train__micro_batch_size=1))
+    port = free_port()
+    nodes = [node(rank, topology, port, "--config", config, each=each, extra=extra) for rank in (0, 1)]
+    errors = said(*nodes, within=150)
+    assert [each.returncode for each in nodes] == [0, 0], errors
+    one = workshop.train("one", train__micro_batch_size=1)
+    assert losses(workshop.run_dir("two")) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_another_config_on_one_node_ends_all_and_is_named(workshop):
+    config, port = workshop.write(workshop.config()), free_port()
+    nodes = [node(rank, "ddp_multinode", port, "--config", config, "--optimizer.lr", 0.1 + rank) for rank in (0, 1)]
+    errors = said(*nodes, within=90)
+    assert all(each.returncode for each in nodes)
+    assert all("process 1 was started with another optimizer.lr: 1.1, process 0 has 0.1" in text for text in errors)
+    assert not workshop.run_dir().exists()
+
+
+def test_a_node_whose_process_fails_before_it_joins_is_waited_for_only_so_long(workshop):
+    config, port = workshop.write(workshop.config()), free_port()
+    nodes = [
+        node(0, "ddp_multinode", port, "--config", config, join="0.3"),
+        node(1, "ddp_multinode", port, "--config", "no_such_file.yaml", join="0.3"),
+    ]
+    errors = said(*nodes, within=120)
+    assert all(each.returncode for each in nodes)
+    assert "no_such_file.yaml" in errors[1]
+    assert "did not find each other at 127.0.0.1" in errors[0]
+
+
+def test_a_node_that_never_comes_is_waited_for_only_so_long(workshop):
+    config = workshop.write(workshop.config())
+    [error] = said(node(0, "ddp_multinode", free_port(), "--config", config, wait="10"), within=90)
+    assert "1/2 clients joined" in error
+
+
+def test_a_wrong_address_is_tried_only_so_long(workshop):
+    config = workshop.write(workshop.config())
+    wrong = node(1, "ddp_multinode", free_port(), "--config", config, wait="10", address="127.0.0.9")
+    [error] = said(wrong, within=90)
+    assert "127.0.0.9" in error
+    assert wrong.returncode != 0

@@ -1,0 +1,157 @@
+"""The same run under every topology: the same losses, gradients and weights as one process alone.
+
+A tiny model, answers of very different lengths, an epoch whose last step is too small for all
+processes. Every file of accelerate_configs/ and ds_configs/ is launched here, or in
+tests/distributed/test_nodes.py.
+"""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT, TINY_LLAMA, Workshop, forget_process_state, launch, launcher, losses, read_jsonl
+from distributed.test_nodes import FILES as ON_NODES
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# float32: sums in another order; over 20 steps they grow to 1.4e-6 of the loss and 1.5e-5 of the gradient norm (seen).
+# Gradient norms are compared as well, since Adam divides a wrong factor out again.
+LOSS, NORM, WEIGHT = 1e-5, 1e-4, 1e-4
+TWENTY = {"train__max_steps": 20, "train__epochs": 9, "train__micro_batch_size": 1, "data__eval_fraction": 0.2}
+TIED = {**TINY_LLAMA, "tie_word_embeddings": True}
+EIGHT = {"train__max_steps": 8}
+CASES = {
+    "untied": {},
+    "tied": {"model__config": TIED},
+    "cut_in_two": {"train__micro_batch_size": 2, "train__max_grad_norm": 0.1, **EIGHT},
+    "packed_recomputed": {"data__packing": True, "train__gradient_checkpointing": True, **EIGHT},
+    "padded": {"model__attention": "sdpa", "data__group_by_length": True, **EIGHT},
+    "lora": {"adapter__kind": "lora", "adapter__train_norms": True, "model__new_tokens": ["<|a|>"], **EIGHT},
+    "qlora": {"adapter__kind": "qlora", **EIGHT},
+}
+ALL, PLAIN = list(CASES), ["untied", "tied"]
+LAUNCHES = [
+    ("single", 1, PLAIN), ("cpu_debug", 2, PLAIN), ("ddp", 2, ALL),
+    ("fsdp2", 2, ALL), ("fsdp2", 1, PLAIN), ("fsdp2_offload", 2, [*PLAIN, "lora"]),
+    ("fsdp2_hybrid", 4, PLAIN), ("fsdp2_context", 4, [*PLAIN, "packed_recomputed"]),
+    ("zero1", 2, [*PLAIN, "lora"]), ("zero1", 1, PLAIN), ("zero2", 2, ALL), ("zero2", 1, PLAIN),
+    ("zero3", 2, ALL), ("zero3", 1, PLAIN), ("zero3_offload", 2, [*PLAIN, "lora"]),
+]  # fmt: skip
+RESUMED = ["ddp", "fsdp2", "zero2", "zero3"]  # on two processes
+FOUR = {
+    "fsdp2_hybrid": ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"],
+    "fsdp2_context": ["--parallelism_config_cp_size", "2", "--parallelism_config_dp_shard_size", "2"],
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Workshop:
+    """Every case by one process, in this one."""
+    workshop = Workshop(tmp_path_factory.mktemp("alone"))
+    for name in CASES:
+        forget_process_state()
+        workshop.train(name, **settings(workshop, name))
+    return workshop
+
+
+def settings(workshop: Workshop, case: str) -> dict:
+    changes = {**TWENTY, **CASES[case]}
+    if "adapter__kind" in changes:  # on the tied model, trained before
+        path = str(workshop.run_dir("tied") / "model")
+        changes |= {"model__init": "pretrained", "model__path": path, "model__config": None, "model__tokenizer": None}
+    return changes
+
+
+def several(topology: str, processes: int, *arguments: object) -> str:
+    """What tests/distributed/several.py says; it must succeed."""
+    script = str(ROOT / "tests/distributed/several.py")
+    result = launch([*launcher(topology, processes, FOUR.get(topology, [])), script, *map(str, arguments)], timeout=500)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stderr
+
+
+def difference(run, reference) -> dict[str, float]:
+    """Largest difference of losses and gradient norms (as parts of them), of weights, and of the last evaluation."""
+    found = {}
+    for name in ("loss", "grad_norm"):
+        pairs = [
+            (one[name], other[name])
+            for one, other in zip(*(read_jsonl(r / "metrics.jsonl") for r in (reference, run)), strict=True)
+        ]
+        found[name] = max(abs(one - other) / one for one, other in pairs)
+    one, other = (load_file(next((r / "model").glob("*.safetensors"))) for r in (reference, run))
+    assert {n: (w.shape, w.dtype) for n, w in one.items()} == {n: (w.shape, w.dtype) for n, w in other.items()}
+    found["weight"] = max(float((one[name] - other[name]).abs().max()) for name in one)
+    one, other = (read_jsonl(r / "eval.jsonl")[-1]["eval_loss"] for r in (reference, run))
+    found["eval"] = abs(one - other) / one
+    return found
+
+
+def agree(found: dict[str, float]) -> bool:
+    return max(found["loss"], found["eval"]) <= LOSS and found["grad_norm"] <= NORM and found["weight"] <= WEIGHT
+
+
+@pytest.mark.parametrize(("topology", "processes", "cases"), LAUNCHES, ids=lambda v: "" if isinstance(v, list) else str(v))  # fmt: skip
+def test_every_topology_is_one_process(alone, workshop, topology, processes, cases):
+    files = []
+    for case in cases:
+        config = workshop.config(case, **settings(alone, case))
+        config["data"]["train"] = str(alone.rows)
+        files.append(workshop.write(config))
+    several(topology, processes, *files)
+    found = {case: difference(workshop.run_dir(case), alone.run_dir(case)) for case in cases}
+    assert all(map(agree, found.values())), found
+    receipt = json.loads((workshop.run_dir(cases[0]) / "receipt.json").read_text())
+    assert (receipt["num_processes"], receipt["topology"]) == (processes, {"cpu_debug": "ddp"}.get(topology, topology))
+
+
+@pytest.mark.parametrize("topology", RESUMED)
+def test_a_run_that_was_interrupted_goes_on_to_the_bit(workshop, topology):
+    ten = {"train__max_steps": 10, "train__epochs": 9, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9}
+    whole, parts = (workshop.write(workshop.config(name, **ten)) for name in ("whole", "parts"))
+    said = several(topology, 2, whole, parts, f"forget:{workshop.run_dir('parts')}:4", parts)
+    assert "parts/checkpoints/step-00000004 at step 4" in said
+    assert losses(workshop.run_dir("parts")) == losses(workshop.run_dir("whole"))
+    one, other = (load_file(workshop.run_dir(name) / "model/model.safetensors") for name in ("whole", "parts"))
+    assert all(bool((one[name] == other[name]).all()) for name in one)
+
+
+def test_half_precision_stays_close(workshop):
+    """bf16 keeps 8 bits, and DeepSpeed computes norms and residuals in them, too, where autocast leaves float32."""
+    settings = {**TWENTY, "train__precision": "bf16"}
+    exact = workshop.train("exact", **{**settings, "train__precision": "fp32"})
+    near = {"one": workshop.train("one", **settings)}
+    for topology in ("fsdp2", "zero2"):
+        file = workshop.write(workshop.config(topology, **settings))
+        several(topology, 2, file)
+        near[topology] = workshop.run_dir(topology)
+    for run in near.values():
+        assert losses(run) != losses(exact)
+        assert losses(run) == pytest.approx(losses(exact), rel=2e-2)
+        assert {str(w.dtype) for w in load_file(run / "model/model.safetensors").values()} == {"torch.float32"}
+
+
+def test_what_is_broken_on_purpose_is_seen(alone, workshop):
+    """The tests above can fail: by a wrong factor, by wrong means; and one process's part is never exported as the whole."""
+    names = ["forgotten_factor", "mean_of_means", "one_shard"]
+    files = []
+    for name in names:
+        config = workshop.config(name, **settings(alone, "untied"))
+        config["data"]["train"] = str(alone.rows)
+        files += [f"break:{name}", workshop.write(config)]
+    script = str(ROOT / "tests/distributed/several.py")
+    result = launch([*launcher("fsdp2", 2), script, *map(str, files)])
+    for name in names[:2]:
+        assert not agree(difference(workshop.run_dir(name), alone.run_dir("untied"))), name
+    assert result.returncode != 0
+    assert re.search(r"ExportError: .*logits differ by", result.stderr)
+    assert not (workshop.run_dir("one_shard") / "model").exists()
+
+
+def test_every_topology_file_is_launched_by_a_test():
+    launched = {f"{topology}.yaml" for topology, _, _ in LAUNCHES} | {f"{topology}.yaml" for topology in ON_NODES}
+    files = {path.name: path.read_text() for path in (ROOT / "accelerate_configs").iterdir()}
+    assert launched == set(files)
+    named = {name for text in files.values() for name in re.findall(r"ds_configs/(\w+\.json)", text)}
+    assert named == {path.name for path in (ROOT / "ds_configs").iterdir()}
