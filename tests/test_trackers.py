@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import losses, read_jsonl
 
+from finetune.engine import trackers
 from finetune.engine.trackers import redacted
 from finetune.errors import ConfigError
 
@@ -130,7 +131,7 @@ def test_a_tracker_that_breaks_is_left_out_and_the_run_goes_on(workshop, monkeyp
     """Nobody listens at this address; the key is in no message."""
     monkeypatch.setenv("WANDB_API_KEY", "f00d" * 10)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    monkeypatch.setattr(trackers, "WANDB_INIT_SECONDS", 3)
     run = workshop.train(tracking__trackers=["wandb", "tensorboard"])
     plain = workshop.train("plain")
     assert losses(run) == losses(plain)

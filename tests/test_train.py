@@ -396,8 +396,8 @@ def test_a_warmup_longer_than_the_run_is_an_error(workshop):
     ("name", "value", "message"),
     [
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "the launcher sets gradient_accumulation_steps to 4"),
-        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP, which is not supported yet"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP 1; set fsdp_version: 2"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "the topology file has no deepspeed_config_file"),
         ("ACCELERATE_USE_CPU", "true", "one process whatever num_processes says"),
     ],
 )

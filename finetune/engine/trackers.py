@@ -16,6 +16,7 @@ from finetune.errors import ConfigError
 
 SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 SHORTEST_SECRET = 8  # shorter values (true, 1, info) are no secrets and occur everywhere
+WANDB_INIT_SECONDS = 30  # of its 90 by default, with every process waiting
 WANDB_FINISH_SECONDS = 30  # an upload that hangs must not outlast the machine; `wandb sync` sends what is left
 
 
@@ -108,7 +109,7 @@ def _start_wandb(project: str, run_name: str, run_id: str, directory: Path, mode
         resume="allow" if mode == "online" else None,
         settings={  # command line, remote and output may hold secrets; config and receipt say the rest
             "console": "off", "disable_git": True, "x_disable_meta": True, "silent": True,
-            "finish_timeout": WANDB_FINISH_SECONDS,
+            "init_timeout": WANDB_INIT_SECONDS, "finish_timeout": WANDB_FINISH_SECONDS,
         },
     )  # fmt: skip
     tracker.start()

@@ -70,8 +70,8 @@ def test_another_config_on_one_node_ends_all_and_is_named(workshop):
 def test_a_node_whose_process_fails_before_it_joins_is_waited_for_only_so_long(workshop):
     config, port = workshop.write(workshop.config()), free_port()
     nodes = [
-        node(0, "ddp_multinode", port, "--config", config, join="0.3"),
-        node(1, "ddp_multinode", port, "--config", "no_such_file.yaml", join="0.3"),
+        node(0, "ddp_multinode", port, "--config", config, join="0.2"),
+        node(1, "ddp_multinode", port, "--config", "no_such_file.yaml", join="0.2"),
     ]
     errors = said(*nodes, within=120)
     assert all(each.returncode for each in nodes)
@@ -81,13 +81,13 @@ def test_a_node_whose_process_fails_before_it_joins_is_waited_for_only_so_long(w
 
 def test_a_node_that_never_comes_is_waited_for_only_so_long(workshop):
     config = workshop.write(workshop.config())
-    [error] = said(node(0, "ddp_multinode", free_port(), "--config", config, wait="10"), within=90)
+    [error] = said(node(0, "ddp_multinode", free_port(), "--config", config, wait="5"), within=90)
     assert "1/2 clients joined" in error
 
 
 def test_a_wrong_address_is_tried_only_so_long(workshop):
     config = workshop.write(workshop.config())
-    wrong = node(1, "ddp_multinode", free_port(), "--config", config, wait="10", address="127.0.0.9")
+    wrong = node(1, "ddp_multinode", free_port(), "--config", config, wait="5", address="127.0.0.9")
     [error] = said(wrong, within=90)
     assert "127.0.0.9" in error
     assert wrong.returncode != 0

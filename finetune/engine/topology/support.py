@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
 from finetune.config import Config
 from finetune.engine.topology.launch import Wish
 
+BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 COLUMNS = ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload")
 
 
@@ -109,3 +111,14 @@ def table() -> str:
     lines = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
     lines += [[f.name, *("no" if f.reason(column) else "yes" for column in COLUMNS)] for f in FEATURES]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def write_table(page: Path) -> None:
+    """Between the marks of docs/topologies.md."""
+    text = page.read_text()
+    before, rest = text.split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    write_table(Path(__file__).parents[3] / "docs/topologies.md")

@@ -1,0 +1,119 @@
+"""What the launcher asks for is done, or is an error before anything loads."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from finetune import config as configs
+from finetune.engine.topology import launch, support
+from finetune.errors import ConfigError
+
+FSDP = {"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+PARALLEL = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+
+
+def deepspeed(folder, **values):
+    file = folder / "zero.json"
+    file.write_text(json.dumps(values))
+    return {"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({**FSDP, "FSDP_VERSION": "1"}, "asks for FSDP 1; set fsdp_version: 2"),
+        ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.gradient_checkpointing decides"),
+        ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "set TRANSFORMER_BASED_WRAP"),
+        ({**FSDP, "FSDP_IGNORED_MODULES": "lm_head"}, "every weight is sharded"),
+        ({**PARALLEL, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}, "is 2, but there are 4 processes"),
+        ({**PARALLEL, "PARALLELISM_CONFIG_TP_SIZE": "4"}, "tp_size: 4 is not supported"),
+        ({**PARALLEL, "PARALLELISM_CONFIG_SP_SIZE": "4"}, "use parallelism_config_cp_size"),
+        ({"WORLD_SIZE": "4", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "needs distributed_type: FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "has no deepspeed_config_file"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no.json"}, "no.json cannot be read"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: INDUCTOR"),
+        ({"ACCELERATE_USE_CPU": "true"}, "one process whatever num_processes says"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, "accumulation follows from"),
+    ],
+)
+def test_wishes_that_would_be_dropped_are_errors(environment, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        launch.read(environment)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "stage is 0; take 1, 2 or 3"),
+        ({}, "stage is 0"),
+        ({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}, "gradient_clipping is decided by train.max_grad_norm"),
+        ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}, "decided by train.global_batch_size and"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, "optimizer is decided by optimizer.kind"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "bf16 is decided by train.precision"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is nvme"),
+    ],
+)  # fmt: skip
+def test_a_deepspeed_file_may_not_decide_what_the_run_config_does(tmp_path, values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        launch.read(deepspeed(tmp_path, **values))
+
+
+def test_wishes_are_read(tmp_path):
+    assert launch.read({}).name == "single"
+    assert launch.read({"WORLD_SIZE": "2"}).name == "ddp"
+    assert launch.read({**FSDP, "FSDP_OFFLOAD_PARAMS": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"}) == launch.Wish(
+        "fsdp2", 4, offload=True, reshard=False
+    )
+    hybrid = launch.read(
+        {**PARALLEL, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+    )
+    assert (hybrid.name, hybrid.num_replicas) == ("fsdp2_hybrid", 2)
+    stage = {"stage": 3, "offload_param": {"device": "cpu"}}
+    wish = launch.read(deepspeed(tmp_path, zero_optimization=stage, gradient_clipping="auto"))
+    assert (wish.name, wish.deepspeed) == ("zero3_offload", {"zero_optimization": stage})
+
+
+def run_config(**changes):
+    values = {"run": {"name": "x"}, "model": {"path": "m"}, "data": {"train": "rows.jsonl"}}
+    for key, value in changes.items():
+        section, field = key.split("__")
+        values.setdefault(section, {})[field] = value
+    return configs.from_dict(values)
+
+
+USES = {
+    "QLoRA, 8 bits": {"adapter__kind": "qlora", "adapter__quantization": "int8"},
+    "lion": {"optimizer__kind": "lion"},
+    "paged_adamw_32bit": {"optimizer__kind": "paged_adamw_32bit"},
+    "8-bit optimizers": {"optimizer__kind": "adamw_8bit"},
+    "adafactor": {"optimizer__kind": "adafactor", "optimizer__lr": 1e-3},
+    "muon": {"optimizer__kind": "muon"},
+    "average of weights": {"train__ema_decay": 0.9},
+    "noise on embeddings": {"train__neftune_alpha": 5},
+    "fp16": {"train__precision": "fp16"},
+}
+
+
+@pytest.mark.parametrize("feature", [f for f in support.FEATURES if f.refused], ids=lambda f: f.name)
+@pytest.mark.parametrize("topology", support.COLUMNS)
+def test_what_cannot_be_is_an_error_that_says_what_to_take(feature, topology):
+    wish = launch.Wish(topology.removesuffix("_offload"), 2, offload=topology.endswith("_offload"))
+    found = list(support.conflicts(run_config(**USES[feature.name]), wish))
+    why = feature.reason(topology)
+    assert found == ([f"{feature.setting}: not with {topology}: {why}"] if why else [])
+    assert why is None or re.search("take|leave", why)
+
+
+def test_the_table_of_the_docs_is_that_of_the_errors():
+    text = (ROOT / "docs/topologies.md").read_text()
+    found = re.search(r"<!-- support: begin -->\n(.*)\n<!-- support: end -->", text, re.DOTALL)
+    assert found.group(1) == support.table(), "python -m finetune.engine.topology.support writes it"
+
+
+def test_the_launcher_and_the_run_config_must_agree_on_precision(workshop, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match="mixed_precision: bf16, but train.precision is fp32"):
+        workshop.train(train__precision="fp32")
