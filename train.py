@@ -26,6 +26,7 @@ from finetune.errors import (
     CheckpointError,
     ExportError,
     Preempted,
+    TopologyError,
     TrainingDiverged,
     UserError,
 )
@@ -58,7 +59,7 @@ def main() -> int:
     except Preempted as exc:
         print(f"{who}preempted: {exc}", file=sys.stderr)
         return EXIT_PREEMPTED
-    except (TrainingDiverged, CheckpointError, ExportError) as exc:
+    except (TrainingDiverged, CheckpointError, ExportError, TopologyError) as exc:
         print(f"{who}failed: {exc}", file=sys.stderr)
         return EXIT_FAILED
 

@@ -62,7 +62,7 @@ class Topology:
                 raise
             raise TopologyError(_nobody_came(exc)) from exc
         if self.wish.is_sharded and not torch.distributed.is_initialized():  # Accelerate makes no group of one process
-            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.num_processes: int = self.accelerator.num_processes

@@ -62,7 +62,7 @@ class Zero:
             "stage": (engine.zero_optimization_stage(), int(wish.kind[-1])),
             "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), accumulation),
             "gradient_clipping": (engine.gradient_clipping(), 0.0 if math.isinf(max_norm) else max_norm),
-            "offload": (bool(engine.zero_use_cpu_optimizer() or engine.zero_offload_param()), wish.offload),
+            "offload": (engine.zero_use_cpu_optimizer() or _is_offloaded(engine.zero_offload_param()), wish.offload),
             "processes": (engine.dp_world_size, wish.num_processes),
         }
         for name, (got, wanted) in found.items():
@@ -116,6 +116,10 @@ class Zero:
             path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")
+
+
+def _is_offloaded(setting: Any) -> bool:
+    return setting is not None and str(setting.device) not in ("none", "OffloadDeviceEnum.none")
 
 
 def _shape(parameter: Any) -> torch.Size:
