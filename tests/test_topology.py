@@ -85,6 +85,7 @@ def run_config(**changes):
 
 
 USES = {
+    "all weights, in 16 bits": {"model__dtype": "bfloat16"},
     "QLoRA, 8 bits": {"adapter__kind": "qlora", "adapter__quantization": "int8"},
     "lion": {"optimizer__kind": "lion"},
     "paged_adamw_32bit": {"optimizer__kind": "paged_adamw_32bit"},

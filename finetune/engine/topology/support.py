@@ -37,6 +37,12 @@ FLAT = "ZeRO lays all weights end to end, and"
 FEATURES = [
     Feature("all weights", "adapter.kind: full", lambda c: c.adapter.kind == "full", {}),
     Feature("some weights frozen", "adapter.freeze", lambda c: bool(c.adapter.freeze), {}),
+    Feature(
+        "all weights, in 16 bits",
+        "model.dtype: bfloat16",
+        lambda c: c.adapter.kind == "full" and c.model.dtype == "bfloat16",
+        {"zero*": "DeepSpeed keeps float32 weights beside those of train.precision; take auto"},
+    ),
     Feature("LoRA", "adapter.kind: lora", lambda c: c.adapter.kind == "lora", {}),
     Feature("new tokens, whole modules, norms beside LoRA", "adapter.modules_to_save", lambda c: c.adapter.kind != "full", {}),
     Feature(
