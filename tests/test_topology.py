@@ -26,6 +26,7 @@ def deepspeed(folder, **values):
         ({**FSDP, "FSDP_VERSION": "1"}, "asks for FSDP 1; set fsdp_version: 2"),
         ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.gradient_checkpointing decides"),
         ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "set TRANSFORMER_BASED_WRAP"),
+        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false"}, "set it to true: after an evaluation"),
         ({**FSDP, "FSDP_IGNORED_MODULES": "lm_head"}, "every weight is sharded"),
         ({**PARALLEL, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}, "is 2, but there are 4 processes"),
         ({**PARALLEL, "PARALLELISM_CONFIG_TP_SIZE": "4"}, "tp_size: 4 is not supported"),
@@ -54,6 +55,8 @@ def test_wishes_that_would_be_dropped_are_errors(environment, message):
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, "optimizer is decided by optimizer.kind"),
         ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "bf16 is decided by train.precision"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is nvme"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "with stage 2 was never proved here"),
+        ({"zero_optimization": {"stage": 2}, "prescale_gradients": True}, "prescale_gradients was never proved here"),
     ],
 )  # fmt: skip
 def test_a_deepspeed_file_may_not_decide_what_the_run_config_does(tmp_path, values, message):
@@ -64,9 +67,7 @@ def test_a_deepspeed_file_may_not_decide_what_the_run_config_does(tmp_path, valu
 def test_wishes_are_read(tmp_path):
     assert launch.read({}).name == "single"
     assert launch.read({"WORLD_SIZE": "2"}).name == "ddp"
-    assert launch.read({**FSDP, "FSDP_OFFLOAD_PARAMS": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"}) == launch.Wish(
-        "fsdp2", 4, offload=True, reshard=False
-    )
+    assert launch.read({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}) == launch.Wish("fsdp2", 4, offload=True)
     hybrid = launch.read(
         {**PARALLEL, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
     )
@@ -85,6 +86,12 @@ def run_config(**changes):
 
 
 USES = {
+    "all weights, some frozen": {"adapter__freeze": ["embed"]},
+    "the same, on a base set to 16 bits": {
+        "adapter__kind": "lora",
+        "adapter__train_norms": True,
+        "model__dtype": "bfloat16",
+    },
     "all weights, in 16 bits": {"model__dtype": "bfloat16"},
     "QLoRA, 8 bits": {"adapter__kind": "qlora", "adapter__quantization": "int8"},
     "lion": {"optimizer__kind": "lion"},

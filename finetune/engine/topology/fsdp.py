@@ -49,21 +49,26 @@ class Fsdp2:
         buffers = self.on_main(lambda: empty.buffers_of(model))
         empty.move(model, "meta")
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.wish.offload else OffloadPolicy()
-        half = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for layer in self._layers(model):
-            fully_shard(
-                layer, mesh=self.mesh, reshard_after_forward=self.wish.reshard, mp_policy=half, offload_policy=offload
-            )
+        root = (
+            model.get_base_model() if hasattr(model, "get_base_model") else model
+        )  # what generates, with or without adapters
+        # A CPU's LayerNorm wants its weights in the dtype of its input, which autocast leaves in float32.
+        exact = self.device.type == "cpu" and any(isinstance(module, nn.LayerNorm) for module in model.modules())
+        half = MixedPrecisionPolicy(
+            param_dtype=None if exact else self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for layer in reversed(self._layers(model)):  # what lies inside another comes first
+            fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, mp_policy=half, offload_policy=offload)
         whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(model, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)
+        fully_shard(root, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)
         model.to_empty(device="cpu" if self.wish.offload else self.device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 self._send(weights.pop(name), parameter)
         empty.put_buffers(model, buffers, self.device)
         if self.dtype is not None:
-            model.forward = _in_precision(model.forward, self.device, self.dtype)
-        self._verify(model)
+            root.forward = _in_precision(root.forward, self.device, self.dtype)
+        self._verify(model, root)
         return model, make_optimizer(model)
 
     def _layers(self, model: nn.Module) -> list[nn.Module]:
@@ -85,7 +90,7 @@ class Fsdp2:
         part = distribute_tensor(full, self.mesh, parameter.placements, src_data_rank=None)
         parameter.to_local().copy_(part.to_local())
 
-    def _verify(self, model: nn.Module) -> None:
+    def _verify(self, model: nn.Module, root: nn.Module) -> None:
         """Raise ConfigError unless what was asked for is what has happened."""
         shards = self.mesh.size(-1)
         for name, parameter in model.named_parameters():
@@ -96,7 +101,7 @@ class Fsdp2:
             share = math.ceil(parameter.shape[0] / shards) * parameter.shape[1:].numel()
             if parameter.to_local().numel() > share:
                 raise ConfigError(f"FSDP2 was asked for, but {name} lies whole on every process")
-        if not isinstance(model, FSDPModule):
+        if not isinstance(root, FSDPModule):
             raise ConfigError("FSDP2 was asked for, but the model was not wrapped")
 
     def unwrap(self, model: nn.Module) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 
 from finetune.errors import ConfigError
 
-KINDS = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+# What a DeepSpeed file may hold: sharding, and what only tells.
+KEYS = ("zero_optimization", "wall_clock_breakdown", "comms_logger", "dump_state")
 # What a DeepSpeed file may not decide, and which setting of the run config does.
 OWNED = {
     "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -21,14 +22,12 @@ OWNED = {
 
 @dataclass(frozen=True)
 class Wish:
-    """How processes are to share the model. `kind` is one of KINDS."""
+    """How processes are to share the model. `kind`: single, ddp, fsdp2, zero1, zero2 or zero3."""
 
     kind: str = "single"
     num_processes: int = 1
     offload: bool = False
     """Weights and optimizer wait in host memory (FSDP2), or the optimizer and, for ZeRO-3, the weights."""
-    reshard: bool = True
-    """FSDP2: layers are gathered again for the backward pass (ZeRO-3's way) instead of kept from the forward pass (ZeRO-2's)."""
     num_replicas: int = 1
     """FSDP2, hybrid: shards lie on num_processes / num_replicas processes, and so many such groups hold the same."""
     num_context: int = 1
@@ -96,6 +95,11 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Wish:
         raise ConfigError(
             "fsdp_activation_checkpointing: set it to false: train.gradient_checkpointing decides, under every topology"
         )
+    if (reshard := environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()) not in ("true", "full_shard"):
+        raise ConfigError(
+            f"fsdp_reshard_after_forward: {reshard}; set it to true: after an evaluation layers would stay whole, and go stale; "
+            "weights that stay whole are what accelerate_configs/zero2.yaml has"
+        )
     if (policy := environment.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")) != "TRANSFORMER_BASED_WRAP":
         raise ConfigError(
             f"fsdp_auto_wrap_policy: {policy}; set TRANSFORMER_BASED_WRAP: every layer is sharded by itself"
@@ -121,7 +125,6 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Wish:
     classes = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     return Wish(
         "fsdp2", number, offload=_is_on(environment, "FSDP_OFFLOAD_PARAMS"),
-        reshard=environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("true", "full_shard"),
         num_replicas=sizes["DP_REPLICATE"], num_context=sizes["CP"], mixed_precision=precision,
         layer_classes=tuple(name.strip() for name in classes.split(",") if name.strip() and classes != "None"),
     )  # fmt: skip
@@ -138,6 +141,10 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> W
     for key, owner in OWNED.items():
         if values.get(key, "auto") != "auto":
             raise ConfigError(f"{file}: {key} is decided by {owner} of the run config; remove it")
+    if unknown := [key for key in values if key not in (*KEYS, *OWNED)]:
+        raise ConfigError(
+            f"{file}: {unknown[0]} was never proved here; remove it: a file holds zero_optimization, {', '.join(KEYS[1:])}"
+        )
     zero = values.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
@@ -148,6 +155,10 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> W
     for name, device in devices.items():
         if device not in ("none", "cpu"):
             raise ConfigError(f"{file}: {name}.device is {device}; only cpu and none were ever proved here")
+        if device == "cpu" and stage != 3:
+            raise ConfigError(
+                f"{file}: {name} with stage {stage} was never proved here; take accelerate_configs/zero3_offload.yaml"
+            )
     return Wish(
         f"zero{stage}", number, offload="cpu" in devices.values(), mixed_precision=precision,
         deepspeed={key: value for key, value in values.items() if key not in OWNED},

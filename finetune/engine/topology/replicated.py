@@ -1,5 +1,6 @@
 """Every process has the whole model: one alone, or DDP."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -28,8 +29,7 @@ class Replicated:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DDP's notes on bucket views say nothing a user could act on
             model, optimizer = self.accelerator.prepare(model, optimizer)
-        shared = isinstance(model, nn.parallel.DistributedDataParallel)
-        if shared != (self.num_processes > 1):
+        if self.num_processes > 1 and not isinstance(model, nn.parallel.DistributedDataParallel):
             raise ConfigError(
                 f"{self.num_processes} processes were to share a model by DDP, got {type(model).__name__}"
             )
@@ -50,7 +50,7 @@ class Replicated:
         """(gradient norm before clipping, whether the weights have moved)"""
         norm = float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm))
         # Overflowing fp16 gradients: the scaler leaves the step out and scales less from then on.
-        finite = norm - norm == 0.0
+        finite = math.isfinite(norm)
         if finite or self.accelerator.scaler is not None:
             optimizer.step()
         optimizer.zero_grad()

@@ -33,10 +33,20 @@ def _quantized(*kinds: str) -> Callable[[Config], bool]:
     return lambda config: config.adapter.kind == "qlora" and config.adapter.quantization in kinds
 
 
+def _trains_whole_modules(config: Config) -> bool:
+    adapter = config.adapter
+    return adapter.kind != "full" and bool(adapter.modules_to_save or adapter.train_norms or config.model.new_tokens)
+
+
 FLAT = "ZeRO lays all weights end to end, and"
 FEATURES = [
     Feature("all weights", "adapter.kind: full", lambda c: c.adapter.kind == "full", {}),
-    Feature("some weights frozen", "adapter.freeze", lambda c: bool(c.adapter.freeze), {}),
+    Feature(
+        "all weights, some frozen",
+        "adapter.freeze",
+        lambda c: bool(c.adapter.freeze),
+        {"zero*": "DeepSpeed keeps no float32 of what is frozen; take fsdp2.yaml"},
+    ),
     Feature(
         "all weights, in 16 bits",
         "model.dtype: bfloat16",
@@ -44,7 +54,18 @@ FEATURES = [
         {"zero*": "DeepSpeed keeps float32 weights beside those of train.precision; take auto"},
     ),
     Feature("LoRA", "adapter.kind: lora", lambda c: c.adapter.kind == "lora", {}),
-    Feature("new tokens, whole modules, norms beside LoRA", "adapter.modules_to_save", lambda c: c.adapter.kind != "full", {}),
+    Feature(
+        "the same, with whole modules, norms or new tokens",
+        "adapter.modules_to_save, adapter.train_norms, model.new_tokens",
+        _trains_whole_modules,
+        {},
+    ),
+    Feature(
+        "the same, on a base set to 16 bits",
+        "model.dtype: bfloat16",
+        lambda c: _trains_whole_modules(c) and c.model.dtype == "bfloat16",
+        {"zero*": "what DeepSpeed trains whole cannot be rounded to the base; take auto, or fsdp2.yaml"},
+    ),
     Feature(
         "QLoRA, 4 bits", "adapter.kind: qlora", _quantized("nf4", "fp4"), {},
     ),

@@ -40,6 +40,11 @@ class Topology:
                 f"the topology file sets mixed_precision: {self.wish.mixed_precision}, but train.precision is {self.precision}; "
                 "remove it from the topology file"
             )
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if cuda and local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"num_processes: this node has {torch.cuda.device_count()} GPUs, and process {local + 1} has none; give --num_processes"
+            )
         # From here on Accelerate, and transformers, see plain processes: who shares what is decided below.
         os.environ.update({f"ACCELERATE_USE_{name}": "false" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")})
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"

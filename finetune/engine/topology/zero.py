@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +27,36 @@ class Zero:
         self, wish: Wish, device: torch.device, dtype: torch.dtype | None, on_main: Callable[[Callable[[], Any]], Any]
     ) -> None:
         self.wish, self.device, self.dtype, self.on_main = wish, device, dtype, on_main
+        self.deepspeed = _deepspeed(device)
         self.engine: Any = None
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
         accumulation: int, micro_batch_size: int, max_norm: float,
     ) -> tuple[nn.Module, Any]:  # fmt: skip
-        """The engine sends each weight from the main process, and ZeRO-3 keeps a part of it before the next comes.
+        """The engine sends each weight from the main process; for ZeRO-3 one at a time, of which each keeps its part.
 
-        So the others never hold all of a model that ZeRO-3 shares: their memory is given when a weight comes.
+        So nobody but the main process, and no GPU, ever holds all of a model that ZeRO-3 shares:
+        memory promised by `empty.move` is given when a weight comes. Left to itself the engine would
+        put the whole model on the device first.
         """
-        deepspeed = _deepspeed(self.device)
         buffers = self.on_main(lambda: empty.buffers_of(model))
         if empty.is_empty(model):
             empty.move(model, "cpu")
         config = {
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": None,
             **self.wish.deepspeed,
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "communication_data_type": "fp32", "steps_per_print": None,
             "train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0 if math.isinf(max_norm) else max_norm, "bf16": {"enabled": self.dtype == torch.bfloat16},
         }  # fmt: skip
-        with _quiet():
-            self.engine, optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=make_optimizer(model), config=config, dist_init_required=False
-            )
-        empty.put_buffers(model, buffers, self.device)  # the engine has made 16 bits of them
+        optimizer = make_optimizer(model)
+        if self.wish.kind == "zero3":
+            self.deepspeed.init_distributed(dist_init_required=False)
+            self.deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=self.dtype or torch.float32)
+        self.engine, optimizer, _, _ = self.deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        empty.put_buffers(model, buffers, self.device)
         self._verify(accumulation, max_norm)
         return self.engine, optimizer
 
@@ -79,13 +84,11 @@ class Zero:
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        with _quiet():
-            self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def move(self, model: nn.Module, optimizer: Any, max_norm: float) -> tuple[float, bool]:
         """(gradient norm before clipping, whether the weights have moved). The engine leaves out a step that overflows."""
-        with _quiet():
-            self.engine.step()
+        self.engine.step()
         moved = bool(self.engine.was_step_applied())
         norm = self.engine.get_global_grad_norm()
         return (float(norm) if moved and norm is not None else math.nan), moved
@@ -97,23 +100,30 @@ class Zero:
 
         for name, parameter in parameters:
             if parameter.requires_grad:
-                with _quiet():
-                    yield name, safe_get_full_fp32_param(parameter).detach().view(_shape(parameter))
+                yield name, safe_get_full_fp32_param(parameter).detach().view(_shape(parameter))
             else:
-                with _quiet(), zero.GatheredParameters([parameter], enabled=self.wish.kind == "zero3"):
+                with zero.GatheredParameters([parameter], enabled=self.wish.kind == "zero3"):
                     yield name, parameter.detach().clone()  # it is let go again
 
     def own_part(self, parameter: Any) -> torch.Tensor:
-        part: torch.Tensor = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
-        return part.detach()
+        """In float32, if it trains: small steps do not show in the 16 bits beside it."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if not parameter.requires_grad:
+            part: Any = getattr(parameter, "ds_tensor", parameter)
+        elif self.wish.kind == "zero3":
+            part = safe_get_local_fp32_param(parameter)
+        else:
+            kept = parameter._hp_mapping  # None where other processes keep all of it
+            part = kept.get_hp_fragment() if kept is not None else torch.zeros(0)
+        own: torch.Tensor = part.detach()
+        return own
 
     def save(self, folder: Path) -> None:
-        with _quiet():
-            self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
-        with _quiet():
-            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")
 
@@ -137,14 +147,8 @@ def _deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             f"ZeRO needs deepspeed, which cannot be imported: {exc}; pip install -r requirements.txt"
         ) from exc
+    # It calls collectives by names that torch 2.13 has renamed, at every step.
+    warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed calls collectives by names that torch 2.13 has renamed."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
