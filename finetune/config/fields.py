@@ -273,6 +273,6 @@ def accumulation(config: Config, num_processes: int) -> int:
         raise ConfigError(
             f"train.global_batch_size: {train.global_batch_size} cannot be split over {num_processes} processes of "
             f"train.micro_batch_size {train.micro_batch_size}; it must be a multiple of {at_once}, "
-            f"for example {math.ceil(train.global_batch_size / at_once) * at_once}"
+            f"for example {math.ceil(train.global_batch_size / at_once) * at_once}; for the same steps lower train.micro_batch_size"
         )
     return train.global_batch_size // at_once

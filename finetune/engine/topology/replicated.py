@@ -36,7 +36,7 @@ class Replicated:
         return model, optimizer
 
     def unwrap(self, model: nn.Module) -> Any:
-        return self.accelerator.unwrap_model(model)
+        return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged in the last backward pass of a step only."""

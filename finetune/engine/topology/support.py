@@ -136,7 +136,13 @@ def conflicts(config: Config, wish: Wish) -> Iterator[str]:
 def table() -> str:
     """Markdown."""
     lines = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
-    lines += [[f.name, *("no" if f.reason(column) else "yes" for column in COLUMNS)] for f in FEATURES]
+    lines += [
+        [
+            f"{f.name} (`{f.setting}`)" if f.refused else f.name,
+            *("no" if f.reason(column) else "yes" for column in COLUMNS),
+        ]
+        for f in FEATURES
+    ]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

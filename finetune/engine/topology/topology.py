@@ -45,6 +45,8 @@ class Topology:
             raise ConfigError(
                 f"num_processes: this node has {torch.cuda.device_count()} GPUs, and process {local + 1} has none; give --num_processes"
             )
+        if not cuda:  # whoever imports DeepSpeed finds this, and need not warn
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # From here on Accelerate, and transformers, see plain processes: who shares what is decided below.
         os.environ.update({f"ACCELERATE_USE_{name}": "false" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")})
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"

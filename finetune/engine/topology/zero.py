@@ -41,6 +41,9 @@ class Zero:
         put the whole model on the device first.
         """
         buffers = self.on_main(lambda: empty.buffers_of(model))
+        for parameter in model.parameters():  # `zero.Init` parts them in the dtype they have
+            if self.dtype is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
         if empty.is_empty(model):
             empty.move(model, "cpu")
         config = {
