@@ -54,7 +54,8 @@ def main() -> int:
         run(*configs.parse(sys.argv[1:]), stop)
         return EXIT_COMPLETE
     except UserError as exc:
-        print(f"error: {exc}" if rank == 0 else f"[process {rank}] error: {str(exc).splitlines()[0]}", file=sys.stderr)
+        said = f"error: {exc}" if rank == 0 else f"[process {rank}] error: {str(exc).splitlines()[0]}"
+        sys.stderr.write(said + "\n")  # in one piece, as others write, too
         return EXIT_USER_ERROR
     except Preempted as exc:
         print(f"{who}preempted: {exc}", file=sys.stderr)

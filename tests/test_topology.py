@@ -34,6 +34,16 @@ def deepspeed(folder, **values):
         ({"WORLD_SIZE": "4", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "needs distributed_type: FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "has no deepspeed_config_file"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no.json"}, "no.json cannot be read"),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "cpu"}, "fsdp_offload_params: cpu; it must be true or false"),
+        (
+            {**PARALLEL, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "-1"},
+            "dp_replicate_size: -1; it must be a whole number",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+            "needs distributed_type: FSDP",
+        ),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "0.1"}, "train.max_grad_norm decides"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: INDUCTOR"),
         ({"ACCELERATE_USE_CPU": "true"}, "one process whatever num_processes says"),
@@ -50,6 +60,10 @@ def test_wishes_that_would_be_dropped_are_errors(environment, message):
     [
         ({"zero_optimization": {"stage": 0}}, "stage is 0; take 1, 2 or 3"),
         ({}, "stage is 0"),
+        ({"zero_optimization": None}, "stage is None"),
+        ({"zero_optimization": {"stage": True}}, "stage is True"),
+        ({"zero_optimization": {"stage": 3, "offload_param": True}}, "offload_param.device is True"),
+        ({"zero_optimization": {"stage": 2}, "data_types": {}}, "data_types was never proved here"),
         ({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}, "gradient_clipping is decided by train.max_grad_norm"),
         ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}, "decided by train.global_batch_size and"),
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, "optimizer is decided by optimizer.kind"),

@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -29,7 +30,7 @@ def node(rank, topology, port, *arguments, each=1, extra=(), address="127.0.0.1"
         f"accelerate-launch --config_file accelerate_configs/{topology}.yaml --num_machines $PET_NNODES "
         f"--num_processes $(({each} * PET_NNODES)) --machine_rank $PET_NODE_RANK --main_process_ip $PET_MASTER_ADDR "
         f"--main_process_port {port} --rdzv_conf timeout={wait} {' '.join(extra)} train.py {' '.join(map(str, arguments))}"
-    ).replace("accelerate-launch", "python -m accelerate.commands.launch")
+    ).replace("accelerate-launch", f"{sys.executable} -m accelerate.commands.launch")
     cluster = {"PET_NNODES": "2", "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": address}
     environment = {**os.environ, **cluster, "FINETUNE_JOIN_MINUTES": join}
     return subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

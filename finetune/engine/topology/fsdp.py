@@ -74,9 +74,10 @@ class Fsdp2:
     def _layers(self, model: nn.Module) -> list[nn.Module]:
         classes = self.wish.layer_classes or tuple(_split_whole(model))
         layers = [module for module in model.modules() if type(module).__name__ in classes]
-        if not layers:
+        wrong = [name for name in self.wish.layer_classes if name not in {type(layer).__name__ for layer in layers}]
+        if not layers or wrong or any(layer is model for layer in layers):
             raise ConfigError(
-                f"fsdp_transformer_layer_cls_to_wrap: the model has no module of class {' or '.join(classes) or '(none is known)'}; "
+                f"fsdp_transformer_layer_cls_to_wrap: {' or '.join(wrong or classes) or '(none is known)'} is no class of layers of this model; "
                 f"name the class of its layers, one of {', '.join(sorted({type(m).__name__ for m in model.modules()}))}"
             )
         return layers

@@ -69,6 +69,10 @@ def read(environment: Mapping[str, str] = os.environ) -> Wish:
             f"the launcher sets gradient_accumulation_steps to {steps}; remove it there: accumulation follows from "
             "train.global_batch_size and train.micro_batch_size"
         )
+    if (clipping := environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")).lower() not in ("none", "auto"):
+        raise ConfigError(
+            f"the launcher sets gradient_clipping to {clipping}; remove it there: train.max_grad_norm decides"
+        )
     for name, wish in (("MEGATRON_LM", "Megatron-LM"), ("FP8", "fp8"), ("TPU", "TPUs")):
         if _is_on(environment, f"ACCELERATE_USE_{name}"):
             raise ConfigError(
@@ -77,14 +81,14 @@ def read(environment: Mapping[str, str] = os.environ) -> Wish:
     if (compiler := environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
         raise ConfigError(f"the topology file sets dynamo_backend: {compiler}; remove it: torch.compile is not used")
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
-        return _deepspeed(environment, number, precision)
     if _is_on(environment, "ACCELERATE_USE_FSDP"):
         return _fsdp(environment, number, precision)
     if _is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise ConfigError(
             "parallelism_config needs distributed_type: FSDP and fsdp_version: 2, as in accelerate_configs/fsdp2_hybrid.yaml"
         )
+    if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return _deepspeed(environment, number, precision)
     return Wish("ddp" if number > 1 else "single", number, mixed_precision=precision)
 
 
@@ -106,10 +110,7 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Wish:
         )
     if modules := environment.get("FSDP_IGNORED_MODULES"):
         raise ConfigError(f"fsdp_ignored_modules: {modules}; remove it: every weight is sharded")
-    sizes = {
-        name: int(environment.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
-        for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
-    }
+    sizes = {name: _size(environment, name) for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")}
     for name, instead in (("TP", "dp_shard_size"), ("SP", "cp_size")):
         if sizes[name] > 1:
             raise ConfigError(
@@ -138,6 +139,8 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> W
         values = json.loads(Path(file).read_text())
     except (OSError, ValueError) as exc:
         raise ConfigError(f"deepspeed_config_file: {file} cannot be read from {os.getcwd()}: {exc}") from exc
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} holds no settings, but a {type(values).__name__}; see ds_configs/")
     for key, owner in OWNED.items():
         if values.get(key, "auto") != "auto":
             raise ConfigError(f"{file}: {key} is decided by {owner} of the run config; remove it")
@@ -146,13 +149,15 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> W
             f"{file}: {unknown[0]} was never proved here; remove it: a file holds zero_optimization, {', '.join(KEYS[1:])}"
         )
     zero = values.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if stage not in (1, 2, 3):
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if type(stage) is not int or stage not in (1, 2, 3):
         raise ConfigError(
             f"{file}: zero_optimization.stage is {stage}; take 1, 2 or 3, or accelerate_configs/ddp.yaml for none"
         )
-    devices = {name: zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
-    for name, device in devices.items():
+    devices = {}
+    for name in ("offload_optimizer", "offload_param"):
+        setting = zero.get(name) or {}
+        device = devices[name] = setting.get("device", "none") if isinstance(setting, dict) else setting
         if device not in ("none", "cpu"):
             raise ConfigError(f"{file}: {name}.device is {device}; only cpu and none were ever proved here")
         if device == "cpu" and stage != 3:
@@ -166,4 +171,14 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> W
 
 
 def _is_on(environment: Mapping[str, str], name: str) -> bool:
-    return environment.get(name, "false").lower() in ("true", "1", "yes")
+    value = environment.get(name, "false").lower()
+    if value not in ("true", "1", "yes", "false", "0", "no", "none", ""):
+        raise ConfigError(f"{name.lower()}: {value}; it must be true or false")
+    return value in ("true", "1", "yes")
+
+
+def _size(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")
+    if not value.isdigit() or value == "0":
+        raise ConfigError(f"parallelism_config_{name.lower()}_size: {value}; it must be a whole number from 1")
+    return int(value)

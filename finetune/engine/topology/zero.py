@@ -29,6 +29,17 @@ class Zero:
         self.wish, self.device, self.dtype, self.on_main = wish, device, dtype, on_main
         self.deepspeed = _deepspeed(device)
         self.engine: Any = None
+        settings = wish.deepspeed["zero_optimization"]
+        try:
+            self.deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**settings)
+        except ValueError as exc:  # pydantic's, with a line for each
+            raise ConfigError(
+                f"zero_optimization: DeepSpeed does not take it: {' '.join(str(exc).split())[:300]}"
+            ) from exc
+        if old := sorted({"cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory"} & set(settings)):
+            raise ConfigError(
+                f"zero_optimization.{old[0]}: write offload_optimizer and offload_param, as in ds_configs/zero3_offload.json"
+            )
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
