@@ -1,6 +1,8 @@
 """Several nodes: launchers with ranks of their own, here on one host."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,13 +29,15 @@ def free_port() -> int:
 def node(rank, topology, port, *arguments, each=1, extra=(), address="127.0.0.1", wait="60", join="1"):
     """One node's launcher, as a cluster would start it."""
     line = (
-        f"accelerate-launch --config_file accelerate_configs/{topology}.yaml --num_machines $PET_NNODES "
+        f"{sys.executable} -m accelerate.commands.launch --config_file accelerate_configs/{topology}.yaml --num_machines $PET_NNODES "
         f"--num_processes $(({each} * PET_NNODES)) --machine_rank $PET_NODE_RANK --main_process_ip $PET_MASTER_ADDR "
         f"--main_process_port {port} --rdzv_conf timeout={wait} {' '.join(extra)} train.py {' '.join(map(str, arguments))}"
-    ).replace("accelerate-launch", f"{sys.executable} -m accelerate.commands.launch")
+    )
     cluster = {"PET_NNODES": "2", "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": address}
     environment = {**os.environ, **cluster, "FINETUNE_JOIN_MINUTES": join}
-    return subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        ["bash", "-c", line], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def said(*nodes, within):
@@ -43,8 +47,8 @@ def said(*nodes, within):
         return [each.communicate(timeout=max(1, end - time.monotonic()))[1] for each in nodes]
     finally:
         for each in nodes:
-            subprocess.run(["pkill", "-P", str(each.pid)], check=False)
-            each.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("topology", FILES)
