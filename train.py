@@ -86,7 +86,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     if not check_only:
         directory.check(config)
     topology = Topology(config.train.precision, check_only)
-    topology.require_same({**configs.flatten(config.model_dump())})
+    topology.require_same(configs.flatten(config.model_dump()))
     topology.check(config)
     configs.accumulation(config, topology.num_data)
     job = Job(config, directory, topology, preflight.prepare(config, topology), stop)
