@@ -1,4 +1,4 @@
-"""python -m finetune evaluate | chat | curves | export | schema. Each command imports what it needs when it runs."""
+"""python -m finetune launch | replay | evaluate | chat | curves | export | schema. Each imports what it needs when it runs."""
 
 import argparse
 import importlib
@@ -9,6 +9,7 @@ from finetune import config as configs
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, ExportError, UserError
 
 COMMANDS = {
+    "replay": ("finetune.replay", "the same run again, from its receipt; refused with what has changed since"),
     "evaluate": ("finetune.evaluation.compare", "base and tuned model side by side on held-out rows"),
     "chat": ("finetune.chat", "talk to a model in the terminal"),
     "curves": ("finetune.curves", "loss, learning rate, gradient norm and speed of runs in one picture"),
@@ -25,6 +26,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["launch"]:  # its arguments are those of `accelerate launch`
+        return int(importlib.import_module("finetune.launcher").main(argv[1:]))
     parser = argparse.ArgumentParser(prog="python -m finetune", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
@@ -37,13 +40,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         if argv[:1] == [name]:
             importlib.import_module(module).add_arguments(command)
+    commands.add_parser("launch", help="start train.py as `accelerate launch` does, and pass on signals and exit codes")
     commands.add_parser("schema", help="JSON schema of the run config, for editors")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "schema":
             print(json.dumps(configs.json_schema(), indent=2))
         else:
-            importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)
+            return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments) or EXIT_COMPLETE
         return EXIT_COMPLETE
     except UserError as exc:
         print(f"error: {exc}", file=sys.stderr)

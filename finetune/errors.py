@@ -25,6 +25,10 @@ class CheckpointError(Exception):
     """A checkpoint could not be written or read back. Not the user's input: exit code 1."""
 
 
+class TakenOver(CheckpointError):
+    """Another machine writes this run now: unlike an upload that failed, a reason to stop."""
+
+
 class ExportError(Exception):
     """The exported model does not match the trained one. Exit code 1."""
 

@@ -141,6 +141,14 @@ def fresh_process_state() -> Iterator[None]:
     forget_process_state()
 
 
+@pytest.fixture(autouse=True)
+def nobody_is_left() -> Iterator[None]:
+    """Processes that tests/faults/nursery.py has started end with their test, stopped ones too."""
+    yield
+    if nursery := sys.modules.get("faults.nursery"):
+        nursery.end_all()
+
+
 @pytest.fixture
 def bytes_tokenizer() -> Any:
     from finetune.models.load import bytes_tokenizer

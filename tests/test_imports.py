@@ -33,6 +33,8 @@ ALLOWED = {
     "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.curves": ["finetune.errors"],
+    "finetune.launcher": ["finetune.errors"],
+    "finetune.replay": ["finetune.launcher", "finetune.config", "finetune.errors"],
     "finetune.__main__": ["finetune.config", "finetune.errors"],
     "data_scripts": ["finetune.data.rows", "finetune.data.templates", "finetune.data.tokens"],
 }  # fmt: skip
@@ -45,7 +47,7 @@ SHARDING = (
 )
 MAY_SHARD = {
     "finetune.engine.topology": SHARDING, "finetune.engine.checkpoint": ("torch.distributed.checkpoint",),
-    "finetune.engine.trackers": ("accelerate.tracking",),
+    "finetune.engine.trackers": ("accelerate.tracking",), "finetune.launcher": ("accelerate",),
 }  # fmt: skip
 
 

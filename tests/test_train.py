@@ -18,7 +18,7 @@ from finetune.errors import CheckpointError, DataError, ModelError, RunDirectory
 def test_a_run_leaves_everything_its_contract_names(workshop):
     run = workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "receipt.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "outcome.json", "model", ".lock",
+        "config.yaml", "receipt.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "outcome.json", "model", ".lock", "saves.jsonl",
     }  # fmt: skip
     lines = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4], "32 of 40 rows in steps of 8"
@@ -431,9 +431,9 @@ def test_chunked_attention_is_not_taken_for_full(workshop):
 
 
 def test_metrics_are_json_also_where_a_number_is_infinite(tmp_path):
-    from finetune.engine.tracking import _append
+    from finetune.engine.tracking import Log
 
-    _append(tmp_path / "m.jsonl", {"step": 1, "grad_norm": math.inf})
+    Log(tmp_path / "m.jsonl").add({"step": 1, "grad_norm": math.inf})
     assert json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=lambda c: pytest.fail(c)) == {
         "step": 1,
         "grad_norm": None,

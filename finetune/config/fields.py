@@ -31,6 +31,8 @@ class Run(Section):
     """Folder that holds run directories."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of everything random: weights, order of data, dropout."""
+    replay_of: str | None = None
+    """Run directory whose receipt this run must meet: it does not start if data, code, versions or template have changed."""
 
 
 class Model(Section):
@@ -198,6 +200,8 @@ class Train(Section):
     """Keep an average of the weights, and evaluate, sample and export it; null: the weights themselves."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    hang_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+    """End all processes when one has not answered, or a micro-batch has not ended, for so long; null: wait for ever."""
 
 
 class Checkpoint(Section):
@@ -208,7 +212,17 @@ class Checkpoint(Section):
     every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 15.0
     """Save when this many minutes have passed since the last save; null: not by time."""
     keep_last: Positive = 2
-    """Checkpoints kept."""
+    """Checkpoints kept, besides the best and the one that this attempt went on from."""
+    asynchronous: bool = True
+    """Write in the background; training waits only for a copy in host memory. false: wait, and need no such memory."""
+    storage: str | None = None
+    """Object store that checkpoints, logs and the model are copied to, as s3://bucket/folder; a machine with an empty disk goes on from there."""
+    grace_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    """Time between SIGTERM and the end that your cluster gives; only to say when a save may not fit."""
+    max_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Stop, saved, with exit code 75, when a process is so old: for queues that kill at a deadline; leave room for a step and a save."""
+    notices: Literal["aws", "gcp", "azure"] | None = None
+    """Cloud whose notices of preemption to ask for; in Kubernetes rely on SIGTERM instead."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest valid checkpoint; never: refuse to start where there are checkpoints."""
 

@@ -1,36 +1,84 @@
-"""Signals -> one flag, which every step reads."""
+"""What ends a run before its time -> one flag, which every step reads: signals, a cloud's notice, a deadline."""
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType
 
+from finetune.engine.notices import Notice, Watch
 from finetune.errors import Preempted
 
 
 class StopFlag:
-    """What SIGTERM, SIGINT and SIGUSR1 do.
+    """SIGTERM, SIGINT and SIGUSR1, what a cloud says, and checkpoint.max_minutes.
 
-    Before the loop there is nothing to save, and they raise Preempted at once. After `only_note`
-    they set the flag, and the step under way is finished and saved; a second SIGINT quits at once.
+    Where there is nothing to save they raise Preempted at once. After `only_note` they set the
+    flag, and what is under way is finished and saved; a second SIGINT quits at once.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.wants_save = False
+        """A cloud has warned that it may take the machine."""
+        self._began = time.monotonic()  # of the process, near enough: this is the first that train.py makes
+        self._grace_seconds, self._ends = float("inf"), float("inf")
+        self._deadline: float | None = None
         self._at_once = True
+        self._watch: Watch | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
+    def configure(
+        self, *, grace_seconds: float, max_minutes: float | None, cloud: str | None, say: Callable[[str], None]
+    ) -> None:
+        """`cloud`: whose notices to ask for, on this machine."""
+        self._grace_seconds = grace_seconds
+        if max_minutes is not None:
+            self._ends = self._began + 60 * max_minutes
+        if cloud is not None:
+            self._watch = Watch(cloud, self._heard, say)
+            self._watch.start()
+
+    def close(self) -> None:
+        if self._watch:
+            self._watch.stop()
+
     @property
     def is_set(self) -> bool:
+        if self.reason is None and time.monotonic() > self._ends:
+            self.reason = "checkpoint.max_minutes are over"
         return self.reason is not None
+
+    def seconds_left(self) -> float:
+        """Until the machine goes, as far as anybody has said."""
+        return self._deadline - time.monotonic() if self._deadline is not None else self._grace_seconds
 
     def only_note(self) -> None:
         """From now on the loop decides when to stop."""
         self._at_once = False
 
+    def at_once(self) -> None:
+        """Everything is saved: from now on whatever stops the run stops it where it is."""
+        self._at_once = True
+        if self.is_set:
+            raise Preempted(f"{self.reason}; run the same command again")
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
         if self._at_once:
-            raise Preempted(f"{signal.Signals(number).name} before the first step; run the same command again")
+            raise Preempted(f"{self.reason or name}; run the same command again")
         if self.is_set and number == signal.SIGINT:
             os._exit(128 + number)
-        self.reason = signal.Signals(number).name
+        if self.reason is None:
+            self.reason, self._deadline = name, time.monotonic() + self._grace_seconds
+
+    def _heard(self, notice: Notice) -> None:
+        """In the thread that asks the cloud; only a signal reaches a main thread that is not in the loop."""
+        if not notice.final:
+            self.wants_save = True
+            return
+        if notice.deadline is not None:
+            self._deadline = time.monotonic() + notice.deadline - time.time()
+        self.reason = notice.reason
+        os.kill(os.getpid(), signal.SIGUSR1)

@@ -1,12 +1,9 @@
 """The run directory: what one run leaves behind, and the rule that no run overwrites another's."""
 
-import hashlib
-import importlib.metadata
+import contextlib
 import json
 import math
 import os
-import platform
-import subprocess
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,10 +14,10 @@ from filelock import FileLock, Timeout
 
 from finetune import config as configs
 from finetune.config import Config
+from finetune.engine.receipt import differences
 from finetune.errors import RunDirectoryError
 
 LOCK = ".lock"
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy", "safetensors")
 
 
 class RunDirectory:
@@ -33,6 +30,9 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.evals = self.path / "eval.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.saves = self.path / "saves.jsonl"
+        self.is_open = False
+        """Whether it is this attempt's: only then may it say how that ended."""
 
     def check(self, config: Config) -> None:
         """Raise RunDirectoryError if it cannot be written or holds another run. Writes nothing."""
@@ -78,13 +78,25 @@ class RunDirectory:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "config.yaml", configs.to_yaml(config))
+            self.is_open = True
         except OSError as exc:
             raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
 
-    def write_receipt(self, **facts: Any) -> None:
-        """What was run on what: `facts` and versions, code and machine."""
-        receipt = {"written": _now(), **facts, "versions": versions(), "code": code_fingerprint(), "machine": machine()}
-        write_atomically(self.path / "receipt.json", json.dumps(receipt, indent=2))
+    def write_receipt(self, receipt: dict[str, Any]) -> None:
+        write_atomically(self.path / "receipt.json", json.dumps({"written": _now(), **receipt}, indent=2))
+
+    def require_receipt(self, other: Path, receipt: dict[str, Any]) -> None:
+        """Raise RunDirectoryError with what differs between the receipt of a run and that of this one, which is to repeat it."""
+        try:
+            old = json.loads((other / "receipt.json").read_text())
+            different = differences(old, receipt)
+        except (OSError, ValueError, AttributeError) as exc:
+            raise RunDirectoryError(f"run.replay_of: {other} has no receipt that can be read: {exc}") from exc
+        if different:
+            raise RunDirectoryError(
+                f"this would not be the run of {other} again; what differs:\n  " + "\n  ".join(different)
+                + "\nput those back, or train under another run.name without run.replay_of"
+            )  # fmt: skip
 
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")
@@ -95,6 +107,12 @@ class RunDirectory:
         if state == "complete":
             outcome["model"] = self._model_files()
         write_atomically(self.path / "outcome.json", json.dumps(outcome, indent=2))
+
+    def note_outcome(self, state: str, step: int, reason: str) -> None:
+        """As `write_outcome`, where the run ends anyway: a full disk must not hide why."""
+        if self.is_open:
+            with contextlib.suppress(OSError):
+                self.write_outcome(state, step, reason)
 
     def outcome(self) -> dict[str, Any]:
         """How the last attempt ended; empty if there was none."""
@@ -183,47 +201,6 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         os.unlink(temporary)
         raise
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def code_fingerprint() -> dict[str, Any]:
-    """Git revision, whether the tree was changed, and a hash of the package's own sources."""
-    package = Path(__file__).resolve().parents[1]
-    sources = hashlib.sha256()
-    for path in sorted([*package.rglob("*.py"), package.parent / "train.py"]):
-        if path.exists():
-            sources.update(path.read_bytes())
-
-    def git(*arguments: str) -> str | None:
-        try:
-            return subprocess.run(
-                ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "git_revision": git("rev-parse", "HEAD"),
-        "git_changed": None if changed is None else bool(changed),
-        "sha256": sources.hexdigest(),
-    }
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "cpus": os.cpu_count(),
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-    }
 
 
 def _now() -> str:

@@ -20,6 +20,8 @@ class TrainState:
     num_parameters: int
     frozen: str
     """Fingerprint of the weights that do not train."""
+    start: str
+    """Fingerprint of all weights before the first step."""
     ema: Ema | None = None
     progress: Progress = field(default_factory=Progress)
     num_skips: int = 0  # steps in a row that fp16 has left out

@@ -44,11 +44,13 @@ def train_step(
 
     Raises TrainingDiverged before the weights move if the loss or a gradient is not finite.
     """
+    topology.watchdog.beat()  # the data is there
     batches = [topology.part(batch) for batch in batches]
     supervised, tokens = topology.sum([sum(b.num_supervised for b in batches), sum(b.num_tokens for b in batches)])
     model.train()
     local = torch.zeros((), dtype=torch.float64, device=topology.device)
     for number, batch in enumerate(batches, 1):
+        topology.watchdog.beat()
         with topology.accumulate(model, last=number == len(batches)):
             total, _ = loss(model, batch.to(topology.device))
             topology.backward(total / supervised)
@@ -64,13 +66,26 @@ def train_step(
     return StepResult(mean, grad_norm, int(tokens), int(supervised), not moved, tuple(w > 0 for w in wished))
 
 
-def evaluate(topology: Topology, model: nn.Module, loss: Loss, batches: Iterable[Sequence[Batch]]) -> dict[str, float]:
-    """Mean loss over every supervised token of the evaluation rows: sum / count over all processes."""
+def evaluate(
+    topology: Topology,
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Sequence[Batch]],
+    stop: Callable[[], bool] = bool,
+) -> dict[str, float] | None:
+    """Mean loss over every supervised token of the evaluation rows: sum / count over all processes.
+
+    None if `stop` said so on one of them: all leave after the same batch.
+    """
     was_training = model.training
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=topology.device), 0
     with torch.no_grad():
         for micro_batches in batches:
+            topology.watchdog.beat()
+            if topology.any(stop()):
+                model.train(was_training)
+                return None
             for batch in map(topology.part, micro_batches):
                 part, number = loss(model, batch.to(topology.device))
                 total += part.double()

@@ -1,7 +1,9 @@
 """What a run tells while it goes: metrics.jsonl, eval.jsonl, a progress bar or plain lines."""
 
+import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -25,16 +27,40 @@ def say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
+class Log:
+    """A file of JSON lines that a full disk only delays: what cannot be written is kept, and goes out with the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = ""
+
+    def add(self, values: dict[str, Any]) -> None:
+        # JSON knows no NaN and no infinity.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        text = self._waiting + json.dumps(finite, allow_nan=False) + "\n"
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write(text)
+            self._waiting = ""
+        except OSError as exc:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, whole)  # half a line would spoil the next one
+            if not self._waiting:
+                say(f"note: {self.path} cannot be written ({exc.strerror}); its lines are kept until it can")
+            self._waiting = text
+
+
 class Tracker:
     """Of the main process; elsewhere every call does nothing."""
 
     def __init__(
-        self, metrics: Path, evals: Path, *, num_steps: int, start: int, every: int, is_main: bool, num_processes: int,
+        self, metrics: Path, evals: Path, saves: Path, *, num_steps: int, start: int, every: int, is_main: bool, num_processes: int,
         flops_per_token: float, trackers: Trackers | None = None,
     ) -> None:  # fmt: skip
         """`trackers` get every line that the files get."""
         self.trackers = trackers
-        self.metrics, self.evals = metrics, evals
+        self.metrics, self.evals, self.saves = Log(metrics), Log(evals), Log(saves)
         self.num_steps, self.every, self.is_main = num_steps, every, is_main
         self.flops_per_token, self.num_processes = flops_per_token, num_processes
         terminal = sys.stderr.isatty()
@@ -90,6 +116,16 @@ class Tracker:
                 f"step {step}/{self.num_steps}  eval loss {values['eval_loss']:.4f}  perplexity {values['perplexity']:.2f}"
             )
 
+    def saved(self, facts: dict[str, Any]) -> None:
+        """After a checkpoint: its step, how long training waited for it, how long it took, its size."""
+        if self.is_main:
+            self.saves.add(facts)
+            uploaded = f", {facts['upload_seconds']:.3g} s of that for the upload" if "upload_seconds" in facts else ""
+            say(
+                f"saved step {facts['step']}: {facts['bytes'] / 1e9:.3g} GB, training waited {facts['stall_seconds']:.3g} s, "
+                f"safe after {facts['seconds']:.3g} s{uploaded}"
+            )
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """What is done inside is no training time."""
@@ -102,8 +138,8 @@ class Tracker:
         if self.trackers:
             self.trackers.close()
 
-    def _record(self, path: Path, values: dict[str, Any]) -> None:
-        _append(path, values)
+    def _record(self, log: Log, values: dict[str, Any]) -> None:
+        log.add(values)
         if self.trackers:
             self.trackers.log(values)
 
@@ -113,13 +149,6 @@ class Tracker:
             return {}
         peak = next((rate for name, rate in PEAK_BF16.items() if name in torch.cuda.get_device_name()), None)
         return {"mfu": round(tokens_per_second * self.flops_per_token / (peak * self.num_processes), 4)} if peak else {}
-
-
-def _append(path: Path, values: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        # JSON knows no NaN and no infinity.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def _duration(seconds: float) -> str:

@@ -81,6 +81,6 @@ def hashes(model: nn.Module, only_frozen: bool = False) -> dict[str, str]:
     return found
 
 
-def frozen_fingerprint(model: nn.Module) -> str:
-    """One hash for all weights that do not train."""
-    return hashlib.sha256(repr(hashes(model, only_frozen=True)).encode()).hexdigest()[:32]
+def fingerprint(model: nn.Module, only_frozen: bool = False) -> str:
+    """One hash for all weights, or for those that do not train."""
+    return hashlib.sha256(repr(hashes(model, only_frozen)).encode()).hexdigest()[:32]

@@ -92,6 +92,24 @@ def read(environment: Mapping[str, str] = os.environ) -> Wish:
     return Wish("ddp" if number > 1 else "single", number, mixed_precision=precision)
 
 
+def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What the launcher has set, for the receipt: with it, the same processes can be started again."""
+    prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
+    return {name: value for name, value in sorted(environment.items()) if name.startswith(prefixes)}
+
+
+def join_minutes(environment: Mapping[str, str] = os.environ) -> float:
+    """How long processes wait for one another at the start."""
+    value = environment.get("FINETUNE_JOIN_MINUTES", "5")
+    try:
+        minutes = float(value)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise ConfigError(f"FINETUNE_JOIN_MINUTES: {value}; it must be a number of minutes above 0")
+    return minutes
+
+
 def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Wish:
     if environment.get("FSDP_VERSION", "1") != "2":
         raise ConfigError("the topology file asks for FSDP 1; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml")

@@ -4,7 +4,7 @@ Whatever the topology, a step sees the same few verbs: prepare, accumulate, back
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -18,13 +18,23 @@ from torch import nn
 from finetune.config import Config
 from finetune.data.batches import Batch
 from finetune.engine.topology import empty, launch, support
+from finetune.engine.topology.processes import WAIT, Processes
 from finetune.engine.topology.replicated import Replicated
-from finetune.errors import CheckpointError, ConfigError, ExportError, TopologyError, UserError
+from finetune.engine.topology.watchdog import Watchdog
+from finetune.errors import ConfigError, TopologyError
 
+# What gloo and NCCL say when a connection breaks.
+BROKEN = (
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out",
+    "timed out",
+    "NCCL error",
+    "recvValue failed",
+    "sendBytes failed",
+)
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-JOIN_MINUTES = float(os.environ.get("FINETUNE_JOIN_MINUTES", "5"))  # for the others to come
-# The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end that.
-WAIT = timedelta(hours=2)
 
 
 class Topology:
@@ -33,7 +43,7 @@ class Topology:
     def __init__(self, precision: str, check_only: bool = False) -> None:
         """`check_only`: nothing will be trained, so a precision that only a GPU has is no error."""
         cuda = torch.cuda.is_available()
-        self.wish = launch.read()
+        self.wish, self.launched = launch.read(), launch.recorded()
         self.precision = "fp32" if check_only and precision == "fp16" and not cuda else _resolve(precision, cuda)
         if self.wish.mixed_precision not in ("no", PRECISIONS[self.precision]):
             raise ConfigError(
@@ -58,7 +68,7 @@ class Topology:
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
                 kwargs_handlers=[
                     InitProcessGroupKwargs(
-                        timeout=timedelta(minutes=JOIN_MINUTES),
+                        timeout=timedelta(minutes=launch.join_minutes()),
                         # What waits in host memory is exchanged there.
                         backend="cpu:gloo,cuda:nccl" if cuda and self.wish.offload else None,
                     )
@@ -80,6 +90,11 @@ class Topology:
             )
         self.data_rank, self.num_data = self.rank // self.wish.num_context, self.num_processes // self.wish.num_context
         """Of processes that get sequences of their own: those that share a sequence count as one."""
+        self.is_first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        self.watchdog = Watchdog(self.rank, self.num_processes)
+        self.processes = Processes(self.rank, self.num_processes, self.device)
+        self.sum, self.any, self.union = self.processes.sum, self.processes.any, self.processes.union
+        self.on_main, self.on_every = self.processes.on_main, self.processes.on_every
         self.sharing: Any = self._sharing()
         self._context = self._sequence_group()
 
@@ -125,9 +140,8 @@ class Topology:
         """Raise ConfigError on every process if one was given other values. From here on waiting may take long."""
         if self.num_processes == 1:
             return
-        everyone: list[Any] = [None] * self.num_processes
         try:
-            torch.distributed.all_gather_object(everyone, values)
+            everyone = self.processes.gather(values)
         except RuntimeError as exc:
             raise TopologyError(_nobody_came(exc)) from exc
         for rank, others in enumerate(everyone):
@@ -139,6 +153,14 @@ class Topology:
                     "give every node the same config and command line"
                 )
         torch.distributed.distributed_c10d._set_pg_timeout(WAIT)
+
+    def lost(self, exc: BaseException) -> TopologyError | None:
+        """What an error of a collective really is: another process has gone. None for other errors."""
+        if self.num_processes == 1 or not isinstance(exc, RuntimeError) or not any(sign in str(exc) for sign in BROKEN):
+            return None
+        gone = self.watchdog.silent()
+        who = f"process {', '.join(map(str, gone))} has gone" if gone else "the connection to another process broke"
+        return TopologyError(f"{who} at {self.watchdog.at}; this one was told: {str(exc).splitlines()[0][:200]}")
 
     @property
     def name(self) -> str:
@@ -202,56 +224,6 @@ class Topology:
         if self.scales_gradients and state:
             self.accelerator.scaler.load_state_dict(state)
 
-    def sum(self, values: Sequence[float | torch.Tensor]) -> list[float]:
-        """Each value summed over all processes, in float64."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
-        if self.num_processes > 1:
-            torch.distributed.all_reduce(total)
-        return [float(v) for v in total.tolist()]
-
-    def on_main(self, action: Callable[[], Any]) -> Any:
-        """Do it on the main process only; every process gets its result, or raises its error."""
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = action()
-            except Exception as exc:
-                if self.num_processes == 1:
-                    raise
-                own = isinstance(exc, UserError | CheckpointError | ExportError)  # others may not survive the journey
-                outcome[1] = exc if own else RuntimeError(f"{type(exc).__name__}: {exc}")
-        if self.num_processes > 1:
-            torch.distributed.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    def on_every(self, action: Callable[[], Any]) -> Any:
-        """Do it on every process; if it fails on one, all raise its error, or RuntimeError that says which and why."""
-        result, problem = None, None
-        try:
-            result = action()
-        except Exception as exc:
-            if self.num_processes == 1:
-                raise
-            own = isinstance(exc, UserError | CheckpointError | ExportError)
-            problem = exc if own else RuntimeError(f"process {self.rank}: {type(exc).__name__}: {exc}")
-        problems: list[Exception | None] = [problem]
-        if self.num_processes > 1:
-            problems = [None] * self.num_processes
-            torch.distributed.all_gather_object(problems, problem)
-        if found := [exc for exc in problems if exc is not None]:
-            raise next((exc for exc in found if isinstance(exc, UserError)), found[0])
-        return result
-
-    def union(self, names: set[str]) -> set[str]:
-        """What any process has."""
-        everyone: list[Any] = [names]
-        if self.num_processes > 1:
-            everyone = [None] * self.num_processes
-            torch.distributed.all_gather_object(everyone, names)
-        return set().union(*everyone)
-
     def full_weights(self, model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
         """Weights, or those that train, whole, on the CPU of the main process; empty elsewhere. Collective. Tied ones under each name."""
         named = list(self.unwrap(model).named_parameters(remove_duplicate=False))
@@ -273,12 +245,18 @@ class Topology:
         part: torch.Tensor = self.sharing.own_part(parameter)
         return part
 
-    def save_engine(self, folder: Path) -> None:
-        """ZeRO: weights that train and optimizer, in DeepSpeed's own files. Collective."""
-        self.sharing.save(folder)
+    def engine_files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
+        """ZeRO: this process's weights that train and optimizer, `copied`, by the names of DeepSpeed's files. Collective."""
+        files: dict[str, Any] = self.sharing.files(copied)
+        return files
 
     def load_engine(self, folder: Path) -> None:
+        """ZeRO: put back what was saved by the same topology, or what `universal` has made of another's. Collective."""
         self.sharing.load(folder)
+
+    def universal(self, folder: Path, converted: Path) -> None:
+        """ZeRO: files that any number of processes can read, from those of so many. On the main process."""
+        self.sharing.universal(folder, converted)
 
     def memory_gb(self) -> float:
         """Peak memory of this process in GB (1e9 bytes): of its GPU, or of the process on a CPU."""
@@ -300,7 +278,7 @@ class Topology:
 def _nobody_came(exc: Exception) -> str:
     address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     return (
-        f"the {os.environ.get('WORLD_SIZE', '?')} processes did not find each other at {address} within {JOIN_MINUTES:g} minutes: "
+        f"the {os.environ.get('WORLD_SIZE', '?')} processes did not find each other at {address} within {launch.join_minutes():g} minutes: "
         f"{str(exc).splitlines()[0]}; read what the others say, and check that main_process_ip can be reached from every node"
     )
 

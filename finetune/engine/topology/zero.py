@@ -4,6 +4,9 @@ The engine is given whole steps: it is told which backward pass is the last, div
 is not undone here, and has clipping, accumulation and precision from the run config.
 """
 
+import argparse
+import contextlib
+import io
 import math
 import os
 import warnings
@@ -19,7 +22,7 @@ from finetune.engine.topology import empty
 from finetune.engine.topology.launch import Wish
 from finetune.errors import CheckpointError, ConfigError
 
-TAG = "engine"  # DeepSpeed's files lie in a folder of this name
+FILES, TAG = "shards", "engine"  # DeepSpeed's files lie in shards/engine
 
 
 class Zero:
@@ -133,13 +136,50 @@ class Zero:
         own: torch.Tensor = part.detach()
         return own
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+    def files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
+        """What DeepSpeed would write for this process, by file name, each `copied`; nothing is written."""
+        files: dict[str, Any] = {}
+
+        def keep(state_dict: Any, path: str) -> None:
+            files[path] = copied(state_dict)
+
+        writer = self.engine.checkpoint_engine
+        writer.save, writer.makedirs = keep, lambda path, exist_ok=False: None
+        self.engine._copy_recovery_script = lambda folder: None
+        self.engine.save_checkpoint(FILES, tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        return files
 
     def load(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        """Files of the same topology, or what `universal` has made of another's."""
+        is_universal = (folder / TAG / "zero").exists()
+        groups = self.engine.optimizer.optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        self.engine._config.load_universal_checkpoint = is_universal
+        try:
+            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        finally:
+            self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")
+        if (
+            is_universal
+        ):  # ZeRO-3 gives all groups the settings of the first one, and one counter of steps that each adds to
+            for group, own in zip(groups, settings):
+                group.update(own)
+            for moments in self.engine.optimizer.optimizer.state.values():
+                if isinstance(moments.get("step"), torch.Tensor):
+                    moments["step"] = moments["step"].clone()
+
+    def universal(self, folder: Path, converted: Path) -> None:
+        """DeepSpeed's own conversion (Universal Checkpointing, Lian et al., 2024): each weight's state whole, in a folder of its own."""
+        from deepspeed.checkpoint import ds_to_universal
+
+        arguments = argparse.Namespace(
+            input_folder=str(folder / TAG), output_folder=str(converted / TAG), num_extract_workers=1, num_merge_workers=1,
+            keep_temp_folder=False, strict=True, inject_missing_state=True,
+        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            ds_to_universal.main(arguments)
 
 
 def _is_offloaded(setting: Any) -> bool:

@@ -1,0 +1,205 @@
+"""A checkpoint as a folder: written so that a torn one is never taken for a whole one. No torch.
+
+Protocol: a fresh directory `.writing-step-00000300` on the same file system; every process writes its
+part into it, and every file is flushed to the disk; `manifest.json` comes last, with the size and
+hash of each file and a hash of itself; then one rename makes it `step-00000300`, and the parent
+directory is flushed too. What a crash leaves begins with a dot, is never read, and goes at the next save.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import CheckpointError
+from finetune.progress import Progress
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+TORN = (".writing-*", ".removing-*", ".fetching-*", ".converting-*")  # never a checkpoint
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose manifest and files agree."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["progress"]["step"])
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's name; None for any other."""
+    return int(name.removeprefix("step-")) if re.fullmatch(r"step-\d{8}", name) else None
+
+
+def steps(root: Path) -> list[Path]:
+    """Checkpoints under `root`, whole or not, the newest first; what a user keeps beside them is not ours."""
+    return sorted((p for p in root.glob("step-*") if step_of(p.name) is not None and p.is_dir()), reverse=True)
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def begin(root: Path, step: int) -> Path:
+    """A fresh directory to write into; what crashes left goes."""
+    sweep(root)
+    writing = root / f".writing-{step_name(step)}"
+    writing.mkdir(parents=True)
+    return writing
+
+
+def sweep(root: Path) -> None:
+    """Remove what is half written or half removed."""
+    for pattern in TORN:
+        for torn in root.glob(pattern):
+            shutil.rmtree(torn, ignore_errors=True)
+
+
+def require_space(root: Path, needed_bytes: int) -> None:
+    """Raise CheckpointError if the disk is known to be too full."""
+    free = shutil.disk_usage(root).free
+    if free < needed_bytes:
+        raise CheckpointError(f"{root} has {free / 1e9:.3g} GB free, and {needed_bytes / 1e9:.3g} GB are needed")
+
+
+def files(folder: Path) -> list[str]:
+    """Every file below `folder` but the manifest, by its path in it."""
+    return sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.relative_to(folder) != Path(MANIFEST)
+    )
+
+
+def described(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and hash of some files."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+
+
+def commit(writing: Path, manifest: dict[str, Any]) -> Path:
+    """The manifest, last, and the rename that makes it a checkpoint. `manifest["files"]` describes every file."""
+    final = writing.with_name(writing.name.removeprefix(".writing-"))
+    write_json(writing / MANIFEST, {**manifest, "sha256": _own_hash(manifest)})
+    for folder in [*(p for p in writing.rglob("*") if p.is_dir()), writing]:
+        flush_directory(folder)
+    if final.exists():  # trained again from an older one, after this one was found damaged or was asked to be forgotten
+        remove(final)
+    os.rename(writing, final)
+    flush_directory(final.parent)
+    return final
+
+
+def prune(root: Path, keep_last: int, protected: set[str]) -> list[str]:
+    """Remove whole checkpoints beyond the newest `keep_last`, but none of `protected`. Returns the names of those kept.
+
+    Broken ones are neither counted, since they could not be gone on from, nor removed.
+    """
+    whole = [path for path in steps(root) if looks_whole(path)]
+    for path in whole[keep_last:]:
+        if path.name not in protected:
+            remove(path)
+    return [path.name for path in steps(root)]
+
+
+def remove(path: Path) -> None:
+    """Out of sight with one rename, so that half of it is never seen; then away."""
+    hidden = path.with_name(f".removing-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def set_aside(damaged: list[Path]) -> None:
+    """Rename checkpoints that are not whole to `damaged-step-...`: kept, but neither read, counted nor in the way."""
+    for path in filter(Path.exists, damaged):
+        free = next(n for n in range(1000) if not path.with_name(f"damaged-{path.name}.{n}").exists())
+        os.rename(path, path.with_name(f"damaged-{path.name}.{free}"))
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
+    """The newest valid checkpoint under `root`, and what is wrong with each newer one; None if none is valid."""
+    damaged: dict[Path, str] = {}
+    for path in steps(root):
+        try:
+            return Found(path, verified(path)), damaged
+        except (OSError, ValueError) as exc:
+            damaged[path] = str(exc)
+    return None, damaged
+
+
+def verified(path: Path) -> dict[str, Any]:
+    """The manifest, if it and every file are what was written. Raises OSError or ValueError that names the file."""
+    manifest = _read_manifest(path)
+    for name, wanted in manifest["files"].items():
+        size = (path / name).stat().st_size
+        if size != wanted["bytes"]:
+            raise ValueError(f"{name} has {size} bytes instead of {wanted['bytes']}")
+        if sha256(path / name) != wanted["sha256"]:
+            raise ValueError(f"{name} is corrupt: its sha256 differs from the manifest's")
+    return manifest
+
+
+def looks_whole(path: Path) -> bool:
+    """Whether manifest and sizes agree, which costs next to nothing; `verified` also reads the files."""
+    try:
+        manifest = _read_manifest(path)
+        return all((path / name).stat().st_size == wanted["bytes"] for name, wanted in manifest["files"].items())
+    except (OSError, ValueError):
+        return False
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except ValueError as exc:
+        raise ValueError(f"{MANIFEST} is damaged: {exc}") from exc
+    try:
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        if manifest.pop("sha256") != _own_hash(manifest):
+            raise ValueError(f"{MANIFEST} is corrupt: its sha256 differs from what it says")
+        Progress().restore(manifest["progress"])
+        if manifest["progress"]["step"] != step_of(path.name.removeprefix(".fetching-")) or not manifest["files"]:
+            raise ValueError(f"{MANIFEST} is not that of {path.name}")
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise ValueError(f"{MANIFEST} is damaged: {type(exc).__name__}: {exc}") from exc
+    return manifest
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(values, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,104 @@
+"""Where a run goes on: the newest checkpoint that is whole and its own, here or in the object store."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.config import Config, differences
+from finetune.engine.checkpoint import folder, shards
+from finetune.engine.checkpoint.folder import Found
+from finetune.engine.state import TrainState
+from finetune.engine.topology import Topology
+from finetune.errors import CheckpointError, RunDirectoryError
+
+if TYPE_CHECKING:
+    from finetune.engine.checkpoint.storage import Storage
+
+
+def find(root: Path, storage: "Storage | None") -> tuple[Found | None, dict[Path, str]]:
+    """The newest valid checkpoint, fetched if it is only in the store, and what is wrong with each newer one.
+
+    Raises CheckpointError if there are checkpoints but none is valid: starting afresh would hide
+    that work was lost.
+    """
+    found, damaged = folder.find_newest(root)
+    for step in storage.steps() if storage else []:
+        if found and step <= found.step:
+            break
+        try:
+            path = storage.fetch(step, root)  # type: ignore[union-attr]
+            found = Found(path, folder.verified(path))
+            damaged.pop(found.path, None)  # a whole one is in its place now
+            break
+        except (CheckpointError, OSError, ValueError) as exc:
+            damaged[root / folder.step_name(step)] = f"in the store: {exc}"
+    if damaged and found is None:
+        raise CheckpointError(
+            "no checkpoint is valid, and nothing was deleted:\n  " + "\n  ".join(f"{path}: {problem}" for path, problem in damaged.items())
+            + f"\nmove {root} away to start afresh"
+        )  # fmt: skip
+    return found, damaged
+
+
+def require_same_run(found: Found, config: Config, identity: dict[str, str]) -> None:
+    """Raise RunDirectoryError with what differs if a checkpoint belongs to another config, or to other data or weights.
+
+    `identity` holds what a config only points at: name -> fingerprint, such as that of the training data.
+    """
+    different = differences(found.manifest["config"], config)
+    saved = found.manifest["identity"]
+    different += [
+        f"{name}: was {saved.get(name)}, now {now}" for name, now in identity.items() if saved.get(name) != now
+    ]
+    if different:
+        raise RunDirectoryError(
+            f"{found.path} is a checkpoint of another run; what differs:\n  " + "\n  ".join(different)
+            + "\ngive this run another run.name, or go back to those values"
+        )  # fmt: skip
+
+
+def require_readable(found: Found, topology: Topology) -> None:
+    """Raise RunDirectoryError where DeepSpeed's own files meet what cannot read them."""
+    saved, number, optimizer = (
+        found.manifest["topology"],
+        found.manifest["num_processes"],
+        found.manifest["config"]["optimizer"]["kind"],
+    )
+    instead = "launch it so, or give this run another run.name"
+    if _family(saved) != _family(topology.name):
+        raise RunDirectoryError(
+            f"{found.path} was saved by {saved}, and this is {topology.name}; what ZeRO-1 and ZeRO-2 save is read by these two, "
+            f"what ZeRO-3 saves by ZeRO-3, what others save by others, on any number of processes; {instead}"
+        )
+    if topology.wish.is_zero and (saved, number) != (topology.name, topology.num_processes) and optimizer != "adamw":
+        raise RunDirectoryError(
+            f"{found.path} was saved by {saved} on {number} processes, and this is {topology.name} on {topology.num_processes}; "
+            f"DeepSpeed converts the state of adamw only, not of {optimizer}; {instead}"
+        )
+
+
+def _family(topology: str) -> str:
+    """Topologies whose checkpoints are alike."""
+    return {"zero1": "zero1 or zero2", "zero2": "zero1 or zero2", "zero3": "zero3"}.get(topology[:5], "the others")
+
+
+def require_best(root: Path, best: int | None, storage: "Storage | None") -> None:
+    """Raise RunDirectoryError if the best evaluation so far has no checkpoint, as when nobody asked to keep it."""
+    if storage and best is not None and best in storage.steps():
+        storage.fetch(best, root)
+    if best is not None and not (root / folder.step_name(best)).exists():
+        raise RunDirectoryError(
+            f"evaluation.export_best: the best evaluation so far, of step {best}, has no checkpoint in {root}; set it to false"
+        )
+
+
+def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) -> None:
+    """Put back the weights (and their averages), and nothing else, of one checkpoint. Collective. Raises CheckpointError."""
+    path = root / folder.step_name(step)
+    try:
+        manifest: dict[str, Any] = topology.on_main(lambda: folder.verified(path))
+        shards.read_weights(Found(path, manifest), topology, state)
+    except Exception as exc:
+        raise CheckpointError(
+            f"checkpoint {path}, the best evaluation, cannot be loaded: {type(exc).__name__}: {exc}; "
+            "to export the last weights, give --evaluation.export_best false"
+        ) from exc

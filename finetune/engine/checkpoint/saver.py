@@ -1,0 +1,155 @@
+"""When checkpoints are saved, and by whom: one at a time, in a thread of its own, while training goes on."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.engine.checkpoint import folder, shards
+from finetune.engine.state import TrainState
+from finetune.engine.topology import Topology
+from finetune.errors import CheckpointError, TakenOver
+
+if TYPE_CHECKING:
+    from finetune.engine.checkpoint.storage import Storage
+
+MOST_FAILURES = 3  # in a row
+
+
+class Saver:
+    """Every process has one, and all call the same methods after the same steps."""
+
+    def __init__(
+        self, root: Path, topology: Topology, storage: "Storage | None", *, about: dict[str, Any], every_minutes: float | None,
+        keep_last: int, asynchronous: bool, resumed_from: int | None, say: Callable[[str], None],
+        record: Callable[[dict[str, Any]], None],
+    ) -> None:  # fmt: skip
+        """`about` goes into the manifest: what a resumption must agree with. `record` gets the facts of each save."""
+        self.root, self.storage, self.about = root, storage, about
+        self.every_minutes, self.keep_last, self.asynchronous = every_minutes, keep_last, asynchronous
+        self.resumed_from, self.say, self.record = resumed_from, say, record
+        self.topology, self.background = topology, topology.processes.apart()
+        self.stager = shards.Stager(topology)
+        self.saved_at = time.monotonic()
+        self.last_seconds = 0.0
+        """From the beginning of the last save to its end."""
+        self.last_step: int | None = resumed_from
+        """The newest step that is safe."""
+        self._thread: threading.Thread | None = None
+        self._problem: Exception | None = None
+        self._facts: dict[str, Any] = {}
+        self._failures = 0
+
+    def is_time(self) -> bool:
+        """Whether checkpoint.every_minutes have passed on this process's clock."""
+        return self.every_minutes is not None and time.monotonic() - self.saved_at > 60 * self.every_minutes
+
+    def has_ended(self) -> bool:
+        """Whether a save under way has come to its end on this process; `settle` then learns how, on all of them."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def save(self, state: TrainState, best: int | None = None, seconds_left: float | None = None) -> None:
+        """Write checkpoint `step-<progress.step>` and prune older ones, but not that of step `best`. Collective.
+
+        Returns when the state is copied. A save that fails leaves the older ones as they are and
+        is told; the third in a row raises CheckpointError. `seconds_left`: until the machine goes.
+        """
+        if seconds_left is not None and self.last_seconds > seconds_left:
+            self.say(
+                f"note: the last save took {self.last_seconds:.3g} s, and about {seconds_left:.3g} s are left: what is under way "
+                "is finished first, and this step is tried after it"
+            )
+        self.settle()
+        began, progress = time.monotonic(), state.progress.to_dict()
+        self.saved_at = began
+        try:
+            staged = self.topology.on_every(lambda: self.stager.stage(state))
+        except Exception as exc:
+            self._failed(progress["step"], exc)
+            return
+        manifest = {
+            "format": folder.FORMAT, "progress": progress, "num_processes": self.topology.num_processes,
+            "topology": self.topology.name, **self.about,
+        }  # fmt: skip
+        self._facts = {"step": progress["step"], "stall_seconds": round(time.monotonic() - began, 4)}
+        self._thread = threading.Thread(
+            target=self._write, args=(staged, manifest, best, began), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        if not self.asynchronous:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save under way, and tell how it went. Collective in effect: it ended alike everywhere."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        step, problem = self._facts["step"], self._problem
+        self._problem = None
+        if problem is not None:
+            self._failed(step, problem)
+            return
+        self._failures, self.last_step, self.last_seconds = 0, step, self._facts["seconds"]
+        self.record(self._facts)
+
+    def require(self, step: int) -> None:
+        """Raise CheckpointError if this step is not safe."""
+        if self.last_step != step:
+            raise CheckpointError(
+                f"step {step} could not be saved before the end; the newest checkpoint is of step {self.last_step}"
+            )
+
+    def _failed(self, step: int, problem: Exception) -> None:
+        if isinstance(problem, TakenOver):
+            raise problem
+        self._failures += 1
+        safe = (
+            "no checkpoint is there yet" if self.last_step is None else f"the newest is still of step {self.last_step}"
+        )
+        said = f"checkpoint of step {step} could not be saved: {problem}"
+        if self._failures == MOST_FAILURES:
+            raise CheckpointError(f"{said}; {MOST_FAILURES} saves in a row have failed, and {safe}") from problem
+        self.say(f"note: {said}; {safe}, and training goes on ({self._failures} of {MOST_FAILURES} failures in a row)")
+
+    def _write(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:
+        """In the thread: errors wait for `settle`."""
+        try:
+            self._write_all(staged, manifest, best)
+            self._facts["seconds"] = round(time.monotonic() - began, 3)
+        except Exception as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
+            self._problem = exc
+
+    def _write_all(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None) -> None:
+        processes, root, step = self.background, self.root, manifest["progress"]["step"]
+        total = int(processes.sum([staged.num_bytes])[0])
+
+        def begin() -> Path:
+            folder.require_space(root, total)
+            return folder.begin(root, step)
+
+        writing: Path = processes.on_main(begin)
+        try:
+            shards.write(writing, staged, processes)
+            names: list[str] = processes.on_main(lambda: folder.files(writing))
+            mine = names[processes.rank :: processes.number]
+            described = processes.gather(processes.on_every(lambda: folder.described(writing, mine)))
+            files = {name: each[name] for name in names for each in described if name in each}
+            self._facts["bytes"] = sum(each["bytes"] for each in files.values())
+            processes.on_main(lambda: self._commit(writing, {**manifest, "files": files}, step, best))
+        except Exception:
+            if processes.is_main:
+                folder.sweep(root)  # its space may be what is missing
+            raise
+
+    def _commit(self, writing: Path, manifest: dict[str, Any], step: int, best: int | None) -> None:
+        final = folder.commit(writing, manifest)
+        protected = {folder.step_name(each) for each in (step, best, self.resumed_from) if each is not None}
+        kept = folder.prune(self.root, self.keep_last, protected)
+        if self.storage:
+            began = time.monotonic()
+            self.storage.upload_notes(self.root.parent)  # first: what is whole there must find its past there
+            self.storage.upload_checkpoint(final)
+            self.storage.prune({*kept, *protected})
+            self._facts["upload_seconds"] = round(time.monotonic() - began, 3)

@@ -1,0 +1,212 @@
+"""What is in a checkpoint: a TrainState, copied to host memory, written, and put back.
+
+Every process writes its own part: through `torch.distributed.checkpoint` (dcp), or as DeepSpeed's
+own files under ZeRO. Only what trains is in it; the rest is where the run got it from.
+"""
+
+import json
+import os
+import random
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils import _pytree as pytree
+
+from finetune.engine import optim
+from finetune.engine.checkpoint import folder
+from finetune.engine.checkpoint.folder import Found
+from finetune.engine.state import TrainState
+from finetune.engine.topology import Processes, Topology
+from finetune.errors import CheckpointError
+
+SHARDS = "shards"
+# It saves in one process, as it is told to.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+
+@dataclass(frozen=True)
+class Staged:
+    """This process's part of a state at one step, in host memory, where training does not reach it."""
+
+    tensors: dict[str, Any]
+    """For dcp; empty under ZeRO."""
+    files: dict[str, Any]
+    """ZeRO: path -> what DeepSpeed would write there; empty elsewhere."""
+    own: dict[str, Any]
+    """What only this process knows: random numbers, fp16's scale."""
+
+    @property
+    def num_bytes(self) -> int:
+        leaves = pytree.tree_leaves([self.tensors, self.files])
+        return sum(_local(leaf).nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+class Stager:
+    """Copies into memory that is kept from one checkpoint to the next."""
+
+    def __init__(self, topology: Topology) -> None:
+        cuda = topology.device.type == "cuda"
+        self._topology = topology
+        self._copier = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+            )
+        )
+
+    def stage(self, state: TrainState) -> Staged:
+        """All that training has to wait for. Collective."""
+        topology = self._topology
+        own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
+        if topology.wish.is_zero:
+            return Staged({}, topology.engine_files(self._copier.stage), own)
+        copied: Any = self._copier.stage(_tensors(topology, state))
+        return Staged(copied, {}, own)
+
+
+def write(writing: Path, staged: Staged, processes: Processes) -> None:
+    """Write every process's part into a directory that is there. Collective; raises on every process if one fails."""
+
+    def write_own() -> None:
+        folder.write_json(writing / _own_name(processes.rank), staged.own)
+        for name, content in staged.files.items():
+            path = writing / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+
+    processes.on_every(write_own)
+    if staged.tensors:  # dcp flushes its files itself
+        with _translated():
+            dcp.save(
+                staged.tensors,
+                checkpoint_id=writing / SHARDS,
+                process_group=processes.group,
+                no_dist=processes.number == 1,
+            )
+
+
+def read(found: Found, topology: Topology, state: TrainState) -> None:
+    """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises CheckpointError."""
+    try:
+        if topology.wish.is_zero:
+            _read_engine(found, topology)
+        else:
+            _read_shards(found, topology, state)
+        own = found.path / _own_name(topology.rank)
+        if own.exists():
+            _restore_random_state(json.loads(own.read_text())["random"], topology)
+        # One scaler for all: processes that are new have none saved, and must scale as the others do.
+        topology.restore_scaler(json.loads((found.path / _own_name(0)).read_text())["scaler"])
+    except Exception as exc:  # dcp raises many kinds for a checkpoint that does not fit the model
+        raise CheckpointError(f"checkpoint {found.path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+    state.progress.restore(found.manifest["progress"])
+
+
+def read_weights(found: Found, topology: Topology, state: TrainState) -> None:
+    """Put back the weights (and their averages), and nothing else. Collective."""
+    if topology.wish.is_zero:
+        _read_engine(found, topology)
+        return
+    weights = _weights(topology, state)
+    with _translated():
+        dcp.load(weights, checkpoint_id=found.path / SHARDS, no_dist=topology.num_processes == 1)
+
+
+def _read_engine(found: Found, topology: Topology) -> None:
+    """DeepSpeed's files fit the topology that wrote them; for another they are converted first, and that is thrown away again."""
+    if (found.manifest["topology"], found.manifest["num_processes"]) == (topology.name, topology.num_processes):
+        topology.load_engine(found.path / SHARDS)
+        return
+    converted = found.path.with_name(f".converting-{found.path.name}")
+
+    def convert() -> None:
+        shutil.rmtree(converted, ignore_errors=True)
+        topology.universal(found.path / SHARDS, converted)
+
+    try:
+        topology.on_main(convert)
+        topology.load_engine(converted)
+    finally:
+        topology.on_main(lambda: shutil.rmtree(converted, ignore_errors=True))
+
+
+def _read_shards(found: Found, topology: Topology, state: TrainState) -> None:
+    tensors = _tensors(topology, state)
+    with _translated():  # weights are read in place
+        dcp.load(tensors, checkpoint_id=found.path / SHARDS, no_dist=topology.num_processes == 1)
+    set_optimizer_state_dict(state.model, _bare(state.optimizer), tensors["optimizer"], options=_options())
+    optim.page_again(_bare(state.optimizer))
+
+
+def _tensors(topology: Topology, state: TrainState) -> dict[str, Any]:
+    """Weights that train, their averages and the optimizer's state, under the names of the bare model."""
+    moments = get_optimizer_state_dict(state.model, _bare(state.optimizer), options=_options())
+    return {**_weights(topology, state), "optimizer": moments}
+
+
+def _weights(topology: Topology, state: TrainState) -> dict[str, Any]:
+    trained = {name: p.detach() for name, p in topology.unwrap(state.model).named_parameters() if p.requires_grad}
+    return {"model": trained, "ema": state.ema.weights} if state.ema else {"model": trained}
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """dcp's own exception is none that `except Exception` catches, and carries every process's traceback in its text."""
+    try:
+        yield
+    except CheckpointException as exc:
+        told = "; ".join(f"process {rank}: {type(one).__name__}: {one}" for rank, (one, _) in exc.failures.items())
+        raise CheckpointError(told) from exc
+
+
+def _options() -> StateDictOptions:
+    return StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside Accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def _own_name(rank: int) -> str:
+    return f"process-{rank:04d}.json"
+
+
+def _random_state(topology: Topology) -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state(topology.device).tolist() if topology.device.type == "cuda" else None
+    return {
+        "python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(), "cuda": cuda,
+    }  # fmt: skip
+
+
+def _restore_random_state(state: dict[str, Any], topology: Topology) -> None:
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+    if state["cuda"] is not None and topology.device.type == "cuda":
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), topology.device)

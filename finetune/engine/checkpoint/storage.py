@@ -1,0 +1,355 @@
+"""A run directory's twin in an object store, so that a machine with an empty disk can go on. No torch.
+
+`<url>/<run name>/` holds the names that `runs/<run name>/` has. An object store knows no rename, so order
+takes its place: what says that the rest is there (a checkpoint's manifest.json, the run's config.yaml)
+arrives last and goes first. Credentials come from the environment alone: URLs end in logs and receipts.
+"""
+
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+from finetune.engine.checkpoint import folder
+from finetune.engine.checkpoint.folder import MANIFEST
+from finetune.errors import CheckpointError, ConfigError, TakenOver
+
+CONFIG, CLAIM = "config.yaml", "writer.json"
+CHECK_SECONDS = 30.0
+WAITS_SECONDS = (1.0, 3.0)  # before the second and the third attempt
+CANNOT_HELP = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+# 4 files of 4 parts of 8 MiB at once, which takes 256 MiB (s3fs keeps a part until its next one has gone). Left to
+# itself it would take 128 files of 10 parts of 50 MiB.
+FILES_AT_ONCE, PARTS_AT_ONCE, PART_BYTES = 4, 4, 8 * 2**20
+MAX_PARTS = 10_000  # of an object in S3; s3fs heeds it only where it chooses the size of parts itself
+S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss")
+PACKAGES = {  # s3fs and gcsfs are released together with fsspec, and each works with its own release only
+    **dict.fromkeys(S3, f"s3fs=={fsspec.__version__}"),
+    **dict.fromkeys(GCS, f"gcsfs=={fsspec.__version__}"),
+    **dict.fromkeys(AZURE, "adlfs"),
+}
+
+
+class Storage:
+    """`<url>/<run name>/`. Remembers nothing that it has seen there; may be called from any thread, not after a fork."""
+
+    def __init__(self, url: str, run_name: str) -> None:
+        self._fs, root = _opened(url)
+        self._root = f"{root.rstrip('/')}/{run_name}"
+        self._token = ""
+        self.url = f"{url.rstrip('/')}/{run_name}"
+
+    def check(self) -> None:
+        """Write, list, read and remove one small object. Raises ConfigError within CHECK_SECONDS."""
+        path, content = f"{self._root}/.check-{secrets.token_hex(4)}", secrets.token_bytes(16)
+
+        def look() -> None:
+            if path not in [entry["name"] for entry in self._fs.ls(self._root, True)]:
+                raise OSError("an object that was just written is not listed")
+
+        def read() -> None:
+            if self._fs.cat_file(path) != content:
+                raise OSError("an object that was just written is another one")
+
+        deadline = time.monotonic() + CHECK_SECONDS
+        for verb, attempt in {
+            "written to": lambda: self._fs.pipe_file(path, content), "listed": look, "read": read,
+            "deleted from": lambda: self._fs.rm_file(path),
+        }.items():  # fmt: skip
+            try:
+                _within(deadline - time.monotonic(), attempt)
+            except Exception as exc:
+                raise ConfigError(
+                    f"checkpoint.storage: {self.url} cannot be {verb} ({_plain(exc)}); {_advice(exc)}"
+                ) from exc
+
+    def restore(self, directory: Path) -> bool:
+        """Fetch everything but checkpoints into a run directory, config.yaml last: its presence says that all is there.
+
+        False, and nothing touched, if the store has no run of this name or the directory has a config.yaml.
+        """
+        names = [n for n in self._listing("", below=False) if n[0] != "." and n != CLAIM]
+        if (directory / CONFIG).exists() or CONFIG not in names:
+            return False
+        names += [f"model/{name}" for name in self._listing("model")]
+        for name in sorted(names, key=lambda name: name == CONFIG):
+            final = directory / name
+            arriving = final.with_name(f".restoring-{final.name}")
+            self._attempt(f"fetching {name}", self._fs.get, [f"{self._root}/{name}"], [str(arriving)])
+            folder.flush_directory(arriving)  # a file as well
+            os.rename(arriving, final)
+            folder.flush_directory(final.parent)
+        return True
+
+    def steps(self) -> list[int]:
+        """Steps of committed checkpoints, newest first."""
+        names = [PurePosixPath(name) for name in self._listing("checkpoints")]
+        found = [folder.step_of(str(name.parent)) for name in names if name.name == MANIFEST]
+        return sorted((step for step in found if step is not None), reverse=True)
+
+    def fetch(self, step: int, root: Path) -> Path:
+        """Checkpoint `root/step-...`: verified, on the disk. One that is there and whole is not fetched, a damaged one set aside.
+
+        Raises CheckpointError that names the object and its problem; then nothing is left behind.
+        """
+        name = folder.step_name(step)
+        remote, final, arriving = f"checkpoints/{name}", root / name, root / f".fetching-{name}"
+        if final.exists():
+            try:
+                folder.verified(final)
+                return final
+            except (OSError, ValueError):
+                folder.set_aside([final])
+        shutil.rmtree(arriving, ignore_errors=True)
+        try:
+            manifest = self._content(f"{remote}/{MANIFEST}")
+            sizes = _sizes(manifest)
+            self._require_sizes(remote, sizes)  # before anything large is fetched in vain
+            arriving.mkdir(parents=True)
+            folder.require_space(root, sum(sizes.values()))
+            self._transfer("fetching", self._get, arriving, remote, sorted(sizes))
+            (arriving / MANIFEST).write_bytes(manifest)
+            folder.verified(arriving)
+            for path in [*arriving.rglob("*"), arriving]:
+                folder.flush_directory(path)  # files as well
+            os.rename(arriving, final)
+            folder.flush_directory(root)
+        except (OSError, ValueError) as exc:
+            raise CheckpointError(f"{self.url}/{remote}: {exc}") from exc
+        finally:
+            shutil.rmtree(arriving, ignore_errors=True)
+        return final
+
+    def upload_checkpoint(self, path: Path) -> None:
+        """All files of a committed checkpoint, then its manifest. What was there under its name is overwritten."""
+        self.require_claim()
+        remote = f"checkpoints/{path.name}"
+        if not folder.looks_whole(path):
+            raise CheckpointError(f"{path} is not whole, and is not uploaded")
+        sizes = _sizes((path / MANIFEST).read_bytes())
+        self._remove(f"{remote}/{MANIFEST}")  # or a mixture of two would be taken for a whole one
+        self._transfer("uploading", self._put, path, remote, sorted(sizes))
+        self._require_sizes(remote, sizes)
+        self.require_claim()  # again, since the files may have taken minutes
+        self._transfer("uploading", self._put, path, remote, [MANIFEST])
+
+    def upload_notes(self, directory: Path) -> None:
+        """The files at the top of a run directory; config.yaml last, which makes it a run that can be restored."""
+        self.require_claim()
+        names = {p.name for p in directory.iterdir() if p.is_file() and p.name[0] != "."}
+        self._transfer("uploading", self._put, directory, "", sorted(names - {CONFIG, CLAIM}))
+        self._transfer("uploading", self._put, directory, "", [CONFIG])
+
+    def upload_model(self, model: Path) -> None:
+        """The export, and away with what an older one left there. Before the outcome.json that calls the run complete."""
+        self.require_claim()
+        names = {p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()}
+        self._transfer("uploading", self._put, model, "model", sorted(names))
+        for name in self._listing("model").keys() - names:
+            self._remove(f"model/{name}")
+
+    def prune(self, keep: set[str]) -> None:
+        """Remove checkpoints whose names are not in `keep`, each one's manifest first, so that no half is taken for a whole.
+
+        Torn uploads go too, unless newer than every whole checkpoint: such a one may be arriving right now, and goes
+        once a newer one is whole. While none of `keep` is whole there, nothing goes: there must be one to go on from.
+        """
+        self.require_claim()
+        found: dict[str, list[str]] = {}
+        for name in self._listing("checkpoints"):
+            if folder.step_of(name.split("/")[0]) is not None:
+                found.setdefault(name.split("/")[0], []).append(name)
+        whole = {checkpoint for checkpoint, names in found.items() if f"{checkpoint}/{MANIFEST}" in names}
+        if whole & keep:
+            for checkpoint in sorted(found.keys() - keep):
+                if checkpoint in whole or checkpoint < max(whole):
+                    for name in sorted(found[checkpoint], key=lambda name: PurePosixPath(name).name != MANIFEST):
+                        self._remove(f"checkpoints/{name}")
+
+    def claim(self) -> None:
+        """This process writes the run from now on; the one that did stops at its next write. The last to start wins."""
+        token, now = secrets.token_hex(16), datetime.now(UTC).isoformat(timespec="seconds")
+        writer = {"host": socket.gethostname(), "pid": os.getpid(), "time": now, "token": token}
+        self._attempt(f"writing {CLAIM}", self._fs.pipe_file, f"{self._root}/{CLAIM}", json.dumps(writer).encode())
+        self._token = token
+
+    def require_claim(self) -> None:
+        """Raise TakenOver if another process has claimed the run since claim()."""
+        assert self._token, "claim() comes before the first write"
+        content = self._content(CLAIM)
+        if not content:
+            raise TakenOver(f"{self.url}/{CLAIM} is gone: someone has removed this run there; this one stops")
+        try:
+            writer = dict(json.loads(content))
+        except (ValueError, TypeError):
+            writer = {}
+        if writer.get("token") != self._token:
+            raise TakenOver(
+                f"another machine, {writer.get('host')} (process {writer.get('pid')}), has taken {self.url} over "
+                f"at {writer.get('time')}; this one stops"
+            )
+
+    def _listing(self, name: str, below: bool = True) -> dict[str, int]:
+        """Every object in `name`, and in what is below it: its path in there and its size in bytes.
+
+        Level by level: `find` is one request on S3, but elsewhere it takes an error for an empty folder.
+        """
+        path, found = f"{self._root}/{name}".rstrip("/"), {}
+        for entry in self._attempt(f"listing {name}", self._fs.ls, path, True, missing_ok=True) or []:
+            base = entry["name"].removeprefix(f"{path}/")
+            if entry["type"] == "file" and base:  # consoles keep a folder as an object with an empty name in it
+                found[base] = int(entry["size"])
+            elif entry["type"] == "directory" and below and entry["name"].rstrip("/") != path:
+                inside = self._listing(f"{name}/{base}".strip("/"))
+                found |= {f"{base.rstrip('/')}/{inner}": size for inner, size in inside.items()}
+        return found
+
+    def _content(self, name: str) -> bytes:
+        """A small object; empty if it is not there."""
+        return self._attempt(f"reading {name}", self._fs.cat_file, f"{self._root}/{name}", missing_ok=True) or b""
+
+    def _remove(self, name: str) -> None:
+        """One at a time: s3fs removes many in one request, and then is silent on those that it may not remove."""
+        self._attempt(f"removing {name}", self._fs.rm_file, f"{self._root}/{name}", missing_ok=True)
+
+    def _require_sizes(self, remote: str, sizes: dict[str, int]) -> None:
+        """Raise CheckpointError that names an object that is missing or has another size."""
+        there = self._listing(remote)
+        for name, size in sizes.items():
+            if there.get(name) != size:
+                problem = f"has {there[name]} bytes instead of {size}" if name in there else "is missing"
+                raise CheckpointError(f"{self.url}/{remote}: {name} {problem}")
+
+    def _transfer(
+        self, doing: str, call: Callable[[list[str], list[str]], None], local: Path, remote: str, names: list[str]
+    ) -> None:
+        for start in range(0, len(names), FILES_AT_ONCE):
+            some = names[start : start + FILES_AT_ONCE]
+            objects = [f"{remote}/{name}".lstrip("/") for name in some]
+            here, there = [str(local / name) for name in some], [f"{self._root}/{name}" for name in objects]
+            self._attempt(f"{doing} {', '.join(objects)}", call, here, there)
+
+    def _put(self, here: list[str], there: list[str]) -> None:
+        largest = max(os.path.getsize(path) for path in here)
+        parts = {"chunksize": max(PART_BYTES, math.ceil(largest / MAX_PARTS))} if "s3" in self._fs.protocol else {}
+        self._fs.put(here, there, **parts)
+
+    def _get(self, here: list[str], there: list[str]) -> None:
+        self._fs.get(there, here)
+
+    def _attempt(self, doing: str, call: Callable[..., Any], *arguments: Any, missing_ok: bool = False) -> Any:
+        """Where failures of a store become ours, after three attempts; None for what is not there, if that is expected."""
+        for wait in (*WAITS_SECONDS, None):
+            try:
+                return call(*arguments)
+            except Exception as exc:
+                if missing_ok and isinstance(exc, FileNotFoundError):
+                    return None
+                if wait is None or isinstance(exc, CANNOT_HELP):
+                    raise CheckpointError(f"{self.url}: {doing} failed: {_plain(exc)}") from exc
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it. Raises ConfigError."""
+
+    def refused(why: str) -> ConfigError:
+        return ConfigError(f"checkpoint.storage: {why}")
+
+    protocol, separator, rest = url.partition("://")
+    host = rest.split("/")[0]  # a bucket; for Azure it may be container@account
+    in_host = ":" in host and protocol in PACKAGES and not host.startswith("arn:")
+    if in_host or ("@" in url and not (protocol in AZURE and re.fullmatch(r"[\w-]+@[\w.-]+(/[^@]*)?", rest))):
+        raise refused(
+            "the URL holds a user name, a password or a key (not repeated here); write protocol://bucket/folder, "
+            "and give credentials through the environment"
+        )
+    if "?" in rest:
+        raise refused("the URL has a query string (not repeated here); write protocol://bucket/folder")
+    if not separator:
+        raise refused(f"got {url!r}, which has no protocol such as s3:// or gs://; run.dir is for a folder")
+    if not rest.strip("/"):
+        raise refused(f"got {url!r}, which names no bucket or folder")
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}  # others write there, too
+    if protocol in S3:
+        retries = {"total_max_attempts": 3, "mode": "standard"}
+        network = {"connect_timeout": 5, "read_timeout": 60, "retries": retries, "max_pool_connections": 16}
+        options |= {"max_concurrency": PARTS_AT_ONCE, "default_block_size": PART_BYTES, "config_kwargs": network}
+    elif protocol in ("file", "local"):
+        options["auto_mkdir"] = True
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ValueError:
+        raise refused(f"got {url!r}, whose protocol is not known; try s3://, gs:// or az://") from None
+    except ImportError as exc:
+        install = f"pip install {PACKAGES[protocol]}" if protocol in PACKAGES else str(exc)
+        raise refused(f"{protocol}:// needs a package that is missing: {install}") from exc
+    try:
+        fs, root = fsspec.url_to_fs(url, **options)
+    except Exception as exc:  # some look for credentials already here
+        raise refused(f"{url} cannot be opened ({_plain(exc)}); {_advice(exc)}") from exc
+    if protocol in S3:
+        fs.retries = 1  # its own, which would multiply with botocore's: a dead endpoint would take minutes to be told
+    return fs, root
+
+
+def _sizes(manifest: bytes) -> dict[str, int]:
+    """Bytes of each file of a checkpoint. Raises ValueError."""
+    if not manifest:
+        raise ValueError(f"{MANIFEST} is missing")
+    try:
+        sizes = {str(name): int(about["bytes"]) for name, about in json.loads(manifest)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ValueError(f"{MANIFEST} is damaged: {type(exc).__name__}: {exc}") from exc
+    for name in sizes:
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            raise ValueError(f"{MANIFEST} names {name}, which is not in the checkpoint's folder")
+    return sizes
+
+
+def _within(seconds: float, call: Callable[[], None]) -> None:
+    """Call in a thread that is left alone if it takes longer: what libraries wait and retry has no common bound."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+            outcome.set_result(None)
+        except BaseException as exc:
+            outcome.set_exception(exc)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        outcome.result(max(0.0, seconds))
+    except TimeoutError:
+        if outcome.done():
+            raise
+        raise TimeoutError(f"no answer within {CHECK_SECONDS:g} s") from None
+
+
+def _plain(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
+
+
+def _advice(exc: Exception) -> str:
+    name = type(exc).__name__
+    if isinstance(exc, FileNotFoundError):
+        return "create the bucket, or correct its name or the endpoint"
+    if "Credential" in name:
+        return "give credentials through the environment (S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
+    if isinstance(exc, (ConnectionError, TimeoutError)) or "Connect" in name or "Timeout" in name:
+        return "is the network up, and (S3) AWS_ENDPOINT_URL right?"
+    return "are these the right credentials, and may they list, read, write and delete there?"

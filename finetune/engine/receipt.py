@@ -1,0 +1,91 @@
+"""The receipt: what was run on what, so that it can be run again, or be refused with what has changed since."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy", "safetensors", "bitsandbytes", "deepspeed", "flash-attn",
+)  # fmt: skip
+# What another machine, another day and another place may change without changing the run.
+FREE = (
+    "written",
+    "machine",
+    "code.git_revision",
+    "code.git_changed",
+    "train_data.sources",
+    "eval_data.sources",
+    "launch",
+)
+
+
+def compose(**facts: Any) -> dict[str, Any]:
+    """`facts` of the run, and versions, code and machine."""
+    return {**facts, "versions": versions(), "code": code_fingerprint(), "machine": machine()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two receipts so that the same run would not be the same."""
+    before, now = _flat(old), _flat(new)
+    return [
+        f"{key}: was {before.get(key)}, now {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def code_fingerprint() -> dict[str, Any]:
+    """Git revision, whether the tree was changed, and a hash of the package's own sources."""
+    package = Path(__file__).resolve().parents[1]
+    sources = hashlib.sha256()
+    for path in sorted([*package.rglob("*.py"), package.parent / "train.py"]):
+        if path.exists():
+            sources.update(path.read_bytes())
+
+    def git(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "git_revision": git("rev-parse", "HEAD"),
+        "git_changed": None if changed is None else bool(changed),
+        "sha256": sources.hexdigest(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+    }

@@ -1,0 +1,131 @@
+"""Notices when a process has died, was stopped, or stands still, and then ends this one.
+
+A process that waits in a collective for one that has gone would wait for hours. So each tells a
+store, once a second, that it is there and how far its main thread has come; the main process reads
+what all of them say, and the others what the main process says: N messages a second for N processes.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+BEATS = "FINETUNE_BEATS"  # the launcher's folder: what each process is at, for what it says of one that was killed
+SOON_SECONDS = 3.0  # of silence, after which a process is taken for the one that has gone once a connection has broken
+
+
+class Watchdog:
+    def __init__(self, rank: int, number: int) -> None:
+        self.rank, self.number = rank, number
+        self.at = "the start"
+        self._ticks, self._ticked, self._moves = 0, time.monotonic(), False
+        self._store: TCPStore | None = None
+        self._heard: dict[int, tuple[dict[str, Any], float]] = {}  # what each said last, and when that was new
+        self._verdict: str | None = None
+        self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
+        folder = os.environ.get(BEATS)
+        self._file = Path(folder) / str(rank) if folder else None
+
+    def start(self, bound_seconds: float | None, end: Callable[[str], None]) -> None:
+        """From now on call `end` with a sentence, in a thread, when somebody is silent or all stand still for so long.
+
+        None: never.
+        """
+        self._bound, self._end = bound_seconds, end
+        self._interval = min(1.0, (bound_seconds or 10.0) / 10)
+        if self.number > 1:  # a connection of its own to the store by which the processes have found each other
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self._store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+            self._heard = {rank: ({}, time.monotonic()) for rank in self._others()}
+        # Asking a store whose process was stopped never returns: what asks cannot be what watches the clock.
+        for work in (self._exchange, self._watch):
+            self._threads.append(threading.Thread(target=work, name=f"watchdog{work.__name__}", daemon=True))
+            self._threads[-1].start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(self._interval)
+
+    def beat(self, at: str | None = None) -> None:
+        """The main thread has come further. From here until `rest`, no beat means that it stands still."""
+        self.at, self._ticks, self._ticked, self._moves = at or self.at, self._ticks + 1, time.monotonic(), True
+
+    def rest(self, at: str) -> None:
+        """What comes now may take as long as it likes."""
+        self.at, self._moves = at, False
+
+    @property
+    def step(self) -> int:
+        """The last one that was done, as far as `at` says."""
+        word = self.at.split()[-1]
+        return int(word) - self.at.startswith("step") if word.isdigit() else 0
+
+    def silent(self) -> list[int]:
+        """Other processes that have said nothing for SOON_SECONDS: who has gone, once a connection has broken."""
+        time.sleep(SOON_SECONDS)
+        now = time.monotonic()
+        return [rank for rank, (_, since) in self._heard.items() if now - since >= SOON_SECONDS - self._interval]
+
+    def _others(self) -> Iterable[int]:
+        return range(1, self.number) if self.rank == 0 else [0]
+
+    def _exchange(self) -> None:
+        number = 0
+        while not self._stopped.wait(self._interval):
+            number += 1
+            self._note()
+            if self._store is None:
+                continue
+            still = time.monotonic() - self._ticked if self._moves else 0.0
+            beat = {"number": number, "at": self.at, "ticks": self._ticks, "still": still, "verdict": self._verdict}
+            try:
+                self._store.set(f"beat/{self.rank}", json.dumps(beat))
+                for rank in self._others():
+                    if self._store.check([f"beat/{rank}"]):
+                        said = json.loads(self._store.get(f"beat/{rank}"))
+                        if said != self._heard[rank][0]:
+                            self._heard[rank] = (said, time.monotonic())
+            except Exception:  # it lives with the main process, or its launcher; their silence is what counts
+                continue
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._interval):
+            if self._bound is not None and (problem := self._problem(self._bound)):
+                self._verdict = problem
+                self._stopped.wait(2 * self._interval)  # for the others to hear it in these words
+                self._end(problem)
+                return
+
+    def _problem(self, bound: float) -> str | None:
+        now = time.monotonic()
+        for rank, (said, since) in self._heard.items():
+            if verdict := said.get("verdict"):
+                return str(verdict)
+            if now - since > bound:
+                where = said.get("at", self.at)
+                return f"process {rank} has not answered for {bound:.3g} s, last at {where}"
+        if self.rank > 0:
+            return None
+        own = {"at": self.at, "ticks": self._ticks, "still": now - self._ticked if self._moves else 0.0}
+        beats = {0: own, **{rank: said for rank, (said, _) in self._heard.items() if said}}
+        if len(beats) < self.number or any(beat["still"] <= bound for beat in beats.values()):
+            return None
+        # All wait, for the one that has come least far.
+        least = min(beats.values(), key=lambda beat: beat["ticks"])
+        behind = [rank for rank, beat in beats.items() if beat["ticks"] == least["ticks"]]
+        who = "every process" if len(behind) == self.number else f"process {', '.join(map(str, behind))}"
+        return f"{who} has stood still for {bound:.3g} s at {least['at']}"
+
+    def _note(self) -> None:
+        if self._file:
+            try:
+                self._file.write_text(self.at)
+            except OSError:
+                self._file = None  # the launcher has gone

@@ -1,0 +1,102 @@
+"""python -m finetune launch with the real train.py: what it gives back is what train.py said."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, losses
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+LAUNCH = [sys.executable, "-c", "import sys; from finetune import launcher; sys.exit(launcher.main(sys.argv[1:]))"]
+TWO = ["--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"]
+AS_PID_1 = ["unshare", "-pf", "--kill-child", "--mount-proc"]
+
+
+def start(launcher, *arguments):
+    return subprocess.Popen(
+        [*launcher, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def ended(process, within=240):
+    """Exit code and what was said."""
+    try:
+        error = process.communicate(timeout=within)[1]
+    finally:
+        process.kill()
+    return process.returncode, error
+
+
+@pytest.mark.parametrize("topology", [[], TWO], ids=["one", "two"])
+def test_a_wrong_config_is_exit_code_2(workshop, topology):
+    config = workshop.write(workshop.config(train__micro_batch_size=3))
+    code, error = ended(start(LAUNCH, *topology, "train.py", "--config", config))
+    assert code == 2, error
+    assert "error: " in error
+    assert "Traceback" not in error
+
+
+def test_two_processes_train_as_one(workshop):
+    config = workshop.write(workshop.config("two"))
+    code, error = ended(start(LAUNCH, *TWO, "train.py", "--config", config))
+    assert code == 0, error
+    assert "Traceback" not in error
+    assert losses(workshop.run_dir("two")) == pytest.approx(losses(workshop.train("one")), rel=1e-5)
+
+
+def long_run(workshop, launcher, *topology):
+    """A run that has made some of very many steps."""
+    config = workshop.write(workshop.config(train__epochs=600, train__max_steps=3000, checkpoint__every_minutes=None))
+    process = start(launcher, *topology, "train.py", "--config", config)
+    metrics, deadline = workshop.run_dir() / "metrics.jsonl", time.monotonic() + 180
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "it never got to training"
+        time.sleep(0.05)
+    return process
+
+
+def children(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def assert_preempted(workshop, process):
+    code, error = ended(process)
+    assert code == 75, error
+    outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
+    assert outcome["state"] == "preempted"
+    assert 5 < outcome["step"] < 3000
+
+
+@pytest.mark.parametrize("topology", [[], TWO], ids=["one", "two"])
+def test_sigterm_in_mid_training_is_exit_code_75(workshop, topology):
+    process = long_run(workshop, LAUNCH, *topology)
+    process.send_signal(signal.SIGTERM)
+    assert_preempted(workshop, process)
+
+
+def test_sigterm_to_pid_1_in_mid_training_is_exit_code_75(workshop):
+    if shutil.which("unshare") is None or subprocess.run([*AS_PID_1, "true"], capture_output=True).returncode:
+        pytest.skip("unshare -pf is not permitted here, so nothing can be PID 1")
+    process = long_run(workshop, [*AS_PID_1, *LAUNCH])
+    [pid] = children(process)
+    os.kill(pid, signal.SIGTERM)
+    assert_preempted(workshop, process)
+
+
+def test_sigkill_of_one_process_ends_the_other(workshop):
+    process = long_run(workshop, LAUNCH, *TWO)
+    workers = children(process)
+    second = next(pid for pid in workers if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    os.kill(second, signal.SIGKILL)
+    code, error = ended(process, within=60)
+    assert code == 1
+    assert "process 1 was killed by SIGKILL" in error
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

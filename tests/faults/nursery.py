@@ -1,0 +1,245 @@
+"""Real runs of train.py that start in a fraction of a second and can be killed anywhere.
+
+Importing torch takes seconds, and hundreds of processes are to die here. So one server imports
+everything and is forked for each: Python's own forkserver. What runs is train.main, to the end of
+the process; what kills it is SIGKILL.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import ROOT, Workshop, read_jsonl
+from safetensors.torch import load_file
+
+# What the launcher's environment is made of, by topology; tests/test_launcher.py proves the real one.
+ENVIRONMENTS: dict[str, dict[str, str]] = {
+    "single": {}, "ddp": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    **{
+        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / f"ds_configs/zero{stage}.json")}
+        for stage in (1, 2, 3)
+    },
+}  # fmt: skip
+PROTOCOL = {str(ROOT / "finetune/engine/checkpoint" / name) for name in ("folder.py", "saver.py", "shards.py")}
+
+
+@dataclass(frozen=True)
+class Death:
+    """Die by SIGKILL before the n-th line that a process executes of the protocol of checkpoints; n = 0: only count them."""
+
+    line: int
+    count_to: str = ""
+
+
+def child(rank: int, arguments: list[str], environment: dict[str, str], said: str, death: Death | None) -> None:
+    """In the forked process: train.py as its own command line would run it."""
+    os.environ.update(environment)
+    with open(said, "a") as file:
+        os.dup2(file.fileno(), 2)
+        os.dup2(file.fileno(), 1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    import train
+
+    counted = trace(death) if death else [0]
+    if stands := os.environ.get("STANDS_STILL"):
+        stand_still(*map(int, stands.split(":")))
+    sys.argv = ["train.py", *arguments]
+    code = train.main()
+    if death and death.count_to and rank == 0:
+        Path(death.count_to).write_text(str(counted[0]))
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def stand_still(rank: int, step: int) -> None:
+    """The main thread of one process does nothing any more from a step on, as one does that waits for a dead disk."""
+    from finetune.data.batches import Batches
+
+    at = Batches.at
+
+    def slow(self: Any, number: int) -> Any:
+        if number == step and int(os.environ.get("RANK", "0")) == rank:
+            time.sleep(1000)
+        return at(self, number)
+
+    Batches.at = slow  # type: ignore[method-assign]
+
+
+def trace(death: Death) -> list[int]:
+    """Count lines of the protocol in every thread, and die before the one that is meant."""
+    counted = [0]
+
+    def line(frame: Any, event: str, argument: Any) -> Any:
+        if event == "line":
+            counted[0] += 1
+            if counted[0] == death.line:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return line
+
+    def call(frame: Any, event: str, argument: Any) -> Any:
+        return (
+            line
+            if frame.f_code.co_filename in PROTOCOL and frame.f_code.co_name not in ("is_time", "has_ended")
+            else None
+        )
+
+    sys.settrace(call)
+    threading.settrace(call)
+    return counted
+
+
+os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # the server finds what it is to import by this alone
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["faults.preloaded"])
+
+
+@dataclass
+class Launch:
+    """All processes of one start of a run."""
+
+    processes: list[Any]
+    said_to: list[Path]
+    began: float = field(default_factory=time.monotonic)
+
+    def kill(self, ranks: list[int], number: int = signal.SIGKILL) -> None:
+        for rank in ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
+
+    def codes(self, within: float = 120.0) -> list[int]:
+        """Exit code of each, -9 for one that was killed; all must have ended after so many seconds."""
+        end = time.monotonic() + within
+        for process in self.processes:
+            process.join(max(0.01, end - time.monotonic()))
+        alive = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
+        self.kill(alive)
+        assert not alive, f"processes {alive} were still there after {within:.0f} s:\n{self.said()}"
+        return [process.exitcode for process in self.processes]
+
+    def said(self) -> str:
+        return "\n".join(path.read_text()[-3000:] for path in self.said_to if path.exists())
+
+
+LAUNCHED: list[Launch] = []
+
+
+def end_all() -> None:
+    while LAUNCHED:
+        launch = LAUNCHED.pop()
+        launch.kill(list(range(len(launch.processes))))
+
+
+def start(
+    config: Path, topology: str = "single", processes: int = 1, *arguments: str, death: Death | None = None, dies: int = 0, **environment: str
+) -> Launch:  # fmt: skip
+    """`dies`: the process that `death` is for."""
+    port = free_port()
+    said = [config.with_suffix(f".{rank}.log") for rank in range(processes)]
+    started = []
+    for rank in range(processes):
+        said[rank].unlink(missing_ok=True)
+        own = {**ENVIRONMENTS[topology], **environment}
+        if processes > 1 or topology != "single":
+            own |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+        mine = death if rank == dies else None
+        process = _forks.Process(
+            target=child, args=(rank, ["--config", str(config), *arguments], own, str(said[rank]), mine)
+        )
+        process.start()
+        started.append(process)
+    LAUNCHED.append(Launch(started, said))
+    return LAUNCHED[-1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.002)
+    raise AssertionError(f"waited {seconds:.0f} s in vain")
+
+
+def to_the_end(config: Path, topology: str = "single", processes: int = 1, attempts: int = 3) -> None:
+    """Start again, as a cluster would, until the run is complete."""
+    for _ in range(attempts):
+        launch = start(config, topology, processes)
+        if launch.codes() == [0] * processes:
+            return
+    raise AssertionError(f"not complete after {attempts} attempts:\n{launch.said()}")
+
+
+def same_end(run: Path, undisturbed: Path) -> None:
+    """Every step is on record once, with the loss and the weights of a run that nothing happened to."""
+    lines, wanted = (read_jsonl(each / "metrics.jsonl") for each in (run, undisturbed))
+    assert [line["step"] for line in lines] == [line["step"] for line in wanted]
+    for name in ("loss", "grad_norm", "lr", "tokens", "supervised_tokens"):
+        assert [line[name] for line in lines] == [line[name] for line in wanted], name
+    own, other = (load_file(next((each / "model").glob("*.safetensors"))) for each in (run, undisturbed))
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    assert not [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")], "torn writes are swept away"
+
+
+@dataclass
+class Scene:
+    """A topology, a run that nothing happens to, and how long that takes."""
+
+    workshop: Workshop
+    topology: str
+    processes: int
+    settings: dict[str, Any]
+    seconds: float = 0.0
+    lines: int = 0
+    """Of the protocol, as the main process executes them in the whole run."""
+
+    def config(self, name: str) -> Path:
+        return self.workshop.write(self.workshop.config(name, **self.settings))
+
+    def undisturbed(self) -> "Scene":
+        counted = self.workshop.folder / "lines"
+        launch = start(self.config("undisturbed"), self.topology, self.processes, death=Death(0, str(counted)))
+        assert launch.codes() == [0] * self.processes, launch.said()
+        self.seconds, self.lines = time.monotonic() - launch.began, int(counted.read_text())
+        return self
+
+    def survives(self, name: str, kill: Callable[[Path, random.Random], Launch], dice: random.Random) -> list[int]:
+        """Start, let `kill` do its worst, go on to the end, and compare. The codes of what was killed."""
+        config = self.config(name)
+        launch = kill(config, dice)
+        codes = launch.codes()
+        to_the_end(config, self.topology, self.processes)
+        same_end(self.workshop.run_dir(name), self.workshop.run_dir("undisturbed"))
+        return codes
+
+    def at_a_line(self, config: Path, dice: random.Random, line: int | None = None) -> Launch:
+        """SIGKILL before a line of the protocol; of one process, whose loss ends the others."""
+        death = Death(dice.randrange(1, self.lines + 1) if line is None else line)
+        return start(config, self.topology, self.processes, death=death, dies=dice.randrange(self.processes))
+
+    def at_a_moment(self, config: Path, dice: random.Random) -> Launch:
+        """SIGKILL at any moment, of one process or of all."""
+        launch = start(config, self.topology, self.processes)
+        time.sleep(dice.uniform(0.0, 1.1 * self.seconds))
+        launch.kill(list(range(self.processes)) if dice.random() < 0.5 else [dice.randrange(self.processes)])
+        return launch

@@ -1,0 +1,159 @@
+"""What disks do: they fill up, forbid, flip bits and lose ends. What was saved before stays, and the run says what happened."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import Workshop, read_jsonl
+from faults.nursery import same_end, start, to_the_end, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SETTINGS = {
+    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 1, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own that can be filled: 3 MB, of which a checkpoint takes 0.45."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def fill(folder: Path, leave_bytes: int) -> Path:
+    """A file that takes what is free but so many bytes."""
+    ballast = folder / "ballast"
+    with ballast.open("wb") as file:
+        file.write(b"\0" * max(0, shutil.disk_usage(folder).free - leave_bytes))
+    return ballast
+
+
+@pytest.mark.parametrize(("leave", "says"), [(60_000, "GB are needed"), (470_000, "No space left")])
+def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure(workshop, small_disk, leave, says):
+    """Known before anything is written, or found out in the middle."""
+    settings = SETTINGS | {"train__max_steps": 400, "train__epochs": 99, "run__dir": str(small_disk)}
+    config = workshop.write(workshop.config(**settings))
+    launch = start(config)
+    run = small_disk / "run"
+    wait_for(lambda: list((run / "checkpoints").glob("step-*")))
+    ballast = fill(small_disk, leave)
+    assert launch.codes() == [1], launch.said()
+    assert "2 of 3 failures in a row" in launch.said()
+    assert "3 saves in a row have failed" in launch.said()
+    assert says in launch.said() or says == "No space left"
+    kept = [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith("step-")]
+    assert kept
+    ballast.unlink()
+    to_the_end(config)
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(1, 401))
+
+
+def test_a_disk_that_was_full_for_a_while_costs_nothing_but_a_checkpoint(workshop, small_disk):
+    settings = SETTINGS | {"train__max_steps": 120, "train__epochs": 99, "checkpoint__every_steps": 25}
+    whole = workshop.write(workshop.config("whole", **settings))
+    to_the_end(whole)
+    config = workshop.write(workshop.config(**settings, run__dir=str(small_disk)))
+    launch = start(config)
+    run = small_disk / "run"
+    wait_for(lambda: list((run / "checkpoints").glob("step-*")))
+    ballast = fill(small_disk, 0)
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: "failures in a row" in launch.said(), 20)
+    ballast.unlink()
+    assert launch.codes() == [0], launch.said()
+    assert "1 of 3 failures in a row" in launch.said()
+    same_end(run, workshop.run_dir("whole"))
+
+
+def test_a_directory_that_may_no_longer_be_written_is_told(workshop):
+    if (
+        os.geteuid() == 0
+        and subprocess.run(["chattr", "+i", str(workshop.folder)], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("nothing is forbidden to root on this file system")
+    subprocess.run(["chattr", "-i", str(workshop.folder)], check=False)
+
+
+DAMAGES = {
+    "one bit flipped": lambda content: content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :],
+    "cut short": lambda content: content[:-1],
+    "empty": lambda content: b"",
+}  # fmt: skip
+KINDS = {
+    "single": ["manifest.json", "process-0000.json", "shards/.metadata", "shards/__0_0.distcp"],
+    "zero2": ["shards/engine/mp_rank_00_model_states.pt", "shards/engine/zero_pp_rank_1_mp_rank_00_optim_states.pt"],
+}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def saved(request, tmp_path_factory) -> tuple[Workshop, str, int]:
+    workshop = Workshop(tmp_path_factory.mktemp("saved"))
+    processes = 1 if request.param == "single" else 2
+    to_the_end(workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9)), request.param, processes)
+    return workshop, request.param, processes
+
+
+def test_whatever_is_damaged_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path):
+    """Every kind of file, in every way; each copy of the run then goes on to the same end."""
+    workshop, topology, processes = saved
+    copies = []
+    for kind in KINDS[topology]:
+        for how, damage in DAMAGES.items():
+            folder = tmp_path / f"{len(copies)}"
+            shutil.copytree(workshop.run_dir(), folder / "run")
+            (folder / "run/outcome.json").unlink()
+            newest = folder / "run/checkpoints/step-00000012"
+            content = (newest / kind).read_bytes()
+            (newest / kind).write_bytes(damage(content))
+            copies.append((kind, how, folder, newest))
+    if topology != "single":
+        copies = copies[::2]  # each file kind, and each way, once or twice
+    for kind, how, folder, newest in copies:
+        launch = start(
+            workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9)),
+            topology,
+            processes,
+            "--run.dir",
+            str(folder),
+        )
+        assert launch.codes() == [0] * processes, launch.said()
+        said = next(line for line in launch.said().splitlines() if "skipped a damaged checkpoint" in line)
+        assert str(newest) in said
+        assert kind in said, f"{kind} {how}: {said}"
+        assert "at step 10" in launch.said()
+        same_end(folder / "run", workshop.run_dir())
+
+
+def test_when_nothing_is_valid_the_run_stops_and_deletes_nothing(saved, tmp_path):
+    workshop, topology, processes = saved
+    shutil.copytree(workshop.run_dir(), tmp_path / "run")
+    (tmp_path / "run/outcome.json").unlink()
+    for manifest in tmp_path.rglob("manifest.json"):
+        manifest.write_bytes(DAMAGES["one bit flipped"](manifest.read_bytes()))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    launch = start(
+        workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9)),
+        topology,
+        processes,
+        "--run.dir",
+        str(tmp_path),
+    )
+    assert launch.codes() == [1] * processes
+    assert "no checkpoint is valid, and nothing was deleted" in launch.said()
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert (
+        json.loads((tmp_path / "run/checkpoints/step-00000010/manifest.json").read_text(errors="replace") or "{}")
+        is not None
+    )

@@ -1,0 +1,93 @@
+"""Another number of processes, another way to share the model: the run goes on, and ends the same."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TINY_LLAMA, Workshop, read_jsonl
+from faults.nursery import Launch, start
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SETTINGS = {
+    "train__max_steps": 8, "train__epochs": 9, "train__micro_batch_size": 1, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9,
+    "model__config": {**TINY_LLAMA, "tie_word_embeddings": True}, "data__eval_fraction": 0.2, "optimizer__weight_decay": 0.1,
+}  # fmt: skip
+METHODS = {
+    "full": {},
+    "lora": {"adapter__kind": "lora", "model__init": "pretrained", "model__config": None, "model__tokenizer": None},
+    "lion": {"optimizer__kind": "lion", "optimizer__lr": 1e-3},
+}
+
+
+def around(*places: tuple[str, int]) -> list:
+    return list(zip(places, [*places[1:], places[0]]))
+
+
+MOVES = [
+    *((move, "full") for move in around(("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4))),
+    *((move, "full") for move in around(("zero1", 1), ("zero2", 2), ("zero2", 4))),
+    *((move, "full") for move in around(("zero3", 1), ("zero3", 2), ("zero3", 4))),
+    *((move, "lora") for move in [(("fsdp2", 2), ("ddp", 2)), (("zero2", 2), ("zero2", 1)), (("zero3", 2), ("zero3", 1))]),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> Workshop:
+    workshop = Workshop(tmp_path_factory.mktemp("elastic"))
+    launched(workshop, "base", ("single", 1), {**SETTINGS, "train__max_steps": 3})
+    return workshop
+
+
+def launched(workshop: Workshop, name: str, where: tuple[str, int], settings: dict, *arguments: str) -> Launch:
+    launch = start(workshop.write(workshop.config(name, **settings)), *where, *arguments)
+    assert launch.codes() == [0] * where[1], launch.said()
+    return launch
+
+
+def copy_of(run: Path, folder: Path, step: int) -> Path:
+    """A run elsewhere, as if the machine had gone after the checkpoint of a step."""
+    shutil.copytree(run, folder / run.name)
+    for later in (folder / run.name / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    (folder / run.name / "outcome.json").unlink()
+    return folder / run.name
+
+
+@pytest.mark.parametrize(("move", "method"), MOVES, ids=lambda v: v if isinstance(v, str) else "-".join(f"{t}{n}" for t, n in v))  # fmt: skip
+def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
+    before, after = move
+    settings = SETTINGS | METHODS[method]
+    if method == "lora":
+        settings["model__path"] = str(shop.run_dir("base") / "model")
+    name = f"{method}-{before[0]}-{before[1]}"
+    if not shop.run_dir(name).exists():
+        launched(shop, name, before, settings)
+    moved = copy_of(shop.run_dir(name), tmp_path, 4)
+    launch = launched(shop, name, after, settings, "--run.dir", str(tmp_path))
+    assert "at step 4" in launch.said()
+    one, other = (read_jsonl(run / "metrics.jsonl") for run in (shop.run_dir(name), moved))
+    assert [line["step"] for line in other] == list(range(1, 9))
+    for what, part in (("loss", 1e-5), ("grad_norm", 1e-4)):  # sums in another order, as in tests/invariants
+        assert [line[what] for line in other] == pytest.approx([line[what] for line in one], rel=part)
+    whole, parts = (load_file(next((run / "model").glob("*.safetensors"))) for run in (shop.run_dir(name), moved))
+    assert max(float((whole[n] - parts[n]).abs().max()) for n in whole) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "method", "says"),
+    [("zero2", "ddp", "full", "was saved by zero2, and this is ddp"), ("fsdp2", "zero3", "full", "was saved by fsdp2, and this is zero3"),
+     ("zero3", "zero2", "full", "was saved by zero3, and this is zero2"), ("zero2", "zero1", "lion", "state of adamw only, not of lion")],
+)  # fmt: skip
+def test_what_a_topology_cannot_read_is_refused_and_stays(shop, tmp_path, before, after, method, says):
+    settings, name = SETTINGS | METHODS[method], f"{method}-{before}-2"
+    if not shop.run_dir(name).exists():
+        launched(shop, name, (before, 2), settings)
+    moved = copy_of(shop.run_dir(name), tmp_path, 4)
+    files = {p: p.read_bytes() for p in (moved / "checkpoints").rglob("*") if p.is_file()}
+    launch = start(shop.write(shop.config(name, **settings)), after, 2, "--run.dir", str(tmp_path))
+    assert launch.codes() == [2, 2]
+    assert says in launch.said()
+    assert {p: p.read_bytes() for p in (moved / "checkpoints").rglob("*") if p.is_file()} == files

@@ -1,0 +1,67 @@
+"""A process that dies or no longer answers ends all others, in time, and is named with the step."""
+
+import json
+import re
+import signal
+import time
+
+import pytest
+from faults.nursery import start, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+BOUND = 3.0
+LONG = {
+    "train__max_steps": 100_000, "train__epochs": 99_999, "train__micro_batch_size": 1, "checkpoint__every_minutes": None,
+    "train__hang_minutes": BOUND / 60,
+}  # fmt: skip
+
+
+def begun(workshop, *arguments, **environment):
+    launch = start(workshop.write(workshop.config(**LONG)), *arguments, **environment)
+    metrics = workshop.run_dir() / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
+    return launch
+
+
+def outcome(workshop) -> dict:
+    return json.loads((workshop.run_dir() / "outcome.json").read_text())
+
+
+@pytest.mark.parametrize("topology", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_other_and_is_named(workshop, topology, rank):
+    launch = begun(workshop, topology, 2)
+    launch.kill([rank])
+    began = time.monotonic()
+    codes = launch.codes(within=30)
+    assert codes[rank] == -9
+    assert codes[1 - rank] == 1, launch.said()
+    assert time.monotonic() - began < BOUND + 10
+    assert re.search(rf"process {rank} has (gone|not answered for 3 s, last) at step \d+", launch.said()), launch.said()
+    assert outcome(workshop)["state"] == ("failed" if rank else "running"), "only the main process writes it"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_stopped_ends_the_other_and_is_named(workshop, rank):
+    launch = begun(workshop, "ddp", 2)
+    launch.kill([rank], signal.SIGSTOP)
+    began = time.monotonic()
+    launch.processes[1 - rank].join(30)
+    assert launch.processes[1 - rank].exitcode == 1, launch.said()
+    assert time.monotonic() - began < BOUND + 10
+    assert re.search(rf"failed: process {rank} has not answered for 3 s, last at step \d+", launch.said()), (
+        launch.said()
+    )
+    launch.kill([rank], signal.SIGCONT)
+    assert launch.codes(within=30)[rank] == 1, "it ends, too, once it can again"
+
+
+@pytest.mark.parametrize(("topology", "processes", "rank"), [("single", 1, 0), ("ddp", 2, 1)])
+def test_a_process_that_stands_still_ends_all_and_is_named(workshop, topology, processes, rank):
+    launch = begun(workshop, topology, processes, STANDS_STILL=f"{rank}:7")
+    assert launch.codes(within=40) == [1] * processes, launch.said()
+    who = "process 1" if processes == 2 else "every process"
+    assert f"{who} has stood still for 3 s at step 8" in launch.said()
+    assert outcome(workshop)["state"] == "failed"
+    assert "step 8" in outcome(workshop)["reason"]

@@ -1,0 +1,39 @@
+"""Kill it anywhere: it goes on as if nothing had happened."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from conftest import Workshop
+from faults.nursery import Scene
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+KILLS = int(os.environ.get("FINETUNE_KILLS", "12"))  # make faults: 200
+SEED = int(os.environ.get("FINETUNE_SEED", "0"))
+SETTINGS = {
+    "train__max_steps": 9, "train__epochs": 9, "train__micro_batch_size": 1, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
+    "data__eval_fraction": 0.2, "evaluation__every_steps": 4,
+}  # fmt: skip
+SCENES = [("single", 1), ("fsdp2", 2), ("zero2", 2)]
+
+
+@pytest.fixture(scope="module", params=SCENES, ids=lambda v: f"{v[0]}-{v[1]}")
+def scene(request, tmp_path_factory) -> Scene:
+    folder: Path = tmp_path_factory.mktemp("scene")
+    return Scene(Workshop(folder), *request.param, SETTINGS).undisturbed()
+
+
+def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
+    """Half of the kills at a line of the protocol of checkpoints, half at any moment."""
+    dice = random.Random(SEED)
+    killed = 0
+    for number in range(KILLS // len(SCENES)):
+        kill = scene.at_a_line if number % 2 else scene.at_a_moment
+        codes = scene.survives(f"run{number}", kill, dice)
+        killed += -9 in codes
+    print(
+        f"{scene.topology}: {killed} of {KILLS // len(SCENES)} were killed before their end, undisturbed {scene.seconds:.1f} s"
+    )
+    assert killed

@@ -1,0 +1,128 @@
+"""The machine goes, and its disk with it: another one goes on from the object store."""
+
+import json
+import shutil
+
+import boto3
+import pytest
+from conftest import Workshop
+from faults.nursery import same_end, start, to_the_end, wait_for
+from moto.server import ThreadedMotoServer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SETTINGS = {
+    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 1, "checkpoint__every_steps": 3, "checkpoint__every_minutes": None,
+    "data__eval_fraction": 0.2, "evaluation__every_steps": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store():
+    """A server that speaks S3's protocol, and the environment in which it is found."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="bucket")
+    yield {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}, client
+    client.close()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Workshop:
+    workshop = Workshop(tmp_path_factory.mktemp("undisturbed"))
+    for topology, processes in (("single", 1), ("fsdp2", 2)):
+        to_the_end(workshop.write(workshop.config(topology, **SETTINGS)), topology, processes)
+    return workshop
+
+
+def objects(client, folder: str) -> list[str]:
+    listed = client.list_objects_v2(Bucket="bucket", Prefix=folder).get("Contents", [])
+    return [each["Key"].removeprefix(folder) for each in listed]
+
+
+@pytest.mark.parametrize(("topology", "processes"), [("single", 1), ("fsdp2", 2)])
+def test_a_machine_with_an_empty_disk_goes_on(workshop, undisturbed, store, topology, processes):
+    environment, client = store
+    folder = f"machines/{topology}/"
+    config = workshop.write(workshop.config(topology, **SETTINGS, checkpoint__storage="s3://bucket/machines"))
+    run = workshop.run_dir(topology)
+    launch = start(config, topology, processes, **environment)
+    wait_for(lambda: "checkpoints/step-00000006/manifest.json" in objects(client, folder))
+    launch.kill(list(range(processes)))
+    launch.codes()
+    shutil.rmtree(run)
+    launch = start(config, topology, processes, **environment)
+    assert launch.codes() == [0] * processes, launch.said()
+    assert "brought back from s3://bucket/machines" in launch.said()
+    assert "resumed from" in launch.said()
+    same_end(run, undisturbed.run_dir(topology))
+    there = objects(client, folder)
+    steps = {name.split("/")[1] for name in there if name.startswith("checkpoints/")}
+    assert steps == {p.name for p in (run / "checkpoints").iterdir()}, "what is pruned here is pruned there"
+    assert "model/model.safetensors" in there
+
+    shutil.rmtree(run)
+    launch = start(config, topology, processes, **environment)
+    assert launch.codes() == [0] * processes, launch.said()
+    assert "is complete" in launch.said()
+    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+    assert (run / "model/model.safetensors").exists()
+
+
+def test_a_newest_checkpoint_that_arrived_damaged_is_passed_over(workshop, undisturbed, store):
+    environment, client = store
+    settings = {**SETTINGS, "checkpoint__storage": "s3://bucket/damaged", "checkpoint__keep_last": 9}
+    config = workshop.write(workshop.config("single", **settings))
+    to_the_end_of(start(config, **environment))
+    shutil.rmtree(workshop.run_dir("single"))
+    client.delete_object(Bucket="bucket", Key="damaged/single/outcome.json")
+    key = "damaged/single/checkpoints/step-00000012/shards/__0_0.distcp"
+    body = client.get_object(Bucket="bucket", Key=key)["Body"].read()
+    client.put_object(Bucket="bucket", Key=key, Body=body[:-1] + bytes([body[-1] ^ 1]))
+    launch = to_the_end_of(start(config, **environment))
+    assert "__0_0.distcp" in launch.said()
+    assert "at step 9" in launch.said()
+    same_end(workshop.run_dir("single"), undisturbed.run_dir("single"))
+
+
+def test_a_run_that_another_machine_has_taken_over_stops(workshop, tmp_path, store):
+    environment, _ = store
+    settings = {
+        **SETTINGS,
+        "train__max_steps": 100_000,
+        "train__epochs": 99_999,
+        "checkpoint__storage": "s3://bucket/taken",
+    }
+    config = workshop.write(workshop.config(**settings))
+    first = start(config, **environment)
+    wait_for(lambda: list((workshop.run_dir() / "checkpoints").glob("step-*")))
+    other = tmp_path / "other"
+    second = start(config.rename(tmp_path / "other.yaml"), "single", 1, "--run.dir", str(other), **environment)
+    wait_for(lambda: "resumed from" in second.said())
+    assert first.codes(within=60) == [1], first.said()
+    assert "has taken s3://bucket/taken/run over" in first.said()
+    assert second.processes[0].is_alive()
+
+
+def test_a_store_that_cannot_be_reached_is_an_error_before_anything_loads(workshop, store):
+    environment, _ = store
+    config = workshop.write(workshop.config(checkpoint__storage="s3://no-such-bucket/runs"))
+    launch = start(config, **environment)
+    assert launch.codes() == [2], launch.said()
+    assert "checkpoint.storage: s3://no-such-bucket" in launch.said()
+    assert not workshop.run_dir().exists()
+
+
+def to_the_end_of(launch):
+    assert set(launch.codes()) == {0}, launch.said()
+    return launch

@@ -1,0 +1,168 @@
+"""The machine is being taken away: what is under way is saved, exit code 75, and the run goes on elsewhere."""
+
+import json
+import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import Workshop, losses, pairs, read_jsonl, write_jsonl
+from faults.nursery import same_end, start, to_the_end, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+LONG = {
+    "train__max_steps": 400, "train__epochs": 99, "train__micro_batch_size": 1, "checkpoint__every_minutes": None, "train__global_batch_size": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Workshop:
+    workshop = Workshop(tmp_path_factory.mktemp("undisturbed"))
+    to_the_end(workshop.write(workshop.config("run", **LONG)))
+    return workshop
+
+
+def lines(workshop: Workshop, name: str = "metrics.jsonl") -> int:
+    path = workshop.run_dir() / name
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def outcome(workshop: Workshop) -> dict:
+    return json.loads((workshop.run_dir() / "outcome.json").read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_saves_the_step_and_asks_to_be_run_again(workshop, undisturbed, number):
+    config = workshop.write(workshop.config(**LONG))
+    launch = start(config)
+    wait_for(lambda: lines(workshop) > 5)
+    launch.kill([0], number)
+    assert launch.codes() == [75], launch.said()
+    saved = outcome(workshop)
+    assert saved["state"] == "preempted"
+    assert number.name in saved["reason"]
+    assert 5 < saved["step"] < 400
+    assert lines(workshop) == saved["step"], "the step under way was finished, and no other begun"
+    to_the_end(config)
+    same_end(workshop.run_dir(), undisturbed.run_dir())
+
+
+def test_a_second_interrupt_quits_at_once(workshop):
+    config = workshop.write(workshop.config(**LONG, data__eval=str(many(workshop)), evaluation__every_steps=3))
+    launch = start(config)
+    wait_for(lambda: lines(workshop) == 3)
+    launch.kill([0], signal.SIGINT)
+    launch.kill([0], signal.SIGINT)
+    assert launch.codes(within=10)[0] in (75, 130), launch.said()
+
+
+def many(workshop: Workshop):
+    """Evaluation rows that take many seconds."""
+    return write_jsonl(workshop.folder / "many.jsonl", pairs(9000)[40:])
+
+
+def test_a_signal_is_heeded_in_the_middle_of_an_evaluation(workshop):
+    config = workshop.write(workshop.config(**LONG, data__eval=str(many(workshop)), evaluation__every_steps=3))
+    launch = start(config)
+    wait_for(lambda: lines(workshop) == 3)
+    launch.kill([0], signal.SIGTERM)
+    assert launch.codes(within=10) == [75], launch.said()
+    assert outcome(workshop)["step"] == 3
+    assert lines(workshop, "eval.jsonl") == 0
+    assert (workshop.run_dir() / "checkpoints/step-00000003/manifest.json").exists()
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(workshop, undisturbed):
+    config = workshop.write(workshop.config(**LONG))
+    launch = start(config, "fsdp2", 2)
+    wait_for(lambda: lines(workshop) > 5)
+    launch.kill([1], signal.SIGTERM)
+    assert launch.codes() == [75, 75], launch.said()
+    assert "another process at step" in outcome(workshop)["reason"]
+    to_the_end(config, "fsdp2", 2)
+    assert len(losses(workshop.run_dir())) == 400
+    early = slice(40)  # later the two topologies' roundings have grown apart
+    assert losses(workshop.run_dir())[early] == pytest.approx(losses(undisturbed.run_dir())[early], rel=1e-4)
+
+
+def test_a_signal_during_a_save_waits_for_it_and_saves_the_latest_step_too(workshop, undisturbed):
+    config = workshop.write(workshop.config(**LONG, checkpoint__every_steps=4, checkpoint__keep_last=99))
+    launch = start(config)
+    wait_for(lambda: list((workshop.run_dir() / "checkpoints").glob(".writing-*")))
+    launch.kill([0], signal.SIGTERM)
+    assert launch.codes() == [75], launch.said()
+    steps = [int(p.name[5:]) for p in sorted((workshop.run_dir() / "checkpoints").iterdir())]
+    assert steps[0] == 4
+    assert steps[-1] == outcome(workshop)["step"]
+    to_the_end(config)
+    same_end(workshop.run_dir(), undisturbed.run_dir())
+
+
+@pytest.mark.parametrize("part", [0.02, 0.1, 0.2, 0.3, 0.4])
+def test_a_signal_before_the_first_step_ends_at_once(workshop, part):
+    """While modules, rows and weights are loaded there is nothing to save."""
+    config = workshop.write(workshop.config(**LONG))
+    launch = start(config)
+    wait_for(lambda: launch.said_to[0].exists())
+    threading.Event().wait(part)
+    launch.kill([0], signal.SIGTERM)
+    assert launch.codes(within=30) == [75], launch.said()
+    to_the_end(config)
+
+
+def test_a_deadline_stops_the_run_saved(workshop, undisturbed):
+    config = workshop.write(workshop.config(**LONG, checkpoint__max_minutes=0.02))
+    launch = start(config)
+    assert launch.codes() == [75], launch.said()
+    assert "checkpoint.max_minutes" in outcome(workshop)["reason"]
+    assert (workshop.run_dir() / f"checkpoints/step-{outcome(workshop)['step']:08d}").exists()
+    for _ in range(60):
+        launch = start(config)
+        if launch.codes() == [0]:
+            break
+    same_end(workshop.run_dir(), undisturbed.run_dir())
+
+
+class Cloud(BaseHTTPRequestHandler):
+    """AWS's metadata service, on the day when it takes the machine."""
+
+    warns, takes = False, False
+
+    def do_PUT(self) -> None:
+        self.answer(200, b"token")
+
+    def do_GET(self) -> None:
+        if self.path.endswith("spot/instance-action") and Cloud.takes:
+            self.answer(200, b'{"action": "terminate", "time": "2036-11-21T12:00:00Z"}')
+        elif self.path.endswith("rebalance") and Cloud.warns:
+            self.answer(200, b'{"noticeTime": "2026-11-21T11:00:00Z"}')
+        else:
+            self.answer(404, b"")
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_clouds_warning_saves_and_its_notice_stops(workshop):
+    Cloud.warns, Cloud.takes = True, False
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Cloud)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    config = workshop.write(
+        workshop.config(**{**LONG, "train__max_steps": 100_000, "train__epochs": 100_000}, checkpoint__notices="aws")
+    )
+    launch = start(config, FINETUNE_METADATA_ADDRESS=f"http://127.0.0.1:{server.server_port}")
+    wait_for(lambda: list((workshop.run_dir() / "checkpoints").glob("step-*")))
+    assert launch.processes[0].is_alive(), "a warning is no reason to stop"
+    Cloud.takes = True
+    assert launch.codes(within=30) == [75], launch.said()
+    server.shutdown()
+    server.server_close()
+    assert "AWS" in outcome(workshop)["reason"]
+    assert len(read_jsonl(workshop.run_dir() / "saves.jsonl")) == 2

@@ -1,0 +1,657 @@
+"""python -m finetune launch: signals reach every process, exit codes come back, and nobody is left."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from finetune import launcher
+from finetune.engine.topology import launch
+
+# What a process of these tests does: its rank picks the argument. It notes its own number, its folder and each signal.
+WORKER = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+rank, notes = int(os.environ.get("RANK", "0")), Path(__file__).parent
+what, *rest = sys.argv[1:][rank].split(":")
+signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+def note(name, text):
+    with open(notes / f"{name}-{rank}", "a") as file:
+        file.write(f"{text}\\n")
+
+def until(condition):
+    while not condition():
+        time.sleep(0.01)
+
+def state_of(other):
+    try:
+        pid = (notes / f"pid-{other}").read_text().strip()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if pid else "?"
+    except FileNotFoundError:
+        return "gone" if (notes / f"pid-{other}").exists() else "?"
+
+def listen():
+    for number in signals:
+        signal.signal(number, lambda number, _: note("heard", signal.Signals(number).name))
+    note("ready", "")
+    until((notes / "end").exists)
+
+note("pid", os.getpid())
+note("beats", os.environ["FINETUNE_BEATS"])
+if what in ("deaf", "stop", "step"):
+    Path(os.environ["FINETUNE_BEATS"], str(rank)).write_text("step 38\\n")
+if what == "step":
+    what, *rest = rest
+if what == "after":  # the process of another rank has gone
+    until(lambda: state_of(rest[0]) == "gone")
+    what, *rest = rest[1:]
+elif what == "beside":  # it is stopped, or ignores everything
+    until(lambda: state_of(rest[0]) == "T" or (notes / f"ready-{rest[0]}").exists())
+    what, *rest = rest[1:]
+elif what == "slow":  # handlers come late, as after imports
+    time.sleep(1)
+    what = "listen"
+if what in ("family", "deaf"):
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
+if what == "family":
+    note("child", subprocess.Popen(["sleep", "600"]).pid)
+    what, *rest = rest
+if what == "orphan":
+    subprocess.run(["sh", "-c", "sleep 0.2 &"])
+    what = "listen"
+if what == "exit":
+    sys.exit(int(rest[0]))
+elif what == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+elif what == "stop":
+    os.kill(os.getpid(), signal.SIGSTOP)
+elif what == "listen":
+    listen()
+    sys.exit(75)
+else:
+    note("ready", "")
+    time.sleep(600)
+"""
+# Prints what it was given, in one piece.
+TELL = """
+import json, os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "OMP_NUM_THREADS")
+given = {k: v for k, v in os.environ.items() if k in names or k.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
+os.write(1, (json.dumps([given, os.environ.get("MASTER_PORT"), sys.argv[1:]]) + "\\n").encode())
+"""
+MAIN = "import sys; from finetune import launcher; sys.exit(launcher.main(sys.argv[1:]))"
+RUN = """
+import os, sys
+from finetune import launcher
+worker, *behaviours = sys.argv[1:]
+environments = [{**os.environ, "RANK": str(rank)} for rank in range(len(behaviours))]
+sys.exit(launcher.run(environments, [sys.executable, worker, *behaviours]))
+"""
+
+
+@pytest.fixture
+def worker(tmp_path):
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER)
+    return path
+
+
+@pytest.fixture
+def tell(tmp_path):
+    path = tmp_path / "tell.py"
+    path.write_text(TELL)
+    return path
+
+
+@pytest.fixture
+def start(worker):
+    """A launcher in a process of its own."""
+    started = []
+
+    def start(*behaviours, before=(), **keywords):
+        command = [*before, sys.executable, "-c", keywords.pop("code", RUN), str(worker), *behaviours]
+        # One that is killed leaves its folder of steps behind.
+        environment = {**os.environ, "TMPDIR": str(worker.parent)}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **keywords)
+        started.append(process)
+        return process
+
+    yield start
+    for pid in those_of(worker):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for process in started:
+        process.communicate()
+
+
+def those_of(worker):
+    """Launchers and processes of this test, by their command line: numbers noted by PID 1's children are others here."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(worker).encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def run(worker, *behaviours):
+    """A launcher in this process."""
+    environments = [{**os.environ, "RANK": str(rank)} for rank in range(len(behaviours))]
+    return launcher.run(environments, [sys.executable, str(worker), *behaviours])
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+
+
+def notes(worker, name, rank=0):
+    path = worker.parent / f"{name}-{rank}"
+    return path.read_text().split() if path.exists() else []
+
+
+def noted(worker, name):
+    return [int(line) for rank in range(4) for line in notes(worker, name, rank)]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until_ready(worker, number):
+    """Each has its handlers, or ignores everything."""
+    until(lambda: all((worker.parent / f"ready-{rank}").exists() for rank in range(number)))
+
+
+def let_end(worker, process):
+    (worker.parent / "end").touch()
+    error = process.communicate(timeout=60)[1]
+    return process.returncode, error
+
+
+@pytest.mark.parametrize(
+    ("behaviours", "code"),
+    [
+        (["exit:0"], 0), (["exit:2"], 2), (["exit:75"], 75), (["exit:1"], 1), (["exit:3"], 1), (["exit:130"], 1), (["die"], 1),
+        (["exit:0", "exit:0"], 0), (["after:1:exit:0", "exit:2"], 2), (["exit:0", "after:0:exit:75"], 75),
+        (["exit:75", "after:0:exit:1"], 75), (["exit:1", "after:0:exit:75"], 1), (["after:1:exit:2", "die"], 1),
+        (["after:1:exit:1", "after:2:exit:75", "exit:0"], 75),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
+)  # fmt: skip
+def test_the_exit_code_is_that_of_the_first_to_end_with_another_than_0(worker, behaviours, code):
+    assert run(worker, *behaviours) == code
+
+
+def test_nothing_is_said_of_processes_that_end_as_they_should(worker, capfd):
+    run(worker, "exit:75", "exit:0")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_one_that_was_killed_is_named_with_its_step_and_the_others_end_by_themselves(worker, capfd):
+    assert run(worker, "after:1:exit:1", "step:die") == 1
+    said = capfd.readouterr().err.splitlines()
+    assert said == ["process 1 was killed by SIGKILL in step 38", "process 0 ended with exit code 1"]
+
+
+@pytest.mark.parametrize("other", ["stop", "deaf"])
+def test_one_that_is_stopped_or_deaf_beside_one_that_fails_is_killed(worker, capfd, monkeypatch, other):
+    monkeypatch.setattr(launcher, "OTHERS_SECONDS", 0.3)
+    assert run(worker, other, "beside:0:exit:1") == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "process 1 ended with exit code 1",
+        "process 0 had not ended 0.3 seconds after process 1, and was killed in step 38",
+    ]
+    assert not any(map(is_alive, noted(worker, "pid")))
+
+
+@pytest.mark.parametrize(("first", "code"), [("exit:0", 1), ("exit:75", 75), ("exit:2", 2)])
+def test_one_that_goes_on_after_another_has_finished_gets_longer_and_is_then_killed(
+    worker, capfd, monkeypatch, first, code
+):
+    monkeypatch.setattr(launcher, "OTHERS_SECONDS", 0.0)
+    monkeypatch.setattr(launcher, "FINISH_SECONDS", 0.4)
+    assert run(worker, f"beside:1:{first}", "deaf") == code
+    assert capfd.readouterr().err == "process 1 had not ended 0.4 seconds after process 0, and was killed in step 38\n"
+    assert not any(map(is_alive, noted(worker, "pid")))
+
+
+def test_one_that_finishes_after_a_failure_gives_the_others_no_more_time(worker, capfd, monkeypatch):
+    monkeypatch.setattr(launcher, "OTHERS_SECONDS", 2.0)
+    assert run(worker, "deaf", "beside:0:exit:1", "after:1:exit:0") == 1
+    assert "process 0 had not ended 2 seconds after process 1, and was killed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["exit:0", "exit:1", "die"])
+def test_children_of_a_process_that_has_ended_do_not_stay(worker, how):
+    run(worker, f"family:{how}")
+    [child] = noted(worker, "child")
+    until(lambda: not is_alive(child))
+
+
+def test_children_of_a_process_that_is_killed_do_not_stay(worker, monkeypatch):
+    monkeypatch.setattr(launcher, "OTHERS_SECONDS", 0.1)
+    run(worker, "family:sleep", "beside:0:exit:1")
+    [child] = noted(worker, "child")
+    until(lambda: not is_alive(child))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_signal_reaches_every_process_once(start, worker, name):
+    process = start("listen", "listen")
+    until_ready(worker, 2)
+    process.send_signal(signal.Signals[name])
+    until(lambda: notes(worker, "heard", 0) and notes(worker, "heard", 1))
+    assert let_end(worker, process) == (75, "")
+    expected = ["SIGTERM" if name == "SIGHUP" else name]
+    assert [notes(worker, "heard", rank) for rank in (0, 1)] == [expected, expected]
+
+
+def test_two_interrupts_arrive_as_two(start, worker):
+    process = start("listen", "listen")
+    until_ready(worker, 2)
+    for number in (1, 2):
+        process.send_signal(signal.SIGINT)
+        until(lambda number=number: all(len(notes(worker, "heard", rank)) == number for rank in (0, 1)))
+    assert let_end(worker, process) == (75, "")
+
+
+def test_ctrl_c_in_a_terminal_arrives_once(start, worker):
+    """pty.spawn gives the launcher a terminal, and what is written to it."""
+    terminal = [sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"]
+    process = start("listen", before=terminal, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    until_ready(worker, 1)
+    process.stdin.write("\x03")
+    process.stdin.flush()
+    until(lambda: notes(worker, "heard"))
+    (worker.parent / "end").touch()
+    assert process.wait(timeout=60) == 75
+    assert notes(worker, "heard") == ["SIGINT"]
+
+
+def test_a_signal_waits_for_a_process_that_has_no_handler_yet(start, worker):
+    process = start("listen", "slow")
+    until(lambda: notes(worker, "pid", 1))
+    process.send_signal(signal.SIGTERM)
+    until(lambda: notes(worker, "heard", 0) and notes(worker, "heard", 1))
+    assert let_end(worker, process) == (75, "")
+
+
+def test_a_process_that_never_has_a_handler_is_sent_the_signal_all_the_same(start, worker):
+    process = start("sleep", code=RUN.replace("launcher\n", "launcher; launcher.START_SECONDS = 0.5\n"))
+    until_ready(worker, 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1] == "process 0 was killed by SIGTERM\n"
+    assert process.returncode == 1
+
+
+def test_nohup_is_heeded(start, worker):
+    process = start("listen", before=["nohup"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until_ready(worker, 1)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGUSR1)
+    until(lambda: notes(worker, "heard"))
+    let_end(worker, process)
+    assert notes(worker, "heard") == ["SIGUSR1"]
+
+
+def test_processes_are_told_when_the_launcher_was_killed(start, worker):
+    process = start("listen", "listen")
+    until_ready(worker, 2)
+    process.kill()
+    until(lambda: notes(worker, "heard", 0) == notes(worker, "heard", 1) == ["SIGTERM"])
+    (worker.parent / "end").touch()
+    until(lambda: not any(map(is_alive, noted(worker, "pid"))))
+
+
+def test_a_process_whose_launcher_has_gone_before_it_could_ask_does_not_start(tmp_path):
+    shim = [sys.executable, "-I", "-S", "-c", launcher.BECOME, "0"]
+    assert subprocess.run([*shim, "touch", str(tmp_path / "started")], check=False).returncode == 1
+    assert not (tmp_path / "started").exists()
+
+
+def unshared():
+    """A command before another that makes it PID 1."""
+    command = ["unshare", "-pf", "--kill-child", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("unshare -pf is not permitted here, so nothing can be PID 1")
+    return command
+
+
+def children(pid):
+    """Of a process, also those that have ended and are not yet reaped."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_as_pid_1_it_forwards_signals_and_buries_orphans(start, worker, name):
+    process = start("orphan", "listen", before=unshared())
+    until_ready(worker, 2)
+    [pid] = children(process.pid)
+    until(lambda: len(children(pid)) == 2)  # the orphan was a third
+    os.kill(pid, signal.Signals[name])
+    until(lambda: notes(worker, "heard", 0) and notes(worker, "heard", 1))
+    assert let_end(worker, process) == (75, "")
+    assert [notes(worker, "heard", rank) for rank in (0, 1)] == [[name], [name]]
+
+
+def test_nobody_is_left_when_not_all_can_be_started(start, worker):
+    broken = """
+import subprocess, time
+start, started = subprocess.Popen, []
+
+def refuse(*arguments, **keywords):
+    while started and not os.path.exists(os.path.dirname(sys.argv[1]) + "/ready-0"):
+        time.sleep(0.01)
+    if started:
+        raise BlockingIOError("no more processes")
+    started.append(start(*arguments, **keywords))
+    return started[0]
+
+launcher.subprocess.Popen = refuse
+"""
+    process = start("deaf", "exit:0", code=RUN.replace("launcher\n", f"launcher\n{broken}", 1))
+    assert "no more processes" in process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    [pid] = noted(worker, "pid")
+    assert not is_alive(pid)
+
+
+def test_one_that_not_even_sigkill_ends_is_left_behind_and_named(start, worker):
+    """A disk or a GPU that hangs in the kernel; here what kills does nothing."""
+    broken = "launcher._Worker.kill = lambda self: None; launcher.KILL_SECONDS = launcher.OTHERS_SECONDS = 0.2"
+    process = start("deaf", "beside:0:exit:1", code=RUN.replace("launcher\n", f"launcher; {broken}\n", 1))
+    process.wait(timeout=60)
+    assert process.returncode == 1
+    os.kill(noted(worker, "pid")[0], signal.SIGKILL)  # it still holds our pipe
+    assert process.stderr.read().splitlines()[-1].startswith("process 0 cannot be killed and is left behind")
+
+
+def test_the_folder_of_steps_is_removed(worker):
+    run(worker, "exit:0")
+    [folder] = notes(worker, "beats")
+    assert not Path(folder).exists()
+
+
+def test_without_a_place_for_steps_processes_start_all_the_same(worker, monkeypatch, capfd):
+    def full(**keywords):
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(launcher.tempfile, "mkdtemp", full)
+    script = worker.with_name("bare.py")
+    script.write_text("import os, sys; sys.exit(3 if 'FINETUNE_BEATS' not in os.environ else 0)")
+    assert launcher.main([str(script)]) == 1
+    assert capfd.readouterr().err == "process 0 ended with exit code 3\n"
+
+
+def main(*arguments, **keywords):
+    """The command in a process of its own."""
+    command = [sys.executable, "-c", MAIN, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **keywords)
+
+
+def told(result):
+    """What each process has printed, by rank: environment, port, arguments."""
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[{")]
+    return sorted(lines, key=lambda line: int(line[0].get("RANK", "0")))
+
+
+def test_one_process_without_a_topology_file_is_what_python_would_start(tell):
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    assert told(main(tell, "--config", "x.yaml", "--num_processes", "2", env=clean)) == [
+        [{}, None, ["--config", "x.yaml", "--num_processes", "2"]]
+    ]
+
+
+def test_one_process_without_a_topology_file_needs_no_accelerate(worker):
+    code = f"{MAIN.split(';')[0]}; from finetune import launcher; launcher.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(worker), "exit:0"]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def test_processes_inherit_the_terminal(worker):
+    script = worker.with_name("echo.py")
+    script.write_text("import sys; print(sys.stdin.read()); print('aside', file=sys.stderr)")
+    result = main(script, input="what was typed")
+    assert (result.stdout, result.stderr) == ("what was typed\n", "aside\n")
+
+
+def plan(*arguments):
+    """Environments of the processes that would be started."""
+    with contextlib.ExitStack() as held:
+        return launcher._plan([*map(str, arguments), str(ROOT / "train.py")], held)[0]
+
+
+# File -> kind, processes of this node, replicas, processes that share a sequence.
+TOPOLOGIES = {
+    "single": ("single", 1, 1, 1), "cpu_debug": ("ddp", 2, 1, 1), "ddp": ("ddp", 8, 1, 1), "ddp_multinode": ("ddp", 8, 1, 1),
+    "fsdp2": ("fsdp2", 8, 1, 1), "fsdp2_context": ("fsdp2_context", 8, 1, 4), "fsdp2_hybrid": ("fsdp2_hybrid", 8, 2, 1),
+    "fsdp2_hybrid_multinode": ("fsdp2_hybrid", 8, 2, 1), "fsdp2_multinode": ("fsdp2", 8, 1, 1),
+    "fsdp2_offload": ("fsdp2_offload", 8, 1, 1), "zero1": ("zero1", 8, 1, 1), "zero2": ("zero2", 8, 1, 1),
+    "zero3": ("zero3", 8, 1, 1), "zero3_multinode": ("zero3", 8, 1, 1), "zero3_offload": ("zero3_offload", 8, 1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
+def test_every_topology_file_is_what_it_says(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, number, replicas, context = TOPOLOGIES[file.stem]
+    nodes = 2 if "multinode" in file.stem else 1
+    environments = plan("--config_file", file, *(["--machine_rank", 1] if nodes == 2 else []))
+    wishes = [launch.read(environment) for environment in environments]
+    assert {(w.name, w.num_processes, w.num_replicas, w.num_context) for w in wishes} == {
+        (name, number * nodes, replicas, context)
+    }
+    first = number * (nodes - 1)
+    ranks = [(e.get("RANK"), e.get("LOCAL_RANK"), e.get("GROUP_RANK")) for e in environments]
+    expected = [(str(first + local), str(local), str(nodes - 1)) for local in range(number)]
+    assert ranks == (expected if file.stem != "single" else [(None, None, None)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "extra"),
+    [
+        ("single", ["--num_processes", "1"]), ("zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"]),
+        ("fsdp2_context", "--num_processes 2 --parallelism_config_cp_size 2 --parallelism_config_dp_shard_size 1".split()),
+    ],
+)  # fmt: skip
+def test_processes_get_what_accelerate_launch_gives_them(tell, monkeypatch, topology, extra):
+    monkeypatch.chdir(ROOT)
+    arguments = ["--config_file", f"accelerate_configs/{topology}.yaml", *extra, "--main_process_port", "0", str(tell)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    theirs = told(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False))
+    ours = told(main(*arguments))
+    assert [launch.read(given) for given, _, _ in ours] == [launch.read(given) for given, _, _ in theirs]
+    assert [given for given, _, _ in ours] == [given for given, _, _ in theirs]
+
+
+@pytest.mark.slow
+def test_two_nodes_count_their_processes_through(tell):
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    arguments = "--config_file accelerate_configs/fsdp2_multinode.yaml --num_machines 2 --num_processes 4".split()
+    command = [sys.executable, "-c", MAIN, *arguments, "--main_process_port", port, "--machine_rank"]
+    nodes = [subprocess.Popen([*command, rank, tell], cwd=ROOT, stdout=subprocess.PIPE, text=True) for rank in "01"]
+    lines = [json.loads(line) for node in nodes for line in node.communicate(timeout=120)[0].splitlines()]
+    assert sorted((e["RANK"], e["GROUP_RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"]) for e, _, _ in lines) == [
+        ("0", "0", "0", "4"), ("1", "0", "1", "4"), ("2", "1", "0", "4"), ("3", "1", "1", "4"),
+    ]  # fmt: skip
+    assert {(e["MASTER_ADDR"], given) for e, given, _ in lines} == {("127.0.0.1", port)}
+
+
+def test_use_cpu_is_left_to_the_error_of_the_script(tmp_path):
+    file = tmp_path / "cpu.yaml"
+    file.write_text('distributed_type: "NO"\nuse_cpu: true\nnum_processes: 2\n')
+    [environment] = plan("--config_file", file)
+    with pytest.raises(launch.ConfigError, match="use_cpu: true makes accelerate launch start one process"):
+        launch.read(environment)
+
+
+def test_several_processes_without_a_topology_file_are_ddp():
+    environments = plan("--num_processes", 2)
+    assert [launch.read(each).kind for each in environments] == ["ddp", "ddp"]
+
+
+def test_what_accelerate_config_has_left_is_not_read(tell, tmp_path):
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate/default_config.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
+    lines = told(main("--mixed_precision", "no", tell, env={**os.environ, "HF_HOME": str(tmp_path)}))
+    assert ["WORLD_SIZE" in given for given, _, _ in lines] == [False]
+
+
+def test_two_runs_on_one_machine_get_different_ports():
+    with contextlib.ExitStack() as held:
+        command = ["--num_processes", "2", str(ROOT / "train.py")]
+        ports = {launcher._plan(command, held)[0][0]["MASTER_PORT"] for _ in range(4)}
+        assert len(ports) == 4
+        port = ports.pop()
+        assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] != port
+
+
+def test_the_port_that_was_asked_for_is_taken_if_it_is_free():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+        assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] != str(port)
+    assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] == str(port)
+
+
+def test_process_0_can_listen_where_the_launcher_holds_the_port():
+    from torch.distributed import TCPStore
+
+    with contextlib.ExitStack() as held:
+        assert TCPStore("127.0.0.1", launcher._hold(0, held), is_master=True, wait_for_workers=False).port
+
+
+def test_a_taken_port_on_the_first_of_several_nodes_is_told(capfd):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        nodes = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml"), "--main_process_port", str(port)]
+        assert launcher.main([*nodes, str(ROOT / "train.py")]) == 1
+    assert f"failed: port {port} of this node cannot be used: Address already in use" in capfd.readouterr().err
+
+
+def test_a_signal_before_the_first_process_starts_none(worker):
+    """Reading a topology file takes Accelerate seconds."""
+    command = [sys.executable, "-c", MAIN, "--num_processes", "2", str(worker), "listen", "listen"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until(lambda: launcher._catches(process.pid, signal.SIGTERM))
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, notes(worker, "pid")) == (75, [])
+    assert said.startswith("preempted: a signal came before the first process was started")
+
+
+def test_modules_and_programs_start_too(tmp_path, capfd):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho $RANK: $1\n")
+    program.chmod(0o755)
+    assert launcher.main(["--no_python", str(program), "--two"]) == 0
+    assert launcher.main(["--module", "timeit", "-n1", "-r1", "print('timed')"]) == 0
+    assert capfd.readouterr().out.splitlines()[:2] == [": --two", "timed"]
+
+
+def test_options_of_torchrun_are_said_to_be_ignored(capfd):
+    plan("--num_processes", 2, "--rdzv_conf", "timeout=5", "--max-restarts", 3)
+    said = capfd.readouterr().err
+    assert said.startswith("ignored, as launch starts the processes itself: --rdzv_conf, --max_restarts; ")
+    assert "FINETUNE_JOIN_MINUTES" in said
+
+
+def test_help_is_no_error(capfd):
+    assert launcher.main(["--help"]) == 0
+    assert "--num_processes" in capfd.readouterr().out
+
+
+SCRIPT = str(ROOT / "train.py")
+MULTINODE = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "launch was given no script"),
+        (["--num_processes", "2"], "the following arguments are required: training_script"),
+        (["no_such.py", "--config", "x"], "there is no script no_such.py in"),
+        (["--num_processes", "2", "no_such.py"], "there is no script no_such.py in"),
+        (["--no_python", "no_such", "x"], "no_such is no program that can be run"),
+        (["--module", "--no_python", "x"], "--module and --no_python exclude each other"),
+        (["--num_proceses", "2", SCRIPT], "unrecognized arguments: --num_proceses"),
+        (["--num_processes", "two", SCRIPT], "argument --num_processes/--num-processes: invalid int value: 'two'"),
+        (["--num_processes", "0", SCRIPT], "num_processes is 0; it must be a whole number from 1"),
+        (["--multi_gpu", "--use_fsdp", SCRIPT], "You can only use one of"),
+        (["--num_processes", "2", "--num_machines", "2", SCRIPT], "2 nodes need the address of the first one: give --main_process_ip"),
+        ([*MULTINODE, "--main_process_port", "0", SCRIPT], "the same --main_process_port on all"),
+        ([*MULTINODE, "--num_processes", "5", SCRIPT], "5 cannot be shared out to num_machines: 2"),
+        ([*MULTINODE, "--machine_rank", "2", SCRIPT], "machine_rank is 2, but there are 2 nodes; ranks start at 0"),
+        (["--tpu", SCRIPT], "asks for TPUs or mpirun"),
+        (["--config_file", "no_such.yaml", SCRIPT], "--config_file no_such.yaml cannot be read from"),
+        (["--config_file", str(ROOT), SCRIPT], "cannot be read from .*: Is a directory"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_told_in_one_line(capfd, arguments, message):
+    assert_told(arguments, message, capfd)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no settings, but a NoneType"),
+        ("- 1\n", "holds no settings, but a list"),
+        ("a: [1\n", "cannot be read from .*: while parsing a flow sequence"),
+        ("\0", "cannot be read from .*: unacceptable character"),
+        ("num_processes: 2\n", "A `distributed_type` must be specified in the config file"),
+        ("distributed_type: MULTI\n", "'MULTI' is not a valid DistributedType"),
+        ("distributed_type: MULTI_GPU\nnum_procesess: 2\n", r"had unknown keys \(\['num_procesess'\]\)"),
+        ("distributed_type: MULTI_GPU\n", "You need to manually pass in `--num_processes`"),
+        ("distributed_type: MULTI_GPU\nnum_processes: eight\n", "num_processes is 'eight'; it must be a whole number from 1"),
+        ("distributed_type: MULTI_GPU\nnum_processes: true\n", "num_processes is True; it must be a whole number from 1"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 2\nmain_process_port: x\n", "main_process_port is 'x'"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: no\n", "mixed_precision is False; remove it"),
+        ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: 2\n", "fsdp_config is 2; it must hold settings"),
+        ("distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: []\n", r"deepspeed_config is \[\]; it must hold"),
+        ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "2 processes, but this distributed_type starts one"),
+        ("distributed_type: XLA\nnum_processes: 2\n", "asks for TPUs or mpirun"),
+        ("compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\n", "compute_environment is AMAZON_SAGEMAKER"),
+    ],
+)  # fmt: skip
+def test_a_topology_file_that_cannot_be_used_is_told_in_one_line(tmp_path, capfd, text, message):
+    file = tmp_path / "topology.yaml"
+    file.write_text(text)
+    assert_told(["--config_file", str(file), SCRIPT, "--check"], message, capfd)
+
+
+def assert_told(arguments, message, capfd):
+    assert launcher.main(arguments) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1, said
+    assert re.search(message, said), said

@@ -1,0 +1,50 @@
+"""A run again, from its receipt: the same to the bit, or refused with what has changed."""
+
+import json
+
+import pytest
+from conftest import ROOT, launch
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def replay(*arguments: object):
+    import sys
+
+    return launch([sys.executable, "-m", "finetune", "replay", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_comes_out_the_same(workshop, processes):
+    first = workshop.launch(processes=processes, train__micro_batch_size=1)
+    assert first.returncode == 0, first.stderr
+    again = replay(workshop.run_dir())
+    assert again.returncode == 0, again.stderr
+    assert "the same: losses and gradient norms of all 5 steps" in again.stdout
+    receipts = [json.loads((workshop.run_dir(name) / "receipt.json").read_text()) for name in ("run", "run-replay")]
+    assert receipts[0]["num_processes"] == receipts[1]["num_processes"] == processes
+
+
+def test_what_has_changed_since_is_named_and_nothing_is_trained(workshop):
+    run = workshop.train()
+    rows, receipt = workshop.rows.read_text(), json.loads((run / "receipt.json").read_text())
+    workshop.rows.write_text(rows.replace("three", "four"))
+    receipt["versions"]["torch"], receipt["code"]["sha256"] = "2.0.0", "0" * 64
+    (run / "receipt.json").write_text(json.dumps(receipt))
+    again = replay(run)
+    assert again.returncode == 2
+    for key in ("versions.torch: was 2.0.0, now", "code.sha256: was 000", "train_data.fingerprint: was"):
+        assert key in again.stderr, again.stderr
+    assert not (workshop.run_dir("run-replay") / "metrics.jsonl").exists()
+    assert str(ROOT) not in again.stderr
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{}", "no json"])
+def test_a_run_without_a_receipt_is_an_error_that_names_it(workshop, content):
+    run = workshop.train()
+    (run / "receipt.json").unlink()
+    if content is not None:
+        (run / "receipt.json").write_text(content)
+    again = replay(run)
+    assert again.returncode == 2
+    assert "has no receipt that can be read" in again.stderr

@@ -1,0 +1,591 @@
+"""The twin in an object store: whole or not there, verified on the way back, never two writers, errors that say what to do."""
+
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import boto3
+import fsspec
+import pytest
+import requests
+from conftest import ROOT
+from fsspec.implementations.memory import MemoryFileSystem
+from moto.server import ThreadedMotoServer
+
+from finetune.engine.checkpoint import folder, storage
+from finetune.engine.checkpoint.storage import Storage, TakenOver
+from finetune.errors import CheckpointError, ConfigError
+from finetune.progress import Progress
+
+SECRET = "wJalrXUtnFEMIK7MDENG"
+
+
+class Flaky(MemoryFileSystem):
+    """A store in memory that writes down what is done to it, and fails where a test says so."""
+
+    protocol = "flaky"
+    done: list[tuple[str, str]] = []  # noqa: RUF012
+    fails: dict[tuple[str, str], list[Exception]] = {}  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("flaky://"))
+
+    def _record(self, action, path):
+        name = path.split("/run/")[-1] if "/run/" in path else path.split("/")[-1]
+        if self.fails.get((action, name)):
+            raise self.fails[action, name].pop(0)
+        self.done.append((action, name))
+
+    def put_file(self, lpath, rpath, **kwargs):
+        self._record("put", rpath)
+        super().put_file(lpath, rpath, **kwargs)
+
+    def get_file(self, rpath, lpath, **kwargs):
+        self._record("get", rpath)
+        super().get_file(rpath, lpath, **kwargs)
+
+    def rm_file(self, path):
+        self._record("rm", path)
+        super().rm_file(path)
+
+    def ls(self, path, detail=True, **kwargs):
+        self._record("ls", path)
+        return super().ls(path, detail, **kwargs)
+
+
+@pytest.fixture
+def flaky(monkeypatch, tmp_path):
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(Flaky, "done", [])
+    monkeypatch.setattr(Flaky, "fails", {})
+    monkeypatch.setattr(storage, "WAITS_SECONDS", (0.01, 0.01))
+    return claimed(f"flaky://{tmp_path}")
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A server that speaks the protocol of S3."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # or it writes down every request
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    yield "http://{}:{}".format(*moto.get_host_and_port())
+    moto.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """For what users and accidents do there."""
+    keys = {"aws_access_key_id": "AKIDEXAMPLE", "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=server, **keys)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def s3(server, client, monkeypatch, tmp_path):
+    """An empty bucket on that server, and the environment that a user would set."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    client.create_bucket(Bucket=bucket(tmp_path))
+    return client
+
+
+def bucket(tmp_path: Path) -> str:
+    return tmp_path.name.replace("_", "-")[-60:].strip("-")
+
+
+def s3_url(tmp_path: Path) -> str:
+    return f"s3://{bucket(tmp_path)}/runs"
+
+
+def claimed(url: str) -> Storage:
+    store = Storage(url, "run")
+    store.claim()
+    return store
+
+
+def checkpoint(root: Path, step: int, files: dict[str, bytes] | None = None) -> Path:
+    """A committed checkpoint as training would leave it."""
+    writing = folder.begin(root, step)
+    for name, content in (files or FILES).items():
+        (writing / name).parent.mkdir(exist_ok=True)
+        (writing / name).write_bytes(content + str(step).encode() if content else b"")
+    progress = {**Progress().to_dict(), "step": step}
+    names = folder.files(writing)
+    return folder.commit(
+        writing, {"format": folder.FORMAT, "progress": progress, "files": folder.described(writing, names)}
+    )
+
+
+FILES = {
+    "shards/.metadata": b"m" * 100, "shards/__0_0.distcp": bytes(range(256)) * 50, "shards/__1_0.distcp": b"y" * 7,
+    "process-0000.json": b"{}", "process-0001.json": b"", "config.json": b"c",
+}  # fmt: skip
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def run_directory(path: Path) -> Path:
+    path.mkdir(parents=True)
+    for name in ("config.yaml", "receipt.json", "metrics.jsonl", "outcome.json"):
+        (path / name).write_text(f"{name} of {path.name}\n")
+    (path / ".lock").write_text("")
+    (path / "model").mkdir()
+    (path / "model/config.json").write_text("{}")
+    (path / "model/model.safetensors").write_bytes(b"w" * 1000)
+    return path
+
+
+def test_a_checkpoint_comes_back_bit_by_bit_on_an_empty_machine(s3, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    paths = [checkpoint(here, step) for step in (100, 300, 200)]
+    store = claimed(s3_url(tmp_path))
+    for path in paths:
+        store.upload_checkpoint(path)
+    other = Storage(s3_url(tmp_path), "run")
+    assert other.steps() == [300, 200, 100]
+    assert other.fetch(300, there) == there / "step-00000300"
+    assert contents(there / "step-00000300") == contents(here / "step-00000300")
+    assert os.listdir(there) == ["step-00000300"]
+    found, damaged = folder.find_newest(there)
+    assert found.step == 300
+    assert not damaged
+
+
+def test_a_run_goes_there_and_back(s3, tmp_path):
+    run = run_directory(tmp_path / "here/run")
+    checkpoint(run / "checkpoints", 100)
+    store = claimed(s3_url(tmp_path))
+    store.upload_checkpoint(run / "checkpoints/step-00000100")
+    store.upload_model(run / "model")
+    store.upload_notes(run)
+    s3.put_object(Bucket=bucket(tmp_path), Key="runs/run/.check-0123", Body=b"left by a crash")
+    keys = [each["Key"] for each in s3.list_objects_v2(Bucket=bucket(tmp_path))["Contents"]]
+    assert not [key for key in keys if ".lock" in key]
+    back = tmp_path / "there/run"
+    assert Storage(s3_url(tmp_path), "run").restore(back)
+    wanted = contents(run)
+    assert contents(back) == {n: c for n, c in wanted.items() if n != ".lock" and not n.startswith("checkpoints")}
+
+
+def test_every_look_is_a_fresh_one(s3, tmp_path):
+    mine, theirs = claimed(s3_url(tmp_path)), Storage(s3_url(tmp_path), "run")
+    assert theirs.steps() == []
+    mine.upload_checkpoint(checkpoint(tmp_path, 100))
+    assert theirs.steps() == [100]
+    s3.delete_object(Bucket=bucket(tmp_path), Key="runs/run/checkpoints/step-00000100/manifest.json")
+    assert mine.steps() == theirs.steps() == []
+
+
+def test_only_names_of_checkpoints_count(s3, tmp_path):
+    store = claimed(s3_url(tmp_path))
+    store.upload_checkpoint(checkpoint(tmp_path, 100))
+    for name in (
+        "",
+        "best/manifest.json",
+        "step-1/manifest.json",
+        "step-00000200/",
+        "step-00000300/shards/manifest.json",
+    ):
+        s3.put_object(Bucket=bucket(tmp_path), Key=f"runs/run/checkpoints/{name}", Body=b"")
+    assert store.steps() == [100]
+
+
+@pytest.mark.parametrize("after", range(len(FILES) + 1))
+def test_a_torn_upload_is_no_checkpoint_and_the_next_one_repairs_it(flaky, tmp_path, after):
+    path = checkpoint(tmp_path / "here", 100)
+    name = [*folder.files(path), "manifest.json"][after]
+    Flaky.fails["put", f"checkpoints/step-00000100/{name}"] = [OSError("gone")] * 3
+    with pytest.raises(CheckpointError, match=f"flaky://.*/run: uploading .*{name}.* failed: OSError: gone"):
+        flaky.upload_checkpoint(path)
+    assert flaky.steps() == []
+    flaky.upload_checkpoint(path)
+    assert flaky.steps() == [100]
+    assert contents(flaky.fetch(100, tmp_path / "there")) == contents(path)
+
+
+def test_the_manifest_goes_up_last(flaky, tmp_path):
+    path = checkpoint(tmp_path, 100)
+    flaky.upload_checkpoint(path)
+    assert [name for action, name in Flaky.done if action == "put"] == [
+        f"checkpoints/step-00000100/{name}" for name in [*folder.files(path), "manifest.json"]
+    ]
+
+
+def test_a_checkpoint_that_is_replaced_is_none_until_the_new_one_is_whole(flaky, tmp_path):
+    flaky.upload_checkpoint(checkpoint(tmp_path / "old", 100))
+    path = checkpoint(tmp_path / "new", 100, {**FILES, "shards/__0_0.distcp": b"trained again"})
+    Flaky.fails["put", "checkpoints/step-00000100/shards/__1_0.distcp"] = [OSError("gone")] * 3
+    with pytest.raises(CheckpointError):
+        flaky.upload_checkpoint(path)
+    assert flaky.steps() == []
+    flaky.upload_checkpoint(path)
+    assert contents(flaky.fetch(100, tmp_path / "there")) == contents(path)
+
+
+def test_what_arrived_short_gets_no_manifest(flaky, tmp_path, monkeypatch):
+    def cut(self, lpath, rpath, **kwargs):
+        self.pipe_file(rpath, Path(lpath).read_bytes()[:5])
+
+    monkeypatch.setattr(Flaky, "put_file", cut)
+    with pytest.raises(CheckpointError, match="step-00000100: shards/.metadata has 5 bytes instead of 103"):
+        flaky.upload_checkpoint(checkpoint(tmp_path, 100))
+    assert flaky.steps() == []
+
+
+def test_half_a_local_checkpoint_is_not_uploaded(flaky, tmp_path):
+    path = checkpoint(tmp_path, 100)
+    (path / "shards/__0_0.distcp").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="step-00000100 is not whole, and is not uploaded"):
+        flaky.upload_checkpoint(path)
+    assert not [done for done in Flaky.done if done[0] == "put"]
+
+
+def spoiled(content: bytes) -> bytes:
+    return content[:50] + bytes([content[50] ^ 1]) + content[51:]
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "problem"),
+    [
+        ("shards/__0_0.distcp", spoiled, "shards/__0_0.distcp is corrupt"),
+        ("shards/__0_0.distcp", lambda content: content[:-1], "shards/__0_0.distcp has 12802 bytes instead of 12803"),
+        ("shards/__0_0.distcp", None, "shards/__0_0.distcp is missing"),
+        ("manifest.json", lambda content: content.replace(b'"epoch": 0', b'"epoch": 1'), "manifest.json is corrupt"),
+        ("manifest.json", lambda content: content[:-9], "manifest.json is damaged"),
+        ("manifest.json", lambda content: b"[]", "manifest.json is damaged"),
+        ("manifest.json", None, "manifest.json is missing"),
+    ],
+)
+def test_a_damaged_object_is_named_and_nothing_is_left(flaky, tmp_path, name, spoil, problem):
+    flaky.upload_checkpoint(checkpoint(tmp_path / "here", 100))
+    store, path = fsspec.filesystem("flaky"), f"{flaky.url}/checkpoints/step-00000100/{name}"
+    content = store.cat_file(path)
+    store.rm_file(path)
+    if spoil:
+        store.pipe_file(path, spoil(content))
+    root = tmp_path / "there"
+    root.mkdir()
+    with pytest.raises(CheckpointError, match=f"{flaky.url}/checkpoints/step-00000100: {problem}"):
+        flaky.fetch(100, root)
+    assert list(root.iterdir()) == []
+
+
+def test_a_manifest_cannot_write_elsewhere(flaky, tmp_path):
+    flaky.upload_checkpoint(checkpoint(tmp_path, 100))
+    for name in ("../../escaped", "/escaped"):
+        manifest = json.dumps({"files": {name: {"bytes": 1}}}).encode()
+        fsspec.filesystem("flaky").pipe_file(f"{flaky.url}/checkpoints/step-00000100/manifest.json", manifest)
+        with pytest.raises(CheckpointError, match=f"names {name}, which is not in the checkpoint's folder"):
+            flaky.fetch(100, tmp_path / "there")
+
+
+def test_what_is_whole_is_not_fetched_again_and_what_is_not_is_set_aside(flaky, tmp_path):
+    path = checkpoint(tmp_path, 100)
+    flaky.upload_checkpoint(path)
+    wanted, Flaky.done = contents(path), []
+    assert flaky.fetch(100, tmp_path) == path
+    assert Flaky.done == []
+    (path / "shards/__0_0.distcp").write_bytes(spoiled(wanted["shards/__0_0.distcp"]))
+    (tmp_path / ".fetching-step-00000100").mkdir()
+    (tmp_path / ".fetching-step-00000100/left").write_text("of a crash")
+    assert contents(flaky.fetch(100, tmp_path)) == wanted
+    assert sorted(os.listdir(tmp_path)) == ["damaged-step-00000100.0", "step-00000100"]
+
+
+def test_pruning_takes_the_manifest_first_and_only_what_it_may(flaky, tmp_path):
+    for step in (100, 200, 300, 400):
+        flaky.upload_checkpoint(checkpoint(tmp_path, step))
+    store, root = fsspec.filesystem("flaky"), f"{flaky.url}/checkpoints"
+    store.rm_file(f"{root}/step-00000100/manifest.json")  # a torn one, older than a whole one
+    for name in (
+        "step-00000500/shards/__0_0.distcp",
+        "mine/manifest.json",
+        "damaged-step-00000100.0/manifest.json",
+        "note",
+    ):
+        store.pipe_file(f"{root}/{name}", b"x")  # one that is arriving, and what is not ours
+    Flaky.done = []
+    flaky.prune({"step-00000300", "step-00000400"})
+    removed = [name.removeprefix("checkpoints/") for action, name in Flaky.done if action == "rm"]
+    assert removed[: len(FILES)] == [f"step-00000100/{name}" for name in sorted(FILES)]
+    assert removed[len(FILES)] == "step-00000200/manifest.json"
+    assert flaky.steps() == [400, 300]
+    kept = {name.split("/checkpoints/")[1].split("/")[0] for name in store.find(root)}
+    assert kept == {"step-00000300", "step-00000400", "step-00000500", "mine", "damaged-step-00000100.0", "note"}
+
+
+def test_pruning_that_was_cut_short_is_finished_by_the_next(flaky, tmp_path):
+    for step in (100, 200):
+        flaky.upload_checkpoint(checkpoint(tmp_path, step))
+    Flaky.fails["rm", "checkpoints/step-00000100/process-0000.json"] = [PermissionError("denied")]
+    with pytest.raises(
+        CheckpointError, match="removing checkpoints/step-00000100/process-0000.json failed: PermissionError"
+    ):
+        flaky.prune({"step-00000200"})
+    assert flaky.steps() == [200]
+    flaky.prune({"step-00000200"})
+    assert not fsspec.filesystem("flaky").find(f"{flaky.url}/checkpoints/step-00000100")
+
+
+@pytest.mark.parametrize("keep", [set(), {"step-00000300"}])
+def test_pruning_never_takes_the_last_one_to_go_on_from(flaky, tmp_path, keep):
+    """The newest may not have arrived yet when the local ones are counted."""
+    for step in (100, 200):
+        flaky.upload_checkpoint(checkpoint(tmp_path, step))
+    flaky.prune(keep)
+    assert flaky.steps() == [200, 100]
+
+
+def test_a_run_is_restored_only_where_none_is(flaky, tmp_path):
+    run = run_directory(tmp_path / "here/run")
+    assert not flaky.restore(tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+    flaky.upload_notes(run)
+    Flaky.done = []
+    assert not flaky.restore(run)
+    assert not [done for done in Flaky.done if done[0] == "get"]
+    assert Storage(flaky.url.removesuffix("/run"), "other").restore(tmp_path / "there") is False
+
+
+def test_config_yaml_comes_last_and_says_that_the_rest_is_there(flaky, tmp_path):
+    run, back = run_directory(tmp_path / "here/run"), tmp_path / "there"
+    Flaky.fails["put", "receipt.json"] = [OSError("gone")] * 3
+    flaky.upload_model(run / "model")
+    with pytest.raises(CheckpointError, match="uploading .*receipt.json"):
+        flaky.upload_notes(run)
+    assert not flaky.restore(back)
+    flaky.upload_notes(run)
+    assert Flaky.done[-1] == ("put", "config.yaml")
+    Flaky.fails["get", "outcome.json"] = [OSError("gone")] * 3
+    with pytest.raises(CheckpointError, match="fetching outcome.json"):
+        flaky.restore(back)
+    assert not (back / "config.yaml").exists()
+    assert flaky.restore(back)
+    assert [name for action, name in Flaky.done if action == "get"][-1] == "config.yaml"
+    assert contents(back) == {name: content for name, content in contents(run).items() if name != ".lock"}
+
+
+def test_no_file_of_an_older_model_stays(flaky, tmp_path):
+    run, back = run_directory(tmp_path / "run"), tmp_path / "back"
+    flaky.upload_model(run / "model")
+    (run / "model/model.safetensors").rename(run / "model/adapter.safetensors")
+    flaky.upload_model(run / "model")
+    flaky.upload_notes(run)
+    assert flaky.restore(back)
+    assert sorted(os.listdir(back / "model")) == ["adapter.safetensors", "config.json"]
+
+
+def test_the_last_to_start_wins_and_the_other_writes_nothing_more(s3, tmp_path):
+    run, path = run_directory(tmp_path / "here/run"), checkpoint(tmp_path, 100)
+    first = claimed(s3_url(tmp_path))
+    first.require_claim()
+    second = claimed(s3_url(tmp_path))
+    before = s3.list_objects_v2(Bucket=bucket(tmp_path))["Contents"]
+    who = rf"another machine, {socket.gethostname()} \(process {os.getpid()}\), has taken s3://.*/run over at 20.*stops"
+    for write in (
+        first.require_claim, lambda: first.upload_checkpoint(path), lambda: first.upload_notes(run),
+        lambda: first.upload_model(run / "model"), lambda: first.prune(set()),
+    ):  # fmt: skip
+        with pytest.raises(TakenOver, match=who):
+            write()
+    assert s3.list_objects_v2(Bucket=bucket(tmp_path))["Contents"] == before
+    second.upload_checkpoint(path)
+    assert not Storage(s3_url(tmp_path), "run").restore(tmp_path / "there")  # a claim alone is no run
+    s3.delete_object(Bucket=bucket(tmp_path), Key="runs/run/writer.json")
+    with pytest.raises(TakenOver, match="writer.json is gone"):
+        second.require_claim()
+    s3.put_object(Bucket=bucket(tmp_path), Key="runs/run/writer.json", Body=b"[1")
+    with pytest.raises(TakenOver, match="another machine"):
+        second.require_claim()
+
+
+def test_who_is_taken_over_during_an_upload_writes_no_manifest(flaky, tmp_path, monkeypatch):
+    other = Storage(flaky.url.removesuffix("/run"), "run")
+    put = Flaky.put_file
+
+    def slow(self, lpath, rpath, **kwargs):
+        put(self, lpath, rpath, **kwargs)
+        other.claim()
+
+    monkeypatch.setattr(Flaky, "put_file", slow)
+    with pytest.raises(TakenOver):
+        flaky.upload_checkpoint(checkpoint(tmp_path, 100))
+    assert other.steps() == []
+
+
+def test_a_store_that_works_passes_the_check_and_keeps_nothing_of_it(s3, tmp_path):
+    Storage(s3_url(tmp_path), "run").check()
+    assert "Contents" not in s3.list_objects_v2(Bucket=bucket(tmp_path))
+    Storage(f"file://{tmp_path}/store", "run").check()
+    assert contents(tmp_path) == {}
+
+
+def refusal(url: str) -> str:
+    with pytest.raises(ConfigError, match=r"^checkpoint.storage: ") as caught:
+        Storage(url, "run").check()
+    cause = caught.value
+    while cause:
+        assert SECRET not in str(cause)
+        cause = cause.__cause__
+    return str(caught.value)
+
+
+def test_no_such_bucket_is_said(s3):
+    message = refusal("s3://nowhere/runs")
+    assert "s3://nowhere/runs/run cannot be written to" in message
+    assert "create the bucket, or correct its name or the endpoint" in message
+
+
+def test_missing_credentials_are_said(s3, tmp_path, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "give credentials through the environment (S3: AWS_ACCESS_KEY_ID" in refusal(s3_url(tmp_path))
+
+
+def test_wrong_credentials_are_said(s3, server, tmp_path):
+    require_signatures_after = f"{server}/moto-api/reset-auth"
+    requests.post(require_signatures_after, data="0", timeout=10)
+    try:
+        message = refusal(s3_url(tmp_path))
+    finally:
+        requests.post(require_signatures_after, data="inf", timeout=10)
+    assert "cannot be written to (PermissionError: The AWS Access Key Id you provided does not exist" in message
+    assert "may they list, read, write and delete there" in message
+
+
+def test_a_store_that_does_not_answer_is_said_in_time(s3, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+    began = time.monotonic()
+    assert "AWS_ENDPOINT_URL" in refusal(s3_url(tmp_path))  # nothing listens there
+    assert time.monotonic() - began < 15
+    monkeypatch.setattr(storage, "CHECK_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert "cannot be written to (TimeoutError: no answer within 1 s)" in refusal(s3_url(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("/mnt/runs", "got '/mnt/runs', which has no protocol .* run.dir"),
+        ("s3:/bucket/runs", "has no protocol"),
+        ("s3://", "names no bucket or folder"),
+        ("nosuch://bucket", "got 'nosuch://bucket', whose protocol is not known"),
+        ("simplecache::s3://bucket", "protocol is not known"),
+        ("gs://bucket/runs", f"gs:// needs a package that is missing: pip install gcsfs=={fsspec.__version__}"),
+        (
+            "abfs://files@account.dfs.core.windows.net/runs",
+            "abfs:// needs a package that is missing: pip install adlfs",
+        ),
+        (f"s3://AKID:{SECRET}@bucket/runs", "holds a user name, a password or a key"),
+        (f"s3://AKID:ab/{SECRET}@bucket/runs", "holds a user name, a password or a key"),
+        (f"s3://AKID:{SECRET}/runs", "holds a user name, a password or a key"),
+        (f"abfs://files:{SECRET}@account.dfs.core.windows.net/runs", "holds a user name, a password or a key"),
+        (f"AKID:{SECRET}@bucket/runs", "holds a user name, a password or a key"),
+        (f"abfs://files@account.dfs.core.windows.net/runs?sig={SECRET}", "has a query string"),
+        (f"{SECRET}://bucket@x?", "holds a user name"),
+    ],
+)
+def test_a_url_that_cannot_be_is_refused_without_repeating_secrets(url, problem):
+    assert re.search(problem, refusal(url))
+
+
+def test_a_passing_failure_passes(flaky, tmp_path):
+    path = checkpoint(tmp_path / "here", 100)
+    manifest, shard = (f"checkpoints/step-00000100/{name}" for name in ("manifest.json", "shards/__0_0.distcp"))
+    for action, name in (("put", shard), ("put", manifest), ("get", shard), ("ls", "checkpoints"), ("rm", manifest)):
+        Flaky.fails[action, name] = [OSError("slow down"), TimeoutError()]
+    flaky.upload_checkpoint(path)
+    assert flaky.steps() == [100]
+    assert contents(flaky.fetch(100, tmp_path / "there")) == contents(path)
+    flaky.upload_checkpoint(checkpoint(tmp_path / "here", 200))
+    flaky.prune({"step-00000200"})
+    assert flaky.steps() == [200]
+    assert not any(Flaky.fails.values())
+
+
+def test_an_outage_is_no_empty_store(flaky, tmp_path):
+    flaky.upload_checkpoint(checkpoint(tmp_path, 100))
+    flaky.upload_notes(run_directory(tmp_path / "here/run"))
+    for look, name in ((flaky.steps, "checkpoints"), (lambda: flaky.restore(tmp_path / "there"), "run")):
+        Flaky.fails["ls", name] = [OSError("no route")] * 3
+        with pytest.raises(CheckpointError, match="flaky://.*/run: listing .*failed: OSError: no route"):
+            look()
+
+
+def test_a_bucket_that_has_gone_is_said(s3, tmp_path):
+    store = claimed(s3_url(tmp_path))
+    s3.delete_object(Bucket=bucket(tmp_path), Key="runs/run/writer.json")
+    s3.delete_bucket(Bucket=bucket(tmp_path))
+    with pytest.raises(CheckpointError, match="s3://.*/run: writing writer.json failed: FileNotFoundError: .*bucket"):
+        store.claim()
+
+
+def test_any_thread_may_call(s3, tmp_path):
+    """Uploads come from a thread beside the training, and the training itself looks and fetches meanwhile."""
+    store, failures = claimed(s3_url(tmp_path)), []
+    paths = [checkpoint(tmp_path / "here", step) for step in range(1, 7)]
+
+    def work(some):
+        try:
+            for path in some:
+                store.upload_checkpoint(path)
+                store.fetch(folder.step_of(path.name), tmp_path / "there")
+        except BaseException as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=work, args=(paths[start::2],)) for start in (0, 1)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        store.steps()
+    assert failures == []
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+BIG = """
+import sys, tracemalloc
+from pathlib import Path
+from finetune.engine.checkpoint.storage import Storage
+url, here, there = sys.argv[1:]
+store = Storage(url, "run")
+store.claim()
+tracemalloc.start()
+store.upload_checkpoint(Path(here))
+sent = tracemalloc.get_traced_memory()[1]
+tracemalloc.reset_peak()
+store.fetch(100, Path(there))
+print(sent, tracemalloc.get_traced_memory()[1])
+"""
+
+
+def test_a_big_file_is_never_whole_in_memory(s3, tmp_path):
+    """Nor does memory grow with it: of parts of 8 MiB, twice 4. In a process of its own, since the server is in this one."""
+    content = os.urandom(2**20) * 88
+    path = checkpoint(tmp_path / "here", 100, {"shards/__0_0.distcp": content})
+    process = subprocess.run(
+        [sys.executable, "-c", BIG, s3_url(tmp_path), str(path), str(tmp_path / "there")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "there/step-00000100/shards/__0_0.distcp").read_bytes() == content + b"100"
+    head = s3.head_object(Bucket=bucket(tmp_path), Key="runs/run/checkpoints/step-00000100/shards/__0_0.distcp")
+    assert head["ETag"].endswith('-12"')  # in 12 parts: 11 of 8 MiB, and three bytes
+    assert all(int(peak) < 80 * 2**20 for peak in process.stdout.split())
