@@ -3,7 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-fast lint schema clean
+.PHONY: install quickstart test test-fast faults lint schema clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -32,6 +32,9 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest tests -n auto -m "not slow"
+
+faults: install
+	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults -n 2 -s
 
 lint: install
 	$(BIN)/ruff format --check .

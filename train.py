@@ -233,6 +233,7 @@ def resume(job: Job, state: "TrainState") -> int | None:
     from finetune.engine.checkpoint import folder, resume, shards
 
     root, topology = job.directory.checkpoints, job.topology
+    topology.on_main(lambda: folder.sweep(root))
     found, damaged = topology.on_main(lambda: resume.find(root, job.storage))
     if found is None:
         if job.directory.outcome():

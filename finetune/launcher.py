@@ -277,7 +277,7 @@ def _watch(inbox: _Inbox, workers: list[_Worker]) -> int:
 
 def _reap(workers: list[_Worker]) -> None:
     """Orphans, whose parent PID 1 becomes; a worker is left for `has_ended`, to which its SIGCHLD leads."""
-    own = {worker.pid for worker in workers}
+    own = {worker.pid for worker in workers if worker.code is None}
     with contextlib.suppress(ChildProcessError):
         while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if found.si_pid in own:

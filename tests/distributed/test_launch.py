@@ -14,7 +14,7 @@ from conftest import ROOT, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-LAUNCH = [sys.executable, "-c", "import sys; from finetune import launcher; sys.exit(launcher.main(sys.argv[1:]))"]
+LAUNCH = [sys.executable, "-m", "finetune", "launch"]
 TWO = ["--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"]
 AS_PID_1 = ["unshare", "-pf", "--kill-child", "--mount-proc"]
 

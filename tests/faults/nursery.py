@@ -5,6 +5,7 @@ everything and is forked for each: Python's own forkserver. What runs is train.m
 the process; what kills it is SIGKILL.
 """
 
+import json
 import multiprocessing
 import os
 import random
@@ -36,10 +37,10 @@ PROTOCOL = {str(ROOT / "finetune/engine/checkpoint" / name) for name in ("folder
 
 @dataclass(frozen=True)
 class Death:
-    """Die by SIGKILL before the n-th line that a process executes of the protocol of checkpoints; n = 0: only count them."""
+    """Die by SIGKILL before a line of the protocol of checkpoints, such as "folder.py:77", is executed for the n-th time."""
 
-    line: int
-    count_to: str = ""
+    line: str
+    time: int
 
 
 def child(rank: int, arguments: list[str], environment: dict[str, str], said: str, death: Death | None) -> None:
@@ -51,13 +52,14 @@ def child(rank: int, arguments: list[str], environment: dict[str, str], said: st
     sys.stderr = os.fdopen(2, "w", buffering=1)
     import train
 
-    counted = trace(death) if death else [0]
+    counts = os.environ.get("COUNTS_LINES")
+    counted = trace(death) if death or counts else {}
     if stands := os.environ.get("STANDS_STILL"):
         stand_still(*map(int, stands.split(":")))
     sys.argv = ["train.py", *arguments]
     code = train.main()
-    if death and death.count_to and rank == 0:
-        Path(death.count_to).write_text(str(counted[0]))
+    if counts and rank == 0:
+        Path(counts).write_text(json.dumps(counted))
     sys.stderr.flush()
     os._exit(code)
 
@@ -76,23 +78,21 @@ def stand_still(rank: int, step: int) -> None:
     Batches.at = slow  # type: ignore[method-assign]
 
 
-def trace(death: Death) -> list[int]:
-    """Count lines of the protocol in every thread, and die before the one that is meant."""
-    counted = [0]
+def trace(death: Death | None) -> dict[str, int]:
+    """How often each line of the protocol was executed, in any thread; and death before the one that is meant."""
+    counted: dict[str, int] = {}
 
     def line(frame: Any, event: str, argument: Any) -> Any:
         if event == "line":
-            counted[0] += 1
-            if counted[0] == death.line:
+            where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+            counted[where] = counted.get(where, 0) + 1
+            if death == Death(where, counted[where]):
                 os.kill(os.getpid(), signal.SIGKILL)
         return line
 
     def call(frame: Any, event: str, argument: Any) -> Any:
-        return (
-            line
-            if frame.f_code.co_filename in PROTOCOL and frame.f_code.co_name not in ("is_time", "has_ended")
-            else None
-        )
+        code = frame.f_code
+        return line if code.co_filename in PROTOCOL and code.co_name not in ("is_time", "has_ended") else None
 
     sys.settrace(call)
     threading.settrace(call)
@@ -149,7 +149,7 @@ def start(
     started = []
     for rank in range(processes):
         said[rank].unlink(missing_ok=True)
-        own = {**ENVIRONMENTS[topology], **environment}
+        own = {**ENVIRONMENTS[topology], "FINETUNE_JOIN_MINUTES": "0.3", **environment}
         if processes > 1 or topology != "single":
             own |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
@@ -210,17 +210,17 @@ class Scene:
     processes: int
     settings: dict[str, Any]
     seconds: float = 0.0
-    lines: int = 0
-    """Of the protocol, as the main process executes them in the whole run."""
+    lines: dict[str, int] = field(default_factory=dict)
+    """Of the protocol: how often the main process executes each in the whole run."""
 
     def config(self, name: str) -> Path:
         return self.workshop.write(self.workshop.config(name, **self.settings))
 
     def undisturbed(self) -> "Scene":
-        counted = self.workshop.folder / "lines"
-        launch = start(self.config("undisturbed"), self.topology, self.processes, death=Death(0, str(counted)))
+        counts = self.workshop.folder / "lines.json"
+        launch = start(self.config("undisturbed"), self.topology, self.processes, COUNTS_LINES=str(counts))
         assert launch.codes() == [0] * self.processes, launch.said()
-        self.seconds, self.lines = time.monotonic() - launch.began, int(counted.read_text())
+        self.seconds, self.lines = time.monotonic() - launch.began, json.loads(counts.read_text())
         return self
 
     def survives(self, name: str, kill: Callable[[Path, random.Random], Launch], dice: random.Random) -> list[int]:
@@ -232,9 +232,10 @@ class Scene:
         same_end(self.workshop.run_dir(name), self.workshop.run_dir("undisturbed"))
         return codes
 
-    def at_a_line(self, config: Path, dice: random.Random, line: int | None = None) -> Launch:
+    def at_a_line(self, config: Path, dice: random.Random, line: str | None = None) -> Launch:
         """SIGKILL before a line of the protocol; of one process, whose loss ends the others."""
-        death = Death(dice.randrange(1, self.lines + 1) if line is None else line)
+        line = line or dice.choice(sorted(self.lines))
+        death = Death(line, dice.randint(1, self.lines[line]))
         return start(config, self.topology, self.processes, death=death, dies=dice.randrange(self.processes))
 
     def at_a_moment(self, config: Path, dice: random.Random) -> Launch:

@@ -14,7 +14,7 @@ KILLS = int(os.environ.get("FINETUNE_KILLS", "12"))  # make faults: 200
 SEED = int(os.environ.get("FINETUNE_SEED", "0"))
 SETTINGS = {
     "train__max_steps": 9, "train__epochs": 9, "train__micro_batch_size": 1, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
-    "data__eval_fraction": 0.2, "evaluation__every_steps": 4,
+    "data__eval_fraction": 0.2, "evaluation__every_steps": 4, "train__hang_minutes": 0.3,
 }  # fmt: skip
 SCENES = [("single", 1), ("fsdp2", 2), ("zero2", 2)]
 
@@ -37,3 +37,17 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
         f"{scene.topology}: {killed} of {KILLS // len(SCENES)} were killed before their end, undisturbed {scene.seconds:.1f} s"
     )
     assert killed
+
+
+@pytest.mark.skipif(KILLS < 100, reason="make faults: a kill before each of about 150 lines")
+def test_death_before_any_line_of_the_protocol_is_survived(scene):
+    """Once before every line that a save executes, the first time or a later one."""
+    if scene.topology != "single":
+        pytest.skip("lines are the same under every topology")
+    dice = random.Random(SEED)
+    for line in sorted(scene.lines):
+        codes = scene.survives(
+            line.replace(":", "-"), lambda config, dice, line=line: scene.at_a_line(config, dice, line), dice
+        )
+        assert codes == [-9], line
+    print(f"{len(scene.lines)} lines")

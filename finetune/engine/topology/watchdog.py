@@ -78,6 +78,7 @@ class Watchdog:
 
     def _exchange(self) -> None:
         number = 0
+        self._note()
         while not self._stopped.wait(self._interval):
             number += 1
             self._note()
@@ -126,6 +127,8 @@ class Watchdog:
     def _note(self) -> None:
         if self._file:
             try:
-                self._file.write_text(self.at)
+                fresh = self._file.with_suffix(".new")
+                fresh.write_text(self.at)
+                fresh.rename(self._file)  # never half of it
             except OSError:
                 self._file = None  # the launcher has gone
