@@ -7,14 +7,11 @@
 Heavy imports stand inside functions, so that --help and a wrong config answer at once.
 """
 
-import contextlib
 import functools
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import config as configs
@@ -35,13 +32,10 @@ from finetune.errors import (
 
 if TYPE_CHECKING:
     from finetune.engine.checkpoint.saver import Saver
-    from finetune.engine.checkpoint.storage import Storage
-    from finetune.engine.rundir import RunDirectory
     from finetune.engine.state import TrainState
     from finetune.engine.step import Loss, StepResult
-    from finetune.engine.topology import Topology
     from finetune.engine.tracking import Tracker
-    from finetune.preflight import Data
+    from finetune.job import Job
 
 EVA_STEPS = 8  # steps whose inputs adapter.init: eva looks at
 MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16 leave nothing to scale
@@ -74,20 +68,9 @@ def main() -> int:
         stop.close()
 
 
-@dataclass(frozen=True)
-class Job:
-    """What was asked, where it lives, here and in an object store, how it is shared, what it learns from, and whether it must stop."""
-
-    config: Config
-    directory: "RunDirectory"
-    storage: "Storage | None"
-    topology: "Topology"
-    data: "Data"
-    stop: StopFlag
-
-
 def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     """Check everything, build, loop, finish. Until it opens its directory, a run writes nothing but the token cache."""
+    from finetune import job as jobs
     from finetune import preflight
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
@@ -99,13 +82,13 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     topology.require_same(configs.flatten(config.model_dump()))
     topology.check(config)
     configs.accumulation(config, topology.num_data)
-    with watched(config, directory, topology, stop):
-        storage = reach(config, directory, topology, check_only)
-        job = Job(config, directory, storage, topology, preflight.prepare(config, topology), stop)
+    with jobs.watched(config, directory, topology, stop):
+        storage = jobs.reach(config, directory, topology, check_only)
+        job = jobs.Job(config, directory, storage, topology, preflight.prepare(config, topology), stop)
         if not check_only and directory.is_complete(job.data.train.fingerprint):
-            tell(topology, f"{directory.path} is complete; its model is in {directory.model}")
+            job.tell(f"{directory.path} is complete; its model is in {directory.model}")
             return
-        tell(topology, preflight.summary(config, topology, job.data))
+        job.tell(preflight.summary(config, topology, job.data))
         if check_only:
             directory.check(config)  # last: what is wrong with the data is of more use
             return
@@ -113,50 +96,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     topology.close()
 
 
-@contextlib.contextmanager
-def watched(config: Config, directory: "RunDirectory", topology: "Topology", stop: StopFlag) -> Iterator[None]:
-    """Inside, signals, clouds and deadlines are heeded, and processes that died or stand still end all others."""
-    from finetune.engine.tracking import say
-
-    def end(problem: str) -> None:
-        """In a thread, as the main one may wait for ever."""
-        if topology.is_main:
-            directory.note_outcome("failed", topology.watchdog.step, problem)
-        print(f"[process {topology.rank}] failed: {problem}", file=sys.stderr, flush=True)
-        os._exit(EXIT_FAILED)
-
-    cloud = config.checkpoint.notices if topology.is_first_of_node else None
-    stop.configure(
-        grace_seconds=config.checkpoint.grace_seconds, max_minutes=config.checkpoint.max_minutes, cloud=cloud, say=say
-    )
-    hang = config.train.hang_minutes
-    topology.watchdog.start(None if hang is None else 60 * hang, end)
-    try:
-        yield
-    except RuntimeError as exc:
-        if lost := topology.lost(exc):
-            raise lost from exc
-        raise
-    finally:
-        topology.watchdog.stop()
-
-
-def reach(config: Config, directory: "RunDirectory", topology: "Topology", check_only: bool) -> "Storage | None":
-    """The run's twin in an object store, and from there what an empty disk does not have, but for checkpoints."""
-    if config.checkpoint.storage is None:
-        return None
-    from finetune.engine.checkpoint.storage import Storage
-
-    storage = Storage(config.checkpoint.storage, config.run.name)
-    topology.on_main(storage.check)
-    if not check_only:
-        if topology.on_main(lambda: storage.restore(directory.path)):
-            tell(topology, f"brought back from {storage.url}, as this disk has no {directory.path}")
-        directory.check(config)
-    return storage
-
-
-def train(job: Job) -> None:
+def train(job: "Job") -> None:
     """Build, loop, finish; however it ends, the outcome says so."""
     from finetune.models import parameters
 
@@ -167,18 +107,16 @@ def train(job: Job) -> None:
         if job.storage:
             topology.on_main(job.storage.claim)
         resumed_from = resume(job, state)
-        open_directory(job, state)
-        tracker = open_tracker(job, state)
-        loop(job, state, tracker, open_saver(job, state, tracker, resumed_from))
+        topology.on_main(lambda: job.open_directory(state))
+        tracker = job.tracker(state)
+        loop(job, state, tracker, job.saver(state, tracker, resumed_from))
         finish(job, state, untrained)
-    except (Exception, Preempted) as exc:
+    except Preempted as exc:
+        job.note_end("preempted", state.progress.step, str(exc))
+        raise
+    except Exception as exc:
         told = topology.lost(exc) or exc
-        if topology.is_main:
-            kind, name = ("preempted", "") if isinstance(exc, Preempted) else ("failed", f"{type(told).__name__}: ")
-            directory.note_outcome(kind, state.progress.step, f"{name}{told}")
-            if job.storage and directory.is_open:
-                with contextlib.suppress(CheckpointError):  # what is wrong with the store was said before
-                    job.storage.upload_notes(directory.path)
+        job.note_end("failed", state.progress.step, f"{type(told).__name__}: {told}")
         if told is not exc:
             raise told from exc
         raise
@@ -192,7 +130,7 @@ def train(job: Job) -> None:
 # ---------------------------------------------------------------------------------------- build
 
 
-def build(job: Job) -> "TrainState":
+def build(job: "Job") -> "TrainState":
     """Model and optimizer, on their devices and shared between processes."""
     import torch
 
@@ -228,7 +166,7 @@ def build(job: Job) -> "TrainState":
     return TrainState(model, optimizer, trainable, total, frozen, start, ema)
 
 
-def resume(job: Job, state: "TrainState") -> int | None:
+def resume(job: "Job", state: "TrainState") -> int | None:
     """Go on from the newest valid checkpoint of this run, if it has one; its step."""
     from finetune.engine.checkpoint import folder, resume, shards
 
@@ -237,58 +175,22 @@ def resume(job: Job, state: "TrainState") -> int | None:
     found, damaged = topology.on_main(lambda: resume.find(root, job.storage))
     if found is None:
         if job.directory.outcome():
-            tell(topology, f"no checkpoint in {root}: starting again at step 1")
+            job.tell(f"no checkpoint in {root}: starting again at step 1")
         return None
-    resume.require_same_run(found, job.config, identity(job, state))
+    resume.require_same_run(found, job.config, job.identity(state))
     resume.require_readable(found, topology)
     shards.read(found, topology, state)
     topology.on_main(lambda: folder.set_aside(list(damaged)))
     for path, problem in damaged.items():
-        tell(topology, f"skipped a damaged checkpoint: {path}: {problem}")
-    tell(topology, f"resumed from {found.path} at step {state.progress.step}")
+        job.tell(f"skipped a damaged checkpoint: {path}: {problem}")
+    job.tell(f"resumed from {found.path} at step {state.progress.step}")
     return state.progress.step
-
-
-def identity(job: Job, state: "TrainState") -> dict[str, str]:
-    """What the config only points at, and what auto became: a resumption must find the same."""
-    return {
-        "training data": job.data.train.fingerprint,
-        "evaluation data": job.data.eval.fingerprint if job.data.eval else "none",
-        "frozen weights": state.frozen,
-        "train.precision": job.topology.precision,
-    }
-
-
-def open_directory(job: Job, state: "TrainState") -> None:
-    """From here on the run directory is this run's."""
-    from finetune.engine import receipt
-
-    directory, topology, step = job.directory, job.topology, state.progress.step
-
-    def write() -> None:
-        made = receipt.compose(
-            seed=job.config.run.seed, parameters={"trainable": state.num_trainable, "total": state.num_parameters},
-            num_processes=topology.num_processes, topology=topology.name, precision=topology.precision,
-            attention=job.data.attention, num_steps=job.data.num_steps, start_weights=state.start,
-            train_data=job.data.train.sequences.examples.receipt(), template=job.data.template.fingerprint,
-            eval_data=job.data.eval.sequences.examples.receipt() if job.data.eval else None, launch=topology.launched,
-        )  # fmt: skip
-        if job.config.run.replay_of is not None:
-            directory.require_receipt(Path(job.config.run.replay_of), made)
-        directory.create(job.config)
-        directory.rewind(step)
-        directory.write_outcome("running", step, "started, or started again")
-        directory.write_receipt(made)
-        if job.storage:
-            job.storage.upload_notes(directory.path)
-
-    topology.on_main(write)
 
 
 # ----------------------------------------------------------------------------------------- loop
 
 
-def loop(job: Job, state: "TrainState", tracker: "Tracker", saves: "Saver") -> None:
+def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") -> None:
     """Step, log, evaluate, save; until the plan is done, nothing gets better, or the machine is taken away."""
     from finetune.engine import optim
     from finetune.engine.checkpoint import resume
@@ -342,7 +244,7 @@ def loop(job: Job, state: "TrainState", tracker: "Tracker", saves: "Saver") -> N
         )
 
 
-def look(job: Job, state: "TrainState", tracker: "Tracker", loss: "Loss", at_the_end: bool = False) -> bool:
+def look(job: "Job", state: "TrainState", tracker: "Tracker", loss: "Loss", at_the_end: bool = False) -> bool:
     """Evaluate, and sample, where that is due after this step and not on record yet; whether it had to stop halfway."""
     from finetune.engine.step import evaluate
 
@@ -358,12 +260,12 @@ def look(job: Job, state: "TrainState", tracker: "Tracker", loss: "Loss", at_the
     if wants_samples and not topology.on_main(lambda: directory.has_samples(step)):
         if topology.any(job.stop.is_set):
             return True
-        sample(job, state)
+        job.sample(state)
     return False
 
 
 def one_step(
-    job: Job, state: "TrainState", loss: "Loss", lr: float, wishes: Callable[[], tuple[bool, ...]]
+    job: "Job", state: "TrainState", loss: "Loss", lr: float, wishes: Callable[[], tuple[bool, ...]]
 ) -> "StepResult":
     """The next step of the plan; what diverges is told with its rows."""
     from finetune.engine.step import train_step
@@ -386,60 +288,10 @@ def one_step(
     return result
 
 
-def open_tracker(job: Job, state: "TrainState") -> "Tracker":
-    """What tells the files, the terminal and the trackers how the run goes."""
-    from finetune.engine.trackers import Trackers
-    from finetune.engine.tracking import Tracker, say
-
-    config, directory, topology, progress = job.config, job.directory, job.topology, state.progress
-    wanted, flops_per_token = config.tracking, 2.0 * state.num_trainable + 4.0 * state.num_parameters
-    trackers = None
-    if topology.is_main and wanted.trackers:
-        trackers = Trackers(
-            wanted.trackers, project=wanted.project, run_name=config.run.name, run_id=progress.run_id,
-            directory=directory.path, first_step=progress.step + 1, wandb_mode=wanted.wandb_mode,
-            about={"config": config.model_dump(), "receipt": directory.receipt()}, history=directory.history(), say=say,
-        )  # fmt: skip
-    return Tracker(
-        directory.metrics, directory.evals, directory.saves, num_steps=job.data.num_steps, start=progress.step, is_main=topology.is_main,
-        num_processes=topology.num_processes, every=wanted.log_every_steps, flops_per_token=flops_per_token,
-        trackers=trackers,
-    )  # fmt: skip
-
-
-def open_saver(job: Job, state: "TrainState", tracker: "Tracker", resumed_from: int | None) -> "Saver":
-    """What writes checkpoints while training goes on."""
-    from finetune.engine.checkpoint.saver import Saver
-
-    wanted = job.config.checkpoint
-    return Saver(
-        job.directory.checkpoints, job.topology, job.storage,
-        about={"config": job.config.model_dump(), "identity": identity(job, state)},
-        every_minutes=wanted.every_minutes, keep_last=wanted.keep_last, asynchronous=wanted.asynchronous,
-        resumed_from=resumed_from, say=lambda text: tell(job.topology, text), record=tracker.saved,
-    )  # fmt: skip
-
-
-def sample(job: Job, state: "TrainState") -> None:
-    """Answers to the fixed prompts of the config; every process takes part, as each may hold a part of the model."""
-    from finetune.evaluation import generation
-
-    wanted, data = job.config.evaluation, job.data
-    job.topology.watchdog.rest(f"the samples after step {state.progress.step}")
-    template = data.template if job.config.objective.kind != "clm" else None
-    with state.averaged(), job.topology.arithmetic():
-        answers = generation.while_training(
-            job.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,
-            system_prompt=job.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
-        )  # fmt: skip
-    step = state.progress.step
-    job.topology.on_main(lambda: job.directory.write_samples(step, wanted.sample_prompts, answers))
-
-
 # --------------------------------------------------------------------------------------- finish
 
 
-def finish(job: Job, state: "TrainState", untrained: dict[str, float | str]) -> None:
+def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -> None:
     """Export what has moved, open what was exported, and only then call the run complete."""
     from finetune import export
     from finetune.engine.checkpoint import resume
@@ -463,21 +315,19 @@ def finish(job: Job, state: "TrainState", untrained: dict[str, float | str]) -> 
     if len(still) == num_trained:
         raise ExportError(f"not one weight has moved in {step} steps; is optimizer.lr too small for model.dtype?")
     if still:
-        tell(topology, f"note: {len(still)} of {num_trained} weight tensors have not moved, such as {still[0]}")
-    if config.adapter.kind != "full":
+        job.tell(f"note: {len(still)} of {num_trained} weight tensors have not moved, such as {still[0]}")
+    beside_a_base = config.adapter.kind != "full"
+    if beside_a_base:
         adapters.round_to_base(bare)
-    weights = topology.full_weights(state.model, trained_only=config.adapter.kind != "full")
-    if config.adapter.kind != "full":
+    weights = topology.full_weights(state.model, trained_only=beside_a_base)
+    if beside_a_base:
         weights = adapters.in_base_dtype(bare, weights)
     logits = topology.on_every(lambda: export.probe_logits(bare, topology.device))
     sft = config.objective.kind != "clm"  # plain text has no turns whose template there is to keep
     template, system_prompt = (job.data.template, config.data.system_prompt) if sft else (None, None)
-    early = (
-        ""
-        if step == job.data.num_steps
-        else f"stopped early, of {job.data.num_steps} steps, as evaluations got no better; "
-    )
-    reason = f"{early}{what}, of step {exported}, exported and verified"
+    reason = f"{what}, of step {exported}, exported and verified"
+    if step < job.data.num_steps:
+        reason = f"stopped early, of {job.data.num_steps} steps, as evaluations got no better; {reason}"
 
     def save_and_verify() -> None:
         export.write(
@@ -491,20 +341,13 @@ def finish(job: Job, state: "TrainState", untrained: dict[str, float | str]) -> 
             job.storage.upload_notes(job.directory.path)
 
     topology.on_main(save_and_verify)
-    tell(topology, f"complete at step {step}: {reason}: {target}")
+    job.tell(f"complete at step {step}: {reason}: {target}")
     if sft:
-        tell(topology, f"chat with it: python -m finetune chat --model {target}")
+        job.tell(f"chat with it: python -m finetune chat --model {target}")
 
 
 def due(step: int, every: int | None) -> bool:
     return every is not None and step > 0 and step % every == 0
-
-
-def tell(topology: Any, message: str) -> None:
-    if topology.is_main:
-        from finetune.engine.tracking import say
-
-        say(message)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def build_and_note(folder: Path) -> None:
     from finetune.engine.preemption import StopFlag
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
+    from finetune.job import Job
     from finetune.models import attention
 
     attention.check = lambda *_: None  # the first pass through the model gathers layers; it is no part of loading
@@ -85,7 +86,7 @@ def build_and_note(folder: Path) -> None:
     })  # fmt: skip
     topology = Topology("fp32")
     topology.require_same({})
-    job = train.Job(config, RunDirectory(config), topology, preflight.prepare(config, topology), StopFlag())
+    job = Job(config, RunDirectory(config), None, topology, preflight.prepare(config, topology), StopFlag())
     topology.sum([0.0])  # what talking to the others takes is not the model's
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     state = train.build(job)

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     """What stands behind `python -m finetune launch` -> exit code."""
     with _Inbox() as inbox, contextlib.ExitStack() as held:
         try:
-            environments, command = _plan(argv, held)
+            environments, command = plan(argv, held)
         except UserError as exc:
             _say(f"error: {exc}")
             return EXIT_USER_ERROR
@@ -285,7 +285,7 @@ def _reap(workers: list[_Worker]) -> None:
             os.waitpid(found.si_pid, 0)
 
 
-def _plan(argv: list[str], held: contextlib.ExitStack) -> tuple[list[dict[str, str]], list[str]]:
+def plan(argv: list[str], held: contextlib.ExitStack) -> tuple[list[dict[str, str]], list[str]]:
     """Environments of this node's processes, and what each runs. `held` keeps the port for them."""
     if not argv:
         raise ConfigError("launch was given no script; python -m finetune launch train.py --config configs/my_run.yaml")

@@ -8,6 +8,7 @@ import numpy as np
 
 from finetune import export
 from finetune.config import Config, accumulation
+from finetune.config import fields as config_fields
 from finetune.data import batches, rows, templates, tokens
 from finetune.engine import trackers
 from finetune.engine.topology import Topology
@@ -56,35 +57,14 @@ def prepare(config: Config, topology: Topology) -> Data:
     format: str = wanted.format
     if format == "auto":
         format = rows.detect_format([*train_files, *eval_files], wanted.text_unit, wanted.columns)
-    if format == "text" and (wanted.template != "auto" or wanted.system_prompt is not None):
-        raise ConfigError(
-            "data.template, data.system_prompt: would be ignored: rows of text have no turns; remove them"
-        )
-    template = templates.load(
-        wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
-    )
+    template = _template(wanted, format, tokenizer)
     kept = template if config.objective.kind != "clm" else None
     topology.on_main(
         lambda: export.rehearse(
             tokenizer, model_config, config.model.path, kept, wanted.system_prompt, config.model.trust_remote_code
         )
     )
-    options = tokens.Options(
-        wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
-        OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
-    )  # fmt: skip
-    train = tokens.prepare(train_files, template, tokenizer, options, wanted.cache_dir)
-    evals = tokens.prepare(eval_files, template, tokenizer, options, wanted.cache_dir) if eval_files else None
-    if wanted.max_rows is not None:
-        train = tokens.draw(train, wanted.max_rows, seed)
-    if wanted.eval_fraction:
-        train, evals = tokens.hold_out(train, wanted.eval_fraction, seed)
-    known = tokens.num_trained_on(evals, train) if evals else 0
-    if evals and known > MAX_EVAL_OVERLAP * len(evals):
-        raise DataError(
-            f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memory; "
-            "take them out of one of the two"
-        )
+    train, evals, known = _examples(config, train_files, eval_files, template, tokenizer)
 
     def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
         return batches.Batches(
@@ -109,6 +89,40 @@ def prepare(config: Config, topology: Topology) -> Data:
     return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, unused, known)
 
 
+def _template(wanted: config_fields.Data, format: str, tokenizer: Any) -> templates.Template:
+    if format == "text" and (wanted.template != "auto" or wanted.system_prompt is not None):
+        raise ConfigError(
+            "data.template, data.system_prompt: would be ignored: rows of text have no turns; remove them"
+        )
+    return templates.load(
+        wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+    )
+
+
+def _examples(
+    config: Config, train_files: Any, eval_files: Any, template: templates.Template, tokenizer: Any
+) -> tuple[Any, Any, int]:
+    """What is trained on, what is held out (or None), and how much of that is trained on all the same."""
+    wanted, seed = config.data, config.run.seed
+    options = tokens.Options(
+        wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
+        OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
+    )  # fmt: skip
+    train = tokens.prepare(train_files, template, tokenizer, options, wanted.cache_dir)
+    evals = tokens.prepare(eval_files, template, tokenizer, options, wanted.cache_dir) if eval_files else None
+    if wanted.max_rows is not None:
+        train = tokens.draw(train, wanted.max_rows, seed)
+    if wanted.eval_fraction:
+        train, evals = tokens.hold_out(train, wanted.eval_fraction, seed)
+    known = tokens.num_trained_on(evals, train) if evals else 0
+    if evals and known > MAX_EVAL_OVERLAP * len(evals):
+        raise DataError(
+            f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memory; "
+            "take them out of one of the two"
+        )
+    return train, evals, known
+
+
 def summary(config: Config, topology: Topology, data: Data) -> str:
     """The run in a dozen lines, and its first example with what is learned in [[brackets]].
 
@@ -121,15 +135,8 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     trainable, total = parameters.count(
         adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
     )
+    _check_rates(config, skeleton, data.num_steps)
     train, examples = data.train.sequences, data.train.sequences.examples
-    if config.optimizer.embedding_lr is not None and not adapters.trains_ends(skeleton):
-        raise ConfigError("optimizer.embedding_lr: would be ignored: neither embedding nor head trains; remove it")
-    fastest = data.num_steps**-0.5
-    if config.optimizer.kind == "adafactor" and config.optimizer.lr > fastest:
-        raise ConfigError(
-            f"optimizer.lr: adafactor never steps by more than 1 / sqrt(step), so the schedule of {config.optimizer.lr:g} would be "
-            f"overridden in a run of {data.num_steps} steps; take at most {fastest:.2g}"
-        )
     supervised = examples.num_supervised_tokens
     name = config.model.path or f"{data.model_config.model_type} from random weights"
     lines = [
@@ -155,27 +162,37 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         )
     if data.unused:
         lines.append(f"not read    columns {', '.join(data.unused)}")
-    if data.num_steps < FEW_STEPS:
-        lines.append(
-            f"note        {_counted(data.num_steps, 'step')} will teach next to nothing; "
-            + (
-                "raise train.max_steps"
-                if data.num_steps == config.train.max_steps
-                else "lower train.global_batch_size or raise train.epochs"
-            )
-            + (", or set data.packing to false (a pack is one sequence)" if config.data.packing else "")
-        )
-    if config.model.dtype == "bfloat16" and config.adapter.kind == "full":
-        lines.append(
-            "note        bfloat16 keeps 8 bits: steps of less than 1/256 of a weight are lost; float32 loses none"
-        )
-    if config.adapter.bias != "none":
-        lines.append(
-            f"note        adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, "
-            "the model is not the base"
-        )
+    lines += _notes(config, data.num_steps)
     lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
     return "\n".join(lines)
+
+
+def _check_rates(config: Config, skeleton: Any, num_steps: int) -> None:
+    """Raise ConfigError for learning rates that nothing would have."""
+    if config.optimizer.embedding_lr is not None and not adapters.trains_ends(skeleton):
+        raise ConfigError("optimizer.embedding_lr: would be ignored: neither embedding nor head trains; remove it")
+    fastest = num_steps**-0.5
+    if config.optimizer.kind == "adafactor" and config.optimizer.lr > fastest:
+        raise ConfigError(
+            f"optimizer.lr: adafactor never steps by more than 1 / sqrt(step), so the schedule of {config.optimizer.lr:g} would be "
+            f"overridden in a run of {num_steps} steps; take at most {fastest:.2g}"
+        )
+
+
+def _notes(config: Config, num_steps: int) -> list[str]:
+    """What is allowed and may yet surprise."""
+    notes = []
+    if num_steps < FEW_STEPS:
+        more = "raise train.max_steps" if num_steps == config.train.max_steps else "lower train.global_batch_size or raise train.epochs"  # fmt: skip
+        unpacked = ", or set data.packing to false (a pack is one sequence)" if config.data.packing else ""
+        notes.append(f"{_counted(num_steps, 'step')} will teach next to nothing; {more}{unpacked}")
+    if config.model.dtype == "bfloat16" and config.adapter.kind == "full":
+        notes.append("bfloat16 keeps 8 bits: steps of less than 1/256 of a weight are lost; float32 loses none")
+    if config.adapter.bias != "none":
+        notes.append(
+            f"adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, the model is not the base"
+        )
+    return [f"note        {note}" for note in notes]
 
 
 def _methods(config: Config) -> list[str]:

@@ -92,8 +92,13 @@ class Workshop:
     def launch(
         self, name: str = "run", processes: int = 1, arguments: Sequence[str] = (), **changes: Any
     ) -> subprocess.CompletedProcess[str]:
-        """The real command line in processes of its own."""
-        return launch([*command(processes), "--config", str(self.write(self.config(name, **changes))), *arguments])
+        """train.py in processes of its own, by name and arguments as on the command line; the code is that of the first to fail."""
+        from faults.nursery import start
+
+        config = self.write(self.config(name, **changes))
+        begun = start(config, "single" if processes == 1 else "cpu_debug", processes, *arguments)
+        code = next((code for code in begun.codes(240) if code), 0)
+        return subprocess.CompletedProcess(["train.py"], code, begun.said(), begun.said())
 
 
 def launcher(topology: str, processes: int, extra: Sequence[str] = ()) -> list[str]:
@@ -110,13 +115,6 @@ def forget_process_state() -> None:
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def command(processes: int = 1) -> list[str]:
-    """python train.py, or accelerate launch with so many CPU processes."""
-    if processes == 1:
-        return [sys.executable, str(ROOT / "train.py")]
-    return [*launcher("cpu_debug", processes), str(ROOT / "train.py")]
 
 
 def launch(arguments: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:

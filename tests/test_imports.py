@@ -30,6 +30,9 @@ ALLOWED = {
         "finetune.data", "finetune.models", "finetune.objectives", "finetune.export", "finetune.engine.topology",
         "finetune.engine.trackers", "finetune.config", "finetune.errors",
     ],
+    "finetune.job": [
+        "finetune.preflight", "finetune.engine", "finetune.evaluation.generation", "finetune.config", "finetune.errors",
+    ],
     "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.curves": ["finetune.errors"],

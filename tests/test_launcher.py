@@ -443,7 +443,7 @@ def test_processes_inherit_the_terminal(worker):
 def plan(*arguments):
     """Environments of the processes that would be started."""
     with contextlib.ExitStack() as held:
-        return launcher._plan([*map(str, arguments), str(ROOT / "train.py")], held)[0]
+        return launcher.plan([*map(str, arguments), str(ROOT / "train.py")], held)[0]
 
 
 # File -> kind, processes of this node, replicas, processes that share a sequence.
@@ -528,7 +528,7 @@ def test_what_accelerate_config_has_left_is_not_read(tell, tmp_path):
 def test_two_runs_on_one_machine_get_different_ports():
     with contextlib.ExitStack() as held:
         command = ["--num_processes", "2", str(ROOT / "train.py")]
-        ports = {launcher._plan(command, held)[0][0]["MASTER_PORT"] for _ in range(4)}
+        ports = {launcher.plan(command, held)[0][0]["MASTER_PORT"] for _ in range(4)}
         assert len(ports) == 4
         port = ports.pop()
         assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] != port

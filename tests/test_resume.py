@@ -3,15 +3,14 @@
 import json
 import shutil
 import signal
-import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Workshop, command, losses, read_jsonl
+from conftest import Workshop, losses, read_jsonl
+from faults.nursery import start, wait_for
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -90,28 +89,6 @@ def test_lora_resumes_to_the_bit(workshop, monkeypatch):
     saved = FileSystemReader(parts / "checkpoints/step-00000006/shards").read_metadata().state_dict_metadata
     assert saved
     assert all("lora_" in name or "param_groups" in name for name in saved), "frozen weights must not be saved again"
-
-
-@pytest.mark.slow
-def test_a_signal_saves_and_asks_to_be_run_again(workshop):
-    """SIGTERM -> a checkpoint, outcome preempted, exit code 75; the same command goes on to the same end."""
-    settings = {"train__epochs": 60, "train__max_steps": 300, "checkpoint__every_minutes": None}
-    config = workshop.write(workshop.config("signalled", **settings))
-    process = subprocess.Popen([*command(), "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    metrics = workshop.run_dir("signalled") / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    outcome = json.loads((workshop.run_dir("signalled") / "outcome.json").read_text())
-    assert process.returncode == 75, errors
-    assert outcome["state"] == "preempted"
-    assert 5 < outcome["step"] < 300
-    again = workshop.launch("signalled", **settings)
-    assert again.returncode == 0, again.stderr
-    assert f"at step {outcome['step']}" in again.stderr
-    assert losses(workshop.run_dir("signalled")) == losses(workshop.train("whole", **settings))
 
 
 @pytest.mark.slow
@@ -230,20 +207,16 @@ def test_what_does_not_change_the_arithmetic_may_change_on_resume(workshop, monk
 
 
 @pytest.mark.slow
-def test_a_signal_before_the_first_step_ends_at_once(workshop):
+def test_a_signal_while_rows_are_tokenised_leaves_no_half_of_a_cache(workshop):
     """Nothing is there to save yet: exit code 75 asks to be run again."""
     workshop.rows.write_text(
-        "".join(json.dumps({"question": f"{i}", "answer": "a" * 50}) + "\n" for i in range(200_000))
+        "".join(json.dumps({"question": f"{i}", "answer": "a" * 50}) + "\n" for i in range(100_000))
     )
-    config = workshop.write(workshop.config())
-    process = subprocess.Popen([*command(), "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(workshop.folder.glob("cache/tokens/.building-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
-    assert "SIGTERM before the first step" in errors
+    launch = start(workshop.write(workshop.config()))
+    wait_for(lambda: list(workshop.folder.glob("cache/tokens/.building-*")))
+    launch.kill([0], signal.SIGTERM)
+    assert launch.codes() == [75], launch.said()
+    assert "SIGTERM" in launch.said()
     assert not list(workshop.folder.glob("cache/tokens/.building-*")), "half a cache must not stay"
 
 

@@ -4,12 +4,31 @@ import difflib
 import os
 from collections.abc import Iterator
 
-from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Adapter, Config, Section
+from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Adapter, Config, Model, Schedule, Section
 
 
 def conflicts(config: Config) -> Iterator[str]:
     """Settings that cannot work together, or that this run would ignore."""
-    model, adapter, data, train = config.model, config.adapter, config.data, config.train
+    yield from _model_conflicts(config.model, config.adapter)
+    yield from _adapter_conflicts(config.adapter)
+    yield from _optimizer_conflicts(config)
+    yield from _data_conflicts(config)
+    yield from _schedule_conflicts(config.schedule)
+    yield from _evaluation_conflicts(config)
+    train, project = config.train, config.tracking.project
+    if train.global_batch_size % train.micro_batch_size:
+        yield (
+            f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size {train.micro_batch_size}"
+        )
+    trackers = config.tracking.trackers
+    if len(set(trackers)) < len(trackers):
+        yield "tracking.trackers: names one twice"
+    if "wandb" in trackers and (bad := set(project) & set("/\\#?%:")):
+        yield f"tracking.project: W&B takes no {' '.join(sorted(bad))} in the name of a project"
+
+
+def _model_conflicts(model: Model, adapter: Adapter) -> Iterator[str]:
     if (model.path is None) == (model.config is None):
         yield "model.path: give either model.path or model.config (an architecture for init: random)"
     if model.config is not None and model.init != "random":
@@ -19,19 +38,25 @@ def conflicts(config: Config) -> Iterator[str]:
     if model.config is not None and "model_type" not in model.config:
         yield "model.config: needs model_type, for example llama"
     if model.config is not None and model.tokenizer == "bytes":
-        yield from _ignored(config.model, "model", ("revision", "trust_remote_code"), "nothing is loaded from the Hub")
+        yield from _ignored(model, "model", ("revision", "trust_remote_code"), "nothing is loaded from the Hub")
     if model.path is not None and os.path.isdir(model.path):
-        yield from _ignored(config.model, "model", ("revision",), "model.path is a folder")
+        yield from _ignored(model, "model", ("revision",), "model.path is a folder")
     if model.init == "random" and adapter.kind != "full":
         yield f"adapter.kind: {adapter.kind} beside random weights cannot be loaded again, as they are not saved; use full"
-    yield from _adapter_conflicts(adapter)
-    yield from _optimizer_conflicts(config)
+    for token in model.new_tokens:
+        if not token.strip() or model.new_tokens.count(token) > 1:
+            yield f"model.new_tokens: {token!r} is empty or there twice"
+            break
+
+
+def _data_conflicts(config: Config) -> Iterator[str]:
+    model, data = config.model, config.data
     if config.objective.kind == "clm":
-        yield from _ignored(config.data, "data", ("loss_on",), "objective.kind: clm learns every token")
+        yield from _ignored(data, "data", ("loss_on",), "objective.kind: clm learns every token")
     elif data.truncation == "split":
         yield "data.truncation: split would cut answers from their prompts; it is for objective.kind: clm"
     if data.format == "text":
-        yield from _ignored(config.data, "data", ("template", "system_prompt"), "rows of text have no turns")
+        yield from _ignored(data, "data", ("template", "system_prompt"), "rows of text have no turns")
         if config.objective.kind == "sft":
             yield "objective.kind: sft needs prompts and answers, but data.format is text; use clm"
     for name in data.columns:
@@ -42,47 +67,38 @@ def conflicts(config: Config) -> Iterator[str]:
             )
     sources = [*_listed(data.train), *_listed(data.eval)]
     if not any(source.lower().endswith(".txt") for source in sources):
-        yield from _ignored(config.data, "data", ("text_unit",), "no source is a .txt file")
+        yield from _ignored(data, "data", ("text_unit",), "no source is a .txt file")
     if data.eval is not None:
-        yield from _ignored(config.data, "data", ("eval_fraction",), "data.eval gives the evaluation rows")
+        yield from _ignored(data, "data", ("eval_fraction",), "data.eval gives the evaluation rows")
     if data.packing and model.attention in PADDED_ATTENTION:
         yield f"data.packing: with model.attention: {model.attention} packed documents would see each other; use auto"
     if data.packing and data.group_by_length:
         yield "data.group_by_length: ignored with data.packing, which fills every sequence"
-    if config.schedule.kind in ("constant", "inverse_sqrt"):
-        yield from _ignored(
-            config.schedule, "schedule", ("min_lr_fraction",), f"schedule.kind: {config.schedule.kind} ends nowhere"
-        )
-    if config.schedule.kind != "wsd":
-        yield from _ignored(config.schedule, "schedule", ("decay_fraction",), "it is for schedule.kind: wsd")
-    if config.schedule.kind == "inverse_sqrt" and config.schedule.warmup_steps == 0:
+
+
+def _schedule_conflicts(schedule: Schedule) -> Iterator[str]:
+    if schedule.kind in ("constant", "inverse_sqrt"):
+        yield from _ignored(schedule, "schedule", ("min_lr_fraction",), f"schedule.kind: {schedule.kind} ends nowhere")
+    if schedule.kind != "wsd":
+        yield from _ignored(schedule, "schedule", ("decay_fraction",), "it is for schedule.kind: wsd")
+    if schedule.kind == "inverse_sqrt" and schedule.warmup_steps == 0:
         yield "schedule.warmup_steps: inverse_sqrt falls as sqrt(warmup_steps / step), so it needs some"
-    if train.global_batch_size % train.micro_batch_size:
-        yield (
-            f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size {train.micro_batch_size}"
-        )
-    if not config.evaluation.sample_prompts:
+
+
+def _evaluation_conflicts(config: Config) -> Iterator[str]:
+    wanted = config.evaluation
+    if not wanted.sample_prompts:
         names = ("sample_every_steps", "sample_max_new_tokens")
-        yield from _ignored(config.evaluation, "evaluation", names, "there are no evaluation.sample_prompts")
-    trackers = config.tracking.trackers
-    if len(set(trackers)) < len(trackers):
-        yield "tracking.trackers: names one twice"
-    if "wandb" in trackers and (bad := set(config.tracking.project) & set("/\\#?%:")):
-        yield f"tracking.project: W&B takes no {' '.join(sorted(bad))} in the name of a project"
-    if config.evaluation.patience is not None and config.evaluation.every_steps is None:
+        yield from _ignored(wanted, "evaluation", names, "there are no evaluation.sample_prompts")
+    if wanted.patience is not None and wanted.every_steps is None:
         yield "evaluation.patience: needs evaluation.every_steps; there is only one evaluation, at the end"
-    if config.evaluation.export_best and config.evaluation.every_steps is None:
+    if wanted.export_best and wanted.every_steps is None:
         yield "evaluation.export_best: needs evaluation.every_steps; there is only one evaluation, at the end"
-    if any(not prompt.strip() for prompt in config.evaluation.sample_prompts):
+    if any(not prompt.strip() for prompt in wanted.sample_prompts):
         yield "evaluation.sample_prompts: one is empty"
-    for token in model.new_tokens:
-        if not token.strip() or model.new_tokens.count(token) > 1:
-            yield f"model.new_tokens: {token!r} is empty or there twice"
-            break
-    if data.eval is None and data.eval_fraction == 0:
+    if config.data.eval is None and config.data.eval_fraction == 0:
         yield from _ignored(
-            config.evaluation,
+            wanted,
             "evaluation",
             ("every_steps", "micro_batch_size", "patience", "export_best"),
             "there are no evaluation rows (data.eval)",

@@ -5,16 +5,17 @@ everything and is forked for each: Python's own forkserver. What runs is train.m
 the process; what kills it is SIGKILL.
 """
 
+import contextlib
+import importlib
 import json
 import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,8 @@ import torch
 from conftest import ROOT, Workshop, read_jsonl
 from safetensors.torch import load_file
 
-# What the launcher's environment is made of, by topology; tests/test_launcher.py proves the real one.
-ENVIRONMENTS: dict[str, dict[str, str]] = {
-    "single": {}, "ddp": {},
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-    **{
-        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / f"ds_configs/zero{stage}.json")}
-        for stage in (1, 2, 3)
-    },
-}  # fmt: skip
+from finetune import launcher
+
 PROTOCOL = {str(ROOT / "finetune/engine/checkpoint" / name) for name in ("folder.py", "saver.py", "shards.py")}
 
 
@@ -43,25 +37,26 @@ class Death:
     time: int
 
 
-def child(rank: int, arguments: list[str], environment: dict[str, str], said: str, death: Death | None) -> None:
-    """In the forked process: train.py as its own command line would run it."""
+def child(
+    rank: int, script: str, arguments: list[str], environment: dict[str, str], said: str, death: Death | None
+) -> None:
+    """In the forked process: a script as its own command line would run it."""
     os.environ.update(environment)
     with open(said, "a") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    import train
-
+    main = importlib.import_module(script).main
     counts = os.environ.get("COUNTS_LINES")
     counted = trace(death) if death or counts else {}
     if stands := os.environ.get("STANDS_STILL"):
         stand_still(*map(int, stands.split(":")))
-    sys.argv = ["train.py", *arguments]
-    code = train.main()
+    sys.argv = [script, *arguments]
+    code = main()
     if counts and rank == 0:
         Path(counts).write_text(json.dumps(counted))
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code or 0)
 
 
 def stand_still(rank: int, step: int) -> None:
@@ -110,6 +105,8 @@ class Launch:
 
     processes: list[Any]
     said_to: list[Path]
+    held: contextlib.ExitStack
+    """The port at which they meet."""
     began: float = field(default_factory=time.monotonic)
 
     def kill(self, ranks: list[int], number: int = signal.SIGKILL) -> None:
@@ -128,7 +125,37 @@ class Launch:
         return [process.exitcode for process in self.processes]
 
     def said(self) -> str:
-        return "\n".join(path.read_text()[-3000:] for path in self.said_to if path.exists())
+        return "\n".join(path.read_text()[-20_000:] for path in self.said_to if path.exists())
+
+
+def start(
+    config: Path, topology: str = "single", processes: int = 1, *arguments: str, death: Death | None = None, dies: int = 0, **environment: str
+) -> Launch:  # fmt: skip
+    """One launch of train.py. `dies`: the process that `death` is for."""
+    told = {"FINETUNE_JOIN_MINUTES": "0.3", **environment}
+    said = [config.with_suffix(f".{rank}.log") for rank in range(processes)]
+    return fork("train", ["--config", str(config), *arguments], topology, said, told, death=death, dies=dies)
+
+
+def fork(
+    script: str, arguments: list[str], topology: str, said: list[Path], environment: dict[str, str], extra: Sequence[str] = (),
+    death: Death | None = None, dies: int = 0,
+) -> Launch:  # fmt: skip
+    """Every process of a script under a topology file, with the environment that the launcher gives it; each has a file to say in."""
+    held = contextlib.ExitStack()
+    file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", str(len(said)), *extra]
+    with contextlib.chdir(ROOT):
+        planned, _ = launcher.plan([*([] if topology == "single" and len(said) == 1 else file), "train.py"], held)
+    started = []
+    for rank, given in enumerate(planned):
+        said[rank].unlink(missing_ok=True)
+        mine = death if rank == dies else None
+        own = {name: value for name, value in (given | environment).items() if os.environ.get(name) != value}
+        process = _forks.Process(target=child, args=(rank, script, arguments, own, str(said[rank]), mine))
+        process.start()
+        started.append(process)
+    LAUNCHED.append(Launch(started, said, held))
+    return LAUNCHED[-1]
 
 
 LAUNCHED: list[Launch] = []
@@ -138,37 +165,7 @@ def end_all() -> None:
     while LAUNCHED:
         launch = LAUNCHED.pop()
         launch.kill(list(range(len(launch.processes))))
-
-
-def start(
-    config: Path, topology: str = "single", processes: int = 1, *arguments: str, death: Death | None = None, dies: int = 0, **environment: str
-) -> Launch:  # fmt: skip
-    """`dies`: the process that `death` is for."""
-    port = free_port()
-    said = [config.with_suffix(f".{rank}.log") for rank in range(processes)]
-    started = []
-    for rank in range(processes):
-        said[rank].unlink(missing_ok=True)
-        own = {**ENVIRONMENTS[topology], "FINETUNE_JOIN_MINUTES": "0.3", **environment}
-        if processes > 1 or topology != "single":
-            own |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
-        mine = death if rank == dies else None
-        process = _forks.Process(
-            target=child, args=(rank, ["--config", str(config), *arguments], own, str(said[rank]), mine)
-        )
-        process.start()
-        started.append(process)
-    LAUNCHED.append(Launch(started, said))
-    return LAUNCHED[-1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        launch.held.close()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

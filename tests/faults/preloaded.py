@@ -8,9 +8,10 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import conftest  # noqa: F401
 import deepspeed.checkpoint.ds_to_universal  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
+from faults import nursery  # noqa: F401
 
 import train  # noqa: F401
-from finetune import export, preflight  # noqa: F401
+from finetune import export, job, preflight  # noqa: F401
 from finetune.engine import optim, step, trackers, tracking  # noqa: F401
 from finetune.engine.checkpoint import resume, saver  # noqa: F401
 from finetune.engine.topology import fsdp, zero  # noqa: F401

@@ -28,15 +28,12 @@ def scene(request, tmp_path_factory) -> Scene:
 def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
     """Half of the kills at a line of the protocol of checkpoints, half at any moment."""
     dice = random.Random(SEED)
-    killed = 0
-    for number in range(KILLS // len(SCENES)):
+    killed, total = 0, KILLS // len(SCENES)
+    for number in range(total):
         kill = scene.at_a_line if number % 2 else scene.at_a_moment
         codes = scene.survives(f"run{number}", kill, dice)
         killed += -9 in codes
-    print(
-        f"{scene.topology}: {killed} of {KILLS // len(SCENES)} were killed before their end, undisturbed {scene.seconds:.1f} s"
-    )
-    assert killed
+    assert killed >= total // 2, "the others had ended before, or the process did not execute that line"
 
 
 @pytest.mark.skipif(KILLS < 100, reason="make faults: a kill before each of about 150 lines")
@@ -50,4 +47,3 @@ def test_death_before_any_line_of_the_protocol_is_survived(scene):
             line.replace(":", "-"), lambda config, dice, line=line: scene.at_a_line(config, dice, line), dice
         )
         assert codes == [-9], line
-    print(f"{len(scene.lines)} lines")

@@ -7,10 +7,12 @@ tests/distributed/test_nodes.py.
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_LLAMA, Workshop, forget_process_state, launch, launcher, losses, read_jsonl
+from conftest import ROOT, TINY_LLAMA, Workshop, forget_process_state, losses, read_jsonl
 from distributed.test_nodes import FILES as ON_NODES
+from faults.nursery import Launch, fork
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -74,12 +76,12 @@ def settings(workshop: Workshop, case: str) -> dict:
     return changes
 
 
-def several(topology: str, processes: int, *arguments: object) -> str:
-    """What tests/distributed/several.py says; it must succeed."""
-    script = str(ROOT / "tests/distributed/several.py")
-    result = launch([*launcher(topology, processes, FOUR.get(topology, [])), script, *map(str, arguments)], timeout=500)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stderr
+def several(folder: Path, topology: str, processes: int, *arguments: object) -> Launch:
+    """tests/distributed/several.py, once it has ended, in processes with the environment that the launcher gives them."""
+    said = [folder / f"{rank}.log" for rank in range(processes)]
+    launch = fork("distributed.several", [*map(str, arguments)], topology, said, {}, FOUR.get(topology, []))
+    launch.codes(500)
+    return launch
 
 
 def difference(run, reference) -> dict[str, float]:
@@ -118,11 +120,12 @@ def test_every_topology_is_one_process(alone, workshop, topology, processes, cas
             ten = settings(alone, "lora") | ten
         whole, parts = (workshop.write(workshop.config(name, **ten)) for name in ("whole", "parts"))
         files += [whole, parts, f"forget:{workshop.run_dir('parts')}:4", parts]
-    said = several(topology, processes, *files)
+    launch = several(workshop.folder, topology, processes, *files)
+    assert launch.codes() == [0] * processes, launch.said()
     found = {case: difference(workshop.run_dir(case), alone.run_dir(case)) for case in cases}
     assert all(agree(value, "bf16" in case) for case, value in found.items()), found
     if (topology, processes) in RESUMED:
-        assert "parts/checkpoints/step-00000004 at step 4" in said
+        assert "parts/checkpoints/step-00000004 at step 4" in launch.said()
         assert losses(workshop.run_dir("parts")) == losses(workshop.run_dir("whole"))
         one, other = (
             load_file(next((workshop.run_dir(n) / "model").glob("*.safetensors"))) for n in ("whole", "parts")
@@ -130,18 +133,6 @@ def test_every_topology_is_one_process(alone, workshop, topology, processes, cas
         assert all(bool((one[name] == other[name]).all()) for name in one)
     receipt = json.loads((workshop.run_dir(cases[0]) / "receipt.json").read_text())
     assert (receipt["num_processes"], receipt["topology"]) == (processes, {"cpu_debug": "ddp"}.get(topology, topology))
-
-
-def test_a_checkpoint_of_parts_is_gone_on_from_by_one_process(alone, workshop):
-    changes = {"train__max_steps": 8, "checkpoint__every_steps": 3, "checkpoint__keep_last": 9}
-    config = workshop.config("run", **{**settings(alone, "lora"), **changes})
-    file, run = workshop.write(config), workshop.run_dir("run")
-    several("fsdp2", 2, file)
-    whole = losses(run)
-    several("single", 1, f"forget:{run}:3", file)
-    assert losses(run) == pytest.approx(whole, rel=LOSS)
-    assert losses(run)[:3] == whole[:3]
-    assert losses(run) != whole, "nothing was trained again"
 
 
 def test_what_is_broken_on_purpose_is_seen(alone, workshop):
@@ -152,12 +143,11 @@ def test_what_is_broken_on_purpose_is_seen(alone, workshop):
         config = workshop.config(name, **settings(alone, "untied"))
         config["data"]["train"] = str(alone.rows)
         files += [f"break:{name}", workshop.write(config)]
-    script = str(ROOT / "tests/distributed/several.py")
-    result = launch([*launcher("fsdp2", 2), script, *map(str, files)])
+    launch = several(workshop.folder, "fsdp2", 2, *files)
     for name in names[:2]:
         assert not agree(difference(workshop.run_dir(name), alone.run_dir("untied"))), name
-    assert result.returncode != 0
-    assert re.search(r"ExportError: .*logits differ by", result.stderr)
+    assert launch.codes() != [0, 0]
+    assert re.search(r"ExportError: .*logits differ by", launch.said())
     assert not (workshop.run_dir("one_shard") / "model").exists()
 
 

@@ -1,0 +1,152 @@
+"""What a run works with, opened and put together: its directories, its processes, its rows, what writes and what tells."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.config import Config
+from finetune.engine import receipt
+from finetune.engine.checkpoint.saver import Saver
+from finetune.engine.checkpoint.storage import Storage
+from finetune.engine.preemption import StopFlag
+from finetune.engine.rundir import RunDirectory
+from finetune.engine.state import TrainState
+from finetune.engine.topology import Topology
+from finetune.engine.trackers import Trackers
+from finetune.engine.tracking import Tracker, say
+from finetune.errors import EXIT_FAILED, CheckpointError
+from finetune.evaluation import generation
+from finetune.preflight import Data
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked, where it lives, here and in an object store, how it is shared, what it learns from, and whether it must stop."""
+
+    config: Config
+    directory: RunDirectory
+    storage: Storage | None
+    topology: Topology
+    data: Data
+    stop: StopFlag
+
+    def tell(self, message: str) -> None:
+        """One line, once."""
+        if self.topology.is_main:
+            say(message)
+
+    def identity(self, state: TrainState) -> dict[str, str]:
+        """What the config only points at, and what auto became: a resumption must find the same."""
+        return {
+            "training data": self.data.train.fingerprint,
+            "evaluation data": self.data.eval.fingerprint if self.data.eval else "none",
+            "frozen weights": state.frozen,
+            "train.precision": self.topology.precision,
+        }
+
+    def open_directory(self, state: TrainState) -> None:
+        """From here on the run directory is this run's. On the main process."""
+        config, topology, data, step = self.config, self.topology, self.data, state.progress.step
+        made = receipt.compose(
+            seed=config.run.seed, parameters={"trainable": state.num_trainable, "total": state.num_parameters},
+            num_processes=topology.num_processes, topology=topology.name, precision=topology.precision,
+            attention=data.attention, num_steps=data.num_steps, start_weights=state.start, template=data.template.fingerprint,
+            train_data=data.train.sequences.examples.receipt(),
+            eval_data=data.eval.sequences.examples.receipt() if data.eval else None, launch=topology.launched,
+        )  # fmt: skip
+        if config.run.replay_of is not None:
+            self.directory.require_receipt(Path(config.run.replay_of), made)
+        self.directory.create(config)
+        self.directory.rewind(step)
+        self.directory.write_outcome("running", step, "started, or started again")
+        self.directory.write_receipt(made)
+        if self.storage:
+            self.storage.upload_notes(self.directory.path)
+
+    def note_end(self, how: str, step: int, reason: str) -> None:
+        """How a run that is open ended before its time, here and in the store."""
+        if self.topology.is_main and self.directory.is_open:
+            self.directory.note_outcome(how, step, reason)
+            if self.storage:
+                with contextlib.suppress(CheckpointError):  # what is wrong with the store was said before
+                    self.storage.upload_notes(self.directory.path)
+
+    def tracker(self, state: TrainState) -> Tracker:
+        """What tells the files, the terminal and the trackers how the run goes."""
+        config, directory, topology, progress = self.config, self.directory, self.topology, state.progress
+        wanted, flops_per_token = config.tracking, 2.0 * state.num_trainable + 4.0 * state.num_parameters
+        trackers = None
+        if topology.is_main and wanted.trackers:
+            trackers = Trackers(
+                wanted.trackers, project=wanted.project, run_name=config.run.name, run_id=progress.run_id,
+                directory=directory.path, first_step=progress.step + 1, wandb_mode=wanted.wandb_mode,
+                about={"config": config.model_dump(), "receipt": directory.receipt()}, history=directory.history(), say=say,
+            )  # fmt: skip
+        return Tracker(
+            directory.metrics, directory.evals, directory.saves, num_steps=self.data.num_steps, start=progress.step,
+            is_main=topology.is_main, num_processes=topology.num_processes, every=wanted.log_every_steps,
+            flops_per_token=flops_per_token, trackers=trackers,
+        )  # fmt: skip
+
+    def saver(self, state: TrainState, tracker: Tracker, resumed_from: int | None) -> Saver:
+        """What writes checkpoints while training goes on."""
+        wanted = self.config.checkpoint
+        return Saver(
+            self.directory.checkpoints, self.topology, self.storage,
+            about={"config": self.config.model_dump(), "identity": self.identity(state)},
+            every_minutes=wanted.every_minutes, keep_last=wanted.keep_last, asynchronous=wanted.asynchronous,
+            resumed_from=resumed_from, say=self.tell, record=tracker.saved,
+        )  # fmt: skip
+
+    def sample(self, state: TrainState) -> None:
+        """Answers to the fixed prompts of the config; every process takes part, as each may hold a part of the model."""
+        wanted, data, step = self.config.evaluation, self.data, state.progress.step
+        self.topology.watchdog.rest(f"the samples after step {step}")
+        template = data.template if self.config.objective.kind != "clm" else None
+        with state.averaged(), self.topology.arithmetic():
+            answers = generation.while_training(
+                self.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,
+                system_prompt=self.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
+            )  # fmt: skip
+        self.topology.on_main(lambda: self.directory.write_samples(step, wanted.sample_prompts, answers))
+
+
+@contextlib.contextmanager
+def watched(config: Config, directory: RunDirectory, topology: Topology, stop: StopFlag) -> Iterator[None]:
+    """Inside, clouds and deadlines are heeded, and processes that died or stand still end all others."""
+
+    def end(problem: str) -> None:
+        """In a thread, as the main one may wait for ever."""
+        if topology.is_main:
+            directory.note_outcome("failed", topology.watchdog.step, problem)
+        print(f"[process {topology.rank}] failed: {problem}", file=sys.stderr, flush=True)
+        os._exit(EXIT_FAILED)
+
+    wanted, hang = config.checkpoint, config.train.hang_minutes
+    cloud = wanted.notices if topology.is_first_of_node else None
+    stop.configure(grace_seconds=wanted.grace_seconds, max_minutes=wanted.max_minutes, cloud=cloud, say=say)
+    topology.watchdog.start(None if hang is None else 60 * hang, end)
+    try:
+        yield
+    except RuntimeError as exc:
+        if lost := topology.lost(exc):
+            raise lost from exc
+        raise
+    finally:
+        topology.watchdog.stop()
+
+
+def reach(config: Config, directory: RunDirectory, topology: Topology, check_only: bool) -> Storage | None:
+    """The run's twin in an object store, and from there what an empty disk does not have, but for checkpoints."""
+    if config.checkpoint.storage is None:
+        return None
+    storage = Storage(config.checkpoint.storage, config.run.name)
+    topology.on_main(storage.check)
+    if not check_only:
+        if topology.on_main(lambda: storage.restore(directory.path)) and topology.is_main:
+            say(f"brought back from {storage.url}, as this disk has no {directory.path}")
+        directory.check(config)
+    return storage
