@@ -23,8 +23,10 @@ from finetune.errors import (
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
     CheckpointError,
+    DirectoryInUse,
     ExportError,
     Preempted,
+    TakenOver,
     TopologyError,
     TrainingDiverged,
     UserError,
@@ -32,6 +34,7 @@ from finetune.errors import (
 
 if TYPE_CHECKING:
     from finetune.engine.checkpoint.saver import Saver
+    from finetune.engine.rundir import RunDirectory
     from finetune.engine.state import TrainState
     from finetune.engine.step import Loss, StepResult
     from finetune.engine.tracking import Tracker
@@ -49,23 +52,24 @@ def main() -> int:
     who = f"[process {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     stop = StopFlag()  # until the loop starts, a signal ends the run at once
     try:
-        run(*configs.parse(sys.argv[1:]), stop)
+        try:
+            run(*configs.parse(sys.argv[1:]), stop)
+        finally:
+            stop.close()
         return EXIT_COMPLETE
-    except UserError as exc:
+    except (UserError, TakenOver) as exc:
         said = f"error: {exc}" if rank == 0 else f"[process {rank}] error: {str(exc).splitlines()[0]}"
         sys.stderr.write(said + "\n")  # in one piece, as others write, too
         return EXIT_USER_ERROR
     except Preempted as exc:
         print(f"{who}preempted: {exc}", file=sys.stderr)
         return EXIT_PREEMPTED
-    except (TrainingDiverged, CheckpointError, ExportError, TopologyError) as exc:
+    except (TrainingDiverged, CheckpointError, DirectoryInUse, ExportError, TopologyError) as exc:
         print(f"{who}failed: {exc}", file=sys.stderr)
         return EXIT_FAILED
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED
-    finally:
-        stop.close()
 
 
 def run(config: Config, check_only: bool, stop: StopFlag) -> None:
@@ -85,7 +89,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     with jobs.watched(config, directory, topology, stop):
         storage = jobs.reach(config, directory, topology, check_only)
         job = jobs.Job(config, directory, storage, topology, preflight.prepare(config, topology), stop)
-        if not check_only and directory.is_complete(job.data.train.fingerprint):
+        if not check_only and topology.on_main(lambda: directory.is_complete(job.data.train.fingerprint)):
             job.tell(f"{directory.path} is complete; its model is in {directory.model}")
             return
         job.tell(preflight.summary(config, topology, job.data))
@@ -100,16 +104,17 @@ def train(job: "Job") -> None:
     """Build, loop, finish; however it ends, the outcome says so."""
     from finetune.models import parameters
 
-    directory, topology, state, tracker = job.directory, job.topology, build(job), None
+    directory, topology, state, tracker, saves = job.directory, job.topology, build(job), None, None
     untrained = parameters.fingerprints(topology.unwrap(state.model), topology.own_part)
-    topology.on_main(directory.lock)
+    topology.on_main(lambda: directory.lock(job.config.checkpoint.grace_seconds))
     try:
         if job.storage:
             topology.on_main(job.storage.claim)
         resumed_from = resume(job, state)
         topology.on_main(lambda: job.open_directory(state))
         tracker = job.tracker(state)
-        loop(job, state, tracker, job.saver(state, tracker, resumed_from))
+        saves = job.saver(state, tracker, resumed_from)
+        loop(job, state, tracker, saves)
         finish(job, state, untrained)
     except Preempted as exc:
         job.note_end("preempted", state.progress.step, str(exc))
@@ -117,6 +122,8 @@ def train(job: "Job") -> None:
     except Exception as exc:
         told = topology.lost(exc) or exc
         job.note_end("failed", state.progress.step, f"{type(told).__name__}: {told}")
+        if saves and told is exc:
+            saves.abandon()
         if told is not exc:
             raise told from exc
         raise
@@ -168,17 +175,17 @@ def build(job: "Job") -> "TrainState":
 
 def resume(job: "Job", state: "TrainState") -> int | None:
     """Go on from the newest valid checkpoint of this run, if it has one; its step."""
-    from finetune.engine.checkpoint import folder, resume, shards
+    from finetune.engine.checkpoint import finding, folder, shards
 
     root, topology = job.directory.checkpoints, job.topology
     topology.on_main(lambda: folder.sweep(root))
-    found, damaged = topology.on_main(lambda: resume.find(root, job.storage))
+    found, damaged = topology.on_main(lambda: finding.find(root, job.storage))
     if found is None:
         if job.directory.outcome():
             job.tell(f"no checkpoint in {root}: starting again at step 1")
         return None
-    resume.require_same_run(found, job.config, job.identity(state))
-    resume.require_readable(found, topology)
+    finding.require_same_run(found, job.config, job.identity(state))
+    finding.require_readable(found, topology)
     shards.read(found, topology, state)
     topology.on_main(lambda: folder.set_aside(list(damaged)))
     for path, problem in damaged.items():
@@ -193,7 +200,7 @@ def resume(job: "Job", state: "TrainState") -> int | None:
 def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") -> None:
     """Step, log, evaluate, save; until the plan is done, nothing gets better, or the machine is taken away."""
     from finetune.engine import optim
-    from finetune.engine.checkpoint import resume
+    from finetune.engine.checkpoint import finding
     from finetune.objectives import OBJECTIVES
 
     config, directory, topology, data, progress = job.config, job.directory, job.topology, job.data, state.progress
@@ -203,15 +210,21 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
     stop.only_note()
 
     def judge() -> tuple[int | None, bool]:
-        best, stalled = topology.on_main(lambda: directory.judge(wanted.patience))
-        return best if wanted.export_best else None, stalled
+        def look_back() -> tuple[int | None, bool]:
+            saved = finding.kept(directory.checkpoints) | saves.under_way | {progress.step}
+            best, stalled = directory.judge(wanted.patience, saved)
+            return best if wanted.export_best else None, stalled
+
+        judged: tuple[int | None, bool] = topology.on_main(look_back)
+        return judged
 
     def wishes() -> tuple[bool, ...]:
         return stop.is_set, stop.wants_save or saves.is_time(), saves.has_ended()
 
     must_stop = look(job, state, tracker, plain)  # the attempt before may have had no time for it
+    if wanted.export_best:
+        topology.on_main(lambda: finding.bring(directory.checkpoints, directory.judge(None)[0], job.storage))
     best, stalled = judge()
-    topology.on_main(lambda: resume.require_best(directory.checkpoints, best, job.storage))
     while progress.step < data.num_steps and not stalled and not must_stop:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
         result = one_step(job, state, loss, lr, wishes)
@@ -237,7 +250,7 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
         tracker.flush()
     must_stop = must_stop or look(job, state, tracker, plain, at_the_end=True)
     saves.settle()
-    if must_stop:
+    if topology.any(must_stop or stop.is_set):
         saves.require(progress.step)
         raise Preempted(
             f"{stop.reason or 'another process'} at step {progress.step}; saved, run the same command again"
@@ -260,7 +273,7 @@ def look(job: "Job", state: "TrainState", tracker: "Tracker", loss: "Loss", at_t
     if wants_samples and not topology.on_main(lambda: directory.has_samples(step)):
         if topology.any(job.stop.is_set):
             return True
-        job.sample(state)
+        job.sample(state, tracker)
     return False
 
 
@@ -294,7 +307,7 @@ def one_step(
 def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -> None:
     """Export what has moved, open what was exported, and only then call the run complete."""
     from finetune import export
-    from finetune.engine.checkpoint import resume
+    from finetune.engine.checkpoint import finding
     from finetune.models import adapters, parameters
 
     job.stop.at_once()
@@ -302,10 +315,12 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     config, topology, target, step = job.config, job.topology, job.directory.model, state.progress.step
     exported, what = step, "the last weights"
     if config.evaluation.export_best:
-        exported, _ = topology.on_main(lambda: job.directory.judge(None))
+        exported, lowest = topology.on_main(lambda: best_saved(job.directory, step))
         what = "the weights of the best evaluation"
+        if exported != lowest:
+            job.tell(f"note: the evaluation of step {lowest} was better, but no checkpoint of it is there")
         if exported != step:
-            resume.put_back_best(job.directory.checkpoints, exported, topology, state)
+            finding.put_back_best(job.directory.checkpoints, exported, topology, state)
     if state.ema:
         state.ema.put_in()
         what = what.replace("weights", "averaged weights")
@@ -336,6 +351,7 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
         )  # fmt: skip
         if job.storage:
             job.storage.upload_model(target)
+        job.stop.close()  # a signal from here on comes too late to make it anything but complete
         job.directory.write_outcome("complete", step, reason, exported_step=exported)
         if job.storage:
             job.storage.upload_notes(job.directory.path)
@@ -344,6 +360,15 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     job.tell(f"complete at step {step}: {reason}: {target}")
     if sft:
         job.tell(f"chat with it: python -m finetune chat --model {target}")
+
+
+def best_saved(directory: "RunDirectory", step: int) -> tuple[int, int]:
+    """(step of the best evaluation whose weights are there, step of the best one); `step` is where the run is."""
+    from finetune.engine.checkpoint import finding
+
+    saved, _ = directory.judge(None, finding.kept(directory.checkpoints) | {step})
+    lowest, _ = directory.judge(None)
+    return (step if saved is None else saved), (step if lowest is None else lowest)
 
 
 def due(step: int, every: int | None) -> bool:

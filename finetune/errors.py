@@ -25,8 +25,16 @@ class CheckpointError(Exception):
     """A checkpoint could not be written or read back. Not the user's input: exit code 1."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """What was written is not what is there: unlike a store that does not answer, a reason to take an older one."""
+
+
 class TakenOver(CheckpointError):
-    """Another machine writes this run now: unlike an upload that failed, a reason to stop."""
+    """Another machine writes this run now. Exit code 2: started again, the two would take turns for ever."""
+
+
+class DirectoryInUse(Exception):
+    """Another process writes this run directory. Exit code 1: it may be about to end."""
 
 
 class ExportError(Exception):

@@ -3,12 +3,14 @@
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config import Config
 from finetune.engine import receipt
+from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.saver import Saver
 from finetune.engine.checkpoint.storage import Storage
 from finetune.engine.preemption import StopFlag
@@ -17,7 +19,7 @@ from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.engine.trackers import Trackers
 from finetune.engine.tracking import Tracker, say
-from finetune.errors import EXIT_FAILED, CheckpointError
+from finetune.errors import EXIT_FAILED, CheckpointError, RunDirectoryError
 from finetune.evaluation import generation
 from finetune.preflight import Data
 
@@ -86,7 +88,7 @@ class Job:
                 about={"config": config.model_dump(), "receipt": directory.receipt()}, history=directory.history(), say=say,
             )  # fmt: skip
         return Tracker(
-            directory.metrics, directory.evals, directory.saves, num_steps=self.data.num_steps, start=progress.step,
+            directory, num_steps=self.data.num_steps, start=progress.step,
             is_main=topology.is_main, num_processes=topology.num_processes, every=wanted.log_every_steps,
             flops_per_token=flops_per_token, trackers=trackers,
         )  # fmt: skip
@@ -98,10 +100,10 @@ class Job:
             self.directory.checkpoints, self.topology, self.storage,
             about={"config": self.config.model_dump(), "identity": self.identity(state)},
             every_minutes=wanted.every_minutes, keep_last=wanted.keep_last, asynchronous=wanted.asynchronous,
-            resumed_from=resumed_from, say=self.tell, record=tracker.saved,
+            resumed_from=resumed_from, say=self.tell, record=tracker.saved, before=tracker.sync,
         )  # fmt: skip
 
-    def sample(self, state: TrainState) -> None:
+    def sample(self, state: TrainState, tracker: Tracker) -> None:
         """Answers to the fixed prompts of the config; every process takes part, as each may hold a part of the model."""
         wanted, data, step = self.config.evaluation, self.data, state.progress.step
         self.topology.watchdog.rest(f"the samples after step {step}")
@@ -111,7 +113,7 @@ class Job:
                 self.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,
                 system_prompt=self.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
             )  # fmt: skip
-        self.topology.on_main(lambda: self.directory.write_samples(step, wanted.sample_prompts, answers))
+        tracker.sampled(step, wanted.sample_prompts, answers)
 
 
 @contextlib.contextmanager
@@ -119,7 +121,10 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
     """Inside, clouds and deadlines are heeded, and processes that died or stand still end all others."""
 
     def end(problem: str) -> None:
-        """In a thread, as the main one may wait for ever."""
+        """In a thread, as the main one may wait for ever; and so may a disk that is written to."""
+        last = threading.Timer(5.0, os._exit, [EXIT_FAILED])
+        last.daemon = True
+        last.start()
         if topology.is_main:
             directory.note_outcome("failed", topology.watchdog.step, problem)
         print(f"[process {topology.rank}] failed: {problem}", file=sys.stderr, flush=True)
@@ -144,9 +149,20 @@ def reach(config: Config, directory: RunDirectory, topology: Topology, check_onl
     if config.checkpoint.storage is None:
         return None
     storage = Storage(config.checkpoint.storage, config.run.name)
-    topology.on_main(storage.check)
-    if not check_only:
-        if topology.on_main(lambda: storage.restore(directory.path)) and topology.is_main:
-            say(f"brought back from {storage.url}, as this disk has no {directory.path}")
+
+    def bring_back() -> None:
+        storage.check()
+        if check_only:
+            return
+        there = storage.steps()
+        if there and config.checkpoint.resume == "never":
+            raise RunDirectoryError(
+                f"{storage.url} has checkpoints, and checkpoint.resume is never; set it to auto, or choose another run.name"
+            )
+        newest = max((int(path.name[5:]) for path in folder.steps(directory.checkpoints)), default=-1)
+        if storage.restore(directory.path, over=bool(there) and there[0] > newest):
+            say(f"brought back from {storage.url}, which is further than this disk")
         directory.check(config)
+
+    topology.on_main(bring_back)
     return storage

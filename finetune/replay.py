@@ -30,7 +30,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise RunDirectoryError(f"--name: {name} is the run itself; give the repetition another name")
     command = [
         sys.executable, str(TRAIN), "--config", str(run / "config.yaml"), "--run.name", name, "--run.replay_of", str(run),
-        "--run.dir", str(run.parent),
+        "--run.dir", str(run.parent), "--checkpoint.storage", "null", "--tracking.trackers", "[]",
     ]  # fmt: skip
     code = launcher.run(_environments(receipt), command)
     return code or _compare(run, run.parent / name)

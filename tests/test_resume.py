@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from finetune import config as configs
-from finetune.errors import CheckpointError, RunDirectoryError
+from finetune.errors import CheckpointError, DirectoryInUse, RunDirectoryError
 
 
 class Interrupted(BaseException):  # not caught by anything, as the end of a process is not
@@ -256,10 +257,10 @@ def test_a_run_in_progress_keeps_others_out(workshop):
     run = workshop.train()
     config = configs.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
     first = RunDirectory(config)
-    first.lock()
+    first.lock(0)
     (run / "outcome.json").unlink()
-    with pytest.raises(RunDirectoryError, match="is in use by another process"):
-        workshop.train()
+    with pytest.raises(DirectoryInUse, match="is still in use by another process after 0.2 s"):
+        workshop.train(checkpoint__grace_seconds=0.2)
     first.unlock()
     workshop.train()
 
@@ -312,3 +313,70 @@ def test_a_finished_run_whose_model_is_gone_exports_it_again(workshop):
     (run / "model/model.safetensors").unlink()
     workshop.train()
     assert (run / "model/model.safetensors").read_bytes() == before
+
+
+def test_a_save_that_takes_longer_than_the_bound_of_a_hang_is_waited_for(workshop, monkeypatch):
+    """Only steps and evaluations have a bound."""
+    from finetune.engine.checkpoint import folder
+
+    commit = folder.commit
+    monkeypatch.setattr(folder, "commit", lambda *a: (time.sleep(2.5), commit(*a))[1])
+    workshop.train(checkpoint__every_steps=3, train__hang_minutes=1 / 60)
+    assert [line["step"] for line in read_jsonl(workshop.run_dir() / "saves.jsonl")] == [3, 5]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_what_training_waits_for_is_measured(workshop, monkeypatch, asynchronous):
+    from finetune.engine.checkpoint import folder
+
+    commit = folder.commit
+    monkeypatch.setattr(folder, "commit", lambda *a: (time.sleep(0.5), commit(*a))[1])
+    run = workshop.train(checkpoint__every_steps=3, checkpoint__asynchronous=asynchronous)
+    first, last = read_jsonl(run / "saves.jsonl")
+    assert (first["stall_seconds"] > 0.5) == (not asynchronous)
+    assert min(first["seconds"], last["seconds"]) > 0.5
+    if asynchronous:
+        assert last["stall_seconds"] > 0.2, "the second save had to wait for the first one"
+
+
+def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeypatch, capsys):
+    """The best of those that are there is exported, and what was lost is told."""
+    from finetune.engine.checkpoint import folder
+
+    settings = {
+        "data__eval_fraction": 0.2, "evaluation__every_steps": 1, "evaluation__export_best": True, "train__max_steps": 8, "train__epochs": 9,
+        "optimizer__lr": 1.0, "schedule__kind": "constant",
+    }  # fmt: skip
+    evals = read_jsonl(workshop.train("whole", **settings) / "eval.jsonl")
+    best = min(evals, key=lambda line: line["eval_loss"])["step"]
+    assert best < 8, "or nothing is to be lost"
+    space = folder.require_space
+
+    def full(root: Path, needed_bytes: int) -> None:
+        if read_jsonl(root.parent / "metrics.jsonl")[-1]["step"] == best:
+            raise CheckpointError("no space")
+        space(root, needed_bytes)
+
+    monkeypatch.setattr(folder, "require_space", full)
+    run = workshop.train("run", **settings)
+    assert f"the evaluation of step {best} was better, but no checkpoint of it is there" in capsys.readouterr().err
+    assert json.loads((run / "outcome.json").read_text())["exported_step"] != best
+
+
+def test_one_save_under_ddp_needs_the_space_of_one():
+    """All have the same weights, and one of them writes each."""
+    import torch
+
+    from finetune.engine.checkpoint.shards import Staged
+
+    assert Staged({"model": {"w": torch.zeros(10)}}, {}, {}).num_bytes == (40, 0)
+    assert Staged({}, {"shards/engine/part.pt": {"w": torch.zeros(10)}}, {}).num_bytes == (0, 40)
+
+
+def test_what_was_set_aside_is_no_reason_to_start_afresh(workshop, monkeypatch):
+    run = train_until(workshop, monkeypatch, 4, "parts", checkpoint__every_steps=2, checkpoint__keep_last=1)
+    damage_newest(run, "truncated").rename(run / "checkpoints/damaged-step-00000004.0")
+    lines = (run / "metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="damaged before"):
+        workshop.train("parts", checkpoint__every_steps=2, checkpoint__keep_last=1)
+    assert (run / "metrics.jsonl").read_text() == lines

@@ -320,7 +320,7 @@ def test_pruning_takes_the_manifest_first_and_only_what_it_may(flaky, tmp_path):
     ):
         store.pipe_file(f"{root}/{name}", b"x")  # one that is arriving, and what is not ours
     Flaky.done = []
-    flaky.prune({"step-00000300", "step-00000400"})
+    flaky.prune(1, {"step-00000300"})
     removed = [name.removeprefix("checkpoints/") for action, name in Flaky.done if action == "rm"]
     assert removed[: len(FILES)] == [f"step-00000100/{name}" for name in sorted(FILES)]
     assert removed[len(FILES)] == "step-00000200/manifest.json"
@@ -336,19 +336,27 @@ def test_pruning_that_was_cut_short_is_finished_by_the_next(flaky, tmp_path):
     with pytest.raises(
         CheckpointError, match="removing checkpoints/step-00000100/process-0000.json failed: PermissionError"
     ):
-        flaky.prune({"step-00000200"})
+        flaky.prune(1, set())
     assert flaky.steps() == [200]
-    flaky.prune({"step-00000200"})
+    flaky.prune(1, set())
     assert not fsspec.filesystem("flaky").find(f"{flaky.url}/checkpoints/step-00000100")
 
 
-@pytest.mark.parametrize("keep", [set(), {"step-00000300"}])
-def test_pruning_never_takes_the_last_one_to_go_on_from(flaky, tmp_path, keep):
-    """The newest may not have arrived yet when the local ones are counted."""
+@pytest.mark.parametrize("protected", [set(), {"step-00000300"}])
+def test_pruning_never_takes_the_last_one_to_go_on_from(flaky, tmp_path, protected):
+    """What is protected may not have arrived yet."""
     for step in (100, 200):
         flaky.upload_checkpoint(checkpoint(tmp_path, step))
-    flaky.prune(keep)
-    assert flaky.steps() == [200, 100]
+    flaky.prune(1, protected)
+    assert flaky.steps() == [200]
+
+
+def test_pruning_counts_what_is_there_not_what_is_here(flaky, tmp_path):
+    """A machine that has only just come has one checkpoint on its disk, and keeps as many there as it was told to."""
+    for step in (100, 200, 300):
+        flaky.upload_checkpoint(checkpoint(tmp_path, step))
+    flaky.prune(2, set())
+    assert flaky.steps() == [300, 200]
 
 
 def test_a_run_is_restored_only_where_none_is(flaky, tmp_path):
@@ -399,7 +407,7 @@ def test_the_last_to_start_wins_and_the_other_writes_nothing_more(s3, tmp_path):
     who = rf"another machine, {socket.gethostname()} \(process {os.getpid()}\), has taken s3://.*/run over at 20.*stops"
     for write in (
         first.require_claim, lambda: first.upload_checkpoint(path), lambda: first.upload_notes(run),
-        lambda: first.upload_model(run / "model"), lambda: first.prune(set()),
+        lambda: first.upload_model(run / "model"), lambda: first.prune(1, set()),
     ):  # fmt: skip
         with pytest.raises(TakenOver, match=who):
             write()
@@ -516,7 +524,7 @@ def test_a_passing_failure_passes(flaky, tmp_path):
     assert flaky.steps() == [100]
     assert contents(flaky.fetch(100, tmp_path / "there")) == contents(path)
     flaky.upload_checkpoint(checkpoint(tmp_path / "here", 200))
-    flaky.prune({"step-00000200"})
+    flaky.prune(1, set())
     assert flaky.steps() == [200]
     assert not any(Flaky.fails.values())
 

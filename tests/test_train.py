@@ -482,11 +482,12 @@ def test_a_damaged_best_checkpoint_is_no_dead_end(workshop):
     assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
 
 
-def test_the_best_cannot_be_exported_when_nobody_kept_it(workshop):
+def test_a_best_evaluation_that_nobody_kept_is_told_and_the_best_of_the_others_exported(workshop, capsys):
     run = workshop.train(**OVERFITS)
     (run / "outcome.json").unlink()
-    with pytest.raises(RunDirectoryError, match="the best evaluation so far, of step 1, has no checkpoint"):
-        workshop.train(**OVERFITS, evaluation__export_best=True)
+    workshop.train(**OVERFITS, evaluation__export_best=True)
+    assert "the evaluation of step 1 was better, but no checkpoint of it is there" in capsys.readouterr().err
+    assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
 
 
 def test_a_run_stops_when_its_patience_is_out(workshop):

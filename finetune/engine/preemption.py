@@ -2,12 +2,15 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
 
 from finetune.engine.notices import Notice, Watch
 from finetune.errors import Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
@@ -22,11 +25,12 @@ class StopFlag:
         self.wants_save = False
         """A cloud has warned that it may take the machine."""
         self._began = time.monotonic()  # of the process, near enough: this is the first that train.py makes
-        self._grace_seconds, self._ends = float("inf"), float("inf")
-        self._deadline: float | None = None
-        self._at_once = True
+        self._grace_seconds = 0.0
+        self._goes: float | None = None
+        self._at_once, self._interrupted = True, False
         self._watch: Watch | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        self._timer: threading.Timer | None = None
+        for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def configure(
@@ -35,24 +39,30 @@ class StopFlag:
         """`cloud`: whose notices to ask for, on this machine."""
         self._grace_seconds = grace_seconds
         if max_minutes is not None:
-            self._ends = self._began + 60 * max_minutes
+            left = max(0.0, self._began + 60 * max_minutes - time.monotonic())
+            self._timer = threading.Timer(left, self._stop_by_signal, ["checkpoint.max_minutes are over"])
+            self._timer.daemon = True
+            self._timer.start()
         if cloud is not None:
             self._watch = Watch(cloud, self._heard, say)
             self._watch.start()
 
     def close(self) -> None:
+        """The run has ended: nothing can stop it any more."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if self._timer:
+            self._timer.cancel()
         if self._watch:
             self._watch.stop()
 
     @property
     def is_set(self) -> bool:
-        if self.reason is None and time.monotonic() > self._ends:
-            self.reason = "checkpoint.max_minutes are over"
         return self.reason is not None
 
     def seconds_left(self) -> float:
         """Until the machine goes, as far as anybody has said."""
-        return self._deadline - time.monotonic() if self._deadline is not None else self._grace_seconds
+        return self._goes - time.monotonic() if self._goes is not None else self._grace_seconds
 
     def only_note(self) -> None:
         """From now on the loop decides when to stop."""
@@ -65,20 +75,25 @@ class StopFlag:
             raise Preempted(f"{self.reason}; run the same command again")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self._at_once:
-            raise Preempted(f"{self.reason or name}; run the same command again")
-        if self.is_set and number == signal.SIGINT:
-            os._exit(128 + number)
+        # Noted before it is raised: what is raised inside a destructor is lost.
         if self.reason is None:
-            self.reason, self._deadline = name, time.monotonic() + self._grace_seconds
+            self.reason, self._goes = signal.Signals(number).name, time.monotonic() + self._grace_seconds
+        if self._at_once:
+            raise Preempted(f"{self.reason}; run the same command again")
+        if number == signal.SIGINT:
+            if self._interrupted:
+                os._exit(128 + number)
+            self._interrupted = True
 
     def _heard(self, notice: Notice) -> None:
-        """In the thread that asks the cloud; only a signal reaches a main thread that is not in the loop."""
         if not notice.final:
             self.wants_save = True
             return
         if notice.deadline is not None:
-            self._deadline = time.monotonic() + notice.deadline - time.time()
-        self.reason = notice.reason
+            self._goes = time.monotonic() + notice.deadline - time.time()
+        self._stop_by_signal(notice.reason)
+
+    def _stop_by_signal(self, reason: str) -> None:
+        """From another thread: only a signal reaches a main thread that is not in the loop."""
+        self.reason = self.reason or reason
         os.kill(os.getpid(), signal.SIGUSR1)

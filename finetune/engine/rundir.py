@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from finetune import config as configs
 from finetune.config import Config
 from finetune.engine.receipt import differences
-from finetune.errors import RunDirectoryError
+from finetune.errors import DirectoryInUse, RunDirectoryError
 
 LOCK = ".lock"
 
@@ -57,15 +57,18 @@ class RunDirectory:
             why = "no permission in" if nearest.is_dir() else "there is a file called"
             raise RunDirectoryError(f"{self.path} cannot be written: {why} {nearest}; choose another run.dir")
 
-    def lock(self) -> None:
-        """Make the directory and keep others from running in it, as long as this process lives. Raises RunDirectoryError."""
+    def lock(self, seconds: float) -> None:
+        """Make the directory and keep others from running in it, as long as this process lives.
+
+        One that is about to end, as when a machine is replaced, is waited for. Raises DirectoryInUse, RunDirectoryError.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / LOCK)
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=seconds)
         except Timeout:
-            raise RunDirectoryError(
-                f"{self.path} is in use by another process; wait for it, or choose another run.name"
+            raise DirectoryInUse(
+                f"{self.path} is still in use by another process after {seconds:g} s; wait for it, or choose another run.name"
             ) from None
         except OSError as exc:
             raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
@@ -137,10 +140,14 @@ class RunDirectory:
         read = [json.loads(line) for line in lines if _step_of(line) < math.inf]
         return {int(line["step"]): math.inf if line["eval_loss"] is None else line["eval_loss"] for line in read}
 
-    def judge(self, patience: int | None) -> tuple[int | None, bool]:
-        """(step of the lowest evaluation loss, whether the last `patience` evaluations were all no better than one before)."""
+    def judge(self, patience: int | None, saved: set[int] | None = None) -> tuple[int | None, bool]:
+        """(step of the lowest evaluation loss, whether the last `patience` evaluations were all no better than one before).
+
+        `saved`: only these can be the best.
+        """
         losses = self.eval_losses()
-        best, values = min(losses, key=lambda step: losses[step], default=None), list(losses.values())
+        could = [step for step in losses if saved is None or step in saved]
+        best, values = min(could, key=lambda step: losses[step], default=None), list(losses.values())
         return best, patience is not None and len(values) > patience and min(values[-patience:]) >= min(
             values[:-patience]
         )
@@ -155,14 +162,9 @@ class RunDirectory:
     def has_samples(self, step: int) -> bool:
         return any(_step_of(line) == step for line in _lines(self.samples))
 
-    def write_samples(self, step: int, prompts: list[str], answers: list[str]) -> None:
-        with self.samples.open("a") as file:
-            for prompt, answer in zip(prompts, answers):
-                file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n")
-
     def rewind(self, step: int) -> None:
         """Take lines of later steps (and a torn last line) out of the logs: they will be trained again."""
-        for log in (self.metrics, self.evals, self.samples):
+        for log in (self.metrics, self.evals, self.samples, self.saves):
             if log.exists():
                 kept = [line for line in _lines(log) if _step_of(line) <= step]
                 write_atomically(log, "".join(line + "\n" for line in kept))
@@ -201,6 +203,11 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         os.unlink(temporary)
         raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _now() -> str:

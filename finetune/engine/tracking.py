@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from finetune.engine.rundir import RunDirectory
 from finetune.engine.step import StepResult
 from finetune.engine.trackers import Trackers
 from finetune.progress import Progress
@@ -37,10 +38,10 @@ class Log:
     def add(self, values: dict[str, Any]) -> None:
         # JSON knows no NaN and no infinity.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        text = self._waiting + json.dumps(finite, allow_nan=False) + "\n"
+        text = self._waiting + json.dumps(finite, allow_nan=False, ensure_ascii=False) + "\n"
         whole = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
             self._waiting = ""
         except OSError as exc:
@@ -50,17 +51,25 @@ class Log:
                 say(f"note: {self.path} cannot be written ({exc.strerror}); its lines are kept until it can")
             self._waiting = text
 
+    def sync(self) -> None:
+        if self._waiting:
+            raise OSError(f"{self.path} has lines that could not be written")
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
 
 class Tracker:
     """Of the main process; elsewhere every call does nothing."""
 
     def __init__(
-        self, metrics: Path, evals: Path, saves: Path, *, num_steps: int, start: int, every: int, is_main: bool, num_processes: int,
+        self, directory: RunDirectory, *, num_steps: int, start: int, every: int, is_main: bool, num_processes: int,
         flops_per_token: float, trackers: Trackers | None = None,
     ) -> None:  # fmt: skip
         """`trackers` get every line that the files get."""
         self.trackers = trackers
-        self.metrics, self.evals, self.saves = Log(metrics), Log(evals), Log(saves)
+        self.metrics, self.evals = Log(directory.metrics), Log(directory.evals)
+        self.samples, self.saves = Log(directory.samples), Log(directory.saves)
         self.num_steps, self.every, self.is_main = num_steps, every, is_main
         self.flops_per_token, self.num_processes = flops_per_token, num_processes
         terminal = sys.stderr.isatty()
@@ -125,6 +134,16 @@ class Tracker:
                 f"saved step {facts['step']}: {facts['bytes'] / 1e9:.3g} GB, training waited {facts['stall_seconds']:.3g} s, "
                 f"safe after {facts['seconds']:.3g} s{uploaded}"
             )
+
+    def sampled(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+        if self.is_main:
+            for prompt, answer in zip(prompts, answers):
+                self.samples.add({"step": step, "prompt": prompt, "answer": answer})
+
+    def sync(self) -> None:
+        """Everything that was told is on the disk. Raises OSError: a checkpoint must find its past there."""
+        for log in (self.metrics, self.evals, self.samples):
+            log.sync()
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -26,7 +27,9 @@ from safetensors.torch import load_file
 
 from finetune import launcher
 
-PROTOCOL = {str(ROOT / "finetune/engine/checkpoint" / name) for name in ("folder.py", "saver.py", "shards.py")}
+PROTOCOL = {
+    str(ROOT / "finetune/engine/checkpoint" / name) for name in ("finding.py", "folder.py", "saver.py", "shards.py")
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def child(
         stand_still(*map(int, stands.split(":")))
     sys.argv = [script, *arguments]
     code = main()
-    if counts and rank == 0:
-        Path(counts).write_text(json.dumps(counted))
+    if counts:
+        Path(f"{counts}.{rank}").write_text(json.dumps(counted))
     sys.stderr.flush()
     os._exit(code or 0)
 
@@ -207,37 +210,58 @@ class Scene:
     processes: int
     settings: dict[str, Any]
     seconds: float = 0.0
-    lines: dict[str, int] = field(default_factory=dict)
-    """Of the protocol: how often the main process executes each in the whole run."""
+    lines: list[dict[str, int]] = field(default_factory=list)
+    """Of the protocol: how often each process executes each in the whole run."""
+    lines_of_a_resumption: list[dict[str, int]] = field(default_factory=list)
 
     def config(self, name: str) -> Path:
         return self.workshop.write(self.workshop.config(name, **self.settings))
 
     def undisturbed(self) -> "Scene":
-        counts = self.workshop.folder / "lines.json"
-        launch = start(self.config("undisturbed"), self.topology, self.processes, COUNTS_LINES=str(counts))
-        assert launch.codes() == [0] * self.processes, launch.said()
-        self.seconds, self.lines = time.monotonic() - launch.began, json.loads(counts.read_text())
+        config = self.config("undisturbed")
+        began = time.monotonic()
+        self.lines = self._counted(config)
+        self.seconds = time.monotonic() - began
+        shutil.copytree(self.workshop.run_dir("undisturbed"), self.workshop.folder / "kept")
+        forget(self.workshop.run_dir("undisturbed"), 4)
+        self.lines_of_a_resumption = self._counted(config)
+        same_end(self.workshop.run_dir("undisturbed"), self.workshop.folder / "kept")
         return self
 
-    def survives(self, name: str, kill: Callable[[Path, random.Random], Launch], dice: random.Random) -> list[int]:
-        """Start, let `kill` do its worst, go on to the end, and compare. The codes of what was killed."""
+    def _counted(self, config: Path) -> list[dict[str, int]]:
+        counts = self.workshop.folder / "lines.json"
+        launch = start(config, self.topology, self.processes, COUNTS_LINES=str(counts))
+        assert launch.codes() == [0] * self.processes, launch.said()
+        return [json.loads(Path(f"{counts}.{rank}").read_text()) for rank in range(self.processes)]
+
+    def survives(self, name: str, kills: Sequence[Callable[[Path], Launch]]) -> list[list[int]]:
+        """Start and be killed, as often as there are kills, go on to the end, and compare. The exit codes of what was killed."""
         config = self.config(name)
-        launch = kill(config, dice)
-        codes = launch.codes()
+        codes = [kill(config).codes() for kill in kills]
         to_the_end(config, self.topology, self.processes)
         same_end(self.workshop.run_dir(name), self.workshop.run_dir("undisturbed"))
         return codes
 
-    def at_a_line(self, config: Path, dice: random.Random, line: str | None = None) -> Launch:
+    def at_a_line(
+        self, config: Path, dice: random.Random, lines: list[dict[str, int]], line: str | None = None
+    ) -> Launch:
         """SIGKILL before a line of the protocol; of one process, whose loss ends the others."""
-        line = line or dice.choice(sorted(self.lines))
-        death = Death(line, dice.randint(1, self.lines[line]))
-        return start(config, self.topology, self.processes, death=death, dies=dice.randrange(self.processes))
+        rank = dice.randrange(self.processes) if line is None else 0
+        line = line or dice.choice(sorted(lines[rank]))
+        death = Death(line, dice.randint(1, lines[rank][line]))
+        return start(config, self.topology, self.processes, death=death, dies=rank)
 
     def at_a_moment(self, config: Path, dice: random.Random) -> Launch:
         """SIGKILL at any moment, of one process or of all."""
         launch = start(config, self.topology, self.processes)
-        time.sleep(dice.uniform(0.0, 1.1 * self.seconds))
+        time.sleep(dice.uniform(0.0, self.seconds))
         launch.kill(list(range(self.processes)) if dice.random() < 0.5 else [dice.randrange(self.processes)])
         return launch
+
+
+def forget(run: Path, step: int) -> None:
+    """As if the machine had gone after the checkpoint of a step."""
+    for later in (run / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    (run / "outcome.json").unlink()

@@ -13,7 +13,7 @@ from faults import nursery  # noqa: F401
 import train  # noqa: F401
 from finetune import export, job, preflight  # noqa: F401
 from finetune.engine import optim, step, trackers, tracking  # noqa: F401
-from finetune.engine.checkpoint import resume, saver  # noqa: F401
+from finetune.engine.checkpoint import finding, saver, storage  # noqa: F401
 from finetune.engine.topology import fsdp, zero  # noqa: F401
 from finetune.models import adapters, build, parameters  # noqa: F401
 

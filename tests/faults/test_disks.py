@@ -1,8 +1,6 @@
 """What disks do: they fill up, forbid, flip bits and lose ends. What was saved before stays, and the run says what happened."""
 
 import contextlib
-import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -40,7 +38,7 @@ def fill(folder: Path, leave_bytes: int) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize(("leave", "says"), [(60_000, "GB are needed"), (470_000, "No space left")])
+@pytest.mark.parametrize(("leave", "says"), [(60_000, "GB are needed"), (470_000, "the disk is full")])
 def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure(workshop, small_disk, leave, says):
     """Known before anything is written, or found out in the middle."""
     settings = SETTINGS | {"train__max_steps": 400, "train__epochs": 99, "run__dir": str(small_disk)}
@@ -52,7 +50,7 @@ def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure
     assert launch.codes() == [1], launch.said()
     assert "2 of 3 failures in a row" in launch.said()
     assert "3 saves in a row have failed" in launch.said()
-    assert says in launch.said() or says == "No space left"
+    assert says in launch.said()
     kept = [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith("step-")]
     assert kept
     ballast.unlink()
@@ -75,15 +73,6 @@ def test_a_disk_that_was_full_for_a_while_costs_nothing_but_a_checkpoint(worksho
     assert launch.codes() == [0], launch.said()
     assert "1 of 3 failures in a row" in launch.said()
     same_end(run, workshop.run_dir("whole"))
-
-
-def test_a_directory_that_may_no_longer_be_written_is_told(workshop):
-    if (
-        os.geteuid() == 0
-        and subprocess.run(["chattr", "+i", str(workshop.folder)], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("nothing is forbidden to root on this file system")
-    subprocess.run(["chattr", "-i", str(workshop.folder)], check=False)
 
 
 DAMAGES = {
@@ -153,7 +142,3 @@ def test_when_nothing_is_valid_the_run_stops_and_deletes_nothing(saved, tmp_path
     assert launch.codes() == [1] * processes
     assert "no checkpoint is valid, and nothing was deleted" in launch.said()
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
-    assert (
-        json.loads((tmp_path / "run/checkpoints/step-00000010/manifest.json").read_text(errors="replace") or "{}")
-        is not None
-    )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_LLAMA, Workshop, read_jsonl
-from faults.nursery import Launch, start
+from faults.nursery import Launch, forget, start
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -18,6 +18,7 @@ METHODS = {
     "full": {},
     "lora": {"adapter__kind": "lora", "model__init": "pretrained", "model__config": None, "model__tokenizer": None},
     "lion": {"optimizer__kind": "lion", "optimizer__lr": 1e-3},
+    "averaged": {"train__ema_decay": 0.9},
 }
 
 
@@ -29,6 +30,7 @@ MOVES = [
     *((move, "full") for move in around(("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4))),
     *((move, "full") for move in around(("zero1", 1), ("zero2", 2), ("zero2", 4))),
     *((move, "full") for move in around(("zero3", 1), ("zero3", 2), ("zero3", 4))),
+    ((("ddp", 2), ("fsdp2", 2)), "averaged"), ((("fsdp2", 2), ("single", 1)), "averaged"),
     *((move, "lora") for move in [(("fsdp2", 2), ("ddp", 2)), (("zero2", 2), ("zero2", 1)), (("zero3", 2), ("zero3", 1))]),
 ]  # fmt: skip
 
@@ -49,10 +51,7 @@ def launched(workshop: Workshop, name: str, where: tuple[str, int], settings: di
 def copy_of(run: Path, folder: Path, step: int) -> Path:
     """A run elsewhere, as if the machine had gone after the checkpoint of a step."""
     shutil.copytree(run, folder / run.name)
-    for later in (folder / run.name / "checkpoints").glob("step-*"):
-        if int(later.name.removeprefix("step-")) > step:
-            shutil.rmtree(later)
-    (folder / run.name / "outcome.json").unlink()
+    forget(folder / run.name, step)
     return folder / run.name
 
 

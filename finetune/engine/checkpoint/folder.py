@@ -91,16 +91,16 @@ def commit(writing: Path, manifest: dict[str, Any]) -> Path:
     final = writing.with_name(writing.name.removeprefix(".writing-"))
     write_json(writing / MANIFEST, {**manifest, "sha256": _own_hash(manifest)})
     for folder in [*(p for p in writing.rglob("*") if p.is_dir()), writing]:
-        flush_directory(folder)
+        flush(folder)
     if final.exists():  # trained again from an older one, after this one was found damaged or was asked to be forgotten
         remove(final)
     os.rename(writing, final)
-    flush_directory(final.parent)
+    flush(final.parent)
     return final
 
 
-def prune(root: Path, keep_last: int, protected: set[str]) -> list[str]:
-    """Remove whole checkpoints beyond the newest `keep_last`, but none of `protected`. Returns the names of those kept.
+def prune(root: Path, keep_last: int, protected: set[str]) -> None:
+    """Remove whole checkpoints beyond the newest `keep_last`, but none of `protected`.
 
     Broken ones are neither counted, since they could not be gone on from, nor removed.
     """
@@ -108,7 +108,6 @@ def prune(root: Path, keep_last: int, protected: set[str]) -> list[str]:
     for path in whole[keep_last:]:
         if path.name not in protected:
             remove(path)
-    return [path.name for path in steps(root)]
 
 
 def remove(path: Path) -> None:
@@ -197,7 +196,8 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def flush_directory(path: Path) -> None:
+def flush(path: Path) -> None:
+    """What was written to a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

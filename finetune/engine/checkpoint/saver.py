@@ -1,10 +1,13 @@
 """When checkpoints are saved, and by whom: one at a time, in a thread of its own, while training goes on."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from finetune.engine.checkpoint import folder, shards
 from finetune.engine.state import TrainState
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from finetune.engine.checkpoint.storage import Storage
 
 MOST_FAILURES = 3  # in a row
+ABANDON_SECONDS = 60.0
 
 
 class Saver:
@@ -23,14 +27,18 @@ class Saver:
     def __init__(
         self, root: Path, topology: Topology, storage: "Storage | None", *, about: dict[str, Any], every_minutes: float | None,
         keep_last: int, asynchronous: bool, resumed_from: int | None, say: Callable[[str], None],
-        record: Callable[[dict[str, Any]], None],
+        record: Callable[[dict[str, Any]], None], before: Callable[[], None],
     ) -> None:  # fmt: skip
-        """`about` goes into the manifest: what a resumption must agree with. `record` gets the facts of each save."""
+        """`about` goes into the manifest: what a resumption must agree with.
+
+        `record` gets the facts of each save; `before` is called on the main process just before one
+        becomes valid, and may raise.
+        """
         self.root, self.storage, self.about = root, storage, about
         self.every_minutes, self.keep_last, self.asynchronous = every_minutes, keep_last, asynchronous
-        self.resumed_from, self.say, self.record = resumed_from, say, record
+        self.resumed_from, self.say, self.record, self.before = resumed_from, say, record, before
         self.topology, self.background = topology, topology.processes.apart()
-        self.stager = shards.Stager(topology)
+        self.stager = shards.Stager(topology, copies=asynchronous)
         self.saved_at = time.monotonic()
         self.last_seconds = 0.0
         """From the beginning of the last save to its end."""
@@ -60,8 +68,8 @@ class Saver:
                 f"note: the last save took {self.last_seconds:.3g} s, and about {seconds_left:.3g} s are left: what is under way "
                 "is finished first, and this step is tried after it"
             )
-        self.settle()
         began, progress = time.monotonic(), state.progress.to_dict()
+        self.settle()
         self.saved_at = began
         try:
             staged = self.topology.on_every(lambda: self.stager.stage(state))
@@ -72,11 +80,14 @@ class Saver:
             "format": folder.FORMAT, "progress": progress, "num_processes": self.topology.num_processes,
             "topology": self.topology.name, **self.about,
         }  # fmt: skip
-        self._facts = {"step": progress["step"], "stall_seconds": round(time.monotonic() - began, 4)}
+        self._facts = {"step": progress["step"]}
         self._thread = threading.Thread(
             target=self._write, args=(staged, manifest, best, began), name="checkpoint", daemon=True
         )
         self._thread.start()
+        if not self.asynchronous:
+            self._wait()
+        self._facts["stall_seconds"] = round(time.monotonic() - began, 4)
         if not self.asynchronous:
             self.settle()
 
@@ -84,15 +95,32 @@ class Saver:
         """Wait for the save under way, and tell how it went. Collective in effect: it ended alike everywhere."""
         if self._thread is None:
             return
-        self._thread.join()
+        self._wait()
         self._thread = None
         step, problem = self._facts["step"], self._problem
         self._problem = None
+        if "bytes" in self._facts:
+            self.last_step = step  # whole on this disk, whatever came after
         if problem is not None:
             self._failed(step, problem)
             return
-        self._failures, self.last_step, self.last_seconds = 0, step, self._facts["seconds"]
+        self._failures, self.last_seconds = 0, self._facts["seconds"]
         self.record(self._facts)
+
+    def abandon(self) -> None:
+        """The run fails for another reason: what is under way is still finished, unless it hangs, too."""
+        if self._thread:
+            self._thread.join(ABANDON_SECONDS)
+
+    @property
+    def under_way(self) -> set[int]:
+        """The step that is being saved."""
+        return {self._facts["step"]} if self._thread else set()
+
+    def _wait(self) -> None:
+        assert self._thread is not None
+        self.topology.watchdog.rest(f"the save of step {self._facts['step']}")
+        self._thread.join()
 
     def require(self, step: int) -> None:
         """Raise CheckpointError if this step is not safe."""
@@ -105,16 +133,23 @@ class Saver:
         if isinstance(problem, TakenOver):
             raise problem
         self._failures += 1
-        safe = (
-            "no checkpoint is there yet" if self.last_step is None else f"the newest is still of step {self.last_step}"
+        newest = (
+            "none is on this disk yet"
+            if self.last_step is None
+            else f"the newest on this disk is of step {self.last_step}"
         )
-        said = f"checkpoint of step {step} could not be saved: {problem}"
+        what = "is not in the store" if self.last_step == step else "could not be saved"
+        said = f"checkpoint of step {step} {what}: {problem}"
         if self._failures == MOST_FAILURES:
-            raise CheckpointError(f"{said}; {MOST_FAILURES} saves in a row have failed, and {safe}") from problem
-        self.say(f"note: {said}; {safe}, and training goes on ({self._failures} of {MOST_FAILURES} failures in a row)")
+            raise CheckpointError(f"{said}; {MOST_FAILURES} saves in a row have failed, and {newest}") from problem
+        self.say(
+            f"note: {said}; {newest}, and training goes on ({self._failures} of {MOST_FAILURES} failures in a row)"
+        )
 
     def _write(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:
         """In the thread: errors wait for `settle`."""
+        if self.topology.device.type == "cuda":  # a thread begins on the first GPU, whichever is the process's own
+            torch.cuda.set_device(self.topology.device)
         try:
             self._write_all(staged, manifest, best)
             self._facts["seconds"] = round(time.monotonic() - began, 3)
@@ -123,7 +158,8 @@ class Saver:
 
     def _write_all(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None) -> None:
         processes, root, step = self.background, self.root, manifest["progress"]["step"]
-        total = int(processes.sum([staged.num_bytes])[0])
+        whole, part = staged.num_bytes
+        total = whole + int(processes.sum([part])[0])
 
         def begin() -> Path:
             folder.require_space(root, total)
@@ -132,24 +168,40 @@ class Saver:
         writing: Path = processes.on_main(begin)
         try:
             shards.write(writing, staged, processes)
-            names: list[str] = processes.on_main(lambda: folder.files(writing))
+            wrote = processes.gather(shards.written(writing, staged, processes.rank))
+            names: list[str] = processes.on_main(lambda: self._all_there(writing, wrote))
             mine = names[processes.rank :: processes.number]
             described = processes.gather(processes.on_every(lambda: folder.described(writing, mine)))
             files = {name: each[name] for name in names for each in described if name in each}
-            self._facts["bytes"] = sum(each["bytes"] for each in files.values())
-            processes.on_main(lambda: self._commit(writing, {**manifest, "files": files}, step, best))
-        except Exception:
+            processes.on_main(self.before)
+            final: Path = processes.on_main(lambda: folder.commit(writing, {**manifest, "files": files}))
+        except Exception as exc:
             if processes.is_main:
+                is_full = shutil.disk_usage(root).free < total
                 folder.sweep(root)  # its space may be what is missing
+                if is_full:  # which libraries tell in words of their own
+                    raise CheckpointError(f"the disk is full ({exc})") from exc
             raise
+        self._facts["bytes"] = sum(each["bytes"] for each in files.values())
+        processes.on_main(lambda: self._tidy(final, step, best))
 
-    def _commit(self, writing: Path, manifest: dict[str, Any], step: int, best: int | None) -> None:
-        final = folder.commit(writing, manifest)
+    def _all_there(self, writing: Path, wrote: list[set[str]]) -> list[str]:
+        """Every file; raises CheckpointError if the main process does not see what another one wrote."""
+        names = folder.files(writing)
+        if missing := sorted(set().union(*wrote) - set(names)):
+            raise CheckpointError(
+                f"{missing[0]}, which another process wrote, is not in {writing} as process 0 sees it; "
+                "run.dir must be on storage that all nodes share"
+            )
+        return names
+
+    def _tidy(self, final: Path, step: int, best: int | None) -> None:
+        """Older ones may go; and what is here goes to the store."""
         protected = {folder.step_name(each) for each in (step, best, self.resumed_from) if each is not None}
-        kept = folder.prune(self.root, self.keep_last, protected)
+        folder.prune(self.root, self.keep_last, protected)
         if self.storage:
             began = time.monotonic()
             self.storage.upload_notes(self.root.parent)  # first: what is whole there must find its past there
             self.storage.upload_checkpoint(final)
-            self.storage.prune({*kept, *protected})
+            self.storage.prune(self.keep_last, protected)
             self._facts["upload_seconds"] = round(time.monotonic() - began, 3)

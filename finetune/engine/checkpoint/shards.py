@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,31 +51,33 @@ class Staged:
     """What only this process knows: random numbers, fp16's scale."""
 
     @property
-    def num_bytes(self) -> int:
-        leaves = pytree.tree_leaves([self.tensors, self.files])
-        return sum(_local(leaf).nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+    def num_bytes(self) -> tuple[int, int]:
+        """(of what every process has, and one of them writes; of what only this one has)"""
+        tensors = [leaf for leaf in pytree.tree_leaves(self.tensors) if isinstance(leaf, torch.Tensor)]
+        files = [leaf for leaf in pytree.tree_leaves(self.files) if isinstance(leaf, torch.Tensor)]
+        parts = [each.to_local() for each in tensors if hasattr(each, "to_local")]
+        whole = sum(each.nbytes for each in tensors if not hasattr(each, "to_local"))
+        return whole, sum(each.nbytes for each in [*parts, *files])
 
 
 class Stager:
-    """Copies into memory that is kept from one checkpoint to the next."""
+    """Copies into memory that is kept from one checkpoint to the next; or, if it need not, gives what is there."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, copies: bool) -> None:
         cuda = topology.device.type == "cuda"
         self._topology = topology
-        self._copier = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
+        options = StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
         )
+        self._copied: Callable[[Any], Any] = DefaultStager(options).stage if copies else lambda tensors: tensors
 
     def stage(self, state: TrainState) -> Staged:
         """All that training has to wait for. Collective."""
         topology = self._topology
         own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
         if topology.wish.is_zero:
-            return Staged({}, topology.engine_files(self._copier.stage), own)
-        copied: Any = self._copier.stage(_tensors(topology, state))
-        return Staged(copied, {}, own)
+            return Staged({}, topology.engine_files(self._copied), own)
+        return Staged(self._copied(_tensors(topology, state)), {}, own)
 
 
 def write(writing: Path, staged: Staged, processes: Processes) -> None:
@@ -102,6 +104,15 @@ def write(writing: Path, staged: Staged, processes: Processes) -> None:
             )
 
 
+def written(writing: Path, staged: Staged, rank: int) -> set[str]:
+    """Names of the files that this process has written."""
+    return {
+        _own_name(rank),
+        *staged.files,
+        *(name for name in folder.files(writing) if name.startswith(f"{SHARDS}/__{rank}_")),
+    }
+
+
 def read(found: Found, topology: Topology, state: TrainState) -> None:
     """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises CheckpointError."""
     try:
@@ -112,6 +123,8 @@ def read(found: Found, topology: Topology, state: TrainState) -> None:
         own = found.path / _own_name(topology.rank)
         if own.exists():
             _restore_random_state(json.loads(own.read_text())["random"], topology)
+        else:  # a process that was not there before draws what nobody has drawn
+            torch.manual_seed(hash((torch.initial_seed(), found.step)) % 2**63)
         # One scaler for all: processes that are new have none saved, and must scale as the others do.
         topology.restore_scaler(json.loads((found.path / _own_name(0)).read_text())["scaler"])
     except Exception as exc:  # dcp raises many kinds for a checkpoint that does not fit the model
@@ -140,11 +153,10 @@ def _read_engine(found: Found, topology: Topology) -> None:
         shutil.rmtree(converted, ignore_errors=True)
         topology.universal(found.path / SHARDS, converted)
 
-    try:
-        topology.on_main(convert)
-        topology.load_engine(converted)
-    finally:
-        topology.on_main(lambda: shutil.rmtree(converted, ignore_errors=True))
+    topology.on_main(convert)
+    topology.load_engine(converted)
+    topology.on_every(lambda: None)  # all have read it
+    topology.on_main(lambda: shutil.rmtree(converted))
 
 
 def _read_shards(found: Found, topology: Topology, state: TrainState) -> None:
@@ -183,11 +195,6 @@ def _options() -> StateDictOptions:
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
 
 
 def _own_name(rank: int) -> str:

@@ -5,6 +5,7 @@ takes its place: what says that the rest is there (a checkpoint's manifest.json,
 arrives last and goes first. Credentials come from the environment alone: URLs end in logs and receipts.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import fsspec
 
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.folder import MANIFEST
-from finetune.errors import CheckpointError, ConfigError, TakenOver
+from finetune.errors import CheckpointError, ConfigError, DamagedCheckpoint, TakenOver
 
 CONFIG, CLAIM = "config.yaml", "writer.json"
 CHECK_SECONDS = 30.0
@@ -75,22 +76,23 @@ class Storage:
                     f"checkpoint.storage: {self.url} cannot be {verb} ({_plain(exc)}); {_advice(exc)}"
                 ) from exc
 
-    def restore(self, directory: Path) -> bool:
+    def restore(self, directory: Path, over: bool = False) -> bool:
         """Fetch everything but checkpoints into a run directory, config.yaml last: its presence says that all is there.
 
-        False, and nothing touched, if the store has no run of this name or the directory has a config.yaml.
+        False, and nothing touched, if the store has no run of this name, or the directory has a config.yaml and is not to
+        be written `over`, as when the store is further.
         """
         names = [n for n in self._listing("", below=False) if n[0] != "." and n != CLAIM]
-        if (directory / CONFIG).exists() or CONFIG not in names:
+        if ((directory / CONFIG).exists() and not over) or CONFIG not in names:
             return False
         names += [f"model/{name}" for name in self._listing("model")]
         for name in sorted(names, key=lambda name: name == CONFIG):
             final = directory / name
             arriving = final.with_name(f".restoring-{final.name}")
             self._attempt(f"fetching {name}", self._fs.get, [f"{self._root}/{name}"], [str(arriving)])
-            folder.flush_directory(arriving)  # a file as well
+            folder.flush(arriving)
             os.rename(arriving, final)
-            folder.flush_directory(final.parent)
+            folder.flush(final.parent)
         return True
 
     def steps(self) -> list[int]:
@@ -102,16 +104,15 @@ class Storage:
     def fetch(self, step: int, root: Path) -> Path:
         """Checkpoint `root/step-...`: verified, on the disk. One that is there and whole is not fetched, a damaged one set aside.
 
-        Raises CheckpointError that names the object and its problem; then nothing is left behind.
+        Raises DamagedCheckpoint that names the object and its problem, CheckpointError if the store does not answer; then
+        nothing is left behind.
         """
         name = folder.step_name(step)
         remote, final, arriving = f"checkpoints/{name}", root / name, root / f".fetching-{name}"
         if final.exists():
-            try:
+            with contextlib.suppress(OSError, ValueError):
                 folder.verified(final)
                 return final
-            except (OSError, ValueError):
-                folder.set_aside([final])
         shutil.rmtree(arriving, ignore_errors=True)
         try:
             manifest = self._content(f"{remote}/{MANIFEST}")
@@ -123,10 +124,13 @@ class Storage:
             (arriving / MANIFEST).write_bytes(manifest)
             folder.verified(arriving)
             for path in [*arriving.rglob("*"), arriving]:
-                folder.flush_directory(path)  # files as well
+                folder.flush(path)
+            folder.set_aside([final])
             os.rename(arriving, final)
-            folder.flush_directory(root)
-        except (OSError, ValueError) as exc:
+            folder.flush(root)
+        except ValueError as exc:
+            raise DamagedCheckpoint(f"{self.url}/{remote}: {exc}") from exc
+        except OSError as exc:
             raise CheckpointError(f"{self.url}/{remote}: {exc}") from exc
         finally:
             shutil.rmtree(arriving, ignore_errors=True)
@@ -160,11 +164,12 @@ class Storage:
         for name in self._listing("model").keys() - names:
             self._remove(f"model/{name}")
 
-    def prune(self, keep: set[str]) -> None:
-        """Remove checkpoints whose names are not in `keep`, each one's manifest first, so that no half is taken for a whole.
+    def prune(self, keep_last: int, protected: set[str]) -> None:
+        """Keep the newest whole checkpoints and those `protected`; of the others the manifest goes first, so that no half
+        is taken for a whole.
 
         Torn uploads go too, unless newer than every whole checkpoint: such a one may be arriving right now, and goes
-        once a newer one is whole. While none of `keep` is whole there, nothing goes: there must be one to go on from.
+        once a newer one is whole.
         """
         self.require_claim()
         found: dict[str, list[str]] = {}
@@ -172,7 +177,8 @@ class Storage:
             if folder.step_of(name.split("/")[0]) is not None:
                 found.setdefault(name.split("/")[0], []).append(name)
         whole = {checkpoint for checkpoint, names in found.items() if f"{checkpoint}/{MANIFEST}" in names}
-        if whole & keep:
+        keep = {*sorted(whole, reverse=True)[:keep_last], *protected}
+        if whole:
             for checkpoint in sorted(found.keys() - keep):
                 if checkpoint in whole or checkpoint < max(whole):
                     for name in sorted(found[checkpoint], key=lambda name: PurePosixPath(name).name != MANIFEST):
@@ -230,7 +236,7 @@ class Storage:
         for name, size in sizes.items():
             if there.get(name) != size:
                 problem = f"has {there[name]} bytes instead of {size}" if name in there else "is missing"
-                raise CheckpointError(f"{self.url}/{remote}: {name} {problem}")
+                raise DamagedCheckpoint(f"{self.url}/{remote}: {name} {problem}")
 
     def _transfer(
         self, doing: str, call: Callable[[list[str], list[str]], None], local: Path, remote: str, names: list[str]

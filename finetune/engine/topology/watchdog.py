@@ -22,7 +22,7 @@ SOON_SECONDS = 3.0  # of silence, after which a process is taken for the one tha
 class Watchdog:
     def __init__(self, rank: int, number: int) -> None:
         self.rank, self.number = rank, number
-        self.at = "the start"
+        self.at, self.step = "the start", 0
         self._ticks, self._ticked, self._moves = 0, time.monotonic(), False
         self._store: TCPStore | None = None
         self._heard: dict[int, tuple[dict[str, Any], float]] = {}  # what each said last, and when that was new
@@ -56,16 +56,12 @@ class Watchdog:
     def beat(self, at: str | None = None) -> None:
         """The main thread has come further. From here until `rest`, no beat means that it stands still."""
         self.at, self._ticks, self._ticked, self._moves = at or self.at, self._ticks + 1, time.monotonic(), True
+        if at and at.startswith("step "):
+            self.step = int(at.removeprefix("step ")) - 1  # the last that is done
 
     def rest(self, at: str) -> None:
         """What comes now may take as long as it likes."""
         self.at, self._moves = at, False
-
-    @property
-    def step(self) -> int:
-        """The last one that was done, as far as `at` says."""
-        word = self.at.split()[-1]
-        return int(word) - self.at.startswith("step") if word.isdigit() else 0
 
     def silent(self) -> list[int]:
         """Other processes that have said nothing for SOON_SECONDS: who has gone, once a connection has broken."""

@@ -8,7 +8,7 @@ from finetune.engine.checkpoint import folder, shards
 from finetune.engine.checkpoint.folder import Found
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
-from finetune.errors import CheckpointError, RunDirectoryError
+from finetune.errors import CheckpointError, DamagedCheckpoint, RunDirectoryError
 
 if TYPE_CHECKING:
     from finetune.engine.checkpoint.storage import Storage
@@ -18,7 +18,7 @@ def find(root: Path, storage: "Storage | None") -> tuple[Found | None, dict[Path
     """The newest valid checkpoint, fetched if it is only in the store, and what is wrong with each newer one.
 
     Raises CheckpointError if there are checkpoints but none is valid: starting afresh would hide
-    that work was lost.
+    that work was lost. So does a store that does not answer: an older one would be as bad.
     """
     found, damaged = folder.find_newest(root)
     for step in storage.steps() if storage else []:
@@ -29,13 +29,15 @@ def find(root: Path, storage: "Storage | None") -> tuple[Found | None, dict[Path
             found = Found(path, folder.verified(path))
             damaged.pop(found.path, None)  # a whole one is in its place now
             break
-        except (CheckpointError, OSError, ValueError) as exc:
+        except (DamagedCheckpoint, ValueError) as exc:
             damaged[root / folder.step_name(step)] = f"in the store: {exc}"
-    if damaged and found is None:
+    aside = dict.fromkeys(root.glob("damaged-step-*"), "was found damaged before")
+    if found is None and (damaged or aside):
         raise CheckpointError(
-            "no checkpoint is valid, and nothing was deleted:\n  " + "\n  ".join(f"{path}: {problem}" for path, problem in damaged.items())
+            "no checkpoint is valid, and nothing was deleted:\n  "
+            + "\n  ".join(f"{path}: {problem}" for path, problem in {**damaged, **aside}.items())
             + f"\nmove {root} away to start afresh"
-        )  # fmt: skip
+        )
     return found, damaged
 
 
@@ -81,14 +83,15 @@ def _family(topology: str) -> str:
     return {"zero1": "zero1 or zero2", "zero2": "zero1 or zero2", "zero3": "zero3"}.get(topology[:5], "the others")
 
 
-def require_best(root: Path, best: int | None, storage: "Storage | None") -> None:
-    """Raise RunDirectoryError if the best evaluation so far has no checkpoint, as when nobody asked to keep it."""
-    if storage and best is not None and best in storage.steps():
-        storage.fetch(best, root)
-    if best is not None and not (root / folder.step_name(best)).exists():
-        raise RunDirectoryError(
-            f"evaluation.export_best: the best evaluation so far, of step {best}, has no checkpoint in {root}; set it to false"
-        )
+def bring(root: Path, step: int | None, storage: "Storage | None") -> None:
+    """The checkpoint of a step, if the store has it and this disk has not. Raises CheckpointError."""
+    if storage and step is not None and not (root / folder.step_name(step)).exists() and step in storage.steps():
+        storage.fetch(step, root)
+
+
+def kept(root: Path) -> set[int]:
+    """Steps whose checkpoints are on this disk."""
+    return {int(path.name.removeprefix("step-")) for path in folder.steps(root)}
 
 
 def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) -> None:

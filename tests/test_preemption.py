@@ -1,0 +1,71 @@
+"""Whatever asks the run to stop is heard, wherever it comes."""
+
+import gc
+import os
+import signal
+import time
+
+import pytest
+
+from finetune.engine.preemption import StopFlag
+from finetune.errors import Preempted
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)
+
+
+def test_before_the_loop_a_signal_ends_the_run_where_it_is():
+    StopFlag()
+    with pytest.raises(Preempted, match="SIGTERM; run the same command again"):
+        send(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_inside_a_destructor_is_not_lost():
+    """What is raised there goes nowhere."""
+
+    class Dying:
+        def __del__(self) -> None:
+            send(signal.SIGTERM)
+
+    stop, dying = StopFlag(), Dying()
+    del dying
+    gc.collect()
+    stop.only_note()
+    assert stop.is_set
+    assert stop.reason == "SIGTERM"
+
+
+def test_the_first_reason_and_its_deadline_stay():
+    stop = StopFlag()
+    stop.configure(grace_seconds=20, max_minutes=None, cloud=None, say=print)
+    assert stop.seconds_left() == 20
+    stop.only_note()
+    send(signal.SIGTERM)
+    send(signal.SIGUSR1)
+    assert stop.reason == "SIGTERM"
+    assert 15 < stop.seconds_left() < 20
+
+
+def test_a_first_interrupt_after_another_signal_is_not_the_second():
+    stop = StopFlag()
+    stop.only_note()
+    send(signal.SIGTERM)
+    send(signal.SIGINT)
+    assert stop.is_set
+
+
+def test_the_deadline_of_a_queue_is_heard_also_before_the_loop():
+    stop = StopFlag()
+    stop.configure(grace_seconds=30, max_minutes=0.2 / 60, cloud=None, say=print)
+    with pytest.raises(Preempted, match="checkpoint.max_minutes are over"):
+        time.sleep(5)
+
+
+def test_a_run_that_has_ended_cannot_be_stopped_any_more():
+    stop = StopFlag()
+    stop.close()
+    send(signal.SIGTERM)
+    assert not stop.is_set
