@@ -134,6 +134,8 @@ def fresh_process_state() -> Iterator[None]:
     """Runs install signal handlers and fill Accelerate's state; each test starts without."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
     for number, handler in handlers.items():
         signal.signal(number, handler)
     forget_process_state()

@@ -118,9 +118,9 @@ def test_the_schema_is_that_of_the_config():
 
 
 def test_links_and_files_exist():
-    for text in [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / target).exists(), target
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
     for file in re.findall(r"`((?:finetune|accelerate_configs|configs|tests)/[\w./]+\.\w+)`", README + (ROOT / "docs/architecture.md").read_text()):  # fmt: skip
         assert (ROOT / file).exists() or file == "configs/my_run.yaml", file
 

@@ -81,7 +81,9 @@ def test_a_resumed_run_is_the_same_run_of_its_tracker(workshop):
     )
     newest = max((run / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime)
     [log] = newest.glob("*.wandb")
-    norms = set(re.findall(rb"grad_norm\x82\x01.([\d.]+)", log.read_bytes(), re.DOTALL))  # in history and in summary
+    content = log.read_bytes()  # each value after its length, in history and in summary
+    found = re.finditer(rb"grad_norm\x82\x01(.)", content, re.DOTALL)
+    norms = {content[match.end() : match.end() + match[1][0]] for match in found}
     assert len(norms) == 5, "what is synced last holds every step, also of the first attempt"
     other = workshop.train("other", **OFFLINE)
     assert wandb_ids(other) != [first]

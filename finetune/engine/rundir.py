@@ -44,7 +44,9 @@ class RunDirectory:
                     f"{self.path} holds another run; what differs:\n  " + "\n  ".join(different)
                     + "\ngive this run another run.name, go back to those values, or remove the directory to start over"
                 )  # fmt: skip
-        elif os.path.exists(self.path) and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir())):
+        elif os.path.exists(self.path) and (
+            not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())
+        ):
             raise RunDirectoryError(
                 f"{self.path} exists and is not a run directory (no config.yaml); choose another run.name or run.dir"
             )
@@ -79,8 +81,8 @@ class RunDirectory:
     def create(self, config: Config) -> None:
         """Make the directory and write the resolved config. Raises RunDirectoryError."""
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "config.yaml", configs.to_yaml(config))
+            write_atomically(self.path / "config.yaml", configs.to_yaml(config))  # first: it makes it a run directory
+            self.checkpoints.mkdir(exist_ok=True)
             self.is_open = True
         except OSError as exc:
             raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import ROOT, Workshop, read_jsonl
 from safetensors.torch import load_file
@@ -97,6 +98,8 @@ def trace(death: Death | None) -> dict[str, int]:
     return counted
 
 
+KILLS = int(os.environ.get("FINETUNE_KILLS", "12"))  # make faults: 201
+in_the_long_form = pytest.mark.skipif(KILLS < 100, reason="make faults")
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # the server finds what it is to import by this alone
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["faults.preloaded"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_LLAMA, Workshop, read_jsonl
-from faults.nursery import Launch, forget, start
+from faults.nursery import Launch, forget, in_the_long_form, start
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -26,13 +26,17 @@ def around(*places: tuple[str, int]) -> list:
     return list(zip(places, [*places[1:], places[0]]))
 
 
-MOVES = [
-    *((move, "full") for move in around(("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4))),
-    *((move, "full") for move in around(("zero1", 1), ("zero2", 2), ("zero2", 4))),
-    *((move, "full") for move in around(("zero3", 1), ("zero3", 2), ("zero3", 4))),
-    ((("ddp", 2), ("fsdp2", 2)), "averaged"), ((("fsdp2", 2), ("single", 1)), "averaged"),
-    *((move, "lora") for move in [(("fsdp2", 2), ("ddp", 2)), (("zero2", 2), ("zero2", 1)), (("zero3", 2), ("zero3", 1))]),
+SHORT = [
+    ((("single", 1), ("fsdp2", 2)), "full"), ((("fsdp2", 2), ("ddp", 2)), "lora"), ((("ddp", 2), ("fsdp2", 2)), "averaged"),
+    ((("zero2", 2), ("zero1", 1)), "full"), ((("zero3", 1), ("zero3", 2)), "full"),
 ]  # fmt: skip
+LONG = [
+    *((move, "full") for move in around(("ddp", 2), ("fsdp2", 4), ("single", 1))),
+    *((move, "full") for move in around(("zero1", 1), ("zero2", 2), ("zero2", 4))),
+    *((move, "full") for move in around(("zero3", 2), ("zero3", 4), ("zero3", 1))), ((("fsdp2", 2), ("single", 1)), "averaged"),
+    *((move, "lora") for move in [(("zero2", 2), ("zero2", 1)), (("zero3", 2), ("zero3", 1))]),
+]  # fmt: skip
+MOVES = [*SHORT, *(pytest.param(*each, marks=in_the_long_form) for each in LONG)]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,7 @@ def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
 @pytest.mark.parametrize(
     ("before", "after", "method", "says"),
     [("zero2", "ddp", "full", "was saved by zero2, and this is ddp"), ("fsdp2", "zero3", "full", "was saved by fsdp2, and this is zero3"),
-     ("zero3", "zero2", "full", "was saved by zero3, and this is zero2"), ("zero2", "zero1", "lion", "state of adamw only, not of lion")],
+     pytest.param("zero3", "zero2", "full", "was saved by zero3, and this is zero2", marks=in_the_long_form), ("zero2", "zero1", "lion", "state of adamw only, not of lion")],
 )  # fmt: skip
 def test_what_a_topology_cannot_read_is_refused_and_stays(shop, tmp_path, before, after, method, says):
     settings, name = SETTINGS | METHODS[method], f"{method}-{before}-2"

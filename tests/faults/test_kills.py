@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Workshop
-from faults.nursery import Scene
+from faults.nursery import KILLS, Scene, in_the_long_form
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-KILLS = int(os.environ.get("FINETUNE_KILLS", "12"))  # make faults: 201
 SEED = int(os.environ.get("FINETUNE_SEED", "0"))
 SETTINGS = {
     "train__max_steps": 9, "train__epochs": 9, "train__micro_batch_size": 1, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
@@ -41,7 +40,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
         assert number < 2 * KILLS, "hardly any kill hits"
 
 
-@pytest.mark.skipif(KILLS < 100, reason="make faults: a kill before each of about 200 lines")
+@in_the_long_form
 def test_death_before_any_line_of_the_protocol_is_survived(scene):
     """Once before every line that a save or a resumption executes, the first time or a later one."""
     if scene.topology != "single":

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import Workshop, losses, pairs, read_jsonl, write_jsonl
-from faults.nursery import same_end, start, to_the_end, wait_for
+from faults.nursery import in_the_long_form, same_end, start, to_the_end, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -32,7 +32,7 @@ def outcome(workshop: Workshop) -> dict:
     return json.loads((workshop.run_dir() / "outcome.json").read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=in_the_long_form), signal.SIGUSR1], ids=lambda n: n.name)  # fmt: skip
 def test_a_signal_saves_the_step_and_asks_to_be_run_again(workshop, undisturbed, number):
     config = workshop.write(workshop.config(**LONG))
     launch = start(config)
@@ -102,7 +102,7 @@ def test_a_signal_during_a_save_waits_for_it_and_saves_the_latest_step_too(works
     same_end(workshop.run_dir(), undisturbed.run_dir())
 
 
-@pytest.mark.parametrize("part", [0.02, 0.1, 0.2, 0.3, 0.4])
+@pytest.mark.parametrize("part", [0.02, *(pytest.param(part, marks=in_the_long_form) for part in (0.1, 0.2, 0.4)), 0.3])
 def test_a_signal_before_the_first_step_ends_at_once(workshop, part):
     """While modules, rows and weights are loaded there is nothing to save."""
     config = workshop.write(workshop.config(**LONG))

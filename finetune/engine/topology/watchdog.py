@@ -89,8 +89,8 @@ class Watchdog:
                         said = json.loads(self._store.get(f"beat/{rank}"))
                         if said != self._heard[rank][0]:
                             self._heard[rank] = (said, time.monotonic())
-            except Exception:  # it lives with the main process, or its launcher; their silence is what counts
-                continue
+            except Exception:  # it lived with the main process, or its launcher; their silence is what counts now
+                self._store = None
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
@@ -106,7 +106,7 @@ class Watchdog:
             if verdict := said.get("verdict"):
                 return str(verdict)
             if now - since > bound:
-                where = said.get("at", self.at)
+                where = self.at if self._moves else said.get("at", self.at)
                 return f"process {rank} has not answered for {bound:.3g} s, last at {where}"
         if self.rank > 0:
             return None
