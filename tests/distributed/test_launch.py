@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, losses
+from conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -41,14 +41,6 @@ def test_a_wrong_config_is_exit_code_2(workshop, topology):
     assert code == 2, error
     assert "error: " in error
     assert "Traceback" not in error
-
-
-def test_two_processes_train_as_one(workshop):
-    config = workshop.write(workshop.config("two"))
-    code, error = ended(start(LAUNCH, *TWO, "train.py", "--config", config))
-    assert code == 0, error
-    assert "Traceback" not in error
-    assert losses(workshop.run_dir("two")) == pytest.approx(losses(workshop.train("one")), rel=1e-5)
 
 
 def long_run(workshop, launcher, *topology):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, losses
+from faults.nursery import fork
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -53,10 +54,20 @@ def said(*nodes, within):
 
 @pytest.mark.parametrize("topology", FILES)
 def test_two_nodes_train_as_one_process(workshop, topology):
+    """Each process with the environment that its node's launcher gives it."""
     each, extra = FILES[topology]
     config = workshop.write(workshop.config("two", train__micro_batch_size=1))
-    port = free_port()
-    nodes = [node(rank, topology, port, "--config", config, each=each, extra=extra) for rank in (0, 1)]
+    said = [workshop.folder / f"{rank}.log" for rank in range(2 * each)]
+    meet = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    launch = fork("train", ["--config", str(config)], topology, said, {}, [*meet, *extra], nodes=2)
+    assert launch.codes() == [0] * 2 * each, launch.said()
+    one = workshop.train("one", train__micro_batch_size=1)
+    assert losses(workshop.run_dir("two")) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_two_launchers_train_as_one_process(workshop):
+    config, port = workshop.write(workshop.config("two", train__micro_batch_size=1)), free_port()
+    nodes = [node(rank, "ddp_multinode", port, "--config", config) for rank in (0, 1)]
     errors = said(*nodes, within=150)
     assert [each.returncode for each in nodes] == [0, 0], errors
     one = workshop.train("one", train__micro_batch_size=1)
@@ -75,8 +86,8 @@ def test_another_config_on_one_node_ends_all_and_is_named(workshop):
 def test_a_node_whose_process_fails_before_it_joins_is_waited_for_only_so_long(workshop):
     config, port = workshop.write(workshop.config()), free_port()
     nodes = [
-        node(0, "ddp_multinode", port, "--config", config, join="0.2"),
-        node(1, "ddp_multinode", port, "--config", "no_such_file.yaml", join="0.2"),
+        node(0, "ddp_multinode", port, "--config", config, join="0.1"),
+        node(1, "ddp_multinode", port, "--config", "no_such_file.yaml", join="0.1"),
     ]
     errors = said(*nodes, within=120)
     assert all(each.returncode for each in nodes)

@@ -98,7 +98,7 @@ def trace(death: Death | None) -> dict[str, int]:
     return counted
 
 
-KILLS = int(os.environ.get("FINETUNE_KILLS", "12"))  # make faults: 201
+KILLS = int(os.environ.get("FINETUNE_KILLS", "6"))  # make faults: 201
 in_the_long_form = pytest.mark.skipif(KILLS < 100, reason="make faults")
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # the server finds what it is to import by this alone
 _forks = multiprocessing.get_context("forkserver")
@@ -145,13 +145,19 @@ def start(
 
 def fork(
     script: str, arguments: list[str], topology: str, said: list[Path], environment: dict[str, str], extra: Sequence[str] = (),
-    death: Death | None = None, dies: int = 0,
+    nodes: int = 1, death: Death | None = None, dies: int = 0,
 ) -> Launch:  # fmt: skip
     """Every process of a script under a topology file, with the environment that the launcher gives it; each has a file to say in."""
     held = contextlib.ExitStack()
     file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", str(len(said)), *extra]
+    options = [
+        [*file, *(["--num_machines", str(nodes), "--machine_rank", str(node)] if nodes > 1 else [])]
+        for node in range(nodes)
+    ]
+    if topology == "single" and len(said) == 1:
+        options = [[]]
     with contextlib.chdir(ROOT):
-        planned, _ = launcher.plan([*([] if topology == "single" and len(said) == 1 else file), "train.py"], held)
+        planned = [each for own in options for each in launcher.plan([*own, "train.py"], held)[0]]
     started = []
     for rank, given in enumerate(planned):
         said[rank].unlink(missing_ok=True)

@@ -12,7 +12,8 @@ from faults.nursery import in_the_long_form, same_end, start, to_the_end, wait_f
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LONG = {
-    "train__max_steps": 400, "train__epochs": 99, "train__micro_batch_size": 1, "checkpoint__every_minutes": None, "train__global_batch_size": 4,
+    "train__max_steps": 200, "train__epochs": 99, "train__micro_batch_size": 1, "checkpoint__every_minutes": None, "train__global_batch_size": 4,
+    "schedule__kind": "constant",
 }  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def test_a_signal_saves_the_step_and_asks_to_be_run_again(workshop, undisturbed,
     saved = outcome(workshop)
     assert saved["state"] == "preempted"
     assert number.name in saved["reason"]
-    assert 5 < saved["step"] < 400
+    assert 5 < saved["step"] < 200
     assert lines(workshop) == saved["step"], "the step under way was finished, and no other begun"
     to_the_end(config)
     same_end(workshop.run_dir(), undisturbed.run_dir())
@@ -77,16 +78,14 @@ def test_a_signal_is_heeded_in_the_middle_of_an_evaluation(workshop):
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(workshop, undisturbed):
-    config = workshop.write(workshop.config(**LONG))
+    config = workshop.write(workshop.config(**LONG | {"train__max_steps": 40}))
     launch = start(config, "fsdp2", 2)
     wait_for(lambda: lines(workshop) > 5)
     launch.kill([1], signal.SIGTERM)
     assert launch.codes() == [75, 75], launch.said()
     assert "another process at step" in outcome(workshop)["reason"]
     to_the_end(config, "fsdp2", 2)
-    assert len(losses(workshop.run_dir())) == 400
-    early = slice(40)  # later the two topologies' roundings have grown apart
-    assert losses(workshop.run_dir())[early] == pytest.approx(losses(undisturbed.run_dir())[early], rel=1e-4)
+    assert losses(workshop.run_dir()) == pytest.approx(losses(undisturbed.run_dir())[:40], rel=1e-4)
 
 
 def test_a_signal_during_a_save_waits_for_it_and_saves_the_latest_step_too(workshop, undisturbed):
