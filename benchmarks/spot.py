@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-SAVED = 5  # checkpoints before the signal
+SAVED = 4  # checkpoints before the signal
 PLACES = {"one process": [], "fsdp2, 2 processes": ["--config_file", "accelerate_configs/fsdp2.yaml", "--num_processes", "2"],
           "zero2, 2 processes": ["--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"]}  # fmt: skip
 
@@ -60,7 +60,7 @@ def write_config(folder: Path, width: int, layers: int, asynchronous: bool) -> P
     config: dict[str, Any] = {
         "run": {"name": name, "dir": str(folder / "runs")},
         "model": {"init": "random", "tokenizer": "bytes", "config": shape},
-        "data": {"train": str(rows), "max_length": 512, "cache_dir": str(folder / "cache")},
+        "data": {"train": str(rows), "max_length": 128, "cache_dir": str(folder / "cache")},
         "objective": {"kind": "clm"},
         "train": {"global_batch_size": 4, "micro_batch_size": 2, "epochs": 1000, "max_steps": 10_000},
         "checkpoint": {"every_steps": 2, "every_minutes": None, "asynchronous": asynchronous},
