@@ -7,6 +7,7 @@
 Heavy imports stand inside functions, so that --help and a wrong config answer at once.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -46,8 +47,28 @@ MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16
 # ------------------------------------------------------------------------------------------ run
 
 
+class Unbroken:
+    """A stream that perhaps nobody reads any more: a terminal that has gone is no reason to lose a run."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
 def main() -> int:
     """Run, and turn how it ended into the exit code of the contract."""
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     rank = int(os.environ.get("RANK", "0"))
     who = f"[process {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     stop = StopFlag()  # until the loop starts, a signal ends the run at once
@@ -377,7 +398,6 @@ def due(step: int, every: int | None) -> bool:
 
 if __name__ == "__main__":
     code = main()
-    if code != EXIT_COMPLETE:  # threads may wait for processes that have gone
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads may wait for processes that have gone, and streams for readers

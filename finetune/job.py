@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.config import Config
+from finetune.config import Config, differences
 from finetune.engine import receipt
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.saver import Saver
@@ -159,8 +159,19 @@ def reach(config: Config, directory: RunDirectory, topology: Topology, check_onl
             raise RunDirectoryError(
                 f"{storage.url} has checkpoints, and checkpoint.resume is never; set it to auto, or choose another run.name"
             )
-        newest = max((int(path.name[5:]) for path in folder.steps(directory.checkpoints)), default=-1)
-        if storage.restore(directory.path, over=bool(there) and there[0] > newest):
+        known = storage.config()
+        if known is not None and (different := differences(known, config)):
+            raise RunDirectoryError(
+                f"{storage.url} holds another run; what differs:\n  " + "\n  ".join(different)
+                + "\ngive this run another run.name or checkpoint.storage, or go back to those values"
+            )  # fmt: skip
+        here = [path for path in folder.steps(directory.checkpoints) if folder.looks_whole(path)]
+        further = bool(there) and (not here or folder.step_name(there[0]) > here[0].name)
+        if there and here and storage.run_id(there[0]) != folder.run_id((here[0] / folder.MANIFEST).read_bytes()):
+            raise RunDirectoryError(
+                f"{storage.url} and {directory.path} are two runs of one name; give this one another run.name or checkpoint.storage"
+            )
+        if storage.restore(directory.path, over=further):
             say(f"brought back from {storage.url}, which is further than this disk")
         directory.check(config)
 

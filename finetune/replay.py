@@ -1,6 +1,7 @@
 """python -m finetune replay: the same run again, from its receipt, and whether it came out the same."""
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Train again and compare. Raises RunDirectoryError; exit code 1 if the two runs are not the same to the bit."""
-    run: Path = arguments.run
+    run: Path = arguments.run.resolve()
     config = configs.from_dict(configs.read_yaml(run / "config.yaml"), where=str(run / "config.yaml"))
     receipt = _receipt(run)
     name = arguments.name or f"{config.run.name}-replay"
@@ -37,11 +38,23 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _receipt(run: Path) -> dict[str, Any]:
+    """That of a run that is complete. Raises RunDirectoryError."""
     try:
         receipt: dict[str, Any] = json.loads((run / "receipt.json").read_text())
-        number, on_this_node = int(receipt["num_processes"]), int(receipt["launch"].get("LOCAL_WORLD_SIZE", 1))
+        launch, number = receipt["launch"], int(receipt["num_processes"])
+        on_this_node, state = (
+            int(launch.get("LOCAL_WORLD_SIZE", 1)),
+            json.loads((run / "outcome.json").read_text())["state"],
+        )
+        told = [str(receipt["topology"]), *launch, *launch.values()]
+        if not all(isinstance(word, str) and "\0" not in word for word in told) or any("=" in name for name in launch):
+            raise ValueError("launch is no environment")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise RunDirectoryError(f"{run} has no receipt that can be read: {type(exc).__name__}: {exc}") from exc
+        raise RunDirectoryError(
+            f"{run} has no receipt and outcome that can be read: {type(exc).__name__}: {exc}"
+        ) from exc
+    if state != "complete" or not (run / "metrics.jsonl").is_file():
+        raise RunDirectoryError(f"{run} is {state}, or has no metrics.jsonl to compare with; run it to its end first")
     if number > on_this_node:
         raise RunDirectoryError(
             f"{run} ran on {number} processes of several nodes; give each node its launcher line again, with another --run.name "
@@ -65,10 +78,7 @@ def _environments(receipt: dict[str, Any]) -> list[dict[str, str]]:
 
 def _compare(run: Path, again: Path) -> int:
     """Say whether every step of two runs has the same loss and gradient norm."""
-    one, other = (
-        {line["step"]: (line["loss"], line["grad_norm"]) for line in map(json.loads, (each / "metrics.jsonl").open())}
-        for each in (run, again)
-    )
+    one, other = (_steps(each / "metrics.jsonl") for each in (run, again))
     different = [step for step in sorted(one.keys() | other.keys()) if one.get(step) != other.get(step)]
     if different:
         step = different[0]
@@ -79,3 +89,13 @@ def _compare(run: Path, again: Path) -> int:
         return EXIT_FAILED
     print(f"the same: losses and gradient norms of all {len(one)} steps on record are those of {run} to the bit")
     return EXIT_COMPLETE
+
+
+def _steps(metrics: Path) -> dict[int, tuple[float, float]]:
+    """Step -> (loss, gradient norm); lines that are torn are left out."""
+    found = {}
+    for line in metrics.read_text(errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            values = json.loads(line)
+            found[int(values["step"])] = (values["loss"], values["grad_norm"])
+    return found

@@ -37,7 +37,7 @@ def test_the_makefile_has_every_target_that_is_named():
 def test_every_kind_of_command_is_run_by_a_test_here():
     """A new kind of command in the README needs a test in this file."""
     known = ("make ", "source .venv", "python train.py --config configs/my_run.yaml", "python -m finetune chat", "accelerate launch",
-             "python -m finetune evaluate", "python -m finetune export", "python train.py --help", "pip install --no-build-isolation")  # fmt: skip
+             "python -m finetune evaluate", "python -m finetune export", "python train.py --help", "python -m finetune launch", "pip install --no-build-isolation")  # fmt: skip
     assert [c for c in commands() if not c.startswith(known)] == []
 
 
@@ -99,6 +99,9 @@ def test_a_run_of_ones_own_in_the_order_of_the_readme(my_run):
     [several] = [c for c in commands() if c.startswith("accelerate launch")]
     result = launch([*typed(several, my_run), "--run.name", "several"])
     assert result.returncode == 0, result.stderr
+    ours = several.replace("accelerate launch", "python -m finetune launch")
+    result = launch([*typed(ours, my_run), "--run.name", "several"])
+    assert result.returncode == 0, "the same arguments: " + result.stderr
 
 
 def test_help_names_every_setting_without_torch():

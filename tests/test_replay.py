@@ -47,4 +47,14 @@ def test_a_run_without_a_receipt_is_an_error_that_names_it(workshop, content):
         (run / "receipt.json").write_text(content)
     again = replay(run)
     assert again.returncode == 2
-    assert "has no receipt that can be read" in again.stderr
+    assert "has no receipt and outcome that can be read" in again.stderr
+
+
+def test_a_run_that_has_not_ended_is_not_repeated(workshop):
+    run = workshop.train()
+    outcome = json.loads((run / "outcome.json").read_text())
+    (run / "outcome.json").write_text(json.dumps({**outcome, "state": "preempted"}))
+    again = replay(run)
+    assert again.returncode == 2
+    assert "is preempted" in again.stderr
+    assert not workshop.run_dir("run-replay").exists()

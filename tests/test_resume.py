@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import Workshop, losses, read_jsonl
+from conftest import ROOT, Workshop, losses, read_jsonl
 from faults.nursery import start, wait_for
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
@@ -380,3 +382,32 @@ def test_what_was_set_aside_is_no_reason_to_start_afresh(workshop, monkeypatch):
     with pytest.raises(CheckpointError, match="damaged before"):
         workshop.train("parts", checkpoint__every_steps=2, checkpoint__keep_last=1)
     assert (run / "metrics.jsonl").read_text() == lines
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_does_not_end_the_run(workshop):
+    """A terminal that was closed, a pipe that has broken."""
+    config = workshop.write(workshop.config(train__max_steps=300, train__epochs=99))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "complete"
+
+
+def test_a_checkpoint_that_is_a_link_is_pruned_as_a_link(workshop, monkeypatch):
+    run = train_until(workshop, monkeypatch, 4, "run", checkpoint__every_steps=2, checkpoint__keep_last=1)
+    elsewhere = workshop.folder / "elsewhere"
+    old = run / "checkpoints/step-00000002"
+    shutil.copytree(run / "checkpoints/step-00000004", old)  # not whole under this name, so neither counted nor removed
+    shutil.move(run / "checkpoints/step-00000004", elsewhere)
+    (run / "checkpoints/step-00000004").symlink_to(elsewhere)
+    workshop.train("run", checkpoint__every_steps=2, checkpoint__keep_last=1, train__max_steps=5)
+    (run / "outcome.json").unlink()
+    workshop.train("run", checkpoint__every_steps=2, checkpoint__keep_last=1, train__max_steps=5)
+    assert (elsewhere / "manifest.json").exists()

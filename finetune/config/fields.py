@@ -219,7 +219,7 @@ class Checkpoint(Section):
     """Object store that checkpoints, logs and the model are copied to, as s3://bucket/folder; a machine with an empty disk goes on from there."""
     grace_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     """Time between SIGTERM and the end that your cluster gives; only to say when a save may not fit."""
-    max_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Stop, saved, with exit code 75, when a process is so old: for queues that kill at a deadline; leave room for a step and a save."""
     notices: Literal["aws", "gcp", "azure"] | None = None
     """Cloud whose notices of preemption to ask for; in Kubernetes rely on SIGTERM instead."""

@@ -179,7 +179,7 @@ class RunDirectory:
         """What a file of this directory holds; nothing if it is not there or broken."""
         try:
             values = json.loads((self.path / name).read_text())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return {}
         return values if isinstance(values, dict) else {}
 
@@ -218,11 +218,11 @@ def _now() -> str:
 
 def _lines(log: Path) -> list[str]:
     """Lines of a log. Only a newline ends one: answers of a model may hold what Python's splitlines takes for an end."""
-    return log.read_text(errors="replace").split("\n") if log.exists() else []
+    return log.read_text(errors="replace").split("\n") if log.is_file() else []
 
 
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")

@@ -142,6 +142,22 @@ def test_an_older_disk_beside_a_newer_store_goes_on_from_the_store_with_its_logs
     assert steps == {f"step-{n:08d}" for n in (3, 6, 9, 12)}, "what keep_last keeps stays there, whatever is here"
 
 
+def test_another_run_of_that_name_in_the_store_is_refused_and_the_disk_stays(workshop, store):
+    environment, _ = store
+    to_the_end_of(
+        start(workshop.write(workshop.config(**SETTINGS, checkpoint__storage="s3://bucket/two")), **environment)
+    )
+    shutil.rmtree(workshop.run_dir())
+    mine = {**SETTINGS, "optimizer__lr": 0.02}
+    to_the_end(workshop.write(workshop.config(**mine)))
+    files = {p: p.read_bytes() for p in workshop.run_dir().rglob("*") if p.is_file()}
+    launch = start(workshop.write(workshop.config(**mine, checkpoint__storage="s3://bucket/two")), **environment)
+    assert launch.codes() == [2], launch.said()
+    assert "s3://bucket/two/run holds another run" in launch.said()
+    assert "optimizer.lr: was 0.01, now 0.02" in launch.said()
+    assert {p: p.read_bytes() for p in workshop.run_dir().rglob("*") if p.is_file()} == files
+
+
 def test_resume_never_refuses_what_is_in_the_store(workshop, store):
     environment, _ = store
     config = workshop.write(workshop.config(**SETTINGS, checkpoint__storage="s3://bucket/never"))

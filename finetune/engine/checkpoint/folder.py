@@ -111,7 +111,10 @@ def prune(root: Path, keep_last: int, protected: set[str]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Out of sight with one rename, so that half of it is never seen; then away."""
+    """Out of sight with one rename, so that half of it is never seen; then away. Of a link only the link."""
+    if path.is_symlink():
+        path.unlink()
+        return
     hidden = path.with_name(f".removing-{path.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(path, hidden)
@@ -158,6 +161,14 @@ def looks_whole(path: Path) -> bool:
         return all((path / name).stat().st_size == wanted["bytes"] for name, wanted in manifest["files"].items())
     except (OSError, ValueError):
         return False
+
+
+def run_id(manifest: bytes) -> str | None:
+    """Which run a manifest belongs to, however often that was started; None if it does not say."""
+    try:
+        return str(json.loads(manifest)["progress"]["run_id"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

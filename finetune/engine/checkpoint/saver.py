@@ -138,7 +138,9 @@ class Saver:
             if self.last_step is None
             else f"the newest on this disk is of step {self.last_step}"
         )
-        what = "is not in the store" if self.last_step == step else "could not be saved"
+        what = "could not be saved"
+        if self.last_step == step:
+            what = "is not in the store" if self.storage else "is saved, but older ones could not be removed"
         said = f"checkpoint of step {step} {what}: {problem}"
         if self._failures == MOST_FAILURES:
             raise CheckpointError(f"{said}; {MOST_FAILURES} saves in a row have failed, and {newest}") from problem

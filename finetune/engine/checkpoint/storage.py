@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+import yaml
 
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.folder import MANIFEST
@@ -94,6 +95,18 @@ class Storage:
             os.rename(arriving, final)
             folder.flush(final.parent)
         return True
+
+    def config(self) -> dict[str, Any] | None:
+        """The resolved config of the run that is there; None if there is none. Raises CheckpointError."""
+        content = self._content(CONFIG)
+        try:
+            return dict(yaml.safe_load(content)) if content else None
+        except (yaml.YAMLError, TypeError, ValueError) as exc:
+            raise CheckpointError(f"{self.url}/{CONFIG} is damaged: {exc}") from exc
+
+    def run_id(self, step: int) -> str | None:
+        """Of the run whose checkpoint this is."""
+        return folder.run_id(self._content(f"checkpoints/{folder.step_name(step)}/{MANIFEST}"))
 
     def steps(self) -> list[int]:
         """Steps of committed checkpoints, newest first."""
@@ -289,6 +302,10 @@ def _opened(url: str) -> tuple[Any, str]:
         raise refused(f"got {url!r}, which has no protocol such as s3:// or gs://; run.dir is for a folder")
     if not rest.strip("/"):
         raise refused(f"got {url!r}, which names no bucket or folder")
+    if protocol == "memory":
+        raise refused("memory:// ends with the process; take a store that does not")
+    if protocol in ("file", "local") and not rest.startswith("/"):
+        raise refused(f"got {url!r}; give the whole path, as file:///mnt/store, or the next start may look elsewhere")
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}  # others write there, too
     if protocol in S3:
         retries = {"total_max_attempts": 3, "mode": "standard"}
