@@ -53,7 +53,7 @@ def main() -> None:
 
 def write_config(folder: Path, width: int, layers: int, asynchronous: bool) -> Path:
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"{i} " * 120}) + "\n" for i in range(400)))
+    rows.write_text("".join(json.dumps({"text": f"{i} " * 30}) + "\n" for i in range(400)))
     name = f"run{len(list(folder.glob('*.yaml')))}"
     shape = {"model_type": "llama", "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
              "num_attention_heads": 8, "vocab_size": 32000, "tie_word_embeddings": True}  # fmt: skip
