@@ -170,6 +170,9 @@ def test_an_adapter_knows_its_base_in_whatever_dtype_both_are(workshop, dtype, w
     base = workshop.train("base", model__dtype=dtype)
     run = workshop.train("lora", model__dtype="bfloat16", **as_adapter(base))
     export.merge([run / "model"], workshop.folder / "merged", wanted)
+    merged = load_file(workshop.folder / "merged/model.safetensors")
+    expected = dtype if wanted == "auto" else wanted
+    assert {str(weight.dtype) for weight in merged.values()} == {f"torch.{expected}"}
 
 
 @pytest.mark.parametrize("command", ["merge", "chat", "evaluate"])
@@ -249,8 +252,12 @@ def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monk
 )  # fmt: skip
 def test_adapters_on_other_architectures_come_home(workshop, architecture):
     config = TINY_LLAMA if architecture["model_type"] == "mixtral" else {}
-    run = workshop.train("lora", **as_adapter(workshop.train("base", model__config={**config, **architecture})))
+    base = workshop.train("base", model__config={**config, **architecture})
+    run = workshop.train("lora", **as_adapter(base))
     export.merge([run / "model"], workshop.folder / "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base / "model", workshop.folder / "merged"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before), "what was learned is in it"
 
 
 def test_a_model_that_also_sees_gets_adapters_where_text_goes(workshop):

@@ -245,6 +245,7 @@ def test_children_of_a_process_that_has_ended_do_not_stay(worker, how):
     run(worker, f"family:{how}")
     [child] = noted(worker, "child")
     until(lambda: not is_alive(child))
+    assert not is_alive(child)
 
 
 def test_children_of_a_process_that_is_killed_do_not_stay(worker, monkeypatch):
@@ -252,6 +253,7 @@ def test_children_of_a_process_that_is_killed_do_not_stay(worker, monkeypatch):
     run(worker, "family:sleep", "beside:0:exit:1")
     [child] = noted(worker, "child")
     until(lambda: not is_alive(child))
+    assert not is_alive(child)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
@@ -320,6 +322,7 @@ def test_processes_are_told_when_the_launcher_was_killed(start, worker):
     until(lambda: notes(worker, "heard", 0) == notes(worker, "heard", 1) == ["SIGTERM"])
     (worker.parent / "end").touch()
     until(lambda: not any(map(is_alive, noted(worker, "pid"))))
+    assert notes(worker, "heard", 0) == notes(worker, "heard", 1) == ["SIGTERM"], "once each"
 
 
 def test_a_process_whose_launcher_has_gone_before_it_could_ask_does_not_start(tmp_path):

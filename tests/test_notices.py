@@ -405,6 +405,7 @@ def test_the_address_is_read_when_a_watch_is_made(metadata, listener, monkeypatc
     watch.start()
     until(lambda: listener.heard)
     until(no_watch_runs)
+    assert [notice.reason for notice in listener.heard] == [REASONS["gcp"]]
 
 
 def drip(head, drop):

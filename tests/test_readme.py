@@ -113,7 +113,9 @@ def test_help_names_every_setting_without_torch():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_recipe_passes_the_config_check(path):
-    configs.parse(["--config", str(path)])
+    config, check_only = configs.parse(["--config", str(path)])
+    assert config.run.name
+    assert not check_only
 
 
 def test_the_schema_is_that_of_the_config():

@@ -307,6 +307,8 @@ def test_a_damaged_note_of_a_run_does_not_stop_it(workshop, name, content):
     (run / "outcome.json").unlink()
     (run / name).write_bytes(content)
     workshop.train()
+    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+    assert json.loads((run / "receipt.json").read_text())["seed"] == 0
 
 
 def test_a_finished_run_whose_model_is_gone_exports_it_again(workshop):

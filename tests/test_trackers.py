@@ -50,6 +50,9 @@ def test_a_key_is_found_where_wandb_login_writes_it(workshop, monkeypatch, tmp_p
     netrc.write_text(f"machine api.wandb.ai\n  login user\n  password {'a' * 40}\n")
     monkeypatch.setenv("NETRC", str(netrc))
     workshop.check(tracking__trackers=["wandb"])
+    netrc.write_text("machine elsewhere.example\n  login user\n  password none\n")
+    with pytest.raises(ConfigError, match="wandb has no key"):
+        workshop.check(tracking__trackers=["wandb"])
 
 
 def test_an_unknown_or_missing_tracker_is_an_error(workshop, monkeypatch):
