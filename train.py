@@ -7,7 +7,6 @@
 Heavy imports stand inside functions, so that --help and a wrong config answer at once.
 """
 
-import contextlib
 import functools
 import os
 import sys
@@ -32,6 +31,7 @@ from finetune.errors import (
     TrainingDiverged,
     UserError,
 )
+from finetune.streams import Unbroken
 
 if TYPE_CHECKING:
     from finetune.engine.checkpoint.saver import Saver
@@ -45,25 +45,6 @@ EVA_STEPS = 8  # steps whose inputs adapter.init: eva looks at
 MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16 leave nothing to scale
 
 # ------------------------------------------------------------------------------------------ run
-
-
-class Unbroken:
-    """A stream that perhaps nobody reads any more: a terminal that has gone is no reason to lose a run."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
 
 
 def main() -> int:

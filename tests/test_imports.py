@@ -13,6 +13,7 @@ from conftest import ROOT
 ALLOWED = {
     "finetune.errors": [],
     "finetune.progress": [],
+    "finetune.streams": [],
     "finetune.config": ["finetune.config", "finetune.errors"],
     "finetune.data.rows": ["finetune.errors"],
     "finetune.data.templates": ["finetune.data.rows", "finetune.errors"],

@@ -7,136 +7,32 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
-from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from clouds import (
+    ACTION,
+    ASKED_FOR,
+    BEFORE_NOON,
+    EVENTS,
+    FINAL,
+    NAME,
+    NOON,
+    NOTHING,
+    PREEMPTED,
+    QUIET,
+    REASONS,
+    REBALANCE,
+    REBALANCED,
+    TOKEN,
+    Metadata,
+    preempt,
+)
 from conftest import ROOT
 
 from finetune.engine import notices
 from finetune.engine.notices import CLOUDS, Watch
 
-TOKEN = "/latest/api/token"
-ACTION = "/latest/meta-data/spot/instance-action"
-REBALANCE = "/latest/meta-data/events/recommendations/rebalance"
-PREEMPTED = "/computeMetadata/v1/instance/preempted"
-EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
-NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
-ASKED_FOR = {"aws": ACTION, "gcp": PREEMPTED, "azure": EVENTS}
-
-NOTHING = (404, "<html>404 - Not Found</html>")
-NO_EVENTS = (200, {"DocumentIncarnation": 1, "Events": []})
-NOON = "2026-11-21T12:00:00Z"
-BEFORE_NOON = {"Date": "Sat, 21 Nov 2026 11:58:00 GMT"}
-REBALANCED = (200, {"noticeTime": "2026-11-21T11:45:00Z"})
 LONG_SECONDS = 20  # what a loaded machine may take; a healthy one needs a hundredth
-
-
-def preempt(*machines, **changes):
-    event = {
-        "EventId": "602d9444", "EventType": "Preempt", "EventStatus": "Scheduled", "ResourceType": "VirtualMachine",
-        "Resources": list(machines), "NotBefore": "Sat, 21 Nov 2026 12:00:00 GMT",
-    }  # fmt: skip
-    return {"DocumentIncarnation": 2, "Events": [event | changes]}
-
-
-FINAL = {
-    "aws": (200, {"action": "terminate", "time": NOON}, BEFORE_NOON),
-    "gcp": (200, "TRUE"),
-    "azure": (200, preempt("vmss_3"), BEFORE_NOON),
-}
-QUIET = {"aws": NOTHING, "gcp": (200, "FALSE"), "azure": NO_EVENTS}
-REASONS = {
-    "aws": f"AWS takes this machine at {NOON} (terminate)",
-    "gcp": "GCP takes this machine within 30 s (preempted)",
-    "azure": f"Azure takes this machine at {NOON} (Preempt)",
-}
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Refuses what the clouds refuse, then answers what the test said."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or every answer in two writes takes 40 ms
-
-    def do_GET(self):
-        self.server.asked.append((self.command, self.path))
-        answer = self.server.next_answer(self.path)
-        if callable(answer):
-            self.close_connection = True
-            answer(self)
-        else:
-            self.reply(*(self.refusal() or answer))
-
-    do_PUT = do_POST = do_GET
-
-    def refusal(self):
-        if self.path == TOKEN:
-            right = self.command == "PUT" and int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) <= 21600
-            return None if right else (400, "")
-        if self.path.startswith("/latest/"):
-            return None if self.headers["X-aws-ec2-metadata-token"] in self.server.tokens else (401, "")
-        if self.path.startswith("/computeMetadata/"):
-            return None if self.headers["Metadata-Flavor"] == "Google" else (403, "")
-        return None if self.headers["Metadata"] == "true" else (400, "")
-
-    def reply(self, status, body, headers=None):
-        if self.path == TOKEN and status == 200:
-            self.server.tokens.append(body)
-        if not isinstance(body, bytes):
-            body = (body if isinstance(body, str) else json.dumps(body)).encode()
-        self.send_response_only(status)
-        head = {"Date": formatdate(usegmt=True), "Content-Length": len(body)}
-        if self.path == PREEMPTED:
-            head["Metadata-Flavor"] = "Google"
-        for name, value in (head | (headers or {})).items():
-            if value is not None:
-                self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-class Metadata(ThreadingHTTPServer):
-    """One server that speaks as all three clouds: nothing to say, until a test gives answers to a path."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, listens=True):
-        super().__init__(("127.0.0.1", 0), Handler, bind_and_activate=False)
-        self.asked, self.tokens, self.over = [], [], threading.Event()
-        self.answers = defaultdict(list)
-        self.says(NAME, (200, "Vmss_3"))
-        self.server_bind()
-        self.address = f"http://127.0.0.1:{self.server_address[1]}"
-        if listens:
-            self.listen()
-
-    def listen(self):
-        self.server_activate()
-        threading.Thread(target=self.serve_forever, args=[0.002], daemon=True).start()
-
-    def says(self, path, *answers):
-        """One after another, the last for ever: (status, body, headers) or what writes to the handler."""
-        self.answers[path] = list(answers)
-
-    def next_answer(self, path):
-        mine = self.answers[path]
-        if mine:
-            return mine.pop(0) if len(mine) > 1 else mine[0]
-        if path == TOKEN:
-            return 200, f"token{len(self.tokens)}=="
-        return {PREEMPTED: QUIET["gcp"], EVENTS: QUIET["azure"]}.get(path, NOTHING)
-
-    def num_asked(self, path):
-        return sum(asked == path for _, asked in self.asked)
-
-    def handle_error(self, request, client_address):
-        """A client that hangs up early is what many tests here want."""
 
 
 @pytest.fixture

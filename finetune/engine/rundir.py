@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from finetune import config as configs
 from finetune.config import Config
+from finetune.engine.checkpoint.folder import flush
 from finetune.engine.receipt import differences
 from finetune.errors import DirectoryInUse, RunDirectoryError
 
@@ -205,11 +206,7 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         os.unlink(temporary)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    flush(path.parent)
 
 
 def _now() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Workshop, read_jsonl
-from faults.nursery import same_end, start, to_the_end, wait_for
+from faults.nursery import Launch, same_end, start, to_the_end, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -94,6 +94,13 @@ def saved(request, tmp_path_factory) -> tuple[Workshop, str, int]:
     return workshop, request.param, processes
 
 
+def copy_of(saved: tuple[Workshop, str, int], folder: Path) -> Launch:
+    """The same run, but in another place."""
+    workshop, topology, processes = saved
+    config = workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9))
+    return start(config, topology, processes, "--run.dir", str(folder))
+
+
 def test_whatever_is_damaged_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path):
     """Every kind of file, in every way; each copy of the run then goes on to the same end."""
     workshop, topology, processes = saved
@@ -110,13 +117,7 @@ def test_whatever_is_damaged_is_named_and_the_checkpoint_before_is_taken(saved, 
     if topology != "single":
         copies = copies[::2]  # each file kind, and each way, once or twice
     for kind, how, folder, newest in copies:
-        launch = start(
-            workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9)),
-            topology,
-            processes,
-            "--run.dir",
-            str(folder),
-        )
+        launch = copy_of(saved, folder)
         assert launch.codes() == [0] * processes, launch.said()
         said = next(line for line in launch.said().splitlines() if "skipped a damaged checkpoint" in line)
         assert str(newest) in said
@@ -126,19 +127,13 @@ def test_whatever_is_damaged_is_named_and_the_checkpoint_before_is_taken(saved, 
 
 
 def test_when_nothing_is_valid_the_run_stops_and_deletes_nothing(saved, tmp_path):
-    workshop, topology, processes = saved
+    workshop, _, processes = saved
     shutil.copytree(workshop.run_dir(), tmp_path / "run")
     (tmp_path / "run/outcome.json").unlink()
     for manifest in tmp_path.rglob("manifest.json"):
         manifest.write_bytes(DAMAGES["one bit flipped"](manifest.read_bytes()))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    launch = start(
-        workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9)),
-        topology,
-        processes,
-        "--run.dir",
-        str(tmp_path),
-    )
+    launch = copy_of(saved, tmp_path)
     assert launch.codes() == [1] * processes
     assert "no checkpoint is valid, and nothing was deleted" in launch.said()
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before

@@ -3,11 +3,13 @@
 import json
 import signal
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from clouds import ASKED_FOR, FINAL, REASONS, REBALANCE, REBALANCED, Metadata
 from conftest import Workshop, losses, pairs, read_jsonl, write_jsonl
 from faults.nursery import in_the_long_form, same_end, start, to_the_end, wait_for
+
+from finetune.engine.notices import CLOUDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -126,45 +128,47 @@ def test_a_deadline_stops_the_run_saved(workshop, undisturbed):
     same_end(workshop.run_dir(), undisturbed.run_dir())
 
 
-class Cloud(BaseHTTPRequestHandler):
-    """AWS's metadata service, on the day when it takes the machine."""
-
-    warns, takes = False, False
-
-    def do_PUT(self) -> None:
-        self.answer(200, b"token")
-
-    def do_GET(self) -> None:
-        if self.path.endswith("spot/instance-action") and Cloud.takes:
-            self.answer(200, b'{"action": "terminate", "time": "2036-11-21T12:00:00Z"}')
-        elif self.path.endswith("rebalance") and Cloud.warns:
-            self.answer(200, b'{"noticeTime": "2026-11-21T11:00:00Z"}')
-        else:
-            self.answer(404, b"")
-
-    def answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+def test_when_less_is_left_than_a_save_takes_the_run_says_so_and_saves_first(workshop):
+    config = workshop.write(workshop.config(**LONG, checkpoint__every_steps=3, checkpoint__grace_seconds=0.001))
+    launch = start(config)
+    wait_for(lambda: lines(workshop) > 5)
+    launch.kill([0], signal.SIGTERM)
+    assert launch.codes() == [75], launch.said()
+    assert "note: the last save took" in launch.said()
+    assert (workshop.run_dir() / f"checkpoints/step-{outcome(workshop)['step']:08d}/manifest.json").exists()
 
 
-def test_a_clouds_warning_saves_and_its_notice_stops(workshop):
-    Cloud.warns, Cloud.takes = True, False
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Cloud)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    config = workshop.write(
-        workshop.config(**{**LONG, "train__max_steps": 100_000, "train__epochs": 100_000}, checkpoint__notices="aws")
-    )
-    launch = start(config, FINETUNE_METADATA_ADDRESS=f"http://127.0.0.1:{server.server_port}")
-    wait_for(lambda: list((workshop.run_dir() / "checkpoints").glob("step-*")))
-    assert launch.processes[0].is_alive(), "a warning is no reason to stop"
-    Cloud.takes = True
-    assert launch.codes(within=30) == [75], launch.said()
+@pytest.fixture
+def metadata():
+    server = Metadata()
+    yield server
+    server.over.set()
     server.shutdown()
     server.server_close()
-    assert "AWS" in outcome(workshop)["reason"]
-    assert len(read_jsonl(workshop.run_dir() / "saves.jsonl")) == 2
+
+
+FOR_EVER = LONG | {"train__max_steps": 100_000, "train__epochs": 100_000}
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_a_clouds_notice_saves_and_stops(workshop, metadata, cloud):
+    config = workshop.write(workshop.config(**FOR_EVER, checkpoint__notices=cloud))
+    launch = start(config, FINETUNE_METADATA_ADDRESS=metadata.address)
+    wait_for(lambda: lines(workshop) > 5)
+    metadata.says(ASKED_FOR[cloud], FINAL[cloud])
+    assert launch.codes(within=30) == [75], launch.said()
+    assert REASONS[cloud] in outcome(workshop)["reason"]
+    assert (workshop.run_dir() / f"checkpoints/step-{outcome(workshop)['step']:08d}/manifest.json").exists()
+
+
+def test_a_clouds_warning_saves_and_goes_on(workshop, metadata):
+    metadata.says(REBALANCE, REBALANCED)
+    config = workshop.write(workshop.config(**FOR_EVER, checkpoint__notices="aws"))
+    launch = start(config, FINETUNE_METADATA_ADDRESS=metadata.address)
+    wait_for(lambda: list((workshop.run_dir() / "checkpoints").glob("step-*")))
+    saved = lines(workshop)
+    wait_for(lambda: lines(workshop) > saved + 5)
+    assert launch.processes[0].is_alive(), "a warning is no reason to stop"
+    launch.kill([0], signal.SIGTERM)
+    assert launch.codes() == [75], launch.said()
+    assert len(read_jsonl(workshop.run_dir() / "saves.jsonl")) == 2, "one for the warning, one for the end"

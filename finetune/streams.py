@@ -1,0 +1,23 @@
+"""Where a run says things: streams that may lose their reader."""
+
+import contextlib
+from typing import Any
+
+
+class Unbroken:
+    """A stream that perhaps nobody reads any more: a terminal that has gone is no reason to lose a run."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
