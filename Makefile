@@ -34,7 +34,7 @@ test-fast: install
 	$(BIN)/python -m pytest tests -n auto -m "not slow"
 
 faults: install
-	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults -n 2 -s
+	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults tests/invariants/test_topologies.py -n 2 -s
 
 lint: install
 	$(BIN)/ruff format --check .

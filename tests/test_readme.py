@@ -99,9 +99,6 @@ def test_a_run_of_ones_own_in_the_order_of_the_readme(my_run):
     [several] = [c for c in commands() if c.startswith("accelerate launch")]
     result = launch([*typed(several, my_run), "--run.name", "several"])
     assert result.returncode == 0, result.stderr
-    ours = several.replace("accelerate launch", "python -m finetune launch")
-    result = launch([*typed(ours, my_run), "--run.name", "several"])
-    assert result.returncode == 0, "the same arguments: " + result.stderr
 
 
 def test_help_names_every_setting_without_torch():
