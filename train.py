@@ -146,7 +146,7 @@ def build(job: "Job") -> "TrainState":
     from finetune.engine import optim
     from finetune.engine.ema import Ema
     from finetune.engine.state import TrainState
-    from finetune.models import attention, bases, parameters
+    from finetune.models import attention, bases, head, parameters
     from finetune.models.build import build as build_model
 
     config, topology, data = job.config, job.topology, job.data
@@ -169,6 +169,8 @@ def build(job: "Job") -> "TrainState":
         accumulation=configs.accumulation(config, topology.num_data), micro_batch_size=config.train.micro_batch_size,
     )  # fmt: skip
     attention.check(model, base, data.attention, topology.device, topology.precision)
+    if why := head.check(model, base, topology.device, topology.precision):
+        job.tell(f"note: all logits are held at once, as {why}")
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
     decay = config.train.ema_decay
     ema = None if decay is None else Ema(topology.unwrap(model), decay)

@@ -13,7 +13,7 @@ from finetune.data import batches, rows, templates, tokens
 from finetune.engine import trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError
-from finetune.models import adapters, attention, load, parameters
+from finetune.models import adapters, attention, head, load, parameters
 from finetune.objectives import OBJECTIVES
 
 SHOWN_CHARACTERS = 600
@@ -132,9 +132,8 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         config.model, data.model_config, data.tokenizer, data.attention if attention.pads(data.attention) else attention.NAME
     )  # fmt: skip
     load.check_shapes(skeleton)
-    trainable, total = parameters.count(
-        adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
-    )
+    adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
+    trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)
     train, examples = data.train.sequences, data.train.sequences.examples
     supervised = examples.num_supervised_tokens
@@ -162,6 +161,9 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         )
     if data.unused:
         lines.append(f"not read    columns {', '.join(data.unused)}")
+    _, all_logits = head.probe(skeleton)
+    if all_logits:
+        lines.append(f"note        all logits are held at once: {all_logits}")
     lines += _notes(config, data.num_steps)
     lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
     return "\n".join(lines)

@@ -188,6 +188,8 @@ def test_targets_are_the_next_learned_tokens_and_never_cross_a_document(padded, 
     seen = 0
     for step in batches.epoch():
         for batch in step:
+            assert (batch.targets.flatten()[batch.learned] != IGNORE).all()
+            assert len(batch.learned) == batch.num_supervised == (batch.targets != IGNORE).sum()
             for ids, targets in documents(batch):
                 assert (ids, targets) == of_example(batches.sequences.examples, ids[0] - 10)
                 assert targets[-1] == IGNORE

@@ -200,6 +200,8 @@ class Train(Section):
     """Keep an average of the weights, and evaluate, sample and export it; null: the weights themselves."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the layers (torch.compile): faster steps, after a first one that takes a minute or two; needs a C++ compiler."""
     hang_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
     """End all processes when one has not answered, or a micro-batch has not ended, for so long; null: wait for ever."""
 

@@ -25,13 +25,15 @@ class Batch:
     """What one process puts through the model at once.
 
     input_ids, position_ids, targets: int64 [B, T]; targets[b, t] is the token after t in the same
-    document, or IGNORE. Sequences laid end to end: B = 1, and bounds int32 [documents + 1] says
+    document, or IGNORE; learned int64 [S] is where in the flattened targets it is not, found on the
+    CPU so that no device has to be waited for. Sequences laid end to end: B = 1, and bounds int32 [documents + 1] says
     where each document starts and the last one ends. Padded: bounds is None, attention_mask [B, T].
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     targets: torch.Tensor
+    learned: torch.Tensor
     bounds: torch.Tensor | None
     attention_mask: torch.Tensor | None
     longest: int
@@ -55,6 +57,7 @@ class Batch:
         ends = [self.bounds, *([torch.tensor([length * count], dtype=torch.int32)] if filler else [])]
         return Batch(
             input_ids=stretch(self.input_ids, 0), position_ids=stretch(self.position_ids, 0), targets=targets,
+            learned=_learned(targets),
             bounds=torch.cat(ends), attention_mask=None, longest=max(self.longest, filler),
             num_tokens=max(0, min(total, where.stop) - where.start) if self.num_tokens else 0,
             num_supervised=int((targets != IGNORE).sum()), group=group,
@@ -194,6 +197,7 @@ def _lay_end_to_end(sequences: list[list[tuple[np.ndarray, np.ndarray]]], pad_id
         input_ids=torch.from_numpy(np.concatenate([ids for ids, _ in documents]))[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
         targets=torch.from_numpy(targets)[None],
+        learned=_learned(torch.from_numpy(targets)),
         bounds=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
         attention_mask=None,
         longest=max(lengths),
@@ -220,9 +224,14 @@ def _pad(sequences: list[list[tuple[np.ndarray, np.ndarray]]], pad_id: int) -> B
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.arange(longest).expand(shape),
         targets=torch.from_numpy(targets),
+        learned=_learned(torch.from_numpy(targets)),
         bounds=None,
         attention_mask=torch.from_numpy(mask),
         longest=longest,
         num_tokens=num_tokens,
         num_supervised=int((targets != IGNORE).sum()),
     )
+
+
+def _learned(targets: torch.Tensor) -> torch.Tensor:
+    return (targets.flatten() != IGNORE).nonzero().flatten()

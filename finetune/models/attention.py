@@ -6,6 +6,7 @@ the sum of n^2, not T^2.
 """
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def attend_within_documents(
     of the whole. Raises ModelError for what it would otherwise ignore: soft caps, sinks, position biases.
     """
     ignored = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if _is_sliding(module) and sliding_window is None:
+    if not torch.compiler.is_compiling() and _is_sliding(module) and sliding_window is None:
         ignored.append("sliding windows")  # this model leaves them to a mask, and there is none here
     if ignored or cu_seq_lens_q is None or max_length_q is None:
         what = f"{' and '.join(ignored)} of this model" if ignored else "a call without document bounds"
@@ -119,6 +120,8 @@ def _attend(
     scaling: float | None, dropout: float, sliding_window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """query [1, H, T, D], key and value [1, KV, T, D], bounds int32 [documents + 1] -> [1, T, H, D]"""
+    if query.shape[1] % key.shape[1]:
+        raise ModelError(f"{query.shape[1]} heads cannot share {key.shape[1]} heads of keys and values evenly")
     fast = query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
     if fast and varlen_attn is not None and dropout == 0.0:
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
@@ -128,28 +131,90 @@ def _attend(
             scale=scaling, window_size=window, enable_gqa=key.shape[1] != query.shape[1],
         )  # fmt: skip
         return out[None]
+    if query.device.type == "cpu" and dropout == 0.0 and query.shape[-1] == value.shape[-1]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out, _ = _one_by_one(query, key, value, bounds, scale, sliding_window or 0)
+        return out
     key, value = _repeated(query, key), _repeated(query, value)
-    edges = bounds.tolist()
-    outputs = []
-    for start, end in zip(edges[:-1], edges[1:]):
-        band = (
-            None
-            if sliding_window is None or end - start <= sliding_window
-            else _band(end - start, sliding_window, query.device)
-        )
-        out = F.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
-            attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling,
-        )  # fmt: skip
-        outputs.append(out.transpose(1, 2))
+    outputs = [
+        F.scaled_dot_product_attention(
+            query[:, :, part], key[:, :, part], value[:, :, part], attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling
+        ).transpose(1, 2)
+        for part, band in _documents(bounds, sliding_window or 0, query.device)
+    ]  # fmt: skip
     return torch.cat(outputs, dim=1)
+
+
+def _documents(bounds: torch.Tensor, window: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor | None]]:
+    """Where each document lies, and the mask of its sliding window if that is shorter than the document."""
+    edges = bounds.tolist()
+    for start, end in zip(edges[:-1], edges[1:]):
+        yield slice(start, end), _band(end - start, window, device) if 0 < window < end - start else None
+
+
+# As operators, so that compilers and forecasts see one call with known shapes where there is a loop over documents,
+# and so that what each document gives goes to its place at once, forward and backward.
+
+
+@torch.library.custom_op("finetune::one_by_one", mutates_args=())
+def _one_by_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([1, T, H, D], log-sum-exp of the scores float32 [1, H, T]): PyTorch's flash attention for CPUs, a document at a time."""
+    out, sums = _shapes(query, key, value, bounds, scale, window)
+    for part, band in _documents(bounds, window, query.device):
+        states = query[:, :, part], key[:, :, part], value[:, :, part]
+        own, own_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *states, 0.0, band is None, attn_mask=_added(band, query.dtype), scale=scale
+        )
+        out[:, part], sums[:, :, part] = own.transpose(1, 2), own_sums
+    return out, sums
+
+
+@_one_by_one.register_fake
+def _shapes(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, length, width = query.shape
+    return query.new_empty(batch, length, heads, width), query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op("finetune::one_by_one_backward", mutates_args=())
+def _one_by_one_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, sums: torch.Tensor,
+    bounds: torch.Tensor, scale: float, window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grads = tuple(torch.empty_like(states) for states in (query, key, value))
+    for part, band in _documents(bounds, window, query.device):
+        own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad[:, part].transpose(1, 2), query[:, :, part], key[:, :, part], value[:, :, part], out[:, part].transpose(1, 2),
+            sums[:, :, part], 0.0, band is None, attn_mask=_added(band, query.dtype), scale=scale,
+        )  # fmt: skip
+        for whole, piece in zip(grads, own):
+            whole[:, :, part] = piece
+    return grads
+
+
+@_one_by_one_backward.register_fake
+def _(grad: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
+    return tuple(torch.empty_like(states) for states in (query, key, value))
+
+
+def _remember(ctx: Any, inputs: Any, output: Any) -> None:
+    query, key, value, bounds, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, *output, bounds)
+
+
+def _go_back(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
+    return (*_one_by_one_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window), None, None, None)
+
+
+_one_by_one.register_autograd(_go_back, setup_context=_remember)
 
 
 def _repeated(query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Keys or values [1, KV, T, D] -> [1, H, T, D], each as often as heads of queries share it."""
-    times, rest = divmod(query.shape[1], states.shape[1])
-    if rest:
-        raise ModelError(f"{query.shape[1]} heads cannot share {states.shape[1]} heads of keys and values evenly")
+    times = query.shape[1] // states.shape[1]
     return states.repeat_interleave(times, dim=1) if times > 1 else states
 
 
@@ -168,12 +233,7 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
     rounding = 1e-2 if any("experts" in name for name, _ in base.named_modules()) else 1e-5
 
     def logits(tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-        documents = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 12, "max_length_k": 12}
-        padded = {"attention_mask": torch.ones_like(tokens, device=device)}
-        inputs = padded if pads(base.config._attn_implementation) else documents
-        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
-        return model(input_ids=tokens.to(device), position_ids=positions, use_cache=False, **inputs).logits[0].float()
+        return model(**inputs_of(tokens.to(device), lengths, base)).logits[0].float()
 
     def other(where: slice) -> torch.Tensor:
         changed = ids.clone()
@@ -213,6 +273,17 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
     model.train(was_training)
 
 
+def inputs_of(tokens: torch.Tensor, lengths: list[int], base: Any) -> dict[str, Any]:
+    """Keyword arguments of a model for tokens int64 [1, T] in documents of these lengths, laid end to end (padded attention: one document)."""
+    device = tokens.device
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    longest = max(lengths)
+    documents = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    separate = {"attention_mask": torch.ones_like(tokens)} if pads(base.config._attn_implementation) else documents
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    return {"input_ids": tokens, "position_ids": positions, "use_cache": False, **separate}
+
+
 def _is_sliding(module: torch.nn.Module) -> bool:
     types = getattr(getattr(module, "config", None), "layer_types", None)
     layer = getattr(module, "layer_idx", None)
@@ -227,6 +298,11 @@ def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
     """Causal mask of a sliding window, bool [length, length]: each token sees itself and window - 1 before it."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
     return (distance >= 0) & (distance < window)
+
+
+def _added(band: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask as what is added to the scores."""
+    return None if band is None else torch.zeros(band.shape, dtype=dtype).masked_fill_(~band, float("-inf"))
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -7,14 +7,14 @@ import torch
 
 from finetune.config import Config
 from finetune.errors import ModelError
-from finetune.models import adapters, embeddings, load, parameters, starts
+from finetune.models import adapters, embeddings, head, layers, load, parameters, starts
 
 
 def build(
     config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str, new_token_ids: list[int],
     device: torch.device, first_inputs: Callable[[], Iterable[dict[str, Any]]], with_weights: bool = True,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """(model, base inside it), on the CPU. Raises ModelError.
+    """(model, base inside it, which answers with a loss), on the CPU. Raises ModelError.
 
     Without weights, all is on the meta device, to be sent what the process has that builds with them.
 
@@ -40,10 +40,11 @@ def build(
         starts.initialise_from_quantization(model, load_base(None))
     elif with_weights and config.adapter.init == "eva":
         starts.initialise_from_data(model.to(device), first_inputs())
+    head.install(base)
     if config.train.neftune_alpha is not None:
         embeddings.add_noise(base, config.train.neftune_alpha)
-    if config.train.gradient_checkpointing:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if config.train.compile or config.train.gradient_checkpointing:
+        layers.wrap(base, compiled=config.train.compile, recomputed=config.train.gradient_checkpointing)
     if with_weights and (broken := parameters.not_finite(model)):
         raise ModelError(
             f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such as {broken[0]}"

@@ -15,4 +15,4 @@ def supervises(loss_on: str) -> str:
 
 def loss(model: Any, batch: Batch, label_smoothing: float = 0.0) -> tuple[torch.Tensor, int]:
     """(sum of the losses of all supervised tokens, their number)."""
-    return loss_sum(model, batch.model_inputs(), batch.targets, label_smoothing), batch.num_supervised
+    return loss_sum(model, batch.model_inputs(), batch.targets, batch.learned, label_smoothing), batch.num_supervised

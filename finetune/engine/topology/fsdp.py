@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from finetune.engine.topology import empty
 from finetune.engine.topology.launch import Wish
 from finetune.errors import ConfigError
+from finetune.models import layers
 
 
 class Fsdp2:
@@ -72,15 +73,15 @@ class Fsdp2:
         return model, make_optimizer(model)
 
     def _layers(self, model: nn.Module) -> list[nn.Module]:
-        classes = self.wish.layer_classes or tuple(_split_whole(model))
-        layers = [module for module in model.modules() if type(module).__name__ in classes]
-        wrong = [name for name in self.wish.layer_classes if name not in {type(layer).__name__ for layer in layers}]
-        if not layers or wrong or any(layer is model for layer in layers):
+        classes = self.wish.layer_classes or tuple(layers.classes(model))
+        found = [module for module in model.modules() if type(module).__name__ in classes]
+        wrong = [name for name in self.wish.layer_classes if name not in {type(layer).__name__ for layer in found}]
+        if not found or wrong or any(layer is model for layer in found):
             raise ConfigError(
                 f"fsdp_transformer_layer_cls_to_wrap: {' or '.join(wrong or classes) or '(none is known)'} is no class of layers of this model; "
                 f"name the class of its layers, one of {', '.join(sorted({type(m).__name__ for m in model.modules()}))}"
             )
-        return layers
+        return found
 
     def _send(self, weight: torch.Tensor, parameter: Any) -> None:
         """Broadcast from the main process; each keeps its own part of it."""
@@ -133,11 +134,6 @@ class Fsdp2:
     def own_part(self, parameter: Any) -> torch.Tensor:
         local: torch.Tensor = parameter.detach().to_local()
         return local
-
-
-def _split_whole(model: nn.Module) -> set[str]:
-    """Classes that transformers says must not be split: the layers."""
-    return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
 
 
 def _in_precision(forward: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:

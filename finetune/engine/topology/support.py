@@ -115,6 +115,13 @@ FEATURES = [
         {"*_context": "it depends on the length of documents, which lie on several processes; leave it out"},
     ),
     Feature("gradient checkpointing", "train.gradient_checkpointing", lambda c: c.train.gradient_checkpointing, {}),
+    Feature(
+        "compiled layers", "train.compile", lambda c: c.train.compile,
+        {
+            "zero3*": "weights are gathered inside the layers, which cuts them to pieces; take fsdp2.yaml",
+            "*_context": "processes exchange tokens inside the layers; never proved here, leave it out",
+        },
+    ),
     Feature("samples while training", "evaluation.sample_prompts", lambda c: bool(c.evaluation.sample_prompts), {}),
     Feature(
         "fp16", "train.precision: fp16", lambda c: c.train.precision == "fp16",

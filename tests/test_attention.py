@@ -1,0 +1,78 @@
+"""Attention inside documents is attention under a mask that keeps them apart, in numbers and gradients, without the mask."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finetune.models import attention
+
+PACKS = {"one document": [40], "many": [3, 17, 1, 9, 10], "of one token": [1, 1, 1], "one token": [1]}
+
+
+def states(heads, kv_heads, length, width=16, value_width=16, dtype=torch.float32):
+    """query, key, value as a layer gives them: [1, H, T, D] views of [1, T, H, D]."""
+    generator = torch.Generator().manual_seed(0)
+    made = [
+        torch.randn(1, length, n, d, generator=generator).to(dtype)
+        for n, d in ((heads, width), (kv_heads, width), (kv_heads, value_width))
+    ]
+    return [tensor.requires_grad_() for tensor in made]
+
+
+def bounds_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def masked(query, key, value, lengths, window, dropout=0.0):
+    """The plain way: one mask over the whole pack."""
+    length = sum(lengths)
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (number[:, None] == number) & (distance >= 0) & (distance < (window or length))
+    times = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout).transpose(1, 2)
+
+
+def run(how, tensors, *arguments):
+    """(output, gradients) of a fixed loss."""
+    for tensor in tensors:
+        tensor.grad = None
+    out = how(*(tensor.transpose(1, 2) for tensor in tensors), *arguments)
+    (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    return [out.detach(), *(tensor.grad.clone() for tensor in tensors)]
+
+
+def ours(query, key, value, lengths, window):
+    return attention._attend(query, key, value, bounds_of(lengths), max(lengths), None, 0.0, window)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("pack", PACKS)
+def test_it_is_masked_attention(pack, kv_heads, window):
+    lengths = PACKS[pack]
+    tensors = states(4, kv_heads, sum(lengths))
+    for own, wanted in zip(run(ours, tensors, lengths, window), run(masked, tensors, lengths, window)):
+        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_in_16_bits_it_is_as_near_to_float32_as_pytorchs_own():
+    tensors = states(4, 2, 40, dtype=torch.bfloat16)
+    exact = run(masked, [tensor.detach().float().requires_grad_() for tensor in tensors], PACKS["many"], None)
+    own, plain = run(ours, tensors, PACKS["many"], None), run(masked, tensors, PACKS["many"], None)
+    for one, other, wanted in zip(own, plain, exact):
+        assert (one.float() - wanted).abs().max() <= 1.5 * (other.float() - wanted).abs().max() + 1e-3
+
+
+def test_values_of_another_width_than_keys_go_the_slow_way():
+    """As in latent attention, where keys carry positions besides."""
+    tensors = states(4, 4, 40, value_width=8)
+    for own, wanted in zip(run(ours, tensors, PACKS["many"], None), run(masked, tensors, PACKS["many"], None)):
+        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_operator_keeps_what_it_promises_to_compilers():
+    """Shapes without values, gradients, no hidden changes of its inputs; PyTorch's own check of operators."""
+    query, key, value = (tensor.detach().transpose(1, 2).requires_grad_() for tensor in states(4, 2, 40))
+    torch.library.opcheck(attention._one_by_one, (query, key, value, bounds_of(PACKS["many"]), 0.25, 0))

@@ -1,0 +1,83 @@
+"""Compiled layers: one compilation for all layers and any pack, and the numbers of those that are not compiled."""
+
+import pytest
+import torch
+from conftest import TINY_LLAMA
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune.errors import ModelError
+from finetune.models import attention, head, layers
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    values = TINY_LLAMA | {"num_hidden_layers": 3, "vocab_size": 300} | changes
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    head.install(model)
+    return model
+
+
+def losses_and_gradients(model, packs):
+    found = []
+    for lengths in packs:
+        ids = torch.randint(300, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
+        loss = head.loss_sum(model, attention.inputs_of(ids, lengths, model), ids.roll(-1), torch.arange(ids.numel()))
+        model.zero_grad()
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    return found
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler's own
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recomputed):
+    """More would come with every new length of a pack, for minutes each time; a cut layer is hardly faster."""
+    packs = [[9], [3, 17, 1, 9], [5, 5], [2] * 12, [31, 2, 7], [2]]
+    wanted = losses_and_gradients(build(), packs)
+    model, counted = build(), []
+
+    def count(graph, inputs):
+        counted.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, **options: compile_(forward, backend=count, fullgraph=True, **options)
+    )
+    torch._dynamo.reset()
+    layers.wrap(model, compiled=True, recomputed=recomputed)
+    found = losses_and_gradients(model, packs)
+    assert len(counted) == 1
+    for (loss, grads), (wanted_loss, wanted_grads) in zip(found, wanted):
+        torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)
+        for name, grad in wanted_grads.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_recomputed_layers_keep_their_inputs_only():
+    """And what they give is the same, to the bit."""
+    model, recomputing = build(), build()
+    layers.wrap(recomputing, compiled=False, recomputed=True)
+    packs = [[9], [3, 17, 1, 9]]
+    for (loss, grads), (wanted, wanted_grads) in zip(
+        losses_and_gradients(recomputing, packs), losses_and_gradients(model, packs)
+    ):
+        assert torch.equal(loss, wanted)
+        assert all(torch.equal(grads[name], grad) for name, grad in wanted_grads.items())
+
+    def kept(model):
+        sizes = []
+        ids = torch.zeros(1, 64, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda _: None):
+            head.loss_sum(model, attention.inputs_of(ids, [64], model), ids, torch.arange(64))
+        return sum(sizes)
+
+    assert kept(recomputing) < kept(model) / 3
+
+
+def test_a_model_whose_layers_are_unknown_is_an_error():
+    with pytest.raises(ModelError, match="does not say what the layers of Sequential are"):
+        layers.wrap(torch.nn.Sequential(torch.nn.Linear(2, 2)), compiled=False, recomputed=True)
