@@ -191,9 +191,11 @@ def resume(job: "Job", state: "TrainState") -> int | None:
     finding.require_same_run(found, job.config, job.identity(state))
     finding.require_readable(found, topology)
     shards.read(found, topology, state)
-    topology.on_main(lambda: folder.set_aside(list(damaged)))
+    kept = topology.on_main(lambda: folder.set_aside(list(damaged)))
     for path, problem in damaged.items():
-        job.tell(f"skipped a damaged checkpoint: {path}: {problem}")
+        job.tell(
+            f"skipped a damaged checkpoint: {path}: {problem}" + (f"; kept as {kept[path]}" if path in kept else "")
+        )
     job.tell(f"resumed from {found.path} at step {state.progress.step}")
     return state.progress.step
 

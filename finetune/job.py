@@ -100,6 +100,7 @@ class Job:
             self.directory.checkpoints, self.topology, self.storage,
             about={"config": self.config.model_dump(), "identity": self.identity(state)},
             every_minutes=wanted.every_minutes, keep_last=wanted.keep_last, asynchronous=wanted.asynchronous,
+            grace_seconds=wanted.grace_seconds,
             resumed_from=resumed_from, say=self.tell, record=tracker.saved, before=tracker.sync,
         )  # fmt: skip
 

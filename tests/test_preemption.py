@@ -8,7 +8,7 @@ import time
 import pytest
 
 from finetune.engine.preemption import StopFlag
-from finetune.errors import Preempted
+from finetune.errors import CheckpointError, Preempted
 
 
 def send(number: int) -> None:
@@ -57,9 +57,16 @@ def test_a_first_interrupt_after_another_signal_is_not_the_second():
     assert stop.is_set
 
 
-def test_the_deadline_of_a_queue_is_heard_also_before_the_loop():
+def test_a_deadline_before_the_first_step_is_an_error_and_one_after_the_last_is_none():
+    """Trying again would end in the same way; what is saved is another matter."""
     stop = StopFlag()
     stop.configure(grace_seconds=30, max_minutes=0.2 / 60, cloud=None, say=print)
+    with pytest.raises(CheckpointError, match="checkpoint.max_minutes are over before the first step"):
+        time.sleep(5)
+    stop = StopFlag()
+    stop.configure(grace_seconds=30, max_minutes=1 / 60, cloud=None, say=print)
+    stop.only_note()
+    stop.at_once()
     with pytest.raises(Preempted, match="checkpoint.max_minutes are over"):
         time.sleep(5)
 

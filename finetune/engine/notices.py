@@ -20,6 +20,8 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
+from finetune.errors import ConfigError
+
 CLOUDS = ("aws", "gcp", "azure")
 ADDRESS = "http://169.254.169.254"  # of all three; nothing could bound the look-up of metadata.google.internal
 REQUEST_SECONDS = 2.0  # for all of one question: connecting, asking and the whole answer
@@ -49,9 +51,11 @@ class Watch:
     def __init__(
         self, cloud: str, heard: Callable[[Notice], None], say: Callable[[str], None], every_seconds: float = 5.0
     ) -> None:
-        """The address is in FINETUNE_METADATA_ADDRESS (http://host:port) on machines that have another one."""
+        """The address is in FINETUNE_METADATA_ADDRESS (http://host:port) on machines that have another one, else ConfigError."""
         assert cloud in CLOUDS
         address = os.environ.get("FINETUNE_METADATA_ADDRESS") or ADDRESS
+        if not _is_address(address):
+            raise ConfigError(f"FINETUNE_METADATA_ADDRESS: {address} is no address; write http://host:port")
         self._cloud = _ASKED[cloud](address.rstrip("/"))
         self._heard = heard
         self._say = say
@@ -261,15 +265,21 @@ class _Incoming(io.RawIOBase):
         return num_bytes
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "http" and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", url)
+    except ValueError:
+        return False
+
+
 def _ask(method: str, url: str, headers: dict[str, str]) -> _Answer:
     """By http.client, which knows no proxies and follows no redirects. Raises _Unusable."""
     until = time.monotonic() + REQUEST_SECONDS
     question = f"{method} {url}"
     try:
         parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError("is no http:// address")
-        connection = HTTPConnection(parts.hostname, parts.port or 80, timeout=REQUEST_SECONDS)
+        connection = HTTPConnection(str(parts.hostname), parts.port or 80, timeout=REQUEST_SECONDS)
         try:
             connection.request(method, f"{parts.path}?{parts.query}".rstrip("?"), headers=headers)
             response = HTTPResponse(_Incoming(connection.sock, until), method=method)  # type: ignore[arg-type]

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from types import FrameType
 
 from finetune.engine.notices import Notice, Watch
-from finetune.errors import Preempted
+from finetune.errors import CheckpointError, Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+DEADLINE = "checkpoint.max_minutes are over"
 
 
 class StopFlag:
@@ -27,7 +28,7 @@ class StopFlag:
         self._began = time.monotonic()  # of the process, near enough: this is the first that train.py makes
         self._grace_seconds = 0.0
         self._goes: float | None = None
-        self._at_once, self._interrupted = True, False
+        self._at_once, self._has_begun, self._interrupted = True, False, False
         self._watch: Watch | None = None
         self._timer: threading.Timer | None = None
         for number in SIGNALS:
@@ -40,7 +41,7 @@ class StopFlag:
         self._grace_seconds = grace_seconds
         if max_minutes is not None:
             left = max(0.0, self._began + 60 * max_minutes - time.monotonic())
-            self._timer = threading.Timer(left, self._stop_by_signal, ["checkpoint.max_minutes are over"])
+            self._timer = threading.Timer(left, self._stop_by_signal, [DEADLINE])
             self._timer.daemon = True
             self._timer.start()
         if cloud is not None:
@@ -66,7 +67,7 @@ class StopFlag:
 
     def only_note(self) -> None:
         """From now on the loop decides when to stop."""
-        self._at_once = False
+        self._at_once, self._has_begun = False, True
 
     def at_once(self) -> None:
         """Everything is saved: from now on whatever stops the run stops it where it is."""
@@ -79,6 +80,10 @@ class StopFlag:
         if self.reason is None:
             self.reason, self._goes = signal.Signals(number).name, time.monotonic() + self._grace_seconds
         if self._at_once:
+            if self.reason == DEADLINE and not self._has_begun:
+                raise CheckpointError(
+                    f"{DEADLINE} before the first step of this attempt, and would be every time; raise them"
+                )
             raise Preempted(f"{self.reason}; run the same command again")
         if number == signal.SIGINT:
             if self._interrupted:

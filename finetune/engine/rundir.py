@@ -101,7 +101,7 @@ class RunDirectory:
         if different:
             raise RunDirectoryError(
                 f"this would not be the run of {other} again; what differs:\n  " + "\n  ".join(different)
-                + "\nput those back, or train under another run.name without run.replay_of"
+                + "\nput those back; without them it cannot be the same run"
             )  # fmt: skip
 
     def receipt(self) -> dict[str, Any]:

@@ -122,6 +122,7 @@ def test_whatever_is_damaged_is_named_and_the_checkpoint_before_is_taken(saved, 
         said = next(line for line in launch.said().splitlines() if "skipped a damaged checkpoint" in line)
         assert str(newest) in said
         assert kind in said, f"{kind} {how}: {said}"
+        assert Path(said.rpartition("kept as ")[2]).is_dir()
         assert "at step 10" in launch.said()
         same_end(folder / "run", workshop.run_dir())
 

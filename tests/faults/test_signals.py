@@ -134,8 +134,15 @@ def test_when_less_is_left_than_a_save_takes_the_run_says_so_and_saves_first(wor
     wait_for(lambda: lines(workshop) > 5)
     launch.kill([0], signal.SIGTERM)
     assert launch.codes() == [75], launch.said()
+    assert "longer than checkpoint.grace_seconds (0.001)" in launch.said(), "when there was still time to change it"
     assert "note: the last save took" in launch.said()
     assert (workshop.run_dir() / f"checkpoints/step-{outcome(workshop)['step']:08d}/manifest.json").exists()
+
+
+def test_a_deadline_before_the_first_step_is_a_failure_and_not_for_ever_another_attempt(workshop):
+    launch = start(workshop.write(workshop.config(**LONG, checkpoint__max_minutes=1e-4)))
+    assert launch.codes() == [1], launch.said()
+    assert "checkpoint.max_minutes are over before the first step of this attempt" in launch.said()
 
 
 @pytest.fixture

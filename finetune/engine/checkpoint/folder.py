@@ -121,11 +121,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def set_aside(damaged: list[Path]) -> None:
-    """Rename checkpoints that are not whole to `damaged-step-...`: kept, but neither read, counted nor in the way."""
+def set_aside(damaged: list[Path]) -> dict[Path, Path]:
+    """Rename checkpoints that are not whole to `damaged-step-...`: kept, but neither read, counted nor in the way. Where each is now."""
+    kept = {}
     for path in filter(Path.exists, damaged):
         free = next(n for n in range(1000) if not path.with_name(f"damaged-{path.name}.{n}").exists())
-        os.rename(path, path.with_name(f"damaged-{path.name}.{free}"))
+        kept[path] = path.with_name(f"damaged-{path.name}.{free}")
+        os.rename(path, kept[path])
+    return kept
 
 
 # ------------------------------------------------------------------------------------- reading

@@ -26,7 +26,7 @@ class Saver:
 
     def __init__(
         self, root: Path, topology: Topology, storage: "Storage | None", *, about: dict[str, Any], every_minutes: float | None,
-        keep_last: int, asynchronous: bool, resumed_from: int | None, say: Callable[[str], None],
+        keep_last: int, asynchronous: bool, grace_seconds: float, resumed_from: int | None, say: Callable[[str], None],
         record: Callable[[dict[str, Any]], None], before: Callable[[], None],
     ) -> None:  # fmt: skip
         """`about` goes into the manifest: what a resumption must agree with.
@@ -36,6 +36,7 @@ class Saver:
         """
         self.root, self.storage, self.about = root, storage, about
         self.every_minutes, self.keep_last, self.asynchronous = every_minutes, keep_last, asynchronous
+        self.grace_seconds = grace_seconds
         self.resumed_from, self.say, self.record, self.before = resumed_from, say, record, before
         self.topology, self.background = topology, topology.processes.apart()
         self.stager = shards.Stager(topology, copies=asynchronous)
@@ -47,7 +48,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
         self._facts: dict[str, Any] = {}
-        self._failures = 0
+        self._failures, self._is_warned = 0, False
 
     def is_time(self) -> bool:
         """Whether checkpoint.every_minutes have passed on this process's clock."""
@@ -65,8 +66,8 @@ class Saver:
         """
         if seconds_left is not None and self.last_seconds > seconds_left:
             self.say(
-                f"note: the last save took {self.last_seconds:.3g} s, and about {seconds_left:.3g} s are left: what is under way "
-                "is finished first, and this step is tried after it"
+                f"note: the last save took {self.last_seconds:.3g} s, and about {max(0.0, seconds_left):.3g} s are left: "
+                f"a save that is under way is finished first, then step {state.progress.step} is saved if there is time"
             )
         began, progress = time.monotonic(), state.progress.to_dict()
         self.settle()
@@ -105,6 +106,12 @@ class Saver:
             self._failed(step, problem)
             return
         self._failures, self.last_seconds = 0, self._facts["seconds"]
+        if self.last_seconds > self.grace_seconds and not self._is_warned:
+            self._is_warned = True
+            self.say(
+                f"note: the save of step {step} took {self.last_seconds:.3g} s, longer than checkpoint.grace_seconds ({self.grace_seconds:g}): "
+                "a machine that goes away may go before it is done; save more often, or get more grace"
+            )
         self.record(self._facts)
 
     def abandon(self) -> None:

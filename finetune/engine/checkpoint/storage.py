@@ -6,6 +6,7 @@ arrives last and goes first. Credentials come from the environment alone: URLs e
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -54,7 +55,10 @@ class Storage:
         self.url = f"{url.rstrip('/')}/{run_name}"
 
     def check(self) -> None:
-        """Write, list, read and remove one small object. Raises ConfigError within CHECK_SECONDS."""
+        """Write, list, read and remove one small object. Within CHECK_SECONDS.
+
+        Raises ConfigError for what the user must mend, CheckpointError where trying again may help.
+        """
         path, content = f"{self._root}/.check-{secrets.token_hex(4)}", secrets.token_bytes(16)
 
         def look() -> None:
@@ -73,9 +77,8 @@ class Storage:
             try:
                 _within(deadline - time.monotonic(), attempt)
             except Exception as exc:
-                raise ConfigError(
-                    f"checkpoint.storage: {self.url} cannot be {verb} ({_plain(exc)}); {_advice(exc)}"
-                ) from exc
+                kind = CheckpointError if _may_pass(exc) else ConfigError
+                raise kind(f"checkpoint.storage: {self.url} cannot be {verb} ({_plain(exc)}); {_advice(exc)}") from exc
 
     def restore(self, directory: Path, over: bool = False) -> bool:
         """Fetch everything but checkpoints into a run directory, config.yaml last: its presence says that all is there.
@@ -367,12 +370,19 @@ def _plain(exc: Exception) -> str:
     return f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
 
 
+def _may_pass(exc: Exception) -> bool:
+    """A network that is not up yet, a server that is busy: nothing of the user's."""
+    name, busy = type(exc).__name__, (errno.EBUSY, errno.EIO, errno.EAGAIN)
+    unreachable = isinstance(exc, (ConnectionError, TimeoutError)) or "Connect" in name or "Timeout" in name
+    return unreachable or (isinstance(exc, OSError) and exc.errno in busy)
+
+
 def _advice(exc: Exception) -> str:
     name = type(exc).__name__
     if isinstance(exc, FileNotFoundError):
         return "create the bucket, or correct its name or the endpoint"
     if "Credential" in name:
         return "give credentials through the environment (S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
-    if isinstance(exc, (ConnectionError, TimeoutError)) or "Connect" in name or "Timeout" in name:
-        return "is the network up, and (S3) AWS_ENDPOINT_URL right?"
+    if _may_pass(exc):
+        return "is the network up, the server well, and (S3) AWS_ENDPOINT_URL right? Trying again may help"
     return "are these the right credentials, and may they list, read, write and delete there?"
