@@ -48,7 +48,8 @@ def make(name, **more):
 
 @pytest.fixture
 def chunks_of_a_few(monkeypatch):
-    monkeypatch.setattr(head, "CHUNK_BYTES", {False: 7 * 4 * VOCAB, True: 7 * 4 * VOCAB})
+    monkeypatch.setattr(head, "CHUNK_BYTES", 7 * 4 * VOCAB)
+    monkeypatch.setattr(head, "BLOCK_BYTES", (3 * 4 * VOCAB, 3 * 4 * VOCAB))
 
 
 def batch(num_tokens=40, every=2):

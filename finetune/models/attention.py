@@ -18,6 +18,7 @@ from finetune.errors import ModelError
 from finetune.models import context
 
 NAME = "documents"
+SHORT = 256  # tokens; scores of 12 heads in float32 are 3 MB
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -186,13 +187,44 @@ def _one_by_one_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     grads = tuple(torch.empty_like(states) for states in (query, key, value))
     for part, band in _documents(bounds, window, query.device):
-        own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[:, part].transpose(1, 2), query[:, :, part], key[:, :, part], value[:, :, part], out[:, part].transpose(1, 2),
-            sums[:, :, part], 0.0, band is None, attn_mask=_added(band, query.dtype), scale=scale,
+        states = (
+            grad[:, part].transpose(1, 2), query[:, :, part], key[:, :, part], value[:, :, part], out[:, part].transpose(1, 2), sums[:, :, part]
         )  # fmt: skip
+        if query.dtype != torch.float32 and part.stop - part.start <= SHORT:
+            own = _short_backward(*states, band, scale)
+        else:
+            own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *states, 0.0, band is None, attn_mask=_added(band, query.dtype), scale=scale
+            )
         for whole, piece in zip(grads, own):
             whole[:, :, part] = piece
     return grads
+
+
+def _short_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, sums: torch.Tensor,
+    band: torch.Tensor | None, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """The same by plain products over all heads: twice as fast in 16 bits, while the scores of a document fit a CPU's cache.
+
+    Heads of queries that share keys are laid end to end. Softmax again from its sums; its gradient is
+    P * (dP - rowsum(dP * P)), and that row sum is rowsum(dO * O) (Dao et al., 2022).
+    """
+    _, heads, length, _ = query.shape
+    shared = key.shape[1]
+    grad, query, out = (states[0].reshape(shared, -1, states.shape[-1]) for states in (grad, query, out))
+    key, value, sums = key[0], value[0], sums.reshape(shared, -1, 1)
+    scores = torch.baddbmm(sums, query.float(), key.float().transpose(1, 2), beta=-1.0, alpha=scale)
+    seen = scores.exp_().view(heads, length, length)
+    chances = (seen.tril_() if band is None else seen.masked_fill_(~band, 0.0)).view_as(scores)
+    d_value = torch.bmm(chances.to(grad.dtype).transpose(1, 2), grad)
+    exact = grad.float()
+    rows = (exact * out.float()).sum(-1, keepdim=True)
+    d_scores = (
+        torch.baddbmm(rows, exact, value.float().transpose(1, 2), beta=-1.0).mul_(chances).mul_(scale).to(grad.dtype)
+    )
+    d_query, d_key = torch.bmm(d_scores, key), torch.bmm(d_scores.transpose(1, 2), query)
+    return d_query.view(1, heads, length, -1), d_key[None], d_value[None]
 
 
 @_one_by_one_backward.register_fake

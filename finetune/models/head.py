@@ -21,7 +21,13 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from finetune.models import attention
 
-CHUNK_BYTES = {False: 64 * 2**20, True: 512 * 2**20}  # float32 logits of a chunk on a CPU, on a GPU
+CHUNK_BYTES = (
+    256 * 2**20
+)  # logits at once, in the precision of the arithmetic: enough rows to keep matrix products busy
+BLOCK_BYTES = (
+    4 * 2**20,
+    2**40,
+)  # of which so many are in float32 at once: what a CPU's cache holds; all of them on a GPU
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ def in_chunks(
     def of(states_CH: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
         return _plain(finish(project(states_CH).float()), targets_C, smoothing)
 
-    parts = _chunks(len(hidden), vocab_size, hidden.device)
+    parts = _chunks(len(hidden), vocab_size * 4, CHUNK_BYTES)
     return torch.stack([checkpoint(of, hidden[part], targets[part], use_reentrant=False) for part in parts]).sum()
 
 
@@ -226,16 +232,23 @@ class _ThroughMatrix(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(states_SH) if needs_hidden else None
         d_weight, d_bias = _Sum(), _Sum()
-        for part in _chunks(len(hidden), len(weight), hidden.device):
-            raw = F.linear(states_SH[part], matrix_VH, shift_V)
-            loss, grad_CV = _cross_entropy(raw, targets[part], finish, smoothing, any(ctx.needs_input_grad))
-            total += loss
+        parts = _chunks(len(hidden), len(weight) * states_SH.element_size(), CHUNK_BYTES)
+        logits_CV = states_SH.new_empty(parts[0].stop, len(weight))
+        for part in parts:
+            states_CH = states_SH[part]
+            raw_CV = torch.mm(states_CH, matrix_VH.T, out=logits_CV[: len(states_CH)])
+            if shift_V is not None:
+                raw_CV += shift_V
+            for block in _chunks(len(raw_CV), len(weight) * 4, BLOCK_BYTES[hidden.device.type == "cuda"]):
+                total += _cross_entropy_(
+                    raw_CV[block], targets[part][block], finish, smoothing, any(ctx.needs_input_grad)
+                )
             if d_hidden is not None:
-                torch.mm(grad_CV, matrix_VH, out=d_hidden[part])
+                torch.mm(raw_CV, matrix_VH, out=d_hidden[part])
             if needs_weight:
-                d_weight.add(grad_CV.T @ states_SH[part])
+                d_weight.add(raw_CV.T @ states_CH)
             if needs_bias:
-                d_bias.add(grad_CV.sum(0, dtype=torch.float32))
+                d_bias.add(raw_CV.sum(0, dtype=torch.float32))
         found = (
             d_hidden if d_hidden is None else d_hidden.to(hidden.dtype),
             d_weight.of(weight) if needs_weight else None,
@@ -268,28 +281,34 @@ class _Sum:
         return torch.zeros_like(weight) if self.total is None else self.total.to(weight.dtype)
 
 
-def _cross_entropy(
+def _cross_entropy_(
     raw_CV: torch.Tensor, targets_C: torch.Tensor, finish: Finish, smoothing: float, needs_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of losses in float32, its gradient [C, V] for the raw logits, in their dtype)"""
-    finished = finish(raw_CV.float())
-    log_p = torch.log_softmax(finished, -1)
-    loss = -(1 - smoothing) * log_p.gather(1, targets_C[:, None]).sum()
+) -> torch.Tensor:
+    """Sum of losses in float32. What it is given becomes its gradient.
+
+    The sum of exponentials is not needed: the highest probability is exp(highest logit) / sum, never less than 1 / V.
+    """
+    logits, targets = finish(raw_CV.float()), targets_C[:, None]
+    chances = torch.softmax(logits, -1)
+    highest = finish(raw_CV.amax(-1, keepdim=True).float())  # scales are positive, and tanh rises
+    log_sums = highest - chances.amax(-1, keepdim=True).log()
+    losses = log_sums - (1 - smoothing) * logits.gather(1, targets)
     if smoothing:
-        loss -= smoothing * log_p.mean(-1).sum()
-    if not needs_grad:
-        return loss, raw_CV
-    grad = log_p.exp_()  # softmax, less what the target is
-    if smoothing:
-        grad -= smoothing / grad.shape[1]
-    grad.scatter_add_(1, targets_C[:, None], torch.full_like(targets_C[:, None], smoothing - 1, dtype=grad.dtype))
-    finish.backward_(grad, finished)
-    return loss, grad.to(raw_CV.dtype)
+        losses -= smoothing * logits.mean(-1, keepdim=True)
+    if needs_grad:
+        if smoothing:
+            chances -= smoothing / chances.shape[1]
+        chances.scatter_add_(1, targets, torch.full_like(losses, smoothing - 1))
+        finish.backward_(chances, logits)
+        raw_CV.copy_(chances)
+    return losses.sum()
 
 
-def _chunks(num_tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
-    rows = max(1, CHUNK_BYTES[device.type == "cuda"] // (4 * vocab_size))
-    return [slice(start, start + rows) for start in range(0, max(num_tokens, 1), rows)]
+def _chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
+    """Equal parts, near enough, of at most so many bytes; at least one."""
+    count = max(1, -(-num_rows * row_bytes // most_bytes))
+    rows = max(1, -(-num_rows // count))
+    return [slice(start, min(start + rows, num_rows)) for start in range(0, max(num_rows, 1), rows)]
 
 
 def _arithmetic(states: torch.Tensor) -> torch.dtype:

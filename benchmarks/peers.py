@@ -1,0 +1,268 @@
+"""Ours and TRL on the same rows, model, tokens and precision, in turn: `make bench`.
+
+    python benchmarks/peers.py                                       a Llama of 25M parameters, invented rows
+    python benchmarks/peers.py --rows my.jsonl --model my_model      your own: rows with prompt and completion
+    python benchmarks/peers.py --only "trl packed|ours"              a regular expression
+
+Each trains for so many steps as a process of its own, by its own trainer, at the fastest settings it
+has on this machine; rounds alternate. Tokens a second count what is no padding, by medians over the
+steps after the first ones; memory is the peak of the process. What it learned is proved by one judge:
+the loss of the saved model on held-out rows. TRL: pip install trl==1.16.0
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = {
+    "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "max_position_embeddings": 2048, "tie_word_embeddings": True, "vocab_size": 32000,
+}  # fmt: skip
+MAX_LENGTH, WARM = 512, 5
+TOKENS = 2048  # of a step, about
+HELD_OUT = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, help="JSON Lines with prompt and completion, or question and answer")
+    parser.add_argument("--model", type=Path, help="folder of a model with its tokenizer")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer for the invented model")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--only", default="", help="regular expression: these contenders")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = Work(Path(name), arguments)
+        results: dict[str, list[dict[str, Any]]] = {}
+        for _ in range(arguments.rounds):
+            for contender, run in CONTENDERS.items():
+                if re.search(arguments.only, contender):
+                    results.setdefault(contender, []).append(run(work))
+                    last = results[contender][-1]
+                    print(f"{contender}: {last['speed']:,.0f} tokens/s, {last['memory']:.2f} GB", file=sys.stderr)
+        table(work, results)
+        if arguments.plot:
+            plot(results, arguments.plot)
+
+
+class Work:
+    """Model, rows and what to do with them, the same for all."""
+
+    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
+        self.folder, self.steps, self.precision = folder, arguments.steps, arguments.precision
+        rows = read_rows(arguments.rows) if arguments.rows else invent_rows()
+        self.held_out, learned = rows[:HELD_OUT], rows[HELD_OUT:]
+        self.rows = folder / "rows.jsonl"
+        self.rows.write_text("".join(json.dumps(row) + "\n" for row in learned))
+        self.model = arguments.model or make_model(folder / "model", rows, arguments.tokenizer)
+        self.runs = 0
+
+    def fresh(self) -> Path:
+        self.runs += 1
+        return self.folder / f"run{self.runs}"
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    names = [("prompt", "completion"), ("question", "answer")]
+    rows = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        ask, reply = next(pair for pair in names if pair[0] in row)
+        rows.append({"prompt": row[ask] + "\n", "completion": row[reply]})
+    return rows[: 2000 + HELD_OUT]
+
+
+def invent_rows() -> list[dict[str, str]]:
+    """Rows of words as long as those of a school book's problems: 30 to 90 words asked, 40 to 200 answered."""
+    dice = random.Random(0)
+    syllables = [
+        "ba",
+        "con",
+        "de",
+        "fi",
+        "ga",
+        "ho",
+        "in",
+        "ju",
+        "ka",
+        "lo",
+        "mer",
+        "no",
+        "per",
+        "ra",
+        "so",
+        "tu",
+        "ver",
+        "wi",
+    ]
+    words = ["".join(dice.choices(syllables, k=dice.randint(1, 4))) for _ in range(6000)]
+
+    def text(low: int, high: int) -> str:
+        return " ".join(dice.choices(words, k=int(dice.triangular(low, high, low + (high - low) / 4))))
+
+    return [{"prompt": text(30, 90) + "\n", "completion": text(40, 200)} for _ in range(2000 + HELD_OUT)]
+
+
+def make_model(folder: Path, rows: list[dict[str, str]], tokenizer: Path | None) -> Path:
+    """Random weights, saved; the tokenizer is given, or trained on the rows."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    if tokenizer:
+        tokens: Any = AutoTokenizer.from_pretrained(tokenizer)
+    else:
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        special = ["<|bos|>", "<|eos|>", "<|pad|>"]
+        trainer = trainers.BpeTrainer(
+            vocab_size=8000, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+        bpe.train_from_iterator((row[key] for row in rows for key in row), trainer)
+        tokens = PreTrainedTokenizerFast(
+            tokenizer_object=bpe, bos_token=special[0], eos_token=special[1], pad_token=special[2]
+        )
+    torch.manual_seed(0)
+    ids = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shape = MODEL | {"vocab_size": max(MODEL["vocab_size"], len(tokens))}
+    LlamaForCausalLM(LlamaConfig(**shape, **ids)).save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------- contenders
+
+
+def ours(work: Work, **changes: Any) -> dict[str, Any]:
+    folder = work.fresh()
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"name": "run", "dir": str(folder)}, "model": {"path": str(work.model)},
+        "data": {"train": str(work.rows), "template": "plain", "packing": True, "max_length": MAX_LENGTH, "cache_dir": str(work.folder / "cache")},
+        "optimizer": {"lr": 1e-3}, "schedule": {"kind": "constant"},
+        "train": {"global_batch_size": TOKENS // MAX_LENGTH, "micro_batch_size": TOKENS // MAX_LENGTH, "max_steps": work.steps, "precision": work.precision, "epochs": 9},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, field = key.split("__")
+        sections[section][field] = value
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(sections))
+    memory = peak([sys.executable, "train.py", "--config", str(folder / "config.yaml")])
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    totals = [0, *(line["tokens"] for line in lines)]
+    measured = [(after - before, line["seconds"]) for before, after, line in zip(totals, totals[1:], lines)]
+    return judged(work, folder / "run/model", measured, memory, lines[-1]["supervised_tokens"])
+
+
+def trl(work: Work, **settings: Any) -> dict[str, Any]:
+    folder = work.fresh()
+    folder.mkdir()
+    wanted = {
+        "rows": str(work.rows), "model": str(work.model), "steps": work.steps, "precision": work.precision,
+        "max_length": MAX_LENGTH, "out": str(folder / "model"), "settings": settings,
+    }  # fmt: skip
+    memory = peak([sys.executable, "benchmarks/trl_run.py", json.dumps(wanted)])
+    done = json.loads((folder / "model/measured.json").read_text())
+    return judged(work, folder / "model", done["steps"], memory, done["supervised"])
+
+
+CONTENDERS: dict[str, Callable[[Work], dict[str, Any]]] = {
+    "ours": ours,
+    "trl padded": lambda work: trl(work, per_device_train_batch_size=8),
+    "trl packed": lambda work: trl(work, per_device_train_batch_size=TOKENS // MAX_LENGTH, packing=True),
+}
+
+
+def peak(command: list[str]) -> float:
+    """Run a command; the peak memory of its process in GB. Raises RuntimeError with the end of what it said."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=said, stderr=said, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        said.seek(0)
+        if status:
+            raise RuntimeError(f"{command[1]} failed:\n{said.read().decode()[-3000:]}")
+    return used.ru_maxrss * 1024 / 1e9
+
+
+def judged(work: Work, model: Path, steps: list[tuple[int, float]], memory: float, supervised: int) -> dict[str, Any]:
+    warm = steps[WARM:]
+    return {
+        "speed": statistics.median(tokens / seconds for tokens, seconds in warm), "memory": memory, "loss": held_out_loss(work, model),
+        "tokens": sum(tokens for tokens, _ in steps), "supervised": supervised,
+    }  # fmt: skip
+
+
+def held_out_loss(work: Work, model: Path) -> float:
+    """Nats per answer token, by transformers alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, loaded = AutoTokenizer.from_pretrained(work.model), AutoModelForCausalLM.from_pretrained(model).eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in work.held_out:
+            asked = tokenizer(row["prompt"]).input_ids
+            ids = (asked + tokenizer(row["completion"], add_special_tokens=False).input_ids)[:MAX_LENGTH]
+            logits = loaded(torch.tensor([ids])).logits[0, len(asked) - 1 : -1].float()
+            total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[len(asked) :]), reduction="sum").item()
+            count += len(ids) - len(asked)
+    return total / count
+
+
+# -------------------------------------------------------------------------------------------- results
+
+
+def table(work: Work, results: dict[str, list[dict[str, Any]]]) -> None:
+    import torch
+    import transformers
+
+    print(
+        f"{os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}; {work.steps} steps, {work.precision}\n"
+    )
+    print(
+        "| | tokens/s | of ours | peak memory | of ours | tokens trained | loss on held-out rows |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    medians = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
+    }
+    first = next(iter(medians.values()))
+    for name, found in medians.items():
+        print(
+            f"| {name} | {found['speed']:,.0f} | {found['speed'] / first['speed']:.2f} | {found['memory']:.2f} GB | "
+            f"{found['memory'] / first['memory']:.2f} | {found['tokens']:,.0f} | {found['loss']:.3f} |"
+        )
+
+
+def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.6 * len(results) + 1.5), sharey=True)
+    names = list(results)[::-1]
+    for axis, key, title in zip(axes, ("speed", "memory"), ("tokens a second", "peak memory, GB")):
+        axis.barh(names, [statistics.median(run[key] for run in results[name]) for name in names], color="#4c72b0")
+        axis.set_title(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""One run of TRL's SFTTrainer for benchmarks/peers.py: python benchmarks/trl_run.py '{"rows": ..., "model": ...}'"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+class Clock(TrainerCallback):
+    """(tokens that are no padding, seconds) of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, float]] = []
+        self.tokens, self.supervised = 0, 0
+        self.began = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.began, self.tokens = time.perf_counter(), 0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.steps.append((self.tokens, time.perf_counter() - self.began))
+
+
+def main() -> None:
+    wanted = json.loads(sys.argv[1])
+    out = Path(wanted["out"])
+    settings = {"gradient_checkpointing": False, "attn_implementation": "sdpa"} | wanted["settings"]
+    config = SFTConfig(
+        output_dir=str(out), max_steps=wanted["steps"], max_length=wanted["max_length"], bf16=wanted["precision"] == "bf16", use_cpu=not torch.cuda.is_available(),
+        learning_rate=1e-3, lr_scheduler_type="constant", report_to=[], save_strategy="no", logging_steps=10, disable_tqdm=True,
+        dataloader_pin_memory=False, model_init_kwargs={"attn_implementation": settings.pop("attn_implementation"), "dtype": "float32"}, **settings,
+    )  # fmt: skip
+    clock = Clock()
+    rows = load_dataset("json", data_files=wanted["rows"], split="train", cache_dir=str(out.parent / "cache"))
+    trainer = SFTTrainer(model=wanted["model"], args=config, train_dataset=rows, callbacks=[clock])
+    compute = trainer.compute_loss
+
+    def counted(model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        clock.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        clock.supervised += int((inputs["labels"] != -100).sum())
+        return compute(model, inputs, *arguments, **keywords)
+
+    trainer.compute_loss = counted
+    trainer.train()
+    trainer.save_model(str(out))
+    (out / "measured.json").write_text(json.dumps({"steps": clock.steps, "supervised": clock.supervised}))
+
+
+if __name__ == "__main__":
+    main()
