@@ -3,7 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-fast faults lint schema clean
+.PHONY: install quickstart test test-fast faults bench lint schema clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -35,6 +35,11 @@ test-fast: install
 
 faults: install
 	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults tests/invariants/test_topologies.py -n 2 -s
+
+# Side by side with TRL, about ten minutes; ROWS=my.jsonl for your own.
+bench: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python benchmarks/peers.py $(if $(ROWS),--rows $(ROWS))
 
 lint: install
 	$(BIN)/ruff format --check .

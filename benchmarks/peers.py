@@ -66,10 +66,11 @@ class Work:
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         self.folder, self.steps, self.precision = folder, arguments.steps, arguments.precision
         rows = read_rows(arguments.rows) if arguments.rows else invent_rows()
+        self.model = arguments.model or make_model(folder / "model", rows, arguments.tokenizer)
+        rows = short(rows, self.model)
         self.held_out, learned = rows[:HELD_OUT], rows[HELD_OUT:]
         self.rows = folder / "rows.jsonl"
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in learned))
-        self.model = arguments.model or make_model(folder / "model", rows, arguments.tokenizer)
         self.runs = 0
 
     def fresh(self) -> Path:
@@ -85,6 +86,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         ask, reply = next(pair for pair in names if pair[0] in row)
         rows.append({"prompt": row[ask] + "\n", "completion": row[reply]})
     return rows[: 2000 + HELD_OUT]
+
+
+def short(rows: list[dict[str, str]], model: Path) -> list[dict[str, str]]:
+    """Rows that fit a pack: what is cut differs between trainers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [row for row in rows if len(tokenizer(row["prompt"] + row["completion"]).input_ids) < MAX_LENGTH - 4]
 
 
 def invent_rows() -> list[dict[str, str]]:
@@ -244,8 +253,8 @@ def table(work: Work, results: dict[str, list[dict[str, Any]]]) -> None:
     first = next(iter(medians.values()))
     for name, found in medians.items():
         print(
-            f"| {name} | {found['speed']:,.0f} | {found['speed'] / first['speed']:.2f} | {found['memory']:.2f} GB | "
-            f"{found['memory'] / first['memory']:.2f} | {found['tokens']:,.0f} | {found['loss']:.3f} |"
+            f"| {name} | {found['speed']:,.0f} | {first['speed'] / found['speed']:.2f}x | {found['memory']:.2f} GB | "
+            f"{first['memory'] / found['memory']:.0%} | {found['tokens']:,.0f} | {found['loss']:.3f} |"
         )
 
 
