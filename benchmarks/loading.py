@@ -76,9 +76,11 @@ def build_and_note(folder: Path) -> None:
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
     from finetune.job import Job
-    from finetune.models import attention
+    from finetune.models import attention, head
 
-    attention.check = lambda *_: None  # the first pass through the model gathers layers; it is no part of loading
+    attention.check = head.check = lambda *_: (
+        None
+    )  # the first pass through the model gathers layers; it is no part of loading
     config = configs.from_dict({
         "run": {"name": "loading", "dir": str(folder / "runs")}, "model": {"path": str(folder / "model")},
         "data": {"train": str(folder / "rows.jsonl"), "cache_dir": str(folder / "cache")},

@@ -245,7 +245,7 @@ def table(work: Work, results: dict[str, list[dict[str, Any]]]) -> None:
         f"{os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}; {work.steps} steps, {work.precision}\n"
     )
     print(
-        "| | tokens/s | of ours | peak memory | of ours | tokens trained | loss on held-out rows |\n| --- | --- | --- | --- | --- | --- | --- |"
+        "| | tokens/s | ours is faster by | peak memory | ours needs | tokens trained | loss on held-out rows |\n| --- | --- | --- | --- | --- | --- | --- |"
     )
     medians = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()

@@ -84,17 +84,23 @@ def install(base: Any) -> str | None:
         if finish is None or base.holds_all_logits:
             logits = forward(*arguments, **keywords).logits.flatten(0, 1)[learned]
             return CausalLMOutput(loss=_plain(logits, wanted, label_smoothing))
-        project, losses = head.forward, []
+        project, given = head.forward, []
 
-        def answer(hidden: torch.Tensor) -> torch.Tensor:
-            states = hidden.flatten(0, -2)[learned]
-            losses.append(in_chunks(head, project, states, wanted, vocab_size, finish, label_smoothing))
+        def keep(hidden: torch.Tensor) -> torch.Tensor:
+            given.append(hidden.flatten(0, -2)[learned])
             return hidden.new_zeros((*hidden.shape[:-1], 0))  # what is done to logits is done to none
 
-        with _answering(head, answer):
+        with _answering(head, keep):
             forward(*arguments, **keywords)
-        (loss,) = losses
-        return CausalLMOutput(loss=loss)
+        (states,) = given
+
+        def answer(hidden: torch.Tensor) -> torch.Tensor:
+            return in_chunks(head, project, hidden, wanted, vocab_size, finish, label_smoothing)
+
+        # A call of its own, whose result is the loss: ZeRO-3 makes weights whole before the backward pass of a module
+        # whose result has a gradient.
+        with _answering(head, answer):
+            return CausalLMOutput(loss=head(states))
 
     base.forward, base.holds_all_logits = with_loss, finish is None
     return why
@@ -134,9 +140,11 @@ def probe(base: Any) -> tuple[Finish | None, str | None]:
     Found by running that code: numbers take the place of what the projection gives. The layers are
     passed over, so the model may be without weights.
     """
-    head, layers = base.get_output_embeddings(), base.base_model
-    if head is None or layers is base:
-        return None, "no output projection of its own"
+    head = base.get_output_embeddings()
+    others = [child for child in base.children() if child is not head]
+    if head is None or not others:
+        return None, "it has no output projection of its own"
+    layers = max(others, key=lambda child: sum(p.numel() for p in child.parameters()))
     given = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([1e-3, 1e6])])[None, None]
     width = base.config.get_text_config().hidden_size
     device = next(base.parameters()).device
