@@ -81,3 +81,11 @@ def test_recomputed_layers_keep_their_inputs_only():
 def test_a_model_whose_layers_are_unknown_is_an_error():
     with pytest.raises(ModelError, match="does not say what the layers of Sequential are"):
         layers.wrap(torch.nn.Sequential(torch.nn.Linear(2, 2)), compiled=False, recomputed=True)
+
+
+def test_without_a_compiler_there_is_an_error_before_the_first_step(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        ModelError, match="train.compile: needs a C\\+\\+ compiler, and there is no no-such-compiler here"
+    ):
+        layers.wrap(build(), compiled=True, recomputed=False)

@@ -26,8 +26,9 @@ class Batch:
 
     input_ids, position_ids, targets: int64 [B, T]; targets[b, t] is the token after t in the same
     document, or IGNORE; learned int64 [S] is where in the flattened targets it is not, found on the
-    CPU so that no device has to be waited for. Sequences laid end to end: B = 1, and bounds int32 [documents + 1] says
-    where each document starts and the last one ends. Padded: bounds is None, attention_mask [B, T].
+    CPU so that no device has to be waited for. Sequences laid end to end: B = 1, and bounds int32
+    [documents + 1] says where each document starts and the last one ends. Padded: bounds is None,
+    attention_mask [B, T].
     """
 
     input_ids: torch.Tensor
@@ -38,9 +39,12 @@ class Batch:
     attention_mask: torch.Tensor | None
     longest: int
     num_tokens: int
-    num_supervised: int
     group: Any = None
     """Processes that share this sequence, each with a `part` of its tokens; bounds are those of the whole."""
+
+    @property
+    def num_supervised(self) -> int:
+        return len(self.learned)
 
     def part(self, index: int, count: int, group: Any) -> "Batch":
         """One of `count` equal stretches of sequences laid end to end, filled up by a document that teaches nothing."""
@@ -60,7 +64,7 @@ class Batch:
             learned=_learned(targets),
             bounds=torch.cat(ends), attention_mask=None, longest=max(self.longest, filler),
             num_tokens=max(0, min(total, where.stop) - where.start) if self.num_tokens else 0,
-            num_supervised=int((targets != IGNORE).sum()), group=group,
+            group=group,
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
@@ -202,7 +206,6 @@ def _lay_end_to_end(sequences: list[list[tuple[np.ndarray, np.ndarray]]], pad_id
         attention_mask=None,
         longest=max(lengths),
         num_tokens=num_tokens,
-        num_supervised=int((targets != IGNORE).sum()),
     )
 
 
@@ -229,7 +232,6 @@ def _pad(sequences: list[list[tuple[np.ndarray, np.ndarray]]], pad_id: int) -> B
         attention_mask=torch.from_numpy(mask),
         longest=longest,
         num_tokens=num_tokens,
-        num_supervised=int((targets != IGNORE).sum()),
     )
 
 

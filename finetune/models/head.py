@@ -21,13 +21,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from finetune.models import attention
 
-CHUNK_BYTES = (
-    256 * 2**20
-)  # logits at once, in the precision of the arithmetic: enough rows to keep matrix products busy
-BLOCK_BYTES = (
-    4 * 2**20,
-    2**40,
-)  # of which so many are in float32 at once: what a CPU's cache holds; all of them on a GPU
+# Logits at once, in the precision of the arithmetic: enough rows to keep matrix products busy.
+CHUNK_BYTES = 256 * 2**20
+# Of these so many at once in float32 on a CPU, whose cache holds them; on a GPU all.
+BLOCK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ def probe(base: Any) -> tuple[Finish | None, str | None]:
     x, y = given.flatten().double(), got.flatten().double()
     slope, top = float(y[-2] / x[-2]), float(y[-1])
     for finish in (Finish(_tidy(slope)), Finish(_tidy(slope), _tidy(top))):
-        if finish.cap != 0 and torch.allclose(finish(x), y, rtol=1e-4, atol=1e-5):
+        if finish.scale > 0 and finish.cap != 0 and torch.allclose(finish(x), y, rtol=1e-4, atol=1e-5):
             return finish, None
     return None, "its forward does more than scale or cap the logits"
 
@@ -241,13 +238,14 @@ class _ThroughMatrix(torch.autograd.Function):
         d_hidden = torch.empty_like(states_SH) if needs_hidden else None
         d_weight, d_bias = _Sum(), _Sum()
         parts = _chunks(len(hidden), len(weight) * states_SH.element_size(), CHUNK_BYTES)
+        block_bytes = BLOCK_BYTES if hidden.device.type == "cpu" else 4 * CHUNK_BYTES
         logits_CV = states_SH.new_empty(parts[0].stop, len(weight))
         for part in parts:
             states_CH = states_SH[part]
             raw_CV = torch.mm(states_CH, matrix_VH.T, out=logits_CV[: len(states_CH)])
             if shift_V is not None:
                 raw_CV += shift_V
-            for block in _chunks(len(raw_CV), len(weight) * 4, BLOCK_BYTES[hidden.device.type == "cuda"]):
+            for block in _chunks(len(raw_CV), len(weight) * 4, block_bytes):
                 total += _cross_entropy_(
                     raw_CV[block], targets[part][block], finish, smoothing, any(ctx.needs_input_grad)
                 )

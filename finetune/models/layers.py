@@ -1,6 +1,8 @@
 """The layers of a model: what is sharded, compiled and recomputed as one."""
 
 import functools
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +31,11 @@ def wrap(model: nn.Module, *, compiled: bool, recomputed: bool) -> None:
             f"train.gradient_checkpointing, train.compile: transformers does not say what the layers of {type(model).__name__} are; leave them out"
         )
     if compiled:
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ModelError(
+                f"train.compile: needs a C++ compiler, and there is no {compiler} here; install one (CXX names another), or set it to false"
+            )
         torch._dynamo.config.specialize_float = True  # scales and epsilons are constants; else all is compiled twice
     for layer in layers:
         forward: Any = layer.forward

@@ -79,7 +79,7 @@ def read(environment: Mapping[str, str] = os.environ) -> Wish:
                 f"the topology file asks for {wish}, which this project does not have; see docs/topologies.md"
             )
     if (compiler := environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
-        raise ConfigError(f"the topology file sets dynamo_backend: {compiler}; remove it: torch.compile is not used")
+        raise ConfigError(f"the topology file sets dynamo_backend: {compiler}; remove it: train.compile decides")
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if _is_on(environment, "ACCELERATE_USE_FSDP"):
         return _fsdp(environment, number, precision)
