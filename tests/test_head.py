@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.data.batches import IGNORE
-from finetune.models import head
+from finetune.models import cross_entropy, head
 
 VOCAB = 1009
 SIZES = {
@@ -48,8 +48,8 @@ def make(name, **more):
 
 @pytest.fixture
 def chunks_of_a_few(monkeypatch):
-    monkeypatch.setattr(head, "CHUNK_BYTES", 7 * 4 * VOCAB)
-    monkeypatch.setattr(head, "BLOCK_BYTES", 3 * 4 * VOCAB)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 4 * VOCAB)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 3 * 4 * VOCAB)
 
 
 def batch(num_tokens=40, every=2):

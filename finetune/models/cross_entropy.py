@@ -1,0 +1,171 @@
+"""The loss of hidden states through a projection, in chunks of tokens, and its gradient made along with it.
+
+As in Liger Kernel (Hsu et al., 2024): when the logits of a chunk are there, so is all that their gradient
+needs, and the next chunk may have their place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# Logits at once, in the precision of the arithmetic: enough rows to keep matrix products busy.
+CHUNK_BYTES = 256 * 2**20
+# Of these so many at once in float32 on a CPU, whose cache holds them; on a GPU all.
+BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What a model does to its logits after the projection: cap * tanh(scale * x / cap), or scale * x."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def backward_(self, grad: torch.Tensor, finished: torch.Tensor) -> None:
+        """From the gradient of the finished logits to that of the raw ones, in place."""
+        if self.cap is not None:
+            grad.mul_(1 - (finished / self.cap) ** 2)  # tanh' = 1 - tanh^2
+        if self.scale != 1.0:
+            grad.mul_(self.scale)
+
+
+def plain(logits_SV: torch.Tensor, targets_S: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Sum of the losses of logits that are there, float32."""
+    return F.cross_entropy(logits_SV.float(), targets_S, reduction="sum", label_smoothing=smoothing)
+
+
+def in_chunks(
+    head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor,
+    vocab_size: int, finish: Finish, smoothing: float,
+) -> torch.Tensor:  # fmt: skip
+    """Sum of the losses of hidden [S, H] and targets int64 [S], float32; where the weights of `head` are whole.
+
+    `project`: its own forward.
+    """
+    linear = _active(head)
+    if type(linear) is nn.Linear:
+        total: torch.Tensor = _ThroughMatrix.apply(hidden, linear.weight, linear.bias, targets, finish, smoothing)
+        return total
+
+    # Adapters on the head, quantised heads: a forward of their own, done again for the gradient.
+    def of(states_CH: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        return plain(finish(project(states_CH).float()), targets_C, smoothing)
+
+    parts = _chunks(len(hidden), vocab_size * 4, CHUNK_BYTES)
+    return torch.stack([checkpoint(of, hidden[part], targets[part], use_reentrant=False) for part in parts]).sum()
+
+
+class _ThroughMatrix(torch.autograd.Function):
+    """The gradient is made along with the loss, chunk by chunk, and waits until it is asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, finish: Finish, smoothing: float
+    ) -> torch.Tensor:  # fmt: skip
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dtype = _arithmetic(hidden)
+        states_SH, matrix_VH, shift_V = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(states_SH) if needs_hidden else None
+        d_weight, d_bias = _Sum(), _Sum()
+        parts = _chunks(len(hidden), len(weight) * states_SH.element_size(), CHUNK_BYTES)
+        block_bytes = BLOCK_BYTES if hidden.device.type == "cpu" else 4 * CHUNK_BYTES
+        logits_CV = states_SH.new_empty(parts[0].stop, len(weight))
+        for part in parts:
+            states_CH = states_SH[part]
+            raw_CV = torch.mm(states_CH, matrix_VH.T, out=logits_CV[: len(states_CH)])
+            if shift_V is not None:
+                raw_CV += shift_V
+            for block in _chunks(len(raw_CV), len(weight) * 4, block_bytes):
+                total += _cross_entropy_(
+                    raw_CV[block], targets[part][block], finish, smoothing, any(ctx.needs_input_grad)
+                )
+            if d_hidden is not None:
+                torch.mm(raw_CV, matrix_VH, out=d_hidden[part])
+            if needs_weight:
+                d_weight.add(raw_CV.T @ states_CH)
+            if needs_bias:
+                d_bias.add(raw_CV.sum(0, dtype=torch.float32))
+        found = (
+            d_hidden if d_hidden is None else d_hidden.to(hidden.dtype),
+            d_weight.of(weight) if needs_weight else None,
+            d_bias.of(bias) if needs_bias else None,
+        )
+        ctx.save_for_backward(*found)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> Any:
+        return (
+            *(None if grad is None else grad * outer.to(grad.dtype) for grad in ctx.saved_tensors),
+            None,
+            None,
+            None,
+        )
+
+
+class _Sum:
+    """A sum over chunks, in float32 as soon as there are two."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+
+    def add(self, part: torch.Tensor) -> None:
+        self.total = part if self.total is None else self.total.float().add_(part)
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """In the dtype of what it is the gradient of."""
+        return torch.zeros_like(weight) if self.total is None else self.total.to(weight.dtype)
+
+
+def _cross_entropy_(
+    raw_CV: torch.Tensor, targets_C: torch.Tensor, finish: Finish, smoothing: float, needs_grad: bool
+) -> torch.Tensor:
+    """Sum of losses in float32. What it is given becomes its gradient.
+
+    The sum of exponentials is not needed: the highest probability is exp(highest logit) / sum, never less than 1 / V.
+    """
+    logits, targets = finish(raw_CV.float()), targets_C[:, None]
+    chances = torch.softmax(logits, -1)
+    highest = finish(raw_CV.amax(-1, keepdim=True).float())  # scales are positive, and tanh rises
+    log_sums = highest - chances.amax(-1, keepdim=True).log()
+    losses = log_sums - (1 - smoothing) * logits.gather(1, targets)
+    if smoothing:
+        losses -= smoothing * logits.mean(-1, keepdim=True)
+    if needs_grad:
+        if smoothing:
+            chances -= smoothing / chances.shape[1]
+        chances.scatter_add_(1, targets, torch.full_like(losses, smoothing - 1))
+        finish.backward_(chances, logits)
+        raw_CV.copy_(chances)
+    return losses.sum()
+
+
+def _chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
+    """Equal parts, near enough, of at most so many bytes; at least one."""
+    count = max(1, -(-num_rows * row_bytes // most_bytes))
+    rows = max(1, -(-num_rows // count))
+    return [slice(start, min(start + rows, num_rows)) for start in range(0, max(num_rows, 1), rows)]
+
+
+def _arithmetic(states: torch.Tensor) -> torch.dtype:
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+def _active(head: nn.Module) -> nn.Module:
+    """The projection itself, where peft keeps a trained copy of it beside the old one."""
+    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters and len(head.active_adapters) == 1:
+        return head.modules_to_save[head.active_adapters[0]]
+    return head

@@ -1,0 +1,117 @@
+"""Attention on a CPU, one document of a pack after the other: an operator of PyTorch with its gradient.
+
+As an operator, so that compilers see one call with known shapes where there is a loop over documents, and so
+that what each document gives goes to its place at once, forward and backward.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+SHORT = 256  # tokens; scores of 12 heads in float32 are 3 MB
+
+
+def each(bounds: torch.Tensor, window: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor | None]]:
+    """Where each document lies, and the mask of its sliding window if that is shorter than the document."""
+    edges = bounds.tolist()
+    for start, end in zip(edges[:-1], edges[1:]):
+        yield slice(start, end), _band(end - start, window, device) if 0 < window < end - start else None
+
+
+@torch.library.custom_op("finetune::one_by_one", mutates_args=())
+def one_by_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([1, T, H, D], log-sum-exp of the scores float32 [1, H, T]): PyTorch's flash attention for CPUs, a document at a time."""
+    out, sums = _shapes(query, key, value, bounds, scale, window)
+    for part, band in each(bounds, window, query.device):
+        states = query[:, :, part], key[:, :, part], value[:, :, part]
+        own, own_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *states, 0.0, band is None, attn_mask=_added(band, query.dtype), scale=scale
+        )
+        out[:, part], sums[:, :, part] = own.transpose(1, 2), own_sums
+    return out, sums
+
+
+@one_by_one.register_fake
+def _shapes(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, length, width = query.shape
+    return query.new_empty(batch, length, heads, width), query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op("finetune::one_by_one_backward", mutates_args=())
+def _backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, sums: torch.Tensor,
+    bounds: torch.Tensor, scale: float, window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grads = tuple(torch.empty_like(states) for states in (query, key, value))
+    for part, band in each(bounds, window, query.device):
+        states = (
+            grad[:, part].transpose(1, 2), query[:, :, part], key[:, :, part], value[:, :, part], out[:, part].transpose(1, 2), sums[:, :, part]
+        )  # fmt: skip
+        if query.dtype != torch.float32 and part.stop - part.start <= SHORT:
+            own = _short_backward(*states, band, scale)
+        else:
+            own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *states, 0.0, band is None, attn_mask=_added(band, query.dtype), scale=scale
+            )
+        for whole, piece in zip(grads, own):
+            whole[:, :, part] = piece
+    return grads
+
+
+def _short_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, sums: torch.Tensor,
+    band: torch.Tensor | None, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """The same by plain products over all heads: twice as fast in 16 bits, while the scores of a document fit a CPU's cache.
+
+    Heads of queries that share keys are laid end to end. Softmax again from its sums; its gradient is
+    P * (dP - rowsum(dP * P)), and that row sum is rowsum(dO * O) (Dao et al., 2022).
+    """
+    _, heads, length, _ = query.shape
+    shared = key.shape[1]
+    grad, query, out = (states[0].reshape(shared, -1, states.shape[-1]) for states in (grad, query, out))
+    key, value, sums = key[0], value[0], sums.reshape(shared, -1, 1)
+    scores = torch.baddbmm(sums, query.float(), key.float().transpose(1, 2), beta=-1.0, alpha=scale)
+    seen = scores.exp_().view(heads, length, length)
+    chances = (seen.tril_() if band is None else seen.masked_fill_(~band, 0.0)).view_as(scores)
+    d_value = torch.bmm(chances.to(grad.dtype).transpose(1, 2), grad)
+    exact = grad.float()
+    rows = (exact * out.float()).sum(-1, keepdim=True)
+    d_scores = (
+        torch.baddbmm(rows, exact, value.float().transpose(1, 2), beta=-1.0).mul_(chances).mul_(scale).to(grad.dtype)
+    )
+    d_query, d_key = torch.bmm(d_scores, key), torch.bmm(d_scores.transpose(1, 2), query)
+    return d_query.view(1, heads, length, -1), d_key[None], d_value[None]
+
+
+@_backward.register_fake
+def _(grad: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
+    return tuple(torch.empty_like(states) for states in (query, key, value))
+
+
+def _remember(ctx: Any, inputs: Any, output: Any) -> None:
+    query, key, value, bounds, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, *output, bounds)
+
+
+def _go_back(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
+    return (*_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window), None, None, None)
+
+
+one_by_one.register_autograd(_go_back, setup_context=_remember)
+
+
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Causal mask of a sliding window, bool [length, length]: each token sees itself and window - 1 before it."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
+    return (distance >= 0) & (distance < window)
+
+
+def _added(band: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask as what is added to the scores."""
+    return None if band is None else torch.zeros(band.shape, dtype=dtype).masked_fill_(~band, float("-inf"))
