@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.data.batches import IGNORE
-from finetune.models import cross_entropy, head
+from finetune.models import attention, cross_entropy, head
 
 VOCAB = 1009
 SIZES = {
@@ -94,6 +94,18 @@ def test_loss_and_every_gradient_are_those_of_all_logits(chunks_of_a_few, name, 
     assert learned_alike(model, smoothing) >= {
         name for name, _ in model.named_parameters() if "embed_positions" not in name and "expert" not in name
     }
+
+
+@pytest.mark.parametrize("kernel", ["documents", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_followed_under_every_attention_and_without_weights(name, kernel):
+    config = AutoConfig.for_model(name.split(",")[0], **SIZES | MODELS[name])
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    if kernel == "documents" and attention.choose("auto", kind, config, torch.device("cpu"), "fp32") != kernel:
+        kernel = "eager"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+    assert head.probe(model) == (FINISHES.get(name, head.Finish()), None)
 
 
 ADAPTERS = {

@@ -109,14 +109,23 @@ def probe(base: Any) -> tuple[Finish | None, str | None]:
     passed over, so the model may be without weights.
     """
     head = base.get_output_embeddings()
-    others = [child for child in base.children() if child is not head]
-    if head is None or not others:
+    if head is None:
         return None, "it has no output projection of its own"
-    layers = max(others, key=lambda child: sum(p.numel() for p in child.parameters()))
+    others = [child for child in base.children() if child is not head]
+    why: str | None = None
+    # What the forward calls is one or the other, and not always what transformers calls the decoder.
+    for layers in (base.get_decoder(), *sorted(others, key=_size, reverse=True)[:1]):
+        if layers is not base:
+            finish, why = _probe(base, head, layers)
+            if finish is not None:
+                return finish, None
+    return None, why or "it has no layers apart from its output projection"
+
+
+def _probe(base: Any, head: nn.Module, layers: nn.Module) -> tuple[Finish | None, str | None]:
     given = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([1e-3, 1e6])])[None, None]
-    width = base.config.get_text_config().hidden_size
     device = next(base.parameters()).device
-    states = torch.zeros(1, 1, width, device=device)
+    states = torch.zeros(1, 1, base.config.get_text_config().hidden_size, device=device)
     try:
         with torch.no_grad(), _answering(layers, lambda *_, **__: _Outputs(states)), _answering(head, lambda _: given):
             got = base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
@@ -130,6 +139,10 @@ def probe(base: Any) -> tuple[Finish | None, str | None]:
         if finish.scale > 0 and finish.cap != 0 and torch.allclose(finish(x), y, rtol=1e-4, atol=1e-5):
             return finish, None
     return None, "its forward does more than scale or cap the logits"
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 class _Outputs(dict[str, Any]):
