@@ -25,6 +25,7 @@ from finetune.errors import (
     CheckpointError,
     DirectoryInUse,
     ExportError,
+    OutOfMemory,
     Preempted,
     TakenOver,
     TopologyError,
@@ -66,7 +67,7 @@ def main() -> int:
     except Preempted as exc:
         print(f"{who}preempted: {exc}", file=sys.stderr)
         return EXIT_PREEMPTED
-    except (TrainingDiverged, CheckpointError, DirectoryInUse, ExportError, TopologyError) as exc:
+    except (TrainingDiverged, OutOfMemory, CheckpointError, DirectoryInUse, ExportError, TopologyError) as exc:
         print(f"{who}failed: {exc}", file=sys.stderr)
         return EXIT_FAILED
     except Exception:
@@ -87,10 +88,11 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     topology = Topology(config.train.precision, check_only)
     topology.require_same(configs.flatten(config.model_dump()))
     topology.check(config)
+    config, to_try = jobs.sized(config, topology)
     configs.accumulation(config, topology.num_data)
     with jobs.watched(config, directory, topology, stop):
         storage = jobs.reach(config, directory, topology, check_only)
-        job = jobs.Job(config, directory, storage, topology, preflight.prepare(config, topology), stop)
+        job = jobs.Job(config, directory, storage, topology, preflight.prepare(config, topology), stop, to_try)
         if not check_only and topology.on_main(lambda: directory.is_complete(job.data.train.fingerprint)):
             job.tell(f"{directory.path} is complete; its model is in {directory.model}")
             return
@@ -143,17 +145,18 @@ def build(job: "Job") -> "TrainState":
     """Model and optimizer, on their devices and shared between processes."""
     import torch
 
-    from finetune.engine import optim
+    from finetune.engine import optim, step
     from finetune.engine.ema import Ema
     from finetune.engine.state import TrainState
     from finetune.models import attention, bases, head, parameters
     from finetune.models.build import build as build_model
+    from finetune.objectives import OBJECTIVES
 
     config, topology, data = job.config, job.topology, job.data
 
     def first_inputs() -> Iterator[dict[str, Any]]:
-        for step in range(min(EVA_STEPS, data.num_steps)):
-            yield from (batch.to(topology.device).model_inputs() for batch in data.train.of_all().at(step))
+        for number in range(min(EVA_STEPS, data.num_steps)):
+            yield from (batch.to(topology.device).model_inputs() for batch in data.train.of_all().at(number))
 
     # One process reads the weights; `prepare` sends each of the others its part. Quantised ones cannot be sent.
     with_weights = topology.is_main or config.adapter.kind == "qlora"
@@ -166,11 +169,14 @@ def build(job: "Job") -> "TrainState":
     )
     model, optimizer = topology.prepare(
         bare, lambda shared: optim.build(shared, config.optimizer), max_norm=config.train.max_grad_norm,
-        accumulation=configs.accumulation(config, topology.num_data), micro_batch_size=config.train.micro_batch_size,
+        accumulation=configs.accumulation(config, topology.num_data), micro_batch_size=config.micro_batch_size,
     )  # fmt: skip
     attention.check(model, base, data.attention, topology.device, topology.precision)
     if why := head.check(model, base, topology.device, topology.precision):
         job.tell(f"note: all logits are held at once, as {why}")
+    if job.to_try is not None:
+        loss, largest = OBJECTIVES[config.objective.kind].loss, data.train.largest()
+        step.attempt(topology, model, loss, largest, reserved=job.to_try)
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
     decay = config.train.ema_decay
     ema = None if decay is None else Ema(topology.unwrap(model), decay)

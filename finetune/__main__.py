@@ -1,4 +1,4 @@
-"""python -m finetune launch | replay | evaluate | chat | curves | export | schema. Each imports what it needs when it runs."""
+"""python -m finetune launch | replay | plan | evaluate | chat | curves | export | schema. Each imports what it needs when it runs."""
 
 import argparse
 import importlib
@@ -12,6 +12,10 @@ COMMANDS = {
     "replay": ("finetune.replay", "the same run again, from its receipt; refused with what has changed since"),
     "evaluate": ("finetune.evaluation.compare", "base and tuned model side by side on held-out rows"),
     "chat": ("finetune.chat", "talk to a model in the terminal"),
+    "plan": (
+        "finetune.plan.command",
+        "how much memory a run will need, under which topologies it fits, and what to change",
+    ),
     "curves": ("finetune.curves", "loss, learning rate, gradient norm and speed of runs in one picture"),
     "export": ("finetune.export", "merge an adapter into its base and save full weights"),
 }

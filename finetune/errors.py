@@ -49,6 +49,10 @@ class TrainingDiverged(Exception):
     """The loss or a gradient is NaN or infinite. Exit code 1; the weights were not updated."""
 
 
+class OutOfMemory(Exception):
+    """A device or a machine has too little memory for what the config asks for. Exit code 1."""
+
+
 class Preempted(BaseException):
     """The machine is being taken away; exit code 75 asks to be run again.
 

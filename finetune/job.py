@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from finetune.config import Config, differences
 from finetune.engine import receipt
 from finetune.engine.checkpoint import folder
@@ -19,7 +21,7 @@ from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.engine.trackers import Trackers
 from finetune.engine.tracking import Tracker, say
-from finetune.errors import EXIT_FAILED, CheckpointError, RunDirectoryError
+from finetune.errors import EXIT_FAILED, CheckpointError, OutOfMemory, RunDirectoryError
 from finetune.evaluation import generation
 from finetune.preflight import Data
 
@@ -34,6 +36,8 @@ class Job:
     topology: Topology
     data: Data
     stop: StopFlag
+    to_try: int | None = None
+    """Bytes of optimizer state beside which the largest micro-batch is tried first; None: its size was given."""
 
     def tell(self, message: str) -> None:
         """One line, once."""
@@ -117,6 +121,20 @@ class Job:
         tracker.sampled(step, wanted.sample_prompts, answers)
 
 
+def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
+    """train.micro_batch_size: auto as a number, and the bytes of optimizer state for which it was chosen; None if it was one."""
+    if config.train.micro_batch_size != "auto":
+        return config, None
+    from finetune.plan import choice
+
+    size, reserved, why = topology.on_main(
+        lambda: choice.automatic(config, topology.wish, topology.device, topology.precision)
+    )
+    if topology.is_main:
+        say(why)
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})}), reserved
+
+
 @contextlib.contextmanager
 def watched(config: Config, directory: RunDirectory, topology: Topology, stop: StopFlag) -> Iterator[None]:
     """Inside, clouds and deadlines are heeded, and processes that died or stand still end all others."""
@@ -138,11 +156,26 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
     try:
         yield
     except RuntimeError as exc:
-        if lost := topology.lost(exc):
-            raise lost from exc
+        if told := topology.lost(exc) or _out_of_memory(exc, config, topology):
+            if topology.is_main:
+                directory.note_outcome("failed", topology.watchdog.step, str(told))
+            raise told from exc
         raise
     finally:
         topology.watchdog.stop()
+
+
+def _out_of_memory(exc: RuntimeError, config: Config, topology: Topology) -> OutOfMemory | None:
+    """An error of PyTorch's allocators, with what was forecast and what to change. None for other errors."""
+    if not isinstance(exc, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(exc):
+        return None
+    hint = "python -m finetune plan --config FILE says what fits"
+    with contextlib.suppress(Exception):  # there may be no memory left to think with
+        from finetune.plan import choice
+
+        torch.cuda.empty_cache()
+        hint = choice.advice(config, topology.wish, topology.device, topology.precision)
+    return OutOfMemory(f"out of memory at {topology.watchdog.at}: {str(exc).splitlines()[0][:200]}\n  {hint}")
 
 
 def reach(config: Config, directory: RunDirectory, topology: Topology, check_only: bool) -> Storage | None:

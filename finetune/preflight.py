@@ -74,8 +74,8 @@ def prepare(config: Config, topology: Topology) -> Data:
             padded=attention.pads(kernel), pad_id=tokenizer.pad_token_id or 0,
         )  # fmt: skip
 
-    at_once = config.evaluation.micro_batch_size or config.train.micro_batch_size
-    plan = batched(train, config.train.global_batch_size, config.train.micro_batch_size, wanted.group_by_length)
+    at_once = config.evaluation.micro_batch_size or config.micro_batch_size
+    plan = batched(train, config.train.global_batch_size, config.micro_batch_size, wanted.group_by_length)
     eval_plan = batched(evals, at_once * topology.num_data, at_once, True) if evals else None
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
@@ -147,7 +147,7 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
         f"template    {data.template.name}, objective {config.objective.kind}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
-        f"({config.train.micro_batch_size} at once x {accumulation(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
+        f"({config.micro_batch_size} at once x {accumulation(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
         + (f", each shared by {topology.wish.num_context}" if topology.wish.num_context > 1 else ""),
     ]
     lines += _methods(config)

@@ -31,8 +31,15 @@ ALLOWED = {
         "finetune.data", "finetune.models", "finetune.objectives", "finetune.export", "finetune.engine.topology",
         "finetune.engine.trackers", "finetune.config", "finetune.errors",
     ],
+    "finetune.plan": [
+        "finetune.plan", "finetune.models", "finetune.data.batches", "finetune.engine.optim", "finetune.engine.topology",
+        "finetune.config", "finetune.errors",
+    ],
+    "finetune.plan.command": [
+        "finetune.plan", "finetune.engine.topology", "finetune.launcher", "finetune.config", "finetune.errors",
+    ],
     "finetune.job": [
-        "finetune.preflight", "finetune.engine", "finetune.evaluation.generation", "finetune.config", "finetune.errors",
+        "finetune.preflight", "finetune.plan", "finetune.engine", "finetune.evaluation.generation", "finetune.config", "finetune.errors",
     ],
     "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],

@@ -115,6 +115,7 @@ USES = {
     "muon": {"optimizer__kind": "muon"},
     "average of weights": {"train__ema_decay": 0.9},
     "noise on embeddings": {"train__neftune_alpha": 5},
+    "largest micro-batch that fits": {"train__micro_batch_size": "auto"},
     "compiled layers": {"train__compile": True},
     "fp16": {"train__precision": "fp16"},
 }

@@ -188,8 +188,8 @@ class Train(Section):
     """Stop after this many optimizer steps, if that is sooner than train.epochs."""
     global_batch_size: BatchSize = 8
     """Sequences of one optimizer step, over all processes."""
-    micro_batch_size: BatchSize = 1
-    """Sequences that one process puts through the model at once."""
+    micro_batch_size: BatchSize | Literal["auto"] = 1
+    """Sequences that one process puts through the model at once; auto: the most that fit, by forecast, and then tried."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the arithmetic; auto: bf16 on a GPU that can, else fp32."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
@@ -277,6 +277,13 @@ class Config(Section):
     tracking: Tracking = Tracking()
 
     @property
+    def micro_batch_size(self) -> int:
+        """train.micro_batch_size, once auto has become a number."""
+        size = self.train.micro_batch_size
+        assert size != "auto"
+        return size
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.run.dir) / self.run.name
 
@@ -284,7 +291,7 @@ class Config(Section):
 def accumulation(config: Config, num_processes: int) -> int:
     """Micro-batches of one process in one step: global / (micro x processes). Raises ConfigError if not whole."""
     train = config.train
-    at_once = train.micro_batch_size * num_processes
+    at_once = config.micro_batch_size * num_processes
     if train.global_batch_size % at_once:
         raise ConfigError(
             f"train.global_batch_size: {train.global_batch_size} cannot be split over {num_processes} processes of "

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
@@ -91,7 +92,7 @@ def from_dict(values: dict[str, Any], where: str = "config", problems: list[str]
         config = Config.model_validate(values)
     except ValidationError as exc:
         errors = exc.errors()
-        problems += dict.fromkeys(_describe(error) for error in errors)
+        problems += _joined(dict.fromkeys(_describe(error) for error in errors))
         config = _without(values, errors)
     if config is not None:
         named = {problem.split(":")[0] for problem in problems}
@@ -260,6 +261,17 @@ def _describe(error: Any) -> str:
         return f"{key}: letters, digits, dots, dashes and underscores only, got {got!r}"
     message = error["msg"].removeprefix("Input ")
     return f"{key}: {message}, got {got!r}"
+
+
+def _joined(problems: Iterable[str]) -> list[str]:
+    """What pydantic says of each type that a setting may have, in one line: should be this or that."""
+    said: dict[tuple[str, str], str] = {}
+    for problem in problems:
+        should, _, got = problem.partition(", got ")
+        name, _, what = should.partition(": should be ")
+        before = said.get((name, got))
+        said[name, got] = f"{before} or {what}" if before and what else should
+    return [should + (f", got {got}" if got else "") for (_, got), should in said.items()]
 
 
 def _without(values: dict[str, Any], errors: Any) -> Config | None:

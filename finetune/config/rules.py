@@ -16,7 +16,7 @@ def conflicts(config: Config) -> Iterator[str]:
     yield from _schedule_conflicts(config.schedule)
     yield from _evaluation_conflicts(config)
     train, project = config.train, config.tracking.project
-    if train.global_batch_size % train.micro_batch_size:
+    if train.micro_batch_size != "auto" and train.global_batch_size % train.micro_batch_size:
         yield (
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size {train.micro_batch_size}"

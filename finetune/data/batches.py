@@ -181,6 +181,12 @@ class Batches:
             for micro in mine
         ]
 
+    def largest(self) -> Batch:
+        """As many of the longest sequences as a micro-batch may hold."""
+        longest = np.argsort(-self.sequences.lengths, kind="stable")[: self.micro_batch_size]
+        collate = _pad if self.padded else _lay_end_to_end
+        return collate([self.sequences.documents(sequence) for sequence in longest], self.pad_id)
+
     def epoch(self, epoch: int = 0) -> Iterator[list[Batch]]:
         for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
             yield self.at(step)

@@ -66,6 +66,21 @@ def train_step(
     return StepResult(mean, grad_norm, int(tokens), int(supervised), not moved, tuple(w > 0 for w in wished))
 
 
+def attempt(topology: Topology, model: nn.Module, loss: Loss, batch: Batch, *, reserved: int) -> None:
+    """A pass forth and back that leaves nothing behind, to see that it fits beside `reserved` bytes for the optimizer.
+
+    Not with DeepSpeed, which counts passes.
+    """
+    model.train()
+    kept = torch.empty(reserved, dtype=torch.uint8, device=topology.device)
+    devices = [topology.device] if topology.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), topology.accumulate(model, last=False):
+        total, _ = loss(model, topology.part(batch).to(topology.device))
+        topology.backward(total / max(batch.num_supervised, 1))
+    model.zero_grad()
+    del kept
+
+
 def evaluate(
     topology: Topology,
     model: nn.Module,

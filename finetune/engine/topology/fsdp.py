@@ -139,7 +139,7 @@ class Fsdp2:
 def _in_precision(forward: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
     @functools.wraps(forward)
     def in_precision(*arguments: Any, **keywords: Any) -> Any:
-        with torch.autocast(device.type, dtype):
+        with torch.autocast(device.type, dtype, cache_enabled=False):
             return forward(*arguments, **keywords)
 
     return in_precision

@@ -122,6 +122,10 @@ FEATURES = [
             "*_context": "processes exchange tokens inside the layers; never proved here, leave it out",
         },
     ),
+    Feature(
+        "largest micro-batch that fits", "train.micro_batch_size: auto", lambda c: c.train.micro_batch_size == "auto",
+        {"zero*": "a pass cannot be tried without DeepSpeed counting it; take the number that `python -m finetune plan` finds"},
+    ),
     Feature("samples while training", "evaluation.sample_prompts", lambda c: bool(c.evaluation.sample_prompts), {}),
     Feature(
         "fp16", "train.precision: fp16", lambda c: c.train.precision == "fp16",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import nn
 
 from finetune.config import Config
@@ -66,11 +66,14 @@ class Topology:
                 # Steps are whole groups of micro-batches that `train_step` scales itself: Accelerate must divide by nothing.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
                 kwargs_handlers=[
+                    AutocastKwargs(
+                        cache_enabled=False
+                    ),  # a weight is used once a pass: kept, its 16 bits only take memory
                     InitProcessGroupKwargs(
                         timeout=timedelta(minutes=launch.join_minutes()),
                         # What waits in host memory is exchanged there.
                         backend="cpu:gloo,cuda:nccl" if cuda and self.wish.offload else None,
-                    )
+                    ),
                 ],
             )
         except (RuntimeError, ValueError) as exc:
@@ -192,7 +195,7 @@ class Topology:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         if dtype is None:
             return nullcontext()
-        context: AbstractContextManager[None] = torch.autocast(self.device.type, dtype)
+        context: AbstractContextManager[None] = torch.autocast(self.device.type, dtype, cache_enabled=False)
         return context
 
     def unwrap(self, model: nn.Module) -> Any:

@@ -1,0 +1,151 @@
+"""What fits: the largest micro-batch, the longest sequences, and the cheapest change of a config that does not."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config import Config
+from finetune.engine.topology import support
+from finetune.engine.topology.launch import Wish
+from finetune.errors import ConfigError
+from finetune.models import attention, load
+from finetune.plan.forecast import Forecast, Forecaster
+from finetune.plan.trace import Shape
+
+# Of a GPU: what its allocator rounds up and cannot join again. Of a machine: what else runs on it.
+SLACK = 0.05
+LENGTHS = [part << power for power in range(6, 20) for part in (2, 3)]  # 128, 192, 256, ... 1.5 million tokens
+
+
+def capacity(device: torch.device, processes_here: int = 1) -> float:
+    """Bytes that a process may use: of its GPU, or its share of this machine or of the container it is in."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory) * (1 - SLACK)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(name).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(limits) * (1 - SLACK) / processes_here
+
+
+def shape(config: Config, micro_batch_size: int | None = None, length: int | None = None) -> Shape:
+    """The largest micro-batch there can be: sequences of data.max_length, all of which is learned."""
+    given, length = config.train.micro_batch_size, length or config.data.max_length
+    return Shape(micro_batch_size or (1 if given == "auto" else given), length, length)
+
+
+class Chooser:
+    """Answers for one run config; forecasters, of it and of what it could be changed to, are made once."""
+
+    def __init__(self, config: Config, *, precision: str, on_gpu: bool) -> None:
+        """Raises ModelError for a model that cannot be."""
+        self.config, self.precision, self.on_gpu = config, precision, on_gpu
+        self.model_config, self.tokenizer = load.load_config(config.model), load.load_tokenizer(config.model)
+        # Flash attention holds what attention over documents does, and is not to be had without a GPU.
+        wanted = attention.NAME if config.model.attention == "flash_attention_2" else config.model.attention
+        kind = load.model_class(self.model_config)
+        self.attention = attention.choose(wanted, kind, self.model_config, torch.device("cpu"), precision)
+        self.maker = functools.cache(self._maker)
+
+    def _maker(self, change: str | None = None) -> Forecaster:
+        return Forecaster(
+            self.config if change is None else dict(self._changes())[change], self.model_config, self.tokenizer,
+            attention=self.attention, precision=self.precision, on_gpu=self.on_gpu,
+        )  # fmt: skip
+
+    def forecast(self, wish: Wish, micro_batch_size: int | None = None, length: int | None = None) -> Forecast:
+        return self.maker().of(wish, shape(self.config, micro_batch_size, length))
+
+    def largest_micro_batch(self, wish: Wish, limit: float, change: str | None = None) -> int | None:
+        """Of those that divide the sequences of a step, the largest that fits; None if none does."""
+        each = self.config.train.global_batch_size * wish.num_context // wish.num_processes
+        sizes = [size for size in range(1, each + 1) if each % size == 0]
+        return _largest(sizes, lambda size: self.maker(change).of(wish, shape(self.config, size)).peak <= limit)
+
+    def longest(self, wish: Wish, limit: float) -> int | None:
+        """The longest sequences that fit, of LENGTHS; None if none do."""
+        near = min(range(len(LENGTHS)), key=lambda place: abs(LENGTHS[place] - self.config.data.max_length))
+        return _largest(LENGTHS, lambda length: self.forecast(wish, None, length).peak <= limit, near)
+
+    def cheapest_change(self, wish: Wish, limit: float) -> str | None:
+        """Settings with which it fits, from what costs nothing to what learns less; None if there are none."""
+        if size := self.largest_micro_batch(wish, limit):
+            return f"train.micro_batch_size: {size}"
+        for name, config in self._changes():
+            if not any(support.conflicts(config, wish)) and (size := self.largest_micro_batch(wish, limit, name)):
+                return name + (
+                    "" if size == self.config.train.micro_batch_size else f", train.micro_batch_size: {size}"
+                )
+        return None
+
+    def _changes(self) -> Iterator[tuple[str, Config]]:
+        """Each on top of recomputed layers, whose price is a quarter of the speed."""
+        config, kind = self.config, self.config.adapter.kind
+        recomputed = _with(config, "train", gradient_checkpointing=True)
+        if not config.train.gradient_checkpointing:
+            yield "train.gradient_checkpointing: true", recomputed
+        before = "" if config.train.gradient_checkpointing else "train.gradient_checkpointing: true, "
+        if kind == "full" and config.optimizer.kind == "adamw":
+            yield before + "optimizer.kind: adamw_8bit", _with(recomputed, "optimizer", kind="adamw_8bit")
+        for other in ("lora", "qlora"):
+            if config.model.init != "random" and kind not in (other, "qlora"):
+                yield before + f"adapter.kind: {other}", _with(recomputed, "adapter", kind=other, freeze=[])
+
+
+def automatic(config: Config, wish: Wish, device: torch.device, precision: str) -> tuple[int, int, str]:
+    """(micro-batch, bytes of optimizer state on the device, why), for processes that are running. Raises ConfigError if none fits."""
+    chooser, limit = _here(config, wish, device, precision)
+    size = chooser.largest_micro_batch(wish, limit)
+    forecast = chooser.forecast(wish, size or 1)
+    said = f"{forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB by forecast"
+    if size is None:
+        other = chooser.cheapest_change(wish, limit)
+        raise ConfigError(
+            f"train.micro_batch_size: auto finds none that fits: a single sequence of {config.data.max_length:,} tokens needs {said}; "
+            + (f"take {other}" if other else "take more processes, or shorter sequences") + "; see docs/performance.md"
+        )  # fmt: skip
+    return size, int(forecast.device.get("optimizer", 0)), f"train.micro_batch_size: auto is {size}: {said}"
+
+
+def advice(config: Config, wish: Wish, device: torch.device, precision: str) -> str:
+    """What was forecast for a process that ran out of memory, and the next setting to try."""
+    chooser, limit = _here(config, wish, device, precision)
+    size = config.micro_batch_size
+    forecast = chooser.forecast(wish)
+    said = f"forecast: {forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
+    if forecast.peak <= limit and size > 1:  # something else takes memory, or the forecast is wrong
+        smaller = max(other for other in range(1, size) if config.train.global_batch_size % other == 0)
+        return f"{said}, which would fit: look for what else uses the memory, or try train.micro_batch_size: {smaller}"
+    other = chooser.cheapest_change(wish, min(limit, 0.95 * forecast.peak))
+    return f"{said}; try {other}" if other else f"{said}; take more processes, or shorter sequences (data.max_length)"
+
+
+def _here(config: Config, wish: Wish, device: torch.device, precision: str) -> tuple[Chooser, float]:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Chooser(config, precision=precision, on_gpu=device.type == "cuda"), capacity(device, processes)
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _largest(values: list[int], fits: Callable[[int], bool], start: int = 0) -> int | None:
+    """The last of rising values that fits. In leaps from `values[start]`, then by halves: large ones take long to try."""
+    low, high, leap = -1, len(values), 1
+    place = start
+    while low < place < high:
+        if fits(values[place]):
+            low, place = place, place + leap
+        else:
+            high, place = place, place - leap
+        leap *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(values[middle]) else (low, middle)
+    return None if low < 0 else values[low]

@@ -1,0 +1,179 @@
+"""Bytes that one process will need, of its device and of its host, under any topology.
+
+What a pass holds is traced; weights, gradients and optimizer state are counted; what processes share
+is divided, and what they gather to compute with is added.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from finetune.config import Config
+from finetune.engine.topology.launch import Wish
+from finetune.models.attention import pads
+from finetune.plan.trace import Rehearsal, Shape, Trace
+from finetune.plan.weights import count
+
+# A process of train.py with all its libraries and no model: measured, with torch 2.13 on Linux.
+PROCESS = 525e6
+# CUDA's own context, and NCCL's buffers where there are several: what is usual; no GPU was there to measure it.
+CONTEXT, CHANNELS = 0.6e9, 0.4e9
+# Of a GPU's memory: what its allocator rounds up and cannot join again.
+SLACK = 0.05
+# glibc keeps freed blocks between those in use: 10 to 40 % of what lives was measured, see docs/performance.md.
+HOARDED = 0.25
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of one process at its peak; parts are named for what they are, and need not be there at once."""
+
+    device: dict[str, float]
+    peak: float
+    host: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def host_peak(self) -> float:
+        return sum(self.host.values())
+
+
+@dataclass
+class _Held:
+    """What one kind of sharing makes a process hold, besides what a pass was traced to hold."""
+
+    staying: dict[str, float]
+    """The whole step long."""
+    gradients: float
+    """From the end of a pass to the next."""
+    passing: dict[str, float] = field(default_factory=dict)
+    """While a pass goes on."""
+    at_end: float = 0.0
+    """When it is over, or the optimizer steps, and its activations are gone."""
+    waiting: dict[str, float] = field(default_factory=dict)
+    """In host memory."""
+
+
+class Forecaster:
+    """For one run config, any topology, any micro-batch: the model is built, and each kind of pass traced, once."""
+
+    def __init__(
+        self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str, on_gpu: bool
+    ) -> None:  # fmt: skip
+        self.config, self.precision, self.on_gpu = config, precision, on_gpu
+        self._about = (model_config, tokenizer, attention)
+        self._rehearsals: dict[bool, Rehearsal] = {}
+        self._traces: dict[tuple[bool, Shape], Trace] = {}
+        self._half = 4 if precision == "fp32" else 2  # bytes of a number that is calculated with
+        self.weights = count(self._rehearsal(False).model, config, self._half)
+
+    def of(self, wish: Wish, shape: Shape) -> Forecast:
+        """Of a whole step in micro-batches of `shape`, as many as global_batch_size asks for."""
+        held, traced = self._held(wish), self._trace(wish, shape)
+        at_once = shape.num_sequences * wish.num_processes // wish.num_context
+        accumulates = self.config.train.global_batch_size > at_once
+        pass_itself = traced.passing + (held.gradients if accumulates else 0.0)
+        if not wish.is_sharded and not accumulates:
+            pass_itself = traced.both  # gradients grow while activations go
+        moving = max(sum(held.passing.values()) + pass_itself, held.gradients + held.at_end)
+        peak = sum(held.staying.values()) + moving
+        device = {
+            **held.staying, "gradients": held.gradients, **held.passing,
+            "activations": traced.kept, "work": traced.passing - traced.kept, **({"step": held.at_end} if held.at_end else {}),
+        }  # fmt: skip
+        host = {"process": PROCESS, **held.waiting, "checkpoint": self._copied(held)}
+        if self.on_gpu:
+            device["CUDA"] = CONTEXT + (CHANNELS if wish.num_processes > 1 else 0.0)
+            return Forecast(device, peak + device["CUDA"], host)
+        peak += sum(held.waiting.values())
+        device |= {**held.waiting, "allocator": HOARDED * peak if hoards() else 0.0, "process": PROCESS}
+        return Forecast(device, peak + device["allocator"] + PROCESS)
+
+    def _trace(self, wish: Wish, shape: Shape) -> Trace:
+        halved = wish.is_sharded and self.precision != "fp32"
+        part = replace(
+            shape, length=-(-shape.length // wish.num_context), learned=-(-shape.learned // wish.num_context)
+        )
+        if not pads(self._about[2]):  # sequences lie end to end: only their tokens count
+            part = Shape(1, part.num_sequences * part.length, part.num_sequences * part.learned)
+        if (halved, part) not in self._traces:
+            self._traces[halved, part] = self._rehearsal(halved).trace(part)
+        return self._traces[halved, part]
+
+    def _rehearsal(self, halved: bool) -> Rehearsal:
+        if halved not in self._rehearsals:
+            model_config, tokenizer, attention = self._about
+            self._rehearsals[halved] = Rehearsal(
+                self.config, model_config, tokenizer, attention=attention, precision=self.precision,
+                halved=halved, on_gpu=self.on_gpu,
+            )  # fmt: skip
+        return self._rehearsals[halved]
+
+    def _held(self, wish: Wish) -> _Held:
+        held = (
+            self._in_parts(wish)
+            if wish.kind == "fsdp2"
+            else self._by_deepspeed(wish)
+            if wish.is_zero
+            else self._whole(wish)
+        )
+        if self.weights.unpacked:
+            held.passing["unpacked"] = self.weights.unpacked
+        if wish.offload:
+            stays = wish.is_zero and "offload_param" not in wish.deepspeed["zero_optimization"]
+            names = [name for name in held.staying if name != "weights" or not stays]
+            held.waiting = {name: held.staying.pop(name) for name in names} | {"gradients": held.gradients}
+            held.gradients = 0.0
+        return held
+
+    def _whole(self, wish: Wish) -> _Held:
+        w = self.weights
+        buckets = {"buckets": w.trained} if wish.kind == "ddp" else {}  # copies of gradients, as they are sent
+        return _Held({"weights": w.stored, "optimizer": w.optimizer, **self._average(), **buckets}, w.trained)
+
+    def _in_parts(self, wish: Wish) -> _Held:
+        w, half, parts = self.weights, self._half, wish.num_processes // wish.num_replicas
+        staying = {"weights": w.stored, "optimizer": w.optimizer, **self._average()}
+        return _Held(
+            {name: value / parts for name, value in staying.items()},
+            w.trained / parts,
+            {
+                # The layer at work and the next one; embedding, last norm and head as they are stored.
+                "gathered": 2 * w.layer + w.ends_stored,
+                # Gradients of a layer, and in float32 on their way; those around the layers wait for the end.
+                "reduced": (half + 4) * w.layer_trained + 2 * w.ends_trained,
+            },
+        )
+
+    def _by_deepspeed(self, wish: Wish) -> _Held:
+        w, half, parts = self.weights, self._half, wish.num_processes
+        shares_weights, shares_gradients = wish.kind == "zero3", wish.kind != "zero1"
+        bucket = min(float(wish.deepspeed["zero_optimization"].get("reduce_bucket_size", 5e8)), w.num_trained)
+        # Gradients as they are made, laid end to end, and in float32 on their way.
+        reduced = (half + 4 + (half if shares_gradients else 0)) * bucket
+        return _Held(
+            {
+                "weights": half * w.num / (parts if shares_weights else 1),
+                "float32": 4.0 * w.num_trained / parts,
+                "optimizer": w.optimizer / parts,
+            },
+            half * w.num_trained / (parts if shares_gradients else 1),
+            {"reduced": reduced, "gathered": 2 * w.layer + w.ends} if shares_weights else {},
+            at_end=max(0.0 if shares_weights else reduced, 4.0 * w.num_trained / parts),
+        )
+
+    def _average(self) -> dict[str, float]:
+        return {} if self.config.train.ema_decay is None else {"average": 4.0 * self.weights.num_trained}
+
+    def _copied(self, held: _Held) -> float:
+        """What a checkpoint copies before it is written beside the next steps."""
+        if not self.config.checkpoint.asynchronous:
+            return 0.0
+        everything = held.staying | held.waiting
+        return everything["optimizer"] + everything.get("float32", min(everything["weights"], self.weights.trained))
+
+
+def hoards() -> bool:
+    """Whether memory on a CPU is glibc's to keep."""
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    returned = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    return not returned and not any(name in preloaded for name in ("tcmalloc", "jemalloc", "mimalloc"))

@@ -1,0 +1,153 @@
+"""One step of the real model on tensors that have shapes and no memory, and a ledger of what it would have held.
+
+Nothing is estimated from a formula: the model's own forward, with its adapters, its attention, its
+recomputation and its loss, runs under PyTorch's FakeTensorMode. So any architecture is known, and a
+change of the code changes the forecast.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finetune.config import Config
+from finetune.data.batches import IGNORE
+from finetune.engine.topology import empty
+from finetune.models import attention, cross_entropy, head
+from finetune.models.build import build
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a forward pass is given: so many sequences of so many tokens, and of each so many are learned."""
+
+    num_sequences: int
+    length: int
+    learned: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes of a forward and backward pass, besides the weights."""
+
+    passing: int
+    """Most that was there at once and is no gradient of a weight: activations, weights in 16 bits, logits of a chunk."""
+    both: int
+    """Most of that and of gradients of weights, which stay, together."""
+    gradients: int
+    """When the pass is over."""
+    kept: int
+    """Of passing, what the forward pass left for the backward pass."""
+
+
+class Ledger(TorchDispatchMode):
+    """Books every storage from the operator that makes it until nobody holds it any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passing = self.gradients = self.most_passing = self.most = 0
+        self._staying: set[int] = set()
+        self._known: set[int] = set()
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Weights are counted elsewhere."""
+        self._known.add(tensor.untyped_storage()._cdata)
+
+    def stays(self, parameter: torch.Tensor) -> None:
+        """The gradient of a weight has its final place."""
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        if storage._cdata in self._known and storage._cdata not in self._staying:
+            self._staying.add(storage._cdata)
+            self.passing -= storage.nbytes()
+            self.gradients += storage.nbytes()
+
+    def _book(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.passing += size
+            self.most_passing = max(self.most_passing, self.passing)
+            self.most = max(self.most, self.passing + self.gradients)
+            weakref.finalize(storage, self._let_go, key, size)
+
+    def _let_go(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        if key in self._staying:
+            self._staying.discard(key)
+            self.gradients -= size
+        else:
+            self.passing -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        out = function(*arguments, **(keywords or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor):
+                self._book(value)
+        return out
+
+
+class Rehearsal:
+    """The model of a run, without memory, to be traced with any number of tokens."""
+
+    def __init__(
+        self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str, halved: bool = False,
+        on_gpu: bool = False,
+    ) -> None:  # fmt: skip
+        """`precision` of the arithmetic; `halved`: all weights are in it, as ZeRO keeps them and FSDP2 gathers them."""
+        plain = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
+        self.attention, self.on_gpu = attention, on_gpu
+        self.dtype = None if precision == "fp32" else torch.bfloat16
+        self.model, self.base = build(
+            plain, model_config, tokenizer, attention=attention, precision=precision,
+            new_token_ids=tokenizer.convert_tokens_to_ids(config.model.new_tokens),
+            device=torch.device("cpu"), first_inputs=list, with_weights=False,
+        )  # fmt: skip
+        self.sizes = {name: (p.numel(), p.element_size(), p.requires_grad) for name, p in self.model.named_parameters()}
+        if halved and self.dtype:
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.to(self.dtype)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.mode:
+            empty.move(self.model, "cpu")
+        self.model.train()
+
+    def trace(self, shape: Shape) -> Trace:
+        ledger = Ledger()
+        rows = shape.num_sequences if attention.pads(self.attention) else 1
+        tokens = shape.num_sequences * shape.length
+        # On a GPU whole chunks are turned into probabilities at once.
+        block_bytes = 4 * cross_entropy.CHUNK_BYTES if self.on_gpu else cross_entropy.BLOCK_BYTES
+        hooks = []
+        with self.mode, mock.patch.object(cross_entropy, "BLOCK_BYTES", block_bytes):
+            for parameter in self.model.parameters():
+                parameter.grad = None
+                ledger.ignore(parameter)
+                if parameter.requires_grad:
+                    hooks.append(parameter.register_post_accumulate_grad_hook(ledger.stays))
+            for buffer in self.model.buffers():
+                ledger.ignore(buffer)
+            ids = torch.zeros(rows, tokens // rows, dtype=torch.long)
+            inputs = attention.inputs_of(ids, [shape.length] * shape.num_sequences, self.base)
+            targets = torch.full_like(ids, IGNORE)
+            learned = torch.zeros(shape.num_sequences * shape.learned, dtype=torch.long)
+            with ledger:
+                with torch.autocast(
+                    "cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None, cache_enabled=False
+                ):
+                    loss = head.loss_sum(self.model, inputs, targets, learned)
+                kept = ledger.passing
+                loss.backward()
+                del loss
+            found = Trace(ledger.most_passing, ledger.most, ledger.gradients, kept)
+            for hook in hooks:
+                hook.remove()
+            for parameter in self.model.parameters():
+                parameter.grad = None
+        return found
