@@ -37,7 +37,7 @@ def test_the_makefile_has_every_target_that_is_named():
 def test_every_kind_of_command_is_run_by_a_test_here():
     """A new kind of command in the README needs a test in this file."""
     known = ("make ", "source .venv", "python train.py --config configs/my_run.yaml", "python -m finetune chat", "accelerate launch",
-             "python -m finetune evaluate", "python -m finetune export", "python train.py --help", "python -m finetune launch", "pip install --no-build-isolation")  # fmt: skip
+             "python -m finetune plan", "python -m finetune evaluate", "python -m finetune export", "python train.py --help", "python -m finetune launch", "pip install --no-build-isolation")  # fmt: skip
     assert [c for c in commands() if not c.startswith(known)] == []
 
 
@@ -84,7 +84,9 @@ def typed(command: str, folder) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_of_ones_own_in_the_order_of_the_readme(my_run):
-    """--check, train, chat, evaluate, merge; then the same with several processes."""
+    """plan, --check, train, chat, evaluate, merge; then the same with several processes."""
+    [plan] = [c for c in commands() if c.startswith("python -m finetune plan")]
+    assert main(typed(plan, my_run)[3:]) == 0
     chosen = [
         c
         for c in commands()

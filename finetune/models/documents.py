@@ -14,9 +14,14 @@ SHORT = 256  # tokens; scores of 12 heads in float32 are 3 MB
 
 def each(bounds: torch.Tensor, window: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor | None]]:
     """Where each document lies, and the mask of its sliding window if that is shorter than the document."""
-    edges = bounds.tolist()
-    for start, end in zip(edges[:-1], edges[1:]):
+    ends = edges(bounds)
+    for start, end in zip(ends[:-1], ends[1:]):
         yield slice(start, end), _band(end - start, window, device) if 0 < window < end - start else None
+
+
+def edges(bounds: torch.Tensor) -> list[int]:
+    values: list[int] = bounds.tolist()
+    return values
 
 
 @torch.library.custom_op("finetune::one_by_one", mutates_args=())

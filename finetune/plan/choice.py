@@ -122,7 +122,7 @@ def advice(config: Config, wish: Wish, device: torch.device, precision: str) -> 
     if forecast.peak <= limit and size > 1:  # something else takes memory, or the forecast is wrong
         smaller = max(other for other in range(1, size) if config.train.global_batch_size % other == 0)
         return f"{said}, which would fit: look for what else uses the memory, or try train.micro_batch_size: {smaller}"
-    other = chooser.cheapest_change(wish, min(limit, 0.95 * forecast.peak))
+    other = chooser.cheapest_change(wish, limit if forecast.peak > limit else 0.95 * forecast.peak)
     return f"{said}; try {other}" if other else f"{said}; take more processes, or shorter sequences (data.max_length)"
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -39,94 +40,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     config, _ = configs.parse(["--config", arguments.config])
-    cuda = torch.cuda.is_available()
-    on_gpu = arguments.gpu_memory is not None or cuda
-    precision = config.train.precision
+    memory, cuda = arguments.gpu_memory, torch.cuda.is_available()
+    if memory is not None and not 0 < memory < math.inf:
+        raise ConfigError(f"--gpu-memory {memory:g}: it must be a number of GB above 0")
+    on_gpu, precision = memory is not None or cuda, config.train.precision
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
     files = [Path(arguments.topology)] if arguments.topology else sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-    wishes = {file.stem: wish for file in files if isinstance(wish := _wish(file, arguments, len(files) == 1), Wish)}
+    asked = {file.stem: _wish(file, arguments.num_processes, required=len(files) == 1) for file in files}
+    wishes = {name: wish for name, wish in asked.items() if wish}
     chooser = Chooser(config, precision=precision, on_gpu=on_gpu)
-    print(_about(config, chooser))
-    rows = []
+    print(_about(config, chooser), flush=True)
+    heads = ["", "processes", "GPU GB" if on_gpu else "GB", "host GB", "left", "micro-batch", "longest"]
+    rows = [[*heads, *(["tokens/s"] if arguments.measured else []), "to make it fit"]]
     for number, (name, wish) in enumerate(wishes.items(), 1):
-        if sys.stderr.isatty():
-            print(f"\r{number} of {len(wishes)}: {name:<30}", end="", file=sys.stderr, flush=True)
-        limit = _limit(arguments.gpu_memory, cuda, wish)
+        _progress(f"{number} of {len(wishes)}: {name}")
+        limit = capacity(torch.device("cuda" if cuda else "cpu"), wish.num_processes)
+        limit = limit if memory is None else memory * GB * (1 - SLACK)
         rows.append([name, str(wish.num_processes), *_row(chooser, wish, limit, arguments.measured)])
+    _progress("")
+    if arguments.topology:
+        print("\n" + _parts(chooser.forecast(*wishes.values()), on_gpu))
+    print("\n" + _table(rows))
+    print(
+        f"\nGB are 10^9 bytes of one process; left: of {'a GPU' if on_gpu else 'its share of this machine'}, less {SLACK:.0%}.\n"
+        "micro-batch, longest: the largest that fit, of those that divide train.global_batch_size, and with the micro-batch of the config."
+    )
+
+
+def _progress(text: str) -> None:
     if sys.stderr.isatty():
-        print("\r" + " " * 50 + "\r", end="", file=sys.stderr, flush=True)
-    if len(files) == 1:
-        (wish,) = wishes.values()
-        print("\n" + _parts(chooser.forecast(wish), on_gpu))
-    speed = ["tokens/s"] if arguments.measured else []
-    print(
-        "\n"
-        + _table(
-            [
-                [
-                    "",
-                    "processes",
-                    "GPU GB" if on_gpu else "GB",
-                    "host GB",
-                    "left",
-                    "micro-batch",
-                    "longest",
-                    *speed,
-                    "to make it fit",
-                ],
-                *rows,
-            ]
-        )
-    )
-    print(
-        f"\nGB are 10^9 bytes of one process; left: of {'a GPU' if on_gpu else 'its share of this machine'}, less {SLACK:.0%}. micro-batch, longest: "
-        "the largest that fit, of those that divide train.global_batch_size, and for the micro-batch of the config."
-    )
+        print(f"\r{text:<50}\r", end="", file=sys.stderr, flush=True)
 
 
-def _wish(file: Path, arguments: argparse.Namespace, alone: bool) -> Wish | None:
-    """What the file asks for, by Accelerate's own reading; None for one of several that cannot have so many processes."""
-    number = arguments.num_processes
-    options = [
-        "--config_file",
-        str(file),
-        *(["--num_processes", str(number)] if number and file.stem != "single" else []),
-    ]
-    options += ["--main_process_ip", "127.0.0.1"] if "multinode" in file.stem else []
+def _wish(file: Path, num_processes: int | None, required: bool) -> Wish | None:
+    """What the file asks for, by Accelerate's own reading; None, unless it is required, if it cannot have so many processes."""
+    options = ["--config_file", str(file.resolve())]
+    if num_processes and file.stem != "single":
+        options += ["--num_processes", str(num_processes)]
+    if "multinode" in file.stem:
+        options += ["--main_process_ip", "127.0.0.1"]
     try:
         with contextlib.ExitStack() as held, contextlib.chdir(ROOT):
             environments, _ = launcher.plan([*options, "train.py"], held)
             return launch.read(environments[0])
     except UserError:
-        if alone:
+        if required:
             raise
         return None
 
 
-def _limit(gpu_memory: float | None, cuda: bool, wish: Wish) -> float:
-    if gpu_memory is not None:
-        return gpu_memory * GB * (1 - SLACK)
-    return capacity(torch.device("cuda" if cuda else "cpu"), wish.num_processes)
-
-
 def _row(chooser: Chooser, wish: Wish, limit: float, measured: Path | None) -> list[str]:
     config, data = chooser.config, wish.num_processes // wish.num_context
-    speed = [""] if measured else []
-    if problems := list(support.conflicts(config, wish)):
-        return ["", "", "", "", "", *speed, f"not with {wish.name}: {problems[0].split(':')[0]}"]
+    nothing = [""] * (6 if measured else 5)
+    auto, problems = "train.micro_batch_size: auto", list(support.conflicts(config, wish))
+    if others := [problem for problem in problems if not problem.startswith(auto)]:
+        return [*nothing, f"not with {wish.name}: {others[0].split(':')[0]}"]
     if config.train.global_batch_size % data:
-        return ["", "", "", "", "", *speed, f"train.global_batch_size: a multiple of {data}"]
+        return [*nothing, f"train.global_batch_size: a multiple of {data}"]
     micro = chooser.largest_micro_batch(wish, limit)
     forecast = chooser.forecast(wish, micro if config.train.micro_batch_size == "auto" else None)
-    fits = forecast.peak <= limit
     longest = chooser.longest(wish, limit)
-    if measured:
-        speed = [f"{_speed(measured, chooser) * wish.num_processes:,.0f}"]
+    speed = [f"{_speed(measured, chooser) * wish.num_processes:,.0f}"] if measured else []
+    verdict = f"fits, with train.micro_batch_size: {micro} for auto" if problems else "fits"
+    if forecast.peak > limit:
+        verdict = chooser.cheapest_change(wish, limit) or "nothing that is known here"
     return [
         f"{forecast.peak / GB:.1f}", f"{forecast.host_peak / GB:.1f}" if forecast.host else "", f"{(limit - forecast.peak) / GB:+.1f}",
         f"{micro:,}" if micro else "none", f"{longest:,}" if longest else "none", *speed,
-        "fits" if fits else chooser.cheapest_change(wish, limit) or "nothing that is known here",
+        verdict,
     ]  # fmt: skip
 
 

@@ -20,8 +20,8 @@ PROCESS = 525e6
 CONTEXT, CHANNELS = 0.6e9, 0.4e9
 # Of a GPU's memory: what its allocator rounds up and cannot join again.
 SLACK = 0.05
-# glibc keeps freed blocks between those in use: 10 to 40 % of what lives was measured, see docs/performance.md.
-HOARDED = 0.25
+# glibc keeps freed blocks of up to 32 MB between those in use: 10 to 40 % of what lives was measured, never a GB (docs/performance.md).
+HOARDED, MOST_HOARDED = 0.25, 1e9
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,11 @@ class Forecaster:
             device["CUDA"] = CONTEXT + (CHANNELS if wish.num_processes > 1 else 0.0)
             return Forecast(device, peak + device["CUDA"], host)
         peak += sum(held.waiting.values())
-        device |= {**held.waiting, "allocator": HOARDED * peak if hoards() else 0.0, "process": PROCESS}
+        device |= {
+            **held.waiting,
+            "allocator": min(HOARDED * peak, MOST_HOARDED) if hoards() else 0.0,
+            "process": PROCESS,
+        }
         return Forecast(device, peak + device["allocator"] + PROCESS)
 
     def _trace(self, wish: Wish, shape: Shape) -> Trace:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from finetune.config import Config
 from finetune.data.batches import IGNORE
 from finetune.engine.topology import empty
-from finetune.models import attention, cross_entropy, head
+from finetune.models import attention, cross_entropy, documents, head
 from finetune.models.build import build
 
 
@@ -125,7 +125,12 @@ class Rehearsal:
         # On a GPU whole chunks are turned into probabilities at once.
         block_bytes = 4 * cross_entropy.CHUNK_BYTES if self.on_gpu else cross_entropy.BLOCK_BYTES
         hooks = []
-        with self.mode, mock.patch.object(cross_entropy, "BLOCK_BYTES", block_bytes):
+        ends = [shape.length * number for number in range(shape.num_sequences + 1)]  # bounds have no values to be read
+        with (
+            self.mode,
+            mock.patch.object(cross_entropy, "BLOCK_BYTES", block_bytes),
+            mock.patch.object(documents, "edges", return_value=ends),
+        ):
             for parameter in self.model.parameters():
                 parameter.grad = None
                 ledger.ignore(parameter)
