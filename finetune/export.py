@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from finetune.data.rows import Message
@@ -42,17 +41,17 @@ def save(
         tokenizer.chat_template = chat_template(template, tokenizer, system_prompt)
     _set_generation(model, tokenizer, template)
     # Resized embeddings are saved because they train (modules_to_save), not because peft finds them to be of another size.
-    own = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    own = {"save_embedding_layers": False} if adapters.are_in(model) else {}
     model.save_pretrained(
         folder, state_dict=dict(weights), **own
     )  # a copy: transformers empties the mapping it is given
-    if not isinstance(model, PeftModel):
+    if not adapters.are_in(model):
         # An engine may have trained on 16-bit copies of the weights that are saved here.
         model.config.dtype = embedding_dtype(model, weights)
         model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)  # peft leaves it out, and with it the token that ends an answer
     tokenizer.save_pretrained(folder)
-    if isinstance(model, PeftModel):
+    if adapters.are_in(model):
         (folder / bases.FILE).write_text(json.dumps(model.base_record, indent=1))
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
     for file in folder.iterdir():
@@ -129,12 +128,12 @@ def verify(
     agree, the tokenizer must give the same ids, and its chat template the prompt that was trained.
     """
     try:
-        of_base = getattr(torch, trained.base_record["dtype"]) if isinstance(trained, PeftModel) else None
+        of_base = getattr(torch, trained.base_record["dtype"]) if adapters.are_in(trained) else None
         reloaded = load(target, of_base or embedding_dtype(trained, weights), trust_remote_code)
         again = load_tokenizer(target, trust_remote_code)
     except ModelError as exc:
         raise ExportError(str(exc)) from exc
-    if isinstance(trained, PeftModel) and (dead := adapters.dead_adapters(reloaded)):
+    if adapters.are_in(trained) and (dead := adapters.dead_adapters(reloaded)):
         raise ExportError(f"{target}: {len(dead)} adapters are zero, such as {dead[0]}: they were never trained")
     state = {**dict(reloaded.named_buffers()), **dict(reloaded.named_parameters(remove_duplicate=False))}
     for name, tensor in weights.items():
@@ -178,6 +177,8 @@ def load(
     with translated(f"model {str(path)!r}"):
         if not (folder / "adapter_config.json").exists():
             return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
+        from peft import PeftConfig, PeftModel
+
         adapter = PeftConfig.from_pretrained(str(folder))
         record = bases.read(folder)
         quantization = (record.get("quantization") or None) if quantized else None
@@ -308,6 +309,8 @@ def require_mergeable(sources: Sequence[Path]) -> None:
     """Raise ModelError if adapters cannot simply be added: W + the sum of their changes must be what each of them meant."""
     if len(sources) == 1:
         return
+    from peft import PeftConfig
+
     configs = [PeftConfig.from_pretrained(str(source)) for source in sources]
     records = [{k: v for k, v in bases.read(source).items() if k != "dtype"} for source in sources]
     for source, config, record in zip(sources, configs, records):

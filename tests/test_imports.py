@@ -112,3 +112,9 @@ def test_nothing_imports_the_script():
 def test_importing_it_needs_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_run_of_all_weights_does_not_wait_for_adapters():
+    """peft brings bitsandbytes, and that PyTorch's compiler: half of a start."""
+    code = "import sys, finetune.job, finetune.models.build, finetune.engine.step; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

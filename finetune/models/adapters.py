@@ -6,17 +6,18 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetune.config import Adapter, Model
 from finetune.errors import ModelError
 from finetune.models import bases, starts
+
+if TYPE_CHECKING:  # peft brings bitsandbytes, and this the compiler: seconds that a run of all weights need not wait
+    from peft import PeftModel
 
 INITS = {"default": True, "loftq": True, "random": False}  # peft's names for adapter.init; the others are the same
 
@@ -94,7 +95,9 @@ def _freeze(model: Any, patterns: list[str]) -> Any:
     return model
 
 
-def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> PeftModel:
+def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
+    from peft import EvaConfig, LoraConfig, get_peft_model
+
     check_targets(model, adapter.target_modules)
     for pattern in (*adapter.rank_pattern, *adapter.alpha_pattern):
         try:
@@ -148,7 +151,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> PeftModel:
     return adapted
 
 
-def _keep_tied(model: PeftModel, whole: list[str]) -> None:
+def _keep_tied(model: "PeftModel", whole: list[str]) -> None:
     """Embedding and head that share their weights must go on doing so, here and in whoever opens the adapter. Raises ModelError.
 
     peft knows such modules by their names, and forgets the head's when it saves.
@@ -163,7 +166,9 @@ def _keep_tied(model: PeftModel, whole: list[str]) -> None:
     model.peft_config["default"].modules_to_save = list(dict.fromkeys(whole))
 
 
-def _continued(model: Any, path: str) -> PeftModel:
+def _continued(model: Any, path: str) -> "PeftModel":
+    from peft import PeftConfig, PeftModel, get_peft_model
+
     if os.path.isdir(path) and not (Path(path) / "adapter_config.json").exists():
         hint = (
             f"; did you mean {path.rstrip('/')}/model?" if (Path(path) / "model/adapter_config.json").exists() else ""
@@ -184,7 +189,7 @@ def _continued(model: Any, path: str) -> PeftModel:
         raise ModelError(f"adapter.path: {path}: cannot be gone on from: {exc}") from exc
 
 
-def _refuse_what_has_no_effect(model: PeftModel, adapter: Adapter) -> None:
+def _refuse_what_has_no_effect(model: "PeftModel", adapter: Adapter) -> None:
     """Raise ModelError for settings that meet nothing in this model, and starts that its layers cannot have."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
@@ -214,21 +219,21 @@ def _refuse_what_has_no_effect(model: PeftModel, adapter: Adapter) -> None:
                 )
 
 
-def round_to_base(model: PeftModel) -> None:
+def round_to_base(model: "PeftModel") -> None:
     """Give trained norms, biases and whole modules values that the base's dtype holds: whoever opens the adapter has them in it."""
     for _, parameter in _whole_parts(model):
         with torch.no_grad():
             parameter.copy_(parameter.to(getattr(torch, model.base_record["dtype"])))
 
 
-def in_base_dtype(model: PeftModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_base_dtype(model: "PeftModel", weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`weights` as they are saved: what is no adapter in the dtype of the base, after `round_to_base`."""
     dtype = getattr(torch, model.base_record["dtype"])
     whole = {name for name, _ in _whole_parts(model)}
     return {name: weight.to(dtype) if name in whole else weight for name, weight in weights.items()}
 
 
-def _whole_parts(model: PeftModel) -> list[tuple[str, nn.Parameter]]:
+def _whole_parts(model: "PeftModel") -> list[tuple[str, nn.Parameter]]:
     named = model.named_parameters(remove_duplicate=False)
     return [(name, p) for name, p in named if p.requires_grad and "lora_" not in name]
 
@@ -254,18 +259,25 @@ def check_targets(model: nn.Module, targets: str | list[str]) -> None:
             )
 
 
+def are_in(model: nn.Module) -> bool:
+    """Whether it is a PeftModel; told without importing peft."""
+    return any(kind.__name__ == "PeftModel" for kind in type(model).__mro__)
+
+
 def dead_adapters(model: nn.Module) -> list[str]:
     """LoRA B matrices that are still zero: their adapters changed nothing."""
     return [name for name, p in model.named_parameters() if "lora_B" in name and not p.any()]
 
 
-def merge(model: PeftModel, names: list[str]) -> Any:
+def merge(model: "PeftModel", names: list[str]) -> Any:
     """The base model with adapters added in: W + sum of (alpha / r) B A."""
     return model.merge_and_unload(safe_merge=True, adapter_names=names)
 
 
 def copy_dequantized(source: nn.Module, target: nn.Module) -> None:
     """Put what quantisation has left of the weights of `source` into the same layers of `target`."""
+    from peft.utils.integrations import dequantize_bnb_weight
+
     for name, module in source.named_modules():
         if type(module).__name__ in starts.QUANTIZED:
             weight = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))

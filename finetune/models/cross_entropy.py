@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -166,6 +165,9 @@ def _arithmetic(states: torch.Tensor) -> torch.dtype:
 
 def _active(head: nn.Module) -> nn.Module:
     """The projection itself, where peft keeps a trained copy of it beside the old one."""
-    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters and len(head.active_adapters) == 1:
-        return head.modules_to_save[head.active_adapters[0]]
+    wrapper: Any = head
+    is_copied = type(head).__name__ == "ModulesToSaveWrapper"  # peft's, whose import takes long
+    if is_copied and not wrapper.disable_adapters and len(wrapper.active_adapters) == 1:
+        copied: nn.Module = wrapper.modules_to_save[wrapper.active_adapters[0]]
+        return copied
     return head

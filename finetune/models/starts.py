@@ -2,21 +2,24 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, initialize_lora_eva_weights
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers
 
 
-def initialise_from_data(model: PeftModel, batches: Iterable[dict[str, Any]]) -> None:
+def initialise_from_data(model: "PeftModel", batches: Iterable[dict[str, Any]]) -> None:
     """EVA (Paischer et al., 2024): A from the main directions of what each layer is given. `batches`: model inputs.
 
     Every layer keeps its rank (rho is 1): ranks that followed the data would change with the number of processes.
     """
+    from peft import initialize_lora_eva_weights
+
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "input of type .* could not be moved"
@@ -27,11 +30,13 @@ def initialise_from_data(model: PeftModel, batches: Iterable[dict[str, Any]]) ->
         )  # fmt: skip
 
 
-def initialise_from_quantization(model: PeftModel, original: nn.Module) -> None:
+def initialise_from_quantization(model: "PeftModel", original: nn.Module) -> None:
     """LoftQ (Li et al., 2023), one iteration: B A = the best rank-r part of W - Q, of original and quantised weights.
 
     peft's own function needs a CUDA device and leaves the scale alpha / r out.
     """
+    from peft.utils.integrations import dequantize_bnb_weight
+
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
             quantized = layer.get_base_layer()

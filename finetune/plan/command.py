@@ -60,7 +60,8 @@ def main(arguments: argparse.Namespace) -> None:
         rows.append([name, str(wish.num_processes), *_row(chooser, wish, limit, arguments.measured)])
     _progress("")
     if arguments.topology:
-        print("\n" + _parts(chooser.forecast(*wishes.values()), on_gpu))
+        (wish,) = wishes.values()
+        print("\n" + _parts(chooser.forecast(wish), on_gpu))
     print("\n" + _table(rows))
     print(
         f"\nGB are 10^9 bytes of one process; left: of {'a GPU' if on_gpu else 'its share of this machine'}, less {SLACK:.0%}.\n"
