@@ -158,7 +158,7 @@ def test_quantised_weights_are_counted_as_they_are_stored(tmp_path):
 
 
 MEASURED = {
-    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
     "vocab_size": 16000, "max_position_embeddings": 1024, "model_type": "llama",
 }  # fmt: skip
 
@@ -173,7 +173,15 @@ MEASURED = {
             1,
             {"train__micro_batch_size": 1, "train__precision": "bf16", "train__gradient_checkpointing": True},
         ),
-        ("fsdp2", 2, {"train__micro_batch_size": 2, "train__precision": "bf16"}),
+        (
+            "fsdp2",
+            2,
+            {
+                "train__micro_batch_size": 2,
+                "train__precision": "bf16",
+                "model__config": MEASURED | {"num_hidden_layers": 8},
+            },
+        ),
     ],
 )
 def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes, changes):
@@ -184,7 +192,7 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
     (workshop.folder / "rows.txt").write_text("".join(f"{i:04} " + "abcdefghi " * 89 + "\n" for i in range(40)))
     settings = {
         "model__config": MEASURED, "objective__kind": "clm", "data__train": str(workshop.folder / "rows.txt"), "data__packing": True,
-        "data__max_length": 900, "train__global_batch_size": 4, "train__max_steps": 3, "checkpoint__every_steps": 100, **changes,
+        "data__max_length": 900, "train__global_batch_size": 4, "train__max_steps": 2, "checkpoint__every_steps": 100, **changes,
     }  # fmt: skip
     path = workshop.write(workshop.config("measured", **settings))
     begun = start(path, topology, processes)
@@ -308,10 +316,10 @@ def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypa
 
 
 def test_a_machine_that_has_no_memory_left_is_told_apart(workshop):
-    """For real: a process that may take 3 GB and wants more in its first step."""
-    wide = TINY_LLAMA | {"hidden_size": 512, "intermediate_size": 65536, "num_hidden_layers": 12}
+    """For real: a process that may take 2.5 GB, and with gradients and optimizer wants more."""
+    wide = TINY_LLAMA | {"hidden_size": 256, "intermediate_size": 65536, "num_hidden_layers": 4}
     path = workshop.write(workshop.config(model__config=wide, train__micro_batch_size=8))
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, (6 * 10**9,) * 2); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, (2500 * 10**6,) * 2); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", limited, "train.py", "--config", str(path)], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
