@@ -23,6 +23,7 @@ from finetune.engine.trackers import Trackers
 from finetune.engine.tracking import Tracker, say
 from finetune.errors import EXIT_FAILED, CheckpointError, OutOfMemory, RunDirectoryError
 from finetune.evaluation import generation
+from finetune.models import parameters
 from finetune.preflight import Data
 
 
@@ -83,7 +84,7 @@ class Job:
     def tracker(self, state: TrainState) -> Tracker:
         """What tells the files, the terminal and the trackers how the run goes."""
         config, directory, topology, progress = self.config, self.directory, self.topology, state.progress
-        wanted, flops_per_token = config.tracking, 2.0 * state.num_trainable + 4.0 * state.num_parameters
+        wanted = config.tracking
         trackers = None
         if topology.is_main and wanted.trackers:
             trackers = Trackers(
@@ -94,7 +95,7 @@ class Job:
         return Tracker(
             directory, num_steps=self.data.num_steps, start=progress.step,
             is_main=topology.is_main, num_processes=topology.num_processes, every=wanted.log_every_steps,
-            flops_per_token=flops_per_token, trackers=trackers,
+            flops_per_token=parameters.flops_per_token(state.num_trainable, state.num_parameters), trackers=trackers,
         )  # fmt: skip
 
     def saver(self, state: TrainState, tracker: Tracker, resumed_from: int | None) -> Saver:

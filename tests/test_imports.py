@@ -36,10 +36,11 @@ ALLOWED = {
         "finetune.config", "finetune.errors",
     ],
     "finetune.plan.command": [
-        "finetune.plan", "finetune.engine.topology", "finetune.launcher", "finetune.config", "finetune.errors",
+        "finetune.plan", "finetune.models.parameters", "finetune.engine.topology", "finetune.launcher", "finetune.config",
+        "finetune.errors",
     ],
     "finetune.job": [
-        "finetune.preflight", "finetune.plan", "finetune.engine", "finetune.evaluation.generation", "finetune.config", "finetune.errors",
+        "finetune.preflight", "finetune.plan", "finetune.models.parameters", "finetune.engine", "finetune.evaluation.generation", "finetune.config", "finetune.errors",
     ],
     "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],

@@ -205,7 +205,8 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
 
 
 def test_more_at_once_never_needs_less_and_the_largest_is_the_last_that_fits():
-    config = config_of(MEASURED, train={"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"})
+    longer = MEASURED | {"max_position_embeddings": 65536}
+    config = config_of(longer, train={"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"})
     chooser = Chooser(config, precision="bf16", on_gpu=True)
     peaks = [chooser.forecast(SINGLE, size).peak for size in (1, 2, 4, 8, 16, 32, 64)]
     assert peaks == sorted(peaks)
@@ -213,6 +214,19 @@ def test_more_at_once_never_needs_less_and_the_largest_is_the_last_that_fits():
     assert chooser.largest_micro_batch(SINGLE, peaks[0] - 1) is None
     lengths = [chooser.forecast(SINGLE, None, length).peak for length in (1024, 2048, 4096)]
     assert chooser.longest(SINGLE, (lengths[1] + lengths[2]) / 2) in (2048, 3072)
+
+
+@pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])
+def test_every_further_sequence_at_once_holds_as_much(attention):
+    """Padded ones too, each a row; the gradient of the head is there once."""
+    made = rehearsal(config_of(MEASURED, model={"dtype": "bfloat16"}), attention)
+    one, two, four = (made.trace(Shape(count, 256, 1)).kept for count in (1, 2, 4))
+    assert four - one == pytest.approx(3 * (two - one), rel=0.01)
+
+
+def test_the_longest_are_no_longer_than_the_model_has_positions():
+    chooser = Chooser(config_of(MEASURED), precision="bf16", on_gpu=True)
+    assert chooser.longest(SINGLE, 1e12) == MEASURED["max_position_embeddings"]
 
 
 def test_parts_are_divided_by_those_who_share():

@@ -19,6 +19,11 @@ CHUNK_BYTES = 256 * 2**20
 BLOCK_BYTES = 4 * 2**20
 
 
+def block_bytes(device_type: str) -> int:
+    """Most bytes of logits that are in float32 at once."""
+    return BLOCK_BYTES if device_type == "cpu" else 4 * CHUNK_BYTES
+
+
 @dataclass(frozen=True)
 class Finish:
     """What a model does to its logits after the projection: cap * tanh(scale * x / cap), or scale * x."""
@@ -79,14 +84,13 @@ class _ThroughMatrix(torch.autograd.Function):
         d_hidden = torch.empty_like(states_SH) if needs_hidden else None
         d_weight, d_bias = _Sum(), _Sum()
         parts = _chunks(len(hidden), len(weight) * states_SH.element_size(), CHUNK_BYTES)
-        block_bytes = BLOCK_BYTES if hidden.device.type == "cpu" else 4 * CHUNK_BYTES
         logits_CV = states_SH.new_empty(parts[0].stop, len(weight))
         for part in parts:
             states_CH = states_SH[part]
             raw_CV = torch.mm(states_CH, matrix_VH.T, out=logits_CV[: len(states_CH)])
             if shift_V is not None:
                 raw_CV += shift_V
-            for block in _chunks(len(raw_CV), len(weight) * 4, block_bytes):
+            for block in _chunks(len(raw_CV), len(weight) * 4, block_bytes(hidden.device.type)):
                 total += _cross_entropy_(
                     raw_CV[block], targets[part][block], finish, smoothing, any(ctx.needs_input_grad)
                 )

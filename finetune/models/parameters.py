@@ -18,6 +18,11 @@ def count(model: nn.Module) -> tuple[int, int]:
     return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
 
 
+def flops_per_token(num_trainable: int, num_parameters: int) -> float:
+    """Of training: forward 2 for each weight, backward as many for its input, and as many for the weight where it trains."""
+    return 2.0 * num_trainable + 4.0 * num_parameters
+
+
 def fingerprints(model: nn.Module, own_part: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | str]:
     """Name -> what tells whether a weight has moved: the float64 sum of its values, or a hash of quantised ones with their scales.
 

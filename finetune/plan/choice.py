@@ -69,16 +69,19 @@ class Chooser:
         return _largest(sizes, lambda size: self.maker(change).of(wish, shape(self.config, size)).peak <= limit)
 
     def longest(self, wish: Wish, limit: float) -> int | None:
-        """The longest sequences that fit, of LENGTHS; None if none do."""
-        near = min(range(len(LENGTHS)), key=lambda place: abs(LENGTHS[place] - self.config.data.max_length))
-        return _largest(LENGTHS, lambda length: self.forecast(wish, None, length).peak <= limit, near)
+        """The longest sequences that fit, of LENGTHS as far as the model has positions; None if none do."""
+        positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or LENGTHS[-1]
+        lengths = [length for length in LENGTHS if length <= positions] or [positions]
+        near = min(range(len(lengths)), key=lambda place: abs(lengths[place] - self.config.data.max_length))
+        return _largest(lengths, lambda length: self.forecast(wish, None, length).peak <= limit, near)
 
     def cheapest_change(self, wish: Wish, limit: float) -> str | None:
         """Settings with which it fits, from what costs nothing to what learns less; None if there are none."""
         if size := self.largest_micro_batch(wish, limit):
             return f"train.micro_batch_size: {size}"
         for name, config in self._changes():
-            if not any(support.conflicts(config, wish)) and (size := self.largest_micro_batch(wish, limit, name)):
+            sized = _with(config, "train", micro_batch_size=1)  # auto is a number by then
+            if not any(support.conflicts(sized, wish)) and (size := self.largest_micro_batch(wish, limit, name)):
                 return name + (
                     "" if size == self.config.train.micro_batch_size else f", train.micro_batch_size: {size}"
                 )

@@ -16,6 +16,7 @@ from finetune.config import Config
 from finetune.engine.topology import launch, support
 from finetune.engine.topology.launch import Wish
 from finetune.errors import ConfigError, UserError
+from finetune.models import parameters
 from finetune.plan.choice import SLACK, Chooser, capacity
 from finetune.plan.forecast import Forecast
 
@@ -114,7 +115,7 @@ def _row(chooser: Chooser, wish: Wish, limit: float, measured: Path | None) -> l
 
 
 def _speed(run: Path, chooser: Chooser) -> float:
-    """Tokens a second of one process, from the arithmetic a second that a run has reached: work for a token is 6 for each weight, 4 if it is frozen."""
+    """Tokens a second of one process, from the arithmetic a second that a run has reached."""
     try:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         receipt = json.loads((run / "receipt.json").read_text())
@@ -124,8 +125,8 @@ def _speed(run: Path, chooser: Chooser) -> float:
     except (OSError, ValueError, KeyError, statistics.StatisticsError) as exc:
         raise ConfigError(f"--measured {run}: no run with metrics and a receipt: {exc}") from exc
     weights = chooser.maker().weights
-    work = 2.0 * weights.num_trained + 4.0 * weights.num
-    return reached / processes * (2.0 * known["trainable"] + 4.0 * known["total"]) / work
+    then = parameters.flops_per_token(known["trainable"], known["total"])
+    return reached / processes * then / parameters.flops_per_token(weights.num_trained, weights.num)
 
 
 def _about(config: Config, chooser: Chooser) -> str:

@@ -109,7 +109,6 @@ class Rehearsal:
             new_token_ids=tokenizer.convert_tokens_to_ids(config.model.new_tokens),
             device=torch.device("cpu"), first_inputs=list, with_weights=False,
         )  # fmt: skip
-        self.sizes = {name: (p.numel(), p.element_size(), p.requires_grad) for name, p in self.model.named_parameters()}
         if halved and self.dtype:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.to(self.dtype)
@@ -120,15 +119,15 @@ class Rehearsal:
 
     def trace(self, shape: Shape) -> Trace:
         ledger = Ledger()
-        rows = shape.num_sequences if attention.pads(self.attention) else 1
-        tokens = shape.num_sequences * shape.length
-        # On a GPU whole chunks are turned into probabilities at once.
-        block_bytes = 4 * cross_entropy.CHUNK_BYTES if self.on_gpu else cross_entropy.BLOCK_BYTES
+        rows, documents_of_row = (
+            (shape.num_sequences, 1) if attention.pads(self.attention) else (1, shape.num_sequences)
+        )
+        block_bytes = cross_entropy.block_bytes("cuda" if self.on_gpu else "cpu")
         hooks = []
         ends = [shape.length * number for number in range(shape.num_sequences + 1)]  # bounds have no values to be read
         with (
             self.mode,
-            mock.patch.object(cross_entropy, "BLOCK_BYTES", block_bytes),
+            mock.patch.object(cross_entropy, "block_bytes", return_value=block_bytes),
             mock.patch.object(documents, "edges", return_value=ends),
         ):
             for parameter in self.model.parameters():
@@ -138,8 +137,8 @@ class Rehearsal:
                     hooks.append(parameter.register_post_accumulate_grad_hook(ledger.stays))
             for buffer in self.model.buffers():
                 ledger.ignore(buffer)
-            ids = torch.zeros(rows, tokens // rows, dtype=torch.long)
-            inputs = attention.inputs_of(ids, [shape.length] * shape.num_sequences, self.base)
+            ids = torch.zeros(rows, documents_of_row * shape.length, dtype=torch.long)
+            inputs = attention.inputs_of(ids, [shape.length] * documents_of_row, self.base)
             targets = torch.full_like(ids, IGNORE)
             learned = torch.zeros(shape.num_sequences * shape.learned, dtype=torch.long)
             with ledger:
