@@ -110,12 +110,8 @@ class _ThroughMatrix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: torch.Tensor) -> Any:
-        return (
-            *(None if grad is None else grad * outer.to(grad.dtype) for grad in ctx.saved_tensors),
-            None,
-            None,
-            None,
-        )
+        # In place: that of the weights is as large as they are. A second backward pass is PyTorch's error, not a wrong number.
+        return *(None if grad is None else grad.mul_(outer) for grad in ctx.saved_tensors), None, None, None
 
 
 class _Sum:
