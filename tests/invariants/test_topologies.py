@@ -20,8 +20,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # float32: sums in another order; over 20 steps they grew to 1.4e-6 of the loss and 1.5e-5 of the gradient norm.
 # Gradient norms are compared as well, since Adam divides a wrong factor out again.
 LOSS, NORM, WEIGHT = 1e-5, 1e-4, 1e-4
-# bf16 keeps 8 bits, in which DeepSpeed computes norms and residuals, too, where autocast leaves float32.
-HALF = 2e-2
+# bf16 keeps 8 bits, in which DeepSpeed computes norms and residuals, too, where autocast leaves float32: 2.6e-3 of the
+# gradient norm over four seeds. At ten times the learning rate roundings grow into other runs, by up to a quarter.
+HALF, SLOWLY = 6e-3, {"optimizer__lr": 1e-3}
 TWELVE = {"train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 1, "data__eval_fraction": 0.2}
 TIED = {**TINY_LLAMA, "tie_word_embeddings": True}
 EIGHT = {"train__max_steps": 8}
@@ -40,16 +41,19 @@ CASES = {
         "evaluation__sample_max_new_tokens": 4,
     },
     "qlora": {"adapter__kind": "qlora", **EIGHT},
-    "bf16": {"train__precision": "bf16", **EIGHT},
-    "weights_in_bf16": {"model__dtype": "bfloat16", "train__precision": "bf16", **EIGHT},
+    "bf16": {"train__precision": "bf16", **SLOWLY, **EIGHT},
+    "weights_in_bf16": {"model__dtype": "bfloat16", "train__precision": "bf16", **SLOWLY, **EIGHT},
+    "as_many_as_fit": {"train__micro_batch_size": "auto", **EIGHT},
+    "compiled": {"train__compile": True, **EIGHT},
 }
-ALL, PLAIN = list(CASES)[:-1], ["untied", "tied"]
+NOT_ZERO = ["weights_in_bf16", "as_many_as_fit"]
+ALL, PLAIN = [case for case in CASES if case not in NOT_ZERO], ["untied", "tied"]
 LAUNCHES = [
     ("single", 1, PLAIN), ("cpu_debug", 2, PLAIN), ("ddp", 2, list(CASES)),
     ("fsdp2", 2, list(CASES)), ("fsdp2", 1, PLAIN), ("fsdp2_offload", 2, [*PLAIN, "lora"]),
     ("fsdp2_hybrid", 4, PLAIN), ("fsdp2_context", 4, ["untied", "packed_recomputed"]),
     ("zero1", 2, [*PLAIN, "lora"]), ("zero1", 1, PLAIN), ("zero2", 2, ALL), ("zero2", 1, PLAIN),
-    ("zero3", 2, ALL), ("zero3", 1, PLAIN), ("zero3_offload", 2, [*PLAIN, "lora"]),
+    ("zero3", 2, [case for case in ALL if case != "compiled"]), ("zero3", 1, PLAIN), ("zero3_offload", 2, [*PLAIN, "lora"]),
 ]  # fmt: skip
 LONG = [("zero1", 1), ("zero2", 1)]
 RESUMED = [("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)]
@@ -61,11 +65,11 @@ FOUR = {
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Workshop:
-    """Every case by one process, in this one."""
+    """Every case by one process, in this one; nothing compiled."""
     workshop = Workshop(tmp_path_factory.mktemp("alone"))
     for name in CASES:
         forget_process_state()
-        workshop.train(name, **settings(workshop, name))
+        workshop.train(name, **settings(workshop, name) | {"train__compile": False})
     return workshop
 
 
@@ -124,7 +128,7 @@ def test_every_topology_is_one_process(alone, workshop, topology, processes, cas
     launch = several(workshop.folder, topology, processes, *files)
     assert launch.codes() == [0] * processes, launch.said()
     found = {case: difference(workshop.run_dir(case), alone.run_dir(case)) for case in cases}
-    assert all(agree(value, "bf16" in case) for case, value in found.items()), found
+    assert not {case: value for case, value in found.items() if not agree(value, "bf16" in case)}
     if (topology, processes) in RESUMED:
         assert "parts/checkpoints/step-00000004 at step 4" in launch.said()
         assert losses(workshop.run_dir("parts")) == losses(workshop.run_dir("whole"))

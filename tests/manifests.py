@@ -1,0 +1,338 @@
+"""What rendered manifests must hold beyond their schemas; each fault is a sentence.
+
+What Kubernetes does is written down here where it decides something: which rule of a policy counts, what
+it says when it ends a Job, which names it gives.
+"""
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune import config as configs
+from finetune import launcher
+from finetune.config import accumulation
+from finetune.errors import UserError
+
+Manifest = dict[str, Any]
+GPU = "nvidia.com/gpu"
+RESTRICTED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}  # fmt: skip
+# Node label of a cloud's spot machines -> seconds that a pod really gets.
+SPOT_SECONDS = {
+    "karpenter.sh/capacity-type": 110,
+    "cloud.google.com/gke-spot": 15,
+    "kubernetes.azure.com/scalesetpriority": 25,
+}
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def render(folder: Path) -> list[Manifest]:
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What makes the pods of a run: a Job, or the child Job of a JobSet or of a TrainJob's runtime."""
+
+    kind: str
+    name: str
+    job: Manifest
+    args: list[str]
+    nodes: int
+    failure_policy: Manifest
+
+    @property
+    def first_node(self) -> str:
+        """Where its first pod is found: by the Service that is named like the Job, or in the JobSet's network."""
+        network = self.pod.get("subdomain") if self.kind == "Job" else self.name.removesuffix("-node-0")
+        return f"{self.name}-0.{network}"
+
+    @property
+    def pod(self) -> Manifest:
+        return self.job["template"]["spec"]
+
+    @property
+    def node(self) -> Manifest:
+        return next(container for container in self.pod["containers"] if container["name"] == "node")
+
+    @property
+    def containers(self) -> list[Manifest]:
+        return [*self.pod.get("initContainers", []), *self.pod["containers"]]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Those that the controllers add, too."""
+        own = self.job["template"].get("metadata", {}).get("labels", {})
+        return {**own, "batch.kubernetes.io/job-name": self.name}
+
+
+def work(manifests: list[Manifest]) -> Work:
+    by_kind = {manifest["kind"]: manifest for manifest in manifests}
+    if job := by_kind.get("Job"):
+        spec = job["spec"]
+        found = Work("Job", job["metadata"]["name"], spec, [], spec.get("completions", 1), {})
+    else:
+        top = by_kind.get("TrainingRuntime", {}).get("spec", {}).get("template") or by_kind["JobSet"]
+        kind = "TrainJob" if "TrainJob" in by_kind else "JobSet"
+        [child] = top["spec"]["replicatedJobs"]
+        spec, name = child["template"]["spec"], by_kind[kind]["metadata"]["name"]
+        found = Work(kind, f"{name}-{child['name']}-0", spec, [], spec["completions"], top["spec"]["failurePolicy"])
+    trainer = by_kind.get("TrainJob", {}).get("spec", {}).get("trainer", {})
+    return replace(found, args=found.node["args"], nodes=trainer.get("numNodes", found.nodes))
+
+
+def problems(manifests: list[Manifest], folder: Path) -> list[str]:
+    """All faults; `folder`: for the files that a command line names."""
+    found = work(manifests)
+    return [
+        *_references(manifests, found), *_nodes(manifests, found), *_policies(found), *_profile(manifests, found),
+        *_resources(found), *_images(found), *_commands(manifests, found, folder),
+    ]  # fmt: skip
+
+
+def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
+    names = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
+    spaces = {m["metadata"].get("namespace") for m in manifests if m["kind"] != "Namespace"}
+    if spaces != {m["metadata"]["name"] for m in manifests if m["kind"] == "Namespace"}:
+        yield f"namespaces {spaces} are not the one that is made"
+    if ("ServiceAccount", found.pod.get("serviceAccountName")) not in names:
+        yield f"there is no ServiceAccount {found.pod.get('serviceAccountName')}"
+    volumes = {volume["name"]: volume for volume in found.pod["volumes"]}
+    for volume in volumes.values():
+        claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+        if claim and ("PersistentVolumeClaim", claim) not in names:
+            yield f"there is no PersistentVolumeClaim {claim}"
+        config = volume.get("configMap", {}).get("name")
+        if config and ("ConfigMap", config) not in names:
+            yield f"there is no ConfigMap {config}"
+        if "secret" in volume and not volume["secret"].get("optional"):
+            yield f"Secret {volume['secret']['secretName']} is not here, and not optional"
+    for container in found.containers:
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        if missing := set(mounts.values()) - set(volumes):
+            yield f"container {container['name']} mounts {sorted(missing)}, which are no volumes"
+        for source in container.get("envFrom", []):
+            if not source["secretRef"].get("optional"):
+                yield f"Secret {source['secretRef']['name']} is not here, and not optional"
+        if not {"/scratch", "/runs"} <= set(mounts):
+            yield f"container {container['name']} cannot write to /scratch and /runs"
+    for manifest in manifests:
+        if manifest["kind"] == "Service":
+            if not manifest["spec"]["selector"].items() <= found.labels.items():
+                yield f"Service {manifest['metadata']['name']} selects no pod"
+            if found.pod.get("subdomain") != manifest["metadata"]["name"]:
+                yield f"pods are in the subdomain {found.pod.get('subdomain')}, not in that of the Service"
+        if manifest["kind"] == "NetworkPolicy":
+            peers = [peer["podSelector"] for rule in manifest["spec"]["ingress"] for peer in rule["from"]]
+            for selector in [manifest["spec"]["podSelector"], *peers]:
+                if not selector.get("matchLabels", {}).items() <= found.labels.items():
+                    yield "NetworkPolicy selects no pod"
+        if manifest["kind"] == "TrainJob":
+            reference = manifest["spec"]["runtimeRef"]
+            if (reference["kind"], reference["name"]) not in names:
+                yield f"there is no {reference['kind']} {reference['name']}"
+
+
+def _nodes(manifests: list[Manifest], found: Work) -> Iterator[str]:
+    job = found.job
+    if found.nodes > 1:
+        if not (job.get("completionMode") == "Indexed" and job["parallelism"] == job["completions"] == found.nodes):
+            yield f"{found.nodes} nodes, but completionMode, parallelism and completions say something else"
+        claims = [m for m in manifests if m["kind"] == "PersistentVolumeClaim"]
+        if not any(claim["spec"]["accessModes"] == ["ReadWriteMany"] for claim in claims):
+            yield "several nodes share no volume"
+    lasts = any("persistentVolumeClaim" in volume for volume in found.pod["volumes"] if volume["name"] == "storage")
+    if not lasts and not any(argument.startswith("--checkpoint.storage") for argument in found.args):
+        yield "nothing that a run leaves behind outlives its pod"
+
+
+def _policies(found: Work) -> Iterator[str]:
+    pod, job = found.pod, found.job
+    if pod.get("restartPolicy") != "Never":
+        yield "podFailurePolicy needs restartPolicy: Never"
+    if job.get("podReplacementPolicy") != "Failed":
+        yield "a new pod would start beside the one that still saves"
+    for rule in job.get("podFailurePolicy", {}).get("rules", []):
+        codes = rule.get("onExitCodes", {}).get("values", [])
+        if 0 in codes or codes != sorted(set(codes)):
+            yield f"exit codes {codes}: Kubernetes wants them sorted, each once, without 0"
+        if rule.get("onExitCodes", {}).get("containerName", "node") not in {c["name"] for c in found.containers}:
+            yield "a rule names a container that is not there"
+    wanted = {
+        "a wrong config (2)": (2, False, "ends"), "saved (75)": (75, False, "again"), "a crash (1)": (1, False, "counted"),
+        "preempted, saved": (75, True, "again"), "preempted, killed": (137, True, "again"), "preempted at the start": (2, True, "again"),
+    }  # fmt: skip
+    for what, (code, disrupted, outcome) in wanted.items():
+        if (got := fate(found, code, disrupted)) != outcome:
+            yield f"{what}: {got}, not {outcome}"
+
+
+def fate(found: Work, code: int, disrupted: bool) -> str:
+    """What becomes of a run whose pod has ended so: it `ends`, starts `again`, or again and is `counted` as a failure."""
+    action, message = "Count", ""
+    for index, rule in enumerate(found.job.get("podFailurePolicy", {}).get("rules", [])):
+        conditions = [condition["type"] for condition in rule.get("onPodConditions", [])]
+        if disrupted and "DisruptionTarget" in conditions:
+            action = rule["action"]
+            message = f"Pod ns/x has condition DisruptionTarget matching {action} rule at index {index}"
+            break
+        if code in rule.get("onExitCodes", {}).get("values", []):
+            action = rule["action"]
+            message = (
+                f"Container node for pod ns/x failed with exit code {code} matching {action} rule at index {index}"
+            )
+            break
+    if found.kind == "Job":
+        return {"Ignore": "again", "FailJob": "ends", "Count": "counted"}[action]
+    if action == "Ignore" or (action == "Count" and found.job["backoffLimit"] != 0):
+        return "one pod is replaced, the others wait"
+    reason = "PodFailurePolicy" if action == "FailJob" else "BackoffLimitExceeded"
+    for rule in found.failure_policy["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule.get("onJobFailureReasons", [reason]) and any(re.search(p, message) for p in patterns):
+            known = {"FailJobSet": "ends", "RestartJobSetAndIgnoreMaxRestarts": "again", "RestartJobSet": "counted"}
+            return known[rule["action"]]
+    return "counted"
+
+
+def _profile(manifests: list[Manifest], found: Work) -> Iterator[str]:
+    """The Pod Security Standard that the namespace enforces: restricted, or privileged for what cannot be."""
+    [namespace] = [manifest for manifest in manifests if manifest["kind"] == "Namespace"]
+    if namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted":
+        yield from unrestricted(found)
+    if found.pod.get("automountServiceAccountToken") is not False:
+        yield "pods get a token of the service account, which they do not need"
+    for container in found.containers:
+        if not container.get("securityContext", {}).get("readOnlyRootFilesystem"):
+            yield f"container {container['name']} may write to its image"
+
+
+def unrestricted(found: Work) -> list[str]:
+    pod, faults = found.pod, []
+    context = pod.get("securityContext", {})
+    faults += [f"{name} is not restricted" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    if not (context.get("runAsNonRoot") and context.get("runAsUser")):
+        faults.append("pods may run as root")
+    if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
+        faults.append("no seccomp profile")
+    for volume in pod["volumes"]:
+        if not set(volume) - {"name"} <= RESTRICTED_VOLUMES:
+            faults.append(f"volume {volume['name']} is of a kind that is not restricted")
+    for container in found.containers:
+        own = container.get("securityContext", {})
+        capabilities = own.get("capabilities", {})
+        if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
+            faults.append(f"container {container['name']} may gain privileges")
+        if capabilities.get("drop") != ["ALL"] or set(capabilities.get("add", [])) - {"NET_BIND_SERVICE"}:
+            faults.append(f"container {container['name']} keeps capabilities")
+        if any("hostPort" in port for port in container.get("ports", [])):
+            faults.append(f"container {container['name']} takes a port of the host")
+    return faults
+
+
+def _resources(found: Work) -> Iterator[str]:
+    for container in found.containers:
+        asked = container.get("resources", {})
+        if not all({"cpu", "memory"} <= set(asked.get(side, {})) for side in ("requests", "limits")):
+            yield f"container {container['name']} asks for no cpu and memory, or has no limits"
+        elif asked["requests"]["memory"] != asked["limits"]["memory"]:
+            yield f"container {container['name']} may be given less memory than it counts on"
+        if asked.get("requests", {}).get(GPU) != asked.get("limits", {}).get(GPU):
+            yield f"container {container['name']}: GPUs of requests and limits differ"
+    volumes = {volume["name"]: volume.get("emptyDir") for volume in found.pod["volumes"]}
+    for name, folder in volumes.items():
+        if folder is not None and "sizeLimit" not in folder:
+            yield f"volume {name} may fill the node's disk"
+    shared = volumes.get("shm") or {}
+    memory = found.node["resources"].get("limits", {}).get("memory", "0")
+    if shared.get("medium") != "Memory" or amount(shared["sizeLimit"]) > amount(memory) / 4:
+        yield "/dev/shm is not memory, or more than a quarter of the limit, which it counts against"
+
+
+def amount(quantity: str) -> float:
+    number, unit = re.fullmatch(r"([\d.]+)(\w*)", quantity).groups()
+    return float(number) * UNITS[unit]
+
+
+def _images(found: Work) -> Iterator[str]:
+    images = {container["image"] for container in found.containers}
+    if len(images) > 1:
+        yield f"containers of one run have several images: {sorted(images)}"
+    for image in images:
+        tag = image.rpartition("/")[2].partition(":")[2]
+        if "@sha256:" not in image and tag in ("", "latest"):
+            yield f"image {image} is not one that stays the same"
+
+
+def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[str]:
+    """Every command line through the real parsers: the launcher's for each node, train.py's for the rest."""
+    processes: set[str] = set()
+    grace = found.pod["terminationGracePeriodSeconds"]
+    for label, seconds in SPOT_SECONDS.items():
+        if label in found.pod.get("nodeSelector", {}) and grace > seconds:
+            yield f"{grace} s to end, where the cloud gives {seconds}"
+    given_gpus = int(found.node["resources"]["limits"].get(GPU, 0))
+    for container, nodes in [*((c, 1) for c in found.pod.get("initContainers", [])), (found.node, found.nodes)]:
+        for rank in range(nodes):
+            args = found.args if container is found.node else container["args"]
+            try:
+                words = [_expanded(word, _environment(found, container, rank)) for word in args]
+            except KeyError as exc:
+                yield f"nobody says what $({exc.args[0]}) is"
+                return
+            if container.get("command"):  # a script of ours, which has its own tests
+                if not Path(container["command"][1]).is_file():
+                    yield f"there is no {container['command'][1]}"
+                continue
+            try:
+                with contextlib.ExitStack() as held:
+                    environments, command = launcher.plan(words[1:], held)
+                config, _ = configs.parse(_with_files(command[2:], manifests, found, folder))
+            except UserError as exc:
+                yield f"{container['name']}: {exc}"
+                return
+            if container is found.node:
+                processes |= {environment.get("RANK", "0") for environment in environments}
+                if nodes > 1 and environments[0]["MASTER_ADDR"] != found.first_node:
+                    yield f"nodes look for {environments[0]['MASTER_ADDR']}, the first one is {found.first_node}"
+                if len(environments) != max(given_gpus, 1):
+                    yield f"{len(environments)} processes on a node of {given_gpus} GPUs"
+    world = found.nodes * max(given_gpus, 1)
+    if processes != {str(rank) for rank in range(world)}:
+        yield f"{len(processes)} processes, where {found.nodes} nodes have {world} places"
+    try:
+        accumulation(config, world)
+    except UserError as exc:
+        yield str(exc)
+    if not config.checkpoint.grace_seconds < grace:
+        yield f"the run counts on {config.checkpoint.grace_seconds:g} s after SIGTERM, the pod has {grace}"
+
+
+def _environment(found: Work, container: Manifest, rank: int) -> dict[str, str]:
+    """What a container of the node `rank` finds, as far as command lines ask for it."""
+    own = {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
+    if found.job.get("completionMode") == "Indexed":
+        own["JOB_COMPLETION_INDEX"] = str(rank)
+    if found.kind == "TrainJob":
+        own |= {"PET_NNODES": str(found.nodes), "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": found.first_node}
+    return own
+
+
+def _expanded(word: str, environment: Mapping[str, str]) -> str:
+    return re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], word)
+
+
+def _with_files(words: list[str], manifests: list[Manifest], found: Work, folder: Path) -> list[str]:
+    """/config/x becomes a file with what the ConfigMap has under x."""
+    name = next(volume["configMap"]["name"] for volume in found.pod["volumes"] if "configMap" in volume)
+    [files] = [m["data"] for m in manifests if (m["kind"], m["metadata"]["name"]) == ("ConfigMap", name)] or [{}]
+    for file, text in files.items():
+        (folder / file).write_text(text)
+    return [re.sub(r"(^|=)/config/", rf"\g<1>{folder}/", word) for word in words]

@@ -1,0 +1,229 @@
+"""Every overlay renders, has no unknown field, and keeps what docs/kubernetes.md promises; each check is seen to fail."""
+
+import copy
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from conftest import ROOT
+from kubeflow_trainer_api import models
+from manifests import Manifest, Work, problems, render, unrestricted, work
+
+OVERLAYS = sorted(folder.name for folder in (ROOT / "k8s/overlays").iterdir())
+OLDEST, NEWEST = "1.31", "1.37"  # podFailurePolicy is stable since 1.31
+# Not in Kubernetes itself; Kubeflow's models know them.
+CUSTOM = {
+    "JobSet": models.JobsetV1alpha2JobSet,
+    "TrainJob": models.TrainerV1alpha1TrainJob,
+    "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+}
+# Components in the order in which docs/kubernetes.md puts them together.
+TOGETHER = {
+    "spot nodes, several": ["nodes", "spot-eks", "jobset"],
+    "spot, TrainJob": ["nodes", "spot-gke", "jobset", "trainjob"],
+    "one GPU, bucket": ["object-store", "network-policy"],
+    "queue of JobSets": ["nodes", "priority", "jobset", "kueue", "network-policy"],
+    "queue of TrainJobs": ["nodes", "rdma", "jobset", "trainjob", "kueue"],
+    "spot, bucket": ["eight-gpus", "spot-aks", "object-store"],
+}
+
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory) -> dict[str, list[Manifest]]:
+    """Name -> manifests, of each overlay and of each row of TOGETHER."""
+    found = {name: render(ROOT / "k8s/overlays" / name) for name in OVERLAYS}
+    for name, components in TOGETHER.items():
+        found[name] = render(overlay(tmp_path_factory.mktemp("overlay"), components))
+    return found
+
+
+def overlay(folder: Path, components: list[str], **more: Any) -> Path:
+    """A user's own, beside the repository."""
+    here = Path(os.path.relpath(ROOT / "k8s", folder.resolve()))
+    values = {
+        "resources": [str(here / "base")],
+        "components": [str(here / "components" / component) for component in components],
+        **more,
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize("name", [*OVERLAYS, *TOGETHER])
+def test_kubernetes_knows_every_field(rendered, name, version):
+    for manifest in rendered[name]:
+        check_schema(manifest, version)
+
+
+def check_schema(manifest: Manifest, version: str) -> None:
+    if model := CUSTOM.get(manifest["kind"]):
+        # What the model does not know it leaves out without a word; so what comes back is compared.
+        back = model.from_dict(copy.deepcopy(manifest)).to_dict()
+        assert not list(lost(manifest, back))
+    else:
+        kubernetes_validate.validate(manifest, version, strict=True)  # raises where it has no schema
+
+
+def lost(given: Any, back: Any, where: str = "") -> Iterator[str]:
+    if isinstance(given, dict) and isinstance(back, dict):
+        for key, value in given.items():
+            yield from [f"{where}.{key}"] if key not in back else lost(value, back[key], f"{where}.{key}")
+    elif isinstance(given, list) and isinstance(back, list) and len(given) == len(back):
+        for index, (one, other) in enumerate(zip(given, back)):
+            yield from lost(one, other, f"{where}[{index}]")
+    elif given != back:
+        yield f"{where}: {given!r} came back as {back!r}"
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, *TOGETHER])
+def test_everything_fits_together(rendered, name, tmp_path):
+    """References, selectors, world sizes, command lines, policies, the restricted profile, limits."""
+    assert problems(rendered[name], tmp_path) == []
+
+
+def test_only_rdma_is_not_restricted(rendered):
+    assert {name for name, manifests in rendered.items() if unrestricted(work(manifests))} == {
+        "rdma", "queue of TrainJobs",
+    }  # fmt: skip
+
+
+def test_several_nodes_wait_in_the_queue_with_their_own_kind(rendered):
+    for name, kind in (("kueue", "Job"), ("queue of JobSets", "JobSet"), ("queue of TrainJobs", "TrainJob")):
+        [queued] = [m for m in rendered[name] if m["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")]
+        assert (queued["kind"], queued["spec"]["suspend"]) == (kind, True)
+
+
+def test_a_changed_config_is_another_object_and_every_kind_asks_for_it(tmp_path):
+    """A run that is started again must not find another config under the name that it knows."""
+    (tmp_path / "run.yaml").write_text((ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4"))
+    mine = [{"name": "run", "behavior": "replace", "files": ["run.yaml"]}]
+    names = set()
+    for components in ([], ["nodes", "jobset"], ["nodes", "jobset", "trainjob"]):
+        for manifests in (
+            render(overlay(tmp_path, components)),
+            render(overlay(tmp_path, components, configMapGenerator=mine, namespace="other")),
+        ):
+            assert problems(manifests, tmp_path) == []
+            names |= {manifest["metadata"]["name"] for manifest in manifests if manifest["kind"] == "ConfigMap"}
+    assert len(names) == 2
+
+
+def test_one_setting_changes_the_image_of_every_container(tmp_path):
+    images = [{"name": "finetune", "newName": "registry.example/finetune", "newTag": "2.0"}]
+    for components in ([], ["nodes", "jobset"], ["nodes", "jobset", "trainjob"]):
+        found = work(render(overlay(tmp_path, components, images=images)))
+        assert {container["image"] for container in found.containers} == {"registry.example/finetune:2.0"}
+
+
+def pod(found: Work) -> Manifest:
+    return found.pod
+
+
+def shared_memory(found: Work) -> Manifest:
+    return next(volume["emptyDir"] for volume in found.pod["volumes"] if volume["name"] == "shm")
+
+
+def of_kind(manifests: list[Manifest], kind: str) -> Manifest:
+    return next(manifest for manifest in manifests if manifest["kind"] == kind)
+
+
+def set_argument(found: Work, old: str, new: str) -> None:
+    found.args[found.args.index(old)] = new
+
+
+# What is broken -> where, how, and what the checks say of it.
+BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
+    "config map of another name": ("jobset", lambda m, w: of_kind(m, "ConfigMap")["metadata"].update(name="other"), "no ConfigMap"),
+    "claim that nobody makes": ("single-gpu", lambda m, w: m.remove(of_kind(m, "PersistentVolumeClaim")), "no PersistentVolumeClaim"),
+    "account that nobody makes": ("single-gpu", lambda m, w: m.remove(of_kind(m, "ServiceAccount")), "no ServiceAccount"),
+    "secret that must be there": ("single-gpu", lambda m, w: w.pod["volumes"][1 + [v["name"] for v in w.pod["volumes"][1:]].index("tokens")]["secret"].pop("optional"), "not optional"),
+    "mount without a volume": ("single-gpu", lambda m, w: w.node["volumeMounts"].append({"name": "x", "mountPath": "/x"}), "no volumes"),
+    "nowhere to write": ("single-gpu", lambda m, w: w.node["volumeMounts"].pop(2), "cannot write"),
+    "another namespace": ("single-gpu", lambda m, w: of_kind(m, "Job")["metadata"].update(namespace="other"), "namespaces"),
+    "service of others": ("multi-node", lambda m, w: of_kind(m, "Service")["spec"].update(selector={"app": "x"}), "selects no pod"),
+    "subdomain of others": ("multi-node", lambda m, w: w.pod.update(subdomain="x"), "subdomain"),
+    "policy for others": ("one GPU, bucket", lambda m, w: of_kind(m, "NetworkPolicy")["spec"]["podSelector"].update(matchLabels={"app": "x"}), "NetworkPolicy selects no pod"),
+    "runtime of another name": ("trainjob", lambda m, w: of_kind(m, "TrainJob")["spec"]["runtimeRef"].update(name="x"), "no TrainingRuntime x"),
+    "one pod too few": ("jobset", lambda m, w: w.job.update(parallelism=1), "say something else"),
+    "one node more": ("trainjob", lambda m, w: of_kind(m, "TrainJob")["spec"]["trainer"].update(numNodes=3), "something else"),
+    "not shared": ("jobset", lambda m, w: of_kind(m, "PersistentVolumeClaim")["spec"].update(accessModes=["ReadWriteOnce"]), "share no volume"),
+    "lost with the pod": ("one GPU, bucket", lambda m, w: w.args.pop(), "outlives"),
+    "restarted in place": ("single-gpu", lambda m, w: w.pod.update(restartPolicy="OnFailure"), "restartPolicy"),
+    "two pods at once": ("single-gpu", lambda m, w: w.job.pop("podReplacementPolicy"), "beside"),
+    "codes out of order": ("jobset", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(values=[75, 2]), "sorted"),
+    "rule for nobody": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="x"), "not there"),
+    "exit codes before disruptions": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].reverse(), "preempted at the start (2)|preempted at the start: ends"),
+    "no rule for 2": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(1), r"wrong config \(2\): counted"),
+    "no rule for 75": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(2), r"saved \(75\): counted"),
+    "a bad config for ever": ("jobset", lambda m, w: w.failure_policy["rules"].pop(0), r"wrong config \(2\): again"),
+    "a pattern that takes 20 for 2, and 2 for nothing": ("jobset", lambda m, w: w.failure_policy["rules"][0].update(onJobFailureMessagePatterns=["code 20"]), r"wrong config \(2\): again"),
+    "preemptions counted": ("trainjob", lambda m, w: w.failure_policy["rules"].pop(1), "preempted, saved: counted"),
+    "one pod replaced": ("jobset", lambda m, w: w.job.update(backoffLimit=6), "others wait"),
+    "as root": ("single-gpu", lambda m, w: w.pod["securityContext"].update(runAsUser=0), "as root"),
+    "host's network": ("jobset", lambda m, w: w.pod.update(hostNetwork=True), "hostNetwork"),
+    "host's disk": ("jobset", lambda m, w: w.pod["volumes"].append({"name": "x", "hostPath": {"path": "/"}}), "volume x"),
+    "host's port": ("jobset", lambda m, w: w.node.update(ports=[{"containerPort": 1, "hostPort": 1}]), "port of the host"),
+    "no seccomp": ("single-gpu", lambda m, w: w.pod["securityContext"].pop("seccompProfile"), "seccomp"),
+    "capabilities": ("single-gpu", lambda m, w: w.node["securityContext"]["capabilities"].update(add=["IPC_LOCK"]), "capabilities"),
+    "escalation": ("cpu-debug", lambda m, w: w.containers[0]["securityContext"].pop("allowPrivilegeEscalation"), "container rows may gain"),
+    "a token": ("single-gpu", lambda m, w: w.pod.pop("automountServiceAccountToken"), "token"),
+    "writable image": ("cpu-debug", lambda m, w: w.containers[1]["securityContext"].pop("readOnlyRootFilesystem"), "container base may write"),
+    "no limits": ("cpu-debug", lambda m, w: w.containers[0]["resources"].pop("limits"), "container rows asks"),
+    "memory on loan": ("single-gpu", lambda m, w: w.node["resources"]["requests"].update(memory="1Gi"), "less memory"),
+    "fewer GPUs asked than taken": ("single-gpu", lambda m, w: w.node["resources"]["requests"].update({"nvidia.com/gpu": "2"}), "GPUs of requests"),
+    "endless scratch": ("single-gpu", lambda m, w: next(v for v in w.pod["volumes"] if v["name"] == "scratch").update(emptyDir={}), "fill the node"),
+    "shared memory over the limit": ("single-gpu", lambda m, w: shared_memory(w).update(sizeLimit="1Ti"), "/dev/shm"),
+    "shared memory on disk": ("single-gpu", lambda m, w: shared_memory(w).pop("medium"), "/dev/shm"),
+    "latest": ("single-gpu", lambda m, w: w.node.update(image="registry:5000/finetune"), "stays the same"),
+    "two images": ("cpu-debug", lambda m, w: w.node.update(image="finetune:2"), "several images"),
+    "grace that no cloud gives": ("spot-gke", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "gives 15"),
+    "a save longer than the grace": ("single-gpu", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "counts on 110 s"),
+    "more processes than GPUs": ("spot-eks", lambda m, w: set_argument(w, "8", "16"), "16 processes on a node of 8"),
+    "fewer processes than nodes have": ("jobset", lambda m, w: set_argument(w, "16", "8"), "4 processes on a node of 8"),
+    "another number of nodes": ("multi-node", lambda m, w: set_argument(w, "2", "4"), "4 processes on a node"),
+    "rank of nobody": ("multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "$(RANK_OF_NODE)"), "nobody says"),
+    "first node under another name": ("multi-node", lambda m, w: set_argument(w, "finetune-0.finetune", "finetune-0.x"), "look for finetune-0.x"),
+    "first node of a Job in a JobSet": ("jobset", lambda m, w: set_argument(w, "finetune-node-0-0.finetune", "finetune-0.finetune"), "the first one is finetune-node-0-0.finetune"),
+    "every node the first": ("multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "0"), "8 processes, where 2 nodes"),
+    "a setting that does not exist": ("spot-eks", lambda m, w: w.args.append("--train.epoch=3"), "train.epoch"),
+    "no such topology": ("spot-eks", lambda m, w: set_argument(w, "accelerate_configs/fsdp2.yaml", "accelerate_configs/x.yaml"), "x.yaml"),
+    "no such script": ("cpu-debug", lambda m, w: w.containers[0].update(command=["python", "data_scripts/x.py"]), "no data_scripts/x.py"),
+    "a batch that does not divide": ("jobset", lambda m, w: w.args.append("--train.global_batch_size=60"), "cannot be split"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_what_is_broken_is_seen(rendered, fault, tmp_path):
+    name, break_it, said = BROKEN[fault]
+    manifests = copy.deepcopy(rendered[name])
+    break_it(manifests, work(manifests))
+    found = problems(manifests, tmp_path)
+    assert any(re.search(said, problem) for problem in found), found
+
+
+@pytest.mark.parametrize("kind", ["Job", "JobSet", "TrainJob", "TrainingRuntime", "NetworkPolicy"])
+def test_a_field_that_nobody_knows_is_seen(rendered, kind):
+    for manifests in rendered.values():
+        for manifest in copy.deepcopy([m for m in manifests if m["kind"] == kind]):
+            manifest["spec"]["replicas_"] = 2
+            with pytest.raises((AssertionError, kubernetes_validate.ValidationError)):
+                check_schema(manifest, NEWEST)
+
+
+def test_a_kind_without_a_schema_is_a_failure():
+    with pytest.raises(kubernetes_validate.SchemaNotFoundError):
+        check_schema({"apiVersion": "x/v1", "kind": "Wish", "metadata": {"name": "x"}}, NEWEST)
