@@ -176,7 +176,8 @@ def build(job: "Job") -> "TrainState":
         job.tell(f"note: all logits are held at once, as {why}")
     if job.to_try is not None:
         loss, largest = OBJECTIVES[config.objective.kind].loss, data.train.largest()
-        step.attempt(topology, model, loss, largest, reserved=job.to_try)
+        several = configs.accumulation(config, topology.num_data) > 1
+        step.attempt(topology, model, loss, largest, reserved=job.to_try, num_passes=1 + several)
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
     decay = config.train.ema_decay
     ema = None if decay is None else Ema(topology.unwrap(model), decay)

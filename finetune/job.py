@@ -21,10 +21,13 @@ from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.engine.trackers import Trackers
 from finetune.engine.tracking import Tracker, say
-from finetune.errors import EXIT_FAILED, CheckpointError, OutOfMemory, RunDirectoryError
+from finetune.errors import EXIT_FAILED, CheckpointError, ConfigError, OutOfMemory, RunDirectoryError
 from finetune.evaluation import generation
 from finetune.models import parameters
 from finetune.preflight import Data
+
+# How those say it that raise no OutOfMemoryError: PyTorch on a CPU, cuBLAS, and CUDA's driver, also to NCCL.
+NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Cuda failure 2")
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,11 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
     """train.micro_batch_size: auto as a number, and the bytes of optimizer state for which it was chosen; None if it was one."""
     if config.train.micro_batch_size != "auto":
         return config, None
+    if config.train.global_batch_size % topology.num_data:
+        raise ConfigError(
+            f"train.global_batch_size: {config.train.global_batch_size} sequences cannot be shared out to {topology.num_data} processes; "
+            f"take a multiple of {topology.num_data}"
+        )
     from finetune.plan import choice
 
     size, reserved, why = topology.on_main(
@@ -168,7 +176,7 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
 
 def _out_of_memory(exc: RuntimeError, config: Config, topology: Topology) -> OutOfMemory | None:
     """An error of PyTorch's allocators, with what was forecast and what to change. None for other errors."""
-    if not isinstance(exc, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(exc):
+    if not isinstance(exc, torch.OutOfMemoryError) and not any(sign in str(exc) for sign in NO_MEMORY):
         return None
     hint = "python -m finetune plan --config FILE says what fits"
     with contextlib.suppress(Exception):  # there may be no memory left to think with

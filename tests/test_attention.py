@@ -57,10 +57,11 @@ def test_it_is_masked_attention(pack, kv_heads, window):
         torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_in_16_bits_it_is_as_near_to_float32_as_pytorchs_own():
+@pytest.mark.parametrize("window", [None, 3])
+def test_in_16_bits_it_is_as_near_to_float32_as_pytorchs_own(window):
     tensors = states(4, 2, 40, dtype=torch.bfloat16)
-    exact = run(masked, [tensor.detach().float().requires_grad_() for tensor in tensors], PACKS["many"], None)
-    own, plain = run(ours, tensors, PACKS["many"], None), run(masked, tensors, PACKS["many"], None)
+    exact = run(masked, [tensor.detach().float().requires_grad_() for tensor in tensors], PACKS["many"], window)
+    own, plain = run(ours, tensors, PACKS["many"], window), run(masked, tensors, PACKS["many"], window)
     for one, other, wanted in zip(own, plain, exact):
         error, usual = ((each.float() - wanted).square().mean().sqrt() for each in (one, other))
         assert error <= 1.3 * usual, (error, usual)

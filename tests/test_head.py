@@ -160,7 +160,7 @@ def test_where_nothing_is_learned_every_weight_still_gets_a_gradient_of_zero():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most numbers that any tensor held."""
+    """Remembers the most numbers that any new tensor held."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         out = function(*arguments, **(keywords or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not function.is_view:
                 self.numbers = max(self.numbers, tensor.numel())
         return out
 
@@ -185,7 +185,8 @@ def test_no_tensor_ever_holds_all_logits(chunks_of_a_few, how):
         loss = head.loss_sum(model, inputs, targets, learned)
         if how != "evaluation":
             loss.backward()
-    assert largest.numbers == VOCAB * 32, "the projection's weight is the largest of all; logits would be 120 x 1009"
+    # The gradient of the projection is the largest of all, 1009 x 32; without one it is the scores of 2 heads in 2 rows.
+    assert largest.numbers == (VOCAB * 32 if how == "all weights" else 2 * 2 * 60 * 60), "logits would be 120 x 1009"
 
 
 def test_in_16_bits_the_loss_is_summed_in_32(chunks_of_a_few):

@@ -50,6 +50,10 @@ def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recompute
     torch._dynamo.reset()
     layers.wrap(model, compiled=True, recomputed=recomputed)
     found = losses_and_gradients(model, packs)
+    with torch.no_grad():  # evaluations take the layers as they are
+        model.eval()
+        ids = torch.ones(1, 8, dtype=torch.long)
+        assert head.loss_sum(model, attention.inputs_of(ids, [8], model), ids, torch.arange(8)) > 0
     assert len(counted) == 1
     for (loss, grads), (wanted_loss, wanted_grads) in zip(found, wanted):
         torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)

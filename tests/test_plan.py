@@ -14,7 +14,7 @@ from finetune import config as configs
 from finetune.__main__ import main as command
 from finetune.engine import optim
 from finetune.engine.topology.launch import Wish
-from finetune.errors import ConfigError, OutOfMemory
+from finetune.errors import ConfigError, ModelError, OutOfMemory
 from finetune.models import load
 from finetune.models.build import build
 from finetune.plan import choice, forecast, trace
@@ -182,6 +182,17 @@ MEASURED = {
                 "model__config": MEASURED | {"num_hidden_layers": 8},
             },
         ),
+        # A checkpoint after each step: its copy is there while the next one goes on.
+        (
+            "single",
+            1,
+            {
+                "train__precision": "bf16",
+                "train__max_steps": 4,
+                "checkpoint__every_steps": 1,
+                "checkpoint__asynchronous": True,
+            },
+        ),
     ],
 )
 def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes, changes):
@@ -192,7 +203,7 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
     (workshop.folder / "rows.txt").write_text("".join(f"{i:04} " + "abcdefghi " * 89 + "\n" for i in range(40)))
     settings = {
         "model__config": MEASURED, "objective__kind": "clm", "data__train": str(workshop.folder / "rows.txt"), "data__packing": True,
-        "data__max_length": 900, "train__global_batch_size": 4, "train__max_steps": 2, "checkpoint__every_steps": 100, **changes,
+        "data__max_length": 900, "train__global_batch_size": 4, "train__max_steps": 2, "checkpoint__asynchronous": False, **changes,
     }  # fmt: skip
     path = workshop.write(workshop.config("measured", **settings))
     begun = start(path, topology, processes)
@@ -213,7 +224,10 @@ def test_more_at_once_never_needs_less_and_the_largest_is_the_last_that_fits():
     assert chooser.largest_micro_batch(SINGLE, (peaks[3] + peaks[4]) / 2) == 8
     assert chooser.largest_micro_batch(SINGLE, peaks[0] - 1) is None
     lengths = [chooser.forecast(SINGLE, None, length).peak for length in (1024, 2048, 4096)]
-    assert chooser.longest(SINGLE, (lengths[1] + lengths[2]) / 2) in (2048, 3072)
+    between = chooser.forecast(SINGLE, None, 3072).peak
+    assert chooser.longest(SINGLE, between) == 3072
+    assert chooser.longest(SINGLE, between - 1) == 2048
+    assert lengths == sorted(lengths)
 
 
 @pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])
@@ -252,6 +266,111 @@ def test_what_is_changed_first_costs_least(tmp_path):
     assert chooser.cheapest_change(SINGLE, 1e6) is None
 
 
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+        {"model_type": "gemma2", "head_dim": 8},
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
+        {"model_type": "mamba", "num_hidden_layers": 2},
+    ],
+    ids=lambda architecture: architecture["model_type"],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_any_architecture_can_be_forecast(architecture, precision):
+    config = config_of(TINY_LLAMA | architecture, model={"attention": "eager"})
+    for on_gpu in (False, True):
+        assert Chooser(config, precision=precision, on_gpu=on_gpu).forecast(SINGLE).device["activations"] > 0
+
+
+def test_what_cannot_be_followed_is_an_error_that_says_what_to_do(monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    def forward(self, input_ids, **_):
+        raise ValueError(f"{input_ids.sum().item()} tokens")
+
+    made = rehearsal(config_of(TINY_LLAMA), "eager")
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    made.base.forward = forward.__get__(made.base)
+    with pytest.raises(ModelError, match="memory of llama cannot be forecast.*give train.micro_batch_size a number"):
+        made.trace(Shape(1, 8, 8))
+
+
+def test_every_part_of_a_forecast_is_what_arithmetic_says():
+    """A Llama of N weights on 8 GPUs: bytes for each weight, in float32 with Adam; what ZeRO keeps, and copies."""
+    config = config_of(MEASURED, train={"global_batch_size": 8, "precision": "bf16", "ema_decay": 0.9})
+    chooser = Chooser(config, precision="bf16", on_gpu=True)
+    n = chooser.maker().weights.num
+    zero = {"reduce_bucket_size": 5e8}
+    #           weights, float32, optimizer, gradients, average, copied by a checkpoint, CUDA with NCCL
+    wanted = [
+        (Wish("single", 1), (4 * n, 0, 8 * n, 4 * n, 4 * n, 16 * n, 0.6e9)),
+        (Wish("ddp", 8), (4 * n, 0, 8 * n, 4 * n, 4 * n, 16 * n, 1e9)),
+        (Wish("fsdp2", 8), (n / 2, 0, n, n / 2, n / 2, 2 * n, 1e9)),
+        (Wish("zero1", 8, deepspeed={"zero_optimization": zero}), (2 * n, n / 2, n, 2 * n, 0, 1.5 * n, 1e9)),
+        (Wish("zero2", 8, deepspeed={"zero_optimization": zero}), (2 * n, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
+        (Wish("zero3", 8, deepspeed={"zero_optimization": zero}), (n / 4, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
+    ]
+    for wish, parts in wanted:
+        found = chooser.forecast(wish)
+        names = ("weights", "float32", "optimizer", "gradients", "average")
+        sizes = [*(found.device.get(name, 0) for name in names), found.host["checkpoint"], found.device["CUDA"]]
+        assert sizes == pytest.approx(parts), wish.name
+        moving = found.peak - sum(
+            size for name, size in found.device.items() if name in (*names[:3], "average", "CUDA", "buckets")
+        )
+        assert moving > max(found.device["gradients"], found.device["activations"]), wish.name
+
+
+def test_zero_keeps_quantised_weights_as_they_are():
+    config = config_of(MEASURED, adapter={"kind": "qlora"}, train={"global_batch_size": 8, "precision": "bf16"})
+    chooser = Chooser(config, precision="bf16", on_gpu=True)
+    wish = Wish("zero2", 8, deepspeed={"zero_optimization": {}})
+    assert chooser.forecast(wish).device["weights"] == pytest.approx(
+        chooser.forecast(SINGLE).device["weights"], rel=0.05
+    )
+
+
+def test_an_evaluation_may_need_more_than_a_step():
+    sizes = {"global_batch_size": 8, "micro_batch_size": 1, "gradient_checkpointing": True, "precision": "bf16"}
+    peaks = [
+        Chooser(config_of(MEASURED, train=sizes, evaluation=asked), precision="bf16", on_gpu=True).forecast(SINGLE).peak
+        for asked in ({}, {"micro_batch_size": 1}, {"micro_batch_size": 512})
+    ]
+    assert peaks[0] == peaks[1] < peaks[2]
+
+
+def test_dropout_in_attention_costs_a_gpu_no_scores():
+    gpt = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}
+    kept = [
+        Chooser(
+            config_of(gpt | {"attn_pdrop": chance}, data={"train": "x", "max_length": 1024}),
+            precision="bf16",
+            on_gpu=True,
+        )
+        .forecast(SINGLE)
+        .device["activations"]
+        for chance in (0.0, 0.1)
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
+    """A micro-batch that does not make whole steps on so many processes is not said to fit."""
+    path = workshop.write(workshop.config("plan", train__global_batch_size=8, train__micro_batch_size=8))
+    ddp = ["plan", "--config", str(path), "--topology", str(ROOT / "accelerate_configs/ddp.yaml"), "--gpu-memory", "8"]
+    assert command([*ddp, "--num-processes", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4].endswith("fits, with train.micro_batch_size: 4")
+    config, _ = configs.parse(["--config", str(path)])
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"micro_batch_size": 6, "global_batch_size": 12})}
+    )
+    said = choice.advice(config, Wish("ddp", 2), torch.device("cpu"), "fp32")
+    assert said.endswith("try train.micro_batch_size: 3")
+
+
 def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
     path = workshop.write(workshop.config("plan", train__global_batch_size=16, train__micro_batch_size="auto"))
     assert command(["plan", "--config", str(path), "--gpu-memory", "24"]) == 0
@@ -282,6 +401,8 @@ def test_one_topology_is_told_in_its_parts_and_with_the_speed_of_a_run(workshop,
     [
         (["--topology", "nowhere.yaml"], "nowhere.yaml"),
         (["--measured", "nowhere"], "no run with metrics"),
+        (["--num-processes", "0"], "a whole number from 1"),
+        (["--topology", str(ROOT / "accelerate_configs/single.yaml"), "--num-processes", "4"], "starts one"),
     ],
 )
 def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, said):
@@ -302,6 +423,13 @@ def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monke
     found = workshop.train("found", train__micro_batch_size="auto", **dropout)
     assert "train.micro_batch_size: auto is 4" in capsys.readouterr().err
     assert losses(found) == losses(workshop.train("given", train__micro_batch_size=4, **dropout))
+
+
+def test_auto_with_noise_on_the_embeddings(workshop):
+    found, given = (
+        workshop.train(str(size), train__micro_batch_size=size, train__neftune_alpha=5.0) for size in ("auto", 8)
+    )
+    assert losses(found) == losses(given)
 
 
 def test_auto_says_so_where_nothing_fits(workshop, monkeypatch):

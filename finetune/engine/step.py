@@ -66,17 +66,19 @@ def train_step(
     return StepResult(mean, grad_norm, int(tokens), int(supervised), not moved, tuple(w > 0 for w in wished))
 
 
-def attempt(topology: Topology, model: nn.Module, loss: Loss, batch: Batch, *, reserved: int) -> None:
-    """A pass forth and back that leaves nothing behind, to see that it fits beside `reserved` bytes for the optimizer.
+def attempt(topology: Topology, model: nn.Module, loss: Loss, batch: Batch, *, reserved: int, num_passes: int) -> None:
+    """Passes forth and back that leave nothing behind, to see that they fit beside `reserved` bytes for the optimizer.
 
-    Not with DeepSpeed, which counts passes.
+    Two where micro-batches add up: the second is beside all gradients. Not with DeepSpeed, which counts passes.
     """
     model.train()
     kept = torch.empty(reserved, dtype=torch.uint8, device=topology.device)
     devices = [topology.device] if topology.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), topology.accumulate(model, last=False):
-        total, _ = loss(model, topology.part(batch).to(topology.device))
-        topology.backward(total / max(batch.num_supervised, 1))
+    with torch.random.fork_rng(devices):
+        for _ in range(num_passes):
+            with topology.accumulate(model, last=False):
+                total, _ = loss(model, topology.part(batch).to(topology.device))
+                topology.backward(total / max(batch.num_supervised, 1))
     model.zero_grad()
     del kept
 

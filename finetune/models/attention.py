@@ -121,8 +121,9 @@ def _attend(
     """query [1, H, T, D], key and value [1, KV, T, D], bounds int32 [documents + 1] -> [1, T, H, D]"""
     if query.shape[1] % key.shape[1]:
         raise ModelError(f"{query.shape[1]} heads cannot share {key.shape[1]} heads of keys and values evenly")
+    alike = query.shape[-1] == value.shape[-1]
     fast = query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    if fast and varlen_attn is not None and dropout == 0.0:
+    if fast and varlen_attn is not None and dropout == 0.0 and alike and query.shape[-1] <= 256:  # what its kernel can
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         out = varlen_attn(
@@ -130,7 +131,7 @@ def _attend(
             scale=scaling, window_size=window, enable_gqa=key.shape[1] != query.shape[1],
         )  # fmt: skip
         return out[None]
-    if query.device.type == "cpu" and dropout == 0.0 and query.shape[-1] == value.shape[-1]:
+    if query.device.type == "cpu" and dropout == 0.0 and alike:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out, _ = documents.one_by_one(query, key, value, bounds, scale, sliding_window or 0)
         return out

@@ -59,7 +59,10 @@ def in_chunks(
     """
     linear = _active(head)
     if type(linear) is nn.Linear:
-        total: torch.Tensor = _ThroughMatrix.apply(hidden, linear.weight, linear.bias, targets, finish, smoothing)
+        tensors = [hidden, linear.weight, linear.bias]
+        if not torch.is_grad_enabled():  # evaluation: inside, a weight that trains would still ask for its gradient
+            tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
+        total: torch.Tensor = _ThroughMatrix.apply(*tensors, targets, finish, smoothing)
         return total
 
     # Adapters on the head, quantised heads: a forward of their own, done again for the gradient.
@@ -97,7 +100,9 @@ class _ThroughMatrix(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(raw_CV, matrix_VH, out=d_hidden[part])
             if needs_weight:
-                d_weight.add(raw_CV.T @ states_CH)
+                # In float16 a sum over many tokens may overflow, here, where no loss scale reaches.
+                wide = torch.float32 if dtype == torch.float16 else dtype
+                d_weight.add(raw_CV.T.to(wide) @ states_CH.to(wide))
             if needs_bias:
                 d_bias.add(raw_CV.sum(0, dtype=torch.float32))
         found = (
@@ -138,10 +143,10 @@ def _cross_entropy_(
     logits, targets = finish(raw_CV.float()), targets_C[:, None]
     chances = torch.softmax(logits, -1)
     highest = finish(raw_CV.amax(-1, keepdim=True).float())  # scales are positive, and tanh rises
-    log_sums = highest - chances.amax(-1, keepdim=True).log()
-    losses = log_sums - (1 - smoothing) * logits.gather(1, targets)
+    wanted = logits.gather(1, targets)
+    losses = (highest - wanted) - chances.amax(-1, keepdim=True).log()  # exact for the tokens that are known best
     if smoothing:
-        losses -= smoothing * logits.mean(-1, keepdim=True)
+        losses += smoothing * (wanted - logits.mean(-1, keepdim=True))
     if needs_grad:
         if smoothing:
             chances -= smoothing / chances.shape[1]

@@ -32,7 +32,8 @@ def add_noise(model: Any, alpha: float) -> None:
         ids, bounds, mask = inputs["input_ids"], inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
         if bounds is not None:
             sizes = bounds.diff()
-            lengths[:] = [sizes.repeat_interleave(sizes)[None]]
+            # Its sum is known here; else a GPU would be asked for it.
+            lengths[:] = [sizes.repeat_interleave(sizes, output_size=ids.shape[1])[None]]
         else:
             lengths[:] = [mask.sum(1, keepdim=True) if mask is not None else torch.full_like(ids[:, :1], ids.shape[1])]
 

@@ -22,7 +22,8 @@ def wrap(model: nn.Module, *, compiled: bool, recomputed: bool) -> None:
     """Give each layer a forward that is compiled, or done again in the backward pass, or both. Raises ModelError.
 
     What hangs on a layer (sharding, hooks) stays outside. Layers are alike, so one compilation serves
-    all, for any number of tokens: a start takes as long for 8 layers as for 80.
+    all, for any number of tokens: a start takes as long for 8 layers as for 80. Only in training: checks,
+    evaluations and samples would each ask for compilations of their own, until the compiler gives up.
     """
     names = classes(model)
     layers = list(_outermost(model, names))
@@ -38,10 +39,10 @@ def wrap(model: nn.Module, *, compiled: bool, recomputed: bool) -> None:
             )
         torch._dynamo.config.specialize_float = True  # scales and epsilons are constants; else all is compiled twice
     for layer in layers:
-        forward: Any = layer.forward
-        if compiled:
-            forward = torch.compile(forward, dynamic=True)
-        layer.forward = _again(layer, forward) if recomputed else forward
+        trained: Any = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
+        if recomputed:  # only the inputs are kept (Chen et al., 2016)
+            trained = functools.partial(checkpoint, trained, use_reentrant=False)
+        layer.forward = _in_training(layer, trained)
 
 
 def _outermost(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
@@ -52,13 +53,13 @@ def _outermost(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
             yield from _outermost(child, names)
 
 
-def _again(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Only the inputs are kept (Chen et al., 2016)."""
+def _in_training(layer: nn.Module, trained: Callable[..., Any]) -> Callable[..., Any]:
+    """`trained` where there will be a backward pass, the layer's own forward where there is none."""
+    plain: Any = layer.forward
 
-    @functools.wraps(forward)
-    def recomputing(*arguments: Any, **keywords: Any) -> Any:
-        if not (layer.training and torch.is_grad_enabled()):
-            return forward(*arguments, **keywords)
-        return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+    @functools.wraps(plain)
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        chosen = trained if layer.training and torch.is_grad_enabled() else plain
+        return chosen(*arguments, **keywords)
 
-    return recomputing
+    return forward

@@ -19,7 +19,10 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def flops_per_token(num_trainable: int, num_parameters: int) -> float:
-    """Of training: forward 2 for each weight, backward as many for its input, and as many for the weight where it trains."""
+    """Of training: 2 for each weight forward, 2 backward for its input, 2 for itself where it trains.
+
+    All weights count, also embeddings and experts that a token does not meet; attention and recomputation do not.
+    """
     return 2.0 * num_trainable + 4.0 * num_parameters
 
 

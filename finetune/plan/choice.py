@@ -64,16 +64,15 @@ class Chooser:
 
     def largest_micro_batch(self, wish: Wish, limit: float, change: str | None = None) -> int | None:
         """Of those that divide the sequences of a step, the largest that fits; None if none does."""
-        each = self.config.train.global_batch_size * wish.num_context // wish.num_processes
-        sizes = [size for size in range(1, each + 1) if each % size == 0]
+        sizes = micro_batches(self.config, wish)
         return _largest(sizes, lambda size: self.maker(change).of(wish, shape(self.config, size)).peak <= limit)
 
-    def longest(self, wish: Wish, limit: float) -> int | None:
+    def longest(self, wish: Wish, limit: float, micro_batch_size: int | None = None) -> int | None:
         """The longest sequences that fit, of LENGTHS as far as the model has positions; None if none do."""
-        positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or LENGTHS[-1]
-        lengths = [length for length in LENGTHS if length <= positions] or [positions]
+        positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or 0
+        lengths = [length for length in LENGTHS if not 0 < positions < length] or [positions]
         near = min(range(len(lengths)), key=lambda place: abs(lengths[place] - self.config.data.max_length))
-        return _largest(lengths, lambda length: self.forecast(wish, None, length).peak <= limit, near)
+        return _largest(lengths, lambda length: self.forecast(wish, micro_batch_size, length).peak <= limit, near)
 
     def cheapest_change(self, wish: Wish, limit: float) -> str | None:
         """Settings with which it fits, from what costs nothing to what learns less; None if there are none."""
@@ -101,8 +100,14 @@ class Chooser:
                 yield before + f"adapter.kind: {other}", _with(recomputed, "adapter", kind=other, freeze=[])
 
 
+def micro_batches(config: Config, wish: Wish) -> list[int]:
+    """Those that make whole steps: the divisors of a process's share of one."""
+    each = config.train.global_batch_size * wish.num_context // wish.num_processes
+    return [size for size in range(1, each + 1) if each % size == 0]
+
+
 def automatic(config: Config, wish: Wish, device: torch.device, precision: str) -> tuple[int, int, str]:
-    """(micro-batch, bytes of optimizer state on the device, why), for processes that are running. Raises ConfigError if none fits."""
+    """(micro-batch, bytes of optimizer state and averages on the device, why), for processes that are running. Raises ConfigError if none fits."""
     chooser, limit = _here(config, wish, device, precision)
     size = chooser.largest_micro_batch(wish, limit)
     forecast = chooser.forecast(wish, size or 1)
@@ -113,7 +118,8 @@ def automatic(config: Config, wish: Wish, device: torch.device, precision: str) 
             f"train.micro_batch_size: auto finds none that fits: a single sequence of {config.data.max_length:,} tokens needs {said}; "
             + (f"take {other}" if other else "take more processes, or shorter sequences") + "; see docs/performance.md"
         )  # fmt: skip
-    return size, int(forecast.device.get("optimizer", 0)), f"train.micro_batch_size: auto is {size}: {said}"
+    beside = forecast.device.get("optimizer", 0.0) + forecast.device.get("average", 0.0)
+    return size, int(beside), f"train.micro_batch_size: auto is {size}: {said}"
 
 
 def advice(config: Config, wish: Wish, device: torch.device, precision: str) -> str:
@@ -123,7 +129,7 @@ def advice(config: Config, wish: Wish, device: torch.device, precision: str) -> 
     forecast = chooser.forecast(wish)
     said = f"forecast: {forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
     if forecast.peak <= limit and size > 1:  # something else takes memory, or the forecast is wrong
-        smaller = max(other for other in range(1, size) if config.train.global_batch_size % other == 0)
+        smaller = max(other for other in micro_batches(config, wish) if other < size)
         return f"{said}, which would fit: look for what else uses the memory, or try train.micro_batch_size: {smaller}"
     other = chooser.cheapest_change(wish, limit if forecast.peak > limit else 0.95 * forecast.peak)
     return f"{said}; try {other}" if other else f"{said}; take more processes, or shorter sequences (data.max_length)"

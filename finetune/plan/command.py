@@ -17,7 +17,7 @@ from finetune.engine.topology import launch, support
 from finetune.engine.topology.launch import Wish
 from finetune.errors import ConfigError, UserError
 from finetune.models import parameters
-from finetune.plan.choice import SLACK, Chooser, capacity
+from finetune.plan.choice import SLACK, Chooser, capacity, micro_batches
 from finetune.plan.forecast import Forecast
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,9 @@ def main(arguments: argparse.Namespace) -> None:
     on_gpu, precision = memory is not None or cuda, config.train.precision
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
+    if arguments.num_processes is not None and arguments.num_processes < 1:
+        raise ConfigError(f"--num-processes {arguments.num_processes}: it must be a whole number from 1")
+    reached = None if arguments.measured is None else _reached(arguments.measured)
     files = [Path(arguments.topology)] if arguments.topology else sorted((ROOT / "accelerate_configs").glob("*.yaml"))
     asked = {file.stem: _wish(file, arguments.num_processes, required=len(files) == 1) for file in files}
     wishes = {name: wish for name, wish in asked.items() if wish}
@@ -58,15 +61,16 @@ def main(arguments: argparse.Namespace) -> None:
         _progress(f"{number} of {len(wishes)}: {name}")
         limit = capacity(torch.device("cuda" if cuda else "cpu"), wish.num_processes)
         limit = limit if memory is None else memory * GB * (1 - SLACK)
-        rows.append([name, str(wish.num_processes), *_row(chooser, wish, limit, arguments.measured)])
+        rows.append([name, str(wish.num_processes), *_row(chooser, wish, limit, reached)])
     _progress("")
     if arguments.topology:
         (wish,) = wishes.values()
-        print("\n" + _parts(chooser.forecast(wish), on_gpu))
+        print("\n" + _parts(chooser.forecast(wish, _micro_batch(chooser, wish, limit)), on_gpu))
     print("\n" + _table(rows))
     print(
         f"\nGB are 10^9 bytes of one process; left: of {'a GPU' if on_gpu else 'its share of this machine'}, less {SLACK:.0%}.\n"
-        "micro-batch, longest: the largest that fit, of those that divide train.global_batch_size, and with the micro-batch of the config."
+        "micro-batch, longest: the largest that fit, of those that make whole steps, and with the micro-batch of the forecast: that of the config, "
+        "or the largest that fits for auto, or is possible."
     )
 
 
@@ -78,7 +82,7 @@ def _progress(text: str) -> None:
 def _wish(file: Path, num_processes: int | None, required: bool) -> Wish | None:
     """What the file asks for, by Accelerate's own reading; None, unless it is required, if it cannot have so many processes."""
     options = ["--config_file", str(file.resolve())]
-    if num_processes and file.stem != "single":
+    if num_processes and (required or file.stem != "single"):
         options += ["--num_processes", str(num_processes)]
     if "multinode" in file.stem:
         options += ["--main_process_ip", "127.0.0.1"]
@@ -92,41 +96,54 @@ def _wish(file: Path, num_processes: int | None, required: bool) -> Wish | None:
         return None
 
 
-def _row(chooser: Chooser, wish: Wish, limit: float, measured: Path | None) -> list[str]:
+def _micro_batch(chooser: Chooser, wish: Wish, limit: float) -> int:
+    """That of the config; else the largest below it that makes whole steps; for auto the largest that fits, or 1."""
+    given = chooser.config.train.micro_batch_size
+    if given == "auto":
+        return chooser.largest_micro_batch(wish, limit) or 1
+    return max(size for size in micro_batches(chooser.config, wish) if size <= given)
+
+
+def _row(chooser: Chooser, wish: Wish, limit: float, reached: float | None) -> list[str]:
     config, data = chooser.config, wish.num_processes // wish.num_context
-    nothing = [""] * (6 if measured else 5)
+    nothing = [""] * (6 if reached else 5)
     auto, problems = "train.micro_batch_size: auto", list(support.conflicts(config, wish))
     if others := [problem for problem in problems if not problem.startswith(auto)]:
-        return [*nothing, f"not with {wish.name}: {others[0].split(':')[0]}"]
+        return [*nothing, others[0]]
     if config.train.global_batch_size % data:
         return [*nothing, f"train.global_batch_size: a multiple of {data}"]
-    micro = chooser.largest_micro_batch(wish, limit)
-    forecast = chooser.forecast(wish, micro if config.train.micro_batch_size == "auto" else None)
-    longest = chooser.longest(wish, limit)
-    speed = [f"{_speed(measured, chooser) * wish.num_processes:,.0f}"] if measured else []
-    verdict = f"fits, with train.micro_batch_size: {micro} for auto" if problems else "fits"
+    most, micro = chooser.largest_micro_batch(wish, limit), _micro_batch(chooser, wish, limit)
+    forecast, longest = chooser.forecast(wish, micro), chooser.longest(wish, limit, micro)
+    verdict = "fits"
     if forecast.peak > limit:
-        verdict = chooser.cheapest_change(wish, limit) or "nothing that is known here"
+        shorter = f"data.max_length: {longest}" if longest else "more processes, or another topology"
+        verdict = chooser.cheapest_change(wish, limit) or shorter
+    elif problems or config.train.micro_batch_size not in ("auto", micro):
+        verdict = f"fits, with train.micro_batch_size: {micro}" + (" for auto" if problems else "")
     return [
         f"{forecast.peak / GB:.1f}", f"{forecast.host_peak / GB:.1f}" if forecast.host else "", f"{(limit - forecast.peak) / GB:+.1f}",
-        f"{micro:,}" if micro else "none", f"{longest:,}" if longest else "none", *speed,
-        verdict,
+        f"{most:,}" if most else "none", f"{longest:,}" if longest else "none",
+        *([f"{_speed(reached, chooser) * wish.num_processes:,.0f}"] if reached else []), verdict,
     ]  # fmt: skip
 
 
-def _speed(run: Path, chooser: Chooser) -> float:
-    """Tokens a second of one process, from the arithmetic a second that a run has reached."""
+def _reached(run: Path) -> float:
+    """Arithmetic a second of one process that a run has reached. Raises ConfigError."""
     try:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        steps = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been torn
         receipt = json.loads((run / "receipt.json").read_text())
-        reached = statistics.median(line["tokens_per_second"] for line in lines[1:] or lines)
-        known = receipt["parameters"]
-        processes = receipt["num_processes"]
-    except (OSError, ValueError, KeyError, statistics.StatisticsError) as exc:
-        raise ConfigError(f"--measured {run}: no run with metrics and a receipt: {exc}") from exc
+        speed = statistics.median(line["tokens_per_second"] for line in steps[1:] or steps)
+        known, processes = receipt["parameters"], receipt["num_processes"]
+        return float(speed / processes * parameters.flops_per_token(known["trainable"], known["total"]))
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as exc:
+        raise ConfigError(f"--measured {run}: no run with metrics and a receipt: {type(exc).__name__}: {exc}") from exc
+
+
+def _speed(reached: float, chooser: Chooser) -> float:
+    """Tokens a second of one process, from the arithmetic a second."""
     weights = chooser.maker().weights
-    then = parameters.flops_per_token(known["trainable"], known["total"])
-    return reached / processes * then / parameters.flops_per_token(weights.num_trained, weights.num)
+    return reached / parameters.flops_per_token(weights.num_trained, weights.num)
 
 
 def _about(config: Config, chooser: Chooser) -> str:

@@ -18,10 +18,9 @@ from finetune.plan.weights import count
 PROCESS = 525e6
 # CUDA's own context, and NCCL's buffers where there are several: what is usual; no GPU was there to measure it.
 CONTEXT, CHANNELS = 0.6e9, 0.4e9
-# Of a GPU's memory: what its allocator rounds up and cannot join again.
-SLACK = 0.05
 # glibc keeps freed blocks of up to 32 MB between those in use: 10 to 40 % of what lives was measured, never a GB (docs/performance.md).
 HOARDED, MOST_HOARDED = 0.25, 1e9
+WHOLE = "whole model, at the start and the end"
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,9 @@ class Forecast:
 
     @property
     def host_peak(self) -> float:
-        return sum(self.host.values())
+        """While it trains, or, of the first process, while the whole model is read and exported."""
+        training = {name: size for name, size in self.host.items() if name != WHOLE}
+        return max(sum(training.values()), PROCESS + self.host.get(WHOLE, 0.0))
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Forecaster:
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
         self._about = (model_config, tokenizer, attention)
         self._rehearsals: dict[bool, Rehearsal] = {}
-        self._traces: dict[tuple[bool, Shape], Trace] = {}
+        self._traces: dict[tuple[bool, Shape, bool], Trace] = {}
         self._half = 4 if precision == "fp32" else 2  # bytes of a number that is calculated with
         self.weights = count(self._rehearsal(False).model, config, self._half)
 
@@ -75,33 +76,45 @@ class Forecaster:
         if not wish.is_sharded and not accumulates:
             pass_itself = traced.both  # gradients grow while activations go
         moving = max(sum(held.passing.values()) + pass_itself, held.gradients + held.at_end)
-        peak = sum(held.staying.values()) + moving
+        looking = self._looking(wish, shape) if self.config.evaluation.micro_batch_size else 0.0
+        peak = sum(held.staying.values()) + max(moving, sum(held.passing.values()) + looking)
         device = {
             **held.staying, "gradients": held.gradients, **held.passing,
             "activations": traced.kept, "work": traced.passing - traced.kept, **({"step": held.at_end} if held.at_end else {}),
         }  # fmt: skip
-        host = {"process": PROCESS, **held.waiting, "checkpoint": self._copied(held)}
+        copied = {"checkpoint": self._copied(held)}
         if self.on_gpu:
+            w = self.weights  # all weights are read by one process, and exported from a copy that is opened beside it
+            whole = 2 * w.stored if w.num == w.num_trained else w.stored
+            host = {"process": PROCESS, **held.waiting, **copied, WHOLE: whole}
             device["CUDA"] = CONTEXT + (CHANNELS if wish.num_processes > 1 else 0.0)
             return Forecast(device, peak + device["CUDA"], host)
-        peak += sum(held.waiting.values())
+        peak += sum(held.waiting.values()) + copied["checkpoint"]
         device |= {
             **held.waiting,
+            **copied,
             "allocator": min(HOARDED * peak, MOST_HOARDED) if hoards() else 0.0,
             "process": PROCESS,
         }
         return Forecast(device, peak + device["allocator"] + PROCESS)
 
-    def _trace(self, wish: Wish, shape: Shape) -> Trace:
+    def _looking(self, wish: Wish, shape: Shape) -> float:
+        """Bytes of an evaluation's pass, at its own micro-batch."""
+        size = self.config.evaluation.micro_batch_size
+        assert size is not None
+        return self._trace(wish, replace(shape, num_sequences=size), learns=False).passing
+
+    def _trace(self, wish: Wish, shape: Shape, learns: bool = True) -> Trace:
         halved = wish.is_sharded and self.precision != "fp32"
         part = replace(
             shape, length=-(-shape.length // wish.num_context), learned=-(-shape.learned // wish.num_context)
         )
         if not pads(self._about[2]):  # sequences lie end to end: only their tokens count
             part = Shape(1, part.num_sequences * part.length, part.num_sequences * part.learned)
-        if (halved, part) not in self._traces:
-            self._traces[halved, part] = self._rehearsal(halved).trace(part)
-        return self._traces[halved, part]
+        key = halved, part, learns
+        if key not in self._traces:
+            self._traces[key] = self._rehearsal(halved).trace(part, learns)
+        return self._traces[key]
 
     def _rehearsal(self, halved: bool) -> Rehearsal:
         if halved not in self._rehearsals:
@@ -132,7 +145,10 @@ class Forecaster:
     def _whole(self, wish: Wish) -> _Held:
         w = self.weights
         buckets = {"buckets": w.trained} if wish.kind == "ddp" else {}  # copies of gradients, as they are sent
-        return _Held({"weights": w.stored, "optimizer": w.optimizer, **self._average(), **buckets}, w.trained)
+        # On a GPU PyTorch's adafactor makes the updates of all weights at once.
+        updates = w.trained if self.on_gpu and self.config.optimizer.kind == "adafactor" else 0.0
+        staying = {"weights": w.stored, "optimizer": w.optimizer, **self._average(), **buckets}
+        return _Held(staying, w.trained, at_end=updates)
 
     def _in_parts(self, wish: Wish) -> _Held:
         w, half, parts = self.weights, self._half, wish.num_processes // wish.num_replicas
@@ -156,7 +172,7 @@ class Forecaster:
         reduced = (half + 4 + (half if shares_gradients else 0)) * bucket
         return _Held(
             {
-                "weights": half * w.num / (parts if shares_weights else 1),
+                "weights": w.used / (parts if shares_weights else 1),
                 "float32": 4.0 * w.num_trained / parts,
                 "optimizer": w.optimizer / parts,
             },
@@ -173,7 +189,8 @@ class Forecaster:
         if not self.config.checkpoint.asynchronous:
             return 0.0
         everything = held.staying | held.waiting
-        return everything["optimizer"] + everything.get("float32", min(everything["weights"], self.weights.trained))
+        weights = everything.get("float32", min(everything["weights"], self.weights.trained))
+        return everything["optimizer"] + weights + everything.get("average", 0.0)
 
 
 def hoards() -> bool:

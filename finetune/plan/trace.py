@@ -1,8 +1,8 @@
 """One step of the real model on tensors that have shapes and no memory, and a ledger of what it would have held.
 
 Nothing is estimated from a formula: the model's own forward, with its adapters, its attention, its
-recomputation and its loss, runs under PyTorch's FakeTensorMode. So any architecture is known, and a
-change of the code changes the forecast.
+recomputation and its loss, runs under PyTorch's FakeTensorMode. So no architecture needs a formula,
+and a change of the code changes the forecast.
 """
 
 import weakref
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from finetune.config import Config
 from finetune.data.batches import IGNORE
 from finetune.engine.topology import empty
+from finetune.errors import ModelError
 from finetune.models import attention, cross_entropy, documents, head
 from finetune.models.build import build
 
@@ -86,7 +87,12 @@ class Ledger(TorchDispatchMode):
             self.passing -= size
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        out = function(*arguments, **(keywords or {}))
+        if function is torch.ops.aten._grouped_mm.default and arguments[0].dtype != torch.bfloat16:
+            # Experts: kernels take other numbers, only what stands for them in a trace does not.
+            out = function(*(a.bfloat16() for a in arguments[:2]), *arguments[2:], **(keywords or {}))
+            out = out.to(arguments[0].dtype)
+        else:
+            out = function(*arguments, **(keywords or {}))
         for value in tree_leaves(out):
             if isinstance(value, torch.Tensor):
                 self._book(value)
@@ -116,8 +122,21 @@ class Rehearsal:
         with self.mode:
             empty.move(self.model, "cpu")
         self.model.train()
+        if on_gpu and attention != "eager":
+            _without_attention_dropout(self.model)
 
-    def trace(self, shape: Shape) -> Trace:
+    def trace(self, shape: Shape, learns: bool = True) -> Trace:
+        """Of a pass forth and back, or, if nothing is learned from it, forth. Raises ModelError if the model cannot be followed."""
+        try:
+            return self._trace(shape, learns)
+        except Exception as exc:  # code of any author, on tensors without values
+            kind = self.base.config.model_type
+            raise ModelError(
+                f"the memory of {kind} cannot be forecast: {type(exc).__name__}: {str(exc).splitlines()[0][:200]}; "
+                "give train.micro_batch_size a number, and try it"
+            ) from exc
+
+    def _trace(self, shape: Shape, learns: bool) -> Trace:
         ledger = Ledger()
         rows, documents_of_row = (
             (shape.num_sequences, 1) if attention.pads(self.attention) else (1, shape.num_sequences)
@@ -141,13 +160,14 @@ class Rehearsal:
             inputs = attention.inputs_of(ids, [shape.length] * documents_of_row, self.base)
             targets = torch.full_like(ids, IGNORE)
             learned = torch.zeros(shape.num_sequences * shape.learned, dtype=torch.long)
-            with ledger:
+            with ledger, torch.set_grad_enabled(learns):
                 with torch.autocast(
                     "cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None, cache_enabled=False
                 ):
                     loss = head.loss_sum(self.model, inputs, targets, learned)
                 kept = ledger.passing
-                loss.backward()
+                if learns:
+                    loss.backward()
                 del loss
             found = Trace(ledger.most_passing, ledger.most, ledger.gradients, kept)
             for hook in hooks:
@@ -155,3 +175,12 @@ class Rehearsal:
             for parameter in self.model.parameters():
                 parameter.grad = None
         return found
+
+
+def _without_attention_dropout(model: Any) -> None:
+    """A CPU keeps all scores for it; a GPU's kernels make the same random numbers again."""
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+        if isinstance(getattr(module, "attn_dropout", None), torch.nn.Dropout):
+            module.attn_dropout.p = 0.0

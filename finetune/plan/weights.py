@@ -25,6 +25,8 @@ class Weights:
     num_trained: int
     stored: float
     """Bytes, quantised ones as such."""
+    used: float
+    """Bytes in the dtype of the arithmetic, or quantised."""
     trained: float
     """Bytes of those that train; their gradients have as many."""
     optimizer: float
@@ -60,7 +62,7 @@ def count(model: nn.Module, config: Config, width: int) -> Weights:
 
     largest = max(inside, key=total, default=set())
     return Weights(
-        num=total(named), num_trained=total(trains), stored=total(named, stored), trained=total(trains, stored),
+        num=total(named), num_trained=total(trains), stored=total(named, stored), used=total(named, used), trained=total(trains, stored),
         optimizer=sum(_states(model, config)),
         layer=total(largest, used), layer_trained=total(largest & trains),
         ends=total(ends, used), ends_stored=total(ends, stored), ends_trained=total(ends & trains, stored),
