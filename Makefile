@@ -3,7 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-fast faults bench lint schema clean
+.PHONY: install quickstart test test-fast faults image image-test bench lint schema clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -35,6 +35,17 @@ test-fast: install
 
 faults: install
 	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults tests/invariants/test_topologies.py -n 2 -s
+
+# For NVIDIA GPUs; docs/containers.md has the ARGS for a CPU and for FlashAttention. BUILDER="buildah build" or "podman build" will do, too.
+BUILDER ?= docker build
+image:
+	version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) && \
+	$(BUILDER) --file docker/Dockerfile --tag finetune:$$version --build-arg VERSION=$$version \
+	  --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) $(ARGS) .
+
+# Builds one for a CPU and runs it; as root, with Debian's buildah, crun and mmdebstrap.
+image-test: install
+	FINETUNE_IMAGE=1 $(BIN)/python -m pytest tests/test_image.py -s
 
 # Side by side with TRL, about ten minutes; ROWS=my.jsonl for your own.
 bench: install
