@@ -43,7 +43,7 @@ image:
 	$(BUILDER) --file docker/Dockerfile --tag finetune:$$version --build-arg VERSION=$$version \
 	  --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) $(ARGS) .
 
-# Builds one for a CPU and runs it; as root, with Debian's buildah, crun and mmdebstrap.
+# Builds one for a CPU and runs it; as root, with Debian's buildah, runc and mmdebstrap.
 image-test: install
 	FINETUNE_IMAGE=1 $(BIN)/python -m pytest tests/test_image.py -s
 
