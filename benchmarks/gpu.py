@@ -1,34 +1,41 @@
-"""Methods and topologies on one GPU: speed and memory of train.py on a Llama of 1.2B parameters, random weights.
+"""Methods and topologies on one GPU: speed, memory and utilisation of train.py on Llamas of random weights.
 
     python benchmarks/gpu.py                       # all of it, as a table for docs/performance.md
-    python benchmarks/gpu.py --only qlora          # a regular expression
-    python benchmarks/gpu.py --shape tiny          # anywhere, to see that it works
+    python benchmarks/gpu.py --only "8B|qlora"     # a regular expression
+    python benchmarks/gpu.py --tiny                # anywhere, to see that it works
 
-FSDP2 and ZeRO run with one process: what they cost where there is nothing to share. Twelve steps of
-packs of 2,048 tokens; the median of all but the first four.
+1B: Llama-3.2-1B's shape, packs of 2,048 tokens, four at once. 8B: Llama-3.1-8B's, packs of 8,192, one at once, layers
+recomputed; all weights in bf16, as float32 ones need 128 GB with AdamW. FSDP2 and ZeRO run with one
+process: what they cost where there is nothing to share. Medians of all steps but the first four. Needs torch,
+transformers, accelerate and peft, and for some rows bitsandbytes and deepspeed; what fails says why.
 """
 
 import argparse
-import json
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
+from runs import ROOT, measure
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
     "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
 }  # fmt: skip
 STEPS, WARM = 12, 4
 LORA = {"adapter.kind": "lora", "adapter.r": 16}
 CHECKPOINTED = {"train.gradient_checkpointing": True}
+BF16 = {"model.dtype": "bfloat16"}
 CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "8B lora r 16": (None, LORA | CHECKPOINTED),
+    "8B lora r 16, compiled": (None, LORA | CHECKPOINTED | {"train.compile": True}),
+    "8B full in bf16": (None, BF16 | CHECKPOINTED),
+    "8B full in bf16, compiled": (None, BF16 | CHECKPOINTED | {"train.compile": True}),
+    "8B qlora nf4, compiled": (None, LORA | CHECKPOINTED | {"adapter.kind": "qlora", "train.compile": True}),
+    "8B qlora nf4": (None, LORA | CHECKPOINTED | {"adapter.kind": "qlora"}),
     "full": (None, {}),
     "full, gradient checkpointing": (None, CHECKPOINTED),
     "full, adamw_8bit": (None, {"optimizer.kind": "adamw_8bit"}),
@@ -52,20 +59,14 @@ CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="regular expression: these cases")
-    parser.add_argument("--shape", choices=SHAPES, default="1B")
-    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--tiny", action="store_true", help="models of two layers, packs of 256 tokens")
     arguments = parser.parse_args()
     print(hardware())
     print("| case | tokens/s | memory | mfu | last loss |\n| --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(folder / "model", SHAPES[arguments.shape])
-        make_rows(folder / "rows.txt")
         for case, (topology, settings) in CASES.items():
             if re.search(arguments.only, case):
-                print(
-                    f"| {case} | {measure(folder, case, topology, settings, arguments.micro_batch_size)} |", flush=True
-                )
+                print(f"| {case} | {cells(Path(name), case, topology, settings, arguments.tiny)} |", flush=True)
 
 
 def hardware() -> str:
@@ -77,52 +78,51 @@ def hardware() -> str:
     return f"{device}; torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
 
 
-def make_model(folder: Path, shape: dict[str, Any]) -> None:
+def cells(folder: Path, case: str, topology: str | None, settings: dict[str, Any], tiny: bool) -> str:
+    """Of a row: speed, memory, utilisation and loss; or what went wrong."""
+    size = "8B" if case.startswith("8B") else "1B"
+    length, at_once = (8192, 1) if size == "8B" else (2048, 4)
+    values: dict[str, Any] = {
+        "model.path": str(model(folder, "tiny" if tiny else size)), "objective.kind": "clm", "data.train": str(rows(folder)),
+        "data.packing": True, "data.max_length": 256 if tiny else length, "train.global_batch_size": at_once,
+        "train.micro_batch_size": at_once, "train.max_steps": STEPS, "optimizer.lr": 1e-5, **settings,
+    }  # fmt: skip
+    try:
+        found = measure(folder, values, warm=WARM, topology=topology or "single")
+    except RuntimeError as exc:
+        return f"failed: {exc} | | |"
+    mfu = "-" if found.mfu is None else f"{found.mfu:.1%}"
+    return f"{found.tokens_per_second:,.0f} | {found.memory_gb:.2f} GB | {mfu} | {found.last_loss:.4f}"
+
+
+def model(folder: Path, size: str) -> Path:
+    """Random weights, saved once; the tokenizer of bytes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sys.path.insert(0, str(ROOT))
-    from finetune.models.load import bytes_tokenizer
+    if not (folder / size).exists():
+        sys.path.insert(0, str(ROOT))
+        from finetune.models.load import bytes_tokenizer
 
-    model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096, **shape)).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    bytes_tokenizer().save_pretrained(folder)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # eight billion random numbers
+            torch.set_default_dtype(torch.bfloat16)
+            made = LlamaForCausalLM(LlamaConfig(max_position_embeddings=8192, **SHAPES[size]))
+            torch.set_default_dtype(torch.float32)
+        made.save_pretrained(folder / size)
+        bytes_tokenizer().save_pretrained(folder / size)
+        del made
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return folder / size
 
 
-def make_rows(path: Path) -> None:
+def rows(folder: Path) -> Path:
     """Sentences of the quickstart's vocabulary, enough for every step."""
-    command = [sys.executable, "data_scripts/pig_latin.py", "--output", str(path.parent / "pig_latin")]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    path.write_text((path.parent / "pig_latin/sentences.txt").read_text())
-
-
-def measure(folder: Path, case: str, topology: str | None, settings: dict[str, Any], micro: int) -> str:
-    """Cells of a row: speed, memory, utilisation and loss; or the first line of what went wrong."""
-    name = re.sub(r"[^a-z0-9]+", "_", case)
-    values: dict[str, Any] = {
-        "run.name": name, "run.dir": str(folder / "runs"), "model.path": str(folder / "model"), "objective.kind": "clm",
-        "data.train": str(folder / "rows.txt"), "data.packing": True, "data.max_length": 2048, "data.cache_dir": str(folder / "cache"),
-        "train.global_batch_size": micro, "train.micro_batch_size": micro, "train.max_steps": STEPS, "optimizer.lr": 1e-5, **settings,
-    }  # fmt: skip
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        section, field = key.split(".")
-        sections.setdefault(section, {})[field] = value
-    config = folder / f"{name}.yaml"
-    config.write_text(yaml.safe_dump(sections))
-    command = [sys.executable, "train.py", "--config", str(config)]
-    if topology:
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{topology}.yaml"]
-        command = [sys.executable, *launcher, "--num_processes", "1", *command[1:]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        wrong = [line for line in done.stderr.splitlines() if re.search(r"[Ee]rror\b.*:|out of memory", line)]
-        return f"failed: {(wrong or ['?'])[0][:200]} | | |"
-    lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    warm = lines[WARM:]
-    speed, last = statistics.median(line["tokens_per_second"] for line in warm), lines[-1]
-    mfu = f"{statistics.median(line['mfu'] for line in warm):.1%}" if "mfu" in last else "-"
-    return f"{speed:,.0f} | {last['memory_gb']:.2f} GB | {mfu} | {last['loss']:.4f}"
+    path = folder / "pig_latin/sentences.txt"
+    if not path.exists():
+        command = [sys.executable, "data_scripts/pig_latin.py", "--output", str(path.parent)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return path
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Every causal language model that transformers builds: is its head followed, and can its memory be forecast?
+
+    python benchmarks/architectures.py          five minutes on a CPU; names those that are not
+
+Each with the sizes that its config has by itself, but two layers; no weights are made.
+"""
+
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from finetune.config import Config
+from finetune.models import head, load
+from finetune.plan.trace import Rehearsal, Shape
+
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
+SECONDS = 60
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGALRM, too_long)
+    built, followed, forecast = 0, 0, 0
+    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        signal.alarm(SECONDS)
+        try:
+            config = shallow(name)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except Exception:  # needs what is not installed, or other sizes than its config has by itself
+            continue
+        built += 1
+        try:
+            finish, why = head.probe(model)
+            followed += finish is not None
+            if why:
+                print(f"{name}: all logits are held, as {why}", flush=True)
+            trace(name, config)
+            forecast += 1
+        except Exception as exc:
+            print(f"{name}: {exc}", flush=True)
+        finally:
+            signal.alarm(0)
+    print(f"transformers {transformers.__version__}: {built} are built; {followed} heads followed, {forecast} forecast")
+
+
+def shallow(name: str) -> Any:
+    config = AutoConfig.for_model(name)
+    for depth in DEPTHS:
+        if isinstance(getattr(config, depth, None), int):
+            setattr(config, depth, 2)
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types)[:2]
+    return config
+
+
+def trace(name: str, model_config: Any) -> None:
+    config = Config.model_validate(
+        {"run": {"name": "x"}, "data": {"train": "x"}, "model": {"init": "random", "tokenizer": "bytes", "config": {"model_type": name}}}
+    )  # fmt: skip
+    tokenizer = load.load_tokenizer(config.model)
+    Rehearsal(config, model_config, tokenizer, attention="eager", precision="bf16").trace(Shape(1, 16, 16))
+
+
+def too_long(*_: Any) -> NoReturn:
+    raise TimeoutError(f"took more than {SECONDS} seconds")
+
+
+if __name__ == "__main__":
+    main()
