@@ -22,12 +22,15 @@ from finetune.errors import UserError
 Manifest = dict[str, Any]
 GPU = "nvidia.com/gpu"
 RESTRICTED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}  # fmt: skip
-# Node label of a cloud's spot machines -> seconds that a pod really gets.
-SPOT_SECONDS = {
-    "karpenter.sh/capacity-type": 110,
-    "cloud.google.com/gke-spot": 15,
-    "kubernetes.azure.com/scalesetpriority": 25,
+# Node label of a cloud's spot machines -> its value, the seconds that a pod really gets, and whether the nodes are tainted with it.
+SPOT = {
+    "karpenter.sh/capacity-type": ("spot", 110, False),
+    "cloud.google.com/gke-spot": ("true", 15, True),
+    "kubernetes.azure.com/scalesetpriority": ("spot", 25, True),
 }
+# Where a container finds what, and whether it may write there.
+MOUNTS = {"/config": False, "/tokens": False, "/runs": True, "/models": True, "/scratch": True, "/dev/shm": True}
+ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -92,8 +95,8 @@ def problems(manifests: list[Manifest], folder: Path) -> list[str]:
     """All faults; `folder`: for the files that a command line names."""
     found = work(manifests)
     return [
-        *_references(manifests, found), *_nodes(manifests, found), *_policies(found), *_profile(manifests, found),
-        *_resources(found), *_images(found), *_commands(manifests, found, folder),
+        *_references(manifests, found), *_mounts(found), *_nodes(manifests, found), *_kinds(manifests, found), *_policies(manifests, found),
+        *_profile(manifests, found), *_spot(found), *_resources(found), *_images(found), *_commands(manifests, found, folder),
     ]  # fmt: skip
 
 
@@ -121,14 +124,14 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
         for source in container.get("envFrom", []):
             if not source["secretRef"].get("optional"):
                 yield f"Secret {source['secretRef']['name']} is not here, and not optional"
-        if not {"/scratch", "/runs"} <= set(mounts):
-            yield f"container {container['name']} cannot write to /scratch and /runs"
     for manifest in manifests:
         if manifest["kind"] == "Service":
             if not manifest["spec"]["selector"].items() <= found.labels.items():
                 yield f"Service {manifest['metadata']['name']} selects no pod"
             if found.pod.get("subdomain") != manifest["metadata"]["name"]:
                 yield f"pods are in the subdomain {found.pod.get('subdomain')}, not in that of the Service"
+            if manifest["spec"].get("clusterIP") != "None" or not manifest["spec"].get("publishNotReadyAddresses"):
+                yield "the Service gives no names to pods that are not ready"
         if manifest["kind"] == "NetworkPolicy":
             peers = [peer["podSelector"] for rule in manifest["spec"]["ingress"] for peer in rule["from"]]
             for selector in [manifest["spec"]["podSelector"], *peers]:
@@ -136,8 +139,80 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
                     yield "NetworkPolicy selects no pod"
         if manifest["kind"] == "TrainJob":
             reference = manifest["spec"]["runtimeRef"]
-            if (reference["kind"], reference["name"]) not in names:
-                yield f"there is no {reference['kind']} {reference['name']}"
+            if (reference["kind"], reference["name"], reference["apiGroup"]) not in {
+                (*name, "trainer.kubeflow.org") for name in names
+            }:
+                yield f"there is no {reference['kind']} {reference['name']} in {reference['apiGroup']}"
+
+
+def _mounts(found: Work) -> Iterator[str]:
+    for container in found.containers:
+        mounts = {mount["mountPath"]: not mount.get("readOnly", False) for mount in container["volumeMounts"]}
+        needed = MOUNTS if container is found.node else {path: MOUNTS[path] for path in ("/runs", "/scratch")}
+        if {path: mounts.get(path) for path in needed} != needed:
+            yield f"container {container['name']} has not what it needs among {', '.join(needed)}, or may not write to it"
+    environment = {entry["name"]: entry.get("value", "") for entry in found.node.get("env", [])}
+    if not environment.get("HF_TOKEN_PATH", "").startswith("/tokens/") or environment.get("HF_HOME") != "/models":
+        yield "tokens or models are looked for where nothing is mounted"
+    [tokens] = [volume["secret"] for volume in found.pod["volumes"] if "secret" in volume]
+    if found.pod["securityContext"].get("fsGroup") != 10001 or tokens.get("defaultMode") != 0o440:
+        yield "user 10001 may not read the tokens or not write to the volumes, or others may"
+    if (environment.get("FINETUNE_NEEDS_GPU") == "1") != (GPU in found.node["resources"]["limits"]):
+        yield "FINETUNE_NEEDS_GPU is not what the limits say"
+
+
+def _spot(found: Work) -> Iterator[str]:
+    if "karpenter.sh/do-not-disrupt" in found.job["template"].get("metadata", {}).get("annotations", {}):
+        yield "Karpenter would not drain the node after a notice"
+    for label, value in found.pod.get("nodeSelector", {}).items():
+        wanted, seconds, is_tainted = SPOT.get(label, ("", 0, False))
+        if value != wanted:
+            yield f"no cloud's spot nodes are labelled {label}: {value}"
+        if found.pod["terminationGracePeriodSeconds"] > seconds:
+            yield f"{found.pod['terminationGracePeriodSeconds']} s to end, where the cloud gives {seconds}"
+        if is_tainted and not any(taint["key"] == label for taint in found.pod.get("tolerations", [])):
+            yield f"pods do not tolerate {label}"
+
+
+def _kinds(manifests: list[Manifest], found: Work) -> Iterator[str]:
+    """What controllers expect, or would take in another sense."""
+    by_kind = {manifest["kind"]: manifest for manifest in manifests}
+    if (
+        "suspend" in by_kind[found.kind]["spec"]
+        and "kueue.x-k8s.io/queue-name" not in by_kind[found.kind]["metadata"]["labels"]
+    ):
+        yield "suspended, and no queue would ever start it"
+    if found.kind == "Job":
+        return
+    top = by_kind["TrainingRuntime"]["spec"]["template"] if found.kind == "TrainJob" else by_kind["JobSet"]
+    [child], policy = top["spec"]["replicatedJobs"], top["spec"]["failurePolicy"]
+    if child.get("replicas", 1) != 1 or child["name"] != "node":
+        yield "the nodes are those of one Job, which is named node"
+    network = top["spec"].get("network", {})
+    if (
+        network.get("enableDNSHostnames") is False
+        or network.get("publishNotReadyAddresses") is False
+        or "subdomain" in network
+    ):
+        yield "nodes would not find the first one by its name"
+    if not policy.get("maxRestarts") or policy.get("restartStrategy") != "BlockingRecreate":
+        yield "new pods would start beside old ones, or never"
+    names = [rule["name"] for rule in policy["rules"]]
+    if len(set(names)) < len(names) or not all(
+        re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", name) for name in names
+    ):
+        yield f"names of rules: {names}"
+    if found.kind == "TrainJob":
+        order = [manifest["kind"] for manifest in manifests]
+        if order.index("TrainingRuntime") > order.index("TrainJob"):
+            yield "the TrainJob comes before its runtime, and would be refused"
+        if (
+            "torch" not in by_kind["TrainingRuntime"]["spec"]["mlPolicy"]
+            or child["template"]["metadata"]["labels"].get(ANCESTOR) != "trainer"
+        ):
+            yield "nothing would tell the pods their PET_ variables"
+        if any(entry["name"].startswith("PET_") for entry in found.node["env"]):
+            yield "PET_ variables are Trainer's to give"
 
 
 def _nodes(manifests: list[Manifest], found: Work) -> Iterator[str]:
@@ -145,16 +220,26 @@ def _nodes(manifests: list[Manifest], found: Work) -> Iterator[str]:
     if found.nodes > 1:
         if not (job.get("completionMode") == "Indexed" and job["parallelism"] == job["completions"] == found.nodes):
             yield f"{found.nodes} nodes, but completionMode, parallelism and completions say something else"
+        if found.kind == "Job" and not any(manifest["kind"] == "Service" for manifest in manifests):
+            yield "no Service gives the nodes their names"
         claims = [m for m in manifests if m["kind"] == "PersistentVolumeClaim"]
         if not any(claim["spec"]["accessModes"] == ["ReadWriteMany"] for claim in claims):
             yield "several nodes share no volume"
+    elif job.get("parallelism", 1) != 1:
+        yield "several pods would do the work of one"
     lasts = any("persistentVolumeClaim" in volume for volume in found.pod["volumes"] if volume["name"] == "storage")
     if not lasts and not any(argument.startswith("--checkpoint.storage") for argument in found.args):
         yield "nothing that a run leaves behind outlives its pod"
 
 
-def _policies(found: Work) -> Iterator[str]:
+def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
     pod, job = found.pod, found.job
+    if found.kind == "Job" and job.get("backoffLimit") != 3:
+        yield "a crash is not tried again three times"
+    if "activeDeadlineSeconds" in job or "activeDeadlineSeconds" in pod:
+        yield "a deadline would end a run that goes well"
+    if any("lifecycle" in container for container in found.containers):
+        yield "a hook takes its time from that of the save"
     if pod.get("restartPolicy") != "Never":
         yield "podFailurePolicy needs restartPolicy: Never"
     if job.get("podReplacementPolicy") != "Failed":
@@ -203,10 +288,11 @@ def fate(found: Work, code: int, disrupted: bool) -> str:
 
 
 def _profile(manifests: list[Manifest], found: Work) -> Iterator[str]:
-    """The Pod Security Standard that the namespace enforces: restricted, or privileged for what cannot be."""
+    """The Pod Security Standard "restricted"."""
     [namespace] = [manifest for manifest in manifests if manifest["kind"] == "Namespace"]
-    if namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted":
-        yield from unrestricted(found)
+    if namespace["metadata"]["labels"].get("pod-security.kubernetes.io/enforce") != "restricted":
+        yield "the namespace does not enforce the restricted profile"
+    yield from _unrestricted(found)
     if found.pod.get("automountServiceAccountToken") is not False:
         yield "pods get a token of the service account, which they do not need"
     for container in found.containers:
@@ -214,7 +300,7 @@ def _profile(manifests: list[Manifest], found: Work) -> Iterator[str]:
             yield f"container {container['name']} may write to its image"
 
 
-def unrestricted(found: Work) -> list[str]:
+def _unrestricted(found: Work) -> list[str]:
     pod, faults = found.pod, []
     context = pod.get("securityContext", {})
     faults += [f"{name} is not restricted" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
@@ -230,6 +316,11 @@ def unrestricted(found: Work) -> list[str]:
         capabilities = own.get("capabilities", {})
         if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
             faults.append(f"container {container['name']} may gain privileges")
+        if (
+            own.get("runAsUser", 10001) != 10001
+            or own.get("seccompProfile", {"type": "RuntimeDefault"})["type"] != "RuntimeDefault"
+        ):
+            faults.append(f"container {container['name']} takes back what its pod promises")
         if capabilities.get("drop") != ["ALL"] or set(capabilities.get("add", [])) - {"NET_BIND_SERVICE"}:
             faults.append(f"container {container['name']} keeps capabilities")
         if any("hostPort" in port for port in container.get("ports", [])):
@@ -240,8 +331,10 @@ def unrestricted(found: Work) -> list[str]:
 def _resources(found: Work) -> Iterator[str]:
     for container in found.containers:
         asked = container.get("resources", {})
-        if not all({"cpu", "memory"} <= set(asked.get(side, {})) for side in ("requests", "limits")):
-            yield f"container {container['name']} asks for no cpu and memory, or has no limits"
+        if not all(
+            {"cpu", "memory", "ephemeral-storage"} <= set(asked.get(side, {})) for side in ("requests", "limits")
+        ):
+            yield f"container {container['name']} asks for no cpu, memory and disk, or has no limits"
         elif asked["requests"]["memory"] != asked["limits"]["memory"]:
             yield f"container {container['name']} may be given less memory than it counts on"
         if asked.get("requests", {}).get(GPU) != asked.get("limits", {}).get(GPU):
@@ -250,6 +343,13 @@ def _resources(found: Work) -> Iterator[str]:
     for name, folder in volumes.items():
         if folder is not None and "sizeLimit" not in folder:
             yield f"volume {name} may fill the node's disk"
+    on_disk = sum(
+        amount(folder["sizeLimit"])
+        for folder in volumes.values()
+        if folder and "medium" not in folder and "sizeLimit" in folder
+    )
+    if on_disk > amount(found.node["resources"].get("limits", {}).get("ephemeral-storage", "0")):
+        yield "folders may hold more than the pod has asked for"
     shared = volumes.get("shm") or {}
     memory = found.node["resources"].get("limits", {}).get("memory", "0")
     if shared.get("medium") != "Memory" or amount(shared["sizeLimit"]) > amount(memory) / 4:
@@ -275,9 +375,6 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
     """Every command line through the real parsers: the launcher's for each node, train.py's for the rest."""
     processes: set[str] = set()
     grace = found.pod["terminationGracePeriodSeconds"]
-    for label, seconds in SPOT_SECONDS.items():
-        if label in found.pod.get("nodeSelector", {}) and grace > seconds:
-            yield f"{grace} s to end, where the cloud gives {seconds}"
     given_gpus = int(found.node["resources"]["limits"].get(GPU, 0))
     for container, nodes in [*((c, 1) for c in found.pod.get("initContainers", [])), (found.node, found.nodes)]:
         for rank in range(nodes):
@@ -286,6 +383,9 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
                 words = [_expanded(word, _environment(found, container, rank)) for word in args]
             except KeyError as exc:
                 yield f"nobody says what $({exc.args[0]}) is"
+                return
+            if not container.get("command") and words[0] != "launch":
+                yield f"{container['name']}: finetune has no command {words[0]} that trains"
                 return
             if container.get("command"):  # a script of ours, which has its own tests
                 if not Path(container["command"][1]).is_file():
@@ -320,8 +420,13 @@ def _environment(found: Work, container: Manifest, rank: int) -> dict[str, str]:
     own = {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
     if found.job.get("completionMode") == "Indexed":
         own["JOB_COMPLETION_INDEX"] = str(rank)
-    if found.kind == "TrainJob":
-        own |= {"PET_NNODES": str(found.nodes), "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": found.first_node}
+    if found.kind == "TrainJob":  # what its torch plugin puts in, in its own words
+        train_job = found.name.removesuffix("-node-0")
+        own |= {
+            "PET_NNODES": str(found.nodes),
+            "PET_NODE_RANK": str(rank),
+            "PET_MASTER_ADDR": f"{train_job}-node-0-0.{train_job}",
+        }
     return own
 
 

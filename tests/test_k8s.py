@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from kubeflow_trainer_api import models
-from manifests import Manifest, Work, problems, render, unrestricted, work
+from manifests import Manifest, Work, problems, render, work
 
 OVERLAYS = sorted(folder.name for folder in (ROOT / "k8s/overlays").iterdir())
 OLDEST, NEWEST = "1.31", "1.37"  # podFailurePolicy is stable since 1.31
@@ -32,6 +32,7 @@ TOGETHER = {
     "queue of TrainJobs": ["nodes", "rdma", "jobset", "trainjob", "kueue"],
     "spot, bucket": ["eight-gpus", "spot-aks", "object-store"],
 }
+FIFO = {"sortOptions": {"order": "fifo"}}
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
@@ -41,7 +42,7 @@ def rendered(tmp_path_factory) -> dict[str, list[Manifest]]:
     """Name -> manifests, of each overlay and of each row of TOGETHER."""
     found = {name: render(ROOT / "k8s/overlays" / name) for name in OVERLAYS}
     for name, components in TOGETHER.items():
-        found[name] = render(overlay(tmp_path_factory.mktemp("overlay"), components))
+        found[name] = render(overlay(tmp_path_factory.mktemp("overlay"), components, **FIFO))
     return found
 
 
@@ -95,10 +96,27 @@ def test_everything_fits_together(rendered, name, tmp_path):
     assert problems(rendered[name], tmp_path) == []
 
 
-def test_only_rdma_is_not_restricted(rendered):
-    assert {name for name, manifests in rendered.items() if unrestricted(work(manifests))} == {
-        "rdma", "queue of TrainJobs",
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    "components",
+    [
+        ["nodes", "jobset", "spot-eks"], ["nodes", "jobset", "rdma"], ["nodes", "jobset", "priority"], ["spot-gke", "nodes"],
+        ["object-store", "nodes"], ["nodes", "object-store", "jobset"], ["kueue", "nodes", "jobset"], ["nodes", "kueue", "jobset"],
+        ["nodes", "jobset", "kueue", "trainjob"], ["jobset"], ["nodes", "trainjob"], ["nodes", "eight-gpus"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_components_in_another_order_are_an_error_not_another_job(tmp_path, components):
+    with pytest.raises(AssertionError, match="test|nothing selected|no matches"):
+        render(overlay(tmp_path, components))
+
+
+def test_what_comes_after_an_overlay_with_a_jobset_is_an_error_too(tmp_path):
+    folder = overlay(tmp_path, ["spot-eks"])
+    values = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    values["resources"] = [values["resources"][0].replace("base", "overlays/jobset")]
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(AssertionError, match="test|no matches"):
+        render(folder)
 
 
 def test_several_nodes_wait_in_the_queue_with_their_own_kind(rendered):
@@ -114,8 +132,8 @@ def test_a_changed_config_is_another_object_and_every_kind_asks_for_it(tmp_path)
     names = set()
     for components in ([], ["nodes", "jobset"], ["nodes", "jobset", "trainjob"]):
         for manifests in (
-            render(overlay(tmp_path, components)),
-            render(overlay(tmp_path, components, configMapGenerator=mine, namespace="other")),
+            render(overlay(tmp_path, components, **FIFO)),
+            render(overlay(tmp_path, components, configMapGenerator=mine, namespace="other", **FIFO)),
         ):
             assert problems(manifests, tmp_path) == []
             names |= {manifest["metadata"]["name"] for manifest in manifests if manifest["kind"] == "ConfigMap"}
@@ -129,16 +147,17 @@ def test_one_setting_changes_the_image_of_every_container(tmp_path):
         assert {container["image"] for container in found.containers} == {"registry.example/finetune:2.0"}
 
 
-def pod(found: Work) -> Manifest:
-    return found.pod
-
-
 def shared_memory(found: Work) -> Manifest:
     return next(volume["emptyDir"] for volume in found.pod["volumes"] if volume["name"] == "shm")
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> Manifest:
     return next(manifest for manifest in manifests if manifest["kind"] == kind)
+
+
+def child(manifests: list[Manifest], kind: str) -> Manifest:
+    spec = of_kind(manifests, kind)["spec"]
+    return spec.get("template", {"spec": spec})["spec"]["replicatedJobs"][0]
 
 
 def set_argument(found: Work, old: str, new: str) -> None:
@@ -152,7 +171,43 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "account that nobody makes": ("single-gpu", lambda m, w: m.remove(of_kind(m, "ServiceAccount")), "no ServiceAccount"),
     "secret that must be there": ("single-gpu", lambda m, w: w.pod["volumes"][1 + [v["name"] for v in w.pod["volumes"][1:]].index("tokens")]["secret"].pop("optional"), "not optional"),
     "mount without a volume": ("single-gpu", lambda m, w: w.node["volumeMounts"].append({"name": "x", "mountPath": "/x"}), "no volumes"),
-    "nowhere to write": ("single-gpu", lambda m, w: w.node["volumeMounts"].pop(2), "cannot write"),
+    "nowhere to write": ("single-gpu", lambda m, w: w.node["volumeMounts"].pop(2), "has not what it needs"),
+    "no config": ("single-gpu", lambda m, w: w.node["volumeMounts"].pop(0), "has not what it needs"),
+    "no shared memory": ("jobset", lambda m, w: w.node["volumeMounts"].pop(5), "has not what it needs"),
+    "runs that can only be read": ("single-gpu", lambda m, w: w.node["volumeMounts"][2].update(readOnly=True), "may not write"),
+    "volumes of root": ("single-gpu", lambda m, w: w.pod["securityContext"].pop("fsGroup"), "user 10001 may not"),
+    "tokens for all": ("single-gpu", lambda m, w: next(v for v in w.pod["volumes"] if "secret" in v)["secret"].update(defaultMode=0o444), "or others may"),
+    "tokens elsewhere": ("single-gpu", lambda m, w: next(e for e in w.node["env"] if e["name"] == "HF_TOKEN_PATH").update(value="/x"), "looked for where nothing"),
+    "a GPU that nobody misses": ("spot-gke", lambda m, w: w.node["env"].pop(0), "FINETUNE_NEEDS_GPU"),
+    "not a command": ("single-gpu", lambda m, w: set_argument(w, "launch", "lauch"), "no command lauch"),
+    "no service": ("multi-node", lambda m, w: m.remove(of_kind(m, "Service")), "no Service"),
+    "a service with an address": ("multi-node", lambda m, w: of_kind(m, "Service")["spec"].pop("clusterIP"), "no names"),
+    "names for the ready only": ("multi-node", lambda m, w: of_kind(m, "Service")["spec"].pop("publishNotReadyAddresses"), "no names"),
+    "another API": ("trainjob", lambda m, w: of_kind(m, "TrainJob")["spec"]["runtimeRef"].update(apiGroup="x"), "no TrainingRuntime"),
+    "runtime after the job": ("trainjob", lambda m, w: m.append(m.pop(m.index(of_kind(m, "TrainingRuntime")))), "before its runtime"),
+    "no torch": ("trainjob", lambda m, w: of_kind(m, "TrainingRuntime")["spec"]["mlPolicy"].pop("torch"), "PET_ variables"),
+    "no ancestor": ("trainjob", lambda m, w: child(m, "TrainingRuntime")["template"]["metadata"]["labels"].clear(), "PET_ variables"),
+    "Trainer's variables": ("trainjob", lambda m, w: w.node["env"].append({"name": "PET_NNODES", "value": "2"}), "Trainer's to give"),
+    "another child": ("trainjob", lambda m, w: child(m, "TrainingRuntime").update(name="worker"), "named node"),
+    "two of each": ("jobset", lambda m, w: child(m, "JobSet").update(replicas=2), "one Job"),
+    "no names": ("jobset", lambda m, w: of_kind(m, "JobSet")["spec"]["network"].update(enableDNSHostnames=False), "by its name"),
+    "names elsewhere": ("jobset", lambda m, w: of_kind(m, "JobSet")["spec"]["network"].update(subdomain="x"), "by its name"),
+    "never again": ("jobset", lambda m, w: w.failure_policy.update(maxRestarts=0), "or never"),
+    "old pods beside new": ("jobset", lambda m, w: w.failure_policy.pop("restartStrategy"), "beside old ones"),
+    "a name with a space": ("jobset", lambda m, w: w.failure_policy["rules"][0].update(name="a b"), "names of rules"),
+    "two of a name": ("jobset", lambda m, w: w.failure_policy["rules"][0].update(name="preempted"), "names of rules"),
+    "suspended for ever": ("single-gpu", lambda m, w: w.job.update(suspend=True), "no queue"),
+    "four pods of one run": ("single-gpu", lambda m, w: w.job.update(parallelism=4), "work of one"),
+    "no second try": ("single-gpu", lambda m, w: w.job.update(backoffLimit=0), "three times"),
+    "a deadline": ("single-gpu", lambda m, w: w.job.update(activeDeadlineSeconds=60), "a deadline"),
+    "a hook": ("single-gpu", lambda m, w: w.node.update(lifecycle={"preStop": {"sleep": {"seconds": 100}}}), "a hook"),
+    "an open namespace": ("single-gpu", lambda m, w: of_kind(m, "Namespace")["metadata"]["labels"].update({"pod-security.kubernetes.io/enforce": "privileged"}), "does not enforce"),
+    "root after all": ("single-gpu", lambda m, w: w.node["securityContext"].update(runAsUser=0), "takes back"),
+    "unconfined after all": ("single-gpu", lambda m, w: w.node["securityContext"].update(seccompProfile={"type": "Unconfined"}), "takes back"),
+    "not drained": ("spot-eks", lambda m, w: w.job["template"]["metadata"].update(annotations={"karpenter.sh/do-not-disrupt": "true"}), "not drain"),
+    "a label that nobody has": ("spot-gke", lambda m, w: w.pod.update(nodeSelector={"cloud.google.com/gkespot": "true"}), "no cloud's spot"),
+    "a taint": ("spot-aks", lambda m, w: w.pod["tolerations"].pop(), "do not tolerate"),
+    "no disk": ("single-gpu", lambda m, w: w.node["resources"]["limits"].update({"ephemeral-storage": "1Gi"}), "hold more"),
     "another namespace": ("single-gpu", lambda m, w: of_kind(m, "Job")["metadata"].update(namespace="other"), "namespaces"),
     "service of others": ("multi-node", lambda m, w: of_kind(m, "Service")["spec"].update(selector={"app": "x"}), "selects no pod"),
     "subdomain of others": ("multi-node", lambda m, w: w.pod.update(subdomain="x"), "subdomain"),

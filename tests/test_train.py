@@ -278,6 +278,18 @@ def test_flash_attention_without_a_gpu_is_an_error(workshop):
         workshop.train(train__precision="fp16")
 
 
+def test_where_a_gpu_must_be_seen_nothing_trains_on_the_cpu(workshop, monkeypatch):
+    """In a cluster a driver that is not found would else cost days."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setenv("FINETUNE_NEEDS_GPU", "1")
+    result = workshop.launch()
+    assert result.returncode == 1
+    assert "failed: FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here" in result.stderr
+    assert not workshop.run_dir().exists()
+    workshop.check()
+
+
 def test_packing_a_model_that_cannot_keep_documents_apart_is_an_error(workshop):
     """Mamba's state runs through the whole row."""
     mamba = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}

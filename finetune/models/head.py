@@ -125,8 +125,8 @@ def probe(base: Any) -> tuple[Finish | None, str | None]:
 def _probe(base: Any, head: nn.Module, layers: nn.Module) -> tuple[Finish | None, str | None]:
     given = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([1e-3, 1e6])])[None, None]
     device = next(base.parameters()).device
-    states = torch.zeros(1, 1, base.config.get_text_config().hidden_size, device=device)
     try:
+        states = torch.zeros(1, 1, base.config.get_text_config().hidden_size, device=device)
         with torch.no_grad(), _answering(layers, lambda *_, **__: _Outputs(states)), _answering(head, lambda _: given):
             got = base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
     except Exception as exc:  # code of any author

@@ -49,6 +49,10 @@ class Topology:
                 f"the topology file sets mixed_precision: {self.wish.mixed_precision}, but train.precision is {self.precision}; "
                 "remove it from the topology file"
             )
+        if not cuda and os.environ.get("FINETUNE_NEEDS_GPU") == "1" and not check_only:
+            raise TopologyError(
+                "FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here: look at the driver, and at what the container is given (nvidia-smi)"
+            )
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda and local >= torch.cuda.device_count():
             raise ConfigError(
