@@ -3,7 +3,7 @@
     python benchmarks/growth.py --plot docs/growth.png       the table of docs/performance.md, on a CPU
     python benchmarks/growth.py --only vocabulary            a regular expression
 
-One thing changes at a time from a Llama of 13M parameters, all weights, bf16, packs of 512 tokens, 2,048 tokens a
+One thing changes at a time from a Llama of 16M parameters, all weights, bf16, packs of 512 tokens, 2,048 tokens a
 step, of which all are learned. Rounds alternate over all cases; medians of the rounds.
 """
 
