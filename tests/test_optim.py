@@ -54,3 +54,57 @@ def test_adamw_moves_as_its_formula_says():
     (layer.weight * 3).sum().backward()
     optimizer.step()
     assert layer.weight.item() == pytest.approx(before - 0.1 * 0.5 * before - 0.1, rel=1e-5)
+
+
+def test_rounding_by_chance_is_right_on_average():
+    """Of two neighbours, the nearer one the more often; what bfloat16 has is kept."""
+    chance = torch.Generator().manual_seed(0)
+    for value, below, above in (
+        (1.001953125, 1.0, 1.0078125),
+        (-3.0, -3.0, -3.0),
+        (-1e-3, -0.00099945068, -0.00100708),
+    ):
+        stored = torch.empty(200_000, dtype=torch.bfloat16)
+        optim.round_(stored, torch.full((200_000,), value), chance)
+        assert all(number == pytest.approx(below) or number == pytest.approx(above) for number in set(stored.tolist()))
+        assert stored.double().mean().item() == pytest.approx(value, rel=5e-5)
+
+
+def steps(dtype, count, gradient, **settings):
+    weight = nn.Parameter(torch.ones(4096, 1, dtype=dtype))
+    holder = nn.Module()
+    holder.weight = weight
+    optimizer = optim.build(holder, Optimizer(**settings), in_16_bits=dtype == torch.bfloat16)
+    for number in range(count):
+        weight.grad = torch.full_like(weight, gradient(number))
+        optimizer.step()
+    return weight.detach(), optimizer
+
+
+def test_in_16_bits_small_updates_add_up():
+    """A hundred updates of 1e-4, where a step of bfloat16 below 1 is 4e-3: rounded to the nearest, none of them moves anything."""
+    exact, _ = steps(torch.float32, 100, lambda _: 0.5, lr=1e-4)
+    rounded, _ = steps(torch.bfloat16, 100, lambda _: 0.5, lr=1e-4)
+    assert exact.mean().item() == pytest.approx(0.99, abs=1e-5)
+    assert rounded.double().mean().item() == pytest.approx(0.99, abs=5e-4)
+    nearest = nn.Parameter(torch.ones(4096, 1, dtype=torch.bfloat16))
+    plain = torch.optim.AdamW([nearest], lr=1e-4, weight_decay=0.0)
+    for _ in range(100):
+        nearest.grad = torch.full_like(nearest, 0.5)
+        plain.step()
+    assert (nearest == 1).all()
+
+
+def test_in_16_bits_the_second_moment_falls_with_the_gradients():
+    """0.999 of a bfloat16 number is, rounded to the nearest, that number."""
+    _, optimizer = steps(torch.bfloat16, 700, lambda number: 1.0 if number < 100 else 0.0, lr=1e-6)
+    [state] = optimizer.state.values()
+    wanted = (1 - 0.999**100) * 0.999**600
+    assert state["exp_avg_sq"].double().mean().item() == pytest.approx(wanted, rel=0.02)
+
+
+def test_in_16_bits_a_step_is_adamws_but_for_rounding():
+    for decay in (0.0, 0.1):
+        exact, _ = steps(torch.float32, 5, lambda number: 0.3 * number - 0.5, lr=0.05, weight_decay=decay)
+        rounded, _ = steps(torch.bfloat16, 5, lambda number: 0.3 * number - 0.5, lr=0.05, weight_decay=decay)
+        assert rounded.double().mean().item() == pytest.approx(exact.double().mean().item(), rel=2e-3)

@@ -12,7 +12,15 @@ import yaml
 from conftest import TINY_LLAMA, losses, pairs, read_jsonl, write_jsonl
 
 from finetune import config as configs
-from finetune.errors import CheckpointError, DataError, ModelError, RunDirectoryError, TrainingDiverged, UserError
+from finetune.errors import (
+    CheckpointError,
+    DataError,
+    ModelError,
+    RunDirectoryError,
+    TopologyError,
+    TrainingDiverged,
+    UserError,
+)
 
 
 def test_a_run_leaves_everything_its_contract_names(workshop):
@@ -283,9 +291,8 @@ def test_where_a_gpu_must_be_seen_nothing_trains_on_the_cpu(workshop, monkeypatc
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     monkeypatch.setenv("FINETUNE_NEEDS_GPU", "1")
-    result = workshop.launch()
-    assert result.returncode == 1
-    assert "failed: FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here" in result.stderr
+    with pytest.raises(TopologyError, match="FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here"):
+        workshop.train()
     assert not workshop.run_dir().exists()
     workshop.check()
 

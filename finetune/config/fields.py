@@ -51,7 +51,7 @@ class Model(Section):
     new_tokens: list[str] = []
     """Special tokens to add, such as [<|im_start|>, <|im_end|>]; their embeddings start from the mean and train."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the weights; auto: float32 for what trains, the dtype of train.precision for what is frozen."""
+    """Dtype of the weights; auto: float32 for what trains, the dtype of train.precision for what is frozen. bfloat16: also what trains, at half the memory, rounded stochastically."""
     attention: Literal["auto", "documents", "flash_attention_2", "sdpa", "eager"] = "auto"
     """Attention; documents and flash_attention_2 keep documents apart without padding, sdpa and eager train padded batches."""
     trust_remote_code: bool = False
@@ -282,6 +282,11 @@ class Config(Section):
         size = self.train.micro_batch_size
         assert size != "auto"
         return size
+
+    @property
+    def trains_in_16_bits(self) -> bool:
+        """Whether the weights that train are bfloat16 themselves; beside adapters what trains is float32."""
+        return self.adapter.kind == "full" and self.model.dtype == "bfloat16"
 
     @property
     def run_dir(self) -> Path:

@@ -142,6 +142,8 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
 
 def _optimizer_conflicts(config: Config) -> Iterator[str]:
     optimizer, kind = config.optimizer, config.optimizer.kind
+    if config.trains_in_16_bits and kind != "adamw":
+        yield f"optimizer.kind: {kind} rounds weights in 16 bits to the nearest, which loses most updates; use adamw, which rounds them by chance, or model.dtype: auto"
     if kind == "adafactor":
         yield from _ignored(optimizer, "optimizer", ("betas", "eps"), "adafactor has its own")
     if kind.startswith("lion"):

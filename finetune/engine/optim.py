@@ -9,6 +9,8 @@ from torch import nn
 
 from finetune.config import Optimizer, Schedule
 
+SLICE = 1 << 24  # values that are stepped at once: 64 MB for each of the float32 copies
+
 
 def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
     """Weights that train, by what is done to them: weight decay, and `scale` of the learning rate.
@@ -35,14 +37,19 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     ]
 
 
-def build(model: nn.Module, optimizer: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer over `parameter_groups`, at learning rate optimizer.lr x scale."""
+def build(model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False) -> torch.optim.Optimizer:
+    """The optimizer over `parameter_groups`, at learning rate optimizer.lr x scale.
+
+    `in_16_bits`: the weights that train are bfloat16, with no float32 copy of them anywhere.
+    """
     groups = parameter_groups(model, optimizer)
     for group in groups:
         group["lr"] = optimizer.lr * group["scale"]
     kind, eps = optimizer.kind, optimizer.eps
     first, second = optimizer.betas or ([0.9, 0.99] if kind.startswith("lion") else [0.9, 0.999])
     betas = (first, second)
+    if kind == "adamw" and in_16_bits:
+        return RoundedAdamW(groups, betas=betas, eps=eps)
     if kind == "adamw":  # Loshchilov and Hutter, 2019; one fused kernel over all parameters
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     if kind == "adafactor":  # Shazeer and Stern, 2018: row and column sums in place of second moments
@@ -62,6 +69,69 @@ def build(model: nn.Module, optimizer: Optimizer) -> torch.optim.Optimizer:
     if kind.startswith("lion"):  # Chen et al., 2023: the sign of a running average
         return bnb.Lion(groups, betas=betas, optim_bits=bits)
     return bnb.AdamW(groups, betas=betas, eps=eps, optim_bits=bits, is_paged=is_paged)
+
+
+class RoundedAdamW(torch.optim.Optimizer):
+    """AdamW on bfloat16 weights, 8 bytes for each with gradient and averages, computed in float32 and rounded stochastically.
+
+    bfloat16 has steps of 1/256 to 1/128 of a value. Rounded to the nearest, an update below half a step is lost each
+    time, and 0.999 v is v again, so that the second moment never falls. Rounded up or down by chance, with the odds
+    of how near each is, all are right on average (Gupta et al., 2015; Zamirai et al., 2020). The chance is a function of
+    the step, so a resumed run draws the same numbers.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(groups, {"betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        chance: torch.Generator | None = None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["step"] += 1
+                number = int(state["step"].item())
+                chance = chance or torch.Generator(parameter.device).manual_seed(number)
+                tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+                slices = (_own_part(tensor).view(-1).split(SLICE) for tensor in tensors)
+                for weight, grad, first, second in zip(*slices):
+                    _adamw_(weight, grad, first, second, number, group, chance)
+
+
+def _adamw_(
+    weight: torch.Tensor, grad: torch.Tensor, first: torch.Tensor, second: torch.Tensor, step: int, group: dict[str, Any], chance: torch.Generator
+) -> None:  # fmt: skip
+    """One step of a slice (Loshchilov and Hutter, 2019), in place."""
+    (beta1, beta2), lr, exact = group["betas"], group["lr"], grad.float()
+    mean = first.float().lerp_(exact, 1 - beta1)
+    square = second.float().mul_(beta2).addcmul_(exact, exact, value=1 - beta2)
+    moved = weight.float().mul_(1 - lr * group["weight_decay"])
+    moved.addcdiv_(mean, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-lr / (1 - beta1**step))
+    for stored, value in ((weight, moved), (first, mean), (second, square)):
+        round_(stored, value, chance)
+
+
+def round_(stored: torch.Tensor, value: torch.Tensor, chance: torch.Generator) -> None:
+    """float32 `value` into bfloat16 `stored`: up or down, with the odds of how near each is.
+
+    bfloat16 is the upper half of float32: a number from 0 to 65,535 added to the lower half carries into the upper one
+    as often as the lower half says.
+    """
+    if stored.dtype == torch.bfloat16:
+        bits = value.view(torch.int32)
+        bits += torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=chance)
+        bits &= -(1 << 16)
+    stored.copy_(value)
+
+
+def _own_part(tensor: Any) -> torch.Tensor:
+    """What this process has of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Muon(torch.optim.Optimizer):

@@ -50,7 +50,7 @@ FEATURES = [
     Feature(
         "all weights, in 16 bits",
         "model.dtype: bfloat16",
-        lambda c: c.adapter.kind == "full" and c.model.dtype == "bfloat16",
+        lambda c: c.trains_in_16_bits,
         {"zero*": "DeepSpeed keeps float32 weights beside those of train.precision; take auto"},
     ),
     Feature("LoRA", "adapter.kind: lora", lambda c: c.adapter.kind == "lora", {}),
