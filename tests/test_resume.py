@@ -59,8 +59,9 @@ def train_until(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, step: int, 
         {"data__group_by_length": True, "schedule__kind": "cosine", "schedule__warmup_steps": 3},
         {"model__config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
                            "num_attention_heads": 4, "attention_dropout": 0.1, "tie_word_embeddings": True}},
+        {"model__dtype": "bfloat16", "train__precision": "bf16", "optimizer__lr": 1e-3},
     ],
-    ids=["packed", "grouped, cosine", "tied, dropout"],
+    ids=["packed", "grouped, cosine", "tied, dropout", "in 16 bits, rounded by chance"],
 )  # fmt: skip
 def test_resumed_equals_uninterrupted_to_the_bit(workshop, monkeypatch, changes):
     """Interrupted at step 9, two steps after a save, in the middle of the second epoch."""
