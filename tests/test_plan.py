@@ -263,6 +263,14 @@ def test_what_is_changed_first_costs_least(tmp_path):
     assert chooser.cheapest_change(SINGLE, full - 1) == "train.micro_batch_size: 4"
     one = chooser.forecast(SINGLE, 1).peak
     assert chooser.cheapest_change(SINGLE, one - 1).startswith("train.gradient_checkpointing: true")
+    recomputed = "train.gradient_checkpointing: true, "
+    found = {
+        str(chooser.cheapest_change(SINGLE, limit)).removeprefix(recomputed) for limit in range(10**9, int(one), 10**7)
+    }
+    assert found >= {
+        "optimizer.kind: adamw_8bit, train.micro_batch_size: 1",
+        "model.dtype: bfloat16, train.micro_batch_size: 1",
+    }
     assert chooser.cheapest_change(SINGLE, 1e6) is None
 
 

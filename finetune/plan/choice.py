@@ -95,6 +95,8 @@ class Chooser:
         before = "" if config.train.gradient_checkpointing else "train.gradient_checkpointing: true, "
         if kind == "full" and config.optimizer.kind == "adamw":
             yield before + "optimizer.kind: adamw_8bit", _with(recomputed, "optimizer", kind="adamw_8bit")
+            if config.model.dtype != "bfloat16":
+                yield before + "model.dtype: bfloat16", _with(recomputed, "model", dtype="bfloat16")
         for other in ("lora", "qlora"):
             if config.model.init != "random" and kind not in (other, "qlora"):
                 yield before + f"adapter.kind: {other}", _with(recomputed, "adapter", kind=other, freeze=[])
