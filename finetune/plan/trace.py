@@ -132,7 +132,7 @@ class Rehearsal:
         except Exception as exc:  # code of any author, on tensors without values
             kind = self.base.config.model_type
             raise ModelError(
-                f"the memory of {kind} cannot be forecast: {type(exc).__name__}: {str(exc).splitlines()[0][:200]}; "
+                f"the memory of {kind} cannot be forecast: {type(exc).__name__}: {' '.join(str(exc).split())[:200]}; "
                 "give train.micro_batch_size a number, and try it"
             ) from exc
 

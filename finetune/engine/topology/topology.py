@@ -44,20 +44,7 @@ class Topology:
         cuda = torch.cuda.is_available()
         self.wish, self.launched = launch.read(), launch.recorded()
         self.precision = "fp32" if check_only and precision == "fp16" and not cuda else _resolve(precision, cuda)
-        if self.wish.mixed_precision not in ("no", PRECISIONS[self.precision]):
-            raise ConfigError(
-                f"the topology file sets mixed_precision: {self.wish.mixed_precision}, but train.precision is {self.precision}; "
-                "remove it from the topology file"
-            )
-        if not cuda and os.environ.get("FINETUNE_NEEDS_GPU") == "1" and not check_only:
-            raise TopologyError(
-                "FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here: look at the driver, and at what the container is given (nvidia-smi)"
-            )
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if cuda and local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"num_processes: this node has {torch.cuda.device_count()} GPUs, and process {local + 1} has none; give --num_processes"
-            )
+        _require_what_was_asked(self.wish, self.precision, cuda, check_only)
         if not cuda:  # whoever imports DeepSpeed finds this, and need not warn
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # From here on Accelerate, and transformers, see plain processes: who shares what is decided below.
@@ -70,9 +57,8 @@ class Topology:
                 # Steps are whole groups of micro-batches that `train_step` scales itself: Accelerate must divide by nothing.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
                 kwargs_handlers=[
-                    AutocastKwargs(
-                        cache_enabled=False
-                    ),  # a weight is used once a pass: kept, its 16 bits only take memory
+                    # A weight is used once a pass: kept, its 16 bits only take memory.
+                    AutocastKwargs(cache_enabled=False),
                     InitProcessGroupKwargs(
                         timeout=timedelta(minutes=launch.join_minutes()),
                         # What waits in host memory is exchanged there.
@@ -287,6 +273,24 @@ def _nobody_came(exc: Exception) -> str:
         f"the {os.environ.get('WORLD_SIZE', '?')} processes did not find each other at {address} within {launch.join_minutes():g} minutes: "
         f"{str(exc).splitlines()[0]}; read what the others say, and check that main_process_ip can be reached from every node"
     )
+
+
+def _require_what_was_asked(wish: launch.Wish, precision: str, cuda: bool, check_only: bool) -> None:
+    """A topology file that agrees with the run config, and a GPU for each process, where there must be any."""
+    if wish.mixed_precision not in ("no", PRECISIONS[precision]):
+        raise ConfigError(
+            f"the topology file sets mixed_precision: {wish.mixed_precision}, but train.precision is {precision}; "
+            "remove it from the topology file"
+        )
+    if not cuda and os.environ.get("FINETUNE_NEEDS_GPU") == "1" and not check_only:
+        raise TopologyError(
+            "FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here: look at the driver, and at what the container is given (nvidia-smi)"
+        )
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"num_processes: this node has {torch.cuda.device_count()} GPUs, and process {local + 1} has none; give --num_processes"
+        )
 
 
 def _resolve(precision: str, cuda: bool) -> str:
