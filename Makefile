@@ -45,7 +45,7 @@ image:
 
 # Builds one for a CPU and runs it; as root, with Debian's buildah, runc and mmdebstrap.
 image-test: install
-	FINETUNE_IMAGE=1 $(BIN)/python -m pytest tests/test_image.py -s
+	FINETUNE_IMAGE=1 $(BIN)/python -m pytest tests/test_image.py tests/test_container.py -s
 
 # Side by side with TRL, about ten minutes; ROWS=my.jsonl for your own.
 bench: install
