@@ -1,13 +1,17 @@
-"""Ours and TRL on the same rows, model, tokens and precision, in turn: `make bench`.
+"""Ours, TRL and LitGPT on the same rows, model, tokens and precision, in turn: `make bench`.
 
     python benchmarks/peers.py                                       a Llama of 25M parameters, invented rows
     python benchmarks/peers.py --rows my.jsonl --model my_model      your own: rows with prompt and completion
     python benchmarks/peers.py --only "trl packed|ours"              a regular expression
+    python benchmarks/peers.py --preload libtcmalloc_minimal.so.4    another allocator, for all of them
 
 Each trains for so many steps as a process of its own, by its own trainer, at the fastest settings it
 has on this machine; rounds alternate. Tokens a second count what is no padding, by medians over the
-steps after the first ones; memory is the peak of the process. What it learned is proved by one judge:
-the loss of the saved model on held-out rows. TRL: pip install trl==1.16.0
+steps after the first ones; memory is the peak of the process. Useful arithmetic is 6 operations for each
+weight that a token needs, and for the output projection only tokens that are learned; it is put beside what
+matrix products of 2,048 x 2,048 x 2,048 reach, measured between the runs. What was learned is proved by
+one judge: the loss of the saved model on held-out rows. TRL: pip install trl==1.16.0. LitGPT needs older
+packages, so an environment of its own: --litgpt its/bin/python, with litgpt==0.5.13
 """
 
 import argparse
@@ -19,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,18 +49,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--only", default="", help="regular expression: these contenders")
+    parser.add_argument(
+        "--litgpt", type=Path, help="Python of an environment with LitGPT; without it, LitGPT is left out"
+    )
+    parser.add_argument("--preload", help="library to preload, such as another allocator")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Work(Path(name), arguments)
         results: dict[str, list[dict[str, Any]]] = {}
+        rates = []
         for _ in range(arguments.rounds):
             for contender, run in CONTENDERS.items():
-                if re.search(arguments.only, contender):
+                if re.search(arguments.only, contender) and (contender != "litgpt padded" or work.litgpt):
+                    rates.append(product_rate(work.precision))
                     results.setdefault(contender, []).append(run(work))
                     last = results[contender][-1]
                     print(f"{contender}: {last['speed']:,.0f} tokens/s, {last['memory']:.2f} GB", file=sys.stderr)
-        table(work, results)
+        table(work, results, statistics.median(rates))
         if arguments.plot:
             plot(results, arguments.plot)
 
@@ -65,6 +76,7 @@ class Work:
 
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         self.folder, self.steps, self.precision = folder, arguments.steps, arguments.precision
+        self.litgpt, self.preload = arguments.litgpt, arguments.preload
         rows = read_rows(arguments.rows) if arguments.rows else invent_rows()
         self.model = arguments.model or make_model(folder / "model", rows, arguments.tokenizer)
         rows = short(rows, self.model)
@@ -72,6 +84,11 @@ class Work:
         self.rows = folder / "rows.jsonl"
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in learned))
         self.runs = 0
+        self.layers, self.head = weights_of(self.model)
+
+    def operations(self, tokens: int, supervised: int) -> int:
+        """Of a step forth and back: 2 for each weight and token forward, 4 backward. Those of attention's scores are left out."""
+        return 6 * (self.layers * tokens + self.head * supervised)
 
     def fresh(self) -> Path:
         self.runs += 1
@@ -151,23 +168,28 @@ def ours(work: Work, **changes: Any) -> dict[str, Any]:
         sections[section][field] = value
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(sections))
-    memory = peak([sys.executable, "train.py", "--config", str(folder / "config.yaml")])
+    memory = peak(work, [sys.executable, "train.py", "--config", str(folder / "config.yaml")])
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     totals = [0, *(line["tokens"] for line in lines)]
     measured = [(after - before, line["seconds"]) for before, after, line in zip(totals, totals[1:], lines)]
     return judged(work, folder / "run/model", measured, memory, lines[-1]["supervised_tokens"])
 
 
-def trl(work: Work, **settings: Any) -> dict[str, Any]:
+def peer(work: Work, python: Path | str, script: str, **settings: Any) -> dict[str, Any]:
+    """A run by a script beside this one, which leaves a model and measured.json."""
     folder = work.fresh()
     folder.mkdir()
     wanted = {
         "rows": str(work.rows), "model": str(work.model), "steps": work.steps, "precision": work.precision,
         "max_length": MAX_LENGTH, "out": str(folder / "model"), "settings": settings,
     }  # fmt: skip
-    memory = peak([sys.executable, "benchmarks/trl_run.py", json.dumps(wanted)])
+    memory = peak(work, [str(python), f"benchmarks/{script}", json.dumps(wanted)])
     done = json.loads((folder / "model/measured.json").read_text())
     return judged(work, folder / "model", done["steps"], memory, done["supervised"])
+
+
+def trl(work: Work, **settings: Any) -> dict[str, Any]:
+    return peer(work, sys.executable, "trl_run.py", **settings)
 
 
 CONTENDERS: dict[str, Callable[[Work], dict[str, Any]]] = {
@@ -179,14 +201,16 @@ CONTENDERS: dict[str, Callable[[Work], dict[str, Any]]] = {
     "trl packed, compiled": lambda work: trl(
         work, per_device_train_batch_size=TOKENS // MAX_LENGTH, packing=True, torch_compile=True
     ),
+    "litgpt padded": lambda work: peer(work, work.litgpt, "litgpt_run.py", batch_size=8),
 }
 
 
-def peak(command: list[str]) -> float:
+def peak(work: Work, command: list[str]) -> float:
     """Run a command; the peak memory of its process in GB. Raises RuntimeError with the end of what it said."""
+    preload = {"LD_PRELOAD": work.preload} if work.preload else {}
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=said, stderr=said, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+            command, cwd=ROOT, stdout=said, stderr=said, env=os.environ | {"HF_HUB_OFFLINE": "1"} | preload
         )
         _, status, used = os.wait4(process.pid, 0)
         said.seek(0)
@@ -196,11 +220,44 @@ def peak(command: list[str]) -> float:
 
 
 def judged(work: Work, model: Path, steps: list[tuple[int, float]], memory: float, supervised: int) -> dict[str, Any]:
-    warm = steps[WARM:]
+    speed, tokens = (
+        statistics.median(tokens / seconds for tokens, seconds in steps[WARM:]),
+        sum(step[0] for step in steps),
+    )
     return {
-        "speed": statistics.median(tokens / seconds for tokens, seconds in warm), "memory": memory, "loss": held_out_loss(work, model),
-        "tokens": sum(tokens for tokens, _ in steps), "supervised": supervised,
+        "speed": speed, "memory": memory, "loss": held_out_loss(work, model), "tokens": tokens,
+        "operations": work.operations(tokens, supervised) / tokens * speed,
     }  # fmt: skip
+
+
+def weights_of(model: Path) -> tuple[int, int]:
+    """(weights in the layers' matrices, in the output projection)"""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    head, embeddings = bare.get_output_embeddings().weight, bare.get_input_embeddings().weight
+    matrices = [
+        weight for weight in bare.parameters() if weight.ndim == 2 and weight is not head and weight is not embeddings
+    ]
+    return sum(weight.numel() for weight in matrices), head.numel()
+
+
+def product_rate(precision: str) -> float:
+    """Operations a second in matrix products of this machine, now."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = torch.randn(
+        2, 2048, 2048, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+    )
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        float((left @ right)[0, 0])
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / statistics.median(seconds)
 
 
 def held_out_loss(work: Work, model: Path) -> float:
@@ -223,15 +280,18 @@ def held_out_loss(work: Work, model: Path) -> float:
 # -------------------------------------------------------------------------------------------- results
 
 
-def table(work: Work, results: dict[str, list[dict[str, Any]]]) -> None:
+def table(work: Work, results: dict[str, list[dict[str, Any]]], rate: float) -> None:
     import torch
     import transformers
 
     print(
-        f"{os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}; {work.steps} steps, {work.precision}\n"
+        f"{os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}; {work.steps} steps, {work.precision}; "
+        f"products of matrices at {rate / 1e9:,.0f} billion operations a second\n"
     )
     print(
-        "| | tokens/s | our fastest by | peak memory | our fastest needs | tokens trained | loss on held-out rows |\n| --- | --- | --- | --- | --- | --- | --- |"
+        "| | tokens/s | our fastest by | useful arithmetic, of the products' rate | peak memory | our fastest needs | tokens trained | loss on held-out rows |\n"
+        + "| --- " * 8
+        + "|"
     )
     medians = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
@@ -240,7 +300,7 @@ def table(work: Work, results: dict[str, list[dict[str, Any]]]) -> None:
     first = max(own, key=lambda found: found["speed"])
     for name, found in medians.items():
         print(
-            f"| {name} | {found['speed']:,.0f} | {first['speed'] / found['speed']:.2f}x | {found['memory']:.2f} GB | "
+            f"| {name} | {found['speed']:,.0f} | {first['speed'] / found['speed']:.2f}x | {found['operations'] / rate:.0%} | {found['memory']:.2f} GB | "
             f"{first['memory'] / found['memory']:.0%} | {found['tokens']:,.0f} | {found['loss']:.3f} |"
         )
 

@@ -188,8 +188,6 @@ def _notes(config: Config, num_steps: int) -> list[str]:
         more = "raise train.max_steps" if num_steps == config.train.max_steps else "lower train.global_batch_size or raise train.epochs"  # fmt: skip
         unpacked = ", or set data.packing to false (a pack is one sequence)" if config.data.packing else ""
         notes.append(f"{_counted(num_steps, 'step')} will teach next to nothing; {more}{unpacked}")
-    if config.model.dtype == "bfloat16" and config.adapter.kind == "full":
-        notes.append("bfloat16 keeps 8 bits: steps of less than 1/256 of a weight are lost; float32 loses none")
     if config.adapter.bias != "none":
         notes.append(
             f"adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, the model is not the base"

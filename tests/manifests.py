@@ -248,8 +248,11 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
         codes = rule.get("onExitCodes", {}).get("values", [])
         if 0 in codes or codes != sorted(set(codes)):
             yield f"exit codes {codes}: Kubernetes wants them sorted, each once, without 0"
-        if rule.get("onExitCodes", {}).get("containerName", "node") not in {c["name"] for c in found.containers}:
+        named = rule.get("onExitCodes", {}).get("containerName")
+        if named and named not in {container["name"] for container in found.containers}:
             yield "a rule names a container that is not there"
+        if named and any(container["args"][0] == "launch" for container in pod.get("initContainers", [])):
+            yield "a rule does not see how a run before the last one ends"
     wanted = {
         "a wrong config (2)": (2, False, "ends"), "saved (75)": (75, False, "again"), "a crash (1)": (1, False, "counted"),
         "preempted, saved": (75, True, "again"), "preempted, killed": (137, True, "again"), "preempted at the start": (2, True, "again"),
@@ -380,7 +383,7 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
         for rank in range(nodes):
             args = found.args if container is found.node else container["args"]
             try:
-                words = [_expanded(word, _environment(found, container, rank)) for word in args]
+                words = [expanded(word, environment(found, container, rank)) for word in args]
             except KeyError as exc:
                 yield f"nobody says what $({exc.args[0]}) is"
                 return
@@ -415,7 +418,7 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
         yield f"the run counts on {config.checkpoint.grace_seconds:g} s after SIGTERM, the pod has {grace}"
 
 
-def _environment(found: Work, container: Manifest, rank: int) -> dict[str, str]:
+def environment(found: Work, container: Manifest, rank: int) -> dict[str, str]:
     """What a container of the node `rank` finds, as far as command lines ask for it."""
     own = {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
     if found.job.get("completionMode") == "Indexed":
@@ -430,7 +433,7 @@ def _environment(found: Work, container: Manifest, rank: int) -> dict[str, str]:
     return own
 
 
-def _expanded(word: str, environment: Mapping[str, str]) -> str:
+def expanded(word: str, environment: Mapping[str, str]) -> str:
     return re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], word)
 
 

@@ -221,6 +221,7 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "two pods at once": ("single-gpu", lambda m, w: w.job.pop("podReplacementPolicy"), "beside"),
     "codes out of order": ("jobset", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(values=[75, 2]), "sorted"),
     "rule for nobody": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="x"), "not there"),
+    "rule for one of two runs": ("cpu-debug", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="node"), "does not see"),
     "exit codes before disruptions": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].reverse(), "preempted at the start (2)|preempted at the start: ends"),
     "no rule for 2": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(1), r"wrong config \(2\): counted"),
     "no rule for 75": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(2), r"saved \(75\): counted"),

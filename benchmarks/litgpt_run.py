@@ -1,0 +1,86 @@
+"""One run of LitGPT's full fine-tuning for benchmarks/peers.py: python benchmarks/litgpt_run.py '{"rows": ..., "model": ...}'
+
+LitGPT needs packages older than ours, and so an environment of its own. It has no tied embeddings here: its copy of them
+trains apart.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.config import Config
+from litgpt.data import JSON
+from litgpt.finetune import full
+from litgpt.prompts import Default
+from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+from litgpt.utils import save_config
+from safetensors.torch import load_file, save_file
+
+
+def main() -> None:
+    wanted = json.loads(sys.argv[1])
+    out, base = Path(wanted["out"]), Path(wanted["out"]).parent / "base"
+    shape = json.loads((Path(wanted["model"]) / "config.json").read_text())
+    convert(Path(wanted["model"]), base, shape)
+    rows = [json.loads(line) for line in Path(wanted["rows"]).read_text().splitlines()]
+    samples = [{"instruction": row["prompt"], "output": row["completion"]} for row in rows]
+    (base / "train.json").write_text(json.dumps(samples))
+    (base / "val.json").write_text(json.dumps(samples[:2]))
+
+    supervised, loss = 0, full.chunked_cross_entropy
+
+    def counted(logits: Any, targets: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        nonlocal supervised
+        supervised += int((targets != -100).sum()) if torch.is_grad_enabled() else 0
+        return loss(logits, targets, *arguments, **keywords)
+
+    full.chunked_cross_entropy = counted
+    # The rate stands still as in the other runs: its own always rises and falls.
+    full.get_lr_scheduler = lambda optimizer, **_: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    full.save_hyperparameters = lambda *_: None  # it would read its own command line
+    full.setup(
+        base, out_dir=out.parent / "lit", precision="bf16-mixed" if wanted["precision"] == "bf16" else "32-true",
+        data=JSON(base, mask_prompt=True, prompt_style=Default(), num_workers=0),
+        train=TrainArgs(
+            global_batch_size=wanted["settings"]["batch_size"], micro_batch_size=wanted["settings"]["batch_size"], max_steps=wanted["steps"],
+            epochs=9, max_seq_length=wanted["max_length"], lr_warmup_steps=1,
+        ),
+        eval=EvalArgs(interval=10**6, max_new_tokens=1, final_validation=False),
+        optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.0, "fused": True}},
+    )  # fmt: skip
+    steps, before = [], 0
+    with next((out.parent / "lit").rglob("metrics.csv")).open() as lines:
+        for line in csv.DictReader(lines):
+            steps.append((int(float(line["tokens"])) - before, float(line["iter_time"])))
+            before = int(float(line["tokens"]))
+    convert_lit_checkpoint(out.parent / "lit" / "final", out)
+    weights = torch.load(out / "model.pth", mmap=True)
+    save_file({name: weight.clone() for name, weight in weights.items()}, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(shape | {"tie_word_embeddings": False}))
+    (out / "measured.json").write_text(json.dumps({"steps": steps, "supervised": supervised}))
+
+
+def convert(model: Path, base: Path, shape: dict[str, Any]) -> None:
+    """A Llama as transformers saves it, as LitGPT reads it."""
+    base.mkdir()
+    config = Config(
+        name="Llama", block_size=shape["max_position_embeddings"], vocab_size=shape["vocab_size"], padded_vocab_size=shape["vocab_size"],
+        n_layer=shape["num_hidden_layers"], n_head=shape["num_attention_heads"], n_embd=shape["hidden_size"], n_query_groups=shape["num_key_value_heads"],
+        rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm", norm_eps=shape["rms_norm_eps"],
+        mlp_class_name="LLaMAMLP", intermediate_size=shape["intermediate_size"], rope_base=shape["rope_parameters"]["rope_theta"],
+    )  # fmt: skip
+    save_config(config, base)
+    weights: dict[str, torch.Tensor] = {}
+    copy_weights_hf_llama(config, {}, weights, load_file(model / "model.safetensors"))
+    torch.save(weights, base / "lit_model.pth")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_bytes((model / name).read_bytes())
+
+
+if __name__ == "__main__":
+    main()
