@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "vocabulary": {f"{n:,}": shape(vocab_size=n) for n in (1000, 8000, 32000, 128000)},
     "rank of LoRA": {str(r): {**LORA, "adapter.r": r, "adapter.alpha": 2 * r} for r in (4, 16, 64, 256)},
     "width": {str(192 * factor): wide(factor) for factor in (1, 2, 4)},
+    "layers recomputed, of 6": {str(n): {"train.gradient_checkpointing": n or False} for n in (0, 3, 6)},
     "layers": {str(n): shape(num_hidden_layers=n) for n in (2, 6, 12)},
     "processes, ddp": {"1": {}, "2": {"processes": 2, "topology": "ddp"}},
     "processes, fsdp2": {"1": {}, "2": {"processes": 2, "topology": "fsdp2"}},

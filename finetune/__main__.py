@@ -46,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
             importlib.import_module(module).add_arguments(command)
     commands.add_parser("launch", help="start train.py as `accelerate launch` does, and pass on signals and exit codes")
     commands.add_parser("schema", help="JSON schema of the run config, for editors")
-    arguments = parser.parse_args(argv)
+    arguments, settings = parser.parse_known_args(argv)
+    if settings and arguments.command != "plan":
+        commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(settings)}")
+    arguments.settings = settings  # --section.field VALUE, as train.py has them
     try:
         if arguments.command == "schema":
             print(json.dumps(configs.json_schema(), indent=2))

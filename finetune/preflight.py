@@ -13,7 +13,7 @@ from finetune.data import batches, rows, templates, tokens
 from finetune.engine import trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError
-from finetune.models import adapters, attention, head, load, parameters
+from finetune.models import adapters, attention, head, layers, load, parameters
 from finetune.objectives import OBJECTIVES
 
 SHOWN_CHARACTERS = 600
@@ -132,6 +132,7 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         config.model, data.model_config, data.tokenizer, data.attention if attention.pads(data.attention) else attention.NAME
     )  # fmt: skip
     load.check_shapes(skeleton)
+    layers.chosen(skeleton, config.train.gradient_checkpointing)
     adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
     trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)

@@ -256,6 +256,7 @@ def test_a_config_needs_no_file():
         ("run.dir", "*runs", "*runs"),
         ("train.max_grad_norm", "null", None),
         ("train.gradient_checkpointing", "true", True),
+        ("train.gradient_checkpointing", "8", 8),
         ("optimizer.betas", "[0.8, 0.9]", [0.8, 0.9]),
     ],
 )

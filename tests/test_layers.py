@@ -32,7 +32,7 @@ def losses_and_gradients(model, packs):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # the compiler's own
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", [0, 3])
 def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recomputed):
     """More would come with every new length of a pack, for minutes each time; a cut layer is hardly faster."""
     packs = [[9], [3, 17, 1, 9], [5, 5], [2] * 12, [31, 2, 7], [2]]
@@ -48,7 +48,7 @@ def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recompute
         torch, "compile", lambda forward, **options: compile_(forward, backend=count, fullgraph=True, **options)
     )
     torch._dynamo.reset()
-    layers.wrap(model, compiled=True, recomputed=recomputed)
+    layers.wrap(model, compiled=True, num_recomputed=recomputed)
     found = losses_and_gradients(model, packs)
     with torch.no_grad():  # evaluations take the layers as they are
         model.eval()
@@ -62,15 +62,15 @@ def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recompute
 
 
 def test_recomputed_layers_keep_their_inputs_only():
-    """And what they give is the same, to the bit."""
-    model, recomputing = build(), build()
-    layers.wrap(recomputing, compiled=False, recomputed=True)
+    """All of three, or one; and what they give is the same, to the bit."""
+    recomputing = {count: build() for count in (0, 1, 3)}
     packs = [[9], [3, 17, 1, 9]]
-    for (loss, grads), (wanted, wanted_grads) in zip(
-        losses_and_gradients(recomputing, packs), losses_and_gradients(model, packs)
-    ):
-        assert torch.equal(loss, wanted)
-        assert all(torch.equal(grads[name], grad) for name, grad in wanted_grads.items())
+    wanted = losses_and_gradients(recomputing[0], packs)
+    for count in (1, 3):
+        layers.wrap(recomputing[count], compiled=False, num_recomputed=count)
+        for (loss, grads), (wanted_loss, wanted_grads) in zip(losses_and_gradients(recomputing[count], packs), wanted):
+            assert torch.equal(loss, wanted_loss)
+            assert all(torch.equal(grads[name], grad) for name, grad in wanted_grads.items())
 
     def kept(model):
         sizes = []
@@ -79,12 +79,23 @@ def test_recomputed_layers_keep_their_inputs_only():
             head.loss_sum(model, attention.inputs_of(ids, [64], model), ids, torch.arange(64))
         return sum(sizes)
 
-    assert kept(recomputing) < kept(model) / 3
+    none, one, all_ = (kept(model) for model in recomputing.values())
+    assert all_ < none / 3
+    assert none - one == pytest.approx((none - all_) / 3, rel=0.01)
+
+
+def test_as_many_layers_are_recomputed_as_was_said():
+    model = build()
+    assert [layers.chosen(model, wanted) for wanted in (False, True, 1, 3)] == [0, 3, 1, 3]
+    with pytest.raises(
+        ModelError, match="gradient_checkpointing: 4, but LlamaForCausalLM has 3 layers; true means all"
+    ):
+        layers.chosen(model, 4)
 
 
 def test_a_model_whose_layers_are_unknown_is_an_error():
     with pytest.raises(ModelError, match="does not say what the layers of Sequential are"):
-        layers.wrap(torch.nn.Sequential(torch.nn.Linear(2, 2)), compiled=False, recomputed=True)
+        layers.chosen(torch.nn.Sequential(torch.nn.Linear(2, 2)), True)
 
 
 def test_without_a_compiler_there_is_an_error_before_the_first_step(monkeypatch):
@@ -92,4 +103,4 @@ def test_without_a_compiler_there_is_an_error_before_the_first_step(monkeypatch)
     with pytest.raises(
         ModelError, match="train.compile: needs a C\\+\\+ compiler, and there is no no-such-compiler here"
     ):
-        layers.wrap(build(), compiled=True, recomputed=False)
+        layers.wrap(build(), compiled=True, num_recomputed=0)

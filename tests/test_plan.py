@@ -256,6 +256,15 @@ def test_parts_are_divided_by_those_who_share():
     assert waiting.peak < parts.peak
 
 
+def test_recomputing_half_the_layers_saves_half_of_it():
+    peaks = []
+    for recomputed in (False, 2, True):  # of four
+        train = {"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16", "gradient_checkpointing": recomputed}
+        peaks.append(Chooser(config_of(MEASURED, train=train), precision="bf16", on_gpu=True).forecast(SINGLE).peak)
+    none, half, all_ = peaks
+    assert none - half == pytest.approx((none - all_) / 2, rel=0.1)
+
+
 def test_what_is_changed_first_costs_least(tmp_path):
     config = config_of(MEASURED, train={"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16"})
     chooser = Chooser(config, precision="bf16", on_gpu=True)
@@ -371,6 +380,8 @@ def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
     ddp = ["plan", "--config", str(path), "--topology", str(ROOT / "accelerate_configs/ddp.yaml"), "--gpu-memory", "8"]
     assert command([*ddp, "--num-processes", "2"]) == 0
     assert capsys.readouterr().out.splitlines()[-4].endswith("fits, with train.micro_batch_size: 4")
+    assert command([*ddp, "--num-processes", "2", "--train.micro_batch_size", "4"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4].endswith("fits")
     config, _ = configs.parse(["--config", str(path)])
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"micro_batch_size": 6, "global_batch_size": 12})}
@@ -410,6 +421,8 @@ def test_one_topology_is_told_in_its_parts_and_with_the_speed_of_a_run(workshop,
         (["--topology", "nowhere.yaml"], "nowhere.yaml"),
         (["--measured", "nowhere"], "no run with metrics"),
         (["--num-processes", "0"], "a whole number from 1"),
+        (["--train.gradient_checkpoint", "true"], "did you mean train.gradient_checkpointing"),
+        (["--num-proceses", "2"], "--num-proceses"),
         (["--topology", str(ROOT / "accelerate_configs/single.yaml"), "--num-processes", "4"], "starts one"),
     ],
 )

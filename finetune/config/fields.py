@@ -198,8 +198,8 @@ class Train(Section):
     """NEFTune: noise on the embeddings in training, of +-alpha / sqrt(tokens x width); null: none."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an average of the weights, and evaluate, sample and export it; null: the weights themselves."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Positive = False
+    """Recompute activations in the backward pass: less memory, about a third more time; a number: of so many layers only."""
     compile: bool = False
     """Compile the layers (torch.compile): faster steps, after a first one that takes a minute or two; needs a C++ compiler."""
     hang_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0

@@ -44,7 +44,9 @@ def build(
     if config.train.neftune_alpha is not None:
         embeddings.add_noise(base, config.train.neftune_alpha)
     if config.train.compile or config.train.gradient_checkpointing:
-        layers.wrap(base, compiled=config.train.compile, recomputed=config.train.gradient_checkpointing)
+        layers.wrap(
+            base, compiled=config.train.compile, num_recomputed=layers.chosen(base, config.train.gradient_checkpointing)
+        )
     if with_weights and (broken := parameters.not_finite(model)):
         raise ModelError(
             f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such as {broken[0]}"

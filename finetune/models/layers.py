@@ -18,19 +18,23 @@ def classes(model: nn.Module) -> set[str]:
     return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
 
 
-def wrap(model: nn.Module, *, compiled: bool, recomputed: bool) -> None:
-    """Give each layer a forward that is compiled, or done again in the backward pass, or both. Raises ModelError.
+def chosen(model: nn.Module, wanted: bool | int) -> int:
+    """How many layers train.gradient_checkpointing means. Raises ModelError if the model has fewer."""
+    count = len(_layers(model)) if wanted else 0
+    if wanted is not True and wanted > count:
+        raise ModelError(
+            f"train.gradient_checkpointing: {wanted}, but {type(model).__name__} has {count} layers; true means all of them"
+        )
+    return count if wanted is True else wanted
+
+
+def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
+    """Give layers a forward that is compiled, or, the first so many, done again in the backward pass, or both. Raises ModelError.
 
     What hangs on a layer (sharding, hooks) stays outside. Layers are alike, so one compilation serves
     all, for any number of tokens: a start takes as long for 8 layers as for 80. Only in training: checks,
     evaluations and samples would each ask for compilations of their own, until the compiler gives up.
     """
-    names = classes(model)
-    layers = list(_outermost(model, names))
-    if not layers:
-        raise ModelError(
-            f"train.gradient_checkpointing, train.compile: transformers does not say what the layers of {type(model).__name__} are; leave them out"
-        )
     if compiled:
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
@@ -38,11 +42,20 @@ def wrap(model: nn.Module, *, compiled: bool, recomputed: bool) -> None:
                 f"train.compile: needs a C++ compiler, and there is no {compiler} here; install one (CXX names another), or set it to false"
             )
         torch._dynamo.config.specialize_float = True  # scales and epsilons are constants; else all is compiled twice
-    for layer in layers:
+    for number, layer in enumerate(_layers(model)):
         trained: Any = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
-        if recomputed:  # only the inputs are kept (Chen et al., 2016)
+        if number < num_recomputed:  # only the inputs are kept (Chen et al., 2016)
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
         layer.forward = _in_training(layer, trained)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    found = list(_outermost(model, classes(model)))
+    if not found:
+        raise ModelError(
+            f"train.gradient_checkpointing, train.compile: transformers does not say what the layers of {type(model).__name__} are; leave them out"
+        )
+    return found
 
 
 def _outermost(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:

@@ -90,9 +90,9 @@ class Chooser:
         """Each on top of recomputed layers, whose price is a quarter of the speed."""
         config, kind = self.config, self.config.adapter.kind
         recomputed = _with(config, "train", gradient_checkpointing=True)
-        if not config.train.gradient_checkpointing:
+        if config.train.gradient_checkpointing is not True:
             yield "train.gradient_checkpointing: true", recomputed
-        before = "" if config.train.gradient_checkpointing else "train.gradient_checkpointing: true, "
+        before = "" if config.train.gradient_checkpointing is True else "train.gradient_checkpointing: true, "
         if kind == "full" and config.optimizer.kind == "adamw":
             yield before + "optimizer.kind: adamw_8bit", _with(recomputed, "optimizer", kind="adamw_8bit")
             if config.model.dtype != "bfloat16":

@@ -25,6 +25,7 @@ GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s --config FILE [options] [--section.field VALUE ...]"
     parser.add_argument("--config", required=True, metavar="FILE", help="run config")
     parser.add_argument(
         "--topology", metavar="FILE", help="one topology file, in detail; default: all of accelerate_configs/"
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    config, _ = configs.parse(["--config", arguments.config])
+    config, _ = configs.parse(["--config", arguments.config, *arguments.settings])
     memory, cuda = arguments.gpu_memory, torch.cuda.is_available()
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"--gpu-memory {memory:g}: it must be a number of GB above 0")
@@ -154,9 +155,15 @@ def _about(config: Config, chooser: Chooser) -> str:
         [
             f"model  {name}: {weights.num:,} parameters, {weights.num_trained:,} of them train ({config.adapter.kind})",
             f"step   {train.global_batch_size} sequences of {config.data.max_length:,} tokens, {micro} at once in a process; {chooser.precision}, "
-            f"attention {chooser.attention}, layers {'recomputed' if train.gradient_checkpointing else 'kept'}, {config.optimizer.kind}",
+            f"attention {chooser.attention}, layers {_kept(train.gradient_checkpointing)}, {config.optimizer.kind}",
         ]
     )
+
+
+def _kept(recomputed: bool | int) -> str:
+    if isinstance(recomputed, bool):
+        return "recomputed" if recomputed else "kept"
+    return f"kept but for {recomputed}, recomputed"
 
 
 def _parts(forecast: Forecast, on_gpu: bool) -> str:

@@ -41,14 +41,19 @@ class Cluster:
         self.pods: dict[int, subprocess.Popen[bytes]] = {}
         hosts = folder / "hosts"
         hosts.write_text(f"127.0.0.1 localhost {found.first_node}\n")
-        script = f"mount --bind {hosts} /etc/hosts && {sys.executable} -c \"{LO_UP}\" && echo ready && exec sleep infinity"
+        script = (
+            f'mount --bind {hosts} /etc/hosts && {sys.executable} -c "{LO_UP}" && echo ready && exec sleep infinity'
+        )
         self.network = subprocess.Popen([*NETWORK, "bash", "-c", script], stdout=subprocess.PIPE)
         assert self.network.stdout
         assert self.network.stdout.readline() == b"ready\n"
 
     def start(self, *ranks: int) -> None:
         for rank in ranks:
-            given = environment(self.found, self.found.node, rank) | {"GLOO_SOCKET_IFNAME": "lo", "FINETUNE_NEEDS_GPU": "0"}
+            given = environment(self.found, self.found.node, rank) | {
+                "GLOO_SOCKET_IFNAME": "lo",
+                "FINETUNE_NEEDS_GPU": "0",
+            }
             # Nodes of one process each, and the test's config in place of the ConfigMap's.
             here = {"/config/run.yaml": str(self.config), "16": "2"}
             words = [here.get(word, expanded(word, given)) for word in self.found.args]

@@ -114,7 +114,7 @@ FEATURES = [
         "noise on embeddings", "train.neftune_alpha", lambda c: c.train.neftune_alpha is not None,
         {"*_context": "it depends on the length of documents, which lie on several processes; leave it out"},
     ),
-    Feature("gradient checkpointing", "train.gradient_checkpointing", lambda c: c.train.gradient_checkpointing, {}),
+    Feature("gradient checkpointing", "train.gradient_checkpointing", lambda c: bool(c.train.gradient_checkpointing), {}),
     Feature(
         "compiled layers", "train.compile", lambda c: c.train.compile,
         {
