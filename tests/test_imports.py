@@ -45,7 +45,7 @@ ALLOWED = {
     "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.curves": ["finetune.errors"],
-    "finetune.launcher": ["finetune.errors"],
+    "finetune.launcher": ["finetune.launcher", "finetune.errors"],
     "finetune.replay": ["finetune.launcher", "finetune.config", "finetune.errors"],
     "finetune.__main__": ["finetune.config", "finetune.errors"],
     "data_scripts": ["finetune.data.rows", "finetune.data.templates", "finetune.data.tokens"],

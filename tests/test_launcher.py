@@ -298,7 +298,7 @@ def test_a_signal_waits_for_a_process_that_has_no_handler_yet(start, worker):
 
 
 def test_a_process_that_never_has_a_handler_is_sent_the_signal_all_the_same(start, worker):
-    process = start("sleep", code=RUN.replace("launcher\n", "launcher; launcher.START_SECONDS = 0.5\n"))
+    process = start("sleep", code=RUN.replace("launcher\n", "launcher; launcher.processes.START_SECONDS = 0.5\n"))
     until_ready(worker, 1)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[1] == "process 0 was killed by SIGTERM\n"
@@ -326,7 +326,7 @@ def test_processes_are_told_when_the_launcher_was_killed(start, worker):
 
 
 def test_a_process_whose_launcher_has_gone_before_it_could_ask_does_not_start(tmp_path):
-    shim = [sys.executable, "-I", "-S", "-c", launcher.BECOME, "0"]
+    shim = [sys.executable, "-I", "-S", "-c", launcher.processes.BECOME, "0"]
     assert subprocess.run([*shim, "touch", str(tmp_path / "started")], check=False).returncode == 1
     assert not (tmp_path / "started").exists()
 
@@ -374,7 +374,7 @@ def refuse(*arguments, **keywords):
     started.append(start(*arguments, **keywords))
     return started[0]
 
-launcher.subprocess.Popen = refuse
+launcher.processes.subprocess.Popen = refuse
 """
     process = start("deaf", "exit:0", code=RUN.replace("launcher\n", f"launcher\n{broken}", 1))
     assert "no more processes" in process.communicate(timeout=60)[1]
@@ -385,7 +385,7 @@ launcher.subprocess.Popen = refuse
 
 def test_one_that_not_even_sigkill_ends_is_left_behind_and_named(start, worker):
     """A disk or a GPU that hangs in the kernel; here what kills does nothing."""
-    broken = "launcher._Worker.kill = lambda self: None; launcher.KILL_SECONDS = launcher.OTHERS_SECONDS = 0.2"
+    broken = "processes = launcher.processes; processes._Worker.kill = lambda self: None; processes.KILL_SECONDS = processes.OTHERS_SECONDS = 0.2"
     process = start("deaf", "beside:0:exit:1", code=RUN.replace("launcher\n", f"launcher; {broken}\n", 1))
     process.wait(timeout=60)
     assert process.returncode == 1
@@ -403,7 +403,7 @@ def test_without_a_place_for_steps_processes_start_all_the_same(worker, monkeypa
     def full(**keywords):
         raise FileNotFoundError("no usable temporary directory")
 
-    monkeypatch.setattr(launcher.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(launcher.processes.tempfile, "mkdtemp", full)
     script = worker.with_name("bare.py")
     script.write_text("import os, sys; sys.exit(3 if 'FINETUNE_BEATS' not in os.environ else 0)")
     assert launcher.main([str(script)]) == 1
@@ -549,7 +549,7 @@ def test_process_0_can_listen_where_the_launcher_holds_the_port():
     from torch.distributed import TCPStore
 
     with contextlib.ExitStack() as held:
-        assert TCPStore("127.0.0.1", launcher._hold(0, held), is_master=True, wait_for_workers=False).port
+        assert TCPStore("127.0.0.1", launcher.arguments._hold(0, held), is_master=True, wait_for_workers=False).port
 
 
 def test_a_taken_port_on_the_first_of_several_nodes_is_told(capfd):
@@ -566,7 +566,7 @@ def test_a_signal_before_the_first_process_starts_none(worker):
     """Reading a topology file takes Accelerate seconds."""
     command = [sys.executable, "-c", MAIN, "--num_processes", "2", str(worker), "listen", "listen"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    until(lambda: launcher._catches(process.pid, signal.SIGTERM))
+    until(lambda: launcher.processes._catches(process.pid, signal.SIGTERM))
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert (process.returncode, notes(worker, "pid")) == (75, [])

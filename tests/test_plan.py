@@ -259,7 +259,12 @@ def test_parts_are_divided_by_those_who_share():
 def test_recomputing_half_the_layers_saves_half_of_it():
     peaks = []
     for recomputed in (False, 2, True):  # of four
-        train = {"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16", "gradient_checkpointing": recomputed}
+        train = {
+            "global_batch_size": 8,
+            "micro_batch_size": 8,
+            "precision": "bf16",
+            "gradient_checkpointing": recomputed,
+        }
         peaks.append(Chooser(config_of(MEASURED, train=train), precision="bf16", on_gpu=True).forecast(SINGLE).peak)
     none, half, all_ = peaks
     assert none - half == pytest.approx((none - all_) / 2, rel=0.1)

@@ -1,0 +1,33 @@
+"""Start the processes of one node and end with them: signals reach all of them, exit codes come back as they are.
+
+    python -m finetune launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 train.py --config configs/my_run.yaml
+    python -m finetune launch train.py --config configs/my_run.yaml          one process, nothing set
+
+Arguments and the environment that follows from them are Accelerate's; only the processes are ours, because `accelerate
+launch` loses the SIGTERM of a single process, kills several 30 seconds after it, and turns exit codes 2 and 75 into 1.
+Linux only.
+"""
+
+import contextlib
+
+from finetune.errors import EXIT_FAILED, EXIT_USER_ERROR, TopologyError, UserError
+from finetune.launcher.arguments import plan
+from finetune.launcher.processes import Inbox, run, say, supervise
+
+__all__ = ["main", "plan", "run"]
+
+
+def main(argv: list[str]) -> int:
+    """What stands behind `python -m finetune launch` -> exit code."""
+    with Inbox() as inbox, contextlib.ExitStack() as held:
+        try:
+            environments, command = plan(argv, held)
+        except UserError as exc:
+            say(f"error: {exc}")
+            return EXIT_USER_ERROR
+        except TopologyError as exc:
+            say(f"failed: {exc}")
+            return EXIT_FAILED
+        except SystemExit as exc:  # --help
+            return int(exc.code or 0)
+        return supervise(inbox, environments, command)

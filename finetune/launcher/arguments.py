@@ -1,0 +1,219 @@
+"""The arguments of `accelerate launch`, by Accelerate's own parser -> the environments of this node's processes, and what each runs."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from finetune.errors import ConfigError, TopologyError, UserError
+from finetune.launcher.processes import say
+
+PORT = 29500  # where nodes find each other if nobody says; on one node any free port will do
+# Options of the ways by which Accelerate starts processes, which is what we do ourselves.
+IGNORED = (
+    "rdzv_backend", "rdzv_conf", "max_restarts", "monitor_interval", "tee", "log_dir", "role", "deepspeed_hostfile",
+    "deepspeed_inclusion_filter", "deepspeed_exclusion_filter", "deepspeed_multinode_launcher",
+)  # fmt: skip
+
+
+def plan(argv: list[str], held: contextlib.ExitStack) -> tuple[list[dict[str, str]], list[str]]:
+    """Environments of this node's processes, and what each runs. `held` keeps the port for them."""
+    if not argv:
+        raise ConfigError("launch was given no script; python -m finetune launch train.py --config configs/my_run.yaml")
+    if not argv[0].startswith("-"):  # without Accelerate, whose import takes seconds
+        return [dict(os.environ)], _command(argv[0], argv[1:])
+    from accelerate.commands import launch
+
+    arguments = _parse(argv)
+    command = _command(arguments.training_script, arguments.training_script_args, arguments.module, arguments.no_python)
+    where = arguments.config_file or "launch"
+    if arguments.config_file:
+        _check_file(where)
+    elif arguments.num_processes is None:
+        arguments.num_processes = 1
+    elif arguments.num_processes > 1 and not _paradigm(arguments):
+        arguments.multi_gpu = True  # Accelerate, without GPUs, would start one process and not say so
+    launch.default_config_file = ""  # what `accelerate config` has once left in ~/.cache is no file of this run
+    logging.getLogger(launch.__name__).setLevel(logging.ERROR)  # what it says of defaults
+    try:
+        _, defaults, from_file = launch._validate_launch_command(arguments)
+        _check(arguments, where)
+        return _environments(arguments, defaults, from_file, where, held), command
+    except (UserError, TopologyError):
+        raise
+    except Exception as exc:  # Accelerate's own checks, and files of a shape that it does not check
+        raise ConfigError(f"{where}: {_one_line(exc)}; see docs/topologies.md") from exc
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """By Accelerate's parser; says which options mean nothing here."""
+    from accelerate.commands import launch
+
+    def wrong(message: str) -> NoReturn:
+        raise ConfigError(f"launch: {message}; python -m finetune launch --help lists the options before the script")
+
+    parser = launch.launch_command_parser()
+    parser.prog, parser.error = "python -m finetune launch", wrong
+    arguments: argparse.Namespace = parser.parse_args(argv)
+    given = [name for name in IGNORED if name in getattr(arguments, "nondefault", ())]
+    if given:
+        instead = "; FINETUNE_JOIN_MINUTES bounds the waiting for other nodes" if "rdzv_conf" in given else ""
+        say(f"ignored, as launch starts the processes itself: --{', --'.join(given)}{instead}")
+    return arguments
+
+
+def _command(script: str, arguments: list[str], module: bool = False, no_python: bool = False) -> list[str]:
+    if module and no_python:
+        raise ConfigError("launch: --module and --no_python exclude each other; give one of them")
+    if no_python:
+        if shutil.which(script) is None:
+            raise ConfigError(f"{script} is no program that can be run; check its path, and that it is executable")
+        return [script, *arguments]
+    if module:
+        return [sys.executable, "-m", script, *arguments]
+    if not Path(script).is_file():
+        raise ConfigError(
+            f"there is no script {script} in {os.getcwd()}; what follows the launcher's options is the script and its own options"
+        )
+    return [sys.executable, script, *arguments]
+
+
+def _check_file(path: str) -> None:
+    """What Accelerate would not tell, or would tell with a traceback."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else _one_line(exc)
+        raise ConfigError(
+            f"--config_file {path} cannot be read from {os.getcwd()}: {why}; see accelerate_configs/"
+        ) from exc
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no settings, but a {type(values).__name__}; see accelerate_configs/")
+    if (machine := values.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
+        raise ConfigError(f"{path}: compute_environment is {machine}; take LOCAL_MACHINE, as in accelerate_configs/")
+    for key, value in values.items():
+        if str(key).endswith("_config") and not isinstance(value, dict | None):
+            raise ConfigError(f"{path}: {key} is {value!r}; it must hold settings, as in accelerate_configs/")
+
+
+def _paradigm(arguments: argparse.Namespace) -> bool:
+    names = ("cpu", "multi_gpu", "tpu", "tpu_use_cluster", "use_deepspeed", "use_fsdp", "use_megatron_lm")
+    return any(getattr(arguments, name) for name in names)
+
+
+def _check(arguments: argparse.Namespace, where: str) -> None:
+    """Numbers of processes and nodes; Accelerate rounds down what does not divide, and takes text for some."""
+    arguments.num_machines, arguments.machine_rank = arguments.num_machines or 1, arguments.machine_rank or 0
+    smallest = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
+    for name, least in smallest.items():
+        value = getattr(arguments, name)
+        if (value is not None or least) and (type(value) is not int or value < least):
+            raise ConfigError(f"{where}: {name} is {value!r}; it must be a whole number from {least}")
+    processes, nodes = arguments.num_processes, arguments.num_machines
+    if processes % nodes:
+        raise ConfigError(
+            f"{where}: num_processes counts those of all nodes: {processes} cannot be shared out to num_machines: {nodes}; "
+            f"give --num_processes $(({nodes} * GPUs of a node))"
+        )
+    if arguments.machine_rank >= nodes:
+        raise ConfigError(
+            f"{where}: machine_rank is {arguments.machine_rank}, but there are {nodes} nodes; ranks start at 0"
+        )
+    if nodes > 1 and not (arguments.main_process_ip and arguments.main_process_port != 0):
+        raise ConfigError(
+            f"{where}: {nodes} nodes need the address of the first one: give --main_process_ip, and, where {PORT} is not free, "
+            "the same --main_process_port on all"
+        )
+    if not isinstance(arguments.mixed_precision, str):  # a `no` without quotes is YAML's false
+        raise ConfigError(
+            f"{where}: mixed_precision is {arguments.mixed_precision!r}; remove it: train.precision of the run config decides"
+        )
+    if arguments.tpu or arguments.tpu_use_cluster or arguments.mpirun_hostfile:
+        raise ConfigError(f"{where}: asks for TPUs or mpirun, which this project does not have; see docs/topologies.md")
+
+
+def _environments(
+    arguments: argparse.Namespace, defaults: Any, from_file: bool, where: str, held: contextlib.ExitStack
+) -> list[dict[str, str]]:
+    """Accelerate's, in the order in which its `launch_command` looks, and the ranks, which torchrun would add."""
+    from accelerate import utils
+    from accelerate.utils import launch
+
+    zero = arguments.use_deepspeed and not arguments.cpu
+    if not zero and (arguments.cpu or not _paradigm(arguments)):
+        if arguments.num_processes > 1 and not (arguments.cpu or arguments.use_cpu):  # those train.py explains
+            raise ConfigError(
+                f"{where}: {arguments.num_processes} processes, but this distributed_type starts one; "
+                "take distributed_type: MULTI_GPU, as in accelerate_configs/ddp.yaml, also without a GPU"
+            )
+        _, environment = launch.prepare_simple_launcher_cmd_env(arguments)
+        return [environment]
+    address, arguments.main_process_port = _meeting_point(arguments, held)
+    if zero:
+        arguments.deepspeed_multinode_launcher = "standard"  # only our own node's processes
+        fields = [*(defaults.deepspeed_config if defaults else ()), *(["mixed_precision"] if from_file else ())]
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
+        _, environment = launch.prepare_deepspeed_cmd_env(arguments)
+    else:
+        environment = launch.prepare_multi_gpu_env(arguments)
+    if not utils.check_cuda_p2p_ib_support():  # RTX 40 with old drivers
+        environment = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1", **environment}
+    number = arguments.num_processes // arguments.num_machines
+    if number > 1:
+        environment.setdefault("OMP_NUM_THREADS", "1")  # ZeRO's lacks it; torchrun sets it so
+    environment |= {
+        "WORLD_SIZE": str(arguments.num_processes), "LOCAL_WORLD_SIZE": str(number),
+        "GROUP_RANK": str(arguments.machine_rank), "MASTER_ADDR": address, "MASTER_PORT": str(arguments.main_process_port),
+    }  # fmt: skip
+    first = arguments.machine_rank * number
+    return [{**environment, "RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(number)]
+
+
+def _meeting_point(arguments: argparse.Namespace, held: contextlib.ExitStack) -> tuple[str, int]:
+    """Address and port at which process 0 will listen."""
+    if arguments.num_machines == 1:
+        try:
+            return "127.0.0.1", _hold(arguments.main_process_port or 0, held)
+        except OSError:
+            return "127.0.0.1", _hold(0, held)
+    port = arguments.main_process_port or PORT
+    if arguments.machine_rank == 0:
+        try:
+            _hold(port, held, from_the_start=True)
+        except OSError as exc:
+            raise TopologyError(
+                f"port {port} of this node cannot be used: {exc.strerror}; give every node the same other --main_process_port"
+            ) from exc
+    return arguments.main_process_ip, port
+
+
+def _hold(port: int, held: contextlib.ExitStack, from_the_start: bool = False) -> int:
+    """Take a port, 0 for any, so that no other launcher is given it in the seconds before process 0 listens.
+
+    Who binds it with SO_REUSEADDR, as PyTorch does, still can, since we do not listen. Set after our own bind, another
+    launcher's fails; set before, connections of an earlier run that the kernel still remembers are no obstacle.
+    """
+    dual = socket.has_dualstack_ipv6()
+    keeper = held.enter_context(socket.socket(socket.AF_INET6 if dual else socket.AF_INET))
+    if dual:
+        keeper.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    if from_the_start:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper.bind(("", port))
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    taken: int = keeper.getsockname()[1]
+    return taken
+
+
+def _one_line(exc: Exception) -> str:
+    text = " ".join(str(exc).split()) or "no reason given"
+    return text.rstrip(".") if isinstance(exc, ValueError | yaml.YAMLError) else f"{type(exc).__name__}: {text}"

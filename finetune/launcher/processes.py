@@ -1,0 +1,238 @@
+"""The processes of one node: signals reach all of them, and the exit code is that of the first one that failed."""
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
+
+OTHERS_SECONDS = 10.0  # after one has failed: for the others to notice, and to write why they end
+FINISH_SECONDS = 120.0  # after one has ended as it should: for the others to finish
+START_SECONDS = 10.0  # for a process to install its handlers: before, a signal would only kill it
+KILL_SECONDS = 10.0  # for the kernel to end what was killed
+# A folder: each process writes what it is at, such as "step 38", into a file named by its rank.
+BEATS = "FINETUNE_BEATS"
+FORWARDED = {
+    signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGHUP: signal.SIGTERM,  # the terminal has gone: save and end
+}  # fmt: skip
+# What a process is before it is the worker: it asks for SIGTERM when the launcher dies (prctl 1 is PR_SET_PDEATHSIG),
+# ends if that has happened before it could ask, and undoes what Python ignores. Not preexec_fn, whose Python would run
+# in a fork of a process in which torch has threads.
+BECOME = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+for number in (signal.SIGPIPE, signal.SIGXFSZ):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def run(environments: list[dict[str, str]], command: list[str]) -> int:
+    """Start one process for each environment and wait for all; call it from the main thread, as it handles signals.
+
+    0 if all have ended with 0. Else that of the first one that ended with something else, if it is 2 or 75; else 1.
+    """
+    with Inbox() as inbox:
+        return supervise(inbox, environments, command)
+
+
+def say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more: no reason to leave the processes
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+class Inbox:
+    """Signals that have come, each once and in order, also while something else goes on.
+
+    Python's own handler, in C, writes the number of each into a pipe, on which `select` can wait.
+    """
+
+    def __enter__(self) -> "Inbox":
+        self._reader, writer = os.pipe()
+        self._writer = writer
+        for end in (self._reader, writer):
+            os.set_blocking(end, False)
+        self._wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        numbers = [signal.SIGCHLD, *FORWARDED]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)  # nohup
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def wait(self, seconds: float) -> list[signal.Signals]:
+        """What is to be forwarded; returns early for any signal, such as that of a process that has ended."""
+        if not select.select([self._reader], [], [], None if seconds == float("inf") else seconds)[0]:
+            return []
+        return [FORWARDED[signal.Signals(number)] for number in os.read(self._reader, 4096) if number in FORWARDED]
+
+
+class _Worker:
+    """One process, the leader of a session of its own: Ctrl-C in a terminal reaches the launcher alone."""
+
+    def __init__(self, environment: dict[str, str], command: list[str], beats: Path | None) -> None:
+        self.rank = environment.get("RANK", "0")
+        self.code: int | None = None
+        """As subprocess has it: -9 is SIGKILL."""
+        self.waiting: list[signal.Signals] = []
+        """Signals that it has yet to be sent."""
+        self._beat = beats / self.rank if beats else None
+        self._started = time.monotonic()
+        environment = {**environment, BEATS: str(beats)} if beats else environment
+        shim = [sys.executable, "-I", "-S", "-c", BECOME, str(os.getpid())]
+        self._process = subprocess.Popen([*shim, *command], env=environment, start_new_session=True)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def name(self) -> str:
+        return f"process {self.rank}"
+
+    @property
+    def has_failed(self) -> bool:
+        return self.code not in (None, EXIT_COMPLETE, EXIT_USER_ERROR, EXIT_PREEMPTED)
+
+    def has_ended(self) -> bool:
+        """Once it has, nothing of its session is left, such as children that load data, and `code` is known."""
+        if self.code is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self.kill()  # before it is reaped, as its number cannot be another's yet
+            self.code = self._process.wait()
+        return self.code is not None
+
+    def deliver(self) -> None:
+        """Send what waits, unless it has only just started and would die of it with nothing said."""
+        if self.waiting and (time.monotonic() - self._started > START_SECONDS or _catches(self.pid, signal.SIGTERM)):
+            for number in self.waiting:
+                os.kill(self.pid, number)  # not send_signal, which might reap it
+            self.waiting = []
+
+    def kill(self) -> None:
+        """Also ends what is stopped."""
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def bury(self) -> None:
+        """Wait until it is gone, after `kill`."""
+        try:
+            self._process.wait(timeout=KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            say(f"{self.name} cannot be killed and is left behind: it waits in the kernel, for a disk or a GPU")
+
+    def end(self) -> str:
+        """How it ended, and where: `was killed by SIGKILL in step 38`."""
+        if self.code is not None and self.code < 0:
+            known = -self.code in set(signal.Signals)
+            how = f"was killed by {signal.Signals(-self.code).name if known else f'signal {-self.code}'}"
+        else:
+            how = f"ended with exit code {self.code}"
+        return how + self.where()
+
+    def where(self) -> str:
+        try:
+            [at, *_] = self._beat.read_text(errors="replace").splitlines() if self._beat else [""]
+        except (OSError, ValueError):  # it never wrote, or was about to
+            return ""
+        return f" {'in' if at.startswith('step') else 'at'} {at[:100].strip()}" if at.strip() else ""
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for it."""
+    try:
+        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return True
+    return caught is None or bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[str]) -> int:
+    """Start, watch, and leave nobody behind, whatever happens."""
+    if inbox.wait(0):
+        say("preempted: a signal came before the first process was started; run the same command again")
+        return EXIT_PREEMPTED
+    workers: list[_Worker] = []
+    with _beats() as beats:
+        try:
+            for environment in environments:
+                workers.append(_Worker(environment, command, beats))
+            return _watch(inbox, workers)
+        finally:
+            for worker in workers:
+                worker.kill()
+            for worker in workers:
+                worker.bury()
+
+
+@contextlib.contextmanager
+def _beats() -> Iterator[Path | None]:
+    try:
+        folder = tempfile.mkdtemp(prefix="finetune-")
+    except OSError:  # nothing can be written on this machine; nobody will be told the step
+        yield None
+        return
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _watch(inbox: Inbox, workers: list[_Worker]) -> int:
+    """Until nobody lives, or those who do have had their time -> exit code. However long they take after a signal."""
+    codes: list[int | None] = []  # in the order in which they ended
+    deadline, because = float("inf"), ""
+    while living := [worker for worker in workers if worker.code is None]:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            for worker in living:
+                say(f"{worker.name} had not ended {because}, and was killed{worker.where()}")
+            break
+        for number in inbox.wait(min(left, 0.05) if any(worker.waiting for worker in living) else left):
+            for worker in living:
+                worker.waiting.append(number)
+        for worker in living:
+            if not worker.has_ended():
+                worker.deliver()
+                continue
+            codes.append(worker.code)
+            if worker.has_failed:
+                say(f"{worker.name} {worker.end()}")
+            seconds = OTHERS_SECONDS if worker.has_failed else FINISH_SECONDS
+            if time.monotonic() + seconds < deadline:
+                deadline, because = time.monotonic() + seconds, f"{seconds:g} seconds after {worker.name}"
+        if os.getpid() == 1:
+            _reap(workers)
+    first = next((code for code in codes if code), EXIT_COMPLETE)
+    if first in (EXIT_USER_ERROR, EXIT_PREEMPTED):
+        return first
+    return EXIT_COMPLETE if first == EXIT_COMPLETE and len(codes) == len(workers) else EXIT_FAILED
+
+
+def _reap(workers: list[_Worker]) -> None:
+    """Orphans, whose parent PID 1 becomes; a worker is left for `has_ended`, to which its SIGCHLD leads."""
+    own = {worker.pid for worker in workers if worker.code is None}
+    with contextlib.suppress(ChildProcessError):
+        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if found.si_pid in own:
+                return
+            os.waitpid(found.si_pid, 0)
