@@ -36,12 +36,13 @@ test-fast: install
 faults: install
 	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults tests/invariants/test_topologies.py -n 2 -s
 
-# For NVIDIA GPUs; docs/containers.md has the ARGS for a CPU and for FlashAttention. BUILDER="buildah build" or "podman build" will do, too.
+# For NVIDIA GPUs; docs/containers.md has SUFFIX and ARGS for a CPU and for FlashAttention. BUILDER="buildah build" or "podman build" will do, too.
 BUILDER ?= docker build
 image:
 	version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) && \
-	$(BUILDER) --file docker/Dockerfile --tag finetune:$$version --build-arg VERSION=$$version \
-	  --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) $(ARGS) .
+	$(BUILDER) --file docker/Dockerfile --tag finetune:$$version$(SUFFIX) --build-arg VERSION=$$version \
+	  --build-arg REVISION=$$(git describe --always --dirty --abbrev=40 --exclude='*') \
+	  --build-arg SOURCE=$$(git config --get remote.origin.url || true) $(ARGS) .
 
 # Builds one for a CPU and runs it; as root, with Debian's buildah, runc and mmdebstrap.
 image-test: install

@@ -88,22 +88,31 @@ def work(manifests: list[Manifest]) -> Work:
         spec, name = child["template"]["spec"], by_kind[kind]["metadata"]["name"]
         found = Work(kind, f"{name}-{child['name']}-0", spec, [], spec["completions"], top["spec"]["failurePolicy"])
     trainer = by_kind.get("TrainJob", {}).get("spec", {}).get("trainer", {})
-    return replace(found, args=found.node["args"], nodes=trainer.get("numNodes", found.nodes))
+    return replace(found, args=found.node.get("args", []), nodes=trainer.get("numNodes", found.nodes))
 
 
 def problems(manifests: list[Manifest], folder: Path) -> list[str]:
     """All faults; `folder`: for the files that a command line names."""
     found = work(manifests)
     return [
-        *_references(manifests, found), *_mounts(found), *_nodes(manifests, found), *_kinds(manifests, found), *_policies(manifests, found),
-        *_profile(manifests, found), *_spot(found), *_resources(found), *_images(found), *_commands(manifests, found, folder),
+        *pod_problems(manifests), *_nodes(manifests, found), *_kinds(manifests, found), *_policies(manifests, found), *_spot(found),
+        *_commands(manifests, found, folder),
+    ]  # fmt: skip
+
+
+def pod_problems(manifests: list[Manifest]) -> list[str]:
+    """Those of a pod that may do anything, or nothing."""
+    found = work(manifests)
+    return [
+        *_references(manifests, found), *_mounts(found), *_profile(manifests, found), *_resources(found), *_images(found)
     ]  # fmt: skip
 
 
 def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
     names = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
     spaces = {m["metadata"].get("namespace") for m in manifests if m["kind"] != "Namespace"}
-    if spaces != {m["metadata"]["name"] for m in manifests if m["kind"] == "Namespace"}:
+    made = {m["metadata"]["name"] for m in manifests if m["kind"] == "Namespace"}
+    if len(spaces) != 1 or (made and spaces != made):  # or one that is there already
         yield f"namespaces {spaces} are not the one that is made"
     if ("ServiceAccount", found.pod.get("serviceAccountName")) not in names:
         yield f"there is no ServiceAccount {found.pod.get('serviceAccountName')}"
@@ -133,10 +142,14 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
             if manifest["spec"].get("clusterIP") != "None" or not manifest["spec"].get("publishNotReadyAddresses"):
                 yield "the Service gives no names to pods that are not ready"
         if manifest["kind"] == "NetworkPolicy":
-            peers = [peer["podSelector"] for rule in manifest["spec"]["ingress"] for peer in rule["from"]]
+            rules = manifest["spec"]["ingress"]
+            if not all(rule.get("from") for rule in rules):
+                yield "NetworkPolicy lets anybody in"
+            peers = [peer["podSelector"] for rule in rules for peer in rule.get("from", [])]
             for selector in [manifest["spec"]["podSelector"], *peers]:
-                if not selector.get("matchLabels", {}).items() <= found.labels.items():
-                    yield "NetworkPolicy selects no pod"
+                labels = selector.get("matchLabels", {})
+                if not labels or not labels.items() <= found.labels.items():
+                    yield "NetworkPolicy selects no pod, or all"
         if manifest["kind"] == "TrainJob":
             reference = manifest["spec"]["runtimeRef"]
             if (reference["kind"], reference["name"], reference["apiGroup"]) not in {
@@ -162,6 +175,11 @@ def _mounts(found: Work) -> Iterator[str]:
 
 
 def _spot(found: Work) -> Iterator[str]:
+    environment = {entry["name"]: entry.get("value") for entry in found.node["env"]}
+    if any(name.startswith("rdma/") for name in found.node["resources"]["limits"]) != (
+        environment.get("NCCL_NET") == "IB"
+    ):
+        yield "a network card that NCCL does not insist on, or the other way round"
     if "karpenter.sh/do-not-disrupt" in found.job["template"].get("metadata", {}).get("annotations", {}):
         yield "Karpenter would not drain the node after a notice"
     for label, value in found.pod.get("nodeSelector", {}).items():
@@ -211,6 +229,8 @@ def _kinds(manifests: list[Manifest], found: Work) -> Iterator[str]:
             or child["template"]["metadata"]["labels"].get(ANCESTOR) != "trainer"
         ):
             yield "nothing would tell the pods their PET_ variables"
+        if "trainer" not in by_kind["TrainJob"]["spec"]:
+            yield "Trainer's torch plugin gives PET_ variables only to a TrainJob with a trainer"
         if any(entry["name"].startswith("PET_") for entry in found.node["env"]):
             yield "PET_ variables are Trainer's to give"
 
@@ -234,8 +254,12 @@ def _nodes(manifests: list[Manifest], found: Work) -> Iterator[str]:
 
 def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
     pod, job = found.pod, found.job
-    if found.kind == "Job" and job.get("backoffLimit") != 3:
+    if found.kind == "Job" and job.get("backoffLimit") != (3 if found.nodes == 1 else 7):
         yield "a crash is not tried again three times"
+    if found.kind != "TrainJob" and not next(m for m in manifests if m["kind"] == found.kind)["spec"].get(
+        "ttlSecondsAfterFinished"
+    ):
+        yield "nothing removes it when it has ended"
     if "activeDeadlineSeconds" in job or "activeDeadlineSeconds" in pod:
         yield "a deadline would end a run that goes well"
     if any("lifecycle" in container for container in found.containers):
@@ -265,13 +289,16 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
 def fate(found: Work, code: int, disrupted: bool) -> str:
     """What becomes of a run whose pod has ended so: it `ends`, starts `again`, or again and is `counted` as a failure."""
     action, message = "Count", ""
+    # matchPodFailurePolicy in pkg/controller/job of Kubernetes 1.31 has the order, and the messages.
     for index, rule in enumerate(found.job.get("podFailurePolicy", {}).get("rules", [])):
-        conditions = [condition["type"] for condition in rule.get("onPodConditions", [])]
-        if disrupted and "DisruptionTarget" in conditions:
+        conditions = [(condition["type"], condition["status"]) for condition in rule.get("onPodConditions", [])]
+        codes = rule.get("onExitCodes", {"operator": "In", "values": []})
+        is_other = codes.get("containerName", "node") != "node"
+        if disrupted and ("DisruptionTarget", "True") in conditions:
             action = rule["action"]
             message = f"Pod ns/x has condition DisruptionTarget matching {action} rule at index {index}"
             break
-        if code in rule.get("onExitCodes", {}).get("values", []):
+        if not is_other and codes["values"] and (code in codes["values"]) == (codes["operator"] == "In"):
             action = rule["action"]
             message = (
                 f"Container node for pod ns/x failed with exit code {code} matching {action} rule at index {index}"
@@ -292,9 +319,9 @@ def fate(found: Work, code: int, disrupted: bool) -> str:
 
 def _profile(manifests: list[Manifest], found: Work) -> Iterator[str]:
     """The Pod Security Standard "restricted"."""
-    [namespace] = [manifest for manifest in manifests if manifest["kind"] == "Namespace"]
-    if namespace["metadata"]["labels"].get("pod-security.kubernetes.io/enforce") != "restricted":
-        yield "the namespace does not enforce the restricted profile"
+    for namespace in [manifest for manifest in manifests if manifest["kind"] == "Namespace"]:
+        if namespace["metadata"]["labels"].get("pod-security.kubernetes.io/enforce") != "restricted":
+            yield "the namespace does not enforce the restricted profile"
     yield from _unrestricted(found)
     if found.pod.get("automountServiceAccountToken") is not False:
         yield "pods get a token of the service account, which they do not need"
@@ -321,6 +348,7 @@ def _unrestricted(found: Work) -> list[str]:
             faults.append(f"container {container['name']} may gain privileges")
         if (
             own.get("runAsUser", 10001) != 10001
+            or own.get("runAsNonRoot") is False
             or own.get("seccompProfile", {"type": "RuntimeDefault"})["type"] != "RuntimeDefault"
         ):
             faults.append(f"container {container['name']} takes back what its pod promises")
@@ -396,7 +424,7 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
                 continue
             try:
                 with contextlib.ExitStack() as held:
-                    environments, command = launcher.plan(words[1:], held)
+                    environments, command = launcher.read(words[1:], held)
                 config, _ = configs.parse(_with_files(command[2:], manifests, found, folder))
             except UserError as exc:
                 yield f"{container['name']}: {exc}"
@@ -421,6 +449,8 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
 def environment(found: Work, container: Manifest, rank: int) -> dict[str, str]:
     """What a container of the node `rank` finds, as far as command lines ask for it."""
     own = {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
+    if any(source["secretRef"]["name"] == "object-store" for source in container.get("envFrom", [])):
+        own["STORAGE"] = "s3://bucket/runs"
     if found.job.get("completionMode") == "Indexed":
         own["JOB_COMPLETION_INDEX"] = str(rank)
     if found.kind == "TrainJob":  # what its torch plugin puts in, in its own words

@@ -60,6 +60,18 @@ def arguments(text: str) -> dict[str, str]:
     return found
 
 
+def inherited(all_of_them: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The instructions of the last stage, and before them those of the stages that it is made from."""
+    stages: dict[str, list[tuple[str, str]]] = {}
+    for word, rest in all_of_them:
+        if word == "FROM":
+            image, *name = rest.split(" AS ")
+            stage = stages[name[0] if name else ""] = list(stages.get(image, ()))
+        elif stages:
+            stage.append((word, rest))
+    return stage
+
+
 def complaints(text: str) -> list[str]:
     """What a Dockerfile promises less than docs/containers.md."""
     found, stages, defaults = [], set(), arguments(text)
@@ -79,8 +91,7 @@ def complaints(text: str) -> list[str]:
             found.append(f"{word} {rest[:40]} brings in what no list pins")
         if word in ("ENTRYPOINT", "CMD") and not rest.startswith("["):
             found.append(f"{word} in shell form: the shell would be PID 1, and SIGTERM end there")
-    final = [(word, rest) for word, rest in all_of_them if word in ("USER", "STOPSIGNAL", "ENTRYPOINT", "CMD")]
-    said = dict(final)
+    said = dict(inherited(all_of_them))
     if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", said.get("USER", "")):
         found.append(
             f"the last USER is {said.get('USER')}: Kubernetes takes a number only as proof that it is not root"
@@ -112,8 +123,8 @@ def test_the_dockerfile_keeps_what_is_promised():
         (r"ARG SOURCE", "ARG HF_TOKEN", "can be read by whoever has the image"),
         (r"COPY \. \.", "ADD https://example.org/rows.tar .\nCOPY . .", "brings in what no list pins"),
         (r"ENTRYPOINT .*", "ENTRYPOINT python -m finetune", "the shell would be PID 1"),
-        (r"USER 10001:10001\n\n\n# What", "USER finetune\n\n\n# What", "the last USER is finetune"),
-        (r"USER 10001:10001\n\n\n# What", "\n\n# What", "the last USER is 0"),
+        (r"USER 10001:10001", "USER finetune", "the last USER is finetune"),
+        (r"USER 10001:10001\n", "", "the last USER is None"),
         (r"STOPSIGNAL SIGTERM", "STOPSIGNAL SIGKILL", "what stops it"),
         (r" TMPDIR=/scratch", "", "written elsewhere"),
         (r"COPY requirements.txt /opt/", "COPY . .", "installs every package again"),
@@ -142,7 +153,7 @@ def test_hadolint_finds_nothing():
 
 TEMPTATIONS = (
     ".env", "hf_token", "id_rsa", "credentials.json", "data/rows.jsonl", "runs/mine/model/model.safetensors", "wandb/key",
-    "finetune/.env", "finetune/token.txt", "finetune/__pycache__/config.pyc", "configs/.env", "configs/token.json",
+    "finetune/.env", "finetune/hf_token", "finetune/data/id_rsa", "finetune/token.txt", "finetune/__pycache__/config.pyc", "configs/.env", "configs/token.json",
     "configs/mine/hidden.yaml", "data_scripts/rows.jsonl", "accelerate_configs/.netrc", ".venv/lib/x.py", "shared/data/rows.csv",
 )  # fmt: skip
 NEEDED = r"train\.py|LICENSE|requirements(-cuda)?\.txt|(finetune|data_scripts)/.*\.py|(configs|accelerate_configs)/\w+\.yaml|ds_configs/\w+\.json"
@@ -231,7 +242,7 @@ def understood(words: list[str], folder: Path) -> Any:
     words = [word.replace("/config/run.yaml", str(folder / "run.yaml")) for word in words]
     assert words[0] == "launch"
     with contextlib.ExitStack() as held, contextlib.chdir(ROOT):
-        environments, command = launcher.plan(words[1:], held)
+        environments, command = launcher.read(words[1:], held)
         config, _ = configs.parse(command[2:])
     assert command[:2] == [sys.executable, "train.py"]
     return len(environments), config

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from kubeflow_trainer_api import models
-from manifests import Manifest, Work, problems, render, work
+from manifests import Manifest, Work, pod_problems, problems, render, work
 
 OVERLAYS = sorted(folder.name for folder in (ROOT / "k8s/overlays").iterdir())
 OLDEST, NEWEST = "1.31", "1.37"  # podFailurePolicy is stable since 1.31
@@ -31,6 +31,8 @@ TOGETHER = {
     "queue of JobSets": ["nodes", "priority", "jobset", "kueue", "network-policy"],
     "queue of TrainJobs": ["nodes", "rdma", "jobset", "trainjob", "kueue"],
     "spot, bucket": ["eight-gpus", "spot-aks", "object-store"],
+    "files of several nodes": ["nodes", "files"],
+    "a namespace that is there": ["eight-gpus", "existing-namespace"],
 }
 FIFO = {"sortOptions": {"order": "fifo"}}
 
@@ -46,11 +48,11 @@ def rendered(tmp_path_factory) -> dict[str, list[Manifest]]:
     return found
 
 
-def overlay(folder: Path, components: list[str], **more: Any) -> Path:
+def overlay(folder: Path, components: list[str], base: str = "base", **more: Any) -> Path:
     """A user's own, beside the repository."""
     here = Path(os.path.relpath(ROOT / "k8s", folder.resolve()))
     values = {
-        "resources": [str(here / "base")],
+        "resources": [str(here / base)],
         "components": [str(here / "components" / component) for component in components],
         **more,
     }
@@ -93,7 +95,40 @@ def lost(given: Any, back: Any, where: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("name", [*OVERLAYS, *TOGETHER])
 def test_everything_fits_together(rendered, name, tmp_path):
     """References, selectors, world sizes, command lines, policies, the restricted profile, limits."""
-    assert problems(rendered[name], tmp_path) == []
+    if name.startswith("files"):
+        assert pod_problems(rendered[name]) == []
+    else:
+        assert problems(rendered[name], tmp_path) == []
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_folder_of_ones_own_on_any_overlay_fits_together_too(tmp_path, name):
+    """As docs/kubernetes.md has it, with a namespace and an image of its own."""
+    (tmp_path / "run.yaml").write_text((ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4"))
+    more = {
+        "namespace": "my-run", "images": [{"name": "finetune", "newName": "registry.example/finetune", "newTag": "2.0"}],
+        "configMapGenerator": [{"name": "run", "behavior": "replace", "files": ["run.yaml"], "options": {"immutable": True}}],
+    }  # fmt: skip
+    manifests = render(overlay(tmp_path, [], base=f"overlays/{name}", **more, **FIFO))
+    assert (pod_problems(manifests) if name == "files" else problems(manifests, tmp_path)) == []
+
+
+@pytest.mark.parametrize("kind", [["indexed-job"], ["jobset"], ["jobset", "trainjob"]], ids=" ".join)
+def test_other_numbers_of_nodes_are_one_component_before_the_kind(tmp_path, kind):
+    """That of docs/kubernetes.md: four nodes of four GPUs."""
+    text = (ROOT / "docs/kubernetes.md").read_text()
+    [component] = re.findall(
+        r"```yaml\n(apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component.*?)```", text, re.S
+    )
+    (tmp_path / "size").mkdir()
+    (tmp_path / "size/kustomization.yaml").write_text(component)
+    folder = overlay(tmp_path, ["nodes", *kind], **FIFO)
+    values = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    values["components"].insert(1, "size")
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(values))
+    manifests = render(folder)
+    assert problems(manifests, tmp_path) == []
+    assert work(manifests).nodes == 4
 
 
 @pytest.mark.parametrize(
@@ -102,6 +137,7 @@ def test_everything_fits_together(rendered, name, tmp_path):
         ["nodes", "jobset", "spot-eks"], ["nodes", "jobset", "rdma"], ["nodes", "jobset", "priority"], ["spot-gke", "nodes"],
         ["object-store", "nodes"], ["nodes", "object-store", "jobset"], ["kueue", "nodes", "jobset"], ["nodes", "kueue", "jobset"],
         ["nodes", "jobset", "kueue", "trainjob"], ["jobset"], ["nodes", "trainjob"], ["nodes", "eight-gpus"],
+        ["indexed-job"], ["nodes", "indexed-job", "jobset"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -111,12 +147,8 @@ def test_components_in_another_order_are_an_error_not_another_job(tmp_path, comp
 
 
 def test_what_comes_after_an_overlay_with_a_jobset_is_an_error_too(tmp_path):
-    folder = overlay(tmp_path, ["spot-eks"])
-    values = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    values["resources"] = [values["resources"][0].replace("base", "overlays/jobset")]
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(AssertionError, match="test|no matches"):
-        render(folder)
+        render(overlay(tmp_path, ["spot-eks"], base="overlays/jobset"))
 
 
 def test_several_nodes_wait_in_the_queue_with_their_own_kind(rendered):
@@ -188,6 +220,7 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "no torch": ("trainjob", lambda m, w: of_kind(m, "TrainingRuntime")["spec"]["mlPolicy"].pop("torch"), "PET_ variables"),
     "no ancestor": ("trainjob", lambda m, w: child(m, "TrainingRuntime")["template"]["metadata"]["labels"].clear(), "PET_ variables"),
     "Trainer's variables": ("trainjob", lambda m, w: w.node["env"].append({"name": "PET_NNODES", "value": "2"}), "Trainer's to give"),
+    "no trainer": ("trainjob", lambda m, w: of_kind(m, "TrainJob")["spec"].pop("trainer"), "only to a TrainJob with a trainer"),
     "another child": ("trainjob", lambda m, w: child(m, "TrainingRuntime").update(name="worker"), "named node"),
     "two of each": ("jobset", lambda m, w: child(m, "JobSet").update(replicas=2), "one Job"),
     "no names": ("jobset", lambda m, w: of_kind(m, "JobSet")["spec"]["network"].update(enableDNSHostnames=False), "by its name"),
@@ -198,6 +231,8 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "two of a name": ("jobset", lambda m, w: w.failure_policy["rules"][0].update(name="preempted"), "names of rules"),
     "suspended for ever": ("single-gpu", lambda m, w: w.job.update(suspend=True), "no queue"),
     "four pods of one run": ("single-gpu", lambda m, w: w.job.update(parallelism=4), "work of one"),
+    "there for ever": ("jobset", lambda m, w: of_kind(m, "JobSet")["spec"].pop("ttlSecondsAfterFinished"), "nothing removes it"),
+    "InfiniBand or not": ("rdma", lambda m, w: w.node["env"].pop(), "does not insist"),
     "no second try": ("single-gpu", lambda m, w: w.job.update(backoffLimit=0), "three times"),
     "a deadline": ("single-gpu", lambda m, w: w.job.update(activeDeadlineSeconds=60), "a deadline"),
     "a hook": ("single-gpu", lambda m, w: w.node.update(lifecycle={"preStop": {"sleep": {"seconds": 100}}}), "a hook"),
@@ -212,6 +247,9 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "service of others": ("multi-node", lambda m, w: of_kind(m, "Service")["spec"].update(selector={"app": "x"}), "selects no pod"),
     "subdomain of others": ("multi-node", lambda m, w: w.pod.update(subdomain="x"), "subdomain"),
     "policy for others": ("one GPU, bucket", lambda m, w: of_kind(m, "NetworkPolicy")["spec"]["podSelector"].update(matchLabels={"app": "x"}), "NetworkPolicy selects no pod"),
+    "policy for all": ("one GPU, bucket", lambda m, w: of_kind(m, "NetworkPolicy")["spec"].update(podSelector={}), "or all"),
+    "open to anybody": ("one GPU, bucket", lambda m, w: of_kind(m, "NetworkPolicy")["spec"]["ingress"][0].pop("from"), "anybody"),
+    "root may be": ("single-gpu", lambda m, w: w.node["securityContext"].update(runAsNonRoot=False), "takes back"),
     "runtime of another name": ("trainjob", lambda m, w: of_kind(m, "TrainJob")["spec"]["runtimeRef"].update(name="x"), "no TrainingRuntime x"),
     "one pod too few": ("jobset", lambda m, w: w.job.update(parallelism=1), "say something else"),
     "one node more": ("trainjob", lambda m, w: of_kind(m, "TrainJob")["spec"]["trainer"].update(numNodes=3), "something else"),
@@ -223,6 +261,8 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "rule for nobody": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="x"), "not there"),
     "rule for one of two runs": ("cpu-debug", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="node"), "does not see"),
     "exit codes before disruptions": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].reverse(), "preempted at the start (2)|preempted at the start: ends"),
+    "not disrupted": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"][0]["onPodConditions"][0].update(status="False"), "preempted, killed: counted"),
+    "every code but 2": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(operator="NotIn"), r"a crash \(1\): ends"),
     "no rule for 2": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(1), r"wrong config \(2\): counted"),
     "no rule for 75": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(2), r"saved \(75\): counted"),
     "a bad config for ever": ("jobset", lambda m, w: w.failure_policy["rules"].pop(0), r"wrong config \(2\): again"),
@@ -247,7 +287,7 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "latest": ("single-gpu", lambda m, w: w.node.update(image="registry:5000/finetune"), "stays the same"),
     "two images": ("cpu-debug", lambda m, w: w.node.update(image="finetune:2"), "several images"),
     "grace that no cloud gives": ("spot-gke", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "gives 15"),
-    "a save longer than the grace": ("single-gpu", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "counts on 110 s"),
+    "a save longer than the grace": ("single-gpu", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "counts on 590 s"),
     "more processes than GPUs": ("spot-eks", lambda m, w: set_argument(w, "8", "16"), "16 processes on a node of 8"),
     "fewer processes than nodes have": ("jobset", lambda m, w: set_argument(w, "16", "8"), "4 processes on a node of 8"),
     "another number of nodes": ("multi-node", lambda m, w: set_argument(w, "2", "4"), "4 processes on a node"),

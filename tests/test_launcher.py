@@ -214,7 +214,7 @@ def test_one_that_was_killed_is_named_with_its_step_and_the_others_end_by_themse
 
 @pytest.mark.parametrize("other", ["stop", "deaf"])
 def test_one_that_is_stopped_or_deaf_beside_one_that_fails_is_killed(worker, capfd, monkeypatch, other):
-    monkeypatch.setattr(launcher, "OTHERS_SECONDS", 0.3)
+    monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 0.3)
     assert run(worker, other, "beside:0:exit:1") == 1
     assert capfd.readouterr().err.splitlines() == [
         "process 1 ended with exit code 1",
@@ -227,15 +227,15 @@ def test_one_that_is_stopped_or_deaf_beside_one_that_fails_is_killed(worker, cap
 def test_one_that_goes_on_after_another_has_finished_gets_longer_and_is_then_killed(
     worker, capfd, monkeypatch, first, code
 ):
-    monkeypatch.setattr(launcher, "OTHERS_SECONDS", 0.0)
-    monkeypatch.setattr(launcher, "FINISH_SECONDS", 0.4)
+    monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 0.0)
+    monkeypatch.setattr(launcher.processes, "FINISH_SECONDS", 0.4)
     assert run(worker, f"beside:1:{first}", "deaf") == code
     assert capfd.readouterr().err == "process 1 had not ended 0.4 seconds after process 0, and was killed in step 38\n"
     assert not any(map(is_alive, noted(worker, "pid")))
 
 
 def test_one_that_finishes_after_a_failure_gives_the_others_no_more_time(worker, capfd, monkeypatch):
-    monkeypatch.setattr(launcher, "OTHERS_SECONDS", 2.0)
+    monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 2.0)
     assert run(worker, "deaf", "beside:0:exit:1", "after:1:exit:0") == 1
     assert "process 0 had not ended 2 seconds after process 1, and was killed" in capfd.readouterr().err
 
@@ -249,7 +249,7 @@ def test_children_of_a_process_that_has_ended_do_not_stay(worker, how):
 
 
 def test_children_of_a_process_that_is_killed_do_not_stay(worker, monkeypatch):
-    monkeypatch.setattr(launcher, "OTHERS_SECONDS", 0.1)
+    monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 0.1)
     run(worker, "family:sleep", "beside:0:exit:1")
     [child] = noted(worker, "child")
     until(lambda: not is_alive(child))
@@ -446,7 +446,7 @@ def test_processes_inherit_the_terminal(worker):
 def plan(*arguments):
     """Environments of the processes that would be started."""
     with contextlib.ExitStack() as held:
-        return launcher.plan([*map(str, arguments), str(ROOT / "train.py")], held)[0]
+        return launcher.read([*map(str, arguments), str(ROOT / "train.py")], held)[0]
 
 
 # File -> kind, processes of this node, replicas, processes that share a sequence.
@@ -531,7 +531,7 @@ def test_what_accelerate_config_has_left_is_not_read(tell, tmp_path):
 def test_two_runs_on_one_machine_get_different_ports():
     with contextlib.ExitStack() as held:
         command = ["--num_processes", "2", str(ROOT / "train.py")]
-        ports = {launcher.plan(command, held)[0][0]["MASTER_PORT"] for _ in range(4)}
+        ports = {launcher.read(command, held)[0][0]["MASTER_PORT"] for _ in range(4)}
         assert len(ports) == 4
         port = ports.pop()
         assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] != port

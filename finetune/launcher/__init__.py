@@ -11,17 +11,17 @@ Linux only.
 import contextlib
 
 from finetune.errors import EXIT_FAILED, EXIT_USER_ERROR, TopologyError, UserError
-from finetune.launcher.arguments import plan
+from finetune.launcher.arguments import read
 from finetune.launcher.processes import Inbox, run, say, supervise
 
-__all__ = ["main", "plan", "run"]
+__all__ = ["main", "read", "run"]
 
 
 def main(argv: list[str]) -> int:
     """What stands behind `python -m finetune launch` -> exit code."""
     with Inbox() as inbox, contextlib.ExitStack() as held:
         try:
-            environments, command = plan(argv, held)
+            environments, command = read(argv, held)
         except UserError as exc:
             say(f"error: {exc}")
             return EXIT_USER_ERROR

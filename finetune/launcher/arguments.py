@@ -24,7 +24,7 @@ IGNORED = (
 )  # fmt: skip
 
 
-def plan(argv: list[str], held: contextlib.ExitStack) -> tuple[list[dict[str, str]], list[str]]:
+def read(argv: list[str], held: contextlib.ExitStack) -> tuple[list[dict[str, str]], list[str]]:
     """Environments of this node's processes, and what each runs. `held` keeps the port for them."""
     if not argv:
         raise ConfigError("launch was given no script; python -m finetune launch train.py --config configs/my_run.yaml")

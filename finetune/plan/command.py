@@ -64,8 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
         limit = limit if memory is None else memory * GB * (1 - SLACK)
         rows.append([name, str(wish.num_processes), *_row(chooser, wish, limit, reached)])
     _progress("")
-    if arguments.topology:
-        (wish,) = wishes.values()
+    if arguments.topology and micro_batches(config, wish):
         print("\n" + _parts(chooser.forecast(wish, _micro_batch(chooser, wish, limit)), on_gpu))
     print("\n" + _table(rows))
     print(
@@ -89,7 +88,7 @@ def _wish(file: Path, num_processes: int | None, required: bool) -> Wish | None:
         options += ["--main_process_ip", "127.0.0.1"]
     try:
         with contextlib.ExitStack() as held, contextlib.chdir(ROOT):
-            environments, _ = launcher.plan([*options, "train.py"], held)
+            environments, _ = launcher.read([*options, "train.py"], held)
             return launch.read(environments[0])
     except UserError:
         if required:

@@ -6,7 +6,7 @@ the controllers do after a pod has ended is tests/manifests.py's reading of thei
 
 import contextlib
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -22,14 +22,17 @@ NETWORK = ["unshare", "--net", "--mount", "--propagation", "private"]
 LO_UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 0x49))"  # SIOCSIFFLAGS: UP, LOOPBACK, RUNNING
 
 
-def may_unshare() -> bool:
-    return subprocess.run([*NETWORK, "true"], capture_output=True, check=False).returncode == 0
+def can_try() -> bool:
+    return (
+        bool(shutil.which("kubectl") and shutil.which("unshare"))
+        and subprocess.run([*NETWORK, "true"], capture_output=True, check=False).returncode == 0
+    )
 
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(not may_unshare(), reason="needs root: namespaces for networks and mounts"),
+    pytest.mark.skipif(not can_try(), reason="needs kubectl, and root for namespaces of networks and mounts"),
 ]
 
 
@@ -103,13 +106,8 @@ def test_two_pods_train_as_one_process_and_lose_one_on_the_way(workshop, tmp_pat
         wait_for(workshop.run_dir("two") / "checkpoints/step-00000010/manifest.json", both)
         both.preempt(1)
         lost = both.codes()
-        assert lost[1] == -signal.SIGKILL
-        assert lost[0] not in (0, 2), both.said()
-        # One that is preempted is not counted. With a JobSet that starts all again, and nobody asks how the other ended;
-        # the Indexed Job replaces each by itself, and the one that lost its peer has crashed.
-        assert fate(both.found, 137, disrupted=True) == "again"
-        if both.found.kind == "Job":
-            assert fate(both.found, lost[0], disrupted=False) == "counted"
+        # A machine that vanishes is noticed minutes later: what is seen first is the peer, which has crashed.
+        assert fate(both.found, lost[0], disrupted=False) == "counted", both.said()
         both.start(0, 1)
         assert both.codes() == {0: 0, 1: 0}, both.said()
         assert "resumed from" in both.said()

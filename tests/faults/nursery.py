@@ -157,7 +157,7 @@ def fork(
     if topology == "single" and len(said) == 1:
         options = [[]]
     with contextlib.chdir(ROOT):
-        planned = [each for own in options for each in launcher.plan([*own, "train.py"], held)[0]]
+        planned = [each for own in options for each in launcher.read([*own, "train.py"], held)[0]]
     started = []
     for rank, given in enumerate(planned):
         said[rank].unlink(missing_ok=True)
