@@ -25,6 +25,7 @@ from finetune.errors import (
     CheckpointError,
     DirectoryInUse,
     ExportError,
+    Outage,
     OutOfMemory,
     Preempted,
     TakenOver,
@@ -51,7 +52,7 @@ MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16
 def main() -> int:
     """Run, and turn how it ended into the exit code of the contract."""
     sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
     who = f"[process {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     stop = StopFlag()  # until the loop starts, a signal ends the run at once
     try:
@@ -61,13 +62,13 @@ def main() -> int:
             stop.close()
         return EXIT_COMPLETE
     except (UserError, TakenOver) as exc:
-        said = f"error: {exc}" if rank == 0 else f"[process {rank}] error: {str(exc).splitlines()[0]}"
+        said = f"error: {exc}" if rank == "0" else f"[process {rank}] error: {str(exc).splitlines()[0]}"
         sys.stderr.write(said + "\n")  # in one piece, as others write, too
         return EXIT_USER_ERROR
     except Preempted as exc:
         print(f"{who}preempted: {exc}", file=sys.stderr)
         return EXIT_PREEMPTED
-    except (TrainingDiverged, OutOfMemory, CheckpointError, DirectoryInUse, ExportError, TopologyError) as exc:
+    except (TrainingDiverged, OutOfMemory, Outage, CheckpointError, DirectoryInUse, ExportError, TopologyError) as exc:
         print(f"{who}failed: {exc}", file=sys.stderr)
         return EXIT_FAILED
     except Exception:
@@ -82,6 +83,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
 
+    stop.raises()
     directory = RunDirectory(config)
     if not check_only and config.checkpoint.storage is None:
         directory.check(config)

@@ -3,10 +3,20 @@
 import argparse
 import importlib
 import json
+import os
+import signal
 import sys
 
-from finetune import config as configs
-from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, ExportError, UserError
+from finetune.errors import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    ExportError,
+    Outage,
+    UserError,
+)
 
 COMMANDS = {
     "replay": ("finetune.replay", "the same run again, from its receipt; refused with what has changed since"),
@@ -30,6 +40,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if os.getpid() == 1:
+        _heed_signals(EXIT_PREEMPTED if argv[:1] == ["launch"] else EXIT_FAILED)
     if argv[:1] == ["launch"]:  # its arguments are those of `accelerate launch`
         return int(importlib.import_module("finetune.launcher").main(argv[1:]))
     parser = argparse.ArgumentParser(prog="python -m finetune", allow_abbrev=False)
@@ -52,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.settings = settings  # --section.field VALUE, as train.py has them
     try:
         if arguments.command == "schema":
-            print(json.dumps(configs.json_schema(), indent=2))
+            print(json.dumps(importlib.import_module("finetune.config").json_schema(), indent=2))
         else:
             return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments) or EXIT_COMPLETE
         return EXIT_COMPLETE
@@ -61,9 +73,15 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except ExportError as exc:
+    except (ExportError, Outage) as exc:
         print(f"failed: {exc}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _heed_signals(code: int) -> None:
+    """In a container the kernel gives PID 1 no signal that it has not asked for; `launch` takes over when it starts processes."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: os._exit(code))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ class ExportError(Exception):
     """The exported model does not match the trained one. Exit code 1."""
 
 
+class Outage(Exception):
+    """A hub does not answer, or a disk is full or has gone. Exit code 1: another attempt may find it well."""
+
+
 class TopologyError(Exception):
     """Processes did not find, or lost, each other. Exit code 1; starting all of them again may help."""
 

@@ -28,8 +28,25 @@ SPOT = {
     "cloud.google.com/gke-spot": ("true", 15, True),
     "kubernetes.azure.com/scalesetpriority": ("spot", 25, True),
 }
-# Where a container finds what, and whether it may write there.
-MOUNTS = {"/config": False, "/tokens": False, "/runs": True, "/models": True, "/scratch": True, "/dev/shm": True}
+# Where a container finds what: volume, its folder, and whether it may write there.
+MOUNTS = {
+    "/config": ("config", None, False), "/tokens": ("tokens", None, False), "/runs": ("storage", "runs", True),
+    "/models": ("storage", "models", True), "/scratch": ("scratch", None, True), "/dev/shm": ("shm", None, True),
+}  # fmt: skip
+# All that a run's pods and Jobs say. What is not here has been thought of by nobody: another container never ends, a probe
+# ends what goes well, a shared process namespace takes PID 1 from the launcher.
+SAYS = {
+    "pod": set(
+        "restartPolicy terminationGracePeriodSeconds serviceAccountName automountServiceAccountToken enableServiceLinks securityContext tolerations "
+        "containers initContainers volumes nodeSelector priorityClassName subdomain".split()
+    ),
+    "container": set(
+        "name image imagePullPolicy command args env envFrom resources securityContext terminationMessagePolicy volumeMounts".split()
+    ),
+    "Job": set(
+        "backoffLimit podReplacementPolicy ttlSecondsAfterFinished podFailurePolicy template completionMode parallelism completions suspend".split()
+    ),
+}
 ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -95,7 +112,7 @@ def problems(manifests: list[Manifest], folder: Path) -> list[str]:
     """All faults; `folder`: for the files that a command line names."""
     found = work(manifests)
     return [
-        *pod_problems(manifests), *_nodes(manifests, found), *_kinds(manifests, found), *_policies(manifests, found), *_spot(found),
+        *pod_problems(manifests), *_said(found), *_nodes(manifests, found), *_kinds(manifests, found), *_policies(manifests, found), *_spot(found),
         *_commands(manifests, found, folder),
     ]  # fmt: skip
 
@@ -124,6 +141,10 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
         config = volume.get("configMap", {}).get("name")
         if config and ("ConfigMap", config) not in names:
             yield f"there is no ConfigMap {config}"
+        elif config and not next(
+            m for m in manifests if (m["kind"], m["metadata"]["name"]) == ("ConfigMap", config)
+        ).get("immutable"):
+            yield f"ConfigMap {config} may change under a run"
         if "secret" in volume and not volume["secret"].get("optional"):
             yield f"Secret {volume['secret']['secretName']} is not here, and not optional"
     for container in found.containers:
@@ -160,7 +181,10 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
 
 def _mounts(found: Work) -> Iterator[str]:
     for container in found.containers:
-        mounts = {mount["mountPath"]: not mount.get("readOnly", False) for mount in container["volumeMounts"]}
+        mounts = {
+            mount["mountPath"]: (mount["name"], mount.get("subPath"), not mount.get("readOnly", False))
+            for mount in container["volumeMounts"]
+        }
         needed = MOUNTS if container is found.node else {path: MOUNTS[path] for path in ("/runs", "/scratch")}
         if {path: mounts.get(path) for path in needed} != needed:
             yield f"container {container['name']} has not what it needs among {', '.join(needed)}, or may not write to it"
@@ -213,7 +237,7 @@ def _kinds(manifests: list[Manifest], found: Work) -> Iterator[str]:
         or "subdomain" in network
     ):
         yield "nodes would not find the first one by its name"
-    if not policy.get("maxRestarts") or policy.get("restartStrategy") != "BlockingRecreate":
+    if policy.get("maxRestarts") != 20 or policy.get("restartStrategy") != "BlockingRecreate":
         yield "new pods would start beside old ones, or never"
     names = [rule["name"] for rule in policy["rules"]]
     if len(set(names)) < len(names) or not all(
@@ -252,6 +276,15 @@ def _nodes(manifests: list[Manifest], found: Work) -> Iterator[str]:
         yield "nothing that a run leaves behind outlives its pod"
 
 
+def _said(found: Work) -> Iterator[str]:
+    several = [("Job", found.job), ("pod", found.pod), *(("container", container) for container in found.containers)]
+    for what, spec in several:
+        if unknown := set(spec) - SAYS[what]:
+            yield f"a {what} says {', '.join(sorted(unknown))}, which nobody has thought of"
+    if len(found.pod["containers"]) != 1:
+        yield "beside a second container a pod does not end with the run"
+
+
 def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
     pod, job = found.pod, found.job
     if found.kind == "Job" and job.get("backoffLimit") != (3 if found.nodes == 1 else 7):
@@ -260,10 +293,6 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
         "ttlSecondsAfterFinished"
     ):
         yield "nothing removes it when it has ended"
-    if "activeDeadlineSeconds" in job or "activeDeadlineSeconds" in pod:
-        yield "a deadline would end a run that goes well"
-    if any("lifecycle" in container for container in found.containers):
-        yield "a hook takes its time from that of the save"
     if pod.get("restartPolicy") != "Never":
         yield "podFailurePolicy needs restartPolicy: Never"
     if job.get("podReplacementPolicy") != "Failed":

@@ -135,7 +135,7 @@ def test_other_numbers_of_nodes_are_one_component_before_the_kind(tmp_path, kind
     "components",
     [
         ["nodes", "jobset", "spot-eks"], ["nodes", "jobset", "rdma"], ["nodes", "jobset", "priority"], ["spot-gke", "nodes"],
-        ["object-store", "nodes"], ["nodes", "object-store", "jobset"], ["kueue", "nodes", "jobset"], ["nodes", "kueue", "jobset"],
+        ["rdma", "nodes"], ["rdma", "eight-gpus"], ["object-store", "nodes"], ["nodes", "object-store", "jobset"], ["kueue", "nodes", "jobset"], ["nodes", "kueue", "jobset"],
         ["nodes", "jobset", "kueue", "trainjob"], ["jobset"], ["nodes", "trainjob"], ["nodes", "eight-gpus"],
         ["indexed-job"], ["nodes", "indexed-job", "jobset"],
     ],
@@ -160,7 +160,7 @@ def test_several_nodes_wait_in_the_queue_with_their_own_kind(rendered):
 def test_a_changed_config_is_another_object_and_every_kind_asks_for_it(tmp_path):
     """A run that is started again must not find another config under the name that it knows."""
     (tmp_path / "run.yaml").write_text((ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4"))
-    mine = [{"name": "run", "behavior": "replace", "files": ["run.yaml"]}]
+    mine = [{"name": "run", "behavior": "replace", "files": ["run.yaml"], "options": {"immutable": True}}]
     names = set()
     for components in ([], ["nodes", "jobset"], ["nodes", "jobset", "trainjob"]):
         for manifests in (
@@ -234,8 +234,14 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "there for ever": ("jobset", lambda m, w: of_kind(m, "JobSet")["spec"].pop("ttlSecondsAfterFinished"), "nothing removes it"),
     "InfiniBand or not": ("rdma", lambda m, w: w.node["env"].pop(), "does not insist"),
     "no second try": ("single-gpu", lambda m, w: w.job.update(backoffLimit=0), "three times"),
-    "a deadline": ("single-gpu", lambda m, w: w.job.update(activeDeadlineSeconds=60), "a deadline"),
-    "a hook": ("single-gpu", lambda m, w: w.node.update(lifecycle={"preStop": {"sleep": {"seconds": 100}}}), "a hook"),
+    "a deadline": ("single-gpu", lambda m, w: w.job.update(activeDeadlineSeconds=60), "says activeDeadlineSeconds"),
+    "a hook": ("single-gpu", lambda m, w: w.node.update(lifecycle={"preStop": {"sleep": {"seconds": 100}}}), "says lifecycle"),
+    "a probe": ("jobset", lambda m, w: w.node.update(livenessProbe={"exec": {"command": ["true"]}}), "says livenessProbe"),
+    "no PID 1": ("jobset", lambda m, w: w.pod.update(shareProcessNamespace=True), "says shareProcessNamespace"),
+    "a sidecar": ("single-gpu", lambda m, w: w.pod["containers"].append({**w.node, "name": "other"}), "does not end"),
+    "runs that are lost": ("single-gpu", lambda m, w: w.node["volumeMounts"][2].update(name="scratch"), "has not what it needs"),
+    "models among runs": ("single-gpu", lambda m, w: w.node["volumeMounts"][3].update(subPath="runs"), "has not what it needs"),
+    "a config that changes": ("jobset", lambda m, w: of_kind(m, "ConfigMap").pop("immutable"), "may change"),
     "an open namespace": ("single-gpu", lambda m, w: of_kind(m, "Namespace")["metadata"]["labels"].update({"pod-security.kubernetes.io/enforce": "privileged"}), "does not enforce"),
     "root after all": ("single-gpu", lambda m, w: w.node["securityContext"].update(runAsUser=0), "takes back"),
     "unconfined after all": ("single-gpu", lambda m, w: w.node["securityContext"].update(seccompProfile={"type": "Unconfined"}), "takes back"),

@@ -349,6 +349,17 @@ def children(pid):
     return found
 
 
+@pytest.mark.parametrize(("words", "code"), [(["launch"], 75), (["chat"], 1)])
+def test_pid_1_of_a_container_ends_by_sigterm_whatever_it_does(words, code):
+    """The kernel would not even tell it."""
+    slow = "import sys; from finetune import __main__ as m; m.argparse.ArgumentParser = lambda *_, **__: __import__('time').sleep(60); m.importlib.import_module = m.argparse.ArgumentParser; m.main(sys.argv[1:])"
+    process = subprocess.Popen([*unshared(), sys.executable, "-c", slow, *words], cwd=ROOT)
+    until(lambda: any(launcher.processes._catches(pid, signal.SIGTERM) for pid in children(process.pid)))
+    [pid] = children(process.pid)
+    os.kill(pid, signal.SIGTERM)
+    assert process.wait(30) == code
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_as_pid_1_it_forwards_signals_and_buries_orphans(start, worker, name):
     process = start("orphan", "listen", before=unshared())

@@ -290,6 +290,9 @@ def test_where_a_gpu_must_be_seen_nothing_trains_on_the_cpu(workshop, monkeypatc
     """In a cluster a driver that is not found would else cost days."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
+    monkeypatch.setenv("FINETUNE_NEEDS_GPU", "true")
+    with pytest.raises(UserError, match="FINETUNE_NEEDS_GPU: true; it must be 1, or 0"):
+        workshop.train()
     monkeypatch.setenv("FINETUNE_NEEDS_GPU", "1")
     with pytest.raises(TopologyError, match="FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here"):
         workshop.train()

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from finetune import outages
 from finetune.errors import ConfigError, DataError
 
 
@@ -434,6 +435,7 @@ def _load_dataset(source: str) -> Any:
     try:
         return datasets.load_dataset(name, split=split or "train", cache_dir=cache)
     except Exception as exc:  # datasets raises a dozen kinds, many of them plain ValueError and OSError
+        outages.reraise(f"{source}: datasets cannot load it now", exc)
         raise DataError(f"{source}: datasets cannot load it: {type(exc).__name__}: {exc}") from exc
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from finetune.engine.notices import Notice, Watch
-from finetune.errors import CheckpointError, Preempted
+from finetune.errors import EXIT_PREEMPTED, CheckpointError, Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DEADLINE = "checkpoint.max_minutes are over"
@@ -17,7 +17,8 @@ DEADLINE = "checkpoint.max_minutes are over"
 class StopFlag:
     """SIGTERM, SIGINT and SIGUSR1, what a cloud says, and checkpoint.max_minutes.
 
-    Where there is nothing to save they raise Preempted at once. After `only_note` they set the
+    At first, while torch is being imported, they end the process, as there is nothing to save: code in C swallows what a
+    handler raises, or aborts. After `raises` they raise Preempted. After `only_note` they set the
     flag, and what is under way is finished and saved; a second SIGINT quits at once.
     """
 
@@ -28,7 +29,7 @@ class StopFlag:
         self._began = time.monotonic()  # of the process, near enough: this is the first that train.py makes
         self._grace_seconds = 0.0
         self._goes: float | None = None
-        self._at_once, self._has_begun, self._interrupted = True, False, False
+        self._is_importing, self._at_once, self._has_begun, self._interrupted = True, True, False, False
         self._watch: Watch | None = None
         self._timer: threading.Timer | None = None
         for number in SIGNALS:
@@ -65,6 +66,10 @@ class StopFlag:
         """Until the machine goes, as far as anybody has said."""
         return self._goes - time.monotonic() if self._goes is not None else self._grace_seconds
 
+    def raises(self) -> None:
+        """From now on what stops the run is an exception."""
+        self._is_importing = False
+
     def only_note(self) -> None:
         """From now on the loop decides when to stop."""
         self._at_once, self._has_begun = False, True
@@ -76,6 +81,12 @@ class StopFlag:
             raise Preempted(f"{self.reason}; run the same command again")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._is_importing:
+            os.write(
+                2,
+                f"preempted: {signal.Signals(number).name} before anything was begun; run the same command again\n".encode(),
+            )
+            os._exit(EXIT_PREEMPTED)
         # Noted before it is raised: what is raised inside a destructor is lost.
         if self.reason is None:
             self.reason, self._goes = signal.Signals(number).name, time.monotonic() + self._grace_seconds

@@ -13,6 +13,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from finetune import config as configs
+from finetune import outages
 from finetune.config import Config
 from finetune.engine.checkpoint.folder import flush
 from finetune.engine.receipt import differences
@@ -74,6 +75,7 @@ class RunDirectory:
                 f"{self.path} is still in use by another process after {seconds:g} s; wait for it, or choose another run.name"
             ) from None
         except OSError as exc:
+            outages.reraise(f"{self.path} cannot be written now", exc)
             raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
 
     def unlock(self) -> None:
@@ -86,6 +88,7 @@ class RunDirectory:
             self.checkpoints.mkdir(exist_ok=True)
             self.is_open = True
         except OSError as exc:
+            outages.reraise(f"{self.path} cannot be written now", exc)
             raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
 
     def write_receipt(self, receipt: dict[str, Any]) -> None:

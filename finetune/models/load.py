@@ -14,6 +14,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from finetune import outages
 from finetune.config import Model
 from finetune.errors import ModelError
 from finetune.models import embeddings
@@ -253,6 +254,7 @@ def translated(what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as exc:
+        outages.reraise(f"{what} cannot be loaded now", exc)
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(exc).__name__
         if "huggingface.co" in reason:

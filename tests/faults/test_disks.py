@@ -58,6 +58,15 @@ def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(1, 101))
 
 
+@pytest.mark.parametrize("where", ["run__dir", "data__cache_dir"])
+def test_a_disk_that_is_full_at_the_start_is_no_error_of_the_config(workshop, small_disk, where):
+    """Exit code 1: a cluster tries again, on another node or after somebody has made room."""
+    fill(small_disk, 0)
+    launch = start(workshop.write(workshop.config(**{where: str(small_disk / "new")})))
+    assert launch.codes() == [1], launch.said()
+    assert "No space left on device" in launch.said()
+
+
 def test_a_disk_that_was_full_for_a_while_costs_nothing_but_a_checkpoint(workshop, small_disk):
     settings = SETTINGS | {"train__max_steps": 120, "train__epochs": 99, "checkpoint__every_steps": 25}
     whole = workshop.write(workshop.config("whole", **settings))

@@ -282,14 +282,18 @@ def _require_what_was_asked(wish: launch.Wish, precision: str, cuda: bool, check
             f"the topology file sets mixed_precision: {wish.mixed_precision}, but train.precision is {precision}; "
             "remove it from the topology file"
         )
-    if not cuda and os.environ.get("FINETUNE_NEEDS_GPU") == "1" and not check_only:
+    needs = os.environ.get("FINETUNE_NEEDS_GPU") or "0"
+    if needs not in ("0", "1"):
+        raise ConfigError(f"FINETUNE_NEEDS_GPU: {needs}; it must be 1, or 0, or not there")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() if cuda else 0
+    if needs == "1" and local >= count and not check_only:  # another node may have all of them: no error of the launch
         raise TopologyError(
-            "FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here: look at the driver, and at what the container is given (nvidia-smi)"
+            f"FINETUNE_NEEDS_GPU is 1, and PyTorch sees {count or 'no'} GPU{'s' if count > 1 else ''} here, where process {local + 1} wants one of its own: look "
+            "at the driver, and at what the container is given (nvidia-smi)"
         )
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda and local >= torch.cuda.device_count():
+    if cuda and local >= count:
         raise ConfigError(
-            f"num_processes: this node has {torch.cuda.device_count()} GPUs, and process {local + 1} has none; give --num_processes"
+            f"num_processes: this node has {count} GPUs, and process {local + 1} has none; give --num_processes"
         )
 
 
