@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,28 @@ def test_everything_fits_together(rendered, name, tmp_path):
         assert pod_problems(rendered[name]) == []
     else:
         assert problems(rendered[name], tmp_path) == []
+
+
+def test_the_folders_of_the_documentation_render_and_fit_together(tmp_path):
+    """Its own commands make them, all but those that need a cluster."""
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    text = (ROOT / "docs/kubernetes.md").read_text()
+    commands = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "mkdir" in block]
+    assert len(commands) == 2
+    for block in commands:
+        local = "\n".join(line for line in block.splitlines() if not re.match(r"kubectl|python|tar", line))
+        subprocess.run(["bash", "-e", "-c", local], cwd=tmp_path, check=True)
+    assert problems(render(tmp_path / "my_run"), tmp_path) == []
+    assert pod_problems(render(tmp_path / "my_files")) == []
+    listed, component, account = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "my_run/size").mkdir()
+    (tmp_path / "my_run/size/kustomization.yaml").write_text(component)
+    (tmp_path / "my_run/kustomization.yaml").write_text(listed + account)
+    manifests = render(tmp_path / "my_run")
+    assert problems(manifests, tmp_path) == []
+    assert work(manifests).nodes == 4
+    assert of_kind(manifests, "ServiceAccount")["imagePullSecrets"]
+    assert of_kind(manifests, "PersistentVolumeClaim")["spec"]["storageClassName"]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune.errors import CheckpointError, ExportError, UserError
+from finetune.errors import CheckpointError, ExportError, Outage, UserError
 
 # The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end that.
 WAIT = timedelta(hours=2)
@@ -56,7 +56,7 @@ class Processes:
             except Exception as exc:
                 if self.number == 1:
                     raise
-                own = isinstance(exc, UserError | CheckpointError | ExportError)  # others may not survive the journey
+                own = isinstance(exc, UserError | CheckpointError | ExportError | Outage)  # others may not survive the journey
                 outcome[1] = exc if own else RuntimeError(f"{type(exc).__name__}: {exc}")
         if self.number > 1:
             torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
@@ -72,7 +72,7 @@ class Processes:
         except Exception as exc:
             if self.number == 1:
                 raise
-            own = isinstance(exc, UserError | CheckpointError | ExportError)
+            own = isinstance(exc, UserError | CheckpointError | ExportError | Outage)
             problem = exc if own else RuntimeError(f"process {self.rank}: {type(exc).__name__}: {exc}")
         if found := [exc for exc in self.gather(problem) if exc is not None]:
             raise next((exc for exc in found if isinstance(exc, UserError)), found[0])
