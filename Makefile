@@ -48,10 +48,10 @@ image:
 image-test: install
 	FINETUNE_IMAGE=1 $(BIN)/python -m pytest tests/test_image.py tests/test_container.py -s
 
-# Side by side with TRL, about ten minutes; ROWS=my.jsonl for your own.
+# Side by side with TRL, about half an hour, and a picture; ROWS=my.jsonl for your own. LITGPT=its/bin/python: with LitGPT, too.
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
-	$(BIN)/python benchmarks/peers.py $(if $(ROWS),--rows $(ROWS))
+	$(BIN)/python benchmarks/peers.py --plot peers.png $(if $(ROWS),--rows $(ROWS)) $(if $(LITGPT),--litgpt $(LITGPT))
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -62,7 +62,9 @@ def main() -> None:
     weights = torch.load(out / "model.pth", mmap=True)
     save_file({name: weight.clone() for name, weight in weights.items()}, out / "model.safetensors", {"format": "pt"})
     (out / "config.json").write_text(json.dumps(shape | {"tie_word_embeddings": False}))
-    (out / "measured.json").write_text(json.dumps({"steps": steps, "supervised": supervised}))
+    (out / "measured.json").write_text(
+        json.dumps({"steps": steps, "supervised": supervised, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9})
+    )
 
 
 def convert(model: Path, base: Path, shape: dict[str, Any]) -> None:

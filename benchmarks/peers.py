@@ -7,7 +7,7 @@
 
 Each trains for so many steps as a process of its own, by its own trainer, at the fastest settings it
 has on this machine; rounds alternate. Tokens a second count what is no padding, by medians over the
-steps after the first ones; memory is the peak of the process. Useful arithmetic is 6 operations for each
+steps after the first ones; memory is the peak of the process, or of its GPU. Useful arithmetic is 6 operations for each
 weight that a token needs, and for the output projection only tokens that are learned; it is put beside what
 matrix products of 2,048 x 2,048 x 2,048 reach, measured between the runs. What was learned is proved by
 one judge: the loss of the saved model on held-out rows. TRL: pip install trl==1.16.0. LitGPT needs older
@@ -172,7 +172,8 @@ def ours(work: Work, **changes: Any) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     totals = [0, *(line["tokens"] for line in lines)]
     measured = [(after - before, line["seconds"]) for before, after, line in zip(totals, totals[1:], lines)]
-    return judged(work, folder / "run/model", measured, memory, lines[-1]["supervised_tokens"])
+    on_gpu = lines[-1]["memory_gb"] if "mfu" in lines[-1] else None
+    return judged(work, folder / "run/model", measured, on_gpu or memory, lines[-1]["supervised_tokens"])
 
 
 def peer(work: Work, python: Path | str, script: str, **settings: Any) -> dict[str, Any]:
@@ -185,7 +186,7 @@ def peer(work: Work, python: Path | str, script: str, **settings: Any) -> dict[s
     }  # fmt: skip
     memory = peak(work, [str(python), f"benchmarks/{script}", json.dumps(wanted)])
     done = json.loads((folder / "model/measured.json").read_text())
-    return judged(work, folder / "model", done["steps"], memory, done["supervised"])
+    return judged(work, folder / "model", done["steps"], done["gpu_gb"] or memory, done["supervised"])
 
 
 def trl(work: Work, **settings: Any) -> dict[str, Any]:

@@ -50,7 +50,11 @@ def main() -> None:
     trainer.compute_loss = counted
     trainer.train()
     trainer.save_model(str(out))
-    (out / "measured.json").write_text(json.dumps({"steps": clock.steps, "supervised": clock.supervised}))
+    (out / "measured.json").write_text(
+        json.dumps(
+            {"steps": clock.steps, "supervised": clock.supervised, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -365,6 +365,10 @@ def _unrestricted(found: Work) -> list[str]:
     faults += [f"{name} is not restricted" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
     if not (context.get("runAsNonRoot") and context.get("runAsUser")):
         faults.append("pods may run as root")
+    if set(context) - {"runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy", "seccompProfile"}:
+        faults.append("pods are given what the profile does not know")
+    if (context.get("runAsUser"), context.get("runAsGroup")) != (10001, 10001):
+        faults.append("pods are somebody else than the image's user")
     if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
         faults.append("no seccomp profile")
     for volume in pod["volumes"]:
@@ -375,11 +379,7 @@ def _unrestricted(found: Work) -> list[str]:
         capabilities = own.get("capabilities", {})
         if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
             faults.append(f"container {container['name']} may gain privileges")
-        if (
-            own.get("runAsUser", 10001) != 10001
-            or own.get("runAsNonRoot") is False
-            or own.get("seccompProfile", {"type": "RuntimeDefault"})["type"] != "RuntimeDefault"
-        ):
+        if set(own) - {"allowPrivilegeEscalation", "privileged", "readOnlyRootFilesystem", "capabilities"}:
             faults.append(f"container {container['name']} takes back what its pod promises")
         if capabilities.get("drop") != ["ALL"] or set(capabilities.get("add", [])) - {"NET_BIND_SERVICE"}:
             faults.append(f"container {container['name']} keeps capabilities")

@@ -56,7 +56,9 @@ class Processes:
             except Exception as exc:
                 if self.number == 1:
                     raise
-                own = isinstance(exc, UserError | CheckpointError | ExportError | Outage)  # others may not survive the journey
+                own = isinstance(
+                    exc, UserError | CheckpointError | ExportError | Outage
+                )  # others may not survive the journey
                 outcome[1] = exc if own else RuntimeError(f"{type(exc).__name__}: {exc}")
         if self.number > 1:
             torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
