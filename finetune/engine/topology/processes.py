@@ -10,6 +10,8 @@ from finetune.errors import CheckpointError, ExportError, Outage, UserError
 
 # The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end that.
 WAIT = timedelta(hours=2)
+# Errors that are words alone; others may not survive the journey to another process, which gets their name and words.
+TRAVEL = UserError | CheckpointError | ExportError | Outage
 
 
 class Processes:
@@ -56,10 +58,7 @@ class Processes:
             except Exception as exc:
                 if self.number == 1:
                     raise
-                own = isinstance(
-                    exc, UserError | CheckpointError | ExportError | Outage
-                )  # others may not survive the journey
-                outcome[1] = exc if own else RuntimeError(f"{type(exc).__name__}: {exc}")
+                outcome[1] = exc if isinstance(exc, TRAVEL) else RuntimeError(f"{type(exc).__name__}: {exc}")
         if self.number > 1:
             torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
@@ -74,8 +73,9 @@ class Processes:
         except Exception as exc:
             if self.number == 1:
                 raise
-            own = isinstance(exc, UserError | CheckpointError | ExportError | Outage)
-            problem = exc if own else RuntimeError(f"process {self.rank}: {type(exc).__name__}: {exc}")
+            problem = (
+                exc if isinstance(exc, TRAVEL) else RuntimeError(f"process {self.rank}: {type(exc).__name__}: {exc}")
+            )
         if found := [exc for exc in self.gather(problem) if exc is not None]:
             raise next((exc for exc in found if isinstance(exc, UserError)), found[0])
         return result
