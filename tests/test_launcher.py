@@ -118,8 +118,8 @@ def tell(tmp_path):
 
 @pytest.fixture
 def start(worker):
-    """A launcher in a process of its own."""
-    started = []
+    """A launcher in a process of its own, which heeds SIGHUP also where all of the tests run under nohup."""
+    started, heard = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def start(*behaviours, before=(), **keywords):
         command = [*before, sys.executable, "-c", keywords.pop("code", RUN), str(worker), *behaviours]
@@ -130,6 +130,7 @@ def start(worker):
         return process
 
     yield start
+    signal.signal(signal.SIGHUP, heard)
     for pid in those_of(worker):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
