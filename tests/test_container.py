@@ -304,7 +304,7 @@ def test_pid_1_buries_orphans(image, place):
     (scripts / "orphan.py").write_text("""
 import os, subprocess, sys, time
 assert os.getppid() == 1
-orphan = int(subprocess.run(["sh", "-c", "sleep 1 & echo $!"], stdout=subprocess.PIPE, text=True).stdout)
+orphan = int(subprocess.run(["sh", "-c", "sleep 1 > /dev/null & echo $!"], stdout=subprocess.PIPE, text=True).stdout)
 state = lambda: open(f"/proc/{orphan}/stat").read().rpartition(")")[2].split()[:2]
 assert state()[1] == "1"
 time.sleep(2)
