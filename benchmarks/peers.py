@@ -221,10 +221,8 @@ def peak(work: Work, command: list[str]) -> float:
 
 
 def judged(work: Work, model: Path, steps: list[tuple[int, float]], memory: float, supervised: int) -> dict[str, Any]:
-    speed, tokens = (
-        statistics.median(tokens / seconds for tokens, seconds in steps[WARM:]),
-        sum(step[0] for step in steps),
-    )
+    speed = statistics.median(tokens / seconds for tokens, seconds in steps[WARM:])
+    tokens = sum(tokens for tokens, _ in steps)
     return {
         "speed": speed, "memory": memory, "loss": held_out_loss(work, model), "tokens": tokens,
         "operations": work.operations(tokens, supervised) / tokens * speed,

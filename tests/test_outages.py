@@ -69,7 +69,8 @@ def test_a_disk_that_is_full_or_has_gone_is_an_outage(number):
 
 
 def test_a_folder_that_forbids_is_not():
-    outages.reraise("the cache", PermissionError(errno.EACCES, "words"))
+    with pytest.raises(ModelError, match="model a/b cannot be loaded: "), translated("model a/b"):
+        raise PermissionError(errno.EACCES, "words")
 
 
 def test_a_run_directory_where_a_file_is_remains_an_error_of_the_user(workshop: Workshop):
