@@ -50,11 +50,12 @@ def rendered(tmp_path_factory) -> dict[str, list[Manifest]]:
 
 
 def overlay(folder: Path, components: list[str], base: str = "base", **more: Any) -> Path:
-    """A user's own, beside the repository."""
+    """A user's own, beside the repository; a component that is not there is one of the user's, too."""
     here = Path(os.path.relpath(ROOT / "k8s", folder.resolve()))
+    known = {path.name for path in (ROOT / "k8s/components").iterdir()}
     values = {
         "resources": [str(here / base)],
-        "components": [str(here / "components" / component) for component in components],
+        "components": [str(here / "components" / name) if name in known else name for name in components],
         **more,
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(values))
@@ -96,24 +97,31 @@ def lost(given: Any, back: Any, where: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("name", [*OVERLAYS, *TOGETHER])
 def test_everything_fits_together(rendered, name, tmp_path):
     """References, selectors, world sizes, command lines, policies, the restricted profile, limits."""
-    if name.startswith("files"):
-        assert pod_problems(rendered[name]) == []
-    else:
-        assert problems(rendered[name], tmp_path) == []
+    assert found_in(rendered[name], tmp_path) == []
+
+
+def found_in(manifests: list[Manifest], folder: Path) -> list[str]:
+    """Faults of a run, or of the pod that waits for files."""
+    waits = any((manifest["kind"], manifest["metadata"]["name"]) == ("Job", "files") for manifest in manifests)
+    return pod_problems(manifests) if waits else problems(manifests, folder)
+
+
+def documented(language: str) -> list[str]:
+    """The blocks of docs/kubernetes.md."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs/kubernetes.md").read_text(), re.S)
 
 
 def test_the_folders_of_the_documentation_render_and_fit_together(tmp_path):
     """Its own commands make them, all but those that need a cluster."""
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
-    text = (ROOT / "docs/kubernetes.md").read_text()
-    commands = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "mkdir" in block]
+    commands = [block for block in documented("bash") if "mkdir" in block]
     assert len(commands) == 2
     for block in commands:
         local = "\n".join(line for line in block.splitlines() if not re.match(r"kubectl|python|tar", line))
         subprocess.run(["bash", "-e", "-c", local], cwd=tmp_path, check=True)
-    assert problems(render(tmp_path / "my_run"), tmp_path) == []
-    assert pod_problems(render(tmp_path / "my_files")) == []
-    listed, component, account = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    for name in ("my_run", "my_files"):
+        assert found_in(render(tmp_path / name), tmp_path) == []
+    listed, component, account = documented("yaml")
     (tmp_path / "my_run/size").mkdir()
     (tmp_path / "my_run/size/kustomization.yaml").write_text(component)
     (tmp_path / "my_run/kustomization.yaml").write_text(listed + account)
@@ -133,23 +141,16 @@ def test_a_folder_of_ones_own_on_any_overlay_fits_together_too(tmp_path, name):
         "configMapGenerator": [{"name": "run", "behavior": "replace", "files": ["run.yaml"], "options": {"immutable": True}}],
     }  # fmt: skip
     manifests = render(overlay(tmp_path, [], base=f"overlays/{name}", **more, **FIFO))
-    assert (pod_problems(manifests) if name == "files" else problems(manifests, tmp_path)) == []
+    assert found_in(manifests, tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", [["indexed-job"], ["jobset"], ["jobset", "trainjob"]], ids=" ".join)
 def test_other_numbers_of_nodes_are_one_component_before_the_kind(tmp_path, kind):
     """That of docs/kubernetes.md: four nodes of four GPUs."""
-    text = (ROOT / "docs/kubernetes.md").read_text()
-    [component] = re.findall(
-        r"```yaml\n(apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component.*?)```", text, re.S
-    )
+    _, component, _ = documented("yaml")
     (tmp_path / "size").mkdir()
     (tmp_path / "size/kustomization.yaml").write_text(component)
-    folder = overlay(tmp_path, ["nodes", *kind], **FIFO)
-    values = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    values["components"].insert(1, "size")
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(values))
-    manifests = render(folder)
+    manifests = render(overlay(tmp_path, ["nodes", "size", *kind], **FIFO))
     assert problems(manifests, tmp_path) == []
     assert work(manifests).nodes == 4
 
