@@ -37,6 +37,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def tracked() -> list[str]:
+    """Paths of the repository as everybody else has it, without what only lies in this folder."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
+
+
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_jsonl(run / "metrics.jsonl")]
 

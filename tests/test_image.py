@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, pairs, write_jsonl
+from conftest import ROOT, pairs, tracked, write_jsonl
 
 from finetune import config as configs
 from finetune import launcher
@@ -157,11 +157,6 @@ TEMPTATIONS = (
     "configs/mine/hidden.yaml", "data_scripts/rows.jsonl", "accelerate_configs/.netrc", ".venv/lib/x.py", "shared/data/rows.csv",
 )  # fmt: skip
 NEEDED = r"train\.py|LICENSE|requirements(-cuda)?\.txt|(finetune|data_scripts)/.*\.py|(configs|accelerate_configs)/\w+\.yaml|ds_configs/\w+\.json"
-
-
-def tracked() -> list[str]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return listed.stdout.splitlines()
 
 
 def sent(folder: Path, patterns: str) -> set[str]:

@@ -3,11 +3,10 @@
 import json
 import re
 import shlex
-import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT, launch, pairs, write_jsonl
+from conftest import ROOT, launch, pairs, tracked, write_jsonl
 
 from finetune import config as configs
 from finetune.__main__ import main
@@ -123,8 +122,7 @@ def test_the_schema_is_that_of_the_config():
 
 
 def test_links_and_files_are_in_the_repository():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    files = {ROOT / line for line in listed.stdout.splitlines()}  # what only lies here is missing in every clone
+    files = {ROOT / line for line in tracked()}
     there = files | {folder for file in files for folder in file.parents}
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
