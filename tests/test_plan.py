@@ -43,6 +43,12 @@ def config_of(architecture, **changes):
     return configs.Config.model_validate(values)
 
 
+def row(topology, said):
+    """Its line in the table that plan prints."""
+    (line,) = [line for line in said.splitlines() if line.split()[:1] == [topology]]
+    return line
+
+
 def rehearsal(config, attention, precision="fp32"):
     model_config, tokenizer = load.load_config(config.model), load.load_tokenizer(config.model)
     return Rehearsal(config, model_config, tokenizer, attention=attention, precision=precision, on_gpu=True)
@@ -256,6 +262,22 @@ def test_parts_are_divided_by_those_who_share():
     assert waiting.peak < parts.peak
 
 
+def test_the_fewest_processes_are_the_first_whose_parts_fit():
+    config = config_of(FALCON_7B, train={"global_batch_size": 12, "micro_batch_size": 2, "precision": "bf16"})
+    chooser = Chooser(config, precision="bf16", on_gpu=True)
+
+    def peak(number: int, **more: int) -> float:
+        return chooser.forecast(Wish("fsdp2", number, **more), 1).peak
+
+    assert [chooser.fewest_processes(Wish("fsdp2", 12), peak(number)) for number in (1, 2, 3, 4, 6, 12)] == [1, 2, 3, 4, 6, 12]  # fmt: skip
+    assert chooser.fewest_processes(Wish("fsdp2", 1), peak(4) - 1) == 6, "5 make no whole steps of 12 sequences"
+    assert chooser.fewest_processes(Wish("fsdp2", 4), peak(12) - 1) is None
+    assert chooser.fewest_processes(Wish("fsdp2", 4, num_replicas=2), peak(4, num_replicas=2)) == 4
+    assert chooser.fewest_processes(Wish("fsdp2", 4, num_context=2), peak(6, num_context=2)) == 6
+    assert chooser.fewest_processes(Wish("ddp", 2), peak(1) / 2) is None, "each holds all of it"
+    assert chooser.fewest_processes(SINGLE, peak(1) / 2) is None
+
+
 def test_recomputing_half_the_layers_saves_half_of_it():
     peaks = []
     for recomputed in (False, 2, True):  # of four
@@ -384,9 +406,9 @@ def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
     path = workshop.write(workshop.config("plan", train__global_batch_size=8, train__micro_batch_size=8))
     ddp = ["plan", "--config", str(path), "--topology", str(ROOT / "accelerate_configs/ddp.yaml"), "--gpu-memory", "8"]
     assert command([*ddp, "--num-processes", "2"]) == 0
-    assert capsys.readouterr().out.splitlines()[-4].endswith("fits, with train.micro_batch_size: 4")
+    assert row("ddp", capsys.readouterr().out).endswith("fits, with train.micro_batch_size: 4")
     assert command([*ddp, "--num-processes", "2", "--train.micro_batch_size", "4"]) == 0
-    assert capsys.readouterr().out.splitlines()[-4].endswith("fits")
+    assert row("ddp", capsys.readouterr().out).endswith("fits")
     config, _ = configs.parse(["--config", str(path)])
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"micro_batch_size": 6, "global_batch_size": 12})}
@@ -400,8 +422,9 @@ def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
     assert command(["plan", "--config", str(path), "--gpu-memory", "24"]) == 0
     said = capsys.readouterr().out
     for file in (ROOT / "accelerate_configs").glob("*.yaml"):
-        (line,) = [line for line in said.splitlines() if line.split()[:1] == [file.stem]]
+        line = row(file.stem, said)
         assert "fits" in line, line
+        assert int(line.split()[2]) <= int(line.split()[1]), "what fits on so many needs no more"
         assert ("for auto" in line) == ("zero" in file.stem), line
 
 
@@ -415,9 +438,8 @@ def test_one_topology_is_told_in_its_parts_and_with_the_speed_of_a_run(workshop,
     assert "gathered" in said
     assert "optimizer" in said
     speed = [line["tokens_per_second"] for line in read_jsonl(run / "metrics.jsonl")[1:]]
-    row = next(line for line in said.splitlines() if line.startswith("fsdp2 "))
     expected = 2 * sorted(speed)[len(speed) // 2]
-    assert any(float(cell.replace(",", "")) == pytest.approx(expected, rel=0.3) for cell in row.split() if cell[0].isdigit() and len(cell) > 3)  # fmt: skip
+    assert any(float(cell.replace(",", "")) == pytest.approx(expected, rel=0.3) for cell in row("fsdp2", said).split() if cell[0].isdigit() and len(cell) > 3)  # fmt: skip
 
 
 @pytest.mark.parametrize(

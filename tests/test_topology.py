@@ -48,6 +48,8 @@ def deepspeed(folder, **values):
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: INDUCTOR"),
         ({"ACCELERATE_USE_CPU": "true"}, "one process whatever num_processes says"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, "accumulation follows from"),
+        ({"WORLD_SIZE": "2", "RANK": ""}, "RANK: '' in the environment is not a whole number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' in the environment"),
     ],
 )
 def test_wishes_that_would_be_dropped_are_errors(environment, message):

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ class Chooser:
         near = min(range(len(lengths)), key=lambda place: abs(lengths[place] - self.config.data.max_length))
         return _largest(lengths, lambda length: self.forecast(wish, micro_batch_size, length).peak <= limit, near)
 
+    def fewest_processes(self, wish: Wish, limit: float) -> int | None:
+        """Of those that make whole steps, the fewest on which one sequence at a time fits; None if all are too few."""
+        shares = [1] if wish.kind == "single" else _divisors(self.config.train.global_batch_size)
+        numbers = [share * wish.num_context for share in shares if share * wish.num_context % wish.num_replicas == 0]
+        one = shape(self.config, 1)
+        fits = (number for number in numbers if self.maker().of(replace(wish, num_processes=number), one).peak <= limit)
+        return next(fits, None)
+
     def cheapest_change(self, wish: Wish, limit: float) -> str | None:
         """Settings with which it fits, from what costs nothing to what learns less; None if there are none."""
         if size := self.largest_micro_batch(wish, limit):
@@ -104,8 +113,7 @@ class Chooser:
 
 def micro_batches(config: Config, wish: Wish) -> list[int]:
     """Those that make whole steps: the divisors of a process's share of one."""
-    each = config.train.global_batch_size * wish.num_context // wish.num_processes
-    return [size for size in range(1, each + 1) if each % size == 0]
+    return _divisors(config.train.global_batch_size * wish.num_context // wish.num_processes)
 
 
 def automatic(config: Config, wish: Wish, device: torch.device, precision: str) -> tuple[int, int, str]:
@@ -144,6 +152,10 @@ def _here(config: Config, wish: Wish, device: torch.device, precision: str) -> t
 
 def _with(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _largest(values: list[int], fits: Callable[[int], bool], start: int = 0) -> int | None:

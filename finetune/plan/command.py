@@ -56,7 +56,15 @@ def main(arguments: argparse.Namespace) -> None:
     wishes = {name: wish for name, wish in asked.items() if wish}
     chooser = Chooser(config, precision=precision, on_gpu=on_gpu)
     print(_about(config, chooser), flush=True)
-    heads = ["", "processes", "GPU GB" if on_gpu else "GB", "host GB", "left", "micro-batch", "longest"]
+    heads = [
+        "",
+        "processes",
+        *(["fewest", "GPU GB"] if on_gpu else ["GB"]),
+        "host GB",
+        "left",
+        "micro-batch",
+        "longest",
+    ]
     rows = [[*heads, *(["tokens/s"] if arguments.measured else []), "to make it fit"]]
     for number, (name, wish) in enumerate(wishes.items(), 1):
         _progress(f"{number} of {len(wishes)}: {name}")
@@ -69,7 +77,8 @@ def main(arguments: argparse.Namespace) -> None:
     print("\n" + _table(rows))
     print(
         f"\nGB are 10^9 bytes of one process; left: of {'a GPU' if on_gpu else 'its share of this machine'}, less {SLACK:.0%}.\n"
-        "micro-batch, longest: the largest that fit, of those that make whole steps, and with the micro-batch of the forecast: that of the config, "
+        + ("fewest: so few GPUs can hold it, with one sequence at a time and whole steps.\n" if on_gpu else "")
+        + "micro-batch, longest: the largest that fit, of those that make whole steps, and with the micro-batch of the forecast: that of the config, "
         "or the largest that fits for auto, or is possible."
     )
 
@@ -106,7 +115,7 @@ def _micro_batch(chooser: Chooser, wish: Wish, limit: float) -> int:
 
 def _row(chooser: Chooser, wish: Wish, limit: float, reached: float | None) -> list[str]:
     config, data = chooser.config, wish.num_processes // wish.num_context
-    nothing = [""] * (6 if reached else 5)
+    nothing = [""] * (5 + bool(reached) + chooser.on_gpu)
     auto, problems = "train.micro_batch_size: auto", list(support.conflicts(config, wish))
     if others := [problem for problem in problems if not problem.startswith(auto)]:
         return [*nothing, others[0]]
@@ -120,11 +129,17 @@ def _row(chooser: Chooser, wish: Wish, limit: float, reached: float | None) -> l
         verdict = chooser.cheapest_change(wish, limit) or shorter
     elif problems or config.train.micro_batch_size not in ("auto", micro):
         verdict = f"fits, with train.micro_batch_size: {micro}" + (" for auto" if problems else "")
+    # On a CPU there is no such number: of a machine's memory, more processes have smaller shares.
+    fewest = [_number(chooser.fewest_processes(wish, limit))] if chooser.on_gpu else []
     return [
-        f"{forecast.peak / GB:.1f}", f"{forecast.host_peak / GB:.1f}" if forecast.host else "", f"{(limit - forecast.peak) / GB:+.1f}",
-        f"{most:,}" if most else "none", f"{longest:,}" if longest else "none",
+        *fewest, f"{forecast.peak / GB:.1f}", f"{forecast.host_peak / GB:.1f}" if forecast.host else "",
+        f"{(limit - forecast.peak) / GB:+.1f}", _number(most), _number(longest),
         *([f"{_speed(reached, chooser) * wish.num_processes:,.0f}"] if reached else []), verdict,
     ]  # fmt: skip
+
+
+def _number(value: int | None) -> str:
+    return "none" if value is None else f"{value:,}"
 
 
 def _reached(run: Path) -> float:

@@ -58,6 +58,11 @@ class Wish:
 
 def read(environment: Mapping[str, str] = os.environ) -> Wish:
     """Raises ConfigError for wishes that would be dropped, or would change the arithmetic, in silence."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not (value := environment.get(name, "0")).isdecimal():
+            raise ConfigError(
+                f"{name}: {value!r} in the environment is not a whole number; whoever starts the processes sets it"
+            )
     number = int(environment.get("WORLD_SIZE", "1"))
     if _is_on(environment, "ACCELERATE_USE_CPU") and "WORLD_SIZE" not in environment:
         raise ConfigError(
