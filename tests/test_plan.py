@@ -274,8 +274,23 @@ def test_the_fewest_processes_are_the_first_whose_parts_fit():
     assert chooser.fewest_processes(Wish("fsdp2", 4), peak(12) - 1) is None
     assert chooser.fewest_processes(Wish("fsdp2", 4, num_replicas=2), peak(4, num_replicas=2)) == 4
     assert chooser.fewest_processes(Wish("fsdp2", 4, num_context=2), peak(6, num_context=2)) == 6
+    assert chooser.fewest_processes(Wish("fsdp2", 8, num_replicas=2, num_context=2), 1e15) == 4, (
+        "two replicas of two that share"
+    )
+    assert chooser.fewest_processes(Wish("ddp", 2), chooser.forecast(SINGLE, 1).peak) == 1, "one process has no buckets"
     assert chooser.fewest_processes(Wish("ddp", 2), peak(1) / 2) is None, "each holds all of it"
     assert chooser.fewest_processes(SINGLE, peak(1) / 2) is None
+
+
+def test_all_at_once_may_fit_where_parts_do_not():
+    """With one micro-batch to a step no gradients wait beside its pass."""
+    train = {"global_batch_size": 8, "micro_batch_size": 4, "precision": "bf16", "gradient_checkpointing": True}
+    chooser = Chooser(config_of(FALCON_7B, train=train, data={"train": "x", "max_length": 512}), precision="bf16", on_gpu=True)  # fmt: skip
+    two = Wish("fsdp2", 2)
+    parts, whole = (chooser.forecast(two, size).peak for size in (1, 4))
+    assert whole < parts
+    assert chooser.largest_micro_batch(two, whole) == 4
+    assert chooser.fewest_processes(two, whole) == 2
 
 
 def test_recomputing_half_the_layers_saves_half_of_it():
@@ -324,7 +339,7 @@ def test_what_is_changed_first_costs_least(tmp_path):
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_any_architecture_can_be_forecast(architecture, precision):
-    config = config_of(TINY_LLAMA | architecture, model={"attention": "eager"})
+    config = config_of(TINY_LLAMA | architecture, model={"attention": "eager"}, data={"train": "x", "max_length": 64})
     for on_gpu in (False, True):
         assert Chooser(config, precision=precision, on_gpu=on_gpu).forecast(SINGLE).device["activations"] > 0
 
@@ -499,7 +514,7 @@ def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypa
     config, _ = configs.parse(["--config", str(workshop.write(workshop.config()))])
     peak = Chooser(config, precision="fp32", on_gpu=False).forecast(SINGLE).peak
     monkeypatch.setattr(choice, "capacity", lambda *_: peak - 1)
-    with pytest.raises(OutOfMemory, match=r"at step 1(.|\n)*forecast: .* GB; try train.micro_batch_size: 1") as told:
+    with pytest.raises(OutOfMemory, match=r"at step 1(.|\n)*forecast: .* GB; try train.micro_batch_size: 2") as told:
         workshop.train()
     outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
     assert outcome["reason"] == str(told.value)

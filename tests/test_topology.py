@@ -48,8 +48,9 @@ def deepspeed(folder, **values):
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: INDUCTOR"),
         ({"ACCELERATE_USE_CPU": "true"}, "one process whatever num_processes says"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, "accumulation follows from"),
-        ({"WORLD_SIZE": "2", "RANK": ""}, "RANK: '' in the environment is not a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": ""}, "RANK: '' in the environment; it must be a whole number from 0"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' in the environment"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' in the environment; it must be a whole number from 1"),
     ],
 )
 def test_wishes_that_would_be_dropped_are_errors(environment, message):
@@ -82,6 +83,7 @@ def test_a_deepspeed_file_may_not_decide_what_the_run_config_does(tmp_path, valu
 
 def test_wishes_are_read(tmp_path):
     assert launch.read({}).name == "single"
+    assert launch.read({"MASTER_PORT": "tcp://10.0.0.1:80", "LOCAL_RANK": "-1"}).name == "single", "not ours to read"
     assert launch.read({"WORLD_SIZE": "2"}).name == "ddp"
     assert launch.read({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}) == launch.Wish("fsdp2", 4, offload=True)
     hybrid = launch.read(

@@ -66,7 +66,16 @@ class Chooser:
     def largest_micro_batch(self, wish: Wish, limit: float, change: str | None = None) -> int | None:
         """Of those that divide the sequences of a step, the largest that fits; None if none does."""
         sizes = micro_batches(self.config, wish)
-        return _largest(sizes, lambda size: self.maker(change).of(wish, shape(self.config, size)).peak <= limit)
+
+        def forecast(size: int) -> Forecast:
+            return self.maker(change).of(wish, shape(self.config, size))
+
+        found = _largest(sizes, lambda size: forecast(size).peak <= limit)
+        if found is None and sizes:  # all at once may need less than parts do, as no gradients wait beside a pass
+            one, whole = forecast(1), sizes[-1]
+            if one.peak - one.device["gradients"] <= limit and forecast(whole).peak <= limit:
+                return whole
+        return found
 
     def longest(self, wish: Wish, limit: float, micro_batch_size: int | None = None) -> int | None:
         """The longest sequences that fit, of LENGTHS as far as the model has positions; None if none do."""
@@ -76,12 +85,13 @@ class Chooser:
         return _largest(lengths, lambda length: self.forecast(wish, micro_batch_size, length).peak <= limit, near)
 
     def fewest_processes(self, wish: Wish, limit: float) -> int | None:
-        """Of those that make whole steps, the fewest on which one sequence at a time fits; None if all are too few."""
-        shares = [1] if wish.kind == "single" else _divisors(self.config.train.global_batch_size)
-        numbers = [share * wish.num_context for share in shares if share * wish.num_context % wish.num_replicas == 0]
-        one = shape(self.config, 1)
-        fits = (number for number in numbers if self.maker().of(replace(wish, num_processes=number), one).peak <= limit)
-        return next(fits, None)
+        """Of those that make whole steps, the fewest whose memory it fits, at some micro-batch; None if none does."""
+        groups = [1] if wish.kind == "single" else _divisors(self.config.train.global_batch_size)
+        for number in (group * wish.num_context for group in groups if group % wish.num_replicas == 0):
+            kind = "single" if wish.kind == "ddp" and number == 1 else wish.kind
+            if self.largest_micro_batch(replace(wish, kind=kind, num_processes=number), limit):
+                return number
+        return None
 
     def cheapest_change(self, wish: Wish, limit: float) -> str | None:
         """Settings with which it fits, from what costs nothing to what learns less; None if there are none."""

@@ -77,7 +77,11 @@ def main(arguments: argparse.Namespace) -> None:
     print("\n" + _table(rows))
     print(
         f"\nGB are 10^9 bytes of one process; left: of {'a GPU' if on_gpu else 'its share of this machine'}, less {SLACK:.0%}.\n"
-        + ("fewest: so few GPUs can hold it, with one sequence at a time and whole steps.\n" if on_gpu else "")
+        + (
+            "fewest: the smallest number of GPUs on which it fits, by their memory alone, in whole steps.\n"
+            if on_gpu
+            else ""
+        )
         + "micro-batch, longest: the largest that fit, of those that make whole steps, and with the micro-batch of the forecast: that of the config, "
         "or the largest that fits for auto, or is possible."
     )
@@ -129,7 +133,7 @@ def _row(chooser: Chooser, wish: Wish, limit: float, reached: float | None) -> l
         verdict = chooser.cheapest_change(wish, limit) or shorter
     elif problems or config.train.micro_batch_size not in ("auto", micro):
         verdict = f"fits, with train.micro_batch_size: {micro}" + (" for auto" if problems else "")
-    # On a CPU there is no such number: of a machine's memory, more processes have smaller shares.
+    # On a CPU more processes only divide the same memory.
     fewest = [_number(chooser.fewest_processes(wish, limit))] if chooser.on_gpu else []
     return [
         *fewest, f"{forecast.peak / GB:.1f}", f"{forecast.host_peak / GB:.1f}" if forecast.host else "",

@@ -98,7 +98,7 @@ def cluster(overlay: str, folder: Path, config: Path) -> Iterator[Cluster]:
 @pytest.mark.parametrize("overlay", ["multi-node", "jobset", "trainjob"])
 def test_two_pods_train_as_one_process_and_lose_one_on_the_way(workshop, tmp_path, overlay):
     settings = {
-        "train__micro_batch_size": 1, "train__epochs": 12, "train__max_steps": 60, "checkpoint__every_steps": 10, "train__hang_minutes": 1,
+        "train__micro_batch_size": 2, "train__epochs": 12, "train__max_steps": 60, "checkpoint__every_steps": 10, "train__hang_minutes": 1,
     }  # fmt: skip
     config = workshop.write(workshop.config("two", **settings))
     with cluster(overlay, tmp_path, config) as both:

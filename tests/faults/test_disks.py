@@ -12,7 +12,7 @@ from faults.nursery import Launch, same_end, start, to_the_end, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = {
-    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 1, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
+    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
 }  # fmt: skip
 
 

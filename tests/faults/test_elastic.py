@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SETTINGS = {
-    "train__max_steps": 8, "train__epochs": 9, "train__micro_batch_size": 1, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9,
+    "train__max_steps": 8, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9,
     "model__config": {**TINY_LLAMA, "tie_word_embeddings": True}, "data__eval_fraction": 0.2, "optimizer__weight_decay": 0.1,
 }  # fmt: skip
 METHODS = {

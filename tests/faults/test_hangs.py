@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BOUND = 3.0
 LONG = {
-    "train__max_steps": 100_000, "train__epochs": 99_999, "train__micro_batch_size": 1, "checkpoint__every_minutes": None,
+    "train__max_steps": 100_000, "train__epochs": 99_999, "train__micro_batch_size": 2, "checkpoint__every_minutes": None,
     "train__hang_minutes": BOUND / 60,
 }  # fmt: skip
 

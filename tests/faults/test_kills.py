@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SEED = int(os.environ.get("FINETUNE_SEED", "0"))
 SETTINGS = {
-    "train__max_steps": 9, "train__epochs": 9, "train__micro_batch_size": 1, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
+    "train__max_steps": 9, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
     "checkpoint__keep_last": 3, "data__eval_fraction": 0.2, "evaluation__every_steps": 4, "train__hang_minutes": 0.3,
 }  # fmt: skip
 SCENES = [("single", 1), ("fsdp2", 2), ("zero2", 2)]

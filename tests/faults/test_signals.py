@@ -14,7 +14,7 @@ from finetune.engine.notices import CLOUDS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LONG = {
-    "train__max_steps": 200, "train__epochs": 99, "train__micro_batch_size": 1, "checkpoint__every_minutes": None, "train__global_batch_size": 4,
+    "train__max_steps": 200, "train__epochs": 99, "train__micro_batch_size": 2, "checkpoint__every_minutes": None, "train__global_batch_size": 4,
     "schedule__kind": "constant",
 }  # fmt: skip
 

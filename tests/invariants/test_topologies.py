@@ -23,14 +23,19 @@ LOSS, NORM, WEIGHT = 1e-5, 1e-4, 1e-4
 # bf16 keeps 8 bits, in which DeepSpeed computes norms and residuals, too, where autocast leaves float32: 2.6e-3 of the
 # gradient norm over four seeds. At ten times the learning rate roundings grow into other runs, by up to a quarter.
 HALF, SLOWLY = 6e-3, {"optimizer__lr": 1e-3}
-TWELVE = {"train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 1, "data__eval_fraction": 0.2}
+TWELVE = {"train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2, "data__eval_fraction": 0.2}
 TIED = {**TINY_LLAMA, "tie_word_embeddings": True}
 EIGHT = {"train__max_steps": 8}
 CASES = {
-    "untied": {},
+    "untied": {"train__micro_batch_size": 1},
     "tied": {"model__config": TIED},
-    "cut_in_two": {"train__micro_batch_size": 2, "train__max_grad_norm": 0.1, **EIGHT},
-    "packed_recomputed": {"data__packing": True, "train__gradient_checkpointing": True, **EIGHT},
+    "clipped": {"train__max_grad_norm": 0.1, **EIGHT},
+    "packed_recomputed": {
+        "data__packing": True,
+        "train__gradient_checkpointing": True,
+        "train__micro_batch_size": 1,
+        **EIGHT,
+    },
     "padded": {"model__attention": "sdpa", "data__group_by_length": True, **EIGHT},
     "lora": {
         "adapter__kind": "lora",
@@ -120,7 +125,13 @@ def test_every_topology_is_one_process(alone, workshop, topology, processes, cas
         config["data"]["train"] = str(alone.rows)
         files.append(workshop.write(config))
     if (topology, processes) in RESUMED:
-        ten = {"train__max_steps": 10, "train__epochs": 9, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9}
+        ten = {
+            "train__micro_batch_size": 2,
+            "train__max_steps": 10,
+            "train__epochs": 9,
+            "checkpoint__every_steps": 4,
+            "checkpoint__keep_last": 9,
+        }
         if topology in ("fsdp2", "zero3"):
             ten = settings(alone, "lora") | ten
         whole, parts = (workshop.write(workshop.config(name, **ten)) for name in ("whole", "parts"))

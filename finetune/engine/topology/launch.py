@@ -58,12 +58,10 @@ class Wish:
 
 def read(environment: Mapping[str, str] = os.environ) -> Wish:
     """Raises ConfigError for wishes that would be dropped, or would change the arithmetic, in silence."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        if not (value := environment.get(name, "0")).isdecimal():
-            raise ConfigError(
-                f"{name}: {value!r} in the environment is not a whole number; whoever starts the processes sets it"
-            )
-    number = int(environment.get("WORLD_SIZE", "1"))
+    number = _whole(environment, "WORLD_SIZE", 1)
+    if number > 1:
+        for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+            _whole(environment, name, 0)
     if _is_on(environment, "ACCELERATE_USE_CPU") and "WORLD_SIZE" not in environment:
         raise ConfigError(
             "use_cpu: true makes accelerate launch start one process whatever num_processes says; set it to false "
@@ -198,6 +196,15 @@ def _is_on(environment: Mapping[str, str], name: str) -> bool:
     if value not in ("true", "1", "yes", "false", "0", "no", "none", ""):
         raise ConfigError(f"{name.lower()}: {value}; it must be true or false")
     return value in ("true", "1", "yes")
+
+
+def _whole(environment: Mapping[str, str], name: str, least: int) -> int:
+    value = environment.get(name, str(least))
+    if not value.isdecimal() or int(value) < least:
+        raise ConfigError(
+            f"{name}: {value!r} in the environment; it must be a whole number from {least}, set by whoever starts the processes"
+        )
+    return int(value)
 
 
 def _size(environment: Mapping[str, str], name: str) -> int:
