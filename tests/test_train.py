@@ -220,7 +220,8 @@ def test_divergence_stops_before_the_weights_move_and_names_step_rate_and_rows(w
         "model__tokenizer": None,
     }
     with pytest.raises(
-        TrainingDiverged, match=r"step 1: loss .*gradient norm (inf|nan).*learning rate 0.01; .* its rows: .*rows.jsonl:\d+"
+        TrainingDiverged,
+        match=r"step 1: loss .*gradient norm (inf|nan).*learning rate 0.01; .* its rows: .*rows.jsonl:\d+",
     ):
         workshop.train("diverged", **pretrained)
     run = workshop.run_dir("diverged")
