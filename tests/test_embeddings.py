@@ -45,6 +45,7 @@ def without_chatml(tokenizer) -> str:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+@pytest.mark.slow
 def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
     settings = {**plain(tied), "adapter__kind": kind, "data__template": "chatml"}
     with pytest.raises(DataError, match=r"add them with model\.new_tokens: \[<\|im_start\|>, <\|im_end\|>\]"):
@@ -104,6 +105,7 @@ def test_noise_reaches_models_in_16_bits():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bloom", "gpt_neox"])
+@pytest.mark.slow
 def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(workshop, kind):
     """peft knows tied modules by name, and these have other names; the run itself compares what it exported."""
     sizes = {

@@ -58,6 +58,7 @@ def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, 
     assert lines[0]["row"] == f"{rows}:1"
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch(base_and_tuned):
     from finetune import export
 
@@ -70,12 +71,14 @@ def test_answers_do_not_depend_on_the_batch(base_and_tuned):
     assert alone[0] == "AB"
 
 
+@pytest.mark.slow
 def test_chat_answers_one_prompt(base_and_tuned, capsys):
     _, tuned, _ = base_and_tuned
     assert main(["chat", "--model", str(tuned), "--prompt", "cd"]) == 0
     assert capsys.readouterr().out == "CD\n"
 
 
+@pytest.mark.slow
 def test_chat_talks_until_the_input_ends(base_and_tuned, capsys, monkeypatch):
     import io
 

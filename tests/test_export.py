@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from finetune import export
 from finetune.errors import ExportError, ModelError
 
+pytestmark = pytest.mark.slow
+
 
 def as_adapter(base):
     return {

@@ -116,6 +116,7 @@ def test_importing_it_needs_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_run_of_all_weights_does_not_wait_for_adapters():
     """peft brings bitsandbytes, and that PyTorch's compiler: half of a start."""
     code = "import sys, finetune.job, finetune.models.build, finetune.engine.step; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"

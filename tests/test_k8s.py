@@ -69,6 +69,7 @@ def in_the_repository(monkeypatch):
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 @pytest.mark.parametrize("name", [*OVERLAYS, *TOGETHER])
+@pytest.mark.slow
 def test_kubernetes_knows_every_field(rendered, name, version):
     for manifest in rendered[name]:
         check_schema(manifest, version)

@@ -533,6 +533,7 @@ def test_several_processes_without_a_topology_file_are_ddp():
     assert [launch.read(each).kind for each in environments] == ["ddp", "ddp"]
 
 
+@pytest.mark.slow
 def test_what_accelerate_config_has_left_is_not_read(tell, tmp_path):
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate/default_config.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
@@ -574,6 +575,7 @@ def test_a_taken_port_on_the_first_of_several_nodes_is_told(capfd):
     assert f"failed: port {port} of this node cannot be used: Address already in use" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_process_starts_none(worker):
     """Reading a topology file takes Accelerate seconds."""
     command = [sys.executable, "-c", MAIN, "--num_processes", "2", str(worker), "listen", "listen"]

@@ -33,6 +33,7 @@ def losses_and_gradients(model, packs):
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # the compiler's own
 @pytest.mark.parametrize("recomputed", [0, 3])
+@pytest.mark.slow
 def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recomputed):
     """More would come with every new length of a pack, for minutes each time; a cut layer is hardly faster."""
     packs = [[9], [3, 17, 1, 9], [5, 5], [2] * 12, [31, 2, 7], [2]]

@@ -15,6 +15,8 @@ from finetune.engine import optim
 from finetune.errors import ConfigError, ModelError
 from finetune.models import adapters, load, parameters, starts
 
+pytestmark = pytest.mark.slow
+
 METHODS = {
     "full": {},
     "full, frozen by pattern": {"adapter__freeze": ["embed_tokens", r"layers\.0\."]},
@@ -62,7 +64,6 @@ def pairs_of_method_and_optimizer():
                 yield method, optimizer
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "optimizer"), [pytest.param(*pair, id=" with ".join(pair)) for pair in pairs_of_method_and_optimizer()]
 )

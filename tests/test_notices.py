@@ -334,6 +334,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("answer", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.slow
 def test_an_answer_that_does_not_end_is_given_up_in_time(answer, metadata, listener, monkeypatch):
     monkeypatch.setattr(notices, "REQUEST_SECONDS", 0.1)
     metadata.says(PREEMPTED, answer)

@@ -22,6 +22,8 @@ from finetune.plan.choice import Chooser
 from finetune.plan.trace import Rehearsal, Shape
 from finetune.plan.weights import count
 
+pytestmark = pytest.mark.slow
+
 OPT_350M = {
     "model_type": "opt", "hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096, "num_attention_heads": 16,
     "word_embed_proj_dim": 512, "vocab_size": 50272, "do_layer_norm_before": False,
@@ -169,7 +171,6 @@ MEASURED = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "processes", "changes"),
     [

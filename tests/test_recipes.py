@@ -1,15 +1,16 @@
 """Every recipe of configs/ runs as it is, with a two-layer model of the same architecture in place of the real one."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, TINY_LLAMA, Workshop, forget_process_state, losses, write_jsonl
+from conftest import ROOT, TINY_LLAMA, Workshop, forget_process_state, losses, tracked, write_jsonl
 
 from finetune import config as configs
 
-RECIPES = sorted(p for p in (ROOT / "configs").glob("*.yaml") if "quickstart" not in p.name)
+RECIPES = [ROOT / name for name in tracked() if re.fullmatch(r"configs/(?!quickstart)\w+\.yaml", name)]
 SIZES = {k: v for k, v in TINY_LLAMA.items() if k != "model_type"}
 # What stands in for a published model: the smallest of its kind. Llama-3.1 and Phi-3.5 bring a chat template.
 KINDS = {

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from finetune import config as configs
 from finetune.errors import CheckpointError, DirectoryInUse, RunDirectoryError
 
+pytestmark = pytest.mark.slow
+
 
 class Interrupted(BaseException):  # not caught by anything, as the end of a process is not
     pass
@@ -95,7 +97,6 @@ def test_lora_resumes_to_the_bit(workshop, monkeypatch):
     assert all("lora_" in name or "param_groups" in name for name in saved), "frozen weights must not be saved again"
 
 
-@pytest.mark.slow
 def test_what_a_preempted_run_had_no_time_to_look_at_is_made_up_for(workshop, monkeypatch):
     """Else it would stop at another step, and export another model, than an undisturbed one."""
     from finetune.engine import step as steps
@@ -171,7 +172,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(workshop, mon
     assert losses(run) == losses(whole)
 
 
-@pytest.mark.slow
 def test_checkpoints_that_are_all_damaged_stop_the_run_and_stay(workshop, monkeypatch):
     run = train_until(workshop, monkeypatch, 4, "parts", checkpoint__every_steps=2, checkpoint__keep_last=1)
     damaged = damage_newest(run, "truncated")
@@ -210,7 +210,6 @@ def test_what_does_not_change_the_arithmetic_may_change_on_resume(workshop, monk
     assert losses(run) == pytest.approx(losses(workshop.train("whole")), rel=1e-5)
 
 
-@pytest.mark.slow
 def test_a_signal_while_rows_are_tokenised_leaves_no_half_of_a_cache(workshop):
     """Nothing is there to save yet: exit code 75 asks to be run again."""
     workshop.rows.write_text(
@@ -387,7 +386,6 @@ def test_what_was_set_aside_is_no_reason_to_start_afresh(workshop, monkeypatch):
     assert (run / "metrics.jsonl").read_text() == lines
 
 
-@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_the_run(workshop):
     """A terminal that was closed, a pipe that has broken."""
     config = workshop.write(workshop.config(train__max_steps=300, train__epochs=99))

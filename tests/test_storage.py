@@ -476,6 +476,7 @@ def test_wrong_credentials_are_said(s3, server, tmp_path):
     assert "may they list, read, write and delete there" in message
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_is_said_in_time(s3, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -584,6 +585,7 @@ print(sent, tracemalloc.get_traced_memory()[1])
 """
 
 
+@pytest.mark.slow
 def test_a_big_file_is_never_whole_in_memory(s3, tmp_path):
     """Nor does memory grow with it: of parts of 8 MiB, twice 4. In a process of its own, since the server is in this one."""
     content = os.urandom(2**20) * 88

@@ -723,6 +723,7 @@ print(examples.fingerprint, len(examples), content, made.stat().st_ino)
 """
 
 
+@pytest.mark.slow
 def test_of_processes_that_start_together_one_makes_the_tokens_of_all(desk, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", pairs(2000))
     processes = [

@@ -67,6 +67,7 @@ def test_an_unknown_or_missing_tracker_is_an_error(workshop, monkeypatch):
         workshop.check(tracking__trackers=["trackio"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_of_its_tracker(workshop):
     """wandb's resume="allow" without an id would start a second one."""
     half = {**OFFLINE, "checkpoint__every_steps": 2, "checkpoint__keep_last": 9}
