@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -57,14 +58,8 @@ def main(arguments: argparse.Namespace) -> None:
     chooser = Chooser(config, precision=precision, on_gpu=on_gpu)
     print(_about(config, chooser), flush=True)
     heads = [
-        "",
-        "processes",
-        *(["fewest", "GPU GB"] if on_gpu else ["GB"]),
-        "host GB",
-        "left",
-        "micro-batch",
-        "longest",
-    ]
+        "", "processes", *(["fewest", "GPU GB"] if on_gpu else ["GB"]), "host GB", "left", "micro-batch", "longest",
+    ]  # fmt: skip
     rows = [[*heads, *(["tokens/s"] if arguments.measured else []), "to make it fit"]]
     for number, (name, wish) in enumerate(wishes.items(), 1):
         _progress(f"{number} of {len(wishes)}: {name}")
@@ -75,15 +70,16 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.topology and micro_batches(config, wish):
         print("\n" + _parts(chooser.forecast(wish, _micro_batch(chooser, wish, limit)), on_gpu))
     print("\n" + _table(rows))
-    print(
-        f"\nGB are 10^9 bytes of one process; left: of {'a GPU' if on_gpu else 'its share of this machine'}, less {SLACK:.0%}.\n"
-        + (
-            "fewest: the smallest number of GPUs on which it fits, by their memory alone, in whole steps.\n"
-            if on_gpu
-            else ""
-        )
-        + "micro-batch, longest: the largest that fit, of those that make whole steps, and with the micro-batch of the forecast: that of the config, "
-        "or the largest that fits for auto, or is possible."
+    print("\n" + "\n".join(_legend(on_gpu)))
+
+
+def _legend(on_gpu: bool) -> Iterator[str]:
+    yield f"GB are 10^9 bytes of one process; left: of {'a GPU' if on_gpu else 'its share of this machine'}, less {SLACK:.0%}."
+    if on_gpu:
+        yield "fewest: the smallest number of GPUs on which it fits, by their memory alone, in whole steps."
+    yield (
+        "micro-batch, longest: the largest that fit, of those that make whole steps, and with the micro-batch of the forecast: "
+        "that of the config, or the largest that fits for auto, or is possible."
     )
 
 

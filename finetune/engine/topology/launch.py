@@ -131,7 +131,10 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Wish:
         )
     if modules := environment.get("FSDP_IGNORED_MODULES"):
         raise ConfigError(f"fsdp_ignored_modules: {modules}; remove it: every weight is sharded")
-    sizes = {name: _size(environment, name) for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")}
+    sizes = {
+        name: _whole(environment, f"PARALLELISM_CONFIG_{name}_SIZE", 1, f"parallelism_config_{name.lower()}_size")
+        for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
+    }
     for name, instead in (("TP", "dp_shard_size"), ("SP", "cp_size")):
         if sizes[name] > 1:
             raise ConfigError(
@@ -198,17 +201,10 @@ def _is_on(environment: Mapping[str, str], name: str) -> bool:
     return value in ("true", "1", "yes")
 
 
-def _whole(environment: Mapping[str, str], name: str, least: int) -> int:
+def _whole(environment: Mapping[str, str], name: str, least: int, setting: str = "") -> int:
+    """`setting`: what a topology file calls it."""
     value = environment.get(name, str(least))
     if not value.isdecimal() or int(value) < least:
-        raise ConfigError(
-            f"{name}: {value!r} in the environment; it must be a whole number from {least}, set by whoever starts the processes"
-        )
-    return int(value)
-
-
-def _size(environment: Mapping[str, str], name: str) -> int:
-    value = environment.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")
-    if not value.isdigit() or value == "0":
-        raise ConfigError(f"parallelism_config_{name.lower()}_size: {value}; it must be a whole number from 1")
+        found = f"{setting}: {value}" if setting else f"{name}: {value!r} in the environment"
+        raise ConfigError(f"{found}; it must be a whole number from {least}")
     return int(value)
