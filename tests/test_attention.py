@@ -44,7 +44,7 @@ def run(how, tensors, *arguments):
 
 
 def ours(query, key, value, lengths, window):
-    return attention._attend(query, key, value, bounds_of(lengths), max(lengths), None, 0.0, window)
+    return attention._attend(query, key, value, bounds_of(lengths), max(lengths), tuple(lengths), None, 0.0, window)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -82,3 +82,78 @@ def test_the_operator_keeps_what_it_promises_to_compilers():
     query, key, value = (tensor.detach().transpose(1, 2).requires_grad_() for tensor in states(4, 2, 40))
     checks = torch.library.opcheck(documents.one_by_one, (query, key, value, bounds_of(PACKS["many"]), 0.25, 0))
     assert set(checks.values()) == {"SUCCESS"}
+
+
+def varlen_reference(query, key, value, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, **grouped):
+    """Stands in for PyTorch's CUDA kernel, and is as strict: query [T, H, D], key and value [T, KV, D]."""
+    assert query.shape[-1] % 8 == 0, "the kernel takes heads of multiples of 8"
+    assert torch.equal(bounds_q, bounds_k)
+    lengths = bounds_q.diff().tolist()
+    assert longest_q == longest_k == max(lengths)
+    window = window_size[0] + 1 if window_size != (-1, 0) else None
+    states = [each.transpose(0, 1)[None] for each in (query * scale * query.shape[-1] ** 0.5, key, value)]
+    return masked(*states, lengths, window)[0]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("width", [16, 20, 100])
+def test_heads_of_any_width_fit_the_fused_kernel(monkeypatch, width, window):
+    """OpenLLaMA-3B has heads of 100: filled up to 104 with zeros, which the scale must not count."""
+    monkeypatch.setattr(attention.torch_versions, "varlen_attn", varlen_reference)
+    lengths = PACKS["many"]
+
+    def fused(query, key, value):
+        return attention._varlen(query, key, value, bounds_of(lengths), max(lengths), width**-0.5, window)
+
+    tensors = states(4, 2, sum(lengths), width=width, value_width=width)
+    for own, wanted in zip(run(fused, tensors), run(masked, tensors, lengths, window)):
+        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_layer_is_not_cut_where_it_asks_what_the_gpu_can(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def layer(states):
+        return states + 1 if attention._has_flash_kernels(torch.device("cuda:0")) else states
+
+    assert layer(torch.zeros(1)).item() == 1
+
+
+def test_the_slow_way_does_not_ask_the_device_for_its_bounds():
+    """A GPU would have to be waited for in every layer; on the meta device bounds have no values at all."""
+    lengths = PACKS["many"]
+    query, key, value = (tensor.detach().transpose(1, 2) for tensor in states(4, 2, sum(lengths), value_width=8))
+    unknown = bounds_of(lengths).to("meta")
+    out = attention._attend(query, key, value, unknown, max(lengths), tuple(lengths), None, 0.0, None)
+    torch.testing.assert_close(out, masked(query, key, value, lengths, None))
+
+
+def test_transformers_builds_no_mask_and_does_not_look_for_packs(monkeypatch):
+    """Looking for them waits for the GPU once a pass."""
+    from conftest import TINY_LLAMA
+    from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+
+    looked = []
+    find = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(
+        masking_utils, "find_packed_sequence_indices", lambda *given: looked.append(given) or find(*given)
+    )
+    values = TINY_LLAMA | {"vocab_size": 300}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    model(**attention.inputs_of(torch.ones(1, 8, dtype=torch.long), [3, 5], model))
+    assert not looked
+
+
+@pytest.mark.parametrize(
+    ("moved", "has_experts", "wanted"),
+    [([], False, False), ([4], False, True), ([4], True, False), ([2, 3, 4, 5, 6, 7], True, True)],
+    ids=["equal", "one token of a dense model", "one token that met another expert", "most tokens"],
+)
+def test_one_flipped_expert_is_no_other_attention(moved, has_experts, wanted):
+    logits = torch.linspace(-1, 1, 8 * 30).view(8, 30)
+    other = logits + 1e-4
+    other[moved] += 0.5
+    assert attention.logits_differ(logits, other, 5e-2, has_experts) == wanted

@@ -225,12 +225,12 @@ def test_positions_begin_anew_in_every_document(packing):
         for batch in step:
             lengths = batch.bounds.diff().tolist()
             assert batch.position_ids[0].tolist() == [position for n in lengths for position in range(n)]
-            assert batch.longest == max(lengths)
+            assert batch.lengths == tuple(lengths)
 
 
 def test_positions_of_a_padded_batch_count_from_0():
     for batch in batches_of(padded=True).at(0):
-        assert torch.equal(batch.position_ids, torch.arange(batch.longest).expand_as(batch.input_ids))
+        assert torch.equal(batch.position_ids, torch.arange(max(batch.lengths)).expand_as(batch.input_ids))
 
 
 def test_a_batch_is_called_as_transformers_calls_it(padded):
@@ -246,7 +246,7 @@ def test_a_batch_is_called_as_transformers_calls_it(padded):
         assert "attention_mask" not in inputs, "a mask of ones would let documents see each other"
         assert inputs["cu_seq_lens_q"].dtype == torch.int32
         assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == batch.bounds.tolist()
-        assert inputs["max_length_q"] == inputs["max_length_k"] == batch.longest
+        assert inputs["max_length_q"] == inputs["max_length_k"] == max(batch.lengths)
         assert batch.bounds[-1] == batch.input_ids.shape[1]
 
 

@@ -213,3 +213,16 @@ def test_the_start_of_a_run_proves_the_loss_or_falls_back(monkeypatch, wrong):
     logits = model(**inputs).logits.flatten(0, 1)[learned]
     wanted = F.cross_entropy(logits, targets.flatten()[learned], reduction="sum")
     assert head.loss_sum(model, inputs, targets, learned).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_in_float16_the_gradient_of_the_head_is_summed_in_float32():
+    """A thousand tokens of 100 each: a sum of about 98,000, where float16 ends at 65,504. No loss scale reaches it."""
+    linear = torch.nn.Linear(8, 50, bias=False)
+    hidden = torch.full((1000, 8), 100.0)
+    targets = torch.zeros(1000, dtype=torch.long)
+    with torch.no_grad():
+        linear.weight.zero_()
+    with torch.autocast("cpu", torch.float16):
+        loss = cross_entropy.in_chunks(linear, linear.forward, hidden, targets, 50, head.Finish(), 0.0)
+    loss.backward()
+    assert linear.weight.grad[0].tolist() == pytest.approx([-98_000.0] * 8, rel=1e-3)

@@ -13,6 +13,7 @@ from conftest import ROOT
 ALLOWED = {
     "finetune.errors": [],
     "finetune.progress": [],
+    "finetune.torch_versions": [],
     "finetune.streams": [],
     "finetune.config": ["finetune.config", "finetune.errors"],
     "finetune.data.rows": ["finetune.outages", "finetune.errors"],
@@ -20,11 +21,11 @@ ALLOWED = {
     "finetune.data.tokens": ["finetune.data.templates", "finetune.data.rows", "finetune.outages", "finetune.errors"],
     "finetune.data.packing": [],
     "finetune.data.batches": ["finetune.data.packing", "finetune.data.tokens"],
-    "finetune.models": ["finetune.models", "finetune.config", "finetune.outages", "finetune.errors"],
+    "finetune.models": ["finetune.models", "finetune.config", "finetune.torch_versions", "finetune.outages", "finetune.errors"],
     "finetune.objectives": ["finetune.models.head", "finetune.data.batches", "finetune.objectives"],
     "finetune.engine": [
         "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.progress",
-        "finetune.outages", "finetune.errors", "finetune.engine",
+        "finetune.torch_versions", "finetune.outages", "finetune.errors", "finetune.engine",
     ],
     "finetune.export": ["finetune.data", "finetune.models", "finetune.errors"],
     "finetune.preflight": [
@@ -60,7 +61,7 @@ SHARDING = (
 )
 MAY_SHARD = {
     "finetune.engine.topology": SHARDING, "finetune.engine.checkpoint": ("torch.distributed.checkpoint",),
-    "finetune.engine.trackers": ("accelerate.tracking",), "finetune.launcher": ("accelerate",),
+    "finetune.torch_versions": ("torch.distributed.checkpoint",), "finetune.engine.trackers": ("accelerate.tracking",), "finetune.launcher": ("accelerate",),
 }  # fmt: skip
 
 

@@ -367,14 +367,55 @@ def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeyp
     assert json.loads((run / "outcome.json").read_text())["exported_step"] != best
 
 
-def test_one_save_under_ddp_needs_the_space_of_one():
-    """All have the same weights, and one of them writes each."""
+def test_processes_with_equal_weights_stage_each_tensor_once():
+    """Under DDP all hold the same: each stages its share, and together all of it."""
     import torch
 
-    from finetune.engine.checkpoint.shards import Staged
+    from finetune.engine.checkpoint.shards import Staged, share
 
-    assert Staged({"model": {"w": torch.zeros(10)}}, {}, {}).num_bytes == (40, 0)
-    assert Staged({}, {"shards/engine/part.pt": {"w": torch.zeros(10)}}, {}).num_bytes == (0, 40)
+    state = {
+        "model": {"embedding": torch.zeros(1000), "norm": torch.zeros(10)},
+        "optimizer": {"state": {"embedding": {"step": torch.zeros(1), "exp_avg": torch.zeros(1000)}}, "lr": 0.1},
+    }
+    shares = [share(state, rank, 2) for rank in (0, 1)]
+    assert shares[0]["model"] == {"embedding": state["model"]["embedding"]}
+    assert sum(Staged(each, {}, {}).num_bytes for each in shares) == 4 * 2011
+    assert [Staged(each, {}, {}).num_bytes for each in shares] == [4 * 1000, 4 * 1011], "about as much each"
+    assert all(each["optimizer"]["lr"] == 0.1 for each in shares)
+    assert share(state, 0, 1) == state
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("death", [lambda *_: None, lambda *_: sys.exit()], ids=["returns", "exits"])
+def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(workshop, monkeypatch, capsys, death):
+    """On a GPU the thread once died before anything could note why, and no run ended with a model."""
+    from finetune.engine.checkpoint.saver import Saver
+
+    write, saves = Saver._write, []
+
+    def once(self, *arguments):
+        saves.append(arguments)
+        (death if len(saves) == 1 else write)(self, *arguments)
+
+    monkeypatch.setattr(Saver, "_write", once)
+    run = workshop.train("run", checkpoint__every_steps=2, checkpoint__keep_last=9)
+    told = capsys.readouterr().err
+    assert "note: checkpoint of step 2 could not be saved: the thread that saves ended without a result" in told
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[0] == "step-00000004", "later saves are whole"
+    assert (run / "model/model.safetensors").exists()
+
+
+def test_what_one_process_cannot_do_before_a_save_is_a_failed_save(workshop, monkeypatch, capsys):
+    """As taking its GPU: outside what all processes agree on, the others would wait for it for two hours."""
+    from finetune.engine.checkpoint.saver import Saver
+
+    def broken(self):
+        raise ValueError("Expected a torch.device with a specified index")
+
+    monkeypatch.setattr(Saver, "_use_own_gpu", broken)
+    with pytest.raises(CheckpointError, match="could not be saved: Expected a torch.device"):
+        workshop.train("run", checkpoint__every_steps=2)
+    assert "Expected a torch.device with a specified index" in capsys.readouterr().err
 
 
 def test_what_was_set_aside_is_no_reason_to_start_afresh(workshop, monkeypatch):

@@ -145,3 +145,29 @@ def test_the_launcher_and_the_run_config_must_agree_on_precision(workshop, monke
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ConfigError, match="mixed_precision: bf16, but train.precision is fp32"):
         workshop.train(train__precision="fp32")
+
+
+def test_the_device_of_a_single_process_has_an_index(monkeypatch):
+    """Accelerate calls it "cuda", and `torch.cuda.set_device`, in the thread that saves, refuses that."""
+    import torch
+
+    from finetune.engine.topology import topology
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert topology._with_index(torch.device("cuda")) == torch.device("cuda", 0)
+    assert topology._with_index(torch.device("cuda", 3)) == torch.device("cuda", 3)
+    assert topology._with_index(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_each_process_takes_its_own_gpu_before_it_asks_what_that_can_do(monkeypatch):
+    import torch
+
+    from finetune.engine.topology import topology
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for rank in ("0", "1", "2"):  # the third has none, which is refused elsewhere
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        topology._take_own_gpu()
+    assert taken == [0, 1]

@@ -37,7 +37,8 @@ class Batch:
     learned: torch.Tensor
     bounds: torch.Tensor | None
     attention_mask: torch.Tensor | None
-    longest: int
+    lengths: tuple[int, ...]
+    """Of the documents, on the host: no layer need ask the device for its bounds."""
     num_tokens: int
     group: Any = None
     """Processes that share this sequence, each with a `part` of its tokens; bounds are those of the whole."""
@@ -62,7 +63,7 @@ class Batch:
         return Batch(
             input_ids=stretch(self.input_ids, 0), position_ids=stretch(self.position_ids, 0), targets=targets,
             learned=_learned(targets),
-            bounds=torch.cat(ends), attention_mask=None, longest=max(self.longest, filler),
+            bounds=torch.cat(ends), attention_mask=None, lengths=(*self.lengths, *([filler] if filler else [])),
             num_tokens=max(0, min(total, where.stop) - where.start) if self.num_tokens else 0,
             group=group,
         )  # fmt: skip
@@ -78,7 +79,7 @@ class Batch:
             return inputs | {"attention_mask": self.attention_mask}
         return inputs | {
             "cu_seq_lens_q": self.bounds, "cu_seq_lens_k": self.bounds,
-            "max_length_q": self.longest, "max_length_k": self.longest,
+            "max_length_q": max(self.lengths), "max_length_k": max(self.lengths), "document_lengths": self.lengths,
             **({"sequence_group": self.group} if self.group else {}),
         }  # fmt: skip
 
@@ -210,7 +211,7 @@ def _lay_end_to_end(sequences: list[list[tuple[np.ndarray, np.ndarray]]], pad_id
         learned=_learned(torch.from_numpy(targets)),
         bounds=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
         attention_mask=None,
-        longest=max(lengths),
+        lengths=tuple(lengths),
         num_tokens=num_tokens,
     )
 
@@ -236,7 +237,7 @@ def _pad(sequences: list[list[tuple[np.ndarray, np.ndarray]]], pad_id: int) -> B
         learned=_learned(torch.from_numpy(targets)),
         bounds=None,
         attention_mask=torch.from_numpy(mask),
-        longest=longest,
+        lengths=tuple(len(ids) for ids, _ in documents),
         num_tokens=num_tokens,
     )
 

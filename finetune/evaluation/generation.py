@@ -34,11 +34,14 @@ def answers(
     batch_size: int,
     temperature: float = 0.0,
     title: str = "generating",
+    together: bool = False,
 ) -> list[str]:
     """The model's answer to each prompt, without the token that ended it; temperature 0 is greedy.
 
     Prompts are tokenised as in training, sorted by length and padded on the left. Where prompt and
     answer do not fit the model's context together, the prompt keeps at least half of it, its end.
+    `together`: processes that share the weights call this at once, and none may stop before the
+    others, as each pass gathers weights from all.
     """
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -63,6 +66,7 @@ def answers(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=min(max_new_tokens, context - longest),
+                synced_gpus=together,
             )
         for i, row in zip(chosen, out[:, longest:], strict=True):
             results[i] = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -72,11 +76,12 @@ def answers(
 
 
 def while_training(
-    model: Any, tokenizer: Any, template: Template | None, prompts: Sequence[str], *, system_prompt: str | None, max_new_tokens: int
+    model: Any, tokenizer: Any, template: Template | None, prompts: Sequence[str], *, system_prompt: str | None,
+    max_new_tokens: int, together: bool,
 ) -> list[str]:  # fmt: skip
     """Greedy answers of a model in training, as it will answer once exported; afterwards all is as it was.
 
-    `template` None: prompts are plain text to go on from.
+    `template` None: prompts are plain text to go on from. `together`: as in `answers`.
     """
     system = [Message("system", system_prompt)] if system_prompt is not None else []
     texts = [template.prompt([*system, Message("user", prompt)]) if template else prompt for prompt in prompts]
@@ -85,7 +90,7 @@ def while_training(
     settings = [(each, each.generation_config) for each in (model, inner)]
     inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
     try:
-        return answers(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts))
+        return answers(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts), together=together)
     finally:
         inner.set_attn_implementation(attention)
         for each, config in settings:

@@ -100,9 +100,11 @@ class _ThroughMatrix(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(raw_CV, matrix_VH, out=d_hidden[part])
             if needs_weight:
-                # In float16 a sum over many tokens may overflow, here, where no loss scale reaches.
+                # In float16 a sum over many tokens may overflow, here, where no loss scale reaches. Autocast
+                # would convert the product's float32 back to float16.
                 wide = torch.float32 if dtype == torch.float16 else dtype
-                d_weight.add(raw_CV.T.to(wide) @ states_CH.to(wide))
+                with torch.autocast(hidden.device.type, enabled=False):
+                    d_weight.add(raw_CV.T.to(wide) @ states_CH.to(wide))
             if needs_bias:
                 d_bias.add(raw_CV.sum(0, dtype=torch.float32))
         found = (

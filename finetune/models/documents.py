@@ -5,7 +5,7 @@ that what each document gives goes to its place at once, forward and backward.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,20 @@ import torch
 SHORT = 256  # tokens; scores of 12 heads in float32 are 3 MB
 
 
-def each(bounds: torch.Tensor, window: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor | None]]:
+def each(
+    lengths: Sequence[int], window: int, device: torch.device
+) -> Iterator[tuple[slice, torch.Tensor | None]]:
     """Where each document lies, and the mask of its sliding window if that is shorter than the document."""
-    ends = edges(bounds)
-    for start, end in zip(ends[:-1], ends[1:]):
-        yield slice(start, end), _band(end - start, window, device) if 0 < window < end - start else None
+    start = 0
+    for length in lengths:
+        yield slice(start, start + length), _band(length, window, device) if 0 < window < length else None
+        start += length
 
 
-def edges(bounds: torch.Tensor) -> list[int]:
-    values: list[int] = bounds.tolist()
-    return values
+def lengths_of(bounds: torch.Tensor) -> list[int]:
+    """Lengths of the documents, from bounds on the CPU."""
+    lengths: list[int] = bounds.diff().tolist()
+    return lengths
 
 
 @torch.library.custom_op("finetune::one_by_one", mutates_args=())
@@ -31,7 +35,7 @@ def one_by_one(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """([1, T, H, D], log-sum-exp of the scores float32 [1, H, T]): PyTorch's flash attention for CPUs, a document at a time."""
     out, sums = _shapes(query, key, value, bounds, scale, window)
-    for part, band in each(bounds, window, query.device):
+    for part, band in each(lengths_of(bounds), window, query.device):
         states = query[:, :, part], key[:, :, part], value[:, :, part]
         own, own_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *states, 0.0, band is None, attn_mask=_added(band, query.dtype), scale=scale
@@ -54,7 +58,7 @@ def _backward(
     bounds: torch.Tensor, scale: float, window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     grads = tuple(torch.empty_like(states) for states in (query, key, value))
-    for part, band in each(bounds, window, query.device):
+    for part, band in each(lengths_of(bounds), window, query.device):
         states = grad[:, part].transpose(1, 2), query[:, :, part], key[:, :, part], value[:, :, part]
         if query.dtype == torch.bfloat16 and part.stop - part.start <= SHORT:
             own = _short_backward(*states, sums[:, :, part], band, scale)

@@ -23,9 +23,13 @@ LENGTHS = [part << power for power in range(6, 20) for part in (2, 3)]  # 128, 1
 
 
 def capacity(device: torch.device, processes_here: int = 1) -> float:
-    """Bytes that a process may use: of its GPU, or its share of this machine or of the container it is in."""
+    """Bytes that a process may use: of its GPU, or its share of this machine or of the container it is in.
+
+    Of a GPU what is free now: others may be at work on it. What this process holds already counts as free.
+    """
     if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory) * (1 - SLACK)
+        free, total = torch.cuda.mem_get_info(device)
+        return min(free + torch.cuda.memory_reserved(device), total * (1 - SLACK))
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

@@ -82,7 +82,7 @@ class Forecaster:
             **held.staying, "gradients": held.gradients, **held.passing,
             "activations": traced.kept, "work": traced.passing - traced.kept, **({"step": held.at_end} if held.at_end else {}),
         }  # fmt: skip
-        copied = {"checkpoint": self._copied(held)}
+        copied = {"checkpoint": self._copied(held, wish)}
         if self.on_gpu:
             w = self.weights  # all weights are read by one process, and exported from a copy that is opened beside it
             whole = 2 * w.stored if w.num == w.num_trained else w.stored
@@ -144,10 +144,9 @@ class Forecaster:
 
     def _whole(self, wish: Wish) -> _Held:
         w = self.weights
-        buckets = {"buckets": w.trained} if wish.kind == "ddp" else {}  # copies of gradients, as they are sent
         # On a GPU PyTorch's adafactor makes the updates of all weights at once.
         updates = w.trained if self.on_gpu and self.config.optimizer.kind == "adafactor" else 0.0
-        staying = {"weights": w.stored, "optimizer": w.optimizer, **self._average(), **buckets}
+        staying = {"weights": w.stored, "optimizer": w.optimizer, **self._average()}
         return _Held(staying, w.trained, at_end=updates)
 
     def _in_parts(self, wish: Wish) -> _Held:
@@ -157,7 +156,8 @@ class Forecaster:
             {name: value / parts for name, value in staying.items()},
             w.trained / parts,
             {
-                # The layer at work and the next one; embedding, last norm and head as they are stored.
+                # The layer at work and the next one; embedding, last norm and head as they are stored: of an untied
+                # head in 16 bits it is half, but its memory is not there for others at once (measured).
                 "gathered": 2 * w.layer + w.ends_stored,
                 # Gradients of a layer, and in float32 on their way; those around the layers wait for the end.
                 "reduced": (half + 4) * w.layer_trained + 2 * w.ends_trained,
@@ -184,13 +184,14 @@ class Forecaster:
     def _average(self) -> dict[str, float]:
         return {} if self.config.train.ema_decay is None else {"average": 4.0 * self.weights.num_trained}
 
-    def _copied(self, held: _Held) -> float:
-        """What a checkpoint copies before it is written beside the next steps."""
+    def _copied(self, held: _Held, wish: Wish) -> float:
+        """What a checkpoint copies before it is written beside the next steps: of equal weights each process its share."""
         if not self.config.checkpoint.asynchronous:
             return 0.0
         everything = held.staying | held.waiting
         weights = everything.get("float32", min(everything["weights"], self.weights.trained))
-        return everything["optimizer"] + weights + everything.get("average", 0.0)
+        shared_by = wish.num_processes if not wish.is_sharded else wish.num_replicas
+        return (everything["optimizer"] + weights + everything.get("average", 0.0)) / shared_by
 
 
 def hoards() -> bool:

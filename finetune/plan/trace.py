@@ -143,11 +143,11 @@ class Rehearsal:
         )
         block_bytes = cross_entropy.block_bytes("cuda" if self.on_gpu else "cpu")
         hooks = []
-        ends = [shape.length * number for number in range(shape.num_sequences + 1)]  # bounds have no values to be read
+        lengths = [shape.length] * shape.num_sequences  # bounds have no values to read
         with (
             self.mode,
             mock.patch.object(cross_entropy, "block_bytes", return_value=block_bytes),
-            mock.patch.object(documents, "edges", return_value=ends),
+            mock.patch.object(documents, "lengths_of", return_value=lengths),
         ):
             for parameter in self.model.parameters():
                 parameter.grad = None

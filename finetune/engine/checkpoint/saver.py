@@ -102,6 +102,8 @@ class Saver:
         self._problem = None
         if "bytes" in self._facts:
             self.last_step = step  # whole on this disk, whatever came after
+        if problem is None and "seconds" not in self._facts:
+            problem = CheckpointError("the thread that saves ended without a result")
         if problem is not None:
             self._failed(step, problem)
             return
@@ -157,18 +159,22 @@ class Saver:
 
     def _write(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:
         """In the thread: errors wait for `settle`."""
-        if self.topology.device.type == "cuda":  # a thread begins on the first GPU, whichever is the process's own
-            torch.cuda.set_device(self.topology.device)
         try:
             self._write_all(staged, manifest, best)
             self._facts["seconds"] = round(time.monotonic() - began, 3)
         except Exception as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
             self._problem = exc
 
+    def _use_own_gpu(self) -> None:
+        """A new thread starts on the first GPU, not on the process's own."""
+        if self.topology.device.type == "cuda":
+            torch.cuda.set_device(self.topology.device)
+
     def _write_all(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None) -> None:
+        # One process alone must not fail outside `on_every` or `on_main`: the others would wait for it for two hours.
         processes, root, step = self.background, self.root, manifest["progress"]["step"]
-        whole, part = staged.num_bytes
-        total = whole + int(processes.sum([part])[0])
+        processes.on_every(self._use_own_gpu)
+        total = sum(processes.gather(staged.num_bytes))
 
         def begin() -> Path:
             folder.require_space(root, total)
@@ -177,7 +183,7 @@ class Saver:
         writing: Path = processes.on_main(begin)
         try:
             shards.write(writing, staged, processes)
-            wrote = processes.gather(shards.written(writing, staged, processes.rank))
+            wrote = processes.gather(processes.on_every(lambda: shards.written(writing, staged, processes.rank)))
             names: list[str] = processes.on_main(lambda: self._all_there(writing, wrote))
             mine = names[processes.rank :: processes.number]
             described = processes.gather(processes.on_every(lambda: folder.described(writing, mine)))

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils import _pytree as pytree
 
+from finetune import torch_versions
 from finetune.engine import optim
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.folder import Found
@@ -44,32 +44,27 @@ class Staged:
     """This process's part of a state at one step, in host memory, where training does not reach it."""
 
     tensors: dict[str, Any]
-    """For dcp; empty under ZeRO."""
+    """For dcp; empty under ZeRO. What several processes hold alike is staged by one of them."""
     files: dict[str, Any]
     """ZeRO: path -> what DeepSpeed would write there; empty elsewhere."""
     own: dict[str, Any]
     """What only this process knows: random numbers, fp16's scale."""
 
     @property
-    def num_bytes(self) -> tuple[int, int]:
-        """(of what every process has, and one of them writes; of what only this one has)"""
-        tensors = [leaf for leaf in pytree.tree_leaves(self.tensors) if isinstance(leaf, torch.Tensor)]
-        files = [leaf for leaf in pytree.tree_leaves(self.files) if isinstance(leaf, torch.Tensor)]
-        parts = [each.to_local() for each in tensors if hasattr(each, "to_local")]
-        whole = sum(each.nbytes for each in tensors if not hasattr(each, "to_local"))
-        return whole, sum(each.nbytes for each in [*parts, *files])
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that this process writes."""
+        leaves = pytree.tree_leaves((self.tensors, self.files))
+        return sum(_local(leaf).nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 class Stager:
-    """Copies into memory that is kept from one checkpoint to the next; or, if it need not, gives what is there."""
+    """Copies this process's part of a state into host memory that it keeps, or, without `copies`, returns it as it is."""
 
     def __init__(self, topology: Topology, copies: bool) -> None:
-        cuda = topology.device.type == "cuda"
         self._topology = topology
-        options = StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+        self._copied: Callable[[Any], Any] = (
+            torch_versions.host_copier(topology.device) if copies else lambda tensors: tensors
         )
-        self._copied: Callable[[Any], Any] = DefaultStager(options).stage if copies else lambda tensors: tensors
 
     def stage(self, state: TrainState) -> Staged:
         """All that training has to wait for. Collective."""
@@ -77,7 +72,55 @@ class Stager:
         own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
         if topology.wish.is_zero:
             return Staged({}, topology.engine_files(self._copied), own)
-        return Staged(self._copied(_tensors(topology, state)), {}, own)
+        tensors = share(_tensors(topology, state), topology.rank, topology.num_processes)
+        return Staged(self._copied(tensors), {}, own)
+
+
+def share(tensors: dict[str, Any], rank: int, number: int) -> dict[str, Any]:
+    """Of tensors that several processes hold alike, those that this one stages: about as many bytes each.
+
+    Otherwise each of 8 processes under DDP would copy the 96 GB of an 8B model with AdamW, of which
+    dcp writes one. Every process decides alike, as all see the same names and sizes in the same order.
+    """
+    loads: dict[int, list[int]] = {}
+
+    def owned(value: Any) -> bool:
+        if not isinstance(value, torch.Tensor):
+            return True  # numbers and names: dcp drops the copies
+        own, copies = _replica(value, rank, number)
+        load = loads.setdefault(copies, [0] * copies)
+        owner = load.index(min(load))
+        load[owner] += value.nbytes
+        return owner == own
+
+    def kept(values: dict[str, Any]) -> dict[str, Any]:
+        chosen = {}
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                if inner := kept(value):
+                    chosen[key] = inner
+            elif owned(value):
+                chosen[key] = value
+        return chosen
+
+    return kept(tensors)
+
+
+def _replica(tensor: Any, rank: int, number: int) -> tuple[int, int]:
+    """(which of the equal copies of a tensor this process holds, how many copies there are)"""
+    if not hasattr(tensor, "placements"):
+        return rank, number
+    own, copies = 0, 1
+    for dimension, placement in enumerate(tensor.placements):  # a DTensor: replicated over some dimensions of its mesh
+        if placement.is_replicate():
+            size = tensor.device_mesh.size(dimension)
+            own, copies = own * size + tensor.device_mesh.get_local_rank(dimension), copies * size
+    return own, copies
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def write(writing: Path, staged: Staged, processes: Processes) -> None:
@@ -94,7 +137,7 @@ def write(writing: Path, staged: Staged, processes: Processes) -> None:
                 os.fsync(file.fileno())
 
     processes.on_every(write_own)
-    if staged.tensors:  # dcp flushes its files itself
+    if not staged.files:  # no ZeRO; dcp flushes its files itself
         with _translated():
             dcp.save(
                 staged.tensors,

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from finetune import torch_versions
 from finetune.engine.topology import empty
 from finetune.engine.topology.launch import Wish
 from finetune.errors import ConfigError
@@ -41,11 +42,13 @@ class Fsdp2:
     ) -> tuple[nn.Module, Any]:
         """Shard the empty model, then send each weight from the main process, one at a time, and keep the own part.
 
-        Each layer is gathered as one, in the dtype of the arithmetic; embedding, last norm and head
-        are together, in float32, so that autocast gives what it gives elsewhere, and are parted again
-        after each pass: whoever looks at weights between passes must find parts. Gradients are added
-        up in float32.
+        Each layer is gathered as one, in the dtype of the arithmetic, and so is the head: autocast would
+        convert its weights to that dtype anyway. The embedding and the last norm are gathered in
+        float32, so that autocast gives what it gives elsewhere; a head that shares the weights of the
+        embedding goes with it. After each pass all are sharded again: code that looks at weights between
+        passes expects shards. Gradients are added up in float32.
         """
+        self._store_as_floats(model)
         weights = {name: p.detach() for name, p in model.named_parameters()}
         buffers = self.on_main(lambda: empty.buffers_of(model))
         empty.move(model, "meta")
@@ -61,6 +64,11 @@ class Fsdp2:
         for layer in reversed(self._layers(model)):  # what lies inside another comes first
             fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, mp_policy=half, offload_policy=offload)
         whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
+        if head is not None and not _share_weights(embedding, head):
+            fully_shard(head, mesh=self.mesh, reshard_after_forward=True, mp_policy=half, offload_policy=offload)
+            # By itself, it is whole during the lookup only, and not until the end of the pass.
+            fully_shard(embedding, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)
         fully_shard(root, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)
         model.to_empty(device="cpu" if self.wish.offload else self.device)
         with torch.no_grad():
@@ -71,6 +79,15 @@ class Fsdp2:
             root.forward = _in_precision(root.forward, self.device, self.dtype)
         self._verify(model, root)
         return model, make_optimizer(model)
+
+    def _store_as_floats(self, model: nn.Module) -> None:
+        """Keep the bytes of quantised weights under a float dtype, as `as_floats` explains."""
+        dtype = self.dtype or torch.float32
+        for module in model.modules():
+            if getattr(module, "quant_state", None) is not None:  # bitsandbytes' 4-bit layers
+                packed = module.weight
+                if not packed.is_floating_point() and packed.numel() % dtype.itemsize == 0:
+                    module.weight = nn.Parameter(torch_versions.as_floats(packed, dtype), requires_grad=False)
 
     def _layers(self, model: nn.Module) -> list[nn.Module]:
         classes = self.wish.layer_classes or tuple(layers.classes(model))
@@ -134,6 +151,10 @@ class Fsdp2:
     def own_part(self, parameter: Any) -> torch.Tensor:
         local: torch.Tensor = parameter.detach().to_local()
         return local
+
+
+def _share_weights(one: nn.Module, other: nn.Module) -> bool:
+    return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
 
 
 def _in_precision(forward: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:

@@ -15,16 +15,19 @@ from finetune.errors import ConfigError
 
 
 class Replicated:
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, on_main: Callable[[Callable[[], Any]], Any]) -> None:
+        self.accelerator, self.on_main = accelerator, on_main
         self.num_processes: int = accelerator.num_processes
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], **_: Any
     ) -> tuple[nn.Module, Any]:
-        """DDP sends the main process's weights to the others when it is made."""
-        if empty.is_empty(model):
-            empty.move(model, self.accelerator.device)
+        """DDP sends the main process's weights to the others when it is made; buffers, which it would send at each pass, once."""
+        if self.num_processes > 1:
+            buffers = self.on_main(lambda: empty.buffers_of(model))
+            if empty.is_empty(model):
+                empty.move(model, self.accelerator.device)
+            empty.put_buffers(model, buffers, self.accelerator.device)
         optimizer = make_optimizer(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DDP's notes on bucket views say nothing a user could act on
