@@ -20,6 +20,7 @@ from finetune.models import context, documents
 NAME = "documents"
 HEAD_UNIT, LARGEST_HEAD = 8, 256  # what FlashAttention-2's kernel takes: multiples of 8, at most 256
 
+
 def pads(implementation: str) -> bool:
     """Whether it trains padded rectangles; else sequences lie end to end."""
     return implementation in PADDED_ATTENTION
@@ -108,9 +109,7 @@ def attend_within_documents(
         if key.shape[1] % count:  # too few heads of keys and values to go round: each head of queries gets its own
             key, value = _repeated(query, key), _repeated(query, value)
         query, key, value = (context.exchange(states, sequence_group, 1, 2) for states in (query, key, value))
-    out = _attend(
-        query, key, value, cu_seq_lens_q, max_length_q, document_lengths, scaling, dropout, sliding_window
-    )
+    out = _attend(query, key, value, cu_seq_lens_q, max_length_q, document_lengths, scaling, dropout, sliding_window)
     return (out if sequence_group is None else context.exchange(out, sequence_group, 1, 2)), None
 
 
@@ -123,9 +122,9 @@ def _attend(
         raise ModelError(f"{query.shape[1]} heads cannot share {key.shape[1]} heads of keys and values evenly")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = dropout == 0.0 and query.shape[-1] == value.shape[-1]
-    if plain and query.is_cuda and query.shape[-1] <= LARGEST_HEAD and query.dtype != torch.float32:
-        if torch_versions.varlen_attn is not None and _has_flash_kernels(query.device):
-            return _varlen(query, key, value, bounds, longest, scale, sliding_window)
+    fits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= LARGEST_HEAD
+    if plain and fits and torch_versions.varlen_attn is not None and _has_flash_kernels(query.device):
+        return _varlen(query, key, value, bounds, longest, scale, sliding_window)
     if plain and query.device.type == "cpu":
         out, _ = documents.one_by_one(query, key, value, bounds, scale, sliding_window or 0)
         return out
@@ -145,15 +144,16 @@ def _varlen(
     scale: float, sliding_window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """FlashAttention over all documents at once; shapes as in `_attend`."""
-    width = query.shape[-1]
-    filler = -width % HEAD_UNIT  # zeros add nothing to the scores; what they add to the output is cut off
-    q, k, v = (F.pad(states[0].transpose(0, 1), (0, filler)) for states in (query, key, value))
+    width, filler = query.shape[-1], -query.shape[-1] % HEAD_UNIT
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    if filler:  # zeros add nothing to the scores, and what they add to the output is cut off
+        q, k, v = (F.pad(states, (0, filler)) for states in (q, k, v))
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     out = torch_versions.varlen_attn(
         q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window,
         **torch_versions.VARLEN_GROUPED[key.shape[1] != query.shape[1]],
     )  # fmt: skip
-    return out[None, ..., :width]
+    return out[None, ..., :width] if filler else out[None]
 
 
 @torch.compiler.disable  # a loop over lengths, which would be compiled anew for each pack

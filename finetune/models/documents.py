@@ -13,9 +13,7 @@ import torch
 SHORT = 256  # tokens; scores of 12 heads in float32 are 3 MB
 
 
-def each(
-    lengths: Sequence[int], window: int, device: torch.device
-) -> Iterator[tuple[slice, torch.Tensor | None]]:
+def each(lengths: Sequence[int], window: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor | None]]:
     """Where each document lies, and the mask of its sliding window if that is shorter than the document."""
     start = 0
     for length in lengths:
