@@ -20,18 +20,11 @@ from finetune.engine.preemption import StopFlag
 from finetune.errors import (
     EXIT_COMPLETE,
     EXIT_FAILED,
-    EXIT_PREEMPTED,
     EXIT_USER_ERROR,
-    CheckpointError,
-    DirectoryInUse,
     ExportError,
-    Outage,
-    OutOfMemory,
+    FinetuneError,
     Preempted,
-    TakenOver,
-    TopologyError,
     TrainingDiverged,
-    UserError,
 )
 from finetune.streams import Unbroken
 
@@ -61,16 +54,12 @@ def main() -> int:
         finally:
             stop.close()
         return EXIT_COMPLETE
-    except (UserError, TakenOver) as exc:
-        said = f"error: {exc}" if rank == "0" else f"[process {rank}] error: {str(exc).splitlines()[0]}"
+    except (FinetuneError, Preempted) as exc:
+        said = f"{who}{exc.label}: {exc}"
+        if exc.exit_code == EXIT_USER_ERROR:  # the same on every process: one shows all of it
+            said = f"{exc.label}: {exc}" if rank == "0" else said.partition("\n")[0]
         sys.stderr.write(said + "\n")  # in one piece, as others write, too
-        return EXIT_USER_ERROR
-    except Preempted as exc:
-        print(f"{who}preempted: {exc}", file=sys.stderr)
-        return EXIT_PREEMPTED
-    except (TrainingDiverged, OutOfMemory, Outage, CheckpointError, DirectoryInUse, ExportError, TopologyError) as exc:
-        print(f"{who}failed: {exc}", file=sys.stderr)
-        return EXIT_FAILED
+        return exc.exit_code
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED

@@ -7,16 +7,7 @@ import os
 import signal
 import sys
 
-from finetune.errors import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
-    EXIT_USER_ERROR,
-    ExportError,
-    Outage,
-    UserError,
-)
+from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, FinetuneError
 
 COMMANDS = {
     "replay": ("finetune.replay", "the same run again, from its receipt; refused with what has changed since"),
@@ -68,14 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments) or EXIT_COMPLETE
         return EXIT_COMPLETE
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    except FinetuneError as exc:
+        print(f"{exc.label}: {exc}", file=sys.stderr)
+        return exc.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except (ExportError, Outage) as exc:
-        print(f"failed: {exc}", file=sys.stderr)
-        return EXIT_FAILED
 
 
 def _heed_signals(code: int) -> None:

@@ -1,8 +1,49 @@
-"""The errors a user can cause. Each one says what is wrong, what was found, and what to do."""
+"""The errors that finetune raises on purpose, as a tree. Each says what is wrong, what was found and what to do.
+
+    FinetuneError              exit code 1
+    ├── UserError              2: the input is wrong, and trying again cannot help
+    │   ├── ConfigError
+    │   ├── DataError
+    │   ├── ModelError
+    │   └── RunDirectoryError
+    ├── CheckpointError        1
+    │   ├── DamagedCheckpoint
+    │   └── TakenOver          2
+    ├── DeviceError            1
+    ├── DirectoryInUse         1
+    ├── ExportError            1
+    ├── Outage                 1
+    ├── OutOfMemory            1
+    ├── ProcessFailed          1
+    ├── TopologyError          1
+    └── TrainingDiverged       1
+    Preempted                  75: no Exception, see there
+
+An error ends a run with one line, without a traceback; anything else that is raised is a bug and ends with its traceback and 1.
+`finetune/failures.py` translates the exceptions of libraries into these.
+
+Only words travel between processes: each error takes one argument, its message.
+"""
+
+EXIT_COMPLETE = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: temporary failure, run it again
+EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 
 
-class UserError(Exception):
+class FinetuneError(Exception):
+    """The root. A class says how the process ends (`exit_code`) and how the line about it begins (`label`)."""
+
+    exit_code = EXIT_FAILED
+    label = "failed"
+
+
+class UserError(FinetuneError):
     """Input that is wrong: the run ends with exit code 2, and trying again cannot help."""
+
+    exit_code = EXIT_USER_ERROR
+    label = "error"
 
 
 class ConfigError(UserError):
@@ -21,8 +62,8 @@ class RunDirectoryError(UserError):
     """The run directory cannot be written, or holds something that must not be overwritten."""
 
 
-class CheckpointError(Exception):
-    """A checkpoint could not be written or read back. Not the user's input: exit code 1."""
+class CheckpointError(FinetuneError):
+    """A checkpoint could not be written or read back, without a mistake of the user."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -30,42 +71,50 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class TakenOver(CheckpointError):
-    """Another machine writes this run now. Exit code 2: started again, the two would take turns for ever."""
+    """Another machine writes this run now. Starting again would make the two overwrite each other endlessly."""
+
+    exit_code = EXIT_USER_ERROR
+    label = "error"
 
 
-class DirectoryInUse(Exception):
-    """Another process writes this run directory. Exit code 1: it may be about to end."""
+class DeviceError(FinetuneError):
+    """A GPU or its driver failed. Another attempt, perhaps on another machine, may succeed."""
 
 
-class ExportError(Exception):
-    """The exported model does not match the trained one. Exit code 1."""
+class DirectoryInUse(FinetuneError):
+    """Another process writes this run directory. It may be about to end."""
 
 
-class Outage(Exception):
-    """A hub does not answer, or a disk is full or has gone. Exit code 1: another attempt may find it well."""
+class ExportError(FinetuneError):
+    """The exported model does not match the trained one."""
 
 
-class TopologyError(Exception):
-    """Processes did not find, or lost, each other. Exit code 1; starting all of them again may help."""
+class Outage(FinetuneError):
+    """A hub does not answer, or a disk is full or has gone. Another attempt may find it well."""
 
 
-class TrainingDiverged(Exception):
-    """The loss or a gradient is NaN or infinite. Exit code 1; the weights were not updated."""
+class OutOfMemory(FinetuneError):
+    """A device or a machine has too little memory for what the config asks for."""
 
 
-class OutOfMemory(Exception):
-    """A device or a machine has too little memory for what the config asks for. Exit code 1."""
+class ProcessFailed(FinetuneError):
+    """Another process met an error outside this tree. That process shows its traceback."""
+
+
+class TopologyError(FinetuneError):
+    """Processes did not find, or lost, each other. Starting all of them again may help."""
+
+
+class TrainingDiverged(FinetuneError):
+    """The loss or a gradient is NaN or infinite. The weights were not updated."""
 
 
 class Preempted(BaseException):
     """The machine is being taken away; exit code 75 asks to be run again.
 
-    No Exception, so that no library's or our own `except Exception` takes it for something else.
+    No Exception, and so no FinetuneError: otherwise an `except Exception` of a library, or of ours, that happens to be
+    running when the signal arrives would take it for a failure of its own and go on.
     """
 
-
-EXIT_COMPLETE = 0
-EXIT_FAILED = 1
-EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: temporary failure, run it again
-EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
+    exit_code = EXIT_PREEMPTED
+    label = "preempted"

@@ -10,7 +10,7 @@ Linux only.
 
 import contextlib
 
-from finetune.errors import EXIT_FAILED, EXIT_USER_ERROR, TopologyError, UserError
+from finetune.errors import FinetuneError
 from finetune.launcher.arguments import read
 from finetune.launcher.processes import Inbox, run, say, supervise
 
@@ -22,12 +22,9 @@ def main(argv: list[str]) -> int:
     with Inbox() as inbox, contextlib.ExitStack() as held:
         try:
             environments, command = read(argv, held)
-        except UserError as exc:
-            say(f"error: {exc}")
-            return EXIT_USER_ERROR
-        except TopologyError as exc:
-            say(f"failed: {exc}")
-            return EXIT_FAILED
+        except FinetuneError as exc:
+            say(f"{exc.label}: {exc}")
+            return exc.exit_code
         except SystemExit as exc:  # --help
             return int(exc.code or 0)
         return supervise(inbox, environments, command)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from finetune.errors import ConfigError, TopologyError, UserError
+from finetune.errors import ConfigError, FinetuneError, TopologyError
 from finetune.launcher.processes import say
 
 PORT = 29500  # where nodes find each other if nobody says; on one node any free port will do
@@ -47,7 +47,7 @@ def read(argv: list[str], held: contextlib.ExitStack) -> tuple[list[dict[str, st
         _, defaults, from_file = launch._validate_launch_command(arguments)
         _check(arguments, where)
         return _environments(arguments, defaults, from_file, where, held), command
-    except (UserError, TopologyError):
+    except FinetuneError:
         raise
     except Exception as exc:  # Accelerate's own checks, and files of a shape that it does not check
         raise ConfigError(f"{where}: {_one_line(exc)}; see docs/topologies.md") from exc

@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from finetune.errors import CheckpointError, ExportError, Outage, UserError
+from finetune.errors import FinetuneError, ProcessFailed, UserError
 
 # The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end that.
 WAIT = timedelta(hours=2)
-# Errors that are words alone; others may not survive the journey to another process, which gets their name and words.
-TRAVEL = UserError | CheckpointError | ExportError | Outage
 
 
 class Processes:
@@ -50,32 +48,59 @@ class Processes:
         return set().union(*self.gather(names))
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Do it on the main process only; every process gets its result, or raises its error."""
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = action()
-            except Exception as exc:
-                if self.number == 1:
-                    raise
-                outcome[1] = exc if isinstance(exc, TRAVEL) else RuntimeError(f"{type(exc).__name__}: {exc}")
-        if self.number > 1:
-            torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        """Do it on the main process only; every process gets its result, or raises its error.
 
-    def on_every(self, action: Callable[[], Any]) -> Any:
-        """Do it on every process; if it fails on one, all raise its error, or RuntimeError that says which and why."""
-        result, problem = None, None
+        The main process raises the very exception, with its traceback and cause; the others raise one of the same type
+        with the same words, or ProcessFailed for an exception that is not a FinetuneError, as it might not survive pickling.
+        """
+        if self.number == 1:
+            return action()
+        if not self.is_main:
+            result, error = self._from_main(None)
+            if error is not None:
+                raise error
+            return result
         try:
             result = action()
         except Exception as exc:
-            if self.number == 1:
-                raise
-            problem = (
-                exc if isinstance(exc, TRAVEL) else RuntimeError(f"process {self.rank}: {type(exc).__name__}: {exc}")
-            )
-        if found := [exc for exc in self.gather(problem) if exc is not None]:
-            raise next((exc for exc in found if isinstance(exc, UserError)), found[0])
+            self._from_main((None, self._portable(exc)))
+            raise
+        self._from_main((result, None))
         return result
+
+    def on_every(self, action: Callable[[], Any]) -> Any:
+        """Do it on every process. If it fails anywhere all raise the same error: the first UserError, or else the first.
+
+        As with `on_main`, the process where that happened raises the very exception; one that failed otherwise has its own
+        as the cause.
+        """
+        if self.number == 1:
+            return action()
+        try:
+            result = action()
+        except Exception as exc:
+            self._raise_first(exc)
+            raise
+        self._raise_first(None)
+        return result
+
+    def _from_main(self, value: Any) -> Any:
+        """The value of the main process."""
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def _raise_first(self, own: Exception | None) -> None:
+        """Raise the error on which all agree; return if there is none, or if it is this process's own."""
+        errors = self.gather(None if own is None else self._portable(own))
+        failed = [rank for rank, error in enumerate(errors) if error is not None]
+        if failed:
+            first = next((rank for rank in failed if isinstance(errors[rank], UserError)), failed[0])
+            if first != self.rank:
+                raise errors[first] from own
+
+    def _portable(self, exc: Exception) -> FinetuneError:
+        """What other processes raise for an exception of this one."""
+        if isinstance(exc, FinetuneError):
+            return exc
+        return ProcessFailed(f"process {self.rank}: {type(exc).__name__}: {exc}")
