@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune import config as configs
+from finetune import failures
 from finetune.config import Config
 from finetune.engine.preemption import StopFlag
 from finetune.errors import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_USER_ERROR,
+    DeviceError,
     ExportError,
-    FinetuneError,
     Preempted,
+    TopologyError,
     TrainingDiverged,
 )
 from finetune.streams import Unbroken
@@ -48,34 +50,50 @@ def main() -> int:
     rank = os.environ.get("RANK", "0")
     who = f"[process {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     stop = StopFlag()  # until the loop starts, a signal ends the run at once
+    stop.follow_launcher()
     try:
         try:
             run(*configs.parse(sys.argv[1:]), stop)
         finally:
             stop.close()
         return EXIT_COMPLETE
-    except (FinetuneError, Preempted) as exc:
-        said = f"{who}{exc.label}: {exc}"
-        if exc.exit_code == EXIT_USER_ERROR:  # the same on every process: one shows all of it
-            said = f"{exc.label}: {exc}" if rank == "0" else said.partition("\n")[0]
+    except (Exception, Preempted) as exc:
+        error = exc if isinstance(exc, Preempted) else failures.translate(exc)
+        if error is None or isinstance(error, DeviceError):  # where it happened tells a bug from a broken GPU
+            traceback.print_exc()
+        if error is None:
+            return EXIT_FAILED
+        said = f"{who}{error.label}: {error}"
+        if error.exit_code == EXIT_USER_ERROR:  # the same on every process: one shows all of it
+            said = f"{error.label}: {error}" if rank == "0" else said.partition("\n")[0]
         sys.stderr.write(said + "\n")  # in one piece, as others write, too
-        return exc.exit_code
-    except Exception:
-        traceback.print_exc()
-        return EXIT_FAILED
+        return error.exit_code
 
 
 def run(config: Config, check_only: bool, stop: StopFlag) -> None:
+    """One attempt at a run; however it ends before its time, outcome.json says so."""
+    from finetune.engine.rundir import RunDirectory
+
+    stop.raises()
+    directory = RunDirectory(config, check_only)
+    try:
+        attempt(config, check_only, stop, directory)
+    except (Exception, Preempted) as exc:
+        directory.note_end(exc)
+        raise
+    finally:
+        directory.withdraw()
+
+
+def attempt(config: Config, check_only: bool, stop: StopFlag, directory: "RunDirectory") -> None:
     """Check everything, build, loop, finish. Until it opens its directory, a run writes nothing but the token cache."""
     from finetune import job as jobs
     from finetune import preflight
-    from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
 
-    stop.raises()
-    directory = RunDirectory(config)
     if not check_only and config.checkpoint.storage is None:
         directory.check(config)
+        directory.announce()
     topology = Topology(config.train.precision, check_only)
     topology.require_same(configs.flatten(config.model_dump()))
     topology.check(config)
@@ -96,13 +114,14 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
 
 
 def train(job: "Job") -> None:
-    """Build, loop, finish; however it ends, the outcome says so."""
+    """Build, loop, finish; a failure leaves an outcome, even in a directory that is new."""
     from finetune.models import parameters
 
-    directory, topology, state, tracker, saves = job.directory, job.topology, build(job), None, None
-    untrained = parameters.fingerprints(topology.unwrap(state.model), topology.own_part)
-    topology.on_main(lambda: directory.lock(job.config.checkpoint.grace_seconds))
+    directory, topology, state, tracker, saves = job.directory, job.topology, None, None, None
     try:
+        state = build(job)
+        untrained = parameters.fingerprints(topology.unwrap(state.model), topology.own_part)
+        topology.on_main(lambda: directory.lock(job.config.checkpoint.grace_seconds))
         if job.storage:
             topology.on_main(job.storage.claim)
         resumed_from = resume(job, state)
@@ -111,17 +130,13 @@ def train(job: "Job") -> None:
         saves = job.saver(state, tracker, resumed_from)
         loop(job, state, tracker, saves)
         finish(job, state, untrained)
-    except Preempted as exc:
-        job.note_end("preempted", state.progress.step, str(exc))
-        raise
-    except Exception as exc:
-        told = topology.lost(exc) or exc
-        job.note_end("failed", state.progress.step, f"{type(told).__name__}: {told}")
-        if saves and told is exc:
+    except (Exception, Preempted) as exc:
+        error = job.end(exc, state.progress.step if state else None)
+        if saves and not isinstance(error, Preempted | TopologyError):  # what waits for others would wait in vain
             saves.abandon()
-        if told is not exc:
-            raise told from exc
-        raise
+        if error is exc:
+            raise
+        raise error from exc
     finally:
         if tracker:
             tracker.close()  # after the outcome: uploads may take longer than a machine that goes away has

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, FinetuneError
+from finetune import failures
+from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 COMMANDS = {
     "replay": ("finetune.replay", "the same run again, from its receipt; refused with what has changed since"),
@@ -59,11 +60,14 @@ def main(argv: list[str] | None = None) -> int:
         else:
             return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments) or EXIT_COMPLETE
         return EXIT_COMPLETE
-    except FinetuneError as exc:
-        print(f"{exc.label}: {exc}", file=sys.stderr)
-        return exc.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as exc:
+        error = failures.translate(exc)
+        if error is None:
+            raise
+        print(f"{error.label}: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def _heed_signals(code: int) -> None:

@@ -18,6 +18,7 @@
     ├── TopologyError          1
     └── TrainingDiverged       1
     Preempted                  75: no Exception, see there
+    └── Interrupted            75
 
 An error ends a run with one line, without a traceback; anything else that is raised is a bug and ends with its traceback and 1.
 `finetune/failures.py` translates the exceptions of libraries into these.
@@ -118,3 +119,9 @@ class Preempted(BaseException):
 
     exit_code = EXIT_PREEMPTED
     label = "preempted"
+
+
+class Interrupted(Preempted):
+    """A person pressed Ctrl-C before there was anything to save."""
+
+    label = "stopped"

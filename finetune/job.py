@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from finetune import failures
 from finetune.config import Config, differences
 from finetune.engine import receipt
 from finetune.engine.checkpoint import folder
@@ -21,13 +22,18 @@ from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.engine.trackers import Trackers
 from finetune.engine.tracking import Tracker, say
-from finetune.errors import EXIT_FAILED, CheckpointError, ConfigError, OutOfMemory, RunDirectoryError
+from finetune.errors import (
+    EXIT_FAILED,
+    CheckpointError,
+    ConfigError,
+    OutOfMemory,
+    Preempted,
+    RunDirectoryError,
+    TopologyError,
+)
 from finetune.evaluation import generation
 from finetune.models import parameters
 from finetune.preflight import Data
-
-# How those say it that raise no OutOfMemoryError: PyTorch on a CPU, cuBLAS, and CUDA's driver, also to NCCL.
-NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Cuda failure 2")
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,10 @@ class Job:
         )  # fmt: skip
         if config.run.replay_of is not None:
             self.directory.require_receipt(Path(config.run.replay_of), made)
+        if self.directory.outcome().get("state") == "running":  # the lock is ours: nobody runs here
+            self.tell(
+                "note: the attempt before this one said nothing of its end: it was killed, or its machine went away"
+            )
         self.directory.create(config)
         self.directory.rewind(step)
         self.directory.write_outcome("running", step, "started, or started again")
@@ -76,13 +86,17 @@ class Job:
         if self.storage:
             self.storage.upload_notes(self.directory.path)
 
-    def note_end(self, how: str, step: int, reason: str) -> None:
-        """How a run that is open ended before its time, here and in the store."""
-        if self.topology.is_main and self.directory.is_open:
-            self.directory.note_outcome(how, step, reason)
-            if self.storage:
-                with contextlib.suppress(CheckpointError):  # what is wrong with the store was said before
-                    self.storage.upload_notes(self.directory.path)
+    def end(self, exc: BaseException, step: int | None) -> BaseException:
+        """Note, here and in the store, that and why the run ends before its time; gives the error to raise: see `explained`.
+
+        `step`: None before there is a model.
+        """
+        error = explained(exc, self.config, self.topology)
+        self.directory.note_end(error, step, may_create=True)
+        if self.topology.is_main and self.directory.is_open and self.storage:
+            with contextlib.suppress(CheckpointError):  # what is wrong with the store was said before
+                self.storage.upload_notes(self.directory.path)
+        return error
 
     def tracker(self, state: TrainState) -> Tracker:
         """What tells the files, the terminal and the trackers how the run goes."""
@@ -154,8 +168,7 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
         last = threading.Timer(5.0, os._exit, [EXIT_FAILED])
         last.daemon = True
         last.start()
-        if topology.is_main:
-            directory.note_outcome("failed", topology.watchdog.step, problem)
+        directory.note_end(TopologyError(problem), topology.watchdog.step, may_create=True)
         print(f"[process {topology.rank}] failed: {problem}", file=sys.stderr, flush=True)
         os._exit(EXIT_FAILED)
 
@@ -165,27 +178,32 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
     topology.watchdog.start(None if hang is None else 60 * hang, end)
     try:
         yield
-    except RuntimeError as exc:
-        if told := topology.lost(exc) or _out_of_memory(exc, config, topology):
-            if topology.is_main:
-                directory.note_outcome("failed", topology.watchdog.step, str(told))
-            raise told from exc
-        raise
+    except Exception as exc:
+        if directory.has_ended:
+            raise
+        error = explained(exc, config, topology)
+        directory.note_end(error, topology.watchdog.step)
+        if error is exc:
+            raise
+        raise error from exc
     finally:
         topology.watchdog.stop()
 
 
-def _out_of_memory(exc: RuntimeError, config: Config, topology: Topology) -> OutOfMemory | None:
-    """An error of PyTorch's allocators, with what was forecast and what to change. None for other errors."""
-    if not isinstance(exc, torch.OutOfMemoryError) and not any(sign in str(exc) for sign in NO_MEMORY):
-        return None
-    hint = "python -m finetune plan --config FILE says what fits"
-    with contextlib.suppress(Exception):  # there may be no memory left to think with
-        from finetune.plan import choice
+def explained(exc: BaseException, config: Config, topology: Topology) -> BaseException:
+    """What an exception really was, where the run stood, and what helps; itself if `failures` does not know it."""
+    error = exc if isinstance(exc, Preempted) else failures.translate(exc)
+    if isinstance(error, OutOfMemory):
+        hint = "python -m finetune plan --config FILE says what fits"
+        with contextlib.suppress(Exception):  # there may be no memory left to think with
+            from finetune.plan import choice
 
-        torch.cuda.empty_cache()
-        hint = choice.advice(config, topology.wish, topology.device, topology.precision)
-    return OutOfMemory(f"out of memory at {topology.watchdog.at}: {str(exc).splitlines()[0][:200]}\n  {hint}")
+            torch.cuda.empty_cache()
+            hint = choice.advice(config, topology.wish, topology.device, topology.precision)
+        return OutOfMemory(f"out of memory at {topology.watchdog.at}: {error}\n  {hint}")
+    if isinstance(error, TopologyError) and error is not exc:
+        return TopologyError(f"{topology.lost()} at {topology.watchdog.at}; this one was told: {error}")
+    return error or exc
 
 
 def reach(config: Config, directory: RunDirectory, topology: Topology, check_only: bool) -> Storage | None:
@@ -220,4 +238,5 @@ def reach(config: Config, directory: RunDirectory, topology: Topology, check_onl
         directory.check(config)
 
     topology.on_main(bring_back)
+    directory.announce()
     return storage

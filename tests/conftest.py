@@ -148,7 +148,9 @@ def workshop(tmp_path: Path) -> Workshop:
 @pytest.fixture(autouse=True)
 def fresh_process_state() -> Iterator[None]:
     """Runs install signal handlers and fill Accelerate's state; each test starts without."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    }
     yield
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]

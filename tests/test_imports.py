@@ -16,16 +16,16 @@ ALLOWED = {
     "finetune.torch_versions": [],
     "finetune.streams": [],
     "finetune.config": ["finetune.config", "finetune.errors"],
-    "finetune.data.rows": ["finetune.outages", "finetune.errors"],
+    "finetune.data.rows": ["finetune.failures", "finetune.errors"],
     "finetune.data.templates": ["finetune.data.rows", "finetune.errors"],
-    "finetune.data.tokens": ["finetune.data.templates", "finetune.data.rows", "finetune.outages", "finetune.errors"],
+    "finetune.data.tokens": ["finetune.data.templates", "finetune.data.rows", "finetune.failures", "finetune.errors"],
     "finetune.data.packing": [],
     "finetune.data.batches": ["finetune.data.packing", "finetune.data.tokens"],
-    "finetune.models": ["finetune.models", "finetune.config", "finetune.torch_versions", "finetune.outages", "finetune.errors"],
+    "finetune.models": ["finetune.models", "finetune.config", "finetune.torch_versions", "finetune.failures", "finetune.errors"],
     "finetune.objectives": ["finetune.models.head", "finetune.data.batches", "finetune.objectives"],
     "finetune.engine": [
         "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.progress",
-        "finetune.torch_versions", "finetune.outages", "finetune.errors", "finetune.engine",
+        "finetune.torch_versions", "finetune.failures", "finetune.errors", "finetune.engine",
     ],
     "finetune.export": ["finetune.data", "finetune.models", "finetune.errors"],
     "finetune.preflight": [
@@ -34,22 +34,22 @@ ALLOWED = {
     ],
     "finetune.plan": [
         "finetune.plan", "finetune.models", "finetune.data.batches", "finetune.engine.optim", "finetune.engine.topology",
-        "finetune.config", "finetune.errors",
+        "finetune.config", "finetune.failures", "finetune.errors",
     ],
     "finetune.plan.command": [
         "finetune.plan", "finetune.models.parameters", "finetune.engine.topology", "finetune.launcher", "finetune.config",
         "finetune.errors",
     ],
     "finetune.job": [
-        "finetune.preflight", "finetune.plan", "finetune.models.parameters", "finetune.engine", "finetune.evaluation.generation", "finetune.config", "finetune.errors",
+        "finetune.preflight", "finetune.plan", "finetune.models.parameters", "finetune.engine", "finetune.evaluation.generation", "finetune.config", "finetune.failures", "finetune.errors",
     ],
     "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
     "finetune.curves": ["finetune.errors"],
-    "finetune.outages": ["finetune.errors"],
-    "finetune.launcher": ["finetune.launcher", "finetune.errors"],
+    "finetune.failures": ["finetune.errors"],
+    "finetune.launcher": ["finetune.launcher", "finetune.engine.rundir", "finetune.failures", "finetune.errors"],
     "finetune.replay": ["finetune.launcher", "finetune.config", "finetune.errors"],
-    "finetune.__main__": ["finetune.config", "finetune.errors"],
+    "finetune.__main__": ["finetune.config", "finetune.failures", "finetune.errors"],
     "data_scripts": ["finetune.data.rows", "finetune.data.templates", "finetune.data.tokens"],
 }  # fmt: skip
 SHARDING = (

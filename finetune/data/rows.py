@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from finetune import outages
+from finetune import failures
 from finetune.errors import ConfigError, DataError
 
 
@@ -102,6 +102,7 @@ def read(source: str, text_unit: str = "line") -> Iterator[Row]:
             empty = False
             yield row
     except OSError as exc:
+        failures.reraise(exc, f"{source}: cannot be read now")
         raise DataError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
     if empty:
         raise DataError(f"{source}: holds no rows; is it the right file?")
@@ -157,6 +158,7 @@ def fingerprint(source: str) -> str:
             _CONTENT[source] = digest.hexdigest()
             return _CONTENT[source]
     except OSError as exc:
+        failures.reraise(exc, f"{source}: cannot be read now")
         raise DataError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
     if _is_hub_name(source):
         return str(_load_dataset(source)._fingerprint)
@@ -435,7 +437,7 @@ def _load_dataset(source: str) -> Any:
     try:
         return datasets.load_dataset(name, split=split or "train", cache_dir=cache)
     except Exception as exc:  # datasets raises a dozen kinds, many of them plain ValueError and OSError
-        outages.reraise(f"{source}: datasets cannot load it now", exc)
+        failures.reraise(exc, f"{source}: datasets cannot load it now")
         raise DataError(f"{source}: datasets cannot load it: {type(exc).__name__}: {exc}") from exc
 
 

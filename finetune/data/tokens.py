@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from finetune import outages
+from finetune import failures
 from finetune.data import rows
 from finetune.data.rows import Conversation, Place
 from finetune.data.templates import Segment, Template
@@ -146,7 +146,7 @@ def _writable(cache_dir: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as exc:  # ValueError: a path with a NUL
-        outages.reraise(f"data.cache_dir: {cache_dir}: cannot be written now", exc)
+        failures.reraise(exc, f"data.cache_dir: {cache_dir}: cannot be written now")
         raise DataError(f"data.cache_dir: {cache_dir}: cannot be written: {exc}") from exc
 
 

@@ -1,21 +1,30 @@
 """What ends a run before its time -> one flag, which every step reads: signals, a cloud's notice, a deadline."""
 
+import ctypes
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from finetune.engine.notices import Notice, Watch
-from finetune.errors import EXIT_PREEMPTED, CheckpointError, Preempted
+from finetune.errors import CheckpointError, Interrupted, Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# What the kernel sends when the launcher dies: not SIGTERM, as it also sends it when only the launcher's thread has ended.
+LAUNCHER_DIED = signal.SIGRTMIN
+PR_SET_PDEATHSIG = 1
+LAUNCHERS = {
+    "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli",
+    "torchrun", "torch.distributed.run", "torch.distributed.launch",
+}  # fmt: skip
 DEADLINE = "checkpoint.max_minutes are over"
 
 
 class StopFlag:
-    """SIGTERM, SIGINT and SIGUSR1, what a cloud says, and checkpoint.max_minutes.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup ignores it), the launcher's death, what a cloud says, and checkpoint.max_minutes.
 
     At first, while torch is being imported, they end the process, as there is nothing to save: code in C swallows what a
     handler raises, or aborts. After `raises` they raise Preempted. After `only_note` they set the
@@ -32,8 +41,30 @@ class StopFlag:
         self._is_importing, self._at_once, self._has_begun, self._interrupted = True, True, False, False
         self._watch: Watch | None = None
         self._timer: threading.Timer | None = None
-        for number in SIGNALS:
+        self._launcher = 0
+        self._signals = [number for number in SIGNALS if number != signal.SIGHUP or not _is_ignored(number)]
+        for number in self._signals:
             signal.signal(number, self._handle)
+
+    def follow_launcher(self) -> None:
+        """Stop when `accelerate launch` or torchrun dies, which start this process and may not live to pass a signal on.
+
+        Linux only. No other parent counts: a shell may end, and what it has started goes on. `python -m finetune launch`
+        asks for the same itself, before it starts this process.
+        """
+        if not Path("/proc/self/cmdline").exists():
+            return
+        parent = os.getppid()
+        if _is_launcher(parent):
+            self._launcher = parent
+            self._signals.append(LAUNCHER_DIED)
+            signal.signal(LAUNCHER_DIED, self._handle)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_DIED)
+            has_died = os.getppid() != parent  # before the kernel was asked
+        else:  # or while Python started; then what Accelerate has set is all that tells of it
+            has_died = "ACCELERATE_MIXED_PRECISION" in os.environ and _has_other_parent()
+        if has_died:
+            self._handle(LAUNCHER_DIED, None)
 
     def configure(
         self, *, grace_seconds: float, max_minutes: float | None, cloud: str | None, say: Callable[[str], None]
@@ -51,7 +82,7 @@ class StopFlag:
 
     def close(self) -> None:
         """The run has ended: nothing can stop it any more."""
-        for number in SIGNALS:
+        for number in self._signals:
             signal.signal(number, signal.SIG_IGN)
         if self._timer:
             self._timer.cancel()
@@ -81,20 +112,23 @@ class StopFlag:
             raise Preempted(f"{self.reason}; run the same command again")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == LAUNCHER_DIED and os.getppid() == self._launcher:
+            return  # it lives: only the thread that started this process has ended
+        reason = "the launcher has died" if number == LAUNCHER_DIED else signal.Signals(number).name
         if self._is_importing:
-            os.write(
-                2,
-                f"preempted: {signal.Signals(number).name} before anything was begun; run the same command again\n".encode(),
-            )
-            os._exit(EXIT_PREEMPTED)
+            end = _preempted(reason, f"{reason} before anything was begun")
+            os.write(2, f"{end.label}: {end}\n".encode())
+            os._exit(end.exit_code)
         # Noted before it is raised: what is raised inside a destructor is lost.
         if self.reason is None:
-            self.reason, self._goes = signal.Signals(number).name, time.monotonic() + self._grace_seconds
+            self.reason, self._goes = reason, time.monotonic() + self._grace_seconds
         if self._at_once:
             if self.reason == DEADLINE and not self._has_begun:
                 raise CheckpointError(
                     f"{DEADLINE} before the first step of this attempt, and would be every time; raise them"
                 )
+            if not self._has_begun:
+                raise _preempted(self.reason, self.reason)
             raise Preempted(f"{self.reason}; run the same command again")
         if number == signal.SIGINT:
             if self._interrupted:
@@ -113,3 +147,32 @@ class StopFlag:
         """From another thread: only a signal reaches a main thread that is not in the loop."""
         self.reason = self.reason or reason
         os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _preempted(reason: str, when: str) -> Preempted:
+    """The end of an attempt before its first step. A person who pressed Ctrl-C need not be told to try again."""
+    if reason == signal.SIGINT.name:
+        return Interrupted("by Ctrl-C before the first step of this attempt; it saved nothing")
+    return Preempted(f"{when}; run the same command again")
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether a process is `accelerate launch` or torchrun, by its command line."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # it has gone
+        return False
+    names = {Path(word).name for word in words}
+    return bool(names & LAUNCHERS) or {"accelerate", "launch"} <= names
+
+
+def _has_other_parent() -> bool:
+    """Whether the process that started this one has gone: a session is inherited, and this one's is not the parent's."""
+    try:
+        return os.getsid(0) not in (os.getpid(), os.getsid(os.getppid()))
+    except (OSError, ValueError):  # PID 1 of a container has no parent that it could see
+        return False

@@ -13,20 +13,38 @@ import yaml
 from filelock import FileLock, Timeout
 
 from finetune import config as configs
-from finetune import outages
+from finetune import failures
 from finetune.config import Config
 from finetune.engine.checkpoint.folder import flush
 from finetune.engine.receipt import differences
-from finetune.errors import DirectoryInUse, RunDirectoryError
+from finetune.errors import (
+    EXIT_FAILED,
+    DirectoryInUse,
+    FinetuneError,
+    Preempted,
+    RunDirectoryError,
+    TakenOver,
+)
 
 LOCK = ".lock"
+OUTCOME = "outcome.json"
+BEATS = "FINETUNE_BEATS"  # a folder of the launcher's: what each process is at, and in RUN the run directory
+RUN = "run"
+# The directory belongs to another run or process: how this attempt ended is no news of it.
+REFUSED = (RunDirectoryError, DirectoryInUse, TakenOver)
 
 
 class RunDirectory:
     """`runs/<name>/` of one run. Only the main process writes."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, check_only: bool = False) -> None:
+        """`check_only`: how this attempt ends is not noted."""
         self.path = config.run_dir
+        self._config = config
+        is_main = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+        self._may_note = is_main and not check_only
+        self._lock: FileLock | None = None
+        self._announced: Path | None = None
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.metrics = self.path / "metrics.jsonl"
@@ -34,7 +52,9 @@ class RunDirectory:
         self.samples = self.path / "samples.jsonl"
         self.saves = self.path / "saves.jsonl"
         self.is_open = False
-        """Whether it is this attempt's: only then may it say how that ended."""
+        """Whether this attempt has begun to write in it."""
+        self.has_ended = False
+        """Whether `note_end` was called."""
 
     def check(self, config: Config) -> None:
         """Raise RunDirectoryError if it cannot be written or holds another run. Writes nothing."""
@@ -47,7 +67,7 @@ class RunDirectory:
                     + "\ngive this run another run.name, go back to those values, or remove the directory to start over"
                 )  # fmt: skip
         elif os.path.exists(self.path) and (
-            not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())
+            not self.path.is_dir() or any(p.name[0] != "." and p.name != OUTCOME for p in self.path.iterdir())
         ):
             raise RunDirectoryError(
                 f"{self.path} exists and is not a run directory (no config.yaml); choose another run.name or run.dir"
@@ -68,18 +88,20 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / LOCK)
-            self._lock.acquire(timeout=seconds)
+            lock = FileLock(self.path / LOCK)
+            lock.acquire(timeout=seconds)
+            self._lock = lock
         except Timeout:
             raise DirectoryInUse(
                 f"{self.path} is still in use by another process after {seconds:g} s; wait for it, or choose another run.name"
             ) from None
         except OSError as exc:
-            outages.reraise(f"{self.path} cannot be written now", exc)
+            failures.reraise(exc, f"{self.path} cannot be written now")
             raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
 
     def unlock(self) -> None:
-        self._lock.release()  # the file stays: who removed it could take it from under the next one's feet
+        if self._lock:
+            self._lock.release()  # the file stays: who removed it could take it from under the next one's feet
 
     def create(self, config: Config) -> None:
         """Make the directory and write the resolved config. Raises RunDirectoryError."""
@@ -88,7 +110,7 @@ class RunDirectory:
             self.checkpoints.mkdir(exist_ok=True)
             self.is_open = True
         except OSError as exc:
-            outages.reraise(f"{self.path} cannot be written now", exc)
+            failures.reraise(exc, f"{self.path} cannot be written now")
             raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
 
     def write_receipt(self, receipt: dict[str, Any]) -> None:
@@ -115,17 +137,50 @@ class RunDirectory:
         outcome = {"state": state, "step": step, "reason": reason, **facts, "written": _now()}
         if state == "complete":
             outcome["model"] = self._model_files()
-        write_atomically(self.path / "outcome.json", json.dumps(outcome, indent=2))
+        write_atomically(self.path / OUTCOME, json.dumps(outcome, indent=2))
 
-    def note_outcome(self, state: str, step: int, reason: str) -> None:
-        """As `write_outcome`, where the run ends anyway: a full disk must not hide why."""
-        if self.is_open:
+    def note_end(self, error: BaseException, step: int | None = None, may_create: bool = False) -> None:
+        """Write that and why this attempt ends before its time. The first call counts, as it is nearest to the cause.
+
+        Before `create` that is written only where no other run or process is at home, and never over a complete outcome.
+        `may_create`: a directory is made for it, but not for a mistake of the user, who then starts with a clean one.
+        Never raises: a full disk must not hide the reason.
+        """
+        if self.has_ended:
+            return
+        self.has_ended = True
+        if self._may_note:
+            error = failures.translate(error) or error
+            state = "preempted" if isinstance(error, Preempted) else "failed"
+            is_ours = isinstance(error, FinetuneError | Preempted)
+            reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError, FinetuneError):
+                if self.is_open:
+                    self.write_outcome(state, step or 0, reason)
+                elif not isinstance(error, REFUSED):
+                    self.check(self._config)
+                    is_new = not (self.path / "config.yaml").exists()
+                    if not is_new or (may_create and getattr(error, "exit_code", EXIT_FAILED) == EXIT_FAILED):
+                        self.unlock()
+                        note_end_of(self.path, state, reason)
+        self.withdraw()
+
+    def announce(self) -> None:
+        """Tell the launcher that this directory is the run's: it writes the outcome of a process that dies without one."""
+        if self._may_note and (folder := os.environ.get(BEATS)):
             with contextlib.suppress(OSError):
-                self.write_outcome(state, step, reason)
+                self._announced = Path(folder) / RUN
+                self._announced.write_text(str(self.path.absolute()))
+
+    def withdraw(self) -> None:
+        """This process has said how it ended, or has nothing to say."""
+        if self._announced:
+            with contextlib.suppress(OSError):
+                self._announced.unlink(missing_ok=True)
 
     def outcome(self) -> dict[str, Any]:
         """How the last attempt ended; empty if there was none."""
-        return self._read_json("outcome.json")
+        return self._read_json(OUTCOME)
 
     def is_complete(self, data_fingerprint: str) -> bool:
         """Whether a run has ended here and its model is whole. Raises RunDirectoryError if it was of other data."""
@@ -181,11 +236,7 @@ class RunDirectory:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         """What a file of this directory holds; nothing if it is not there or broken."""
-        try:
-            values = json.loads((self.path / name).read_text())
-        except (OSError, ValueError):
-            return {}
-        return values if isinstance(values, dict) else {}
+        return _read_json(self.path / name)
 
     def _read_config(self, path: Path) -> dict[str, Any]:
         try:
@@ -194,6 +245,24 @@ class RunDirectory:
             return dict(values)
         except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as exc:
             raise RunDirectoryError(f"{path} is not the config of a run: {exc}; choose another run.name") from exc
+
+
+def note_end_of(path: Path, state: str, reason: str) -> None:
+    """Write how an attempt ended that does not hold the lock of the run directory `path` any more, or never did.
+
+    Nothing is written where another process runs, and over a complete outcome. Raises OSError.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path / LOCK, timeout=0):
+            before = _read_json(path / OUTCOME)
+            if before.get("state") != "complete":
+                logged = [step for line in _lines(path / "metrics.jsonl") if (step := _step_of(line)) < math.inf]
+                step = int(max([before.get("step", 0), *logged]))
+                outcome = {"state": state, "step": step, "reason": reason, "written": _now()}
+                write_atomically(path / OUTCOME, json.dumps(outcome, indent=2))
+    except Timeout:
+        pass
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -210,6 +279,14 @@ def write_atomically(path: Path, text: str) -> None:
         os.unlink(temporary)
         raise
     flush(path.parent)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _now() -> str:

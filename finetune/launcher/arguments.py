@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from finetune.errors import ConfigError, FinetuneError, TopologyError
+from finetune import failures
+from finetune.errors import ConfigError, TopologyError
 from finetune.launcher.processes import say
 
 PORT = 29500  # where nodes find each other if nobody says; on one node any free port will do
@@ -24,8 +25,11 @@ IGNORED = (
 )  # fmt: skip
 
 
-def read(argv: list[str], held: contextlib.ExitStack) -> tuple[list[dict[str, str]], list[str]]:
-    """Environments of this node's processes, and what each runs. `held` keeps the port for them."""
+def read(argv: list[str], held: contextlib.ExitStack | None) -> tuple[list[dict[str, str]], list[str]]:
+    """Environments of this node's processes, and what each runs.
+
+    `held` keeps the port for them; None where no process will be started: then no port is taken or looked at.
+    """
     if not argv:
         raise ConfigError("launch was given no script; python -m finetune launch train.py --config configs/my_run.yaml")
     if not argv[0].startswith("-"):  # without Accelerate, whose import takes seconds
@@ -47,9 +51,8 @@ def read(argv: list[str], held: contextlib.ExitStack) -> tuple[list[dict[str, st
         _, defaults, from_file = launch._validate_launch_command(arguments)
         _check(arguments, where)
         return _environments(arguments, defaults, from_file, where, held), command
-    except FinetuneError:
-        raise
     except Exception as exc:  # Accelerate's own checks, and files of a shape that it does not check
+        failures.reraise(exc)
         raise ConfigError(f"{where}: {_one_line(exc)}; see docs/topologies.md") from exc
 
 
@@ -142,7 +145,7 @@ def _check(arguments: argparse.Namespace, where: str) -> None:
 
 
 def _environments(
-    arguments: argparse.Namespace, defaults: Any, from_file: bool, where: str, held: contextlib.ExitStack
+    arguments: argparse.Namespace, defaults: Any, from_file: bool, where: str, held: contextlib.ExitStack | None
 ) -> list[dict[str, str]]:
     """Accelerate's, in the order in which its `launch_command` looks, and the ranks, which torchrun would add."""
     from accelerate import utils
@@ -178,8 +181,10 @@ def _environments(
     return [{**environment, "RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(number)]
 
 
-def _meeting_point(arguments: argparse.Namespace, held: contextlib.ExitStack) -> tuple[str, int]:
+def _meeting_point(arguments: argparse.Namespace, held: contextlib.ExitStack | None) -> tuple[str, int]:
     """Address and port at which process 0 will listen."""
+    if held is None:  # it never will; Accelerate looks whether the port is in use, and for 0 would bind one
+        return arguments.main_process_ip or "127.0.0.1", 1
     if arguments.num_machines == 1:
         try:
             return "127.0.0.1", _hold(arguments.main_process_port or 0, held)

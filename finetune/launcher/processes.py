@@ -19,8 +19,9 @@ OTHERS_SECONDS = 10.0  # after one has failed: for the others to notice, and to 
 FINISH_SECONDS = 120.0  # after one has ended as it should: for the others to finish
 START_SECONDS = 10.0  # for a process to install its handlers: before, a signal would only kill it
 KILL_SECONDS = 10.0  # for the kernel to end what was killed
-# A folder: each process writes what it is at, such as "step 38", into a file named by its rank.
-BEATS = "FINETUNE_BEATS"
+# A folder: each process writes what it is at, such as "step 38", into a file named by its rank; and process 0 the path of
+# its run directory into RUN, as long as it has not written there how the run ended.
+BEATS, RUN = "FINETUNE_BEATS", "run"
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGHUP: signal.SIGTERM,  # the terminal has gone: save and end
@@ -172,16 +173,28 @@ def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[st
         say("preempted: a signal came before the first process was started; run the same command again")
         return EXIT_PREEMPTED
     workers: list[_Worker] = []
+    problems: list[str] = []
     with _beats() as beats:
         try:
             for environment in environments:
                 workers.append(_Worker(environment, command, beats))
-            return _watch(inbox, workers)
+            return _watch(inbox, workers, problems)
         finally:
             for worker in workers:
                 worker.kill()
             for worker in workers:
                 worker.bury()
+            if beats and problems:
+                _note_end(beats / RUN, problems[0])
+
+
+def _note_end(run: Path, problem: str) -> None:
+    """Write the outcome of a run whose processes died before they could: killed, or aborted by NCCL or another library."""
+    with contextlib.suppress(OSError):
+        directory = Path(run.read_text())
+        from finetune.engine.rundir import note_end_of  # seldom needed, and 0.3 s
+
+        note_end_of(directory, "failed", problem)
 
 
 @contextlib.contextmanager
@@ -197,15 +210,19 @@ def _beats() -> Iterator[Path | None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(inbox: Inbox, workers: list[_Worker]) -> int:
-    """Until nobody lives, or those who do have had their time -> exit code. However long they take after a signal."""
+def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
+    """Until nobody lives, or those who do have had their time -> exit code. However long they take after a signal.
+
+    `problems`: what is said of processes that did not end as they should is added.
+    """
     codes: list[int | None] = []  # in the order in which they ended
     deadline, because = float("inf"), ""
     while living := [worker for worker in workers if worker.code is None]:
         left = deadline - time.monotonic()
         if left <= 0:
             for worker in living:
-                say(f"{worker.name} had not ended {because}, and was killed{worker.where()}")
+                problems.append(f"{worker.name} had not ended {because}, and was killed{worker.where()}")
+                say(problems[-1])
             break
         for number in inbox.wait(min(left, 0.05) if any(worker.waiting for worker in living) else left):
             for worker in living:
@@ -216,7 +233,8 @@ def _watch(inbox: Inbox, workers: list[_Worker]) -> int:
                 continue
             codes.append(worker.code)
             if worker.has_failed:
-                say(f"{worker.name} {worker.end()}")
+                problems.append(f"{worker.name} {worker.end()}")
+                say(problems[-1])
             seconds = OTHERS_SECONDS if worker.has_failed else FINISH_SECONDS
             if time.monotonic() + seconds < deadline:
                 deadline, because = time.monotonic() + seconds, f"{seconds:g} seconds after {worker.name}"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from finetune import failures
 from finetune.config import Adapter, Model
 from finetune.errors import ModelError
 from finetune.models import bases, starts
@@ -186,6 +187,7 @@ def _continued(model: Any, path: str) -> "PeftModel":
                 return get_peft_model(model, config)
             return PeftModel.from_pretrained(model, path, is_trainable=True)
     except Exception as exc:  # a folder that is not there, another shape, a broken file: each in its own family
+        failures.reraise(exc, f"adapter.path: {path}: cannot be loaded now")
         raise ModelError(f"adapter.path: {path}: cannot be gone on from: {exc}") from exc
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from finetune import failures
 from finetune.models import attention
 from finetune.models.cross_entropy import Finish, in_chunks, plain
 
@@ -130,6 +131,7 @@ def _probe(base: Any, head: nn.Module, layers: nn.Module) -> tuple[Finish | None
         with torch.no_grad(), _answering(layers, lambda *_, **__: _Outputs(states)), _answering(head, lambda _: given):
             got = base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
     except Exception as exc:  # code of any author
+        failures.reraise(exc)
         return None, f"its forward cannot be followed ({type(exc).__name__})"
     if got.shape != given.shape or got.device.type != "cpu":
         return None, "its forward does more than finish the logits"

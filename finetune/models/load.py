@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from finetune import outages
+from finetune import failures
 from finetune.config import Model
 from finetune.errors import ModelError
 from finetune.models import embeddings
@@ -248,13 +248,11 @@ def _require_folder_or_hub(key: str, name: str | None) -> None:
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """transformers and its parts raise errors of many families for what is the user's to mend."""
+    """What the machine did not fail at is the user's to mend: transformers and its parts raise errors of many families for it."""
     try:
         yield
-    except ModelError:
-        raise
     except Exception as exc:
-        outages.reraise(f"{what} cannot be loaded now", exc)
+        failures.reraise(exc, f"{what} cannot be loaded now")
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(exc).__name__
         if "huggingface.co" in reason:

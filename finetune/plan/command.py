@@ -96,8 +96,8 @@ def _wish(file: Path, num_processes: int | None, required: bool) -> Wish | None:
     if "multinode" in file.stem:
         options += ["--main_process_ip", "127.0.0.1"]
     try:
-        with contextlib.ExitStack() as held, contextlib.chdir(ROOT):
-            environments, _ = launcher.read([*options, "train.py"], held)
+        with contextlib.chdir(ROOT):
+            environments, _ = launcher.read([*options, "train.py"], None)
             return launch.read(environments[0])
     except UserError:
         if required:

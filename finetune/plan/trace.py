@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from finetune import failures
 from finetune.config import Config
 from finetune.data.batches import IGNORE
 from finetune.engine.topology import empty
@@ -130,6 +131,7 @@ class Rehearsal:
         try:
             return self._trace(shape, learns)
         except Exception as exc:  # code of any author, on tensors without values
+            failures.reraise(exc)
             kind = self.base.config.model_type
             raise ModelError(
                 f"the memory of {kind} cannot be forecast: {type(exc).__name__}: {' '.join(str(exc).split())[:200]}; "

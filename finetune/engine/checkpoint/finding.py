@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune import failures
 from finetune.config import Config, differences
 from finetune.engine.checkpoint import folder, shards
 from finetune.engine.checkpoint.folder import Found
@@ -101,6 +102,8 @@ def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) 
         manifest: dict[str, Any] = topology.on_main(lambda: folder.verified(path))
         shards.read_weights(Found(path, manifest), topology, state)
     except Exception as exc:
+        if not isinstance(exc, CheckpointError):
+            failures.reraise(exc)
         raise CheckpointError(
             f"checkpoint {path}, the best evaluation, cannot be loaded: {type(exc).__name__}: {exc}; "
             "to export the last weights, give --evaluation.export_best false"

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils import _pytree as pytree
 
-from finetune import torch_versions
+from finetune import failures, torch_versions
 from finetune.engine import optim
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.folder import Found
@@ -171,6 +171,8 @@ def read(found: Found, topology: Topology, state: TrainState) -> None:
         # One scaler for all: processes that are new have none saved, and must scale as the others do.
         topology.restore_scaler(json.loads((found.path / _own_name(0)).read_text())["scaler"])
     except Exception as exc:  # dcp raises many kinds for a checkpoint that does not fit the model
+        if not isinstance(exc, CheckpointError):
+            failures.reraise(exc)
         raise CheckpointError(f"checkpoint {found.path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
     state.progress.restore(found.manifest["progress"])
 

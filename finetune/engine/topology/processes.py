@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from finetune import failures
 from finetune.errors import FinetuneError, ProcessFailed, UserError
 
 # The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end that.
@@ -51,7 +52,7 @@ class Processes:
         """Do it on the main process only; every process gets its result, or raises its error.
 
         The main process raises the very exception, with its traceback and cause; the others raise one of the same type
-        with the same words, or ProcessFailed for an exception that is not a FinetuneError, as it might not survive pickling.
+        with the same words, or what `failures` makes of a library's, or ProcessFailed: others might not survive pickling.
         """
         if self.number == 1:
             return action()
@@ -101,6 +102,5 @@ class Processes:
 
     def _portable(self, exc: Exception) -> FinetuneError:
         """What other processes raise for an exception of this one."""
-        if isinstance(exc, FinetuneError):
-            return exc
-        return ProcessFailed(f"process {self.rank}: {type(exc).__name__}: {exc}")
+        known = failures.translate(exc, f"process {self.rank}")
+        return known or ProcessFailed(f"process {self.rank}: {type(exc).__name__}: {exc}")

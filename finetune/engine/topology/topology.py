@@ -20,24 +20,15 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from finetune import failures
 from finetune.config import Config
 from finetune.data.batches import Batch
 from finetune.engine.topology import empty, launch, support
 from finetune.engine.topology.processes import WAIT, Processes
 from finetune.engine.topology.replicated import Replicated
 from finetune.engine.topology.watchdog import Watchdog
-from finetune.errors import ConfigError, TopologyError
+from finetune.errors import ConfigError, DeviceError, OutOfMemory, TopologyError
 
-# What gloo and NCCL say when a connection breaks.
-BROKEN = (
-    "Connection closed",
-    "Connection reset",
-    "Broken pipe",
-    "Timed out waiting",
-    "NCCL error",
-    "recvValue failed",
-    "sendBytes failed",
-)
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -57,6 +48,11 @@ class Topology:
         # From here on Accelerate, and transformers, see plain processes: who shares what is decided below.
         os.environ.update({f"ACCELERATE_USE_{name}": "false" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")})
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+        # NCCL notices a failure or a time-out in a thread of its own, and no exception comes from it. 3, PyTorch's default,
+        # ends the process (SIGABRT), and `python -m finetune launch` writes the outcome. 0 would wait until train.hang_minutes
+        # are over, 1 first aborts the communicators, which may hang, and 2 would go on training with what a broken
+        # collective has left in the gradients. (ErrorHandlingMode in torch's ProcessGroupNCCL.hpp.)
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"
         try:
             self.accelerator = Accelerator(
                 cpu=not cuda,
@@ -77,7 +73,7 @@ class Topology:
                 ],
             )
         except (RuntimeError, ValueError) as exc:
-            if self.wish.num_processes == 1:
+            if self.wish.num_processes == 1 or isinstance(failures.translate(exc), DeviceError | OutOfMemory):
                 raise
             raise TopologyError(_nobody_came(exc)) from exc
         if self.wish.is_sharded and not torch.distributed.is_initialized():  # Accelerate makes no group of one process
@@ -156,13 +152,10 @@ class Topology:
                 )
         torch.distributed.distributed_c10d._set_pg_timeout(WAIT)
 
-    def lost(self, exc: BaseException) -> TopologyError | None:
-        """What an error of a collective really is: another process has gone. None for other errors."""
-        if self.num_processes == 1 or not isinstance(exc, RuntimeError) or not any(sign in str(exc) for sign in BROKEN):
-            return None
+    def lost(self) -> str:
+        """Once a connection has broken: which processes have gone, in words. Takes a few seconds."""
         gone = self.watchdog.silent()
-        who = f"process {', '.join(map(str, gone))} has gone" if gone else "the connection to another process broke"
-        return TopologyError(f"{who} at {self.watchdog.at}; this one was told: {str(exc).splitlines()[0][:200]}")
+        return f"process {', '.join(map(str, gone))} has gone" if gone else "the connection to another process broke"
 
     @property
     def name(self) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-BEATS = "FINETUNE_BEATS"  # the launcher's folder: what each process is at, for what it says of one that was killed
+from finetune.engine.rundir import BEATS  # there, for what the launcher says of a process that was killed
+
 SOON_SECONDS = 3.0  # of silence, after which a process is taken for the one that has gone once a connection has broken
 
 

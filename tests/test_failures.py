@@ -9,7 +9,7 @@ import pytest
 import requests
 from conftest import Workshop
 
-from finetune import outages
+from finetune import failures
 from finetune.data.rows import _load_dataset
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import ModelError, Outage, RunDirectoryError
@@ -65,7 +65,7 @@ def test_a_data_set_that_is_not_cached_while_no_network_is_wanted_is_an_error_of
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS])
 def test_a_disk_that_is_full_or_has_gone_is_an_outage(number):
     with pytest.raises(Outage, match="the cache: "):
-        outages.reraise("the cache", OSError(number, "words"))
+        failures.reraise(OSError(number, "words"), "the cache")
 
 
 def test_a_folder_that_forbids_is_not():

@@ -1,0 +1,127 @@
+"""Exceptions of libraries -> errors of finetune, in one table.
+
+A library reports a full disk, a GPU that fell off its bus and a wrong argument in exceptions of many families, and often
+only in words. `translate` tells the machine's failures, which end a run with exit code 1, from everything else.
+"""
+
+import errno
+import re
+from collections.abc import Callable, Iterator
+
+from finetune.errors import DeviceError, FinetuneError, Outage, OutOfMemory, TopologyError
+
+MOST_LETTERS = 300  # of a library's words; CUDA's allocator writes a paragraph
+
+# How libraries report it without an OutOfMemoryError: PyTorch on a CPU, cuBLAS, and CUDA's driver, also to NCCL.
+NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Cuda failure 2")
+# What gloo says when a connection breaks. It names its own source first; another library's connection is no process of ours.
+BROKEN = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting")
+# What the store says, by which processes find each other, and NCCL.
+NO_ANSWER = ("NCCL error", "recvValue failed", "sendBytes failed")
+DEVICE = re.compile(
+    r"CUDA|\bcuda[A-Z]\w+|Cuda failure|\bcuInit\b|CUBLAS|CUDNN|cuDNN|CUSOLVER|CUSPARSE|NCCL|NVML|\bHIP\b"
+    r"|\bECC\b|devices? (is |are )?busy"
+)
+# A device that this machine does not have: the next attempt would not find it either.
+NO_DEVICE = re.compile(r"requires?\b|required|not compiled|is_available\(\) is False|capability|only (be )?supported")
+DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EROFS,
+}  # EROFS: what ext4 is after EIO
+# Classes go by name, as their modules need not be imported: httpx, requests, aiohttp, urllib3, Python's own.
+NETWORK = {
+    "TransportError",
+    "ConnectionError",
+    "Timeout",
+    "TimeoutError",
+    "ClientConnectionError",
+    "NewConnectionError",
+}
+SERVER = {429, 500, 502, 503, 504}
+PROCESSES = {"DistBackendError", "DistNetworkError", "DistStoreError"}  # torch.distributed
+
+
+def translate(exc: BaseException, what: str = "") -> FinetuneError | None:
+    """The error of ours for an exception, or for what led to it; None if it is no failure of the machine.
+
+    `what`: begins the message, such as "model 'a/b' cannot be loaded now". An error that is ours already comes back as it is.
+    """
+    if isinstance(exc, FinetuneError):
+        return exc
+    chain = list(_chain(exc))
+    for error, applies in TABLE:
+        if any(applies(each) for each in chain):
+            return error(f"{what}: {_reason(exc)}" if what else _reason(exc))
+    return None
+
+
+def reraise(exc: Exception, what: str = "") -> None:
+    """Raise what `translate` makes of an exception; return if that is nothing."""
+    if isinstance(exc, FinetuneError):
+        raise exc
+    if error := translate(exc, what):
+        raise error from exc
+
+
+def _no_memory(exc: BaseException) -> bool:
+    return isinstance(exc, MemoryError) or _is(exc, {"OutOfMemoryError"}) or _says(exc, NO_MEMORY)
+
+
+def _lost_process(exc: BaseException) -> bool:
+    broken = "gloo/transport" in str(exc) and _says(exc, BROKEN)
+    return _is(exc, PROCESSES) or broken or _says(exc, NO_ANSWER)
+
+
+def _device(exc: BaseException) -> bool:
+    said = str(exc)
+    words = isinstance(exc, RuntimeError) and DEVICE.search(said) and not NO_DEVICE.search(said)
+    return _is(exc, {"AcceleratorError"}) or bool(words)
+
+
+def _disk(exc: BaseException) -> bool:
+    return isinstance(exc, OSError) and exc.errno in DISK
+
+
+def _network(exc: BaseException) -> bool:
+    status = getattr(getattr(exc, "response", None), "status_code", None)
+    return _is(exc, NETWORK) or status in SERVER
+
+
+# The most specific first: NCCL reports a lack of memory, too, and CUDA errors of its own.
+TABLE: tuple[tuple[type[FinetuneError], Callable[[BaseException], bool]], ...] = (
+    (OutOfMemory, _no_memory),
+    (TopologyError, _lost_process),
+    (DeviceError, _device),
+    (Outage, _disk),
+    (Outage, _network),
+)
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    """The exception and what led to it; nothing where no network is wanted (HF_HUB_OFFLINE): what is missing stays missing."""
+    chain: dict[int, BaseException] = {}
+    while exc is not None and id(exc) not in chain:
+        chain[id(exc)] = exc
+        exc = exc.__cause__ or exc.__context__
+    offline = any("OfflineModeIsEnabled" in f"{type(each).__name__}: {each}" for each in chain.values())
+    yield from () if offline else chain.values()
+
+
+def _is(exc: BaseException, names: set[str]) -> bool:
+    return bool({family.__name__ for family in type(exc).__mro__} & names)
+
+
+def _says(exc: BaseException, signs: tuple[str, ...]) -> bool:
+    return isinstance(exc, RuntimeError) and any(sign in str(exc) for sign in signs)
+
+
+def _reason(exc: BaseException) -> str:
+    """Its first line; of NCCL also the last error, which is further below."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
+    if "Last error:" in lines[:-1]:
+        lines[0] += f" {lines[lines.index('Last error:') + 1]}"
+    return lines[0][:MOST_LETTERS]
