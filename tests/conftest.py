@@ -1,5 +1,6 @@
 """What tests share: rows, a two-layer model, and the real train.py in this process or in its own."""
 
+import contextlib
 import functools
 import gc
 import json
@@ -123,6 +124,17 @@ def launcher(topology: str, processes: int, extra: Sequence[str] = ()) -> list[s
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"),
         "--num_processes", str(processes), "--main_process_port", "0", *extra,
     ]  # fmt: skip
+
+
+def session(leader: int) -> list[int]:
+    """Processes of a session that live."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, number = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(number) == leader and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def forget_process_state() -> None:

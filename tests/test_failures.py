@@ -1,18 +1,30 @@
-"""What is nobody's fault ends with 1, and is tried again; what is wrong ends with 2, and is not."""
+"""A failure of the machine ends with 1, and is tried again; what is wrong ends with 2, and is not."""
 
 import errno
 import http.server
+import pickle
 import threading
 
 import httpx
 import pytest
 import requests
+import torch
 from conftest import Workshop
 
 from finetune import failures
+from finetune.data import rows
 from finetune.data.rows import _load_dataset
 from finetune.engine.rundir import RunDirectory
-from finetune.errors import ModelError, Outage, RunDirectoryError
+from finetune.errors import (
+    DeviceError,
+    FinetuneError,
+    ModelError,
+    Outage,
+    OutOfMemory,
+    Preempted,
+    RunDirectoryError,
+    TopologyError,
+)
 from finetune.models.load import translated
 
 
@@ -66,6 +78,143 @@ def test_a_data_set_that_is_not_cached_while_no_network_is_wanted_is_an_error_of
 def test_a_disk_that_is_full_or_has_gone_is_an_outage(number):
     with pytest.raises(Outage, match="the cache: "):
         failures.reraise(OSError(number, "words"), "the cache")
+
+
+MACHINE = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemory),
+    (MemoryError(), OutOfMemory),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OutOfMemory),
+    (torch.distributed.DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), OutOfMemory),
+    (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), DeviceError),
+    (torch.AcceleratorError("CUDA error: device-side assert triggered"), DeviceError),
+    (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), DeviceError),
+    (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"), DeviceError),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), DeviceError),
+    (RuntimeError("device busy"), DeviceError),
+    (torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94, unhandled system error"), TopologyError),
+    (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), TopologyError),
+    (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), TopologyError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("exc", "error"), MACHINE, ids=lambda value: str(value)[:40])
+def test_failure_of_a_device_while_loading_is_not_the_users(exc, error):
+    with pytest.raises(error, match="^model 'a/b' cannot be loaded now: ") as told, translated("model 'a/b'"):
+        raise exc
+    assert told.value.exit_code == 1
+    assert told.value.__cause__ is exc
+
+
+def test_failure_of_a_device_is_found_below_what_a_library_makes_of_it():
+    with pytest.raises(DeviceError, match="cannot be loaded now: cannot read shard 2"), translated("model a/b"):
+        try:
+            raise MACHINE[5][0]
+        except RuntimeError as exc:
+            raise ValueError("cannot read shard 2") from exc
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        RuntimeError("FP8 quantized models require a GPU with CUDA"),
+        RuntimeError("Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is False"),
+        RuntimeError("Error(s) in loading state_dict: size mismatch"),
+        ValueError("config.json names CUDA as its author"),
+        # A mistake of ours in the order of collectives.
+        RuntimeError("[enforce fail at gloo/transport/tcp/pair.cc:535] op.preamble.length <= op.nbytes. 20 vs 16"),
+    ],
+    ids=str,
+)
+def test_what_another_attempt_would_meet_again_is_no_failure_of_the_machine(exc):
+    assert failures.translate(exc) is None
+    with pytest.raises(ModelError), translated("model a/b"):
+        raise exc
+
+
+def test_nccl_is_quoted_with_what_went_wrong():
+    exc = torch.distributed.DistBackendError(
+        "NCCL error in: x.cpp:1, see\nncclRemoteError: ...\nLast error:\nsocketPoll: no"
+    )
+    assert str(failures.translate(exc)) == "NCCL error in: x.cpp:1, see socketPoll: no"
+
+
+def raising(exc):
+    def fail(*_, **__):
+        raise exc
+
+    return fail
+
+
+@pytest.mark.parametrize("place", ["adapter", "head", "forecast", "best", "launch", "rows"])
+def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(monkeypatch, tmp_path, place):
+    """Each place takes what it does not know for a mistake of the user, or works without."""
+    fail = raising(torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"))
+    error: type[FinetuneError] = DeviceError
+    if place == "adapter":
+        import peft
+
+        from finetune.models import adapters
+
+        (tmp_path / "adapter_config.json").write_text("{}")
+        monkeypatch.setattr(peft.PeftModel, "from_pretrained", fail)
+
+        def act():
+            adapters._continued(torch.nn.Linear(1, 1), str(tmp_path))
+    elif place == "head":
+        from finetune.models import head
+
+        model = torch.nn.Linear(1, 1)
+        model.config, model.forward = type("Config", (), {"get_text_config": fail}), None
+
+        def act():
+            head._probe(model, model, model)
+    elif place == "forecast":
+        from finetune.plan import trace
+
+        made = trace.Rehearsal.__new__(trace.Rehearsal)
+        monkeypatch.setattr(trace.Rehearsal, "_trace", fail)
+
+        def act():
+            made.trace(trace.Shape(1, 1, 1))
+    elif place == "best":
+        from finetune.engine.checkpoint import finding
+
+        topology = type("Stub", (), {"on_main": fail})
+
+        def act():
+            finding.put_back_best(tmp_path, 1, topology, None)
+    elif place == "launch":
+        from accelerate.commands import launch
+
+        from finetune import launcher
+
+        monkeypatch.setattr(launch, "_validate_launch_command", fail)
+
+        def act():
+            launcher.read(["--cpu", "train.py"], None)
+    else:
+        error = Outage
+        monkeypatch.setattr(rows.hashlib, "file_digest", raising(OSError(errno.EIO, "Input/output error")))
+        (tmp_path / "rows.jsonl").touch()
+
+        def act():
+            rows.fingerprint(str(tmp_path / "rows.jsonl"))
+
+    with pytest.raises(error):
+        act()
+
+
+def test_every_error_is_of_one_root_and_survives_the_way_to_another_process():
+    from finetune import errors
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    for kind in kinds:
+        assert issubclass(kind, FinetuneError | Preempted)
+        assert kind.__name__ in errors.__doc__, "it stands in the tree"
+        again = pickle.loads(pickle.dumps(kind("why")))
+        assert (type(again), str(again), again.exit_code) == (kind, "why", kind.exit_code)
+    assert not issubclass(Preempted, Exception), "an `except Exception` in a library would swallow it"
 
 
 def test_a_folder_that_forbids_is_not():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 
 from finetune import launcher
 from finetune.engine.topology import launch
@@ -74,6 +75,10 @@ if what == "orphan":
     what = "listen"
 if what == "exit":
     sys.exit(int(rest[0]))
+elif what == "abort":  # as NCCL's own thread does
+    if rest:
+        Path(os.environ["FINETUNE_BEATS"], "run").write_text(str(notes / rest[0]))
+    os.abort()
 elif what == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 elif what == "stop":
@@ -211,6 +216,36 @@ def test_one_that_was_killed_is_named_with_its_step_and_the_others_end_by_themse
     assert run(worker, "after:1:exit:1", "step:die") == 1
     said = capfd.readouterr().err.splitlines()
     assert said == ["process 1 was killed by SIGKILL in step 38", "process 0 ended with exit code 1"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"state": "running", "step": 30}, ("failed", 37)),
+        (None, ("failed", 37)),
+        ({"state": "complete", "step": 40}, ("complete", 40)),
+    ],
+)
+def test_outcome_of_processes_that_died_without_one_is_written(worker, before, after):
+    run_dir = worker.parent / "runs/a"
+    run_dir.mkdir(parents=True)
+    if before:
+        (run_dir / "outcome.json").write_text(json.dumps(before))
+    (run_dir / "metrics.jsonl").write_text('{"step": 36}\n{"step": 37}\n{"st')
+    assert run(worker, "after:1:exit:1", "step:abort:runs/a") == 1
+    outcome = json.loads((run_dir / "outcome.json").read_text())
+    assert (outcome["state"], outcome["step"]) == after
+    assert before == outcome or outcome["reason"] == "process 1 was killed by SIGABRT in step 38"
+
+
+def test_outcome_of_another_process_or_of_no_known_run_is_left_alone(worker):
+    run_dir = worker.parent / "runs/a"
+    run_dir.mkdir(parents=True)
+    (run_dir / "outcome.json").write_text('{"state": "running", "step": 30}')
+    assert run(worker, "step:abort") == 1
+    with FileLock(run_dir / ".lock"):
+        assert run(worker, "step:abort:runs/a") == 1
+    assert json.loads((run_dir / "outcome.json").read_text()) == {"state": "running", "step": 30}
 
 
 @pytest.mark.parametrize("other", ["stop", "deaf"])

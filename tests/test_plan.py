@@ -1,7 +1,10 @@
 """What a run will need of memory, before it starts: against published tables, against real optimizers, against real runs."""
 
+import errno
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 
@@ -423,6 +426,20 @@ def test_dropout_in_attention_costs_a_gpu_no_scores():
         for chance in (0.0, 0.1)
     ]
     assert kept[0] == kept[1]
+
+
+def test_planning_takes_no_port(workshop, capsys, monkeypatch):
+    """Where another run trains, the port of the topology files for several nodes is taken."""
+
+    def refuse(self, address):
+        raise OSError(errno.EADDRINUSE, f"{address} is taken")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    config = str(workshop.write(workshop.config(train__global_batch_size=16)))
+    for file in ("ddp", "fsdp2_multinode", "zero3_multinode"):
+        topology = str(ROOT / f"accelerate_configs/{file}.yaml")
+        assert command(["plan", "--config", config, "--topology", topology]) == 0
+        assert re.search(f"{file} +[0-9]+ ", capsys.readouterr().out)
 
 
 def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, session
 
 from finetune.engine.preemption import StopFlag
 from finetune.errors import CheckpointError, Preempted
@@ -19,7 +19,13 @@ def send(number: int) -> None:
     time.sleep(0.01)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.fixture(autouse=True)
+def in_a_terminal():
+    """The tests themselves may run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_while_torch_is_imported_a_signal_ends_the_process_whatever_swallows_exceptions(name):
     code = f"""
 import os, signal
@@ -31,7 +37,12 @@ except BaseException:
     pass
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.startswith(f"preempted: {name} before anything was begun")) == (75, True)
+    said = (
+        "stopped: by Ctrl-C before the first step"
+        if name == "SIGINT"
+        else f"preempted: {name} before anything was begun"
+    )
+    assert (done.returncode, done.stderr[: len(said)]) == (75, said)
 
 
 def flag() -> StopFlag:
@@ -41,10 +52,34 @@ def flag() -> StopFlag:
     return stop
 
 
-def test_before_the_loop_a_signal_ends_the_run_where_it_is():
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_before_the_loop_a_signal_ends_the_run_where_it_is(name):
     flag()
-    with pytest.raises(Preempted, match="SIGTERM; run the same command again"):
-        send(signal.SIGTERM)
+    with pytest.raises(Preempted, match=f"{name}; run the same command again"):
+        send(signal.Signals[name])
+
+
+def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved():
+    stop = flag()
+    with pytest.raises(Preempted, match="by Ctrl-C before the first step of this attempt; it saved nothing") as told:
+        send(signal.SIGINT)
+    assert told.value.label == "stopped"
+    assert told.value.exit_code == 75
+    stop = flag()
+    stop.only_note()
+    send(signal.SIGINT)
+    with pytest.raises(Preempted, match="SIGINT; run the same command again") as told:
+        stop.at_once()
+    assert told.value.label == "preempted"
+
+
+def test_nohup_is_heeded():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = flag()
+    send(signal.SIGHUP)
+    assert not stop.is_set
+    stop.close()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -101,3 +136,108 @@ def test_a_run_that_has_ended_cannot_be_stopped_any_more():
     stop.close()
     send(signal.SIGTERM)
     assert not stop.is_set
+
+
+# A training script: notes that it has begun, and, at its end, why it ended.
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from finetune.engine.preemption import StopFlag
+stop = StopFlag()
+stop.follow_launcher()
+stop.raises()
+stop.only_note()
+notes = Path(sys.argv[1])
+(notes / "begun").touch()
+until = time.monotonic() + 20
+while not stop.is_set and not (notes / "end").exists() and time.monotonic() < until:
+    time.sleep(0.01)
+(notes / "ended").write_text(str(stop.reason))
+"""
+# What starts it as `accelerate launch` does; `thread`: in a thread that ends.
+LAUNCH = """
+import subprocess, sys, threading, time
+command = [sys.executable, "-c", *sys.argv[-2:]]
+if "thread" in sys.argv:
+    thread = threading.Thread(target=subprocess.Popen, args=[command])
+    thread.start()
+    thread.join()
+    time.sleep(100)
+subprocess.Popen(command).wait()
+"""
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Starts a launcher by these words of its command line; gives its process and its session, in which the script is."""
+    started = []
+
+    def launch(*words, **environment):
+        command = [sys.executable, "-c", LAUNCH, *words, SCRIPT, str(tmp_path)]
+        environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True))
+        return started[-1]
+
+    yield launch
+    (tmp_path / "end").touch()
+    for process in started:
+        process.kill()
+        process.wait()
+        until(lambda: not session(process.pid))  # noqa: B023
+
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+    return found
+
+
+WORDS = pytest.mark.parametrize(
+    "words", [["/opt/bin/accelerate", "launch", "train.py"], ["-m", "accelerate.commands.launch"], ["/opt/bin/torchrun"]],
+    ids=" ".join,
+)  # fmt: skip
+
+
+@WORDS
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_death_of_accelerate_launch_stops_the_script(launched, tmp_path, words, number):
+    launcher = launched(*words)
+    until((tmp_path / "begun").exists)
+    launcher.send_signal(number)
+    launcher.wait()
+    assert until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text()) == "the launcher has died"
+
+
+def test_death_of_accelerate_launch_while_python_starts_leaves_no_script(launched, tmp_path):
+    """The name of the launcher is gone before it can be read."""
+    for trial in range(6):
+        launcher = launched("accelerate", "launch", ACCELERATE_MIXED_PRECISION="no")
+        until(lambda: len(session(launcher.pid)) > 1)  # noqa: B023
+        time.sleep(0.004 * trial)
+        launcher.kill()
+        launcher.wait()
+        until(lambda: not session(launcher.pid), seconds=10)  # noqa: B023
+
+
+@pytest.mark.parametrize("words", [["bash"], ["python", "train.py", "accelerate"], ["vi", "accelerate.yaml", "launch"]])
+def test_death_of_a_shell_does_not_stop_what_runs_in_its_background(launched, tmp_path, words):
+    shell = launched(*words)
+    until((tmp_path / "begun").exists)
+    shell.kill()
+    shell.wait()
+    time.sleep(0.1)
+    assert session(shell.pid), "it goes on"
+    (tmp_path / "end").touch()
+    assert until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text()) == "None"
+
+
+def test_end_of_the_launchers_thread_does_not_stop_the_script(launched, tmp_path):
+    launcher = launched("thread", "accelerate", "launch")
+    until((tmp_path / "begun").exists)
+    time.sleep(0.1)
+    assert not (tmp_path / "ended").exists()
+    launcher.kill()
+    launcher.wait()
+    assert until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text()) == "the launcher has died"

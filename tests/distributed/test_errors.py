@@ -1,6 +1,11 @@
 """Errors of one process end all of them."""
 
+import json
+
 import pytest
+from faults.nursery import fork
+
+from finetune import errors
 
 pytestmark = pytest.mark.slow
 
@@ -17,3 +22,26 @@ def test_a_bad_row_ends_all_processes(workshop):
     result = workshop.launch("bad", processes=2)
     assert result.returncode != 0
     assert "rows.jsonl:1" in result.stderr
+
+
+def test_error_keeps_its_type_everywhere_and_its_traceback_where_it_happened(tmp_path):
+    launch = fork("distributed.raising", [], "ddp", [tmp_path / "0.log", tmp_path / "1.log"], {})
+    assert launch.codes(within=60) == [0, 0], launch.said()
+    lines = [line for line in launch.said().splitlines() if line.startswith("TOLD ")]
+    told = {(each["verb"], each["kind"], each["rank"]): each for each in map(lambda line: json.loads(line[5:]), lines)}
+    for verb, origin in (("on_main", 0), ("on_every", 1)):
+        for kind in ("DirectoryInUse", "OutOfMemory", "TrainingDiverged", "TopologyError", "UserError"):
+            for rank in (0, 1):
+                got = told[verb, kind, rank]
+                assert (got["type"], got["said"], got["code"]) == (kind, "why", getattr(errors, kind).exit_code)
+        for kind, elsewhere in (("KeyError", "ProcessFailed"), ("OutOfMemoryError", "OutOfMemory")):
+            assert told[verb, kind, origin]["type"] == kind
+            got = told[verb, kind, 1 - origin]
+            assert (got["type"], got["code"]) == (elsewhere, 1)
+            assert got["said"].startswith(f"process {origin}: ")
+        for (said_by, _, rank), got in told.items():
+            if said_by == verb:
+                assert got["shown"] == (rank == origin)
+                assert got["cause"] == ("ValueError('the cause')" if rank == origin else "None")
+    assert [told["both", "UserError", rank]["type"] for rank in (0, 1)] == ["UserError", "UserError"]
+    assert told["both", "UserError", 0]["cause"] == "TopologyError('why')"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launcher, session
+from faults.nursery import in_the_long_form
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -92,3 +94,32 @@ def test_sigkill_of_one_process_ends_the_other(workshop):
     assert code == 1
     assert "process 1 was killed by SIGKILL" in error
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_process_that_aborts_leaves_an_outcome(workshop):
+    """As NCCL's own thread does, when another process has gone or a collective times out."""
+    process = long_run(workshop, LAUNCH)
+    [worker] = children(process)
+    os.kill(worker, signal.SIGABRT)
+    code, error = ended(process, within=60)
+    assert code == 1, error
+    outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
+    assert outcome["state"] == "failed"
+    assert re.fullmatch(r"process 0 was killed by SIGABRT in step \d+", outcome["reason"])
+    assert outcome["step"] > 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=in_the_long_form)], ids=lambda n: n.name)  # fmt: skip
+def test_death_of_accelerate_launch_saves_and_leaves_nothing_running(workshop, number):
+    """That of `accelerate launch` itself, which starts one process and passes nothing on."""
+    process = long_run(workshop, launcher("single", 1))
+    process.send_signal(number)
+    process.wait()
+    end = time.monotonic() + 60
+    while session(process.pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not session(process.pid)
+    outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
+    assert outcome["state"] == "preempted"
+    assert outcome["reason"].startswith(f"the launcher has died at step {outcome['step']}; saved")
+    assert (workshop.run_dir() / f"checkpoints/step-{outcome['step']:08d}/manifest.json").exists()

@@ -50,6 +50,7 @@ def child(
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     main = importlib.import_module(script).main
     counts = os.environ.get("COUNTS_LINES")
     counted = trace(death) if death or counts else {}

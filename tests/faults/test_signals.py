@@ -35,7 +35,7 @@ def outcome(workshop: Workshop) -> dict:
     return json.loads((workshop.run_dir() / "outcome.json").read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=in_the_long_form), signal.SIGUSR1], ids=lambda n: n.name)  # fmt: skip
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, *(pytest.param(number, marks=in_the_long_form) for number in (signal.SIGINT, signal.SIGUSR1))], ids=lambda n: n.name)  # fmt: skip
 def test_a_signal_saves_the_step_and_asks_to_be_run_again(workshop, undisturbed, number):
     config = workshop.write(workshop.config(**LONG))
     launch = start(config)

@@ -1,0 +1,32 @@
+"""`accelerate launch` of one process is killed, at any moment: the script that it started saves and ends, every time."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import ROOT, launcher, session
+from faults.nursery import KILLS, in_the_long_form, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), in_the_long_form]
+
+
+@pytest.mark.parametrize("trial", range(KILLS // 8))
+def test_death_of_accelerate_launch_leaves_no_script(workshop, trial):
+    dice = random.Random(trial)
+    settings = {"train__epochs": 99_999, "train__max_steps": 99_999, "checkpoint__every_minutes": None}
+    config = workshop.write(workshop.config(**settings))
+    process = subprocess.Popen(
+        [*launcher("single", 1), "train.py", "--config", str(config)], cwd=ROOT, env=dict(os.environ), start_new_session=True
+    )  # fmt: skip
+    try:
+        wait_for(lambda: len(session(process.pid)) > 1)
+        time.sleep(dice.choice([0.0, 0.05, 1.0, 12.0]) * dice.random())
+        process.send_signal(dice.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.wait()
+        wait_for(lambda: not session(process.pid))
+    finally:
+        for pid in session(process.pid):
+            os.kill(pid, signal.SIGKILL)

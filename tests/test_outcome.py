@@ -1,0 +1,146 @@
+"""However an attempt ends, outcome.json says so; but not where another run or process is at home."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import Workshop
+
+from finetune import config as configs
+from finetune.engine import step as steps
+from finetune.engine.rundir import RunDirectory
+from finetune.errors import DataError, DirectoryInUse, ModelError, OutOfMemory, Preempted, RunDirectoryError
+from finetune.models import attention, build, head, parameters
+
+BUG = RuntimeError("shapes do not fit")
+
+
+def outcome(workshop):
+    found = json.loads((workshop.run_dir() / "outcome.json").read_text())
+    return found["state"], found["step"], found["reason"]
+
+
+def fails(workshop, error, owner, name, exc, **settings):
+    """One attempt in which `owner.name` raises."""
+
+    def fail(*_, **__):
+        raise exc
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(error) as told:
+            workshop.train(**settings)
+    return told.value
+
+
+def preempted_after(workshop, number, **settings):
+    """A run that saved its third step and was preempted."""
+    one, done = steps.train_step, []
+
+    def count(*arguments, **keywords):
+        done.append(1)
+        if len(done) > number:
+            raise Preempted("SIGTERM")
+        return one(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "train_step", count)
+        with pytest.raises(Preempted):
+            workshop.train(checkpoint__every_steps=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(attention, "check"), (head, "check"), (parameters, "fingerprints"), (RunDirectory, "lock"), (RunDirectory, "create")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_failure_before_the_first_step_leaves_an_outcome(workshop, owner, name):
+    fails(workshop, RuntimeError, owner, name, BUG)
+    assert outcome(workshop) == ("failed", 0, "RuntimeError: shapes do not fit")
+    assert not (workshop.run_dir() / "config.yaml").exists()
+    workshop.train(train__max_steps=4)  # the directory is nobody's yet: it takes another config
+    assert outcome(workshop)[:2] == ("complete", 4)
+
+
+def test_failure_before_a_resumption_leaves_an_outcome(workshop):
+    preempted_after(workshop, 3)
+    assert outcome(workshop) == ("preempted", 3, "SIGTERM")
+    fails(workshop, RuntimeError, attention, "check", BUG, checkpoint__every_steps=1)
+    assert outcome(workshop) == ("failed", 3, "RuntimeError: shapes do not fit")
+    told = fails(workshop, OutOfMemory, build, "build", torch.OutOfMemoryError("CUDA out of memory"), checkpoint__every_steps=1)  # fmt: skip
+    assert outcome(workshop) == ("failed", 3, str(told))
+    assert "out of memory at the start: CUDA out of memory\n" in str(told)
+    rows = workshop.rows.read_text()
+    workshop.rows.write_text('{"question": "a"}\n')
+    with pytest.raises(DataError) as wrong:
+        workshop.train(checkpoint__every_steps=1)
+    assert outcome(workshop) == ("failed", 3, str(wrong.value))
+    workshop.rows.write_text(rows)
+    workshop.train(checkpoint__every_steps=1)
+    assert outcome(workshop)[:2] == ("complete", 5)
+
+
+def test_mistake_of_the_user_leaves_no_new_directory(workshop):
+    fails(workshop, ModelError, attention, "check", ModelError("model.attention: does not fit"))
+    assert not workshop.run_dir().exists()
+
+
+def test_refused_attempt_changes_nothing_of_the_other_run(workshop):
+    preempted_after(workshop, 3)
+    before = {path: path.read_bytes() for path in workshop.run_dir().iterdir() if path.is_file()}
+    with pytest.raises(RunDirectoryError, match="holds another run"):
+        workshop.train(checkpoint__every_steps=1, optimizer__lr=1e-3)
+    workshop.rows.write_text('{"question": "new", "answer": "rows"}\n' * 40)
+    with pytest.raises(RunDirectoryError, match="training data: was"):
+        workshop.train(checkpoint__every_steps=1)
+    with pytest.raises(DataError):
+        workshop.check(data__train="gone.jsonl", checkpoint__every_steps=1)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_failed_attempt_beside_a_running_one_says_nothing(workshop):
+    preempted_after(workshop, 3)
+    before = outcome(workshop)
+    first = RunDirectory(configs.from_dict(yaml.safe_load((workshop.run_dir() / "config.yaml").read_text())))
+    first.lock(0)
+    fails(workshop, RuntimeError, attention, "check", BUG, checkpoint__every_steps=1)
+    with pytest.raises(DirectoryInUse):
+        workshop.train(checkpoint__every_steps=1, checkpoint__grace_seconds=0.1)
+    assert outcome(workshop) == before
+    first.unlock()
+
+
+def test_failure_after_a_complete_run_does_not_make_it_less(workshop):
+    workshop.train()
+    before = outcome(workshop)
+    workshop.rows.write_text('{"question": "a"}\n')
+    with pytest.raises(DataError):
+        workshop.train()
+    assert outcome(workshop) == before
+
+
+def test_next_start_says_that_the_attempt_before_ended_without_an_outcome(workshop, capsys):
+    class Killed(BaseException):
+        """Not caught by anything, as the end of a process is not."""
+
+    fails(workshop, Killed, steps, "train_step", Killed())
+    assert outcome(workshop)[0] == "running"
+    workshop.train()
+    assert "note: the attempt before this one said nothing of its end" in capsys.readouterr().err
+    workshop.train(train__max_steps=5)
+    assert "the attempt before" not in capsys.readouterr().err
+
+
+def test_launcher_learns_which_directory_is_the_runs_and_how_long_it_has_to_tell(workshop: Workshop, monkeypatch):
+    note, seen = workshop.folder / "run", []
+    monkeypatch.setenv("FINETUNE_BEATS", str(workshop.folder))
+    check = attention.check
+    monkeypatch.setattr(attention, "check", lambda *arguments: seen.append(note.read_text()) or check(*arguments))
+    workshop.check()
+    assert seen == []
+    workshop.train()
+    assert seen == [str(workshop.run_dir())]
+    assert not note.exists(), "the outcome is complete"
+    fails(workshop, RuntimeError, attention, "check", BUG, run__dir=str(workshop.folder / "other"))
+    assert not note.exists(), "the outcome is failed"
