@@ -108,10 +108,7 @@ def test_failure_of_a_device_while_loading_is_not_the_users(exc, error):
 
 def test_failure_of_a_device_is_found_below_what_a_library_makes_of_it():
     with pytest.raises(DeviceError, match="cannot be loaded now: cannot read shard 2"), translated("model a/b"):
-        try:
-            raise MACHINE[5][0]
-        except RuntimeError as exc:
-            raise ValueError("cannot read shard 2") from exc
+        raise ValueError("cannot read shard 2") from MACHINE[5][0]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def main() -> None:
                     raise kind("why") from exc
 
         tell("on_main", kind, lambda: processes.on_main(where_it_happened))
-        tell("on_every", kind, lambda: processes.on_every(lambda: where_it_happened(always=False)))  # noqa: B023
+        tell("on_every", kind, lambda: processes.on_every(lambda: where_it_happened(always=False)))
     tell("both", UserError, lambda: processes.on_every(lambda: fail(TopologyError if rank == 0 else UserError)))
     assert processes.on_main(lambda: rank) == 0
     assert processes.on_every(lambda: rank) == rank

@@ -27,8 +27,8 @@ def test_a_bad_row_ends_all_processes(workshop):
 def test_error_keeps_its_type_everywhere_and_its_traceback_where_it_happened(tmp_path):
     launch = fork("distributed.raising", [], "ddp", [tmp_path / "0.log", tmp_path / "1.log"], {})
     assert launch.codes(within=60) == [0, 0], launch.said()
-    lines = [line for line in launch.said().splitlines() if line.startswith("TOLD ")]
-    told = {(each["verb"], each["kind"], each["rank"]): each for each in map(lambda line: json.loads(line[5:]), lines)}
+    lines = [json.loads(line[5:]) for line in launch.said().splitlines() if line.startswith("TOLD ")]
+    told = {(each["verb"], each["kind"], each["rank"]): each for each in lines}
     for verb, origin in (("on_main", 0), ("on_every", 1)):
         for kind in ("DirectoryInUse", "OutOfMemory", "TrainingDiverged", "TopologyError", "UserError"):
             for rank in (0, 1):

@@ -114,7 +114,7 @@ def test_death_of_accelerate_launch_saves_and_leaves_nothing_running(workshop, n
     """That of `accelerate launch` itself, which starts one process and passes nothing on."""
     process = long_run(workshop, launcher("single", 1))
     process.send_signal(number)
-    process.wait()
+    process.communicate()  # until the script closes it, too
     end = time.monotonic() + 60
     while session(process.pid) and time.monotonic() < end:
         time.sleep(0.05)
