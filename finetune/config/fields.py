@@ -220,8 +220,7 @@ class Checkpoint(Section):
     storage: str | None = None
     """Object store that checkpoints, logs and the model are copied to, as s3://bucket/folder; a machine with an empty disk goes on from there."""
     grace_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
-    """Seconds that your cluster gives from SIGTERM to the kill: the run warns of saves that take longer. A start waits as long for
-    another process that still holds the run directory, and then ends with exit code 1."""
+    """Seconds that your cluster gives from SIGTERM to the kill, of which the run warns if saves take longer; a start waits as long for a process that still holds the run directory."""
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Stop, saved, with exit code 75, when a process is so old: for queues that kill at a deadline; leave room for a step and a save."""
     notices: Literal["aws", "gcp", "azure"] | None = None

@@ -14,7 +14,7 @@ from finetune.errors import CheckpointError, Interrupted, Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # What the kernel sends when the launcher dies: not SIGTERM, as it also sends it when only the launcher's thread has ended.
-LAUNCHER_DIED = signal.SIGRTMIN
+LAUNCHER_DIED = getattr(signal, "SIGRTMIN", signal.SIGUSR1)  # only Linux has it, and the request
 PR_SET_PDEATHSIG = 1
 LAUNCHERS = {
     "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli",

@@ -25,6 +25,7 @@ from typing import Any
 import fsspec
 import yaml
 
+from finetune import failures
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.folder import MANIFEST
 from finetune.errors import CheckpointError, ConfigError, DamagedCheckpoint, TakenOver
@@ -326,6 +327,7 @@ def _opened(url: str) -> tuple[Any, str]:
     try:
         fs, root = fsspec.url_to_fs(url, **options)
     except Exception as exc:  # some look for credentials already here
+        failures.reraise(exc, f"checkpoint.storage: {url} cannot be opened now")
         raise refused(f"{url} cannot be opened ({_plain(exc)}); {_advice(exc)}") from exc
     if protocol in S3:
         fs.retries = 1  # its own, which would multiply with botocore's: a dead endpoint would take minutes to be told
