@@ -51,6 +51,7 @@ def main() -> int:
     who = f"[process {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     stop = StopFlag()  # until the loop starts, a signal ends the run at once
     stop.follow_launcher()
+    grow_segments()
     try:
         try:
             run(*configs.parse(sys.argv[1:]), stop)
@@ -68,6 +69,15 @@ def main() -> int:
             said = f"{error.label}: {error}" if rank == "0" else said.partition("\n")[0]
         sys.stderr.write(said + "\n")  # in one piece, as others write, too
         return error.exit_code
+
+
+def grow_segments() -> None:
+    """Let the GPU's allocator grow its blocks: micro-batches differ in length, and blocks that fit none would pile up.
+
+    PyTorch reads this when it is imported; a setting of the user's own, under either name, stays.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def run(config: Config, check_only: bool, stop: StopFlag) -> None:

@@ -540,3 +540,16 @@ def test_samples_change_nothing_but_their_file(workshop, adapter):
     ]  # fmt: skip
     config = [json.loads((run / "model/generation_config.json").read_text()) for run in (plain, sampled)]
     assert config[0] == config[1]
+
+
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_the_gpus_allocator_grows_its_blocks_unless_the_user_set_it(monkeypatch, own):
+    import train
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:64")
+    train.grow_segments()
+    set_now = {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")}
+    assert set_now == ({own: "max_split_size_mb:64"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
