@@ -20,7 +20,8 @@
     Preempted                  75: no Exception, see there
     └── Interrupted            75
 
-An error ends a run with one line, without a traceback; anything else that is raised is a bug and ends with its traceback and 1.
+An error ends a run with one line; anything else that is raised is a bug and ends with its traceback and 1. Only a DeviceError has
+both, as the place tells a broken GPU from a broken kernel.
 `finetune/failures.py` translates the exceptions of libraries into these.
 
 Only words travel between processes: each error takes one argument, its message.
