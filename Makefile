@@ -1,9 +1,9 @@
-# Every target needs nothing done before it: it makes .venv if it has to.
+# Every target needs nothing done before it: it makes .venv if it has to; only gpu takes PYTHON as it is.
 SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-fast faults image image-test bench lint schema clean
+.PHONY: install quickstart test test-fast faults image image-test gpu bench lint schema clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -47,6 +47,12 @@ image:
 # Builds one for a CPU and runs it; as root, with Debian's buildah, runc and mmdebstrap.
 image-test: install
 	FINETUNE_IMAGE=1 $(BIN)/python -m pytest tests/test_image.py tests/test_container.py -s
+
+# What only a GPU shows, each part in under five minutes, without a network: PART=correctness, memory or speed (all, if none is
+# given), with what PYTHON has installed. ONLY=regex, MINUTES=9, OUT=folder; CPU=1 rehearses on tiny models without a GPU.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(PART) $(if $(ONLY),--only '$(ONLY)') $(if $(MINUTES),--minutes $(MINUTES)) \
+	  $(if $(OUT),--out '$(OUT)') $(if $(CPU),--cpu)
 
 # Side by side with TRL, about half an hour, and a picture; ROWS=my.jsonl for your own. LITGPT=its/bin/python: with LitGPT, too.
 bench: install

@@ -1,129 +1,108 @@
-"""Methods and topologies on one GPU: speed, memory and utilisation of train.py on Llamas of random weights.
+"""What only a GPU can show, in three parts of under five minutes each: `make gpu PART=correctness`, `memory` or `speed`.
 
-    python benchmarks/gpu.py                       # all of it, as a table for docs/performance.md
-    python benchmarks/gpu.py --only "8B|qlora"     # a regular expression
-    python benchmarks/gpu.py --tiny                # anywhere, to see that it works
+    python benchmarks/gpu.py correctness                    tests/test_gpu.py, and every topology, method, precision, optimizer
+    python benchmarks/gpu.py memory                         forecasts of `plan` beside the allocator's peaks
+    python benchmarks/gpu.py speed --only "8B|qlora"        tokens a second, beside TRL where it is installed
+    python benchmarks/gpu.py correctness --cpu --only lora  a rehearsal on tiny models, anywhere
 
-1B: Llama-3.2-1B's shape, packs of 2,048 tokens, four at once. 8B: Llama-3.1-8B's, packs of 8,192, one at once, layers
-recomputed; all weights in bf16, as float32 ones need 128 GB with AdamW. FSDP2 and ZeRO run with one
-process: what they cost where there is nothing to share. Medians of all steps but the first four. Needs torch,
-transformers, accelerate and peft, and for some rows bitsandbytes and deepspeed; what fails says why.
+One GPU, no network, with the packages of this Python as they are; what is missing is named, and what needs it is left out.
+The table, all rows as JSON, the log and the logs of all runs are in the folder --out. Ends with 0 if everything is right, 1 if
+anything is wrong, 2 if it cannot start.
 """
 
 import argparse
-import re
-import subprocess
+import os
+import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from runs import ROOT, measure
+from on_gpu import correctness, memory, report, speed
+from on_gpu.runner import Clock, Helper, Row, environment
 
-SHAPES = {
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
-}  # fmt: skip
-STEPS, WARM = 12, 4
-LORA = {"adapter.kind": "lora", "adapter.r": 16}
-CHECKPOINTED = {"train.gradient_checkpointing": True}
-BF16 = {"model.dtype": "bfloat16"}
-CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "8B lora r 16": (None, LORA | CHECKPOINTED),
-    "8B lora r 16, compiled": (None, LORA | CHECKPOINTED | {"train.compile": True}),
-    "8B full in bf16": (None, BF16 | CHECKPOINTED),
-    "8B full in bf16, compiled": (None, BF16 | CHECKPOINTED | {"train.compile": True}),
-    "8B qlora nf4, compiled": (None, LORA | CHECKPOINTED | {"adapter.kind": "qlora", "train.compile": True}),
-    "8B qlora nf4": (None, LORA | CHECKPOINTED | {"adapter.kind": "qlora"}),
-    "full": (None, {}),
-    "full, gradient checkpointing": (None, CHECKPOINTED),
-    "full, adamw_8bit": (None, {"optimizer.kind": "adamw_8bit"}),
-    "full, paged_adamw_32bit": (None, {"optimizer.kind": "paged_adamw_32bit"}),
-    "full, muon": (None, {"optimizer.kind": "muon"}),
-    "lora r 16": (None, LORA),
-    "qlora nf4": (None, {**LORA, "adapter.kind": "qlora"}),
-    "qlora int8": (None, {**LORA, "adapter.kind": "qlora", "adapter.quantization": "int8"}),
-    "full, fp16": (None, {"train.precision": "fp16"}),
-    "full, sdpa, padded": (None, {"model.attention": "sdpa", "data.packing": False}),
-    "full, fsdp2, 1 process": ("fsdp2", {}),
-    "full, fsdp2_offload, 1 process": ("fsdp2_offload", {}),
-    "qlora nf4, fsdp2, 1 process": ("fsdp2", {**LORA, "adapter.kind": "qlora"}),
-    "full, zero2, 1 process": ("zero2", {}),
-    "full, zero3, 1 process": ("zero3", {}),
-    "full, zero3_offload, 1 process": ("zero3_offload", {}),
-    "qlora nf4, zero3, 1 process": ("zero3", {**LORA, "adapter.kind": "qlora"}),
-}  # fmt: skip
+PARTS = ("correctness", "memory", "speed")
+MINUTES = 4.75  # and a quarter for what a deadline kills, and the table
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="regular expression: these cases")
-    parser.add_argument("--tiny", action="store_true", help="models of two layers, packs of 256 tokens")
+    parser.add_argument(
+        "part", nargs="?", choices=(*PARTS, "all"), default="all", help="default: all, one after the other"
+    )
+    parser.add_argument(
+        "--only", default="", help="regular expression: cases whose names match it, and what they are compared with"
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for tables, JSON and logs")
+    parser.add_argument("--minutes", type=float, help=f"time of a part; default: {MINUTES}, without limit with --cpu")
+    parser.add_argument(
+        "--jobs", type=int, help="runs at once; default: as many as cores and GPU memory allow, at most 8"
+    )
+    parser.add_argument("--cpu", action="store_true", help="rehearse on tiny models without a GPU")
     arguments = parser.parse_args()
-    print(hardware())
-    print("| case | tokens/s | memory | mfu | last loss |\n| --- | --- | --- | --- | --- |", flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        for case, (topology, settings) in CASES.items():
-            if re.search(arguments.only, case):
-                print(f"| {case} | {cells(Path(name), case, topology, settings, arguments.tiny)} |", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs is killed
+    minutes = arguments.minutes or (600.0 if arguments.cpu else MINUTES)
+    parts = PARTS if arguments.part == "all" else (arguments.part,)
+    return max([run_part(part, arguments, Clock(60 * minutes)) for part in parts])
 
 
-def hardware() -> str:
-    import accelerate
-    import torch
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{device}; torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
-
-
-def cells(folder: Path, case: str, topology: str | None, settings: dict[str, Any], tiny: bool) -> str:
-    """Of a row: speed, memory, utilisation and loss; or what went wrong."""
-    size = "8B" if case.startswith("8B") else "1B"
-    length, at_once = (8192, 1) if size == "8B" else (2048, 4)
-    values: dict[str, Any] = {
-        "model.path": str(model(folder, "tiny" if tiny else size)), "objective.kind": "clm", "data.train": str(rows(folder)),
-        "data.packing": True, "data.max_length": 256 if tiny else length, "train.global_batch_size": at_once,
-        "train.micro_batch_size": at_once, "train.max_steps": STEPS, "optimizer.lr": 1e-5, **settings,
-    }  # fmt: skip
+def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
+    out: Path = arguments.out.resolve()
+    logs = out / part
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    say = report.Log(out / f"{part}.log")
+    work = Path(tempfile.mkdtemp(prefix="finetune-gpu-"))
+    env = environment(work, threads=max(1, (os.cpu_count() or 1) // 8), on_cpu=arguments.cpu)
+    helper = Helper(env, logs / "helper.log")
     try:
-        found = measure(folder, values, warm=WARM, topology=topology or "single")
+        facts = helper.ask("facts", min(120.0, clock.left()))
+        say(report.about(facts) if not facts["missing"] else "")
+        if facts["missing"]:
+            for name, why in facts["missing"].items():
+                say(f"missing: {name}: {why}")
+            say("nothing is run: train.py needs these; see requirements.txt")
+            return 2
+        for why in facts["left_out"].values():
+            say(f"left out: {why}")
+        if not facts["gpu"] and not arguments.cpu:
+            say("no GPU: PyTorch sees no CUDA device here; --cpu (make gpu CPU=1) rehearses on tiny models")
+            return 2
+        jobs = arguments.jobs or parallel(facts)
+        say(f"{part}: {clock.seconds / 60:.3g} minutes, {jobs} at once, results in {out}")
+        rows: list[Row] = []
+        for row in start(part, work, logs, env, facts, helper, clock, jobs, arguments, say):
+            rows.append(row)
+        say("\n" + report.write(out, part, rows, facts, clock.used()))
+        return report.exit_code(rows)
     except RuntimeError as exc:
-        return f"failed: {exc} | | |"
-    mfu = "-" if found.mfu is None else f"{found.mfu:.1%}"
-    return f"{found.tokens_per_second:,.0f} | {found.memory_gb:.2f} GB | {mfu} | {found.last_loss:.4f}"
+        say(f"failed: {exc}")
+        return 1
+    finally:
+        helper.close()
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def model(folder: Path, size: str) -> Path:
-    """Random weights, saved once; the tokenizer of bytes."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    if not (folder / size).exists():
-        sys.path.insert(0, str(ROOT))
-        from finetune.models.load import bytes_tokenizer
-
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # eight billion random numbers
-            torch.set_default_dtype(torch.bfloat16)
-            made = LlamaForCausalLM(LlamaConfig(max_position_embeddings=8192, **SHAPES[size]))
-            torch.set_default_dtype(torch.float32)
-        made.save_pretrained(folder / size)
-        bytes_tokenizer().save_pretrained(folder / size)
-        del made
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return folder / size
+def start(
+    part: str, work: Path, logs: Path, env: dict[str, str], facts: dict[str, Any], helper: Helper, clock: Clock, jobs: int,
+    arguments: argparse.Namespace, say: report.Log,
+) -> Any:  # fmt: skip
+    only, is_tiny = arguments.only, arguments.cpu
+    if part == "correctness":
+        on_cpu = {**env, "CUDA_VISIBLE_DEVICES": "-1"}
+        return correctness.rows(
+            correctness.Lab(work, logs, env, on_cpu, facts, helper, clock, is_tiny, say), jobs, only
+        )
+    lab = memory.Lab(work, logs, env, facts, helper, clock, is_tiny, say)
+    return memory.rows(lab, only) if part == "memory" else speed.rows(lab, only)
 
 
-def rows(folder: Path) -> Path:
-    """Sentences of the quickstart's vocabulary, enough for every step."""
-    path = folder / "pig_latin/sentences.txt"
-    if not path.exists():
-        command = [sys.executable, "data_scripts/pig_latin.py", "--output", str(path.parent)]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return path
+def parallel(facts: dict[str, Any]) -> int:
+    """Runs of small models at once: two cores and 2 GB of the GPU for each."""
+    by_memory = int(facts["free_gb"] // 2) if facts.get("gpu") else 2
+    return max(1, min(8, (facts["cpus"] or 1) // 2, by_memory))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""One run of TRL's SFTTrainer for benchmarks/peers.py: python benchmarks/trl_run.py '{"rows": ..., "model": ...}'"""
+"""One run of TRL's SFTTrainer for benchmarks/peers.py and gpu.py: python benchmarks/trl_run.py '{"rows": ..., "model": ...}'"""
 
 import json
 import sys
@@ -21,10 +21,17 @@ class Clock(TrainerCallback):
         self.began = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.began, self.tokens = time.perf_counter(), 0
+        self.began, self.tokens = now(), 0
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.steps.append((self.tokens, time.perf_counter() - self.began))
+        self.steps.append((self.tokens, now() - self.began))
+
+
+def now() -> float:
+    """Seconds, when the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:
@@ -33,12 +40,17 @@ def main() -> None:
     settings = {"gradient_checkpointing": False, "attn_implementation": "sdpa"} | wanted["settings"]
     config = SFTConfig(
         output_dir=str(out), max_steps=wanted["steps"], max_length=wanted["max_length"], bf16=wanted["precision"] == "bf16", use_cpu=not torch.cuda.is_available(),
-        learning_rate=1e-3, lr_scheduler_type="constant", report_to=[], save_strategy="no", logging_steps=10, disable_tqdm=True,
-        dataloader_pin_memory=False, model_init_kwargs={"attn_implementation": settings.pop("attn_implementation"), "dtype": "float32"}, **settings,
+        learning_rate=1e-3, lr_scheduler_type="constant", report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+        dataloader_pin_memory=False, model_init_kwargs={"attn_implementation": settings.pop("attn_implementation"), "dtype": wanted.get("dtype", "float32")}, **settings,
     )  # fmt: skip
     clock = Clock()
     rows = load_dataset("json", data_files=wanted["rows"], split="train", cache_dir=str(out.parent / "cache"))
-    trainer = SFTTrainer(model=wanted["model"], args=config, train_dataset=rows, callbacks=[clock])
+    adapter = {}
+    if wanted.get("lora"):
+        from peft import LoraConfig
+
+        adapter["peft_config"] = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **wanted["lora"])
+    trainer = SFTTrainer(model=wanted["model"], args=config, train_dataset=rows, callbacks=[clock], **adapter)
     compute = trainer.compute_loss
 
     def counted(model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -49,12 +61,15 @@ def main() -> None:
 
     trainer.compute_loss = counted
     trainer.train()
-    trainer.save_model(str(out))
-    (out / "measured.json").write_text(
-        json.dumps(
-            {"steps": clock.steps, "supervised": clock.supervised, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
-        )
-    )
+    if wanted.get("saves", True):
+        trainer.save_model(str(out))
+    out.mkdir(parents=True, exist_ok=True)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    measured = {
+        "steps": clock.steps, "supervised": clock.supervised, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "last_loss": losses[-1] if losses else None,
+    }  # fmt: skip
+    (out / "measured.json").write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

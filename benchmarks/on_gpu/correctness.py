@@ -1,0 +1,317 @@
+"""tests/test_gpu.py, and the matrix: real runs beside each other."""
+
+import contextlib
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from on_gpu import matrix
+from on_gpu.matrix import Case
+from on_gpu.report import LEFT_OUT, NO_TURN, RIGHT, WRONG
+from on_gpu.runner import Clock, Ended, Helper, Row, last_words, run, side_by_side
+
+PART = "correctness"
+SHAPE = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024,
+}  # fmt: skip
+TINY = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+CASE_SECONDS, COMPILED_SECONDS, PYTEST_SECONDS = 100.0, 170.0, 240.0
+SIGNAL_AT = 3
+
+
+@dataclass
+class Curves:
+    """What a run has left behind."""
+
+    code: int | None
+    said: str
+    was_out_of_turn: bool
+    seconds: float
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    evals: list[float] = field(default_factory=list)
+    num_saves: int = 0
+    num_skipped: int = 0
+    opened: float | None = None
+    """Loss of one text by the export, opened with plain transformers or peft."""
+    problem: str = ""
+
+
+@dataclass
+class Lab:
+    """Where cases run."""
+
+    work: Path
+    logs: Path
+    env: dict[str, str]
+    env_on_cpu: dict[str, str]
+    facts: Mapping[str, Any]
+    helper: Helper
+    clock: Clock
+    is_tiny: bool
+    say: Callable[[str], None]
+    asking: threading.Lock = field(default_factory=threading.Lock)
+
+    def missing(self, case: Case) -> str:
+        """Why it cannot run here; empty if it can."""
+        for need in sorted(case.needs):
+            if need == "gpu" and not self.facts.get("gpu"):
+                return "needs a GPU"
+            if need == "compiler" and not self.facts["compiler"]:
+                return "torch.compile needs a C++ compiler (CXX, or g++), and there is none"
+            if need in self.facts["left_out"]:
+                return f"needs {need}"
+        return ""
+
+
+def rows(lab: Lab, jobs: int, only: str) -> Iterator[Row]:
+    """Of pytest and the matrix, which share the machine."""
+    found = matrix.chosen(matrix.cases(), only)
+    with ThreadPoolExecutor(1) as beside:
+        tests = beside.submit(run_pytest, lab) if not only or only == "pytest" else None
+        make(lab)
+        curves: dict[str, Curves] = {}
+
+        def one(case: Case) -> Row:
+            curves[case.name] = run_case(case, lab)
+            lab.say(f"{case.name}: ended with {curves[case.name].code} at {lab.clock.used():.0f} s")
+            return Row(PART, case.name, "", seconds=curves[case.name].seconds)
+
+        def no_turn(case: Case) -> Row:
+            return Row(PART, case.name, NO_TURN, "the time of this part was up")
+
+        can = [case for case in found if not lab.missing(case)]
+        timed = {row.name: row for row in side_by_side(jobs, can, one, lab.clock, no_turn)}
+        for case in found:
+            if why := lab.missing(case):
+                yield Row(PART, case.name, LEFT_OUT, why)
+            elif timed[case.name].status:
+                yield timed[case.name]
+            else:
+                yield judge(case, curves[case.name], curves.get(case.beside or ""))
+        if not only:
+            for topology, why in matrix.LEFT_OUT.items():
+                yield Row(PART, f"{topology}.yaml", LEFT_OUT, why)
+        if tests is not None:
+            yield from tests.result()
+
+
+def make(lab: Lab) -> None:
+    """The base model and the rows that all cases share."""
+    shape = TINY if lab.is_tiny else SHAPE
+    lab.helper.ask("make_base", lab.clock.left(), folder=str(lab.work / "base"), shape=shape, dtype="float32")
+    lab.helper.ask("make_rows", 60, path=str(lab.work / "rows.jsonl"), number=200, kind="questions", length=0)
+
+
+def config(case: Case, lab: Lab) -> Path:
+    """The run config of a case, as a file."""
+    values = {
+        "run.name": case.name, "run.dir": str(lab.work / "runs"), "model.path": str(lab.work / "base"),
+        "data.train": str(lab.work / "rows.jsonl"), "data.cache_dir": str(lab.work / "cache"),
+        "data.max_length": 256 if lab.is_tiny else 512, **matrix.BASE, **case.settings,
+    }  # fmt: skip
+    path = lab.work / f"{case.name}.yaml"
+    path.write_text(yaml.safe_dump(sections(values)))
+    return path
+
+
+def sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"train.precision": "bf16"} -> {"train": {"precision": "bf16"}}"""
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, name = key.split(".")
+        nested.setdefault(section, {})[name] = value
+    return nested
+
+
+def command(topology: str | None, path: Path) -> list[str]:
+    """As a user would start it; through the launcher if it has a topology file."""
+    script = ["train.py", "--config", str(path)]
+    if topology is None:
+        return [sys.executable, *script]
+    several = [] if topology == "single" else ["--num_processes", "1", *matrix.SIZES.get(topology, ())]
+    file = f"accelerate_configs/{topology}.yaml"
+    return [sys.executable, "-m", "finetune", "launch", "--config_file", file, *several, *script]
+
+
+def run_case(case: Case, lab: Lab) -> Curves:
+    """Run it, interrupted if it is to be, and open what it exported."""
+    path, folder, log = config(case, lab), lab.work / "runs" / case.name, lab.logs / f"{case.name}.log"
+    limit = COMPILED_SECONDS if "compiler" in case.needs else CASE_SECONDS
+    env = lab.env_on_cpu if case.on_cpu else lab.env
+    seconds, problem = 0.0, ""
+    if case.is_interrupted:
+        first = run(
+            command(case.topology, path), env=env, log=log, limit=limit, clock=lab.clock,
+            meanwhile=lambda process: interrupt(process, folder),
+        )  # fmt: skip
+        seconds = first.seconds
+        if first.code == 0:
+            problem = "it ended before the signal came"
+        elif first.code != 75:
+            return read(folder, first, first.seconds)
+        elif not (step := len(lines(folder / "metrics.jsonl"))) < matrix.LONG:
+            problem = f"interrupted at step {step}, which is the end"
+    ended = run(command(case.then or case.topology, path), env=env, log=log, limit=limit, clock=lab.clock)
+    found = read(folder, ended, seconds + ended.seconds)
+    found.problem = found.problem or problem
+    if case.is_interrupted and not problem and "resumed from" not in ended.said:
+        found.problem = "the second attempt did not resume"
+    if found.code == 0 and not found.problem:
+        try:
+            with lab.asking:
+                found.opened = lab.helper.ask("open_export", lab.clock.left(), folder=str(folder / "model"))
+        except RuntimeError as exc:
+            found.problem, found.was_out_of_turn = f"the export: {exc}", lab.clock.left() <= 0
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return found
+
+
+def interrupt(process: subprocess.Popen[bytes], folder: Path) -> bool:
+    """SIGTERM as soon as a few steps are done."""
+    if len(lines(folder / "metrics.jsonl")) < SIGNAL_AT:
+        return False
+    process.send_signal(signal.SIGTERM)
+    return True
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a file that may still grow."""
+    with contextlib.suppress(OSError):
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return []
+
+
+def read(folder: Path, ended: Ended, seconds: float) -> Curves:
+    metrics, evals, saves = (lines(folder / f"{name}.jsonl") for name in ("metrics", "eval", "saves"))
+    return Curves(
+        ended.code, ended.said, ended.was_out_of_turn, seconds,
+        losses=[_number(line["loss"]) for line in metrics], norms=[_number(line["grad_norm"]) for line in metrics],
+        evals=[_number(line["eval_loss"]) for line in evals], num_saves=len(saves),
+        num_skipped=sum(bool(line.get("skipped")) for line in metrics),
+    )  # fmt: skip
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def judge(case: Case, own: Curves, other: Curves | None) -> Row:
+    """Whether a run did what it must, by itself and beside its reference."""
+    row = Row(PART, case.name, WRONG, seconds=own.seconds)
+    steps = case.settings.get("train.max_steps", matrix.STEPS)
+    if own.was_out_of_turn:
+        row.status, row.reason = NO_TURN, "the time of this part was up while it ran"
+        return row
+    if own.losses and own.evals:
+        row.values = {"first loss": own.losses[0], "last loss": own.losses[-1]}
+    row.reason = own.problem or wrong_by_itself(own, steps)
+    if row.reason or case.beside is None or case.within is None:
+        row.status = WRONG if row.reason else RIGHT
+        return row
+    row.values["beside"] = case.beside
+    if other is None or other.code != 0 or other.problem:
+        row.reason = f"{case.beside}, which it is compared with, did not end well"
+        return row
+    if own.num_skipped:  # fp16's scale starts too high: the weights are a step behind, and no loss can be compared
+        row.values["skipped"] = own.num_skipped
+        row.status, row.reason = (RIGHT, "") if own.num_skipped <= 2 else (WRONG, "more than two steps overflowed")
+        return row
+    found = differences(own, other, case.only_first)
+    row.values |= {"loss": found["loss"], "norm": found["norm"]}
+    if found["loss"] > case.within.loss:
+        row.reason = f"losses differ by {found['loss']:.1e} from {case.beside}, more than {case.within.loss:.1e} ({case.within.why})"
+    elif found["norm"] > case.within.norm:
+        row.reason = (
+            f"gradient norms differ by {found['norm']:.1e} from {case.beside}, more than {case.within.norm:.1e}"
+        )
+    else:
+        row.status = RIGHT
+    return row
+
+
+def wrong_by_itself(own: Curves, steps: int) -> str:
+    """What a run has not done that each must."""
+    if own.code is None:
+        return f"killed, as it had not ended after {own.seconds:.0f} s"
+    if own.code != 0:
+        return f"ended with {own.code}: {last_words(own.said)}"
+    if len(own.losses) != steps:
+        return f"{len(own.losses)} steps of {steps} are on record"
+    if not all(map(math.isfinite, [*own.losses, *own.norms, *own.evals])):
+        return "a loss or a gradient norm is not finite"
+    if own.num_saves < 2:
+        return f"{own.num_saves} saves are on record, and at least 2 were due"
+    if len(own.evals) > 1 and own.evals[-1] >= own.evals[0]:
+        return f"the loss of held-out rows did not fall: {own.evals[0]:.5f} became {own.evals[-1]:.5f}"
+    if own.opened is None or not math.isfinite(own.opened):
+        return "the opened export gives no finite loss"
+    return ""
+
+
+def differences(own: Curves, other: Curves, only_first: bool = False) -> dict[str, float]:
+    """Largest relative difference of losses (steps, evaluations, export) and of gradient norms; inf if there are not as many."""
+    if only_first:
+        return {"loss": _relative(own.losses[:1], other.losses[:1]), "norm": 0.0}
+    pairs = [(own.losses, other.losses), (own.evals, other.evals), ([own.opened], [other.opened])]
+    return {"loss": max(_relative(*pair) for pair in pairs), "norm": _relative(own.norms, other.norms)}
+
+
+def _relative(own: Sequence[float | None], other: Sequence[float | None]) -> float:
+    if len(own) != len(other) or None in (*own, *other):
+        return math.inf
+    return max(
+        (abs(a - b) / max(abs(b), 1e-12) for a, b in zip(own, other) if a is not None and b is not None), default=0.0
+    )
+
+
+def run_pytest(lab: Lab) -> list[Row]:
+    """tests/test_gpu.py, without plugins that other projects have installed."""
+    if "pytest" in lab.facts["left_out"]:
+        return [Row(PART, "tests/test_gpu.py", LEFT_OUT, "needs pytest")]
+    results = lab.work / "pytest.xml"
+    asked = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/test_gpu.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={results}",
+    ]
+    ended = run(asked, env=lab.env, log=lab.logs / "pytest.log", limit=PYTEST_SECONDS, clock=lab.clock)
+    if not results.exists():
+        status = NO_TURN if ended.was_out_of_turn else WRONG
+        why = (
+            "the time of this part was up"
+            if ended.was_out_of_turn
+            else f"ended with {ended.code}: {last_words(ended.said)}"
+        )
+        return [Row(PART, "tests/test_gpu.py", status, why, ended.seconds)]
+    return list(tests_in(results.read_text()))
+
+
+def tests_in(junit: str) -> Iterator[Row]:
+    """A row for each test of a report in JUnit's format."""
+    for case in ElementTree.fromstring(junit).iter("testcase"):
+        row = Row(PART, f"test_gpu.py::{case.get('name')}", RIGHT, seconds=float(case.get("time", 0)))
+        for kind, status in (("failure", WRONG), ("error", WRONG), ("skipped", LEFT_OUT)):
+            if (found := case.find(kind)) is not None:
+                row.status, row.reason = status, (found.get("message") or kind).splitlines()[0][:300]
+                if found.get("type") == "pytest.xfail":
+                    row.status, row.values = RIGHT, {"expected to fail": row.reason}
+        yield row

@@ -1,0 +1,180 @@
+"""What `make gpu` needs torch for, in a process of its own: one request in JSON a line, one answer a line.
+
+An answer is [problem or null, result]. Whatever libraries print goes to standard error.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+# What train.py imports, by the name of the module; pip's name where it is another.
+REQUIRED = {
+    "torch": "torch", "transformers": "transformers", "accelerate": "accelerate", "peft": "peft", "datasets": "datasets",
+    "tokenizers": "tokenizers", "safetensors": "safetensors", "numpy": "numpy", "pydantic": "pydantic", "yaml": "PyYAML",
+    "jinja2": "Jinja2", "filelock": "filelock", "tqdm": "tqdm",
+}  # fmt: skip
+OPTIONAL = {
+    "bitsandbytes": "QLoRA, 8-bit and paged optimizers, Lion", "deepspeed": "ZeRO-1, 2 and 3", "pytest": "tests/test_gpu.py",
+    "trl": "the comparison with TRL", "liger_kernel": "TRL with Liger", "flash_attn": "FlashAttention-2", "torchao": "nothing so far, as train.py does not use it yet",
+}  # fmt: skip
+OLDEST_TORCH = (2, 11)
+
+
+def facts() -> dict[str, Any]:
+    """Versions of what can be imported, what cannot and why, and the GPU. An import is what counts, not a list of packages."""
+    versions, missing, left_out = {"python": platform.python_version()}, {}, {}
+    for module, name in REQUIRED.items():
+        try:
+            importlib.import_module(module)
+            versions[name] = _version(name)
+        except Exception as exc:  # a package that is half there fails in any way
+            missing[name] = f"{type(exc).__name__}: {exc}"
+    if not missing:
+        sys.path.insert(0, str(ROOT))
+        try:
+            for module in ("train", "finetune.job", "finetune.models.build", "finetune.engine.step", "finetune.export"):
+                importlib.import_module(module)
+        except Exception as exc:
+            missing["finetune"] = f"{type(exc).__name__}: {exc}"
+    if "torch" not in missing and tuple(map(int, versions["torch"].split(".")[:2])) < OLDEST_TORCH:
+        missing["torch"] = f"{versions['torch']} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    for module, use in OPTIONAL.items() if not missing else ():
+        try:
+            if module not in ("trl", "liger_kernel", "pytest"):  # heavy, and only used in processes of their own
+                importlib.import_module(module)
+            versions[module] = _version(module)
+        except Exception as exc:
+            left_out[module] = f"{module}, for {use} ({type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:120]})"
+    return {
+        "versions": versions,
+        "missing": missing,
+        "left_out": left_out,
+        **({} if "torch" in missing else _machine()),
+    }
+
+
+def _version(name: str) -> str:
+    import importlib.util
+
+    try:
+        return importlib.metadata.version(name.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec(name) is None:
+            raise
+        return "unknown"
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    found: dict[str, Any] = {"cpus": os.cpu_count(), "compiler": compiler is not None, "gpu": None}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info(0)
+        found |= {
+            "gpu": torch.cuda.get_device_name(0), "memory_gb": total / 1e9, "free_gb": free / 1e9, "driver": _driver(),
+            "cuda": torch.version.cuda, "capability": ".".join(map(str, torch.cuda.get_device_capability(0))),
+        }  # fmt: skip
+    return found
+
+
+def _driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def make_base(folder: str, shape: dict[str, Any], dtype: str) -> int:
+    """A model of random weights with the tokenizer of bytes -> its number of parameters. Made on the GPU, if there is one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune.models.load import bytes_tokenizer
+
+    tokenizer, values = bytes_tokenizer(), dict(shape)
+    config = AutoConfig.for_model(values.pop("model_type"), **{"vocab_size": len(tokenizer), **values})
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    number = sum(p.numel() for p in model.parameters())
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return number
+
+
+def make_rows(path: str, number: int, kind: str, length: int) -> None:
+    """Questions whose answers differ in length, or texts of about `length` bytes, which are its tokens."""
+    draw = random.Random(0)
+    rows: list[dict[str, str]] = []
+    for i in range(number):
+        if kind == "questions":
+            rows.append(
+                {"question": f"what is {i} times three and why", "answer": f"{'so ' * (i * 7 % 37)}it is {3 * i}"}
+            )
+        else:
+            rows.append({"text": "".join(draw.choices("abcdefghij klmnopq rstuvwxyz", k=length))})
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def open_export(folder: str) -> float:
+    """The loss of one fixed text by an exported model, opened with plain transformers or peft, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(folder)(
+        "what is 7 times three and why? so it is 21", return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        return float(model.to(device).eval()(input_ids=ids.to(device), labels=ids.to(device)).loss)
+
+
+def forecast(config: str, on_gpu: bool) -> dict[str, float]:
+    """Bytes that `plan` forecasts for one process, and those of them that PyTorch's allocator does not count."""
+    from finetune import config as configs
+    from finetune.engine.topology.launch import Wish
+    from finetune.plan.choice import Chooser
+
+    parsed, _ = configs.parse(["--config", config])
+    found = Chooser(parsed, precision=parsed.train.precision, on_gpu=on_gpu).forecast(Wish("single", 1))
+    return {"peak": found.peak, "outside": found.device.get("CUDA", 0.0)}
+
+
+REQUESTS = {each.__name__: each for each in (facts, make_base, make_rows, open_export, forecast)}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        try:
+            answer = [None, REQUESTS[name](**arguments)]
+        except Exception as exc:
+            answer = [f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:300]}", None]
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What `plan` forecasts beside what PyTorch's allocator has at its peak: layers of an 8B model, but two of them."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from on_gpu import correctness, matrix
+from on_gpu.report import LEFT_OUT, NO_TURN, RIGHT, WRONG
+from on_gpu.runner import Clock, Ended, Helper, Row, last_words, run
+
+PART = "memory"
+LAYER = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 16384,
+}  # fmt: skip
+# Few words, tied: embeddings of 128,256 would be most of two layers, and of every checkpoint.
+SHAPE = {**LAYER, "num_hidden_layers": 2, "vocab_size": 32000, "tie_word_embeddings": True}
+TINY = {**correctness.TINY, "vocab_size": 512, "max_position_embeddings": 16384}
+BASE = {
+    "objective.kind": "clm", "data.packing": True, "data.truncation": "right", "train.precision": "bf16", "train.max_steps": 3,
+    "train.global_batch_size": 1, "train.micro_batch_size": 1, "optimizer.lr": 1e-5,
+}  # fmt: skip
+LORA = {"adapter.kind": "lora"}
+QLORA = {"adapter.kind": "qlora"}
+RECOMPUTED = {"train.gradient_checkpointing": True}
+PADDED = {"data.packing": False, "model.attention": "sdpa"}
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, recomputed": RECOMPUTED,
+    "full, two micro-batches": {"train.global_batch_size": 2},
+    "full, bf16 weights": {"model.dtype": "bfloat16"},
+    "lora": LORA,
+    "lora, recomputed": LORA | RECOMPUTED,
+    "lora, compiled": LORA | {"train.compile": True},
+    "lora, padded": LORA | PADDED,
+    "qlora": QLORA,
+    "qlora, recomputed": QLORA | RECOMPUTED,
+    "full, 8-bit AdamW": {"optimizer.kind": "adamw_8bit"},
+}
+CASE_SECONDS, FORECAST_SECONDS = 75.0, 60.0
+# Forecast / measured. Below, a run that was said to fit ends without memory; on an H200 0.92 and 1.02 were seen. Compiled
+# layers keep less than the same layers uncompiled, which is what is forecast. A CPU's processes hold their libraries as well.
+RATIO, COMPILED_RATIO, CPU_RATIO = (0.9, 1.25), (0.9, 2.0), (0.3, 3.0)
+
+
+@dataclass
+class Lab:
+    """Where runs are done one at a time."""
+
+    work: Path
+    logs: Path
+    env: dict[str, str]
+    facts: Mapping[str, Any]
+    helper: Helper
+    clock: Clock
+    is_tiny: bool
+    say: Callable[[str], None]
+
+    def config(self, name: str, settings: Mapping[str, Any]) -> Path:
+        values = {
+            "run.name": name,
+            "run.dir": str(self.work / "runs"),
+            "data.cache_dir": str(self.work / "cache"),
+            **settings,
+        }
+        path = self.work / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(correctness.sections(values)))
+        return path
+
+    def train(self, path: Path, limit: float, topology: str | None = None) -> tuple[Ended, list[dict[str, Any]]]:
+        """(how it ended, its metrics); its directory is gone then, as checkpoints and models are large."""
+        name = path.stem
+        ended = run(correctness.command(topology, path), env=self.env, log=self.logs / f"{name}.log", limit=limit, clock=self.clock)  # fmt: skip
+        metrics = correctness.lines(self.work / "runs" / name / "metrics.jsonl")
+        shutil.rmtree(self.work / "runs" / name, ignore_errors=True)
+        return ended, metrics
+
+    def missing(self, settings: Mapping[str, Any]) -> str:
+        needs = matrix.needs(settings)
+        return next((f"needs {need}" for need in sorted(needs) if need in self.facts["left_out"] or (need == "compiler" and not self.facts["compiler"])), "")  # fmt: skip
+
+
+def rows(lab: Lab, only: str) -> Iterator[Row]:
+    """One run after the other; the next forecast is made meanwhile."""
+    base, texts, length = lab.work / "base", lab.work / "rows.jsonl", 256 if lab.is_tiny else 4096
+    lab.helper.ask(
+        "make_base", lab.clock.left(), folder=str(base), shape=TINY if lab.is_tiny else SHAPE, dtype="bfloat16"
+    )
+    lab.helper.ask("make_rows", 60, path=str(texts), number=12, kind="texts", length=length - 2)
+    chosen = {name: settings for name, settings in CASES.items() if re.search(only, name)}
+    paths = {
+        name: lab.config(
+            f"memory-{number}",
+            {"model.path": str(base), "data.train": str(texts), "data.max_length": length, **BASE, **settings},
+        )
+        for number, (name, settings) in enumerate(chosen.items())
+    }
+    with ThreadPoolExecutor(1) as thread:
+        on_gpu = not lab.is_tiny
+        forecasts = {
+            name: thread.submit(lab.helper.ask, "forecast", FORECAST_SECONDS, config=str(path), on_gpu=on_gpu)
+            for name, path in paths.items()
+            if not lab.missing(chosen[name])
+        }
+        for name, settings in chosen.items():
+            if why := lab.missing(settings):
+                yield Row(PART, name, LEFT_OUT, why)
+            elif lab.clock.left() <= 0:
+                forecasts[name].cancel()
+                yield Row(PART, name, NO_TURN, "the time of this part was up")
+            else:
+                yield measure(name, settings, paths[name], forecasts[name], lab)
+                lab.say(f"{name}: done at {lab.clock.used():.0f} s")
+
+
+def measure(name: str, settings: Mapping[str, Any], path: Path, forecast: "Future[dict[str, float]]", lab: Lab) -> Row:
+    row = Row(PART, name, WRONG)
+    try:
+        expected = forecast.result(timeout=max(lab.clock.left(), 1.0))
+    except (RuntimeError, TimeoutError) as exc:
+        row.reason = f"the forecast: {exc}"
+        return row
+    peak = expected["peak"] / 1e9
+    if lab.facts.get("gpu") and peak > 0.95 * lab.facts["free_gb"]:
+        row.status, row.reason = LEFT_OUT, f"needs {peak:.0f} GB, and {lab.facts['free_gb']:.0f} are free"
+        return row
+    ended, metrics = lab.train(path, CASE_SECONDS)
+    row.seconds = ended.seconds
+    if ended.was_out_of_turn:
+        row.status, row.reason = NO_TURN, "the time of this part was up while it ran"
+    elif ended.code != 0 or not metrics:
+        row.reason = f"ended with {ended.code}: {last_words(ended.said)}"
+    else:
+        row.status, row.reason, row.values = verdict(
+            (expected["peak"] - expected["outside"]) / 1e9, metrics[-1]["memory_gb"],
+            CPU_RATIO if lab.is_tiny else COMPILED_RATIO if settings.get("train.compile") else RATIO,
+        )  # fmt: skip
+    return row
+
+
+def verdict(forecast: float, measured: float, allowed: tuple[float, float]) -> tuple[str, str, dict[str, float]]:
+    """(status, reason, cells) of a forecast in GB and what was measured."""
+    ratio = forecast / measured
+    cells = {
+        "forecast, GB": round(forecast, 2),
+        "measured, GB": round(measured, 2),
+        "forecast / measured": round(ratio, 3),
+    }
+    if allowed[0] <= ratio <= allowed[1]:
+        return RIGHT, "", cells
+    return WRONG, f"forecast / measured is {ratio:.3f}, not from {allowed[0]} to {allowed[1]}", cells

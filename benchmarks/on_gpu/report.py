@@ -1,0 +1,94 @@
+"""Rows as a table in markdown, as JSON, and as an exit code. Needs no torch."""
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from on_gpu.runner import Row
+
+RIGHT, WRONG, LEFT_OUT, NO_TURN = "right", "wrong", "left out", "no turn"
+
+
+class Log:
+    """What is said goes to the terminal and into a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+
+    def __call__(self, line: str) -> None:
+        for stream in (sys.stdout, self._file):
+            print(line, file=stream, flush=True)
+
+
+def exit_code(rows: Sequence[Row]) -> int:
+    """1 if anything is wrong, nothing was right, or correctness was cut short: what had no turn is not proved. Else 0."""
+    cut_short = any(row.part == "correctness" and row.status == NO_TURN for row in rows)
+    is_wrong = any(row.status == WRONG for row in rows) or not any(row.status == RIGHT for row in rows)
+    return int(is_wrong or cut_short)
+
+
+def about(facts: dict[str, Any]) -> str:
+    """One line: hardware and versions."""
+    gpu = f"{facts['gpu']}, {facts['memory_gb']:.0f} GB, driver {facts['driver']}" if facts.get("gpu") else "no GPU"
+    return f"{gpu}; " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+
+
+def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
+    """Markdown that can be pasted into docs: what ran, then what did not, and why."""
+    ran = [row for row in rows if row.status in (RIGHT, WRONG)]
+    columns = list(dict.fromkeys(key for row in ran for key in row.values))
+    lines = [about(facts), ""]
+    if ran:
+        head = ["", "result", *columns, "s"]
+        lines += [_line(head), _line(["---"] * len(head))]
+        for row in ran:
+            status = row.status if row.status == RIGHT else f"**{row.status}**: {row.reason}"
+            lines.append(
+                _line([row.name, status, *(shown(row.values.get(key)) for key in columns), f"{row.seconds:.0f}"])
+            )
+    for status in (LEFT_OUT, NO_TURN):
+        reasons: dict[str, list[str]] = {}
+        for row in rows:
+            if row.status == status:
+                reasons.setdefault(row.reason, []).append(row.name)
+        lines += (
+            ["", *(f"- {status}: {', '.join(names)}: {reason}" for reason, names in reasons.items())] if reasons else []
+        )
+    counts = [f"{sum(row.status == status for row in rows)} {status}" for status in (RIGHT, WRONG, LEFT_OUT, NO_TURN)]
+    return "\n".join([*lines, "", ", ".join(counts)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def shown(value: Any) -> str:
+    """A cell: small numbers with two digits, large ones whole."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return (
+            f"{value:,.0f}"
+            if abs(value) >= 1000
+            else f"{value:.4g}"
+            if abs(value) >= 1e-2 or value == 0
+            else f"{value:.1e}"
+        )
+    return str(value)
+
+
+def write(folder: Path, part: str, rows: Sequence[Row], facts: dict[str, Any], seconds: float) -> str:
+    """`part`.md and `part`.json; the table."""
+    text = table(rows, facts)
+    (folder / f"{part}.md").write_text(text + "\n")
+    whole = {"part": part, "seconds": round(seconds, 1), "machine": facts, "rows": [asdict(row) for row in rows]}
+    (folder / f"{part}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    return text
+
+
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
