@@ -180,9 +180,9 @@ def build(job: "Job") -> "TrainState":
         config, data.model_config, data.tokenizer, attention=data.attention, precision=topology.precision,
         new_token_ids=data.new_token_ids, device=topology.device, first_inputs=first_inputs, with_weights=with_weights,
     ))  # fmt: skip
-    (trainable, total), frozen, start = topology.on_main(
-        lambda: (parameters.count(bare), bases.fingerprint(bare, only_frozen=True), bases.fingerprint(bare))
-    )
+    (trainable, total), products, frozen, start = topology.on_main(lambda: (
+        parameters.count(bare), parameters.in_products(bare), bases.fingerprint(bare, only_frozen=True), bases.fingerprint(bare),
+    ))  # fmt: skip
     model, optimizer = topology.prepare(
         bare, lambda shared: optim.build(shared, config.optimizer, config.trains_in_16_bits), max_norm=config.train.max_grad_norm,
         accumulation=configs.accumulation(config, topology.num_data), micro_batch_size=config.micro_batch_size,
@@ -197,7 +197,7 @@ def build(job: "Job") -> "TrainState":
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
     decay = config.train.ema_decay
     ema = None if decay is None else Ema(topology.unwrap(model), decay)
-    return TrainState(model, optimizer, trainable, total, frozen, start, ema)
+    return TrainState(model, optimizer, trainable, total, frozen, start, products, ema)
 
 
 def resume(job: "Job", state: "TrainState") -> int | None:

@@ -67,7 +67,10 @@ class Job:
         """From here on the run directory is this run's. On the main process."""
         config, topology, data, step = self.config, self.topology, self.data, state.progress.step
         made = receipt.compose(
-            seed=config.run.seed, parameters={"trainable": state.num_trainable, "total": state.num_parameters},
+            seed=config.run.seed, parameters={
+                "trainable": state.num_trainable, "total": state.num_parameters,
+                "trained_in_products": state.products[0], "frozen_in_products": state.products[1],
+            },
             num_processes=topology.num_processes, topology=topology.name, precision=topology.precision,
             attention=data.attention, num_steps=data.num_steps, start_weights=state.start, template=data.template.fingerprint,
             train_data=data.train.sequences.examples.receipt(),
@@ -109,10 +112,12 @@ class Job:
                 directory=directory.path, first_step=progress.step + 1, wandb_mode=wanted.wandb_mode,
                 about={"config": config.model_dump(), "receipt": directory.receipt()}, history=directory.history(), say=say,
             )  # fmt: skip
+        lengths = self.data.train.sequences.examples.lengths.tolist()
+        attention = parameters.attention_per_token(self.data.model_config, lengths)
         return Tracker(
             directory, num_steps=self.data.num_steps, start=progress.step,
             is_main=topology.is_main, num_processes=topology.num_processes, every=wanted.log_every_steps,
-            flops_per_token=parameters.flops_per_token(state.num_trainable, state.num_parameters), trackers=trackers,
+            flops_per_token=parameters.flops_per_token(*state.products, attention), trackers=trackers,
         )  # fmt: skip
 
     def saver(self, state: TrainState, tracker: Tracker, resumed_from: int | None) -> Saver:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from on_gpu import matrix
 from on_gpu.matrix import Case
 from on_gpu.report import LEFT_OUT, NO_TURN, RIGHT, WRONG
@@ -266,8 +265,12 @@ def differences(own: Curves, other: Curves, only_first: bool = False) -> dict[st
     """Largest relative difference of losses (steps, evaluations, export) and of gradient norms; inf if there are not as many."""
     if only_first:
         return {"loss": _relative(own.losses[:1], other.losses[:1]), "norm": 0.0}
-    pairs = [(own.losses, other.losses), (own.evals, other.evals), ([own.opened], [other.opened])]
-    return {"loss": max(_relative(*pair) for pair in pairs), "norm": _relative(own.norms, other.norms)}
+    parts = [
+        _relative(own.losses, other.losses),
+        _relative(own.evals, other.evals),
+        _relative([own.opened], [other.opened]),
+    ]
+    return {"loss": max(parts), "norm": _relative(own.norms, other.norms)}
 
 
 def _relative(own: Sequence[float | None], other: Sequence[float | None]) -> float:

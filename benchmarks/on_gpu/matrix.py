@@ -127,7 +127,7 @@ def chosen(found: list[Case], pattern: str) -> list[Case]:
     """Those whose names match, and what they are compared with, and that in turn."""
     by_name = {case.name: case for case in found}
     wanted = {name for name in by_name if re.search(pattern, name)}
-    while references := {by_name[name].beside for name in wanted} - wanted - {None}:
+    while references := {beside for name in wanted if (beside := by_name[name].beside)} - wanted:
         wanted |= references
     return [case for case in found if case.name in wanted]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from on_gpu import correctness, matrix
 from on_gpu.report import LEFT_OUT, NO_TURN, RIGHT, WRONG
 from on_gpu.runner import Clock, Ended, Helper, Row, last_words, run

@@ -22,6 +22,8 @@ class TrainState:
     """Fingerprint of the weights that do not train."""
     start: str
     """Fingerprint of all weights before the first step."""
+    products: tuple[int, int]
+    """(trained, frozen) parameters that a token is multiplied with."""
     ema: Ema | None = None
     progress: Progress = field(default_factory=Progress)
     num_skips: int = 0  # steps in a row that fp16 has left out

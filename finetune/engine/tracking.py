@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,31 @@ from finetune.engine.step import StepResult
 from finetune.engine.trackers import Trackers
 from finetune.progress import Progress
 
-# Peak dense bf16 rate of a GPU in FLOP/s, from the vendors' data sheets; for model FLOPs utilisation.
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+# Peak dense rate of products of 16-bit numbers in FLOP/s, from the vendors' data sheets: words of a GPU's name -> rate. The
+# first line whose words are all in the name; what has no line has no utilisation.
+PEAK_16_BITS = {
+    ("GB300",): 2500e12, ("B300",): 2250e12, ("GB200",): 2500e12, ("B200",): 2250e12, ("GH200",): 989e12, ("H200", "NVL"): 835e12,
+    ("H200",): 989e12, ("H100", "NVL"): 835e12, ("H100", "PCIe"): 756e12, ("H100",): 989e12, ("H800",): 989e12, ("H20",): 148e12,
+    ("A100",): 312e12, ("A800",): 312e12, ("A40",): 149.7e12, ("A30",): 165e12, ("A10",): 125e12,
+    ("L40S",): 362e12, ("L40",): 181e12, ("L4",): 121e12,
+    ("RTX", "6000", "Ada"): 364e12, ("RTX", "A6000"): 154.8e12, ("RTX", "5090"): 209.5e12, ("RTX", "4090"): 165e12, ("RTX", "3090"): 71e12,
+    ("MI355X",): 2500e12, ("MI325X",): 1307e12, ("MI300X",): 1307e12,
+}  # fmt: skip
+
+
+def peak_rate(gpu: str) -> float | None:
+    """FLOP/s of a GPU by its name; None if unknown."""
+    words = set(re.split(r"[\s-]+", gpu))
+    return next((rate for needed, rate in PEAK_16_BITS.items() if words.issuperset(needed)), None)
+
+
+def utilisation(
+    tokens_per_second: float, flops_per_token: float, peak: float | None, num_processes: int
+) -> float | None:
+    """Model FLOPs utilisation: the arithmetic that the model needs over what the GPUs could do in 16 bits. None if unknown."""
+    if not peak or not flops_per_token:
+        return None
+    return round(tokens_per_second * flops_per_token / (peak * num_processes), 4)
 
 
 def say(message: str) -> None:
@@ -163,11 +187,11 @@ class Tracker:
             self.trackers.log(values)
 
     def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
-        """Model FLOPs utilisation: the arithmetic the model needs over what the GPUs could do."""
-        if not torch.cuda.is_available() or not self.flops_per_token:
+        if not torch.cuda.is_available():
             return {}
-        peak = next((rate for name, rate in PEAK_BF16.items() if name in torch.cuda.get_device_name()), None)
-        return {"mfu": round(tokens_per_second * self.flops_per_token / (peak * self.num_processes), 4)} if peak else {}
+        peak = peak_rate(torch.cuda.get_device_name())
+        mfu = utilisation(tokens_per_second, self.flops_per_token, peak, self.num_processes)
+        return {} if mfu is None else {"mfu": mfu}
 
 
 def _duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,61 @@ def count(model: nn.Module) -> tuple[int, int]:
     return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
 
 
-def flops_per_token(num_trainable: int, num_parameters: int) -> float:
-    """Of training: 2 for each weight forward, 2 backward for its input, 2 for itself where it trains.
+def in_products(model: nn.Module) -> tuple[int, int]:
+    """(trained, frozen) parameters that a token is multiplied with.
 
-    All weights count, also embeddings and experts that a token does not meet; attention and recomputation do not.
+    Matrices only: no tables that are looked up, unless tied to the head, no norms, no biases. Of experts as many as the
+    router chooses for a token; of a module that trains beside its frozen original (peft's modules_to_save) the one.
     """
-    return 2.0 * num_trainable + 4.0 * num_parameters
+    weights = [
+        (isinstance(m, nn.Embedding), id(w)) for m in model.modules() if (w := getattr(m, "weight", None)) is not None
+    ]
+    looked_up = {key for is_table, key in weights if is_table} - {key for is_table, key in weights if not is_table}
+    share, trained, frozen = _share_of_experts(model), 0.0, 0.0
+    for name, p in model.named_parameters():
+        if p.dim() < 2 or id(p) in looked_up or ".original_module." in name:
+            continue
+        state = getattr(p, "quant_state", None)
+        number = (p.numel() if state is None else state.shape.numel()) * (share if ".experts." in name else 1.0)
+        trained, frozen = (trained + number, frozen) if p.requires_grad else (trained, frozen + number)
+    return round(trained), round(frozen)
+
+
+def _share_of_experts(model: nn.Module) -> float:
+    """Experts that a token meets, of all; 1 without experts."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    numbers = (getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    chosen, every = getattr(text, "num_experts_per_tok", None), next((n for n in numbers if n), None)
+    return chosen / every if chosen and every else 1.0
+
+
+def attention_per_token(config: Any, lengths: Sequence[int]) -> float:
+    """Multiplications of attention's scores for a token, on average over documents of these lengths: over all layers, heads
+    x head size x tokens that it sees. A token sees half of its document (causal), in a window at most the window.
+    """
+    text = config.get_text_config()
+    heads, number = getattr(text, "num_attention_heads", None) or 0, getattr(text, "num_hidden_layers", None) or 0
+    size = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", 0) // heads if heads else 0)
+    window = getattr(text, "sliding_window", None)
+    if getattr(text, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * number
+    tokens, total = max(sum(lengths), 1), 0.0
+    for kind in set(kinds) & {"full_attention", "sliding_attention"}:
+        most = window if kind == "sliding_attention" else None
+        seen = sum(n * n / 2 if not most or n <= most else most * n - most * most / 2 for n in lengths)
+        total += kinds.count(kind) * heads * size * seen / tokens
+    return total
+
+
+def flops_per_token(trained: float, frozen: float, attention: float) -> float:
+    """Of training, as the field counts them (Chowdhery et al., 2022, appendix B; torchtitan).
+
+    For each parameter in a product 2 forward and 2 backward for its input, and 2 for itself where it trains; attention has two
+    products a score, forward once and backward twice: 12. What is recomputed is not counted.
+    """
+    return 6.0 * trained + 4.0 * frozen + 12.0 * attention
 
 
 def fingerprints(model: nn.Module, own_part: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | str]:

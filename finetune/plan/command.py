@@ -150,15 +150,19 @@ def _reached(run: Path) -> float:
         receipt = json.loads((run / "receipt.json").read_text())
         speed = statistics.median(line["tokens_per_second"] for line in steps[1:] or steps)
         known, processes = receipt["parameters"], receipt["num_processes"]
-        return float(speed / processes * parameters.flops_per_token(known["trainable"], known["total"]))
+        return float(speed / processes * _products(known["trained_in_products"], known["frozen_in_products"]))
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as exc:
         raise ConfigError(f"--measured {run}: no run with metrics and a receipt: {type(exc).__name__}: {exc}") from exc
 
 
 def _speed(reached: float, chooser: Chooser) -> float:
     """Tokens a second of one process, from the arithmetic a second."""
-    weights = chooser.maker().weights
-    return reached / parameters.flops_per_token(weights.num_trained, weights.num)
+    return reached / _products(*chooser.maker().weights.products)
+
+
+def _products(trained: int, frozen: int) -> float:
+    """FLOPs of a token without attention: no row is read, so the lengths of documents are not known."""
+    return parameters.flops_per_token(trained, frozen, attention=0.0)
 
 
 def _about(config: Config, chooser: Chooser) -> str:
