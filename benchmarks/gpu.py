@@ -99,9 +99,9 @@ def start(
 
 
 def parallel(facts: dict[str, Any]) -> int:
-    """Runs of small models at once: two cores and 2 GB of the GPU for each."""
+    """Runs of small models at once: two cores, but two runs in any case, and 2 GB of the GPU for each."""
     by_memory = int(facts["free_gb"] // 2) if facts.get("gpu") else 2
-    return max(1, min(8, (facts["cpus"] or 1) // 2, by_memory))
+    return max(1, min(8, max(2, (facts["cpus"] or 1) // 2), by_memory))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ def test_every_save_is_written_and_read_back(workshop, asynchronous):
 def test_compiled_layers_have_no_graph_break(workshop):
     """A break would be in every layer, forward and backward: what is fused ends there."""
     if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("no kernel for packs before compute capability 8: documents go one by one, between the compiled parts")
+        pytest.skip(
+            "no kernel for packs before compute capability 8: documents go one by one, between the compiled parts"
+        )
     torch._dynamo.reset()
     counters.clear()
     workshop.train(model__config=GPU_LLAMA, train__precision="bf16", train__compile=True, data__packing=True)
