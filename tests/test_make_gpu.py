@@ -147,7 +147,7 @@ def test_a_run_like_its_reference_is_right():
         ({"evals": [2.0, 3.0]}, "did not fall"),
         ({"opened": None}, "opened export"),
         ({"problem": "it ended before the signal came"}, "before the signal"),
-        ({"num_skipped": 3}, "more than two steps overflowed"),
+        ({"num_skipped": 5}, "5 of 8 steps overflowed"),
     ],
 )
 def test_a_run_unlike_its_reference_is_wrong(changes, reason):
@@ -163,6 +163,18 @@ def test_a_reference_that_failed_proves_nothing():
 
 def test_a_run_that_the_deadline_ended_is_not_wrong():
     assert correctness.judge(NEAR, curves(code=None, was_out_of_turn=True), curves()).status == "no turn"
+
+
+def test_steps_that_fp16_left_out_are_no_error_and_end_the_comparison(tmp_path):
+    """Their norm is infinite, which JSON has not."""
+    lines = [
+        {"loss": 5.0, "grad_norm": None, "skipped": True},
+        *({"loss": loss, "grad_norm": 1.0} for loss in curves().losses[1:]),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own = correctness.read(tmp_path, runner.Ended(0, 1.0, ""), 1.0)
+    row = correctness.judge(NEAR, curves(losses=[9.0] * 8, norms=own.norms, num_skipped=own.num_skipped), curves())
+    assert (row.status, row.values["skipped"]) == ("right", 1)
 
 
 def test_where_methods_differ_only_the_first_loss_is_compared():

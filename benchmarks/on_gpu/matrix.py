@@ -36,7 +36,11 @@ COMPILED = Tolerance(1.2e-2, 1e-1, "a fused kernel keeps float32 where single op
 COMPILED_ADAPTERS = Tolerance(4e-3, 5e-2, "as compiled, but only adapters move")
 LAYOUT = Tolerance(2e-2, 1e-1, "another kernel and another shape of the products, so every bf16 rounding differs")
 HALF = Tolerance(1e-2, 1e-1, "fp16 keeps 11 bits, bf16 autocast has no part in it; compared with float32")
-CPU = Tolerance(1e-4, 1e-2, "float32 on another device: other kernels, other order of the sums")
+CPU = Tolerance(
+    1e-3,
+    2e-2,
+    "float32 by other kernels: Adam and Lion divide small gradients by themselves, so that roundings become steps",
+)
 EIGHT_BITS = Tolerance(1e-2, 5e-2, "8-bit state: a last bit of a gradient moves a value to the next of 256 codes")
 IN_BF16_BY_DESIGN = Tolerance(1e-2, 5e-2, "Muon's matrix products are in bf16 by design, on either device")
 RESUMED = Tolerance(1e-4, 1e-2, "float32 over 40 steps; CUDA adds up in no fixed order, so not to the bit")
