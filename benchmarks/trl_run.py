@@ -40,7 +40,7 @@ def main() -> None:
     settings = {"gradient_checkpointing": False, "attn_implementation": "sdpa"} | wanted["settings"]
     config = SFTConfig(
         output_dir=str(out), max_steps=wanted["steps"], max_length=wanted["max_length"], bf16=wanted["precision"] == "bf16", use_cpu=not torch.cuda.is_available(),
-        learning_rate=1e-3, lr_scheduler_type="constant", report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+        learning_rate=settings.pop("learning_rate", 1e-3), lr_scheduler_type="constant", report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
         dataloader_pin_memory=False, model_init_kwargs={"attn_implementation": settings.pop("attn_implementation"), "dtype": wanted.get("dtype", "float32")}, **settings,
     )  # fmt: skip
     clock = Clock()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 from on_gpu import correctness, matrix, memory, report, runner, speed
 from on_gpu.correctness import Curves
 from on_gpu.matrix import Case, Tolerance

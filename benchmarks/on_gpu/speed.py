@@ -170,7 +170,7 @@ def trl_round(
         "model": str(base), "rows": str(texts), "out": str(out), "steps": STEPS, "max_length": length, "precision": "bf16",
         "dtype": "bfloat16", "lora": {"r": 16, "lora_alpha": 32} if settings.get("adapter.kind") == "lora" else None, "saves": False,
         "settings": {
-            "per_device_train_batch_size": at_once, "gradient_accumulation_steps": 1, "gradient_checkpointing": True,
+            "per_device_train_batch_size": at_once, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "learning_rate": 1e-5,
             "use_liger_kernel": bool(lab.facts.get("gpu")) and "liger_kernel" not in lab.facts["left_out"],
         },
     }  # fmt: skip
