@@ -208,7 +208,6 @@ def _adapters() -> Iterable[Case]:
     yield Case("dora", LORA | {"adapter.dora": True}, None, "plain-lora", SAME_START, only_first=True)
     yield Case("qlora-dora", QLORA | {"adapter.dora": True}, None, "plain-qlora", SAME_START, only_first=True)
     yield Case("rslora", LORA | {"adapter.rslora": True}, None, "plain-lora", SAME_START, only_first=True)
-    yield Case("lora-bias", LORA | {"adapter.bias": "all"}, None, "plain-lora", SAME_START, only_first=True)
     whole = {"adapter.train_norms": True, "adapter.modules_to_save": ["lm_head"]}
     yield Case("lora-whole-modules", LORA | whole, None, "plain-lora", SAME_START, only_first=True)
     yield Case(
