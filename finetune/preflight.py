@@ -9,7 +9,7 @@ import numpy as np
 from finetune import export
 from finetune.config import Config, accumulation
 from finetune.config import fields as config_fields
-from finetune.data import batches, rows, templates, tokens
+from finetune.data import batches, readers, rows, templates, tokens
 from finetune.engine import trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError
@@ -17,6 +17,7 @@ from finetune.models import adapters, attention, head, layers, load, parameters
 from finetune.objectives import OBJECTIVES
 
 SHOWN_CHARACTERS = 600
+SHOWN_NAMES = 10
 MAX_EVAL_OVERLAP = 0.1  # part of the evaluation rows that may be training rows too; data sets in use have a few
 FEW_STEPS = 20
 
@@ -33,8 +34,7 @@ class Data:
     eval: batches.Batches | None
     num_steps: int
     new_token_ids: list[int]
-    unused: list[str]
-    """Columns of the training rows that are not read."""
+    sources: readers.Sources
     num_eval_known: int
     """Evaluation examples that are also trained on."""
 
@@ -43,7 +43,15 @@ def prepare(config: Config, topology: Topology) -> Data:
     """Rows -> sequences in a plan. Raises UserError for whatever is wrong with rows, template or tokenizer."""
     wanted, seed = config.data, config.run.seed
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
-    train_files, eval_files = rows.sources(wanted.train, wanted.eval)  # before anything is asked of the Hub
+    # What is wrong with files and rows is said before anything is asked of the Hub.
+    sources = readers.sources(wanted.train, wanted.eval)
+    files = [*sources.train, *sources.eval]
+    if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
+        raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
+    format: str = wanted.format
+    if format == "auto":
+        format = rows.detect_format(files, wanted.text_unit, wanted.columns)
+    topology.on_main(lambda: rows.check(files, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
     tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
     kernel = attention.choose(
         config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision,
@@ -54,9 +62,6 @@ def prepare(config: Config, topology: Topology) -> Data:
             f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
         )
 
-    format: str = wanted.format
-    if format == "auto":
-        format = rows.detect_format([*train_files, *eval_files], wanted.text_unit, wanted.columns)
     template = _template(wanted, format, tokenizer)
     kept = template if config.objective.kind != "clm" else None
     topology.on_main(
@@ -64,7 +69,7 @@ def prepare(config: Config, topology: Topology) -> Data:
             tokenizer, model_config, config.model.path, kept, wanted.system_prompt, config.model.trust_remote_code
         )
     )
-    train, evals, known = _examples(config, train_files, eval_files, template, tokenizer)
+    train, evals, known = _examples(config, sources, template, tokenizer)
 
     def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
         return batches.Batches(
@@ -82,11 +87,8 @@ def prepare(config: Config, topology: Topology) -> Data:
     for prompt in config.evaluation.sample_prompts:
         if not tokens.encode_prompt(prompt, tokenizer):
             raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; take it out")
-    unused = sorted(
-        {name for file in train_files for name in rows.unused_columns(file, wanted.text_unit, format, wanted.columns)}
-    )
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
-    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, unused, known)
+    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known)
 
 
 def _template(wanted: config_fields.Data, format: str, tokenizer: Any) -> templates.Template:
@@ -100,7 +102,7 @@ def _template(wanted: config_fields.Data, format: str, tokenizer: Any) -> templa
 
 
 def _examples(
-    config: Config, train_files: Any, eval_files: Any, template: templates.Template, tokenizer: Any
+    config: Config, sources: readers.Sources, template: templates.Template, tokenizer: Any
 ) -> tuple[Any, Any, int]:
     """What is trained on, what is held out (or None), and how much of that is trained on all the same."""
     wanted, seed = config.data, config.run.seed
@@ -108,8 +110,8 @@ def _examples(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
         OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
     )  # fmt: skip
-    train = tokens.prepare(train_files, template, tokenizer, options, wanted.cache_dir)
-    evals = tokens.prepare(eval_files, template, tokenizer, options, wanted.cache_dir) if eval_files else None
+    train = tokens.prepare(sources.train, template, tokenizer, options, wanted.cache_dir)
+    evals = tokens.prepare(sources.eval, template, tokenizer, options, wanted.cache_dir) if sources.eval else None
     if wanted.max_rows is not None:
         train = tokens.draw(train, wanted.max_rows, seed)
     if wanted.eval_fraction:
@@ -160,11 +162,19 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
             + (" held out" if config.data.eval_fraction else "")
             + (f"; {data.num_eval_known:,} of them are also trained on" if data.num_eval_known else "")
         )
-    if data.unused:
-        lines.append(f"not read    columns {', '.join(data.unused)}")
+    lines += [f"files       {_files(list(data.sources.train))}"]
+    if data.sources.eval:
+        lines.append(f"eval files  {_files(list(data.sources.eval))}")
+    if examples.unread:
+        listed = [
+            f"{readers.short(name)} ({_counted(count, 'row')})" for name, count in sorted(examples.unread.items())
+        ]
+        more = f" and {len(listed) - SHOWN_NAMES} more" if len(listed) > SHOWN_NAMES else ""
+        lines.append(f"not read    columns {', '.join(listed[:SHOWN_NAMES])}{more}")
     _, all_logits = head.probe(skeleton)
     if all_logits:
         lines.append(f"note        all logits are held at once: {all_logits}")
+    lines += [f"note        {note}" for note in data.sources.notes]
     lines += _notes(config, data.num_steps)
     lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
     return "\n".join(lines)
@@ -237,6 +247,12 @@ def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: i
             f"schedule.warmup_steps: {config.schedule.warmup_steps} of {num_steps} steps: "
             "the learning rate would never reach optimizer.lr; lower it"
         )
+
+
+def _files(names: list[str]) -> str:
+    listed = ", ".join(readers.describe(name) for name in names[:SHOWN_NAMES])
+    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    return listed + more
 
 
 def _counted(number: int, noun: str) -> str:

@@ -6,7 +6,8 @@ import pytest
 from conftest import pairs, write_jsonl
 
 from finetune.__main__ import main
-from finetune.evaluation import generation, scores
+from finetune.errors import DataError
+from finetune.evaluation import compare, generation, scores
 
 
 def test_exact_match_ignores_white_space_at_the_ends_only():
@@ -56,6 +57,17 @@ def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, 
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["tuned"] for line in lines] == ["AB", "CD", "EF", "GH"]
     assert lines[0]["row"] == f"{rows}:1"
+
+
+def test_held_out_rows_may_be_a_folder_and_all_that_is_wrong_is_told(tmp_path, capsys):
+    (tmp_path / "test.csv").write_text("question;answer\nwhy;because\n")
+    write_jsonl(tmp_path / "train.jsonl", pairs())
+    [conversation] = compare.read(str(tmp_path), "auto", {}, None)
+    assert str(conversation.place) == f"{tmp_path}/test.csv:2"
+    assert f"note: --data does not read {tmp_path}/train.jsonl (named as train rows)" in capsys.readouterr().err
+    path = write_jsonl(tmp_path / "bad.jsonl", [{"question": "q", "answer": ""}] * 20)
+    with pytest.raises(DataError, match=r"20 of 20 rows are wrong:\n  .*bad.jsonl:1: column 'answer' is empty"):
+        compare.read(str(path), "auto", {}, None)
 
 
 @pytest.mark.slow

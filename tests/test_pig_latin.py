@@ -127,13 +127,13 @@ def test_the_same_seed_writes_the_same_files(tmp_path):
 
 
 def test_the_rows_are_what_the_quickstart_reads(make):
-    from finetune.data import rows
+    from finetune.data import readers, rows
 
     folder = make("data")
     assert rows.detect_format([str(folder / "train.jsonl")], "line", {}) == "question_answer"
-    train, dev = rows.sources(str(folder / "train.jsonl"), str(folder / "dev.jsonl"))
-    assert len([rows.to_conversation(row, "question_answer", {}) for row in rows.read(next(iter(train)))]) == 300
-    assert len(list(rows.read(next(iter(dev))))) == 40
+    train, dev, _ = readers.sources(str(folder / "train.jsonl"), str(folder / "dev.jsonl"))
+    assert len([rows.to_conversation(row, "question_answer", {}) for row in readers.read(next(iter(train)))]) == 300
+    assert len(list(readers.read(next(iter(dev))))) == 40
 
 
 def test_the_script_needs_no_package():

@@ -1,15 +1,13 @@
 """Every format and file type is read, and every bad row is refused by file, line and column."""
 
-import json
-import os
 import re
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
 import pytest
 from conftest import write_jsonl
 
-from finetune.data import rows
+from finetune.data import readers, rows
 from finetune.data.rows import Message
 from finetune.errors import ConfigError, DataError
 
@@ -26,10 +24,6 @@ def assistant(content: str) -> Message:
 
 def system(content: str) -> Message:
     return Message("system", content)
-
-
-def lines_and_values(path: Path, text_unit: str = "line") -> list[tuple[int, dict[str, Any]]]:
-    return [(row.place.line, row.values) for row in rows.read(str(path), text_unit)]
 
 
 def converse(
@@ -52,151 +46,6 @@ def refused(values: dict[str, Any], format: str = "auto", columns: dict[str, str
     message = str(caught.value)
     assert message.startswith("rows.jsonl:7: ")
     return message
-
-
-def unreadable(path: Path, content: str | bytes) -> str:
-    """What the user reads about a file; it always begins with its name."""
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError) as caught:
-        list(rows.read(str(path)))
-    message = str(caught.value)
-    assert message.startswith(str(path))
-    return message.removeprefix(str(path))
-
-
-@pytest.fixture
-def datasets_cache(tmp_path, monkeypatch):
-    """`datasets` keeps a copy of what it reads; here it goes when the test does."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
-
-
-@pytest.fixture
-def parquet(tmp_path, datasets_cache):
-    """Write rows to a Parquet file."""
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    def write(values: list[dict[str, Any]], name: str = "rows.parquet", schema: Any = None) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        parquet.write_table(pyarrow.Table.from_pylist(values, schema=schema), path)
-        return path
-
-    return write
-
-
-# The file types, and the line that each row stands on.
-
-
-def test_json_lines_are_numbered_as_an_editor_does_with_blank_lines(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\n\n   \n{"text": "b"}\r\n{"text": "c"}')
-    assert lines_and_values(path) == [(1, {"text": "a"}), (4, {"text": "b"}), (5, {"text": "c"})]
-
-
-def test_a_json_row_has_the_line_of_its_opening_brace(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"text": "a\nb"}, {"text": "c", "n": [1, {"d": 2}]}, {"text": "e"}], indent=2))
-    assert lines_and_values(path) == [
-        (2, {"text": "a\nb"}), (5, {"text": "c", "n": [1, {"d": 2}]}), (14, {"text": "e"}),
-    ]  # fmt: skip
-    path.write_text('\n\n[\n\n{"text": "a"},\n\n\n{"text":\n"b"} , {"text": "c"}\n]\n')
-    assert lines_and_values(path) == [(5, {"text": "a"}), (8, {"text": "b"}), (9, {"text": "c"})]
-
-
-def test_a_csv_row_has_the_line_it_begins_on_whatever_its_cells_hold(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text('question,answer\n"a\n\nb",c\n\nd,"e, ""f"""\n"g","h\n"\ni,j\n')
-    assert lines_and_values(path) == [
-        (2, {"question": "a\n\nb", "answer": "c"}),
-        (6, {"question": "d", "answer": 'e, "f"'}),
-        (7, {"question": "g", "answer": "h\n"}),
-        (9, {"question": "i", "answer": "j"}),
-    ]
-
-
-def test_a_cell_of_a_csv_stays_text(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text("question,answer\n007,1e3\nnull,\n")
-    assert lines_and_values(path) == [
-        (2, {"question": "007", "answer": "1e3"}),
-        (3, {"question": "null", "answer": ""}),
-    ]
-
-
-def test_a_csv_may_begin_with_blank_lines(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text("\n\nquestion,answer\na,b\n")
-    assert lines_and_values(path) == [(4, {"question": "a", "answer": "b"})]
-
-
-def test_a_cell_of_a_csv_may_hold_a_book(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text(f"text\n{'word ' * 40_000}\n")
-    assert lines_and_values(path) == [(2, {"text": "word " * 40_000})]
-
-
-@pytest.mark.parametrize(
-    ("unit", "expected"),
-    [
-        ("line", [(2, "a"), (3, " b "), (6, "c"), (7, "d")]),
-        ("paragraph", [(2, "a\n b "), (6, "c\nd")]),
-        ("file", [(1, "a\n b \n\n  \nc\nd")]),
-    ],
-)
-def test_text_is_read_by_line_paragraph_or_file(tmp_path, unit, expected):
-    path = tmp_path / "rows.txt"
-    path.write_text("\na\n b \n\n  \nc\nd\n")
-    assert lines_and_values(path, unit) == [(line, {"text": text}) for line, text in expected]
-
-
-def test_a_paragraph_does_not_end_in_the_blank_line_after_it(tmp_path):
-    path = tmp_path / "rows.txt"
-    path.write_text("a\nb\n   \nc\n")
-    assert lines_and_values(path, "paragraph") == [(1, {"text": "a\nb"}), (4, {"text": "c"})]
-
-
-def test_lines_may_end_as_on_windows(tmp_path):
-    path = tmp_path / "rows.txt"
-    path.write_bytes(b"a\r\nb\r\n\r\nc\r\n")
-    assert lines_and_values(path) == [(1, {"text": "a"}), (2, {"text": "b"}), (4, {"text": "c"})]
-
-
-def test_parquet_rows_are_numbered_from_1(parquet):
-    path = parquet([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
-    assert lines_and_values(path) == [(1, {"question": "a", "answer": "b"}), (2, {"question": "c", "answer": "d"})]
-
-
-def test_parquet_keeps_conversations(parquet):
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    (row,) = rows.read(str(parquet([{"messages": turns}])))
-    assert rows.to_conversation(row, rows.detect(row), {}).messages == (user("q"), assistant("a"))
-
-
-def test_a_folder_of_files_is_read(parquet):
-    path = parquet([QA], "folder/part.parquet")
-    assert lines_and_values(path.parent) == [(1, QA)]
-
-
-@pytest.mark.parametrize("name", ["rows.JSONL", "rows.Json", "rows.CSV", "rows.TXT", "rows.PARQUET"])
-def test_a_file_type_may_be_written_in_capitals(tmp_path, parquet, name):
-    path = tmp_path / name
-    text = {".jsonl": '{"text": "a"}', ".json": '[{"text": "a"}]', ".csv": "text\na", ".txt": "a"}
-    if path.suffix.lower() in text:
-        path.write_text(text[path.suffix.lower()])
-    else:
-        parquet([{"text": "a"}], name)
-    assert [values for _, values in lines_and_values(path)] == [{"text": "a"}]
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
-    path = tmp_path / name
-    text = {".jsonl": '{"text": "é"}', ".json": '[{"text": "é"}]', ".csv": "text\né", ".txt": "é"}[path.suffix]
-    path.write_text("\ufeff" + text, encoding="utf-8")
-    assert [values for _, values in lines_and_values(path)] == [{"text": "é"}]
 
 
 # The formats.
@@ -251,7 +100,7 @@ def test_columns_are_read_under_the_names_they_are_given(tmp_path, bytes_tokeniz
     options = tokens.Options("auto" if auto else format, columns, "line", None, "completion", 100, "error")
     template = templates.load("plain", format, None, bytes_tokenizer.special_tokens_map, {})
     examples = tokens.prepare(
-        rows.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache")
+        readers.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache")
     )
     assert bytes_tokenizer.decode(examples.input_ids) == "qa<|eos|>"
 
@@ -284,83 +133,6 @@ def test_the_format_of_a_file_is_that_of_its_first_row(tmp_path):
 # Files that cannot be read.
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    path = str(tmp_path / "absent.jsonl")
-    for reading in (lambda: list(rows.read(path)), lambda: rows.fingerprint(path), lambda: rows.sources(path, None)):
-        with pytest.raises(DataError, match=re.escape(path) + ": no such file; .* take files, or Hub names"):
-            reading()
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
-@pytest.mark.parametrize("content", ["", "\n", " \n\n"])
-def test_an_empty_file_is_named(tmp_path, name, content):
-    says = unreadable(tmp_path / name, content)
-    assert "holds no rows" in says or "should hold a list of rows" in says
-
-
-@pytest.mark.parametrize(("name", "content"), [("rows.csv", "question,answer\n"), ("rows.json", "[]")])
-def test_a_file_without_rows_is_named(tmp_path, name, content):
-    assert ": holds no rows" in unreadable(tmp_path / name, content)
-
-
-def test_a_parquet_file_without_rows_is_named(parquet):
-    import pyarrow
-
-    path = parquet([], schema=pyarrow.schema([("question", pyarrow.string())]))
-    with pytest.raises(DataError, match=re.escape(str(path)) + ": holds no rows"):
-        list(rows.read(str(path)))
-
-
-def test_a_damaged_parquet_file_is_named(tmp_path, datasets_cache):
-    assert "no whole Parquet file" in unreadable(tmp_path / "rows.parquet", b"PAR1 and nothing more")
-
-
-@pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.jsonl.gz"])
-def test_an_unknown_file_type_is_told_the_known_ones(tmp_path, name):
-    says = unreadable(tmp_path / name, b"anything")
-    assert "unknown file type" in says
-    assert "use one of .jsonl .json .csv .parquet .txt" in says
-
-
-@pytest.mark.parametrize(
-    ("content", "line", "says"),
-    [
-        ('{"a": 1}\n{"a": }\n', 2, "broken JSON: Expecting value at character 7"),
-        ('{"a": 1}\n\n{"a": "x"\n', 3, "broken JSON"),
-        ('{"a": 1} {"a": 2}\n', 1, "broken JSON: Extra data at character 10"),
-        ('{"a": 1}\n[1, 2]\n', 2, "a row should be an object like {...}, got [1, 2]"),
-        ('"words"\n', 1, "a row should be an object"),
-        ("null\n", 1, "a row should be an object"),
-    ],
-)
-def test_a_broken_json_line_is_named(tmp_path, content, line, says):
-    message = unreadable(tmp_path / "rows.jsonl", content)
-    assert message.startswith((f":{line}: ", f":{line} (row "))
-    assert says in message
-
-
-def test_rows_of_a_json_file_on_one_line_are_told_apart(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"question": "q", "answer": "a"}] * 3))
-    assert [str(row.place) for row in rows.read(str(path))] == [f"{path}:1 (row {n})" for n in (1, 2, 3)]
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("[" * 200_000, "recursion"),
-        ('{"question": ' + "9" * 5_000 + "}", "digits"),
-        ('{"question": "q", "answer": "a", "answer": "b"}', "'answer' is given twice"),
-    ],
-    ids=["nested too deep", "a number too long", "a key twice"],
-)
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_json_that_python_cannot_hold_is_refused_at_its_line(tmp_path, line, says, ending):
-    message = unreadable(tmp_path / f"rows.{ending}", f"[{line}]" if ending == "json" else line)
-    assert message.startswith((":1: broken JSON: ", ":1 (row 1): broken JSON: "))
-    assert says in message
-
-
 @pytest.mark.parametrize("key", ["tool_calls", "weight", "thinking"])
 def test_a_message_with_what_would_be_lost_is_refused(key):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: 0}]
@@ -377,86 +149,6 @@ def test_a_mapped_column_that_the_format_does_not_have_is_refused():
         converse({"question": "q", "answer": "a", "foo": "x"}, columns={"output": "foo"})
 
 
-def test_columns_that_are_not_read_are_known(tmp_path):
-    path = write_jsonl(tmp_path / "r.jsonl", [{"instruction": "i", "response": "o", "context": "c", "category": "d"}])
-    assert rows.unused_columns(str(path), "line", "instruction", {}) == ["category", "context"]
-    assert rows.unused_columns(str(path), "line", "instruction", {"input": "context"}) == ["category"]
-
-
-def test_a_file_separated_by_something_else_is_told_so(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text("question;answer\nq;a\n")
-    with pytest.raises(DataError, match="is it separated by ';'"):
-        rows.detect(next(rows.read(str(path))))
-
-
-def test_a_changed_file_of_the_same_size_and_time_is_read_anew(tmp_path, datasets_cache):
-    """As cp -p, rsync -t and image layers leave it: datasets alone would give the old rows."""
-    from pyarrow import parquet, table
-
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    path, seen = folder / "rows.parquet", []
-    for word in ("old", "new"):
-        parquet.write_table(table({"text": [word]}), path)
-        os.utime(path, (1_000_000_000, 1_000_000_000))
-        for source in (str(path), str(folder)):
-            seen.append((rows.fingerprint(source), [row.values["text"] for row in rows.read(source)]))
-    assert [texts for _, texts in seen] == [["old"], ["old"], ["new"], ["new"]]
-    assert len({fingerprint for fingerprint, _ in seen}) == 4
-
-
-@pytest.mark.parametrize(
-    ("content", "line", "says"),
-    [
-        ('{"a": 1}', 1, "one object per line is .jsonl"),
-        ('\n\n{"a": 1}\n{"a": 2}', 3, "one object per line is .jsonl"),
-        ('[\n{"a": 1},\n{"a": }\n]', 3, "broken JSON: Expecting value at column 7"),
-        ('[\n{"a": 1}\n{"a": 2}\n]', 3, "expected , or ] after a row"),
-        ('[\n{"a": 1}\n', 3, "broken JSON"),
-        ('[\n{"a": 1},\n5\n]', 3, "a row should be an object like {...}, got 5"),
-        ('[\n{"a": 1}\n]\n[\n{"a": 2}\n]', 4, "broken JSON"),  # or the second list would go without a word
-        ('[\n{"a": 1}\n] {"a": 2}', 3, "broken JSON"),
-    ],
-)
-def test_a_broken_json_file_is_refused_at_its_line(tmp_path, content, line, says):
-    message = unreadable(tmp_path / "rows.json", content)
-    assert message.startswith((f":{line}: ", f":{line} (row "))
-    assert says in message
-
-
-@pytest.mark.parametrize(
-    ("content", "line", "says"),
-    [
-        ("question,answer\na,b\nc\n", 3, "1 cells, but the header names 2 columns ['question', 'answer']"),
-        ("question,answer\na,b,c\n", 2, "3 cells, but the header names 2 columns"),
-        ('question,answer\n"a\nb",c\nd, e, f\n', 4, "3 cells"),
-        ('question,answer\na,"b"c\n', 2, "broken CSV"),
-        ('question,answer\na,b\nc,"d\ne,f\ng,h\n', 3, "broken CSV"),  # the line where the quote was left open
-        ("answer,answer\na,b\n", 1, "answer"),  # or one of them would go without a word
-    ],
-)
-def test_a_broken_csv_is_refused_at_its_line(tmp_path, content, line, says):
-    message = unreadable(tmp_path / "rows.csv", content)
-    assert message.startswith((f":{line}: ", f":{line} (row "))
-    assert says in message
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("rows.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n'),
-        ("rows.json", b'[{"text": "a"},\n{"text": "caf\xe9"}]\n'),
-        ("rows.csv", b"text\ncaf\xe9\n"),
-        ("rows.txt", b"a\ncaf\xe9\n"),
-    ],
-)
-def test_bytes_that_are_not_utf8_are_refused_at_their_line(tmp_path, name, content):
-    message = unreadable(tmp_path / name, content)
-    assert message.startswith(":2: byte 0xe9 at position ")
-    assert "save the file as UTF-8" in message
-
-
 def test_half_of_a_surrogate_pair_is_refused_at_its_line(tmp_path, bytes_tokenizer):
     """What is left of an emoji that was cut in two: JSON allows it, but no encoding can hold it."""
     from finetune.data import templates, tokens
@@ -466,19 +158,138 @@ def test_half_of_a_surrogate_pair_is_refused_at_its_line(tmp_path, bytes_tokeniz
     template = templates.load("plain", "question_answer", None, {"eos_token": "<|eos|>"}, {})
     options = tokens.Options("auto", {}, "line", None, "completion", 100, "error")
     with pytest.raises(DataError, match=re.escape(f"{path}:2: ")):
-        tokens.prepare(rows.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache"))
+        tokens.prepare(readers.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", ["owner/no-such-name", "owner/name-2.5", "owner/name-v1.0:test"])
-def test_a_name_that_is_no_file_is_looked_for_on_the_hub(name):
-    with pytest.raises(DataError, match=re.escape(name) + ": datasets cannot load it"):
-        list(rows.read(name))
+# Columns that are not read.
 
 
-@pytest.mark.parametrize("name", ["rows", "./folder/rows", "/folder/rows", "a/b/c", "folder/rows.jsonl", "../rows.csv"])
-def test_a_name_that_cannot_be_on_the_hub_is_a_missing_file(name):
-    with pytest.raises(DataError, match="no such file"):
-        list(rows.read(name))
+PAIRS = [
+    {"question": "q", "answer": "a"}, {"prompt": "p", "completion": "c"}, {"prompt": "p", "response": "c"}, {"instruction": "i", "output": "o"},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", PAIRS, ids=lambda values: next(iter(values)))
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("label", False), ("label", True), ("label", 0), ("label", "0"), ("Label", "bad"), ("score", 4.5), ("score", "4,5"), ("quality_score", -1),
+        ("isGood", True), ("is_good", "TRUE"), ("rating", "3"), ("reward", 1e-3), ("rewardModelScore", 1), ("ratings", [1, 2]), ("RATING", 5),
+        ("thumbs_up", True), ("chosen", "c"), ("rejected", "c"), ("rejected", ["c"]), ("feedback", "no"),
+    ],
+)  # fmt: skip
+def test_a_column_that_says_good_or_bad_is_refused(values, column, value):
+    """KTO's rows have prompt, completion and label; without the label, bad answers would be learned as right ones."""
+    says = refused({**values, column: value})
+    assert f"column {column!r}" in says
+    assert "preference" in says
+    assert "drop the column" in says
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("label", "geography"), ("label", None), ("rejected", None), ("_label", False), ("_score", 3), ("id", 7), ("source", "good"), ("topic", 3),
+        ("labelled_by", "Ann"), ("scorer", 1), ("goodness", "yes"), ("difficulty", 2), ("score", {"a": 1}), ("feedback", "Well said."),
+    ],
+)  # fmt: skip
+def test_a_column_that_says_something_else_is_left_alone(column, value):
+    assert converse({**QA, column: value}) == (user("q"), assistant("a"))
+
+
+@pytest.mark.parametrize(("column", "value"), [("label", 1), ("score", 0.5), ("rating", "4"), ("chosen", "x")])
+def test_plain_text_with_a_label_stays_text(column, value):
+    assert converse({"text": "t", column: value})[0].content == "t"
+
+
+@pytest.mark.parametrize(
+    ("values", "columns", "messages"),
+    [
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, {"completion": "chosen"}, (user("p"), assistant("c"))),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 5}, {"completion": "chosen"}, (user("p"), assistant("c"))),
+        ({"chosen": PAIRS[4]["messages"], "rejected": []}, {"messages": "chosen"}, (user("q"), assistant("a"))),
+        ({"question": "q", "label": "4"}, {"answer": "label"}, (user("q"), assistant("4"))),
+    ],
+)  # fmt: skip
+def test_the_answers_to_learn_may_be_named(values, columns, messages):
+    row = rows.Row(rows.Place("rows.jsonl", 7), values)
+    assert rows.to_conversation(row, rows.detect(row, columns), columns).messages == messages
+
+
+@pytest.mark.parametrize(
+    ("values", "target"),
+    [
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "completion"), ({"chosen": "c", "rejected": "r"}, "completion"),
+        ({"chosen": [{"role": "user", "content": "q"}], "rejected": []}, "messages"), ({**PAIRS[4], "chosen": [], "rejected": []}, "messages"),
+    ],
+)  # fmt: skip
+def test_preference_rows_are_named_with_what_to_do(values, target):
+    says = refused(values)
+    assert "belongs to preference rows (DPO, reward models), which cannot be trained on yet" in says
+    assert f"write data.columns: {{{target}: chosen}}" in says
+
+
+def test_columns_that_only_later_rows_have_are_counted_and_refused(tmp_path):
+    late = [QA] * 30 + [{**QA, "note": "x"}] * 3 + [{**QA, "source": "s", "note": "x", "empty": "", "null": None}]
+    problems, unread = rows.Problems(), Counter()
+    path = str(write_jsonl(tmp_path / "r.jsonl", late))
+    assert len(list(rows.conversations([path], "auto", {}, "line", None, problems, unread))) == 34
+    assert unread == {"note": 4, "source": 1}
+    path = str(write_jsonl(tmp_path / "r.jsonl", [QA] * 30 + [{**QA, "label": False}]))
+    with pytest.raises(DataError, match=r"r\.jsonl:31: column 'label' \(false\) says how good"):
+        rows.check([path], "auto", {}, "line", None)
+
+
+def test_of_a_column_and_its_alias_one_is_read(tmp_path):
+    path = str(write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p", "completion": "c", "response": "r"}]))
+    unread = Counter()
+    list(rows.conversations([path], "auto", {}, "line", None, rows.Problems(), unread))
+    assert unread == {"response": 1}
+
+
+def test_a_mapped_column_that_no_row_has_is_refused(tmp_path):
+    """The input of an instruction may be missing in some rows, but not in all."""
+    path = str(write_jsonl(tmp_path / "r.jsonl", [{"instruction": "i", "output": "o", "Context": "x"}] * 3))
+    with pytest.raises(ConfigError, match=r"data\.columns: input: no row has a column 'context'"):
+        rows.check([path], "auto", {"input": "context"}, "line", None)
+    rows.check([path], "auto", {"input": "Context"}, "line", None)
+
+
+@pytest.mark.parametrize(
+    "theirs", ["customer question", "Customer Questions", " Customer Question ", "CustomerQuestion"]
+)
+def test_a_mapped_name_that_is_misspelt_comes_with_the_nearest(theirs):
+    row = rows.Row(rows.Place("rows.csv", 2), {"Customer Question": "q", "answer": "a"})
+    with pytest.raises(DataError, match="data.columns: question: no column .*; did you mean 'Customer Question'"):
+        rows.detect(row, {"question": theirs})
+
+
+def test_sharegpt_is_read():
+    turns = [("system", "s"), ("human", "q"), ("gpt", "a"), ("user", "r"), ("assistant", "b")]
+    values = {"conversations": [{"from": name, "value": text} for name, text in turns]}
+    assert converse(values) == (system("s"), user("q"), assistant("a"), user("r"), assistant("b"))
+    values["conversations"][2]["weight"] = 0
+    assert "message 3 of 'conversations' has 'weight', which would be ignored" in refused(values)
+
+
+def test_half_of_a_character_in_the_name_of_a_column_can_be_shown(tmp_path):
+    for values in ({"question": "q", "\ud83d": "a"}, {**QA, "\ud83d": "a", "answer": None}):
+        refused(values, "question_answer").encode()
+    with pytest.raises(DataError) as caught:
+        rows.detect(rows.Row(rows.Place("rows.jsonl", 1), {"\ud83d": "a"}))
+    str(caught.value).encode()
+
+
+def test_whatever_is_wrong_is_said_in_short():
+    long = "word " * 100_000
+    message = {"role": "user", "content": "q"}
+    for values in (
+        {long: 1}, {**{f"{n}{long}": n for n in range(30)}}, {"question": [long], "answer": "a"}, {"messages": [{"role": long, "content": "q"}]},
+        {"messages": [{long: "x"}]}, {"messages": [message, {"role": "assistant", "content": "a", "weight": long}]}, {**QA, "label": [0] * 100_000},
+        {"messages": [{"from": long, "value": "q"}]}, {"messages": [message] * 50_000},
+    ):  # fmt: skip
+        assert len(refused(values)) < 3_000
 
 
 # Rows that cannot be learned from.
@@ -497,6 +308,12 @@ def test_columns_that_fit_no_format_are_told_the_formats_and_how_to_map(values, 
     assert str(sorted(values)) in message
     assert "question_answer: question, answer" in message
     assert "data.columns, for example {question: Patient, answer: Doctor}" in message
+
+
+def test_a_table_without_a_header_is_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("What is 1+1?,2\nWhat is 2+2?,4\n")
+    with pytest.raises(DataError, match="the first line should name the columns"):
+        rows.detect_format([str(tmp_path / "rows.csv")], "line", {})
 
 
 @pytest.mark.parametrize("format", rows.FORMATS)
@@ -564,7 +381,10 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"messages": "hello"}, "column 'messages' should be a list of messages, got hello"),
         ({"messages": None}, "column 'messages' should be a list of messages, got null"),
         ({"messages": ["hello"]}, "message 1 of 'messages' should have role and content, got hello"),
-        ({"conversations": [{"from": "human", "value": "x"}]}, "message 1 of 'conversations' should have role and content"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "the conversation ends with the user"),
+        ({"conversations": [{"from": "human", "value": None}]}, "message 1 of 'conversations' (user) should have text as content, got null"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "message 1 of 'conversations' comes from 'observation'; those of ShareGPT that can be read are human,"),
+        ({"conversations": [{"from": "human"}]}, "message 1 of 'conversations' should have role and content"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}, "message 2 of 'messages' (assistant) should have text as content"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1 of 'messages' (user) should have text as content, got null"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "(user) should have text as content, got [{"),
@@ -578,47 +398,6 @@ def test_a_long_value_is_shown_in_short():
     assert len(refused({"question": "q", "answer": ["x" * 10_000]})) < 300
 
 
-# What is trained on is not evaluated on.
-
-
-def test_sources_are_lists_of_names(tmp_path):
-    a, b = (str(write_jsonl(tmp_path / f"{n}.jsonl", [{"text": n}])) for n in "ab")
-    assert [list(names) for names in rows.sources(a, None)] == [[a], []]
-    assert [list(names) for names in rows.sources([a], b)] == [[a], [b]]
-    assert [list(names) for names in rows.sources([a, b], None)] == [[a, b], []]
-
-
-@pytest.mark.parametrize("copied", [False, True], ids=["the same file", "a copy under another name"])
-def test_the_same_rows_for_training_and_evaluation_are_refused(tmp_path, copied):
-    train = write_jsonl(tmp_path / "train.jsonl", [QA])
-    evaluation = write_jsonl(tmp_path / "dev.jsonl", [QA]) if copied else train
-    with pytest.raises(DataError) as caught:
-        rows.sources([str(train)], [str(evaluation)])
-    assert str(caught.value).startswith(f"data.eval: {evaluation} holds the same rows as data.train {train}; ")
-    assert "cannot be evaluated on" in str(caught.value)
-
-
-def test_the_same_rows_given_twice_are_refused(tmp_path):
-    path = str(write_jsonl(tmp_path / "train.jsonl", [QA]))
-    with pytest.raises(DataError, match=r"data\.train: .* holds the same rows as .*, nor be given twice"):
-        rows.sources([path, path], None)
-
-
-def test_no_training_file_at_all_is_refused():
-    with pytest.raises(DataError, match=r"data\.train: the list is empty; name at least one file"):
-        rows.sources([], None)
-
-
-def test_a_fingerprint_changes_with_any_byte(tmp_path):
-    path = tmp_path / "rows.txt"
-    path.write_text("abc")
-    before = rows.fingerprint(str(path))
-    path.write_text("abd")
-    assert rows.fingerprint(str(path)) != before
-    path.write_text("abc")
-    assert rows.fingerprint(str(path)) == before
-
-
 @pytest.mark.parametrize(
     ("name", "format", "count"),
     [
@@ -629,7 +408,7 @@ def test_a_fingerprint_changes_with_any_byte(tmp_path):
 )
 def test_real_rows_become_conversations(real_data, name, format, count):
     source = str(real_data / name)
-    conversations = [rows.to_conversation(row, rows.detect(row), {}) for row in rows.read(source)]
+    conversations = [rows.to_conversation(row, rows.detect(row), {}) for row in readers.read(source)]
     assert rows.detect_format([source], "line", {}) == format
     assert len(conversations) == count or count is None
     assert all(conversation.messages[-1].supervised for conversation in conversations)

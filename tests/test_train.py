@@ -14,6 +14,7 @@ from conftest import TINY_LLAMA, losses, pairs, read_jsonl, write_jsonl
 from finetune import config as configs
 from finetune.errors import (
     CheckpointError,
+    ConfigError,
     DataError,
     ModelError,
     RunDirectoryError,
@@ -162,12 +163,49 @@ def test_evaluating_on_training_rows_is_refused_or_told(workshop, capsys, copied
         assert "43 examples; 3 of them are also trained on" in capsys.readouterr().err
 
 
-def test_the_summary_says_what_is_not_read_and_what_will_teach_nothing(workshop, capsys):
-    path = write_jsonl(workshop.folder / "more.jsonl", [row | {"category": "c"} for row in pairs()])
-    workshop.train(data__train=str(path))
+def test_the_summary_says_what_is_read_what_is_not_and_what_will_teach_nothing(workshop, capsys):
+    folder = workshop.folder / "folder"
+    folder.mkdir()
+    values = pairs(20)
+    write_jsonl(folder / "train.jsonl", [*values[:15], *(row | {"category": "c"} for row in values[15:])])
+    (folder / "more.csv").write_text("question;answer\nwhy;because\n")
+    write_jsonl(folder / "test.jsonl", [{"question": "new", "answer": "new"}])
+    workshop.train(data__train=str(folder), data__eval=str(folder / "test.jsonl"))
     says = capsys.readouterr().err
-    assert "not read    columns category" in says
-    assert "5 steps will teach next to nothing" in says
+    assert "data        21 rows -> " in says
+    assert f"files       {folder}/more.csv (separated by a semicolon), {folder}/train.jsonl\n" in says
+    assert f"eval files  {folder}/test.jsonl\n" in says
+    assert "not read    columns category (5 rows)\n" in says
+    assert f"note        data.train does not read {folder}/test.jsonl (named as test rows)\n" in says
+    assert "3 steps will teach next to nothing" in says
+
+
+def test_text_unit_is_for_the_text_files_of_a_folder(workshop):
+    folder = workshop.folder / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep/a.txt").write_text("one\ntwo\n\nthree " * 5)
+    run = workshop.train(data__train=str(folder), data__text_unit="file", objective__kind="clm", train__max_steps=1)
+    assert json.loads((run / "receipt.json").read_text())["train_data"]["rows"] == 1
+    write_jsonl(folder / "deep/rows.jsonl", [{"text": "x"}])
+    (folder / "deep/a.txt").unlink()
+    with pytest.raises(ConfigError, match="data.text_unit: would be ignored: no source is a .txt file"):
+        workshop.check(data__train=str(folder), data__text_unit="file", objective__kind="clm")
+
+
+def test_rows_are_looked_at_before_anything_is_fetched(workshop):
+    """Without the Hub, what is wrong with rows can be mended all the same."""
+    hub = {
+        "model__init": "pretrained",
+        "model__config": None,
+        "model__path": "owner/no-such-model",
+        "model__tokenizer": None,
+    }
+    write_jsonl(workshop.rows, [*pairs(), {"question": "q", "answer": ""}])
+    with pytest.raises(DataError, match=r"rows.jsonl:41: column 'answer' is empty"):
+        workshop.check(**hub)
+    write_jsonl(workshop.rows, pairs())
+    with pytest.raises(ModelError, match="owner/no-such-model"):
+        workshop.check(**hub)
 
 
 def test_check_of_an_existing_run_looks_at_the_data_first(workshop):

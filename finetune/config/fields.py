@@ -105,7 +105,7 @@ class Data(Section):
     """What is learned from, and how rows become sequences."""
 
     train: str | list[str]
-    """Training rows: files (.jsonl .json .csv .parquet .txt), or Hub names as owner/name[:split]."""
+    """Training rows: files (.jsonl .json .csv .tsv .parquet .txt), folders, globs, or Hub names as owner/name[:split]."""
     max_rows: Positive | None = None
     """Train on so many rows, drawn by run.seed; null: all."""
     eval: str | list[str] | None = None

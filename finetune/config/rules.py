@@ -66,7 +66,7 @@ def _data_conflicts(config: Config) -> Iterator[str]:
                 f"did you mean {near[0]}?" if near else f"the columns are {', '.join(COLUMNS)}"
             )
     sources = [*_listed(data.train), *_listed(data.eval)]
-    if not any(source.lower().endswith(".txt") for source in sources):
+    if not any(_may_hold_text(source) for source in sources):
         yield from _ignored(data, "data", ("text_unit",), "no source is a .txt file")
     if data.eval is not None:
         yield from _ignored(data, "data", ("eval_fraction",), "data.eval gives the evaluation rows")
@@ -154,6 +154,12 @@ def _optimizer_conflicts(config: Config) -> Iterator[str]:
         yield "optimizer.kind: adafactor steps in proportion to the size of a weight, and half of an adapter starts at 0; use adamw_8bit"
     if config.adapter.kind == "full":
         yield from _ignored(optimizer, "optimizer", ("lora_plus_ratio",), "adapter.kind: full has no adapter")
+
+
+def _may_hold_text(source: str) -> bool:
+    """A .txt file, or a folder or a glob, whose files are looked at later."""
+    is_many = os.path.isdir(os.path.expanduser(source)) or set(source) & set("*?[")
+    return bool(is_many) or source.lower().endswith((".txt", ".txt.gz"))
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

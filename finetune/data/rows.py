@@ -1,45 +1,18 @@
-"""Find and read rows, and turn each into a Conversation. Knows the file and line of every row.
+"""Turn rows into conversations: which columns are read, and what is wrong with a row."""
 
-JSON Lines, JSON, CSV and text are read record by record with the standard library, because an
-error must name its line and "42" in a CSV must stay text; Parquet is read by pyarrow,
-folders and Hub names by `datasets`.
-"""
-
-import codecs
-import csv
-import hashlib
-import json
-import os
+import difflib
+import functools
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from finetune import failures
+from finetune.data import readers
+from finetune.data.readers import Place, Row, list_columns, printable, short
 from finetune.errors import ConfigError, DataError
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a row stands. `line` and `row` are counted from 1; row is 0 where each row has a line of its own."""
-
-    source: str
-    line: int
-    row: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.line}" + (f" (row {self.row})" if self.row else "")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record of a user's file."""
-
-    place: Place
-    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,115 +44,55 @@ FORMATS: dict[str, tuple[str, ...]] = {
 # Other names in common use for a column.
 ALIASES = {"response": ("completion", "output"), "conversations": ("messages",)}
 ROLES = ("system", "user", "assistant")
+# How ShareGPT calls them; its messages have `from` and `value`.
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# Words in the name of a column that says how good an answer is, where its values are numbers, yes or no.
+VERDICTS = set(
+    "accepted approved bad chosen correct correctness desirable dislike dislikes downvotes feedback good grade harmful harmless helpful "
+    "helpfulness incorrect label labels like likes liked preference preferred quality rank rating ratings rejected reward rewards "
+    "safe score scores stars thumb thumbs toxic toxicity upvotes verdict vote votes weight winner wrong".split()
+)
+VERDICT_VALUES = set(
+    "true false yes no good bad correct incorrect right wrong pass fail accepted rejected chosen up down".split()
+)
 # Keys of a message that other tools give a meaning, and that would be lost here.
 MEANINGFUL_KEYS = ("weight", "train", "tool_calls", "function_call", "thinking", "reasoning_content", "reasoning")
-_CONTENT: dict[str, str] = {}  # folder -> its fingerprint when it was last asked for; hashing one takes a while
-csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a book
-
-
-def read(source: str, text_unit: str = "line") -> Iterator[Row]:
-    """Rows of one source, in order. Raises DataError naming file and line."""
-    readers: dict[str, Callable[[str], Iterator[Row]]] = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-        ".txt": lambda name: _read_text(name, text_unit),
-    }
-    suffix = Path(source).suffix.lower()
-    reader: Callable[[str], Iterator[Row]] = _read_with_datasets
-    if os.path.isdir(source) or (not os.path.exists(source) and _is_hub_name(source)):
-        pass
-    elif not os.path.exists(source):
-        raise _absent(source)
-    elif suffix not in readers:
-        raise DataError(f"{source}: unknown file type {suffix!r}; use one of {' '.join(readers)}")
-    else:
-        reader = readers[suffix]
-    empty = True
-    try:
-        for row in reader(source):
-            empty = False
-            yield row
-    except OSError as exc:
-        failures.reraise(exc, f"{source}: cannot be read now")
-        raise DataError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
-    if empty:
-        raise DataError(f"{source}: holds no rows; is it the right file?")
-
-
-def _absent(source: str) -> DataError:
-    return DataError(
-        f"{source or '(empty name)'}: no such file; data.train and data.eval take files, or Hub names as owner/name[:split]"
-    )
-
-
-def sources(train: str | list[str], evaluation: str | list[str] | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Training and evaluation sources, name -> hash of content. Raises DataError if one is both, or is named twice."""
-    train_files = [train] if isinstance(train, str) else train
-    eval_files = [evaluation] if isinstance(evaluation, str) else evaluation or []
-    if not train_files:
-        raise DataError("data.train: the list is empty; name at least one file")
-    known: dict[str, str] = {}
-    found: tuple[dict[str, str], dict[str, str]] = ({}, {})
-    for own, key, names in ((found[0], "data.train", train_files), (found[1], "data.eval", eval_files)):
-        for name in names:
-            content = fingerprint(name)
-            if content in known:
-                raise DataError(
-                    f"{key}: {name} holds the same rows as {known[content]}; what is trained on cannot be evaluated on, nor be given twice"
-                )
-            known[content] = f"{key} {name}"
-            own[name] = content
-    return found
+MOST_PROBLEMS = 10  # shown one by one; more are summed up by kind
 
 
 def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str]) -> str:
     """The one format of all sources, each from its first row. Raises DataError if they differ: a template fits one."""
-    found = {source: detect(next(read(source, text_unit)), columns) for source in sources}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{source}: {format}" for source, format in found.items())
-        raise DataError(f"the files hold rows of different formats ({listed}); bring them into one")
-    return found[sources[0]]
-
-
-def fingerprint(source: str) -> str:
-    """Hash of what a source holds; changes when any byte of it does."""
-    try:
-        if os.path.isfile(source):
-            with open(source, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        if os.path.isdir(source):
-            digest = hashlib.sha256()
-            for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
-                inside = path.relative_to(source)
-                if not any(part.startswith(".") for part in inside.parts):  # .git and .cache are no rows
-                    digest.update(f"{inside} {fingerprint(str(path))}\n".encode())
-            _CONTENT[source] = digest.hexdigest()
-            return _CONTENT[source]
-    except OSError as exc:
-        failures.reraise(exc, f"{source}: cannot be read now")
-        raise DataError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
-    if _is_hub_name(source):
-        return str(_load_dataset(source)._fingerprint)
-    raise _absent(source)
+    found: dict[str, list[str]] = {}
+    for source in sources:
+        found.setdefault(detect(next(readers.read(source, text_unit)), columns), []).append(printable(source))
+    if len(found) > 1:
+        listed = "; ".join(
+            f"{format}: {', '.join(files[:3])}" + (f" and {len(files) - 3:,} others" if len(files) > 3 else "")
+            for format, files in found.items()
+        )
+        raise DataError(
+            f"the files hold rows of different formats ({listed}); bring them into one, or list those to read"
+        )
+    return next(iter(found))
 
 
 def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({})) -> str:
     """Format of the rows, from the columns of the first one. `columns` maps our name to the file's."""
-    names = set(row.values) | {name for column in row.values for name in ALIASES.get(column, ())}
-    names |= {ours for ours, theirs in columns.items() if theirs in row.values}
+    present = set(row.values) | {name for column in row.values for name in ALIASES.get(column, ())}
+    present |= {ours for ours, theirs in columns.items() if theirs in row.values}
     for name, needed in FORMATS.items():
-        if names.issuperset(needed):
+        if present.issuperset(needed):
             return name
-    if len(row.values) == 1 and (other := re.search(r"[;\t|]", next(iter(row.values)))):
-        raise DataError(
-            f"{row.place}: a single column {next(iter(row.values))!r}; is it separated by {other[0]!r}? Use commas"
-        )
+    for ours, theirs in columns.items():
+        if theirs not in row.values:
+            raise DataError(f"{row.place}: data.columns: {ours}: {_no_column(row, theirs)}")
+    _require_no_verdict(row, set(columns.values()))
     shapes = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
+    is_table = row.place.source.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
     raise DataError(
-        f"{row.place}: columns {sorted(row.values)} fit no format ({shapes}); "
-        "rename them, or map them with data.columns, for example {question: Patient, answer: Doctor}"
+        f"{row.place}: columns {list_columns(sorted(row.values))} fit no format ({shapes}); "
+        + ("the first line should name the columns; " if is_table else "")
+        + "rename them, or map them with data.columns, for example {question: Patient, answer: Doctor}"
     )
 
 
@@ -196,6 +109,8 @@ def to_conversation(
         raise ConfigError(
             f"data.columns: {unused[0]} is no column of format {format}, whose columns are {', '.join(known)}; remove it"
         )
+    if format != "text" or "rejected" in row.values:
+        _require_no_verdict(row, read_columns(row, format, columns))
     if format == "text":
         return Conversation((Message("text", cell("text"), supervised=True),), row.place)
     if format == "messages":
@@ -210,14 +125,183 @@ def to_conversation(
     return Conversation(tuple(messages), row.place)
 
 
-def unused_columns(source: str, text_unit: str, format: str, columns: Mapping[str, str]) -> list[str]:
-    """Columns of a source's first row that its format does not read."""
-    row = next(read(source, text_unit))
-    return sorted(set(row.values) - {columns.get(name) or _present(row, name) for name in _columns_of(format)})
+class Problems:
+    """What is wrong with rows. All are read before anything is said, so that one start shows every kind of mistake."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        """Rows read, right or wrong."""
+        self._first: list[str] = []
+        self._kinds: dict[str, list[str]] = {}  # kind -> its first messages
+        self._counts: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._counts.total()
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Take down a DataError of the block, and go on."""
+        try:
+            yield
+        except DataError as exc:
+            self.note(str(exc))
+
+    def note(self, message: str, kind: str | None = None) -> None:
+        """`message` begins with the place. Its kind is by default the message without place, numbers and values."""
+        kind = kind or re.sub(
+            r"\d+", "#", re.split(r", got |; this row has |: it renders ", message.partition(": ")[2])[0]
+        )
+        self._counts[kind] += 1
+        for kept in (self._first, self._kinds.setdefault(kind, [])):
+            if len(kept) < MOST_PROBLEMS:
+                kept.append(message)
+
+    def count(self, kind: str) -> int:
+        return self._counts[kind]
+
+    def tell(self, sums: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Raise DataError if anything was noted: each row, or if there are many, each kind. `sums`: what to say of a kind."""
+        if not self:
+            return
+        if len(self) == 1:
+            raise DataError(self._first[0])
+        lines = self._first
+        if len(self) > MOST_PROBLEMS:
+            kinds = self._counts.most_common()
+            lines = [sums.get(kind) or self._sum(kind, count) for kind, count in kinds[:MOST_PROBLEMS]]
+            if len(kinds) > MOST_PROBLEMS:
+                lines.append(f"and {len(kinds) - MOST_PROBLEMS:,} more kinds of mistakes")
+        listed = "".join(f"\n  {line}" for line in lines)
+        raise DataError(f"{len(self):,} of {max(len(self), self.num_rows):,} rows are wrong:{listed}")
+
+    def _sum(self, kind: str, count: int) -> str:
+        first, *others = self._kinds[kind]
+        if count == 1:
+            return first
+        file = first.partition(": ")[0].rpartition(":")[0]
+        places = [other.partition(": ")[0].removeprefix(f"{file}:") for other in others]
+        return f"{first} ({count - 1:,} more like it: {', '.join(places)}{', ...' if count > len(places) + 1 else ''})"
+
+
+def conversations(
+    sources: Sequence[str],
+    format: str,
+    columns: Mapping[str, str],
+    text_unit: str,
+    system_prompt: str | None,
+    problems: Problems,
+    unread: "Counter[str] | None" = None,
+) -> Iterator[Conversation]:
+    """Rows of all sources as conversations; `format` may be auto.
+
+    What is wrong with rows goes into `problems`, and into `unread` how many rows have a column that is not read.
+    Raises ConfigError if no row has a column that `columns` names.
+    """
+    missing = dict(columns)
+    for source in sources:
+        with problems.noted():  # a file that is broken is read no further
+            own = format
+            for row in readers.read(source, text_unit):
+                problems.num_rows += 1
+                if own == "auto":
+                    own = detect(row, columns)
+                for ours in [ours for ours, theirs in missing.items() if theirs in row.values]:
+                    del missing[ours]
+                if unread is not None:
+                    others = row.values.keys() - read_columns(row, own, columns)
+                    unread.update(name for name in others if row.values[name] not in (None, ""))
+                conversation = None
+                with problems.noted():
+                    conversation = to_conversation(row, own, columns, system_prompt)
+                if conversation:
+                    yield conversation
+    if missing and not problems:
+        ours, theirs = next(iter(missing.items()))
+        raise ConfigError(
+            f"data.columns: {ours}: no row has a column {short(theirs)!r}; correct the name, or remove it"
+        )
+
+
+def check(
+    sources: Sequence[str],
+    format: str,
+    columns: Mapping[str, str],
+    text_unit: str,
+    system_prompt: str | None,
+    most: int = 10_000,
+) -> None:
+    """Raise DataError for rows that are wrong whatever the tokenizer, so that nothing is fetched before they are mended.
+
+    Looks at the first `most` rows, and at all of them once one is wrong; the rest is looked at when it is tokenised.
+    """
+    problems = Problems()
+    for number, _ in enumerate(conversations(sources, format, columns, text_unit, system_prompt, problems), 1):
+        if number >= most and not problems:
+            return
+    problems.tell()
 
 
 def _columns_of(format: str) -> tuple[str, ...]:
     return (*FORMATS[format], "input") if format == "instruction" else FORMATS[format]
+
+
+def read_columns(row: Row, format: str, columns: Mapping[str, str]) -> set[str]:
+    """The row's own names of the columns that its format reads."""
+    return {columns.get(name) or _present(row, name) for name in _columns_of(format)}
+
+
+def _require_no_verdict(row: Row, read: Set[str]) -> None:
+    """Raise DataError for a column that says how good the answer is: without it bad answers are learned as right ones."""
+    if "chosen" in read:
+        return  # the user has said which answers to learn
+    for column in ("rejected", "chosen"):
+        if row.values.get(column) is not None:
+            target = (
+                "messages"
+                if isinstance(row.values["chosen" if "chosen" in row.values else column], list)
+                else "completion"
+            )
+            raise DataError(
+                f"{row.place}: column {column!r} belongs to preference rows (DPO, reward models), which cannot be trained on yet; "
+                f"to learn the chosen answers alone, write data.columns: {{{target}: chosen}}, or drop the column"
+            )
+    for column in _verdict_columns(tuple(row.values)):
+        if column not in read and _is_verdict(row.values[column]):
+            raise DataError(
+                f"{row.place}: column {column!r} ({short(row.values[column])}) says how good an answer is, and every answer would be "
+                "learned as a right one; such rows are for preference, KTO or reward training, which is not there yet: keep the "
+                f"good rows and drop the column, or call it '_{column}' if it says something else"
+            )
+
+
+@functools.lru_cache(1_000)
+def _verdict_columns(columns: tuple[str, ...]) -> list[str]:
+    """Columns whose name holds a word of VERDICTS, as is_good, rewardScore, score_2; not those that begin with _."""
+    split = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+    return [
+        column
+        for column in columns
+        if not column.startswith("_") and VERDICTS & {word.lower() for word in split.findall(column[:200])}
+    ]
+
+
+def _is_verdict(value: Any) -> bool:
+    if isinstance(value, str):
+        text = value.strip().lower()
+        return bool(re.fullmatch(r"[+-]?\d*[.,]?\d+(e[+-]?\d+)?", text)) or text in VERDICT_VALUES
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_verdict, value))
+    return isinstance(value, (bool, int, float))
+
+
+def _no_column(row: Row, column: str) -> str:
+    known = {name.strip().lower(): name for name in row.values if len(name) <= 200}
+    near = difflib.get_close_matches(column.strip().lower()[:200], known, n=1)
+    return (
+        f"no column {short(column)!r}; "
+        + (f"did you mean {known[near[0]]!r}? " if near else "")
+        + f"this row has {list_columns(sorted(row.values))}"
+    )
 
 
 def _present(row: Row, name: str) -> str:
@@ -231,10 +315,10 @@ def _present(row: Row, name: str) -> str:
 
 def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
     if column not in row.values:
-        raise DataError(f"{row.place}: no column {column!r}; this row has {sorted(row.values)}")
+        raise DataError(f"{row.place}: {_no_column(row, column)}")
     value = row.values[column]
     if not isinstance(value, str):
-        raise DataError(f"{row.place}: column {column!r} should be text, got {_short(value)}; write it as a string")
+        raise DataError(f"{row.place}: column {column!r} should be text, got {short(value)}; write it as a string")
     _require_unicode(f"{row.place}: column {column!r}", value)
     if not may_be_empty and not value.strip():
         raise DataError(f"{row.place}: column {column!r} is empty; fill it or remove the row")
@@ -253,26 +337,32 @@ def _require_unicode(where: str, text: str) -> None:
 def _messages(row: Row, column: str) -> list[Message]:
     """Check and convert a list of turns: system first if at all, then user and assistant in turn."""
     if column not in row.values:
-        raise DataError(f"{row.place}: no column {column!r}; this row has {sorted(row.values)}")
+        raise DataError(f"{row.place}: {_no_column(row, column)}")
     turns = row.values[column]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.place}: column {column!r} should be a list of messages, got {_short(turns)}")
+        raise DataError(f"{row.place}: column {column!r} should be a list of messages, got {short(turns)}")
     messages = []
     for number, turn in enumerate(turns, 1):
         where = f"{row.place}: message {number} of {column!r}"
-        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-            raise DataError(f"{where} should have role and content, got {_short(turn)}")
+        if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and not {"role", "content"} & turn.keys():
+            if turn["from"] not in SHAREGPT_ROLES:
+                raise DataError(
+                    f"{where} comes from {short(turn['from'])!r}; those of ShareGPT that can be read are {', '.join(SHAREGPT_ROLES)}"
+                )
+            turn = {**turn, "role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            raise DataError(f"{where} should have role and content, got {short(turn)}")
         role, content = turn["role"], turn["content"]
         if ignored := sorted(
-            key for key in set(turn) & set(MEANINGFUL_KEYS) if turn[key] not in (None, [], "", 1, 1.0, True)
+            key for key in turn.keys() & set(MEANINGFUL_KEYS) if turn[key] not in (None, [], "", 1, 1.0, True)
         ):
             raise DataError(
                 f"{where} has {ignored[0]!r}, which would be ignored; remove it, or write it into the content"
             )
         if role not in ROLES:
-            raise DataError(f"{where} has role {role!r}; roles are {', '.join(ROLES)}")
+            raise DataError(f"{where} has role {short(repr(role))}; roles are {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
-            raise DataError(f"{where} ({role}) should have text as content, got {_short(content)}")
+            raise DataError(f"{where} ({role}) should have text as content, got {short(content)}")
         _require_unicode(where, content)
         messages.append(Message(role, content, supervised=role == "assistant"))
     spoken = [message.role for message in messages if message.role != "system"]
@@ -285,168 +375,6 @@ def _messages(row: Row, column: str) -> list[Message]:
             else ""
         )
         raise DataError(
-            f"{row.place}: {ends}roles should be user, assistant, user, assistant, ..., got {', '.join(spoken) or 'none'}"
+            f"{row.place}: {ends}roles should be user, assistant, user, assistant, ..., got {short(', '.join(spoken)) or 'none'}"
         )
     return messages
-
-
-def _lines(source: str) -> Iterator[tuple[int, str]]:
-    with open(source, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield number, raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-            except UnicodeDecodeError as exc:
-                raise DataError(
-                    f"{source}:{number}: byte {raw[exc.start]:#04x} at position {exc.start + 1} is not UTF-8; "
-                    "save the file as UTF-8"
-                ) from exc
-
-
-def _record(place: Place, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: a row should be an object like {{...}}, got {_short(value)}")
-    return Row(place, value)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, without silent duplicate keys."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return values
-
-
-def _read_jsonl(source: str) -> Iterator[Row]:
-    for number, line in _lines(source):
-        if line.strip():
-            try:
-                value = json.loads(line, object_pairs_hook=_object)
-            except (ValueError, RecursionError) as exc:
-                why = f"{exc.msg} at character {exc.pos + 1}" if isinstance(exc, json.JSONDecodeError) else str(exc)
-                raise DataError(
-                    f"{source}:{number}: broken JSON: {why}: {_short(line.strip())}; correct or remove it"
-                ) from exc
-            yield _record(Place(source, number), value)
-
-
-def _read_json(source: str) -> Iterator[Row]:
-    """A list of objects; a row's line is that of its opening brace."""
-    text = "".join(line for _, line in _lines(source))
-    decoder, position, line = json.JSONDecoder(object_pairs_hook=_object), len(text) - len(text.lstrip()), 1
-    line += text.count("\n", 0, position)
-
-    def skip(to: int) -> None:
-        nonlocal position, line
-        while to < len(text) and text[to] in " \t\r\n":
-            to += 1
-        line += text.count("\n", position, to)
-        position = to
-
-    if not text[position : position + 1] == "[":
-        raise DataError(
-            f"{source}:{line}: a .json file should hold a list of rows, [ {{...}}, ... ]; one object per line is .jsonl"
-        )
-    skip(position + 1)
-    number = 0
-    while text[position : position + 1] != "]":
-        number += 1
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as exc:
-            raise DataError(f"{source}:{exc.lineno}: broken JSON: {exc.msg} at column {exc.colno}; correct it") from exc
-        except (ValueError, RecursionError) as exc:
-            raise DataError(f"{Place(source, line, number)}: broken JSON: {exc}; correct it") from exc
-        yield _record(Place(source, line, number), value)
-        skip(end)
-        separator = text[position : position + 1]
-        if separator == ",":
-            skip(position + 1)
-            if text[position : position + 1] == "]":
-                raise DataError(f"{source}:{line}: broken JSON: a row should follow the last comma; remove the comma")
-        elif separator != "]":
-            raise DataError(f"{source}:{line}: broken JSON: expected , or ] after a row, got {separator!r}")
-    skip(position + 1)
-    if position < len(text):
-        raise DataError(
-            f"{source}:{line}: broken JSON: the list of rows has ended, but there is {_short(text[position:])}; write one list"
-        )
-
-
-def _read_csv(source: str) -> Iterator[Row]:
-    reader, start = csv.reader((line for _, line in _lines(source)), strict=True), 1
-    try:
-        header = next((cells for cells in reader if cells), None)
-        if not header:
-            return
-        if len(set(header)) < len(header):
-            raise DataError(f"{source}:{reader.line_num}: the header names a column twice: {header}; rename one")
-        start = reader.line_num + 1
-        for cells in reader:
-            if cells and len(cells) != len(header):
-                raise DataError(
-                    f"{source}:{start}: {len(cells)} cells, but the header names {len(header)} columns {header}"
-                )
-            if cells:
-                yield Row(Place(source, start), dict(zip(header, cells)))
-            start = reader.line_num + 1
-    except csv.Error as exc:
-        raise DataError(f"{source}:{start}: broken CSV: {exc}; check the quotes of the row that begins here") from exc
-
-
-def _read_text(source: str, unit: str) -> Iterator[Row]:
-    start, block = 1, ""
-    for number, line in _lines(source):
-        boundary = unit == "line" or (unit == "paragraph" and not line.strip())
-        block += line if unit != "paragraph" or line.strip() else ""
-        if boundary:
-            if block.strip():
-                yield Row(Place(source, start), {"text": block.strip("\r\n")})
-            start, block = number + 1, ""
-    if block.strip():
-        yield Row(Place(source, start), {"text": block.strip("\r\n")})
-
-
-def _read_parquet(source: str) -> Iterator[Row]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        number = 0
-        for batch in parquet.ParquetFile(source).iter_batches(batch_size=1_000):
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(Place(source, number), values)
-    except ArrowException as exc:
-        raise DataError(f"{source}: no whole Parquet file: {exc}") from exc
-
-
-def _read_with_datasets(source: str) -> Iterator[Row]:
-    for number, values in enumerate(_load_dataset(source), 1):
-        yield Row(Place(source, number), values)
-
-
-def _load_dataset(source: str) -> Any:
-    """A folder, or a Hub name with an optional :split, as a datasets.Dataset."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    # datasets knows a folder again by times and sizes; here it is by content.
-    content = (_CONTENT.get(source) or fingerprint(source)) if os.path.isdir(source) else None
-    cache = os.path.join(datasets.config.HF_DATASETS_CACHE, content) if content else None
-    name, _, split = source.partition(":") if cache is None else (source, "", "")
-    try:
-        return datasets.load_dataset(name, split=split or "train", cache_dir=cache)
-    except Exception as exc:  # datasets raises a dozen kinds, many of them plain ValueError and OSError
-        failures.reraise(exc, f"{source}: datasets cannot load it now")
-        raise DataError(f"{source}: datasets cannot load it: {type(exc).__name__}: {exc}") from exc
-
-
-def _is_hub_name(source: str) -> bool:
-    name = source.partition(":")[0]
-    is_file = Path(name).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".txt")
-    return name.count("/") == 1 and not is_file and not name.startswith((".", "/", "~"))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
-    return f"{text[:80]}..." if len(text) > 80 else text

@@ -11,10 +11,11 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,19 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from finetune import failures
-from finetune.data import rows
-from finetune.data.rows import Conversation, Place
+from finetune.data import readers, rows
+from finetune.data.rows import Conversation, Place, Problems
 from finetune.data.templates import Segment, Template
 from finetune.errors import DataError, ModelError
 
-CACHE_VERSION = 2  # raise it when the same input should give other tokens than before
+CACHE_VERSION = 3  # raise it when the same input should give other tokens than before
 ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
-MOST_PROBLEMS = 10  # told at once
+# The tokenizer takes up to 300 bytes of memory for a character: 1 GB for this many at once, 15 GB for a row of 50 MB.
+CHARACTERS_AT_ONCE = 1 << 21
+WINDOW = 1 << 20  # characters of a longer text that are tokenised together
+OVERLAP = 1 << 14  # by which two windows overlap
+AGREED = 32  # tokens that two windows must have in common where they are joined
+TOO_LONG = "too long"  # a kind of problem
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Examples:
     num_rows: int
     num_truncated: int
     num_dropped: int
+    unread: dict[str, int] = field(default_factory=dict)
+    """Columns that are not read -> rows that have them."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -129,8 +137,10 @@ def prepare(
                 build = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
             try:
                 _build(build, names, template, tokenizer, options, cache_dir)
-                if any(rows.fingerprint(name) != content for name, content in sources.items()):
-                    raise DataError(f"{', '.join(names)}: changed while being read; start again once they are whole")
+                if changed := [name for name in names if readers.fingerprint(name) != sources[name]]:
+                    raise DataError(
+                        f"{readers.printable(changed[0])}: changed while being read; start again once it is whole"
+                    )
                 with _writable(cache_dir):
                     shutil.rmtree(folder, ignore_errors=True)
                     os.rename(build, folder)
@@ -192,21 +202,18 @@ def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[tuple[np.
     whole = ["".join(segment.text for segment in segments) for segments in texts]
     bounds = [np.cumsum([0] + [len(segment.text) for segment in segments]) for segments in texts]
     answers = [[n for n, segment in enumerate(segments) if n and segment.supervised] for segments in texts]
-    encoded = tokenizer(
-        whole, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
+    encoded = _tokenise(whole, tokenizer)
     asked = iter(_ids([text[: b[n]] for text, b, turns in zip(whole, bounds, answers) for n in turns], tokenizer))
     results = []
-    for number, segments in enumerate(texts):
-        ids, starts = (
-            encoded["input_ids"][number],
-            np.array(encoded["offset_mapping"][number], np.int64).reshape(-1, 2)[:, 0],
-        )
-        owner = np.minimum(np.searchsorted(bounds[number], starts, side="right") - 1, len(segments) - 1)
-        prompts = [next(asked) for _ in answers[number]]
+    for (ids, starts), bound, segments, turns in zip(encoded, bounds, texts, answers):
+        owner = np.searchsorted(bound.astype(starts.dtype), starts, side="right")
+        owner -= 1
+        np.minimum(owner, len(segments) - 1, out=owner)
         if any(
-            ids[: len(prompt)] != prompt or (owner[: len(prompt)] >= n).any() or (owner[len(prompt) :] < n).any()
-            for n, prompt in zip(answers[number], prompts)
+            not np.array_equal(ids[: len(prompt)], prompt)
+            or (owner[: len(prompt)] >= n).any()
+            or (owner[len(prompt) :] < n).any()
+            for n, prompt in zip(turns, [next(asked) for _ in turns])
         ):
             # At inference a prompt is tokenised alone, and here that gives other tokens than before its
             # answer: one would reach over the boundary. So the boundary is one of tokens in training too.
@@ -214,24 +221,82 @@ def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[tuple[np.
                 _continue(segment.text, tokenizer) if n else _ids([segment.text], tokenizer)[0]
                 for n, segment in enumerate(segments)
             ]
-            ids = [token for part in parts for token in part]
-            owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+            ids, owner = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         learned = np.array([segment.supervised for segment in segments], bool)
-        results.append((np.asarray(ids, np.int32), learned[owner]))
+        results.append((ids, learned[owner]))
     return results
 
 
-def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    if not texts:
-        return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def _ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
+    return [ids for ids, _ in _tokenise(texts, tokenizer, offsets=False)]
 
 
-def _continue(text: str, tokenizer: Any) -> list[int]:
+def _tokenise(
+    texts: list[str], tokenizer: Any, offsets: bool = True, most: int | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids int32 [T], first character of each token [T]) of each text; without `offsets` the ids alone are right."""
+    most = most or WINDOW
+    usual = [text for text in texts if len(text) <= most]
+    encoded = (
+        tokenizer(
+            usual, add_special_tokens=False, return_offsets_mapping=offsets, return_attention_mask=False, verbose=False
+        )
+        if usual
+        else {"input_ids": []}
+    )
+    ids = (np.array(ids, np.int32) for ids in encoded["input_ids"])
+    starts = (np.array([start for start, _ in pairs], np.int64) for pairs in encoded.get("offset_mapping", repeat(())))
+    short = zip(ids, starts)
+    return [next(short) if len(text) <= most else _tokenise_long(text, tokenizer) for text in texts]
+
+
+def _tokenise_long(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The same for a text of any length, in windows that overlap, so that memory grows with a window and not with the text.
+
+    Two windows are joined inside their overlap, where AGREED tokens in a row are the same in both: what is far away does not
+    change a token. Where they do not agree, the first is made longer, in the end as long as the text.
+    """
+
+    def window(begin: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        [(ids, starts)] = _tokenise([text[begin : begin + size]], tokenizer, most=size)
+        return ids, (starts + begin).astype(np.int32 if len(text) < 2**31 else np.int64)
+
+    parts, begin, size, joint = [], 0, WINDOW, 0
+    ids, starts = window(begin, size)
+    while begin + size < len(text):
+        following = begin + size - OVERLAP
+        next_ids, next_starts = window(following, WINDOW)
+        found = _joint(ids, starts, next_ids, next_starts)
+        if found is None:
+            size *= 2
+            ids, starts = window(begin, size)
+            ids, starts = ids[starts >= joint], starts[starts >= joint]
+        else:
+            i, j = found
+            parts.append((ids[:i], starts[:i]))
+            ids, starts = next_ids[j:], next_starts[j:]
+            begin, size, joint = following, WINDOW, int(starts[0])
+    parts.append((ids, starts))
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([starts for _, starts in parts])
+
+
+def _joint(
+    ids: np.ndarray, starts: np.ndarray, next_ids: np.ndarray, next_starts: np.ndarray
+) -> tuple[int, int] | None:
+    """A token of one window, and the same in the next, from which on AGREED tokens are equal; None if there are none."""
+    for i in range(int(np.searchsorted(starts, next_starts[0])), len(ids) - AGREED + 1):
+        j = int(np.searchsorted(next_starts, starts[i]))
+        here, there = slice(i, i + AGREED), slice(j, j + AGREED)
+        if np.array_equal(ids[here], next_ids[there]) and np.array_equal(starts[here], next_starts[there]):
+            return i, j
+    return None
+
+
+def _continue(text: str, tokenizer: Any) -> np.ndarray:
     """Tokens of a text that goes on after another: Llama's tokenizer puts a space before what stands alone."""
     for before in ("\n", tokenizer.eos_token or "\n"):
         head, ids = _ids([before, before + text], tokenizer)
-        if ids[: len(head)] == head:
+        if np.array_equal(ids[: len(head)], head):
             return ids[len(head) :]
     return _ids([text], tokenizer)[0]
 
@@ -255,45 +320,21 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-class _Problems:
-    """What is wrong with rows, several of them at once, so that nobody mends a file by one start for each."""
-
-    def __init__(self) -> None:
-        self.found: list[DataError] = []
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        try:
-            yield
-        except DataError as exc:
-            if len(self.found) == MOST_PROBLEMS:
-                raise  # has been told, and is on its way out
-            self.found.append(exc)
-            if len(self.found) == MOST_PROBLEMS:
-                self.tell("at least ")
-
-    def tell(self, at_least: str = "") -> None:
-        """Raise DataError if there is anything to tell."""
-        if len(self.found) == 1:
-            raise self.found[0]
-        if self.found:
-            listed = "\n".join(f"  {problem}" for problem in self.found)
-            raise DataError(f"{at_least}{len(self.found)} rows are wrong:\n{listed}")
+def _batches(stream: Iterator[Conversation]) -> Iterator[list[Conversation]]:
+    """As many as the tokenizer takes at once, by number and by characters."""
+    batch, characters = [], 0
+    for conversation in stream:
+        batch.append(conversation)
+        characters += _characters(conversation)
+        if len(batch) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _conversations(sources: Sequence[str], options: Options, problems: _Problems) -> Iterator[Conversation]:
-    """Rows of all sources as conversations; `options.format` may be auto."""
-    for source in sources:
-        format = options.format
-        with problems.noted():  # a file that is broken is read no further
-            for row in rows.read(source, options.text_unit):
-                if format == "auto":
-                    format = rows.detect(row, options.columns)
-                conversation = None
-                with problems.noted():
-                    conversation = rows.to_conversation(row, format, options.columns, options.system_prompt)
-                if conversation:
-                    yield conversation
+def _characters(conversation: Conversation) -> int:
+    return sum(len(message.content) + len(message.context) for message in conversation.messages)
 
 
 def _build(
@@ -304,20 +345,37 @@ def _build(
     finish = _Finisher(template, tokenizer, options)
     index = {source: number for number, source in enumerate(sources)}
     bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
-    problems = _Problems()
-    stream = _conversations(sources, options, problems)
-    while batch := list(islice(stream, ROWS_AT_ONCE)):
+    problems, unread = Problems(), Counter[str]()
+    lengths: list[int] = []
+    stream = rows.conversations(
+        sources, options.format, options.columns, options.text_unit, options.system_prompt, problems, unread
+    )
+    # A longer row has more tokens than max_length whatever they are: it need not be tokenised, which takes a minute for 50 MB.
+    most = max(WINDOW, options.max_length * max(map(len, tokenizer.get_vocab())))
+    for batch in _batches(stream):
         rendered = []
         for conversation in batch:
+            if options.truncation in ("error", "drop") and (characters := _characters(conversation)) > most:
+                if options.truncation == "drop":
+                    counts["num_rows"], counts["num_dropped"] = counts["num_rows"] + 1, counts["num_dropped"] + 1
+                else:
+                    problems.note(_over(conversation.place, f"{characters:,} characters", options.max_length), TOO_LONG)
+                continue
             with problems.noted():
                 finish.refuse_control_tokens(conversation)
                 rendered.append((conversation, template.segments(conversation, options.loss_on)))
+        if len(problems) > problems.count(TOO_LONG):
+            continue  # the rest is read to count what is wrong; tokens are of no use any more
         encoded = encode([segments for _, segments in rendered], tokenizer)
         for (conversation, _), (ids, supervised) in zip(rendered, encoded):
             place, pieces = conversation.place, []
             counts["num_rows"] += 1
             with problems.noted():
                 ids, supervised = finish(conversation, ids, supervised)
+                lengths.append(len(ids))
+                if options.truncation == "error" and len(ids) > options.max_length:
+                    problems.note(_over(place, f"{len(ids)} tokens", options.max_length), TOO_LONG)
+                    continue
                 pieces = _shorten(ids, supervised, options, finish.bos_id, place)
                 if not all(learned[1:].any() for _, learned in pieces):
                     raise DataError(
@@ -332,10 +390,11 @@ def _build(
                 places.append((index[place.source], place.line, place.row))
         bar.update(len(batch))
     bar.close()
-    problems.tell()
+    problems.tell({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options.max_length)})
     if not ids_parts:
+        others = f" and {len(sources) - 1:,} others" if len(sources) > 1 else ""
         raise DataError(
-            f"{', '.join(sources)}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
+            f"{readers.printable(sources[0])}{others}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
         )
     ends = np.cumsum([len(part) for part in ids_parts])
     with _writable(cache_dir):
@@ -343,7 +402,7 @@ def _build(
         np.save(folder / "supervised.npy", np.concatenate(supervised_parts))
         np.save(folder / "ends.npy", ends)
         np.save(folder / "places.npy", np.array(places, np.int64))
-        (folder / "meta.json").write_text(json.dumps(counts))
+        (folder / "meta.json").write_text(json.dumps({**counts, "unread": unread}))
 
 
 def _open(folder: Path, sources: list[str], fingerprint: str) -> Examples:
@@ -416,6 +475,22 @@ class _Finisher:
         return self._template_stops
 
 
+def _over(place: Place, size: str, limit: int) -> str:
+    return f"{place}: {size}, over data.max_length {limit}; raise it, or set data.truncation to right, left, drop or (clm) split"
+
+
+def _lengths(lengths: list[int], too_long: int, limit: int) -> str:
+    """How many rows are too long, and which data.max_length would do."""
+    if not lengths:
+        return f"{too_long:,} rows are longer than data.max_length {limit}"
+    longest, usual = max(lengths), int(np.percentile(lengths, 95, method="higher"))
+    enough = -(-longest // 64) * 64
+    return (
+        f"{too_long:,} rows are longer than data.max_length {limit}; of all {len(lengths):,} the longest has {longest:,} tokens and 95% "
+        f"have at most {usual:,}: set data.max_length: {enough}, or data.truncation to right, left, drop or (clm) split"
+    )
+
+
 def _any_of(tokens: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens)) or r"(?!)")
 
@@ -427,10 +502,6 @@ def _shorten(
     limit, over = options.max_length, len(ids) - options.max_length
     if over <= 0:
         return [(ids, supervised)]
-    if options.truncation == "error":
-        raise DataError(
-            f"{place}: {len(ids)} tokens, over data.max_length {limit}; raise it, or set data.truncation to right, left, drop or (clm) split"
-        )
     if options.truncation == "drop":
         return []
     head = 0 if bos_id is None else 1  # every piece begins with the BOS

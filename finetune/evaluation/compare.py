@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 import yaml
 
 from finetune import export
-from finetune.data import rows
+from finetune.data import readers, rows
 from finetune.data.rows import Conversation
 from finetune.errors import DataError, UserError
 from finetune.evaluation import generation, scores
@@ -76,17 +78,18 @@ def _mapping(text: str) -> dict[str, str]:
 
 
 def read(source: str, format: str, columns: dict[str, str], limit: int | None) -> list[Conversation]:
-    """Rows that end with an answer. Raises DataError."""
-    conversations = []
-    for row in rows.read(source):
-        format = rows.detect(row, columns) if format == "auto" else format
-        conversation = rows.to_conversation(row, format, columns)
-        if conversation.messages[-1].role != "assistant":
-            raise DataError(f"{conversation.place}: has no answer to compare with")
-        conversations.append(conversation)
-        if limit is not None and len(conversations) >= limit:
-            break
-    return conversations
+    """Rows that end with an answer, of a file, folder, glob or Hub name. Raises DataError with all that is wrong."""
+    files, notes = readers.expand(source, "--data")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if format == "auto":
+        format = rows.detect_format(files, "line", columns)
+    problems = rows.Problems()
+    read = list(islice(rows.conversations(files, format, columns, "line", None, problems), limit))
+    problems.tell()
+    if without := next((c for c in read if c.messages[-1].role != "assistant"), None):
+        raise DataError(f"{without.place}: has no answer to compare with")
+    return read
 
 
 def report(
@@ -122,7 +125,7 @@ def write(
     given: dict[str, list[str]],
     results: dict[str, Any],
 ) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for i, conversation in enumerate(conversations):
             line = {
                 "row": str(conversation.place),

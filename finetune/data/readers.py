@@ -1,0 +1,675 @@
+"""Find the files that data.train and data.eval mean, and read their rows. Knows the file and line of every row.
+
+JSON Lines, JSON, CSV and text are read record by record with the standard library, because an
+error must name its line and "42" in a CSV must stay text. Parquet is read by pyarrow; what
+`save_to_disk` wrote and Hub names are read by `datasets`.
+"""
+
+import codecs
+import contextlib
+import csv
+import difflib
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from finetune import failures
+from finetune.errors import DataError
+
+# Types that other tools read. A name with such an ending is a file, also where no file has it.
+OTHER_TYPES = (
+    ".7z .arrow .avro .bin .bz2 .db .doc .docx .epub .feather .gz .h5 .hdf5 .htm .html .jl .jsonlines .log .lz4 .md .ndjson .npy .npz .ods .orc "
+    ".pdf .pkl .psv .pt .rar .rtf .sql .sqlite .tar .tex .text .tgz .xls .xlsx .xml .xz .yaml .yml .zip .zst"
+).split()
+DESCRIPTIONS = "readme license licence copying notice citation changelog contributing dataset_info dataset_infos dataset_dict".split()
+TRAIN_WORDS = {"train", "training"}
+VALIDATION_WORDS = {"validation", "valid", "val", "dev", "eval", "evaluation", "held", "heldout"}
+TEST_WORDS = {"test", "testing"}
+DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
+SNIFFED_LINES, SNIFFED_CHARACTERS = 100, 1 << 16  # of a CSV, and of each line, to find its delimiter
+PARQUET_BYTES = 64 << 20  # read at once: a row may be a book
+# How files begin that are not text, whatever their name says.
+SIGNATURES = {
+    b"PK\x03\x04": "a zip archive or an Excel file", b"\xd0\xcf\x11\xe0": "an old Excel or Word file", b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "compressed by gzip", b"\x28\xb5\x2f\xfd": "compressed by zstd", b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz", b"%PDF": "a PDF", b"SQLite format 3": "an SQLite database",
+}  # fmt: skip
+MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(:.+)?")
+csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a book
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands. `line` and `row` are counted from 1; row is 0 where each row has a line of its own."""
+
+    source: str
+    line: int
+    row: int = 0
+
+    def __str__(self) -> str:
+        return f"{printable(self.source)}:{self.line}" + (f" (row {self.row})" if self.row else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a user's file."""
+
+    place: Place
+    values: dict[str, Any]
+
+
+class Sources(NamedTuple):
+    """What data.train and data.eval mean: file, saved data set or Hub name -> hash of its content."""
+
+    train: dict[str, str]
+    eval: dict[str, str]
+    notes: list[str]
+    """Which files of folders and globs are not read, and why; what a name makes doubtful."""
+
+
+# ---------------------------------------------------------------------------------- which files
+
+
+def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sources:
+    """Training and evaluation sources. Raises DataError if one is both, or is named twice."""
+    train_names = [train] if isinstance(train, str) else train
+    eval_names = [evaluation] if isinstance(evaluation, str) else evaluation or []
+    if not train_names:
+        raise DataError("data.train: the list is empty; name at least one file")
+    known: dict[str, str] = {}
+    found = Sources({}, {}, [])
+    for own, key, names in ((found.train, "data.train", train_names), (found.eval, "data.eval", eval_names)):
+        for name in names:
+            files, notes = expand(name, key)
+            found.notes.extend(note for note in notes if note not in found.notes)
+            for file in files:
+                content = fingerprint(file)
+                if content in known:
+                    raise DataError(
+                        f"{key}: {printable(file)} holds the same rows as {known[content]}; what is trained on cannot be evaluated on, nor be given twice"
+                    )
+                known[content] = f"{key} {printable(file)}"
+                own[file] = content
+    return found
+
+
+def expand(name: str, key: str) -> tuple[list[str], list[str]]:
+    """Files that a file, folder, glob or Hub name means, and notes about those that are not read.
+
+    `key` is data.train, or anything else for rows to evaluate on. Raises DataError.
+    """
+    path = os.path.expanduser(name)
+    pattern = not os.path.lexists(path) and glob.has_magic(path) and "\0" not in path
+    if is_hub_name(path):
+        return [path], []
+    if not os.path.exists(path) and not pattern:
+        raise _absent(name)
+    if not pattern and (not os.path.isdir(path) or _is_saved(path)):
+        return [path], []
+    files: list[str] = []
+    left_out: list[tuple[str, str]] = []
+    with _readable(path):
+        if pattern:
+            seen: set[str] = set()
+            for match in sorted(glob.glob(path, recursive=True)):
+                _collect(match, seen, files, left_out)
+            if not files and not left_out:
+                raise DataError(f"{key}: {printable(name)} matches no file; it was looked for in {_here()}")
+        else:
+            _collect(path, set(), files, left_out)
+    literal = re.split(r"[*?[]", path)[0] if pattern else path + "/"
+    notes: list[str] = []
+    wanted = _of_split(name, literal[: literal.rfind("/") + 1], files, left_out, key, pattern, notes)
+    if not wanted:
+        raise DataError(f"{key}: {printable(name)} holds no file with rows{_listed_reasons(left_out, '; not read: ')}")
+    if left_out:
+        notes.append(f"{key} does not read {_listed_reasons(left_out)}")
+    return wanted, notes
+
+
+def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[str, str]]) -> None:
+    """Add a file, or all files in a folder, in the order of their names; once, also where links lead to it again."""
+    real = os.path.realpath(path)
+    if real in seen:
+        return
+    seen.add(real)
+    name = os.path.basename(path.rstrip("/"))
+    if os.path.isdir(path) and not _is_saved(path):
+        for entry in sorted(os.listdir(path)):
+            inside = os.path.join(path, entry)
+            if entry.startswith("."):
+                left_out.append((inside + "/" * os.path.isdir(inside), "hidden"))
+            else:
+                _collect(inside, seen, files, left_out)
+    elif not os.path.exists(path):
+        raise DataError(f"{printable(path)}: a link to {printable(real)}, where no file is; restore or remove it")
+    elif os.path.isdir(path):
+        files.append(path)
+    elif name.partition(".")[0].lower() in DESCRIPTIONS:
+        left_out.append((path, "describes data"))
+    elif not os.path.isfile(path) or _type(path) not in READERS:
+        left_out.append((path, "type not known"))
+    elif os.path.getsize(path) == 0:
+        left_out.append((path, "empty"))
+    else:
+        files.append(path)
+
+
+def _of_split(
+    name: str, root: str, files: list[str], left_out: list[tuple[str, str]], key: str, pattern: bool, notes: list[str]
+) -> list[str]:
+    """Of the files that a folder or glob means, those to train or to evaluate on, where their names say so."""
+    splits = {file: _split(file.removeprefix(root)) for file in files}
+    held_out = [file for file in files if splits[file] in ("validation", "test")]
+    has_train = "train" in splits.values()
+    if key == "data.train":
+        if held_out and has_train:
+            left_out += [(file, f"named as {splits[file]} rows") for file in held_out]
+            return [file for file in files if file not in held_out]
+        if held_out and pattern:
+            notes.append(f"data.train: {_some(held_out)} trained on, though named as rows to hold out")
+        elif held_out:
+            everything = printable(os.path.join(name, "**", "*"))
+            raise DataError(
+                f"data.train: {_some(held_out)} named as rows to hold out, and no file of {printable(name)} is named as training rows; "
+                f"list the files to train on, or write {everything} to train on all of them"
+            )
+    elif held_out and has_train:
+        best = "validation" if "validation" in splits.values() else "test"
+        left_out += [(file, f"named as {splits[file] or 'other'} rows") for file in files if splits[file] != best]
+        return [file for file in files if splits[file] == best]
+    return files
+
+
+def _split(path: str) -> str | None:
+    """train, validation or test, as the name of a file says, or else that of a folder it is in."""
+    for part in reversed(path.split("/")):
+        words = {word.removesuffix("set") for word in re.findall(r"[a-z]+", part.lower())}
+        said = {
+            split
+            for split, known in (("train", TRAIN_WORDS), ("validation", VALIDATION_WORDS), ("test", TEST_WORDS))
+            if words & known
+        }
+        if said:
+            return said.pop() if len(said) == 1 else None
+    return None
+
+
+def _some(paths: list[str], most: int = 3) -> str:
+    """a, b and 4 others are; for sentences about files."""
+    listed = ", ".join(printable(path) for path in paths[:most])
+    others = len(paths) - most
+    return listed + (f" and {others:,} others" if others > 0 else "") + (" is" if len(paths) == 1 else " are")
+
+
+def _listed_reasons(left_out: list[tuple[str, str]], before: str = "") -> str:
+    reasons: dict[str, list[str]] = {}
+    for path, why in left_out:
+        reasons.setdefault(why, []).append(path)
+    listed = "; ".join(f"{_some(paths).rpartition(' ')[0]} ({why})" for why, paths in reasons.items())
+    return before + listed if listed else ""
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name can only mean a data set on the Hub: owner/name[:split], and not a file that is missing."""
+    if os.path.lexists(name) or not _HUB_NAME.fullmatch(name):
+        return False
+    owner, _, rest = name.partition(":")[0].partition("/")
+    looks_like_file = Path(rest).suffix.lower() in (*READERS, *OTHER_TYPES)
+    return not looks_like_file and not os.path.isdir(owner)
+
+
+def _absent(name: str) -> DataError:
+    path = os.path.expanduser(name)
+    folder, base = os.path.split(path)
+    hint = ""
+    if "://" in name:
+        hint = "; addresses are not read: download it first"
+    elif "\\" in name:
+        hint = "; write / between folders"
+    elif folder and not os.path.isdir(folder):
+        hint = f"; there is no folder {printable(folder)}"
+    else:
+        with contextlib.suppress(OSError, ValueError):
+            near = difflib.get_close_matches(base, os.listdir(folder or "."), n=1)
+            near = near or [entry for entry in os.listdir(folder or ".") if entry.lower() == base.lower()]
+            if near:
+                hint = f"; did you mean {printable(os.path.join(folder, near[0]))}?"
+            elif _HUB_NAME.fullmatch(name):
+                hint = f"; it is not looked for on the Hub, as {printable(folder)} is a folder here"
+    return DataError(
+        f"{printable(name) or '(empty name)'}: no such file in {_here()}{hint}; "
+        "data.train and data.eval take files, folders, globs, or Hub names as owner/name[:split]"
+    )
+
+
+def _here() -> str:
+    return printable(os.getcwd())
+
+
+def fingerprint(source: str) -> str:
+    """Hash of what a source holds; changes when any byte of it does."""
+    with _readable(source):
+        if os.path.isfile(source):
+            with open(source, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        if os.path.isdir(source):
+            digest = hashlib.sha256()
+            for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
+                digest.update(os.fsencode(path.relative_to(source)) + f" {fingerprint(str(path))}\n".encode())
+            return digest.hexdigest()
+    if is_hub_name(source):
+        return str(_load_dataset(source)._fingerprint)
+    raise _absent(source)
+
+
+def describe(source: str) -> str:
+    """A file's name, and what is unusual about how it is read."""
+    unusual = []
+    if _type(source) in (".csv", ".tsv"):
+        delimiter, _ = _delimiter(source)
+        if delimiter != ("\t" if _type(source) == ".tsv" else ","):
+            unusual.append(f"separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
+    if os.path.isfile(source) and _type(source) != ".parquet":
+        with _opened(source) as file:
+            encoding = _encoding_by_mark(file)
+        if encoding:
+            unusual.append(encoding.upper())
+    return printable(source) + (f" ({', '.join(unusual)})" if unusual else "")
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+def read(source: str, text_unit: str = "line") -> Iterator[Row]:
+    """Rows of one source, in order. Raises DataError naming file and line."""
+    if _is_saved(source) or is_hub_name(source):
+        rows = _read_with_datasets(source)
+    elif not os.path.exists(source):
+        raise _absent(source)
+    elif _type(source) not in READERS:
+        raise DataError(f"{printable(source)}: unknown file type {_type(source)!r}; use one of {known_types()}")
+    elif _type(source) == ".txt":
+        rows = _read_text(source, text_unit)
+    else:
+        rows = READERS[_type(source)](source)
+    empty = True
+    with _readable(source):
+        for row in rows:
+            empty = False
+            yield row
+    if empty:
+        raise DataError(f"{printable(source)}: holds no rows; is it the right file?")
+
+
+@contextlib.contextmanager
+def _readable(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
+        raise DataError(f"{printable(source)}: damaged or not whole: {exc}; write it anew") from exc
+    except OSError as exc:
+        failures.reraise(exc, f"{printable(source)}: cannot be read now")
+        raise DataError(f"{printable(source)}: cannot be read: {exc.strerror or exc}") from exc
+
+
+def _type(source: str) -> str:
+    """The ending that says how to read a file; .gz is read through, for lines."""
+    name = os.path.basename(source).lower()
+    inner = name.removesuffix(".gz")
+    suffix = Path(inner).suffix
+    return suffix if inner == name or suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt") else ".gz"
+
+
+def is_text(source: str) -> bool:
+    """Whether text_unit says what a row of it is."""
+    return _type(source) == ".txt"
+
+
+def known_types() -> str:
+    return " ".join(READERS)
+
+
+def _opened(source: str) -> Any:
+    return gzip.open(source, "rb") if source.lower().endswith(".gz") else open(source, "rb")
+
+
+def _encoding_by_mark(file: Any) -> str | None:
+    """utf-16 or utf-32 where a file begins with the byte order mark of one."""
+    start = file.peek(4)[:4]
+    return next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
+
+
+def _lines(source: str) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers; UTF-8, or what the byte order mark says."""
+    with _opened(source) as file:
+        if encoding := _encoding_by_mark(file):
+            yield from _marked_lines(source, file, encoding)
+            return
+        _require_text(source, file.peek(1 << 13))
+        saw_utf8 = False
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+            except UnicodeDecodeError as exc:
+                raise DataError(
+                    f"{printable(source)}:{number}: byte {raw[exc.start]:#04x} at position {exc.start + 1} is not UTF-8; "
+                    + _remedy(source, raw, exc, saw_utf8)
+                ) from exc
+            saw_utf8 = saw_utf8 or not line.isascii()
+            yield number, line
+
+
+def _marked_lines(source: str, file: IO[bytes], encoding: str) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with io.TextIOWrapper(file, encoding, newline="\n") as text:
+            for number, line in enumerate(text, 1):
+                yield number, line
+    except UnicodeError as exc:
+        raise DataError(
+            f"{printable(source)}:{number + 1}: broken {encoding.upper()}: {exc.args[-1]}; is the file whole? Save it as UTF-8"
+        ) from exc
+
+
+def _require_text(source: str, start: bytes) -> None:
+    """Raise DataError for a file that is something else than its name says, from its first bytes."""
+    for signature, what in SIGNATURES.items():
+        if start.startswith(signature):
+            raise DataError(
+                f"{printable(source)}: this file is {what}, not {_type(source)}; export it as one of {known_types()}"
+            )
+    if b"\r" in start[:-1] and b"\n" not in start:
+        raise DataError(
+            f"{printable(source)}:1: lines end in CR alone, as on an old Macintosh; convert them, for example with "
+            f"tr '\\r' '\\n' < {printable(source)} > {_converted(source)}"
+        )
+    if b"\0" in start:
+        even, odd = start[::2].count(0), start[1::2].count(0)
+        probable = "not text"
+        if max(even, odd) > 0.3 * len(start) / 2:
+            little = odd > even
+            probable = f"probably UTF-16 without a byte order mark; save it as UTF-8, for example with {_iconv(source, 'UTF-16LE' if little else 'UTF-16BE')}"  # fmt: skip
+        raise DataError(f"{printable(source)}:1: holds zero bytes: {probable}")
+
+
+def _remedy(source: str, raw: bytes, exc: UnicodeDecodeError, saw_utf8: bool) -> str:
+    if exc.reason == "unexpected end of data" and exc.end == len(raw):
+        return "the file ends inside a character; write it anew, whole"
+    if saw_utf8 or any(byte >= 0x80 for byte in raw[: exc.start]):
+        return "what stands before it is UTF-8; correct this character, or save the file as UTF-8"
+    with _opened(source) as file:
+        guess = _probable_encoding(file.read(1 << 16) + raw[max(0, exc.start - 1000) : exc.start + 1000])
+    if guess is None:
+        return "save the file as UTF-8"
+    return f"the file is probably {guess}; save the file as UTF-8, for example with {_iconv(source, guess)}"
+
+
+def _iconv(source: str, encoding: str) -> str:
+    return f"iconv -f {encoding.upper()} -t UTF-8 {printable(source)} > {_converted(source)}"
+
+
+def _converted(source: str) -> str:
+    target = Path(source.removesuffix(".gz"))
+    return printable(str(target.with_name(f"converted-{target.name}")))
+
+
+def _probable_encoding(sample: bytes) -> str | None:
+    """cp1252 (and Latin-1, a part of it) where few letters are outside ASCII; else what the statistics of bytes say."""
+    letters = [byte for byte in sample if byte >= 0x80 or chr(byte).isalpha()]
+    if sum(byte >= 0x80 for byte in letters) < 0.4 * len(letters):
+        return "cp1252"
+    with contextlib.suppress(ImportError):
+        from charset_normalizer import from_bytes
+
+        best = from_bytes(sample).best()
+        return best.encoding if best else None
+    return None
+
+
+def _record(place: Place, value: Any) -> Row:
+    if not isinstance(value, dict):
+        hint = "; a file that holds one list is .json" if isinstance(value, list) and place.row == 0 else ""
+        raise DataError(f"{place}: a row should be an object like {{...}}, got {short(value)}{hint}")
+    return Row(place, value)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, without silent duplicate keys."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{short(next(name for name in names if names.count(name) > 1))!r} is given twice")
+    return values
+
+
+def _read_jsonl(source: str) -> Iterator[Row]:
+    for number, line in _lines(source):
+        if line.strip():
+            try:
+                value = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as exc:
+                why = f"{exc.msg} at character {exc.pos + 1}" if isinstance(exc, json.JSONDecodeError) else str(exc)
+                raise DataError(
+                    f"{Place(source, number)}: broken JSON: {why}: {short(line.strip())}; correct or remove it"
+                    + ("; a file that holds one list is .json" if line.lstrip().startswith("[") else "")
+                ) from exc
+            yield _record(Place(source, number), value)
+
+
+def _read_json(source: str) -> Iterator[Row]:
+    """A list of objects; a row's line is that of its opening brace."""
+    text = "".join(line for _, line in _lines(source))
+    decoder, position, line = json.JSONDecoder(object_pairs_hook=_object), len(text) - len(text.lstrip()), 1
+    line += text.count("\n", 0, position)
+
+    def skip(to: int) -> None:
+        nonlocal position, line
+        while to < len(text) and text[to] in " \t\r\n":
+            to += 1
+        line += text.count("\n", position, to)
+        position = to
+
+    if not text[position : position + 1] == "[":
+        raise DataError(
+            f"{Place(source, line)}: a .json file should hold a list of rows, [ {{...}}, ... ]; one object per line is .jsonl"
+        )
+    skip(position + 1)
+    number = 0
+    while text[position : position + 1] != "]":
+        number += 1
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as exc:
+            raise DataError(
+                f"{Place(source, exc.lineno)}: broken JSON: {exc.msg} at column {exc.colno}; correct it"
+            ) from exc
+        except (ValueError, RecursionError) as exc:
+            raise DataError(f"{Place(source, line, number)}: broken JSON: {exc}; correct it") from exc
+        yield _record(Place(source, line, number), value)
+        skip(end)
+        separator = text[position : position + 1]
+        if separator == ",":
+            skip(position + 1)
+            if text[position : position + 1] == "]":
+                raise DataError(
+                    f"{Place(source, line)}: broken JSON: a row should follow the last comma; remove the comma"
+                )
+        elif separator != "]":
+            raise DataError(f"{Place(source, line)}: broken JSON: expected , or ] after a row, got {separator!r}")
+    skip(position + 1)
+    if position < len(text):
+        raise DataError(
+            f"{Place(source, line)}: broken JSON: the list of rows has ended, but there is {short(text[position : position + 100])}; write one list"
+        )
+
+
+def _delimiter(source: str) -> tuple[str, int]:
+    """What separates the cells of a CSV, and how many lines stand before its header.
+
+    The delimiter is one that the header holds outside of quotes; of several, the one by which most
+    rows have as many cells as the header. Excel's `sep=;` in the first line decides by itself.
+    """
+    lines = [line[:SNIFFED_CHARACTERS] for _, line in islice(_lines(source), SNIFFED_LINES)]
+    if lines and (said := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):
+        return said[1], 1
+    usual = "\t" if _type(source) == ".tsv" else ","
+
+    def fit(delimiter: str) -> tuple[bool, bool, float, bool]:
+        reader, is_broken = csv.reader(lines, delimiter=delimiter, strict=True), False
+        rows: list[list[str]] = []
+        try:
+            rows.extend(cells for cells in reader if any(map(str.strip, cells)))
+        except csv.Error:  # a quote beside anything but this delimiter, or one that ends after the lines looked at
+            is_broken = reader.line_num < SNIFFED_LINES
+        header, rest = (rows[0], rows[1:]) if rows else ([], [])
+        same = sum(len(cells) == len(header) for cells in rest) / max(1, len(rest))
+        return len(header) > 1, not is_broken, same if len(header) > 1 else 0, delimiter == usual
+
+    return max(DELIMITERS, key=fit), 0
+
+
+def _read_csv(source: str) -> Iterator[Row]:
+    delimiter, skipped = _delimiter(source)
+    lines = islice((line for _, line in _lines(source)), skipped, None)
+    reader, start = csv.reader(lines, delimiter=delimiter, strict=True), skipped + 1
+    try:
+        cells = next((cells for cells in reader if any(map(str.strip, cells))), None)  # Excel exports empty rows, too
+        if not cells:
+            return
+        header = _header(Place(source, reader.line_num + skipped), cells)
+        start = reader.line_num + skipped + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                hint = f"put quotes around cells that hold {DELIMITERS.get(delimiter, repr(delimiter))}"
+                if any(cell.startswith(' "') for cell in cells):
+                    hint = "a quote must follow the separator at once, without a blank"
+                raise DataError(
+                    f"{Place(source, start)}: {len(cells)} cells, but the header names {len(header)} columns {list_columns(header)}; {hint}"
+                )
+            if cells:
+                yield Row(Place(source, start), dict(zip(header, cells)))
+            start = reader.line_num + skipped + 1
+    except csv.Error as exc:
+        raise DataError(
+            f"{Place(source, start)}: broken CSV: {exc}; check the quotes of the row that begins here"
+        ) from exc
+
+
+def _header(place: Place, cells: list[str]) -> list[str]:
+    """Names of the columns, without blanks around them; those without a name are called by their number."""
+    header = [cell.strip() for cell in cells]
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice:
+        raise DataError(
+            f"{place}: the header names the column {short(twice)!r} twice: {list_columns(header)}; rename one"
+        )
+    return [name or f"(column {number})" for number, name in enumerate(header, 1)]
+
+
+def _read_text(source: str, unit: str) -> Iterator[Row]:
+    start, block = 1, []
+    for number, line in _lines(source):
+        boundary = unit == "line" or (unit == "paragraph" and not line.strip())
+        if unit != "paragraph" or line.strip():
+            block.append(line)
+        if boundary:
+            if (text := "".join(block).strip("\r\n")).strip():
+                yield Row(Place(source, start), {"text": text})
+            start, block = number + 1, []
+    if (text := "".join(block).strip("\r\n")).strip():
+        yield Row(Place(source, start), {"text": text})
+
+
+def _read_parquet(source: str) -> Iterator[Row]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        file = parquet.ParquetFile(source)
+        columns = file.schema_arrow.names
+        if len(set(columns)) < len(columns):
+            raise DataError(f"{printable(source)}: names a column twice: {list_columns(columns)}; rename one")
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups) // max(1, file.metadata.num_rows)
+        number = 0
+        for batch in file.iter_batches(batch_size=min(1_000, max(1, PARQUET_BYTES // max(1, size)))):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(Place(source, number), values)
+    except ArrowException as exc:
+        raise DataError(f"{printable(source)}: no whole Parquet file: {exc}") from exc
+
+
+READERS: dict[str, Callable[[str], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": lambda source: _read_text(source, "line"),
+}
+
+
+def _is_saved(path: str) -> bool:
+    """Whether a folder is what datasets.Dataset.save_to_disk writes."""
+    return all(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_info.json"))
+
+
+def _read_with_datasets(source: str) -> Iterator[Row]:
+    for number, values in enumerate(_load_dataset(source), 1):
+        yield Row(Place(source, number), values)
+
+
+def _load_dataset(source: str) -> Any:
+    """A data set of save_to_disk, or a Hub name with an optional :split, as a datasets.Dataset."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    name, _, split = source.partition(":")
+    try:
+        if _is_saved(source):
+            return datasets.load_from_disk(source)
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as exc:  # datasets raises a dozen kinds, many of them plain ValueError and OSError
+        if _is_saved(source):
+            raise DataError(f"{printable(source)}: damaged: {type(exc).__name__}: {short(str(exc))}") from exc
+        failures.reraise(exc, f"{source}: datasets cannot load it now, {NO_HUB}")
+        raise DataError(f"{source}: datasets cannot load it: {type(exc).__name__}: {exc}; {NO_HUB}") from exc
+
+
+NO_HUB = "without the Hub give a file or a folder, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use what was downloaded before"
+
+
+# --------------------------------------------------------------------------------------- words
+
+
+def printable(text: str) -> str:
+    """Text that any stream can write: bytes of a file name that are not UTF-8, and halves of characters, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def short(value: Any, most: int = 80) -> str:
+    """A value as an error shows it."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return printable(f"{text[:most]}..." if len(text) > most else text)
+
+
+def list_columns(columns: Any, most: int = 20) -> str:
+    """Columns as an error lists them."""
+    listed = list(columns)
+    shown = str([short(name) for name in listed[:most]])
+    return shown if len(listed) <= most else f"{shown[:-1]}, and {len(listed) - most:,} more]"

@@ -1,0 +1,673 @@
+"""Every file type is read with the line of each row; what cannot be read is refused by file and line."""
+
+import gzip
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_jsonl
+
+from finetune.data import readers, rows
+from finetune.data.rows import Message
+from finetune.errors import DataError
+
+QA = {"question": "q", "answer": "a"}
+
+
+def lines_and_values(path: Path, text_unit: str = "line") -> list[tuple[int, dict[str, Any]]]:
+    return [(row.place.line, row.values) for row in readers.read(str(path), text_unit)]
+
+
+def unreadable(path: Path, content: str | bytes) -> str:
+    """What the user reads about a file; it always begins with its name."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as caught:
+        list(readers.read(str(path)))
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    return message.removeprefix(str(path))
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """`datasets` keeps a copy of what it reads; here it goes when the test does."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+@pytest.fixture
+def parquet(tmp_path, datasets_cache):
+    """Write rows to a Parquet file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def write(values: list[dict[str, Any]], name: str = "rows.parquet", schema: Any = None) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist(values, schema=schema), path)
+        return path
+
+    return write
+
+
+def test_json_lines_are_numbered_as_an_editor_does_with_blank_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n\n   \n{"text": "b"}\r\n{"text": "c"}')
+    assert lines_and_values(path) == [(1, {"text": "a"}), (4, {"text": "b"}), (5, {"text": "c"})]
+
+
+def test_a_json_row_has_the_line_of_its_opening_brace(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"text": "a\nb"}, {"text": "c", "n": [1, {"d": 2}]}, {"text": "e"}], indent=2))
+    assert lines_and_values(path) == [
+        (2, {"text": "a\nb"}), (5, {"text": "c", "n": [1, {"d": 2}]}), (14, {"text": "e"}),
+    ]  # fmt: skip
+    path.write_text('\n\n[\n\n{"text": "a"},\n\n\n{"text":\n"b"} , {"text": "c"}\n]\n')
+    assert lines_and_values(path) == [(5, {"text": "a"}), (8, {"text": "b"}), (9, {"text": "c"})]
+
+
+def test_a_csv_row_has_the_line_it_begins_on_whatever_its_cells_hold(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('question,answer\n"a\n\nb",c\n\nd,"e, ""f"""\n"g","h\n"\ni,j\n')
+    assert lines_and_values(path) == [
+        (2, {"question": "a\n\nb", "answer": "c"}),
+        (6, {"question": "d", "answer": 'e, "f"'}),
+        (7, {"question": "g", "answer": "h\n"}),
+        (9, {"question": "i", "answer": "j"}),
+    ]
+
+
+def test_a_cell_of_a_csv_stays_text(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\n007,1e3\nnull,\n")
+    assert lines_and_values(path) == [
+        (2, {"question": "007", "answer": "1e3"}),
+        (3, {"question": "null", "answer": ""}),
+    ]
+
+
+def test_a_csv_may_begin_with_blank_lines(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("\n\nquestion,answer\na,b\n")
+    assert lines_and_values(path) == [(4, {"question": "a", "answer": "b"})]
+
+
+def test_a_cell_of_a_csv_may_hold_a_book(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"text\n{'word ' * 40_000}\n")
+    assert lines_and_values(path) == [(2, {"text": "word " * 40_000})]
+
+
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("line", [(2, "a"), (3, " b "), (6, "c"), (7, "d")]),
+        ("paragraph", [(2, "a\n b "), (6, "c\nd")]),
+        ("file", [(1, "a\n b \n\n  \nc\nd")]),
+    ],
+)
+def test_text_is_read_by_line_paragraph_or_file(tmp_path, unit, expected):
+    path = tmp_path / "rows.txt"
+    path.write_text("\na\n b \n\n  \nc\nd\n")
+    assert lines_and_values(path, unit) == [(line, {"text": text}) for line, text in expected]
+
+
+def test_a_paragraph_does_not_end_in_the_blank_line_after_it(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("a\nb\n   \nc\n")
+    assert lines_and_values(path, "paragraph") == [(1, {"text": "a\nb"}), (4, {"text": "c"})]
+
+
+def test_lines_may_end_as_on_windows(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_bytes(b"a\r\nb\r\n\r\nc\r\n")
+    assert lines_and_values(path) == [(1, {"text": "a"}), (2, {"text": "b"}), (4, {"text": "c"})]
+
+
+def test_parquet_rows_are_numbered_from_1(parquet):
+    path = parquet([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
+    assert lines_and_values(path) == [(1, {"question": "a", "answer": "b"}), (2, {"question": "c", "answer": "d"})]
+
+
+def test_parquet_keeps_conversations(parquet):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (row,) = readers.read(str(parquet([{"messages": turns}])))
+    assert rows.to_conversation(row, rows.detect(row), {}).messages == (
+        Message("user", "q"),
+        Message("assistant", "a", supervised=True),
+    )
+
+
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.Json", "rows.CSV", "rows.TXT", "rows.PARQUET"])
+def test_a_file_type_may_be_written_in_capitals(tmp_path, parquet, name):
+    path = tmp_path / name
+    text = {".jsonl": '{"text": "a"}', ".json": '[{"text": "a"}]', ".csv": "text\na", ".txt": "a"}
+    if path.suffix.lower() in text:
+        path.write_text(text[path.suffix.lower()])
+    else:
+        parquet([{"text": "a"}], name)
+    assert [values for _, values in lines_and_values(path)] == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
+    path = tmp_path / name
+    text = {".jsonl": '{"text": "é"}', ".json": '[{"text": "é"}]', ".csv": "text\né", ".txt": "é"}[path.suffix]
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert [values for _, values in lines_and_values(path)] == [{"text": "é"}]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    path = str(tmp_path / "absent.jsonl")
+    for reading in (
+        lambda: list(readers.read(path)),
+        lambda: readers.fingerprint(path),
+        lambda: readers.sources(path, None),
+    ):
+        with pytest.raises(
+            DataError, match=re.escape(path) + ": no such file in .*.* take files, folders, globs, or Hub names"
+        ):
+            reading()
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
+@pytest.mark.parametrize("content", ["", "\n", " \n\n"])
+def test_an_empty_file_is_named(tmp_path, name, content):
+    says = unreadable(tmp_path / name, content)
+    assert "holds no rows" in says or "should hold a list of rows" in says
+
+
+@pytest.mark.parametrize(("name", "content"), [("rows.csv", "question,answer\n"), ("rows.json", "[]")])
+def test_a_file_without_rows_is_named(tmp_path, name, content):
+    assert ": holds no rows" in unreadable(tmp_path / name, content)
+
+
+def test_a_parquet_file_without_rows_is_named(parquet):
+    import pyarrow
+
+    path = parquet([], schema=pyarrow.schema([("question", pyarrow.string())]))
+    with pytest.raises(DataError, match=re.escape(str(path)) + ": holds no rows"):
+        list(readers.read(str(path)))
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path, datasets_cache):
+    assert "no whole Parquet file" in unreadable(tmp_path / "rows.parquet", b"PAR1 and nothing more")
+
+
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.jsonl.zst", "rows.parquet.gz"])
+def test_an_unknown_file_type_is_told_the_known_ones(tmp_path, name):
+    says = unreadable(tmp_path / name, b"anything")
+    assert "unknown file type" in says
+    assert "use one of .jsonl .json .csv .tsv .parquet .txt" in says
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "says"),
+    [
+        ('{"a": 1}\n{"a": }\n', 2, "broken JSON: Expecting value at character 7"),
+        ('{"a": 1}\n\n{"a": "x"\n', 3, "broken JSON"),
+        ('{"a": 1} {"a": 2}\n', 1, "broken JSON: Extra data at character 10"),
+        ('{"a": 1}\n[1, 2]\n', 2, "a row should be an object like {...}, got [1, 2]"),
+        ('"words"\n', 1, "a row should be an object"),
+        ("null\n", 1, "a row should be an object"),
+    ],
+)
+def test_a_broken_json_line_is_named(tmp_path, content, line, says):
+    message = unreadable(tmp_path / "rows.jsonl", content)
+    assert message.startswith((f":{line}: ", f":{line} (row "))
+    assert says in message
+
+
+def test_rows_of_a_json_file_on_one_line_are_told_apart(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"question": "q", "answer": "a"}] * 3))
+    assert [str(row.place) for row in readers.read(str(path))] == [f"{path}:1 (row {n})" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[" * 200_000, "recursion"),
+        ('{"question": ' + "9" * 5_000 + "}", "digits"),
+        ('{"question": "q", "answer": "a", "answer": "b"}', "'answer' is given twice"),
+    ],
+    ids=["nested too deep", "a number too long", "a key twice"],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_json_that_python_cannot_hold_is_refused_at_its_line(tmp_path, line, says, ending):
+    message = unreadable(tmp_path / f"rows.{ending}", f"[{line}]" if ending == "json" else line)
+    assert message.startswith((":1: broken JSON: ", ":1 (row 1): broken JSON: "))
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "says"),
+    [
+        ('{"a": 1}', 1, "one object per line is .jsonl"),
+        ('\n\n{"a": 1}\n{"a": 2}', 3, "one object per line is .jsonl"),
+        ('[\n{"a": 1},\n{"a": }\n]', 3, "broken JSON: Expecting value at column 7"),
+        ('[\n{"a": 1}\n{"a": 2}\n]', 3, "expected , or ] after a row"),
+        ('[\n{"a": 1}\n', 3, "broken JSON"),
+        ('[\n{"a": 1},\n5\n]', 3, "a row should be an object like {...}, got 5"),
+        ('[\n{"a": 1}\n]\n[\n{"a": 2}\n]', 4, "broken JSON"),  # or the second list would go without a word
+        ('[\n{"a": 1}\n] {"a": 2}', 3, "broken JSON"),
+    ],
+)
+def test_a_broken_json_file_is_refused_at_its_line(tmp_path, content, line, says):
+    message = unreadable(tmp_path / "rows.json", content)
+    assert message.startswith((f":{line}: ", f":{line} (row "))
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "says"),
+    [
+        ("question,answer\na,b\nc\n", 3, "1 cells, but the header names 2 columns ['question', 'answer']"),
+        ("question,answer\na,b,c\n", 2, "3 cells, but the header names 2 columns"),
+        ('question,answer\n"a\nb",c\nd, e, f\n', 4, "3 cells"),
+        ('question,answer\na,"b"c\n', 2, "broken CSV"),
+        ('question,answer\na,b\nc,"d\ne,f\ng,h\n', 3, "broken CSV"),  # the line where the quote was left open
+        ("answer,answer\na,b\n", 1, "answer"),  # or one of them would go without a word
+    ],
+)
+def test_a_broken_csv_is_refused_at_its_line(tmp_path, content, line, says):
+    message = unreadable(tmp_path / "rows.csv", content)
+    assert message.startswith((f":{line}: ", f":{line} (row "))
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n'),
+        ("rows.json", b'[{"text": "a"},\n{"text": "caf\xe9"}]\n'),
+        ("rows.csv", b"text\ncaf\xe9\n"),
+        ("rows.txt", b"a\ncaf\xe9\n"),
+    ],
+)
+def test_bytes_that_are_not_utf8_are_refused_at_their_line(tmp_path, name, content):
+    message = unreadable(tmp_path / name, content)
+    assert message.startswith(":2: byte 0xe9 at position ")
+    assert "save the file as UTF-8" in message
+
+
+@pytest.mark.parametrize("name", ["owner/no-such-name", "owner/name-2.5", "owner/name-v1.0:test"])
+def test_a_name_that_is_no_file_is_looked_for_on_the_hub(name):
+    with pytest.raises(DataError, match=re.escape(name) + ": datasets cannot load it"):
+        list(readers.read(name))
+
+
+@pytest.mark.parametrize("name", ["rows", "./folder/rows", "/folder/rows", "a/b/c", "folder/rows.jsonl", "../rows.csv"])
+def test_a_name_that_cannot_be_on_the_hub_is_a_missing_file(name):
+    with pytest.raises(DataError, match="no such file"):
+        list(readers.read(name))
+
+
+def test_sources_are_lists_of_names(tmp_path):
+    a, b = (str(write_jsonl(tmp_path / f"{n}.jsonl", [{"text": n}])) for n in "ab")
+    assert [list(names) for names in readers.sources(a, None)[:2]] == [[a], []]
+    assert [list(names) for names in readers.sources([a], b)[:2]] == [[a], [b]]
+    assert [list(names) for names in readers.sources([a, b], None)[:2]] == [[a, b], []]
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["the same file", "a copy under another name"])
+def test_the_same_rows_for_training_and_evaluation_are_refused(tmp_path, copied):
+    train = write_jsonl(tmp_path / "train.jsonl", [QA])
+    evaluation = write_jsonl(tmp_path / "dev.jsonl", [QA]) if copied else train
+    with pytest.raises(DataError) as caught:
+        readers.sources([str(train)], [str(evaluation)])
+    assert str(caught.value).startswith(f"data.eval: {evaluation} holds the same rows as data.train {train}; ")
+    assert "cannot be evaluated on" in str(caught.value)
+
+
+def test_the_same_rows_given_twice_are_refused(tmp_path):
+    path = str(write_jsonl(tmp_path / "train.jsonl", [QA]))
+    with pytest.raises(DataError, match=r"data\.train: .* holds the same rows as .*, nor be given twice"):
+        readers.sources([path, path], None)
+
+
+def test_no_training_file_at_all_is_refused():
+    with pytest.raises(DataError, match=r"data\.train: the list is empty; name at least one file"):
+        readers.sources([], None)
+
+
+def test_a_fingerprint_changes_with_any_byte(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("abc")
+    before = readers.fingerprint(str(path))
+    path.write_text("abd")
+    assert readers.fingerprint(str(path)) != before
+    path.write_text("abc")
+    assert readers.fingerprint(str(path)) == before
+
+
+# Folders, globs and Hub names.
+
+
+def write(path: Path, values: Any = (QA,)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_jsonl(path, values)
+
+
+def found(source: Any, key: str = "data.train") -> tuple[list[str], list[str]]:
+    """Files by their names under the folder, and the notes."""
+    files, notes = readers.expand(str(source), key)
+    return [os.path.relpath(file, source) for file in files], notes
+
+
+def test_all_files_of_a_folder_are_read_or_named(tmp_path):
+    """datasets drops files without "train" in their names, and those of rarer types."""
+    for name in ("train_a.jsonl", "b.jsonl", "deep/er/c.jsonl"):
+        write(tmp_path / name)
+    (tmp_path / "d.csv").write_text("question,answer\na,b\n")
+    for name in ("README.md", "LICENSE", ".gitattributes", "table.xlsx", ".git/config", "changelog.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("words")
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / "empty.jsonl").touch()
+    files, notes = found(tmp_path)
+    assert files == ["b.jsonl", "d.csv", "deep/er/c.jsonl", "train_a.jsonl"]
+    [note] = notes
+    assert f"{tmp_path}/.git/, {tmp_path}/.gitattributes (hidden)" in note
+    assert f"{tmp_path}/LICENSE, {tmp_path}/README.md, {tmp_path}/changelog.txt (describes data)" in note
+    assert f"{tmp_path}/_SUCCESS, {tmp_path}/table.xlsx (type not known)" in note
+    assert f"{tmp_path}/empty.jsonl (empty)" in note
+
+
+def test_rows_of_folders_and_globs_have_places_that_exist(tmp_path):
+    for name, text in (("a.txt", "one\n\ntwo\n"), ("deep/b.txt", "three\n")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for source in (tmp_path, tmp_path / "**", tmp_path / "**/*.txt", tmp_path / "*"):
+        files = readers.sources(str(source), None).train
+        places = [str(row.place) for file in files for row in readers.read(file)]
+        assert places == [f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:3", f"{tmp_path}/deep/b.txt:1"]
+
+
+def test_a_name_with_the_signs_of_a_glob_may_be_a_file(tmp_path):
+    path = write(tmp_path / "rows[1].jsonl")
+    write(tmp_path / "rows1.jsonl")
+    assert readers.expand(str(path), "data.train") == ([str(path)], [])
+
+
+@pytest.mark.parametrize("name", ["*.jsonl", "absent/*.jsonl", "**/x*", "rows[1].jsonl"])
+def test_a_glob_that_matches_nothing_is_refused(tmp_path, name):
+    (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
+    with pytest.raises(DataError, match=r"^data\.train: .* matches no file; it was looked for in /"):
+        readers.sources(str(tmp_path / name), None)
+
+
+def test_a_folder_without_rows_is_refused_with_what_it_holds(tmp_path):
+    (tmp_path / "table.xlsx").write_text("words")
+    with pytest.raises(DataError, match=r"holds no file with rows; not read: .*/table\.xlsx \(type not known\)"):
+        readers.sources(str(tmp_path), None)
+
+
+def test_links_are_followed_once(tmp_path):
+    write(tmp_path / "folder/a.jsonl")
+    (tmp_path / "folder/again").symlink_to(tmp_path / "folder")
+    (tmp_path / "folder/b.jsonl").symlink_to(tmp_path / "folder/a.jsonl")
+    assert found(tmp_path / "folder")[0] == ["a.jsonl"]
+    (tmp_path / "folder/c.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match=r"folder/c\.jsonl: a link to .*gone\.jsonl, where no file is"):
+        found(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "evaluation"),
+    [
+        ("train.jsonl test.jsonl", "train.jsonl", "test.jsonl"),
+        ("train.jsonl dev.jsonl test.jsonl", "train.jsonl", "dev.jsonl"),
+        ("train-00000-of-00002.jsonl train-00001-of-00002.jsonl validation-00000-of-00001.jsonl",
+         "train-00000-of-00002.jsonl train-00001-of-00002.jsonl", "validation-00000-of-00001.jsonl"),
+        ("train/a.jsonl test/a.jsonl", "train/a.jsonl", "test/a.jsonl"),
+        ("extra.jsonl my_train.jsonl my_test.jsonl", "extra.jsonl my_train.jsonl", "my_test.jsonl"),
+        ("latest.jsonl contest.jsonl", "latest.jsonl contest.jsonl", "latest.jsonl contest.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_splits_is_read_by_split(tmp_path, names, train, evaluation):
+    for number, name in enumerate(names.split()):
+        write(tmp_path / name, [{**QA, "question": f"q{number}"}])
+    files, notes = found(tmp_path)
+    assert sorted(files) == sorted(train.split())
+    assert bool(notes) == (train != evaluation)
+    assert sorted(found(tmp_path, "data.eval")[0]) == sorted(evaluation.split())
+    if train != evaluation:
+        both = readers.sources(str(tmp_path), str(tmp_path))
+        assert not set(both.train) & set(both.eval)
+        assert f"{tmp_path}/{evaluation} (named as " in both.notes[0]
+
+
+def test_rows_to_hold_out_are_not_trained_on_for_want_of_others(tmp_path):
+    write(tmp_path / "test.jsonl")
+    write(tmp_path / "questions.jsonl")
+    with pytest.raises(DataError, match=r"test\.jsonl is named as rows to hold out, .* list the files to train on, or"):
+        found(tmp_path)
+    files, notes = readers.expand(f"{tmp_path}/**/*", "data.train")
+    assert len(files) == 2
+    assert notes == [f"data.train: {tmp_path}/test.jsonl is trained on, though named as rows to hold out"]
+
+
+def test_the_same_file_by_two_ways_is_found(tmp_path):
+    path = write(tmp_path / "folder/rows.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for other in (
+        tmp_path / "folder",
+        tmp_path / "folder/*.jsonl",
+        tmp_path / "link.jsonl",
+        f"{tmp_path}/./folder//rows.jsonl",
+    ):
+        with pytest.raises(DataError, match=r"^data\.eval: .*jsonl holds the same rows as data\.train .*jsonl; "):
+            readers.sources(str(path), str(other))
+
+
+def test_a_folder_of_save_to_disk_is_read(tmp_path, datasets_cache):
+    import datasets
+
+    one = datasets.Dataset.from_list([QA])
+    two = datasets.Dataset.from_list([{**QA, "question": "r"}])
+    datasets.DatasetDict({"train": one, "test": two}).save_to_disk(tmp_path / "saved")
+    files, notes = found(tmp_path / "saved")
+    assert files == ["train"]
+    assert "saved/test (named as test rows)" in notes[0]
+    assert lines_and_values(tmp_path / "saved/train") == [(1, QA)]
+    assert found(tmp_path / "saved", "data.eval")[0] == ["test"]
+    assert readers.expand(str(tmp_path / "saved/test"), "data.train") == ([str(tmp_path / "saved/test")], [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data/train.jsonl.gz", "data/rows.tsv", "data/rows.xlsx", "data/ROWS.JSONL", "here/rows", "no/rows.zst:train"],
+)
+def test_a_name_that_looks_like_a_file_is_never_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no such file in"):
+        readers.sources(name, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("folder/row.jsonl", "did you mean folder/rows.jsonl?"),
+        ("folder/ROWS.JSONL", "did you mean folder/rows.jsonl?"),
+        ("nowhere/rows.jsonl", "there is no folder nowhere"),
+        ("folder/other", "it is not looked for on the Hub, as folder is a folder here"),
+        ("folder\\rows.jsonl", "write / between folders"),
+        ("https://example.com/rows.jsonl", "addresses are not read: download it first"),
+    ],
+)
+def test_a_missing_file_comes_with_what_may_have_been_meant(tmp_path, monkeypatch, name, hint):
+    write(tmp_path / "folder/rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=re.escape(f"no such file in {tmp_path}; {hint}")):
+        readers.sources(name, None)
+
+
+def test_without_the_hub_the_error_says_what_to_do():
+    with pytest.raises(DataError, match="give a file or a folder, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1"):
+        readers.sources("owner/no-such-name", None)
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path / "rows.jsonl")
+    assert list(readers.sources("~/rows.jsonl", None).train) == [str(path)]
+
+
+def test_a_name_that_is_not_unicode_can_be_shown(tmp_path):
+    """As an archive of Latin-1 names leaves it."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    Path(path).write_text('{"question": ""}\n')
+    [file] = readers.expand(str(tmp_path), "data.train")[0]
+    assert file == path
+    [row] = readers.read(file)
+    assert str(row.place).encode() == str(tmp_path).encode() + rb"/caf\udce9.jsonl:1"
+    readers.describe(file).encode()
+
+
+# What a file is, whatever its name says.
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_the_delimiter_of_a_csv_is_found(tmp_path, delimiter, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    cells = [["question", "the answer; or, so|"], ['a "word"', "one, two"], ["b", "three; four|five\tsix, seven"]]
+    quoted = [['"' + cell.replace('"', '""') + '"' for cell in line] for line in cells]
+    path.write_text("".join(delimiter.join(line) + "\n" for line in quoted))
+    assert lines_and_values(path) == [(n, dict(zip(cells[0], line))) for n, line in enumerate(cells[1:], 2)]
+    unusual = delimiter != {"csv": ",", "tsv": "\t"}[suffix]
+    assert ("separated by a" in readers.describe(str(path))) == unusual
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "question;answer\nWhy, really?;Because, well.\nHow?;So, so, so.\n",
+        "question, or so;answer\na;b\nc;d\n",  # both divide the header in two, but only one the rows
+        "\ufeffquestion;answer\na;b\n",
+        "sep=;\nquestion;answer\na;b\n",
+    ],
+)
+def test_a_semicolon_is_found_beside_commas(tmp_path, text):
+    path = tmp_path / "rows.csv"
+    path.write_text(text, encoding="utf-8")
+    [first, *_] = readers.read(str(path))
+    assert list(first.values)[1] == "answer"
+    assert first.place.line == 1 + text.splitlines().index(";".join(first.values.values()))
+
+
+def test_a_blank_before_a_quote_is_named(tmp_path):
+    says = unreadable(tmp_path / "rows.csv", 'question, answer\na, "b, c"\n')
+    assert says.startswith(":2: 3 cells, but the header names 2 columns ['question', 'answer']; a quote must follow")
+
+
+def test_one_column_needs_no_delimiter(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('text\n"one, two; three"\nfour\n')
+    assert [values["text"] for _, values in lines_and_values(path)] == ["one, two; three", "four"]
+
+
+def test_blanks_around_names_of_columns_are_no_part_of_them(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("Customer Question , answer,,\na, b,,x\n")
+    expected = {"Customer Question": "a", "answer": " b", "(column 3)": "", "(column 4)": "x"}
+    assert lines_and_values(path) == [(2, expected)]
+
+
+@pytest.mark.parametrize("header", ["answer,question,answer", "answer, answer", '"answer",answer'])
+def test_a_column_named_twice_is_refused(tmp_path, header):
+    assert "the header names the column 'answer' twice" in unreadable(tmp_path / "rows.csv", f"{header}\na,b,c\n")
+
+
+TEXTS = {
+    "rows.jsonl": '{"text": "é€漢"}\n{"text": "b"}\n', "rows.json": '[{"text": "é€漢"},\r\n{"text": "b"}]',
+    "rows.csv": "text\né€漢\nb\n", "rows.tsv": "text\nb\né\n", "rows.txt": "é€漢\r\nb\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_utf16_with_its_mark_is_read(tmp_path, name, encoding):
+    path = tmp_path / name
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    path.write_bytes((mark + TEXTS[name]).encode(encoding))
+    plain = tmp_path / f"plain-{name}"
+    plain.write_text(TEXTS[name], encoding="utf-8", newline="")
+    assert lines_and_values(path) == lines_and_values(plain)
+    assert "UTF-" in readers.describe(str(path))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_gzip_is_read_with_its_lines(tmp_path, name):
+    path, plain = tmp_path / f"{name}.gz", tmp_path / name
+    path.write_bytes(gzip.compress(TEXTS[name].encode()))
+    plain.write_bytes(TEXTS[name].encode())
+    assert lines_and_values(path) == lines_and_values(plain)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match=re.escape(str(path)) + ": damaged or not whole"):
+        list(readers.read(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "says"),
+    [
+        ("Das heißt «schön», sagt er \u2013 für 5 €\n" * 3, "cp1252", "probably cp1252; save the file as UTF-8, for example with iconv -f CP1252 -t UTF-8"),
+        ("Ça va très bien, merci à tous.\n", "latin-1", "probably cp1252"),
+        ("Съешь же ещё этих мягких французских булок, да выпей чаю.\n" * 9, "cp1251", "probably cp1251"),
+        ("a b c\n" * 9, "utf-16-le", "probably UTF-16 without a byte order mark; save it as UTF-8, for example with iconv -f UTF-16LE"),
+        ("a b c\n" * 9, "utf-16-be", "iconv -f UTF-16BE"),
+    ],
+)  # fmt: skip
+def test_an_encoding_that_is_not_read_is_named(tmp_path, text, encoding, says):
+    assert says in unreadable(tmp_path / "rows.txt", text.encode(encoding))
+
+
+def test_one_damaged_character_does_not_make_a_file_cp1252(tmp_path):
+    says = unreadable(tmp_path / "rows.txt", "schön\n".encode() + b"sch\xf6n\n")
+    assert says.startswith(":2: byte 0xf6 at position 4 is not UTF-8; what stands before it is UTF-8")
+    says = unreadable(tmp_path / "rows.txt", "schön, schö".encode()[:-1])
+    assert says.endswith("the file ends inside a character; write it anew, whole")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(b"PK\x03\x04xl/", "a zip archive or an Excel file"), (b"PAR1\x15", "a Parquet file"), (gzip.compress(b"a", mtime=0), "compressed by gzip"), (b"%PDF-1.7", "a PDF")],
+)  # fmt: skip
+def test_a_file_that_is_not_text_is_named_for_what_it_is(tmp_path, content, what):
+    assert f"this file is {what}, not .csv" in unreadable(tmp_path / "rows.csv", content)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.txt"])
+def test_lines_that_end_as_on_an_old_macintosh_are_named(tmp_path, name):
+    says = unreadable(tmp_path / name, b"question,answer\ra,b\rc,d\r")
+    assert says.startswith(":1: lines end in CR alone, as on an old Macintosh; convert them, for example with tr ")
+
+
+def test_a_list_in_a_file_of_lines_is_named(tmp_path):
+    assert "a file that holds one list is .json" in unreadable(tmp_path / "rows.jsonl", '[\n{"a": 1}\n]')
+    assert "a file that holds one list is .json" in unreadable(tmp_path / "rows.jsonl", '[{"a": 1}]')
+
+
+def test_parquet_with_a_column_twice_is_refused(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: names a column twice: \['text', 'text'\]; rename one"):
+        list(readers.read(str(tmp_path / "rows.parquet")))
+
+
+def test_a_long_value_is_shown_in_short_wherever_it_stands(tmp_path):
+    long = "word " * 100_000
+    for name, text in (
+        ("a.jsonl", f'{{"text": "{long}'), ("b.jsonl", f'{{"{long}": 1, "{long}": 2}}'), ("c.jsonl", f'["{long}"]'),
+        ("d.csv", f"{long},{long}\na,b"), ("e.csv", f"a,{long}\nx"), ("f.json", f'[] "{long}"'),
+    ):  # fmt: skip
+        assert len(unreadable(tmp_path / name, text)) < 500, name
