@@ -12,8 +12,8 @@ import torch
 from conftest import Workshop
 
 from finetune import failures
-from finetune.data import rows
-from finetune.data.rows import _load_dataset
+from finetune.data import readers
+from finetune.data.readers import _load_dataset
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import (
     DeviceError,
@@ -192,11 +192,11 @@ def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(monkeyp
             launcher.read(["--cpu", "train.py"], None)
     else:
         error = Outage
-        monkeypatch.setattr(rows.hashlib, "file_digest", raising(OSError(errno.EIO, "Input/output error")))
+        monkeypatch.setattr(readers.hashlib, "file_digest", raising(OSError(errno.EIO, "Input/output error")))
         (tmp_path / "rows.jsonl").touch()
 
         def act():
-            rows.fingerprint(str(tmp_path / "rows.jsonl"))
+            readers.fingerprint(str(tmp_path / "rows.jsonl"))
 
     with pytest.raises(error):
         act()
