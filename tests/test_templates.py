@@ -274,7 +274,7 @@ def test_marks_decide_what_is_learned():
 def test_marks_that_are_not_one_around_each_answer_are_refused(source, marked):
     with pytest.raises(DataError) as caught:
         chat(source).segments(conversation("a", "b", "c", "d"))
-    assert str(caught.value).startswith("rows.jsonl:3: template 'chat'")
+    assert str(caught.value).startswith("rows.jsonl:3: data.template 'chat'")
     assert f"marks {marked} {{% generation %}} blocks for 2 assistant messages" in str(caught.value)
 
 
@@ -319,7 +319,7 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
 def test_a_template_that_would_train_something_else_is_refused(source, said, says):
     with pytest.raises(DataError) as caught:
         chat(source).segments(conversation(*said))
-    assert str(caught.value).startswith("rows.jsonl:3: template 'chat'")
+    assert str(caught.value).startswith("rows.jsonl:3: data.template 'chat'")
     assert says in str(caught.value)
 
 
@@ -329,7 +329,7 @@ def test_thoughts_of_earlier_turns_may_be_hidden_where_only_the_last_is_learned(
 
 
 def test_a_prompt_that_cannot_be_rendered_is_refused():
-    with pytest.raises(DataError, match=r"^the prompt:1: template 'chat' fails: TemplateError: one message only"):
+    with pytest.raises(DataError, match=r"^the prompt:1: data\.template 'chat' fails: TemplateError: one message only"):
         chat(RAISES).prompt(conversation("Hi", "Hello").messages)
 
 
@@ -484,5 +484,5 @@ def test_generation_marks_do_not_hide_a_prompt_that_is_not_trained():
     "source", ["{{ 1 / 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"], ids=["zero", "endless"]
 )
 def test_a_template_that_breaks_down_is_named(source):
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: template 'chat' fails: (ZeroDivisionError|RecursionError)"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: data\.template 'chat' fails: (ZeroDivisionError|RecursionError)"):
         chat(source).segments(conversation("Hi", "Hello"))
