@@ -402,6 +402,13 @@ def _find(
     raise DataError(f"data.template: {name!r} is none of auto, chat, {', '.join(BUILT_IN)}, and no .jinja file")
 
 
+def sample_prompt(template: Template | None, prompt: str, system_prompt: str | None) -> str:
+    """The text that the model goes on from after one of evaluation.sample_prompts; without a template the prompt itself."""
+    system = [Message("system", system_prompt)] if system_prompt is not None else []
+    place = Place("evaluation.sample_prompts", 1)
+    return template.prompt([*system, Message("user", prompt)], place) if template else prompt
+
+
 def _is_random(template: Template) -> bool:
     """Whether the template uses what Jinja has for chance."""
     if not re.search("random|lipsum", template.source):
