@@ -228,7 +228,7 @@ class Template:
         else:
             start = mark[0] if text[start : mark[0]].strip() else start
             end = self._with_turn_end(text, mark[1])
-        if not alone.startswith(text[:end]):
+        if not alone.startswith(text[:end]) or self._with_turn_end(alone, end) != end:
             raise self._differs(conversation, turn)
         if not _holds(text[start:end], messages[turn].content):
             raise DataError(
