@@ -61,6 +61,7 @@ class Job:
             "evaluation data": self.data.eval.fingerprint if self.data.eval else "none",
             "frozen weights": state.frozen,
             "train.precision": self.topology.precision,
+            "date in the template": self.data.template.date or "none",
         }
 
     def open_directory(self, state: TrainState) -> None:

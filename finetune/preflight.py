@@ -100,7 +100,12 @@ def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str
             "data.template, data.system_prompt: would be ignored: rows of text have no turns; remove them"
         )
     return templates.load(
-        wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab(), date
+        wanted.template,
+        format,
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizer.get_added_vocab(),
+        date,
     )
 
 
@@ -212,14 +217,18 @@ def _template_notes(config: Config, data: Data) -> list[str]:
     template, notes = data.template, []
     if config.objective.kind != "clm" and data.tokenizer.chat_template and template.name != "chat":
         with contextlib.suppress(DataError):  # the model's own need not be one that can be used
-            own = templates.load("chat", "messages", data.tokenizer.chat_template, template.special_tokens, {}, template.date)
+            own = templates.load(
+                "chat", "messages", data.tokenizer.chat_template, template.special_tokens, {}, template.date
+            )
             if own.prompt(own.probe) != template.prompt(own.probe):
                 notes.append(
                     f"the model has a chat template of its own, which {template.name} replaces, here and in the export; "
                     "data.template: chat keeps it"
                 )
     if template.date is not None:
-        notes.append(f"the template writes the date: {template.date}, that of the first start, is kept for the whole run")
+        notes.append(
+            f"the template writes the date: {template.date}, that of the first start, is kept for the whole run"
+        )
     if template.opening and config.objective.kind != "clm":
         notes.append(
             f"the template puts {template.opening!r} before an answer; "

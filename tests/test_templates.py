@@ -555,7 +555,9 @@ def test_where_some_rows_have_thoughts_the_others_learn_to_have_none():
 def test_an_earlier_answer_without_what_the_last_has_before_it_is_refused(source, learn_opening):
     own, whole = replace(chat(source), learn_opening=learn_opening), conversation("Hi", "Hello", "And?", "Fine")
     if "loop.last" in source:
-        with pytest.raises(DataError, match=r"message 2 differently once later turns are there.* data\.loss_on: last_turn"):
+        with pytest.raises(
+            DataError, match=r"message 2 differently once later turns are there.* data\.loss_on: last_turn"
+        ):
             own.segments(whole)
         assert len(supervised(own, whole, "last_turn")) == 1
     else:  # it depends on the place alone, so each answer is asked as it is trained
@@ -570,15 +572,25 @@ def test_an_end_of_turn_that_only_the_last_answer_has_is_refused():
 
 def test_white_space_before_an_answer_stays_with_the_answer():
     """Llama-2's own template; tokenizers join the space with the first word."""
-    own = chat("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} <|eot|>{% endif %}{% endfor %}")
+    own = chat(
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} <|eot|>{% endif %}{% endfor %}"
+    )
     assert own.opening == ""
     assert supervised(own, conversation("Hi", "Hello", "And?", "Fine")) == [" Hello <|eot|>", " Fine <|eot|>"]
 
 
 # Templates that take only some rows
 
-DEMANDS = "{% if messages[0].role != 'system' %}{{ raise_exception('system message needed') }}{% endif %}" + IGNORES_THE_ASKING + ASKS
-REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + IGNORES_THE_ASKING + ASKS
+DEMANDS = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('system message needed') }}{% endif %}"
+    + IGNORES_THE_ASKING
+    + ASKS
+)
+REFUSES = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + IGNORES_THE_ASKING
+    + ASKS
+)
 
 
 @pytest.mark.parametrize(("source", "fits"), [(DEMANDS, "Be brief."), (REFUSES, None)])
@@ -586,7 +598,9 @@ def test_a_template_refuses_only_the_rows_that_do_not_fit_it(source, fits):
     own, other = chat(source), None if fits else "Be brief."
     assert own.stop_token() == "<|im_end|>"
     assert supervised(own, conversation("Hi", "Hello", system=fits)) == ["Hello<|im_end|>"]
-    with pytest.raises(DataError, match=r"^rows\.jsonl:3: data\.template 'chat' fails: TemplateError: (system|no system)"):
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl:3: data\.template 'chat' fails: TemplateError: (system|no system)"
+    ):
         own.segments(conversation("Hi", "Hello", system=other))
 
 
@@ -607,7 +621,9 @@ def test_a_template_is_given_one_date():
 
 
 def test_a_template_without_a_date_does_not_depend_on_the_day():
-    days = [templates.load("chatml", "messages", None, SPECIAL, VOCABULARY, day) for day in ("2001-02-03", "2001-02-04")]
+    days = [
+        templates.load("chatml", "messages", None, SPECIAL, VOCABULARY, day) for day in ("2001-02-03", "2001-02-04")
+    ]
     assert days[0].fingerprint == days[1].fingerprint
     assert days[0].date is None
 
@@ -638,5 +654,7 @@ def test_chat_templates_without_a_default_are_named():
     "source", ["{{ 1 / 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"], ids=["zero", "endless"]
 )
 def test_a_template_that_breaks_down_is_named(source):
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: data\.template 'chat' fails: (ZeroDivisionError|RecursionError)"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:3: data\.template 'chat' fails: (ZeroDivisionError|RecursionError)"
+    ):
         chat(source).segments(conversation("Hi", "Hello"))

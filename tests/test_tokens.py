@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -782,12 +783,25 @@ def test_what_killed_runs_left_is_removed_and_what_live_ones_build_is_not(desk):
     assert list(root.glob(".*")) == []
 
 
-def test_a_process_that_is_killed_while_it_builds_leaves_nothing_behind_for_long(desk, tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", pairs(4))
-    code = PROCESS.replace("examples = ", "tokens._write = lambda *_: os.kill(os.getpid(), 9)\nexamples = ")
-    (tmp_path / "go").touch()
-    killed = subprocess.run([sys.executable, "-c", "import os\n" + code, str(tmp_path), "0"], cwd=ROOT, check=False)
-    assert killed.returncode == -9
+def in_a_child(action: Callable[[], object]) -> int:
+    """Exit code of a child process that does it; minus the signal that killed it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            action()
+            code = 0
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_process_that_is_killed_while_it_builds_leaves_nothing_behind_for_long(desk):
+
+    def be_killed() -> None:
+        tokens._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # in a child process
+        desk.prepare(BASE, bytes_tokenizer())
+
+    assert in_a_child(be_killed) == -signal.SIGKILL
     root = desk.cache / "tokens"
     assert len(list(root.glob(".building-*"))) == 1
     desk.prepare(BASE, bytes_tokenizer())
@@ -795,18 +809,15 @@ def test_a_process_that_is_killed_while_it_builds_leaves_nothing_behind_for_long
 
 
 def as_another_user(action: Callable[[], object]) -> int:
-    """Exit code of a child process without rights that does it; root may do everything, so tests run as root need this."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            if os.getuid() == 0:
-                os.setgid(65534)
-                os.setuid(65534)
-            action()
-            code = 0
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """Exit code of a child process without rights that does it: root may do everything."""
+
+    def without_rights() -> None:
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        action()
+
+    return in_a_child(without_rights)
 
 
 @pytest.fixture
@@ -845,7 +856,12 @@ def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
     shutil.rmtree(root / examples.fingerprint)
     root.chmod(0o777)
     sources = rows.sources(str(desk.folder / "rows.jsonl"), None)[0]
-    assert as_another_user(lambda: tokens.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(), str(desk.cache))) == 0
+    assert (
+        as_another_user(
+            lambda: tokens.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(), str(desk.cache))
+        )
+        == 0
+    )
     assert (root / examples.fingerprint / "meta.json").exists()
 
 
@@ -853,7 +869,9 @@ def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(desk):
     first = desk.prepare(BASE, bytes_tokenizer())
     folder = desk.cache / "tokens" / first.fingerprint
     sources = rows.sources(str(desk.folder / "rows.jsonl"), None)[0]
-    made = tokens._make(folder, sources, template_for(bytes_tokenizer(), "plain"), bytes_tokenizer(), options(), "cache")
+    made = tokens._make(
+        folder, sources, template_for(bytes_tokenizer(), "plain"), bytes_tokenizer(), options(), "cache"
+    )
     assert of(first) == of(made)
 
 
@@ -867,7 +885,7 @@ def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
 
     tokenizer = bytes_tokenizer()
     own = chat_for(tokenizer, THINKS_LAST)
-    without = [{"question": "q", "answer": "a"}] * (tokens.ROWS_AT_ONCE + 1)
+    without = [{"question": "q", "answer": "a"}] * tokens.ROWS_AT_ONCE
     examples = desk.prepare(without, tokenizer, own)
     assert not examples.learn_opening
     assert learned(tokenizer, *of(examples)) == ["a<|im_end|>"]
@@ -879,7 +897,9 @@ def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
 
 
 def test_a_template_that_cannot_be_parsed_is_told_once(desk):
-    with pytest.raises(DataError, match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$"):
+    with pytest.raises(
+        DataError, match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$"
+    ):
         desk.prepare(BASE, bytes_tokenizer(), chat_for(bytes_tokenizer(), "{% for m in messages %}"))
 
 

@@ -212,9 +212,7 @@ class Template:
         answer = [s.text for s in self.segments(conversation, "last_turn") if s.supervised][-1]
         return next((token for token in self.turn_ends if answer.rstrip().endswith(token)), None)
 
-    def _span(
-        self, conversation: Conversation, text: str, turn: int, mark: tuple[int, int] | None
-    ) -> tuple[int, int]:
+    def _span(self, conversation: Conversation, text: str, turn: int, mark: tuple[int, int] | None) -> tuple[int, int]:
         """Where answer `turn` begins and ends in the rendered text, its end-of-turn token included.
 
         `mark`: where its {% generation %} block does, in templates that have them.
@@ -313,7 +311,10 @@ class Template:
         return plain
 
     def _render(
-        self, conversation: Conversation, add_generation_prompt: bool = False, spans: list[tuple[int, int]] | None = None
+        self,
+        conversation: Conversation,
+        add_generation_prompt: bool = False,
+        spans: list[tuple[int, int]] | None = None,
     ) -> str:
         """Render as `apply_chat_template` does, but for the date. `spans` gets those of {% generation %} blocks.
 

