@@ -237,6 +237,39 @@ def test_rows_with_thoughts_leave_the_export_free_to_think(workshop):
         workshop.check("other", data__template=str(template), data__eval=str(path))
 
 
+TURNS = ["user", "assistant", "user", "assistant"]
+KINDS = {"one turn": TURNS[:2], "several turns": TURNS, "system, several turns": ["system", *TURNS]}
+REFUSED = {  # everything else trains
+    ("qwen3", "several turns"): "message 2 differently once later turns are there",
+    ("qwen3", "system, several turns"): "message 3 differently once later turns are there",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "gemma-3", "smollm3"])
+def test_a_real_template_trains_or_is_refused_with_its_reason(real_data, workshop, name, kind):
+    said = [{"role": role, "content": f"{role} says {n}"} for n, role in enumerate(KINDS[kind])]
+    given = {
+        "data__template": str(real_data / "chat_templates" / f"{name}.jinja"), "data__max_length": 4096,
+        "data__train": str(write_jsonl(workshop.folder / "said.jsonl", [{"messages": said}] * 8)), "train__max_steps": 1,
+        "model__config": TINY_LLAMA | {"max_position_embeddings": 4096},
+        "model__new_tokens": ["<start_of_turn>", "<end_of_turn>"],
+    }  # fmt: skip
+    if reason := REFUSED.get((name, kind)):
+        with pytest.raises(DataError, match=reason):
+            workshop.check(**given)
+        given["data__loss_on"] = "last_turn"
+    assert (workshop.train(**given) / "model").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["phi-2", "phi-3-mini"])
+def test_a_real_tokenizer_and_its_template_train(real_data, workshop, name):
+    run = workshop.train(model__tokenizer=str(real_data / "tokenizers" / name), train__max_steps=1)
+    assert load_tokenizer(run / "model").chat_template
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -514,8 +514,9 @@ class _Finisher:
         if self.bos_id is not None and (ids.size == 0 or ids[0] != self.bos_id):
             ids, supervised = np.insert(ids, 0, self.bos_id), np.insert(supervised, 0, False)
         # Further on, it is the template's own: Llama 2's puts one before every question.
-        again = np.flatnonzero(ids[1:] == self.bos_id) if self.bos_id not in (None, self.eos_id) else ()
-        if len(again) and not self.tokenizer.decode(ids[1 : 1 + again[0]]).strip():
+        own = self.bos_id not in (None, self.eos_id)
+        again = np.flatnonzero(ids[1:] == self.bos_id)
+        if own and again.size and not self.tokenizer.decode(ids[1 : 1 + again[0]]).strip():
             raise DataError(
                 f"{conversation.place}: data.template {self.template.name!r} begins with more than one BOS "
                 f"{self.tokenizer.bos_token!r}; write it once, or leave it to the tokenizer"
