@@ -111,7 +111,9 @@ def attempt(config: Config, check_only: bool, stop: StopFlag, directory: "RunDir
     configs.accumulation(config, topology.num_data)
     with jobs.watched(config, directory, topology, stop):
         storage = jobs.reach(config, directory, topology, check_only)
-        job = jobs.Job(config, directory, storage, topology, preflight.prepare(config, topology), stop, to_try)
+        date = topology.on_main(lambda: directory.template_date(config))
+        data = preflight.prepare(config, topology, date)
+        job = jobs.Job(config, directory, storage, topology, data, stop, to_try)
         if not check_only and topology.on_main(lambda: directory.is_complete(job.data.train.fingerprint)):
             job.tell(f"{directory.path} is complete; its model is in {directory.model}")
             return

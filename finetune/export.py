@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from finetune.data.rows import Message
-from finetune.data.templates import Template
+from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
 from finetune.errors import ExportError, ModelError
 from finetune.models import adapters, attention, bases, embeddings
@@ -97,6 +97,7 @@ def rehearse(
         again = load_tokenizer(name, trust_remote_code)
         if template is not None:
             again.chat_template = chat_template(template, tokenizer, system_prompt)
+            template.stop_token()
             try:
                 _verify_prompt(Path("data.template"), again, template, system_prompt)
             except ExportError as exc:
@@ -157,12 +158,17 @@ def verify(
 
 def _verify_prompt(target: Path, tokenizer: Any, template: Template, system_prompt: str | None) -> None:
     """A question asked through the exported chat template must give the tokens that training put before answers."""
-    asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
-    )
+    template = replace(template, date=None)  # apply_chat_template knows only today's
+    messages = QUESTION if system_prompt is not None else template.probe
+    try:
+        asked = tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as exc:  # a template is a program
+        raise ExportError(f"{target}: its chat template fails: {type(exc).__name__}: {exc}") from exc
     ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
     system = [Message("system", system_prompt)] if system_prompt is not None else []
-    trained = encode_prompt(template.prompt([*system, Message("user", "a")]), tokenizer)
+    trained = encode_prompt(template.prompt([*system, *messages]), tokenizer)
     if ids != trained:
         raise ExportError(
             f"{target}: its chat template gives the tokens {ids} for a prompt that was trained as {trained}"
@@ -361,10 +367,21 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def chat_template(template: Template, tokenizer: Any, system_prompt: str | None = None) -> str:
-    """The Jinja source to save: with the BOS in front and the system prompt that training put there, if it renders none."""
+    """The Jinja source to save, which renders what training put before answers and the template does not.
+
+    These are the BOS, the system prompt, and the opening of answers. Callers that pass `enable_thinking` get the opening
+    that the template itself has for it.
+    """
     source = template.source
-    if uses_bos(tokenizer) and not template.prompt([Message("user", "a")]).startswith(tokenizer.bos_token):
+    system = [Message("system", system_prompt)] if system_prompt is not None else []
+    messages = [*system, *QUESTION] if system else template.probe
+    if uses_bos(tokenizer) and not template.prompt(messages).startswith(tokenizer.bos_token):
         source = "{{ bos_token }}" + source
+    if template.opening and not template.learn_opening:
+        source = (
+            "{% set own_opening = enable_thinking is defined %}{{ '' }}" + source.removesuffix("\n")
+            + "{%+ if add_generation_prompt and not own_opening %}{{ " + json.dumps(template.opening) + " }}{% endif %}"
+        )  # fmt: skip
     if system_prompt is not None:
         message = json.dumps({"role": "system", "content": system_prompt}, ensure_ascii=False)
         source = (

@@ -61,6 +61,7 @@ class Job:
             "evaluation data": self.data.eval.fingerprint if self.data.eval else "none",
             "frozen weights": state.frozen,
             "train.precision": self.topology.precision,
+            "date in the template": self.data.template.date or "none",
         }
 
     def open_directory(self, state: TrainState) -> None:
@@ -73,6 +74,7 @@ class Job:
             },
             num_processes=topology.num_processes, topology=topology.name, precision=topology.precision,
             attention=data.attention, num_steps=data.num_steps, start_weights=state.start, template=data.template.fingerprint,
+            template_date=data.template.date,
             train_data=data.train.sequences.examples.receipt(),
             eval_data=data.eval.sequences.examples.receipt() if data.eval else None, launch=topology.launched,
         )  # fmt: skip
@@ -140,7 +142,7 @@ class Job:
             answers = generation.while_training(
                 self.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,
                 system_prompt=self.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
-                together=self.topology.wish.is_sharded and self.topology.num_processes > 1,
+                together=self.topology.wish.is_sharded and self.topology.num_processes > 1, say=self.tell,
             )  # fmt: skip
         tracker.sampled(step, wanted.sample_prompts, answers)
 

@@ -1,7 +1,8 @@
 """Everything that can be known before weights are loaded: rows -> sequences in a plan, checked, and said in words."""
 
+import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,11 @@ class Data:
     """Evaluation examples that are also trained on."""
 
 
-def prepare(config: Config, topology: Topology) -> Data:
-    """Rows -> sequences in a plan. Raises UserError for whatever is wrong with rows, template or tokenizer."""
+def prepare(config: Config, topology: Topology, date: str | None = None) -> Data:
+    """Rows -> sequences in a plan. Raises UserError for whatever is wrong with rows, template or tokenizer.
+
+    `date`: of the run's first start, as 2026-11-26, for templates that write it; None: today's.
+    """
     wanted, seed = config.data, config.run.seed
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
     # What is wrong with files and rows is said before anything is asked of the Hub.
@@ -62,14 +66,15 @@ def prepare(config: Config, topology: Topology) -> Data:
             f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
         )
 
-    template = _template(wanted, format, tokenizer)
+    template = _template(wanted, format, tokenizer, date)
+    train, evals, known = _examples(config, sources, template, tokenizer)
+    template = replace(template, learn_opening=train.learn_opening)
     kept = template if config.objective.kind != "clm" else None
     topology.on_main(
         lambda: export.rehearse(
             tokenizer, model_config, config.model.path, kept, wanted.system_prompt, config.model.trust_remote_code
         )
     )
-    train, evals, known = _examples(config, sources, template, tokenizer)
 
     def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
         return batches.Batches(
@@ -85,19 +90,24 @@ def prepare(config: Config, topology: Topology) -> Data:
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
     for prompt in config.evaluation.sample_prompts:
-        if not tokens.encode_prompt(prompt, tokenizer):
+        if not tokens.encode_prompt(templates.sample_prompt(kept, prompt, wanted.system_prompt), tokenizer):
             raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; take it out")
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known)
 
 
-def _template(wanted: config_fields.Data, format: str, tokenizer: Any) -> templates.Template:
+def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str | None) -> templates.Template:
     if format == "text" and (wanted.template != "auto" or wanted.system_prompt is not None):
         raise ConfigError(
             "data.template, data.system_prompt: would be ignored: rows of text have no turns; remove them"
         )
     return templates.load(
-        wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+        wanted.template,
+        format,
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizer.get_added_vocab(),
+        date,
     )
 
 
@@ -111,7 +121,13 @@ def _examples(
         OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
     )  # fmt: skip
     train = tokens.prepare(sources.train, template, tokenizer, options, wanted.cache_dir)
-    evals = tokens.prepare(sources.eval, template, tokenizer, options, wanted.cache_dir) if sources.eval else None
+    asked = replace(template, learn_opening=train.learn_opening)
+    evals = tokens.prepare(sources.eval, asked, tokenizer, options, wanted.cache_dir) if sources.eval else None
+    if evals and evals.learn_opening != train.learn_opening:
+        raise DataError(
+            f"data.eval: some of its answers do not begin with {template.opening!r}, which the template puts before every answer "
+            "of data.train; rows with thoughts measure nothing where none are trained on"
+        )
     if wanted.max_rows is not None:
         train = tokens.draw(train, wanted.max_rows, seed)
     if wanted.eval_fraction:
@@ -175,7 +191,7 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     if all_logits:
         lines.append(f"note        all logits are held at once: {all_logits}")
     lines += [f"note        {note}" for note in data.sources.notes]
-    lines += _notes(config, data.num_steps)
+    lines += _notes(config, data.num_steps) + _template_notes(config, data)
     lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
     return "\n".join(lines)
 
@@ -203,6 +219,31 @@ def _notes(config: Config, num_steps: int) -> list[str]:
         notes.append(
             f"adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, the model is not the base"
         )
+    return [f"note        {note}" for note in notes]
+
+
+def _template_notes(config: Config, data: Data) -> list[str]:
+    """What the template does that its user may not know."""
+    template, notes = data.template, []
+    if config.objective.kind != "clm" and data.tokenizer.chat_template and template.name != "chat":
+        with contextlib.suppress(DataError):  # the model's own need not be one that can be used
+            own = templates.load(
+                "chat", "messages", data.tokenizer.chat_template, template.special_tokens, {}, template.date
+            )
+            if own.prompt(own.probe) != template.prompt(own.probe):
+                notes.append(
+                    f"the model has a chat template of its own, which {template.name} replaces, here and in the export; "
+                    "data.template: chat keeps it"
+                )
+    if template.date is not None:
+        notes.append(
+            f"the template writes the date: {template.date}, that of the first start, is kept for the whole run"
+        )
+    if template.opening and config.objective.kind != "clm":
+        notes.append(
+            f"the template puts {template.opening!r} before an answer; "
+            + ("some rows begin otherwise, so the model learns to write it" if template.learn_opening else "it ends the prompt, and is not learned")
+        )  # fmt: skip
     return [f"note        {note}" for note in notes]
 
 

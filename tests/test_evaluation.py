@@ -83,6 +83,75 @@ def test_answers_do_not_depend_on_the_batch(base_and_tuned):
     assert alone[0] == "AB"
 
 
+def test_a_prompt_that_is_too_long_keeps_its_bos_and_end_and_is_told(workshop):
+    from finetune import export
+
+    model = export.load(workshop.train(train__max_steps=1) / "model")
+    tokenizer = export.load_tokenizer(workshop.run_dir() / "model")
+    seen, said = [], []
+    model.generate = lambda input_ids, **_: seen.append(input_ids) or input_ids
+    prompts = ["<|bos|>" + "x" * 300 + "end", "short", "y" * 300]
+    generation.answers(model, tokenizer, prompts, max_new_tokens=56, batch_size=1, say=said.append)
+    assert [tokenizer.decode(ids[0]) for ids in seen] == ["short", "<|bos|>" + "x" * 196 + "end", "y" * 200]
+    assert len(said) == 1
+    assert "2 of 3 prompts are over 200 tokens" in said[0]
+
+
+def test_text_of_the_template_before_an_answer_is_not_scored(bytes_tokenizer):
+    """Of models that were tuned elsewhere, so that they write it themselves."""
+    bytes_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    answers = ["<think>\n\n</think>\n\nParis", "Rome", "<think>hm</think>Oslo"]
+    assert [a.strip() for a in generation.without_opening(bytes_tokenizer, answers)] == ["Paris", "Rome", answers[2]]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["chat", "--prompt", "hi", "--model"], ["evaluate", "--data", "ROWS", "--base", "m", "--tuned"]]
+)
+def test_a_chat_template_that_fails_is_exit_2(base_and_its_rows, capsys, arguments):
+    model, rows = base_and_its_rows
+    (model / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    arguments = [str(rows) if word == "ROWS" else str(model) if word == "m" else word for word in arguments]
+    assert main([*arguments, str(model)]) == 2
+    assert (
+        f"{rows}:1: " * (arguments[0] == "evaluate") + "data.template 'chat' fails: TemplateError: never"
+        in capsys.readouterr().err
+    )
+
+
+def test_of_several_chat_templates_the_default_is_asked(base_and_its_rows, capsys):
+    model, rows = base_and_its_rows
+    more = model / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("{{ raise_exception('never') }}")
+    assert main(["chat", "--prompt", "hi", "--max-new-tokens", "1", "--model", str(model)]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--data",
+                str(rows),
+                "--base",
+                str(model),
+                "--tuned",
+                str(model),
+                "--limit",
+                "1",
+                "--max-new-tokens",
+                "1",
+            ]
+        )
+        == 0
+    )
+
+
+@pytest.fixture
+def base_and_its_rows(workshop):
+    return workshop.train("base", train__max_steps=1) / "model", workshop.rows
+
+
 @pytest.mark.slow
 def test_chat_answers_one_prompt(base_and_tuned, capsys):
     _, tuned, _ = base_and_tuned

@@ -1,5 +1,7 @@
 """What is trained on is what inference renders, and exactly the answers of it are learned."""
 
+from dataclasses import replace
+
 import pytest
 
 from finetune.data import templates
@@ -248,15 +250,15 @@ def test_a_template_that_ends_no_turn_says_so_and_only_the_answer_is_learned():
 # {% generation %} marks
 
 
-def test_marks_decide_what_is_learned():
-    """The header is inside the marks, as SmolLM3 has it, and so is the line after the turn."""
+def test_marks_decide_what_is_learned_of_what_the_model_writes():
+    """The header is inside the marks, as SmolLM3 has it, but the prompt ends with it; the line after the turn is inside too."""
     source = (
         "{%- for m in messages %}{% if m.role == 'assistant' %}"
         "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
         "{% else %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    answers = ["<|im_start|>assistant\nHello<|im_end|>\n", "<|im_start|>assistant\nFine<|im_end|>\n"]
+    answers = ["Hello<|im_end|>\n", "Fine<|im_end|>\n"]
     assert supervised(chat(source), conversation("Hi", "Hello")) == answers[:1]
     assert supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine")) == answers
     assert supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine"), "last_turn") == answers[1:]
@@ -274,7 +276,7 @@ def test_marks_decide_what_is_learned():
 def test_marks_that_are_not_one_around_each_answer_are_refused(source, marked):
     with pytest.raises(DataError) as caught:
         chat(source).segments(conversation("a", "b", "c", "d"))
-    assert str(caught.value).startswith("rows.jsonl:3: template 'chat'")
+    assert str(caught.value).startswith("rows.jsonl:3: data.template 'chat'")
     assert f"marks {marked} {{% generation %}} blocks for 2 assistant messages" in str(caught.value)
 
 
@@ -306,7 +308,7 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
         (DROPS, ("Hi", "Hello"), "drops the answer in message 2 ('Hello'); use another data.template"),
         (DROPS_EARLIER, ("Hi", "Hello", "And?", "Fine"), "drops the answer in message 2 ('Hello')"),
         (SHOUTS, ("Hi", "Hello"), "drops or rewrites the answer 'Hello'"),
-        (HIDES_THOUGHTS, ("Hi", "<think>hm</think>Hello", "And?", "Fine"), "or data.loss_on: last_turn"),
+        (HIDES_THOUGHTS, ("Hi", "<think>hm</think>Hello", "And?", "Fine"), "renders the answer in message 2 differently once later turns are there"),
         (POINTS_AT_THE_LAST, ("Hi", "Hello"), "renders the prompt of message 2 differently once the answer is there"),
         (RAISES, ("Hi", "Hello"), "fails: TemplateError: one message only"),
         ("{{ messages[7].content }}", ("Hi", "Hello"), "fails: "),
@@ -319,7 +321,7 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
 def test_a_template_that_would_train_something_else_is_refused(source, said, says):
     with pytest.raises(DataError) as caught:
         chat(source).segments(conversation(*said))
-    assert str(caught.value).startswith("rows.jsonl:3: template 'chat'")
+    assert str(caught.value).startswith("rows.jsonl:3: data.template 'chat'")
     assert says in str(caught.value)
 
 
@@ -329,7 +331,7 @@ def test_thoughts_of_earlier_turns_may_be_hidden_where_only_the_last_is_learned(
 
 
 def test_a_prompt_that_cannot_be_rendered_is_refused():
-    with pytest.raises(DataError, match=r"^the prompt:1: template 'chat' fails: TemplateError: one message only"):
+    with pytest.raises(DataError, match=r"^the prompt:1: data\.template 'chat' fails: TemplateError: one message only"):
         chat(RAISES).prompt(conversation("Hi", "Hello").messages)
 
 
@@ -425,8 +427,12 @@ REAL = {"qwen2.5": "<|im_end|>", "qwen3": "<|im_end|>", "gemma-3": "<end_of_turn
 @pytest.mark.parametrize("case", ["one turn", "several turns", "system", "system, several turns"])
 def test_a_real_template_renders_as_inference_does(real_data, bytes_tokenizer, name, case):
     own, whole = real_template(real_data, name), CONVERSATIONS[case]
-    assert rendered(own, whole) == as_inference_renders(bytes_tokenizer, own, whole.messages)
     assert own.stop_token() == REAL[name]
+    if name == "qwen3" and "several turns" in case:  # its empty thoughts leave the history
+        with pytest.raises(DataError, match="differently once later turns are there"):
+            own.segments(whole)
+        return
+    assert rendered(own, whole) == as_inference_renders(bytes_tokenizer, own, whole.messages)
     for turn, message in enumerate(whole.messages):
         if message.role == "assistant":
             assert rendered(own, whole).startswith(own.prompt(whole.messages[:turn]))
@@ -436,13 +442,28 @@ def test_a_real_template_renders_as_inference_does(real_data, bytes_tokenizer, n
     ("name", "learned"),
     [
         ("qwen2.5", ["Hello<|im_end|>", "Fine<|im_end|>"]),
-        ("qwen3", ["Hello<|im_end|>", "<think>\n\n</think>\n\nFine<|im_end|>"]),  # as Qwen3 itself fills it in
         ("gemma-3", ["Hello<end_of_turn>", "Fine<end_of_turn>"]),
-        ("smollm3", ["<|im_start|>assistant\nHello<|im_end|>\n", "<|im_start|>assistant\nFine<|im_end|>\n"]),  # its marks
+        ("smollm3", ["Hello<|im_end|>\n", "Fine<|im_end|>\n"]),  # its marks hold the line end too
     ],
-)  # fmt: skip
+)
 def test_of_a_real_template_exactly_the_answers_are_learned(real_data, name, learned):
-    assert supervised(real_template(real_data, name), conversation("Hi", "Hello", "And?", "Fine")) == learned
+    whole = conversation("Hi", "Hello", "And?", "Fine")
+    assert supervised(real_template(real_data, name), whole) == learned
+    assert supervised(real_template(real_data, name), whole, "last_turn") == learned[-1:]
+
+
+def test_qwen3_is_asked_with_empty_thoughts_where_rows_have_none(real_data):
+    own, whole = real_template(real_data, "qwen3"), conversation("Hi", "Hello", "And?", "Fine")
+    assert own.prompt(whole.messages[:3]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert supervised(own, whole, "last_turn") == ["Fine<|im_end|>"]
+    assert supervised(own, conversation("Hi", "<think>hm</think>Hello")) == ["<think>\nhm\n</think>\n\nHello<|im_end|>"]
+
+
+def test_smollm3_asked_not_to_think_has_empty_thoughts_in_every_prompt(real_data):
+    own = real_template(real_data, "smollm3")
+    whole = conversation("Hi", "Hello", "And?", "Fine", system="/no_think")
+    assert supervised(own, whole) == ["Hello<|im_end|>\n", "Fine<|im_end|>\n"]
+    assert own.prompt(whole.messages[:2]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n")
 
 
 def test_qwen3_hides_earlier_thoughts_so_only_the_last_turn_can_be_learned(real_data):
@@ -480,9 +501,160 @@ def test_generation_marks_do_not_hide_a_prompt_that_is_not_trained():
         chat(source).segments(conversation("Hi", "Hello"))
 
 
+# What a template puts before an answer
+
+TURN = "<|im_start|>{{ m.role }}\n"
+ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THINKS_LAST = (  # as Qwen3: empty thoughts before the last answer, unless it has thoughts of its own
+    "{% for m in messages %}" + TURN + "{% if m.role == 'assistant' and loop.last and '<think>' not in m.content %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + ASKS
+)  # fmt: skip
+THINKS_EACH = THINKS_LAST.replace("loop.last", "true")
+OPENS_THOUGHTS = THINKS_EACH.replace(  # as Qwen3-Thinking: the prompt already opens them
+    ASKS, "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+IGNORES_THE_ASKING = "{% for m in messages %}" + TURN + "{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "opening", "prompt"),
+    [
+        (THINKS_LAST, "<think>\n\n</think>\n\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        (THINKS_EACH, "<think>\n\n</think>\n\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        (OPENS_THOUGHTS, "\n</think>\n\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        (IGNORES_THE_ASKING, "<|im_start|>assistant\n", "<|im_start|>assistant\n"),
+    ],
+    ids=["before the last answer", "before each", "opened by the prompt", "header"],
+)
+def test_text_of_the_template_before_an_answer_ends_the_prompt(source, opening, prompt):
+    own, whole = chat(source), conversation("Hi", "Fine")
+    assert own.opening == opening
+    assert own.prompt(whole.messages[:1]) == "<|im_start|>user\nHi<|im_end|>\n" + prompt
+    assert [s.text for s in own.segments(whole)] == [own.prompt(whole.messages[:1]), "Fine<|im_end|>", "\n"]
+    assert not own.opens_itself(own.segments(whole))
+
+
+@pytest.mark.parametrize(
+    ("source", "learned"),
+    [(THINKS_LAST, "<think>\nhm\n</think>\n\nFine<|im_end|>"), (OPENS_THOUGHTS, "hm\n</think>\n\nFine<|im_end|>")],
+)
+def test_thoughts_of_a_row_are_learned_after_the_prompt_without_empty_ones(source, learned):
+    whole = conversation("Hi", "<think>\nhm\n</think>\n\nFine")
+    assert supervised(chat(source), whole) == [learned]
+    assert chat(source).opens_itself(chat(source).segments(whole))
+
+
+def test_where_some_rows_have_thoughts_the_others_learn_to_have_none():
+    own = replace(chat(THINKS_LAST), learn_opening=True)
+    assert own.prompt(conversation("Hi").messages).endswith("<|im_start|>assistant\n")
+    assert supervised(own, conversation("Hi", "Fine")) == ["<think>\n\n</think>\n\nFine<|im_end|>"]
+
+
+@pytest.mark.parametrize("learn_opening", [False, True])
+@pytest.mark.parametrize("source", [THINKS_LAST, THINKS_LAST.replace("loop.last", "loop.index > 2")])
+def test_an_earlier_answer_without_what_the_last_has_before_it_is_refused(source, learn_opening):
+    own, whole = replace(chat(source), learn_opening=learn_opening), conversation("Hi", "Hello", "And?", "Fine")
+    if "loop.last" in source:
+        with pytest.raises(
+            DataError, match=r"message 2 differently once later turns are there.* data\.loss_on: last_turn"
+        ):
+            own.segments(whole)
+        assert len(supervised(own, whole, "last_turn")) == 1
+    else:  # it depends on the place alone, so each answer is asked as it is trained
+        assert len(supervised(own, whole)) == 2
+
+
+def test_an_end_of_turn_that_only_the_last_answer_has_is_refused():
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|eot|>' if loop.last or m.role == 'user' else ';' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    with pytest.raises(DataError, match="message 2 differently once later turns are there"):
+        chat(source).segments(conversation("Hi", "Hello", "And?", "Fine"))
+
+
+def test_white_space_before_an_answer_stays_with_the_answer():
+    """Llama-2's own template; tokenizers join the space with the first word."""
+    own = chat(
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} <|eot|>{% endif %}{% endfor %}"
+    )
+    assert own.opening == ""
+    assert supervised(own, conversation("Hi", "Hello", "And?", "Fine")) == [" Hello <|eot|>", " Fine <|eot|>"]
+
+
+# Templates that take only some rows
+
+DEMANDS = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('system message needed') }}{% endif %}"
+    + IGNORES_THE_ASKING
+    + ASKS
+)
+REFUSES = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + IGNORES_THE_ASKING
+    + ASKS
+)
+
+
+@pytest.mark.parametrize(("source", "fits"), [(DEMANDS, "Be brief."), (REFUSES, None)])
+def test_a_template_refuses_only_the_rows_that_do_not_fit_it(source, fits):
+    own, other = chat(source), None if fits else "Be brief."
+    assert own.stop_token() == "<|im_end|>"
+    assert supervised(own, conversation("Hi", "Hello", system=fits)) == ["Hello<|im_end|>"]
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl:3: data\.template 'chat' fails: TemplateError: (system|no system)"
+    ):
+        own.segments(conversation("Hi", "Hello", system=other))
+
+
+def test_a_template_that_cannot_be_parsed_is_told_with_its_line():
+    with pytest.raises(templates.BrokenTemplate, match=r"rows\.jsonl:3: .* \(line 2 of the template\)"):
+        chat("\n{{ messages | no_such_filter }}").segments(conversation("Hi", "Hello"))
+
+
+# Templates that render other text on another day, or each time
+
+
+def test_a_template_is_given_one_date():
+    source = "{{ strftime_now('%d %b %Y') }}|" + IGNORES_THE_ASKING
+    own = templates.load("chat", "messages", source, SPECIAL, VOCABULARY, "2001-02-03")
+    assert rendered(own, conversation("Hi", "Hello")).startswith("03 Feb 2001|")
+    later = templates.load("chat", "messages", source, SPECIAL, VOCABULARY, "2001-02-04")
+    assert own.fingerprint != later.fingerprint
+
+
+def test_a_template_without_a_date_does_not_depend_on_the_day():
+    days = [
+        templates.load("chatml", "messages", None, SPECIAL, VOCABULARY, day) for day in ("2001-02-03", "2001-02-04")
+    ]
+    assert days[0].fingerprint == days[1].fingerprint
+    assert days[0].date is None
+
+
+@pytest.mark.parametrize("source", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}"])
+def test_a_template_that_uses_chance_is_refused(source):
+    with pytest.raises(DataError, match=r"data\.template: chat: uses chance"):
+        chat(source)
+    assert chat("a random {{ messages[0].content }}")  # as a word it is none
+
+
+# Several chat templates
+
+
+def test_of_several_chat_templates_the_default_is_taken():
+    named = {"tool_use": "{{ tools }}", "default": CHAT["header"]}
+    assert templates.load("auto", "messages", named, SPECIAL, VOCABULARY).source == CHAT["header"]
+
+
+def test_chat_templates_without_a_default_are_named():
+    named = {"rag": "{{ x }}", "tool_use": "{{ tools }}"}
+    with pytest.raises(DataError, match="has the chat templates rag, tool_use, but none called default"):
+        templates.load("chat", "messages", named, SPECIAL, VOCABULARY)
+    assert templates.load("chatml", "messages", named, SPECIAL, VOCABULARY).name == "chatml"
+
+
 @pytest.mark.parametrize(
     "source", ["{{ 1 / 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"], ids=["zero", "endless"]
 )
 def test_a_template_that_breaks_down_is_named(source):
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: template 'chat' fails: (ZeroDivisionError|RecursionError)"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:3: data\.template 'chat' fails: (ZeroDivisionError|RecursionError)"
+    ):
         chat(source).segments(conversation("Hi", "Hello"))

@@ -1,11 +1,15 @@
 """Labels line up with tokens, stopping is learned, one BOS, and a cache that is never wrong."""
 
+import contextlib
 import json
-import re
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from finetune.config import Model
 from finetune.data import readers, rows, templates, tokens
 from finetune.data.rows import Message
 from finetune.data.tokens import Examples
-from finetune.errors import DataError, ModelError
+from finetune.errors import DataError, ModelError, Outage
 from finetune.models.load import bytes_tokenizer, load_tokenizer
 
 BUILT_IN = ["plain", "question_answer", "alpaca", "llama2", "chatml"]
@@ -189,7 +193,7 @@ def test_plain_text_gets_one_bos_and_one_eos(desk):
 
 
 WRITES_BOS = "{{ bos_token }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-WRITES_BOS_EACH_TIME = "{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}"
+WRITES_BOS_EACH_TIME = "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
@@ -199,12 +203,22 @@ def test_a_template_that_writes_the_bos_gives_no_second_one(desk, tokenizer):
     assert tokenizer.decode(ids) == "<|bos|>user:q<|eos|>assistant:a<|eos|>"
 
 
-def test_a_template_that_writes_several_bos_is_refused(desk):
+def test_a_bos_before_every_question_is_taken_as_the_template_has_it(desk):
+    """As Llama 2's own chat template."""
     tokenizer = adds_bos(bytes_tokenizer())
-    says = desk.refused([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, WRITES_BOS_EACH_TIME))
-    assert (
-        says
-        == "template 'chat' renders more than one BOS '<|bos|>'; write it once at the start, or leave it to the tokenizer"
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("qarb")]
+    ids, supervised = of(desk.prepare([{"messages": turns}], tokenizer, chat_for(tokenizer, WRITES_BOS_EACH_TIME)))
+    assert tokenizer.decode(ids) == "<|bos|>[INST]q[/INST]a<|eos|><|bos|>[INST]r[/INST]b<|eos|>"
+    assert learned(tokenizer, ids, supervised) == ["a<|eos|>", "b<|eos|>"]
+
+
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_a_template_that_begins_with_two_bos_is_refused(desk, between):
+    tokenizer = adds_bos(bytes_tokenizer())
+    own = chat_for(tokenizer, "{{ bos_token }}" + f"{{{{ '{between}' }}}}" + WRITES_BOS_EACH_TIME)
+    says = desk.refused([{"question": "q", "answer": "a"}], tokenizer, own)
+    assert says == (
+        "data.template 'chat' begins with more than one BOS '<|bos|>'; write it once, or leave it to the tokenizer"
     )
 
 
@@ -812,12 +826,204 @@ def test_a_failure_leaves_nothing_in_the_cache(desk):
     assert [path.name for path in (desk.cache / "tokens").iterdir() if not path.name.endswith(".lock")] == []
 
 
-def test_damaged_tokens_are_refused_with_the_folder_to_delete(desk):
-    examples = desk.prepare(BASE, bytes_tokenizer())
-    folder = desk.cache / "tokens" / examples.fingerprint
-    (folder / "input_ids.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(DataError, match=re.escape(str(folder)) + r": .* damaged .*; delete it and run again"):
+def flip(folder: Path, name: str, at: int = -1) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[at] ^= 1
+    (folder / name).write_bytes(content)
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def count_differently(folder: Path) -> None:
+    meta = (folder / "meta.json").read_text()
+    (folder / "meta.json").write_text(meta.replace('"num_rows": 2', '"num_rows": 3'))
+
+
+def pickle(folder: Path) -> None:
+    np.save(folder / "ends.npy", np.array([print, 2], object), allow_pickle=True)
+
+
+def replace_by_a_file(folder: Path) -> None:
+    empty(folder)
+    folder.rmdir()
+    folder.write_text("in the way")
+
+
+DAMAGES = {
+    **{f"a bit of {name}": lambda folder, name=name: flip(folder, f"{name}.npy") for name in tokens.ARRAYS},
+    "a header": lambda folder: flip(folder, "input_ids.npy", 3),
+    "a count": count_differently,
+    "no meta": lambda folder: (folder / "meta.json").unlink(),
+    "an array missing": lambda folder: (folder / "places.npy").unlink(),
+    "cut short": lambda folder: (folder / "input_ids.npy").write_bytes(b"\x93NUMPY"),
+    "no bytes": lambda folder: (folder / "supervised.npy").write_bytes(b""),
+    "another type": lambda folder: np.save(folder / "ends.npy", np.load(folder / "ends.npy").astype(np.uint64)),
+    "another shape": lambda folder: np.save(folder / "places.npy", np.load(folder / "places.npy").reshape(3, 2)),
+    "pickled": pickle,
+    "empty": empty,
+    "a file": replace_by_a_file,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tokens_are_made_anew_with_a_note(desk, capsys, damage):
+    first = desk.prepare(BASE, bytes_tokenizer())
+    folder = desk.cache / "tokens" / first.fingerprint
+    right = [(of(first, n), first.place(n)) for n in range(2)]
+    DAMAGES[damage](folder)
+    again = desk.prepare(BASE, bytes_tokenizer())
+    assert [(of(again, n), again.place(n)) for n in range(2)] == right
+    assert (again.num_rows, len(again)) == (2, 2)
+    assert f"note: the token cache {folder} is damaged and is built anew: " in capsys.readouterr().err
+    desk.prepare(BASE, bytes_tokenizer())
+    assert capsys.readouterr().err == ""
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
+
+
+def test_tokens_of_other_rows_in_the_place_of_these_are_made_anew(desk):
+    mine = desk.prepare(BASE, bytes_tokenizer())
+    others = desk.prepare([{"question": "other", "answer": "row"}] * 2, bytes_tokenizer())
+    folder = desk.cache / "tokens"
+    shutil.rmtree(folder / mine.fingerprint)
+    shutil.copytree(folder / others.fingerprint, folder / mine.fingerprint)
+    assert of(desk.prepare(BASE, bytes_tokenizer())) == of(mine)
+
+
+def test_what_killed_runs_left_is_removed_and_what_live_ones_build_is_not(desk):
+    root = desk.cache / "tokens"
+    for name in ("dead", "alive"):
+        (root / f".building-{name}-0123").mkdir(parents=True)
+        (root / f"{name}.lock").touch()
+    (root / ".removing-dead-0123").mkdir()
+    with tokens._locked(root / "alive.lock", "cache") as held:
+        assert held
         desk.prepare(BASE, bytes_tokenizer())
+        assert [path.name for path in root.glob(".*")] == [".building-alive-0123"]
+    desk.prepare(BASE, bytes_tokenizer())
+    assert list(root.glob(".*")) == []
+
+
+def in_a_child(action: Callable[[], object]) -> int:
+    """Exit code of a child process that does it; minus the signal that killed it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            action()
+            code = 0
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_process_that_is_killed_while_it_builds_leaves_nothing_behind_for_long(desk):
+
+    def be_killed() -> None:
+        tokens._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # in a child process
+        desk.prepare(BASE, bytes_tokenizer())
+
+    assert in_a_child(be_killed) == -signal.SIGKILL
+    root = desk.cache / "tokens"
+    assert len(list(root.glob(".building-*"))) == 1
+    desk.prepare(BASE, bytes_tokenizer())
+    assert list(root.glob(".*")) == []
+
+
+def as_another_user(action: Callable[[], object]) -> int:
+    """Exit code of a child process without rights that does it: root may do everything."""
+
+    def without_rights() -> None:
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        action()
+
+    return in_a_child(without_rights)
+
+
+@pytest.fixture
+def shared_desk():
+    """In a folder that other users may enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Desk(Path(name))
+
+
+def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
+    desk, tokenizer = shared_desk, bytes_tokenizer()
+    desk.prepare(BASE, tokenizer)
+    sources = rows.sources(str(desk.folder / "rows.jsonl"), None)[0]
+    root = desk.cache / "tokens"
+    for path in (desk.cache, root):
+        path.chmod(0o555)
+
+    def prepare(**changes: Any) -> Examples:
+        return tokens.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(**changes), str(desk.cache))
+
+    def is_refused() -> None:
+        with pytest.raises(DataError, match=r"data\.cache_dir: .*: cannot be written: .*Permission denied"):
+            prepare(max_length=999)
+
+    assert as_another_user(prepare) == 0
+    assert as_another_user(is_refused) == 0
+    for path in (desk.cache, root):
+        path.chmod(0o755)
+
+
+def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
+    desk, tokenizer = shared_desk, bytes_tokenizer()
+    examples = desk.prepare(BASE, tokenizer)
+    root = desk.cache / "tokens"
+    shutil.rmtree(root / examples.fingerprint)
+    root.chmod(0o777)
+    sources = rows.sources(str(desk.folder / "rows.jsonl"), None)[0]
+    assert (
+        as_another_user(
+            lambda: tokens.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(), str(desk.cache))
+        )
+        == 0
+    )
+    assert (root / examples.fingerprint / "meta.json").exists()
+
+
+def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(desk):
+    first = desk.prepare(BASE, bytes_tokenizer())
+    folder = desk.cache / "tokens" / first.fingerprint
+    sources = rows.sources(str(desk.folder / "rows.jsonl"), None)[0]
+    made = tokens._make(
+        folder, sources, template_for(bytes_tokenizer(), "plain"), bytes_tokenizer(), options(), "cache"
+    )
+    assert of(first) == of(made)
+
+
+def test_a_full_disk_is_called_full():
+    with pytest.raises(Outage, match=r"data\.cache_dir: /cache: .*No space left"), tokens._writable("/cache"):
+        tokens._write(Path("/dev/full"), np.zeros(5000))
+
+
+def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
+    from test_templates import THINKS_LAST
+
+    tokenizer = bytes_tokenizer()
+    own = chat_for(tokenizer, THINKS_LAST)
+    without = [{"question": "q", "answer": "a"}] * tokens.ROWS_AT_ONCE
+    examples = desk.prepare(without, tokenizer, own)
+    assert not examples.learn_opening
+    assert learned(tokenizer, *of(examples)) == ["a<|im_end|>"]
+    for _ in range(2):  # the second time from the cache
+        examples = desk.prepare([*without, {"question": "q", "answer": "<think>hm</think>a"}], tokenizer, own)
+        assert examples.learn_opening
+        assert learned(tokenizer, *of(examples)) == ["<think>\n\n</think>\n\na<|im_end|>"]
+        assert learned(tokenizer, *of(examples, len(without))) == ["<think>hm</think>a<|im_end|>"]
+
+
+def test_a_template_that_cannot_be_parsed_is_told_once(desk):
+    with pytest.raises(
+        DataError, match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$"
+    ):
+        desk.prepare(BASE, bytes_tokenizer(), chat_for(bytes_tokenizer(), "{% for m in messages %}"))
 
 
 def test_a_cache_that_cannot_be_written_is_named(desk, tmp_path):

@@ -1,10 +1,12 @@
 """The command line: exit codes, what a run leaves behind, and what bad input gets."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
 import os
 import stat
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import yaml
 from conftest import TINY_LLAMA, losses, pairs, read_jsonl, write_jsonl
 
 from finetune import config as configs
+from finetune.data.rows import Message
 from finetune.errors import (
     CheckpointError,
     ConfigError,
@@ -22,6 +25,8 @@ from finetune.errors import (
     TrainingDiverged,
     UserError,
 )
+from finetune.evaluation import generation
+from finetune.export import load_tokenizer
 
 
 def test_a_run_leaves_everything_its_contract_names(workshop):
@@ -206,6 +211,142 @@ def test_rows_are_looked_at_before_anything_is_fetched(workshop):
     write_jsonl(workshop.rows, pairs())
     with pytest.raises(ModelError, match="owner/no-such-model"):
         workshop.check(**hub)
+
+
+THINKS = (  # as Qwen3, with the date of Llama 3
+    "{{ 'Today: ' + strftime_now('%d %b %Y') }}\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}\n"
+)
+
+
+@contextlib.contextmanager
+def on_the_day_of(zone, monkeypatch):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkeypatch, capsys):
+    template = workshop.folder / "dated.jinja"
+    template.write_text(THINKS)
+    with on_the_day_of("AAA12", monkeypatch):
+        first = workshop.train(data__template=str(template))
+    day = json.loads((first / "receipt.json").read_text())["template_date"]
+    assert f"the template writes the date: {day}, that of the first start" in capsys.readouterr().err
+    with on_the_day_of("BBB-14", monkeypatch):  # 26 hours later in local time, so never the same day
+        (first / "outcome.json").unlink()
+        workshop.train(data__template=str(template))
+        assert "resumed from" in capsys.readouterr().err
+        workshop.train("again", data__template=str(template), run__replay_of=str(first))
+        other = workshop.train("other", data__template=str(template))
+    assert losses(workshop.run_dir("again")) == losses(first)
+    assert json.loads((other / "receipt.json").read_text())["template_date"] != day
+
+
+def test_the_export_is_asked_as_training_asked(workshop):
+    """The text that the template puts before an answer ends the prompt of every caller, unless he says how to think."""
+    template = workshop.folder / "thinks.jinja"
+    template.write_text(THINKS)
+    tokenizer = load_tokenizer(workshop.train(data__template=str(template)) / "model")
+
+    def asked(**arguments):
+        question = [{"role": "user", "content": "q"}]
+        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **arguments)
+        return text.rpartition("q<|im_end|>\n")[2]
+
+    empty = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert generation.chat_prompt(tokenizer, [Message("user", "q")]).endswith(empty)
+    assert asked() == asked(enable_thinking=False) == empty
+    assert asked(enable_thinking=True) == "<|im_start|>assistant\n"
+
+
+def test_rows_with_thoughts_leave_the_export_free_to_think(workshop):
+    template = workshop.folder / "thinks.jinja"
+    template.write_text(THINKS.replace("loop.last", "'<think>' not in m.content"))
+    rows = [*pairs(), {"question": "why", "answer": "<think>hm</think>so"}]
+    path = write_jsonl(workshop.folder / "thoughts.jsonl", rows)
+    run = workshop.train(data__template=str(template), data__train=str(path))
+    assert generation.chat_prompt(load_tokenizer(run / "model"), [Message("user", "q")]).endswith("assistant\n")
+    with pytest.raises(DataError, match=r"data\.eval: some of its answers do not begin with"):
+        workshop.check("other", data__template=str(template), data__eval=str(path))
+
+
+TURNS = ["user", "assistant", "user", "assistant"]
+KINDS = {"one turn": TURNS[:2], "several turns": TURNS, "system, several turns": ["system", *TURNS]}
+REFUSED = {  # everything else trains
+    ("qwen3", "several turns"): "message 2 differently once later turns are there",
+    ("qwen3", "system, several turns"): "message 3 differently once later turns are there",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "gemma-3", "smollm3"])
+def test_a_real_template_trains_or_is_refused_with_its_reason(real_data, workshop, name, kind):
+    said = [{"role": role, "content": f"{role} says {n}"} for n, role in enumerate(KINDS[kind])]
+    given = {
+        "data__template": str(real_data / "chat_templates" / f"{name}.jinja"), "data__max_length": 4096,
+        "data__train": str(write_jsonl(workshop.folder / "said.jsonl", [{"messages": said}] * 8)), "train__max_steps": 1,
+        "model__config": TINY_LLAMA | {"max_position_embeddings": 4096},
+        "model__new_tokens": ["<start_of_turn>", "<end_of_turn>"],
+    }  # fmt: skip
+    if reason := REFUSED.get((name, kind)):
+        with pytest.raises(DataError, match=reason):
+            workshop.check(**given)
+        given["data__loss_on"] = "last_turn"
+    assert (workshop.train(**given) / "model").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["phi-2", "phi-3-mini"])
+def test_a_real_tokenizer_and_its_template_train(real_data, workshop, name):
+    run = workshop.train(model__tokenizer=str(real_data / "tokenizers" / name), train__max_steps=1)
+    assert load_tokenizer(run / "model").chat_template
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "{% for m in messages %}{{ m.content }}", "{{ messages | nofilter }}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}",
+        "{{ nothing.at_all }}", "{{ messages[9].content }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ datetime.now() }}",
+    ],
+)  # fmt: skip
+def test_a_template_that_fails_is_told_with_a_row(workshop, wrong):
+    template = workshop.folder / "own.jinja"
+    template.write_text(wrong)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: data\.template '.*own\.jinja' fails: "):
+        workshop.check(data__template=str(template))
+
+
+def test_a_template_that_takes_the_rows_but_not_a_sample_prompt_is_told_before_training(workshop):
+    template = workshop.folder / "own.jinja"
+    template.write_text("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + THINKS)
+    rows = [{"messages": [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]}] * 8
+    given = {"data__template": str(template), "data__train": str(write_jsonl(workshop.folder / "rows2.jsonl", rows))}
+    workshop.train(**given)
+    with pytest.raises(DataError, match=r"evaluation\.sample_prompts:1: data\.template .* no system"):
+        workshop.check("other", **given, evaluation__sample_prompts=["hi"])
+
+
+def test_a_template_that_replaces_the_models_own_is_noted(workshop, capsys):
+    model = workshop.train("base", data__template="chatml") / "model"
+    rows = [{"prompt": str(n), "completion": "x"} for n in range(8)]
+    path = write_jsonl(workshop.folder / "plain.jsonl", rows)
+    for name, changes, noted in (
+        ("a", {"data__train": str(path)}, "plain replaces"),
+        ("b", {"data__template": "llama2"}, "llama2 replaces"),
+        ("c", {"data__template": "chatml"}, None),
+        ("d", {}, None),
+    ):
+        capsys.readouterr()
+        workshop.check(name, **from_folder(model), **changes)
+        says = capsys.readouterr().err
+        assert ("the model has a chat template of its own" in says) == bool(noted), name
+        assert (noted or "") in says
 
 
 def test_check_of_an_existing_run_looks_at_the_data_first(workshop):

@@ -6,14 +6,18 @@ from how the template was rendered: an answer starts where the prompt before it 
 where text appended to its content would appear. No answer is ever searched for by a string.
 """
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from finetune.data.rows import Conversation, Message, Place
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 
 _QUESTION_ANSWER = """\
 {% for message in messages %}\
@@ -94,6 +98,8 @@ _MARK = "\ufdd0"  # a Unicode noncharacter: no text contains it
 
 
 PROMPT = Place("the prompt", 1)  # where a conversation stands that is in no file
+QUESTION = (Message("user", "a"),)
+_THINKING = re.compile(r"\s*</?think(?:ing)?>\s*")
 
 
 @dataclass(frozen=True)
@@ -113,17 +119,56 @@ class Template:
     special_tokens: Mapping[str, str]
     turn_ends: Sequence[str] = field(default=())
     """Tokens of the vocabulary that can end a turn: all special ones, <|im_end|> and the like."""
+    date: str | None = None
+    """The day, as 2026-11-26, that a template which writes the date is given; None: today."""
+    learn_opening: bool = False
+    """Whether the model learns to write `opening` itself, because some answers begin in another way."""
 
     @property
     def fingerprint(self) -> str:
         parts = [self.source, *sorted(f"{k}={v}" for k, v in self.special_tokens.items()), *self.turn_ends]
+        parts += [f"date={self.date}"] * self.writes_date + ["learn_opening"] * self.learn_opening
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    @property
+    def writes_date(self) -> bool:
+        return "strftime_now" in self.source
+
+    @cached_property
+    def probe(self) -> tuple[Message, ...]:
+        """The shortest prompt that the template takes: some demand a system message, others refuse it. Raises DataError."""
+        found: DataError | None = None
+        for messages in (QUESTION, (Message("system", "a"), *QUESTION)):
+            try:
+                self._render(Conversation(messages, PROMPT), add_generation_prompt=True)
+                self._render(Conversation((*messages, Message("assistant", "b", supervised=True)), PROMPT))
+                return messages
+            except DataError as exc:
+                found = found or exc
+        assert found
+        raise found
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template writes between the generation prompt and an answer, such as an empty thinking block.
+
+        Empty if that is only white space, which tokenizers join with the first word of the answer.
+        """
+        with contextlib.suppress(DataError):
+            asked = self._render(Conversation(self.probe, PROMPT), add_generation_prompt=True)
+            answer = Message("assistant", _MARK, supervised=True)
+            answered = self._render(Conversation((*self.probe, answer), PROMPT))
+            opening = answered[len(asked) : max(answered.find(_MARK), 0)]
+            if answered.startswith(asked) and opening.strip():
+                return opening
+        return ""
 
     def segments(self, conversation: Conversation, loss_on: str = "completion") -> list[Segment]:
         """Rendered text in pieces whose concatenation is exactly the rendered text.
 
         `loss_on`: completion (every assistant turn), last_turn, or all. Raises DataError when the
-        template fails, drops an answer, or renders a prompt differently once the answer is known.
+        template fails, drops an answer, renders a prompt differently once the answer is known, or
+        an answer differently once later turns are there.
         """
         messages = conversation.messages
         if messages[0].role == "text":
@@ -137,52 +182,98 @@ class Template:
         answers = [i for i, message in enumerate(messages) if message.supervised]
         if loss_on == "last_turn":
             answers = answers[-1:]
-        spans = self._marked_spans(conversation, answers) or [self._span(conversation, text, i) for i in answers]
-        for i, (start, end) in zip(answers, spans):
-            if messages[i].content.strip() not in text[start:end]:
-                raise DataError(
-                    f"{conversation.place}: template {self.name!r} drops or rewrites the answer {_short(messages[i].content)}: "
-                    f"it renders {_short(text[start:end])}; use another data.template, or data.loss_on: last_turn"
-                )
+        marked = self._marked_spans(conversation, answers)
+        spans = [self._span(conversation, text, turn, mark) for turn, mark in zip(answers, marked, strict=True)]
         if loss_on == "all":
             return [Segment(text, True)]
         return _cut(text, spans)
 
+    def opens_itself(self, segments: Sequence[Segment]) -> bool:
+        """Whether an answer begins with its row's own text where the template would write `opening`."""
+        before = ""
+        for segment in segments:
+            if segment.supervised and not before.endswith(self.opening):
+                return True
+            before = segment.text
+        return False
+
     def prompt(self, messages: Sequence[Message], place: Place = PROMPT) -> str:
         """Text up to the point where the model should begin to answer."""
-        return self._render(Conversation(tuple(messages), place), add_generation_prompt=True)
+        asked = self._render(Conversation(tuple(messages), place), add_generation_prompt=True)
+        return asked if self.learn_opening or asked.endswith(self.opening) else asked + self.opening
 
-    def stop_token(self) -> str | None:
-        """The token that ends an answer, or None if the template leaves that to the tokenizer's EOS."""
-        probe = Conversation((Message("user", "a"), Message("assistant", "b", supervised=True)), PROMPT)
-        answer = [s.text for s in self.segments(probe) if s.supervised][-1]
+    def stop_token(self, conversation: Conversation | None = None) -> str | None:
+        """The token that ends an answer, or None if the template leaves that to the tokenizer's EOS.
+
+        `conversation`: a row that the template takes; by default the shortest.
+        """
+        if conversation is None:
+            conversation = Conversation((*self.probe, Message("assistant", "b", supervised=True)), PROMPT)
+        answer = [s.text for s in self.segments(conversation, "last_turn") if s.supervised][-1]
         return next((token for token in self.turn_ends if answer.rstrip().endswith(token)), None)
 
-    def _span(self, conversation: Conversation, text: str, turn: int) -> tuple[int, int]:
-        """Where answer `turn` begins and ends in the rendered text, its end-of-turn token included."""
-        messages = conversation.messages
-        prompt = self._prompt_of(conversation, text, turn)
-        marked = Message("assistant", messages[turn].content.rstrip() + _MARK, supervised=True)
-        moved = self._render(Conversation((*messages[:turn], marked, *messages[turn + 1 :]), conversation.place))
-        end = moved.find(_MARK)
-        if end < len(prompt):
-            raise DataError(
-                f"{conversation.place}: template {self.name!r} drops the answer in message {turn + 1} "
-                f"({_short(messages[turn].content)}); use another data.template"
-            )
-        return len(prompt), self._with_turn_end(text, end)
+    def _span(self, conversation: Conversation, text: str, turn: int, mark: tuple[int, int] | None) -> tuple[int, int]:
+        """Where answer `turn` begins and ends in the rendered text, its end-of-turn token included.
 
-    def _prompt_of(self, conversation: Conversation, text: str, turn: int) -> str:
-        """What a model is asked before message `turn`. Raises DataError if the rendered text does not begin with it."""
-        asked = Conversation(conversation.messages[:turn], conversation.place)
-        prompt = self._render(asked, add_generation_prompt=True)
-        if not text.startswith(prompt):
+        `mark`: where its {% generation %} block does, in templates that have them.
+        """
+        messages, place = conversation.messages, conversation.place
+        until = Conversation(messages[: turn + 1], place)
+        alone = text if len(until.messages) == len(messages) else self._render(until)
+        start = len(self._prompt_of(conversation, text, alone, turn))
+        if mark is None:
+            end = self._end(conversation, text, start, turn)
+        else:
+            start = mark[0] if text[start : mark[0]].strip() else start
+            end = self._with_turn_end(text, mark[1])
+        if not alone.startswith(text[:end]) or self._with_turn_end(alone, end) != end:
+            raise self._differs(conversation, turn)
+        if not _holds(text[start:end], messages[turn].content):
             raise DataError(
-                f"{conversation.place}: template {self.name!r} renders the prompt of message {turn + 1} differently once the "
+                f"{place}: data.template {self.name!r} drops or rewrites the answer {_short(messages[turn].content)}: "
+                f"it renders {_short(text[start:end])}; use another data.template, or data.loss_on: last_turn"
+            )
+        return start, end
+
+    def _prompt_of(self, conversation: Conversation, text: str, alone: str, turn: int) -> str:
+        """What a model is asked before message `turn`. Raises DataError if the rendered text does not begin with it.
+
+        `alone`: the rendered text without the messages after `turn`.
+        """
+        asked = self._render(Conversation(conversation.messages[:turn], conversation.place), add_generation_prompt=True)
+        if not text.startswith(asked):
+            raise DataError(
+                f"{conversation.place}: data.template {self.name!r} renders the prompt of message {turn + 1} differently once the "
                 "answer is there, so what is trained would not be what is asked; use data.loss_on: last_turn, or a template "
                 "whose add_generation_prompt gives what stands before the answer"
             )
-        return prompt
+        if self.learn_opening or asked.endswith(self.opening):
+            return asked
+        opened = asked + self.opening
+        if text.startswith(opened):
+            return opened
+        if alone.startswith(opened):
+            raise self._differs(conversation, turn)
+        return asked
+
+    def _differs(self, conversation: Conversation, turn: int) -> DataError:
+        return DataError(
+            f"{conversation.place}: data.template {self.name!r} renders the answer in message {turn + 1} differently once later "
+            "turns are there, so what is trained would not be what is asked; use data.loss_on: last_turn, or make a row of "
+            "each answer with the turns before it"
+        )
+
+    def _end(self, conversation: Conversation, text: str, start: int, turn: int) -> int:
+        messages = conversation.messages
+        marked = Message("assistant", messages[turn].content.rstrip() + _MARK, supervised=True)
+        moved = self._render(Conversation((*messages[:turn], marked, *messages[turn + 1 :]), conversation.place))
+        end = moved.find(_MARK)
+        if end < start:
+            raise DataError(
+                f"{conversation.place}: data.template {self.name!r} drops the answer in message {turn + 1} "
+                f"({_short(messages[turn].content)}); use another data.template"
+            )
+        return self._with_turn_end(text, end)
 
     def _with_turn_end(self, text: str, end: int) -> int:
         """Move the end of an answer past the token that ends its turn, if one follows and none is inside."""
@@ -192,24 +283,19 @@ class Template:
         match = stop.match(text, end) if stop else None
         return match.end() if match else end
 
-    def _marked_spans(self, conversation: Conversation, answers: list[int]) -> list[tuple[int, int]]:
-        """The spans of {% generation %} blocks, for templates that have them."""
+    def _marked_spans(self, conversation: Conversation, answers: list[int]) -> Sequence[tuple[int, int] | None]:
+        """The span of the {% generation %} block of each answer, None for templates without these blocks."""
         if not _GENERATION.search(self.source):
-            return []
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        kwargs = {**self.special_tokens, "chat_template": self.source, "return_assistant_tokens_mask": True}
-        last = max(i for i, message in enumerate(conversation.messages) if message.supervised)
-        self._prompt_of(conversation, self._render(conversation), last)
-        texts, indices = render_jinja_template([self._plain(conversation)], **kwargs)
-        spans = [(start, self._with_turn_end(texts[0], end)) for start, end in indices[0]]
-        supervised = sum(message.supervised for message in conversation.messages)
-        if len(spans) != supervised:
+            return [None] * len(answers)
+        spans: list[tuple[int, int]] = []
+        self._render(conversation, spans=spans)
+        assistants = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+        if len(spans) != len(assistants):
             raise DataError(
-                f"{conversation.place}: template {self.name!r} marks {len(spans)} {{% generation %}} blocks "
-                f"for {supervised} assistant messages; there should be one around each"
+                f"{conversation.place}: data.template {self.name!r} marks {len(spans)} {{% generation %}} blocks "
+                f"for {len(assistants)} assistant messages; there should be one around each"
             )
-        return spans[-len(answers) :]
+        return [spans[assistants.index(turn)] for turn in answers]
 
     def _plain(self, conversation: Conversation) -> list[dict[str, str]]:
         """Messages as the template sees them; without a place of its own, an instruction's input joins it."""
@@ -224,21 +310,64 @@ class Template:
             plain.append(turn)
         return plain
 
-    def _render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _render(
+        self,
+        conversation: Conversation,
+        add_generation_prompt: bool = False,
+        spans: list[tuple[int, int]] | None = None,
+    ) -> str:
+        """Render as `apply_chat_template` does, but for the date. `spans` gets those of {% generation %} blocks.
 
-        kwargs = {**self.special_tokens, "chat_template": self.source, "add_generation_prompt": add_generation_prompt}
+        Raises DataError, BrokenTemplate if no conversation can be rendered.
+        """
+        from jinja2 import TemplateSyntaxError
+        from transformers.utils import chat_template_utils
+
+        given: dict[str, Any] = {
+            **self.special_tokens, "messages": self._plain(conversation), "tools": None, "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }  # fmt: skip
+        if self.date is not None:  # as a variable, which hides transformers' function of that name
+            given["strftime_now"] = datetime.fromisoformat(self.date).strftime
         try:
-            texts, _ = render_jinja_template([self._plain(conversation)], **kwargs)
+            compiled = chat_template_utils._compile_jinja_template(self.source)
+            if spans is None:
+                return str(compiled.render(given))
+            text, found = chat_template_utils._render_with_assistant_indices(compiled, **given)
+            spans += found
+            return str(text)
         except Exception as exc:  # a template is a program: it can divide by zero, or never end
-            raise DataError(f"{conversation.place}: template {self.name!r} fails: {type(exc).__name__}: {exc}") from exc
-        return str(texts[0])
+            fails = f"{conversation.place}: data.template {self.name!r} fails: {type(exc).__name__}: {exc}"
+            if isinstance(exc, TemplateSyntaxError):
+                raise BrokenTemplate(f"{fails} (line {exc.lineno} of the template)") from exc
+            raise DataError(fails) from exc
+
+
+class BrokenTemplate(ConfigError):
+    """No conversation can be rendered, so one row is enough to say so."""
 
 
 def load(
-    name: str, format: str, chat_template: str | None, special_tokens: Mapping[str, str], vocabulary: Mapping[str, int]
-) -> Template:
-    """Find a template by its config name. Raises DataError if there is none, or the tokenizer cannot end its turns."""
+    name: str, format: str, chat_template: str | Mapping[str, str] | None,
+    special_tokens: Mapping[str, str], vocabulary: Mapping[str, int], date: str | None = None,
+) -> Template:  # fmt: skip
+    """Find a template by its config name. Raises DataError if there is none, or the tokenizer cannot end its turns.
+
+    `chat_template`: the tokenizer's own, or several by name, of which `default` is taken as transformers does.
+    `date`: the day for templates that write it.
+    """
+    found = _find(name, format, chat_template, special_tokens, vocabulary)
+    if _is_random(found):
+        raise DataError(
+            f"data.template: {found.name}: uses chance (random, lipsum), so each start would train other text; use another template"
+        )
+    return replace(found, date=date if found.writes_date else None)
+
+
+def _find(
+    name: str, format: str, chat_template: str | Mapping[str, str] | None,
+    special_tokens: Mapping[str, str], vocabulary: Mapping[str, int],
+) -> Template:  # fmt: skip
     if name == "auto":
         if format == "prompt_completion" or format == "text":
             name = "plain"
@@ -250,6 +379,13 @@ def load(
             raise DataError(
                 f"data.template: chat, but the tokenizer has no chat template; use one of {', '.join(BUILT_IN)}, or a .jinja file"
             )
+        if not isinstance(chat_template, str):
+            if "default" not in chat_template:
+                raise DataError(
+                    f"data.template: the tokenizer has the chat templates {', '.join(chat_template)}, but none called default; "
+                    "write the one you want into a .jinja file and give that"
+                )
+            chat_template = chat_template["default"]
         return Template(name, chat_template, special_tokens, turn_ends)
     if name in BUILT_IN:
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if name == "chatml" and token not in vocabulary]
@@ -267,8 +403,41 @@ def load(
     raise DataError(f"data.template: {name!r} is none of auto, chat, {', '.join(BUILT_IN)}, and no .jinja file")
 
 
+def sample_prompt(template: Template | None, prompt: str, system_prompt: str | None) -> str:
+    """The text that the model goes on from after one of evaluation.sample_prompts; without a template the prompt itself."""
+    system = [Message("system", system_prompt)] if system_prompt is not None else []
+    place = Place("evaluation.sample_prompts", 1)
+    return template.prompt([*system, Message("user", prompt)], place) if template else prompt
+
+
+def _is_random(template: Template) -> bool:
+    """Whether the template uses what Jinja has for chance."""
+    if not re.search("random|lipsum", template.source):
+        return False
+    from jinja2 import TemplateSyntaxError, nodes
+    from transformers.utils import chat_template_utils
+
+    try:
+        parsed = chat_template_utils._compile_jinja_template(template.source).environment.parse(template.source)
+    except TemplateSyntaxError:
+        return False  # said with the first row
+    filters, names = parsed.find_all(nodes.Filter), parsed.find_all(nodes.Name)
+    return any(each.name == "random" for each in filters) or any(each.name == "lipsum" for each in names)
+
+
 def _looks_special(token: str) -> bool:
     return (token.startswith("<|") and token.endswith("|>")) or (token.startswith("<") and token.endswith("_of_turn>"))
+
+
+def _holds(rendered: str, answer: str) -> bool:
+    """Whether an answer stands in its rendered form; templates may set white space at its ends and around thoughts."""
+    at = 0
+    for piece in _THINKING.split(answer.strip()):
+        at = rendered.find(piece, at)
+        if at < 0:
+            return False
+        at += len(piece)
+    return True
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[Segment]:

@@ -2,32 +2,36 @@
 
 The rendered text is tokenised whole, as inference will tokenise it, and a token is supervised when
 its characters lie in a supervised segment. The cache key is a hash of everything that decides the
-tokens: bytes of the rows, tokenizer, template and options.
+tokens: bytes of the rows, tokenizer, template and options. An entry says the sha256 of what it holds,
+and each process checks what it opens: hashing takes about 4 s for a billion tokens (5 bytes each, at
+1.3 GB/s), and processes of a node hash side by side from the same page cache.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from finetune import failures
 from finetune.data import readers, rows
 from finetune.data.rows import Conversation, Place, Problems
 from finetune.data.templates import Segment, Template
-from finetune.errors import DataError, ModelError
+from finetune.errors import DataError, ModelError, Outage
 
 CACHE_VERSION = 3  # raise it when the same input should give other tokens than before
 ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
@@ -37,6 +41,9 @@ WINDOW = 1 << 20  # characters of a longer text that are tokenised together
 OVERLAP = 1 << 14  # by which two windows overlap
 AGREED = 32  # tokens that two windows must have in common where they are joined
 TOO_LONG = "too long"  # a kind of problem
+META = "meta.json"
+ARRAYS = ("input_ids", "supervised", "ends", "places")
+OLD_SECONDS = 24 * 3600  # what an earlier version left half built has no lock that says whether it is alive
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,8 @@ class Examples:
     num_dropped: int
     unread: dict[str, int] = field(default_factory=dict)
     """Columns that are not read -> rows that have them."""
+    learn_opening: bool = False
+    """Whether `templates.Template.learn_opening` holds, as answers of some rows begin in their own way."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -125,37 +134,94 @@ def prepare(
         "options": asdict(options),
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    root = Path(cache_dir).expanduser() / "tokens"
-    folder = root / fingerprint
     with _writable(cache_dir):
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f"{fingerprint}.lock")
-        lock.acquire()
+        root = Path(cache_dir).expanduser() / "tokens"
+    folder = root / fingerprint
+    # First without a lock: a cache that may only be read cannot have one.
+    if (found := _open(folder, names, fingerprint)) is None:
+        with _writable(cache_dir):
+            root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f"{fingerprint}.lock", cache_dir):
+            if (found := _open(folder, names, fingerprint, note=True)) is None:
+                found = _make(folder, sources, template, tokenizer, options, cache_dir)
+    _sweep(root, cache_dir)
+    return found
+
+
+def _make(
+    folder: Path, sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options, cache_dir: str
+) -> Examples:
+    """Build an entry of the cache beside its place, and move it there whole. Raises DataError, or Outage for a full disk."""
+    names, root, fingerprint = list(sources), folder.parent, folder.name
+    build = root / f".building-{fingerprint}-{secrets.token_hex(4)}"
+    with _writable(cache_dir):
+        build.mkdir()
     try:
-        if not (folder / "meta.json").exists():
-            with _writable(cache_dir):
-                build = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
+        _build(build, names, template, tokenizer, options, cache_dir)
+        if changed := [name for name in names if readers.fingerprint(name) != sources[name]]:
+            raise DataError(f"{readers.printable(changed[0])}: changed while being read; start again once it is whole")
+        with _writable(cache_dir):
+            if os.path.lexists(folder):  # a rename does not replace a folder that holds something
+                os.rename(folder, root / build.name.replace(".building-", ".removing-"))
             try:
-                _build(build, names, template, tokenizer, options, cache_dir)
-                if changed := [name for name in names if readers.fingerprint(name) != sources[name]]:
-                    raise DataError(
-                        f"{readers.printable(changed[0])}: changed while being read; start again once it is whole"
-                    )
-                with _writable(cache_dir):
-                    shutil.rmtree(folder, ignore_errors=True)
-                    os.rename(build, folder)
-            finally:
-                shutil.rmtree(build, ignore_errors=True)
+                os.rename(build, folder)
+            except OSError:
+                if not folder.is_dir():  # without locks another process may have built the same
+                    raise
+            _flush(root)
+            made = _open(folder, names, fingerprint)
     finally:
-        lock.release()
-    return _open(folder, names, fingerprint)
+        shutil.rmtree(build, ignore_errors=True)
+    if made is None:
+        raise Outage(f"data.cache_dir: {folder}: what was just written there reads back differently; check the disk")
+    return made
+
+
+@contextmanager
+def _locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file, which the kernel releases when the process ends, however it ends.
+
+    False, and no wait, on a file system without locks; where not `wait`, also while another process holds it.
+    """
+    with _writable(cache_dir):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            if not path.exists():
+                raise
+            descriptor = os.open(path, os.O_RDONLY)  # another user's file, which can still be locked
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(root: Path, cache_dir: str) -> None:
+    """Remove what killed runs left: replaced entries, and half built ones whose lock no process holds."""
+    with suppress(OSError, DataError, Outage):
+        for left in root.glob(".removing-*"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
+        for left in root.glob(".building-*"):
+            lock = root / f"{left.name.split('-')[1]}.lock"
+            if not lock.exists():  # of a version that named them otherwise, so that nothing says who builds it
+                if time.time() - left.stat().st_mtime > OLD_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
+                continue
+            with _locked(lock, cache_dir, wait=False) as held:
+                if held:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
 def _writable(cache_dir: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as exc:  # ValueError: a path with a NUL
+    except (OSError, ValueError, RuntimeError) as exc:  # a path with a NUL; ~ without a home directory
         failures.reraise(exc, f"data.cache_dir: {cache_dir}: cannot be written now")
         raise DataError(f"data.cache_dir: {cache_dir}: cannot be written: {exc}") from exc
 
@@ -341,7 +407,7 @@ def _build(
     folder: Path, sources: Sequence[str], template: Template, tokenizer: Any, options: Options, cache_dir: str
 ) -> None:
     ids_parts, supervised_parts, places = [], [], []
-    counts = {"num_rows": 0, "num_truncated": 0, "num_dropped": 0}
+    counts = {"num_rows": 0, "num_truncated": 0, "num_dropped": 0, "learn_opening": template.learn_opening}
     finish = _Finisher(template, tokenizer, options)
     index = {source: number for number, source in enumerate(sources)}
     bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
@@ -366,6 +432,10 @@ def _build(
                 rendered.append((conversation, template.segments(conversation, options.loss_on)))
         if len(problems) > problems.count(TOO_LONG):
             continue  # the rest is read to count what is wrong; tokens are of no use any more
+        if not template.learn_opening and any(template.opens_itself(segments) for _, segments in rendered):
+            bar.close()
+            _build(folder, sources, replace(template, learn_opening=True), tokenizer, options, cache_dir)
+            return
         encoded = encode([segments for _, segments in rendered], tokenizer)
         for (conversation, _), (ids, supervised) in zip(rendered, encoded):
             place, pieces = conversation.place, []
@@ -396,24 +466,68 @@ def _build(
         raise DataError(
             f"{readers.printable(sources[0])}{others}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
         )
-    ends = np.cumsum([len(part) for part in ids_parts])
+    arrays = {
+        "input_ids": np.concatenate(ids_parts),
+        "supervised": np.concatenate(supervised_parts),
+        "ends": np.cumsum([len(part) for part in ids_parts]),
+        "places": np.array(places, np.int64),
+    }
     with _writable(cache_dir):
-        np.save(folder / "input_ids.npy", np.concatenate(ids_parts))
-        np.save(folder / "supervised.npy", np.concatenate(supervised_parts))
-        np.save(folder / "ends.npy", ends)
-        np.save(folder / "places.npy", np.array(places, np.int64))
-        (folder / "meta.json").write_text(json.dumps({**counts, "unread": unread}))
+        for name, array in arrays.items():
+            _write(folder / f"{name}.npy", array)
+        meta: dict[str, Any] = {"fingerprint": folder.name.split("-")[1], "counts": {**counts, "unread": unread}}
+        meta |= {"arrays": {name: _described(array) for name, array in arrays.items()}}
+        _write(folder / META, json.dumps({**meta, "sha256": _sha256(meta)}).encode())
+        _flush(folder)
 
 
-def _open(folder: Path, sources: list[str], fingerprint: str) -> Examples:
+def _write(path: Path, content: np.ndarray | bytes) -> None:
+    """All of it, on the disk. Not by np.save: where the disk is full, its OSError does not say so."""
+    with path.open("wb") as file:
+        if isinstance(content, np.ndarray):
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(content))
+        file.write(content.data if isinstance(content, np.ndarray) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """The names in a folder, to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        counts = json.loads((folder / "meta.json").read_text())
-        arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r")
-            for name in ("input_ids", "supervised", "ends", "places")
-        }
-    except (OSError, ValueError) as exc:
-        raise DataError(f"{folder}: this part of the token cache is damaged ({exc}); delete it and run again") from exc
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _described(array: np.ndarray) -> dict[str, Any]:
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": hashlib.sha256(array.data).hexdigest()}
+
+
+def _sha256(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False) -> Examples | None:
+    """An entry of the cache that is, bit for bit, what was written; None if there is none. `note`: say what is wrong with it."""
+    if not os.path.lexists(folder):
+        return None
+    try:
+        meta = json.loads((folder / META).read_text())
+        if meta.pop("sha256") != _sha256(meta) or meta["fingerprint"] != fingerprint:
+            raise ValueError(f"{META} has changed")
+        counts, arrays = meta["counts"], {}
+        for name in ARRAYS:
+            arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if _described(arrays[name]) != meta["arrays"][name]:
+                raise ValueError(f"{name}.npy has changed")
+    except Exception as exc:  # whatever is wrong with it, it can be built anew
+        if note:
+            tqdm.write(
+                f"note: the token cache {folder} is damaged and is built anew: {type(exc).__name__}: {exc}",
+                file=sys.stderr,
+            )
+        return None
     ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
     starts = np.concatenate([[0], ends[:-1]])
     return Examples(
@@ -454,10 +568,13 @@ class _Finisher:
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.bos_id is not None and (ids.size == 0 or ids[0] != self.bos_id):
             ids, supervised = np.insert(ids, 0, self.bos_id), np.insert(supervised, 0, False)
-        if self.bos_id not in (None, self.eos_id) and (ids[1:] == self.bos_id).any():
+        # Further on, it is the template's own: Llama 2's puts one before every question.
+        own = self.bos_id not in (None, self.eos_id)
+        again = np.flatnonzero(ids[1:] == self.bos_id)
+        if own and again.size and not self.tokenizer.decode(ids[1 : 1 + again[0]]).strip():
             raise DataError(
-                f"{conversation.place}: template {self.template.name!r} renders more than one BOS {self.tokenizer.bos_token!r}; "
-                "write it once at the start, or leave it to the tokenizer"
+                f"{conversation.place}: data.template {self.template.name!r} begins with more than one BOS "
+                f"{self.tokenizer.bos_token!r}; write it once, or leave it to the tokenizer"
             )
         if not self._stops(conversation):
             if self.eos_id is None:
@@ -471,7 +588,7 @@ class _Finisher:
         if conversation.messages[0].role == "text":
             return False
         if self._template_stops is None:
-            self._template_stops = self.template.stop_token() is not None
+            self._template_stops = self.template.stop_token(conversation) is not None
         return self._template_stops
 
 

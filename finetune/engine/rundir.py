@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,13 @@ class RunDirectory:
                 f"this would not be the run of {other} again; what differs:\n  " + "\n  ".join(different)
                 + "\nput those back; without them it cannot be the same run"
             )  # fmt: skip
+
+    def template_date(self, config: Config) -> str:
+        """The day that a template was given at the first start of this run, or of the run it repeats; else today."""
+        of = self.path if config.run.replay_of is None else Path(config.run.replay_of)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a damaged receipt is said elsewhere
+            return str(date.fromisoformat(json.loads((of / "receipt.json").read_text())["template_date"]))
+        return str(date.today())
 
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")

@@ -54,9 +54,10 @@ def main(arguments: argparse.Namespace) -> None:
         prompts = [generation.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
         model = export.load(path, trust_remote_code=arguments.trust_remote_code)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-        given[name] = generation.answers(
+        answers = generation.answers(
             model, own, prompts, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name
         )
+        given[name] = generation.without_opening(own, answers)
     results = {
         score: {name: [rule(a, w) for a, w in zip(answers, wanted)] for name, answers in given.items()}
         for score, rule in scores.SCORES.items()

@@ -1,6 +1,8 @@
 """Answers of a model to prompts, in batches."""
 
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +27,11 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return number
 
 
+def say(message: str) -> None:
+    """One line for a person, past any progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
 def answers(
     model: Any,
     tokenizer: Any,
@@ -35,17 +42,24 @@ def answers(
     temperature: float = 0.0,
     title: str = "generating",
     together: bool = False,
+    say: Callable[[str], None] = say,
 ) -> list[str]:
     """The model's answer to each prompt, without the token that ended it; temperature 0 is greedy.
 
     Prompts are tokenised as in training, sorted by length and padded on the left. Where prompt and
-    answer do not fit the model's context together, the prompt keeps at least half of it, its end.
+    answer do not fit the model's context together, the prompt keeps at least half of it, BOS and end, and `say` says so.
     `together`: processes that share the weights call this at once, and none may stop before the
     others, as each pass gathers weights from all.
     """
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    encoded = [ids[-max(context - max_new_tokens, context // 2) :] for ids in encoded]
+    most = max(context - max_new_tokens, context // 2)
+    if long := sum(len(ids) > most for ids in encoded):
+        say(
+            f"note: {long} of {len(encoded)} prompts are over {most} tokens, what the model's {context} positions leave beside "
+            f"answers of {max_new_tokens}; their beginnings are cut off"
+        )
+    encoded = [_cut(ids, most, tokenizer) for ids in encoded]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     results = [""] * len(encoded)
     choice = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -75,22 +89,31 @@ def answers(
     return results
 
 
+def _cut(ids: list[int], most: int, tokenizer: Any) -> list[int]:
+    """The end of a prompt, after its BOS if it has one."""
+    if len(ids) <= most:
+        return ids
+    head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    return head + ids[len(ids) - (most - len(head)) :]
+
+
 def while_training(
     model: Any, tokenizer: Any, template: Template | None, prompts: Sequence[str], *, system_prompt: str | None,
-    max_new_tokens: int, together: bool,
+    max_new_tokens: int, together: bool, say: Callable[[str], None],
 ) -> list[str]:  # fmt: skip
     """Greedy answers of a model in training, as it will answer once exported; afterwards all is as it was.
 
     `template` None: prompts are plain text to go on from. `together`: as in `answers`.
     """
-    system = [Message("system", system_prompt)] if system_prompt is not None else []
-    texts = [template.prompt([*system, Message("user", prompt)]) if template else prompt for prompt in prompts]
+    texts = [templates.sample_prompt(template, prompt, system_prompt) for prompt in prompts]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     attention, was_training = inner.config._attn_implementation, model.training
     settings = [(each, each.generation_config) for each in (model, inner)]
     inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
     try:
-        return answers(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts), together=together)
+        return answers(
+            model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts), together=together, say=say
+        )
     finally:
         inner.set_attn_implementation(attention)
         for each, config in settings:
@@ -99,6 +122,16 @@ def while_training(
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[Message], place: Place = templates.PROMPT) -> str:
-    """The text of a conversation up to the next answer, by the tokenizer's chat template."""
-    template = templates.load("chat", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, {})
-    return template.prompt(messages, place)
+    """The text of a conversation up to the next answer, as the tokenizer's chat template gives it to every caller."""
+    return replace(_own_template(tokenizer), learn_opening=True).prompt(messages, place)
+
+
+def without_opening(tokenizer: Any, answers: Sequence[str]) -> list[str]:
+    """Answers without what the chat template itself would write before them, such as an empty thinking block."""
+    ids = tokenizer(_own_template(tokenizer).opening, add_special_tokens=False)["input_ids"]
+    opening = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+    return [answer.lstrip().removeprefix(opening) if opening else answer for answer in answers]
+
+
+def _own_template(tokenizer: Any) -> Template:
+    return templates.load("chat", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, {})
