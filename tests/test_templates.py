@@ -7,7 +7,7 @@ import pytest
 from finetune.data import templates
 from finetune.data.rows import Conversation, Message, Place
 from finetune.data.templates import Template
-from finetune.errors import DataError
+from finetune.errors import DataError, UserError
 
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 VOCABULARY = {"<|im_start|>": 1, "<|im_end|>": 2, "<|eot|>": 3, "<start_of_turn>": 4, "<end_of_turn>": 5, "word": 6}
@@ -319,7 +319,7 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
     ids=["drops", "drops an earlier answer", "rewrites", "hides thoughts", "prompt changes", "raises", "undefined", "syntax", "filter", "type"],
 )  # fmt: skip
 def test_a_template_that_would_train_something_else_is_refused(source, said, says):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         chat(source).segments(conversation(*said))
     assert str(caught.value).startswith("rows.jsonl:3: data.template 'chat'")
     assert says in str(caught.value)

@@ -24,7 +24,7 @@ from finetune.config import Model
 from finetune.data import readers, rows, templates, tokens
 from finetune.data.rows import Message
 from finetune.data.tokens import Examples
-from finetune.errors import DataError, ModelError, Outage
+from finetune.errors import DataError, ModelError, Outage, UserError
 from finetune.models.load import bytes_tokenizer, load_tokenizer
 
 BUILT_IN = ["plain", "question_answer", "alpaca", "llama2", "chatml"]
@@ -954,7 +954,7 @@ def shared_desk():
 def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
     desk, tokenizer = shared_desk, bytes_tokenizer()
     desk.prepare(BASE, tokenizer)
-    sources = rows.sources(str(desk.folder / "rows.jsonl"), None)[0]
+    sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
     root = desk.cache / "tokens"
     for path in (desk.cache, root):
         path.chmod(0o555)
@@ -978,7 +978,7 @@ def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
     root = desk.cache / "tokens"
     shutil.rmtree(root / examples.fingerprint)
     root.chmod(0o777)
-    sources = rows.sources(str(desk.folder / "rows.jsonl"), None)[0]
+    sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
     assert (
         as_another_user(
             lambda: tokens.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(), str(desk.cache))
@@ -991,7 +991,7 @@ def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
 def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(desk):
     first = desk.prepare(BASE, bytes_tokenizer())
     folder = desk.cache / "tokens" / first.fingerprint
-    sources = rows.sources(str(desk.folder / "rows.jsonl"), None)[0]
+    sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
     made = tokens._make(
         folder, sources, template_for(bytes_tokenizer(), "plain"), bytes_tokenizer(), options(), "cache"
     )
@@ -1021,7 +1021,7 @@ def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
 
 def test_a_template_that_cannot_be_parsed_is_told_once(desk):
     with pytest.raises(
-        DataError, match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$"
+        UserError, match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$"
     ):
         desk.prepare(BASE, bytes_tokenizer(), chat_for(bytes_tokenizer(), "{% for m in messages %}"))
 
