@@ -1,0 +1,92 @@
+"""Whoever may write to a run directory may write a pickle and its hash, too: nothing of a checkpoint is executed."""
+
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from faults.nursery import start
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from finetune.errors import CheckpointError
+
+
+class Command:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-*"))
+
+
+def forge(checkpoint: Path) -> None:
+    """Hashes that fit, as an attacker would write them."""
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest.pop("sha256")
+    for name, about in manifest["files"].items():
+        content = (checkpoint / name).read_bytes()
+        about |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest))
+
+
+def replace_entry(shards: Path, kind: type, content: bytes, where: str | None = None) -> None:
+    """Let an entry of dcp's metadata point at other bytes, or at another file."""
+    metadata = pickle.loads((shards / ".metadata").read_bytes())
+    index = next(key for key in metadata.storage_data if isinstance(metadata.state_dict_metadata[key.fqn], kind))
+    path = shards / metadata.storage_data[index].relative_path
+    begin = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(content)
+    metadata.storage_data[index] = _StorageInfo(where or path.name, begin, len(content))
+    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["metadata", "a number", "a tensor", "another folder"])
+def test_code_in_a_checkpoint_is_refused_and_not_executed(workshop, where):
+    settings = {"checkpoint__every_steps": 5}
+    run, marker = workshop.train(**settings), workshop.folder / "executed"
+    shards = newest(run) / "shards"
+    torch.save(Command(marker), workshop.folder / "evil.pt")
+    evil = (workshop.folder / "evil.pt").read_bytes()
+    if where == "metadata":
+        (shards / ".metadata").write_bytes(pickle.dumps(Command(marker)))
+    elif where == "another folder":
+        replace_entry(shards, BytesStorageMetadata, evil, "../../../../evil.pt")
+    else:
+        replace_entry(shards, BytesStorageMetadata if where == "a number" else TensorStorageMetadata, evil)
+    forge(newest(run))
+    (run / "outcome.json").unlink()
+    with pytest.raises(CheckpointError, match="nothing was executed|eights.only|not in the checkpoint's folder"):
+        workshop.train(**settings)
+    assert not marker.exists()
+    assert shards.exists(), "it stays as it is"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["zero1", "zero3"])
+def test_code_in_the_files_of_deepspeed_is_refused_and_not_executed(workshop, topology):
+    config, marker = workshop.write(workshop.config(train__max_steps=1)), workshop.folder / "executed"
+    launch = start(config, topology, 1)
+    assert launch.codes() == [0], launch.said()
+    run = workshop.run_dir()
+    for path in newest(run).glob("shards/engine/*.pt"):
+        torch.save(Command(marker), path)
+    forge(newest(run))
+    (run / "outcome.json").unlink()
+    launch = start(config, topology, 1)
+    assert launch.codes() == [1]
+    assert "cannot be loaded" in launch.said()
+    assert not marker.exists()
