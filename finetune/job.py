@@ -73,8 +73,8 @@ class Job:
                 "trained_in_products": state.products[0], "frozen_in_products": state.products[1],
             },
             num_processes=topology.num_processes, topology=topology.name, precision=topology.precision,
-            attention=data.attention, num_steps=data.num_steps, start_weights=state.start, template=data.template.fingerprint,
-            template_date=data.template.date,
+            device=topology.device.type, attention=data.attention, num_steps=data.num_steps, start_weights=state.start,
+            template=data.template.fingerprint, template_date=data.template.date,
             train_data=data.train.sequences.examples.receipt(),
             eval_data=data.eval.sequences.examples.receipt() if data.eval else None, launch=topology.launched,
         )  # fmt: skip

@@ -51,7 +51,7 @@ ALLOWED = {
     "finetune.curves": ["finetune.errors"],
     "finetune.failures": ["finetune.errors"],
     "finetune.launcher": ["finetune.launcher", "finetune.engine.rundir", "finetune.failures", "finetune.errors"],
-    "finetune.replay": ["finetune.launcher", "finetune.config", "finetune.errors"],
+    "finetune.replay": ["finetune.engine.topology", "finetune.launcher", "finetune.config", "finetune.errors"],
     "finetune.__main__": ["finetune.config", "finetune.failures", "finetune.errors"],
     "data_scripts": ["finetune.data.rows", "finetune.data.templates", "finetune.data.tokens"],
 }  # fmt: skip

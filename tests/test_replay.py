@@ -5,6 +5,9 @@ import json
 import pytest
 from conftest import ROOT, launch
 
+from finetune import replay as replaying
+from finetune.errors import RunDirectoryError
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -58,3 +61,46 @@ def test_a_run_that_has_not_ended_is_not_repeated(workshop):
     assert again.returncode == 2
     assert "is preempted" in again.stderr
     assert not workshop.run_dir("run-replay").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["LD_PRELOAD", "PYTHONPATH", "PYTHONSTARTUP", "PATH", "HF_ENDPOINT", "OMP_NUM_THREADS_X", "accelerate_x"]
+)
+def test_a_receipt_sets_only_what_a_launcher_sets(workshop, name):
+    run = workshop.train()
+    receipt = json.loads((run / "receipt.json").read_text())
+    (run / "receipt.json").write_text(json.dumps({**receipt, "launch": {"OMP_NUM_THREADS": "1", name: "/tmp/x.so"}}))
+    with pytest.raises(RunDirectoryError, match=f"launch sets {name}, which no receipt"):
+        replaying._receipt(run)
+
+
+@pytest.mark.parametrize(
+    ("receipt", "part"),
+    [
+        ({"device": "cpu", "precision": "bf16"}, 0.0),
+        ({"device": "cuda", "precision": "fp32"}, 1e-3),
+        ({"device": "cuda", "precision": "bf16"}, 2e-2),
+        ({"machine": {"gpus": []}, "precision": "fp32"}, 0.0),
+        ({"machine": {"gpus": ["NVIDIA H200"]}, "precision": "fp16"}, 2e-2),
+    ],
+)
+def test_only_a_gpu_may_differ(receipt, part):
+    assert replaying.tolerance(receipt) == part
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "part", "same"),
+    [
+        ((1.0, 2.0), (1.0, 2.0), 0.0, True),
+        ((1.0, 2.0), (1.0 + 1e-15, 2.0), 0.0, False),
+        ((1.0, 2.0), (1.01, 2.1), 2e-2, True),
+        ((1.0, 2.0), (1.05, 2.0), 2e-2, False),
+        ((1.0, 2.0), (1.0, 3.0), 2e-2, False),
+        ((1.0, 2.0), None, 2e-2, False),
+        ((1.0, None), (1.0, None), 2e-2, True),
+        ((1.0, None), (1.0, 2.0), 2e-2, False),
+        ((float("inf"), 1.0), (1.0, 1.0), 2e-2, False),
+    ],
+)
+def test_steps_agree_within_the_tolerance(one, other, part, same):
+    assert replaying.agree(one, other, part) == same

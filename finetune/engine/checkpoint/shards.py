@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from finetune import failures, torch_versions
 from finetune.engine import optim
-from finetune.engine.checkpoint import folder
+from finetune.engine.checkpoint import folder, unpickling
 from finetune.engine.checkpoint.folder import Found
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Processes, Topology
@@ -183,8 +183,7 @@ def read_weights(found: Found, topology: Topology, state: TrainState) -> None:
         _read_engine(found, topology)
         return
     weights = _weights(topology, state)
-    with _translated():
-        dcp.load(weights, checkpoint_id=found.path / SHARDS, no_dist=topology.num_processes == 1)
+    _load(found, weights, topology)
 
 
 def _read_engine(found: Found, topology: Topology) -> None:
@@ -206,10 +205,17 @@ def _read_engine(found: Found, topology: Topology) -> None:
 
 def _read_shards(found: Found, topology: Topology, state: TrainState) -> None:
     tensors = _tensors(topology, state)
-    with _translated():  # weights are read in place
-        dcp.load(tensors, checkpoint_id=found.path / SHARDS, no_dist=topology.num_processes == 1)
+    _load(found, tensors, topology)
     set_optimizer_state_dict(state.model, _bare(state.optimizer), tensors["optimizer"], options=_options())
     optim.page_again(_bare(state.optimizer))
+
+
+def _load(found: Found, tensors: dict[str, Any], topology: Topology) -> None:
+    """Read what is saved under these names, weights in place."""
+    with _translated(), unpickling.weights_only():
+        dcp.load(
+            tensors, storage_reader=unpickling.Reader(found.path / SHARDS), no_dist=topology.num_processes == 1
+        )
 
 
 def _tensors(topology: Topology, state: TrainState) -> dict[str, Any]:

@@ -97,8 +97,14 @@ def read(environment: Mapping[str, str] = os.environ) -> Wish:
 
 def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What the launcher has set, for the receipt: with it, the same processes can be started again."""
-    prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
-    return {name: value for name, value in sorted(environment.items()) if name.startswith(prefixes)}
+    return {name: value for name, value in sorted(environment.items()) if is_recorded(name)}
+
+
+def is_recorded(name: str) -> bool:
+    """Whether a receipt holds this variable. `replay` sets no other: a receipt may come from anyone."""
+    return name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE") or name.startswith(
+        ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+    )
 
 
 def join_minutes(environment: Mapping[str, str] = os.environ) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.engine.checkpoint.unpickling import weights_only
 from finetune.engine.topology import empty
 from finetune.engine.topology.launch import Wish
 from finetune.errors import CheckpointError, ConfigError
@@ -156,7 +157,8 @@ class Zero:
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self.engine._config.load_universal_checkpoint = is_universal
         try:
-            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+            with weights_only(_in_files()):
+                path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         finally:
             self.engine._config.load_universal_checkpoint = False
         if path is None:
@@ -178,8 +180,17 @@ class Zero:
             input_folder=str(folder / TAG), output_folder=str(converted / TAG), num_extract_workers=1, num_merge_workers=1,
             keep_temp_folder=False, strict=True, inject_missing_state=True,
         )  # fmt: skip
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), weights_only(_in_files()):
             ds_to_universal.main(arguments)
+
+
+def _in_files() -> list[type]:
+    """Classes in what DeepSpeed saves, besides tensors and Python's own types. They hold numbers only."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def _is_offloaded(setting: Any) -> bool:
