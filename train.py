@@ -186,7 +186,8 @@ def build(job: "Job") -> "TrainState":
         parameters.count(bare), parameters.in_products(bare), bases.fingerprint(bare, only_frozen=True), bases.fingerprint(bare),
     ))  # fmt: skip
     model, optimizer = topology.prepare(
-        bare, lambda shared: optim.build(shared, config.optimizer, config.trains_in_16_bits), max_norm=config.train.max_grad_norm,
+        bare, lambda shared: optim.build(shared, config.optimizer, config.trains_in_16_bits, config.run.seed),
+        max_norm=config.train.max_grad_norm,
         accumulation=configs.accumulation(config, topology.num_data), micro_batch_size=config.micro_batch_size,
     )  # fmt: skip
     attention.check(model, base, data.attention, topology.device, topology.precision)

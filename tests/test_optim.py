@@ -70,11 +70,11 @@ def test_rounding_by_chance_is_right_on_average():
         assert stored.double().mean().item() == pytest.approx(value, rel=5e-5)
 
 
-def steps(dtype, count, gradient, **settings):
+def steps(dtype, count, gradient, seed=0, **settings):
     weight = nn.Parameter(torch.ones(4096, 1, dtype=dtype))
     holder = nn.Module()
     holder.weight = weight
-    optimizer = optim.build(holder, Optimizer(**settings), in_16_bits=dtype == torch.bfloat16)
+    optimizer = optim.build(holder, Optimizer(**settings), in_16_bits=dtype == torch.bfloat16, seed=seed)
     for number in range(count):
         weight.grad = torch.full_like(weight, gradient(number))
         optimizer.step()
@@ -108,3 +108,14 @@ def test_in_16_bits_a_step_is_adamws_but_for_rounding():
         exact, _ = steps(torch.float32, 5, lambda number: 0.3 * number - 0.5, lr=0.05, weight_decay=decay)
         rounded, _ = steps(torch.bfloat16, 5, lambda number: 0.3 * number - 0.5, lr=0.05, weight_decay=decay)
         assert rounded.double().mean().item() == pytest.approx(exact.double().mean().item(), rel=2e-3)
+
+
+def test_in_16_bits_another_seed_rounds_otherwise():
+    """Seeds that differ above 32 bits, or step and seed swapped, count too; one seed always rounds alike."""
+    rounded = {
+        seed: steps(torch.bfloat16, 2, lambda _: 0.5, seed=seed, lr=1e-4)[0] for seed in (0, 1, 2, 2**30)
+    }
+    again, _ = steps(torch.bfloat16, 2, lambda _: 0.5, seed=1, lr=1e-4)
+    assert torch.equal(again, rounded[1])
+    assert len({tuple(weight.flatten().tolist()) for weight in rounded.values()}) == 4
+    assert len({optim._mixed(seed, step) % 2**32 for seed in range(50) for step in range(50)}) == 2500

@@ -1,5 +1,6 @@
 """Parameter groups, optimizers, and the learning rate as a pure function of the step."""
 
+import hashlib
 import math
 import warnings
 from typing import Any
@@ -37,10 +38,13 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     ]
 
 
-def build(model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False) -> torch.optim.Optimizer:
+def build(
+    model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False, seed: int = 0
+) -> torch.optim.Optimizer:
     """The optimizer over `parameter_groups`, at learning rate optimizer.lr x scale.
 
-    `in_16_bits`: the weights that train are bfloat16, with no float32 copy of them anywhere.
+    `in_16_bits`: the weights that train are bfloat16, with no float32 copy of them anywhere; `seed` decides
+    which of them are rounded up.
     """
     groups = parameter_groups(model, optimizer)
     for group in groups:
@@ -49,7 +53,7 @@ def build(model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False) -> t
     first, second = optimizer.betas or ([0.9, 0.99] if kind.startswith("lion") else [0.9, 0.999])
     betas = (first, second)
     if kind == "adamw" and in_16_bits:
-        return RoundedAdamW(groups, betas=betas, eps=eps)
+        return RoundedAdamW(groups, betas=betas, eps=eps, seed=seed)
     if kind == "adamw":  # Loshchilov and Hutter, 2019; one fused kernel over all parameters
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     if kind == "adafactor":  # Shazeer and Stern, 2018: row and column sums in place of second moments
@@ -77,11 +81,12 @@ class RoundedAdamW(torch.optim.Optimizer):
     bfloat16 has steps of 1/256 to 1/128 of a value. Rounded to the nearest, an update below half a step is lost each
     time, and 0.999 v is v again, so that the second moment never falls. Rounded up or down by chance, with the odds
     of how near each is, all are right on average (Gupta et al., 2015; Zamirai et al., 2020). The chance is a function of
-    the step, so a resumed run draws the same numbers.
+    (seed, step), so a resumed run draws the same numbers and a run of another seed draws others.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, seed: int) -> None:
         super().__init__(groups, {"betas": betas, "eps": eps})
+        self.seed = seed
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -96,7 +101,7 @@ class RoundedAdamW(torch.optim.Optimizer):
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 state["step"] += 1
                 number = int(state["step"].item())
-                chance = chance or torch.Generator(parameter.device).manual_seed(number)
+                chance = chance or torch.Generator(parameter.device).manual_seed(_mixed(self.seed, number))
                 tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
                 slices = (_own_part(tensor).view(-1).split(SLICE) for tensor in tensors)
                 for weight, grad, first, second in zip(*slices):
@@ -114,6 +119,11 @@ def _adamw_(
     moved.addcdiv_(mean, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-lr / (1 - beta1**step))
     for stored, value in ((weight, moved), (first, mean), (second, square)):
         round_(stored, value, chance)
+
+
+def _mixed(seed: int, step: int) -> int:
+    """A seed from two numbers: PyTorch's generator on a CPU heeds 32 bits only, so each must reach all of them."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest(), "little")
 
 
 def round_(stored: torch.Tensor, value: torch.Tensor, chance: torch.Generator) -> None:
