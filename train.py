@@ -99,7 +99,9 @@ def attempt(config: Config, check_only: bool, stop: StopFlag, directory: "RunDir
     """Check everything, build, loop, finish. Until it opens its directory, a run writes nothing but the token cache."""
     from finetune import job as jobs
     from finetune import preflight
+    from finetune.engine.checkpoint import finding
     from finetune.engine.topology import Topology
+    from finetune.models import bases
 
     if not check_only and config.checkpoint.storage is None:
         directory.check(config)
@@ -117,6 +119,8 @@ def attempt(config: Config, check_only: bool, stop: StopFlag, directory: "RunDir
         if not check_only and topology.on_main(lambda: directory.is_complete(job.data.train.fingerprint)):
             job.tell(f"{directory.path} is complete; its model is in {directory.model}")
             return
+        if not check_only and (last := topology.on_main(lambda: finding.newest(directory.checkpoints))):
+            finding.require_same_run(last, config, job.known_identity(), bases.usual(job.data.model_config))
         job.tell(preflight.summary(config, topology, job.data))
         if check_only:
             directory.check(config)  # last: what is wrong with the data is of more use
@@ -182,8 +186,8 @@ def build(job: "Job") -> "TrainState":
         config, data.model_config, data.tokenizer, attention=data.attention, precision=topology.precision,
         new_token_ids=data.new_token_ids, device=topology.device, first_inputs=first_inputs, with_weights=with_weights,
     ))  # fmt: skip
-    (trainable, total), products, frozen, start = topology.on_main(lambda: (
-        parameters.count(bare), parameters.in_products(bare), bases.fingerprint(bare, only_frozen=True), bases.fingerprint(bare),
+    (trainable, total), products, (frozen, start), code = topology.on_main(lambda: (
+        parameters.count(bare), parameters.in_products(bare), bases.fingerprints(bare), bases.code(base),
     ))  # fmt: skip
     model, optimizer = topology.prepare(
         bare, lambda shared: optim.build(shared, config.optimizer, config.trains_in_16_bits, config.run.seed),
@@ -200,12 +204,13 @@ def build(job: "Job") -> "TrainState":
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
     decay = config.train.ema_decay
     ema = None if decay is None else Ema(topology.unwrap(model), decay)
-    return TrainState(model, optimizer, trainable, total, frozen, start, products, ema)
+    return TrainState(model, optimizer, trainable, total, frozen, start, products, code, ema)
 
 
 def resume(job: "Job", state: "TrainState") -> int | None:
     """Go on from the newest valid checkpoint of this run, if it has one; its step."""
     from finetune.engine.checkpoint import finding, folder, shards
+    from finetune.models import bases
 
     root, topology = job.directory.checkpoints, job.topology
     topology.on_main(lambda: folder.sweep(root))
@@ -214,7 +219,7 @@ def resume(job: "Job", state: "TrainState") -> int | None:
         if job.directory.outcome():
             job.tell(f"no checkpoint in {root}: starting again at step 1")
         return None
-    finding.require_same_run(found, job.config, job.identity(state))
+    finding.require_same_run(found, job.config, job.identity(state), bases.usual(job.data.model_config))
     finding.require_readable(found, topology)
     shards.read(found, topology, state)
     kept = topology.on_main(lambda: folder.set_aside(list(damaged)))

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,15 +55,17 @@ class Job:
         if self.topology.is_main:
             say(message)
 
-    def identity(self, state: TrainState) -> dict[str, str]:
+    def known_identity(self) -> dict[str, Any]:
+        """What of `identity` is known before weights are loaded."""
+        return {**self.data.identity, "train.precision": self.topology.precision}
+
+    def identity(self, state: TrainState) -> dict[str, Any]:
         """What the config only points at, and what auto became: a resumption must find the same."""
-        return {
-            "training data": self.data.train.fingerprint,
-            "evaluation data": self.data.eval.fingerprint if self.data.eval else "none",
-            "frozen weights": state.frozen,
-            "train.precision": self.topology.precision,
-            "date in the template": self.data.template.date or "none",
-        }
+        weights = {"frozen weights": state.frozen, "code of the model": state.code}
+        # Fresh adapters are left out: some start from what a GPU computes, which is not the same twice.
+        if self.config.adapter.kind == "full" or self.config.adapter.path:
+            weights["weights before the first step"] = state.start
+        return {**self.known_identity(), **weights}
 
     def open_directory(self, state: TrainState) -> None:
         """From here on the run directory is this run's. On the main process."""

@@ -14,7 +14,7 @@ from finetune.data import batches, readers, rows, templates, tokens
 from finetune.engine import trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError
-from finetune.models import adapters, attention, head, layers, load, parameters
+from finetune.models import adapters, attention, bases, head, layers, load, parameters
 from finetune.objectives import OBJECTIVES
 
 SHOWN_CHARACTERS = 600
@@ -38,6 +38,8 @@ class Data:
     sources: readers.Sources
     num_eval_known: int
     """Evaluation examples that are also trained on."""
+    identity: dict[str, Any]
+    """What a resumption must find again: fingerprints, and the fields of `model_config` that change the model's function."""
 
 
 def prepare(config: Config, topology: Topology, date: str | None = None) -> Data:
@@ -57,6 +59,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
         format = rows.detect_format(files, wanted.text_unit, wanted.columns)
     topology.on_main(lambda: rows.check(files, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
     tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
+    architecture = bases.architecture(model_config)  # now: building completes a config, on some processes only
     kernel = attention.choose(
         config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision,
         topology.wish.num_context,
@@ -92,8 +95,13 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     for prompt in config.evaluation.sample_prompts:
         if not tokens.encode_prompt(templates.sample_prompt(kept, prompt, wanted.system_prompt), tokenizer):
             raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; take it out")
+    identity = {
+        "training data": plan.fingerprint, "evaluation data": eval_plan.fingerprint if eval_plan else "none",
+        "tokenizer": tokens.tokenizer_fingerprint(tokenizer), "template": template.fingerprint,
+        "date in the template": template.date or "none", "model": architecture,
+    }  # fmt: skip
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
-    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known)
+    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known, identity)
 
 
 def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str | None) -> templates.Template:

@@ -1,5 +1,6 @@
 """A run that was interrupted ends as one that was not."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -14,7 +15,7 @@ import torch
 import yaml
 from conftest import ROOT, Workshop, losses, read_jsonl
 from faults.nursery import start, wait_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from finetune import config as configs
@@ -453,3 +454,130 @@ def test_a_checkpoint_that_is_a_link_is_pruned_as_a_link(workshop, monkeypatch):
     (run / "outcome.json").unlink()
     workshop.train("run", checkpoint__every_steps=2, checkpoint__keep_last=1, train__max_steps=5)
     assert (elsewhere / "manifest.json").exists()
+
+
+def change_config(folder: Path, **fields) -> None:
+    """What a Hub repository that was corrected would look like; `a__b` is a field b in a."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    for name, value in fields.items():
+        *parts, last = name.split("__")
+        place = values
+        for part in parts:
+            place = place[part]
+        place[last] = value
+    path.write_text(json.dumps(values))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from finetune.models.load import bytes_tokenizer
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    tokenizer = bytes_tokenizer()
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def interrupted(workshop, monkeypatch, base: Path, kind: str) -> tuple[Path, dict]:
+    """A copy of the base, and a run that died on it after a checkpoint."""
+    shutil.copytree(base, workshop.folder / "base")
+    settings = {
+        "model__init": "pretrained", "model__path": str(workshop.folder / "base"), "model__config": None, "model__tokenizer": None,
+        "adapter__kind": kind, "checkpoint__every_steps": 2, "data__template": "question_answer",
+    }  # fmt: skip
+    train_until(workshop, monkeypatch, 3, "run", **settings)
+    return workshop.folder / "base", settings
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("rope_parameters__rope_theta", 500.0, "model: rope_parameters.rope_theta: was 10000.0, now 500.0"),
+        ("hidden_act", "gelu", "model: hidden_act: was silu, now gelu"),
+        ("rms_norm_eps", 1e-3, "model: rms_norm_eps: was 1e-06, now 0.001"),
+        ("num_attention_heads", 2, "model: num_attention_heads: was 4, now 2"),
+        ("sliding_window", 4, "model: sliding_window: was None, now 4"),
+        ("num_hidden_layers", 1, "model: num_hidden_layers: was 2, now 1"),
+        ("attention_dropout", 0.5, "model: attention_dropout: was 0.0, now 0.5"),
+    ],
+)
+def test_a_base_of_another_architecture_is_another_run(workshop, monkeypatch, base, kind, field, value, says):
+    """Its weights fit: it would go on as another function, and say complete."""
+    folder, settings = interrupted(workshop, monkeypatch, base, kind)
+    change_config(folder, **{field: value})
+    with pytest.raises(RunDirectoryError) as problem:
+        workshop.train(**settings)
+    assert f"\n  {says}\n" in str(problem.value)
+    assert str(problem.value).count(": was ") == 1
+
+
+def test_what_does_not_change_the_function_of_a_base_may_change(workshop, monkeypatch, base):
+    folder, settings = interrupted(workshop, monkeypatch, base, "full")
+    change_config(folder, transformers_version="4.0.0", use_cache=False, dtype="bfloat16", architectures=["Other"])
+    workshop.train(**settings)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_base_with_one_other_value_is_another_run(workshop, monkeypatch, base, kind):
+    folder, settings = interrupted(workshop, monkeypatch, base, kind)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    says = "frozen weights: was" if kind == "lora" else "weights before the first step: was"
+    with pytest.raises(RunDirectoryError, match=says):
+        workshop.train(**settings)
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "template"])
+def test_another_tokenizer_or_template_is_another_run_and_named(workshop, monkeypatch, base, what):
+    folder, settings = interrupted(workshop, monkeypatch, base, "full")
+    if what == "tokenizer":
+        path = folder / "tokenizer.json"
+        values = json.loads(path.read_text())
+        vocab = values["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+        path.write_text(json.dumps(values))
+    else:
+        jinja = workshop.folder / "my.jinja"
+        jinja.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+        workshop.run_dir().rename(workshop.folder / "runs/old")
+        settings["data__template"] = str(jinja)
+        train_until(workshop, monkeypatch, 3, "run", **settings)
+        jinja.write_text("{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}")
+    with pytest.raises(RunDirectoryError, match=f"{what}: was"):
+        workshop.train(**settings)
+
+
+def test_fields_that_a_newer_transformers_knows_are_no_difference():
+    from finetune.engine.checkpoint import finding
+    from finetune.engine.checkpoint.folder import Found
+
+    config = configs.from_dict({"run": {"name": "a"}, "model": {"path": "m"}, "data": {"train": "x"}, "optimizer": {"lr": 1}})
+    found = Found(Path("step-00000001"), {"config": config.model_dump(), "identity": {"model": {"a": 1}}})
+    finding.require_same_run(found, config, {"model": {"a": 1, "new": 0.5}}, {"a": 2, "new": 0.5})
+    with pytest.raises(RunDirectoryError, match=r"model: new: was 0.5, now 0.6"):
+        finding.require_same_run(found, config, {"model": {"a": 1, "new": 0.6}}, {"a": 2, "new": 0.5})
+
+
+def test_a_checkpoint_of_another_version_is_named_and_stays(workshop):
+    run = workshop.train()
+    path = run / "checkpoints/step-00000005/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest.pop("sha256")
+    manifest["format"] = 2
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest))
+    (run / "outcome.json").unlink()
+    with pytest.raises(RunDirectoryError, match=r"step-00000005 was written by another version .*format 2"):
+        workshop.train()
+    assert path.exists()

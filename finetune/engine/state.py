@@ -24,6 +24,8 @@ class TrainState:
     """Fingerprint of all weights before the first step."""
     products: tuple[int, int]
     """(trained, frozen) parameters that a token is multiplied with."""
+    code: str
+    """Hash of the Python files that the model brought along."""
     ema: Ema | None = None
     progress: Progress = field(default_factory=Progress)
     num_skips: int = 0  # steps in a row that fp16 has left out

@@ -1,8 +1,11 @@
 """The base under an adapter: what it was, so that the adapter is never put on another one."""
 
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +73,76 @@ def describe(quantization: dict[str, Any] | None) -> str:
     return f"{quantization['bnb_4bit_quant_type']}{doubly}"
 
 
-def hashes(model: nn.Module, only_frozen: bool = False) -> dict[str, str]:
+def hashes(model: nn.Module) -> dict[str, str]:
     """Name -> hash of the shape and up to 64 values of each weight, rounded to bfloat16."""
     found = {}
     for name, weight in model.named_parameters():
-        if not weight.is_meta and not (only_frozen and weight.requires_grad):
+        if not weight.is_meta:
             flat = weight.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 64)][:64].to(COMPARED).float().cpu().numpy()
             found[name] = hashlib.sha256(f"{tuple(weight.shape)} ".encode() + sample.tobytes()).hexdigest()[:16]
     return found
 
 
-def fingerprint(model: nn.Module, only_frozen: bool = False) -> str:
-    """One hash for all weights, or for those that do not train."""
-    return hashlib.sha256(repr(hashes(model, only_frozen)).encode()).hexdigest()[:32]
+def fingerprints(model: nn.Module) -> tuple[str, str]:
+    """(of the weights that do not train, of all): every byte of every tensor that the model would save.
+
+    Threads hash at once, as an 8B model in 16 bits has 16 GB: seconds on the cores that such a machine has.
+    """
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = dict(zip(tensors, pool.map(_digest, tensors.values())))
+    frozen = {name: digest for name, digest in digests.items() if name not in trained}
+    return tuple(hashlib.sha256(repr(part).encode()).hexdigest()[:32] for part in (frozen, digests))  # type: ignore[return-value]
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    raw = tensor.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype} ".encode() + memoryview(raw.numpy())).hexdigest()
+
+
+# ------------------------------------------------------------------------------------- identity
+
+# Fields of a config that say how it was saved, or how answers are generated, and not which function the model is.
+NO_FUNCTION = frozenset(
+    {
+        "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict", "return_dict_in_generate",
+        "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id",
+        "sep_token_id", "decoder_start_token_id",
+    }
+)  # fmt: skip
+
+
+def architecture(config: Any) -> dict[str, Any]:
+    """Every field of a model's config that can change its function, by its path, such as `rope_parameters.rope_theta`."""
+    return dict(_fields(json.loads(json.dumps(config.to_dict(), default=str))))
+
+
+def usual(config: Any) -> dict[str, Any]:
+    """As `architecture`, with what this version of transformers takes where a config says nothing."""
+    try:
+        return architecture(type(config)())
+    except Exception:  # configs from elsewhere may not be made from nothing
+        return {}
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if name in NO_FUNCTION:
+            continue
+        if isinstance(value, dict) and value:
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def code(model: nn.Module) -> str:
+    """Hash of the Python files that a model brought along; "none" if it is one of transformers' own."""
+    module = inspect.getmodule(type(model))
+    if module is None or not module.__name__.startswith("transformers_modules.") or not module.__file__:
+        return "none"
+    digest = hashlib.sha256()
+    for path in sorted(Path(module.__file__).parent.glob("*.py")):
+        digest.update(f"{path.name} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:32]

@@ -1,5 +1,6 @@
 """Where a run goes on: the newest checkpoint that is whole and its own, here or in the object store."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ def find(root: Path, storage: "Storage | None") -> tuple[Found | None, dict[Path
             found = Found(path, folder.verified(path))
             damaged.pop(found.path, None)  # a whole one is in its place now
             break
+        except folder.OtherFormat:
+            raise
         except (DamagedCheckpoint, ValueError) as exc:
             damaged[root / folder.step_name(step)] = f"in the store: {exc}"
     aside = dict.fromkeys(root.glob("damaged-step-*"), "was found damaged before")
@@ -42,16 +45,31 @@ def find(root: Path, storage: "Storage | None") -> tuple[Found | None, dict[Path
     return found, damaged
 
 
-def require_same_run(found: Found, config: Config, identity: dict[str, str]) -> None:
+def newest(root: Path) -> Found | None:
+    """The newest checkpoint whose manifest can be read, its files not looked at: to refuse another run early."""
+    for path in folder.steps(root):
+        with contextlib.suppress(OSError, ValueError):
+            return Found(path, folder.read_manifest(path))
+    return None
+
+
+def require_same_run(found: Found, config: Config, identity: dict[str, Any], usual: dict[str, Any]) -> None:
     """Raise RunDirectoryError with what differs if a checkpoint belongs to another config, or to other data or weights.
 
-    `identity` holds what a config only points at: name -> fingerprint, such as that of the training data.
+    `identity` holds what a config only points at: name -> fingerprint, such as that of the training data, or
+    name -> fields, such as those of the model's config. `usual`: what such fields are where they are not given,
+    as another version of transformers may know more of them.
     """
     different = differences(found.manifest["config"], config)
     saved = found.manifest["identity"]
-    different += [
-        f"{name}: was {saved.get(name)}, now {now}" for name, now in identity.items() if saved.get(name) != now
-    ]
+    for name, now in identity.items():
+        before = saved.get(name)
+        if not (isinstance(now, dict) and isinstance(before, dict)):
+            different += [f"{name}: was {before}, now {now}"] if before != now else []
+            continue
+        for key in sorted(before.keys() | now.keys()):
+            one, other = before.get(key, usual.get(key)), now.get(key, usual.get(key))
+            different += [f"{name}: {key}: was {one}, now {other}"] if one != other else []
     if different:
         raise RunDirectoryError(
             f"{found.path} is a checkpoint of another run; what differs:\n  " + "\n  ".join(different)

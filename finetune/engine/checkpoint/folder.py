@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, RunDirectoryError
 from finetune.progress import Progress
 
-FORMAT = 2
+FORMAT = 3  # 2: without the fields of the model's config, tokenizer, template and starting weights
 MANIFEST = "manifest.json"
 TORN = (".writing-*", ".removing-*", ".fetching-*", ".converting-*")  # never a checkpoint
+
+
+class OtherFormat(RunDirectoryError, ValueError):
+    """A checkpoint that is whole, and of another version of this program."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
     for path in steps(root):
         try:
             return Found(path, verified(path)), damaged
+        except OtherFormat:
+            raise
         except (OSError, ValueError) as exc:
             damaged[path] = str(exc)
     return None, damaged
@@ -147,7 +153,7 @@ def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
 
 def verified(path: Path) -> dict[str, Any]:
     """The manifest, if it and every file are what was written. Raises OSError or ValueError that names the file."""
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, wanted in manifest["files"].items():
         size = (path / name).stat().st_size
         if size != wanted["bytes"]:
@@ -160,7 +166,7 @@ def verified(path: Path) -> dict[str, Any]:
 def looks_whole(path: Path) -> bool:
     """Whether manifest and sizes agree, which costs next to nothing; `verified` also reads the files."""
     try:
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         return all((path / name).stat().st_size == wanted["bytes"] for name, wanted in manifest["files"].items())
     except (OSError, ValueError):
         return False
@@ -174,7 +180,7 @@ def run_id(manifest: bytes) -> str | None:
         return None
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
@@ -182,10 +188,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as exc:
         raise ValueError(f"{MANIFEST} is damaged: {exc}") from exc
     try:
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
         if manifest.pop("sha256") != _own_hash(manifest):
             raise ValueError(f"{MANIFEST} is corrupt: its sha256 differs from what it says")
+        if manifest["format"] != FORMAT:
+            raise OtherFormat(
+                f"{path} was written by another version of this program (format {manifest['format']}, this one reads {FORMAT}), so it "
+                "cannot be known whether it is of the same model and tokenizer; finish the run with that version, or give this "
+                "one another run.name"
+            )
         Progress().restore(manifest["progress"])
         if manifest["progress"]["step"] != step_of(path.name.removeprefix(".fetching-")) or not manifest["files"]:
             raise ValueError(f"{MANIFEST} is not that of {path.name}")

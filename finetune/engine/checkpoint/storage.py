@@ -145,6 +145,8 @@ class Storage:
             folder.set_aside([final])
             os.rename(arriving, final)
             folder.flush(root)
+        except folder.OtherFormat:
+            raise
         except ValueError as exc:
             raise DamagedCheckpoint(f"{self.url}/{remote}: {exc}") from exc
         except OSError as exc:
