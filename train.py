@@ -116,9 +116,13 @@ def attempt(config: Config, check_only: bool, stop: StopFlag, directory: "RunDir
         date = topology.on_main(lambda: directory.template_date(config))
         data = preflight.prepare(config, topology, date)
         job = jobs.Job(config, directory, storage, topology, data, stop, to_try)
-        if not check_only and topology.on_main(lambda: directory.is_complete(job.data.train.fingerprint)):
-            job.tell(f"{directory.path} is complete; its model is in {directory.model}")
-            return
+        if not check_only:
+            is_complete, note = topology.on_main(lambda: directory.completion(job.data.train.fingerprint))
+            if is_complete:
+                job.tell(f"{directory.path} is complete; its model is in {directory.model}")
+                return
+            if note:
+                job.tell(note)
         if not check_only and (last := topology.on_main(lambda: finding.newest(directory.checkpoints))):
             finding.require_same_run(last, config, job.known_identity(), bases.usual(job.data.model_config))
         job.tell(preflight.summary(config, topology, job.data))
@@ -216,6 +220,7 @@ def resume(job: "Job", state: "TrainState") -> int | None:
     topology.on_main(lambda: folder.sweep(root))
     found, damaged = topology.on_main(lambda: finding.find(root, job.storage))
     if found is None:
+        topology.on_main(job.directory.require_no_model)
         if job.directory.outcome():
             job.tell(f"no checkpoint in {root}: starting again at step 1")
         return None

@@ -88,7 +88,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(errors="replace").split("\n") if path.is_file() else []:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)

@@ -88,9 +88,11 @@ class Job:
                 "note: the attempt before this one said nothing of its end: it was killed, or its machine went away"
             )
         self.directory.create(config)
-        self.directory.rewind(step)
+        for note in self.directory.rewind(step):
+            self.tell(note)
         self.directory.write_outcome("running", step, "started, or started again")
-        self.directory.write_receipt(made)
+        if note := self.directory.write_receipt(made, step):
+            self.tell(note)
         if self.storage:
             self.storage.upload_notes(self.directory.path)
 

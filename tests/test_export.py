@@ -127,7 +127,7 @@ def test_a_failed_export_is_done_again_from_the_last_checkpoint(workshop, monkey
         5,
         "the last weights, of step 5, exported and verified",
     )
-    assert outcome["model"]["model.safetensors"] == (run / "model/model.safetensors").stat().st_size
+    assert outcome["model"]["model.safetensors"]["bytes"] == (run / "model/model.safetensors").stat().st_size
 
 
 def test_merge_command_writes_full_weights(workshop, capsys):

@@ -15,6 +15,7 @@ ALLOWED = {
     "finetune.progress": [],
     "finetune.torch_versions": [],
     "finetune.streams": [],
+    "finetune.files": [],
     "finetune.config": ["finetune.config", "finetune.errors"],
     "finetune.data.readers": ["finetune.failures", "finetune.errors"],
     "finetune.data.rows": ["finetune.data.readers", "finetune.errors"],
@@ -28,9 +29,9 @@ ALLOWED = {
     "finetune.objectives": ["finetune.models.head", "finetune.data.batches", "finetune.objectives"],
     "finetune.engine": [
         "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.progress",
-        "finetune.torch_versions", "finetune.failures", "finetune.errors", "finetune.engine",
+        "finetune.torch_versions", "finetune.files", "finetune.failures", "finetune.errors", "finetune.engine",
     ],
-    "finetune.export": ["finetune.data", "finetune.models", "finetune.errors"],
+    "finetune.export": ["finetune.data", "finetune.models", "finetune.files", "finetune.errors"],
     "finetune.preflight": [
         "finetune.data", "finetune.models", "finetune.objectives", "finetune.export", "finetune.engine.topology",
         "finetune.engine.trackers", "finetune.config", "finetune.errors",

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -13,9 +14,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from finetune import config as configs
-from finetune import failures
+from finetune import failures, files
 from finetune.config import Config
-from finetune.engine.checkpoint.folder import flush
+from finetune.engine.checkpoint.folder import described, flush, sha256
 from finetune.engine.receipt import differences
 from finetune.errors import (
     EXIT_FAILED,
@@ -51,6 +52,7 @@ class RunDirectory:
         self.evals = self.path / "eval.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.saves = self.path / "saves.jsonl"
+        self.starts = self.path / "starts.jsonl"
         self.is_open = False
         """Whether this attempt has begun to write in it."""
         self.has_ended = False
@@ -72,6 +74,7 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path} exists and is not a run directory (no config.yaml); choose another run.name or run.dir"
             )
+        self._require_kinds()
         if config.checkpoint.resume == "never" and any(self.checkpoints.glob("step-*")):
             raise RunDirectoryError(
                 f"{self.path} has checkpoints, and checkpoint.resume is never; set it to auto, or choose another run.name"
@@ -113,15 +116,36 @@ class RunDirectory:
             failures.reraise(exc, f"{self.path} cannot be written now")
             raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
 
-    def write_receipt(self, receipt: dict[str, Any]) -> None:
-        write_atomically(self.path / "receipt.json", json.dumps({"written": _now(), **receipt}, indent=2))
+    def write_receipt(self, receipt: dict[str, Any], step: int) -> str | None:
+        """Write what this start runs on, at the step that it goes on from; what to tell a person, if anything.
+
+        What a receipt says stays: a start that goes on with other facts is noted in starts.jsonl, beside it. Only a run
+        that begins again at step 0, of which nothing is left, gets another one, and starts.jsonl the old one.
+        """
+        old, problem = self._read_receipt()
+        path, made = self.path / "receipt.json", {"written": _now(), **receipt}
+        if problem is None and step:
+            if different := differences(old, receipt):
+                self._note_start({"written": made["written"], "step": step, "different": different})
+                return f"note: not as the receipt says, and noted in {self.starts}: {'; '.join(different)}"
+            return None
+        if problem is None and differences(old, receipt):
+            self._note_start({"written": made["written"], "step": 0, "receipt_before": old})
+        if os.path.lexists(path) and problem is not None:
+            os.replace(path, path.with_name("receipt.json.damaged"))
+        write_atomically(path, json.dumps(made, indent=2))
+        return f"note: receipt.json {problem}; it says from now on what step {step} went on with" if step else None
+
+    def _note_start(self, facts: dict[str, Any]) -> None:
+        lines = [line for line in _lines(self.starts) if line]
+        write_atomically(self.starts, "".join(line + "\n" for line in [*lines, json.dumps(facts)]))
 
     def require_receipt(self, other: Path, receipt: dict[str, Any]) -> None:
         """Raise RunDirectoryError with what differs between the receipt of a run and that of this one, which is to repeat it."""
         try:
             old = json.loads((other / "receipt.json").read_text())
             different = differences(old, receipt)
-        except (OSError, ValueError, AttributeError) as exc:
+        except (OSError, ValueError, AttributeError, RecursionError) as exc:
             raise RunDirectoryError(f"run.replay_of: {other} has no receipt that can be read: {exc}") from exc
         if different:
             raise RunDirectoryError(
@@ -137,13 +161,14 @@ class RunDirectory:
         return str(date.today())
 
     def receipt(self) -> dict[str, Any]:
-        return self._read_json("receipt.json")
+        return self._read("receipt.json")[0]
 
     def write_outcome(self, state: str, step: int, reason: str, **facts: Any) -> None:
         """state: running, complete, preempted or failed."""
         outcome = {"state": state, "step": step, "reason": reason, **facts, "written": _now()}
         if state == "complete":
-            outcome["model"] = self._model_files()
+            names = sorted(p.relative_to(self.model).as_posix() for p in self.model.rglob("*") if p.is_file())
+            outcome["model"] = described(self.model, names)
         write_atomically(self.path / OUTCOME, json.dumps(outcome, indent=2))
 
     def note_end(self, error: BaseException, step: int | None = None, may_create: bool = False) -> None:
@@ -187,26 +212,62 @@ class RunDirectory:
 
     def outcome(self) -> dict[str, Any]:
         """How the last attempt ended; empty if there was none."""
-        return self._read_json(OUTCOME)
+        return self._read(OUTCOME)[0]
 
-    def is_complete(self, data_fingerprint: str) -> bool:
-        """Whether a run has ended here and its model is whole. Raises RunDirectoryError if it was of other data."""
-        outcome = self.outcome()
-        if outcome.get("state") != "complete" or outcome.get("model") != self._model_files():
-            return False
-        trained = self.receipt().get("train_data", {}).get("fingerprint")
-        if trained != data_fingerprint:
+    def completion(self, data_fingerprint: str) -> tuple[bool, str | None]:
+        """(whether a run has ended here and every file of its model is what was verified then, what is to be told).
+
+        Raises RunDirectoryError if it was of other data, or if that cannot be known.
+        """
+        outcome, problem = self._read("outcome.json")
+        if problem is not None and os.path.lexists(self.path / "outcome.json"):
+            return False, f"note: outcome.json {problem}: how the run ended is not known, so it goes on"
+        if outcome.get("state") != "complete":
+            return False, None
+        if damaged := self._damaged_model(outcome.get("model")):
+            return False, f"note: {self.path} was complete, but {damaged}: the model is exported again"
+        receipt, problem = self._read_receipt()
+        if problem is not None:
+            raise RunDirectoryError(
+                f"{self.path} is complete, but its receipt.json {problem}, so it cannot be known whether it is this run; "
+                f"put it back, or give this run another run.name. Its model is whole: {self.model}"
+            )
+        if receipt["train_data"]["fingerprint"] != data_fingerprint:
             raise RunDirectoryError(
                 f"{self.path} is complete, but of other training data (rows, tokenizer or template have changed since); "
                 "give this run another run.name"
             )
-        return True
+        return True, None
+
+    def require_no_model(self) -> None:
+        """Raise RunDirectoryError if a run without a checkpoint would train again, and replace a model that is here."""
+        if any(self.model.glob("*")):
+            raise RunDirectoryError(
+                f"{self.path} holds a model, but no checkpoint from which it could be exported again, and training would start "
+                f"anew and replace it; restore {self.model}, or move it away to train again"
+            )
+
+    def _damaged_model(self, known: Any) -> str | None:
+        """The first file of the export that is not what `outcome.json` says, and how; None if all are."""
+        if not isinstance(known, dict) or not known:
+            return "outcome.json does not name the files of its model"
+        for name, wanted in known.items():
+            path = self.model / name
+            try:
+                if path.stat().st_size != wanted["bytes"]:
+                    return f"{path} has {path.stat().st_size} bytes instead of {wanted['bytes']}"
+                if sha256(path) != wanted["sha256"]:
+                    return f"{path} is damaged (another sha256)"
+            except OSError as exc:
+                return f"{path} cannot be read ({exc.strerror})"
+            except (TypeError, KeyError):
+                return f"outcome.json does not say what {name} holds"
+        return None
 
     def eval_losses(self) -> dict[int, float]:
         """Step -> loss of every evaluation on record; infinity where it was no number."""
-        lines = _lines(self.evals)
-        read = [json.loads(line) for line in lines if _step_of(line) < math.inf]
-        return {int(line["step"]): math.inf if line["eval_loss"] is None else line["eval_loss"] for line in read}
+        read = [values for line in _lines(self.evals) if (values := _values(line)) and _has_loss(values)]
+        return {v["step"]: math.inf if (loss := v["eval_loss"]) is None or math.isnan(loss) else loss for v in read}
 
     def judge(self, patience: int | None, saved: set[int] | None = None) -> tuple[int | None, bool]:
         """(step of the lowest evaluation loss, whether the last `patience` evaluations were all no better than one before).
@@ -222,35 +283,68 @@ class RunDirectory:
 
     def history(self) -> list[dict[str, Any]]:
         """Every line of metrics and evaluations, in the order of their steps."""
-        lines = [
-            json.loads(line) for log in (self.metrics, self.evals) for line in _lines(log) if _step_of(line) < math.inf
-        ]
+        lines = [values for log in (self.metrics, self.evals) for line in _lines(log) if (values := _values(line))]
         return sorted(lines, key=lambda line: line["step"])
 
     def has_samples(self, step: int) -> bool:
-        return any(_step_of(line) == step for line in _lines(self.samples))
+        return any((values := _values(line)) and values["step"] == step for line in _lines(self.samples))
 
-    def rewind(self, step: int) -> None:
-        """Take lines of later steps (and a torn last line) out of the logs: they will be trained again."""
+    def rewind(self, step: int) -> list[str]:
+        """Take lines of later steps (and a torn last line) out of the logs: they will be trained again.
+
+        Other lines that cannot be read go too; then the log as it was stays beside it. What to tell a person.
+        """
+        notes = []
         for log in (self.metrics, self.evals, self.samples, self.saves):
-            if log.exists():
-                kept = [line for line in _lines(log) if _step_of(line) <= step]
-                write_atomically(log, "".join(line + "\n" for line in kept))
+            if not log.exists():
+                continue
+            lines, kept, damaged = _lines(log), [], []
+            for number, line in enumerate(lines, 1):
+                values = _values(line)
+                if values is None or (log == self.evals and not _has_loss(values)):
+                    damaged += [number] if line and number < len(lines) else []  # the last one has no newline: it is torn
+                elif values["step"] <= step:
+                    kept.append(line)
+            if damaged:
+                beside = log.with_name(f"{log.name}.damaged")
+                shutil.copyfile(log, beside)
+                notes.append(
+                    f"note: {log}: {len(damaged)} damaged lines, the first is line {damaged[0]}, are left out; "
+                    f"the file as it was is {beside}"
+                )
+            write_atomically(log, "".join(line + "\n" for line in kept))
+        return notes
 
-    def _model_files(self) -> dict[str, int]:
-        """Size of each file of the exported model, in bytes."""
-        return {p.name: p.stat().st_size for p in sorted(self.model.glob("*"))}
+    def _require_kinds(self) -> None:
+        """Raise RunDirectoryError for a file where a folder belongs, a folder where a file does, or one that cannot be read."""
+        for path in (self.checkpoints, self.model):
+            if os.path.lexists(path) and not path.is_dir():
+                raise RunDirectoryError(f"{path} should be a folder, and is not; move it away, or choose another run.name")
+        logs = [self.metrics, self.evals, self.samples, self.saves, self.starts]
+        for path in [*logs, *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json"))]:
+            if not os.path.lexists(path):
+                continue
+            if not path.is_file():
+                raise RunDirectoryError(f"{path} should be a file, and is not; move it away, or choose another run.name")
+            if not os.access(path, os.R_OK | os.W_OK):
+                raise RunDirectoryError(f"{path} cannot be read and written: no permission; correct its mode or its owner")
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        """What a file of this directory holds; nothing if it is not there or broken."""
-        return _read_json(self.path / name)
+    def _read_receipt(self) -> tuple[dict[str, Any], str | None]:
+        receipt, problem = self._read("receipt.json")
+        trained = receipt.get("train_data")
+        if problem is None and not (isinstance(trained, dict) and isinstance(trained.get("fingerprint"), str)):
+            problem = "does not say which data was trained"
+        return receipt, problem
+
+    def _read(self, name: str) -> tuple[dict[str, Any], str | None]:
+        return _read(self.path / name)
 
     def _read_config(self, path: Path) -> dict[str, Any]:
         try:
             values = yaml.safe_load(path.read_text())
             configs.flatten(values)
             return dict(values)
-        except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as exc:
+        except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as exc:
             raise RunDirectoryError(f"{path} is not the config of a run: {exc}; choose another run.name") from exc
 
 
@@ -262,10 +356,11 @@ def note_end_of(path: Path, state: str, reason: str) -> None:
     path.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path / LOCK, timeout=0):
-            before = _read_json(path / OUTCOME)
+            before, _ = _read(path / OUTCOME)
             if before.get("state") != "complete":
-                logged = [step for line in _lines(path / "metrics.jsonl") if (step := _step_of(line)) < math.inf]
-                step = int(max([before.get("step", 0), *logged]))
+                logged = [values["step"] for line in _lines(path / "metrics.jsonl") if (values := _values(line))]
+                known = before.get("step")
+                step = max([known if type(known) is int else 0, *logged])
                 outcome = {"state": state, "step": step, "reason": reason, "written": _now()}
                 write_atomically(path / OUTCOME, json.dumps(outcome, indent=2))
     except Timeout:
@@ -280,7 +375,7 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        files.follow_umask(Path(temporary))
         os.rename(temporary, path)
     except OSError:
         os.unlink(temporary)
@@ -288,12 +383,17 @@ def write_atomically(path: Path, text: str) -> None:
     flush(path.parent)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], str | None]:
+    """(what a JSON file holds, what is wrong with it); nothing is held by one that cannot be read."""
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    except FileNotFoundError:
+        return {}, "is missing"
+    except OSError as exc:
+        return {}, f"cannot be read ({exc.strerror})"
+    except (ValueError, RecursionError) as exc:
+        return {}, f"is damaged ({type(exc).__name__})"
+    return (values, None) if isinstance(values, dict) else ({}, f"holds a {type(values).__name__}")
 
 
 def _now() -> str:
@@ -305,8 +405,16 @@ def _lines(log: Path) -> list[str]:
     return log.read_text(errors="replace").split("\n") if log.is_file() else []
 
 
-def _step_of(line: str) -> float:
+def _values(line: str) -> dict[str, Any] | None:
+    """What a line of a log holds, if it holds a step."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        values = json.loads(line)
+        step = values["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and type(step) is int and step >= 0 else None
+
+
+def _has_loss(values: dict[str, Any]) -> bool:
+    """Whether a line of eval.jsonl can be judged by."""
+    return "eval_loss" in values and (values["eval_loss"] is None or type(values["eval_loss"]) in (int, float))

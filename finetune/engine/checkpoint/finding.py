@@ -110,7 +110,7 @@ def bring(root: Path, step: int | None, storage: "Storage | None") -> None:
 
 def kept(root: Path) -> set[int]:
     """Steps whose checkpoints are on this disk."""
-    return {int(path.name.removeprefix("step-")) for path in folder.steps(root)}
+    return {int(path.name.removeprefix("step-")) for path in folder.steps(root) if path.is_dir()}
 
 
 def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) -> None:

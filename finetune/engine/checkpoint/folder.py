@@ -50,7 +50,7 @@ def step_of(name: str) -> int | None:
 
 def steps(root: Path) -> list[Path]:
     """Checkpoints under `root`, whole or not, the newest first; what a user keeps beside them is not ours."""
-    return sorted((p for p in root.glob("step-*") if step_of(p.name) is not None and p.is_dir()), reverse=True)
+    return sorted((p for p in root.glob("step-*") if step_of(p.name) is not None), reverse=True)
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -116,7 +116,7 @@ def prune(root: Path, keep_last: int, protected: set[str]) -> None:
 
 def remove(path: Path) -> None:
     """Out of sight with one rename, so that half of it is never seen; then away. Of a link only the link."""
-    if path.is_symlink():
+    if path.is_symlink() or path.is_file():
         path.unlink()
         return
     hidden = path.with_name(f".removing-{path.name}")
@@ -128,8 +128,8 @@ def remove(path: Path) -> None:
 def set_aside(damaged: list[Path]) -> dict[Path, Path]:
     """Rename checkpoints that are not whole to `damaged-step-...`: kept, but neither read, counted nor in the way. Where each is now."""
     kept = {}
-    for path in filter(Path.exists, damaged):
-        free = next(n for n in range(1000) if not path.with_name(f"damaged-{path.name}.{n}").exists())
+    for path in filter(os.path.lexists, damaged):
+        free = next(n for n in range(1000) if not os.path.lexists(path.with_name(f"damaged-{path.name}.{n}")))
         kept[path] = path.with_name(f"damaged-{path.name}.{free}")
         os.rename(path, kept[path])
     return kept
@@ -181,11 +181,13 @@ def run_id(manifest: bytes) -> str | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ValueError("it is not a folder")
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ValueError(f"{MANIFEST} is damaged: {exc}") from exc
     try:
         if manifest.pop("sha256") != _own_hash(manifest):

@@ -94,6 +94,7 @@ class Storage:
         for name in sorted(names, key=lambda name: name == CONFIG):
             final = directory / name
             arriving = final.with_name(f".restoring-{final.name}")
+            final.parent.mkdir(parents=True, exist_ok=True)
             self._attempt(f"fetching {name}", self._fs.get, [f"{self._root}/{name}"], [str(arriving)])
             folder.flush(arriving)
             os.rename(arriving, final)
