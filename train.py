@@ -386,11 +386,11 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     if step < job.data.num_steps:
         reason = f"stopped early, of {job.data.num_steps} steps, as evaluations got no better; {reason}"
 
-    def save_and_verify() -> None:
-        export.write(
-            bare, weights, logits, job.data.tokenizer, template, target, system_prompt=system_prompt,
-            precision=topology.precision, trust_remote_code=config.model.trust_remote_code,
-        )  # fmt: skip
+    base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
+    writing = export.Writing(target, template, system_prompt, base)
+
+    def verify_and_publish() -> None:
+        writing.publish()
         if job.storage:
             job.storage.upload_model(target)
         job.stop.close()  # a signal from here on comes too late to make it anything but complete
@@ -398,7 +398,14 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
         if job.storage:
             job.storage.upload_notes(job.directory.path)
 
-    topology.on_main(save_and_verify)
+    topology.on_main(lambda: writing.save(
+        bare, weights, logits, job.data.tokenizer,
+        precision=topology.precision, device=topology.device, probe_dtype=topology.probe_dtype,
+    ))  # fmt: skip
+    bare = None
+    state.release()
+    topology.release()
+    topology.on_main(verify_and_publish)
     job.tell(f"complete at step {step}: {reason}: {target}")
     if sft:
         job.tell(f"chat with it: python -m finetune chat --model {target}")

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=generation.at_least(1), default=256, help="longest answer")
     parser.add_argument("--temperature", type=_temperature, default=0.0, help="0: always the likeliest token")
     parser.add_argument("--one-turn", action="store_true", help="forget each message before the next")
+    export.base_argument(parser)
     export.trust_remote_code_argument(parser)
 
 
@@ -33,7 +34,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise ModelError(
             f"{arguments.model}: its tokenizer has no chat template; models tuned with objective.kind: sft have one"
         )
-    model = export.load(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = export.load(arguments.model, trust_remote_code=arguments.trust_remote_code, base=arguments.base)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     start = [Message("system", arguments.system)] if arguments.system else []
 

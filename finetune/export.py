@@ -1,6 +1,7 @@
 """Trained weights -> a folder that transformers or peft opens, verified by opening it."""
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+from finetune import files
 from finetune.data.rows import Message
 from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
@@ -27,54 +29,165 @@ PROBE_TOKENS = 16
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
+@dataclass(frozen=True)
+class Base:
+    """Where a model came from: what its folder holds beside the weights goes into the export."""
+
+    path: str | None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an export is compared with once it is opened. Of the model that was trained it holds `weights` only, on the CPU."""
+
+    weights: dict[str, torch.Tensor]
+    logits: torch.Tensor
+    """Its `probe_logits`, float32 [1, PROBE_TOKENS, V]."""
+    device: torch.device
+    """Where they were computed."""
+    dtype: torch.dtype
+    """In which the export is opened."""
+    probe_dtype: torch.dtype | None
+    """To which the topology rounds weights for a pass; None: as they are."""
+    precision: str
+    is_adapter: bool
+    eos_token_id: int | list[int] | None
+    tokenizer: Any
+    """As it is exported."""
+
+
+def trained(
+    model: Any, weights: dict[str, torch.Tensor], logits: torch.Tensor, tokenizer: Any, template: Template | None, *,
+    system_prompt: str | None, precision: str, device: torch.device, probe_dtype: torch.dtype | None = None,
+) -> Trained:  # fmt: skip
+    """`model` gives class and settings; its weights may be shared between processes, `weights` are whole."""
+    is_adapter = adapters.are_in(model)
+    dtype = getattr(torch, model.base_record["dtype"]) if is_adapter else embedding_dtype(model, weights)
+    return Trained(
+        weights, logits, device, dtype, probe_dtype, precision, is_adapter, generation(model, tokenizer, template).eos_token_id,
+        with_template(tokenizer, template, system_prompt),
+    )  # fmt: skip
+
+
 def save(
     model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None, folder: Path,
-    system_prompt: str | None = None,
+    system_prompt: str | None = None, base: Base | None = None,
 ) -> None:  # fmt: skip
-    """Write model (`weights` whole, on the CPU) and tokenizer into a fresh `folder`.
+    """Write model (`weights` whole, on the CPU) and tokenizer into a fresh `folder`. What it is given stays as it is.
 
     The tokenizer carries the template as its chat template, and the generation config every token
-    that ends an answer.
+    that ends an answer. What else `base` has that a user of the model needs comes along.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    if template is not None:
-        tokenizer.chat_template = chat_template(template, tokenizer, system_prompt)
-    _set_generation(model, tokenizer, template)
+    is_adapter = adapters.are_in(model)
     # Resized embeddings are saved because they train (modules_to_save), not because peft finds them to be of another size.
-    own = {"save_embedding_layers": False} if adapters.are_in(model) else {}
-    model.save_pretrained(
-        folder, state_dict=dict(weights), **own
-    )  # a copy: transformers empties the mapping it is given
-    if not adapters.are_in(model):
-        # An engine may have trained on 16-bit copies of the weights that are saved here.
-        model.config.dtype = embedding_dtype(model, weights)
-        model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)  # peft leaves it out, and with it the token that ends an answer
-    tokenizer.save_pretrained(folder)
-    if adapters.are_in(model):
+    own = {"save_embedding_layers": False} if is_adapter else {}
+    before, model.generation_config = model.generation_config, generation(model, tokenizer, template)
+    try:
+        model.save_pretrained(folder, state_dict=dict(weights), **own)  # a copy: transformers empties the mapping
+        model.generation_config.save_pretrained(folder)  # peft leaves it out, and with it the token that ends an answer
+    finally:
+        model.generation_config = before
+    if not is_adapter:
+        config = copy.deepcopy(model.config)
+        config.dtype = embedding_dtype(model, weights)  # an engine may have trained on 16-bit copies of what is saved
+        if not _may_be_tied(model, weights):
+            for part in (config, config.get_text_config()):
+                part.tie_word_embeddings = False
+        config.save_pretrained(folder)
+    with_template(tokenizer, template, system_prompt).save_pretrained(folder)
+    if is_adapter:
         (folder / bases.FILE).write_text(json.dumps(model.base_record, indent=1))
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
-    for file in folder.iterdir():
-        with file.open("rb") as handle:
+    elif base is not None:
+        _bring_along(base, folder)
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    files.follow_umask(*written)
+    for path in written:
+        with path.open("rb") as handle:
             os.fsync(handle.fileno())
 
 
-def write(
-    model: Any, weights: dict[str, torch.Tensor], logits: torch.Tensor, tokenizer: Any, template: Template | None, target: Path, *,
-    system_prompt: str | None, precision: str, trust_remote_code: bool,
-) -> None:  # fmt: skip
-    """Save beside `target`, verify, and only then put it there. Raises ExportError; what was there before stays.
+# What a base may have beside weights, config and tokenizer: how to prepare pictures and sounds, and on which terms it was
+# given. Its README describes the base, not what it has become.
+COMPANIONS = ("*processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "Notice*", "License*")
+CODE = ("*.py",)  # where model.trust_remote_code allows it
 
-    `model` gives class and settings; its weights may be shared between processes, `weights` are whole.
-    `logits`: its `probe_logits`.
+
+def _bring_along(base: Base, folder: Path) -> None:
+    source = _folder_of(base, local_files_only=True)
+    for pattern in (*COMPANIONS, *(CODE if base.trust_remote_code else ())):
+        for path in sorted(source.glob(pattern)) if source else ():
+            if path.is_file() and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+
+
+def _folder_of(base: Base, local_files_only: bool) -> Path | None:
+    """The folder of a base; of one on the Hub the small files of it, fetched unless `local_files_only`. None where there is none."""
+    if base.path is None or os.path.isdir(base.path):
+        return Path(base.path) if base.path else None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                base.path,
+                revision=base.revision,
+                allow_patterns=[*COMPANIONS, *CODE],
+                local_files_only=local_files_only,
+            )
+        )
+    except Exception:  # a Hub that does not answer: weights and tokenizer, which are needed, say so by themselves
+        return None
+
+
+def _may_be_tied(model: Any, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether embedding and head hold the same values, so that what the config says of them can be true."""
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = [weights.get(names.get(id(getattr(end, "weight", None)), "")) for end in ends]
+    return found[0] is None or found[1] is None or torch.equal(found[0], found[1])
+
+
+def with_template(tokenizer: Any, template: Template | None, system_prompt: str | None) -> Any:
+    """A copy of the tokenizer with the template as its chat template; others that it has by name stay."""
+    exported = copy.deepcopy(tokenizer)
+    if template is not None:
+        source, named = chat_template(template, tokenizer, system_prompt), exported.chat_template
+        exported.chat_template = {**named, "default": source} if isinstance(named, dict) else source
+    return exported
+
+
+class Writing:
+    """A model on its way to `target`: saved beside it, verified, and only then put there; what was there before stays until then.
+
+    Two calls, so that between them the model that was trained, its optimizer and its gradients can go:
+    opening the export takes their room, on a GPU too, where a quantised base is opened.
     """
-    folder = target.with_name(f".writing-{target.name}")
-    save(model, weights, tokenizer, template, folder, system_prompt)
-    verify(
-        folder, model, weights, logits, tokenizer, template,
-        precision=precision, trust_remote_code=trust_remote_code, system_prompt=system_prompt,
-    )  # fmt: skip
-    publish(folder, target)
+
+    def __init__(self, target: Path, template: Template | None, system_prompt: str | None, base: Base) -> None:
+        self.target, self.template, self.system_prompt, self.base = target, template, system_prompt, base
+        self.folder = target.with_name(f".writing-{target.name}")
+
+    def save(
+        self, model: Any, weights: dict[str, torch.Tensor], logits: torch.Tensor, tokenizer: Any, *,
+        precision: str, device: torch.device, probe_dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        save(model, weights, tokenizer, self.template, self.folder, self.system_prompt, self.base)
+        self._was = trained(
+            model, weights, logits, tokenizer, self.template, system_prompt=self.system_prompt,
+            precision=precision, device=device, probe_dtype=probe_dtype,
+        )  # fmt: skip
+
+    def publish(self) -> None:
+        """Raises ExportError; what was saved then stays beside the target."""
+        verify(
+            self.folder, self._was, self.template,
+            trust_remote_code=self.base.trust_remote_code, system_prompt=self.system_prompt,
+        )  # fmt: skip
+        publish(self.folder, self.target)
 
 
 def publish(folder: Path, target: Path) -> None:
@@ -88,15 +201,19 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def rehearse(
-    tokenizer: Any, model_config: Any, path: str | None, template: Template | None, system_prompt: str | None, trust_remote_code: bool
-) -> None:  # fmt: skip
-    """Raise ModelError for what would let the export fail after all the training: tokenizer, template or generation config."""
+    tokenizer: Any, model_config: Any, base: Base, template: Template | None, system_prompt: str | None
+) -> None:
+    """Raise ModelError for what would let the export fail after all the training: tokenizer, template or generation config.
+
+    What a base on the Hub has beside its weights is fetched now: in days the Hub may not answer.
+    """
+    path, trust_remote_code = base.path, base.trust_remote_code
+    _folder_of(base, local_files_only=False)
     with tempfile.TemporaryDirectory() as name:
         model_config.save_pretrained(name)  # its model_type decides which class opens the tokenizer
-        tokenizer.save_pretrained(name)
+        with_template(tokenizer, template, system_prompt).save_pretrained(name)
         again = load_tokenizer(name, trust_remote_code)
         if template is not None:
-            again.chat_template = chat_template(template, tokenizer, system_prompt)
             template.stop_token()
             try:
                 _verify_prompt(Path("data.template"), again, template, system_prompt)
@@ -120,40 +237,82 @@ def rehearse(
 
 
 def verify(
-    target: Path, trained: Any, weights: dict[str, torch.Tensor], logits: torch.Tensor, tokenizer: Any, template: Template | None, *,
-    precision: str, trust_remote_code: bool, system_prompt: str | None = None,
-) -> None:  # fmt: skip
-    """Open `target` as a user would and compare it with what was trained. Raises ExportError.
+    folder: Path, was: Trained, template: Template | None, *, trust_remote_code: bool, system_prompt: str | None = None
+) -> None:
+    """Open `folder` as a user would and compare it with what was trained. Raises ExportError.
 
     Every tensor must be there bit for bit, no adapter may be zero, the logits of `probe_ids` must
     agree, the tokenizer must give the same ids, and its chat template the prompt that was trained.
     """
     try:
-        of_base = getattr(torch, trained.base_record["dtype"]) if adapters.are_in(trained) else None
-        reloaded = load(target, of_base or embedding_dtype(trained, weights), trust_remote_code)
-        again = load_tokenizer(target, trust_remote_code)
+        reloaded = load(folder, was.dtype, trust_remote_code)
+        again = load_tokenizer(folder, trust_remote_code)
     except ModelError as exc:
         raise ExportError(str(exc)) from exc
-    if adapters.are_in(trained) and (dead := adapters.dead_adapters(reloaded)):
-        raise ExportError(f"{target}: {len(dead)} adapters are zero, such as {dead[0]}: they were never trained")
+    if was.is_adapter and (dead := adapters.dead_adapters(reloaded)):
+        raise ExportError(f"{folder}: {len(dead)} adapters are zero, such as {dead[0]}: they were never trained")
+    _require_weights(folder, reloaded, was.weights)
+    stop = reloaded.generation_config.eos_token_id
+    if why := disagreement(_as_trained(reloaded, was), was.logits, TOLERANCE[was.precision], _has_experts(reloaded)):
+        raise ExportError(f"{folder}: {why} after reloading")
+    if (
+        tokenizer_fingerprint(again) != tokenizer_fingerprint(was.tokenizer)
+        or again.chat_template != was.tokenizer.chat_template
+    ):
+        raise ExportError(f"{folder}: the tokenizer differs after reloading")
+    if stop != was.eos_token_id:
+        raise ExportError(f"{folder}: the tokens that end an answer differ after reloading")
+    if template is not None:
+        _verify_prompt(folder, again, template, system_prompt)
+
+
+def _require_weights(folder: Path, reloaded: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Raise ExportError for a tensor that is not there bit for bit."""
     state = {**dict(reloaded.named_buffers()), **dict(reloaded.named_parameters(remove_duplicate=False))}
     for name, tensor in weights.items():
         if name not in state or not torch.equal(state[name].cpu(), tensor):
             raise ExportError(
-                f"{target}: weight {name} is {'other than trained' if name in state else 'missing'} after reloading"
+                f"{folder}: weight {name} is {'other than trained' if name in state else 'missing'} after reloading"
             )
-    difference = _relative_difference(probe_logits(reloaded), logits)
-    if not difference <= TOLERANCE[precision]:
-        raise ExportError(f"{target}: logits differ by {difference:.3g} of the largest one after reloading")
-    if (
-        tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer)
-        or again.chat_template != tokenizer.chat_template
-    ):
-        raise ExportError(f"{target}: the tokenizer differs after reloading")
-    if reloaded.generation_config.eos_token_id != trained.generation_config.eos_token_id:
-        raise ExportError(f"{target}: the tokens that end an answer differ after reloading")
-    if template is not None:
-        _verify_prompt(target, again, template, system_prompt)
+
+
+def _as_trained(model: Any, was: Trained) -> torch.Tensor:
+    """The `probe_logits` of a reloaded model on the device and in the dtype that those of the trained one were computed in.
+
+    Where the device has no room for it, as for a model that several GPUs shared, on the CPU.
+    """
+    if was.probe_dtype is not None:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(was.probe_dtype)
+    if not getattr(model, "is_quantized", False):  # those are on the GPU already, and stay
+        try:
+            model.to(was.device)
+        except torch.OutOfMemoryError:
+            model.to("cpu")
+            torch.cuda.empty_cache()
+    return probe_logits(model)
+
+
+def disagreement(found: torch.Tensor, wanted: torch.Tensor, tolerance: float, has_experts: bool) -> str | None:
+    """In words, how logits float32 [1, T, V] differ by more than `tolerance` x the largest one of `wanted`; None if they do not.
+
+    A router that is nearly undecided may choose another expert when products are rounded differently,
+    and then the logits of that token, and a little those of later ones, are another function's: right
+    exports differ in some tokens, wrong ones (another rope theta, activation, or number of heads)
+    in nearly all. So a mixture of experts must agree in half of its tokens, any other model in each.
+    """
+    differences = (found - wanted).abs().amax(-1).flatten() / wanted.abs().max()
+    share = float((differences <= tolerance).float().mean())  # NaN is no agreement
+    if share >= (0.5 if has_experts else 1.0):
+        return None
+    return (
+        f"logits of {1 - share:.0%} of the tokens differ, by up to {float(differences.max()):.3g} of the largest one,"
+    )
+
+
+def _has_experts(model: Any) -> bool:
+    return any("experts" in name for name, _ in model.named_modules())
 
 
 def _verify_prompt(target: Path, tokenizer: Any, template: Template, system_prompt: str | None) -> None:
@@ -176,9 +335,13 @@ def _verify_prompt(target: Path, tokenizer: Any, template: Template, system_prom
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, quantized: bool = True
-) -> Any:
-    """Full weights, or an adapter on its base, quantised as it was trained unless not `quantized`. Raises ModelError."""
+    path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, quantized: bool = True,
+    base: str | None = None,
+) -> Any:  # fmt: skip
+    """Full weights, or an adapter on its base, quantised as it was trained unless not `quantized`. Raises ModelError.
+
+    `base`: where the base of an adapter is now, if not where it was trained beside it. Its weights must be the same.
+    """
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
         if not (folder / "adapter_config.json").exists():
@@ -187,25 +350,46 @@ def load(
 
         adapter = PeftConfig.from_pretrained(str(folder))
         record = bases.read(folder)
+        where, revision = _base_of(folder, adapter, base)
         quantization = (record.get("quantization") or None) if quantized else None
 
         def load_base(dtype: torch.dtype | str) -> Any:
             return AutoModelForCausalLM.from_pretrained(
-                str(adapter.base_model_name_or_path), dtype=dtype, revision=adapter.revision, trust_remote_code=trust_remote_code,
+                where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
                 quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
             )  # fmt: skip
 
         if quantization and dtype == "auto":
             dtype = getattr(torch, record["dtype"])
-        base = load_base(dtype)
-        keep_layout(base)
+        model = load_base(dtype)
+        keep_layout(model)
         if record.get("new_token_ids"):
-            embeddings.extend(base, record["new_token_ids"])
+            embeddings.extend(model, record["new_token_ids"])
         if record and (quantization or not record["quantization"]):
-            bases.require_weights(bases.hashes(base), record, folder)
+            bases.require_weights(bases.hashes(model), record, folder)
         if (folder / "generation_config.json").exists():
-            base.generation_config = GenerationConfig.from_pretrained(folder)
-        return PeftModel.from_pretrained(base, str(folder))
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return PeftModel.from_pretrained(model, str(folder))
+
+
+def _base_of(folder: Path, adapter: Any, given: str | None) -> tuple[str, str | None]:
+    """(folder or Hub id, revision) of an adapter's base. Raises ModelError if it was a folder that is not there any more."""
+    known = str(adapter.base_model_name_or_path)
+    if given is not None:
+        return given, None
+    if os.path.isabs(known) and not os.path.isdir(known):
+        raise ModelError(
+            f"{folder} is an adapter, and its base is not in {known} any more; give --base with the folder where it is now"
+        )
+    return known, adapter.revision
+
+
+def moved(path: str | Path, base: str) -> str | None:
+    """`base`, if `path` is an adapter whose own base is not where it was."""
+    if not (Path(path) / "adapter_config.json").exists():
+        return None
+    known = json.loads((Path(path) / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
+    return base if os.path.isabs(known) and not os.path.isdir(known) else None
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
@@ -217,23 +401,24 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def probe_logits(model: Any, device: torch.device | None = None) -> torch.Tensor:
-    """Logits of the trained model for `probe_ids`, float32 [1, PROBE_TOKENS, V] on the CPU. Collective where weights are shared."""
-    was_training = model.training
+    """Logits of a model for `probe_ids`, float32 [1, PROBE_TOKENS, V] on the CPU. Collective where weights are shared.
+
+    With the model's own attention, as whoever opens the export has it: the kernel of training adds in another order.
+    """
+    was_training, base = model.training, model.get_base_model() if adapters.are_in(model) else model
     device = device or model.get_input_embeddings().weight.device
     ids = probe_ids(model.config.get_text_config().vocab_size).to(device)
-    bounds = torch.tensor([0, PROBE_TOKENS], dtype=torch.int32, device=device)
-    apart = not attention.pads(model.config._attn_implementation)
-    one_document = {
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": PROBE_TOKENS,
-        "max_length_k": PROBE_TOKENS,
-    }
+    kernel = base.config._attn_implementation
+    if not attention.pads(kernel):
+        base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
     model.eval()
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False, **(one_document if apart else {})).logits.float().cpu()
-    model.train(was_training)
-    return logits
+    try:
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False).logits.float().cpu()
+    finally:
+        model.train(was_training)
+        if not attention.pads(kernel):
+            base.set_attn_implementation(kernel)
 
 
 def embedding_dtype(model: Any, weights: dict[str, torch.Tensor]) -> torch.dtype:
@@ -258,11 +443,13 @@ class Merged:
     quantization: float | None
 
 
-def merge(sources: Sequence[Path], target: Path, dtype: str = "auto", trust_remote_code: bool = False) -> Merged:
+def merge(
+    sources: Sequence[Path], target: Path, dtype: str = "auto", trust_remote_code: bool = False, base: str | None = None
+) -> Merged:
     """Add one or several adapters of the same base into it, W + sum of (alpha / r) B A, and save full weights.
 
     A base that was quantised for training is taken whole, except for adapters that LoftQ began:
-    theirs make up for the quantisation, so they belong on what it left. Raises ModelError if a
+    theirs make up for the quantisation, so they belong on what it left. `base`: see `load`. Raises ModelError if a
     source is no adapter or `target` exists, ExportError if logits differ by more than rounding;
     then nothing is left at `target`.
     """
@@ -280,34 +467,43 @@ def merge(sources: Sequence[Path], target: Path, dtype: str = "auto", trust_remo
     # float16 has fewer exponents than the others: adding comes first, rounding last.
     adding = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}[dtype]
     record = bases.read(first)
-    model, tokenizer = load(first, adding, trust_remote_code, quantized=False), load_tokenizer(first, trust_remote_code)
+    model = load(first, adding, trust_remote_code, quantized=False, base=base)
+    tokenizer = load_tokenizer(first, trust_remote_code)
     names = ["default"]
     for source in others:
         names.append(f"adapter_{len(names)}")
         model.load_adapter(str(source), names[-1])
     trained = None
     if record.get("quantization"):
-        quantized = load(first, trust_remote_code=trust_remote_code)
+        quantized = load(first, trust_remote_code=trust_remote_code, base=base)
         if record.get("loftq"):
             adapters.copy_dequantized(quantized, model)
         trained = probe_logits(quantized)
+        del quantized  # before a third model is opened
     model.base_model.set_adapter(names)
     before = probe_logits(model)
+    source = Base(*_base_of(first, model.peft_config["default"], base), trust_remote_code)
     merged = adapters.merge(model, names)
+    del model
     if dtype == "float16":
         merged = merged.half()
     folder = target.with_name(f".writing-{target.name}")
     weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
-    save(merged, weights, tokenizer, None, folder)
-    after = probe_logits(load(folder, trust_remote_code=trust_remote_code))
-    rounding = _relative_difference(after, before)
+    save(merged, weights, tokenizer, None, folder, base=source)
     precisions = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if not rounding <= TOLERANCE[precisions[merged.dtype]]:
+    tolerance = TOLERANCE[precisions[merged.dtype]]
+    del merged
+    try:
+        reloaded = load(folder, trust_remote_code=trust_remote_code)
+        _require_weights(folder, reloaded, weights)
+        after = probe_logits(reloaded)
+        if why := disagreement(after, before, tolerance, _has_experts(reloaded)):
+            raise ExportError(f"{target}: {why} once the adapter is merged; nothing was written")
+    except ExportError:
         shutil.rmtree(folder)
-        raise ExportError(
-            f"{target}: merging changed the logits by {rounding:.3g} of the largest one; nothing was written"
-        )
+        raise
     publish(folder, target)
+    rounding = _relative_difference(after, before)
     return Merged(rounding, None if trained is None or others else _relative_difference(after, trained))
 
 
@@ -348,7 +544,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="of the weights; auto: the base's own",
     )
+    base_argument(parser)
     trust_remote_code_argument(parser)
+
+
+def base_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        help="where the base of an adapter is now, if it was moved since the training; its weights are compared",
+    )
 
 
 def trust_remote_code_argument(parser: argparse.ArgumentParser) -> None:
@@ -358,7 +562,7 @@ def trust_remote_code_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    merged = merge(arguments.model, arguments.output, arguments.dtype, arguments.trust_remote_code)
+    merged = merge(arguments.model, arguments.output, arguments.dtype, arguments.trust_remote_code, arguments.base)
     print(
         f"{arguments.output}: merged; logits differ from base plus adapter by at most {merged.rounding:.2g} of the largest one"
     )
@@ -395,9 +599,9 @@ def _relative_difference(logits: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((logits - wanted).abs().max() / wanted.abs().max())
 
 
-def _set_generation(model: Any, tokenizer: Any, template: Template | None) -> None:
-    """Generation stops at EOS and at the token that ends a turn, and pads with the pad token."""
-    config = model.generation_config
+def generation(model: Any, tokenizer: Any, template: Template | None) -> GenerationConfig:
+    """The generation config to save: it stops at EOS and at the token that ends a turn, and pads with the pad token."""
+    config: GenerationConfig = copy.deepcopy(model.generation_config)
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     stop = template.stop_token() if template is not None else None
     ends = [tokenizer.convert_tokens_to_ids(stop) if stop else None, tokenizer.eos_token_id, *known]
@@ -405,6 +609,7 @@ def _set_generation(model: Any, tokenizer: Any, template: Template | None) -> No
     config.eos_token_id = ends[0] if len(ends) == 1 else ends
     config.pad_token_id = tokenizer.pad_token_id
     _sample_if_it_says_how(config)
+    return config
 
 
 def _sample_if_it_says_how(config: GenerationConfig) -> None:

@@ -73,11 +73,8 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     train, evals, known = _examples(config, sources, template, tokenizer)
     template = replace(template, learn_opening=train.learn_opening)
     kept = template if config.objective.kind != "clm" else None
-    topology.on_main(
-        lambda: export.rehearse(
-            tokenizer, model_config, config.model.path, kept, wanted.system_prompt, config.model.trust_remote_code
-        )
-    )
+    base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
+    topology.on_main(lambda: export.rehearse(tokenizer, model_config, base, kept, wanted.system_prompt))
 
     def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
         return batches.Batches(

@@ -285,3 +285,229 @@ def test_an_adapter_opens_from_any_folder(workshop, monkeypatch, tmp_path_factor
     run = workshop.train("lora", **(as_adapter(workshop.run_dir("base")) | {"model__path": "base/model"}))
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert export.load(run / "model")
+
+
+def test_what_was_trained_has_gone_when_the_export_is_opened(workshop, monkeypatch):
+    """Else a quantised base that filled the GPU would have to fit on it twice, beside the optimizer."""
+    import weakref
+
+    import train
+
+    build, verify, alive = train.build, export.verify, []
+
+    def watched(job):
+        state = build(job)
+        held = [state.optimizer.optimizer, *state.model.parameters(), *state.ema.weights.values()]
+        alive.extend(map(weakref.ref, held))
+        return state
+
+    def opened(*arguments, **keywords):
+        gone = [each() is None for each in alive]
+        assert gone
+        assert all(gone)
+        return verify(*arguments, **keywords)
+
+    monkeypatch.setattr(train, "build", watched)
+    monkeypatch.setattr(export, "verify", opened)
+    base = workshop.train("base", train__ema_decay=0.9)
+    for kind in ("lora", "qlora"):
+        alive.clear()
+        workshop.train(kind, **as_adapter(base) | {"adapter__kind": kind}, train__ema_decay=0.9)
+
+
+def test_exported_files_have_the_mode_that_the_umask_says(workshop):
+    import os
+
+    base = workshop.train("base")
+    lora = workshop.train("lora", **as_adapter(base))
+    export.merge([lora / "model"], workshop.folder / "merged")
+    before = os.umask(0o027)
+    try:
+        private = workshop.train("private")
+    finally:
+        os.umask(before)
+    for folder, mode in ((base, 0o666 & ~before), (lora, 0o666 & ~before), (workshop.folder / "merged", 0o666 & ~before), (private, 0o640)):  # fmt: skip
+        modes = {
+            path.name: oct(path.stat().st_mode & 0o777)
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"
+        }
+        assert set(modes.values()) == {oct(mode)}, modes
+
+
+def test_saving_leaves_what_it_is_given_as_it_was(workshop, bytes_tokenizer):
+    import copy
+
+    from transformers import AutoModelForCausalLM
+
+    from finetune.data import templates
+
+    run = workshop.train()
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    bytes_tokenizer.chat_template, model.generation_config.temperature = "before", 0.5
+    before = copy.deepcopy((bytes_tokenizer.chat_template, model.generation_config.to_dict(), model.config.to_dict()))
+    template = templates.load("question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {})
+    export.save(
+        model, dict(model.state_dict()), bytes_tokenizer, template, workshop.folder / "saved", "a system prompt"
+    )
+    assert (bytes_tokenizer.chat_template, model.generation_config.to_dict(), model.config.to_dict()) == before
+    assert "a system prompt" in (workshop.folder / "saved/chat_template.jinja").read_text()
+    assert json.loads((workshop.folder / "saved/generation_config.json").read_text())["temperature"] == 0.5
+
+
+def add_companions(folder):
+    """What published models have beside weights and tokenizer."""
+    names = (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "LICENSE",
+        "NOTICE.txt",
+    )
+    for name in names:
+        (folder / name).write_text("{}")
+    (folder / "README.md").write_text("about the base")
+    (folder / "modeling_own.py").write_text("raise RuntimeError")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("rag {{ messages }}")
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("tools {{ messages }}")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "top_p": 0.7, "temperature": 0.6}))
+    return set(names)
+
+
+@pytest.mark.parametrize("kind", ["full", "merged"])
+def test_what_a_base_has_beside_its_weights_comes_out_again(workshop, kind):
+    base = workshop.train("base")
+    names = add_companions(base / "model")
+    settings = as_adapter(base) | {"adapter__kind": "full" if kind == "full" else "lora"}
+    folder = workshop.train("tuned", data__template="chatml", **settings) / "model"
+    if kind == "merged":
+        export.merge([folder], workshop.folder / "merged")
+        folder = workshop.folder / "merged"
+    found = {path.name for path in folder.iterdir()}
+    assert names <= found
+    assert not {"README.md", "modeling_own.py"} & found, (
+        "not what describes the base, and no code without trust_remote_code"
+    )
+    again = export.load_tokenizer(folder)
+    assert again.chat_template["rag"] == "rag {{ messages }}"
+    assert again.chat_template["tool_use"] == "tools {{ messages }}"
+    assert "<|im_start|>" in again.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert (settings["top_p"], settings["temperature"], settings["do_sample"]) == (0.7, 0.6, True)
+
+
+@pytest.fixture
+def two_ends(workshop):
+    """A base whose config says tied, and whose head and embedding are two."""
+    base = workshop.train("base") / "model"
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    return base
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_base_that_says_tied_and_is_not_is_refused(workshop, two_ends, kind):
+    with pytest.raises(ModelError, match="tie_word_embeddings: true.* are saved and differ"):
+        workshop.train("run", **as_adapter(two_ends.parent) | {"adapter__kind": kind})
+
+
+def test_a_model_whose_ends_are_two_is_never_exported_as_tied(workshop, two_ends, bytes_tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(two_ends)
+    export.save(model, dict(model.state_dict()), bytes_tokenizer, None, workshop.folder / "saved")
+    assert json.loads((workshop.folder / "saved/config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(workshop.folder / "saved/model.safetensors")
+
+
+def test_a_merge_of_tied_weights_that_train_stays_tied(workshop):
+    base = workshop.train("base", model__config={**TINY_LLAMA, "tie_word_embeddings": True})
+    run = workshop.train("lora", model__new_tokens=["<new>"], **as_adapter(base))
+    export.merge([run / "model"], workshop.folder / "merged")
+    assert json.loads((workshop.folder / "merged/config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(workshop.folder / "merged/model.safetensors")
+    model = export.load(workshop.folder / "merged")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("command", ["merge", "chat", "evaluate"])
+def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
+    from finetune.__main__ import main
+
+    base = workshop.train("base")
+    model = str(workshop.train("lora", **as_adapter(base)) / "model")
+    moved = str(base.rename(workshop.folder / "moved") / "model")
+    other = str(workshop.train("other", run__seed=1) / "model")
+    arguments = {
+        "merge": ["export", "--merge", "--model", model, "--output", str(workshop.folder / "merged")],
+        "chat": ["chat", "--model", model, "--prompt", "hi", "--max-new-tokens", "1"],
+        "evaluate": [
+            "evaluate",
+            "--tuned",
+            model,
+            "--data",
+            str(workshop.rows),
+            "--limit",
+            "1",
+            "--max-new-tokens",
+            "1",
+        ],
+    }[command]
+    if command != "evaluate":  # it has --base in any case
+        assert main(arguments) == 2
+        assert "its base is not in" in (said := capsys.readouterr().err)
+        assert "give --base" in said
+    assert main([*arguments, "--base", other]) == 2
+    assert "its base has changed" in capsys.readouterr().err
+    assert main([*arguments, "--base", moved]) == 0
+
+
+def mixture(**changes):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in TINY_LLAMA.items() if k != "model_type"}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = MixtralConfig(vocab_size=64, initializer_range=0.2, **{**sizes, **experts, **changes})
+    return MixtralForCausalLM(config).eval()
+
+
+def test_an_expert_that_flips_is_no_wrong_export():
+    """A router's near-tie, decided otherwise by the rounding of another kernel: one token is another function's, and it is right."""
+    model = mixture()
+    router, seen = model.model.layers[1].mlp.gate, []
+    hook = router.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    export.probe_logits(model)
+    hook.remove()
+    states = seen[0].reshape(-1, seen[0].shape[-1])
+    scores = states @ router.weight.T
+    second, third = scores.topk(3).indices[5, 1:]
+
+    def raise_third(by):
+        with torch.no_grad():
+            router.weight[third] += by * states[5] / states[5].norm() ** 2
+
+    raise_third(scores[5, second] - scores[5, third] - 1e-5)  # token 5 hardly prefers the second expert to the third
+    wanted = export.probe_logits(model)
+    raise_third(2e-5)  # and now the third to the second
+    found = export.probe_logits(model)
+    assert export._relative_difference(found, wanted) > export.TOLERANCE["fp32"]
+    assert export.disagreement(found, wanted, export.TOLERANCE["fp32"], has_experts=True) is None
+    assert export._has_experts(model)
+    assert "differ" in export.disagreement(found, wanted, export.TOLERANCE["fp32"], has_experts=False)
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_theta": 10.0, "rope_type": "default"}}, {"num_experts_per_tok": 1}], ids=str)  # fmt: skip
+def test_a_wrong_mixture_of_experts_is_refused(wrong):
+    right, other = mixture(), mixture(**wrong)
+    other.load_state_dict(right.state_dict(), strict=False)
+    found, wanted = export.probe_logits(other), export.probe_logits(right)
+    assert "differ" in export.disagreement(found, wanted, export.TOLERANCE["fp32"], has_experts=True)
+
+
+def test_logits_that_are_no_numbers_never_agree():
+    wanted = torch.ones(1, 4, 3)
+    assert export.disagreement(wanted * float("nan"), wanted, 0.1, has_experts=True)
+    assert export.disagreement(wanted, wanted, 0.1, has_experts=False) is None

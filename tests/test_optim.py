@@ -112,9 +112,7 @@ def test_in_16_bits_a_step_is_adamws_but_for_rounding():
 
 def test_in_16_bits_another_seed_rounds_otherwise():
     """Seeds that differ above 32 bits, or step and seed swapped, count too; one seed always rounds alike."""
-    rounded = {
-        seed: steps(torch.bfloat16, 2, lambda _: 0.5, seed=seed, lr=1e-4)[0] for seed in (0, 1, 2, 2**30)
-    }
+    rounded = {seed: steps(torch.bfloat16, 2, lambda _: 0.5, seed=seed, lr=1e-4)[0] for seed in (0, 1, 2, 2**30)}
     again, _ = steps(torch.bfloat16, 2, lambda _: 0.5, seed=1, lr=1e-4)
     assert torch.equal(again, rounded[1])
     assert len({tuple(weight.flatten().tolist()) for weight in rounded.values()}) == 4

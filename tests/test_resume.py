@@ -562,7 +562,9 @@ def test_fields_that_a_newer_transformers_knows_are_no_difference():
     from finetune.engine.checkpoint import finding
     from finetune.engine.checkpoint.folder import Found
 
-    config = configs.from_dict({"run": {"name": "a"}, "model": {"path": "m"}, "data": {"train": "x"}, "optimizer": {"lr": 1}})
+    config = configs.from_dict(
+        {"run": {"name": "a"}, "model": {"path": "m"}, "data": {"train": "x"}, "optimizer": {"lr": 1}}
+    )
     found = Found(Path("step-00000001"), {"config": config.model_dump(), "identity": {"model": {"a": 1}}})
     finding.require_same_run(found, config, {"model": {"a": 1, "new": 0.5}}, {"a": 2, "new": 0.5})
     with pytest.raises(RunDirectoryError, match=r"model: new: was 0.5, now 0.6"):

@@ -37,7 +37,11 @@ def test_damaged_notes_do_not_stop_a_run(workshop, ended, junk):
         (ended / name).write_bytes(JUNK[junk])
     workshop.train(**SETTINGS)
     for name, content in logs.items():
-        kept = [line for line in (ended / name).read_bytes().splitlines(keepends=True) if line in content.splitlines(keepends=True)]
+        kept = [
+            line
+            for line in (ended / name).read_bytes().splitlines(keepends=True)
+            if line in content.splitlines(keepends=True)
+        ]
         assert b"".join(kept).startswith(content), name
     assert json.loads((ended / "outcome.json").read_text())["state"] == "complete"
 
@@ -65,7 +69,9 @@ def test_a_complete_run_without_its_receipt_is_not_called_another(workshop, dama
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "eval.jsonl", "outcome.json", "receipt.json", "checkpoints", "model"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "eval.jsonl", "outcome.json", "receipt.json", "checkpoints", "model"]
+)
 def test_a_folder_where_a_file_belongs_is_named(workshop, name):
     """And a file where a folder does."""
     run = workshop.train()

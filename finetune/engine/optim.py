@@ -38,9 +38,7 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     ]
 
 
-def build(
-    model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False, seed: int = 0
-) -> torch.optim.Optimizer:
+def build(model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False, seed: int = 0) -> torch.optim.Optimizer:
     """The optimizer over `parameter_groups`, at learning rate optimizer.lr x scale.
 
     `in_16_bits`: the weights that train are bfloat16, with no float32 copy of them anywhere; `seed` decides

@@ -302,7 +302,9 @@ class RunDirectory:
             for number, line in enumerate(lines, 1):
                 values = _values(line)
                 if values is None or (log == self.evals and not _has_loss(values)):
-                    damaged += [number] if line and number < len(lines) else []  # the last one has no newline: it is torn
+                    damaged += (
+                        [number] if line and number < len(lines) else []
+                    )  # the last one has no newline: it is torn
                 elif values["step"] <= step:
                     kept.append(line)
             if damaged:
@@ -319,15 +321,21 @@ class RunDirectory:
         """Raise RunDirectoryError for a file where a folder belongs, a folder where a file does, or one that cannot be read."""
         for path in (self.checkpoints, self.model):
             if os.path.lexists(path) and not path.is_dir():
-                raise RunDirectoryError(f"{path} should be a folder, and is not; move it away, or choose another run.name")
+                raise RunDirectoryError(
+                    f"{path} should be a folder, and is not; move it away, or choose another run.name"
+                )
         logs = [self.metrics, self.evals, self.samples, self.saves, self.starts]
         for path in [*logs, *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json"))]:
             if not os.path.lexists(path):
                 continue
             if not path.is_file():
-                raise RunDirectoryError(f"{path} should be a file, and is not; move it away, or choose another run.name")
+                raise RunDirectoryError(
+                    f"{path} should be a file, and is not; move it away, or choose another run.name"
+                )
             if not os.access(path, os.R_OK | os.W_OK):
-                raise RunDirectoryError(f"{path} cannot be read and written: no permission; correct its mode or its owner")
+                raise RunDirectoryError(
+                    f"{path} cannot be read and written: no permission; correct its mode or its owner"
+                )
 
     def _read_receipt(self) -> tuple[dict[str, Any], str | None]:
         receipt, problem = self._read("receipt.json")

@@ -30,6 +30,11 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     num_skips: int = 0  # steps in a row that fp16 has left out
 
+    def release(self) -> None:
+        """Let go of model, optimizer and averages: what comes after the last step needs their memory."""
+        del self.model, self.optimizer
+        self.ema = None
+
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model has the weights that count: the averages if the run keeps them."""
         return self.ema.in_place() if self.ema else nullcontext()

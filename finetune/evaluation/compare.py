@@ -52,7 +52,9 @@ def main(arguments: argparse.Namespace) -> None:
         own = export.load_tokenizer(path, arguments.trust_remote_code)
         own.chat_template = tokenizer.chat_template
         prompts = [generation.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
-        model = export.load(path, trust_remote_code=arguments.trust_remote_code)
+        model = export.load(
+            path, trust_remote_code=arguments.trust_remote_code, base=export.moved(path, arguments.base)
+        )
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         answers = generation.answers(
             model, own, prompts, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name

@@ -134,7 +134,19 @@ def load_model(
             raise ModelError(
                 f"model {model.path!r}: {len(absent)} weights are missing or of another shape, such as {absent[0]}; they would be random"
             )
+        _refuse_two_ends(model.path, loaded, config)
     return _completed(loaded, model, tokenizer)
+
+
+def _refuse_two_ends(path: Any, model: Any, config: Any) -> None:
+    """Raise ModelError where a config says that head and embedding are one, and they are two: libraries disagree on what that is."""
+    ends = [getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+    says_tied = config.tie_word_embeddings or getattr(config.get_text_config(), "tie_word_embeddings", False)
+    if says_tied and ends[0] is not None and ends[1] is not None and ends[0] is not ends[1]:
+        raise ModelError(
+            f"model {path!r}: its config.json has tie_word_embeddings: true, but embedding and head are saved and differ; set it to "
+            "false in (a copy of) the folder to train and export both, or take one of the two weights out"
+        )
 
 
 def _completed(loaded: Any, model: Model, tokenizer: Any) -> Any:

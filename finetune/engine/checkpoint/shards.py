@@ -213,9 +213,7 @@ def _read_shards(found: Found, topology: Topology, state: TrainState) -> None:
 def _load(found: Found, tensors: dict[str, Any], topology: Topology) -> None:
     """Read what is saved under these names, weights in place."""
     with _translated(), unpickling.weights_only():
-        dcp.load(
-            tensors, storage_reader=unpickling.Reader(found.path / SHARDS), no_dist=topology.num_processes == 1
-        )
+        dcp.load(tensors, storage_reader=unpickling.Reader(found.path / SHARDS), no_dist=topology.num_processes == 1)
 
 
 def _tensors(topology: Topology, state: TrainState) -> dict[str, Any]:

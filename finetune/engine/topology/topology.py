@@ -18,6 +18,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from finetune import failures
@@ -260,6 +261,18 @@ class Topology:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    @property
+    def probe_dtype(self) -> torch.dtype | None:
+        """What weights are rounded to in a pass through the bare model; None: they are as they are."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision) if self.wish.is_sharded else None
+
+    def release(self) -> None:
+        """Let go of model and optimizer, once nothing else holds them, and give their memory back to the device."""
+        if self.wish.is_zero:
+            self.sharing.engine = None
+        self.accelerator.free_memory()
+        clear_device_cache(garbage_collection=True)  # again: it forgets models only after it has collected
 
     def close(self) -> None:
         """Part from the others, once models and optimizers are gone.
