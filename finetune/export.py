@@ -482,14 +482,14 @@ def merge(
         del quantized  # before a third model is opened
     model.base_model.set_adapter(names)
     before = probe_logits(model)
-    source = Base(*_base_of(first, model.peft_config["default"], base), trust_remote_code)
+    origin = Base(*_base_of(first, model.peft_config["default"], base), trust_remote_code)
     merged = adapters.merge(model, names)
     del model
     if dtype == "float16":
         merged = merged.half()
     folder = target.with_name(f".writing-{target.name}")
     weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
-    save(merged, weights, tokenizer, None, folder, base=source)
+    save(merged, weights, tokenizer, None, folder, base=origin)
     precisions = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     tolerance = TOLERANCE[precisions[merged.dtype]]
     del merged

@@ -91,8 +91,8 @@ class Job:
         for note in self.directory.rewind(step):
             self.tell(note)
         self.directory.write_outcome("running", step, "started, or started again")
-        if note := self.directory.write_receipt(made, step):
-            self.tell(note)
+        if changed := self.directory.write_receipt(made, step):
+            self.tell(changed)
         if self.storage:
             self.storage.upload_notes(self.directory.path)
 
