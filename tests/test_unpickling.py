@@ -12,7 +12,7 @@ from faults.nursery import start
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, ModelError
 
 
 class Command:
@@ -89,4 +89,25 @@ def test_code_in_the_files_of_deepspeed_is_refused_and_not_executed(workshop, to
     launch = start(config, topology, 1)
     assert launch.codes() == [1]
     assert "cannot be loaded" in launch.said()
+    assert not marker.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["base", "adapter"])
+def test_code_in_weights_that_are_a_pickle_is_refused_and_not_executed(workshop, what):
+    """Older repositories have pytorch_model.bin and adapter_model.bin."""
+    base, marker = workshop.train("base") / "model", workshop.folder / "executed"
+    settings = {
+        "model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None, "adapter__kind": "lora",
+    }  # fmt: skip
+    if what == "base":
+        (base / "model.safetensors").unlink()
+        torch.save(Command(marker), base / "pytorch_model.bin")
+    else:
+        first = workshop.train("first", **settings) / "model"
+        (first / "adapter_model.safetensors").unlink()
+        torch.save(Command(marker), first / "adapter_model.bin")
+        settings["adapter__path"] = str(first)
+    with pytest.raises(ModelError):
+        workshop.train(**settings)
     assert not marker.exists()
