@@ -98,7 +98,9 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
         "date in the template": template.date or "none", "model": architecture,
     }  # fmt: skip
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
-    return Data(tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known, identity)
+    return Data(
+        tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known, identity
+    )
 
 
 def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str | None) -> templates.Template:
