@@ -318,7 +318,7 @@ def test_a_real_tokenizer_and_its_template_train(real_data, workshop, name):
 def test_a_template_that_fails_is_told_with_a_row(workshop, wrong):
     template = workshop.folder / "own.jinja"
     template.write_text(wrong)
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: data\.template '.*own\.jinja' fails: "):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: data\.template '.*own\.jinja' fails: "):
         workshop.check(data__template=str(template))
 
 
