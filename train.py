@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import config as configs
 from finetune import failures
-from finetune.config import Config
+from finetune.config import Config, paths
 from finetune.engine.preemption import StopFlag
 from finetune.errors import (
     EXIT_COMPLETE,
@@ -49,6 +49,7 @@ def main() -> int:
     sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     rank = os.environ.get("RANK", "0")
     who = f"[process {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    paths.give_home()
     stop = StopFlag()  # until the loop starts, a signal ends the run at once
     stop.follow_launcher()
     grow_segments()
@@ -85,6 +86,10 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     from finetune.engine.rundir import RunDirectory
 
     stop.raises()
+    if config.adapter.kind == "qlora":
+        from finetune import job as jobs
+
+        config = jobs.as_base_is(config)
     directory = RunDirectory(config, check_only)
     try:
         attempt(config, check_only, stop, directory)
@@ -247,7 +252,8 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
 
     config, directory, topology, data, progress = job.config, job.directory, job.topology, job.data, state.progress
     plain = OBJECTIVES[config.objective.kind].loss  # evaluations are without label smoothing
-    loss = functools.partial(plain, label_smoothing=config.objective.label_smoothing)
+    smoothing = config.objective.label_smoothing
+    loss = functools.partial(plain, label_smoothing=smoothing) if smoothing else plain
     wanted, stop = config.evaluation, job.stop
     stop.only_note()
 

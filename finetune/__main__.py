@@ -1,14 +1,16 @@
-"""python -m finetune launch | replay | plan | evaluate | chat | curves | export | schema. Each imports what it needs when it runs."""
+"""finetune, or python -m finetune: train | launch | replay | plan | evaluate | chat | curves | export | schema. Each imports what it needs when it runs."""
 
 import argparse
 import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 
 from finetune import failures
-from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
+from finetune.config import once, paths
+from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 COMMANDS = {
     "replay": ("finetune.replay", "the same run again, from its receipt; refused with what has changed since"),
@@ -32,10 +34,19 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    paths.give_home()
     if os.getpid() == 1:
         _heed_signals(EXIT_PREEMPTED if argv[:1] == ["launch"] else EXIT_FAILED)
     if argv[:1] == ["launch"]:  # its arguments are those of `accelerate launch`
         return int(importlib.import_module("finetune.launcher").main(argv[1:]))
+    if argv[:1] == ["train"]:
+        from finetune.places import TRAIN
+
+        sys.argv = [str(TRAIN), *argv[1:]]
+        runpy.run_path(str(TRAIN), run_name="__main__")  # ends the process
+    if halves := [word for word in argv if paths.half_characters(word, "it")]:
+        print(f"error: {paths.shown(halves[0])}: holds half a character, or bytes that are not UTF-8", file=sys.stderr)
+        return EXIT_USER_ERROR
     parser = argparse.ArgumentParser(prog="python -m finetune", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
@@ -47,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
             formatter_class=_Help,
         )
         if argv[:1] == [name]:
+            once(command)
             importlib.import_module(module).add_arguments(command)
+    commands.add_parser("train", help="one run in this process, as train.py; train --help lists every setting")
     commands.add_parser("launch", help="start train.py as `accelerate launch` does, and pass on signals and exit codes")
     commands.add_parser("schema", help="JSON schema of the run config, for editors")
     arguments, settings = parser.parse_known_args(argv)

@@ -6,13 +6,16 @@ import sys
 import torch
 
 from finetune import export
+from finetune.config.base import model_argument, require_model
 from finetune.data.rows import Message
 from finetune.errors import ModelError
 from finetune.evaluation import generation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or Hub id, full weights or adapter")
+    parser.add_argument(
+        "--model", required=True, type=model_argument, help="run directory, folder or Hub id, full weights or adapter"
+    )
     parser.add_argument("--prompt", default=None, help="answer this one message and end")
     parser.add_argument("--system", default=None, help="system message")
     parser.add_argument("--max-new-tokens", type=generation.at_least(1), default=256, help="longest answer")
@@ -29,6 +32,7 @@ def _temperature(text: str) -> float:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    require_model(arguments.model, "--model")
     tokenizer = export.load_tokenizer(arguments.model, arguments.trust_remote_code)
     if not tokenizer.chat_template:
         raise ModelError(
@@ -47,7 +51,7 @@ def main(arguments: argparse.Namespace) -> None:
             max_new_tokens=arguments.max_new_tokens,
             batch_size=1,
             temperature=arguments.temperature,
-        )[0]
+        )[0].text
 
     if arguments.prompt is not None:
         print(answer([*start, Message("user", arguments.prompt)]))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.config import paths
 from finetune.errors import RunDirectoryError
 
 PANELS = {  # of a line of metrics.jsonl: what is drawn below the losses
@@ -16,10 +17,14 @@ SMOOTHED_FROM = 50  # points; shorter curves are drawn as they are
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, as runs/my_run")
+    parser.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run directories, as runs/my_run")
     parser.add_argument(
-        "--output", type=Path, default=None, help="picture to write; default: curves.png, of one run inside it"
+        "--output", type=_path, default=None, help="picture to write; default: curves.png, of one run inside it"
     )
+
+
+def _path(text: str) -> Path:
+    return Path(paths.argument(text))
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from finetune import files
+from finetune.config import paths
+from finetune.config.base import model_argument, require_model, tokenizer_problem
 from finetune.data.rows import Message
 from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
 from finetune.errors import ExportError, ModelError
 from finetune.models import adapters, attention, bases, embeddings
-from finetune.models.load import keep_layout, translated
+from finetune.models.load import keep_layout, quantized_as, translated
 
 PROBE_TOKENS = 16
 # Largest difference of logits between the trained and the reloaded model, as a part of the largest
@@ -354,10 +356,14 @@ def load(
         quantization = (record.get("quantization") or None) if quantized else None
 
         def load_base(dtype: torch.dtype | str) -> Any:
-            return AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
-                quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **quantized_as(config, quantization),
             )  # fmt: skip
+            if not quantized and getattr(config, "quantization_config", None):  # it has no other weights than those
+                model = model.dequantize(dtype=model.dtype)
+                model._weight_conversions = None  # of transformers 5.23, which would quantise again while saving
+            return model
 
         if quantization and dtype == "auto":
             dtype = getattr(torch, record["dtype"])
@@ -394,8 +400,8 @@ def moved(path: str | Path, base: str) -> str | None:
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of an exported model. Raises ModelError."""
-    if not (Path(path) / "config.json").exists() and (Path(path) / "model").is_dir():
-        raise ModelError(f"{path} is a run directory; its model is in {Path(path) / 'model'}")
+    if os.path.exists(path) and (problem := tokenizer_problem(str(path))):
+        raise ModelError(problem)
     with translated(f"the tokenizer of {str(path)!r}"):
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
 
@@ -533,11 +539,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        type=Path,
+        type=model_argument,
         nargs="+",
-        help="folder of the adapter, as in runs/<name>/model; or of several of one base",
+        help="adapter, as runs/<name> or runs/<name>/model; or several of one base",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--output", required=True, type=paths.argument, help="folder to write")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -551,6 +557,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def base_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
+        type=paths.argument,
         help="where the base of an adapter is now, if it was moved since the training; its weights are compared",
     )
 
@@ -562,7 +569,10 @@ def trust_remote_code_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    merged = merge(arguments.model, arguments.output, arguments.dtype, arguments.trust_remote_code, arguments.base)
+    for name in arguments.model:
+        require_model(name, "--model")
+    sources, target = list(map(Path, arguments.model)), Path(arguments.output)
+    merged = merge(sources, target, arguments.dtype, arguments.trust_remote_code, arguments.base)
     print(
         f"{arguments.output}: merged; logits differ from base plus adapter by at most {merged.rounding:.2g} of the largest one"
     )

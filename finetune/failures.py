@@ -42,6 +42,10 @@ NETWORK = {
     "NewConnectionError",
 }
 SERVER = {429, 500, 502, 503, 504}
+NO_NETWORK = (
+    "without a network give a folder, or HF_HUB_OFFLINE=1 to take what is in the cache; with a mirror of the Hub, its address "
+    "in HF_ENDPOINT"
+)
 PROCESSES = {"DistBackendError", "DistNetworkError", "DistStoreError"}  # torch.distributed
 
 
@@ -55,7 +59,8 @@ def translate(exc: BaseException, what: str = "") -> FinetuneError | None:
     chain = list(_chain(exc))
     for error, applies in TABLE:
         if any(applies(each) for each in chain):
-            return error(f"{what}: {_reason(exc)}" if what else _reason(exc))
+            hint = f"; {NO_NETWORK}" if what and applies is _network else ""
+            return error((f"{what}: {_reason(exc)}" if what else _reason(exc)) + hint)
     return None
 
 

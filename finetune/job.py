@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from finetune import failures
-from finetune.config import Config, differences
+from finetune.config import Config, base, differences
 from finetune.engine import receipt
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.saver import Saver
@@ -33,7 +33,7 @@ from finetune.errors import (
     TopologyError,
 )
 from finetune.evaluation import generation
-from finetune.models import parameters
+from finetune.models import load, parameters
 from finetune.preflight import Data
 
 
@@ -150,6 +150,13 @@ class Job:
                 together=self.topology.wish.is_sharded and self.topology.num_processes > 1, say=self.tell,
             )  # fmt: skip
         tracker.sampled(step, wanted.sample_prompts, answers)
+
+
+def as_base_is(config: Config) -> Config:
+    """adapter.quantization as a base on the Hub has it that is quantised already; folders were looked at with the config."""
+    if config.adapter.kind != "qlora" or config.model.path is None or os.path.isdir(config.model.path):
+        return config
+    return base.settled(config, load.load_config(config.model).to_dict())[0]
 
 
 def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:

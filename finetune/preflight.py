@@ -2,18 +2,21 @@
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetune import export
-from finetune.config import Config, accumulation
+from finetune.config import Config, accumulation, base, usual_lr
 from finetune.config import fields as config_fields
 from finetune.data import batches, readers, rows, templates, tokens
 from finetune.engine import trackers
 from finetune.engine.topology import Topology
-from finetune.errors import ConfigError, DataError
+from finetune.errors import ConfigError, DataError, ModelError
 from finetune.models import adapters, attention, bases, head, layers, load, parameters
 from finetune.objectives import OBJECTIVES
 
@@ -40,6 +43,9 @@ class Data:
     """Evaluation examples that are also trained on."""
     identity: dict[str, Any]
     """What a resumption must find again: fingerprints, and the fields of `model_config` that change the model's function."""
+    format: str
+    num_rows: int
+    """Training rows there are, of which data.max_rows may take a part."""
 
 
 def prepare(config: Config, topology: Topology, date: str | None = None) -> Data:
@@ -60,6 +66,17 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     topology.on_main(lambda: rows.check(files, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
     tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
     architecture = bases.architecture(model_config)  # now: building completes a config, on some processes only
+    if (
+        config.objective.label_smoothing
+        and "label_smoothing" not in signature(OBJECTIVES[config.objective.kind].loss).parameters
+    ):
+        raise ConfigError(
+            f"objective.label_smoothing: would be ignored: objective {config.objective.kind} has none; remove it"
+        )
+    for problem in base.settled(config, model_config.to_dict())[
+        1
+    ]:  # of a base on the Hub; a folder was looked at before
+        raise ModelError(problem)
     kernel = attention.choose(
         config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision,
         topology.wish.num_context,
@@ -70,11 +87,11 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
         )
 
     template = _template(wanted, format, tokenizer, date)
-    train, evals, known = _examples(config, sources, template, tokenizer)
+    train, evals, known, num_rows = _examples(config, sources, template, tokenizer)
     template = replace(template, learn_opening=train.learn_opening)
     kept = template if config.objective.kind != "clm" else None
-    base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
-    topology.on_main(lambda: export.rehearse(tokenizer, model_config, base, kept, wanted.system_prompt))
+    of_base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
+    topology.on_main(lambda: export.rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
     def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
         return batches.Batches(
@@ -99,8 +116,8 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     }  # fmt: skip
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     return Data(
-        tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known, identity
-    )
+        tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known, identity, format, num_rows
+    )  # fmt: skip
 
 
 def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str | None) -> templates.Template:
@@ -120,21 +137,22 @@ def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str
 
 def _examples(
     config: Config, sources: readers.Sources, template: templates.Template, tokenizer: Any
-) -> tuple[Any, Any, int]:
-    """What is trained on, what is held out (or None), and how much of that is trained on all the same."""
+) -> tuple[Any, Any, int, int]:
+    """What is trained on, what is held out (or None), how much of that is trained on all the same, and the rows there are."""
     wanted, seed = config.data, config.run.seed
     options = tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
         OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
     )  # fmt: skip
-    train = tokens.prepare(sources.train, template, tokenizer, options, wanted.cache_dir)
+    train = tokens.prepare(sources.train, template, tokenizer, options, config.cache_dir)
     asked = replace(template, learn_opening=train.learn_opening)
-    evals = tokens.prepare(sources.eval, asked, tokenizer, options, wanted.cache_dir) if sources.eval else None
+    evals = tokens.prepare(sources.eval, asked, tokenizer, options, config.cache_dir) if sources.eval else None
     if evals and evals.learn_opening != train.learn_opening:
         raise DataError(
             f"data.eval: some of its answers do not begin with {template.opening!r}, which the template puts before every answer "
             "of data.train; rows with thoughts measure nothing where none are trained on"
         )
+    num_rows = train.num_rows
     if wanted.max_rows is not None:
         train = tokens.draw(train, wanted.max_rows, seed)
     if wanted.eval_fraction:
@@ -145,7 +163,7 @@ def _examples(
             f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memory; "
             "take them out of one of the two"
         )
-    return train, evals, known
+    return train, evals, known, num_rows
 
 
 def summary(config: Config, topology: Topology, data: Data) -> str:
@@ -174,9 +192,14 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         f"template    {data.template.name}, objective {config.objective.kind}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
         f"({config.micro_batch_size} at once x {accumulation(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
-        + (f", each shared by {topology.wish.num_context}" if topology.wish.num_context > 1 else ""),
+        + (f", each shared by {topology.wish.num_context}" if topology.wish.num_context > 1 else "")
+        + (
+            f"; {data.train.steps_per_epoch * config.train.epochs:,} but for train.max_steps"
+            if _is_cut(config, data)
+            else ""
+        ),
     ]
-    lines += _methods(config)
+    lines += _methods(config, base.quantization(data.model_config.to_dict()) is not None)
     if config.data.packing:
         lines.append(f"packing     {train.lengths.sum() / (len(train) * config.data.max_length):.1%} full")
     if data.eval:
@@ -197,10 +220,19 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     _, all_logits = head.probe(skeleton)
     if all_logits:
         lines.append(f"note        all logits are held at once: {all_logits}")
-    lines += [f"note        {note}" for note in data.sources.notes]
-    lines += _notes(config, data.num_steps) + _template_notes(config, data)
+    notes = (
+        *data.sources.notes,
+        *_surprises(config, data),
+        *_template_notes(config, data),
+        *_without_effect(config, data),
+    )
+    lines += [f"note        {note}" for note in notes]
     lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
     return "\n".join(lines)
+
+
+def _is_cut(config: Config, data: Data) -> bool:
+    return data.num_steps < data.train.steps_per_epoch * config.train.epochs
 
 
 def _check_rates(config: Config, skeleton: Any, num_steps: int) -> None:
@@ -215,46 +247,90 @@ def _check_rates(config: Config, skeleton: Any, num_steps: int) -> None:
         )
 
 
-def _notes(config: Config, num_steps: int) -> list[str]:
+def _surprises(config: Config, data: Data) -> Iterator[str]:
     """What is allowed and may yet surprise."""
-    notes = []
+    num_steps = data.num_steps
     if num_steps < FEW_STEPS:
         more = "raise train.max_steps" if num_steps == config.train.max_steps else "lower train.global_batch_size or raise train.epochs"  # fmt: skip
         unpacked = ", or set data.packing to false (a pack is one sequence)" if config.data.packing else ""
-        notes.append(f"{_counted(num_steps, 'step')} will teach next to nothing; {more}{unpacked}")
+        yield f"{_counted(num_steps, 'step')} will teach next to nothing; {more}{unpacked}"
     if config.adapter.bias != "none":
-        notes.append(
-            f"adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, the model is not the base"
-        )
-    return [f"note        {note}" for note in notes]
+        yield f"adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, the model is not the base"
+    if forgotten := base.forgotten_losses(data.model_config.to_dict()):
+        yield forgotten
+    if torch.backends.mps.is_available() and not torch.cuda.is_available():
+        yield "Apple GPUs (mps) are not yet used; this run is on the CPU"
 
 
-def _template_notes(config: Config, data: Data) -> list[str]:
+def _template_notes(config: Config, data: Data) -> Iterator[str]:
     """What the template does that its user may not know."""
-    template, notes = data.template, []
+    template = data.template
     if config.objective.kind != "clm" and data.tokenizer.chat_template and template.name != "chat":
         with contextlib.suppress(DataError):  # the model's own need not be one that can be used
             own = templates.load(
                 "chat", "messages", data.tokenizer.chat_template, template.special_tokens, {}, template.date
             )
             if own.prompt(own.probe) != template.prompt(own.probe):
-                notes.append(
+                yield (
                     f"the model has a chat template of its own, which {template.name} replaces, here and in the export; "
                     "data.template: chat keeps it"
                 )
     if template.date is not None:
-        notes.append(
-            f"the template writes the date: {template.date}, that of the first start, is kept for the whole run"
-        )
+        yield (f"the template writes the date: {template.date}, that of the first start, is kept for the whole run")
     if template.opening and config.objective.kind != "clm":
-        notes.append(
+        yield (
             f"the template puts {template.opening!r} before an answer; "
             + ("some rows begin otherwise, so the model learns to write it" if template.learn_opening else "it ends the prompt, and is not learned")
         )  # fmt: skip
-    return [f"note        {note}" for note in notes]
 
 
-def _methods(config: Config) -> list[str]:
+def _without_effect(config: Config, data: Data) -> Iterator[str]:
+    """Settings that do nothing in this run, as the rows turned out; those that never could are errors of the config."""
+    train, checkpoint, evaluation, wanted = config.train, config.checkpoint, config.evaluation, config.data
+    steps = data.num_steps
+    here = f"of {_counted(steps, 'step')}"
+    natural = data.train.steps_per_epoch * train.epochs
+    if train.max_steps is not None and train.max_steps > natural:
+        yield f"train.max_steps: {train.max_steps:,} has no effect: train.epochs: {train.epochs} ends after {_counted(natural, 'step')}"
+    rows = data.num_rows
+    if wanted.max_rows is not None and wanted.max_rows >= rows:
+        yield f"data.max_rows: {wanted.max_rows:,} has no effect: there are {_counted(rows, 'row')}"
+    if evaluation.every_steps is not None:
+        every, at_the_end = evaluation.every_steps, "the only evaluation is at the end"
+        if every >= steps:
+            yield f"evaluation.every_steps: {every:,} {here}: {at_the_end}"
+        if evaluation.export_best and every >= steps:
+            yield f"evaluation.export_best has no effect: {at_the_end}; lower evaluation.every_steps"
+        if evaluation.patience is not None and (evaluation.patience + 1) * every >= steps:
+            yield (
+                f"evaluation.patience: {evaluation.patience:,} can stop nothing {here}: the first time would be after step "
+                f"{(evaluation.patience + 1) * every:,}; lower it or evaluation.every_steps"
+            )
+    sampled = evaluation.sample_every_steps
+    if sampled is not None and sampled >= steps:
+        yield f"evaluation.sample_every_steps: {sampled:,} {here}: sample_prompts are answered at the end only"
+    saved = checkpoint.every_steps
+    if saved is not None and saved >= steps:
+        yield f"checkpoint.every_steps: {saved:,} {here}: by steps, only the end is saved"
+    num_saves = 1 if saved is None else -(-steps // saved)
+    if checkpoint.every_minutes is None and checkpoint.keep_last > max(num_saves, config_fields.Checkpoint().keep_last):
+        yield f"checkpoint.keep_last: {checkpoint.keep_last:,} has no effect: there are {_counted(num_saves, 'checkpoint')}"
+    if config.tracking.log_every_steps > steps:
+        yield f"tracking.log_every_steps: {config.tracking.log_every_steps:,} {here}: only the last step is logged"
+    sequences = data.train.sequences
+    if wanted.packing and len(sequences) == len(sequences.examples):
+        yield "data.packing packs nothing: no two examples fit into data.max_length together"
+    if wanted.group_by_length and not data.train.padded:
+        yield f"data.group_by_length saves nothing: with attention {data.attention} nothing is padded"
+    if wanted.group_by_length and sequences.lengths.min() == sequences.lengths.max():
+        yield "data.group_by_length has no effect: all examples have the same length"
+    if wanted.loss_on == "last_turn" and data.format != "messages":
+        yield f"data.loss_on: last_turn is the same as completion here: rows of format {data.format} have one answer"
+    if config.schedule.kind == "wsd" and config.schedule.decay_fraction * steps <= 1:
+        yield f"schedule.decay_fraction: {config.schedule.decay_fraction:g} {here} is the last step alone"
+
+
+def _methods(config: Config, is_quantized: bool) -> list[str]:
     """How it is tuned, and what is done besides."""
     adapter, optimizer, train, evaluation = config.adapter, config.optimizer, config.train, config.evaluation
     how = []
@@ -262,12 +338,14 @@ def _methods(config: Config) -> list[str]:
         how.append(
             adapter.quantization
             + (", doubly quantised" if adapter.double_quantization and adapter.quantization != "int8" else "")
+            + (" (the base is saved so)" if is_quantized else "")
         )
     if adapter.path:
         how.append(f"going on from {adapter.path}")
     elif adapter.kind != "full":
         how.append(f"r {adapter.r}, alpha {adapter.alpha:g}, starting by {adapter.init}")
-    how.append(f"{optimizer.kind}, lr {optimizer.lr:g}, {config.schedule.kind}")
+    usual = " (usual)" if optimizer.lr == usual_lr(optimizer.kind, adapter.kind) else ""
+    how.append(f"{optimizer.kind}, lr {optimizer.lr:g}{usual}, {config.schedule.kind}")
     besides = [
         f"averages of the weights ({train.ema_decay})" if train.ema_decay else "",
         f"noise on embeddings ({train.neftune_alpha:g})" if train.neftune_alpha else "",

@@ -12,7 +12,9 @@ from typing import Any
 
 from finetune import config as configs
 from finetune import launcher
+from finetune.config import paths
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, RunDirectoryError
+from finetune.places import TRAIN
 
 # The only place that says what "the same" means where it cannot mean the same bits. On a CPU it does: the same
 # operations, in the same order. On a GPU atomic additions (backward passes of flash attention, embeddings) come in
@@ -22,11 +24,14 @@ from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, RunDirectoryError
 # that in 16 bits, and far more than that in float32, as runs are longer; another seed, row or rate differs by more.
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
 NORM = 5  # a gradient norm varies more than the loss that it is of
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run directory, with the receipt.json and config.yaml of a run")
+    parser.add_argument(
+        "run",
+        type=lambda text: Path(paths.argument(text)),
+        help="run directory, with the receipt.json and config.yaml of a run",
+    )
     parser.add_argument("--name", help="run.name of the repetition; by default that of the run and -replay")
 
 
@@ -41,6 +46,7 @@ def main(arguments: argparse.Namespace) -> int:
     command = [
         sys.executable, str(TRAIN), "--config", str(run / "config.yaml"), "--run.name", name, "--run.replay_of", str(run),
         "--run.dir", str(run.parent), "--checkpoint.storage", "null", "--tracking.trackers", "[]",
+        "--tracking.project", "finetune", "--tracking.wandb_mode", "null",
     ]  # fmt: skip
     code = launcher.run(_environments(receipt), command)
     return code or _compare(run, run.parent / name, tolerance(receipt))

@@ -1,9 +1,12 @@
 """The run config: strict, documented, and every problem at once."""
 
+import getpass
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +15,7 @@ import yaml
 from conftest import ROOT, TINY_LLAMA
 
 from finetune import config as configs
-from finetune.config import Config
+from finetune.config import Config, paths
 from finetune.errors import ConfigError
 
 COMPLETE: dict[str, Any] = {"run": {"name": "a"}, "model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
@@ -180,6 +183,161 @@ def test_a_misspelt_column_is_refused():
 
 def test_a_stray_word_is_refused(refusal):
     assert "'run2.yaml': stray word" in refusal(yaml.safe_dump(COMPLETE), "run2.yaml")
+    assert "'fast': stray word on the command line; settings are written --section.field VALUE" in refusal(
+        yaml.safe_dump(COMPLETE), "fast"
+    )
+
+
+def test_a_config_may_stand_without_its_option(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(COMPLETE))
+    assert configs.parse([str(tmp_path / "run.yaml"), "--run.seed", "4"])[0].run.seed == 4
+
+
+@pytest.mark.parametrize(
+    "words", [["--run.seed", "1", "--run.seed=2"], ["--config", "a", "--config", "b"], ["--check", "--check"]]
+)
+def test_an_option_given_twice_is_refused(words):
+    option = words[0]
+    with pytest.raises(ConfigError, match=f"{option}: is given twice"):
+        configs.parse(words)
+
+
+def test_an_option_without_its_value_is_refused_by_name(refusal):
+    assert "--run.name: expected one argument" in refusal(yaml.safe_dump(COMPLETE), "--run.name")
+
+
+def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):
+    config = parse(
+        yaml.safe_dump(changed(tracking__trackers="trackio")), "--data.packing", "--train.gradient_checkpointing",
+        "--evaluation.sample_prompts", "hello", "--run.seed", "3",
+    )  # fmt: skip
+    assert (config.data.packing, config.train.gradient_checkpointing, config.run.seed) == (True, True, 3)
+    assert (config.tracking.trackers, config.evaluation.sample_prompts) == (["trackio"], ["hello"])
+
+
+def test_a_home_directory_is_meant_by_a_tilde_in_every_path(parse, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse(
+        "run: {name: a, dir: ~/runs, replay_of: ~/old}\nmodel: {path: ~/m, tokenizer: ~/t}\n"
+        "adapter: {kind: lora, path: ~/a}\ndata: {train: [~/a.jsonl, b.jsonl], eval: ~/e.jsonl, template: ~/t.jinja, cache_dir: ~/c}\n",
+        "--checkpoint.storage", "file://~/store",
+    )  # fmt: skip
+    home = str(tmp_path)
+    assert (config.run.dir, config.run.replay_of) == (f"{home}/runs", f"{home}/old")
+    assert (config.model.path, config.model.tokenizer, config.adapter.path) == (f"{home}/m", f"{home}/t", f"{home}/a")
+    assert (config.data.train, config.data.eval) == ([f"{home}/a.jsonl", "b.jsonl"], f"{home}/e.jsonl")
+    assert (config.data.template, config.cache_dir) == (f"{home}/t.jinja", f"{home}/c")
+    assert config.checkpoint.storage == f"file://{home}/store"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(COMPLETE))
+    assert configs.parse(["--config=~/run.yaml"])[0].run.name == "a"
+    assert problems_of(changed(run__dir="~nobody.of.this.name/runs")) == [
+        "run.dir: begins with ~nobody.of.this.name, but there is no such user here; write the whole path, got '~nobody.of.this.name/runs'"
+    ]
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "key"),
+    [
+        ('run: {name: "a\\ud83d"}', (), "run.name"),
+        ('data: {train: [a, "\\udc4d"]}', (), "data.train"),
+        ('data: {columns: {"\\ud83d": b}}', (), r"data.columns.\ud83d"),
+        ("{}", ("--data.system_prompt", HALF), "data.system_prompt"),
+        ("{}", (f"--{HALF}.x", "1"), r"--\ud83d.x"),
+    ],
+)
+def test_half_a_character_is_named(refusal, text, words, key):
+    message = refusal(text, *words)
+    message.encode()
+    assert key in message
+    assert "half a character" in message or "unknown option" in message
+
+
+def test_half_a_character_in_the_name_of_the_config_is_named():
+    with pytest.raises(ConfigError, match="--config: .*half a character"):
+        configs.parse(["--config", HALF])
+
+
+def test_half_a_character_in_the_environment_is_named(refusal, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "off\udce9")
+    assert "WANDB_MODE in the environment: holds half a character" in refusal(yaml.safe_dump(COMPLETE))
+
+
+def test_no_home_directory_and_no_user_name_are_no_error(monkeypatch, tmp_path):
+    """OpenShift starts containers under user ids that nothing knows."""
+
+    def unknown(_):
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "restored by monkeypatch")
+        monkeypatch.delenv(name)
+    for _ in range(2):  # before and after libraries were given a place
+        assert configs.from_dict(changed(run__dir="somewhere")).cache_dir == "somewhere/.cache"
+        (problem,) = problems_of(changed(run__dir="~/runs"))
+        assert "run.dir: begins with ~, but there is no home directory here; set HOME" in problem
+        paths.give_home()
+        assert getpass.getuser() == str(os.getuid())
+        home = Path(os.path.expanduser("~"))
+        assert home.parent == tmp_path
+        assert home.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_home_that_cannot_be_written_is_not_taken_for_the_cache(monkeypatch):
+    monkeypatch.setenv("HOME", "/dev/null")
+    assert configs.from_dict(changed(run__dir="somewhere")).cache_dir == "somewhere/.cache"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("objective.kind", "dpo", "preference tuning (dpo) is not yet supported; use sft on the preferred answers"),
+        ("objective.kind", "KTO", "preference tuning (KTO) is not yet supported"),
+        ("objective.kind", "reward", "reward models are not yet supported"),
+        ("objective.kind", "grpo", "reinforcement learning (grpo) is not yet supported"),
+        ("tracking.trackers", "mlflow", "MLflow is not yet supported; take tensorboard"),
+        ("tracking.trackers", ["wandb", "mlflow"], "MLflow is not yet supported"),
+        ("train.precision", "mps", "Apple GPUs (mps) are not yet used"),
+    ],
+)
+def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
+    (problem,) = problems_of(changed(**{key.replace(".", "__"): value}))
+    assert problem.startswith(f"{key}: ")
+    assert advice in problem
+
+
+@pytest.mark.parametrize(
+    ("word", "setting"),
+    [
+        ("use_peft", "adapter.kind"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
+        ("gradient_checkpointing", "train.gradient_checkpointing"), ("report_to", "tracking.trackers"), ("system", "data.system_prompt"),
+        ("lorra", "the sections are"), ("deepspeed", "the topology file decides"), ("device", "(mps) are not yet used"), ("xyzzy", "the sections are"),
+    ],
+)  # fmt: skip
+def test_names_of_other_tools_lead_to_the_setting_here(refusal, word, setting):
+    (problem,) = problems_of({**COMPLETE, word: 1})
+    assert setting in problem
+    assert f"--{word}: unknown option; " in refusal(yaml.safe_dump(COMPLETE), f"--{word}", "1")
+
+
+def test_every_name_of_another_tool_leads_to_a_setting_that_exists():
+    from finetune.config import names
+
+    settings = {setting for setting in names.ELSEWHERE.values() if " " not in setting}
+    assert settings <= set(FIELDS)
+    assert set(names.NOT_YET) <= set(FIELDS)
+
+
+def test_a_usual_rate_is_a_number_everywhere_and_resumes_as_one(parse):
+    config = parse(yaml.safe_dump(changed(adapter__kind="lora")), "--optimizer.lr", "null")
+    assert config.optimizer.lr == 2e-4
+    old = changed(adapter__kind="lora", optimizer__lr=2e-4)
+    assert configs.differences(configs.from_dict(old).model_dump(), config) == []
+    assert configs.from_dict(changed(optimizer__kind="lion")).optimizer.lr == 4e-6
 
 
 @pytest.mark.parametrize("text", ["run: {name: a, name: b}", "run: {name: a}\ndata: {train: x}\nrun: {seed: 1}"])
@@ -443,10 +601,10 @@ def test_the_largest_example_sets_every_section():
     "values",
     [
         COMPLETE, EVERYTHING, changed(**RANDOM),
-        *(changed(model__path=text) for text in ("5e-5", "1e5", "08", "0x1f", "1_000", "null", "~", "yes", "1:30", "", " a ", "2024-01-01", "a: b", "#a", "é🙂", "-", "[a]", "1.", ".5", "+5")),
+        *(changed(model__revision=text) for text in ("5e-5", "1e5", "08", "0x1f", "1_000", "null", "~", "yes", "1:30", "", " a ", "2024-01-01", "a: b", "#a", "é🙂", "-", "[a]", "1.", ".5", "+5")),
         changed(run__name="5e-5"), changed(data__system_prompt="two\n\n  lines \n"), changed(data__system_prompt="from a word\u2028processor"), changed(optimizer__eps=1e-30, optimizer__lr=123456789.0),
     ],
-    ids=lambda values: f"{values['run']['name']} {values['model'].get('path')!r}",
+    ids=lambda values: f"{values['run']['name']} {values['model'].get('revision')!r}",
 )  # fmt: skip
 def test_the_resolved_config_reads_back_as_the_same_config(tmp_path, values):
     config = configs.from_dict(values)

@@ -29,7 +29,24 @@ def test_the_interval_holds_the_gain_and_is_narrower_with_more_rows():
     assert low < 0.5 < high
     more = scores.paired_interval([0] * 5000, [1, 0] * 2500)
     assert more[1] - more[0] < (high - low) / 5
-    assert scores.paired_interval([1, 1, 0], [1, 1, 0]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "low", "high"),
+    [
+        ([0] * 4, [1] * 4, 0.0202, 1.0),  # ((1 - d) / (1 + d)) 4 = 1.96^2, of Tango's formula where all rows go up
+        ([1, 1, 0, 0], [1, 1, 0, 0], -0.4899, 0.4899),  # Wilson's for 0 of 4: 1.96^2 / (4 + 1.96^2)
+        ([1] * 1, [1] * 1, -0.7935, 0.7935),
+        ([0] * 1000, [1] * 1000, 0.9923, 1.0),
+    ],
+)
+def test_the_interval_of_right_and_wrong_answers_is_never_a_point(before, after, low, high):
+    assert scores.paired_interval(before, after) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_few_rows_of_graded_scores_have_no_interval():
+    assert scores.paired_interval([0.5] * 29, [0.7] * 29) is None
+    assert scores.paired_interval([0.5] * 30, [0.7, 0.8] * 15) is not None
 
 
 @pytest.fixture
@@ -52,11 +69,23 @@ def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, 
     arguments = ["evaluate", "--base", str(base), "--tuned", str(tuned), "--data", str(rows), "--max-new-tokens", "8"]
     assert main([*arguments, "--batch-size", "3", "--output", str(output)]) == 0
     table = capsys.readouterr().out
-    assert "exact match         0.0%  100.0%   +100.0 (+100.0 to +100.0)" in table
+    assert "4 held-out rows" in table
+    assert "exact match         0.0%  100.0%   +100.0 (+2.0 to +100.0)" in table
+    assert "cut                    4       0   answers not ended after 8 tokens" in table
     assert "tuned   AB" in table
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["tuned"] for line in lines] == ["AB", "CD", "EF", "GH"]
     assert lines[0]["row"] == f"{rows}:1"
+    assert lines[0]["prompt"] == [{"role": "user", "content": "ab"}]
+    assert [(line["base cut"], line["tuned cut"]) for line in lines] == [(True, False)] * 4
+
+
+def test_run_directories_are_taken_for_their_models_and_one_model_twice_is_told(base_and_tuned, capsys):
+    base, _, rows = base_and_tuned
+    asked = ["evaluate", "--base", str(base.parent), "--tuned", str(base), "--data", str(rows), "--max-new-tokens", "1"]
+    assert main(asked) == 0
+    assert "note: --base and --tuned are the same model" in capsys.readouterr().err
+    assert main(["chat", "--model", str(base.parent), "--prompt", "ab", "--max-new-tokens", "1"]) == 0
 
 
 def test_held_out_rows_may_be_a_folder_and_all_that_is_wrong_is_told(tmp_path, capsys):
@@ -80,7 +109,7 @@ def test_answers_do_not_depend_on_the_batch(base_and_tuned):
     alone = generation.answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=1)
     together = generation.answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=4)
     assert alone == together
-    assert alone[0] == "AB"
+    assert alone[0] == generation.Answer("AB", is_cut=False)
 
 
 def test_a_prompt_that_is_too_long_keeps_its_bos_and_end_and_is_told(workshop):
@@ -189,7 +218,7 @@ def test_a_model_that_is_not_there_is_exit_2(capsys):
     "arguments",
     [
         ["evaluate", "--batch-size", "-1"], ["evaluate", "--batch-size", "0"], ["evaluate", "--limit", "0"],
-        ["evaluate", "--max-new-tokens", "0"], ["evaluate", "--columns", "abc"], ["evaluate", "--columns", "{a: ["],
+        ["evaluate", "--max-new-tokens", "0"], ["evaluate", "--columns", "abc"], ["evaluate", "--columns", "{a: ["], ["evaluate", "--columns", "{a: b, a: c}"],
         ["evaluate", "--format", "bogus"], ["chat", "--temperature", "-1"], ["chat", "--temperature", "nan"], ["chat", "--max-new-tokens", "-3"],
     ],
     ids=" ".join,
@@ -207,7 +236,32 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(capsys):
     assert "--output: /no/such/folder/x: there is no such folder" in capsys.readouterr().err
 
 
-def test_a_run_directory_is_not_taken_for_its_model(workshop, capsys):
-    run = workshop.train()
-    assert main(["chat", "--model", str(run)]) == 2
-    assert f"{run} is a run directory; its model is in {run / 'model'}" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["chat", "evaluate", "export"])
+def test_what_cannot_be_a_model_is_told_at_once(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name, says in (
+        ("models/x", "no such folder"), ("./x", "no such folder"), ("x/", "no such folder"), ("~/no/such", "no such folder"),
+        ("empty", "is an empty folder"), ("", "is empty"),
+    ):  # fmt: skip
+        needed = {
+            "chat": ["--model", name, "--prompt", "a"], "export": ["--merge", "--model", name, "--output", "m"],
+            "evaluate": ["--tuned", name, "--base", name, "--data", "rows.jsonl"],
+        }  # fmt: skip
+        assert main([command, *needed[command]]) == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.startswith("error: --")
+
+
+def test_half_a_character_on_the_command_line_is_named(capsys):
+    assert main(["chat", "--model", "a", "--prompt", "\ud83d"]) == 2
+    assert r"\ud83d: holds half a character" in capsys.readouterr().err
+
+
+def test_an_option_given_twice_is_an_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["chat", "--model", "a", "--model", "b"])
+    assert caught.value.code == 2
+    assert "argument --model: is given twice" in capsys.readouterr().err

@@ -14,6 +14,7 @@ ALLOWED = {
     "finetune.errors": [],
     "finetune.progress": [],
     "finetune.torch_versions": [],
+    "finetune.places": [],
     "finetune.streams": [],
     "finetune.files": [],
     "finetune.config": ["finetune.config", "finetune.errors"],
@@ -29,9 +30,9 @@ ALLOWED = {
     "finetune.objectives": ["finetune.models.head", "finetune.data.batches", "finetune.objectives"],
     "finetune.engine": [
         "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.progress",
-        "finetune.torch_versions", "finetune.files", "finetune.failures", "finetune.errors", "finetune.engine",
+        "finetune.places", "finetune.torch_versions", "finetune.files", "finetune.failures", "finetune.errors", "finetune.engine",
     ],
-    "finetune.export": ["finetune.data", "finetune.models", "finetune.files", "finetune.errors"],
+    "finetune.export": ["finetune.data", "finetune.models", "finetune.config", "finetune.files", "finetune.errors"],
     "finetune.preflight": [
         "finetune.data", "finetune.models", "finetune.objectives", "finetune.export", "finetune.engine.topology",
         "finetune.engine.trackers", "finetune.config", "finetune.errors",
@@ -42,18 +43,19 @@ ALLOWED = {
     ],
     "finetune.plan.command": [
         "finetune.plan", "finetune.models.parameters", "finetune.engine.topology", "finetune.launcher", "finetune.config",
-        "finetune.errors",
+        "finetune.places", "finetune.errors",
     ],
     "finetune.job": [
-        "finetune.preflight", "finetune.plan", "finetune.models.parameters", "finetune.engine", "finetune.evaluation.generation", "finetune.config", "finetune.failures", "finetune.errors",
+        "finetune.preflight", "finetune.plan", "finetune.models.load", "finetune.models.parameters", "finetune.engine", "finetune.evaluation.generation",
+        "finetune.config", "finetune.failures", "finetune.errors",
     ],
-    "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
-    "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.errors"],
-    "finetune.curves": ["finetune.errors"],
+    "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.config", "finetune.errors"],
+    "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.config", "finetune.errors"],
+    "finetune.curves": ["finetune.config", "finetune.errors"],
     "finetune.failures": ["finetune.errors"],
-    "finetune.launcher": ["finetune.launcher", "finetune.engine.rundir", "finetune.failures", "finetune.errors"],
-    "finetune.replay": ["finetune.engine.topology", "finetune.launcher", "finetune.config", "finetune.errors"],
-    "finetune.__main__": ["finetune.config", "finetune.failures", "finetune.errors"],
+    "finetune.launcher": ["finetune.launcher", "finetune.engine.rundir", "finetune.places", "finetune.failures", "finetune.errors"],
+    "finetune.replay": ["finetune.engine.topology", "finetune.launcher", "finetune.config", "finetune.places", "finetune.errors"],
+    "finetune.__main__": ["finetune.config", "finetune.places", "finetune.failures", "finetune.errors"],
     "data_scripts": ["finetune.data.rows", "finetune.data.templates", "finetune.data.tokens"],
 }  # fmt: skip
 SHARDING = (

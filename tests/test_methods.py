@@ -227,7 +227,7 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
     capfd.readouterr()
     workshop.check("second", **on(base), adapter__kind="lora", adapter__path=str(first))
     assert " 0 of them train" not in capfd.readouterr().err
-    with pytest.raises(ModelError, match=r"has no adapter_config.json; did you mean .*/model\?"):
+    with pytest.raises(ConfigError, match=r"is a run directory; its adapter is in .*/model: write that"):
         workshop.check("third", **on(base), adapter__kind="lora", adapter__path=str(first.parent))
 
 

@@ -1,12 +1,13 @@
 """Every command and config in the README and CONTRIBUTING does what the text says."""
 
 import json
+import math
 import re
 import shlex
 
 import pytest
 import yaml
-from conftest import ROOT, launch, pairs, tracked, write_jsonl
+from conftest import ROOT, launch, pairs, read_jsonl, tracked, write_jsonl
 
 from finetune import config as configs
 from finetune.__main__ import main
@@ -35,9 +36,9 @@ def test_the_makefile_has_every_target_that_is_named():
 
 
 def test_every_kind_of_command_is_run_by_a_test_here():
-    """A new kind of command in the README needs a test in this file."""
+    """A new kind of command in the README needs a test in this file; `pip install .` has test_package.py."""
     known = ("make ", "source .venv", "python train.py --config configs/my_run.yaml", "python -m finetune chat", "accelerate launch",
-             "python -m finetune plan", "python -m finetune evaluate", "python -m finetune export", "python train.py --help", "python -m finetune launch", "pip install --no-build-isolation")  # fmt: skip
+             "python -m finetune plan", "python -m finetune evaluate", "python -m finetune export", "python train.py --help", "python -m finetune launch", "pip install --no-build-isolation", "pip install .")  # fmt: skip
     assert [c for c in commands() if not c.startswith(known)] == []
 
 
@@ -117,6 +118,24 @@ def test_every_recipe_passes_the_config_check(path):
     config, check_only = configs.parse(["--config", str(path)])
     assert config.run.name
     assert not check_only
+
+
+def test_the_objective_of_contributing_trains_and_its_perplexity_is_of_cross_entropy(workshop, monkeypatch, tmp_path):
+    from finetune import objectives
+    from finetune.errors import ConfigError
+
+    [source] = [text for text in blocks("python", (ROOT / "CONTRIBUTING.md").read_text()) if "def loss(" in text]
+    (tmp_path / "written_down.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import written_down
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "sft", written_down)
+    run = workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
+    first, last = read_jsonl(run / "eval.jsonl")
+    assert last["eval_loss"] < last["cross_entropy"] < first["cross_entropy"]
+    assert last["perplexity"] == pytest.approx(math.exp(last["cross_entropy"]))
+    with pytest.raises(ConfigError, match=r"objective\.label_smoothing: would be ignored"):
+        workshop.check("smooth", objective__label_smoothing=0.1)
 
 
 def test_the_schema_is_that_of_the_config():

@@ -4,6 +4,7 @@ Every field has its default in `fields` and nowhere else, and the line of text u
 its documentation, its `--help` and its description in the JSON schema.
 """
 
+from finetune.config import base, paths
 from finetune.config.fields import (
     PADDED_ATTENTION,
     Adapter,
@@ -13,11 +14,22 @@ from finetune.config.fields import (
     Optimizer,
     Schedule,
     accumulation,
+    usual_lr,
 )
-from finetune.config.reader import differences, flatten, from_dict, json_schema, parse, read_yaml, to_yaml
+from finetune.config.reader import (
+    differences,
+    flatten,
+    from_dict,
+    from_yaml,
+    json_schema,
+    once,
+    parse,
+    read_yaml,
+    to_yaml,
+)
 from finetune.config.rules import conflicts
 
 __all__ = [
-    "PADDED_ATTENTION", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation", "conflicts",
-    "differences", "flatten", "from_dict", "json_schema", "parse", "read_yaml", "to_yaml",
+    "PADDED_ATTENTION", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation", "base", "conflicts",
+    "differences", "flatten", "from_dict", "from_yaml", "json_schema", "once", "parse", "paths", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

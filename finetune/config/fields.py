@@ -4,8 +4,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
+from finetune.config import paths
+from finetune.config.paths import ExpandedPath, PathString
 from finetune.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -27,18 +29,18 @@ class Run(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run; its directory is run.dir/run.name."""
-    dir: str = "runs"
+    dir: PathString = "runs"
     """Folder that holds run directories."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of everything random: weights, order of data, dropout."""
-    replay_of: str | None = None
+    replay_of: Annotated[str | None, ExpandedPath] = None
     """Run directory whose receipt this run must meet: it does not start if data, code, versions or template have changed."""
 
 
 class Model(Section):
     """Which model, and what it starts from."""
 
-    path: str | None = None
+    path: Annotated[str | None, ExpandedPath] = None
     """Folder or Hub id of the model; with init: random only its config.json is used."""
     revision: str | None = None
     """Hub revision: branch, tag or commit."""
@@ -46,7 +48,7 @@ class Model(Section):
     """Start from the saved weights, or from random ones."""
     config: dict[str, Any] | None = None
     """Architecture for init: random, as in config.json; needs model_type."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, ExpandedPath] = None
     """Folder or Hub id of the tokenizer, or "bytes" for a built-in one of 256 bytes; default: the model's own."""
     new_tokens: list[str] = []
     """Special tokens to add, such as [<|im_start|>, <|im_end|>]; their embeddings start from the mean and train."""
@@ -65,7 +67,7 @@ class Adapter(Section):
     """full trains all weights; lora trains low-rank adapters; qlora the same beside weights quantised to 4 or 8 bits."""
     freeze: list[str] = []
     """full: regular expressions; weights whose name holds one of them do not train."""
-    path: str | None = None
+    path: Annotated[str | None, ExpandedPath] = None
     """Adapter to go on from: folder or Hub id; it keeps its own shape."""
     r: Positive = 16
     """LoRA rank."""
@@ -104,11 +106,11 @@ class Adapter(Section):
 class Data(Section):
     """What is learned from, and how rows become sequences."""
 
-    train: str | list[str]
+    train: Annotated[str | list[str], ExpandedPath]
     """Training rows: files (.jsonl .json .csv .tsv .parquet .txt), folders, globs, or Hub names as owner/name[:split]."""
     max_rows: Positive | None = None
     """Train on so many rows, drawn by run.seed; null: all."""
-    eval: str | list[str] | None = None
+    eval: Annotated[str | list[str] | None, ExpandedPath] = None
     """Evaluation rows, as data.train."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of the training rows set aside for evaluation when data.eval is not given."""
@@ -120,7 +122,7 @@ class Data(Section):
     """What is one row of a .txt file; paragraphs are separated by blank lines."""
     system_prompt: str | None = None
     """System message put before every conversation that has none."""
-    template: str = "auto"
+    template: PathString = "auto"
     """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file; auto: chat if there is one, else the usual one of the format."""
     loss_on: Literal["completion", "all", "last_turn"] = "completion"
     """What is learned: every answer, every token, or the last answer only."""
@@ -132,8 +134,8 @@ class Data(Section):
     """Put several examples into one sequence of at most max_length tokens; they never see each other."""
     group_by_length: bool = False
     """Put examples of similar length into the same step, so that little is padded."""
-    cache_dir: str = "~/.cache/finetune"
-    """Where tokenised data is kept, by content hash."""
+    cache_dir: str = paths.DEFAULT_CACHE
+    """Where tokenised data is kept, by content hash; without a home directory to write into: run.dir/.cache."""
 
 
 class Objective(Section):
@@ -152,8 +154,12 @@ class Optimizer(Section):
         "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion", "lion_8bit", "adafactor", "muon"
     ] = "adamw"
     """adamw; 8-bit and paged ones keep its state small or in host memory; lion keeps half of it; adafactor next to none; muon for all weights."""
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
-    """Peak learning rate."""
+    lr: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False),
+        WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]}),
+    ] = Field(default=None)  # type: ignore[assignment]  # Config makes it a number before it is checked
+    """Peak learning rate; null: 2e-4 for adapters and 2e-5 for all weights, a fifth of that for lion, 1e-3 for adafactor."""
     embedding_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Peak learning rate of embeddings and head; null: optimizer.lr."""
     lora_plus_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -217,7 +223,7 @@ class Checkpoint(Section):
     """Checkpoints kept, besides the best and the one that this attempt went on from."""
     asynchronous: bool = True
     """Write in the background; training waits only for a copy in host memory. false: wait, and need no such memory."""
-    storage: str | None = None
+    storage: Annotated[str | None, ExpandedPath] = None
     """Object store that checkpoints, logs and the model are copied to, as s3://bucket/folder; a machine with an empty disk goes on from there."""
     grace_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     """Seconds that your cluster gives from SIGTERM to the kill, of which the run warns if saves take longer; a start waits as long for a process that still holds the run directory."""
@@ -276,6 +282,22 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_rate(cls, values: Any) -> Any:
+        """optimizer.lr as a number, whatever was left out: code, config.yaml and receipt know no other."""
+        optimizer = values.get("optimizer", {}) if isinstance(values, dict) else None
+        if not isinstance(optimizer, dict) or optimizer.get("lr") is not None:
+            return values
+        adapter = values.get("adapter")
+        kind = adapter.get("kind", "full") if isinstance(adapter, dict) else "full"
+        return values | {"optimizer": optimizer | {"lr": usual_lr(optimizer.get("kind", "adamw"), kind)}}
+
+    @property
+    def cache_dir(self) -> str:
+        """data.cache_dir, or its stand-in where there is no home directory."""
+        return paths.cache_dir(self.data.cache_dir, self.run.dir)
+
     @property
     def micro_batch_size(self) -> int:
         """train.micro_batch_size, once auto has become a number."""
@@ -291,6 +313,20 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.run.dir) / self.run.name
+
+
+def usual_lr(optimizer: Any, adapter: Any) -> float:
+    """optimizer.lr where none is given.
+
+    All weights: 2e-5 (Llama-2, Alpaca, Tulu). Adapters: 2e-4, ten times that (Dettmers et al., 2023; Hu et al., 2021). Lion's
+    steps have the size of its rate whatever the gradient: a third to a tenth of AdamW's (Chen et al., 2023). Adafactor's
+    rate is relative to the size of a weight: 1e-3 (Raffel et al., 2020). Muon's updates are scaled to the size of AdamW's
+    (Liu et al., 2025), so its rate is AdamW's.
+    """
+    if optimizer == "adafactor":
+        return 1e-3
+    all_weights, adapters = (4e-6, 4e-5) if str(optimizer).startswith("lion") else (2e-5, 2e-4)
+    return all_weights if adapter == "full" else adapters
 
 
 def accumulation(config: Config, num_processes: int) -> int:

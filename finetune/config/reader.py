@@ -2,15 +2,17 @@
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
+from finetune.config import base, names, paths
 from finetune.config.fields import Config, Section
 from finetune.config.rules import conflicts
 from finetune.errors import ConfigError
@@ -25,7 +27,7 @@ RESUME_MAY_CHANGE = (
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
     """Command line -> (config, whether --check was given). Raises ConfigError with all problems at once."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train.py",
         usage="%(prog)s --config FILE [--check] [--section.field VALUE ...]",
         description="Specialise a Hugging Face language model to a task. Every setting below can stand in the YAML file or on the command line.",
@@ -33,6 +35,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    once(parser)
     parser.add_argument("--config", metavar="FILE", help="YAML run config")
     parser.add_argument(
         "--check", action="store_true", help="preflight: everything that can be known without loading weights"
@@ -42,7 +45,8 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         for name, field in model.model_fields.items():
             default = "required" if field.is_required() else f"default: {_yaml(field.default)}"
             text = f"{field.description} ({default})".replace("%", "%%")
-            group.add_argument(f"--{section}.{name}", metavar=_type_name(field.annotation), help=text)
+            bare: dict[str, Any] = {"nargs": "?", "const": "true"} if bool in _options(field.annotation) else {}
+            group.add_argument(f"--{section}.{name}", metavar=_type_name(field.annotation), help=text, **bare)
     if not argv:
         raise ConfigError(
             "nothing to do: give --config FILE, such as configs/quickstart.yaml; --help lists every setting"
@@ -50,8 +54,15 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     known, unknown = parser.parse_known_args(argv)
     overrides = vars(known)
     path, check = overrides.pop("config", None), overrides.pop("check", False)
+    if path is None and unknown and unknown[0].endswith((".yaml", ".yml")):
+        path = unknown.pop(0)  # train.py configs/my_run.yaml
     problems = [_unknown_argument(word) for word in unknown if word.startswith("-")]
-    problems += [f"{word!r}: stray word on the command line" for word in unknown[:1] if not word.startswith("-")]
+    problems += [f"{_shown(word)}: stray word on the command line; {_beside(path, word)}" for word in unknown[:1] if not word.startswith("-")]  # fmt: skip
+    problems += [
+        f"{name} in the environment: holds half a character, or bytes that are not UTF-8; set it anew"
+        for name, value in os.environ.items()
+        if name.startswith(("FINETUNE_", "ACCELERATE_", "WANDB_")) and paths.half_characters(value, name)
+    ]
     values = read_yaml(path) if path else {}
     for key, raw in overrides.items():
         section, name = key.split(".")
@@ -71,10 +82,15 @@ def _where(path: str | None, overridden: bool) -> str:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; duplicate keys are errors, and 1e-4 is a number."""
+    if paths.half_characters(str(path)):
+        raise ConfigError(
+            f"--config: {_shown(str(path))} holds half a character, or bytes that are not UTF-8; rename it"
+        )
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path}: cannot read the config: {exc}") from exc
+        text = Path(paths.expanded(str(path))).read_text(encoding="utf-8")
+    except (OSError, ValueError) as exc:
+        why = "it is a folder; name a file in it" if isinstance(exc, IsADirectoryError) else exc
+        raise ConfigError(f"{path}: cannot read the config: {why}") from exc
     try:
         values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as exc:
@@ -84,10 +100,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def from_yaml(text: str) -> Any:
+    """A value of the command line, by the same rules. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def from_dict(values: dict[str, Any], where: str = "config", problems: list[str] | None = None) -> Config:
     """Validate a nested mapping. Raises ConfigError that lists every problem."""
     problems = list(problems or [])
+    problems += [
+        f"{key}: holds half a character (a lone surrogate), or bytes that are not UTF-8; write it anew"
+        for key in dict.fromkeys(paths.half_characters(values))
+    ]
+    if problems and any("half a character" in problem for problem in problems):  # nothing could print it
+        raise ConfigError(_listed(problems, where))
     config = None
+    values = _with_lists(values)
     try:
         config = Config.model_validate(values)
     except ValidationError as exc:
@@ -95,12 +123,93 @@ def from_dict(values: dict[str, Any], where: str = "config", problems: list[str]
         problems += _joined(dict.fromkeys(_describe(error) for error in errors))
         config = _without(values, errors)
     if config is not None:
+        config, of_base = _beside_base(config)
+        problems += of_base
         named = {problem.split(":")[0] for problem in problems}
         problems += [p for p in conflicts(config) if p.split(":")[0] not in named]
     if problems or config is None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{count} in {where}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ConfigError(_listed(problems, where))
     return config
+
+
+def _listed(problems: list[str], where: str) -> str:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"{count} in {where}:\n" + "\n".join(f"  {problem}" for problem in problems)
+
+
+def _beside_base(config: Config) -> tuple[Config, list[str]]:
+    """The config as its base, where that is a folder here, lets it be, and what is wrong with that folder."""
+    path, adapter = config.model.path, config.adapter.path
+    is_here = adapter is not None and config.adapter.kind != "full" and os.path.exists(adapter)
+    of_adapter = [
+        f"adapter.path: {problem}" for problem in filter(None, [is_here and base.adapter_problem(str(adapter))])
+    ]
+    if path is None or not os.path.exists(path):
+        return config, of_adapter
+    if problem := base.folder_problem(path, needs_weights=config.model.init == "pretrained"):
+        return config, [f"model.path: {problem}", *of_adapter]
+    settled, problems = base.settled(config, base.said_by(path))
+    return settled, problems + of_adapter
+
+
+def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """One word where a list should be is a list of one."""
+    listed = {}
+    for section, model in _sections():
+        given = values.get(section)
+        if isinstance(given, dict):
+            listed[section] = {
+                name: [value] if isinstance(value, str | int | float) and _takes_only_lists(model, name) else value
+                for name, value in given.items()
+            }
+    return values | listed
+
+
+def _takes_only_lists(model: type[Section], name: Any) -> bool:
+    field = model.model_fields.get(name)
+    return field is not None and {get_origin(option) or option for option in _options(field.annotation)} <= {
+        list,
+        type(None),
+    }
+
+
+def once(parser: argparse.ArgumentParser) -> None:
+    """Options of this parser given twice are an error: argparse would take the last in silence."""
+
+    def refused(action: type[argparse.Action]) -> type[argparse.Action]:
+        class Once(action):  # type: ignore[valid-type, misc]
+            def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+                given = parser.__dict__.setdefault("_given", set())
+                if option_string and self.dest in given:
+                    raise argparse.ArgumentError(self, "is given twice; give it once")
+                given.add(self.dest)
+                super().__call__(parser, namespace, values, option_string)
+
+        return Once
+
+    for name, action in (
+        (None, argparse._StoreAction),
+        ("store", argparse._StoreAction),
+        ("store_true", argparse._StoreTrueAction),
+    ):
+        parser.register("action", name, refused(action))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors of argparse as ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def _beside(path: str | None, word: str) -> str:
+    if word.endswith((".yaml", ".yml")):
+        return f"the config is {path} already; give one of them"
+    return "settings are written --section.field VALUE, lists in quotes as '[a, b]', and the config --config FILE"
+
+
+def _shown(text: str) -> str:
+    return repr(paths.shown(text))
 
 
 def to_yaml(config: Config) -> str:
@@ -192,9 +301,18 @@ def _type_name(annotation: Any) -> str:
     return "MAP" if origin is dict or annotation is dict else annotation.__name__.upper()
 
 
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type; Annotated or not."""
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (UnionType, Union):
+        return tuple(inner for option in get_args(annotation) for inner in _options(option))
+    return (annotation,)
+
+
 def _from_command_line(annotation: Any, raw: str) -> Any:
     """A word of the command line is YAML, except that what can be a string stays one."""
-    options = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    options = _options(annotation)
     if str in options:
         try:
             parsed = yaml.load(raw, Loader=_Loader)
@@ -205,42 +323,31 @@ def _from_command_line(annotation: Any, raw: str) -> Any:
     return yaml.load(raw, Loader=_Loader)
 
 
-# What other tools call a setting.
-ELSEWHERE = {
-    "learning_rate": "optimizer.lr", "optim": "optimizer.kind", "lr_scheduler_type": "schedule.kind", "warmup_ratio": "schedule.warmup_steps",
-    "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "batch_size": "train.global_batch_size",
-    "per_device_train_batch_size": "train.micro_batch_size", "gradient_accumulation_steps": "train.global_batch_size",
-    "max_seq_length": "data.max_length", "sequence_len": "data.max_length", "cutoff_len": "data.max_length",
-    "model_name_or_path": "model.path", "base_model": "model.path", "dataset": "data.train", "output_dir": "run.dir",
-    "lora_r": "adapter.r", "lora_alpha": "adapter.alpha", "lora_dropout": "adapter.dropout", "load_in_4bit": "adapter.kind",
-}  # fmt: skip
-
-
 def _nearest(key: str) -> str:
     leaf = key.split(".")[-1]
-    if leaf in ELSEWHERE:
-        return f"did you mean {ELSEWHERE[leaf]}?"
+    if (known := names.ELSEWHERE.get(leaf)) and leaf not in dict(_sections()):
+        return known if " " in known else f"did you mean {known}?"
     same_leaf = difflib.get_close_matches(key, [k for k in _keys() if k.split(".")[1] == leaf], n=1, cutoff=0)
     sections = difflib.get_close_matches(key, dict(_sections()), n=1) if "." not in key else []
     inside = [
         k for k in _keys() if len(min(leaf, own := k.split(".")[1], key=len)) > 3 and (leaf in own or own in leaf)
     ]
     near = same_leaf or sections or difflib.get_close_matches(key, inside, n=1, cutoff=0)
-    near = near or difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(key, _keys(), n=1, cutoff=0.7)
     if not near:
-        leaves = difflib.get_close_matches(leaf, [k.split(".")[1] for k in _keys()], n=1, cutoff=0.6)
+        leaves = difflib.get_close_matches(leaf, [k.split(".")[1] for k in _keys()], n=1, cutoff=0.75)
         near = [k for k in _keys() if leaves and k.split(".")[1] == leaves[0]]
     if near:
         return f"did you mean {near[0]}?"
     section = key.split(".")[0]
-    names = dict(_sections())
-    if section in names:
-        return f"{section} has {', '.join(names[section].model_fields)}"
-    return f"the sections are {', '.join(names)}"
+    sections_here = dict(_sections())
+    if section in sections_here:
+        return f"{section} has {', '.join(sections_here[section].model_fields)}"
+    return f"the sections are {', '.join(sections_here)}"
 
 
 def _unknown_argument(word: str) -> str:
-    key = word.lstrip("-").split("=")[0]
+    key = paths.shown(word.lstrip("-").split("=")[0])
     return f"--{key}: unknown option; {_nearest(key)}"
 
 
@@ -254,13 +361,14 @@ def _describe(error: Any) -> str:
     if kind == "model_type":
         return f"{key}: a section with keys of its own, got {_yaml(got)}"
     key = ".".join(key.split(".")[:2])  # inside a union or a list the rest of the path names pydantic's branches
-    options = get_args(_field(key).annotation) if key in _keys() else ()
+    options = _options(_field(key).annotation) if key in _keys() else ()
+    advice = names.not_yet(key, got)
     if kind.endswith("_type") and str in options:
         return f"{key}: should be {' or '.join(getattr(o, '__name__', str(o)) for o in options if o is not type(None))}, got {got!r}"
     if kind == "string_pattern_mismatch":
         return f"{key}: letters, digits, dots, dashes and underscores only, got {got!r}"
-    message = error["msg"].removeprefix("Input ")
-    return f"{key}: {message}, got {got!r}"
+    message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return f"{key}: {message}, got {got!r}" + (f"; {advice}" if advice else "")
 
 
 def _joined(problems: Iterable[str]) -> list[str]:

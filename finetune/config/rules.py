@@ -22,6 +22,10 @@ def conflicts(config: Config) -> Iterator[str]:
             f"train.micro_batch_size {train.micro_batch_size}"
         )
     trackers = config.tracking.trackers
+    if not {"wandb", "trackio"} & set(trackers):
+        yield from _ignored(config.tracking, "tracking", ("project",), "only wandb and trackio have projects")
+    if "wandb" not in trackers:
+        yield from _ignored(config.tracking, "tracking", ("wandb_mode",), "wandb is not among tracking.trackers")
     if len(set(trackers)) < len(trackers):
         yield "tracking.trackers: names one twice"
     if "wandb" in trackers and (bad := set(project) & set("/\\#?%:")):

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from finetune.places import IS_CHECKOUT, TRAIN
+
 PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy", "safetensors", "bitsandbytes", "deepspeed", "flash-attn",
 )  # fmt: skip
@@ -58,11 +60,12 @@ def code_fingerprint() -> dict[str, Any]:
     """Git revision, whether the tree was changed, and a hash of the package's own sources."""
     package = Path(__file__).resolve().parents[1]
     sources = hashlib.sha256()
-    for path in sorted([*package.rglob("*.py"), package.parent / "train.py"]):
-        if path.exists():
-            sources.update(path.read_bytes())
+    for path in [*sorted(path for path in package.rglob("*.py") if "shipped" not in path.parts), TRAIN]:
+        sources.update(path.read_bytes())
 
     def git(*arguments: str) -> str | None:
+        if not IS_CHECKOUT:  # an installed package may lie inside another project's repository
+            return None
         try:
             return subprocess.run(
                 ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10

@@ -12,6 +12,7 @@ from finetune.data.batches import Batch
 from finetune.engine.optim import set_lr
 from finetune.engine.topology import Topology
 from finetune.errors import TrainingDiverged
+from finetune.objectives.clm import loss as cross_entropy
 
 Loss = Callable[[Any, Batch], tuple[torch.Tensor, int]]
 
@@ -90,13 +91,15 @@ def evaluate(
     batches: Iterable[Sequence[Batch]],
     stop: Callable[[], bool] = bool,
 ) -> dict[str, float] | None:
-    """Mean loss over every supervised token of the evaluation rows: sum / count over all processes.
+    """Means over every supervised token of the evaluation rows, sum / count over all processes: of `loss`, and of cross-entropy.
 
-    None if `stop` said so on one of them: all leave after the same batch.
+    `perplexity` is the exponential of cross_entropy, in nats, whatever is learned. None if `stop` said so on one of the
+    processes: all leave after the same batch.
     """
     was_training = model.training
     model.eval()
-    total, count = torch.zeros((), dtype=torch.float64, device=topology.device), 0
+    rules = [loss] if loss is cross_entropy else [loss, cross_entropy]
+    totals, counts = torch.zeros(len(rules), dtype=torch.float64, device=topology.device), [0] * len(rules)
     with torch.no_grad():
         for micro_batches in batches:
             topology.watchdog.beat()
@@ -104,10 +107,16 @@ def evaluate(
                 model.train(was_training)
                 return None
             for batch in map(topology.part, micro_batches):
-                part, number = loss(model, batch.to(topology.device))
-                total += part.double()
-                count += number
+                there = batch.to(topology.device)
+                for number, rule in enumerate(rules):
+                    part, count = rule(model, there)
+                    totals[number] += part.double()
+                    counts[number] += count
     model.train(was_training)
-    sums, counts = topology.sum([total, count])
-    mean = sums / counts
-    return {"eval_loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "eval_tokens": counts}
+    summed = topology.sum([*totals, *counts])
+    means = [total / count for total, count in zip(summed, summed[len(rules) :])]
+    mean, tokens = means[-1], summed[-1]
+    return {
+        "eval_loss": means[0], "cross_entropy": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "eval_tokens": tokens,
+    }  # fmt: skip

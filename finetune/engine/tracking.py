@@ -145,9 +145,9 @@ class Tracker:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         if self.is_main:
             self._record(self.evals, {"step": step, **values})
-            say(
-                f"step {step}/{self.num_steps}  eval loss {values['eval_loss']:.4f}  perplexity {values['perplexity']:.2f}"
-            )
+            own, entropy = values["eval_loss"], values["cross_entropy"]
+            beside = "" if own == entropy else f"cross-entropy {entropy:.4f}  "
+            say(f"step {step}/{self.num_steps}  eval loss {own:.4f}  {beside}perplexity {values['perplexity']:.2f}")
 
     def saved(self, facts: dict[str, Any]) -> None:
         """After a checkpoint: its step, how long training waited for it, how long it took, its size."""

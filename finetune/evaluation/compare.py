@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,30 @@ from typing import Any
 import torch
 import yaml
 
+from finetune import config as configs
 from finetune import export
+from finetune.config import paths
+from finetune.config.base import model_argument, require_model
 from finetune.data import readers, rows
 from finetune.data.rows import Conversation
 from finetune.errors import DataError, UserError
 from finetune.evaluation import generation, scores
+from finetune.evaluation.generation import Answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, help="folder or Hub id of the model before tuning")
-    parser.add_argument("--tuned", required=True, help="folder of the model after tuning, as in runs/<name>/model")
-    parser.add_argument("--data", required=True, help="held-out rows, in any format that training reads")
+    parser.add_argument(
+        "--base", required=True, type=model_argument, help="folder or Hub id of the model before tuning"
+    )
+    parser.add_argument(
+        "--tuned",
+        required=True,
+        type=model_argument,
+        help="the model after tuning, as runs/<name> or runs/<name>/model",
+    )
+    parser.add_argument(
+        "--data", required=True, type=paths.argument, help="held-out rows, in any format that training reads"
+    )
     parser.add_argument(
         "--format",
         default="auto",
@@ -32,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=generation.at_least(1), default=256, help="longest answer")
     parser.add_argument("--batch-size", type=generation.at_least(1), default=64, help="answers generated at once")
     parser.add_argument("--examples", type=generation.at_least(0), default=5, help="rows printed in full")
-    parser.add_argument("--output", default=None, help="also write every answer and score to this .jsonl file")
+    parser.add_argument(
+        "--output",
+        default=None,
+        type=paths.argument,
+        help="also write every prompt, answer and score to this .jsonl file",
+    )
     export.trust_remote_code_argument(parser)
 
 
@@ -40,6 +60,10 @@ def main(arguments: argparse.Namespace) -> None:
     """Generate, score, print. Both models get the same prompts, by the tuned model's chat template."""
     if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
         raise UserError(f"--output: {arguments.output}: there is no such folder to write into")
+    for option in ("base", "tuned"):
+        require_model(getattr(arguments, option), f"--{option}")
+    if same_model(arguments.base, arguments.tuned):
+        print("note: --base and --tuned are the same model", file=sys.stderr)
     conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
     tokenizer = export.load_tokenizer(arguments.tuned, arguments.trust_remote_code)
     if not tokenizer.chat_template:
@@ -47,7 +71,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"{arguments.tuned}: its tokenizer has no chat template, so it cannot be asked; was it tuned with objective.kind: sft?"
         )
     wanted = [conversation.messages[-1].content for conversation in conversations]
-    given = {}
+    given: dict[str, list[Answer]] = {}
     for name, path in (("base", arguments.base), ("tuned", arguments.tuned)):
         own = export.load_tokenizer(path, arguments.trust_remote_code)
         own.chat_template = tokenizer.chat_template
@@ -59,22 +83,28 @@ def main(arguments: argparse.Namespace) -> None:
         answers = generation.answers(
             model, own, prompts, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name
         )
-        given[name] = generation.without_opening(own, answers)
+        texts = generation.without_opening(own, [answer.text for answer in answers])
+        given[name] = [replace(answer, text=text) for answer, text in zip(answers, texts)]
     results = {
-        score: {name: [rule(a, w) for a, w in zip(answers, wanted)] for name, answers in given.items()}
+        score: {name: [rule(a.text, w) for a, w in zip(answers, wanted)] for name, answers in given.items()}
         for score, rule in scores.SCORES.items()
     }
-    print(report(conversations, wanted, given, results, arguments.examples))
+    print(report(conversations, wanted, given, results, arguments.examples, arguments.max_new_tokens))
     if arguments.output:
         write(Path(arguments.output), conversations, wanted, given, results)
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are one model: the same folder, or one name on the Hub."""
+    return os.path.samefile(one, other) if os.path.exists(one) and os.path.exists(other) else one == other
 
 
 def _mapping(text: str) -> dict[str, str]:
     """{question: Patient} of the command line."""
     try:
-        values = yaml.safe_load(text)
+        values = configs.from_yaml(text)
     except yaml.YAMLError as exc:
-        raise argparse.ArgumentTypeError(f"cannot be read: {text!r}") from exc
+        raise argparse.ArgumentTypeError(f"cannot be read: {text!r}: {exc}") from exc
     if not isinstance(values, dict):
         raise argparse.ArgumentTypeError(f"should be like '{{question: Patient, answer: Doctor}}', got {text!r}")
     return values
@@ -98,25 +128,36 @@ def read(source: str, format: str, columns: dict[str, str], limit: int | None) -
 def report(
     conversations: list[Conversation],
     wanted: list[str],
-    given: dict[str, list[str]],
+    given: dict[str, list[Answer]],
     results: dict[str, Any],
     shown: int,
+    max_new_tokens: int,
 ) -> str:
     """The table and the first examples, as text."""
-    lines = [f"{len(wanted)} held-out rows", f"{'':<16}{'base':>8}{'tuned':>8}   gain, 95% interval over the rows"]
+    lines = [
+        f"{len(wanted)} held-out {'row' if len(wanted) == 1 else 'rows'}",
+        f"{'':<16}{'base':>8}{'tuned':>8}   gain, 95% interval over the rows",
+    ]
     for score, by_model in results.items():
         base, tuned = (100 * sum(by_model[name]) / len(wanted) for name in ("base", "tuned"))
-        low, high = scores.paired_interval(by_model["base"], by_model["tuned"])
+        interval = scores.paired_interval(by_model["base"], by_model["tuned"])
+        within = "too few rows for an interval"
+        if interval is not None:
+            within = f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+        lines.append(f"{score:<16}{base:>7.1f}%{tuned:>7.1f}%   {tuned - base:+.1f} ({within})")
+    cut = {name: sum(answer.is_cut for answer in answers) for name, answers in given.items()}
+    if any(cut.values()):
         lines.append(
-            f"{score:<16}{base:>7.1f}%{tuned:>7.1f}%   {tuned - base:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            f"{'cut':<16}{cut['base']:>8}{cut['tuned']:>8}   answers not ended after {max_new_tokens} tokens, "
+            "and scored as they are; raise --max-new-tokens"
         )
     for conversation, right, base, tuned in list(zip(conversations, wanted, given["base"], given["tuned"]))[:shown]:
         lines += [
             "",
             f"prompt  {_line(conversation.messages[-2].content)}",
             f"wanted  {_line(right)}",
-            f"base    {_line(base)}",
-            f"tuned   {_line(tuned)}",
+            f"base    {_line(base.text)}" + (" [cut]" if base.is_cut else ""),
+            f"tuned   {_line(tuned.text)}" + (" [cut]" if tuned.is_cut else ""),
         ]
     return "\n".join(lines)
 
@@ -125,15 +166,17 @@ def write(
     path: Path,
     conversations: list[Conversation],
     wanted: list[str],
-    given: dict[str, list[str]],
+    given: dict[str, list[Answer]],
     results: dict[str, Any],
 ) -> None:
     with path.open("w", encoding="utf-8") as file:
         for i, conversation in enumerate(conversations):
             line = {
                 "row": str(conversation.place),
+                "prompt": [{"role": m.role, "content": m.content} for m in conversation.messages[:-1]],
                 "wanted": wanted[i],
-                **{name: answers[i] for name, answers in given.items()},
+                **{name: answers[i].text for name, answers in given.items()},
+                **{f"{name} cut": answers[i].is_cut for name, answers in given.items()},
             }
             line |= {f"{score} {name}": by_model[name][i] for score, by_model in results.items() for name in given}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,13 @@ def say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    is_cut: bool
+    """Whether it was not ended by the model, but by the limit on new tokens, or the end of its context."""
+
+
 def answers(
     model: Any,
     tokenizer: Any,
@@ -43,7 +50,7 @@ def answers(
     title: str = "generating",
     together: bool = False,
     say: Callable[[str], None] = say,
-) -> list[str]:
+) -> list[Answer]:
     """The model's answer to each prompt, without the token that ended it; temperature 0 is greedy.
 
     Prompts are tokenised as in training, sorted by length and padded on the left. Where prompt and
@@ -61,11 +68,12 @@ def answers(
         )
     encoded = [_cut(ids, most, tokenizer) for ids in encoded]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    results = [""] * len(encoded)
+    results = [Answer("", True)] * len(encoded)
     choice = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     # Not the model's own: a repetition penalty or a sampling default in it would decode base and tuned by other rules.
     ends = model.generation_config.eos_token_id
+    stops = set(ends if isinstance(ends, list) else [ends])
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad, **choice)
     model.eval()
     device = next(model.parameters()).device
@@ -83,7 +91,8 @@ def answers(
                 synced_gpus=together,
             )
         for i, row in zip(chosen, out[:, longest:], strict=True):
-            results[i] = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            results[i] = Answer(text, is_cut=stops.isdisjoint(row.tolist()))
         bar.update(len(chosen))
     bar.close()
     return results
@@ -111,9 +120,10 @@ def while_training(
     settings = [(each, each.generation_config) for each in (model, inner)]
     inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
     try:
-        return answers(
+        found = answers(
             model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts), together=together, say=say
         )
+        return [answer.text for answer in found]
     finally:
         inner.set_attn_implementation(attention)
         for each, config in settings:

@@ -16,6 +16,7 @@ import yaml
 from finetune import failures
 from finetune.errors import ConfigError, TopologyError
 from finetune.launcher.processes import say
+from finetune.places import found
 
 PORT = 29500  # where nodes find each other if nobody says; on one node any free port will do
 # Options of the ways by which Accelerate starts processes, which is what we do ourselves.
@@ -38,6 +39,8 @@ def read(argv: list[str], held: contextlib.ExitStack | None) -> tuple[list[dict[
 
     arguments = _parse(argv)
     command = _command(arguments.training_script, arguments.training_script_args, arguments.module, arguments.no_python)
+    if arguments.config_file:
+        arguments.config_file = found(arguments.config_file)
     where = arguments.config_file or "launch"
     if arguments.config_file:
         _check_file(where)
@@ -82,6 +85,7 @@ def _command(script: str, arguments: list[str], module: bool = False, no_python:
         return [script, *arguments]
     if module:
         return [sys.executable, "-m", script, *arguments]
+    script = found(script)
     if not Path(script).is_file():
         raise ConfigError(
             f"there is no script {script} in {os.getcwd()}; what follows the launcher's options is the script and its own options"

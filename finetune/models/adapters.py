@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune import failures
 from finetune.config import Adapter, Model
+from finetune.config.base import adapter_problem
 from finetune.errors import ModelError
 from finetune.models import bases, starts
 
@@ -170,11 +171,8 @@ def _keep_tied(model: "PeftModel", whole: list[str]) -> None:
 def _continued(model: Any, path: str) -> "PeftModel":
     from peft import PeftConfig, PeftModel, get_peft_model
 
-    if os.path.isdir(path) and not (Path(path) / "adapter_config.json").exists():
-        hint = (
-            f"; did you mean {path.rstrip('/')}/model?" if (Path(path) / "model/adapter_config.json").exists() else ""
-        )
-        raise ModelError(f"adapter.path: {path} has no adapter_config.json{hint}")
+    if problem := adapter_problem(path):
+        raise ModelError(f"adapter.path: {problem}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from finetune import failures
-from finetune.config import Model
+from finetune.config import Model, base, paths
 from finetune.errors import ModelError
 from finetune.models import embeddings
 
@@ -35,10 +35,12 @@ def load_tokenizer(model: Model) -> Any:
     Without a pad token one of the vocabulary stands in, if need be EOS: padding is masked by
     position, so EOS is still learned.
     """
-    name = model.tokenizer or model.path
+    name = model.tokenizer or model.path or ""
     if name == "bytes":
         return _with_new_tokens(bytes_tokenizer(), model.new_tokens)
     _require_folder_or_hub("model.tokenizer" if model.tokenizer else "model.path", name)
+    if os.path.exists(name) and (problem := base.tokenizer_problem(name)):
+        raise ModelError(f"model.tokenizer: {problem}")
     with translated(f"tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name,
@@ -82,9 +84,14 @@ def load_config(model: Model) -> Any:
         return config
     _require_folder_or_hub("model.path", model.path)
     with translated(f"model {model.path!r}"):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+    if problem := base.architecture_problem(str(model.path), config.to_dict()):
+        raise ModelError(f"model.path: {problem}")
+    if model.init == "random" and hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the weights, which are not used
+    return config
 
 
 def model_class(config: Any) -> Any:
@@ -112,7 +119,8 @@ def load_model(
 
     `quantization`: arguments of BitsAndBytesConfig; embedding, head and norms stay in `dtype`.
 
-    `config` is completed from the tokenizer where it starts from nothing (model.config).
+    `config` is completed from the tokenizer where it starts from nothing (model.config). A base that is quantised
+    already stays as it is, but for the dtype in which it computes.
     """
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
@@ -124,9 +132,9 @@ def load_model(
     else:
         with translated(f"model {model.path!r}"):
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                model.path, config=config, attn_implementation=attention, dtype=dtype,
+                model.path, attn_implementation=attention, dtype=dtype,
                 revision=model.revision, trust_remote_code=model.trust_remote_code, output_loading_info=True,
-                quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+                **quantized_as(config, quantization),
             )  # fmt: skip
         _refuse_lost_layers(model.path, loaded, info["unexpected_keys"])
         absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -147,6 +155,19 @@ def _refuse_two_ends(path: Any, model: Any, config: Any) -> None:
             f"model {path!r}: its config.json has tie_word_embeddings: true, but embedding and head are saved and differ; set it to "
             "false in (a copy of) the folder to train and export both, or take one of the two weights out"
         )
+
+
+def quantized_as(config: Any, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments for from_pretrained: the config, and how to quantise; what is quantised already computes as `quantization` says."""
+    own = base.quantization(vars(config))
+    if own is None or quantization is None:
+        return {"config": config, "quantization_config": BitsAndBytesConfig(**quantization) if quantization else None}
+    config = copy.deepcopy(config)
+    computing = (
+        {"bnb_4bit_compute_dtype": quantization["bnb_4bit_compute_dtype"]} if "load_in_4bit" in quantization else {}
+    )
+    config.quantization_config = own | computing
+    return {"config": config}
 
 
 def _completed(loaded: Any, model: Model, tokenizer: Any) -> Any:
@@ -252,7 +273,9 @@ def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
 
 def _require_folder_or_hub(key: str, name: str | None) -> None:
     """Raise ModelError at once for what is neither a folder that is there nor the form of a Hub id."""
-    if name and not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not name or not name.strip():
+        raise ModelError(f"{key}: is empty; give a folder, or a Hub id as owner/name")
+    if not os.path.exists(name) and paths.is_local(name):
         raise ModelError(
             f"{key}: {name}: no such folder (looked for from {os.getcwd()}), and no Hub id, which is owner/name"
         )

@@ -1,7 +1,6 @@
 """python -m finetune plan: does it fit, how much is left, what is the most that does, and what to change. No weights are loaded."""
 
 import argparse
-import contextlib
 import json
 import math
 import statistics
@@ -13,15 +12,15 @@ import torch
 
 from finetune import config as configs
 from finetune import launcher
-from finetune.config import Config
+from finetune.config import Config, paths
 from finetune.engine.topology import launch, support
 from finetune.engine.topology.launch import Wish
 from finetune.errors import ConfigError, UserError
 from finetune.models import parameters
+from finetune.places import SHIPPED, TRAIN, found
 from finetune.plan.choice import SLACK, Chooser, capacity, micro_batches
 from finetune.plan.forecast import Forecast
 
-ROOT = Path(__file__).parents[2]
 GB = 1e9
 
 
@@ -29,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s --config FILE [options] [--section.field VALUE ...]"
     parser.add_argument("--config", required=True, metavar="FILE", help="run config")
     parser.add_argument(
-        "--topology", metavar="FILE", help="one topology file, in detail; default: all of accelerate_configs/"
+        "--topology",
+        type=paths.argument,
+        metavar="FILE",
+        help="one topology file, in detail; default: all of accelerate_configs/",
     )
     parser.add_argument("--num-processes", type=int, metavar="N", help="instead of what the topology files say")
     parser.add_argument(
@@ -37,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plan for GPUs of so many GB (10^9 bytes); default: those of this machine, or its memory if there are none",
     )  # fmt: skip
     parser.add_argument(
-        "--measured", type=Path, metavar="RUN", help="a run on the same hardware: how fast this one will be"
+        "--measured",
+        type=lambda text: Path(paths.argument(text)),
+        metavar="RUN",
+        help="a run on the same hardware: how fast this one will be",
     )
 
 
@@ -52,7 +57,11 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.num_processes is not None and arguments.num_processes < 1:
         raise ConfigError(f"--num-processes {arguments.num_processes}: it must be a whole number from 1")
     reached = None if arguments.measured is None else _reached(arguments.measured)
-    files = [Path(arguments.topology)] if arguments.topology else sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+    files = (
+        [Path(found(arguments.topology))]
+        if arguments.topology
+        else sorted((SHIPPED / "accelerate_configs").glob("*.yaml"))
+    )
     asked = {file.stem: _wish(file, arguments.num_processes, required=len(files) == 1) for file in files}
     wishes = {name: wish for name, wish in asked.items() if wish}
     chooser = Chooser(config, precision=precision, on_gpu=on_gpu)
@@ -96,9 +105,8 @@ def _wish(file: Path, num_processes: int | None, required: bool) -> Wish | None:
     if "multinode" in file.stem:
         options += ["--main_process_ip", "127.0.0.1"]
     try:
-        with contextlib.chdir(ROOT):
-            environments, _ = launcher.read([*options, "train.py"], None)
-            return launch.read(environments[0])
+        environments, _ = launcher.read([*options, str(TRAIN)], None)
+        return launch.read(environments[0])
     except UserError:
         if required:
             raise

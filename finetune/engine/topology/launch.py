@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
+from finetune.places import found
 
 # What a DeepSpeed file may hold: sharding, and what only tells.
 KEYS = ("zero_optimization", "wall_clock_breakdown", "comms_logger", "dump_state")
@@ -166,7 +167,7 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> W
     if file.lower() == "none":
         raise ConfigError("the topology file has no deepspeed_config_file; point it at a file as those in ds_configs/")
     try:
-        values = json.loads(Path(file).read_text())
+        values = json.loads(Path(found(file)).read_text())
     except (OSError, ValueError) as exc:
         raise ConfigError(f"deepspeed_config_file: {file} cannot be read from {os.getcwd()}: {exc}") from exc
     if not isinstance(values, dict):

@@ -1,0 +1,270 @@
+"""What a model says of itself, by its folder and its config.json, checked before anything is loaded. No torch."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.config import paths
+from finetune.errors import ModelError
+
+if TYPE_CHECKING:
+    from finetune.config.fields import Config
+
+WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# What an architecture's name ends with when its head predicts something else than the next token.
+OTHER_HEADS = {
+    "ForSequenceClassification": "a classifier, or a reward model", "ForTokenClassification": "a tagger",
+    "ForQuestionAnswering": "an extractive question answerer", "ForMultipleChoice": "a classifier",
+    "ForMaskedLM": "a masked language model, which fills gaps", "ForPreTraining": "an encoder",
+    "ForNextSentencePrediction": "an encoder", "ForImageClassification": "an image classifier",
+    "ForObjectDetection": "an object detector", "ForImageTextRetrieval": "a retriever",
+    "ForSpeechSeq2Seq": "a speech recogniser", "ForCTC": "a speech recogniser", "ForAudioClassification": "an audio classifier",
+    "ForTextEncoding": "an encoder", "RewardModel": "a reward model",
+}  # fmt: skip
+# Coefficients of losses beside the next token's, as configs call them.
+BALANCE = (
+    "router_aux_loss_coef",
+    "aux_loss_alpha",
+    "aux_loss_coef",
+    "moe_aux_loss_coeff",
+    "router_z_loss_coef",
+    "moe_loss_weight",
+)
+
+
+def kind_of_folder(path: str) -> str:
+    """model, adapter, run, or what is wrong with it in a few words."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return "is a file; give the folder it is in" if folder.exists() else "does not exist"
+    if (folder / "config.json").exists():
+        return "model"
+    if (folder / "adapter_config.json").exists():
+        return "adapter"
+    if ((folder / "config.yaml").exists() and (folder / "outcome.json").exists()) or is_model_or_adapter(
+        folder / "model"
+    ):
+        return "run"
+    names = [entry.name for entry in folder.iterdir()]
+    if not names:
+        return "is an empty folder; was a download broken off?"
+    if any(name.endswith(".gguf") for name in names):
+        return "holds GGUF files, which are for inference; give the model they were made from, with config.json and .safetensors"
+    if any(name.endswith(".pth") for name in names):
+        return "holds Meta's own format (.pth); give the same model in transformers' format, with config.json and .safetensors"
+    inside = sorted(name for name in names if is_model_or_adapter(folder / name))
+    if inside:
+        return f"has no config.json; did you mean {folder / inside[0]}?"
+    return "has no config.json, so it is no model of transformers"
+
+
+def is_model_or_adapter(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
+
+
+def folder_problem(path: str, needs_weights: bool) -> str | None:
+    """Why a folder, or file, that exists cannot be model.path; None if it can."""
+    kind = kind_of_folder(path)
+    if kind == "adapter":
+        try:
+            named = json.loads((Path(path) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError):
+            named = None
+        base = f"model.path: {named}" if named else "its base in model.path"
+        return (
+            f"{path} is an adapter, not a model; to train it further give {base} and adapter.path: {path}; to train on "
+            "top of it, merge it first: python -m finetune export --merge"
+        )
+    if kind == "run":
+        inside = os.path.join(path, "model")
+        return f"{path} is a run directory; " + (
+            f"its model is in {inside}: write that" if is_model_or_adapter(Path(inside)) else "it has no model yet"
+        )
+    if kind != "model":
+        return f"{path} {kind}"
+    if needs_weights:
+        names = os.listdir(path)
+        if not any(name.endswith(WEIGHTS) for name in names):
+            gguf = any(name.endswith(".gguf") for name in names)
+            return f"{path} has no weights (.safetensors)" + (
+                ", only GGUF, which is for inference; give the model it was made from"
+                if gguf
+                else "; was a download broken off?"
+            )
+    return None
+
+
+def adapter_problem(path: str) -> str | None:
+    """Why a name cannot be adapter.path; None if it can, or is one of the Hub."""
+    if not os.path.exists(path):
+        return f"{path}: no such folder (looked for from {os.getcwd()})" if paths.is_local(path) else None
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        return None
+    kind, inside = kind_of_folder(path), os.path.join(path, "model")
+    if kind == "run":
+        is_one = os.path.exists(os.path.join(inside, "adapter_config.json"))
+        return f"{path} is a run directory; " + (
+            f"its adapter is in {inside}: write that" if is_one else "it has no adapter in model/"
+        )
+    if kind == "model":
+        return f"{path} is a whole model, not an adapter; give it as model.path"
+    return f"{path} has no adapter_config.json, so it is no adapter"
+
+
+def tokenizer_problem(path: str) -> str | None:
+    """Why an existing folder cannot be where the tokenizer is; None if it can."""
+    if not os.path.isdir(path):
+        return f"{path} is a file; give the folder it is in"
+    if not any(os.path.exists(os.path.join(path, name)) for name in TOKENIZER) and not any(
+        name.endswith((".model", ".tiktoken")) or name.startswith("tokenization_") for name in os.listdir(path)
+    ):
+        return f"{path} has no tokenizer ({TOKENIZER[0]}); give the one that belongs to the model as model.tokenizer"
+    return None
+
+
+def model_in(path: str) -> str:
+    """The model of a run directory; any other path or name as it is."""
+    inside = os.path.join(path, "model")
+    return inside if os.path.isdir(path) and kind_of_folder(path) == "run" and os.path.isdir(inside) else path
+
+
+def said_by(path: str | None) -> dict[str, Any]:
+    """config.json of a folder; empty if there is none that can be read."""
+    try:
+        values = json.loads((Path(path or "") / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    for file, method in (
+        ("quantize_config.json", "gptq"),
+        ("quant_config.json", "awq"),
+        ("hf_quant_config.json", "modelopt"),
+    ):
+        if "quantization_config" not in values and (Path(path or "") / file).exists():
+            values["quantization_config"] = {"quant_method": method}
+    return values
+
+
+def quantization(said: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a model's weights are quantised, by its config; None if they are not."""
+    nested = said.get("text_config")
+    for values in (said, nested if isinstance(nested, Mapping) else {}):
+        for name in ("quantization_config", "compression_config", "quantization"):
+            found: Any = values.get(name)
+            found = found.to_dict() if hasattr(found, "to_dict") else found
+            if isinstance(found, dict) and found:
+                return found
+    return None
+
+
+def form_of(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A quantisation of bitsandbytes in the words of `adapter`; None for any other."""
+    method = found.get("quant_method") or (
+        "bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else ""
+    )
+    method = getattr(method, "value", method)
+    if str(method).removesuffix("_4bit").removesuffix("_8bit") != "bitsandbytes":
+        return None
+    if found.get("load_in_8bit", found.get("_load_in_8bit")):
+        return {"quantization": "int8"}
+    return {
+        "quantization": found.get("bnb_4bit_quant_type", "fp4"),
+        "double_quantization": bool(found.get("bnb_4bit_use_double_quant")),
+    }
+
+
+def name_of(found: Mapping[str, Any]) -> str:
+    """A quantisation in a few words."""
+    form = form_of(found)
+    if form:
+        doubly = ", doubly quantised" if form.get("double_quantization") else ""
+        return f"bitsandbytes {form['quantization']}{doubly}"
+    method = found.get("quant_method")
+    if method is None:
+        return "MLX" if "group_size" in found else "of an unnamed kind"
+    bits = found.get("bits") or found.get("w_bit")
+    return f"{getattr(method, 'value', method)}" + (f", {bits} bits" if bits else "")
+
+
+def quantized_problem(name: str, said: Mapping[str, Any], adapter_kind: str) -> str | None:
+    """Why a quantised model cannot be trained so; None if it can, or is not quantised."""
+    found = quantization(said)
+    if found is None:
+        return None
+    original = "give the model before quantisation as model.path"
+    if form_of(found) is None:
+        return f"{name} is quantised already ({name_of(found)}), which cannot be trained; {original} (adapter.kind: qlora quantises it itself)"
+    if adapter_kind != "qlora":
+        return f"{name} is quantised already ({name_of(found)}), so adapter.kind: {adapter_kind} cannot train it; set adapter.kind: qlora, or {original}"
+    return None
+
+
+def architecture_problem(name: str, said: Mapping[str, Any]) -> str | None:
+    """Why a model is none that continues text; None if it may be. `said`: its config, from the file or with all defaults."""
+    named = said.get("architectures")
+    architecture = str(named[-1]) if isinstance(named, list) and named else ""
+    is_one = architecture or f"a {said.get('model_type')}"
+    if said.get("is_encoder_decoder"):
+        return f"{name} is an encoder-decoder ({is_one}); these are not yet supported: take a model that only decodes, such as Qwen or Llama"
+    for ending, what in OTHER_HEADS.items():
+        if architecture.endswith(ending):
+            return f"{name} is {what} ({architecture}), not a model that continues text; give the causal language model it was made from"
+    if architecture.endswith("Model") and "LMHead" not in architecture and said.get("tie_word_embeddings") is False:
+        return f"{name} has no head ({architecture}: an embedding model, or only the body); give the causal language model it was made from"
+    return None
+
+
+def forgotten_losses(said: Mapping[str, Any]) -> str | None:
+    """Losses beside the next token's that a config asks for, and that are not added; None if there are none."""
+    nested = [values for values in (said.get("text_config"), said.get("ffn_config")) if isinstance(values, Mapping)]
+    for values in (said, *nested):
+        asked = [f"{name} {values[name]}" for name in BALANCE if values.get(name)]
+        if values.get("output_router_logits"):
+            asked.insert(0, "output_router_logits")
+        if asked:
+            return f"the model's config asks for a router balance loss ({', '.join(asked)}); it is not yet added: the loss is that of the next token alone"
+        if values.get("num_nextn_predict_layers"):
+            return "the model's config has layers that predict further tokens (num_nextn_predict_layers); their loss is not yet added"
+    return None
+
+
+def settled(config: "Config", said: Mapping[str, Any]) -> tuple["Config", list[str]]:
+    """The config with adapter.quantization as its quantised base has it, and what the base makes impossible."""
+    name, found = str(config.model.path), quantization(said)
+    problems = [f"model.path: {problem}" for problem in filter(None, [architecture_problem(name, said)])]
+    if config.model.init == "random" or found is None:
+        return config, problems
+    if problem := quantized_problem(name, said, config.adapter.kind):
+        return config, [*problems, f"model.path: {problem}"]
+    form, adapter = form_of(found) or {}, config.adapter
+    problems += list(_against(form, adapter, name_of(found)))
+    return config.model_copy(update={"adapter": adapter.model_copy(update=form)}), problems
+
+
+def _against(form: dict[str, Any], adapter: Any, name: str) -> Iterator[str]:
+    for field, value in form.items():
+        given = getattr(adapter, field)
+        if given not in (value, type(adapter).model_fields[field].default):
+            yield f"adapter.{field}: {given}, but the base is quantised already ({name}), and stays as it is; remove it"
+    if adapter.init == "loftq":
+        yield f"adapter.init: loftq needs the weights before quantisation, and the base is quantised already ({name}); use default"
+
+
+def model_argument(text: str) -> str:
+    """A model on a command line, for argparse: a folder, a run directory (its model is taken), or a Hub id."""
+    return model_in(paths.argument(text))
+
+
+def require_model(name: str, option: str) -> None:
+    """Raise ModelError at once for a name that can only be a folder here, and is not there or holds neither model nor adapter."""
+    if not name.strip():
+        raise ModelError(f"{option}: is empty; give a folder, or a Hub id as owner/name")
+    if not os.path.exists(name):
+        if paths.is_local(name):
+            raise ModelError(f"{option}: {name}: no such folder (looked for from {os.getcwd()}); a run's model is in runs/<name>/model")  # fmt: skip
+    elif kind_of_folder(name) != "adapter" and (problem := folder_problem(name, needs_weights=True)):
+        raise ModelError(f"{option}: {problem}")

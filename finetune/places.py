@@ -1,0 +1,17 @@
+"""Where train.py and the topology files are: in a checkout, or in the installed package."""
+
+import os
+from pathlib import Path
+
+_CHECKOUT = Path(__file__).resolve().parents[1]
+IS_CHECKOUT = (_CHECKOUT / "accelerate_configs").is_dir()
+SHIPPED = _CHECKOUT if IS_CHECKOUT else Path(__file__).resolve().parent / "shipped"
+"""Holds train.py, accelerate_configs/ and ds_configs/; pyproject.toml copies them into the package."""
+TRAIN = SHIPPED / "train.py"
+
+
+def found(name: str) -> str:
+    """A file by its path from the working directory or, where it is not there, among what is shipped; as given if nowhere."""
+    name = os.path.expanduser(name)
+    shipped = SHIPPED / name
+    return str(shipped) if not Path(name).exists() and shipped.is_file() else name

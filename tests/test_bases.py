@@ -1,0 +1,220 @@
+"""Bases of every kind: what a folder says of itself decides before anything is loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import losses
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from finetune import config as configs
+from finetune import export
+from finetune.errors import ConfigError, ModelError
+
+QUANTIZATIONS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A saved model of two layers, with its tokenizer."""
+    from conftest import Workshop, forget_process_state
+
+    folder = tmp_path_factory.mktemp("bases")
+    forget_process_state()
+    return Workshop(folder).train("base", train__max_steps=1, model__config=WIDE) / "model"
+
+
+WIDE = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quantized(plain):
+    """The same, saved as bitsandbytes stores it: form -> folder."""
+
+    def save(form: str) -> Path:
+        folder = plain.parent / form
+        if not folder.exists():
+            wanted = BitsAndBytesConfig(**QUANTIZATIONS[form])
+            AutoModelForCausalLM.from_pretrained(plain, quantization_config=wanted).save_pretrained(folder)
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                shutil.copy(plain / name, folder)
+        return folder
+
+    return save
+
+
+def on(base, **changes):
+    return {
+        "model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "double"), [("nf4", True), ("fp4", False), ("int8", True)])
+def test_qlora_trains_on_a_quantised_base_as_it_is(workshop, quantized, capsys, caplog, form, double):
+    run = workshop.train("run", **on(quantized(form), adapter__kind="qlora"))
+    assert (
+        f"method      {form}{', doubly quantised' if form == 'nf4' else ''} (the base is saved so)"
+        in capsys.readouterr().err
+    )
+    saved = configs.read_yaml(run / "config.yaml")["adapter"]
+    assert (saved["quantization"], saved["double_quantization"]) == (form, double)
+    record = json.loads((run / "model/base_weights.json").read_text())["quantization"]
+    assert record.get("bnb_4bit_quant_type", "int8") == form
+    assert record.get("bnb_4bit_use_double_quant", double) == double
+    assert losses(run)[-1] < losses(run)[0]
+    assert [record for record in caplog.records if "MatMul8bitLt" in record.msg] == []
+
+
+def test_an_adapter_on_a_quantised_base_is_merged_into_what_that_holds(workshop, quantized, tmp_path):
+    run = workshop.train("run", **on(quantized("nf4"), adapter__kind="qlora"))
+    merged = export.merge([run / "model"], tmp_path / "merged")
+    assert merged.rounding < 1e-2
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+    export.load(tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "says"),
+    [
+        ({"adapter__kind": "full"}, "model.path", "quantised already (bitsandbytes nf4, doubly quantised)"),
+        ({"adapter__kind": "lora"}, "model.path", "set adapter.kind: qlora, or give the model before quantisation"),
+        ({"adapter__kind": "qlora", "adapter__quantization": "int8"}, "adapter.quantization", "int8, but the base is quantised already"),
+        ({"adapter__kind": "qlora", "adapter__double_quantization": False}, "adapter.double_quantization", "stays as it is"),
+        ({"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapter.init", "loftq needs the weights before quantisation"),
+    ],
+)  # fmt: skip
+def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(workshop, quantized, changes, key, says):
+    with pytest.raises(ConfigError, match=f"{key}: ") as caught:
+        workshop.check("run", **on(quantized("nf4"), **changes))
+    assert says in str(caught.value)
+
+
+def folder_with(tmp_path, config=None, files=()):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    for name in files:
+        (folder / name).write_text("{}")
+    return folder
+
+
+def refusal(base, **adapter):
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(
+            {"run": {"name": "a"}, "model": {"path": str(base)}, "data": {"train": "x"}, "adapter": adapter}
+        )
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(
+    ("said", "files", "name"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, (), "gptq, 4 bits"),
+        ({"quantization_config": {"quant_method": "awq", "w_bit": 4}}, (), "awq, 4 bits"),
+        ({"quantization_config": {"quant_method": "fp8"}}, (), "fp8"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, (), "mxfp4"),
+        ({"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, (), "compressed-tensors"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, (), "compressed-tensors"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, (), "MLX"),
+        ({}, ("quantize_config.json",), "gptq"),
+        ({}, ("hf_quant_config.json",), "modelopt"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_every_other_quantisation_is_refused_by_its_name(tmp_path, said, files, name, kind):
+    base = folder_with(tmp_path, {"model_type": "llama", **said}, ("model.safetensors", *files))
+    message = refusal(base, kind=kind)
+    assert f"{base} is quantised already ({name})" in message
+    assert "give the model before quantisation" in message
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"model_type": "bart", "is_encoder_decoder": True, "architectures": ["BartForConditionalGeneration"]}, "encoder-decoder"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "masked language model"),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "classifier"),
+        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "image classifier"),
+        ({"model_type": "mistral", "architectures": ["MistralModel"], "tie_word_embeddings": False}, "has no head"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value["model_type"],
+)  # fmt: skip
+def test_a_model_that_does_not_continue_text_is_named(tmp_path, said, says):
+    assert says in refusal(folder_with(tmp_path, said, ["model.safetensors"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "says"),
+    [
+        (None, (), "is an empty folder"),
+        (None, ("model.safetensors",), "has no config.json"),
+        (None, ("model.Q4_K_M.gguf",), "holds GGUF files"),
+        (None, ("consolidated.00.pth", "params.json"), "holds Meta's own format"),
+        ({"model_type": "llama"}, (), "has no weights"),
+        ({"model_type": "llama"}, ("model.gguf",), "has no weights (.safetensors), only GGUF"),
+        (None, ("adapter_config.json",), "is an adapter"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_model_is_named_in_one_line(tmp_path, config, files, says):
+    base = folder_with(tmp_path, config, files)
+    assert f"model.path: {base} {says}" in refusal(base)
+    file = tmp_path / "file.bin"
+    file.write_text("")
+    assert f"model.path: {file} is a file; give the folder it is in" in refusal(file)
+
+
+def test_a_folder_without_tokenizer_and_a_local_name_that_is_not_there_are_named(
+    workshop, plain, tmp_path, monkeypatch
+):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(plain / name, bare)
+    with pytest.raises(ModelError, match=f"{bare} has no tokenizer"):
+        workshop.check(**on(bare))
+    monkeypatch.chdir(tmp_path)
+    for name in ("bare/x", "./x", "x/", "../x", "a/b/c"):
+        with pytest.raises(ModelError, match="model.path: .*no such folder"):
+            workshop.check(**on(name))
+    with pytest.raises(ModelError, match="model.path: is empty"):
+        workshop.check(**on(""))
+
+
+def test_weights_in_pytorchs_own_format_are_taken(workshop, plain, tmp_path):
+    """transformers reads them without executing anything."""
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    base = tmp_path / "bin"
+    shutil.copytree(plain, base)
+    (base / "model.safetensors").unlink()
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    run = workshop.train(**on(base, train__max_steps=1))
+    assert (run / "model/model.safetensors").exists()
+
+
+def test_random_weights_of_a_quantised_models_shape_are_not_quantised(workshop, quantized):
+    run = workshop.train(
+        "run", model__init="random", model__path=str(quantized("nf4")), model__config=None, model__tokenizer=None, train__max_steps=1
+    )  # fmt: skip
+    assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
+
+
+def test_a_run_directory_and_an_adapter_are_named_with_what_to_write(workshop, plain):
+    run = workshop.train("lora", **on(plain, adapter__kind="lora", train__max_steps=1))
+    assert f"{run} is a run directory; its model is in {run}/model: write that" in refusal(run)
+    assert f"{run}/model is an adapter, not a model; to train it further give model.path: {plain} and adapter.path: {run}/model" in refusal(run / "model")  # fmt: skip
+    assert "give the causal language model" not in refusal(run / "model")
+    message = refusal(plain, kind="lora", path=str(run))
+    assert f"adapter.path: {run} is a run directory; its adapter is in {run}/model: write that" in message
+    message = refusal(plain, kind="lora", path=str(plain))
+    assert f"adapter.path: {plain} is a whole model, not an adapter" in message
