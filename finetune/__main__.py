@@ -9,7 +9,7 @@ import signal
 import sys
 
 from finetune import failures
-from finetune.config import once, paths
+from finetune.config import note_repeats, paths
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 COMMANDS = {
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             formatter_class=_Help,
         )
         if argv[:1] == [name]:
-            once(command)
+            note_repeats(command)
             importlib.import_module(module).add_arguments(command)
     commands.add_parser("train", help="one run in this process, as train.py; train --help lists every setting")
     commands.add_parser("launch", help="start train.py as `accelerate launch` does, and pass on signals and exit codes")

@@ -193,13 +193,11 @@ def test_a_config_may_stand_without_its_option(tmp_path):
     assert configs.parse([str(tmp_path / "run.yaml"), "--run.seed", "4"])[0].run.seed == 4
 
 
-@pytest.mark.parametrize(
-    "words", [["--run.seed", "1", "--run.seed=2"], ["--config", "a", "--config", "b"], ["--check", "--check"]]
-)
-def test_an_option_given_twice_is_refused(words):
-    option = words[0]
-    with pytest.raises(ConfigError, match=f"{option}: is given twice"):
-        configs.parse(words)
+def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(parse, capsys):
+    assert parse(yaml.safe_dump(COMPLETE), "--run.seed", "1", "--run.seed=2").run.seed == 2
+    assert capsys.readouterr().err == "note: --run.seed is given twice: '2' counts, not '1'\n"
+    parse(yaml.safe_dump(COMPLETE), "--run.seed", "2", "--run.seed=2")
+    assert not capsys.readouterr().err, "the same twice is no news"
 
 
 def test_an_option_without_its_value_is_refused_by_name(refusal):

@@ -260,8 +260,6 @@ def test_half_a_character_on_the_command_line_is_named(capsys):
     assert r"\ud83d: holds half a character" in capsys.readouterr().err
 
 
-def test_an_option_given_twice_is_an_error(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["chat", "--model", "a", "--model", "b"])
-    assert caught.value.code == 2
-    assert "argument --model: is given twice" in capsys.readouterr().err
+def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(capsys):
+    assert main(["chat", "--model", "a", "--model", "/no/such/folder", "--prompt", "x"]) == 2
+    assert "note: --model is given twice: '/no/such/folder' counts, not 'a'\n" in capsys.readouterr().err

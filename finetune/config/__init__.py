@@ -1,6 +1,6 @@
 """The run config: typed, strict and documented. YAML file + command line -> one Config. No torch.
 
-Every field has its default in `fields` and nowhere else, and the line of text under it is at once
+Every field has its default in `fields` and nowhere else, and the line of text under it is at note_repeats
 its documentation, its `--help` and its description in the JSON schema.
 """
 
@@ -22,7 +22,7 @@ from finetune.config.reader import (
     from_dict,
     from_yaml,
     json_schema,
-    once,
+    note_repeats,
     parse,
     read_yaml,
     to_yaml,
@@ -31,5 +31,5 @@ from finetune.config.rules import conflicts
 
 __all__ = [
     "PADDED_ATTENTION", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation", "base", "conflicts",
-    "differences", "flatten", "from_dict", "from_yaml", "json_schema", "once", "parse", "paths", "read_yaml", "to_yaml", "usual_lr",
+    "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats", "parse", "paths", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
@@ -35,7 +36,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    once(parser)
+    note_repeats(parser)
     parser.add_argument("--config", metavar="FILE", help="YAML run config")
     parser.add_argument(
         "--check", action="store_true", help="preflight: everything that can be known without loading weights"
@@ -173,26 +174,23 @@ def _takes_only_lists(model: type[Section], name: Any) -> bool:
     }
 
 
-def once(parser: argparse.ArgumentParser) -> None:
-    """Options of this parser given twice are an error: argparse would take the last in silence."""
+def note_repeats(parser: argparse.ArgumentParser) -> None:
+    """Say which value counts where options of this parser are given twice: the last, so that a command can be extended.
 
-    def refused(action: type[argparse.Action]) -> type[argparse.Action]:
-        class Once(action):  # type: ignore[valid-type, misc]
-            def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-                given = parser.__dict__.setdefault("_given", set())
-                if option_string and self.dest in given:
-                    raise argparse.ArgumentError(self, "is given twice; give it once")
-                given.add(self.dest)
-                super().__call__(parser, namespace, values, option_string)
+    argparse takes it in silence.
+    """
 
-        return Once
+    class Last(argparse._StoreAction):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            given = parser.__dict__.setdefault("_given", {})
+            if option_string and given.setdefault(self.dest, values) != values:
+                dropped, kept = _shown(str(given[self.dest])), _shown(str(values))
+                print(f"note: {option_string} is given twice: {kept} counts, not {dropped}", file=sys.stderr)
+                given[self.dest] = values
+            super().__call__(parser, namespace, values, option_string)
 
-    for name, action in (
-        (None, argparse._StoreAction),
-        ("store", argparse._StoreAction),
-        ("store_true", argparse._StoreTrueAction),
-    ):
-        parser.register("action", name, refused(action))
+    for name in (None, "store"):
+        parser.register("action", name, Last)
 
 
 class _Parser(argparse.ArgumentParser):
