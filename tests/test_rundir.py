@@ -52,7 +52,10 @@ def test_a_line_that_cannot_be_read_is_said_and_kept_beside(workshop, ended, cap
     log.write_text(whole + '{"step": 3}\n' + '{"step": 4, "eva')
     damaged = log.read_text()
     workshop.train(**SETTINGS)
-    assert f"note: {log}: 1 damaged lines, the first is line {whole.count(chr(10)) + 1}," in capsys.readouterr().err
+    assert (
+        f"note: {log}: damaged lines are left out: 1, from line {whole.count(chr(10)) + 1} on"
+        in capsys.readouterr().err
+    )
     assert log.with_name("eval.jsonl.damaged").read_text() == damaged
     assert log.read_text() == whole
 
@@ -86,8 +89,15 @@ def test_a_folder_where_a_file_belongs_is_named(workshop, name):
         workshop.train()
 
 
-@pytest.mark.parametrize("damage", ["one bit", "shorter", "missing"])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", "one bit"),
+        ("model.safetensors", "missing"),
+        ("tokenizer.json", "shorter"),
+        ("config.json", "one bit"),
+    ],
+)
 def test_a_damaged_export_is_not_complete_and_is_done_again(workshop, capsys, name, damage):
     run = workshop.train()
     path = run / "model" / name

@@ -156,8 +156,8 @@ class RunDirectory:
     def template_date(self, config: Config) -> str:
         """The day that a template was given at the first start of this run, or of the run it repeats; else today."""
         of = self.path if config.run.replay_of is None else Path(config.run.replay_of)
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a damaged receipt is said elsewhere
-            return str(date.fromisoformat(json.loads((of / "receipt.json").read_text())["template_date"]))
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged receipt is said elsewhere
+            return str(date.fromisoformat(_read(of / "receipt.json")[0]["template_date"]))
         return str(date.today())
 
     def receipt(self) -> dict[str, Any]:
@@ -311,7 +311,7 @@ class RunDirectory:
                 beside = log.with_name(f"{log.name}.damaged")
                 shutil.copyfile(log, beside)
                 notes.append(
-                    f"note: {log}: {len(damaged)} damaged lines, the first is line {damaged[0]}, are left out; "
+                    f"note: {log}: damaged lines are left out: {len(damaged)}, from line {damaged[0]} on; "
                     f"the file as it was is {beside}"
                 )
             write_atomically(log, "".join(line + "\n" for line in kept))
