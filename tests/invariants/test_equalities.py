@@ -7,7 +7,7 @@ from conftest import TINY_LLAMA, Workshop, losses, pairs, read_jsonl, write_json
 from safetensors.torch import load_file
 
 from finetune.data.batches import Batches, Sequences
-from finetune.data.rows import sources
+from finetune.data.readers import sources
 from finetune.data.tokens import Options, prepare
 from finetune.engine import step as steps
 
@@ -108,7 +108,7 @@ def test_packed_and_unpacked_give_the_same_loss_for_every_token(tmp_path, bytes_
     template = templates.load("question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {})
     options = Options("question_answer", {}, "line", None, "completion", 256, "error")
     rows = write_jsonl(tmp_path / "rows.jsonl", pairs(12))
-    examples = prepare(sources(str(rows), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache"))
+    examples = prepare(sources(str(rows), None).train, template, bytes_tokenizer, options, str(tmp_path / "cache"))
     model = tiny_model(**architecture)
 
     def losses_by_example(packing):
