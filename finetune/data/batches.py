@@ -8,6 +8,7 @@ from the position alone: any number of processes makes the same steps.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class Batch:
             return inputs | {"attention_mask": self.attention_mask}
         return inputs | {
             "cu_seq_lens_q": self.bounds, "cu_seq_lens_k": self.bounds,
-            "max_length_q": max(self.lengths), "max_length_k": max(self.lengths), "document_lengths": self.lengths,
+            "max_length_q": max(self.lengths), "max_length_k": max(self.lengths), "document_lengths": SimpleNamespace(values=self.lengths),
             **({"sequence_group": self.group} if self.group else {}),
         }  # fmt: skip
 

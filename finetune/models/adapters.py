@@ -58,6 +58,7 @@ def apply(
     saved.base_model_name_or_path = os.path.abspath(base.path) if base.path and os.path.isdir(base.path) else base.path
     saved.revision = base.revision
     adapted.base_record = record
+    adapted.start_rewrites_base = adapter.init == "pissa" and not adapter.path
     for parameter in adapted.parameters():  # 16 bits would lose most steps of a norm, a bias or an embedding
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -6,6 +6,7 @@ the sum of n^2, not T^2.
 """
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -85,13 +86,14 @@ def attend_within_documents(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    document_lengths: tuple[int, ...] | None = None,
+    document_lengths: SimpleNamespace | None = None,
     sequence_group: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, KV, T, D] -> ([1, T, H, D], None).
 
-    `document_lengths`: the bounds as the host knows them. Where a group of processes shares the
+    `document_lengths.values`: the bounds as the host knows them; inside an object, as a compiled layer
+    would be compiled anew for each length of a tuple. Where a group of processes shares the
     sequence, T is that of the own stretch, and bounds are those of the whole. Raises ModelError for
     what it would otherwise ignore: soft caps, sinks, position biases.
     """
@@ -115,7 +117,7 @@ def attend_within_documents(
 
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
-    lengths: tuple[int, ...] | None, scaling: float | None, dropout: float, sliding_window: int | None,
+    lengths: SimpleNamespace | None, scaling: float | None, dropout: float, sliding_window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """query [1, H, T, D], key and value [1, KV, T, D], bounds int32 [documents + 1] -> [1, T, H, D]"""
     if query.shape[1] % key.shape[1]:
@@ -129,7 +131,7 @@ def _attend(
         out, _ = documents.one_by_one(query, key, value, bounds, scale, sliding_window or 0)
         return out
     if lengths is None:  # a call without a batch: this waits for the device
-        lengths = tuple(documents.lengths_of(bounds))
+        lengths = SimpleNamespace(values=documents.lengths_of(bounds))
     return _one_by_one(query, key, value, lengths, scale, dropout, sliding_window or 0)
 
 
@@ -158,7 +160,7 @@ def _varlen(
 
 @torch.compiler.disable  # a loop over lengths, which would be compiled anew for each pack
 def _one_by_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scale: float, dropout: float, window: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: SimpleNamespace, scale: float, dropout: float, window: int
 ) -> torch.Tensor:  # fmt: skip
     """PyTorch's own attention, a document at a time: for float32, dropout, large heads and older GPUs."""
     key, value = _repeated(query, key), _repeated(query, value)
@@ -166,7 +168,7 @@ def _one_by_one(
         F.scaled_dot_product_attention(
             query[:, :, part], key[:, :, part], value[:, :, part], attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scale
         ).transpose(1, 2)
-        for part, band in documents.each(lengths, window, query.device)
+        for part, band in documents.each(lengths.values, window, query.device)
     ]  # fmt: skip
     return torch.cat(outputs, dim=1)
 
@@ -237,14 +239,14 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
 
 
 def logits_differ(one_TV: torch.Tensor, other_TV: torch.Tensor, tolerance: float, has_experts: bool) -> bool:
-    """Whether two answers to the same tokens differ by more than rounding does.
+    """Whether two answers to the same tokens differ by more than rounding does; NaN differs.
 
-    In a mixture of experts rounding may send a token, whose two best experts are nearly equal, to
-    the other one, which moves its logits by tens of percent: there most tokens must differ. What
-    the probes look for (a leak, another scale, a cap) moves all tokens but the first of a document.
+    In a mixture of experts rounding may send a token, whose two best experts are nearly equal, to the other one, which moves
+    its logits by tens of percent: there a quarter of the tokens may differ. What the probes look for moves more of them: a
+    leak, another scale and a cap all but the first of a document, a convolution over four tokens three of the probe's seven.
     """
-    worst_T = (one_TV - other_TV).abs().amax(-1)
-    return bool((worst_T.median() if has_experts else worst_T.max()) > tolerance)
+    differ_T = ~((one_TV - other_TV).abs().amax(-1) <= tolerance)
+    return bool(differ_T.float().mean() > (0.25 if has_experts else 0.0))
 
 
 def inputs_of(tokens: torch.Tensor, lengths: list[int], base: Any) -> dict[str, Any]:
@@ -252,11 +254,11 @@ def inputs_of(tokens: torch.Tensor, lengths: list[int], base: Any) -> dict[str, 
     device = tokens.device
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     longest = max(lengths)
-    documents = {
+    of_documents = {
         "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
-        "document_lengths": tuple(lengths),
+        "document_lengths": SimpleNamespace(values=lengths),
     }  # fmt: skip
-    separate = {"attention_mask": torch.ones_like(tokens)} if pads(base.config._attn_implementation) else documents
+    separate = {"attention_mask": torch.ones_like(tokens)} if pads(base.config._attn_implementation) else of_documents
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
     return {"input_ids": tokens, "position_ids": positions, "use_cache": False, **separate}
 

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import nn
 from finetune.errors import ModelError
 
 FILE = "base_weights.json"  # beside an adapter
+# What bitsandbytes saves beside the bytes of a quantised weight.
+SCALES = re.compile(r"\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)$")
 COMPARED = torch.bfloat16  # what values are rounded to before they are hashed: a base may be loaded in another dtype
 
 
@@ -87,19 +90,26 @@ def hashes(model: nn.Module) -> dict[str, str]:
 def fingerprints(model: nn.Module) -> tuple[str, str]:
     """(of the weights that do not train, of all): every byte of every tensor that the model would save.
 
-    Threads hash at once, as an 8B model in 16 bits has 16 GB: seconds on the cores that such a machine has.
+    Scales of quantised weights are left out: bitsandbytes takes a mean over them, whose last bit depends on the GPU. Where
+    a start of adapters has rewritten the base, by a decomposition whose last bits depend on the number of threads, the base
+    counts as it was before. Threads hash at once, as an 8B model in 16 bits has 16 GB: seconds on the cores of such a machine.
     """
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    saved = model.state_dict().items()
+    tensors = {name: value for name, value in saved if isinstance(value, torch.Tensor) and not SCALES.search(name)}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = dict(zip(tensors, pool.map(_digest, tensors.values())))
-    frozen = {name: digest for name, digest in digests.items() if name not in trained}
+    frozen: Any = {name: digest for name, digest in digests.items() if name not in trained}
+    if getattr(model, "start_rewrites_base", False):
+        frozen = model.base_record["weights"]
     return tuple(hashlib.sha256(repr(part).encode()).hexdigest()[:32] for part in (frozen, digests))  # type: ignore[return-value]
 
 
 def _digest(tensor: torch.Tensor) -> str:
     raw = tensor.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype} ".encode() + memoryview(raw.numpy())).hexdigest()
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
+    digest.update(memoryview(raw.numpy()))
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------- identity
