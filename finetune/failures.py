@@ -13,7 +13,14 @@ from finetune.errors import DeviceError, FinetuneError, Outage, OutOfMemory, Top
 MOST_LETTERS = 300  # of a library's words; CUDA's allocator writes a paragraph
 
 # How libraries report it without an OutOfMemoryError: PyTorch on a CPU, cuBLAS, and CUDA's driver, also to NCCL.
-NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Cuda failure 2")
+NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "Cuda failure 2",
+    "cudaError: 2",
+)
 # What gloo says when a connection breaks. It names its own source first; another library's connection is no process of ours.
 BROKEN = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting")
 # What the store says, by which processes find each other, and NCCL.
@@ -23,7 +30,11 @@ DEVICE = re.compile(
     r"|\bECC\b|devices? (is |are )?busy"
 )
 # A device that this machine does not have: the next attempt would not find it either.
-NO_DEVICE = re.compile(r"requires?\b|required|not compiled|is_available\(\) is False|capability|only (be )?supported")
+# Nor is a library without code for this GPU found by trying again, or a tensor that is on another device than it must be.
+NO_DEVICE = re.compile(
+    r"requires?\b|required|not compiled|is_available\(\) is False|capability|only (be )?supported"
+    r"|no kernel image|binary not found|expected \w+ tensor|with arguments from the"
+)
 DISK = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -111,7 +122,7 @@ def _chain(exc: BaseException | None) -> Iterator[BaseException]:
     chain: dict[int, BaseException] = {}
     while exc is not None and id(exc) not in chain:
         chain[id(exc)] = exc
-        exc = exc.__cause__ or exc.__context__
+        exc = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
     offline = any("OfflineModeIsEnabled" in f"{type(each).__name__}: {each}" for each in chain.values())
     yield from () if offline else chain.values()
 

@@ -170,8 +170,11 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
         )
     from finetune.plan import choice
 
+    limit = min(
+        topology.processes.gather(choice.capacity_here(topology.device))
+    )  # others may be at work on one of the GPUs
     size, reserved, why = topology.on_main(
-        lambda: choice.automatic(config, topology.wish, topology.device, topology.precision)
+        lambda: choice.automatic(config, topology.wish, topology.device, topology.precision, limit)
     )
     if topology.is_main:
         say(why)

@@ -46,7 +46,9 @@ def run(how, tensors, *arguments):
 
 
 def ours(query, key, value, lengths, window):
-    return attention._attend(query, key, value, bounds_of(lengths), max(lengths), SimpleNamespace(values=lengths), None, 0.0, window)
+    return attention._attend(
+        query, key, value, bounds_of(lengths), max(lengths), SimpleNamespace(values=lengths), None, 0.0, window
+    )
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -281,7 +281,7 @@ def test_the_fewest_processes_are_the_first_whose_parts_fit():
     assert chooser.fewest_processes(Wish("fsdp2", 8, num_replicas=2, num_context=2), 1e15) == 4, (
         "two replicas of two that share"
     )
-    assert chooser.fewest_processes(Wish("ddp", 2), chooser.forecast(SINGLE, 1).peak) == 1
+    assert chooser.fewest_processes(Wish("ddp", 2), chooser.forecast(SINGLE, 1).peak) == 1, "one process has no buckets"
     assert chooser.fewest_processes(Wish("ddp", 2), peak(1) / 2) is None, "each holds all of it"
     assert chooser.fewest_processes(SINGLE, peak(1) / 2) is None
 
@@ -370,7 +370,7 @@ def test_every_part_of_a_forecast_is_what_arithmetic_says():
     #           weights, float32, optimizer, gradients, average, copied by a checkpoint, CUDA with NCCL
     wanted = [
         (Wish("single", 1), (4 * n, 0, 8 * n, 4 * n, 4 * n, 16 * n, 0.6e9)),
-        (Wish("ddp", 8), (4 * n, 0, 8 * n, 4 * n, 4 * n, 2 * n, 1e9)),
+        (Wish("ddp", 8), (4 * n, 0, 8 * n, 0, 4 * n, 2 * n, 1e9)),  # its gradients are in the buckets
         (Wish("fsdp2", 8), (n / 2, 0, n, n / 2, n / 2, 2 * n, 1e9)),
         (Wish("zero1", 8, deepspeed={"zero_optimization": zero}), (2 * n, n / 2, n, 2 * n, 0, 1.5 * n, 1e9)),
         (Wish("zero2", 8, deepspeed={"zero_optimization": zero}), (2 * n, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
@@ -382,9 +382,15 @@ def test_every_part_of_a_forecast_is_what_arithmetic_says():
         sizes = [*(found.device.get(name, 0) for name in names), found.host["checkpoint"], found.device["CUDA"]]
         assert sizes == pytest.approx(parts), wish.name
         moving = found.peak - sum(
-            size for name, size in found.device.items() if name in (*names[:3], "average", "CUDA")
+            size for name, size in found.device.items() if name in (*names[:3], "average", "CUDA", "buckets")
         )
         assert moving > max(found.device["gradients"], found.device["activations"]), wish.name
+    buckets = chooser.forecast(Wish("ddp", 8)).device["buckets"]
+    assert buckets == pytest.approx(4 * n)
+    accumulates = chooser.forecast(Wish("ddp", 2)).device
+    assert (accumulates["buckets"], accumulates["gradients"]) == pytest.approx((4 * n, 4 * n)), (
+        "until the first step is over"
+    )
 
 
 def test_zero_keeps_quantised_weights_as_they_are():

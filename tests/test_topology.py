@@ -171,3 +171,30 @@ def test_each_process_takes_its_own_gpu_before_it_asks_what_that_can_do(monkeypa
         monkeypatch.setenv("LOCAL_RANK", rank)
         topology._take_own_gpu()
     assert taken == [0, 1]
+
+
+def test_gradients_of_ddp_stay_in_its_buckets_from_step_to_step():
+    """Forgotten and made anew, they would lie beside the buckets until the last pass of each step."""
+    import torch
+    from accelerate import Accelerator
+    from torch import distributed
+
+    from finetune.engine.topology.replicated import Replicated
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        shared = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        replicated = Replicated(Accelerator(cpu=True), lambda action: action())
+        replicated.num_processes = 2
+        for _ in range(2):
+            with shared.no_sync():
+                shared(torch.ones(2, 4)).sum().backward()
+            storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters()}
+            shared(torch.ones(2, 4)).sum().backward()
+            replicated.move(shared, optimizer, 1.0)
+        assert len(storages) == 1
+    finally:
+        distributed.destroy_process_group()

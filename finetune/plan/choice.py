@@ -39,6 +39,11 @@ def capacity(device: torch.device, processes_here: int = 1) -> float:
     return min(limits) * (1 - SLACK) / processes_here
 
 
+def capacity_here(device: torch.device) -> float:
+    """As `capacity`, of a process that the launcher has started."""
+    return capacity(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def shape(config: Config, micro_batch_size: int | None = None, length: int | None = None) -> Shape:
     """The largest micro-batch there can be: sequences of data.max_length, all of which is learned."""
     given, length = config.train.micro_batch_size, length or config.data.max_length
@@ -130,9 +135,12 @@ def micro_batches(config: Config, wish: Wish) -> list[int]:
     return _divisors(config.train.global_batch_size * wish.num_context // wish.num_processes)
 
 
-def automatic(config: Config, wish: Wish, device: torch.device, precision: str) -> tuple[int, int, str]:
-    """(micro-batch, bytes of optimizer state and averages on the device, why), for processes that are running. Raises ConfigError if none fits."""
-    chooser, limit = _here(config, wish, device, precision)
+def automatic(config: Config, wish: Wish, device: torch.device, precision: str, limit: float) -> tuple[int, int, str]:
+    """(micro-batch, bytes of optimizer state and averages on the device, why), for processes that are running.
+
+    `limit`: bytes that the process with the least may use. Raises ConfigError if none fits.
+    """
+    chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
     size = chooser.largest_micro_batch(wish, limit)
     forecast = chooser.forecast(wish, size or 1)
     said = f"{forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB by forecast"
@@ -148,7 +156,7 @@ def automatic(config: Config, wish: Wish, device: torch.device, precision: str) 
 
 def advice(config: Config, wish: Wish, device: torch.device, precision: str) -> str:
     """What was forecast for a process that ran out of memory, and the next setting to try."""
-    chooser, limit = _here(config, wish, device, precision)
+    chooser, limit = Chooser(config, precision=precision, on_gpu=device.type == "cuda"), capacity_here(device)
     size = config.micro_batch_size
     forecast = chooser.forecast(wish)
     said = f"forecast: {forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
@@ -157,11 +165,6 @@ def advice(config: Config, wish: Wish, device: torch.device, precision: str) -> 
         return f"{said}, which would fit: look for what else uses the memory, or try train.micro_batch_size: {smaller}"
     other = chooser.cheapest_change(wish, limit if forecast.peak > limit else 0.95 * forecast.peak)
     return f"{said}; try {other}" if other else f"{said}; take more processes, or shorter sequences (data.max_length)"
-
-
-def _here(config: Config, wish: Wish, device: torch.device, precision: str) -> tuple[Chooser, float]:
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Chooser(config, precision=precision, on_gpu=device.type == "cuda"), capacity(device, processes)
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:

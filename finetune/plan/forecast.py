@@ -72,8 +72,13 @@ class Forecaster:
         held, traced = self._held(wish), self._trace(wish, shape)
         at_once = shape.num_sequences * wish.num_processes // wish.num_context
         accumulates = self.config.train.global_batch_size > at_once
+        if (
+            wish.kind == "ddp"
+        ):  # its buckets are there from the start; in the first step what accumulates lies beside them
+            held.staying["buckets"] = self.weights.trained
+            held.gradients = held.gradients if accumulates else 0.0
         pass_itself = traced.passing + (held.gradients if accumulates else 0.0)
-        if not wish.is_sharded and not accumulates:
+        if wish.kind == "single" and not accumulates:
             pass_itself = traced.both  # gradients grow while activations go
         moving = max(sum(held.passing.values()) + pass_itself, held.gradients + held.at_end)
         looking = self._looking(wish, shape) if self.config.evaluation.micro_batch_size else 0.0

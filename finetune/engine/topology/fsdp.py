@@ -66,7 +66,9 @@ class Fsdp2:
         whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
         if head is not None and not _share_weights(embedding, head):
-            fully_shard(head, mesh=self.mesh, reshard_after_forward=True, mp_policy=half, offload_policy=offload)
+            # `models/head.py` calls it twice a pass: it stays whole in between, and until its backward pass.
+            fully_shard(head, mesh=self.mesh, reshard_after_forward=False, mp_policy=half, offload_policy=offload)
+            root.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else head.reshard())
             # By itself, it is whole during the lookup only, and not until the end of the pass.
             fully_shard(embedding, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)
         fully_shard(root, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)

@@ -31,6 +31,8 @@ class Replicated:
         optimizer = make_optimizer(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DDP's notes on bucket views say nothing a user could act on
+            # torch 2.13 has another name for it, which Accelerate does not know yet.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
             model, optimizer = self.accelerator.prepare(model, optimizer)
         if self.num_processes > 1 and not isinstance(model, nn.parallel.DistributedDataParallel):
             raise ConfigError(
@@ -56,7 +58,8 @@ class Replicated:
         finite = math.isfinite(norm)
         if finite or self.accelerator.scaler is not None:
             optimizer.step()
-        optimizer.zero_grad()
+        # Under DDP gradients stay where they are, in its buckets: new ones would lie beside them until the last pass of a step.
+        optimizer.zero_grad(set_to_none=self.num_processes == 1)
         return norm, finite
 
     def whole(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:

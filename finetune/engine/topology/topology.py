@@ -53,7 +53,7 @@ class Topology:
         # ends the process (SIGABRT), and `python -m finetune launch` writes the outcome. 0 would wait until train.hang_minutes
         # are over, 1 first aborts the communicators, which may hang, and 2 would go on training with what a broken
         # collective has left in the gradients. (ErrorHandlingMode in torch's ProcessGroupNCCL.hpp.)
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
         try:
             self.accelerator = Accelerator(
                 cpu=not cuda,
@@ -63,8 +63,8 @@ class Topology:
                 kwargs_handlers=[
                     # A weight is used once a pass: kept, its 16 bits only take memory.
                     AutocastKwargs(cache_enabled=False),
-                    # Gradients lie in DDP's buckets, not beside them: 32 GB less for 8B in float32. Buffers
-                    # (rotary frequencies) are constants, so `Replicated` sends them once.
+                    # Gradients lie in DDP's buckets, not beside them: for 8B in float32 32 GB less, once the first step
+                    # is over. Buffers (rotary frequencies) are constants, so `Replicated` sends them once.
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
                     InitProcessGroupKwargs(
                         timeout=timedelta(minutes=launch.join_minutes()),
