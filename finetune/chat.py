@@ -1,14 +1,16 @@
 """Talk to a model in the terminal."""
 
 import argparse
+import re
 import sys
 
 import torch
 
 from finetune import export
 from finetune.config.base import model_argument, require_model
+from finetune.data import templates
 from finetune.data.rows import Message
-from finetune.errors import ModelError
+from finetune.errors import DataError, ModelError
 from finetune.evaluation import generation
 
 
@@ -43,7 +45,15 @@ def main(arguments: argparse.Namespace) -> None:
     start = [Message("system", arguments.system)] if arguments.system else []
 
     def answer(messages: list[Message]) -> str:
-        prompt = generation.chat_prompt(tokenizer, messages)
+        try:
+            prompt = generation.chat_prompt(tokenizer, messages)
+        except DataError as exc:
+            about = str(exc).removeprefix(f"{templates.PROMPT}: ")
+            if found := re.search("; it (needs a|takes no) system message$", about):
+                about = (
+                    f"--system: {arguments.model}'s chat template {found[1]} system message: {about[: found.start()]}"
+                )
+            raise ModelError(about) from exc
         return generation.answers(
             model,
             tokenizer,

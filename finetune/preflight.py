@@ -87,8 +87,14 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
         )
 
     template = _template(wanted, format, tokenizer, date)
-    train, evals, known, num_rows = _examples(config, sources, template, tokenizer)
+    options = tokens.Options(
+        wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
+        OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
+    )  # fmt: skip
+    train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options)
     template = replace(template, learn_opening=train.learn_opening)
+    if config.objective.kind != "clm":
+        template = replace(template, example=tokens.first_that_fits(sources.train, template, options))
     kept = template if config.objective.kind != "clm" else None
     of_base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     topology.on_main(lambda: export.rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
@@ -136,14 +142,10 @@ def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str
 
 
 def _examples(
-    config: Config, sources: readers.Sources, template: templates.Template, tokenizer: Any
+    config: Config, sources: readers.Sources, template: templates.Template, tokenizer: Any, options: tokens.Options
 ) -> tuple[Any, Any, int, int]:
     """What is trained on, what is held out (or None), how much of that is trained on all the same, and the rows there are."""
     wanted, seed = config.data, config.run.seed
-    options = tokens.Options(
-        wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
-        OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
-    )  # fmt: skip
     train = tokens.prepare(sources.train, template, tokenizer, options, config.cache_dir)
     asked = replace(template, learn_opening=train.learn_opening)
     evals = tokens.prepare(sources.eval, asked, tokenizer, options, config.cache_dir) if sources.eval else None
@@ -395,11 +397,13 @@ def _marked(examples: Any, tokenizer: Any) -> str:
     """The first example decoded, its supervised runs in double brackets."""
     part = slice(examples.starts[0], examples.ends[0])
     ids, supervised = np.asarray(examples.input_ids[part]), np.asarray(examples.supervised[part])
-    cuts = np.flatnonzero(np.diff(supervised)) + 1
+    cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1), len(ids)]
+    # Not run by run: some tokenizers take a space from the beginning of what they decode.
+    until = [tokenizer.decode(ids[:cut].tolist(), clean_up_tokenization_spaces=False) for cut in cuts]
     text = ""
-    for run, learned in zip(np.split(ids, cuts), supervised[[0, *cuts]]):
-        piece = tokenizer.decode(run.tolist(), clean_up_tokenization_spaces=False)
-        text += f"[[{piece}]]" if learned else piece
+    for start, before, after in zip(cuts, until, until[1:]):
+        piece = after[len(before) :]
+        text += f"[[{piece}]]" if supervised[start] else piece
     text = (
         text
         if len(text) <= SHOWN_CHARACTERS

@@ -150,6 +150,25 @@ def test_a_chat_template_that_fails_is_exit_2(base_and_its_rows, capsys, argumen
     )
 
 
+@pytest.mark.parametrize(
+    ("refused", "arguments", "says"),
+    [("==", ["--system", "Be brief."], "--system: {}'s chat template takes no system message"), ("!=", [], "--system: {}'s chat template needs a system message")],
+)  # fmt: skip
+def test_chat_names_the_option_where_a_template_does_not_take_the_system_message(
+    base_and_its_rows, capsys, refused, arguments, says
+):
+    model, _ = base_and_its_rows
+    (model / "chat_template.jinja").write_text(
+        "{% if messages[0].role "
+        + refused
+        + " 'system' %}{{ raise_exception('not so') }}{% endif %}{{ messages[-1].content }}"
+    )
+    assert main(["chat", "--prompt", "hi", *arguments, "--model", str(model)]) == 2
+    said = capsys.readouterr().err
+    assert says.format(model) in said
+    assert "TemplateError: not so" in said
+
+
 def test_of_several_chat_templates_the_default_is_asked(base_and_its_rows, capsys):
     model, rows = base_and_its_rows
     more = model / "additional_chat_templates"

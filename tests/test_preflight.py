@@ -1,7 +1,13 @@
 """Settings that do nothing in this run, and what the model asks for in vain, are notes of the summary."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
-from conftest import TINY_LLAMA
+from conftest import TINY_LLAMA, write_jsonl
+
+from finetune import preflight
+from finetune.errors import ConfigError
 
 MIXTRAL = {**TINY_LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 WITH_EVAL = {"data__eval_fraction": 0.2, "train__max_steps": None}  # 32 rows in 4 steps
@@ -54,3 +60,47 @@ def test_settings_that_do_something_are_not_noted(workshop, capsys):
 def test_a_rate_that_suits_the_method_is_taken_and_said(workshop, capsys, optimizer, lr):
     workshop.check(optimizer__lr=None, optimizer__kind=optimizer)
     assert f"{optimizer}, lr {lr} (usual), linear" in capsys.readouterr().err
+
+
+def test_the_first_example_is_shown_with_its_spaces():
+    """SentencePiece takes the space from the beginning of what it decodes."""
+    from test_tokens import like_llama
+
+    tokenizer = like_llama()
+    ids = tokenizer("What ever is it", add_special_tokens=False)["input_ids"]
+    supervised = np.array(["ever" in tokenizer.convert_ids_to_tokens(i) for i in ids])
+    example = SimpleNamespace(starts=[0], ends=[len(ids)], input_ids=np.array(ids), supervised=supervised)
+    assert preflight._marked(example, tokenizer) == "  | What[[ ever]] is it"
+
+
+def test_rows_that_fit_a_template_are_trained_though_the_shortest_conversation_does_not_fit(workshop):
+    """As DeepSeek-R1's: the prompt opens the thoughts, and each row begins with them."""
+    from test_templates import OPENS_AND_KEEPS
+
+    from finetune import export
+
+    (workshop.folder / "r1.jinja").write_text(OPENS_AND_KEEPS)
+    write_jsonl(workshop.rows, [{"question": f"{n}?", "answer": f"<think>\nhm\n</think>\n\n{n}"} for n in range(20)])
+    run = workshop.train(data__template=str(workshop.folder / "r1.jinja"), train__max_steps=1)
+    tokenizer, model = export.load_tokenizer(run / "model"), export.load(run / "model")
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
+
+
+def test_a_template_that_ends_answers_with_text_gives_a_model_that_stops_at_eos(workshop):
+    from test_templates import ENDS_IN_TEXT
+
+    from finetune import export
+
+    (workshop.folder / "lines.jinja").write_text(ENDS_IN_TEXT["a line"])
+    run = workshop.train(data__template=str(workshop.folder / "lines.jinja"), train__max_steps=1)
+    tokenizer, model = export.load_tokenizer(run / "model"), export.load(run / "model")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_system_prompt_that_the_template_drops_is_refused(workshop):
+    from test_templates import WITHOUT_SYSTEM
+
+    (workshop.folder / "drops.jinja").write_text(WITHOUT_SYSTEM)
+    workshop.check(data__template=str(workshop.folder / "drops.jinja"))
+    with pytest.raises(ConfigError, match=r"^data\.system_prompt: would be ignored"):
+        workshop.check(data__template=str(workshop.folder / "drops.jinja"), data__system_prompt="Be brief.")

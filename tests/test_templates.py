@@ -7,7 +7,7 @@ import pytest
 from finetune.data import templates
 from finetune.data.rows import Conversation, Message, Place
 from finetune.data.templates import Template
-from finetune.errors import DataError, UserError
+from finetune.errors import ConfigError, DataError, UserError
 
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 VOCABULARY = {"<|im_start|>": 1, "<|im_end|>": 2, "<|eot|>": 3, "<start_of_turn>": 4, "<end_of_turn>": 5, "word": 6}
@@ -241,10 +241,26 @@ def test_the_token_that_ends_an_answer_is_known(name, token):
     assert template(name).stop_token() == token
 
 
-def test_a_template_that_ends_no_turn_says_so_and_only_the_answer_is_learned():
-    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    assert chat(source).stop_token() is None
-    assert supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine")) == ["Hello", "Fine"]
+ENDS_IN_TEXT = {
+    "a line": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    "a word": "{% for m in messages %}{{ m.role }}: {{ m.content }}[END]{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    "a header": "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("source", ENDS_IN_TEXT.values(), ids=ENDS_IN_TEXT)
+def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
+    """The EOS comes behind it: the model can reach it, and its answers hold no text of the template."""
+    own, whole = chat(source), conversation("Hi", "Hello", "And?", "Fine")
+    assert own.stop_token() is None
+    assert supervised(own, conversation("Hi", "Hello")) == ["Hello"]
+    assert rendered(own, conversation("Hi", "Hello")) == own.prompt(whole.messages[:1]) + "Hello"
+    asked, learned = own.segments(whole, "last_turn")
+    assert (asked.text, learned.text) == (own.prompt(whole.messages[:3]), "Fine")
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl:3: data\.template 'chat' .* set data\.loss_on: last_turn, or use a template"
+    ):
+        own.segments(whole)
 
 
 # {% generation %} marks
@@ -299,6 +315,12 @@ HIDES_THOUGHTS = """\
 POINTS_AT_THE_LAST = """\
 {%- for m in messages %}{{ ('(now) ' if loop.last else '') + m.role + ': ' + m.content + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+WRITES_TWICE = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}<|eot|>{% endfor %}"
+)
+MARKS_THE_SECOND = WRITES_TWICE.replace(
+    "%}{{ m.content }}{% endif", "%}{% generation %}{{ m.content }}{% endgeneration %}{% endif"
+)
 RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}"
 
 
@@ -308,6 +330,9 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
         (DROPS, ("Hi", "Hello"), "drops the answer in message 2 ('Hello'); use another data.template"),
         (DROPS_EARLIER, ("Hi", "Hello", "And?", "Fine"), "drops the answer in message 2 ('Hello')"),
         (SHOUTS, ("Hi", "Hello"), "drops or rewrites the answer 'Hello'"),
+        (SHOUTS, ("Hi", "HELLO"), "drops or changes the user message 1 ('Hi')"),
+        (WRITES_TWICE, ("Hi", "Hello"), "writes the answer in message 2 more than once ('Hello')"),
+        (MARKS_THE_SECOND, ("Hi", "Hello"), "writes the answer in message 2 more than once ('Hello')"),
         (HIDES_THOUGHTS, ("Hi", "<think>hm</think>Hello", "And?", "Fine"), "renders the answer in message 2 differently once later turns are there"),
         (POINTS_AT_THE_LAST, ("Hi", "Hello"), "renders the prompt of message 2 differently once the answer is there"),
         (RAISES, ("Hi", "Hello"), "fails: TemplateError: one message only"),
@@ -316,13 +341,64 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
         ("{{ messages | no_such_filter }}", ("Hi", "Hello"), "fails: "),
         ("{{ 1 + messages }}", ("Hi", "Hello"), "fails: "),
     ],
-    ids=["drops", "drops an earlier answer", "rewrites", "hides thoughts", "prompt changes", "raises", "undefined", "syntax", "filter", "type"],
+    ids=["drops", "drops an earlier answer", "rewrites", "rewrites the question", "twice", "twice with marks", "hides thoughts", "prompt changes", "raises", "undefined", "syntax", "filter", "type"],
 )  # fmt: skip
 def test_a_template_that_would_train_something_else_is_refused(source, said, says):
     with pytest.raises(UserError) as caught:
         chat(source).segments(conversation(*said))
     assert str(caught.value).startswith("rows.jsonl:3: data.template 'chat'")
     assert says in str(caught.value)
+
+
+WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+CUTS_QUESTIONS = "{% for m in messages %}{{ m.content[:2] if m.role == 'user' else m.content }}<|eot|>{% endfor %}"
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "last_turn", "all"])
+@pytest.mark.parametrize(
+    ("source", "whole", "says"),
+    [
+        (WITHOUT_SYSTEM, conversation("Hi", "Hello", system="Be brief."), "the system message 1 ('Be brief.')"),
+        (CUTS_QUESTIONS, conversation("Hi", "Hello", "And?", "Fine"), "the user message 3 ('And?')"),
+    ],
+)
+def test_a_template_that_loses_a_part_of_the_prompt_is_refused(source, whole, says, loss_on):
+    with pytest.raises(DataError, match=r"^rows\.jsonl:3: data\.template 'chat' drops or changes ") as caught:
+        chat(source).segments(whole, loss_on)
+    assert says in str(caught.value)
+
+
+def test_an_earlier_answer_that_goes_is_missed_where_only_the_last_is_learned():
+    with pytest.raises(DataError, match=r"drops or changes the assistant message 2 \('Hello'\)"):
+        chat(DROPS_EARLIER).segments(conversation("Hi", "Hello", "And?", "Fine"), "last_turn")
+
+
+def test_a_lost_input_of_an_instruction_is_missed():
+    source = (
+        "{% for m in messages %}{{ m.content }}{% if m.context == '1' %}{{ m.context }}{% endif %}<|eot|>{% endfor %}"
+    )
+    own = chat(
+        source.replace("m.context", "message.context")
+        .replace("for m ", "for message ")
+        .replace("m.content", "message.content")
+    )
+    assert own.segments(instruction("1"))
+    with pytest.raises(DataError, match="drops or changes the user message 1"):
+        own.segments(instruction("1 + 2"))
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [(WITHOUT_SYSTEM, "would be ignored: "), ("REFUSES", "takes no system message: TemplateError: no system role; ")],
+)
+def test_a_system_prompt_that_the_template_does_not_take_is_a_mistake_of_the_setting(source, says):
+    system = Message("system", "Be brief.", from_setting=True)
+    whole = Conversation((system, *conversation("Hi", "Hello").messages), Place("rows.jsonl", 3))
+    own = chat(REFUSES if source == "REFUSES" else source)
+    with pytest.raises(
+        ConfigError, match=rf"^data\.system_prompt: .*{says}.*remove the setting, or use another data\.template"
+    ):
+        own.segments(whole)
 
 
 def test_thoughts_of_earlier_turns_may_be_hidden_where_only_the_last_is_learned():
@@ -388,9 +464,11 @@ def test_an_unknown_template_is_told_the_known_ones():
 
 def test_a_template_is_read_from_a_file(tmp_path):
     path = tmp_path / "own.jinja"
-    path.write_text(CHAT["header"])
-    own = templates.load(str(path), "messages", "{{ other }}", SPECIAL, VOCABULARY)
-    assert supervised(own, CONVERSATIONS["one turn"]) == ["42<|eot|>"]
+    for encoding in ("utf-8", "utf-8-sig"):  # editors of Windows put a mark of the encoding first
+        path.write_text(CHAT["header"], encoding=encoding)
+        own = templates.load(str(path), "messages", "{{ other }}", SPECIAL, VOCABULARY)
+        assert own.source == CHAT["header"]
+        assert supervised(own, CONVERSATIONS["one turn"]) == ["42<|eot|>"]
 
 
 def test_a_template_file_that_cannot_be_read_is_named(tmp_path):
@@ -579,6 +657,23 @@ def test_white_space_before_an_answer_stays_with_the_answer():
     assert supervised(own, conversation("Hi", "Hello", "And?", "Fine")) == [" Hello <|eot|>", " Fine <|eot|>"]
 
 
+# Rows that fit, where the shortest conversation does not
+
+
+OPENS_AND_KEEPS = IGNORES_THE_ASKING + ASKS.replace("assistant\n", "assistant\n<think>\n")
+
+
+def test_a_template_is_asked_for_its_end_with_a_row_that_fits():
+    """As DeepSeek-R1's, where the rows begin with what the prompt already opens."""
+    fits = conversation("Hi", "<think>\nhm\n</think>\n\nHello")
+    with pytest.raises(DataError, match="renders the prompt of message 2 differently"):
+        chat(OPENS_AND_KEEPS).stop_token()
+    assert replace(chat(OPENS_AND_KEEPS), example=fits).stop_token() == "<|im_end|>"
+    assert supervised(chat(OPENS_AND_KEEPS), fits) == ["hm\n</think>\n\nHello<|im_end|>"]
+    with pytest.raises(DataError, match=r"^rows\.jsonl:3: "):
+        replace(chat(OPENS_AND_KEEPS), example=conversation("Hi", "Hello")).stop_token()
+
+
 # Templates that take only some rows
 
 DEMANDS = (
@@ -599,7 +694,9 @@ def test_a_template_refuses_only_the_rows_that_do_not_fit_it(source, fits):
     assert own.stop_token() == "<|im_end|>"
     assert supervised(own, conversation("Hi", "Hello", system=fits)) == ["Hello<|im_end|>"]
     with pytest.raises(
-        DataError, match=r"^rows\.jsonl:3: data\.template 'chat' fails: TemplateError: (system|no system)"
+        DataError,
+        match=r"^rows\.jsonl:3: data\.template 'chat' fails: TemplateError: "
+        r"(system .*; it needs a system message: set data\.system_prompt, |no system .*; it takes no system message: take it out)",
     ):
         own.segments(conversation("Hi", "Hello", system=other))
 
@@ -626,6 +723,13 @@ def test_a_template_without_a_date_does_not_depend_on_the_day():
     ]
     assert days[0].fingerprint == days[1].fingerprint
     assert days[0].date is None
+
+
+@pytest.mark.parametrize("form", ["%H:%M:%S", "%d %b %Y %I %p", "%f"])
+def test_a_template_that_writes_the_time_is_refused(form):
+    source = "{{ strftime_now('" + form + "') }}|" + IGNORES_THE_ASKING
+    with pytest.raises(DataError, match=r"data\.template: chat: writes the time, .*; take it out"):
+        templates.load("chat", "messages", source, SPECIAL, VOCABULARY, "2001-02-03")
 
 
 @pytest.mark.parametrize("source", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}"])

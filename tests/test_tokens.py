@@ -213,8 +213,9 @@ def test_a_bos_before_every_question_is_taken_as_the_template_has_it(desk):
 
 
 @pytest.mark.parametrize("between", ["", "\n"])
-def test_a_template_that_begins_with_two_bos_is_refused(desk, between):
-    tokenizer = adds_bos(bytes_tokenizer())
+@pytest.mark.parametrize("name", ["bytes", "bytes and BOS"])
+def test_a_template_that_begins_with_two_bos_is_refused(desk, name, between):
+    tokenizer = TOKENIZERS[name]()
     own = chat_for(tokenizer, "{{ bos_token }}" + f"{{{{ '{between}' }}}}" + WRITES_BOS_EACH_TIME)
     says = desk.refused([{"question": "q", "answer": "a"}], tokenizer, own)
     assert says == (
@@ -288,12 +289,22 @@ def test_of_several_turns_those_that_are_asked_for_are_learned(desk, loss_on, ex
     assert learned(tokenizer, *of(desk.prepare([{"messages": turns}], tokenizer, loss_on=loss_on))) == expected
 
 
-def test_a_template_that_ends_no_turn_gets_an_eos_that_is_learned(desk):
+def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(desk):
     tokenizer = bytes_tokenizer()
     source = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     ids, supervised = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)))
-    assert tokenizer.decode(ids) == "user: q\nassistant: a\n<|eos|>"
-    assert learned(tokenizer, ids, supervised) == ["a", "<|eos|>"]
+    assert tokenizer.decode(ids) == "user: q\nassistant: a<|eos|>"
+    assert learned(tokenizer, ids, supervised) == ["a<|eos|>"]
+
+
+def test_whether_an_eos_is_missing_is_seen_row_by_row(desk):
+    tokenizer = bytes_tokenizer()
+    source = (
+        "{% for m in messages %}{{ m.content }}{% if m.content != 'a' %}<|im_end|>{% else %}!{% endif %}{% endfor %}"
+    )
+    rows = [{"question": "q", "answer": answer} for answer in ("b", "a")]
+    examples = desk.prepare(rows, tokenizer, chat_for(tokenizer, source))
+    assert [learned(tokenizer, *of(examples, n)) for n in (0, 1)] == [["b<|im_end|>"], ["a<|eos|>"]]
 
 
 def test_a_turn_that_its_marks_end_gets_no_second_end(desk):
@@ -842,6 +853,14 @@ def count_differently(folder: Path) -> None:
     (folder / "meta.json").write_text(meta.replace('"num_rows": 2', '"num_rows": 3'))
 
 
+def count_more(folder: Path) -> None:
+    """As a later version may, with a hash that is right."""
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["sha256"]
+    meta["counts"]["num_more"] = 1
+    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": tokens._sha256(meta)}))
+
+
 def pickle(folder: Path) -> None:
     np.save(folder / "ends.npy", np.array([print, 2], object), allow_pickle=True)
 
@@ -856,6 +875,7 @@ DAMAGES = {
     **{f"a bit of {name}": lambda folder, name=name: flip(folder, f"{name}.npy") for name in tokens.ARRAYS},
     "a header": lambda folder: flip(folder, "input_ids.npy", 3),
     "a count": count_differently,
+    "a count more": count_more,
     "no meta": lambda folder: (folder / "meta.json").unlink(),
     "an array missing": lambda folder: (folder / "places.npy").unlink(),
     "cut short": lambda folder: (folder / "input_ids.npy").write_bytes(b"\x93NUMPY"),
@@ -1029,7 +1049,9 @@ def test_a_template_that_cannot_be_parsed_is_told_once(desk):
 def test_a_cache_that_cannot_be_written_is_named(desk, tmp_path):
     (tmp_path / "file").write_text("in the way")
     desk.cache = tmp_path / "file" / "cache"
-    with pytest.raises(DataError, match=r"data\.cache_dir: .*file/cache: cannot be written"):
+    with pytest.raises(
+        DataError, match=r"data\.cache_dir: .*file/cache: cannot be written: .*; choose another data\.cache_dir$"
+    ):
         desk.prepare(BASE, bytes_tokenizer())
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +23,8 @@ class Message:
     content: str
     supervised: bool = False
     context: str = ""
+    from_setting: bool = field(default=False, compare=False)
+    """Whether data.system_prompt put it there, so that messages name the setting and not the row."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def to_conversation(
         context = cell("input", may_be_empty=True) if has_input else ""
         messages = [Message("user", cell(user), context=context), Message("assistant", cell(answer), supervised=True)]
     if system_prompt is not None and messages[0].role != "system":
-        messages.insert(0, Message("system", system_prompt))
+        messages.insert(0, Message("system", system_prompt, from_setting=True))
     return Conversation(tuple(messages), row.place)
 
 

@@ -100,6 +100,7 @@ _MARK = "\ufdd0"  # a Unicode noncharacter: no text contains it
 PROMPT = Place("the prompt", 1)  # where a conversation stands that is in no file
 QUESTION = (Message("user", "a"),)
 _THINKING = re.compile(r"\s*</?think(?:ing)?>\s*")
+_END_OF_THINKING = re.compile(r"</think(?:ing)?>")
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ class Template:
     """The day, as 2026-11-26, that a template which writes the date is given; None: today."""
     learn_opening: bool = False
     """Whether the model learns to write `opening` itself, because some answers begin in another way."""
+    example: Conversation | None = field(default=None, compare=False)
+    """A row that the template takes, to ask it how answers end; None: the shortest conversation."""
 
     @property
     def fingerprint(self) -> str:
@@ -138,7 +141,10 @@ class Template:
     def probe(self) -> tuple[Message, ...]:
         """The shortest prompt that the template takes: some demand a system message, others refuse it. Raises DataError."""
         found: DataError | None = None
-        for messages in (QUESTION, (Message("system", "a"), *QUESTION)):
+        tried = [QUESTION, (Message("system", "a"), *QUESTION)]
+        if self.example is not None:
+            tried.append(self.example.messages[:-1])
+        for messages in tried:
             try:
                 self._render(Conversation(messages, PROMPT), add_generation_prompt=True)
                 self._render(Conversation((*messages, Message("assistant", "b", supervised=True)), PROMPT))
@@ -166,9 +172,13 @@ class Template:
     def segments(self, conversation: Conversation, loss_on: str = "completion") -> list[Segment]:
         """Rendered text in pieces whose concatenation is exactly the rendered text.
 
+        If no token of the template ends the last answer that is learned, the text ends with that answer,
+        so that the EOS comes right behind it: text in between would not be learned, and then the model
+        would not reach the EOS; learned, it would come back as a part of each answer.
+
         `loss_on`: completion (every assistant turn), last_turn, or all. Raises DataError when the
-        template fails, drops an answer, renders a prompt differently once the answer is known, or
-        an answer differently once later turns are there.
+        template fails, drops or changes a message, renders a prompt differently once the answer is known, or
+        an answer differently once later turns are there, and if an answer before the last that is learned has no end.
         """
         messages = conversation.messages
         if messages[0].role == "text":
@@ -184,9 +194,19 @@ class Template:
             answers = answers[-1:]
         marked = self._marked_spans(conversation, answers)
         spans = [self._span(conversation, text, turn, mark) for turn, mark in zip(answers, marked, strict=True)]
+        self._require_all(conversation, text)
         if loss_on == "all":
             return [Segment(text, True)]
-        return _cut(text, spans)
+        segments = _cut(text, spans)
+        if self.stop_of(segments) is None:
+            if len(spans) > 1:
+                raise DataError(
+                    f"{conversation.place}: data.template {self.name!r} ends answers with no token of the tokenizer, so only the "
+                    f"last of {len(spans)} would teach the model to stop; set data.loss_on: last_turn, or use a template that "
+                    "writes {{ eos_token }} or another special token after each answer"
+                )
+            segments = _cut(text[: spans[-1][1]], spans)
+        return segments
 
     def opens_itself(self, segments: Sequence[Segment]) -> bool:
         """Whether an answer begins with its row's own text where the template would write `opening`."""
@@ -205,11 +225,16 @@ class Template:
     def stop_token(self, conversation: Conversation | None = None) -> str | None:
         """The token that ends an answer, or None if the template leaves that to the tokenizer's EOS.
 
-        `conversation`: a row that the template takes; by default the shortest.
+        `conversation`: a row that the template takes; by default `example`, or the shortest.
         """
+        conversation = conversation or self.example
         if conversation is None:
             conversation = Conversation((*self.probe, Message("assistant", "b", supervised=True)), PROMPT)
-        answer = [s.text for s in self.segments(conversation, "last_turn") if s.supervised][-1]
+        return self.stop_of(self.segments(conversation, "last_turn"))
+
+    def stop_of(self, segments: Sequence[Segment]) -> str | None:
+        """The token that ends the last answer of these segments, or None."""
+        answer = [segment.text for segment in segments if segment.supervised][-1]
         return next((token for token in self.turn_ends if answer.rstrip().endswith(token)), None)
 
     def _span(self, conversation: Conversation, text: str, turn: int, mark: tuple[int, int] | None) -> tuple[int, int]:
@@ -224,6 +249,7 @@ class Template:
         if mark is None:
             end = self._end(conversation, text, start, turn)
         else:
+            self._end(conversation, text, start, turn)  # for what it refuses
             start = mark[0] if text[start : mark[0]].strip() else start
             end = self._with_turn_end(text, mark[1])
         if not alone.startswith(text[:end]) or self._with_turn_end(alone, end) != end:
@@ -273,6 +299,11 @@ class Template:
                 f"{conversation.place}: data.template {self.name!r} drops the answer in message {turn + 1} "
                 f"({_short(messages[turn].content)}); use another data.template"
             )
+        if moved.count(_MARK) > 1:
+            raise DataError(
+                f"{conversation.place}: data.template {self.name!r} writes the answer in message {turn + 1} more than once "
+                f"({_short(messages[turn].content)}); correct the template, or use another data.template"
+            )
         return self._with_turn_end(text, end)
 
     def _with_turn_end(self, text: str, end: int) -> int:
@@ -296,6 +327,30 @@ class Template:
                 f"for {len(assistants)} assistant messages; there should be one around each"
             )
         return [spans[assistants.index(turn)] for turn in answers]
+
+    @cached_property
+    def _may_go(self) -> re.Pattern[str]:
+        """What a template may take out of a message: white space around thoughts, and commands to itself, as /no_think."""
+        commands = sorted(set(re.findall(r"['\"](/\w+)['\"]", self.source)), key=len, reverse=True)
+        return re.compile("|".join([_THINKING.pattern, *(rf"\s*{re.escape(command)}\s*" for command in commands)]))
+
+    def _require_all(self, conversation: Conversation, text: str) -> None:
+        """Raise DataError if the rendered text lacks what a message says. Earlier thoughts may go."""
+        for number, (message, turn) in enumerate(zip(conversation.messages, self._plain(conversation)), 1):
+            says = turn["content"]
+            if message.supervised:  # whether its thoughts are there too, `_span` sees
+                says = _END_OF_THINKING.split(says)[-1]
+            if _holds(text, says, self._may_go) and _holds(text, turn.get("context", ""), self._may_go):
+                continue
+            if message.from_setting:
+                raise ConfigError(
+                    f"data.system_prompt: would be ignored: data.template {self.name!r} drops or changes system messages; "
+                    "remove the setting, or use another data.template"
+                )
+            raise DataError(
+                f"{conversation.place}: data.template {self.name!r} drops or changes the {message.role} message {number} "
+                f"({_short(says)}); use another data.template"
+            )
 
     def _plain(self, conversation: Conversation) -> list[dict[str, str]]:
         """Messages as the template sees them; without a place of its own, an instruction's input joins it."""
@@ -321,6 +376,23 @@ class Template:
         Raises DataError, BrokenTemplate if no conversation can be rendered.
         """
         from jinja2 import TemplateSyntaxError
+
+        try:
+            return self._jinja(conversation, add_generation_prompt, spans)
+        except Exception as exc:  # a template is a program: it can divide by zero, or never end
+            fails = f"{conversation.place}: data.template {self.name!r} fails: {type(exc).__name__}: {exc}"
+            if isinstance(exc, TemplateSyntaxError):
+                raise BrokenTemplate(f"{fails} (line {exc.lineno} of the template)") from exc
+            if conversation.messages[0].from_setting and self._takes(conversation.messages[1:], add_generation_prompt):
+                raise ConfigError(
+                    f"data.system_prompt: data.template {self.name!r} takes no system message: {type(exc).__name__}: {exc}; "
+                    "remove the setting, or use another data.template"
+                ) from exc
+            raise DataError(fails + self._remedy(conversation, add_generation_prompt)) from exc
+
+    def _jinja(
+        self, conversation: Conversation, add_generation_prompt: bool, spans: list[tuple[int, int]] | None = None
+    ) -> str:
         from transformers.utils import chat_template_utils
 
         given: dict[str, Any] = {
@@ -329,18 +401,29 @@ class Template:
         }  # fmt: skip
         if self.date is not None:  # as a variable, which hides transformers' function of that name
             given["strftime_now"] = datetime.fromisoformat(self.date).strftime
+        compiled = chat_template_utils._compile_jinja_template(self.source)
+        if spans is None:
+            return str(compiled.render(given))
+        text, found = chat_template_utils._render_with_assistant_indices(compiled, **given)
+        spans += found
+        return str(text)
+
+    def _takes(self, messages: Sequence[Message], add_generation_prompt: bool) -> bool:
         try:
-            compiled = chat_template_utils._compile_jinja_template(self.source)
-            if spans is None:
-                return str(compiled.render(given))
-            text, found = chat_template_utils._render_with_assistant_indices(compiled, **given)
-            spans += found
-            return str(text)
-        except Exception as exc:  # a template is a program: it can divide by zero, or never end
-            fails = f"{conversation.place}: data.template {self.name!r} fails: {type(exc).__name__}: {exc}"
-            if isinstance(exc, TemplateSyntaxError):
-                raise BrokenTemplate(f"{fails} (line {exc.lineno} of the template)") from exc
-            raise DataError(fails) from exc
+            self._jinja(Conversation(tuple(messages), PROMPT), add_generation_prompt)
+        except Exception:
+            return False
+        return True
+
+    def _remedy(self, conversation: Conversation, add_generation_prompt: bool) -> str:
+        """What to do about a template that fails, where it is the system message."""
+        messages, is_row = conversation.messages, conversation.place != PROMPT
+        if messages[0].role != "system":
+            if self._takes([Message("system", "a"), *messages], add_generation_prompt):
+                return "; it needs a system message" + ": set data.system_prompt, or put one into the row" * is_row
+        elif len(messages) > 1 and self._takes(messages[1:], add_generation_prompt):
+            return "; it takes no system message" + ": take it out, or use another data.template" * is_row
+        return ""
 
 
 class BrokenTemplate(ConfigError):
@@ -360,6 +443,11 @@ def load(
     if _is_random(found):
         raise DataError(
             f"data.template: {found.name}: uses chance (random, lipsum), so each start would train other text; use another template"
+        )
+    if date is not None and _writes_time(found):
+        raise DataError(
+            f"data.template: {found.name}: writes the time, so each prompt would differ from those of training; take it out of "
+            "the template (the date alone may stay)"
         )
     return replace(found, date=date if found.writes_date else None)
 
@@ -397,7 +485,7 @@ def _find(
         return Template(name, BUILT_IN[name], special_tokens, turn_ends)
     if name.endswith(".jinja"):
         try:
-            return Template(name, Path(name).read_text(encoding="utf-8"), special_tokens, turn_ends)
+            return Template(name, Path(name).read_text(encoding="utf-8-sig"), special_tokens, turn_ends)
         except (OSError, UnicodeDecodeError) as exc:
             raise DataError(f"data.template: {name}: cannot be read: {exc}") from exc
     raise DataError(f"data.template: {name!r} is none of auto, chat, {', '.join(BUILT_IN)}, and no .jinja file")
@@ -405,9 +493,21 @@ def _find(
 
 def sample_prompt(template: Template | None, prompt: str, system_prompt: str | None) -> str:
     """The text that the model goes on from after one of evaluation.sample_prompts; without a template the prompt itself."""
-    system = [Message("system", system_prompt)] if system_prompt is not None else []
+    system = [Message("system", system_prompt, from_setting=True)] if system_prompt is not None else []
     place = Place("evaluation.sample_prompts", 1)
     return template.prompt([*system, Message("user", prompt)], place) if template else prompt
+
+
+def _writes_time(template: Template) -> bool:
+    """Whether the template renders other text at another time of the same day."""
+    if not template.writes_date:
+        return False
+    with contextlib.suppress(DataError):  # said with the first row
+        clocks = [replace(template, date=f"2001-02-03T{time}") for time in ("04:05:06.000007", "17:38:49.500000")]
+        return (
+            len({clock._render(Conversation(clock.probe, PROMPT), add_generation_prompt=True) for clock in clocks}) > 1
+        )
+    return False
 
 
 def _is_random(template: Template) -> bool:
@@ -429,10 +529,10 @@ def _looks_special(token: str) -> bool:
     return (token.startswith("<|") and token.endswith("|>")) or (token.startswith("<") and token.endswith("_of_turn>"))
 
 
-def _holds(rendered: str, answer: str) -> bool:
-    """Whether an answer stands in its rendered form; templates may set white space at its ends and around thoughts."""
+def _holds(rendered: str, message: str, may_go: re.Pattern[str] = _THINKING) -> bool:
+    """Whether a message stands in its rendered form, but for white space at its ends and what `may_go`."""
     at = 0
-    for piece in _THINKING.split(answer.strip()):
+    for piece in may_go.split(message.strip()):
         at = rendered.find(piece, at)
         if at < 0:
             return False

@@ -33,7 +33,7 @@ from finetune.data.rows import Conversation, Place, Problems
 from finetune.data.templates import Segment, Template
 from finetune.errors import DataError, ModelError, Outage
 
-CACHE_VERSION = 3  # raise it when the same input should give other tokens than before
+CACHE_VERSION = 4  # raise it when the same input should give other tokens than before
 ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
 # The tokenizer takes up to 300 bytes of memory for a character: 1 GB for this many at once, 15 GB for a row of 50 MB.
 CHARACTERS_AT_ONCE = 1 << 21
@@ -223,7 +223,22 @@ def _writable(cache_dir: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as exc:  # a path with a NUL; ~ without a home directory
         failures.reraise(exc, f"data.cache_dir: {cache_dir}: cannot be written now")
-        raise DataError(f"data.cache_dir: {cache_dir}: cannot be written: {exc}") from exc
+        raise DataError(
+            f"data.cache_dir: {cache_dir}: cannot be written: {exc}; choose another data.cache_dir"
+        ) from exc
+
+
+def first_that_fits(sources: Mapping[str, str], template: Template, options: Options) -> Conversation | None:
+    """The first row that the template takes; None for rows of text."""
+    for conversation in rows.conversations(
+        list(sources), options.format, options.columns, options.text_unit, options.system_prompt, Problems()
+    ):
+        if conversation.messages[0].role == "text":
+            return None
+        with suppress(DataError):
+            template.stop_token(conversation)
+            return conversation
+    return None
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
@@ -437,11 +452,11 @@ def _build(
             _build(folder, sources, replace(template, learn_opening=True), tokenizer, options, cache_dir)
             return
         encoded = encode([segments for _, segments in rendered], tokenizer)
-        for (conversation, _), (ids, supervised) in zip(rendered, encoded):
+        for (conversation, segments), (ids, supervised) in zip(rendered, encoded):
             place, pieces = conversation.place, []
             counts["num_rows"] += 1
             with problems.noted():
-                ids, supervised = finish(conversation, ids, supervised)
+                ids, supervised = finish(conversation, segments, ids, supervised)
                 lengths.append(len(ids))
                 if options.truncation == "error" and len(ids) > options.max_length:
                     problems.note(_over(place, f"{len(ids)} tokens", options.max_length), TOO_LONG)
@@ -521,6 +536,11 @@ def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False
             arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             if _described(arrays[name]) != meta["arrays"][name]:
                 raise ValueError(f"{name}.npy has changed")
+        ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
+        starts = np.concatenate([[0], ends[:-1]])
+        return Examples(
+            arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1], places[:, 2], sources, fingerprint, **counts
+        )  # fmt: skip
     except Exception as exc:  # whatever is wrong with it, it can be built anew
         if note:
             tqdm.write(
@@ -528,11 +548,6 @@ def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False
                 file=sys.stderr,
             )
         return None
-    ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
-    starts = np.concatenate([[0], ends[:-1]])
-    return Examples(
-        arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1], places[:, 2], sources, fingerprint, **counts
-    )  # fmt: skip
 
 
 class _Finisher:
@@ -543,7 +558,6 @@ class _Finisher:
         self.bos_id = tokenizer.bos_token_id if uses_bos(tokenizer) else None
         self.eos_id = tokenizer.eos_token_id
         self.template = template
-        self._template_stops: bool | None = None
         bos, eos, unk, pad = (getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad"))
         ends = (set(template.turn_ends) | {eos, pad} | ({bos} if self.bos_id is not None else set())) - {None, unk}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {unk}
@@ -564,32 +578,26 @@ class _Finisher:
                 raise DataError(f"{conversation.place}: the text contains {found[0]!r}, {what}; remove it from the row")
 
     def __call__(
-        self, conversation: Conversation, ids: np.ndarray, supervised: np.ndarray
+        self, conversation: Conversation, segments: Sequence[Segment], ids: np.ndarray, supervised: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.bos_id is not None and (ids.size == 0 or ids[0] != self.bos_id):
             ids, supervised = np.insert(ids, 0, self.bos_id), np.insert(supervised, 0, False)
         # Further on, it is the template's own: Llama 2's puts one before every question.
-        own = self.bos_id not in (None, self.eos_id)
-        again = np.flatnonzero(ids[1:] == self.bos_id)
-        if own and again.size and not self.tokenizer.decode(ids[1 : 1 + again[0]]).strip():
+        is_text, bos_id = conversation.messages[0].role == "text", self.tokenizer.bos_token_id
+        begins = not is_text and bos_id not in (None, self.eos_id) and ids.size and ids[0] == bos_id
+        again = np.flatnonzero(ids[1:] == bos_id)
+        if begins and again.size and not self.tokenizer.decode(ids[1 : 1 + again[0]]).strip():
             raise DataError(
                 f"{conversation.place}: data.template {self.template.name!r} begins with more than one BOS "
                 f"{self.tokenizer.bos_token!r}; write it once, or leave it to the tokenizer"
             )
-        if not self._stops(conversation):
+        if is_text or self.template.stop_of(segments) is None:
             if self.eos_id is None:
                 raise ModelError(
                     "the tokenizer has no EOS token and the template ends no turn, so stopping cannot be learned; set eos_token"
                 )
             ids, supervised = np.append(ids, np.int32(self.eos_id)), np.append(supervised, True)
         return ids, supervised
-
-    def _stops(self, conversation: Conversation) -> bool:
-        if conversation.messages[0].role == "text":
-            return False
-        if self._template_stops is None:
-            self._template_stops = self.template.stop_token(conversation) is not None
-        return self._template_stops
 
 
 def _over(place: Place, size: str, limit: int) -> str:
