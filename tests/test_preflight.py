@@ -86,17 +86,6 @@ def test_rows_that_fit_a_template_are_trained_though_the_shortest_conversation_d
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
 
 
-def test_a_template_that_ends_answers_with_text_gives_a_model_that_stops_at_eos(workshop):
-    from test_templates import ENDS_IN_TEXT
-
-    from finetune import export
-
-    (workshop.folder / "lines.jinja").write_text(ENDS_IN_TEXT["a line"])
-    run = workshop.train(data__template=str(workshop.folder / "lines.jinja"), train__max_steps=1)
-    tokenizer, model = export.load_tokenizer(run / "model"), export.load(run / "model")
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-
-
 def test_a_system_prompt_that_the_template_drops_is_refused(workshop):
     from test_templates import WITHOUT_SYSTEM
 
