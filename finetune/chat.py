@@ -2,13 +2,16 @@
 
 import argparse
 import sys
+from contextlib import suppress
+from typing import Any
 
 import torch
 
 from finetune import export
 from finetune.config.base import model_argument, require_model
 from finetune.data.rows import Message
-from finetune.errors import ModelError
+from finetune.data.templates import PROMPT, QUESTION
+from finetune.errors import DataError, ModelError
 from finetune.evaluation import generation
 
 
@@ -26,21 +29,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _temperature(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise ValueError
-    return float(text)
+    with suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"should be a number of at least 0, got {text!r}")
+
+
+def require_system(tokenizer: Any, start: list[Message]) -> None:
+    """Raise ModelError if the chat template fails for conversations that begin with a system message, and only for these."""
+    try:
+        generation.chat_prompt(tokenizer, [*start, *QUESTION])
+    except DataError as exc:
+        generation.chat_prompt(tokenizer, QUESTION)  # raises where the system message is not the reason
+        reason = str(exc).removeprefix(f"{PROMPT}: ")
+        raise ModelError(f"--system: the model's chat template takes no system message ({reason}); remove it") from exc
 
 
 def main(arguments: argparse.Namespace) -> None:
     require_model(arguments.model, "--model")
+    if arguments.base is not None and not export.is_adapter(arguments.model):
+        raise ModelError(
+            f"--base: {arguments.model} is no adapter in a folder here, so it would be ignored; remove --base"
+        )
+    export.require_base(arguments.base)
     tokenizer = export.load_tokenizer(arguments.model, arguments.trust_remote_code)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{arguments.model}: its tokenizer has no chat template; models tuned with objective.kind: sft have one"
         )
+    start = [Message("system", arguments.system)] if arguments.system else []
+    require_system(tokenizer, start)
     model = export.load(arguments.model, trust_remote_code=arguments.trust_remote_code, base=arguments.base)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    start = [Message("system", arguments.system)] if arguments.system else []
 
     def answer(messages: list[Message]) -> str:
         prompt = generation.chat_prompt(tokenizer, messages)
