@@ -78,7 +78,7 @@ def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
 
     def is_alike(weight: torch.Tensor) -> bool:
         if weight is embedding or weight is head:
-            return not known["new_tokens"] and (weight is embedding or not packed)
+            return not known.get("new_tokens") and (weight is embedding or not packed)
         return weight.dim() == 1 or not packed
 
     alike = {name for name, weight in base.named_parameters() if is_alike(weight)}
