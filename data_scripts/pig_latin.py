@@ -9,6 +9,7 @@ trained on: whoever translates them has learned the rule, not the words.
 
 import argparse
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -63,6 +64,32 @@ def sentence(words: list[str], random: random.Random) -> str:
     return " ".join(chosen) + "."
 
 
+def problem_with(folder: Path) -> str | None:
+    """Why nothing should be written there: it is no folder, or has rows that this script did not make."""
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        return f"{above} is a file; give a folder"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"{above} cannot be written; give another folder"
+    for path in (folder / name for name in ("sentences.txt", *(f"{split}.jsonl" for split in SPLITS))):
+        if path.exists() and not is_ours(path):
+            return f"{path} exists, and this script did not write it; give another folder, or remove it"
+    return None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file begins as this script writes it, or is empty."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline(1000)
+        if path.suffix == ".txt":
+            return not line or re.fullmatch(r"[a-z]+( [a-z]+,?)*\.\n", line) is not None
+        row = json.loads(line or "{}")
+        return not row or (row.keys() == {"question", "answer"} and row["answer"] == pig_latin(row["question"]))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/pig_latin"), help="folder to write to")
@@ -75,6 +102,8 @@ def main() -> None:
     source = random.Random(arguments.seed)
     words = vocabulary(arguments.words, source)
     source.shuffle(words)
+    if problem := problem_with(arguments.output):
+        parser.error(f"--output: {problem}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     start = 0
     for split, part in SPLITS.items():

@@ -1,15 +1,16 @@
 """Talk to a model in the terminal."""
 
 import argparse
-import re
 import sys
+from contextlib import suppress
+from typing import Any
 
 import torch
 
 from finetune import export
 from finetune.config.base import model_argument, require_model
-from finetune.data import templates
 from finetune.data.rows import Message
+from finetune.data.templates import PROMPT, QUESTION
 from finetune.errors import DataError, ModelError
 from finetune.evaluation import generation
 
@@ -28,32 +29,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _temperature(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise ValueError
-    return float(text)
+    with suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"should be a number of at least 0, got {text!r}")
+
+
+def require_system(tokenizer: Any, start: list[Message]) -> None:
+    """Raise ModelError if the chat template takes no system message, or needs one that was not given."""
+    try:
+        generation.chat_prompt(tokenizer, [*start, *QUESTION])
+    except DataError as exc:
+        try:
+            generation.chat_prompt(tokenizer, [*([] if start else [Message("system", "a")]), *QUESTION])
+        except DataError:
+            raise exc from None  # the system message is not the reason
+        takes, remedy = ("takes no", "remove it") if start else ("needs a", "give one")
+        reason = str(exc).removeprefix(f"{PROMPT}: ")
+        raise ModelError(f"--system: the model's chat template {takes} system message ({reason}); {remedy}") from exc
 
 
 def main(arguments: argparse.Namespace) -> None:
     require_model(arguments.model, "--model")
+    if arguments.base is not None and not export.is_adapter(arguments.model):
+        raise ModelError(
+            f"--base: {arguments.model} is no adapter in a folder here, so it would be ignored; remove --base"
+        )
+    export.require_base(arguments.base)
     tokenizer = export.load_tokenizer(arguments.model, arguments.trust_remote_code)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{arguments.model}: its tokenizer has no chat template; models tuned with objective.kind: sft have one"
         )
+    start = [Message("system", arguments.system)] if arguments.system else []
+    require_system(tokenizer, start)
     model = export.load(arguments.model, trust_remote_code=arguments.trust_remote_code, base=arguments.base)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    start = [Message("system", arguments.system)] if arguments.system else []
 
     def answer(messages: list[Message]) -> str:
-        try:
-            prompt = generation.chat_prompt(tokenizer, messages)
-        except DataError as exc:
-            about = str(exc).removeprefix(f"{templates.PROMPT}: ")
-            if found := re.search("; it (needs a|takes no) system message$", about):
-                about = (
-                    f"--system: {arguments.model}'s chat template {found[1]} system message: {about[: found.start()]}"
-                )
-            raise ModelError(about) from exc
+        prompt = generation.chat_prompt(tokenizer, messages)
         return generation.answers(
             model,
             tokenizer,

@@ -390,12 +390,44 @@ def _base_of(folder: Path, adapter: Any, given: str | None) -> tuple[str, str | 
     return known, adapter.revision
 
 
+def require_base(base: str | None) -> None:
+    """Raise ModelError at once for a --base that is not there, or that is no model for an adapter to lie on."""
+    if base is None:
+        return
+    require_model(base, "--base")
+    if is_adapter(base):
+        raise ModelError(f"--base: {base} is an adapter itself; give the whole model that it lies on")
+
+
+def is_adapter(path: str | Path) -> bool:
+    return (Path(path) / "adapter_config.json").exists()
+
+
+def recorded_base(path: str | Path) -> str:
+    """The folder or Hub id that an adapter names as its base."""
+    return json.loads((Path(path) / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
+
+
 def moved(path: str | Path, base: str) -> str | None:
     """`base`, if `path` is an adapter whose own base is not where it was."""
-    if not (Path(path) / "adapter_config.json").exists():
+    if not is_adapter(path):
         return None
-    known = json.loads((Path(path) / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
+    known = recorded_base(path)
     return base if os.path.isabs(known) and not os.path.isdir(known) else None
+
+
+def other_base(tuned: str, base: Any) -> str | None:
+    """In words, how a loaded base differs from that of an adapter; None if it does not, or the adapter does not know its own."""
+    record = bases.read(Path(tuned)) if is_adapter(tuned) else {}
+    if not record.get("weights") or adapters.are_in(base):
+        return None
+    others = bases.other_weights(base, record)
+    if not others:
+        return None
+    return (
+        f"{tuned} was trained beside another base ({recorded_base(tuned)}): {len(others)} weights of --base are others, such as "
+        f"{others[0]}; the gain is not that of the training alone"
+    )
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
@@ -464,8 +496,10 @@ def merge(
             raise ModelError(
                 f"{source}: no adapter_config.json, so there is nothing to merge; give model/ of a LoRA run"
             )
-    if target.exists():
+    if os.path.lexists(target):
         raise ModelError(f"{target} exists; choose another --output")
+    if problem := _problem_of_parent(target):
+        raise ModelError(f"--output: {target}: {problem}")
     if any(source.resolve() in target.resolve().parents for source in sources):
         raise ModelError(f"{target} lies inside an adapter; choose another --output")
     require_mergeable(sources)
@@ -513,6 +547,14 @@ def merge(
     return Merged(rounding, None if trained is None or others else _relative_difference(after, trained))
 
 
+def _problem_of_parent(target: Path) -> str | None:
+    """Why a new folder cannot be made there, found before models are loaded."""
+    above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        return f"{above} is no folder"
+    return None if os.access(above, os.W_OK | os.X_OK) else f"{above} cannot be written"
+
+
 def require_mergeable(sources: Sequence[Path]) -> None:
     """Raise ModelError if adapters cannot simply be added: W + the sum of their changes must be what each of them meant."""
     if len(sources) == 1:
@@ -557,7 +599,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def base_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
-        type=paths.argument,
+        type=model_argument,
         help="where the base of an adapter is now, if it was moved since the training; its weights are compared",
     )
 
@@ -571,6 +613,7 @@ def trust_remote_code_argument(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     for name in arguments.model:
         require_model(name, "--model")
+    require_base(arguments.base)
     sources, target = list(map(Path, arguments.model)), Path(arguments.output)
     merged = merge(sources, target, arguments.dtype, arguments.trust_remote_code, arguments.base)
     print(

@@ -1,5 +1,9 @@
-"""Files with the mode that any other program would have given them."""
+"""Files with the mode that any other program would have given them, and files that a user names, written whole or not at all."""
 
+import errno
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 
@@ -17,3 +21,43 @@ def follow_umask(*paths: Path) -> None:
             modes[path.parent] = probe.stat().st_mode & 0o777
             probe.unlink()
         path.chmod(modes[path.parent])
+
+
+def require_writable(path: Path) -> None:
+    """Raise the OSError now that `write_whole` would raise after the work."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its reader
+        return
+    if path.exists():
+        path.open("ab").close()  # which changes nothing
+    descriptor, temporary = _beside(path)
+    os.close(descriptor)
+    temporary.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that what was there stays until then. A link stays a link."""
+    if path.exists() and not path.is_file():  # a pipe or a device, which no file can replace
+        path.write_text(text, encoding="utf-8")
+        return
+    descriptor, temporary = _beside(path)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        else:
+            follow_umask(temporary)
+        os.replace(temporary, os.path.realpath(path))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> tuple[int, Path]:
+    """A new file in the folder where `path`, or what it links to, lies."""
+    real = Path(os.path.realpath(path))
+    descriptor, temporary = tempfile.mkstemp(prefix=".writing-", suffix=f"-{real.name[-100:]}", dir=real.parent)
+    return descriptor, Path(temporary)

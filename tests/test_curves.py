@@ -82,6 +82,15 @@ def test_what_is_no_run_is_an_error(workshop, tmp_path, capsys):
     assert "runs/my_run" in capsys.readouterr().err
 
 
+def test_a_picture_never_replaces_what_it_is_drawn_from(run, tmp_path, capsys):
+    link = tmp_path / "picture.png"
+    link.symlink_to(run / "metrics.jsonl")
+    before = link.read_bytes()
+    assert main(["curves", str(run), "--output", str(link)]) == 2
+    assert "which is drawn; choose another place" in capsys.readouterr().err
+    assert link.read_bytes() == before
+
+
 def test_a_picture_that_cannot_be_written_is_an_error(run, tmp_path):
     for name in ("no/such/folder.png", "picture.words"):
         with pytest.raises(RunDirectoryError, match="cannot be written"):

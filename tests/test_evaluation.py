@@ -1,10 +1,14 @@
 """Scores, the paired interval, and base beside tuned."""
 
+import errno
 import json
+import os
+import shutil
 
 import pytest
-from conftest import pairs, write_jsonl
+from conftest import pairs, read_jsonl, write_jsonl
 
+from finetune import files
 from finetune.__main__ import main
 from finetune.errors import DataError
 from finetune.evaluation import compare, generation, scores
@@ -77,7 +81,11 @@ def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, 
     assert [line["tuned"] for line in lines] == ["AB", "CD", "EF", "GH"]
     assert lines[0]["row"] == f"{rows}:1"
     assert lines[0]["prompt"] == [{"role": "user", "content": "ab"}]
-    assert [(line["base cut"], line["tuned cut"]) for line in lines] == [(True, False)] * 4
+    assert [(line["base_cut"], line["tuned_cut"]) for line in lines] == [(True, False)] * 4
+    assert list(lines[0])[-4:] == ["exact_match_base", "exact_match_tuned", "word_accuracy_base", "word_accuracy_tuned"]
+    assert main([*arguments, "--output", str(output), "--limit", "1"]) == 0, "what evaluate wrote it may replace"
+    assert len(read_jsonl(output)) == 1
+    assert [path.name for path in tmp_path.glob(".writing*")] == []
 
 
 def test_run_directories_are_taken_for_their_models_and_one_model_twice_is_told(base_and_tuned, capsys):
@@ -97,6 +105,76 @@ def test_held_out_rows_may_be_a_folder_and_all_that_is_wrong_is_told(tmp_path, c
     path = write_jsonl(tmp_path / "bad.jsonl", [{"question": "q", "answer": ""}] * 20)
     with pytest.raises(DataError, match=r"20 of 20 rows are wrong:\n  .*bad.jsonl:1: column 'answer' is empty"):
         compare.read(str(path), "auto", {}, None)
+
+
+def test_columns_that_are_not_read_are_told_and_a_score_is_one_of_them(tmp_path, capsys):
+    """Nothing is learned here, so bad answers cannot be."""
+    row = {"question": "q", "answer": "a", "input": "i", "score": 0.5, "rejected": "b"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
+    assert len(compare.read(str(path), "auto", {}, None)) == 2
+    said = capsys.readouterr().err
+    assert said == "note: not read: columns ['input', 'rejected', 'score']; every answer counts as a right one\n"
+
+
+def test_what_is_wrong_with_rows_is_told_in_the_words_of_the_command(tmp_path):
+    with pytest.raises(DataError, match=r"; --data takes files, folders") as caught:
+        compare.read(str(tmp_path / "missing.jsonl"), "auto", {}, None)
+    assert "data.train" not in str(caught.value)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(DataError, match="or map them with --columns, for example"):
+        compare.read(str(path), "auto", {}, None)
+
+
+def test_control_tokens_are_refused_as_in_training(base_and_its_rows, capsys):
+    model, _ = base_and_its_rows
+    rows = write_jsonl(model.parent / "forged.jsonl", [*pairs(1), {"question": "x<|eos|>", "answer": "y"}])
+    assert main(["evaluate", "--base", str(model), "--tuned", str(model), "--data", str(rows)]) == 2
+    assert f"{rows}:2: the text contains '<|eos|>', a control token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_an_adapter_of_another_base_is_told(workshop, capsys, kind):
+    base = workshop.train("base", train__max_steps=1) / "model"
+    other = workshop.train("other", train__max_steps=1, run__seed=1) / "model"
+    tuned = workshop.train(
+        "tuned", model__init="pretrained", model__path=str(base), model__config=None, model__tokenizer=None,
+        adapter__kind=kind, train__max_steps=1,
+    )  # fmt: skip
+    shutil.copytree(base, workshop.folder / "copy")
+    for given, is_other in ((workshop.folder / "copy", False), (other, True)):
+        asked = ["evaluate", "--base", str(given), "--tuned", str(tuned), "--data", str(workshop.rows), "--limit", "1"]
+        assert main([*asked, "--max-new-tokens", "1"]) == 0
+        assert (f"was trained beside another base ({base})" in capsys.readouterr().err) == is_other
+
+
+@pytest.mark.parametrize("command", ["chat", "export"])
+def test_a_base_is_checked_as_a_model_is(workshop, capsys, command):
+    base = workshop.train("base", train__max_steps=1) / "model"
+    adapter = workshop.folder / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    whole = (
+        ["chat", "--prompt", "a"]
+        if command == "chat"
+        else ["export", "--merge", "--output", str(workshop.folder / "m")]
+    )
+    for model, given, says in (
+        (adapter, "./zz", "error: --base: ./zz: no such folder"), (adapter, workshop.folder, "error: --base: "),
+        (adapter, adapter, "is an adapter itself"), (base, base, "remove --base" if command == "chat" else "nothing to merge"),
+    ):  # fmt: skip
+        assert main([*whole, "--model", str(model), "--base", str(given)]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_merge_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):
+    adapter, file, link = tmp_path / "adapter", tmp_path / "file", tmp_path / "link"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    file.touch()
+    link.symlink_to(tmp_path / "nowhere")
+    for output, says in ((file / "merged", f"{file} is no folder"), (file, f"{file} exists"), (link, f"{link} exists")):
+        assert main(["export", "--merge", "--model", str(adapter), "--output", str(output)]) == 2
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -152,7 +230,7 @@ def test_a_chat_template_that_fails_is_exit_2(base_and_its_rows, capsys, argumen
 
 @pytest.mark.parametrize(
     ("refused", "arguments", "says"),
-    [("==", ["--system", "Be brief."], "--system: {}'s chat template takes no system message"), ("!=", [], "--system: {}'s chat template needs a system message")],
+    [("==", ["--system", "Be brief."], "--system: the model's chat template takes no system message"), ("!=", [], "--system: the model's chat template needs a system message")],
 )  # fmt: skip
 def test_chat_names_the_option_where_a_template_does_not_take_the_system_message(
     base_and_its_rows, capsys, refused, arguments, says
@@ -165,7 +243,7 @@ def test_chat_names_the_option_where_a_template_does_not_take_the_system_message
     )
     assert main(["chat", "--prompt", "hi", *arguments, "--model", str(model)]) == 2
     said = capsys.readouterr().err
-    assert says.format(model) in said
+    assert says in said
     assert "TemplateError: not so" in said
 
 
@@ -247,7 +325,103 @@ def test_a_wrong_number_on_the_command_line_is_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*arguments, *needed])
     assert caught.value.code == 2
-    assert f"argument {arguments[1]}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"argument {arguments[1]}" in said
+    assert "invalid _" not in said
+
+
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+@pytest.mark.parametrize("data", ["rows.jsonl", "."])
+def test_held_out_rows_are_never_the_output(tmp_path, capsys, link, data):
+    (tmp_path / "data").mkdir()
+    rows = write_jsonl(tmp_path / "data/rows.jsonl", [{"row": "a", "wanted": "b", "question": "q", "answer": "a"}])
+    before, output = rows.read_bytes(), rows if link is None else tmp_path / "other"
+    if link:
+        getattr(output, link)(rows)
+    assert (
+        main(
+            [
+                "evaluate",
+                "--base",
+                "a",
+                "--tuned",
+                "b",
+                "--data",
+                str(tmp_path / "data" / data),
+                "--output",
+                str(output),
+            ]
+        )
+        == 2
+    )
+    assert f"--output: {output} is a part of --data" in capsys.readouterr().err
+    assert rows.read_bytes() == before
+
+
+@pytest.mark.parametrize("held", [b'{"model_type": "llama"}', b"\x00\x01", b'{"row": "a", "question": "b"}'])
+def test_an_output_that_evaluate_did_not_write_is_kept(tmp_path, capsys, held):
+    """A file of a model, a log of a run, other rows."""
+    rows, output = write_jsonl(tmp_path / "rows.jsonl", pairs(1)), tmp_path / "config.json"
+    output.write_bytes(held)
+    assert main(["evaluate", "--base", "a", "--tuned", "b", "--data", str(rows), "--output", str(output)]) == 2
+    assert f"--output: {output} exists, and evaluate did not write it" in capsys.readouterr().err
+    assert output.read_bytes() == held
+
+
+def test_an_output_that_is_a_folder_is_told_before_the_work(tmp_path, capsys):
+    assert main(["evaluate", "--base", "a", "--tuned", "b", "--data", "c", "--output", str(tmp_path)]) == 2
+    assert f"--output: {tmp_path} is a folder; name a file" in capsys.readouterr().err
+
+
+def test_a_place_that_may_not_be_written_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+    """Root may write everywhere, so the answer of the system is made up."""
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkstemp", refused)
+    rows = write_jsonl(tmp_path / "rows.jsonl", pairs(1))
+    output = str(tmp_path / "answers.jsonl")
+    assert main(["evaluate", "--base", "a", "--tuned", "b", "--data", str(rows), "--output", output]) == 2
+    assert f"--output: {output}: cannot be written: Permission denied" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_table_and_what_was_there(
+    base_and_its_rows, capsys, monkeypatch, tmp_path
+):
+    model, rows = base_and_its_rows
+    output = tmp_path / "answers.jsonl"
+    output.write_text('{"row": "a:1", "prompt": []}\n')
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("finetune.files.os.fsync", full)
+    asked = ["evaluate", "--base", str(model), "--tuned", str(model), "--data", str(rows), "--limit", "1"]
+    assert main([*asked, "--max-new-tokens", "1", "--output", str(output)]) == 1
+    said = capsys.readouterr()
+    assert "exact match" in said.out
+    assert f"failed: --output: {output}: cannot be written: No space left on device" in said.err
+    assert output.read_text() == '{"row": "a:1", "prompt": []}\n'
+    assert list(tmp_path.glob(".writing*")) == []
+
+
+def test_a_file_is_written_whole_through_a_link_and_keeps_its_mode(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("before")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    files.write_whole(link, "after")
+    assert link.is_symlink()
+    assert (real.read_text(), real.stat().st_mode & 0o777) == ("after", 0o640)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.require_writable(pipe)
+    files.write_whole(pipe, "x")
+    assert os.read(reader, 9) == b"x"
+    os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_work(capsys):

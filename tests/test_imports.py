@@ -49,7 +49,9 @@ ALLOWED = {
         "finetune.preflight", "finetune.plan", "finetune.models.load", "finetune.models.parameters", "finetune.engine", "finetune.evaluation.generation",
         "finetune.config", "finetune.failures", "finetune.errors",
     ],
-    "finetune.evaluation": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.config", "finetune.errors"],
+    "finetune.evaluation": [
+        "finetune.data", "finetune.export", "finetune.evaluation", "finetune.config", "finetune.files", "finetune.failures", "finetune.errors",
+    ],
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.config", "finetune.errors"],
     "finetune.curves": ["finetune.config", "finetune.errors"],
     "finetune.failures": ["finetune.errors"],

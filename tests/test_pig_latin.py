@@ -126,6 +126,24 @@ def test_the_same_seed_writes_the_same_files(tmp_path):
     assert contents("c", "1", "--seed", "1") != first
 
 
+def test_rows_that_the_script_did_not_make_are_kept(tmp_path, monkeypatch, capsys):
+    for name, held in (
+        ("train.jsonl", '{"question": "q", "answer": "a"}\n'),
+        ("sentences.txt", "Mine.\n"),
+        ("file", ""),
+    ):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_text(held)
+        output = folder / name if name == "file" else folder
+        monkeypatch.setattr(sys, "argv", ["pig_latin.py", "--output", str(output), *SIZES])
+        with pytest.raises(SystemExit) as caught:
+            script.main()
+        assert caught.value.code == 2
+        assert str(folder / name) in capsys.readouterr().err
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, held)]
+
+
 def test_the_rows_are_what_the_quickstart_reads(make):
     from finetune.data import readers, rows
 

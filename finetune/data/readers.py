@@ -117,7 +117,7 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
     if is_hub_name(path):
         return [path], []
     if not os.path.exists(path) and not pattern:
-        raise _absent(name)
+        raise _absent(name, key)
     if not pattern and (not os.path.isdir(path) or _is_saved(path)):
         return [path], []
     files: list[str] = []
@@ -233,7 +233,8 @@ def is_hub_name(name: str) -> bool:
     return not looks_like_file and not os.path.isdir(owner)
 
 
-def _absent(name: str) -> DataError:
+def _absent(name: str, key: str = "data.train") -> DataError:
+    takes = f"{key} takes" if key.startswith("--") else "data.train and data.eval take"
     path = os.path.expanduser(name)
     folder, base = os.path.split(path)
     hint = ""
@@ -253,7 +254,7 @@ def _absent(name: str) -> DataError:
                 hint = f"; it is not looked for on the Hub, as {printable(folder)} is a folder here"
     return DataError(
         f"{printable(name) or '(empty name)'}: no such file in {_here()}{hint}; "
-        "data.train and data.eval take files, folders, globs, or Hub names as owner/name[:split]"
+        f"{takes} files, folders, globs, or Hub names as owner/name[:split]"
     )
 
 

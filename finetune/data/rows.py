@@ -62,11 +62,11 @@ MEANINGFUL_KEYS = ("weight", "train", "tool_calls", "function_call", "thinking",
 MOST_PROBLEMS = 10  # shown one by one; more are summed up by kind
 
 
-def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str]) -> str:
+def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str], learned: bool = True) -> str:
     """The one format of all sources, each from its first row. Raises DataError if they differ: a template fits one."""
     found: dict[str, list[str]] = {}
     for source in sources:
-        found.setdefault(detect(next(readers.read(source, text_unit)), columns), []).append(printable(source))
+        found.setdefault(detect(next(readers.read(source, text_unit)), columns, learned), []).append(printable(source))
     if len(found) > 1:
         listed = "; ".join(
             f"{format}: {', '.join(files[:3])}" + (f" and {len(files) - 3:,} others" if len(files) > 3 else "")
@@ -78,8 +78,8 @@ def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str]
     return next(iter(found))
 
 
-def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Format of the rows, from the columns of the first one. `columns` maps our name to the file's."""
+def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({}), learned: bool = True) -> str:
+    """Format of the rows, from the columns of the first one. `columns` maps our name to the file's; `learned`: see `conversations`."""
     present = set(row.values) | {name for column in row.values for name in ALIASES.get(column, ())}
     present |= {ours for ours, theirs in columns.items() if theirs in row.values}
     for name, needed in FORMATS.items():
@@ -88,7 +88,8 @@ def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({})) -> str:
     for ours, theirs in columns.items():
         if theirs not in row.values:
             raise DataError(f"{row.place}: data.columns: {ours}: {_no_column(row, theirs)}")
-    _require_no_verdict(row, set(columns.values()))
+    if learned:
+        _require_no_verdict(row, set(columns.values()))
     shapes = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
     is_table = row.place.source.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
     raise DataError(
@@ -99,9 +100,12 @@ def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({})) -> str:
 
 
 def to_conversation(
-    row: Row, format: str, columns: Mapping[str, str], system_prompt: str | None = None
+    row: Row, format: str, columns: Mapping[str, str], system_prompt: str | None = None, learned: bool = True
 ) -> Conversation:
-    """One row -> Conversation. `columns` maps our name to the file's. Raises DataError naming row and column."""
+    """One row -> Conversation. `columns` maps our name to the file's; `learned`: see `conversations`.
+
+    Raises DataError naming row and column.
+    """
 
     def cell(name: str, may_be_empty: bool = False) -> str:
         return _text(row, columns.get(name) or _present(row, name), may_be_empty)
@@ -111,7 +115,7 @@ def to_conversation(
         raise ConfigError(
             f"data.columns: {unused[0]} is no column of format {format}, whose columns are {', '.join(known)}; remove it"
         )
-    if format != "text" or "rejected" in row.values:
+    if learned and (format != "text" or "rejected" in row.values):
         _require_no_verdict(row, read_columns(row, format, columns))
     if format == "text":
         return Conversation((Message("text", cell("text"), supervised=True),), row.place)
@@ -193,10 +197,12 @@ def conversations(
     system_prompt: str | None,
     problems: Problems,
     unread: "Counter[str] | None" = None,
+    learned: bool = True,
 ) -> Iterator[Conversation]:
     """Rows of all sources as conversations; `format` may be auto.
 
     What is wrong with rows goes into `problems`, and into `unread` how many rows have a column that is not read.
+    `learned`: a column that says how good an answer is makes a row wrong, as training would learn bad answers, too.
     Raises ConfigError if no row has a column that `columns` names.
     """
     missing = dict(columns)
@@ -206,7 +212,7 @@ def conversations(
             for row in readers.read(source, text_unit):
                 problems.num_rows += 1
                 if own == "auto":
-                    own = detect(row, columns)
+                    own = detect(row, columns, learned)
                 for ours in [ours for ours, theirs in missing.items() if theirs in row.values]:
                     del missing[ours]
                 if unread is not None:
@@ -214,7 +220,7 @@ def conversations(
                     unread.update(name for name in others if row.values[name] not in (None, ""))
                 conversation = None
                 with problems.noted():
-                    conversation = to_conversation(row, own, columns, system_prompt)
+                    conversation = to_conversation(row, own, columns, system_prompt, learned)
                 if conversation:
                     yield conversation
     if missing and not problems:

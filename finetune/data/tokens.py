@@ -423,7 +423,7 @@ def _build(
 ) -> None:
     ids_parts, supervised_parts, places = [], [], []
     counts = {"num_rows": 0, "num_truncated": 0, "num_dropped": 0, "learn_opening": template.learn_opening}
-    finish = _Finisher(template, tokenizer, options)
+    finish, control = _Finisher(template, tokenizer), ControlTokens(tokenizer, template.turn_ends)
     index = {source: number for number, source in enumerate(sources)}
     bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
     problems, unread = Problems(), Counter[str]()
@@ -443,7 +443,7 @@ def _build(
                     problems.note(_over(conversation.place, f"{characters:,} characters", options.max_length), TOO_LONG)
                 continue
             with problems.noted():
-                finish.refuse_control_tokens(conversation)
+                control.refuse(conversation)
                 rendered.append((conversation, template.segments(conversation, options.loss_on)))
         if len(problems) > problems.count(TOO_LONG):
             continue  # the rest is read to count what is wrong; tokens are of no use any more
@@ -550,32 +550,38 @@ def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False
         return None
 
 
-class _Finisher:
-    """Puts one BOS before an example and the token that ends it behind, and refuses rows that bring their own."""
+class ControlTokens:
+    """What no row may hold as text: BOS, EOS, what ends a turn, and other special tokens."""
 
-    def __init__(self, template: Template, tokenizer: Any, options: Options) -> None:
+    def __init__(self, tokenizer: Any, turn_ends: Sequence[str]) -> None:
+        self._bos = tokenizer.bos_token
+        bos, eos, unk, pad = (getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad"))
+        ends = (set(turn_ends) | {eos, pad} | ({bos} if uses_bos(tokenizer) else set())) - {None, unk}
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {unk}
+        self._of_text, self._of_turns = _any_of(ends), _any_of(ends | special)
+
+    def refuse(self, conversation: Conversation) -> None:
+        """Raise DataError if a row's text would be tokenised to one of them."""
+        for message in conversation.messages:
+            # A text has no turns to forge, and code is full of what some vocabularies call special, as <filename>.
+            control = self._of_text if message.role == "text" else self._of_turns
+            if found := control.search(message.content + message.context):
+                what = (
+                    "a BOS that the tokenizer adds itself"
+                    if found[0] == self._bos
+                    else "a control token of the tokenizer"
+                )
+                raise DataError(f"{conversation.place}: the text contains {found[0]!r}, {what}; remove it from the row")
+
+
+class _Finisher:
+    """Puts one BOS before an example and the token that ends it behind."""
+
+    def __init__(self, template: Template, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.bos_id = tokenizer.bos_token_id if uses_bos(tokenizer) else None
         self.eos_id = tokenizer.eos_token_id
         self.template = template
-        bos, eos, unk, pad = (getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad"))
-        ends = (set(template.turn_ends) | {eos, pad} | ({bos} if self.bos_id is not None else set())) - {None, unk}
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {unk}
-        self._control_of_text, self._control = _any_of(ends), _any_of(ends | special)
-
-    def refuse_control_tokens(self, conversation: Conversation) -> None:
-        """Raise DataError if a row's text would be tokenised to BOS, EOS, the end of a turn or another special token."""
-        for message in conversation.messages:
-            # A text has no turns to forge, and code is full of what some vocabularies call special, as <filename>.
-            control = self._control_of_text if message.role == "text" else self._control
-            found = control.search(message.content + message.context)
-            if found:
-                what = (
-                    "a BOS that the tokenizer adds itself"
-                    if found[0] == self.tokenizer.bos_token
-                    else "a control token of the tokenizer"
-                )
-                raise DataError(f"{conversation.place}: the text contains {found[0]!r}, {what}; remove it from the row")
 
     def __call__(
         self, conversation: Conversation, segments: Sequence[Segment], ids: np.ndarray, supervised: np.ndarray

@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
+import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,14 +15,17 @@ import torch
 import yaml
 
 from finetune import config as configs
-from finetune import export
+from finetune import export, failures, files
 from finetune.config import paths
 from finetune.config.base import model_argument, require_model
 from finetune.data import readers, rows
 from finetune.data.rows import Conversation
-from finetune.errors import DataError, UserError
+from finetune.errors import DataError, Outage, UserError
 from finetune.evaluation import generation, scores
 from finetune.evaluation.generation import Answer
+
+# How a file of answers begins, so that no other file is replaced.
+ANSWERS = re.compile(rb'\{"row": "(?:[^"\\]|\\.)*", "(?:prompt": \[|wanted": ")')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,25 +56,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default=None,
         type=paths.argument,
-        help="also write every prompt, answer and score to this .jsonl file",
+        help="also write to this .jsonl file, for each row, what it was (row: file and line; prompt, wanted), the answers (base, "
+        "tuned), whether --max-new-tokens cut them (base_cut, tuned_cut), and the scores (exact_match_base and so on, from 0 to 1)",
     )
     export.trust_remote_code_argument(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Generate, score, print. Both models get the same prompts, by the tuned model's chat template."""
-    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
-        raise UserError(f"--output: {arguments.output}: there is no such folder to write into")
+    if arguments.output:
+        require_output(Path(arguments.output), arguments.data)
     for option in ("base", "tuned"):
         require_model(getattr(arguments, option), f"--{option}")
     if same_model(arguments.base, arguments.tuned):
         print("note: --base and --tuned are the same model", file=sys.stderr)
+    elif export.moved(arguments.tuned, arguments.base):
+        export.require_base(arguments.base)
     conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
     tokenizer = export.load_tokenizer(arguments.tuned, arguments.trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(
             f"{arguments.tuned}: its tokenizer has no chat template, so it cannot be asked; was it tuned with objective.kind: sft?"
         )
+    generation.refuse_control_tokens(tokenizer, conversations)
     wanted = [conversation.messages[-1].content for conversation in conversations]
     given: dict[str, list[Answer]] = {}
     for name, path in (("base", arguments.base), ("tuned", arguments.tuned)):
@@ -77,8 +86,12 @@ def main(arguments: argparse.Namespace) -> None:
         own.chat_template = tokenizer.chat_template
         prompts = [generation.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
         model = export.load(
-            path, trust_remote_code=arguments.trust_remote_code, base=export.moved(path, arguments.base)
+            path,
+            trust_remote_code=arguments.trust_remote_code,
+            base=export.moved(path, arguments.base) if name == "tuned" else None,
         )
+        if name == "base" and (note := export.other_base(arguments.tuned, model)):
+            print(f"note: {note}", file=sys.stderr)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         answers = generation.answers(
             model, own, prompts, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name
@@ -91,7 +104,37 @@ def main(arguments: argparse.Namespace) -> None:
     }
     print(report(conversations, wanted, given, results, arguments.examples, arguments.max_new_tokens))
     if arguments.output:
-        write(Path(arguments.output), conversations, wanted, given, results)
+        try:
+            files.write_whole(Path(arguments.output), as_lines(conversations, wanted, given, results))
+        except OSError as exc:
+            raise Outage(
+                f"--output: {arguments.output}: cannot be written: {exc.strerror}; of the answers only the table is left"
+            ) from exc
+
+
+def require_output(output: Path, data: str) -> None:
+    """Raise UserError for a file that is read, that holds something else than answers, or that cannot be written."""
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output: {output}: there is no such folder to write into")
+    if output.is_dir():
+        raise UserError(f"--output: {output} is a folder; name a file, such as {output / 'answers.jsonl'}")
+    for source in map(Path, readers.expand(data, "--data")[0]):
+        is_same = output.exists() and source.exists() and output.samefile(source)
+        if is_same or (source.is_dir() and source.resolve() in output.resolve().parents):
+            raise UserError(f"--output: {output} is a part of --data, which would be lost; choose another name")
+    try:
+        files.require_writable(output)
+        start = b""
+        if output.is_file():
+            with output.open("rb") as file:
+                start = file.read(1 << 16)
+    except OSError as exc:
+        failures.reraise(exc, f"--output: {output}: cannot be written now")
+        raise UserError(f"--output: {output}: cannot be written: {exc.strerror}; choose another place") from exc
+    if start and not ANSWERS.match(start):
+        raise UserError(
+            f"--output: {output} exists, and evaluate did not write it, so it is not replaced; choose another name, or remove it"
+        )
 
 
 def same_model(one: str, other: str) -> bool:
@@ -112,14 +155,23 @@ def _mapping(text: str) -> dict[str, str]:
 
 def read(source: str, format: str, columns: dict[str, str], limit: int | None) -> list[Conversation]:
     """Rows that end with an answer, of a file, folder, glob or Hub name. Raises DataError with all that is wrong."""
-    files, notes = readers.expand(source, "--data")
+    found, notes = readers.expand(source, "--data")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    if format == "auto":
-        format = rows.detect_format(files, "line", columns)
-    problems = rows.Problems()
-    read = list(islice(rows.conversations(files, format, columns, "line", None, problems), limit))
-    problems.tell()
+    problems, unread = rows.Problems(), Counter[str]()
+    try:
+        if format == "auto":
+            format = rows.detect_format(found, "line", columns, learned=False)
+        stream = rows.conversations(found, format, columns, "line", None, problems, unread, learned=False)
+        read = list(islice(stream, limit))
+        problems.tell()
+    except UserError as exc:  # which speaks of the run config
+        raise type(exc)(str(exc).replace("data.columns", "--columns")) from exc
+    if unread:
+        print(
+            f"note: not read: columns {readers.list_columns(sorted(unread))}; every answer counts as a right one",
+            file=sys.stderr,
+        )
     if without := next((c for c in read if c.messages[-1].role != "assistant"), None):
         raise DataError(f"{without.place}: has no answer to compare with")
     return read
@@ -162,24 +214,29 @@ def report(
     return "\n".join(lines)
 
 
-def write(
-    path: Path,
+def as_lines(
     conversations: list[Conversation],
     wanted: list[str],
     given: dict[str, list[Answer]],
     results: dict[str, Any],
-) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for i, conversation in enumerate(conversations):
-            line = {
-                "row": str(conversation.place),
-                "prompt": [{"role": m.role, "content": m.content} for m in conversation.messages[:-1]],
-                "wanted": wanted[i],
-                **{name: answers[i].text for name, answers in given.items()},
-                **{f"{name} cut": answers[i].is_cut for name, answers in given.items()},
-            }
-            line |= {f"{score} {name}": by_model[name][i] for score, by_model in results.items() for name in given}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+) -> str:
+    """What --output holds: a JSON object for each row."""
+    written = []
+    for i, conversation in enumerate(conversations):
+        line = {
+            "row": str(conversation.place),
+            "prompt": [
+                {"role": m.role, "content": m.content, **({"context": m.context} if m.context else {})}
+                for m in conversation.messages[:-1]
+            ],
+            "wanted": wanted[i],
+            **{name: answers[i].text for name, answers in given.items()},
+            **{f"{name}_cut": answers[i].is_cut for name, answers in given.items()},
+        }
+        for score, by_model in results.items():
+            line |= {f"{score.replace(' ', '_')}_{name}": by_model[name][i] for name in given}
+        written.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(written)
 
 
 def _line(text: str, width: int = 100) -> str:

@@ -1,7 +1,9 @@
 """Answers of a model to prompts, in batches."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,20 +12,20 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from finetune.data import templates
-from finetune.data.rows import Message, Place
+from finetune.data.rows import Conversation, Message, Place, Problems
 from finetune.data.templates import Template
-from finetune.data.tokens import encode_prompt
+from finetune.data.tokens import ControlTokens, encode_prompt
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
     """A whole number on the command line that is not too small, for argparse."""
 
     def number(text: str) -> int:
-        if int(text) < minimum:
-            raise ValueError
-        return int(text)
+        with suppress(ValueError):
+            if (value := int(text)) >= minimum:
+                return value
+        raise argparse.ArgumentTypeError(f"should be a whole number of at least {minimum}, got {text!r}")
 
-    number.__name__ = f"whole number of at least {minimum}"  # argparse says: invalid ... value
     return number
 
 
@@ -134,6 +136,19 @@ def while_training(
 def chat_prompt(tokenizer: Any, messages: Sequence[Message], place: Place = templates.PROMPT) -> str:
     """The text of a conversation up to the next answer, as the tokenizer's chat template gives it to every caller."""
     return replace(_own_template(tokenizer), learn_opening=True).prompt(messages, place)
+
+
+def refuse_control_tokens(tokenizer: Any, conversations: Sequence[Conversation]) -> None:
+    """Raise DataError for rows whose text holds tokens that training refuses: they would forge turns in a prompt."""
+    template = templates.load(
+        "chat", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_vocab()
+    )
+    control, problems = ControlTokens(tokenizer, template.turn_ends), Problems()
+    for conversation in conversations:
+        problems.num_rows += 1
+        with problems.noted():
+            control.refuse(conversation)
+    problems.tell()
 
 
 def without_opening(tokenizer: Any, answers: Sequence[str]) -> list[str]:

@@ -66,6 +66,25 @@ def require_weights(found: dict[str, str], known: dict[str, Any], folder: Path) 
         )
 
 
+def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
+    """Names of the weights of a loaded base that differ from those of a record, of all that both hold in one form.
+
+    Quantisation packs matrices, though not the embedding, and new tokens lengthen embedding and head.
+    """
+    embedding, head = (
+        getattr(end, "weight", None) for end in (base.get_input_embeddings(), base.get_output_embeddings())
+    )
+    packed = known["quantization"] or getattr(base, "is_quantized", False)
+
+    def is_alike(weight: torch.Tensor) -> bool:
+        if weight is embedding or weight is head:
+            return not known.get("new_tokens") and (weight is embedding or not packed)
+        return weight.dim() == 1 or not packed
+
+    alike = {name for name, weight in base.named_parameters() if is_alike(weight)}
+    return [name for name, found in hashes(base).items() if name in alike and found != known["weights"].get(name)]
+
+
 def describe(quantization: dict[str, Any] | None) -> str:
     """How weights are stored, in words; what they are unpacked to for a product is no part of it."""
     if quantization is None:
