@@ -1,6 +1,6 @@
 """The run config: typed, strict and documented. YAML file + command line -> one Config. No torch.
 
-Every field has its default in `fields` and nowhere else, and the line of text under it is at note_repeats
+Every field has its default in `fields` and nowhere else, and the line of text under it is at once
 its documentation, its `--help` and its description in the JSON schema.
 """
 

@@ -57,7 +57,10 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     path, check = overrides.pop("config", None), overrides.pop("check", False)
     if path is None and unknown and unknown[0].endswith((".yaml", ".yml")):
         path = unknown.pop(0)  # train.py configs/my_run.yaml
-    problems = [_unknown_argument(word) for word in unknown if word.startswith("-")]
+    after = [word for word in unknown if word.split("=")[0] in parser._option_string_actions]
+    problems = [f"{word}: stands after --, where options are not read; remove the --" for word in after]
+    unknown = [word for word in unknown if word != "--" and word not in after]
+    problems += [_unknown_argument(word) for word in unknown if word.startswith("-")]
     problems += [f"{_shown(word)}: stray word on the command line; {_beside(path, word)}" for word in unknown[:1] if not word.startswith("-")]  # fmt: skip
     problems += [
         f"{name} in the environment: holds half a character, or bytes that are not UTF-8; set it anew"
@@ -147,9 +150,12 @@ def _beside_base(config: Config) -> tuple[Config, list[str]]:
     ]
     if path is None or not os.path.exists(path):
         return config, of_adapter
-    if problem := base.folder_problem(path, needs_weights=config.model.init == "pretrained"):
+    if problem := base.folder_problem(path, needs_weights=False):
         return config, [f"model.path: {problem}", *of_adapter]
     settled, problems = base.settled(config, base.said_by(path))
+    # What a model is comes before what its files lack: a quantised one need not be downloaded again.
+    if config.model.init == "pretrained" and not problems and (problem := base.weights_problem(Path(path))):
+        problems = [f"model.path: {problem}"]
     return settled, problems + of_adapter
 
 
@@ -353,6 +359,9 @@ def _describe(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("list[", "function")))
     kind, got = error["type"], error["input"]
     if kind == "extra_forbidden":
+        if key in error["loc"] and key in _keys():  # written with a dot, as on the command line
+            section, name = key.split(".")
+            return f"{key}: unknown key; nest it: {_yaml({section: {name: got}}).removeprefix('{').removesuffix('}')}"
         return f"{key}: unknown key; {_nearest(key)}"
     if kind == "missing":
         return f"{key}: required and not given" + ("" if "." in key else f" (section {key}:)")

@@ -81,6 +81,8 @@ class Examples:
     num_dropped: int
     unread: dict[str, int] = field(default_factory=dict)
     """Columns that are not read -> rows that have them."""
+    num_empty: int = 0
+    """Rows of tables without anything in them, which are skipped."""
     learn_opening: bool = False
     """Whether `templates.Template.learn_opening` holds, as answers of some rows begin in their own way."""
 
@@ -490,7 +492,10 @@ def _build(
     with _writable(cache_dir):
         for name, array in arrays.items():
             _write(folder / f"{name}.npy", array)
-        meta: dict[str, Any] = {"fingerprint": folder.name.split("-")[1], "counts": {**counts, "unread": unread}}
+        meta: dict[str, Any] = {
+            "fingerprint": folder.name.split("-")[1],
+            "counts": {**counts, "num_empty": problems.num_empty, "unread": unread},
+        }
         meta |= {"arrays": {name: _described(array) for name, array in arrays.items()}}
         _write(folder / META, json.dumps({**meta, "sha256": _sha256(meta)}).encode())
         _flush(folder)
@@ -614,6 +619,11 @@ def _lengths(lengths: list[int], too_long: int, limit: int) -> str:
     """How many rows are too long, and which data.max_length would do."""
     if not lengths:
         return f"{too_long:,} rows are longer than data.max_length {limit}"
+    if len(lengths) < too_long + sum(length <= limit for length in lengths):  # some were not even tokenised
+        return (
+            f"{too_long:,} rows are longer than data.max_length {limit}, some by far: remove them, or set data.truncation to right, "
+            "left, drop or (clm) split"
+        )
     longest, usual = max(lengths), int(np.percentile(lengths, 95, method="higher"))
     enough = -(-longest // 64) * 64
     return (

@@ -154,8 +154,15 @@ class RunDirectory:
             )  # fmt: skip
 
     def template_date(self, config: Config) -> str:
-        """The day that a template was given at the first start of this run, or of the run it repeats; else today."""
+        """The day that a template was given at the first start of this run, or of the run it repeats; else today.
+
+        Raises RunDirectoryError for a run.replay_of without a receipt.
+        """
         of = self.path if config.run.replay_of is None else Path(config.run.replay_of)
+        if config.run.replay_of is not None and (problem := _read(of / "receipt.json")[1]):
+            raise RunDirectoryError(
+                f"run.replay_of: {of}/receipt.json {problem}; give the directory of a run, as runs/<name>"
+            )
         with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged receipt is said elsewhere
             return str(date.fromisoformat(_read(of / "receipt.json")[0]["template_date"]))
         return str(date.today())

@@ -89,8 +89,9 @@ def load_config(model: Model) -> Any:
         )
     if problem := base.architecture_problem(str(model.path), config.to_dict()):
         raise ModelError(f"model.path: {problem}")
-    if model.init == "random" and hasattr(config, "quantization_config"):
-        del config.quantization_config  # of the weights, which are not used
+    of_weights = hasattr(config, "quantization_config")
+    if of_weights and (model.init == "random" or base.quantization(vars(config)) is None):
+        del config.quantization_config  # of weights that are not used, or with neither 4 nor 8 bits
     return config
 
 
@@ -232,6 +233,32 @@ def check_shapes(skeleton: Any) -> None:
                 f"architecture {skeleton.config.model_type}: tokens cannot pass through it: {str(exc).splitlines()[0]}; "
                 "do the sizes in its config (heads, hidden_size, ...) fit each other?"
             ) from exc
+
+
+def check_weights(skeleton: Any, model: Model) -> None:
+    """Raise ModelError if a folder lacks weights of the architecture, or has them in other shapes. Reads headers only.
+
+    Where one saved name is not a name of the architecture, transformers may rename on loading, and what is missing shows then.
+    """
+    saved = base.shapes(model.path or "") if model.init == "pretrained" else None
+    if saved is None or base.quantization(skeleton.config.to_dict()) is not None:
+        return
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    if saved.keys() <= parameters.keys() | dict(skeleton.named_buffers()).keys():
+        held = {
+            id(parameters[name]) for name in saved.keys() & parameters.keys()
+        }  # tied weights are saved under one name
+        absent = sorted(name for name, parameter in parameters.items() if id(parameter) not in held)
+        other = sorted(
+            name
+            for name in (() if model.new_tokens else saved.keys() & parameters.keys())  # new tokens add rows
+            if saved[name] != list(parameters[name].shape)
+        )
+        if absent or other:
+            raise ModelError(
+                f"model {model.path!r}: {len(absent) + len(other)} weights are missing or of another shape, such as {(absent or other)[0]}; "
+                "they would be random; download the model again, or correct its config.json"
+            )
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
