@@ -175,7 +175,11 @@ def launched(tmp_path):
     def launch(*words, **environment):
         command = [sys.executable, "-c", LAUNCH, *words, SCRIPT, str(tmp_path)]
         environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True))
+        before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what this process ignores, its children would, too
+        try:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True))
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return started[-1]
 
     yield launch
