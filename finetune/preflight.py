@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from finetune.config import Config, accumulation, base, usual_lr
 from finetune.config import fields as config_fields
 from finetune.data import batches, readers, rows, templates, tokens
 from finetune.engine import trackers
+from finetune.engine.rundir import RunDirectory
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.models import adapters, attention, bases, head, layers, load, parameters
@@ -55,6 +57,8 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     """
     wanted, seed = config.data, config.run.seed
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
+    if (other := config.run.replay_of) is not None:
+        topology.on_main(lambda: RunDirectory.require_any_receipt(Path(other)))
     # What is wrong with files and rows is said before anything is asked of the Hub.
     sources = readers.sources(wanted.train, wanted.eval)
     files = [*sources.train, *sources.eval]
@@ -177,6 +181,7 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         config.model, data.model_config, data.tokenizer, data.attention if attention.pads(data.attention) else attention.NAME
     )  # fmt: skip
     load.check_shapes(skeleton)
+    load.check_weights(skeleton, config.model)
     layers.chosen(skeleton, config.train.gradient_checkpointing)
     adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
     trainable, total = parameters.count(adapted)
@@ -189,7 +194,8 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         f"topology    {topology.name}, {_counted(topology.num_processes, 'process')} on {topology.device.type}, {topology.precision}, attention {data.attention}",
         f"data        {examples.num_rows:,} rows -> {_counted(len(examples), 'example')} -> {_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
         + (f"; {examples.num_truncated} cut" if examples.num_truncated else "")
-        + (f"; {examples.num_dropped} dropped" if examples.num_dropped else ""),
+        + (f"; {examples.num_dropped} dropped" if examples.num_dropped else "")
+        + (f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else ""),
         f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
         f"template    {data.template.name}, objective {config.objective.kind}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
@@ -213,12 +219,9 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     lines += [f"files       {_files(list(data.sources.train))}"]
     if data.sources.eval:
         lines.append(f"eval files  {_files(list(data.sources.eval))}")
-    if examples.unread:
-        listed = [
-            f"{readers.short(name)} ({_counted(count, 'row')})" for name, count in sorted(examples.unread.items())
-        ]
-        more = f" and {len(listed) - SHOWN_NAMES} more" if len(listed) > SHOWN_NAMES else ""
-        lines.append(f"not read    columns {', '.join(listed[:SHOWN_NAMES])}{more}")
+    lines += [f"not read    {_unread(examples)}"] if examples.unread else []
+    if data.sources.eval and (unread := data.eval and _unread(data.eval.sequences.examples)):
+        lines.append(f"not read    in data.eval: {unread}")
     _, all_logits = head.probe(skeleton)
     if all_logits:
         lines.append(f"note        all logits are held at once: {all_logits}")
@@ -231,6 +234,13 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     lines += [f"note        {note}" for note in notes]
     lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
     return "\n".join(lines)
+
+
+def _unread(examples: Any) -> str:
+    """Columns, and keys of messages, that are not read, with the number of rows that have them."""
+    listed = [f"{readers.short(name)} ({_counted(count, 'row')})" for name, count in sorted(examples.unread.items())]
+    more = f" and {len(listed) - SHOWN_NAMES} more" if len(listed) > SHOWN_NAMES else ""
+    return f"columns {', '.join(listed[:SHOWN_NAMES])}{more}" if listed else ""
 
 
 def _is_cut(config: Config, data: Data) -> bool:

@@ -2,17 +2,27 @@
 
 import json
 import os
+import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune import failures
 from finetune.config import paths
 from finetune.errors import ModelError
 
 if TYPE_CHECKING:
     from finetune.config.fields import Config
 
-WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+# What transformers looks for, in this order.
+WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+LFS_POINTER = b"version https://git-lfs"
+MOST_HEADER = 100_000_000  # bytes; the most that safetensors itself reads
+SMALL = 1 << 16  # bytes; a tokenizer.json of this size takes a millisecond to parse, and real ones are larger
+AGAIN = "download it again"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # What an architecture's name ends with when its head predicts something else than the next token.
 OTHER_HEADS = {
@@ -55,6 +65,10 @@ def kind_of_folder(path: str) -> str:
         return "holds GGUF files, which are for inference; give the model they were made from, with config.json and .safetensors"
     if any(name.endswith(".pth") for name in names):
         return "holds Meta's own format (.pth); give the same model in transformers' format, with config.json and .safetensors"
+    runs = sorted(name for name in names if is_model_or_adapter(folder / name / "model"))
+    if runs:
+        listed = ", ".join(str(folder / name / "model") for name in runs[:5])
+        return f"holds runs; write the model of one: {listed}{', ...' if len(runs) > 5 else ''}"
     inside = sorted(name for name in names if is_model_or_adapter(folder / name))
     if inside:
         return f"has no config.json; did you mean {folder / inside[0]}?"
@@ -85,16 +99,135 @@ def folder_problem(path: str, needs_weights: bool) -> str | None:
         )
     if kind != "model":
         return f"{path} {kind}"
-    if needs_weights:
-        names = os.listdir(path)
-        if not any(name.endswith(WEIGHTS) for name in names):
-            gguf = any(name.endswith(".gguf") for name in names)
-            return f"{path} has no weights (.safetensors)" + (
-                ", only GGUF, which is for inference; give the model it was made from"
-                if gguf
-                else "; was a download broken off?"
-            )
+    return config_problem(Path(path)) or (weights_problem(Path(path)) if needs_weights else None)
+
+
+def config_problem(folder: Path) -> str | None:
+    """Why config.json cannot be used; None if it may be."""
+    values, problem = _object_in(folder / "config.json")
+    if problem:
+        return problem
+    found = values.get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        return (
+            f"{folder / 'config.json'}: quantization_config should be a mapping with quant_method, got {json.dumps(found)[:80]}; "
+            "correct it, or remove it if the weights are not quantised"
+        )
     return None
+
+
+def weights_problem(folder: Path) -> str | None:
+    """Why the weights of a folder cannot be loaded, from indices, headers and sizes; None if they may be. Takes milliseconds."""
+    names = sorted(os.listdir(folder))
+    if _object_in(folder / "config.json")[0].get("transformers_weights"):
+        return None  # names a file of its own
+    first = next((name for name in WEIGHTS if name in names), None)
+    if first is None:
+        shards = [name for name in names if re.search(r"-\d+-of-\d+\.(safetensors|bin)$", name)]
+        if shards:
+            index = "pytorch_model.bin.index.json" if shards[0].endswith(".bin") else "model.safetensors.index.json"
+            return f"{folder} has weights in parts ({shards[0]}), but not their index, {index}; download it too"
+        if others := [
+            name for name in names if name.endswith((".safetensors", ".bin")) and name != "training_args.bin"
+        ]:
+            return f"{folder} has no model.safetensors, and transformers does not look for {others[0]}; rename it, or download the model again"
+        return f"{folder} has no weights (.safetensors)" + (
+            ", only GGUF, which is for inference; give the model it was made from"
+            if any(name.endswith(".gguf") for name in names)
+            else "; was a download broken off?"
+        )
+    if not first.endswith(".json"):
+        return _tensors_in(folder / first)[1]
+    index, problem = _object_in(folder / first)
+    if problem:
+        return problem
+    parts = index.get("weight_map")
+    if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
+        return f"{folder / first}: has no weight_map, so it is not an index; {AGAIN}"
+    for part in sorted(set(parts.values())):
+        held, problem = _tensors_in(folder / part)
+        if problem:
+            return problem
+        absent = sorted(name for name in parts if parts[name] == part and held is not None and name not in held)
+        if absent:
+            return f"{folder / part}: lacks {absent[0]}, which {first} says is in it; download both again"
+    return None
+
+
+def shapes(path: str) -> dict[str, list[int]] | None:
+    """Names and shapes of the weights in a folder; None where they are not in .safetensors, or not in order."""
+    folder = Path(path)
+    if (folder / WEIGHTS[0]).exists():
+        return _tensors_in(folder / WEIGHTS[0])[0]
+    parts = _object_in(folder / WEIGHTS[1])[0].get("weight_map")
+    found: dict[str, list[int]] = {}
+    for part in sorted(set(parts.values())) if isinstance(parts, dict) else ():
+        found |= _tensors_in(folder / part)[0] or {}
+    return found or None
+
+
+def _tensors_in(path: Path) -> tuple[dict[str, list[int]] | None, str | None]:
+    """(names and shapes of the tensors in a file of weights, or None where it is not .safetensors; what is wrong with it)."""
+    start, size, problem = _start_of(path)
+    if problem:
+        return None, problem
+    if path.suffix != ".safetensors":
+        is_cut = start.startswith(b"PK") and not zipfile.is_zipfile(path)
+        return None, f"{path} is not whole; {AGAIN}" if is_cut else None
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or length > min(size - 8, MOST_HEADER):
+        cut = size >= 8 and length <= MOST_HEADER
+        return None, f"{path} " + (
+            f"is cut off in its header, at {size:,} bytes" if cut else "is not .safetensors"
+        ) + f"; {AGAIN}"
+    try:
+        with path.open("rb") as file:
+            file.seek(8)
+            header = json.loads(file.read(length))
+        tensors = {name: values for name, values in header.items() if name != "__metadata__"}
+        end = max((values["data_offsets"][1] for values in tensors.values()), default=0)
+        found = {name: list(values["shape"]) for name, values in tensors.items()}
+        whole = 8 + length + end
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
+        return None, f"{path}: its header cannot be read ({type(exc).__name__}), so it is not .safetensors; {AGAIN}"
+    if size != whole:
+        return None, f"{path} has {size:,} bytes, and should have {whole:,}; {AGAIN}"
+    return found, None
+
+
+def _start_of(path: Path) -> tuple[bytes, int, str | None]:
+    """(first bytes, size, what is wrong) of a file that a download should have brought."""
+    try:
+        with path.open("rb") as file:
+            start, size = file.read(len(LFS_POINTER)), os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return b"", 0, f"{path} is missing; download it too"
+    except OSError as exc:
+        failures.reraise(exc, f"{path}: cannot be read now")
+        return b"", 0, f"{path}: cannot be read: {exc.strerror or exc}"
+    if not size:
+        return start, size, f"{path} is empty; {AGAIN}"
+    if start == LFS_POINTER:
+        return (
+            start,
+            size,
+            f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull in its folder, or {AGAIN}",
+        )
+    return start, size, None
+
+
+def _object_in(path: Path) -> tuple[dict[str, Any], str | None]:
+    """(the object that a JSON file holds, what is wrong with it)."""
+    _, _, problem = _start_of(path)
+    if problem:
+        return {}, problem
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as exc:
+        return {}, f"{path}: broken JSON: {exc}; correct it, or {AGAIN}"
+    if not isinstance(values, dict):
+        return {}, f"{path}: should hold an object, {{...}}, got {json.dumps(values)[:80]}; {AGAIN}"
+    return values, None
 
 
 def adapter_problem(path: str) -> str | None:
@@ -122,6 +255,13 @@ def tokenizer_problem(path: str) -> str | None:
         name.endswith((".model", ".tiktoken")) or name.startswith("tokenization_") for name in os.listdir(path)
     ):
         return f"{path} has no tokenizer ({TOKENIZER[0]}); give the one that belongs to the model as model.tokenizer"
+    for file in (Path(path) / name for name in TOKENIZER if os.path.lexists(os.path.join(path, name))):
+        _, size, problem = _start_of(file)
+        values, broken = _object_in(file) if file.suffix == ".json" and size < SMALL else ({}, None)
+        if file.name == TOKENIZER[0] and size < SMALL and not (problem or broken) and "model" not in values:
+            broken = f"{file} has no vocabulary (model); {AGAIN}"
+        if problem or broken:
+            return problem or broken
     return None
 
 
@@ -157,7 +297,13 @@ def quantization(said: Mapping[str, Any]) -> dict[str, Any] | None:
             found: Any = values.get(name)
             found = found.to_dict() if hasattr(found, "to_dict") else found
             if isinstance(found, dict) and found:
-                return found
+                # Bits that are switched off: transformers loads such a model as it would without this.
+                is_off = str(
+                    getattr(found.get("quant_method"), "value", found.get("quant_method"))
+                ) == "bitsandbytes" and not any(
+                    found.get(name) for name in ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
+                )
+                return None if is_off else found
     return None
 
 

@@ -57,7 +57,10 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     path, check = overrides.pop("config", None), overrides.pop("check", False)
     if path is None and unknown and unknown[0].endswith((".yaml", ".yml")):
         path = unknown.pop(0)  # train.py configs/my_run.yaml
-    problems = [_unknown_argument(word) for word in unknown if word.startswith("-")]
+    after = [word for word in unknown if word.split("=")[0] in parser._option_string_actions]
+    problems = [f"{word}: stands after --, where options are not read; remove the --" for word in after]
+    unknown = [word for word in unknown if word != "--" and word not in after]
+    problems += [_unknown_argument(word) for word in unknown if word.startswith("-")]
     problems += [f"{_shown(word)}: stray word on the command line; {_beside(path, word)}" for word in unknown[:1] if not word.startswith("-")]  # fmt: skip
     problems += [
         f"{name} in the environment: holds half a character, or bytes that are not UTF-8; set it anew"
@@ -353,6 +356,9 @@ def _describe(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("list[", "function")))
     kind, got = error["type"], error["input"]
     if kind == "extra_forbidden":
+        if key in error["loc"] and key in _keys():  # written with a dot, as on the command line
+            section, name = key.split(".")
+            return f"{key}: unknown key; nest it: {_yaml({section: {name: got}}).removeprefix('{').removesuffix('}')}"
         return f"{key}: unknown key; {_nearest(key)}"
     if kind == "missing":
         return f"{key}: required and not given" + ("" if "." in key else f" (section {key}:)")

@@ -69,6 +69,8 @@ def _data_conflicts(config: Config) -> Iterator[str]:
             yield f"data.columns: no format has a column {name!r}; " + (
                 f"did you mean {near[0]}?" if near else f"the columns are {', '.join(COLUMNS)}"
             )
+    if not data.cache_dir.strip():
+        yield "data.cache_dir: is empty; name a folder, or remove it"
     sources = [*_listed(data.train), *_listed(data.eval)]
     if not any(_may_hold_text(source) for source in sources):
         yield from _ignored(data, "data", ("text_unit",), "no source is a .txt file")

@@ -90,6 +90,8 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sourc
     eval_names = [evaluation] if isinstance(evaluation, str) else evaluation or []
     if not train_names:
         raise DataError("data.train: the list is empty; name at least one file")
+    if evaluation is not None and not eval_names:
+        raise DataError("data.eval: the list is empty; name at least one file, or remove it to have no evaluation")
     known: dict[str, str] = {}
     found = Sources({}, {}, [])
     for own, key, names in ((found.train, "data.train", train_names), (found.eval, "data.eval", eval_names)):
@@ -118,6 +120,10 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
         return [path], []
     if not os.path.exists(path) and not pattern:
         raise _absent(name, key)
+    if not pattern and not os.path.isfile(path) and not os.path.isdir(path):
+        raise DataError(
+            f"{key}: {printable(name)} is a device or a pipe, which cannot be read twice; write its rows into a file"
+        )
     if not pattern and (not os.path.isdir(path) or _is_saved(path)):
         return [path], []
     files: list[str] = []
@@ -553,8 +559,13 @@ def _read_csv(source: str) -> Iterator[Row]:
         if not cells:
             return
         header = _header(Place(source, reader.line_num + skipped), cells)
+        names = list(map(str.strip, cells))
         start = reader.line_num + skipped + 1
         for cells in reader:
+            if cells and not any(map(str.strip, cells)):
+                cells = [""] * len(header)  # as many separators as a spreadsheet likes
+            if list(map(str.strip, cells)) == names:
+                raise DataError(f"{Place(source, start)}: repeats the header; were files joined? Remove this line")
             if cells and len(cells) != len(header):
                 hint = f"put quotes around cells that hold {DELIMITERS.get(delimiter, repr(delimiter))}"
                 if any(cell.startswith(' "') for cell in cells):
@@ -569,6 +580,11 @@ def _read_csv(source: str) -> Iterator[Row]:
         raise DataError(
             f"{Place(source, start)}: broken CSV: {exc}; check the quotes of the row that begins here"
         ) from exc
+
+
+def is_empty(row: Row) -> bool:
+    """Whether a row of a table has nothing in it, as spreadsheets export them. Where columns are written out, that is a mistake."""
+    return _type(row.place.source) in (".csv", ".tsv") and not any(map(str.strip, row.values.values()))
 
 
 def _header(place: Place, cells: list[str]) -> list[str]:

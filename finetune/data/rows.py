@@ -50,15 +50,33 @@ ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # Words in the name of a column that says how good an answer is, where its values are numbers, yes or no.
 VERDICTS = set(
-    "accepted approved bad chosen correct correctness desirable dislike dislikes downvotes feedback good grade harmful harmless helpful "
-    "helpfulness incorrect label labels like likes liked preference preferred quality rank rating ratings rejected reward rewards "
-    "safe score scores stars thumb thumbs toxic toxicity upvotes verdict vote votes weight winner wrong".split()
+    "accepted approved bad best chosen correct correctness desirable dislike dislikes downvotes failed feedback flagged good grade "
+    "harmful harmless helpful helpfulness incorrect invalid label labels like likes liked ok passed preference preferred quality rank "
+    "rating ratings rejected reward rewards safe score scores stars thumb thumbs toxic toxicity unsafe upvotes valid verdict vote votes "
+    "weight win winner won worst wrong".split()
+)
+# Words beside them that make the name one of something else: page_rank, weight_kg, label_id, valid_until.
+OTHER_MEANINGS = set(
+    "at count date from g id ids index kg lb lbs page path position search shipping size time until url zip".split()
 )
 VERDICT_VALUES = set(
-    "true false yes no good bad correct incorrect right wrong pass fail accepted rejected chosen up down".split()
+    "true false t f yes no y n good bad great poor excellent terrible better worse best worst high medium low positive negative neutral "
+    "correct incorrect right wrong valid invalid ok pass passed fail failed accepted approved rejected chosen preferred safe unsafe toxic "
+    "harmful harmless helpful unhelpful win won loss lost tie up down 👍 👎".split()
 )
-# Keys of a message that other tools give a meaning, and that would be lost here.
-MEANINGFUL_KEYS = ("weight", "train", "tool_calls", "function_call", "thinking", "reasoning_content", "reasoning")
+_NUMBER = r"[+-]?\d*[.,]?\d+(e[+-]?\d+)?"
+_VERDICT_TEXT = re.compile(
+    rf"{_NUMBER}\s*(%|stars?|points?|(/|of|out of)\s*{_NUMBER}( stars?| points?)?)?"
+)  # 3, 4/5, 5 stars
+_LETTER = re.compile(r"[a-f][+-]?")  # a grade, or which of two answers is better
+LETTERS_OF = set("grade preference preferred rank rating ratings score scores verdict vote votes winner".split())
+# Words in the keys of messages by which other tools say whether a turn is learned.
+LEARNING = set("learn learnable loss mask masked supervised train trainable training weight".split())
+LEARNED = (None, [], "", 1, 1.0, True)
+MASKS = {"mask", "masked"}  # some tools mean what is learned by it, and some what is not: no value says "learned"
+# Keys of a message that hold a part of it, which would be lost here.
+PARTS = ("function_call", "reasoning", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
+READ_KEYS = {"role", "content", "from", "value"}
 MOST_PROBLEMS = 10  # shown one by one; more are summed up by kind
 
 
@@ -90,13 +108,25 @@ def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({}), learned:
             raise DataError(f"{row.place}: data.columns: {ours}: {_no_column(row, theirs)}")
     if learned:
         _require_no_verdict(row, set(columns.values()))
+    mapping = _by_other_case(row) or "for example {question: Patient, answer: Doctor}"
     shapes = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
     is_table = row.place.source.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
     raise DataError(
         f"{row.place}: columns {list_columns(sorted(row.values))} fit no format ({shapes}); "
         + ("the first line should name the columns; " if is_table else "")
-        + "rename them, or map them with data.columns, for example {question: Patient, answer: Doctor}"
+        + f"rename them, or map them with data.columns, {mapping}"
     )
+
+
+def _by_other_case(row: Row) -> str | None:
+    """data.columns for columns that fit a format but for capitals and blanks around them."""
+    known = {name.strip().lower(): name for name in row.values if len(name) <= 200}
+    known = {ours: theirs for alias, theirs in known.items() for ours in ALIASES.get(alias, ())} | known
+    for needed in FORMATS.values():
+        if known.keys() >= set(needed):
+            listed = ", ".join(f"{ours}: {known[ours]}" for ours in needed if known[ours] != ours)
+            return f"where capitals count: {{{listed}}}"
+    return None
 
 
 def to_conversation(
@@ -108,22 +138,28 @@ def to_conversation(
     """
 
     def cell(name: str, may_be_empty: bool = False) -> str:
-        return _text(row, columns.get(name) or _present(row, name), may_be_empty)
+        return _text(row, taken[name], may_be_empty)
 
     known = _columns_of(format)
     if unused := [name for name in columns if name not in known]:
         raise ConfigError(
             f"data.columns: {unused[0]} is no column of format {format}, whose columns are {', '.join(known)}; remove it"
         )
-    if learned and (format != "text" or "rejected" in row.values):
-        _require_no_verdict(row, read_columns(row, format, columns))
+    taken = _taken(row, format, columns)
+    for ours, theirs in taken.items():
+        if twice := [other for other in taken if other != ours and taken[other] == theirs]:
+            raise ConfigError(
+                f"data.columns: {ours} and {twice[0]} would both be read from column {short(theirs)!r}; name another column for one of them"
+            )
+    if learned and (format != "text" or _preference_columns(tuple(row.values), "rejected")):
+        _require_no_verdict(row, set(taken.values()))
     if format == "text":
         return Conversation((Message("text", cell("text"), supervised=True),), row.place)
     if format == "messages":
-        messages = _messages(row, columns.get("messages") or _present(row, "messages"))
+        messages = _messages(row, taken["messages"], learned)
     else:
         user, answer = FORMATS[format]
-        has_input = format == "instruction" and row.values.get(columns.get("input", "input")) is not None
+        has_input = row.values.get(taken.get("input", "")) is not None
         context = cell("input", may_be_empty=True) if has_input else ""
         messages = [Message("user", cell(user), context=context), Message("assistant", cell(answer), supervised=True)]
     if system_prompt is not None and messages[0].role != "system":
@@ -137,6 +173,8 @@ class Problems:
     def __init__(self) -> None:
         self.num_rows = 0
         """Rows read, right or wrong."""
+        self.num_empty = 0
+        """Rows of tables without anything in them, which are skipped."""
         self._first: list[str] = []
         self._kinds: dict[str, list[str]] = {}  # kind -> its first messages
         self._counts: Counter[str] = Counter()
@@ -208,21 +246,25 @@ def conversations(
     missing = dict(columns)
     for source in sources:
         with problems.noted():  # a file that is broken is read no further
-            own = format
+            own, before = format, problems.num_rows
             for row in readers.read(source, text_unit):
+                if readers.is_empty(row):
+                    problems.num_empty += 1
+                    continue
                 problems.num_rows += 1
                 if own == "auto":
                     own = detect(row, columns, learned)
                 for ours in [ours for ours, theirs in missing.items() if theirs in row.values]:
                     del missing[ours]
                 if unread is not None:
-                    others = row.values.keys() - read_columns(row, own, columns)
-                    unread.update(name for name in others if row.values[name] not in (None, ""))
+                    unread.update(_unread(row, set(_taken(row, own, columns).values())))
                 conversation = None
                 with problems.noted():
                     conversation = to_conversation(row, own, columns, system_prompt, learned)
                 if conversation:
                     yield conversation
+            if problems.num_rows == before:
+                raise DataError(f"{readers.printable(source)}: all its rows are empty; is it the right file?")
     if missing and not problems:
         ours, theirs = next(iter(missing.items()))
         raise ConfigError(
@@ -253,28 +295,46 @@ def _columns_of(format: str) -> tuple[str, ...]:
     return (*FORMATS[format], "input") if format == "instruction" else FORMATS[format]
 
 
-def read_columns(row: Row, format: str, columns: Mapping[str, str]) -> set[str]:
-    """The row's own names of the columns that its format reads."""
-    return {columns.get(name) or _present(row, name) for name in _columns_of(format)}
+def _taken(row: Row, format: str, columns: Mapping[str, str]) -> dict[str, str]:
+    """The columns that a format reads -> the row's own names of them."""
+    taken = {name: columns.get(name) or _present(row, name) for name in FORMATS[format]}
+    if format == "instruction" and ("input" in columns or "input" not in taken.values()):
+        taken["input"] = columns.get("input", "input")
+    return taken
+
+
+def _unread(row: Row, read: Set[str]) -> Iterator[str]:
+    """What a row says and nothing reads: columns, and keys of messages as `messages[].name`."""
+    yield from (name for name, value in row.values.items() if name not in read and value not in (None, ""))
+    for column in read:
+        turns = row.values.get(column)
+        turns = turns if isinstance(turns, list) else []
+        yield from {
+            f"{column}[].{key}"
+            for turn in turns
+            if isinstance(turn, dict)
+            for key in turn.keys() - READ_KEYS
+            if turn[key] not in (None, "")
+        }
 
 
 def _require_no_verdict(row: Row, read: Set[str]) -> None:
     """Raise DataError for a column that says how good the answer is: without it bad answers are learned as right ones."""
-    if "chosen" in read:
+    names = tuple(row.values)
+    chosen, rejected = (_preference_columns(names, word) for word in ("chosen", "rejected"))
+    if read & set(chosen):
         return  # the user has said which answers to learn
-    for column in ("rejected", "chosen"):
-        if row.values.get(column) is not None:
-            target = (
-                "messages"
-                if isinstance(row.values["chosen" if "chosen" in row.values else column], list)
-                else "completion"
-            )
+    for column in (*rejected, *chosen):
+        if row.values[column] is not None:
+            best = next((name for name in chosen if isinstance(row.values[name], str | list)), None)
+            target = "messages" if isinstance(row.values.get(best or ""), list) else "completion"
+            map_it = f"write data.columns: {{{target}: {short(best)}}}, or " if best else ""
             raise DataError(
-                f"{row.place}: column {column!r} belongs to preference rows (DPO, reward models), which cannot be trained on yet; "
-                f"to learn the chosen answers alone, write data.columns: {{{target}: chosen}}, or drop the column"
+                f"{row.place}: column {short(column)!r} belongs to preference rows (DPO, reward models), which cannot be trained on yet; "
+                f"to learn the chosen answers alone, {map_it}drop the column"
             )
-    for column in _verdict_columns(tuple(row.values)):
-        if column not in read and _is_verdict(row.values[column]):
+    for column in _verdict_columns(names):
+        if column not in read and _is_verdict(row.values[column], column):
             raise DataError(
                 f"{row.place}: column {column!r} ({short(row.values[column])}) says how good an answer is, and every answer would be "
                 "learned as a right one; such rows are for preference, KTO or reward training, which is not there yet: keep the "
@@ -282,24 +342,43 @@ def _require_no_verdict(row: Row, read: Set[str]) -> None:
             )
 
 
+@functools.lru_cache(10_000)
+def _words(name: str) -> frozenset[str]:
+    """isGood, is_good, score_2 -> their words; none for a name that begins with _."""
+    split = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name[:200])
+    return frozenset() if name.startswith("_") else frozenset(word.lower() for word in split)
+
+
+@functools.lru_cache(1_000)
+def _preference_columns(columns: tuple[str, ...], word: str) -> list[str]:
+    """Columns whose name holds chosen, or rejected; first that which is called so."""
+    return sorted((column for column in columns if word in _words(column)), key=lambda column: (column != word, column))
+
+
 @functools.lru_cache(1_000)
 def _verdict_columns(columns: tuple[str, ...]) -> list[str]:
     """Columns whose name holds a word of VERDICTS, as is_good, rewardScore, score_2; not those that begin with _."""
-    split = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
-    return [
-        column
-        for column in columns
-        if not column.startswith("_") and VERDICTS & {word.lower() for word in split.findall(column[:200])}
-    ]
+    return [column for column in columns if _words(column) & VERDICTS and not _words(column) & OTHER_MEANINGS]
 
 
-def _is_verdict(value: Any) -> bool:
-    if isinstance(value, str):
-        text = value.strip().lower()
-        return bool(re.fullmatch(r"[+-]?\d*[.,]?\d+(e[+-]?\d+)?", text)) or text in VERDICT_VALUES
-    if isinstance(value, list):
-        return bool(value) and all(map(_is_verdict, value))
-    return isinstance(value, (bool, int, float))
+def _is_verdict(value: Any, column: str) -> bool:
+    """Whether all that a value holds are numbers, yes, no and the like; a list or a mapping of them too."""
+    leaves, inside = [], [value]
+    while inside:
+        value = inside.pop()
+        if isinstance(value, (list, dict)):
+            inside.extend(value.values() if isinstance(value, dict) else value)
+        elif value is not None:
+            leaves.append(value)
+    return bool(leaves) and all(_is_one(leaf, column) for leaf in leaves)
+
+
+def _is_one(value: Any, column: str) -> bool:
+    if not isinstance(value, str):
+        return isinstance(value, (bool, int, float))
+    text = value.strip().lower() if len(value) <= 100 else ""
+    is_letter = _LETTER.fullmatch(text) and _words(column) & LETTERS_OF
+    return bool(_VERDICT_TEXT.fullmatch(text) or is_letter) or text in VERDICT_VALUES
 
 
 def _no_column(row: Row, column: str) -> str:
@@ -342,7 +421,7 @@ def _require_unicode(where: str, text: str) -> None:
         ) from exc
 
 
-def _messages(row: Row, column: str) -> list[Message]:
+def _messages(row: Row, column: str, learned: bool) -> list[Message]:
     """Check and convert a list of turns: system first if at all, then user and assistant in turn."""
     if column not in row.values:
         raise DataError(f"{row.place}: {_no_column(row, column)}")
@@ -361,12 +440,7 @@ def _messages(row: Row, column: str) -> list[Message]:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise DataError(f"{where} should have role and content, got {short(turn)}")
         role, content = turn["role"], turn["content"]
-        if ignored := sorted(
-            key for key in turn.keys() & set(MEANINGFUL_KEYS) if turn[key] not in (None, [], "", 1, 1.0, True)
-        ):
-            raise DataError(
-                f"{where} has {ignored[0]!r}, which would be ignored; remove it, or write it into the content"
-            )
+        _require_nothing_lost(where, turn, learned)
         if role not in ROLES:
             raise DataError(f"{where} has role {short(repr(role))}; roles are {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
@@ -386,3 +460,23 @@ def _messages(row: Row, column: str) -> list[Message]:
             f"{row.place}: {ends}roles should be user, assistant, user, assistant, ..., got {short(', '.join(spoken)) or 'none'}"
         )
     return messages
+
+
+def _require_nothing_lost(where: str, turn: dict[str, Any], learned: bool) -> None:
+    """Raise DataError for a key of a message that says whether, or how well, it is to be learned, or holds a part of it."""
+    extra = tuple(sorted(turn.keys() - READ_KEYS))
+    for key in extra:
+        value, words = turn[key], _words(key)
+        if key in PARTS and value not in LEARNED:
+            raise DataError(f"{where} has {key!r}, which would be ignored; remove it, or write it into the content")
+        if learned and words & LEARNING and value not in (LEARNED[:3] if words & MASKS else LEARNED):
+            raise DataError(
+                f"{where} has {key!r}, which would be ignored ({short(value)}), and every answer learned; take out what is not to be "
+                f"learned, and the key with it; if it says something else, call it '_{key}'"
+            )
+    for key in _verdict_columns(extra) if learned and turn["role"] == "assistant" else ():
+        if not _words(key) & LEARNING and _is_verdict(turn[key], key):
+            raise DataError(
+                f"{where} has {key!r}, which would be ignored ({short(turn[key])}): it says how good the answer is, and every answer "
+                f"is learned as a right one; keep the good ones and remove the key, or call it '_{key}' if it says something else"
+            )

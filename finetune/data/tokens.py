@@ -81,6 +81,8 @@ class Examples:
     num_dropped: int
     unread: dict[str, int] = field(default_factory=dict)
     """Columns that are not read -> rows that have them."""
+    num_empty: int = 0
+    """Rows of tables without anything in them, which are skipped."""
     learn_opening: bool = False
     """Whether `templates.Template.learn_opening` holds, as answers of some rows begin in their own way."""
 
@@ -490,7 +492,10 @@ def _build(
     with _writable(cache_dir):
         for name, array in arrays.items():
             _write(folder / f"{name}.npy", array)
-        meta: dict[str, Any] = {"fingerprint": folder.name.split("-")[1], "counts": {**counts, "unread": unread}}
+        meta: dict[str, Any] = {
+            "fingerprint": folder.name.split("-")[1],
+            "counts": {**counts, "num_empty": problems.num_empty, "unread": unread},
+        }
         meta |= {"arrays": {name: _described(array) for name, array in arrays.items()}}
         _write(folder / META, json.dumps({**meta, "sha256": _sha256(meta)}).encode())
         _flush(folder)

@@ -140,6 +140,15 @@ class RunDirectory:
         lines = [line for line in _lines(self.starts) if line]
         write_atomically(self.starts, "".join(line + "\n" for line in [*lines, json.dumps(facts)]))
 
+    @staticmethod
+    def require_any_receipt(other: Path) -> None:
+        """Raise RunDirectoryError for a run.replay_of without a receipt."""
+        _, problem = _read(other / "receipt.json")
+        if problem is not None:
+            raise RunDirectoryError(
+                f"run.replay_of: {other}/receipt.json {problem}; give the directory of a run, as runs/<name>"
+            )
+
     def require_receipt(self, other: Path, receipt: dict[str, Any]) -> None:
         """Raise RunDirectoryError with what differs between the receipt of a run and that of this one, which is to repeat it."""
         try:

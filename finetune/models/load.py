@@ -234,6 +234,27 @@ def check_shapes(skeleton: Any) -> None:
             ) from exc
 
 
+def check_weights(skeleton: Any, model: Model) -> None:
+    """Raise ModelError if a folder lacks weights of the architecture, or has them in other shapes. Reads headers only.
+
+    Where one saved name is not a name of the architecture, transformers may rename on loading, and what is missing shows then.
+    """
+    saved = base.shapes(model.path or "") if model.init == "pretrained" else None
+    if saved is None or base.quantization(skeleton.config.to_dict()) is not None:
+        return
+    own = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    known = {name for name, _ in (*skeleton.named_parameters(remove_duplicate=False), *skeleton.named_buffers())}
+    if saved.keys() <= known:
+        ends = {} if model.new_tokens else own  # new tokens have rows of their own
+        absent = sorted(name for name in own if name not in saved)
+        other = sorted(name for name in saved.keys() & ends.keys() if saved[name] != ends[name])
+        if absent or other:
+            raise ModelError(
+                f"model {model.path!r}: {len(absent) + len(other)} weights are missing or of another shape, such as {(absent or other)[0]}; "
+                "they would be random; download the model again, or correct its config.json"
+            )
+
+
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Raise ModelError if the tokenizer can give ids that the embedding does not have."""
     rows = model.get_input_embeddings().weight.shape[0]
