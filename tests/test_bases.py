@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import losses
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune import config as configs
@@ -172,6 +173,131 @@ def test_a_folder_that_is_no_model_is_named_in_one_line(tmp_path, config, files,
     file = tmp_path / "file.bin"
     file.write_text("")
     assert f"model.path: {file} is a file; give the folder it is in" in refusal(file)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def parts(plain, tmp_path):
+    """A copy of the model in two parts, with their index."""
+    folder = tmp_path / "parts"
+    shutil.copytree(plain, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    where = {name: f"model-0000{1 + (name > names[5])}-of-00002.safetensors" for name in names}
+    for part in set(where.values()):
+        save_file({name: tensors[name] for name in names if where[name] == part}, folder / part, {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def drop_one(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[sorted(tensors)[0]]
+    save_file(tensors, path, {"format": "pt"})
+
+
+FIRST = "model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda at: (at / FIRST).unlink(), f"/{FIRST} is missing; download it too"),
+        (lambda at: (at / FIRST).write_text(""), f"/{FIRST} is empty; download it again"),
+        (lambda at: (at / FIRST).write_text(POINTER), f"/{FIRST} is a pointer of Git LFS, not the file itself; run git lfs pull"),
+        (lambda at: (at / FIRST).write_text("<html>Sorry</html>"), f"/{FIRST} is not .safetensors"),
+        (lambda at: (at / FIRST).write_bytes(b"\2" + b"\0" * 7 + b"[]"), f"/{FIRST}: its header cannot be read"),
+        (lambda at: cut(at / FIRST, 100), f"/{FIRST} is cut off in its header, at 100 bytes"),
+        (lambda at: cut(at / FIRST, 20_000), f"/{FIRST} has 20,000 bytes, and should have "),
+        (lambda at: drop_one(at / FIRST), f"/{FIRST}: lacks lm_head.weight, which {INDEX} says is in it"),
+        (lambda at: (at / INDEX).unlink(), f"has weights in parts ({FIRST}), but not their index, {INDEX}"),
+        (lambda at: (at / INDEX).write_text("{"), f"/{INDEX}: broken JSON"),
+        (lambda at: (at / INDEX).write_text("{}"), f"/{INDEX}: has no weight_map"),
+        (lambda at: (at / INDEX).write_text(POINTER), f"/{INDEX} is a pointer of Git LFS"),
+        (lambda at: (at / "config.json").write_text('{"model_type": '), "/config.json: broken JSON"),
+        (lambda at: (at / "config.json").write_text("[]"), "/config.json: should hold an object"),
+        (lambda at: (at / "config.json").write_text('{"quantization_config": "nf4"}'), "/config.json: quantization_config should be a mapping with quant_method, got \"nf4\""),
+    ],
+)  # fmt: skip
+def test_a_download_that_is_not_whole_is_named_with_its_file(parts, damage, says):
+    damage(parts)
+    assert f"model.path: {parts}{says if says.startswith('/') else ' ' + says}" in refusal(parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("pytorch_model.bin", "is not whole"), ("consolidated.safetensors", "has no model.safetensors")]
+)
+def test_weights_in_another_form_are_looked_at_too(plain, tmp_path, name, says):
+    base = folder_with(tmp_path, {"model_type": "llama"})
+    (base / name).write_bytes(b"PK\3\4 and so on")
+    assert says in refusal(base)
+
+
+def test_whole_parts_are_taken(workshop, parts):
+    workshop.check(**on(parts))
+
+
+def test_random_weights_need_no_saved_ones(workshop, parts):
+    (parts / FIRST).unlink()
+    workshop.check(model__init="random", model__path=str(parts), model__config=None, model__tokenizer=None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_weight_that_is_missing_is_named_before_loading(workshop, plain, tmp_path, tied):
+    """The file is whole; only the architecture says what should be in it."""
+    base = tmp_path / "base"
+    shutil.copytree(plain, base)
+    tensors = load_file(base / "model.safetensors")
+    said = json.loads((base / "config.json").read_text())
+    if tied:
+        (base / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": True}))
+        save_file({name: t for name, t in tensors.items() if name != "lm_head.weight"}, base / "model.safetensors", {"format": "pt"})  # fmt: skip
+        workshop.check(**on(base))
+        tensors.pop("lm_head.weight")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: t for key, t in tensors.items() if key != name}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"1 weights are missing or of another shape, such as {name}"):
+        workshop.check(**on(base))
+    save_file({**tensors, name: tensors[name][:5].clone()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"1 weights are missing or of another shape, such as {name}"):
+        workshop.check(**on(base))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [("{}", "has no vocabulary"), (POINTER, "is a pointer of Git LFS"), ("", "is empty"), ("{", "broken JSON")]
+)  # fmt: skip
+def test_a_tokenizer_that_is_not_whole_is_named(workshop, plain, tmp_path, content, says):
+    base = tmp_path / "base"
+    shutil.copytree(plain, base)
+    (base / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=f"model.tokenizer: {base}/tokenizer.json:? {says}"):
+        workshop.check(**on(base))
+
+
+def test_bits_that_are_switched_off_do_not_make_a_model_quantised(workshop, plain, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(plain, base)
+    said = json.loads((base / "config.json").read_text())
+    off = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
+    (base / "config.json").write_text(json.dumps({**said, "quantization_config": off}))
+    run = workshop.train(**on(base, train__max_steps=2))
+    assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
+
+
+def test_a_folder_of_runs_names_their_models(tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / "runs" / run / "model").mkdir(parents=True)
+        (tmp_path / "runs" / run / "model/config.json").write_text("{}")
+    runs = tmp_path / "runs"
+    assert f"{runs} holds runs; write the model of one: {runs}/a/model, {runs}/b/model" in refusal(runs)
 
 
 def test_a_folder_without_tokenizer_and_a_local_name_that_is_not_there_are_named(

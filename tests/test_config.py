@@ -168,6 +168,22 @@ def test_a_misspelt_option_gets_the_nearest_valid_name(refusal, word, nearest):
     assert message.startswith("1 problem in ")
 
 
+@pytest.mark.parametrize(("key", "nested"), [("run.seed", "run: {seed: 1}"), ("optimizer.lr", "optimizer: {lr: 1}")])
+def test_a_key_with_a_dot_is_told_how_to_nest_it(key, nested):
+    assert problems_of({**COMPLETE, key: 1}) == [f"{key}: unknown key; nest it: {nested}"]
+
+
+def test_options_after_two_dashes_are_named(refusal):
+    message = refusal(yaml.safe_dump(COMPLETE), "--", "--check", "--run.seed=3")
+    for word in ("--check", "--run.seed=3"):
+        assert f"{word}: stands after --, where options are not read; remove the --" in message
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_cache_folder_is_refused(value):
+    assert problems_of(changed(data__cache_dir=value)) == ["data.cache_dir: is empty; name a folder, or remove it"]
+
+
 def test_a_key_like_no_other_is_shown_the_sections():
     (problem,) = problems_of({**COMPLETE, "zzz": {}})
     assert all(section in problem for section in Config.model_fields)

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY_LLAMA, write_jsonl
 
 from finetune import preflight
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, RunDirectoryError
 
 MIXTRAL = {**TINY_LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 WITH_EVAL = {"data__eval_fraction": 0.2, "train__max_steps": None}  # 32 rows in 4 steps
@@ -52,6 +52,26 @@ def test_settings_that_do_something_are_not_noted(workshop, capsys):
     assert "steps       3 steps" in said
     assert "but for train.max_steps" in said
     assert [line for line in said.splitlines() if line.startswith("note") and "teach next to nothing" not in line] == []
+
+
+def test_what_is_not_read_or_empty_is_said_of_training_and_evaluation(workshop, capsys):
+    held_out = [{"question": f"q {n}", "answer": "a", "topic": "x"} for n in range(3)]
+    (workshop.folder / "t.csv").write_text("question,answer,source\n" + "".join(f"q{n},a,s\n,,\n" for n in range(8)))
+    dev = write_jsonl(workshop.folder / "dev.jsonl", held_out)
+    workshop.check(data__train=str(workshop.folder / "t.csv"), data__eval=str(dev), train__max_steps=1)
+    said = capsys.readouterr().err
+    assert "not read    columns source (8 rows)\nnot read    in data.eval: columns topic (3 rows)\n" in said
+    assert "8 rows -> 8 examples -> 8 sequences of at most 128 tokens; 8 empty rows skipped\n" in said
+
+
+@pytest.mark.parametrize("receipt", [None, "no json"])
+def test_a_run_to_repeat_that_has_no_receipt_is_named_by_the_check(workshop, receipt):
+    other = workshop.folder / "other"
+    if receipt:
+        other.mkdir()
+        (other / "receipt.json").write_text(receipt)
+    with pytest.raises(RunDirectoryError, match=f"run.replay_of: {other}/receipt.json is (missing|damaged)"):
+        workshop.check(run__name="run", run__dir=str(workshop.folder / "runs"), run__replay_of=str(other))
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,27 @@ def test_a_csv_may_begin_with_blank_lines(tmp_path):
     assert lines_and_values(path) == [(4, {"question": "a", "answer": "b"})]
 
 
+def test_empty_rows_of_a_table_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('question,answer\n,\na,b\n , \n,,,\n""\nc,\n')
+    problems = rows.Problems()
+    read = list(rows.conversations([str(path)], "auto", {}, "line", None, problems))
+    assert [conversation.place.line for conversation in read] == [3]
+    assert (problems.num_rows, problems.num_empty, len(problems)) == (2, 4, 1)  # that of half a row is an error
+    path.write_text("question,answer\n,\n,\n")
+    with pytest.raises(DataError, match="all its rows are empty"):
+        rows.check([str(path)], "auto", {}, "line", None)
+
+
+@pytest.mark.parametrize(
+    "again", ["question,answer", '"question",answer', "question , answer", "\ufeffquestion,answer"]
+)
+def test_a_header_that_is_repeated_is_named(tmp_path, again):
+    """cat a.csv b.csv > rows.csv"""
+    says = unreadable(tmp_path / "rows.csv", f"question,answer\na,b\n{again}\nc,d\n")
+    assert says.startswith(":3: repeats the header; were files joined? Remove this line")
+
+
 def test_a_cell_of_a_csv_may_hold_a_book(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(f"text\n{'word ' * 40_000}\n")
@@ -312,6 +333,20 @@ def test_sources_are_lists_of_names(tmp_path):
     assert [list(names) for names in readers.sources(a, None)[:2]] == [[a], []]
     assert [list(names) for names in readers.sources([a], b)[:2]] == [[a], [b]]
     assert [list(names) for names in readers.sources([a, b], None)[:2]] == [[a, b], []]
+
+
+def test_an_empty_list_of_sources_is_an_error(tmp_path):
+    path = str(write_jsonl(tmp_path / "a.jsonl", [QA]))
+    for key, given in (("data.train", ([], path)), ("data.eval", (path, []))):
+        with pytest.raises(DataError, match=f"{key}: the list is empty"):
+            readers.sources(*given)
+
+
+def test_a_device_and_a_pipe_are_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("/dev/null", str(tmp_path / "pipe.jsonl")):
+        with pytest.raises(DataError, match=f"data.train: {name} is a device or a pipe"):
+            readers.sources(name, None)
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["the same file", "a copy under another name"])

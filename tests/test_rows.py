@@ -133,15 +133,70 @@ def test_the_format_of_a_file_is_that_of_its_first_row(tmp_path):
 # Files that cannot be read.
 
 
-@pytest.mark.parametrize("key", ["tool_calls", "weight", "thinking"])
-def test_a_message_with_what_would_be_lost_is_refused(key):
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: 0}]
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tool_calls", 0), ("thinking", "hm"), ("tool_call_id", "c1"), ("weight", 0), ("weight", 0.5), ("train", False), ("loss", False),
+        ("loss_mask", [0]), ("mask", True), ("mask", False), ("isMasked", True), ("trainable", "no"), ("learn", 0),
+        ("rating", -1), ("rating", 1), ("score", "2/5"), ("label", "bad"), ("is_good", False), ("feedback", {"helpful": 1}),
+    ],
+)  # fmt: skip
+def test_a_message_that_says_not_to_learn_it_or_holds_more_is_refused(key, value):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]
     assert f"message 2 of 'messages' has {key!r}, which would be ignored" in refused({"messages": turns})
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", key: value}]
+    assert f"message 2 of 'conversations' has {key!r}, which would be ignored" in refused({"conversations": turns})
 
 
-def test_a_message_with_empty_keys_is_as_good_as_one_without():
-    turns = [{"role": "user", "content": "q", "tool_calls": None}, {"role": "assistant", "content": "a", "weight": 1}]
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tool_calls", None), ("weight", 1), ("train", True), ("loss", True), ("mask", None), ("rating", None), ("label", "geography"),
+        ("_rating", -1), ("name", "Bob"), ("id", 7),
+    ],
+)  # fmt: skip
+def test_a_message_whose_keys_change_nothing_is_as_good_as_one_without(key, value):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]
     assert converse({"messages": turns}) == (user("q"), assistant("a"))
+
+
+def test_a_score_of_a_question_is_left_alone():
+    turns = [{"role": "user", "content": "q", "score": 0.1}, {"role": "assistant", "content": "a"}]
+    assert converse({"messages": turns}) == (user("q"), assistant("a"))
+
+
+def test_keys_of_messages_that_are_not_read_are_counted_by_row(tmp_path):
+    turns = [
+        {"role": "user", "content": "q", "name": "Bob"},
+        {"role": "assistant", "content": "a", "name": "Eve", "id": None},
+    ]
+    sharegpt = [{"from": "human", "value": "q", "id": 1}, {"from": "gpt", "value": "a"}]
+    unread = Counter()
+    for column, values in (("messages", turns), ("conversations", sharegpt)):
+        path = str(write_jsonl(tmp_path / f"{column}.jsonl", [{column: values}] * 2))
+        list(rows.conversations([path], "auto", {}, "line", None, rows.Problems(), unread))
+    assert unread == {"messages[].name": 2, "conversations[].id": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "format", "columns"),
+    [
+        ({"q": "x"}, "question_answer", {"question": "q", "answer": "q"}), (QA, "question_answer", {"question": "answer"}),
+        ({"prompt": "p", "response": "r"}, "prompt_completion", {"prompt": "response"}),
+        ({"instruction": "i", "output": "o"}, "instruction", {"input": "output"}),
+    ],
+)  # fmt: skip
+def test_a_column_read_twice_is_refused(values, format, columns):
+    """Every question would be its own answer."""
+    with pytest.raises(ConfigError, match=r"data\.columns: \w+ and \w+ would both be read from column"):
+        converse(values, format, columns)
+
+
+def test_an_instruction_in_the_column_input_has_no_separate_input():
+    assert converse({"input": "i", "output": "o"}, "instruction", {"instruction": "input"}) == (
+        user("i"),
+        assistant("o"),
+    )
 
 
 def test_a_mapped_column_that_the_format_does_not_have_is_refused():
@@ -177,6 +232,10 @@ PAIRS = [
         ("label", False), ("label", True), ("label", 0), ("label", "0"), ("Label", "bad"), ("score", 4.5), ("score", "4,5"), ("quality_score", -1),
         ("isGood", True), ("is_good", "TRUE"), ("rating", "3"), ("reward", 1e-3), ("rewardModelScore", 1), ("ratings", [1, 2]), ("RATING", 5),
         ("thumbs_up", True), ("chosen", "c"), ("rejected", "c"), ("rejected", ["c"]), ("feedback", "no"),
+        ("is_good", "Y"), ("is_good", "n"), ("is_good", "T"), ("score", "4/5"), ("score", "4 out of 5"), ("score", "80%"), ("score", "high"),
+        ("rating", "5 stars"), ("grade", "F"), ("grade", "B+"), ("reward", {"a": 1}), ("scores", {"helpful": 3, "safe": None}), ("preference", "A"),
+        ("ratings", [{"by": 3}, {"by": "4/5"}]), ("label", "positive"), ("ok", 0), ("valid", False), ("passed", 1), ("flagged", True), ("win", False),
+        ("rejected_response", "c"), ("chosen_response", "c"), ("response_rejected", ["c"]), ("chosenAnswer", {"a": "c"}), ("bad_answer", True),
     ],
 )  # fmt: skip
 def test_a_column_that_says_good_or_bad_is_refused(values, column, value):
@@ -191,7 +250,9 @@ def test_a_column_that_says_good_or_bad_is_refused(values, column, value):
     ("column", "value"),
     [
         ("label", "geography"), ("label", None), ("rejected", None), ("_label", False), ("_score", 3), ("id", 7), ("source", "good"), ("topic", 3),
-        ("labelled_by", "Ann"), ("scorer", 1), ("goodness", "yes"), ("difficulty", 2), ("score", {"a": 1}), ("feedback", "Well said."),
+        ("labelled_by", "Ann"), ("scorer", 1), ("goodness", "yes"), ("difficulty", 2), ("score", {"a": "long"}), ("feedback", "Well said."),
+        ("page_rank", 0.3), ("weight_kg", 3.5), ("label_id", 3), ("zip_label", "12345"), ("valid_until", "2027"), ("label", "A"), ("score", {}), ("ok", None),
+        ("bad_answer", "Paris"), ("chosen", None), ("validity", 1), ("windows", True), ("quality", "grainy"), ("_chosen_response", "c"),
     ],
 )  # fmt: skip
 def test_a_column_that_says_something_else_is_left_alone(column, value):
@@ -209,6 +270,7 @@ def test_plain_text_with_a_label_stays_text(column, value):
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, {"completion": "chosen"}, (user("p"), assistant("c"))),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 5}, {"completion": "chosen"}, (user("p"), assistant("c"))),
         ({"chosen": PAIRS[4]["messages"], "rejected": []}, {"messages": "chosen"}, (user("q"), assistant("a"))),
+        ({"prompt": "p", "chosen_response": "c", "rejected_response": "r"}, {"completion": "chosen_response"}, (user("p"), assistant("c"))),
         ({"question": "q", "label": "4"}, {"answer": "label"}, (user("q"), assistant("4"))),
     ],
 )  # fmt: skip
@@ -228,6 +290,12 @@ def test_preference_rows_are_named_with_what_to_do(values, target):
     says = refused(values)
     assert "belongs to preference rows (DPO, reward models), which cannot be trained on yet" in says
     assert f"write data.columns: {{{target}: chosen}}" in says
+
+
+def test_a_preference_column_is_mapped_under_its_own_name():
+    says = refused({"prompt": "p", "score_chosen": 5, "chosen_response": "c", "rejected_response": "r"})
+    assert "write data.columns: {completion: chosen_response}, or drop the column" in says
+    assert "write data.columns" not in refused({**QA, "rejected_response": "r"})
 
 
 def test_columns_that_only_later_rows_have_are_counted_and_refused(tmp_path):
@@ -308,6 +376,17 @@ def test_columns_that_fit_no_format_are_told_the_formats_and_how_to_map(values, 
     assert str(sorted(values)) in message
     assert "question_answer: question, answer" in message
     assert "data.columns, for example {question: Patient, answer: Doctor}" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "mapping"),
+    [
+        ({"Question": "q", "Answer": "a"}, "{question: Question, answer: Answer}"), ({"question": "q", "ANSWER": "a"}, "{answer: ANSWER}"),
+        ({"Instruction": "i", "Response": "o"}, "{instruction: Instruction, output: Response}"), ({"Text": "t"}, "{text: Text}"),
+    ],
+)  # fmt: skip
+def test_columns_in_capitals_come_with_what_to_write(values, mapping):
+    assert f"map them with data.columns, where capitals count: {mapping}" in refused(values)
 
 
 def test_a_table_without_a_header_is_named(tmp_path):

@@ -121,12 +121,12 @@ def weights_problem(folder: Path) -> str | None:
     names = sorted(os.listdir(folder))
     if _object_in(folder / "config.json")[0].get("transformers_weights"):
         return None  # names a file of its own
-    first = next((name for name in WEIGHTS if name in names), None)
-    if first is None:
+    found = [name for name in WEIGHTS if name in names]
+    if not found:
         shards = [name for name in names if re.search(r"-\d+-of-\d+\.(safetensors|bin)$", name)]
         if shards:
-            index = "pytorch_model.bin.index.json" if shards[0].endswith(".bin") else "model.safetensors.index.json"
-            return f"{folder} has weights in parts ({shards[0]}), but not their index, {index}; download it too"
+            missing = WEIGHTS[3] if shards[0].endswith(".bin") else WEIGHTS[1]
+            return f"{folder} has weights in parts ({shards[0]}), but not their index, {missing}; download it too"
         if others := [
             name for name in names if name.endswith((".safetensors", ".bin")) and name != "training_args.bin"
         ]:
@@ -136,6 +136,7 @@ def weights_problem(folder: Path) -> str | None:
             if any(name.endswith(".gguf") for name in names)
             else "; was a download broken off?"
         )
+    first = found[0]
     if not first.endswith(".json"):
         return _tensors_in(folder / first)[1]
     index, problem = _object_in(folder / first)
@@ -146,7 +147,7 @@ def weights_problem(folder: Path) -> str | None:
         return f"{folder / first}: has no weight_map, so it is not an index; {AGAIN}"
     for part in sorted(set(parts.values())):
         held, problem = _tensors_in(folder / part)
-        if problem:
+        if problem is not None:
             return problem
         absent = sorted(name for name in parts if parts[name] == part and held is not None and name not in held)
         if absent:
@@ -160,10 +161,10 @@ def shapes(path: str) -> dict[str, list[int]] | None:
     if (folder / WEIGHTS[0]).exists():
         return _tensors_in(folder / WEIGHTS[0])[0]
     parts = _object_in(folder / WEIGHTS[1])[0].get("weight_map")
-    found: dict[str, list[int]] = {}
+    tensors: dict[str, list[int]] = {}
     for part in sorted(set(parts.values())) if isinstance(parts, dict) else ():
-        found |= _tensors_in(folder / part)[0] or {}
-    return found or None
+        tensors |= _tensors_in(folder / part)[0] or {}
+    return tensors or None
 
 
 def _tensors_in(path: Path) -> tuple[dict[str, list[int]] | None, str | None]:
@@ -296,15 +297,16 @@ def quantization(said: Mapping[str, Any]) -> dict[str, Any] | None:
         for name in ("quantization_config", "compression_config", "quantization"):
             found: Any = values.get(name)
             found = found.to_dict() if hasattr(found, "to_dict") else found
-            if isinstance(found, dict) and found:
-                # Bits that are switched off: transformers loads such a model as it would without this.
-                is_off = str(
-                    getattr(found.get("quant_method"), "value", found.get("quant_method"))
-                ) == "bitsandbytes" and not any(
-                    found.get(name) for name in ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
-                )
-                return None if is_off else found
+            if isinstance(found, dict) and found and not _is_off(found):
+                return found
     return None
+
+
+def _is_off(found: Mapping[str, Any]) -> bool:
+    """Whether bitsandbytes is named with neither 4 nor 8 bits: transformers loads such weights as they are."""
+    method = found.get("quant_method")
+    bits = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
+    return getattr(method, "value", method) == "bitsandbytes" and not any(found.get(name) for name in bits)
 
 
 def form_of(found: Mapping[str, Any]) -> dict[str, Any] | None:

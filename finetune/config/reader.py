@@ -150,9 +150,12 @@ def _beside_base(config: Config) -> tuple[Config, list[str]]:
     ]
     if path is None or not os.path.exists(path):
         return config, of_adapter
-    if problem := base.folder_problem(path, needs_weights=config.model.init == "pretrained"):
+    if problem := base.folder_problem(path, needs_weights=False):
         return config, [f"model.path: {problem}", *of_adapter]
     settled, problems = base.settled(config, base.said_by(path))
+    # What a model is comes before what its files lack: a quantised one need not be downloaded again.
+    if config.model.init == "pretrained" and not problems and (problem := base.weights_problem(Path(path))):
+        problems = [f"model.path: {problem}"]
     return settled, problems + of_adapter
 
 

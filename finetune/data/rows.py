@@ -72,7 +72,7 @@ _LETTER = re.compile(r"[a-f][+-]?")  # a grade, or which of two answers is bette
 LETTERS_OF = set("grade preference preferred rank rating ratings score scores verdict vote votes winner".split())
 # Words in the keys of messages by which other tools say whether a turn is learned.
 LEARNING = set("learn learnable loss mask masked supervised train trainable training weight".split())
-LEARNED = (None, [], "", 1, 1.0, True)
+LEARNED: tuple[Any, ...] = (None, [], "", 1, 1.0, True)
 MASKS = {"mask", "masked"}  # some tools mean what is learned by it, and some what is not: no value says "learned"
 # Keys of a message that hold a part of it, which would be lost here.
 PARTS = ("function_call", "reasoning", "reasoning_content", "thinking", "tool_call_id", "tool_calls")

@@ -89,8 +89,9 @@ def load_config(model: Model) -> Any:
         )
     if problem := base.architecture_problem(str(model.path), config.to_dict()):
         raise ModelError(f"model.path: {problem}")
-    if model.init == "random" and hasattr(config, "quantization_config"):
-        del config.quantization_config  # of the weights, which are not used
+    of_weights = hasattr(config, "quantization_config")
+    if of_weights and (model.init == "random" or base.quantization(vars(config)) is None):
+        del config.quantization_config  # of weights that are not used, or with neither 4 nor 8 bits
     return config
 
 
@@ -242,12 +243,17 @@ def check_weights(skeleton: Any, model: Model) -> None:
     saved = base.shapes(model.path or "") if model.init == "pretrained" else None
     if saved is None or base.quantization(skeleton.config.to_dict()) is not None:
         return
-    own = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    known = {name for name, _ in (*skeleton.named_parameters(remove_duplicate=False), *skeleton.named_buffers())}
-    if saved.keys() <= known:
-        ends = {} if model.new_tokens else own  # new tokens have rows of their own
-        absent = sorted(name for name in own if name not in saved)
-        other = sorted(name for name in saved.keys() & ends.keys() if saved[name] != ends[name])
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    if saved.keys() <= parameters.keys() | dict(skeleton.named_buffers()).keys():
+        held = {
+            id(parameters[name]) for name in saved.keys() & parameters.keys()
+        }  # tied weights are saved under one name
+        absent = sorted(name for name, parameter in parameters.items() if id(parameter) not in held)
+        other = sorted(
+            name
+            for name in (() if model.new_tokens else saved.keys() & parameters.keys())  # new tokens add rows
+            if saved[name] != list(parameters[name].shape)
+        )
         if absent or other:
             raise ModelError(
                 f"model {model.path!r}: {len(absent) + len(other)} weights are missing or of another shape, such as {(absent or other)[0]}; "
