@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from finetune.config import Config, accumulation, base, usual_lr
 from finetune.config import fields as config_fields
 from finetune.data import batches, readers, rows, templates, tokens
 from finetune.engine import trackers
-from finetune.engine.rundir import RunDirectory
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.models import adapters, attention, bases, head, layers, load, parameters
@@ -57,8 +55,6 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     """
     wanted, seed = config.data, config.run.seed
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
-    if (other := config.run.replay_of) is not None:
-        topology.on_main(lambda: RunDirectory.require_any_receipt(Path(other)))
     # What is wrong with files and rows is said before anything is asked of the Hub.
     sources = readers.sources(wanted.train, wanted.eval)
     files = [*sources.train, *sources.eval]

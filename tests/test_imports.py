@@ -17,7 +17,7 @@ ALLOWED = {
     "finetune.places": [],
     "finetune.streams": [],
     "finetune.files": [],
-    "finetune.config": ["finetune.config", "finetune.errors"],
+    "finetune.config": ["finetune.config", "finetune.failures", "finetune.errors"],
     "finetune.data.readers": ["finetune.failures", "finetune.errors"],
     "finetune.data.rows": ["finetune.data.readers", "finetune.errors"],
     "finetune.data.templates": ["finetune.data.rows", "finetune.errors"],

@@ -140,15 +140,6 @@ class RunDirectory:
         lines = [line for line in _lines(self.starts) if line]
         write_atomically(self.starts, "".join(line + "\n" for line in [*lines, json.dumps(facts)]))
 
-    @staticmethod
-    def require_any_receipt(other: Path) -> None:
-        """Raise RunDirectoryError for a run.replay_of without a receipt."""
-        _, problem = _read(other / "receipt.json")
-        if problem is not None:
-            raise RunDirectoryError(
-                f"run.replay_of: {other}/receipt.json {problem}; give the directory of a run, as runs/<name>"
-            )
-
     def require_receipt(self, other: Path, receipt: dict[str, Any]) -> None:
         """Raise RunDirectoryError with what differs between the receipt of a run and that of this one, which is to repeat it."""
         try:
@@ -163,8 +154,15 @@ class RunDirectory:
             )  # fmt: skip
 
     def template_date(self, config: Config) -> str:
-        """The day that a template was given at the first start of this run, or of the run it repeats; else today."""
+        """The day that a template was given at the first start of this run, or of the run it repeats; else today.
+
+        Raises RunDirectoryError for a run.replay_of without a receipt.
+        """
         of = self.path if config.run.replay_of is None else Path(config.run.replay_of)
+        if config.run.replay_of is not None and (problem := _read(of / "receipt.json")[1]):
+            raise RunDirectoryError(
+                f"run.replay_of: {of}/receipt.json {problem}; give the directory of a run, as runs/<name>"
+            )
         with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged receipt is said elsewhere
             return str(date.fromisoformat(_read(of / "receipt.json")[0]["template_date"]))
         return str(date.today())
