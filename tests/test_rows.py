@@ -491,3 +491,18 @@ def test_real_rows_become_conversations(real_data, name, format, count):
     assert rows.detect_format([source], "line", {}) == format
     assert len(conversations) == count or count is None
     assert all(conversation.messages[-1].supervised for conversation in conversations)
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+def test_a_question_that_is_not_to_be_learned_is_as_every_question(key):
+    """So SlimOrca's rows say of their questions; only answers are learned anyway."""
+    turns = [{"from": "human", "value": "q", key: 0}, {"from": "gpt", "value": "a", key: 1}]
+    found = rows.to_conversation(Row(Place("rows.jsonl", 1), {"conversations": turns}), "messages", {})
+    assert [(m.role, m.supervised) for m in found.messages] == [("user", False), ("assistant", True)]
+
+
+@pytest.mark.parametrize("sender", [["human"], {"a": 1}, None, 7])
+def test_a_sender_that_is_not_text_is_refused(sender):
+    turns = [{"from": sender, "value": "q"}, {"from": "gpt", "value": "a"}]
+    with pytest.raises(DataError, match=r"^rows\.jsonl:1: message 1 of 'conversations' comes from "):
+        rows.to_conversation(Row(Place("rows.jsonl", 1), {"conversations": turns}), "messages", {})

@@ -159,7 +159,7 @@ def to_conversation(
     if format == "text":
         return Conversation((Message("text", cell("text"), supervised=True),), row.place)
     if format == "messages":
-        messages = _messages(row, taken["messages"])
+        messages = _messages(row, taken["messages"], learned)
     else:
         user, answer = FORMATS[format]
         has_input = row.values.get(taken.get("input", "")) is not None
@@ -424,7 +424,7 @@ def _require_unicode(where: str, text: str) -> None:
         ) from exc
 
 
-def _messages(row: Row, column: str) -> list[Message]:
+def _messages(row: Row, column: str, learned: bool) -> list[Message]:
     """Check and convert a list of turns: system first if at all, then user and assistant in turn."""
     if column not in row.values:
         raise DataError(f"{row.place}: {_no_column(row, column)}")
@@ -443,7 +443,7 @@ def _messages(row: Row, column: str) -> list[Message]:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise DataError(f"{where} should have role and content, got {short(turn)}")
         role, content = turn["role"], turn["content"]
-        _require_nothing_lost(where, turn)
+        _require_nothing_lost(where, turn, learned)
         if role not in ROLES:
             raise DataError(f"{where} has role {short(repr(role))}; roles are {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
@@ -465,7 +465,7 @@ def _messages(row: Row, column: str) -> list[Message]:
     return messages
 
 
-def _require_nothing_lost(where: str, turn: dict[str, Any]) -> None:
+def _require_nothing_lost(where: str, turn: dict[str, Any], learned: bool) -> None:
     """Raise DataError for a key of a message that says whether, or how well, it is to be learned, or holds a part of it."""
     extra = tuple(sorted(turn.keys() - READ_KEYS))
     for key in extra:
@@ -474,12 +474,12 @@ def _require_nothing_lost(where: str, turn: dict[str, Any]) -> None:
             raise DataError(f"{where} has {key!r}, which would be ignored; remove it, or write it into the content")
         if turn["role"] != "assistant" and value in (0, False):
             continue  # it says what holds anyway: only answers are learned
-        if words & LEARNING and value not in (LEARNED[:3] if words & MASKS else LEARNED):
+        if learned and words & LEARNING and value not in (LEARNED[:3] if words & MASKS else LEARNED):
             raise DataError(
                 f"{where} has {key!r}, which would be ignored ({short(value)}), and every answer learned; take out what is not to be "
                 f"learned, and the key with it; if it says something else, call it '_{key}'"
             )
-    for key in _verdict_columns(extra) if turn["role"] == "assistant" else ():
+    for key in _verdict_columns(extra) if learned and turn["role"] == "assistant" else ():
         if not _words(key) & LEARNING and _is_verdict(turn[key], key):
             raise DataError(
                 f"{where} has {key!r}, which would be ignored ({short(turn[key])}): it says how good the answer is, and every answer "
