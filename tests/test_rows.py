@@ -8,6 +8,7 @@ import pytest
 from conftest import write_jsonl
 
 from finetune.data import readers, rows
+from finetune.data.readers import Place, Row
 from finetune.data.rows import Message
 from finetune.errors import ConfigError, DataError
 
