@@ -706,3 +706,12 @@ def test_a_long_value_is_shown_in_short_wherever_it_stands(tmp_path):
         ("d.csv", f"{long},{long}\na,b"), ("e.csv", f"a,{long}\nx"), ("f.json", f'[] "{long}"'),
     ):  # fmt: skip
         assert len(unreadable(tmp_path / name, text)) < 500, name
+
+
+def test_rows_called_as_a_description_are_rows_and_a_link_does_not_hide_its_file(tmp_path):
+    write_jsonl(tmp_path / "citation.jsonl", [{"text": "a"}])
+    write_jsonl(tmp_path / "z.jsonl", [{"text": "b"}])
+    (tmp_path / "README.md").write_text("What these rows are.")
+    (tmp_path / "a_link").symlink_to(tmp_path / "z.jsonl")
+    files = readers.sources(str(tmp_path), None).train
+    assert [Path(file).name for file in files] == ["citation.jsonl", "z.jsonl"]

@@ -32,7 +32,11 @@ OTHER_TYPES = (
     ".7z .arrow .avro .bin .bz2 .db .doc .docx .epub .feather .gz .h5 .hdf5 .htm .html .jl .jsonlines .log .lz4 .md .ndjson .npy .npz .ods .orc "
     ".pdf .pkl .psv .pt .rar .rtf .sql .sqlite .tar .tex .text .tgz .xls .xlsx .xml .xz .yaml .yml .zip .zst"
 ).split()
-DESCRIPTIONS = "readme license licence copying notice citation changelog contributing dataset_info dataset_infos dataset_dict".split()
+# Files that describe data, by name and ending.
+DESCRIPTIONS = {
+    **dict.fromkeys("readme license licence copying notice citation changelog contributing".split(), ("", "md", "txt", "rst", "cff")),
+    **dict.fromkeys("dataset_info dataset_infos dataset_dict".split(), ("json",)),
+}  # fmt: skip
 TRAIN_WORDS = {"train", "training"}
 VALIDATION_WORDS = {"validation", "valid", "val", "dev", "eval", "evaluation", "held", "heldout"}
 TEST_WORDS = {"test", "testing"}
@@ -152,8 +156,9 @@ def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[s
     real = os.path.realpath(path)
     if real in seen:
         return
-    seen.add(real)
-    name = os.path.basename(path.rstrip("/"))
+    name, _, ending = os.path.basename(path.rstrip("/")).lower().partition(".")
+    if os.path.isdir(path) or _type(path) in READERS:  # a link with another ending does not stand for its file
+        seen.add(real)
     if os.path.isdir(path) and not _is_saved(path):
         for entry in sorted(os.listdir(path)):
             inside = os.path.join(path, entry)
@@ -165,7 +170,7 @@ def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[s
         raise DataError(f"{printable(path)}: a link to {printable(real)}, where no file is; restore or remove it")
     elif os.path.isdir(path):
         files.append(path)
-    elif name.partition(".")[0].lower() in DESCRIPTIONS:
+    elif ending in DESCRIPTIONS.get(name, ()):
         left_out.append((path, "describes data"))
     elif not os.path.isfile(path) or _type(path) not in READERS:
         left_out.append((path, "type not known"))
@@ -196,7 +201,7 @@ def _of_split(
             )
     elif held_out and has_train:
         best = "validation" if "validation" in splits.values() else "test"
-        left_out += [(file, f"named as {splits[file] or 'other'} rows") for file in files if splits[file] != best]
+        left_out += [(file, f"not named as {best} rows") for file in files if splits[file] != best]
         return [file for file in files if splits[file] == best]
     return files
 
