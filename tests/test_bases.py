@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune import config as configs
 from finetune import export
+from finetune.config.base import said_by
 from finetune.errors import ConfigError, ModelError
 
 QUANTIZATIONS = {
@@ -99,6 +100,12 @@ def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(workshop, qua
     assert says in str(caught.value)
 
 
+def test_a_setting_that_is_given_is_not_taken_for_its_default(workshop, quantized):
+    """nf4 is the default, and said of a base in 8 bits it is still wrong."""
+    with pytest.raises(ConfigError, match="adapter.quantization: nf4, but the base is quantised already"):
+        workshop.check("run", **on(quantized("int8"), adapter__kind="qlora", adapter__quantization="nf4"))
+
+
 def folder_with(tmp_path, config=None, files=()):
     folder = tmp_path / "base"
     folder.mkdir()
@@ -107,6 +114,12 @@ def folder_with(tmp_path, config=None, files=()):
     for name in files:
         (folder / name).write_text("{}")
     return folder
+
+
+def test_a_config_nested_too_deeply_is_an_error_of_the_model(tmp_path):
+    folder = folder_with(tmp_path, {})
+    (folder / "config.json").write_text("[" * 100_000)
+    assert said_by(str(folder)) == {}
 
 
 def refusal(base, **adapter):

@@ -710,6 +710,15 @@ def test_lengths_of_rows_that_are_too_long_are_summed_up(desk):
     ]
 
 
+def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(desk, monkeypatch):
+    monkeypatch.setattr(tokens, "WINDOW", 1_000)
+    values = [{"question": "q", "answer": "a" * n} for n in (10, *[60] * 12, 100_000)]
+    says = desk.refused_all(values, bytes_tokenizer(), max_length=50)
+    assert says[1:] == [
+        "  13 rows are longer than data.max_length 50, some by far: remove them, or set data.truncation to right, left, drop or (clm) split"
+    ]
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(desk, tmp_path, monkeypatch):
     """Its rows would be kept under the hash of other rows, for every run to come."""
     whole = tokens._build

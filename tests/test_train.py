@@ -349,6 +349,12 @@ def test_a_template_that_replaces_the_models_own_is_noted(workshop, capsys):
         assert (noted or "") in says
 
 
+def test_a_models_own_template_that_is_broken_and_not_used_is_no_obstacle(workshop):
+    model = workshop.train("base", data__template="chatml") / "model"
+    (model / "chat_template.jinja").write_text("{% if %}")
+    workshop.check("own", **from_folder(model), data__template="question_answer")
+
+
 def test_check_of_an_existing_run_looks_at_the_data_first(workshop):
     workshop.train()
     with pytest.raises(DataError, match="nothing.jsonl: no such file"):
