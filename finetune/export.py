@@ -226,12 +226,13 @@ def rehearse(
                 f"model.tokenizer: saved beside a model of type {model_config.model_type} it opens as {type(again).__name__}, "
                 "which gives other tokens; take the tokenizer of a model of this type, or another model_type"
             )
-        if path and os.path.exists(os.path.join(path, "generation_config.json")):
+        if path and os.path.lexists(os.path.join(path, "generation_config.json")):
             try:
                 config = GenerationConfig.from_pretrained(path)
                 _sample_if_it_says_how(config)
                 config.validate(strict=True)
-            except ValueError as exc:
+                _require_tokens(config, model_config)
+            except Exception as exc:  # whatever is in it, the export would meet it after all the training
                 reason = " ".join(str(exc).split())[:200]
                 raise ModelError(
                     f"model {path!r}: its generation_config.json cannot be saved again: {reason}; correct it"
@@ -371,6 +372,8 @@ def load(
         keep_layout(model)
         if record.get("new_token_ids"):
             embeddings.extend(model, record["new_token_ids"])
+        if record:
+            bases.require_architecture(model, record, folder)
         if record and (quantization or not record["quantization"]):
             bases.require_weights(bases.hashes(model), record, folder)
         if (folder / "generation_config.json").exists():
@@ -663,6 +666,14 @@ def generation(model: Any, tokenizer: Any, template: Template | None) -> Generat
     config.pad_token_id = tokenizer.pad_token_id
     _sample_if_it_says_how(config)
     return config
+
+
+def _require_tokens(config: GenerationConfig, model_config: Any) -> None:
+    """Raise ValueError for ends of an answer that are no ids of the vocabulary. The pad token is replaced anyway."""
+    size, given = model_config.get_text_config().vocab_size, config.eos_token_id
+    for token in given if isinstance(given, list) else [] if given is None else [given]:
+        if type(token) is not int or not 0 <= token < size:
+            raise ValueError(f"eos_token_id is {given!r}, and ids are whole numbers from 0 to {size - 1}")
 
 
 def _sample_if_it_says_how(config: GenerationConfig) -> None:

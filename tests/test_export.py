@@ -511,3 +511,29 @@ def test_logits_that_are_no_numbers_never_agree():
     wanted = torch.ones(1, 4, 3)
     assert export.disagreement(wanted * float("nan"), wanted, 0.1, has_experts=True)
     assert export.disagreement(wanted, wanted, 0.1, has_experts=False) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[", "[]", "null", "", '{"eos_token_id": [[1]]}', '{"eos_token_id": "x"}', '{"eos_token_id": [2, 999999]}'],
+)
+def test_a_generation_config_that_cannot_be_exported_is_refused_before_training(workshop, content):
+    base = workshop.train("base") / "model"
+    (base / "generation_config.json").write_text(content)
+    changes = {"model__path": str(base), "model__init": "pretrained", "model__config": None, "model__tokenizer": None}
+    with pytest.raises(ModelError, match="generation_config.json cannot be saved again"):
+        workshop.check("tuned", **changes)
+
+
+def test_an_adapter_is_not_put_on_a_base_that_calculates_otherwise(workshop):
+    base = workshop.train("base") / "model"
+    changes = {"model__path": str(base), "model__init": "pretrained", "model__config": None, "model__tokenizer": None}
+    adapter = workshop.train("tuned", adapter__kind="lora", **changes) / "model"
+    export.load(adapter)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    with pytest.raises(ModelError, match="hidden_act was silu, now gelu"):
+        export.load(adapter)
+    (adapter / "base_weights.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"base_weights\.json: is damaged"):
+        export.load(adapter)

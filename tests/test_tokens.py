@@ -1139,3 +1139,10 @@ def test_a_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer, desk, pr
 def test_every_turn_of_phi3_is_asked_with_the_tokens_of_training(real_data, desk):
     tokenizer = load_tokenizer(Model(path=str(real_data / "tokenizers" / "phi-3-mini")))
     check_every_prompt(desk, tokenizer, chat_for(tokenizer, tokenizer.chat_template))
+
+
+def test_a_tokenizer_that_splits_special_tokens_is_another_one():
+    """It gives other tokens for the same text, and neither cache nor resumption may take one for the other."""
+    plain, splits = bytes_tokenizer(), bytes_tokenizer()
+    splits.split_special_tokens = True
+    assert tokens.tokenizer_fingerprint(plain) != tokens.tokenizer_fingerprint(splits)

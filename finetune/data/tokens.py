@@ -398,8 +398,9 @@ def uses_bos(tokenizer: Any) -> bool:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of vocabulary, merges, normalisation and special tokens."""
-    parts = [tokenizer.backend_tokenizer.to_str(), json.dumps(tokenizer.special_tokens_map, sort_keys=True)]
+    """Hash of vocabulary, merges, normalisation and special tokens, and of what tokenizer_config.json changes at each call."""
+    switches = [uses_bos(tokenizer), bool(getattr(tokenizer, "split_special_tokens", False))]
+    parts = [tokenizer.backend_tokenizer.to_str(), json.dumps([tokenizer.special_tokens_map, switches], sort_keys=True)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

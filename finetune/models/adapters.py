@@ -44,6 +44,7 @@ def apply(
     )
     if adapter.path and (known := bases.read(Path(adapter.path))):
         bases.require_same(record, known, Path(adapter.path))
+        bases.require_architecture(model, known, Path(adapter.path))
         record["loftq"] = known["loftq"]
     ends = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
     adapted = _continued(model, adapter.path) if adapter.path else _fresh(model, adapter, bool(new_token_ids))

@@ -27,16 +27,44 @@ def record(
 ) -> dict[str, Any]:  # fmt: skip
     """What is needed to know this base again; without weights for a model on the meta device."""
     return {
-        "dtype": str(dtype).removeprefix("torch."), "quantization": quantization, "loftq": loftq,
+        "dtype": str(dtype).removeprefix("torch."), "quantization": quantization, "loftq": loftq, "architecture": _function(base),
         "new_tokens": list(new_tokens), "new_token_ids": list(new_token_ids), "weights": hashes(base),
     }  # fmt: skip
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What an adapter knows of its base; empty for adapters from elsewhere."""
+    """What an adapter knows of its base; empty for adapters from elsewhere. Raises ModelError for a damaged record."""
     path = folder / FILE
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        is_whole = bool(found["weights"]) and {"dtype", "quantization", "new_tokens", "new_token_ids"} <= found.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise ModelError(
+            f"{path}: is damaged, so the base of this adapter cannot be checked; restore it, or export the run again"
+        )
     return found
+
+
+def _function(base: nn.Module) -> dict[str, Any]:
+    """`architecture` without how weights are stored."""
+    fields = architecture(base.config).items()
+    return {name: value for name, value in fields if not name.startswith("quantization_config")}
+
+
+def require_architecture(base: nn.Module, known: dict[str, Any], folder: Path) -> None:
+    """Raise ModelError if a base calculates with its weights in another way than the one that an adapter was trained beside."""
+    now = _function(base)
+    others = [name for name, value in known.get("architecture", {}).items() if name in now and now[name] != value]
+    if others:
+        name = others[0]
+        raise ModelError(
+            f"{folder}: its base has another config than when the adapter was trained beside it: {name} was "
+            f"{known['architecture'][name]}, now {now[name]}; put the old config.json back, or train again"
+        )
 
 
 def require_same(now: dict[str, Any], known: dict[str, Any], folder: Path) -> None:
