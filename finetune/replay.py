@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -64,8 +65,11 @@ def _receipt(run: Path) -> dict[str, Any]:
             json.loads((run / "outcome.json").read_text())["state"],
         )
         told = [str(receipt["topology"]), *launch, *launch.values()]
-        if not all(isinstance(word, str) and "\0" not in word for word in told) or any("=" in name for name in launch):
-            raise ValueError("launch is no environment")
+        # The system takes 128 KiB of a variable; a launcher sets a few words.
+        if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in told):
+            raise ValueError("launch holds what is no variable of an environment")
+        if wrong := [name for name in launch if not re.fullmatch("[A-Z0-9_]+", name)]:
+            raise ValueError(f"launch holds {wrong[0]!r}, which is no name of a variable")
         if foreign := [name for name in launch if not launching.is_recorded(name)]:
             raise ValueError(f"launch sets {foreign[0]}, which no receipt of this program does")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:

@@ -269,7 +269,9 @@ class RunDirectory:
                 return f"{path} cannot be read ({exc.strerror})"
             except (TypeError, KeyError):
                 return f"outcome.json does not say what {name} holds"
-        return None
+        # A file more can change how the folder is opened, as adapter_config.json does.
+        others = {str(p.relative_to(self.model)) for p in self.model.rglob("*") if not p.is_dir()} - known.keys()
+        return f"{self.model / min(others)} was not exported with the model" if others else None
 
     def eval_losses(self) -> dict[int, float]:
         """Step -> loss of every evaluation on record; infinity where it was no number."""
@@ -432,4 +434,5 @@ def _values(line: str) -> dict[str, Any] | None:
 
 def _has_loss(values: dict[str, Any]) -> bool:
     """Whether a line of eval.jsonl can be judged by."""
-    return "eval_loss" in values and (values["eval_loss"] is None or type(values["eval_loss"]) in (int, float))
+    loss = values.get("eval_loss", "absent")
+    return loss is None or type(loss) is float or (type(loss) is int and abs(loss) < 1e300)
