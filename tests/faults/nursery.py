@@ -233,7 +233,7 @@ class Scene:
         self.lines = self._counted(config)
         self.seconds = time.monotonic() - began
         shutil.copytree(self.workshop.run_dir("undisturbed"), self.workshop.folder / "kept")
-        forget(self.workshop.run_dir("undisturbed"), 4)
+        forget(self.workshop.run_dir("undisturbed"), 6)
         self.lines_of_a_resumption = self._counted(config)
         same_end(self.workshop.run_dir("undisturbed"), self.workshop.folder / "kept")
         return self
