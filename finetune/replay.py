@@ -68,10 +68,10 @@ def _receipt(run: Path) -> dict[str, Any]:
         # The system takes 128 KiB of a variable; a launcher sets a few words.
         if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in told):
             raise ValueError("launch holds what is no variable of an environment")
-        if wrong := [name for name in launch if not re.fullmatch("[A-Z0-9_]+", name)]:
-            raise ValueError(f"launch holds {wrong[0]!r}, which is no name of a variable")
         if foreign := [name for name in launch if not launching.is_recorded(name)]:
             raise ValueError(f"launch sets {foreign[0]}, which no receipt of this program does")
+        if wrong := [name for name in launch if not re.fullmatch("[A-Z0-9_]+", name)]:
+            raise ValueError(f"launch holds {wrong[0]!r}, which is no name of a variable")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise RunDirectoryError(
             f"{run} has no receipt and outcome that can be read: {type(exc).__name__}: {exc}"

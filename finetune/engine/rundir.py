@@ -269,9 +269,7 @@ class RunDirectory:
                 return f"{path} cannot be read ({exc.strerror})"
             except (TypeError, KeyError):
                 return f"outcome.json does not say what {name} holds"
-        # A file more can change how the folder is opened, as adapter_config.json does.
-        others = {str(p.relative_to(self.model)) for p in self.model.rglob("*") if not p.is_dir()} - known.keys()
-        return f"{self.model / min(others)} was not exported with the model" if others else None
+        return None
 
     def eval_losses(self) -> dict[int, float]:
         """Step -> loss of every evaluation on record; infinity where it was no number."""
