@@ -74,6 +74,9 @@ def test_in_16_bits_it_is_as_near_to_float32_as_pytorchs_own(window, off, peaked
         assert error <= (1.0 if name in ("query", "key") else 1.3) * usual, (name, error, usual)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler's own
 def test_values_of_another_width_than_keys_go_the_slow_way():
     """As in latent attention, where keys carry positions besides."""
     tensors = states(4, 4, 40, value_width=8)
