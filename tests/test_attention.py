@@ -74,9 +74,6 @@ def test_in_16_bits_it_is_as_near_to_float32_as_pytorchs_own(window, off, peaked
         assert error <= (1.0 if name in ("query", "key") else 1.3) * usual, (name, error, usual)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # the compiler's own
 def test_values_of_another_width_than_keys_go_the_slow_way():
     """As in latent attention, where keys carry positions besides."""
     tensors = states(4, 4, 40, value_width=8)
@@ -84,6 +81,9 @@ def test_values_of_another_width_than_keys_go_the_slow_way():
         torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler's own
 def test_the_operator_keeps_what_it_promises_to_compilers():
     """Shapes without values, gradients, no hidden changes of its inputs; PyTorch's own check of operators."""
     query, key, value = (tensor.detach().transpose(1, 2).requires_grad_() for tensor in states(4, 2, 40))
