@@ -138,6 +138,7 @@ def site(folder: Path) -> list[str]:
         (folder / "site").mkdir()
         shutil.copy(known["cert"], folder / "site/ca.pem")
         known["cert"] = "/site/ca.pem"
+    known.pop("constraint", None)  # a file of this machine; the image's versions are pinned anyway
     pip = configparser.ConfigParser(interpolation=None)
     pip["global"] = known
     with (folder / "pip.conf").open("w") as file:
