@@ -101,7 +101,7 @@ def test_held_out_rows_may_be_a_folder_and_all_that_is_wrong_is_told(tmp_path, c
     write_jsonl(tmp_path / "train.jsonl", pairs())
     [conversation] = compare.read(str(tmp_path), "auto", {}, None)
     assert str(conversation.place) == f"{tmp_path}/test.csv:2"
-    assert f"note: --data does not read {tmp_path}/train.jsonl (named as train rows)" in capsys.readouterr().err
+    assert f"note: --data does not read {tmp_path}/train.jsonl (not named as test rows)" in capsys.readouterr().err
     path = write_jsonl(tmp_path / "bad.jsonl", [{"question": "q", "answer": ""}] * 20)
     with pytest.raises(DataError, match=r"20 of 20 rows are wrong:\n  .*bad.jsonl:1: column 'answer' is empty"):
         compare.read(str(path), "auto", {}, None)
