@@ -4,14 +4,22 @@ import hashlib
 import json
 import os
 import pickle
+from enum import Enum
 from pathlib import Path
 
 import pytest
 import torch
 from faults.nursery import start
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from finetune.engine.checkpoint.unpickling import Reader
 from finetune.errors import CheckpointError, ModelError
 
 
@@ -51,6 +59,39 @@ def replace_entry(shards: Path, kind: type, content: bytes, where: str | None = 
         file.write(content)
     metadata.storage_data[index] = _StorageInfo(where or path.name, begin, len(content))
     (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def metadata(folder: Path, value: object) -> Reader:
+    (folder / ".metadata").write_bytes(pickle.dumps(value))
+    return Reader(folder)
+
+
+def test_metadata_is_read_as_every_python_writes_it(tmp_path, monkeypatch):
+    """3.11.2, which Debian 12 has, writes an enum's member as a call of getattr; later ones write its value."""
+    written = Metadata({"weight": TensorStorageMetadata(TensorProperties(), torch.Size([2]), [])}, storage_data={})
+    for by_name in (False, True):
+        with monkeypatch.context() as patch:
+            if by_name:
+                patch.setattr(Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+            reader = metadata(tmp_path, written)
+        assert b"getattr" in (tmp_path / ".metadata").read_bytes() or not by_name
+        assert reader.read_metadata() == written
+
+
+class Attribute:
+    """Asks for any attribute of a class that a checkpoint may name."""
+
+    def __init__(self, *path: object) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return getattr, self.path
+
+
+@pytest.mark.parametrize("path", [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro"), ("text", "join")])  # fmt: skip
+def test_getattr_gives_members_of_enums_only(tmp_path, path):
+    with pytest.raises(pickle.UnpicklingError, match="nothing was executed"):
+        metadata(tmp_path, Attribute(*path)).read_metadata()
 
 
 @pytest.mark.slow

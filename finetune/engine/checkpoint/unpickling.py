@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -27,8 +28,22 @@ DCP = frozenset(
 )  # fmt: skip
 
 
+def _member(kind: Any, name: str) -> Enum:
+    """An enum's member by name: all that `getattr` may do here.
+
+    Python 3.11.2, which Debian 12 has, pickles a member as `getattr(kind, name)`; 3.11.7 as `kind(value)`.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(
+            f"it calls getattr({kind!r}, {name!r}), which no checkpoint needs; nothing was executed"
+        )
+    return kind[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in DCP:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs; nothing was executed")
