@@ -396,11 +396,11 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     writing = export.Writing(target, template, system_prompt, base)
 
     def verify_and_publish() -> None:
-        writing.publish()
+        names = writing.publish()
         if job.storage:
             job.storage.upload_model(target)
         job.stop.close()  # a signal from here on comes too late to make it anything but complete
-        job.directory.write_outcome("complete", step, reason, exported_step=exported)
+        job.directory.write_outcome("complete", step, reason, names, exported_step=exported)
         if job.storage:
             job.storage.upload_notes(job.directory.path)
 

@@ -4,19 +4,28 @@ import argparse
 import copy
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 from finetune import files
 from finetune.config import paths
-from finetune.config.base import model_argument, require_model, tokenizer_problem
+from finetune.config.base import (
+    decides_what_opens,
+    is_model_or_adapter,
+    model_argument,
+    require_model,
+    tokenizer_problem,
+)
 from finetune.data.rows import Message
 from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
@@ -99,7 +108,7 @@ def save(
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
         config.save_pretrained(folder)
-    with_template(tokenizer, template, system_prompt).save_pretrained(folder)
+    _save_tokenizer(with_template(tokenizer, template, system_prompt), folder, base)
     if is_adapter:
         (folder / bases.FILE).write_text(json.dumps(model.base_record, indent=1))
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
@@ -114,16 +123,45 @@ def save(
 
 # What a base may have beside weights, config and tokenizer: how to prepare pictures and sounds, and on which terms it was
 # given. Its README describes the base, not what it has become.
-COMPANIONS = ("*processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "Notice*", "License*")
-CODE = ("*.py",)  # where model.trust_remote_code allows it
+SETTINGS = re.compile(r"[^/]*processor_config\.json")
+TERMS = re.compile(
+    r"(^|.*[-_. ])((un)?licen[sc]es?|copying|copyright|(third[-_. ]?party[-_. ]?)?notices?|((acceptable|prohibited)[-_. ]?)?use[-_. ]?policy"
+    r"|terms([-_. ]of[-_. ]use)?|patents)([-_. ].*|$)",
+    re.IGNORECASE,
+)
+CODE = re.compile(r".*\.py|custom_generate/.*")  # what model.trust_remote_code allows
+# Never terms, whatever they are called, and too large to be fetched by mistake.
+NO_TERMS = re.compile(
+    r".*\.(py|json|jsonl|csv|tsv|safetensors|bin|gguf|onnx|pth?|ckpt|h5|msgpack|parquet|zip|tar|gz)", re.IGNORECASE
+)
+# As globs, for the Hub, which fetches a little more than comes along.
+TO_FETCH = [
+    "*processor_config.json", "*.py", "custom_generate/*",
+    *("*" + "".join(f"[{c}{c.upper()}]" for c in word) + "*" for word in ("licen", "copy", "notice", "policy", "terms", "patents")),
+]  # fmt: skip
+NOT_TO_FETCH = ["*.safetensors", "*.bin", "*.gguf", "*.onnx", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.parquet"]
+
+
+def _comes_along(name: str, trust_remote_code: bool) -> bool:
+    """Whether a file of a base, by its path within the folder, belongs into an export. Hidden ones never do."""
+    if re.search(r"(^|/)\.", name):
+        return False
+    if CODE.fullmatch(name):
+        return trust_remote_code
+    return bool(SETTINGS.fullmatch(name) or (TERMS.fullmatch(name.split("/")[0]) and not NO_TERMS.fullmatch(name)))
 
 
 def _bring_along(base: Base, folder: Path) -> None:
     source = _folder_of(base, local_files_only=True)
-    for pattern in (*COMPANIONS, *(CODE if base.trust_remote_code else ())):
-        for path in sorted(source.glob(pattern)) if source else ():
-            if path.is_file() and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
+    for path in sorted(source.rglob("*")) if source else ():
+        name = path.relative_to(source).as_posix()
+        wanted = _comes_along(name, base.trust_remote_code) and path.is_file() and not (folder / name).exists()
+        inner = [parent for parent in path.parents if source in parent.parents]
+        if wanted and not any(
+            is_model_or_adapter(parent) for parent in inner
+        ):  # such as runs in the folder of their base
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
 
 
 def _folder_of(base: Base, local_files_only: bool) -> Path | None:
@@ -137,12 +175,34 @@ def _folder_of(base: Base, local_files_only: bool) -> Path | None:
             snapshot_download(
                 base.path,
                 revision=base.revision,
-                allow_patterns=[*COMPANIONS, *CODE],
+                allow_patterns=TO_FETCH,
+                ignore_patterns=NOT_TO_FETCH,
                 local_files_only=local_files_only,
             )
         )
     except Exception:  # a Hub that does not answer: weights and tokenizer, which are needed, say so by themselves
         return None
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path | str, base: Base | None) -> None:
+    """Save a tokenizer with every file of a vocabulary that its class names: classes of a base's own may not write all of theirs."""
+    tokenizer.save_pretrained(folder)
+    source = str(tokenizer.name_or_path or "")
+    revision = base.revision if base and source == base.path else None
+    for name in sorted({name for name in type(tokenizer).vocab_files_names.values() if name}) if source else ():
+        target = Path(folder, name)
+        if not target.exists() and (found := _held(source, name, revision)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found, target)
+
+
+def _held(source: str, name: str, revision: str | None) -> str | None:
+    """The path of a file of a folder, or of a repository of the Hub that was read before; None where it has no such file."""
+    try:
+        found: str | None = cached_file(source, name, revision=revision, local_files_only=True)
+    except OSError:
+        return None
+    return found
 
 
 def _may_be_tied(model: Any, weights: dict[str, torch.Tensor]) -> bool:
@@ -183,23 +243,36 @@ class Writing:
             precision=precision, device=device, probe_dtype=probe_dtype,
         )  # fmt: skip
 
-    def publish(self) -> None:
-        """Raises ExportError; what was saved then stays beside the target."""
+    def publish(self) -> list[str]:
+        """The files of the export, verified and in their place. Raises ExportError; what was saved then stays beside the target."""
         verify(
             self.folder, self._was, self.template,
             trust_remote_code=self.base.trust_remote_code, system_prompt=self.system_prompt,
         )  # fmt: skip
+        names = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
         publish(self.folder, self.target)
+        return names
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Put a verified folder in its place, at once; what was there is replaced only now."""
+    """Put a verified folder in its place, at once; what was there is replaced only now, but for what a user had added."""
     old = target.with_name(f".old-{target.name}")
-    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
+        _move_additions(old, target)
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
     os.rename(folder, target)
+    _move_additions(old, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_additions(old: Path, new: Path) -> None:
+    """Move the files of one folder into another that has none of their names; those that would change what opens stay."""
+    for path in sorted(old.rglob("*")):
+        name = path.relative_to(old).as_posix()
+        if not decides_what_opens(name) and (path.is_file() or path.is_symlink()) and not os.path.lexists(new / name):
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(path, new / name)
 
 
 def rehearse(
@@ -213,7 +286,7 @@ def rehearse(
     _folder_of(base, local_files_only=False)
     with tempfile.TemporaryDirectory() as name:
         model_config.save_pretrained(name)  # its model_type decides which class opens the tokenizer
-        with_template(tokenizer, template, system_prompt).save_pretrained(name)
+        _save_tokenizer(with_template(tokenizer, template, system_prompt), name, base)
         again = load_tokenizer(name, trust_remote_code)
         if template is not None:
             template.stop_token()
@@ -343,7 +416,8 @@ def load(
 ) -> Any:  # fmt: skip
     """Full weights, or an adapter on its base, quantised as it was trained unless not `quantized`. Raises ModelError.
 
-    `base`: where the base of an adapter is now, if not where it was trained beside it. Its weights must be the same.
+    `base`: where the base of an adapter is now, if not where it was trained beside it. Every value of its weights must be the
+    same, as far as they are not quantised.
     """
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
@@ -357,10 +431,11 @@ def load(
         quantization = (record.get("quantization") or None) if quantized else None
 
         def load_base(dtype: torch.dtype | str) -> Any:
-            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **quantized_as(config, quantization),
-            )  # fmt: skip
+            with translated(f"--base: {where!r}") if base is not None else nullcontext():
+                config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+                model = AutoModelForCausalLM.from_pretrained(
+                    where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **quantized_as(config, quantization),
+                )  # fmt: skip
             if not quantized and getattr(config, "quantization_config", None):  # it has no other weights than those
                 model = model.dequantize(dtype=model.dtype)
                 model._weight_conversions = None  # of transformers 5.23, which would quantise again while saving
@@ -373,9 +448,9 @@ def load(
         if record.get("new_token_ids"):
             embeddings.extend(model, record["new_token_ids"])
         if record:
-            bases.require_architecture(model, record, folder)
+            bases.require_architecture(model, record, folder, base)
         if record and (quantization or not record["quantization"]):
-            bases.require_weights(bases.hashes(model), record, folder)
+            bases.require_weights(model, record, folder, base)
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return PeftModel.from_pretrained(model, str(folder))
@@ -492,10 +567,61 @@ def merge(
     A base that was quantised for training is taken whole, except for adapters that LoftQ began:
     theirs make up for the quantisation, so they belong on what it left. `base`: see `load`. Raises ModelError if a
     source is no adapter or `target` exists, ExportError if logits differ by more than rounding;
-    then nothing is left at `target`.
+    then nothing is left at `target` nor beside it.
     """
+    _require_output(sources, target)
+    require_mergeable(sources)
+    first, alone = sources[0], len(sources) == 1
+    # float16 has fewer exponents than the others: adding comes first, rounding last.
+    adding = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}[dtype]
+    model = load(first, adding, trust_remote_code, quantized=False, base=base)
+    names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
+    for name, source in zip(names[1:], sources[1:]):
+        model.load_adapter(str(source), name)
+    trained = _beside_quantized_base(first, model, trust_remote_code, base)
+    model.base_model.set_adapter(names)
+    before = probe_logits(model)
+    origin = Base(*_base_of(first, model.peft_config["default"], base), trust_remote_code)
+    merged = adapters.merge(model, names)
+    del model
+    if dtype == "float16":
+        merged = merged.half()
+    folder = target.with_name(f".writing-{target.name}")
+    try:
+        weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
+        save(merged, weights, load_tokenizer(first, trust_remote_code), None, folder, base=origin)
+        tolerance = TOLERANCE[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[merged.dtype]]
+        del merged
+        reloaded = load(folder, trust_remote_code=trust_remote_code)
+        _require_weights(folder, reloaded, weights)
+        after = probe_logits(reloaded)
+        if why := disagreement(after, before, tolerance, _has_experts(reloaded)):
+            raise ExportError(f"{target}: {why} once the adapter is merged; nothing was written")
+        publish(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # gone if it was published; else of no use, and as large as the model
+    rounding = _relative_difference(after, before)
+    return Merged(rounding, _relative_difference(after, trained) if trained is not None and alone else None)
+
+
+def _beside_quantized_base(source: Path, whole: Any, trust_remote_code: bool, base: str | None) -> torch.Tensor | None:
+    """`probe_logits` of an adapter on its base as that was quantised for training; None if it was not.
+
+    LoftQ's adapters belong on what quantisation left: the base of `whole` becomes that.
+    """
+    record = bases.read(source)
+    if not record.get("quantization"):
+        return None
+    quantized = load(source, trust_remote_code=trust_remote_code, base=base)
+    if record.get("loftq"):
+        adapters.copy_dequantized(quantized, whole)
+    return probe_logits(quantized)
+
+
+def _require_output(sources: Sequence[Path], target: Path) -> None:
+    """Raise ModelError for sources that are no adapters, and for a target that cannot be made."""
     for source in sources:
-        if not (source / "adapter_config.json").exists():
+        if not is_adapter(source):
             raise ModelError(
                 f"{source}: no adapter_config.json, so there is nothing to merge; give model/ of a LoRA run"
             )
@@ -505,49 +631,6 @@ def merge(
         raise ModelError(f"--output: {target}: {problem}")
     if any(source.resolve() in target.resolve().parents for source in sources):
         raise ModelError(f"{target} lies inside an adapter; choose another --output")
-    require_mergeable(sources)
-    first, others = sources[0], sources[1:]
-    # float16 has fewer exponents than the others: adding comes first, rounding last.
-    adding = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}[dtype]
-    record = bases.read(first)
-    model = load(first, adding, trust_remote_code, quantized=False, base=base)
-    tokenizer = load_tokenizer(first, trust_remote_code)
-    names = ["default"]
-    for source in others:
-        names.append(f"adapter_{len(names)}")
-        model.load_adapter(str(source), names[-1])
-    trained = None
-    if record.get("quantization"):
-        quantized = load(first, trust_remote_code=trust_remote_code, base=base)
-        if record.get("loftq"):
-            adapters.copy_dequantized(quantized, model)
-        trained = probe_logits(quantized)
-        del quantized  # before a third model is opened
-    model.base_model.set_adapter(names)
-    before = probe_logits(model)
-    origin = Base(*_base_of(first, model.peft_config["default"], base), trust_remote_code)
-    merged = adapters.merge(model, names)
-    del model
-    if dtype == "float16":
-        merged = merged.half()
-    folder = target.with_name(f".writing-{target.name}")
-    weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
-    save(merged, weights, tokenizer, None, folder, base=origin)
-    precisions = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    tolerance = TOLERANCE[precisions[merged.dtype]]
-    del merged
-    try:
-        reloaded = load(folder, trust_remote_code=trust_remote_code)
-        _require_weights(folder, reloaded, weights)
-        after = probe_logits(reloaded)
-        if why := disagreement(after, before, tolerance, _has_experts(reloaded)):
-            raise ExportError(f"{target}: {why} once the adapter is merged; nothing was written")
-    except ExportError:
-        shutil.rmtree(folder)
-        raise
-    publish(folder, target)
-    rounding = _relative_difference(after, before)
-    return Merged(rounding, None if trained is None or others else _relative_difference(after, trained))
 
 
 def _problem_of_parent(target: Path) -> str | None:
@@ -603,7 +686,7 @@ def base_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         type=model_argument,
-        help="where the base of an adapter is now, if it was moved since the training; its weights are compared",
+        help="where the base of an adapter is now, if it was moved since the training; every value of its weights is compared",
     )
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune import config as configs
 from finetune import export
+from finetune.config import base
 from finetune.config.base import said_by
 from finetune.errors import ConfigError, ModelError
 
@@ -178,6 +179,7 @@ def test_a_model_that_does_not_continue_text_is_named(tmp_path, said, says):
         ({"model_type": "llama"}, (), "has no weights"),
         ({"model_type": "llama"}, ("model.gguf",), "has no weights (.safetensors), only GGUF"),
         (None, ("adapter_config.json",), "is an adapter"),
+        ({"model_type": "llama"}, ("model.safetensors", "adapter_config.json"), "holds config.json of a whole model and adapter_config.json"),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_model_is_named_in_one_line(tmp_path, config, files, says):
@@ -254,13 +256,16 @@ def test_weights_in_another_form_are_looked_at_too(plain, tmp_path, name, says):
     assert says in refusal(base)
 
 
-def test_whole_parts_are_taken(workshop, parts):
+def test_whole_parts_are_taken(workshop, plain, parts):
     workshop.check(**on(parts))
+    assert base.shapes(str(parts)) == base.shapes(str(plain))
 
 
 def test_random_weights_need_no_saved_ones(workshop, parts):
     (parts / FIRST).unlink()
-    workshop.check(model__init="random", model__path=str(parts), model__config=None, model__tokenizer=None)
+    settings = {"model__path": str(parts), "model__config": None, "model__tokenizer": None, "train__max_steps": 1}
+    run = workshop.train(model__init="random", **settings)
+    assert base.shapes(str(run / "model")).keys() == json.loads((parts / INDEX).read_text())["weight_map"].keys()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -60,8 +60,8 @@ def tamper(change):
     """Save as usual, then change a tensor of what was written."""
     whole = export.save
 
-    def save(model, weights, tokenizer, template, target, *rest):
-        whole(model, weights, tokenizer, template, target, *rest)
+    def save(model, weights, tokenizer, template, target, *rest, **others):
+        whole(model, weights, tokenizer, template, target, *rest, **others)
         [path] = target.glob("*model.safetensors")
         tensors = load_file(path)
         change(tensors)
@@ -398,6 +398,42 @@ def test_what_a_base_has_beside_its_weights_comes_out_again(workshop, kind):
     assert (settings["top_p"], settings["temperature"], settings["do_sample"]) == (0.7, 0.6, True)
 
 
+TERMS = (
+    "license.txt", "LICENSE.md", "LICENCE", "COPYING", "COPYING.LESSER", "NOTICE", "notice.md", "USE_POLICY.md", "LICENSES/MIT.txt",
+    "licenses/a/b.txt", "LLAMA_LICENSE.txt", "ThirdPartyNotices.txt", "Acceptable-Use-Policy.pdf", "TERMS_OF_USE.md", "UNLICENSE",
+)  # fmt: skip
+
+
+def test_terms_come_along_however_they_are_spelt(tmp_path):
+    others = (
+        "README.md",
+        "noticed.txt",
+        "determs.txt",
+        "license.safetensors",
+        ".git/LICENSE",
+        "data/LICENSE",
+        "license_check.py",
+    )
+    for name in (*TERMS, *others):
+        (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "base" / name).write_text(name)
+    (tmp_path / "out").mkdir()
+    export._bring_along(export.Base(str(tmp_path / "base")), tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == set(TERMS)
+
+
+def test_the_hub_is_asked_for_all_that_comes_along():
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = [*TERMS, "kernels/own.py", "custom_generate/requirements.txt", "video_preprocessor_config.json"]
+    weights = ["model.safetensors", "LICENSED.bin"]
+    fetched = filter_repo_objects(
+        [*wanted, *weights], allow_patterns=export.TO_FETCH, ignore_patterns=export.NOT_TO_FETCH
+    )
+    assert list(fetched) == wanted
+
+
 @pytest.fixture
 def two_ends(workshop):
     """A base whose config says tied, and whose head and embedding are two."""
@@ -460,8 +496,75 @@ def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
         assert "its base is not in" in (said := capsys.readouterr().err)
         assert "give --base" in said
     assert main([*arguments, "--base", other]) == 2
-    assert "its base has changed" in capsys.readouterr().err
+    assert f"--base: {other} is not the base of {model}: 21 of 21 weights are others" in capsys.readouterr().err
     assert main([*arguments, "--base", moved]) == 0
+
+
+@pytest.fixture
+def moved(workshop):
+    """(an adapter, where its base is now)"""
+    base = workshop.train("base")
+    adapter = workshop.train("lora", **as_adapter(base)) / "model"
+    return adapter, base.rename(workshop.folder / "moved") / "model"
+
+
+def test_a_base_in_another_place_is_compared_in_every_value(moved):
+    adapter, base = moved
+    export.load(adapter, base=str(base))
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"][1, 2] += 1  # flat 34, and a sample holds multiples of 130
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=f"--base: {base} is not the base of {adapter}: 1 of 21 .*such as lm_head.weight"
+    ):
+        export.load(adapter, base=str(base))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("another architecture", "is not the base of {adapter}: model_type was llama there, and is gpt2 here; give the folder of"),
+        ("a Hub name", "--base: 'owner/name' cannot be loaded: We couldn't connect"),
+        ("an adapter", "--base: {adapter} is an adapter itself; give the whole model"),
+        ("both", "--base: {base} holds config.json of a whole model and adapter_config.json of an adapter"),
+        ("nowhere", "--base: {base}/nowhere: no such folder"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_base_is_named_by_its_option(workshop, moved, capsys, kind, says):
+    from finetune.__main__ import main
+
+    adapter, base = moved
+    given = {"a Hub name": "owner/name", "an adapter": str(adapter), "nowhere": f"{base}/nowhere"}.get(kind, str(base))
+    if kind == "another architecture":
+        gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}
+        given = str(workshop.train("gpt", train__max_steps=1, model__config=gpt) / "model")
+    if kind == "both":
+        (base / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    arguments = ["--model", str(adapter), "--output", str(workshop.folder / "merged"), "--base", given]
+    assert main(["export", "--merge", *arguments]) == 2
+    assert says.format(adapter=adapter, base=base) in capsys.readouterr().err
+
+
+def test_a_base_that_was_rounded_to_float16_is_known_again():
+    """float16 holds fewer exponents than the bfloat16 that hashes compare."""
+    from finetune.models import bases
+
+    torch.manual_seed(0)
+    base = torch.nn.Linear(100, 100)
+    known = bases.hashes(base.half()), bases.values(base.half(), {"weight"})
+    torch.manual_seed(0)
+    base = torch.nn.Linear(100, 100)
+    assert (bases.hashes(base, torch.float16), bases.values(base, {"weight"}, torch.float16)) == known
+    assert bases.values(base, {"weight"}) != known[1]
+
+
+def test_a_merge_that_fails_leaves_no_folder(workshop, monkeypatch):
+    run = workshop.train("lora", **as_adapter(workshop.train("base")))
+    monkeypatch.setattr(export, "save", tamper(lambda tensors: tensors.pop("model.norm.weight")))
+    before = sorted(workshop.folder.iterdir())
+    with pytest.raises(ExportError):
+        export.merge([run / "model"], workshop.folder / "merged")
+    assert sorted(workshop.folder.iterdir()) == before
 
 
 def mixture(**changes):

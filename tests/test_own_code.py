@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,15 @@ from .helper_own import SCALE
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 """
+TOKENIZER = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+class OwnTokenizer(PreTrainedTokenizerFast):
+    vocab_files_names = {"tokenizer_file": "tokenizer.json", "words_file": "own.words"}
+    def __init__(self, *args, words_file, **kwargs):
+        self.words = Path(words_file).read_text()
+        super().__init__(*args, **kwargs)
+"""
 
 
 @pytest.fixture
@@ -25,6 +36,9 @@ def settings(workshop, monkeypatch):
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(workshop.folder / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds that folder
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)  # of another test's folder
     base = workshop.train("base") / "model"
     values = json.loads((base / "config.json").read_text())
     values |= {
@@ -39,6 +53,31 @@ def settings(workshop, monkeypatch):
         "model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None,
         "model__trust_remote_code": True, "checkpoint__every_steps": 2,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "merged"])
+def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
+    """Folders of code, and files that only the class of a tokenizer names, which an adapter has to hold too."""
+    base = Path(settings["model__path"])
+    files = {
+        "custom_generate/generate.py": "def generate(model): ...", "custom_generate/requirements.txt": "torch\n", "kernels/fast/own.py": "", "own.words": "a b",
+        "tokenization_own.py": TOKENIZER,
+    }  # fmt: skip
+    others = {".git/hook.py": "", "runs/old/model/config.json": "{}", "runs/old/model/old.py": ""}
+    for name, text in {**files, **others}.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(text)
+    path = base / "tokenizer_config.json"
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    folder = workshop.train("tuned", **settings, adapter__kind="full" if kind == "full" else "lora") / "model"
+    if kind == "merged":
+        export.merge([folder], workshop.folder / "merged", trust_remote_code=True)
+        folder = workshop.folder / "merged"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found >= ({"own.words", "tokenization_own.py"} if kind == "lora" else files.keys())
+    assert not found & others.keys() - {"runs/old/model/config.json"}
+    assert export.load_tokenizer(folder, trust_remote_code=True).words == "a b"
 
 
 def test_code_comes_along_and_is_part_of_the_identity(workshop, settings):

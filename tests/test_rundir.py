@@ -122,11 +122,36 @@ def test_a_damaged_export_without_a_checkpoint_is_named_and_stays(workshop):
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
-def test_what_a_user_adds_to_an_export_stays(workshop):
+@pytest.mark.parametrize("end", ["complete", "damaged", "torn"])
+def test_what_a_user_adds_to_an_export_stays(workshop, end):
     run = workshop.train()
-    (run / "model/NOTES.md").write_text("mine")
+    model, mine = run / "model", ["NOTES.md", "quantised/model-q4.gguf"]
+    (model / "quantised").mkdir()
+    for name in mine:
+        (model / name).write_text("mine")
+    if end != "complete":
+        (model / "model.safetensors").write_text("")
+    if end == "torn":  # publishing ended between its two renames
+        model.rename(run / ".old-model")
     workshop.train()
-    assert (run / "model/NOTES.md").exists()
+    assert [(model / name).read_text() for name in mine] == ["mine", "mine"]
+    assert not (run / ".old-model").exists()
+    assert not set(mine) & json.loads((run / "outcome.json").read_text())["model"].keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+     "adapter_model.bin", "quantize_config.json", "additional_chat_templates/rag.jinja"],
+)  # fmt: skip
+def test_a_file_that_changes_what_opens_in_an_export_is_named(workshop, name):
+    run = workshop.train()
+    path = run / "model" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    with pytest.raises(RunDirectoryError, match=f"{path} was not there when the model was verified.*move it away"):
+        workshop.train()
+    assert path.read_text() == "{}"
 
 
 @pytest.mark.parametrize("kind", ["a file", "a broken link"])

@@ -1,5 +1,6 @@
 """What a model says of itself, by its folder and its config.json, checked before anything is loaded. No torch."""
 
+import fnmatch
 import json
 import os
 import re
@@ -24,6 +25,12 @@ MOST_HEADER = 100_000_000  # bytes; the most that safetensors itself reads
 SMALL = 1 << 16  # bytes; a tokenizer.json of this size takes a millisecond to parse, and real ones are larger
 AGAIN = "download it again"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# Files that decide what transformers, peft or a server opens in a folder, so that one more makes it another model.
+OPENED = (
+    "config.json", "adapter_config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin", "adapter_model.bin",
+    "generation_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "tokenizer.json", "tokenizer_config.json",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.*", "additional_chat_templates/*",
+)  # fmt: skip
 # What an architecture's name ends with when its head predicts something else than the next token.
 OTHER_HEADS = {
     "ForSequenceClassification": "a classifier, or a reward model", "ForTokenClassification": "a tagger",
@@ -75,6 +82,21 @@ def kind_of_folder(path: str) -> str:
     return "has no config.json, so it is no model of transformers"
 
 
+def decides_what_opens(name: str) -> bool:
+    """Whether a file, by its path within a folder, decides which model or tokenizer programs open there."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in OPENED if "/" in pattern or "/" not in name)
+
+
+def mixed_problem(folder: Path) -> str | None:
+    """Why a folder may be a whole model to one program and an adapter to another; None if it is one of them."""
+    if (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        return (
+            f"{folder} holds config.json of a whole model and adapter_config.json of an adapter, and programs differ in which they "
+            "open; move away the one that does not belong there"
+        )
+    return None
+
+
 def is_model_or_adapter(folder: Path) -> bool:
     return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
 
@@ -99,7 +121,11 @@ def folder_problem(path: str, needs_weights: bool) -> str | None:
         )
     if kind != "model":
         return f"{path} {kind}"
-    return config_problem(Path(path)) or (weights_problem(Path(path)) if needs_weights else None)
+    return (
+        mixed_problem(Path(path))
+        or config_problem(Path(path))
+        or (weights_problem(Path(path)) if needs_weights else None)
+    )
 
 
 def config_problem(folder: Path) -> str | None:

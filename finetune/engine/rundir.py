@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from finetune import config as configs
 from finetune import failures, files
-from finetune.config import Config
+from finetune.config import Config, base
 from finetune.engine.checkpoint.folder import described, flush, sha256
 from finetune.engine.receipt import differences
 from finetune.errors import (
@@ -170,12 +171,11 @@ class RunDirectory:
     def receipt(self) -> dict[str, Any]:
         return self._read("receipt.json")[0]
 
-    def write_outcome(self, state: str, step: int, reason: str, **facts: Any) -> None:
-        """state: running, complete, preempted or failed."""
+    def write_outcome(self, state: str, step: int, reason: str, exported: Sequence[str] = (), **facts: Any) -> None:
+        """state: running, complete, preempted or failed. `exported`: the files of the model of a complete run, not a user's own."""
         outcome = {"state": state, "step": step, "reason": reason, **facts, "written": _now()}
         if state == "complete":
-            names = sorted(p.relative_to(self.model).as_posix() for p in self.model.rglob("*") if p.is_file())
-            outcome["model"] = described(self.model, names)
+            outcome["model"] = described(self.model, exported)
         write_atomically(self.path / OUTCOME, json.dumps(outcome, indent=2))
 
     def note_end(self, error: BaseException, step: int | None = None, may_create: bool = False) -> None:
@@ -231,6 +231,7 @@ class RunDirectory:
             return False, f"note: outcome.json {problem}: how the run ended is not known, so it goes on"
         if outcome.get("state") != "complete":
             return False, None
+        self._require_no_other_model(outcome.get("model"))
         if damaged := self._damaged_model(outcome.get("model")):
             return False, f"note: {self.path} was complete, but {damaged}: the model is exported again"
         receipt, problem = self._read_receipt()
@@ -252,6 +253,19 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path} holds a model, but no checkpoint from which it could be exported again, and training would start "
                 f"anew and replace it; restore {self.model}, or move it away to train again"
+            )
+
+    def _require_no_other_model(self, known: Any) -> None:
+        """Raise RunDirectoryError for a file in the export that was not verified with it and changes what opens there.
+
+        A user's own files stay, and count for nothing.
+        """
+        names = {path.relative_to(self.model).as_posix() for path in self.model.rglob("*")}
+        others = sorted(name for name in names - set(known or ()) if base.decides_what_opens(name))
+        if others and known:
+            raise RunDirectoryError(
+                f"{self.model / others[0]} was not there when the model was verified, and changes what programs open in this "
+                "folder; move it away, and start again to verify the rest"
             )
 
     def _damaged_model(self, known: Any) -> str | None:

@@ -19,6 +19,7 @@ FILE = "base_weights.json"  # beside an adapter
 # What bitsandbytes saves beside the bytes of a quantised weight.
 SCALES = re.compile(r"\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)$")
 COMPARED = torch.bfloat16  # what values are rounded to before they are hashed: a base may be loaded in another dtype
+CHUNK = 1 << 24  # values hashed at once; an embedding of 128,000 x 4,096 would need a copy of 1 GB for each thread
 
 
 def record(
@@ -29,7 +30,19 @@ def record(
     return {
         "dtype": str(dtype).removeprefix("torch."), "quantization": quantization, "loftq": loftq, "architecture": _function(base),
         "new_tokens": list(new_tokens), "new_token_ids": list(new_token_ids), "weights": hashes(base),
+        "values": values(base, _known_whole(base, bool(new_tokens))),
     }  # fmt: skip
+
+
+def _known_whole(base: nn.Module, with_new_tokens: bool) -> set[str]:
+    """Names of the weights whose every value tells a base from another.
+
+    Quantised ones are left out, as how they are packed may depend on the device; beside new tokens also embedding and
+    head, as the adapter brings its own.
+    """
+    ends = (base.get_input_embeddings(), base.get_output_embeddings()) if with_new_tokens else ()  # type: ignore[operator]
+    replaced = {id(getattr(end, "weight", None)) for end in ends}
+    return {name for name, p in base.named_parameters() if p.is_floating_point() and id(p) not in replaced}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -55,12 +68,20 @@ def _function(base: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in fields if not name.startswith("quantization_config")}
 
 
-def require_architecture(base: nn.Module, known: dict[str, Any], folder: Path) -> None:
-    """Raise ModelError if a base calculates with its weights in another way than the one that an adapter was trained beside."""
+def require_architecture(base: nn.Module, known: dict[str, Any], folder: Path, given: str | None = None) -> None:
+    """Raise ModelError if a base calculates with its weights in another way than the one that an adapter was trained beside.
+
+    `given`: what --base names, if it does.
+    """
     now = _function(base)
     others = [name for name, value in known.get("architecture", {}).items() if name in now and now[name] != value]
     if others:
-        name = others[0]
+        name = "model_type" if "model_type" in others else others[0]  # the rest follows from it
+        if given is not None:
+            raise ModelError(
+                f"--base: {given} is not the base of {folder}: {name} was {known['architecture'][name]} there, and is "
+                f"{now[name]} here; give the folder of the base that the adapter was trained beside"
+            )
         raise ModelError(
             f"{folder}: its base has another config than when the adapter was trained beside it: {name} was "
             f"{known['architecture'][name]}, now {now[name]}; put the old config.json back, or train again"
@@ -81,16 +102,34 @@ def require_same(now: dict[str, Any], known: dict[str, Any], folder: Path) -> No
             "set adapter.kind and adapter.quantization to that"
         )
     if now["weights"]:
-        require_weights(now["weights"], known, folder)
+        _require_hashes(now["weights"], known["weights"], folder)
+        _require_hashes(now["values"], known.get("values", {}), folder)
 
 
-def require_weights(found: dict[str, str], known: dict[str, Any], folder: Path) -> None:
-    """Raise ModelError if weights (their `hashes`) are not those of a record."""
-    others = [name for name, wanted in known["weights"].items() if found.get(name) != wanted]
+def require_weights(base: nn.Module, known: dict[str, Any], folder: Path, given: str | None = None) -> None:
+    """Raise ModelError if the weights of a base are not those of a record.
+
+    Where --base names it (`given`), every value is compared; where it is in its old place a sample of them, so that an
+    adapter opens as fast as its base.
+    """
+    dtype = getattr(torch, known["dtype"])  # float16 has fewer exponents, so what passed through it is other numbers
+    _require_hashes(hashes(base, dtype), known["weights"], folder, given)
+    if given is not None:
+        wanted = known.get("values", {})  # records of older versions have none
+        _require_hashes(values(base, set(wanted), dtype), wanted, folder, given)
+
+
+def _require_hashes(found: dict[str, str], known: dict[str, str], folder: Path, given: str | None = None) -> None:
+    others = [name for name, wanted in known.items() if found.get(name) != wanted]
+    if others and given is not None:
+        raise ModelError(
+            f"--base: {given} is not the base of {folder}: {len(others)} of {len(known)} weights are others, such as "
+            f"{others[0]}; give the folder of the base that the adapter was trained beside"
+        )
     if others:
         raise ModelError(
             f"{folder}: its base has changed since the adapter was trained beside it: {len(others)} of "
-            f"{len(known['weights'])} weights are others, such as {others[0]}; put the old base back, or train again"
+            f"{len(known)} weights are others, such as {others[0]}; put the old base back, or train again"
         )
 
 
@@ -123,15 +162,31 @@ def describe(quantization: dict[str, Any] | None) -> str:
     return f"{quantization['bnb_4bit_quant_type']}{doubly}"
 
 
-def hashes(model: nn.Module) -> dict[str, str]:
-    """Name -> hash of the shape and up to 64 values of each weight, rounded to bfloat16."""
+def hashes(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """Name -> hash of the shape and up to 64 values of each weight, rounded to `dtype`, where given, and then to bfloat16."""
     found = {}
     for name, weight in model.named_parameters():
         if not weight.is_meta:
             flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)][:64].to(COMPARED).float().cpu().numpy()
+            sample = (
+                flat[:: max(1, flat.numel() // 64)][:64].to(dtype or weight.dtype).to(COMPARED).float().cpu().numpy()
+            )
             found[name] = hashlib.sha256(f"{tuple(weight.shape)} ".encode() + sample.tobytes()).hexdigest()[:16]
     return found
+
+
+def values(model: nn.Module, names: set[str], dtype: torch.dtype | None = None) -> dict[str, str]:
+    """As `hashes`, of every value of each weight in `names`. Threads hash at once."""
+
+    def digest(weight: torch.Tensor) -> str:
+        found = hashlib.sha256(f"{tuple(weight.shape)} ".encode())
+        for part in weight.detach().reshape(-1).split(CHUNK):
+            found.update(memoryview(part.to(dtype or part.dtype).to(COMPARED).cpu().view(torch.uint8).numpy()))
+        return found.hexdigest()[:32]
+
+    weights = {name: p for name, p in model.named_parameters() if name in names and not p.is_meta}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(weights, pool.map(digest, weights.values())))
 
 
 def fingerprints(model: nn.Module) -> tuple[str, str]:
