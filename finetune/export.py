@@ -153,7 +153,9 @@ def _comes_along(name: str, trust_remote_code: bool) -> bool:
 
 def _bring_along(base: Base, folder: Path) -> None:
     source = _folder_of(base, local_files_only=True)
-    for path in sorted(source.rglob("*")) if source else ():
+    if source is None:
+        return
+    for path in sorted(source.rglob("*")):
         name = path.relative_to(source).as_posix()
         wanted = _comes_along(name, base.trust_remote_code) and path.is_file() and not (folder / name).exists()
         inner = [parent for parent in path.parents if source in parent.parents]
@@ -320,11 +322,7 @@ def verify(
     Every tensor must be there bit for bit, no adapter may be zero, the logits of `probe_ids` must
     agree, the tokenizer must give the same ids, and its chat template the prompt that was trained.
     """
-    try:
-        reloaded = load(folder, was.dtype, trust_remote_code)
-        again = load_tokenizer(folder, trust_remote_code)
-    except ModelError as exc:
-        raise ExportError(str(exc)) from exc
+    reloaded, again = _open(folder, was.dtype, trust_remote_code)
     if was.is_adapter and (dead := adapters.dead_adapters(reloaded)):
         raise ExportError(f"{folder}: {len(dead)} adapters are zero, such as {dead[0]}: they were never trained")
     _require_weights(folder, reloaded, was.weights)
@@ -340,6 +338,14 @@ def verify(
         raise ExportError(f"{folder}: the tokens that end an answer differ after reloading")
     if template is not None:
         _verify_prompt(folder, again, template, system_prompt)
+
+
+def _open(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(model, tokenizer) of what was just saved: where it does not open, that is not the user's mistake."""
+    try:
+        return load(folder, dtype, trust_remote_code), load_tokenizer(folder, trust_remote_code)
+    except ModelError as exc:
+        raise ExportError(str(exc)) from exc
 
 
 def _require_weights(folder: Path, reloaded: Any, weights: dict[str, torch.Tensor]) -> None:
@@ -592,7 +598,7 @@ def merge(
         save(merged, weights, load_tokenizer(first, trust_remote_code), None, folder, base=origin)
         tolerance = TOLERANCE[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[merged.dtype]]
         del merged
-        reloaded = load(folder, trust_remote_code=trust_remote_code)
+        reloaded, _ = _open(folder, "auto", trust_remote_code)
         _require_weights(folder, reloaded, weights)
         after = probe_logits(reloaded)
         if why := disagreement(after, before, tolerance, _has_experts(reloaded)):

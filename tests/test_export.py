@@ -558,11 +558,23 @@ def test_a_base_that_was_rounded_to_float16_is_known_again():
     assert bases.values(base, {"weight"}) != known[1]
 
 
-def test_a_merge_that_fails_leaves_no_folder(workshop, monkeypatch):
+@pytest.mark.parametrize(
+    ("damage", "error"), [(b"broken", ExportError), (None, KeyboardInterrupt)], ids=["a broken file", "Ctrl-C"]
+)
+def test_a_merge_that_fails_leaves_no_folder(workshop, monkeypatch, damage, error):
+    """And a file that broke after it was saved is not the user's mistake."""
     run = workshop.train("lora", **as_adapter(workshop.train("base")))
-    monkeypatch.setattr(export, "save", tamper(lambda tensors: tensors.pop("model.norm.weight")))
+    whole = export.save
+
+    def save(model, weights, tokenizer, template, target, *rest, **others):
+        whole(model, weights, tokenizer, template, target, *rest, **others)
+        if damage is None:
+            raise KeyboardInterrupt
+        (target / "model.safetensors").write_bytes(damage)
+
+    monkeypatch.setattr(export, "save", save)
     before = sorted(workshop.folder.iterdir())
-    with pytest.raises(ExportError):
+    with pytest.raises(error):
         export.merge([run / "model"], workshop.folder / "merged")
     assert sorted(workshop.folder.iterdir()) == before
 

@@ -175,7 +175,7 @@ class RunDirectory:
         """state: running, complete, preempted or failed. `exported`: the files of the model of a complete run, not a user's own."""
         outcome = {"state": state, "step": step, "reason": reason, **facts, "written": _now()}
         if state == "complete":
-            outcome["model"] = described(self.model, exported)
+            outcome["model"] = described(self.model, list(exported))
         write_atomically(self.path / OUTCOME, json.dumps(outcome, indent=2))
 
     def note_end(self, error: BaseException, step: int | None = None, may_create: bool = False) -> None:
@@ -231,7 +231,8 @@ class RunDirectory:
             return False, f"note: outcome.json {problem}: how the run ended is not known, so it goes on"
         if outcome.get("state") != "complete":
             return False, None
-        self._require_no_other_model(outcome.get("model"))
+        if isinstance(outcome.get("model"), dict) and outcome["model"]:
+            self._require_no_other_model(outcome["model"])
         if damaged := self._damaged_model(outcome.get("model")):
             return False, f"note: {self.path} was complete, but {damaged}: the model is exported again"
         receipt, problem = self._read_receipt()
@@ -255,14 +256,14 @@ class RunDirectory:
                 f"anew and replace it; restore {self.model}, or move it away to train again"
             )
 
-    def _require_no_other_model(self, known: Any) -> None:
+    def _require_no_other_model(self, known: dict[str, Any]) -> None:
         """Raise RunDirectoryError for a file in the export that was not verified with it and changes what opens there.
 
         A user's own files stay, and count for nothing.
         """
         names = {path.relative_to(self.model).as_posix() for path in self.model.rglob("*")}
-        others = sorted(name for name in names - set(known or ()) if base.decides_what_opens(name))
-        if others and known:
+        others = [name for name in sorted(names) if name not in known and base.decides_what_opens(name)]
+        if others:
             raise RunDirectoryError(
                 f"{self.model / others[0]} was not there when the model was verified, and changes what programs open in this "
                 "folder; move it away, and start again to verify the rest"

@@ -40,7 +40,7 @@ def _known_whole(base: nn.Module, with_new_tokens: bool) -> set[str]:
     Quantised ones are left out, as how they are packed may depend on the device; beside new tokens also embedding and
     head, as the adapter brings its own.
     """
-    ends = (base.get_input_embeddings(), base.get_output_embeddings()) if with_new_tokens else ()  # type: ignore[operator]
+    ends = (base.get_input_embeddings(), base.get_output_embeddings()) if with_new_tokens else ()
     replaced = {id(getattr(end, "weight", None)) for end in ends}
     return {name for name, p in base.named_parameters() if p.is_floating_point() and id(p) not in replaced}
 
@@ -103,7 +103,6 @@ def require_same(now: dict[str, Any], known: dict[str, Any], folder: Path) -> No
         )
     if now["weights"]:
         _require_hashes(now["weights"], known["weights"], folder)
-        _require_hashes(now["values"], known.get("values", {}), folder)
 
 
 def require_weights(base: nn.Module, known: dict[str, Any], folder: Path, given: str | None = None) -> None:
