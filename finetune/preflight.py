@@ -53,39 +53,12 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
 
     `date`: of the run's first start, as 2026-11-26, for templates that write it; None: today's.
     """
-    wanted, seed = config.data, config.run.seed
+    wanted = config.data
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
-    # What is wrong with files and rows is said before anything is asked of the Hub.
-    sources = readers.sources(wanted.train, wanted.eval)
-    files = [*sources.train, *sources.eval]
-    if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
-        raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
-    format: str = wanted.format
-    if format == "auto":
-        format = rows.detect_format(files, wanted.text_unit, wanted.columns)
-    topology.on_main(lambda: rows.check(files, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
+    sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
     tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
     architecture = bases.architecture(model_config)  # now: building completes a config, on some processes only
-    if (
-        config.objective.label_smoothing
-        and "label_smoothing" not in signature(OBJECTIVES[config.objective.kind].loss).parameters
-    ):
-        raise ConfigError(
-            f"objective.label_smoothing: would be ignored: objective {config.objective.kind} has none; remove it"
-        )
-    for problem in base.settled(config, model_config.to_dict())[
-        1
-    ]:  # of a base on the Hub; a folder was looked at before
-        raise ModelError(problem)
-    kernel = attention.choose(
-        config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision,
-        topology.wish.num_context,
-    )  # fmt: skip
-    if wanted.packing and attention.pads(kernel):
-        raise ConfigError(
-            f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
-        )
-
+    kernel = _attention(config, model_config, topology)
     template = _template(wanted, format, tokenizer, date)
     options = tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
@@ -93,23 +66,13 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     )  # fmt: skip
     train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options)
     template = replace(template, learn_opening=train.learn_opening)
+    kept = None
     if config.objective.kind != "clm":
-        template = replace(template, example=tokens.first_that_fits(sources.train, template, options))
-    kept = template if config.objective.kind != "clm" else None
+        kept = template = replace(template, example=tokens.first_that_fits(sources.train, template, options))
     of_base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     topology.on_main(lambda: export.rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
-    def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
-        return batches.Batches(
-            batches.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
-            global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
-            rank=topology.data_rank, num_processes=topology.num_data,
-            padded=attention.pads(kernel), pad_id=tokenizer.pad_token_id or 0,
-        )  # fmt: skip
-
-    at_once = config.evaluation.micro_batch_size or config.micro_batch_size
-    plan = batched(train, config.train.global_batch_size, config.micro_batch_size, wanted.group_by_length)
-    eval_plan = batched(evals, at_once * topology.num_data, at_once, True) if evals else None
+    plan, eval_plan = _planned(config, topology, train, evals, attention.pads(kernel), tokenizer.pad_token_id or 0)
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
     for prompt in config.evaluation.sample_prompts:
@@ -124,6 +87,40 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     return Data(
         tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known, identity, format, num_rows
     )  # fmt: skip
+
+
+def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[readers.Sources, str]:
+    """The files to read, and the format of their rows. Raises UserError for files and rows that are wrong."""
+    sources = readers.sources(wanted.train, wanted.eval)
+    files = [*sources.train, *sources.eval]
+    if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
+        raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
+    format: str = wanted.format
+    if format == "auto":
+        format = rows.detect_format(files, wanted.text_unit, wanted.columns)
+    topology.on_main(lambda: rows.check(files, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
+    return sources, format
+
+
+def _attention(config: Config, model_config: Any, topology: Topology) -> str:
+    """The attention kernel. Raises UserError for settings that do not fit the model."""
+    objective = config.objective
+    if objective.label_smoothing and "label_smoothing" not in signature(OBJECTIVES[objective.kind].loss).parameters:
+        raise ConfigError(
+            f"objective.label_smoothing: would be ignored: objective {objective.kind} has none; remove it"
+        )
+    # Of a base on the Hub; a folder's own settings were checked with the config.
+    for problem in base.settled(config, model_config.to_dict())[1]:
+        raise ModelError(problem)
+    kernel = attention.choose(
+        config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision,
+        topology.wish.num_context,
+    )  # fmt: skip
+    if config.data.packing and attention.pads(kernel):
+        raise ConfigError(
+            f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
+        )
+    return kernel
 
 
 def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str | None) -> templates.Template:
@@ -168,6 +165,24 @@ def _examples(
     return train, evals, known, num_rows
 
 
+def _planned(
+    config: Config, topology: Topology, train: Any, evals: Any, padded: bool, pad_id: int
+) -> tuple[batches.Batches, batches.Batches | None]:
+    """The batches of training and of evaluation."""
+    wanted, seed = config.data, config.run.seed
+
+    def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
+        return batches.Batches(
+            batches.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
+            global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
+            rank=topology.data_rank, num_processes=topology.num_data, padded=padded, pad_id=pad_id,
+        )  # fmt: skip
+
+    at_once = config.evaluation.micro_batch_size or config.micro_batch_size
+    plan = batched(train, config.train.global_batch_size, config.micro_batch_size, wanted.group_by_length)
+    return plan, batched(evals, at_once * topology.num_data, at_once, True) if evals else None
+
+
 def summary(config: Config, topology: Topology, data: Data) -> str:
     """The run in a dozen lines, and its first example with what is learned in [[brackets]].
 
@@ -182,12 +197,32 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
     trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)
-    train, examples = data.train.sequences, data.train.sequences.examples
-    supervised = examples.num_supervised_tokens
     name = config.model.path or f"{data.model_config.model_type} from random weights"
     lines = [
         f"model       {name}: {total:,} parameters, {trainable:,} of them train ({trainable / total:.2%}, {config.adapter.kind})",
         f"topology    {topology.name}, {_counted(topology.num_processes, 'process')} on {topology.device.type}, {topology.precision}, attention {data.attention}",
+        *_data_lines(config, topology, data),
+        *_file_lines(data),
+    ]
+    _, all_logits = head.probe(skeleton)
+    if all_logits:
+        lines.append(f"note        all logits are held at once: {all_logits}")
+    notes = (
+        *data.sources.notes,
+        *_surprises(config, data),
+        *_template_notes(config, data),
+        *_without_effect(config, data),
+    )
+    lines += [f"note        {note}" for note in notes]
+    lines += ["first example, what is learned in [[ ]]:", _marked(data.train.sequences.examples, data.tokenizer)]
+    return "\n".join(lines)
+
+
+def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
+    """What is trained, in how many steps, and what is held out."""
+    train, examples = data.train.sequences, data.train.sequences.examples
+    supervised = examples.num_supervised_tokens
+    lines = [
         f"data        {examples.num_rows:,} rows -> {_counted(len(examples), 'example')} -> {_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
         + (f"; {examples.num_truncated} cut" if examples.num_truncated else "")
         + (f"; {examples.num_dropped} dropped" if examples.num_dropped else "")
@@ -212,24 +247,19 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
             + (" held out" if config.data.eval_fraction else "")
             + (f"; {data.num_eval_known:,} of them are also trained on" if data.num_eval_known else "")
         )
-    lines += [f"files       {_files(list(data.sources.train))}"]
+    return lines
+
+
+def _file_lines(data: Data) -> list[str]:
+    """The files, and their columns that are not read."""
+    examples = data.train.sequences.examples
+    lines = [f"files       {_files(list(data.sources.train))}"]
     if data.sources.eval:
         lines.append(f"eval files  {_files(list(data.sources.eval))}")
     lines += [f"not read    {_unread(examples)}"] if examples.unread else []
     if data.sources.eval and (unread := data.eval and _unread(data.eval.sequences.examples)):
         lines.append(f"not read    in data.eval: {unread}")
-    _, all_logits = head.probe(skeleton)
-    if all_logits:
-        lines.append(f"note        all logits are held at once: {all_logits}")
-    notes = (
-        *data.sources.notes,
-        *_surprises(config, data),
-        *_template_notes(config, data),
-        *_without_effect(config, data),
-    )
-    lines += [f"note        {note}" for note in notes]
-    lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
-    return "\n".join(lines)
+    return lines
 
 
 def _unread(examples: Any) -> str:
