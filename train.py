@@ -355,30 +355,14 @@ def one_step(
 def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -> None:
     """Export what has moved, open what was exported, and only then call the run complete."""
     from finetune import export
-    from finetune.engine.checkpoint import finding
-    from finetune.models import adapters, parameters
+    from finetune.models import adapters
 
     job.stop.at_once()
     job.topology.watchdog.rest("the export")
     config, topology, target, step = job.config, job.topology, job.directory.model, state.progress.step
-    exported, what = step, "the last weights"
-    if config.evaluation.export_best:
-        exported, lowest = topology.on_main(lambda: best_saved(job.directory, step))
-        what = "the weights of the best evaluation"
-        if exported != lowest:
-            job.tell(f"note: the evaluation of step {lowest} was better, but no checkpoint of it is there")
-        if exported != step:
-            finding.put_back_best(job.directory.checkpoints, exported, topology, state)
-    if state.ema:
-        state.ema.put_in()
-        what = what.replace("weights", "averaged weights")
+    exported, what = put_in_best(job, state)
     bare = topology.unwrap(state.model)
-    now = parameters.fingerprints(bare, topology.own_part)
-    still, num_trained = parameters.still(bare, topology.union({name for name in now if now[name] != untrained[name]}))
-    if len(still) == num_trained:
-        raise ExportError(f"not one weight has moved in {step} steps; is optimizer.lr too small for model.dtype?")
-    if still:
-        job.tell(f"note: {len(still)} of {num_trained} weight tensors have not moved, such as {still[0]}")
+    require_moved(job, state, untrained)
     beside_a_base = config.adapter.kind != "full"
     if beside_a_base:
         adapters.round_to_base(bare)
@@ -415,6 +399,39 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     job.tell(f"complete at step {step}: {reason}: {target}")
     if sft:
         job.tell(f"chat with it: python -m finetune chat --model {target}")
+
+
+def put_in_best(job: "Job", state: "TrainState") -> tuple[int, str]:
+    """Put the weights to export into the model: (their step, what they are)."""
+    from finetune.engine.checkpoint import finding
+
+    topology, step = job.topology, state.progress.step
+    exported, what = step, "the last weights"
+    if job.config.evaluation.export_best:
+        exported, lowest = topology.on_main(lambda: best_saved(job.directory, step))
+        what = "the weights of the best evaluation"
+        if exported != lowest:
+            job.tell(f"note: the evaluation of step {lowest} was better, but no checkpoint of it is there")
+        if exported != step:
+            finding.put_back_best(job.directory.checkpoints, exported, topology, state)
+    if state.ema:
+        state.ema.put_in()
+        what = what.replace("weights", "averaged weights")
+    return exported, what
+
+
+def require_moved(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -> None:
+    """Raise ExportError if training has changed no weight; note those that it has not changed."""
+    from finetune.models import parameters
+
+    topology, step = job.topology, state.progress.step
+    bare = topology.unwrap(state.model)
+    now = parameters.fingerprints(bare, topology.own_part)
+    still, num_trained = parameters.still(bare, topology.union({name for name in now if now[name] != untrained[name]}))
+    if len(still) == num_trained:
+        raise ExportError(f"not one weight has moved in {step} steps; is optimizer.lr too small for model.dtype?")
+    if still:
+        job.tell(f"note: {len(still)} of {num_trained} weight tensors have not moved, such as {still[0]}")
 
 
 def best_saved(directory: "RunDirectory", step: int) -> tuple[int, int]:
