@@ -75,9 +75,9 @@ def main() -> int:
 def grow_segments() -> None:
     """Let the GPU's allocator grow its blocks: micro-batches differ in length, and blocks that fit none would pile up.
 
-    PyTorch reads this when it is imported; a setting of the user's own, under either name, stays.
+    PyTorch reads this when it is imported; a setting of the user's own, under any of its names, stays.
     """
-    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

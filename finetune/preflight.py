@@ -98,7 +98,8 @@ def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[reade
     format: str = wanted.format
     if format == "auto":
         format = rows.detect_format(files, wanted.text_unit, wanted.columns)
-    topology.on_main(lambda: rows.check(files, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
+    groups = [list(names) for names in (sources.train, sources.eval) if names]
+    topology.on_main(lambda: rows.check(groups, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
     return sources, format
 
 
@@ -224,9 +225,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
     supervised = examples.num_supervised_tokens
     lines = [
         f"data        {examples.num_rows:,} rows -> {_counted(len(examples), 'example')} -> {_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
-        + (f"; {examples.num_truncated} cut" if examples.num_truncated else "")
-        + (f"; {examples.num_dropped} dropped" if examples.num_dropped else "")
-        + (f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else ""),
+        + _lost(examples),
         f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
         f"template    {data.template.name}, objective {config.objective.kind}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
@@ -246,8 +245,18 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
             f"evaluation  {_counted(len(data.eval.sequences.examples), 'example')}"
             + (" held out" if config.data.eval_fraction else "")
             + (f"; {data.num_eval_known:,} of them are also trained on" if data.num_eval_known else "")
+            + (_lost(data.eval.sequences.examples) if data.sources.eval else "")
         )
     return lines
+
+
+def _lost(examples: Any) -> str:
+    """How many rows were cut, dropped or skipped."""
+    return (
+        (f"; {examples.num_truncated} cut" if examples.num_truncated else "")
+        + (f"; {examples.num_dropped} dropped" if examples.num_dropped else "")
+        + (f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else "")
+    )
 
 
 def _file_lines(data: Data) -> list[str]:

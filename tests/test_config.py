@@ -217,7 +217,32 @@ def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(parse, capsy
 
 
 def test_an_option_without_its_value_is_refused_by_name(refusal):
-    assert "--run.name: expected one argument" in refusal(yaml.safe_dump(COMPLETE), "--run.name")
+    assert "--run.name: has no value; write --run.name VALUE" in refusal(yaml.safe_dump(COMPLETE), "--run.name")
+    for words in (["--optimizer.lr", "--config", "c.yaml"], ["--config", "c.yaml", "--optimizer.lr", "--check"]):
+        with pytest.raises(ConfigError, match="^--optimizer.lr: has no value; write --optimizer.lr VALUE$"):
+            configs.parse(words)
+    with pytest.raises(ConfigError, match="^--config: has no value; write --config FILE$"):
+        configs.parse(["--config", "--check"])
+
+
+def test_a_setting_that_took_the_config_as_its_value_says_so(tmp_path, refusal):
+    """A bare flag in front of a path takes it, and then every required setting would be missing."""
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(COMPLETE))
+    for setting, value in (("data.packing", "true"), ("optimizer.lr", "VALUE"), ("run.name", "VALUE")):
+        with pytest.raises(ConfigError) as problem:
+            configs.parse(["--check", f"--{setting}", str(path)])
+        assert str(problem.value) == (
+            f"1 problem in the command line:\n  {setting}: took the YAML file '{path}' as its value; "
+            f"write --config {path} --{setting} {value}"
+        )
+    says = refusal(yaml.safe_dump(COMPLETE), "--data.packing", "other.yaml")
+    assert "data.packing: took the YAML file 'other.yaml' as its value; write --data.packing true" in says
+    assert says.count("data.packing: ") == 1
+
+
+def test_a_text_setting_may_end_like_a_config(parse):
+    assert parse(yaml.safe_dump(COMPLETE), "--run.name", "v1.yaml").run.name == "v1.yaml"
 
 
 def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):

@@ -116,6 +116,16 @@ def test_columns_that_are_not_read_are_told_and_a_score_is_one_of_them(tmp_path,
     assert said == "note: not read: columns ['input', 'rejected', 'score']; every answer counts as a right one\n"
 
 
+def test_skipped_rows_are_counted_as_in_training(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\nq,a\n,\n,\nr,b\n")
+    assert len(compare.read(str(path), "auto", {}, None)) == 2
+    assert capsys.readouterr().err == "note: 2 empty rows skipped\n"
+    path.write_text("question,answer\n,\nr,b\n")
+    assert len(compare.read(str(path), "auto", {}, None)) == 1
+    assert capsys.readouterr().err == "note: 1 empty row skipped\n"
+
+
 def test_what_is_wrong_with_rows_is_told_in_the_words_of_the_command(tmp_path):
     with pytest.raises(DataError, match=r"; --data takes files, folders") as caught:
         compare.read(str(tmp_path / "missing.jsonl"), "auto", {}, None)

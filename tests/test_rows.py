@@ -235,7 +235,7 @@ PAIRS = [
         ("thumbs_up", True), ("chosen", "c"), ("rejected", "c"), ("rejected", ["c"]), ("feedback", "no"),
         ("is_good", "Y"), ("is_good", "n"), ("is_good", "T"), ("score", "4/5"), ("score", "4 out of 5"), ("score", "80%"), ("score", "high"),
         ("rating", "5 stars"), ("grade", "F"), ("grade", "B+"), ("reward", {"a": 1}), ("scores", {"helpful": 3, "safe": None}), ("preference", "A"),
-        ("ratings", [{"by": 3}, {"by": "4/5"}]), ("label", "positive"), ("ok", 0), ("valid", False), ("passed", 1), ("flagged", True), ("win", False),
+        ("ratings", [{"by": 3}, {"by": "4/5"}]), ("label", "positive"), ("ok", 0), ("passed", 1), ("win", False), ("is_correct", False), ("is_safe", False), ("liked", False),
         ("rejected_response", "c"), ("chosen_response", "c"), ("response_rejected", ["c"]), ("chosenAnswer", {"a": "c"}), ("bad_answer", True),
     ],
 )  # fmt: skip
@@ -254,6 +254,9 @@ def test_a_column_that_says_good_or_bad_is_refused(values, column, value):
         ("labelled_by", "Ann"), ("scorer", 1), ("goodness", "yes"), ("difficulty", 2), ("score", {"a": "long"}), ("feedback", "Well said."),
         ("page_rank", 0.3), ("weight_kg", 3.5), ("label_id", 3), ("zip_label", "12345"), ("valid_until", "2027"), ("label", "A"), ("score", {}), ("ok", None),
         ("bad_answer", "Paris"), ("chosen", None), ("validity", 1), ("windows", True), ("quality", "grainy"), ("_chosen_response", "c"),
+        ("likes", 7), ("upvotes", 7), ("votes", -2), ("views", 900), ("stars", 5), ("rank", 0), ("weight", 0.5), ("quality", "good"), ("input_quality", "poor"),
+        ("problem_is_valid", "No"), ("correctness_count", 1), ("correctness_math_verify", [True, False]), ("toxic", False), ("flagged", True), ("best_of", 4),
+        ("search_score", 0.3),
     ],
 )  # fmt: skip
 def test_a_column_that_says_something_else_is_left_alone(column, value):
@@ -307,7 +310,15 @@ def test_columns_that_only_later_rows_have_are_counted_and_refused(tmp_path):
     assert unread == {"note": 4, "source": 1}
     path = str(write_jsonl(tmp_path / "r.jsonl", [QA] * 30 + [{**QA, "label": False}]))
     with pytest.raises(DataError, match=r"r\.jsonl:31: column 'label' \(false\) says how good"):
-        rows.check([path], "auto", {}, "line", None)
+        rows.check([[path]], "auto", {}, "line", None)
+
+
+def test_the_first_rows_of_training_and_of_evaluation_are_both_checked(tmp_path):
+    train = str(write_jsonl(tmp_path / "train.jsonl", [QA] * 30))
+    dev = str(write_jsonl(tmp_path / "dev.jsonl", [QA] * 9 + [{"question": "q", "answer": ""}]))
+    rows.check([[train], [dev]], "auto", {}, "line", None, most=9)
+    with pytest.raises(DataError, match=r"dev\.jsonl:10: column 'answer' is empty"):
+        rows.check([[train], [dev]], "auto", {}, "line", None, most=10)
 
 
 def test_of_a_column_and_its_alias_one_is_read(tmp_path):
@@ -321,8 +332,8 @@ def test_a_mapped_column_that_no_row_has_is_refused(tmp_path):
     """The input of an instruction may be missing in some rows, but not in all."""
     path = str(write_jsonl(tmp_path / "r.jsonl", [{"instruction": "i", "output": "o", "Context": "x"}] * 3))
     with pytest.raises(ConfigError, match=r"data\.columns: input: no row has a column 'context'"):
-        rows.check([path], "auto", {"input": "context"}, "line", None)
-    rows.check([path], "auto", {"input": "Context"}, "line", None)
+        rows.check([[path]], "auto", {"input": "context"}, "line", None)
+    rows.check([[path]], "auto", {"input": "Context"}, "line", None)
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,14 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         for name, value in os.environ.items()
         if name.startswith(("FINETUNE_", "ACCELERATE_", "WANDB_")) and paths.half_characters(value, name)
     ]
+    taken = _taken_configs(path, overrides)
+    if taken and path is None:  # without the config every required setting would be missing
+        raise ConfigError(_listed(problems + taken, "the command line"))
+    problems += taken
     values = read_yaml(path) if path else {}
     for key, raw in overrides.items():
+        if any(problem.startswith(f"{key}: ") for problem in taken):
+            continue
         section, name = key.split(".")
         if values.get(section) is None:
             values[section] = {}
@@ -78,6 +84,20 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
             except yaml.YAMLError:
                 problems.append(f"{key}: {raw!r} cannot be read; write lists as [a, b] and mappings as {{a: b}}")
     return from_dict(values, where=_where(path, bool(overrides or unknown)), problems=problems), check
+
+
+def _taken_configs(path: str | None, overrides: dict[str, str]) -> list[str]:
+    """Settings whose value is a YAML file: a bare flag in front of the config takes it as its value."""
+    problems = []
+    for key, raw in overrides.items():
+        options = _options(_field(key).annotation)
+        is_config = raw.lower().endswith((".yaml", ".yml"))
+        if not is_config or (str in options and (path is not None or not os.path.isfile(raw))):
+            continue
+        config = "" if path else f"--config {_shown(raw)[1:-1]} "
+        value = "true" if bool in options else "VALUE"
+        problems.append(f"{key}: took the YAML file {_shown(raw)} as its value; write {config}--{key} {value}")
+    return problems
 
 
 def _where(path: str | None, overridden: bool) -> str:
@@ -203,6 +223,9 @@ class _Parser(argparse.ArgumentParser):
     """Errors of argparse as ours."""
 
     def error(self, message: str) -> NoReturn:
+        name, _, what = message.removeprefix("argument ").partition(": ")
+        if what == "expected one argument":
+            raise ConfigError(f"{name}: has no value; write {name} {'FILE' if name == '--config' else 'VALUE'}")
         raise ConfigError(message.removeprefix("argument "))
 
 

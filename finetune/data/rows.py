@@ -51,17 +51,16 @@ SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "assistant": "assistant", "system": "system",
 }  # fmt: skip
-# Words in the name of a column that says how good an answer is, where its values are numbers, yes or no.
+# Words in the name of a column that says whether this answer is good or bad, where its values are numbers, yes or no.
+# Not words for what many data sets carry along, where the good and the bad have been sorted out or the value is about
+# something else: likes, votes, views, stars, rank, weight, quality, correctness, toxic, valid, flagged, best.
 VERDICTS = set(
-    "accepted approved bad best chosen correct correctness desirable dislike dislikes downvotes failed feedback flagged good grade "
-    "harmful harmless helpful helpfulness incorrect invalid label labels like likes liked ok passed preference preferred quality rank "
-    "rating ratings rejected reward rewards safe score scores stars thumb thumbs toxic toxicity unsafe upvotes valid verdict vote votes "
-    "weight win winner won worst wrong".split()
+    "accepted approved bad chosen correct desirable dislike disliked failed feedback good grade harmful harmless helpful helpfulness "
+    "incorrect label labels liked ok passed preference preferred rating ratings rejected reward rewards safe score scores thumb thumbs "
+    "unsafe verdict win winner won wrong".split()
 )
-# Words beside them that make the name one of something else: page_rank, weight_kg, label_id, valid_until.
-OTHER_MEANINGS = set(
-    "at count date from g id ids index kg lb lbs page path position search shipping size time until url zip".split()
-)
+# Words next to them that make the name one of something else: label_id, search_score, reward_date.
+OTHER_MEANINGS = set("at count date id ids index page path position search time url zip".split())
 VERDICT_VALUES = set(
     "true false t f yes no y n good bad great poor excellent terrible better worse best worst high medium low positive negative neutral "
     "correct incorrect right wrong valid invalid ok pass passed fail failed accepted approved rejected chosen preferred safe unsafe toxic "
@@ -72,7 +71,7 @@ _VERDICT_TEXT = re.compile(
     rf"{_NUMBER}\s*(%|stars?|points?|(/|of|out of)\s*{_NUMBER}( stars?| points?)?)?"
 )  # 3, 4/5, 5 stars
 _LETTER = re.compile(r"[a-f][+-]?")  # a grade, or which of two answers is better
-LETTERS_OF = set("grade preference preferred rank rating ratings score scores verdict vote votes winner".split())
+LETTERS_OF = set("grade preference preferred rating ratings score scores verdict winner".split())
 # Words in the keys of messages by which other tools say whether a turn is learned.
 LEARNING = set("learn learnable loss mask masked supervised train trainable training weight".split())
 LEARNED: tuple[Any, ...] = (None, [], "", 1, 1.0, True)
@@ -81,6 +80,7 @@ MASKS = {"mask", "masked"}  # some tools mean what is learned by it, and some wh
 PARTS = ("function_call", "reasoning", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
 READ_KEYS = {"role", "content", "from", "value"}
 MOST_PROBLEMS = 10  # shown one by one; more are summed up by kind
+MOST_CHECKED = 10_000  # rows: reading takes 0.1 ms a row, and every start reads them again
 
 
 def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str], learned: bool = True) -> str:
@@ -276,21 +276,24 @@ def conversations(
 
 
 def check(
-    sources: Sequence[str],
+    groups: Sequence[Sequence[str]],
     format: str,
     columns: Mapping[str, str],
     text_unit: str,
     system_prompt: str | None,
-    most: int = 10_000,
+    most: int = MOST_CHECKED,
 ) -> None:
-    """Raise DataError for rows that are wrong whatever the tokenizer, so that nothing is fetched before they are mended.
+    """Raise DataError for rows that are wrong with any tokenizer, so that users can mend them before anything is fetched.
 
-    Looks at the first `most` rows, and at all of them once one is wrong; the rest is looked at when it is tokenised.
+    `groups`: the files of data.train, and those of data.eval. Reads the first `most` rows of each, and all of them once one
+    is wrong; tokenising checks the rest.
     """
     problems = Problems()
-    for number, _ in enumerate(conversations(sources, format, columns, text_unit, system_prompt, problems), 1):
-        if number >= most and not problems:
-            return
+    for sources in groups:
+        stream = conversations(sources, format, columns, text_unit, system_prompt, problems)
+        for number, _ in enumerate(stream, 1):
+            if number >= most and not problems:
+                break
     problems.tell()
 
 

@@ -26,11 +26,10 @@ from finetune.errors import (
     RunDirectoryError,
     TakenOver,
 )
+from finetune.places import BEATS, RUN
 
 LOCK = ".lock"
 OUTCOME = "outcome.json"
-BEATS = "FINETUNE_BEATS"  # a folder of the launcher's: what each process is at, and in RUN the run directory
-RUN = "run"
 # The directory belongs to another run or process: how this attempt ended is no news of it.
 REFUSED = (RunDirectoryError, DirectoryInUse, TakenOver)
 

@@ -167,6 +167,9 @@ def read(source: str, format: str, columns: dict[str, str], limit: int | None) -
         problems.tell()
     except UserError as exc:  # which speaks of the run config
         raise type(exc)(str(exc).replace("data.columns", "--columns")) from exc
+    if problems.num_empty:
+        skipped = "1 empty row" if problems.num_empty == 1 else f"{problems.num_empty:,} empty rows"
+        print(f"note: {skipped} skipped", file=sys.stderr)
     if unread:
         print(
             f"note: not read: columns {readers.list_columns(sorted(unread))}; every answer counts as a right one",

@@ -14,14 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from finetune.places import BEATS, RUN
 
 OTHERS_SECONDS = 10.0  # after one has failed: for the others to notice, and to write why they end
 FINISH_SECONDS = 120.0  # after one has ended as it should: for the others to finish
 START_SECONDS = 10.0  # for a process to install its handlers: before, a signal would only kill it
 KILL_SECONDS = 10.0  # for the kernel to end what was killed
-# A folder: each process writes what it is at, such as "step 38", into a file named by its rank; and process 0 the path of
-# its run directory into RUN, as long as it has not written there how the run ended.
-BEATS, RUN = "FINETUNE_BEATS", "run"
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGHUP: signal.SIGTERM,  # the terminal has gone: save and end

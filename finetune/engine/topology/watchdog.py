@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from finetune.engine.rundir import BEATS  # there, for what the launcher says of a process that was killed
+from finetune.places import BEATS
 
 SOON_SECONDS = 3.0  # of silence, after which a process is taken for the one that has gone once a connection has broken
 
