@@ -521,10 +521,13 @@ def test_a_base_of_another_architecture_is_another_run(workshop, monkeypatch, ba
     assert str(problem.value).count(": was ") == 1
 
 
-def test_what_does_not_change_the_function_of_a_base_may_change(workshop, monkeypatch, base):
+def test_what_does_not_change_the_function_of_a_base_may_change(workshop, monkeypatch, base, capsys):
     folder, settings = interrupted(workshop, monkeypatch, base, "full")
     change_config(folder, transformers_version="4.0.0", use_cache=False, dtype="bfloat16", architectures=["Other"])
-    workshop.train(**settings)
+    capsys.readouterr()
+    run = workshop.train(**settings)
+    assert f"resumed from {run}/checkpoints/step-00000002 at step 2" in capsys.readouterr().err
+    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -349,10 +349,12 @@ def test_a_template_that_replaces_the_models_own_is_noted(workshop, capsys):
         assert (noted or "") in says
 
 
-def test_a_models_own_template_that_is_broken_and_not_used_is_no_obstacle(workshop):
+def test_a_models_own_template_that_is_broken_and_not_used_is_no_obstacle(workshop, capsys):
     model = workshop.train("base", data__template="chatml") / "model"
     (model / "chat_template.jinja").write_text("{% if %}")
+    capsys.readouterr()
     workshop.check("own", **from_folder(model), data__template="question_answer")
+    assert "template    question_answer, objective sft\n" in capsys.readouterr().err
 
 
 def test_check_of_an_existing_run_looks_at_the_data_first(workshop):
