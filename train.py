@@ -205,7 +205,7 @@ def build(job: "Job") -> "TrainState":
     )  # fmt: skip
     attention.check(model, base, data.attention, topology.device, topology.precision)
     if why := head.check(model, base, topology.device, topology.precision):
-        job.tell(f"note: all logits are held at once, as {why}")
+        job.tell(f"note: all logits are held in memory at once, because {why}")
     if job.to_try is not None:
         loss, largest = OBJECTIVES[config.objective.kind].loss, data.train.largest()
         several = configs.accumulation(config, topology.num_data) > 1
@@ -227,7 +227,7 @@ def resume(job: "Job", state: "TrainState") -> int | None:
     if found is None:
         topology.on_main(job.directory.require_no_model)
         if job.directory.outcome():
-            job.tell(f"no checkpoint in {root}: starting again at step 1")
+            job.tell(f"no checkpoint in {root}: starting at step 1")
         return None
     finding.require_same_run(found, job.config, job.identity(state), bases.usual(job.data.model_config))
     finding.require_readable(found, topology)
@@ -374,7 +374,9 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     template, system_prompt = (job.data.template, config.data.system_prompt) if sft else (None, None)
     reason = f"{what}, of step {exported}, exported and verified"
     if step < job.data.num_steps:
-        reason = f"stopped early, of {job.data.num_steps} steps, as evaluations got no better; {reason}"
+        reason = (
+            f"stopped early, of {job.data.num_steps} steps, because the evaluation loss stopped improving; {reason}"
+        )
 
     base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     writing = export.Writing(target, template, system_prompt, base)
@@ -411,7 +413,7 @@ def put_in_best(job: "Job", state: "TrainState") -> tuple[int, str]:
         exported, lowest = topology.on_main(lambda: best_saved(job.directory, step))
         what = "the weights of the best evaluation"
         if exported != lowest:
-            job.tell(f"note: the evaluation of step {lowest} was better, but no checkpoint of it is there")
+            job.tell(f"note: the evaluation of step {lowest} was better, but its checkpoint was not kept")
         if exported != step:
             finding.put_back_best(job.directory.checkpoints, exported, topology, state)
     if state.ema:
@@ -429,9 +431,9 @@ def require_moved(job: "Job", state: "TrainState", untrained: dict[str, float | 
     now = parameters.fingerprints(bare, topology.own_part)
     still, num_trained = parameters.still(bare, topology.union({name for name in now if now[name] != untrained[name]}))
     if len(still) == num_trained:
-        raise ExportError(f"not one weight has moved in {step} steps; is optimizer.lr too small for model.dtype?")
+        raise ExportError(f"no weight changed in {step} steps; is optimizer.lr too small for model.dtype?")
     if still:
-        job.tell(f"note: {len(still)} of {num_trained} weight tensors have not moved, such as {still[0]}")
+        job.tell(f"note: {len(still)} of {num_trained} weight tensors did not change, such as {still[0]}")
 
 
 def best_saved(directory: "RunDirectory", step: int) -> tuple[int, int]:

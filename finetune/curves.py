@@ -42,10 +42,12 @@ def draw(runs: Sequence[Path], output: Path) -> None:
     """
     lines = {run: (read(run / "metrics.jsonl"), read(run / "eval.jsonl")) for run in runs}
     if empty := [run for run, (metrics, _) in lines.items() if not metrics]:
-        raise RunDirectoryError(f"{empty[0]} is no run directory with metrics (metrics.jsonl); give one as runs/my_run")
+        raise RunDirectoryError(
+            f"{empty[0]} is not a run directory with metrics (metrics.jsonl); give one, such as runs/my_run"
+        )
     for name in (run / log for run in runs for log in ("metrics.jsonl", "eval.jsonl")):
         if output.exists() and name.exists() and output.samefile(name):
-            raise RunDirectoryError(f"--output: {output} is {name}, which is drawn; choose another place")
+            raise RunDirectoryError(f"--output: {output} is {name} of a run to plot; choose another path")
     import matplotlib as mpl
 
     mpl.use("agg")

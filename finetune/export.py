@@ -223,7 +223,7 @@ def rehearse(
                 raise ModelError(str(exc)) from exc
         if tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer):
             raise ModelError(
-                f"model.tokenizer: saved beside a model of type {model_config.model_type} it opens as {type(again).__name__}, "
+                f"model.tokenizer: saved with a model of type {model_config.model_type} it opens as {type(again).__name__}, "
                 "which gives other tokens; take the tokenizer of a model of this type, or another model_type"
             )
         if path and os.path.lexists(os.path.join(path, "generation_config.json")):
@@ -428,8 +428,8 @@ def other_base(tuned: str, base: Any) -> str | None:
     if not others:
         return None
     return (
-        f"{tuned} was trained beside another base ({recorded_base(tuned)}): {len(others)} weights of --base are others, such as "
-        f"{others[0]}; the gain is not that of the training alone"
+        f"{tuned} was trained on another base ({recorded_base(tuned)}): {len(others)} weights of --base differ, such as "
+        f"{others[0]}; the gain does not come from training alone"
     )
 
 
@@ -497,7 +497,7 @@ def merge(
     for source in sources:
         if not (source / "adapter_config.json").exists():
             raise ModelError(
-                f"{source}: no adapter_config.json, so there is nothing to merge; give model/ of a LoRA run"
+                f"{source}: no adapter_config.json, so there is nothing to merge; give the model folder of a LoRA run"
             )
     if os.path.lexists(target):
         raise ModelError(f"{target} exists; choose another --output")
@@ -603,13 +603,13 @@ def base_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         type=model_argument,
-        help="where the base of an adapter is now, if it was moved since the training; its weights are compared",
+        help="folder of the adapter's base, if you moved it after training; its weights are compared",
     )
 
 
 def trust_remote_code_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code that a Hub model brings along"
+        "--trust-remote-code", action="store_true", help="run Python code from the model's Hub repository"
     )
 
 

@@ -77,7 +77,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     check_lengths(train, config, model_config, num_steps)
     for prompt in config.evaluation.sample_prompts:
         if not tokens.encode_prompt(templates.sample_prompt(kept, prompt, wanted.system_prompt), tokenizer):
-            raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; take it out")
+            raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; remove it")
     identity = {
         "training data": plan.fingerprint, "evaluation data": eval_plan.fingerprint if eval_plan else "none",
         "tokenizer": tokens.tokenizer_fingerprint(tokenizer), "template": template.fingerprint,
@@ -150,7 +150,7 @@ def _examples(
     if evals and evals.learn_opening != train.learn_opening:
         raise DataError(
             f"data.eval: some of its answers do not begin with {template.opening!r}, which the template puts before every answer "
-            "of data.train; rows with thoughts measure nothing where none are trained on"
+            "of data.train; evaluation rows have thoughts that no training row has"
         )
     num_rows = train.num_rows
     if wanted.max_rows is not None:
@@ -160,8 +160,8 @@ def _examples(
     known = tokens.num_trained_on(evals, train) if evals else 0
     if evals and known > MAX_EVAL_OVERLAP * len(evals):
         raise DataError(
-            f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memory; "
-            "take them out of one of the two"
+            f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memorisation; "
+            "remove them from one of the two"
         )
     return train, evals, known, num_rows
 
@@ -207,7 +207,7 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     ]
     _, all_logits = head.probe(skeleton)
     if all_logits:
-        lines.append(f"note        all logits are held at once: {all_logits}")
+        lines.append(f"note        all logits are held in memory at once: {all_logits}")
     notes = (
         *data.sources.notes,
         *_surprises(config, data),
@@ -232,7 +232,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         f"({config.micro_batch_size} at once x {accumulation(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
         + (f", each shared by {topology.wish.num_context}" if topology.wish.num_context > 1 else "")
         + (
-            f"; {data.train.steps_per_epoch * config.train.epochs:,} but for train.max_steps"
+            f"; {data.train.steps_per_epoch * config.train.epochs:,} without train.max_steps"
             if _is_cut(config, data)
             else ""
         ),
@@ -285,7 +285,7 @@ def _is_cut(config: Config, data: Data) -> bool:
 def _check_rates(config: Config, skeleton: Any, num_steps: int) -> None:
     """Raise ConfigError for learning rates that nothing would have."""
     if config.optimizer.embedding_lr is not None and not adapters.trains_ends(skeleton):
-        raise ConfigError("optimizer.embedding_lr: would be ignored: neither embedding nor head trains; remove it")
+        raise ConfigError("optimizer.embedding_lr: would be ignored: the embedding and the head are frozen; remove it")
     fastest = num_steps**-0.5
     if config.optimizer.kind == "adafactor" and config.optimizer.lr > fastest:
         raise ConfigError(
@@ -300,13 +300,13 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
     if num_steps < FEW_STEPS:
         more = "raise train.max_steps" if num_steps == config.train.max_steps else "lower train.global_batch_size or raise train.epochs"  # fmt: skip
         unpacked = ", or set data.packing to false (a pack is one sequence)" if config.data.packing else ""
-        yield f"{_counted(num_steps, 'step')} will teach next to nothing; {more}{unpacked}"
+        yield f"{_counted(num_steps, 'step')} will change the model very little; {more}{unpacked}"
     if config.adapter.bias != "none":
         yield f"adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, the model is not the base"
     if forgotten := base.forgotten_losses(data.model_config.to_dict()):
         yield forgotten
     if torch.backends.mps.is_available() and not torch.cuda.is_available():
-        yield "Apple GPUs (mps) are not yet used; this run is on the CPU"
+        yield "Apple GPUs (mps) are not supported yet; this run uses the CPU"
 
 
 def _template_notes(config: Config, data: Data) -> Iterator[str]:
@@ -323,7 +323,9 @@ def _template_notes(config: Config, data: Data) -> Iterator[str]:
                     "data.template: chat keeps it"
                 )
     if template.date is not None:
-        yield (f"the template writes the date: {template.date}, that of the first start, is kept for the whole run")
+        yield (
+            f"the template writes the date: {template.date}, that of the first start, stays the same for the whole run"
+        )
     if template.opening and config.objective.kind != "clm":
         yield (
             f"the template puts {template.opening!r} before an answer; "
@@ -396,8 +398,8 @@ def _methods(config: Config, is_quantized: bool) -> list[str]:
     besides = [
         f"averages of the weights ({train.ema_decay})" if train.ema_decay else "",
         f"noise on embeddings ({train.neftune_alpha:g})" if train.neftune_alpha else "",
-        f"stops after {_counted(evaluation.patience, 'evaluation')} that are no better" if evaluation.patience else "",
-        "the best evaluation is exported" if evaluation.export_best else "",
+        f"stops after {_counted(evaluation.patience, 'evaluation')} without a new best" if evaluation.patience else "",
+        "exports the best evaluation" if evaluation.export_best else "",
         f"{_counted(len(evaluation.sample_prompts), 'sample')}" if evaluation.sample_prompts else "",
         *config.tracking.trackers,
     ]

@@ -113,7 +113,7 @@ def test_columns_that_are_not_read_are_told_and_a_score_is_one_of_them(tmp_path,
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
     assert len(compare.read(str(path), "auto", {}, None)) == 2
     said = capsys.readouterr().err
-    assert said == "note: not read: columns ['input', 'rejected', 'score']; every answer counts as a right one\n"
+    assert said == "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
 
 
 def test_skipped_rows_are_counted_as_in_training(tmp_path, capsys):
@@ -154,7 +154,7 @@ def test_an_adapter_of_another_base_is_told(workshop, capsys, kind):
     for given, is_other in ((workshop.folder / "copy", False), (other, True)):
         asked = ["evaluate", "--base", str(given), "--tuned", str(tuned), "--data", str(workshop.rows), "--limit", "1"]
         assert main([*asked, "--max-new-tokens", "1"]) == 0
-        assert (f"was trained beside another base ({base})" in capsys.readouterr().err) == is_other
+        assert (f"was trained on another base ({base})" in capsys.readouterr().err) == is_other
 
 
 @pytest.mark.parametrize("command", ["chat", "export"])
@@ -436,7 +436,7 @@ def test_a_file_is_written_whole_through_a_link_and_keeps_its_mode(tmp_path):
 
 def test_an_output_that_cannot_be_written_is_told_before_the_work(capsys):
     assert main(["evaluate", "--base", "a", "--tuned", "b", "--data", "c", "--output", "/no/such/folder/x"]) == 2
-    assert "--output: /no/such/folder/x: there is no such folder" in capsys.readouterr().err
+    assert "--output: /no/such/folder/x: its folder does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["chat", "evaluate", "export"])

@@ -215,7 +215,7 @@ def test_an_adapter_in_another_precision_still_knows_its_base(workshop, base):
     workshop.train("bf16", **on(base), adapter__kind="lora", adapter__path=str(first), train__precision="bf16")
     config = TINY_LLAMA | {"attention_bias": True, "mlp_bias": True, "hidden_size": 64}
     other = workshop.train("other", run__seed=5, model__config=config) / "model"
-    with pytest.raises(ModelError, match="has changed since the adapter was trained beside it"):
+    with pytest.raises(ModelError, match="has changed since the adapter was trained"):
         workshop.train("no", **on(str(other)), adapter__kind="lora", adapter__path=str(first), train__precision="bf16")
 
 
@@ -231,7 +231,7 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
     capfd.readouterr()
     workshop.check("second", **on(base), adapter__kind="lora", adapter__path=str(first))
     assert " 0 of them train" not in capfd.readouterr().err
-    with pytest.raises(ConfigError, match=r"is a run directory; its adapter is in .*/model: write that"):
+    with pytest.raises(ConfigError, match=r"is a run directory; its adapter is in .*/model: give that folder"):
         workshop.check("third", **on(base), adapter__kind="lora", adapter__path=str(first.parent))
 
 
@@ -240,14 +240,14 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
     [
         ({"adapter__rank_pattern": {"q_porj": 64}}, ModelError, "adapter.rank_pattern: no adapted module is called 'q_porj'"),
         ({"adapter__alpha_pattern": {"nope": 3.0}}, ModelError, "adapter.alpha_pattern: no adapted module"),
-        ({"adapter__rank_pattern": {"q_proj(": 64}}, ModelError, r"rank_pattern.*is no regular expression"),
+        ({"adapter__rank_pattern": {"q_proj(": 64}}, ModelError, r"rank_pattern.*is not a valid regular expression"),
         ({"adapter__layers": [1], "adapter__target_modules": ".*q_proj"}, ConfigError, "adapter.layers: peft needs names"),
         ({"adapter__layers": []}, ConfigError, "adapter.layers"),
         ({"optimizer__embedding_lr": 0.1}, ConfigError, "embedding_lr: would be ignored"),
         ({"optimizer__kind": "adafactor"}, ConfigError, "adafactor steps in proportion"),
         ({"optimizer__kind": "muon"}, ConfigError, "optimizer.kind: muon"),
         ({"adapter__init": "eva", "adapter__r": 99}, ModelError, "adapter.r: 99 is more than the 64 directions"),
-        ({"model__new_tokens": ["<a>", "<a>"]}, ConfigError, "model.new_tokens: '<a>' is empty or there twice"),
+        ({"model__new_tokens": ["<a>", "<a>"]}, ConfigError, "model.new_tokens: '<a>' is empty or repeated"),
         ({"model__new_tokens": [""]}, ConfigError, "model.new_tokens: '' is empty"),
     ],
 )  # fmt: skip
@@ -288,7 +288,7 @@ def test_an_adapter_is_gone_on_from(workshop, base):
         )
         / "model"
     )
-    with pytest.raises(ModelError, match="has changed since the adapter was trained beside it"):
+    with pytest.raises(ModelError, match="has changed since the adapter was trained"):
         workshop.train("third", **on(str(other)), adapter__kind="lora", adapter__path=str(first / "model"))
 
 

@@ -291,7 +291,7 @@ def test_a_service_that_cannot_be_reached_is_spoken_of_once_and_heard_when_it_co
 )
 def test_an_address_that_is_none_is_an_error(address, listener, monkeypatch):
     monkeypatch.setenv("FINETUNE_METADATA_ADDRESS", address)
-    with pytest.raises(ConfigError, match=f"FINETUNE_METADATA_ADDRESS: {re.escape(address)} is no address"):
+    with pytest.raises(ConfigError, match=f"FINETUNE_METADATA_ADDRESS: {re.escape(address)} is not an address"):
         listener.watch("gcp")
 
 

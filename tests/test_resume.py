@@ -364,7 +364,7 @@ def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeyp
 
     monkeypatch.setattr(folder, "require_space", full)
     run = workshop.train("run", **settings)
-    assert f"the evaluation of step {best} was better, but no checkpoint of it is there" in capsys.readouterr().err
+    assert f"the evaluation of step {best} was better, but its checkpoint was not kept" in capsys.readouterr().err
     assert json.loads((run / "outcome.json").read_text())["exported_step"] != best
 
 

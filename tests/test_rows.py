@@ -201,7 +201,7 @@ def test_an_instruction_in_the_column_input_has_no_separate_input():
 
 
 def test_a_mapped_column_that_the_format_does_not_have_is_refused():
-    with pytest.raises(ConfigError, match=r"data\.columns: output is no column of format question_answer"):
+    with pytest.raises(ConfigError, match=r"data\.columns: output is not a column of format question_answer"):
         converse({"question": "q", "answer": "a", "foo": "x"}, columns={"output": "foo"})
 
 
@@ -292,7 +292,7 @@ def test_the_answers_to_learn_may_be_named(values, columns, messages):
 )  # fmt: skip
 def test_preference_rows_are_named_with_what_to_do(values, target):
     says = refused(values)
-    assert "belongs to preference rows (DPO, reward models), which cannot be trained on yet" in says
+    assert "belongs to preference rows (DPO, reward models), which are not supported yet" in says
     assert f"write data.columns: {{{target}: chosen}}" in says
 
 
@@ -398,7 +398,7 @@ def test_columns_that_fit_no_format_are_told_the_formats_and_how_to_map(values, 
     ],
 )  # fmt: skip
 def test_columns_in_capitals_come_with_what_to_write(values, mapping):
-    assert f"map them with data.columns, where capitals count: {mapping}" in refused(values)
+    assert f"map them with data.columns, which is case-sensitive: {mapping}" in refused(values)
 
 
 def test_a_table_without_a_header_is_named(tmp_path):
@@ -474,7 +474,7 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"messages": ["hello"]}, "message 1 of 'messages' should have role and content, got hello"),
         ({"conversations": [{"from": "human", "value": "x"}]}, "the conversation ends with the user"),
         ({"conversations": [{"from": "human", "value": None}]}, "message 1 of 'conversations' (user) should have text as content, got null"),
-        ({"conversations": [{"from": "observation", "value": "x"}]}, "message 1 of 'conversations' comes from 'observation'; those of ShareGPT that can be read are human,"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "message 1 of 'conversations' comes from 'observation'; ShareGPT's names are human,"),
         ({"conversations": [{"from": "human"}]}, "message 1 of 'conversations' should have role and content"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}, "message 2 of 'messages' (assistant) should have text as content"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1 of 'messages' (user) should have text as content, got null"),

@@ -182,7 +182,7 @@ def test_the_summary_says_what_is_read_what_is_not_and_what_will_teach_nothing(w
     assert f"eval files  {folder}/test.jsonl\n" in says
     assert "not read    columns category (5 rows)\n" in says
     assert f"note        data.train does not read {folder}/test.jsonl (named as test rows)\n" in says
-    assert "3 steps will teach next to nothing" in says
+    assert "3 steps will change the model very little" in says
 
 
 def test_text_unit_is_for_the_text_files_of_a_folder(workshop):
@@ -696,7 +696,7 @@ def test_a_best_evaluation_that_nobody_kept_is_told_and_the_best_of_the_others_e
     run = workshop.train(**OVERFITS)
     (run / "outcome.json").unlink()
     workshop.train(**OVERFITS, evaluation__export_best=True)
-    assert "the evaluation of step 1 was better, but no checkpoint of it is there" in capsys.readouterr().err
+    assert "the evaluation of step 1 was better, but its checkpoint was not kept" in capsys.readouterr().err
     assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
 
 

@@ -21,10 +21,10 @@ def expanded(path: Any) -> Any:
         return path
     user = bare.split("/")[0]
     if user == "~" and not has_home():
-        raise ValueError("begins with ~, but there is no home directory here; set HOME, or write the whole path")
+        raise ValueError("begins with ~, but this machine has no home directory; set HOME, or write the full path")
     whole = os.path.expanduser(bare)
     if whole == bare and user != "~":
-        raise ValueError(f"begins with {user}, but there is no such user here; write the whole path")
+        raise ValueError(f"begins with {user}, but this machine has no such user; write the full path")
     return scheme + whole
 
 

@@ -175,7 +175,7 @@ def _make(
     finally:
         shutil.rmtree(build, ignore_errors=True)
     if made is None:
-        raise Outage(f"data.cache_dir: {folder}: what was just written there reads back differently; check the disk")
+        raise Outage(f"data.cache_dir: {folder}: data written there reads back differently; check the disk")
     return made
 
 
@@ -571,7 +571,7 @@ def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False
     except Exception as exc:  # whatever is wrong with it, it can be built anew
         if note:
             tqdm.write(
-                f"note: the token cache {folder} is damaged and is built anew: {type(exc).__name__}: {exc}",
+                f"note: the token cache {folder} is damaged and will be built again: {type(exc).__name__}: {exc}",
                 file=sys.stderr,
             )
         return None

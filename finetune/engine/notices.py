@@ -55,7 +55,7 @@ class Watch:
         assert cloud in CLOUDS
         address = os.environ.get("FINETUNE_METADATA_ADDRESS") or ADDRESS
         if not _is_address(address):
-            raise ConfigError(f"FINETUNE_METADATA_ADDRESS: {address} is no address; write http://host:port")
+            raise ConfigError(f"FINETUNE_METADATA_ADDRESS: {address} is not an address; write http://host:port")
         self._cloud = _ASKED[cloud](address.rstrip("/"))
         self._heard = heard
         self._say = say
@@ -330,6 +330,6 @@ def _moment(text: Any) -> datetime | None:
 def _note(cloud: str, hint: str, trouble: Exception) -> str:
     why = " ".join(re.sub("[^!-~]", " ", str(trouble)).split())[:300]  # may quote what a server sent
     return (
-        f"note: {cloud} gives no spot notices: {why}. It is asked again, but until it answers "
+        f"note: {cloud} gives no spot notices: {why}. The run keeps asking; until then "
         f"only SIGTERM stops the run before the machine goes. {hint}"
     )

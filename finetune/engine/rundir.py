@@ -148,8 +148,8 @@ class RunDirectory:
             raise RunDirectoryError(f"run.replay_of: {other} has no receipt that can be read: {exc}") from exc
         if different:
             raise RunDirectoryError(
-                f"this would not be the run of {other} again; what differs:\n  " + "\n  ".join(different)
-                + "\nput those back; without them it cannot be the same run"
+                f"this would not repeat the run {other}; what differs:\n  " + "\n  ".join(different)
+                + "\nrestore these to repeat the run"
             )  # fmt: skip
 
     def template_date(self, config: Config) -> str:
@@ -227,7 +227,7 @@ class RunDirectory:
         """
         outcome, problem = self._read("outcome.json")
         if problem is not None and os.path.lexists(self.path / "outcome.json"):
-            return False, f"note: outcome.json {problem}: how the run ended is not known, so it goes on"
+            return False, f"note: outcome.json {problem}: it is unknown how the run ended, so it continues"
         if outcome.get("state") != "complete":
             return False, None
         if damaged := self._damaged_model(outcome.get("model")):
@@ -235,7 +235,7 @@ class RunDirectory:
         receipt, problem = self._read_receipt()
         if problem is not None:
             raise RunDirectoryError(
-                f"{self.path} is complete, but its receipt.json {problem}, so it cannot be known whether it is this run; "
+                f"{self.path} is complete, but its receipt.json {problem}, so it is unclear whether it is this run; "
                 f"put it back, or give this run another run.name. Its model is whole: {self.model}"
             )
         if receipt["train_data"]["fingerprint"] != data_fingerprint:
@@ -250,7 +250,7 @@ class RunDirectory:
         if any(self.model.glob("*")):
             raise RunDirectoryError(
                 f"{self.path} holds a model, but no checkpoint from which it could be exported again, and training would start "
-                f"anew and replace it; restore {self.model}, or move it away to train again"
+                f"over and replace it; restore {self.model}, or move it away to train again"
             )
 
     def _damaged_model(self, known: Any) -> str | None:
@@ -328,7 +328,7 @@ class RunDirectory:
         for path in (self.checkpoints, self.model):
             if os.path.lexists(path) and not path.is_dir():
                 raise RunDirectoryError(
-                    f"{path} should be a folder, and is not; move it away, or choose another run.name"
+                    f"{path} should be a folder, but is not; move it away, or choose another run.name"
                 )
         logs = [self.metrics, self.evals, self.samples, self.saves, self.starts]
         for path in [*logs, *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json"))]:
@@ -336,7 +336,7 @@ class RunDirectory:
                 continue
             if not path.is_file():
                 raise RunDirectoryError(
-                    f"{path} should be a file, and is not; move it away, or choose another run.name"
+                    f"{path} should be a file, but is not; move it away, or choose another run.name"
                 )
             if not os.access(path, os.R_OK | os.W_OK):
                 raise RunDirectoryError(

@@ -25,7 +25,7 @@ def check(names: Sequence[str], wandb_mode: str | None) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
-                f"tracking.trackers: {name} is not installed; pip install {name}, or take it out of the list"
+                f"tracking.trackers: {name} is not installed; pip install {name}, or remove it from the list"
             )
     if "wandb" in names and _mode(wandb_mode) == "online" and not _has_wandb_key():
         raise ConfigError(
@@ -93,7 +93,9 @@ class Trackers:
             action(*arguments)
         except Exception as exc:  # whatever they raise is no reason to lose a run
             self.running.pop(name, None)
-            self.say(redacted(f"note: tracker {name} failed, the run goes on without it: {type(exc).__name__}: {exc}"))
+            self.say(
+                redacted(f"note: tracker {name} failed; the run continues without it: {type(exc).__name__}: {exc}")
+            )
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -81,14 +81,14 @@ def _command(script: str, arguments: list[str], module: bool = False, no_python:
         raise ConfigError("launch: --module and --no_python exclude each other; give one of them")
     if no_python:
         if shutil.which(script) is None:
-            raise ConfigError(f"{script} is no program that can be run; check its path, and that it is executable")
+            raise ConfigError(f"{script} cannot be run; check its path, and that it is executable")
         return [script, *arguments]
     if module:
         return [sys.executable, "-m", script, *arguments]
     script = found(script)
     if not Path(script).is_file():
         raise ConfigError(
-            f"there is no script {script} in {os.getcwd()}; what follows the launcher's options is the script and its own options"
+            f"no script {script} in {os.getcwd()}; what follows the launcher's options is the script and its own options"
         )
     return [sys.executable, script, *arguments]
 
@@ -145,7 +145,7 @@ def _check(arguments: argparse.Namespace, where: str) -> None:
             f"{where}: mixed_precision is {arguments.mixed_precision!r}; remove it: train.precision of the run config decides"
         )
     if arguments.tpu or arguments.tpu_use_cluster or arguments.mpirun_hostfile:
-        raise ConfigError(f"{where}: asks for TPUs or mpirun, which this project does not have; see docs/topologies.md")
+        raise ConfigError(f"{where}: asks for TPUs or mpirun, which is not supported; see docs/topologies.md")
 
 
 def _environments(

@@ -137,7 +137,7 @@ class _Worker:
         try:
             self._process.wait(timeout=KILL_SECONDS)
         except subprocess.TimeoutExpired:
-            say(f"{self.name} cannot be killed and is left behind: it waits in the kernel, for a disk or a GPU")
+            say(f"{self.name} cannot be killed: it waits in the kernel for a disk or a GPU")
 
     def end(self) -> str:
         """How it ended, and where: `was killed by SIGKILL in step 38`."""

@@ -209,7 +209,7 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
         if differ(logits(other(slice(11, 12)), [12])[:11], whole[:11], rounding):
             raise ModelError(
                 f"{base.config.model_type} lets a token see those after it ({base.config._attn_implementation} attention), "
-                "so it would learn to copy them; it is no causal language model"
+                "so it would learn to copy them; it is not a causal language model"
             )
 
     was_training = model.training

@@ -62,7 +62,7 @@ def require_architecture(base: nn.Module, known: dict[str, Any], folder: Path) -
     if others:
         name = others[0]
         raise ModelError(
-            f"{folder}: its base has another config than when the adapter was trained beside it: {name} was "
+            f"{folder}: its base has another config than when the adapter was trained: {name} was "
             f"{known['architecture'][name]}, now {now[name]}; put the old config.json back, or train again"
         )
 
@@ -89,8 +89,8 @@ def require_weights(found: dict[str, str], known: dict[str, Any], folder: Path) 
     others = [name for name, wanted in known["weights"].items() if found.get(name) != wanted]
     if others:
         raise ModelError(
-            f"{folder}: its base has changed since the adapter was trained beside it: {len(others)} of "
-            f"{len(known['weights'])} weights are others, such as {others[0]}; put the old base back, or train again"
+            f"{folder}: its base has changed since the adapter was trained: {len(others)} of "
+            f"{len(known['weights'])} weights differ, such as {others[0]}; put the old base back, or train again"
         )
 
 

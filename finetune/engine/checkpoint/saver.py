@@ -154,7 +154,7 @@ class Saver:
         if self._failures == MOST_FAILURES:
             raise CheckpointError(f"{said}; {MOST_FAILURES} saves in a row have failed, and {newest}") from problem
         self.say(
-            f"note: {said}; {newest}, and training goes on ({self._failures} of {MOST_FAILURES} failures in a row)"
+            f"note: {said}; {newest}, and training continues ({self._failures} of {MOST_FAILURES} failures in a row)"
         )
 
     def _write(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:

@@ -46,7 +46,9 @@ class _Unpickler(pickle.Unpickler):
             return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in DCP:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs; nothing was executed")
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, which checkpoints do not need; nothing was executed"
+            )
         return super().find_class(module, name)
 
 

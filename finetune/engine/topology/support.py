@@ -119,7 +119,7 @@ FEATURES = [
         "compiled layers", "train.compile", lambda c: c.train.compile,
         {
             "zero3*": "weights are gathered inside the layers, which cuts them to pieces; take fsdp2.yaml",
-            "*_context": "processes exchange tokens inside the layers; never proved here, leave it out",
+            "*_context": "processes exchange tokens inside the layers; untested, leave it out",
         },
     ),
     Feature(
@@ -130,8 +130,8 @@ FEATURES = [
     Feature(
         "fp16", "train.precision: fp16", lambda c: c.train.precision == "fp16",
         {
-            "fsdp2*": "overflows of scaled gradients in parts were never proved here; take bf16, or ddp.yaml",
-            "zero*": "overflows of scaled gradients in parts were never proved here; take bf16, or ddp.yaml",
+            "fsdp2*": "overflows of scaled gradients in parts are untested; take bf16, or ddp.yaml",
+            "zero*": "overflows of scaled gradients in parts are untested; take bf16, or ddp.yaml",
         },
     ),
 ]  # fmt: skip

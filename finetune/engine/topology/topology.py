@@ -129,7 +129,7 @@ class Topology:
         if problems := list(support.conflicts(config, self.wish)):
             raise ConfigError(
                 "\n  ".join(
-                    [f"{len(problems)} settings that {self.name} cannot have:", *problems]
+                    [f"{len(problems)} settings that {self.name} does not support:", *problems]
                     if len(problems) > 1
                     else problems
                 )
