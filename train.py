@@ -328,7 +328,7 @@ def look(job: "Job", state: "TrainState", tracker: "Tracker", loss: "Loss", at_t
 def one_step(
     job: "Job", state: "TrainState", loss: "Loss", lr: float, wishes: Callable[[], tuple[bool, ...]]
 ) -> "StepResult":
-    """The next step of the plan; what diverges is told with its rows."""
+    """The next step of the plan; a divergence is reported with its rows."""
     from finetune.engine.step import train_step
 
     step, max_grad_norm = state.progress.step, job.config.train.max_grad_norm

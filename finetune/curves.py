@@ -47,7 +47,7 @@ def draw(runs: Sequence[Path], output: Path) -> None:
         )
     for name in (run / log for run in runs for log in ("metrics.jsonl", "eval.jsonl")):
         if output.exists() and name.exists() and output.samefile(name):
-            raise RunDirectoryError(f"--output: {output} is {name} of a run to plot; choose another path")
+            raise RunDirectoryError(f"--output: {output} is {name}, which is an input; choose another path")
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -106,7 +106,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values); NaN, a gap in the curve, where there is no number."""
+    """(steps, values); NaN, a gap in the curve, for a missing number."""
     return [line["step"] for line in lines], [
         line[key] if isinstance(line.get(key), int | float) else math.nan for line in lines
     ]

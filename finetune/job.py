@@ -48,7 +48,7 @@ class Job:
     data: Data
     stop: StopFlag
     to_try: int | None = None
-    """Bytes of optimizer state beside which the largest micro-batch is tried first; None: its size was given."""
+    """Bytes of optimizer state next to which the largest micro-batch is tried first; None: its size was given."""
 
     def tell(self, message: str) -> None:
         """One line, once."""
@@ -83,7 +83,7 @@ class Job:
         )  # fmt: skip
         if config.run.replay_of is not None:
             self.directory.require_receipt(Path(config.run.replay_of), made)
-        if self.directory.outcome().get("state") == "running":  # the lock is ours: nobody runs here
+        if self.directory.outcome().get("state") == "running":  # the lock is ours: no other process runs here
             self.tell("note: the previous attempt left no outcome: it was killed, or its machine was lost")
         self.directory.create(config)
         for note in self.directory.rewind(step):
@@ -184,7 +184,7 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
     """Inside, clouds and deadlines are heeded, and processes that died or stand still end all others."""
 
     def end(problem: str) -> None:
-        """In a thread, as the main one may wait for ever; and so may a disk that is written to."""
+        """In a thread, because the main thread may wait without end, and so may a write to a disk."""
         last = threading.Timer(5.0, os._exit, [EXIT_FAILED])
         last.daemon = True
         last.start()

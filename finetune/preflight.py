@@ -49,7 +49,7 @@ class Data:
 
 
 def prepare(config: Config, topology: Topology, date: str | None = None) -> Data:
-    """Rows -> sequences in a plan. Raises UserError for whatever is wrong with rows, template or tokenizer.
+    """Rows -> sequences in a plan. Raises UserError for errors in rows, template or tokenizer.
 
     `date`: of the run's first start, as 2026-11-26, for templates that write it; None: today's.
     """
@@ -380,7 +380,7 @@ def _without_effect(config: Config, data: Data) -> Iterator[str]:
 
 
 def _methods(config: Config, is_quantized: bool) -> list[str]:
-    """How it is tuned, and what is done besides."""
+    """The method, and what else the run does."""
     adapter, optimizer, train, evaluation = config.adapter, config.optimizer, config.train, config.evaluation
     how = []
     if adapter.kind == "qlora":

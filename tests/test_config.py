@@ -213,7 +213,7 @@ def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(parse, capsy
     assert parse(yaml.safe_dump(COMPLETE), "--run.seed", "1", "--run.seed=2").run.seed == 2
     assert capsys.readouterr().err == "note: --run.seed is given twice: '2' counts, not '1'\n"
     parse(yaml.safe_dump(COMPLETE), "--run.seed", "2", "--run.seed=2")
-    assert not capsys.readouterr().err, "the same twice is no news"
+    assert not capsys.readouterr().err, "the same value twice needs no note"
 
 
 def test_an_option_without_its_value_is_refused_by_name(refusal):

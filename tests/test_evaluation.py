@@ -182,7 +182,11 @@ def test_a_merge_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys
     (adapter / "adapter_config.json").write_text("{}")
     file.touch()
     link.symlink_to(tmp_path / "nowhere")
-    for output, says in ((file / "merged", f"{file} is no folder"), (file, f"{file} exists"), (link, f"{link} exists")):
+    for output, says in (
+        (file / "merged", f"{file} is not a folder"),
+        (file, f"{file} exists"),
+        (link, f"{link} exists"),
+    ):
         assert main(["export", "--merge", "--model", str(adapter), "--output", str(output)]) == 2
         assert says in capsys.readouterr().err
 

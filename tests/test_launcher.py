@@ -1,4 +1,4 @@
-"""python -m finetune launch: signals reach every process, exit codes come back, and nobody is left."""
+"""python -m finetune launch: signals reach every process, exit codes come back, and no process is left."""
 
 import contextlib
 import json
@@ -386,7 +386,7 @@ def children(pid):
 
 
 @pytest.mark.parametrize(("words", "code"), [(["launch"], 75), (["chat"], 1)])
-def test_pid_1_of_a_container_ends_by_sigterm_whatever_it_does(words, code):
+def test_pid_1_of_a_container_ends_by_sigterm_at_any_point(words, code):
     """The kernel would not even tell it."""
     slow = "import sys; from finetune import __main__ as m; m.argparse.ArgumentParser = lambda *_, **__: __import__('time').sleep(60); m.importlib.import_module = m.argparse.ArgumentParser; m.main(sys.argv[1:])"
     process = subprocess.Popen([*unshared(), sys.executable, "-c", slow, *words], cwd=ROOT)
@@ -408,7 +408,7 @@ def test_as_pid_1_it_forwards_signals_and_buries_orphans(start, worker, name):
     assert [notes(worker, "heard", rank) for rank in (0, 1)] == [[name], [name]]
 
 
-def test_nobody_is_left_when_not_all_can_be_started(start, worker):
+def test_no_process_is_left_when_not_all_can_be_started(start, worker):
     broken = """
 import subprocess, time
 start, started = subprocess.Popen, []

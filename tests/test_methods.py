@@ -176,7 +176,7 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
     monkeypatch.setattr(train, "finish", looked_at)
     settings = {**on(base), **SIXTEEN[method], "adapter__kind": kind, "train__precision": "bf16", "optimizer__lr": 2e-4}
     if (kind, method) == ("qlora", "biases"):
-        with pytest.raises(ConfigError, match="adapter.bias: not with kind: qlora"):
+        with pytest.raises(ConfigError, match="adapter.bias: cannot be used with kind: qlora"):
             workshop.train(**settings)
         return
     run = workshop.train(**settings, **TWENTY, evaluation__sample_prompts=["hi"], evaluation__sample_max_new_tokens=3)
@@ -258,7 +258,7 @@ def test_what_would_have_no_effect_is_refused_before_weights_load(workshop, base
 
 def test_what_the_whole_model_cannot_have_is_refused(workshop, base):
     without = workshop.train("without") / "model"
-    with pytest.raises(ModelError, match="there is no bias to train in this model"):
+    with pytest.raises(ModelError, match="this model has no bias"):
         workshop.check(**on(str(without)), adapter__kind="lora", adapter__bias="all")
     with pytest.raises(ModelError, match=r"model.new_tokens would never be learned"):
         workshop.check(**on(base), model__new_tokens=["<a>"], adapter__freeze=["embed"])

@@ -26,7 +26,7 @@ def in_a_terminal():
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
-def test_while_torch_is_imported_a_signal_ends_the_process_whatever_swallows_exceptions(name):
+def test_while_torch_is_imported_a_signal_ends_the_process_even_if_exceptions_are_swallowed(name):
     code = f"""
 import os, signal
 from finetune.engine.preemption import StopFlag

@@ -70,7 +70,7 @@ def test_a_json_row_has_the_line_of_its_opening_brace(tmp_path):
     assert lines_and_values(path) == [(5, {"text": "a"}), (8, {"text": "b"}), (9, {"text": "c"})]
 
 
-def test_a_csv_row_has_the_line_it_begins_on_whatever_its_cells_hold(tmp_path):
+def test_a_csv_row_has_the_line_it_begins_on_for_any_cells(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('question,answer\n"a\n\nb",c\n\nd,"e, ""f"""\n"g","h\n"\ni,j\n')
     assert lines_and_values(path) == [
@@ -565,7 +565,7 @@ def test_a_name_that_is_not_unicode_can_be_shown(tmp_path):
     readers.describe(file).encode()
 
 
-# What a file is, whatever its name says.
+# What a file is, under any name.
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])

@@ -345,7 +345,7 @@ def test_what_training_waits_for_is_measured(workshop, monkeypatch, asynchronous
 
 
 def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeypatch, capsys):
-    """The best of those that are there is exported, and what was lost is told."""
+    """The best of those that are there is exported, and the loss is reported."""
     from finetune.engine.checkpoint import folder
 
     settings = {

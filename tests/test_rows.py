@@ -361,7 +361,7 @@ def test_half_of_a_character_in_the_name_of_a_column_can_be_shown(tmp_path):
     str(caught.value).encode()
 
 
-def test_whatever_is_wrong_is_said_in_short():
+def test_long_values_are_shortened_in_messages():
     long = "word " * 100_000
     message = {"role": "user", "content": "q"}
     for values in (

@@ -1,4 +1,4 @@
-"""Trackers are guests: told everything, trusted with no secret, missed by nobody."""
+"""Trackers are guests: they get all numbers and no secrets, and the run does without them."""
 
 import json
 import os
@@ -18,7 +18,7 @@ OFFLINE = {"tracking__trackers": ["wandb"], "tracking__wandb_mode": "offline"}
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch, tmp_path):
-    """As on a machine where nobody has logged in."""
+    """As on a machine without a login."""
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))

@@ -104,7 +104,7 @@ def test_a_model_whose_tokens_see_those_after_them_is_refused(workshop, kind, at
     config = {**TINY_LLAMA, "model_type": kind}
     config |= {"use_bidirectional_attention": True, "head_dim": 8} if kind == "gemma3_text" else {}
     config = {k: v for k, v in config.items() if kind == "gemma3_text" or k != "num_key_value_heads"}
-    with pytest.raises(ModelError, match="no causal language model"):
+    with pytest.raises(ModelError, match="not a causal language model"):
         workshop.train(model__config=config, model__attention=attention)
     assert not workshop.run_dir().exists()
 
@@ -142,7 +142,7 @@ def test_what_would_let_the_export_fail_is_an_error_before_training(workshop):
     (model / "generation_config.json").write_text('{"max_new_tokens": -1}')
     with pytest.raises(ModelError, match=r"generation_config\.json cannot be saved again"):
         workshop.train(**from_folder(model))
-    with pytest.raises(ModelError, match="saved beside a model of type qwen2 it opens as"):
+    with pytest.raises(ModelError, match="saved with a model of type qwen2 it opens as"):
         workshop.train("other", model__config={**TINY_LLAMA, "model_type": "qwen2"})
 
 
@@ -608,7 +608,7 @@ def test_a_warmup_longer_than_the_run_is_an_error(workshop):
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "the launcher sets gradient_accumulation_steps to 4"),
         ("ACCELERATE_USE_FSDP", "true", "asks for FSDP 1; set fsdp_version: 2"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "the topology file has no deepspeed_config_file"),
-        ("ACCELERATE_USE_CPU", "true", "one process whatever num_processes says"),
+        ("ACCELERATE_USE_CPU", "true", "one process and ignores num_processes"),
     ],
 )
 def test_what_the_launcher_would_drop_or_change_in_silence_is_an_error(workshop, monkeypatch, name, value, message):
@@ -692,7 +692,7 @@ def test_a_damaged_best_checkpoint_is_no_dead_end(workshop):
     assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
 
 
-def test_a_best_evaluation_that_nobody_kept_is_told_and_the_best_of_the_others_exported(workshop, capsys):
+def test_a_best_evaluation_that_was_not_kept_is_reported_and_the_best_of_the_others_exported(workshop, capsys):
     run = workshop.train(**OVERFITS)
     (run / "outcome.json").unlink()
     workshop.train(**OVERFITS, evaluation__export_best=True)

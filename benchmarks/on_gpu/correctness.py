@@ -1,4 +1,4 @@
-"""tests/test_gpu.py, and the matrix: real runs beside each other."""
+"""tests/test_gpu.py, and the matrix: real runs, compared with each other."""
 
 import contextlib
 import json
@@ -211,7 +211,7 @@ def _number(value: float | None) -> float:
 
 
 def judge(case: Case, own: Curves, other: Curves | None) -> Row:
-    """Whether a run did what it must, by itself and beside its reference."""
+    """Whether a run did what it must, by itself and compared with its reference."""
     row = Row(PART, case.name, WRONG, seconds=own.seconds)
     steps = case.settings.get("train.max_steps", matrix.STEPS)
     if own.was_out_of_turn:

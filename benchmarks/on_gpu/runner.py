@@ -142,7 +142,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def side_by_side(jobs: int, work: Iterable[T], do: Callable[[T], Row], clock: Clock, out_of_turn: Callable[[T], Row]) -> list[Row]:  # fmt: skip
-    """Rows of all, so many at once, in the order of `work`. What would start after the deadline gets no turn."""
+    """Rows of all, `jobs` at once, in the order of `work`. What would start after the deadline gets no turn."""
 
     def one(item: T) -> Row:
         return do(item) if clock.left() > 0 else out_of_turn(item)

@@ -34,7 +34,7 @@ OTHER_HEADS = {
     "ForSpeechSeq2Seq": "a speech recogniser", "ForCTC": "a speech recogniser", "ForAudioClassification": "an audio classifier",
     "ForTextEncoding": "an encoder", "RewardModel": "a reward model",
 }  # fmt: skip
-# Coefficients of losses beside the next token's, as configs call them.
+# Coefficients of losses other than the next token's, as configs call them.
 BALANCE = (
     "router_aux_loss_coef",
     "aux_loss_alpha",
@@ -369,7 +369,7 @@ def architecture_problem(name: str, said: Mapping[str, Any]) -> str | None:
 
 
 def forgotten_losses(said: Mapping[str, Any]) -> str | None:
-    """Losses beside the next token's that a config asks for, and that are not added; None if there are none."""
+    """Losses other than the next token's that a config asks for, and that are not added; None if there are none."""
     nested = [values for values in (said.get("text_config"), said.get("ffn_config")) if isinstance(values, Mapping)]
     for values in (said, *nested):
         asked = [f"{name} {values[name]}" for name in BALANCE if values.get(name)]

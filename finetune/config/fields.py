@@ -319,7 +319,7 @@ def usual_lr(optimizer: Any, adapter: Any) -> float:
     """optimizer.lr where none is given.
 
     All weights: 2e-5 (Llama-2, Alpaca, Tulu). Adapters: 2e-4, ten times that (Dettmers et al., 2023; Hu et al., 2021). Lion's
-    steps have the size of its rate whatever the gradient: a third to a tenth of AdamW's (Chen et al., 2023). Adafactor's
+    steps have the size of its rate for any gradient: a third to a tenth of AdamW's (Chen et al., 2023). Adafactor's
     rate is relative to the size of a weight: 1e-3 (Raffel et al., 2020). Muon's updates are scaled to the size of AdamW's
     (Liu et al., 2025), so its rate is AdamW's.
     """

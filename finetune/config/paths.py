@@ -44,7 +44,7 @@ def argument(text: str) -> str:
 
 
 def cache_dir(given: str, run_dir: str) -> str:
-    """data.cache_dir without `~`; its default becomes a folder beside the runs where there is no home that can be written."""
+    """data.cache_dir without `~`; the default becomes a folder next to the runs if the home directory cannot be written."""
     home = os.path.expanduser("~")
     if given == DEFAULT_CACHE and not (
         has_home() and (os.path.isdir(given_to := home + given[1:]) or _writable(given_to))

@@ -43,7 +43,7 @@ TEST_WORDS = {"test", "testing"}
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 SNIFFED_LINES, SNIFFED_CHARACTERS = 100, 1 << 16  # of a CSV, and of each line, to find its delimiter
 PARQUET_BYTES = 64 << 20  # read at once: a row may be a book
-# How files begin that are not text, whatever their name says.
+# First bytes of files that are not text, under any name.
 SIGNATURES = {
     b"PK\x03\x04": "a zip archive or an Excel file", b"\xd0\xcf\x11\xe0": "an old Excel or Word file", b"PAR1": "a Parquet file",
     b"\x1f\x8b": "compressed by gzip", b"\x28\xb5\x2f\xfd": "compressed by zstd", b"BZh": "compressed by bzip2",
@@ -548,7 +548,7 @@ def _delimiter(source: str) -> tuple[str, int]:
         rows: list[list[str]] = []
         try:
             rows.extend(cells for cells in reader if any(map(str.strip, cells)))
-        except csv.Error:  # a quote beside anything but this delimiter, or one that ends after the lines looked at
+        except csv.Error:  # a quote next to anything but this delimiter, or one that ends after the lines looked at
             is_broken = reader.line_num < SNIFFED_LINES
         header, rest = (rows[0], rows[1:]) if rows else ([], [])
         same = sum(len(cells) == len(header) for cells in rest) / max(1, len(rest))

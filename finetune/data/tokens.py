@@ -153,7 +153,7 @@ def prepare(
 def _make(
     folder: Path, sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options, cache_dir: str
 ) -> Examples:
-    """Build an entry of the cache beside its place, and move it there whole. Raises DataError, or Outage for a full disk."""
+    """Build an entry of the cache next to its place, and move it there once it is whole. Raises DataError, or Outage for a full disk."""
     names, root, fingerprint = list(sources), folder.parent, folder.name
     build = root / f".building-{fingerprint}-{secrets.token_hex(4)}"
     with _writable(cache_dir):
@@ -434,7 +434,7 @@ def _build(
     stream = rows.conversations(
         sources, options.format, options.columns, options.text_unit, options.system_prompt, problems, unread
     )
-    # A longer row has more tokens than max_length whatever they are: it need not be tokenised, which takes a minute for 50 MB.
+    # A longer row always has more than max_length tokens, so it is not tokenised, which would take a minute for 50 MB.
     most = max(WINDOW, options.max_length * max(map(len, tokenizer.get_vocab())))
     for batch in _batches(stream):
         rendered = _rendered(batch, template, control, options, most, problems, counts)
@@ -568,7 +568,7 @@ def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False
         return Examples(
             arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1], places[:, 2], sources, fingerprint, **counts
         )  # fmt: skip
-    except Exception as exc:  # whatever is wrong with it, it can be built anew
+    except Exception as exc:  # any damage: it can be built again
         if note:
             tqdm.write(
                 f"note: the token cache {folder} is damaged and will be built again: {type(exc).__name__}: {exc}",

@@ -30,7 +30,7 @@ from finetune.places import BEATS, RUN
 
 LOCK = ".lock"
 OUTCOME = "outcome.json"
-# The directory belongs to another run or process: how this attempt ended is no news of it.
+# The directory belongs to another run or process: its outcome does not describe how this attempt ended.
 REFUSED = (RunDirectoryError, DirectoryInUse, TakenOver)
 
 
@@ -118,7 +118,7 @@ class RunDirectory:
     def write_receipt(self, receipt: dict[str, Any], step: int) -> str | None:
         """Write what this start runs on, at the step that it goes on from; what to tell a person, if anything.
 
-        What a receipt says stays: a start that goes on with other facts is noted in starts.jsonl, beside it. Only a run
+        What a receipt says stays: a start that goes on with other facts is noted in starts.jsonl, next to it. Only a run
         that begins again at step 0, of which nothing is left, gets another one, and starts.jsonl the old one.
         """
         old, problem = self._read_receipt()
@@ -298,7 +298,7 @@ class RunDirectory:
     def rewind(self, step: int) -> list[str]:
         """Take lines of later steps (and a torn last line) out of the logs: they will be trained again.
 
-        Other lines that cannot be read go too; then the log as it was stays beside it. What to tell a person.
+        Other lines that cannot be read go too; then the log as it was stays next to it. What to tell a person.
         """
         notes = []
         for log in (self.metrics, self.evals, self.samples, self.saves):
@@ -382,7 +382,7 @@ def note_end_of(path: Path, state: str, reason: str) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole new file or the whole old one, whatever happens."""
+    """Leave the whole new file or the whole old one, even after a crash."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:

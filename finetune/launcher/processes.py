@@ -48,7 +48,7 @@ def run(environments: list[dict[str, str]], command: list[str]) -> int:
 
 
 def say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads any more: no reason to leave the processes
+    with contextlib.suppress(OSError, ValueError):  # a closed stream is not a reason to leave the processes
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
@@ -166,7 +166,7 @@ def _catches(pid: int, number: signal.Signals) -> bool:
 
 
 def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[str]) -> int:
-    """Start, watch, and leave nobody behind, whatever happens."""
+    """Start and watch the processes; leave none behind, even after an error."""
     if inbox.wait(0):
         say("preempted: a signal came before the first process was started; run the same command again")
         return EXIT_PREEMPTED
@@ -199,7 +199,7 @@ def _note_end(run: Path, problem: str) -> None:
 def _beats() -> Iterator[Path | None]:
     try:
         folder = tempfile.mkdtemp(prefix="finetune-")
-    except OSError:  # nothing can be written on this machine; nobody will be told the step
+    except OSError:  # nothing can be written on this machine: messages will not name the step
         yield None
         return
     try:
@@ -209,7 +209,7 @@ def _beats() -> Iterator[Path | None]:
 
 
 def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
-    """Until nobody lives, or those who do have had their time -> exit code. However long they take after a signal.
+    """Wait until all have ended, or kill those that took too long after another's end -> exit code. After a signal they may take any time.
 
     `problems`: what is said of processes that did not end as they should is added.
     """

@@ -156,7 +156,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
 
 
 def _keep_tied(model: "PeftModel", whole: list[str]) -> None:
-    """Embedding and head that share their weights must go on doing so, here and in whoever opens the adapter. Raises ModelError.
+    """Embedding and head that share their weights must keep doing so, here and when the adapter is opened. Raises ModelError.
 
     peft knows such modules by their names, and forgets the head's when it saves.
     """
@@ -183,7 +183,7 @@ def _continued(model: Any, path: str) -> "PeftModel":
             if next(model.parameters()).is_meta:
                 config = PeftConfig.from_pretrained(path)
                 config.inference_mode = False
-                config.init_lora_weights = True  # there are no weights to start from
+                config.init_lora_weights = True  # without weights to start from
                 return get_peft_model(model, config)
             return PeftModel.from_pretrained(model, path, is_trainable=True)
     except Exception as exc:  # a folder that is not there, another shape, a broken file: each in its own family
@@ -222,14 +222,14 @@ def _refuse_what_has_no_effect(model: "PeftModel", adapter: Adapter) -> None:
 
 
 def round_to_base(model: "PeftModel") -> None:
-    """Give trained norms, biases and whole modules values that the base's dtype holds: whoever opens the adapter has them in it."""
+    """Give trained norms, biases and whole modules values that the base's dtype holds: a program that opens the adapter has them in it."""
     for _, parameter in _whole_parts(model):
         with torch.no_grad():
             parameter.copy_(parameter.to(getattr(torch, model.base_record["dtype"])))
 
 
 def in_base_dtype(model: "PeftModel", weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`weights` as they are saved: what is no adapter in the dtype of the base, after `round_to_base`."""
+    """`weights` as they are saved: all but adapters in the dtype of the base, after `round_to_base`."""
     dtype = getattr(torch, model.base_record["dtype"])
     whole = {name for name, _ in _whole_parts(model)}
     return {name: weight.to(dtype) if name in whole else weight for name, weight in weights.items()}

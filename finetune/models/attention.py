@@ -185,7 +185,7 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
     Other tokens in a document must not move the next document's logits, nor a later token those of
     earlier ones, and `kernel` must give what the model's own attention gives. `base` is the model
     inside its wrappers. Models that mix positions outside attention (convolutions, recurrent
-    states), or that are no causal ones at all, fail here.
+    states), or that are not causal, fail here.
     """
     vocab_size = base.config.get_text_config().vocab_size
     ids = torch.randint(vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))

@@ -15,8 +15,8 @@ from torch import nn
 
 from finetune.errors import ModelError
 
-FILE = "base_weights.json"  # beside an adapter
-# What bitsandbytes saves beside the bytes of a quantised weight.
+FILE = "base_weights.json"  # next to an adapter
+# What bitsandbytes saves next to the bytes of a quantised weight.
 SCALES = re.compile(r"\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)$")
 COMPARED = torch.bfloat16  # what values are rounded to before they are hashed: a base may be loaded in another dtype
 
@@ -56,7 +56,7 @@ def _function(base: nn.Module) -> dict[str, Any]:
 
 
 def require_architecture(base: nn.Module, known: dict[str, Any], folder: Path) -> None:
-    """Raise ModelError if a base calculates with its weights in another way than the one that an adapter was trained beside."""
+    """Raise ModelError if a base calculates with its weights in another way than the one that an adapter was trained on."""
     now = _function(base)
     others = [name for name, value in known.get("architecture", {}).items() if name in now and now[name] != value]
     if others:
@@ -114,7 +114,7 @@ def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
 
 
 def describe(quantization: dict[str, Any] | None) -> str:
-    """How weights are stored, in words; what they are unpacked to for a product is no part of it."""
+    """How weights are stored, in words; without the dtype they are unpacked to for a product."""
     if quantization is None:
         return "not quantised"
     if quantization.get("load_in_8bit"):

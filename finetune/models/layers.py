@@ -29,7 +29,7 @@ def chosen(model: nn.Module, wanted: bool | int) -> int:
 
 
 def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
-    """Give layers a forward that is compiled, or, the first so many, done again in the backward pass, or both. Raises ModelError.
+    """Give layers a forward that is compiled, or, for the first N, recomputed in the backward pass, or both. Raises ModelError.
 
     What hangs on a layer (sharding, hooks) stays outside. Layers are alike, so one compilation serves
     all, for any number of tokens: a start takes as long for 8 layers as for 80. Only in training: checks,

@@ -80,7 +80,7 @@ class Chooser:
             return self.maker(change).of(wish, shape(self.config, size))
 
         found = _largest(sizes, lambda size: forecast(size).peak <= limit)
-        if found is None and sizes:  # all at once may need less than parts do, as no gradients wait beside a pass
+        if found is None and sizes:  # all at once may need less than parts do, as no gradients wait next to a pass
             one, whole = forecast(1), sizes[-1]
             if one.peak - one.device["gradients"] <= limit and forecast(whole).peak <= limit:
                 return whole

@@ -100,7 +100,7 @@ def _progress(text: str) -> None:
 
 
 def _wish(file: Path, num_processes: int | None, required: bool) -> Wish | None:
-    """What the file asks for, by Accelerate's own reading; None, unless it is required, if it cannot have so many processes."""
+    """What the file asks for, by Accelerate's own reading; None, unless it is required, if it cannot have that number of processes."""
     options = ["--config_file", str(file.resolve())]
     if num_processes and (required or file.stem != "single"):
         options += ["--num_processes", str(num_processes)]

@@ -49,7 +49,7 @@ def step_of(name: str) -> int | None:
 
 
 def steps(root: Path) -> list[Path]:
-    """Checkpoints under `root`, whole or not, the newest first; what a user keeps beside them is not ours."""
+    """Checkpoints under `root`, whole or not, the newest first; what a user keeps next to them is not ours."""
     return sorted((p for p in root.glob("step-*") if step_of(p.name) is not None), reverse=True)
 
 

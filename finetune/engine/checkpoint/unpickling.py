@@ -71,9 +71,9 @@ class Reader(FileSystemReader):
 
 @contextmanager
 def weights_only(classes: Sequence[type] = ()) -> Iterator[None]:
-    """Inside, every `torch.load` of this process is `weights_only`, whatever a library asks for.
+    """Inside, every `torch.load` of this process is `weights_only`, even if a library asks for more.
 
-    dcp reads what is no tensor, and DeepSpeed all its files, with `weights_only=False`. torch obeys this
+    dcp reads objects, and DeepSpeed reads all its files, with `weights_only=False`. torch obeys this
     variable above that argument. `classes`: what files may hold besides tensors and Python's own types.
     """
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # both set is an error of torch

@@ -30,9 +30,9 @@ class Wish:
     offload: bool = False
     """Weights and optimizer wait in host memory (FSDP2), or the optimizer and, for ZeRO-3, the weights."""
     num_replicas: int = 1
-    """FSDP2, hybrid: shards lie on num_processes / num_replicas processes, and so many such groups hold the same."""
+    """FSDP2, hybrid: shards lie on num_processes / num_replicas processes, and num_replicas such groups hold the same."""
     num_context: int = 1
-    """FSDP2: so many processes share one sequence."""
+    """FSDP2: the number of processes that share one sequence."""
     layer_classes: tuple[str, ...] = ()
     """FSDP2: what is sharded as one; empty: what transformers says of the model."""
     mixed_precision: str = "no"
@@ -65,7 +65,7 @@ def read(environment: Mapping[str, str] = os.environ) -> Wish:
             _whole(environment, name, 0)
     if _is_on(environment, "ACCELERATE_USE_CPU") and "WORLD_SIZE" not in environment:
         raise ConfigError(
-            "use_cpu: true makes accelerate launch start one process whatever num_processes says; set it to false "
+            "use_cpu: true makes accelerate launch start one process and ignores num_processes; set it to false "
             "(without a GPU train.py takes the CPU by itself), as in accelerate_configs/cpu_debug.yaml"
         )
     if (steps := environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
