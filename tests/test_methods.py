@@ -241,7 +241,7 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
         ({"adapter__rank_pattern": {"q_porj": 64}}, ModelError, "adapter.rank_pattern: no adapted module is called 'q_porj'"),
         ({"adapter__alpha_pattern": {"nope": 3.0}}, ModelError, "adapter.alpha_pattern: no adapted module"),
         ({"adapter__rank_pattern": {"q_proj(": 64}}, ModelError, r"rank_pattern.*is not a valid regular expression"),
-        ({"adapter__layers": [1], "adapter__target_modules": ".*q_proj"}, ConfigError, "adapter.layers: peft needs names"),
+        ({"adapter__layers": [1], "adapter__target_modules": ".*q_proj"}, ConfigError, "adapter.layers: peft also needs the names"),
         ({"adapter__layers": []}, ConfigError, "adapter.layers"),
         ({"optimizer__embedding_lr": 0.1}, ConfigError, "embedding_lr: would be ignored"),
         ({"optimizer__kind": "adafactor"}, ConfigError, "adafactor steps in proportion"),
