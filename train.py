@@ -75,9 +75,9 @@ def main() -> int:
 def grow_segments() -> None:
     """Let the GPU's allocator grow its blocks: micro-batches differ in length, and blocks that fit none would pile up.
 
-    PyTorch reads this when it is imported; a setting of the user's own, under either name, stays.
+    PyTorch reads this when it is imported; a setting of the user's own, under any of its names, stays.
     """
-    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
@@ -205,7 +205,7 @@ def build(job: "Job") -> "TrainState":
     )  # fmt: skip
     attention.check(model, base, data.attention, topology.device, topology.precision)
     if why := head.check(model, base, topology.device, topology.precision):
-        job.tell(f"note: all logits are held at once, as {why}")
+        job.tell(f"note: all logits are held in memory at once, because {why}")
     if job.to_try is not None:
         loss, largest = OBJECTIVES[config.objective.kind].loss, data.train.largest()
         several = configs.accumulation(config, topology.num_data) > 1
@@ -227,7 +227,7 @@ def resume(job: "Job", state: "TrainState") -> int | None:
     if found is None:
         topology.on_main(job.directory.require_no_model)
         if job.directory.outcome():
-            job.tell(f"no checkpoint in {root}: starting again at step 1")
+            job.tell(f"no checkpoint in {root}: starting at step 1")
         return None
     finding.require_same_run(found, job.config, job.identity(state), bases.usual(job.data.model_config))
     finding.require_readable(found, topology)
@@ -328,7 +328,7 @@ def look(job: "Job", state: "TrainState", tracker: "Tracker", loss: "Loss", at_t
 def one_step(
     job: "Job", state: "TrainState", loss: "Loss", lr: float, wishes: Callable[[], tuple[bool, ...]]
 ) -> "StepResult":
-    """The next step of the plan; what diverges is told with its rows."""
+    """The next step of the plan; a divergence is reported with its rows."""
     from finetune.engine.step import train_step
 
     step, max_grad_norm = state.progress.step, job.config.train.max_grad_norm
@@ -355,30 +355,14 @@ def one_step(
 def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -> None:
     """Export what has moved, open what was exported, and only then call the run complete."""
     from finetune import export
-    from finetune.engine.checkpoint import finding
-    from finetune.models import adapters, parameters
+    from finetune.models import adapters
 
     job.stop.at_once()
     job.topology.watchdog.rest("the export")
     config, topology, target, step = job.config, job.topology, job.directory.model, state.progress.step
-    exported, what = step, "the last weights"
-    if config.evaluation.export_best:
-        exported, lowest = topology.on_main(lambda: best_saved(job.directory, step))
-        what = "the weights of the best evaluation"
-        if exported != lowest:
-            job.tell(f"note: the evaluation of step {lowest} was better, but no checkpoint of it is there")
-        if exported != step:
-            finding.put_back_best(job.directory.checkpoints, exported, topology, state)
-    if state.ema:
-        state.ema.put_in()
-        what = what.replace("weights", "averaged weights")
+    exported, what = put_in_best(job, state)
     bare = topology.unwrap(state.model)
-    now = parameters.fingerprints(bare, topology.own_part)
-    still, num_trained = parameters.still(bare, topology.union({name for name in now if now[name] != untrained[name]}))
-    if len(still) == num_trained:
-        raise ExportError(f"not one weight has moved in {step} steps; is optimizer.lr too small for model.dtype?")
-    if still:
-        job.tell(f"note: {len(still)} of {num_trained} weight tensors have not moved, such as {still[0]}")
+    require_moved(job, state, untrained)
     beside_a_base = config.adapter.kind != "full"
     if beside_a_base:
         adapters.round_to_base(bare)
@@ -390,7 +374,9 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     template, system_prompt = (job.data.template, config.data.system_prompt) if sft else (None, None)
     reason = f"{what}, of step {exported}, exported and verified"
     if step < job.data.num_steps:
-        reason = f"stopped early, of {job.data.num_steps} steps, as evaluations got no better; {reason}"
+        reason = (
+            f"stopped early, of {job.data.num_steps} steps, because the evaluation loss stopped improving; {reason}"
+        )
 
     base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     writing = export.Writing(target, template, system_prompt, base)
@@ -415,6 +401,39 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     job.tell(f"complete at step {step}: {reason}: {target}")
     if sft:
         job.tell(f"chat with it: python -m finetune chat --model {target}")
+
+
+def put_in_best(job: "Job", state: "TrainState") -> tuple[int, str]:
+    """Put the weights to export into the model: (their step, what they are)."""
+    from finetune.engine.checkpoint import finding
+
+    topology, step = job.topology, state.progress.step
+    exported, what = step, "the last weights"
+    if job.config.evaluation.export_best:
+        exported, lowest = topology.on_main(lambda: best_saved(job.directory, step))
+        what = "the weights of the best evaluation"
+        if exported != lowest:
+            job.tell(f"note: the evaluation of step {lowest} was better, but its checkpoint was not kept")
+        if exported != step:
+            finding.put_back_best(job.directory.checkpoints, exported, topology, state)
+    if state.ema:
+        state.ema.put_in()
+        what = what.replace("weights", "averaged weights")
+    return exported, what
+
+
+def require_moved(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -> None:
+    """Raise ExportError if training has changed no weight; note those that it has not changed."""
+    from finetune.models import parameters
+
+    topology, step = job.topology, state.progress.step
+    bare = topology.unwrap(state.model)
+    now = parameters.fingerprints(bare, topology.own_part)
+    still, num_trained = parameters.still(bare, topology.union({name for name in now if now[name] != untrained[name]}))
+    if len(still) == num_trained:
+        raise ExportError(f"no weight changed in {step} steps; is optimizer.lr too small for model.dtype?")
+    if still:
+        job.tell(f"note: {len(still)} of {num_trained} weight tensors did not change, such as {still[0]}")
 
 
 def best_saved(directory: "RunDirectory", step: int) -> tuple[int, int]:

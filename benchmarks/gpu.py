@@ -1,8 +1,8 @@
 """What only a GPU can show, in three parts of under five minutes each: `make gpu PART=correctness`, `memory` or `speed`.
 
     python benchmarks/gpu.py correctness                    tests/test_gpu.py, and every topology, method, precision, optimizer
-    python benchmarks/gpu.py memory                         forecasts of `plan` beside the allocator's peaks
-    python benchmarks/gpu.py speed --only "8B|qlora"        tokens a second, beside TRL where it is installed
+    python benchmarks/gpu.py memory                         forecasts of `plan` compared with the allocator's peaks
+    python benchmarks/gpu.py speed --only "8B|qlora"        tokens a second, compared with TRL where it is installed
     python benchmarks/gpu.py correctness --cpu --only lora  a rehearsal on tiny models, anywhere
 
 One GPU, no network, with the packages of this Python as they are; what is missing is named, and what needs it is left out.

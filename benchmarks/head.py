@@ -1,4 +1,4 @@
-"""Loss and gradients of the output projection: ours beside what else there is, on whatever device is here.
+"""Loss and gradients of the output projection: ours compared with PyTorch's and others', on a GPU or a CPU.
 
     python benchmarks/head.py                                            # 1,000 tokens, width 1,024, vocabulary 32,000
     python benchmarks/head.py --tokens 16384 --width 4096 --vocabulary 128256

@@ -3,7 +3,7 @@
     python benchmarks/loading.py --layers 24 --width 1024          # a Llama of 0.4B parameters, 1.6 GB in float32
 
 Each topology is launched with two processes on a CPU; a process notes its peak memory (ru_maxrss)
-before the model, and once it is shared out. Parts, and what ZeRO keeps beside them, lie in host
+before the model, and once it is shared out. Parts, and what ZeRO keeps next to them, lie in host
 memory here, as there is no GPU. The main process's peak holds the file it reads, too, which the
 system can take back.
 """
@@ -80,7 +80,7 @@ def build_and_note(folder: Path) -> None:
 
     attention.check = head.check = lambda *_: (
         None
-    )  # the first pass through the model gathers layers; it is no part of loading
+    )  # the first pass through the model gathers layers; it does not belong to loading
     config = configs.from_dict({
         "run": {"name": "loading", "dir": str(folder / "runs")}, "model": {"path": str(folder / "model")},
         "data": {"train": str(folder / "rows.jsonl"), "cache_dir": str(folder / "cache")},

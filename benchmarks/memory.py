@@ -1,4 +1,4 @@
-"""Forecasts of memory beside what runs take: one process and two, each topology, on a CPU.
+"""Forecasts of memory compared with what runs take: one process and two, each topology, on a CPU.
 
     python benchmarks/memory.py                                 the table of docs/performance.md, about ten minutes
     python benchmarks/memory.py --allocator libtcmalloc.so.4    also what each costs with another allocator
@@ -61,7 +61,7 @@ def write(folder: Path, train: dict[str, Any]) -> Path:
     config = {
         "run": {"name": "memory", "dir": str(folder / "runs")},
         "model": {"init": "random", "tokenizer": "bytes", "config": SHAPE},
-        "objective": {"kind": "clm"}, "optimizer": {"lr": 1e-4}, "checkpoint": {"asynchronous": False},  # its copy is no work of a step
+        "objective": {"kind": "clm"}, "optimizer": {"lr": 1e-4}, "checkpoint": {"asynchronous": False},  # its copy does not belong to a step
         "data": {"train": str(folder / "rows.txt"), "packing": True, "max_length": 1003, "cache_dir": str(folder / "cache")},
         "train": {"global_batch_size": 4, "max_steps": STEPS, "precision": "bf16", **train},
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every tuning method beside the others: what it learns, what it costs. Writes the table of docs/methods.md.
+"""Compare all tuning methods: what it learns, what it costs. Writes the table of docs/methods.md.
 
     python benchmarks/methods.py learn                  # loss of each method after the same steps
     python benchmarks/methods.py cost                   # memory and speed of each, one at a time, alternating

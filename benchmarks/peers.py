@@ -5,10 +5,10 @@
     python benchmarks/peers.py --only "trl packed|ours"              a regular expression
     python benchmarks/peers.py --preload libtcmalloc_minimal.so.4    another allocator, for all of them
 
-Each trains for so many steps as a process of its own, by its own trainer, at the fastest settings it
-has on this machine; rounds alternate. Tokens a second count what is no padding, by medians over the
+Each trains for N steps in a process of its own, by its own trainer, at the fastest settings it
+has on this machine; rounds alternate. Tokens a second do not count padding, and are medians over the
 steps after the first ones; memory is the peak of the process, or of its GPU. Useful arithmetic is 6 operations for each
-weight that a token needs, and for the output projection only tokens that are learned; it is put beside what
+weight that a token needs, and for the output projection only tokens that are learned; it is compared with what
 matrix products of 2,048 x 2,048 x 2,048 reach, measured between the runs. What was learned is proved by
 one judge: the loss of the saved model on held-out rows. TRL: pip install trl==1.16.0. LitGPT needs older
 packages, so an environment of its own: --litgpt its/bin/python, with litgpt==0.5.13
@@ -177,7 +177,7 @@ def ours(work: Work, **changes: Any) -> dict[str, Any]:
 
 
 def peer(work: Work, python: Path | str, script: str, **settings: Any) -> dict[str, Any]:
-    """A run by a script beside this one, which leaves a model and measured.json."""
+    """A run by a script next to this one, which leaves a model and measured.json."""
     folder = work.fresh()
     folder.mkdir()
     wanted = {

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class Clock(TrainerCallback):
-    """(tokens that are no padding, seconds) of every step."""
+    """(tokens without padding, seconds) of every step."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, float]] = []

@@ -4,7 +4,7 @@
 
 Writes sentences.txt (unlabelled, training words only) and train, dev and test .jsonl with question
 and answer. The words are split before the sentences are made, so no word of dev or test is ever
-trained on: whoever translates them has learned the rule, not the words.
+trained on: a model that translates them has learned the rule, not the words.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SPLITS = {"train": 0.8, "dev": 0.1, "test": 0.1}
 
 
 def pig_latin(text: str) -> str:
-    """Translate every word of a text; what is no letter stays where it is, and so does a leading capital."""
+    """Translate every word of a text; other characters stay in place, and so does a leading capital."""
     return re.sub(r"[A-Za-z]+", lambda match: _word(match[0]), text)
 
 
@@ -65,7 +65,7 @@ def sentence(words: list[str], random: random.Random) -> str:
 
 
 def problem_with(folder: Path) -> str | None:
-    """Why nothing should be written there: it is no folder, or has rows that this script did not make."""
+    """Why nothing should be written there: it is not a folder, or has rows that this script did not make."""
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir():
         return f"{above} is a file; give a folder"

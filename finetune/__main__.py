@@ -13,14 +13,14 @@ from finetune.config import note_repeats, paths
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 COMMANDS = {
-    "replay": ("finetune.replay", "the same run again, from its receipt; refused with what has changed since"),
-    "evaluate": ("finetune.evaluation.compare", "base and tuned model side by side on held-out rows"),
-    "chat": ("finetune.chat", "talk to a model in the terminal"),
+    "replay": ("finetune.replay", "repeat a run from its receipt; refuse, and list what differs, if anything changed"),
+    "evaluate": ("finetune.evaluation.compare", "compare the base and the tuned model on held-out rows"),
+    "chat": ("finetune.chat", "chat with a model in the terminal"),
     "plan": (
         "finetune.plan.command",
-        "how much memory a run will need, under which topologies it fits, and what to change",
+        "forecast the memory of a run, the topologies it fits on, and what to change",
     ),
-    "curves": ("finetune.curves", "loss, learning rate, gradient norm and speed of runs in one picture"),
+    "curves": ("finetune.curves", "plot loss, learning rate, gradient norm and speed of runs"),
     "export": ("finetune.export", "merge an adapter into its base and save full weights"),
 }
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == [name]:
             note_repeats(command)
             importlib.import_module(module).add_arguments(command)
-    commands.add_parser("train", help="one run in this process, as train.py; train --help lists every setting")
+    commands.add_parser("train", help="train in this process, as train.py does; train --help lists every setting")
     commands.add_parser("launch", help="start train.py as `accelerate launch` does, and pass on signals and exit codes")
     commands.add_parser("schema", help="JSON schema of the run config, for editors")
     arguments, settings = parser.parse_known_args(argv)

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=None, help="answer this one message and end")
     parser.add_argument("--system", default=None, help="system message")
     parser.add_argument("--max-new-tokens", type=generation.at_least(1), default=256, help="longest answer")
-    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0: always the likeliest token")
+    parser.add_argument(
+        "--temperature", type=_temperature, default=0.0, help="sampling temperature; 0: always take the likeliest token"
+    )
     parser.add_argument("--one-turn", action="store_true", help="forget each message before the next")
     export.base_argument(parser)
     export.trust_remote_code_argument(parser)
@@ -53,7 +55,7 @@ def main(arguments: argparse.Namespace) -> None:
     require_model(arguments.model, "--model")
     if arguments.base is not None and not export.is_adapter(arguments.model):
         raise ModelError(
-            f"--base: {arguments.model} is no adapter in a folder here, so it would be ignored; remove --base"
+            f"--base: {arguments.model} is not the folder of an adapter, so --base would be ignored; remove --base"
         )
     export.require_base(arguments.base)
     tokenizer = export.load_tokenizer(arguments.model, arguments.trust_remote_code)

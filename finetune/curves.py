@@ -42,10 +42,12 @@ def draw(runs: Sequence[Path], output: Path) -> None:
     """
     lines = {run: (read(run / "metrics.jsonl"), read(run / "eval.jsonl")) for run in runs}
     if empty := [run for run, (metrics, _) in lines.items() if not metrics]:
-        raise RunDirectoryError(f"{empty[0]} is no run directory with metrics (metrics.jsonl); give one as runs/my_run")
+        raise RunDirectoryError(
+            f"{empty[0]} is not a run directory with metrics (metrics.jsonl); give one, such as runs/my_run"
+        )
     for name in (run / log for run in runs for log in ("metrics.jsonl", "eval.jsonl")):
         if output.exists() and name.exists() and output.samefile(name):
-            raise RunDirectoryError(f"--output: {output} is {name}, which is drawn; choose another place")
+            raise RunDirectoryError(f"--output: {output} is {name}, which is an input; choose another path")
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -104,7 +106,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values); NaN, a gap in the curve, where there is no number."""
+    """(steps, values); NaN, a gap in the curve, for a missing number."""
     return [line["step"] for line in lines], [
         line[key] if isinstance(line.get(key), int | float) else math.nan for line in lines
     ]

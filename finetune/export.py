@@ -42,7 +42,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 @dataclass(frozen=True)
 class Base:
-    """Where a model came from: what its folder holds beside the weights goes into the export."""
+    """Where a model came from: what its folder holds in addition to the weights goes into the export."""
 
     path: str | None
     revision: str | None = None
@@ -121,7 +121,7 @@ def save(
             os.fsync(handle.fileno())
 
 
-# What a base may have beside weights, config and tokenizer: how to prepare pictures and sounds, and on which terms it was
+# What a base may have in addition to weights, config and tokenizer: how to prepare pictures and sounds, and on which terms it was
 # given. Its README describes the base, not what it has become.
 SETTINGS = re.compile(r"[^/]*processor_config\.json")
 TERMS = re.compile(
@@ -225,7 +225,7 @@ def with_template(tokenizer: Any, template: Template | None, system_prompt: str 
 
 
 class Writing:
-    """A model on its way to `target`: saved beside it, verified, and only then put there; what was there before stays until then.
+    """A model on its way to `target`: saved next to it, verified, and only then put there; what was there before stays until then.
 
     Two calls, so that between them the model that was trained, its optimizer and its gradients can go:
     opening the export takes their room, on a GPU too, where a quantised base is opened.
@@ -246,7 +246,7 @@ class Writing:
         )  # fmt: skip
 
     def publish(self) -> list[str]:
-        """The files of the export, verified and in their place. Raises ExportError; what was saved then stays beside the target."""
+        """The files of the export, verified and in their place. Raises ExportError; what was saved then stays next to the target."""
         verify(
             self.folder, self._was, self.template,
             trust_remote_code=self.base.trust_remote_code, system_prompt=self.system_prompt,
@@ -282,7 +282,7 @@ def rehearse(
 ) -> None:
     """Raise ModelError for what would let the export fail after all the training: tokenizer, template or generation config.
 
-    What a base on the Hub has beside its weights is fetched now: in days the Hub may not answer.
+    What a base on the Hub has in addition to its weights is fetched now: in days the Hub may not answer.
     """
     path, trust_remote_code = base.path, base.trust_remote_code
     _folder_of(base, local_files_only=False)
@@ -298,7 +298,7 @@ def rehearse(
                 raise ModelError(str(exc)) from exc
         if tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer):
             raise ModelError(
-                f"model.tokenizer: saved beside a model of type {model_config.model_type} it opens as {type(again).__name__}, "
+                f"model.tokenizer: saved with a model of type {model_config.model_type} it opens as {type(again).__name__}, "
                 "which gives other tokens; take the tokenizer of a model of this type, or another model_type"
             )
         if path and os.path.lexists(os.path.join(path, "generation_config.json")):
@@ -307,7 +307,7 @@ def rehearse(
                 _sample_if_it_says_how(config)
                 config.validate(strict=True)
                 _require_tokens(config, model_config)
-            except Exception as exc:  # whatever is in it, the export would meet it after all the training
+            except Exception as exc:  # any error here would otherwise stop the export, after all the training
                 reason = " ".join(str(exc).split())[:200]
                 raise ModelError(
                     f"model {path!r}: its generation_config.json cannot be saved again: {reason}; correct it"
@@ -385,7 +385,7 @@ def disagreement(found: torch.Tensor, wanted: torch.Tensor, tolerance: float, ha
     in nearly all. So a mixture of experts must agree in half of its tokens, any other model in each.
     """
     differences = (found - wanted).abs().amax(-1).flatten() / wanted.abs().max()
-    share = float((differences <= tolerance).float().mean())  # NaN is no agreement
+    share = float((differences <= tolerance).float().mean())  # NaN counts as a difference
     if share >= (0.5 if has_experts else 1.0):
         return None
     return (
@@ -422,8 +422,8 @@ def load(
 ) -> Any:  # fmt: skip
     """Full weights, or an adapter on its base, quantised as it was trained unless not `quantized`. Raises ModelError.
 
-    `base`: where the base of an adapter is now, if not where it was trained beside it. Every value of its weights must be the
-    same, as far as they are not quantised.
+    `base`: where the base of an adapter is now, if it has moved since the training. Every value of its weights must be the
+    same, except for quantised ones.
     """
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
@@ -475,7 +475,7 @@ def _base_of(folder: Path, adapter: Any, given: str | None) -> tuple[str, str | 
 
 
 def require_base(base: str | None) -> None:
-    """Raise ModelError at once for a --base that is not there, or that is no model for an adapter to lie on."""
+    """Raise ModelError at once for a --base that does not exist, or that is not a whole model."""
     if base is None:
         return
     require_model(base, "--base")
@@ -509,8 +509,8 @@ def other_base(tuned: str, base: Any) -> str | None:
     if not others:
         return None
     return (
-        f"{tuned} was trained beside another base ({recorded_base(tuned)}): {len(others)} weights of --base are others, such as "
-        f"{others[0]}; the gain is not that of the training alone"
+        f"{tuned} was trained on another base ({recorded_base(tuned)}): {len(others)} weights of --base differ, such as "
+        f"{others[0]}; the gain does not come from training alone"
     )
 
 
@@ -525,7 +525,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
 def probe_logits(model: Any, device: torch.device | None = None) -> torch.Tensor:
     """Logits of a model for `probe_ids`, float32 [1, PROBE_TOKENS, V] on the CPU. Collective where weights are shared.
 
-    With the model's own attention, as whoever opens the export has it: the kernel of training adds in another order.
+    With the model's own attention, as a user who opens the export has it: the kernel of training adds in another order.
     """
     was_training, base = model.training, model.get_base_model() if adapters.are_in(model) else model
     device = device or model.get_input_embeddings().weight.device
@@ -557,7 +557,7 @@ def probe_ids(vocab_size: int) -> torch.Tensor:
 class Merged:
     """Largest differences of logits that merging made, as a part of the largest logit.
 
-    rounding: from the same base with the adapters beside it; quantization: from the quantised base
+    rounding: from the same base with the adapters on top; quantization: from the quantised base
     that they were trained on, None if there was none.
     """
 
@@ -572,8 +572,8 @@ def merge(
 
     A base that was quantised for training is taken whole, except for adapters that LoftQ began:
     theirs make up for the quantisation, so they belong on what it left. `base`: see `load`. Raises ModelError if a
-    source is no adapter or `target` exists, ExportError if logits differ by more than rounding;
-    then nothing is left at `target` nor beside it.
+    source is not an adapter or `target` exists, ExportError if logits differ by more than rounding;
+    then nothing is left at `target` or next to it.
     """
     _require_output(sources, target)
     require_mergeable(sources)
@@ -629,7 +629,7 @@ def _require_output(sources: Sequence[Path], target: Path) -> None:
     for source in sources:
         if not is_adapter(source):
             raise ModelError(
-                f"{source}: no adapter_config.json, so there is nothing to merge; give model/ of a LoRA run"
+                f"{source}: no adapter_config.json, so there is nothing to merge; give the model folder of a LoRA run"
             )
     if os.path.lexists(target):
         raise ModelError(f"{target} exists; choose another --output")
@@ -643,7 +643,7 @@ def _problem_of_parent(target: Path) -> str | None:
     """Why a new folder cannot be made there, found before models are loaded."""
     above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
-        return f"{above} is no folder"
+        return f"{above} is not a folder"
     return None if os.access(above, os.W_OK | os.X_OK) else f"{above} cannot be written"
 
 
@@ -692,13 +692,13 @@ def base_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         type=model_argument,
-        help="where the base of an adapter is now, if it was moved since the training; every value of its weights is compared",
+        help="folder of the adapter's base, if you moved it after training; every value of its weights is compared",
     )
 
 
 def trust_remote_code_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code that a Hub model brings along"
+        "--trust-remote-code", action="store_true", help="run Python code from the model's Hub repository"
     )
 
 
@@ -758,7 +758,7 @@ def generation(model: Any, tokenizer: Any, template: Template | None) -> Generat
 
 
 def _require_tokens(config: GenerationConfig, model_config: Any) -> None:
-    """Raise ValueError for ends of an answer that are no ids of the vocabulary. The pad token is replaced anyway."""
+    """Raise ValueError for end tokens that are not ids of the vocabulary. The pad token is replaced anyway."""
     size, given = model_config.get_text_config().vocab_size, config.eos_token_id
     for token in given if isinstance(given, list) else [] if given is None else [given]:
         if type(token) is not int or not 0 <= token < size:

@@ -21,7 +21,7 @@ NO_MEMORY = (
     "Cuda failure 2",
     "cudaError: 2",
 )
-# What gloo says when a connection breaks. It names its own source first; another library's connection is no process of ours.
+# What gloo says when a connection breaks. It names its own source first; another library's connection does not belong to our processes.
 BROKEN = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting")
 # What the store says, by which processes find each other, and NCCL.
 NO_ANSWER = ("NCCL error", "recvValue failed", "sendBytes failed")
@@ -61,7 +61,7 @@ PROCESSES = {"DistBackendError", "DistNetworkError", "DistStoreError"}  # torch.
 
 
 def translate(exc: BaseException, what: str = "") -> FinetuneError | None:
-    """The error of ours for an exception, or for what led to it; None if it is no failure of the machine.
+    """The error of ours for an exception, or for what led to it; None if the machine did not fail.
 
     `what`: begins the message, such as "model 'a/b' cannot be loaded now". An error that is ours already comes back as it is.
     """

@@ -37,7 +37,7 @@ def require_writable(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that what was there stays until then. A link stays a link."""
+    """Write a file next to its place and rename it, so that what was there stays until then. A link stays a link."""
     if path.exists() and not path.is_file():  # a pipe or a device, which no file can replace
         path.write_text(text, encoding="utf-8")
         return

@@ -48,7 +48,7 @@ class Job:
     data: Data
     stop: StopFlag
     to_try: int | None = None
-    """Bytes of optimizer state beside which the largest micro-batch is tried first; None: its size was given."""
+    """Bytes of optimizer state next to which the largest micro-batch is tried first; None: its size was given."""
 
     def tell(self, message: str) -> None:
         """One line, once."""
@@ -83,10 +83,8 @@ class Job:
         )  # fmt: skip
         if config.run.replay_of is not None:
             self.directory.require_receipt(Path(config.run.replay_of), made)
-        if self.directory.outcome().get("state") == "running":  # the lock is ours: nobody runs here
-            self.tell(
-                "note: the attempt before this one said nothing of its end: it was killed, or its machine went away"
-            )
+        if self.directory.outcome().get("state") == "running":  # the lock is ours: no other process runs here
+            self.tell("note: the previous attempt left no outcome: it was killed, or its machine was lost")
         self.directory.create(config)
         for note in self.directory.rewind(step):
             self.tell(note)
@@ -165,7 +163,7 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
         return config, None
     if config.train.global_batch_size % topology.num_data:
         raise ConfigError(
-            f"train.global_batch_size: {config.train.global_batch_size} sequences cannot be shared out to {topology.num_data} processes; "
+            f"train.global_batch_size: {config.train.global_batch_size} sequences cannot be split evenly over {topology.num_data} processes; "
             f"take a multiple of {topology.num_data}"
         )
     from finetune.plan import choice
@@ -186,7 +184,7 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
     """Inside, clouds and deadlines are heeded, and processes that died or stand still end all others."""
 
     def end(problem: str) -> None:
-        """In a thread, as the main one may wait for ever; and so may a disk that is written to."""
+        """In a thread, because the main thread may wait without end, and so may a write to a disk."""
         last = threading.Timer(5.0, os._exit, [EXIT_FAILED])
         last.daemon = True
         last.start()
@@ -224,7 +222,7 @@ def explained(exc: BaseException, config: Config, topology: Topology) -> BaseExc
             hint = choice.advice(config, topology.wish, topology.device, topology.precision)
         return OutOfMemory(f"out of memory at {topology.watchdog.at}: {error}\n  {hint}")
     if isinstance(error, TopologyError) and error is not exc:
-        return TopologyError(f"{topology.lost()} at {topology.watchdog.at}; this one was told: {error}")
+        return TopologyError(f"{topology.lost()} at {topology.watchdog.at}; this process failed with: {error}")
     return error or exc
 
 
@@ -253,10 +251,10 @@ def reach(config: Config, directory: RunDirectory, topology: Topology, check_onl
         further = bool(there) and (not here or folder.step_name(there[0]) > here[0].name)
         if there and here and storage.run_id(there[0]) != folder.run_id((here[0] / folder.MANIFEST).read_bytes()):
             raise RunDirectoryError(
-                f"{storage.url} and {directory.path} are two runs of one name; give this one another run.name or checkpoint.storage"
+                f"{storage.url} and {directory.path} are two different runs with one name; give this one another run.name or checkpoint.storage"
             )
         if storage.restore(directory.path, over=further):
-            say(f"brought back from {storage.url}, which is further than this disk")
+            say(f"restored from {storage.url}, which is ahead of this disk")
         directory.check(config)
 
     topology.on_main(bring_back)

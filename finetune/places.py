@@ -1,4 +1,4 @@
-"""Where train.py and the topology files are: in a checkout, or in the installed package."""
+"""Where train.py and the topology files are, in a checkout or in the installed package, and where processes leave notes."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,10 @@ IS_CHECKOUT = (_CHECKOUT / "accelerate_configs").is_dir()
 SHIPPED = _CHECKOUT if IS_CHECKOUT else Path(__file__).resolve().parent / "shipped"
 """Holds train.py, accelerate_configs/ and ds_configs/; pyproject.toml copies them into the package."""
 TRAIN = SHIPPED / "train.py"
+# A setting of the launcher for its processes, which names a folder. Each process writes what it is at, such as "step 38",
+# into a file named by its rank there, and process 0 writes the path of its run directory into RUN until it has written how
+# the run ended: the launcher writes the outcome of processes that were killed.
+BEATS, RUN = "FINETUNE_BEATS", "run"
 
 
 def found(name: str) -> str:

@@ -49,43 +49,16 @@ class Data:
 
 
 def prepare(config: Config, topology: Topology, date: str | None = None) -> Data:
-    """Rows -> sequences in a plan. Raises UserError for whatever is wrong with rows, template or tokenizer.
+    """Rows -> sequences in a plan. Raises UserError for errors in rows, template or tokenizer.
 
     `date`: of the run's first start, as 2026-11-26, for templates that write it; None: today's.
     """
-    wanted, seed = config.data, config.run.seed
+    wanted = config.data
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
-    # What is wrong with files and rows is said before anything is asked of the Hub.
-    sources = readers.sources(wanted.train, wanted.eval)
-    files = [*sources.train, *sources.eval]
-    if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
-        raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
-    format: str = wanted.format
-    if format == "auto":
-        format = rows.detect_format(files, wanted.text_unit, wanted.columns)
-    topology.on_main(lambda: rows.check(files, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
+    sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
     tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
     architecture = bases.architecture(model_config)  # now: building completes a config, on some processes only
-    if (
-        config.objective.label_smoothing
-        and "label_smoothing" not in signature(OBJECTIVES[config.objective.kind].loss).parameters
-    ):
-        raise ConfigError(
-            f"objective.label_smoothing: would be ignored: objective {config.objective.kind} has none; remove it"
-        )
-    for problem in base.settled(config, model_config.to_dict())[
-        1
-    ]:  # of a base on the Hub; a folder was looked at before
-        raise ModelError(problem)
-    kernel = attention.choose(
-        config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision,
-        topology.wish.num_context,
-    )  # fmt: skip
-    if wanted.packing and attention.pads(kernel):
-        raise ConfigError(
-            f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
-        )
-
+    kernel = _attention(config, model_config, topology)
     template = _template(wanted, format, tokenizer, date)
     options = tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
@@ -93,28 +66,18 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     )  # fmt: skip
     train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options)
     template = replace(template, learn_opening=train.learn_opening)
+    kept = None
     if config.objective.kind != "clm":
-        template = replace(template, example=tokens.first_that_fits(sources.train, template, options))
-    kept = template if config.objective.kind != "clm" else None
+        kept = template = replace(template, example=tokens.first_that_fits(sources.train, template, options))
     of_base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     topology.on_main(lambda: export.rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
-    def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
-        return batches.Batches(
-            batches.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
-            global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
-            rank=topology.data_rank, num_processes=topology.num_data,
-            padded=attention.pads(kernel), pad_id=tokenizer.pad_token_id or 0,
-        )  # fmt: skip
-
-    at_once = config.evaluation.micro_batch_size or config.micro_batch_size
-    plan = batched(train, config.train.global_batch_size, config.micro_batch_size, wanted.group_by_length)
-    eval_plan = batched(evals, at_once * topology.num_data, at_once, True) if evals else None
+    plan, eval_plan = _planned(config, topology, train, evals, attention.pads(kernel), tokenizer.pad_token_id or 0)
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
     for prompt in config.evaluation.sample_prompts:
         if not tokens.encode_prompt(templates.sample_prompt(kept, prompt, wanted.system_prompt), tokenizer):
-            raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; take it out")
+            raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; remove it")
     identity = {
         "training data": plan.fingerprint, "evaluation data": eval_plan.fingerprint if eval_plan else "none",
         "tokenizer": tokens.tokenizer_fingerprint(tokenizer), "template": template.fingerprint,
@@ -124,6 +87,41 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     return Data(
         tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known, identity, format, num_rows
     )  # fmt: skip
+
+
+def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[readers.Sources, str]:
+    """The files to read, and the format of their rows. Raises UserError for files and rows that are wrong."""
+    sources = readers.sources(wanted.train, wanted.eval)
+    files = [*sources.train, *sources.eval]
+    if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
+        raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
+    format: str = wanted.format
+    if format == "auto":
+        format = rows.detect_format(files, wanted.text_unit, wanted.columns)
+    groups = [list(names) for names in (sources.train, sources.eval) if names]
+    topology.on_main(lambda: rows.check(groups, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
+    return sources, format
+
+
+def _attention(config: Config, model_config: Any, topology: Topology) -> str:
+    """The attention kernel. Raises UserError for settings that do not fit the model."""
+    objective = config.objective
+    if objective.label_smoothing and "label_smoothing" not in signature(OBJECTIVES[objective.kind].loss).parameters:
+        raise ConfigError(
+            f"objective.label_smoothing: would be ignored: objective {objective.kind} has none; remove it"
+        )
+    # Of a base on the Hub; a folder's own settings were checked with the config.
+    for problem in base.settled(config, model_config.to_dict())[1]:
+        raise ModelError(problem)
+    kernel = attention.choose(
+        config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision,
+        topology.wish.num_context,
+    )  # fmt: skip
+    if config.data.packing and attention.pads(kernel):
+        raise ConfigError(
+            f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
+        )
+    return kernel
 
 
 def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str | None) -> templates.Template:
@@ -152,7 +150,7 @@ def _examples(
     if evals and evals.learn_opening != train.learn_opening:
         raise DataError(
             f"data.eval: some of its answers do not begin with {template.opening!r}, which the template puts before every answer "
-            "of data.train; rows with thoughts measure nothing where none are trained on"
+            "of data.train; evaluation rows have thoughts that no training row has"
         )
     num_rows = train.num_rows
     if wanted.max_rows is not None:
@@ -162,10 +160,28 @@ def _examples(
     known = tokens.num_trained_on(evals, train) if evals else 0
     if evals and known > MAX_EVAL_OVERLAP * len(evals):
         raise DataError(
-            f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memory; "
-            "take them out of one of the two"
+            f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memorisation; "
+            "remove them from one of the two"
         )
     return train, evals, known, num_rows
+
+
+def _planned(
+    config: Config, topology: Topology, train: Any, evals: Any, padded: bool, pad_id: int
+) -> tuple[batches.Batches, batches.Batches | None]:
+    """The batches of training and of evaluation."""
+    wanted, seed = config.data, config.run.seed
+
+    def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
+        return batches.Batches(
+            batches.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
+            global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
+            rank=topology.data_rank, num_processes=topology.num_data, padded=padded, pad_id=pad_id,
+        )  # fmt: skip
+
+    at_once = config.evaluation.micro_batch_size or config.micro_batch_size
+    plan = batched(train, config.train.global_batch_size, config.micro_batch_size, wanted.group_by_length)
+    return plan, batched(evals, at_once * topology.num_data, at_once, True) if evals else None
 
 
 def summary(config: Config, topology: Topology, data: Data) -> str:
@@ -182,23 +198,41 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
     trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)
-    train, examples = data.train.sequences, data.train.sequences.examples
-    supervised = examples.num_supervised_tokens
     name = config.model.path or f"{data.model_config.model_type} from random weights"
     lines = [
         f"model       {name}: {total:,} parameters, {trainable:,} of them train ({trainable / total:.2%}, {config.adapter.kind})",
         f"topology    {topology.name}, {_counted(topology.num_processes, 'process')} on {topology.device.type}, {topology.precision}, attention {data.attention}",
+        *_data_lines(config, topology, data),
+        *_file_lines(data),
+    ]
+    _, all_logits = head.probe(skeleton)
+    if all_logits:
+        lines.append(f"note        all logits are held in memory at once: {all_logits}")
+    notes = (
+        *data.sources.notes,
+        *_surprises(config, data),
+        *_template_notes(config, data),
+        *_without_effect(config, data),
+    )
+    lines += [f"note        {note}" for note in notes]
+    lines += ["first example, what is learned in [[ ]]:", _marked(data.train.sequences.examples, data.tokenizer)]
+    return "\n".join(lines)
+
+
+def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
+    """What is trained, in how many steps, and what is held out."""
+    train, examples = data.train.sequences, data.train.sequences.examples
+    supervised = examples.num_supervised_tokens
+    lines = [
         f"data        {examples.num_rows:,} rows -> {_counted(len(examples), 'example')} -> {_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
-        + (f"; {examples.num_truncated} cut" if examples.num_truncated else "")
-        + (f"; {examples.num_dropped} dropped" if examples.num_dropped else "")
-        + (f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else ""),
+        + _lost(examples),
         f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
         f"template    {data.template.name}, objective {config.objective.kind}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
         f"({config.micro_batch_size} at once x {accumulation(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
         + (f", each shared by {topology.wish.num_context}" if topology.wish.num_context > 1 else "")
         + (
-            f"; {data.train.steps_per_epoch * config.train.epochs:,} but for train.max_steps"
+            f"; {data.train.steps_per_epoch * config.train.epochs:,} without train.max_steps"
             if _is_cut(config, data)
             else ""
         ),
@@ -211,25 +245,30 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
             f"evaluation  {_counted(len(data.eval.sequences.examples), 'example')}"
             + (" held out" if config.data.eval_fraction else "")
             + (f"; {data.num_eval_known:,} of them are also trained on" if data.num_eval_known else "")
+            + (_lost(data.eval.sequences.examples) if data.sources.eval else "")
         )
-    lines += [f"files       {_files(list(data.sources.train))}"]
+    return lines
+
+
+def _lost(examples: Any) -> str:
+    """How many rows were cut, dropped or skipped."""
+    return (
+        (f"; {examples.num_truncated} cut" if examples.num_truncated else "")
+        + (f"; {examples.num_dropped} dropped" if examples.num_dropped else "")
+        + (f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else "")
+    )
+
+
+def _file_lines(data: Data) -> list[str]:
+    """The files, and their columns that are not read."""
+    examples = data.train.sequences.examples
+    lines = [f"files       {_files(list(data.sources.train))}"]
     if data.sources.eval:
         lines.append(f"eval files  {_files(list(data.sources.eval))}")
     lines += [f"not read    {_unread(examples)}"] if examples.unread else []
     if data.sources.eval and (unread := data.eval and _unread(data.eval.sequences.examples)):
         lines.append(f"not read    in data.eval: {unread}")
-    _, all_logits = head.probe(skeleton)
-    if all_logits:
-        lines.append(f"note        all logits are held at once: {all_logits}")
-    notes = (
-        *data.sources.notes,
-        *_surprises(config, data),
-        *_template_notes(config, data),
-        *_without_effect(config, data),
-    )
-    lines += [f"note        {note}" for note in notes]
-    lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
-    return "\n".join(lines)
+    return lines
 
 
 def _unread(examples: Any) -> str:
@@ -246,7 +285,7 @@ def _is_cut(config: Config, data: Data) -> bool:
 def _check_rates(config: Config, skeleton: Any, num_steps: int) -> None:
     """Raise ConfigError for learning rates that nothing would have."""
     if config.optimizer.embedding_lr is not None and not adapters.trains_ends(skeleton):
-        raise ConfigError("optimizer.embedding_lr: would be ignored: neither embedding nor head trains; remove it")
+        raise ConfigError("optimizer.embedding_lr: would be ignored: the embedding and the head are frozen; remove it")
     fastest = num_steps**-0.5
     if config.optimizer.kind == "adafactor" and config.optimizer.lr > fastest:
         raise ConfigError(
@@ -261,13 +300,13 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
     if num_steps < FEW_STEPS:
         more = "raise train.max_steps" if num_steps == config.train.max_steps else "lower train.global_batch_size or raise train.epochs"  # fmt: skip
         unpacked = ", or set data.packing to false (a pack is one sequence)" if config.data.packing else ""
-        yield f"{_counted(num_steps, 'step')} will teach next to nothing; {more}{unpacked}"
+        yield f"{_counted(num_steps, 'step')} will change the model very little; {more}{unpacked}"
     if config.adapter.bias != "none":
         yield f"adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, the model is not the base"
     if forgotten := base.forgotten_losses(data.model_config.to_dict()):
         yield forgotten
     if torch.backends.mps.is_available() and not torch.cuda.is_available():
-        yield "Apple GPUs (mps) are not yet used; this run is on the CPU"
+        yield "Apple GPUs (mps) are not supported yet; this run uses the CPU"
 
 
 def _template_notes(config: Config, data: Data) -> Iterator[str]:
@@ -284,7 +323,9 @@ def _template_notes(config: Config, data: Data) -> Iterator[str]:
                     "data.template: chat keeps it"
                 )
     if template.date is not None:
-        yield (f"the template writes the date: {template.date}, that of the first start, is kept for the whole run")
+        yield (
+            f"the template writes the date: {template.date}, that of the first start, stays the same for the whole run"
+        )
     if template.opening and config.objective.kind != "clm":
         yield (
             f"the template puts {template.opening!r} before an answer; "
@@ -339,7 +380,7 @@ def _without_effect(config: Config, data: Data) -> Iterator[str]:
 
 
 def _methods(config: Config, is_quantized: bool) -> list[str]:
-    """How it is tuned, and what is done besides."""
+    """The method, and what else the run does."""
     adapter, optimizer, train, evaluation = config.adapter, config.optimizer, config.train, config.evaluation
     how = []
     if adapter.kind == "qlora":
@@ -357,8 +398,8 @@ def _methods(config: Config, is_quantized: bool) -> list[str]:
     besides = [
         f"averages of the weights ({train.ema_decay})" if train.ema_decay else "",
         f"noise on embeddings ({train.neftune_alpha:g})" if train.neftune_alpha else "",
-        f"stops after {_counted(evaluation.patience, 'evaluation')} that are no better" if evaluation.patience else "",
-        "the best evaluation is exported" if evaluation.export_best else "",
+        f"stops after {_counted(evaluation.patience, 'evaluation')} without a new best" if evaluation.patience else "",
+        "exports the best evaluation" if evaluation.export_best else "",
         f"{_counted(len(evaluation.sample_prompts), 'sample')}" if evaluation.sample_prompts else "",
         *config.tracking.trackers,
     ]

@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run",
         type=lambda text: Path(paths.argument(text)),
-        help="run directory, with the receipt.json and config.yaml of a run",
+        help="run directory with receipt.json and config.yaml",
     )
-    parser.add_argument("--name", help="run.name of the repetition; by default that of the run and -replay")
+    parser.add_argument("--name", help="run.name of the repetition; default: the run's name with -replay")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -67,11 +67,11 @@ def _receipt(run: Path) -> dict[str, Any]:
         told = [str(receipt["topology"]), *launch, *launch.values()]
         # The system takes 128 KiB of a variable; a launcher sets a few words.
         if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in told):
-            raise ValueError("launch holds what is no variable of an environment")
+            raise ValueError("launch holds an entry that is not an environment variable")
         if foreign := [name for name in launch if not launching.is_recorded(name)]:
             raise ValueError(f"launch sets {foreign[0]}, which no receipt of this program does")
         if wrong := [name for name in launch if not re.fullmatch("[A-Z0-9_]+", name)]:
-            raise ValueError(f"launch holds {wrong[0]!r}, which is no name of a variable")
+            raise ValueError(f"launch holds {wrong[0]!r}, which is not a name of a variable")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise RunDirectoryError(
             f"{run} has no receipt and outcome that can be read: {type(exc).__name__}: {exc}"

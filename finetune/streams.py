@@ -5,7 +5,7 @@ from typing import Any
 
 
 class Unbroken:
-    """A stream that perhaps nobody reads any more: a terminal that has gone is no reason to lose a run."""
+    """A stream whose reader may be gone: closing a terminal must not end a run."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -109,7 +109,7 @@ class Metadata(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=[0.002], daemon=True).start()
 
     def says(self, path, *answers):
-        """One after another, the last for ever: (status, body, headers) or what writes to the handler."""
+        """One after another, the last one repeated: (status, body, headers) or what writes to the handler."""
         self.answers[path] = list(answers)
 
     def next_answer(self, path):

@@ -119,7 +119,7 @@ def spare_what_is_imported() -> None:
 
 
 def launcher(topology: str, processes: int, extra: Sequence[str] = ()) -> list[str]:
-    """accelerate launch with a file of accelerate_configs/ and so many processes."""
+    """accelerate launch with a file of accelerate_configs/ and this many processes."""
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"),
         "--num_processes", str(processes), "--main_process_port", "0", *extra,
@@ -172,7 +172,7 @@ def fresh_process_state() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def nobody_is_left() -> Iterator[None]:
+def no_process_is_left() -> Iterator[None]:
     """Processes that tests/faults/nursery.py has started end with their test, stopped ones too."""
     yield
     if nursery := sys.modules.get("faults.nursery"):

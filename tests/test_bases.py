@@ -315,7 +315,7 @@ def test_a_folder_of_runs_names_their_models(tmp_path):
         (tmp_path / "runs" / run / "model").mkdir(parents=True)
         (tmp_path / "runs" / run / "model/config.json").write_text("{}")
     runs = tmp_path / "runs"
-    assert f"{runs} holds runs; write the model of one: {runs}/a/model, {runs}/b/model" in refusal(runs)
+    assert f"{runs} is a folder of runs; name the model of one: {runs}/a/model, {runs}/b/model" in refusal(runs)
 
 
 def test_a_folder_without_tokenizer_and_a_local_name_that_is_not_there_are_named(
@@ -355,10 +355,10 @@ def test_random_weights_of_a_quantised_models_shape_are_not_quantised(workshop, 
 
 def test_a_run_directory_and_an_adapter_are_named_with_what_to_write(workshop, plain):
     run = workshop.train("lora", **on(plain, adapter__kind="lora", train__max_steps=1))
-    assert f"{run} is a run directory; its model is in {run}/model: write that" in refusal(run)
+    assert f"{run} is a run directory; its model is in {run}/model: give that folder" in refusal(run)
     assert f"{run}/model is an adapter, not a model; to train it further give model.path: {plain} and adapter.path: {run}/model" in refusal(run / "model")  # fmt: skip
     assert "give the causal language model" not in refusal(run / "model")
     message = refusal(plain, kind="lora", path=str(run))
-    assert f"adapter.path: {run} is a run directory; its adapter is in {run}/model: write that" in message
+    assert f"adapter.path: {run} is a run directory; its adapter is in {run}/model: give that folder" in message
     message = refusal(plain, kind="lora", path=str(plain))
     assert f"adapter.path: {plain} is a whole model, not an adapter" in message

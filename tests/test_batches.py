@@ -1,4 +1,4 @@
-"""The same steps whatever the number of processes, every sequence once, and no target across documents."""
+"""The same steps for any number of processes, every sequence once, and no target across documents."""
 
 import numpy as np
 import pytest

@@ -106,8 +106,8 @@ def test_every_problem_is_reported_at_once(refusal):
 
 def test_missing_sections_and_fields_are_named():
     assert problems_of({"model": {"path": "m"}, "data": {}}) == [
-        "run: required and not given (section run:)",
-        "data.train: required and not given",
+        "run: is required (section run:)",
+        "data.train: is required",
     ]
 
 
@@ -176,7 +176,7 @@ def test_a_key_with_a_dot_is_told_how_to_nest_it(key, nested):
 def test_options_after_two_dashes_are_named(refusal):
     message = refusal(yaml.safe_dump(COMPLETE), "--", "--check", "--run.seed=3")
     for word in ("--check", "--run.seed=3"):
-        assert f"{word}: stands after --, where options are not read; remove the --" in message
+        assert f"{word}: stands after --, so it was not read as an option; remove the --" in message
 
 
 @pytest.mark.parametrize("value", ["", " "])
@@ -198,8 +198,8 @@ def test_a_misspelt_column_is_refused():
 
 
 def test_a_stray_word_is_refused(refusal):
-    assert "'run2.yaml': stray word" in refusal(yaml.safe_dump(COMPLETE), "run2.yaml")
-    assert "'fast': stray word on the command line; settings are written --section.field VALUE" in refusal(
+    assert "'run2.yaml': unexpected word" in refusal(yaml.safe_dump(COMPLETE), "run2.yaml")
+    assert "'fast': unexpected word on the command line; write settings as --section.field VALUE" in refusal(
         yaml.safe_dump(COMPLETE), "fast"
     )
 
@@ -213,11 +213,36 @@ def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(parse, capsy
     assert parse(yaml.safe_dump(COMPLETE), "--run.seed", "1", "--run.seed=2").run.seed == 2
     assert capsys.readouterr().err == "note: --run.seed is given twice: '2' counts, not '1'\n"
     parse(yaml.safe_dump(COMPLETE), "--run.seed", "2", "--run.seed=2")
-    assert not capsys.readouterr().err, "the same twice is no news"
+    assert not capsys.readouterr().err, "the same value twice needs no note"
 
 
 def test_an_option_without_its_value_is_refused_by_name(refusal):
-    assert "--run.name: expected one argument" in refusal(yaml.safe_dump(COMPLETE), "--run.name")
+    assert "--run.name: has no value; write --run.name VALUE" in refusal(yaml.safe_dump(COMPLETE), "--run.name")
+    for words in (["--optimizer.lr", "--config", "c.yaml"], ["--config", "c.yaml", "--optimizer.lr", "--check"]):
+        with pytest.raises(ConfigError, match="^--optimizer.lr: has no value; write --optimizer.lr VALUE$"):
+            configs.parse(words)
+    with pytest.raises(ConfigError, match="^--config: has no value; write --config FILE$"):
+        configs.parse(["--config", "--check"])
+
+
+def test_a_setting_that_took_the_config_as_its_value_says_so(tmp_path, refusal):
+    """A bare flag in front of a path takes it, and then every required setting would be missing."""
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(COMPLETE))
+    for setting, value in (("data.packing", "true"), ("optimizer.lr", "VALUE"), ("run.name", "VALUE")):
+        with pytest.raises(ConfigError) as problem:
+            configs.parse(["--check", f"--{setting}", str(path)])
+        assert str(problem.value) == (
+            f"1 problem in the command line:\n  {setting}: took the YAML file '{path}' as its value; "
+            f"write --config {path} --{setting} {value}"
+        )
+    says = refusal(yaml.safe_dump(COMPLETE), "--data.packing", "other.yaml")
+    assert "data.packing: took the YAML file 'other.yaml' as its value; write --data.packing true" in says
+    assert says.count("data.packing: ") == 1
+
+
+def test_a_text_setting_may_end_like_a_config(parse):
+    assert parse(yaml.safe_dump(COMPLETE), "--run.name", "v1.yaml").run.name == "v1.yaml"
 
 
 def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):
@@ -245,7 +270,7 @@ def test_a_home_directory_is_meant_by_a_tilde_in_every_path(parse, monkeypatch, 
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(COMPLETE))
     assert configs.parse(["--config=~/run.yaml"])[0].run.name == "a"
     assert problems_of(changed(run__dir="~nobody.of.this.name/runs")) == [
-        "run.dir: begins with ~nobody.of.this.name, but there is no such user here; write the whole path, got '~nobody.of.this.name/runs'"
+        "run.dir: begins with ~nobody.of.this.name, but this machine has no such user; write the full path, got '~nobody.of.this.name/runs'"
     ]
 
 
@@ -276,7 +301,7 @@ def test_half_a_character_in_the_name_of_the_config_is_named():
 
 def test_half_a_character_in_the_environment_is_named(refusal, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "off\udce9")
-    assert "WANDB_MODE in the environment: holds half a character" in refusal(yaml.safe_dump(COMPLETE))
+    assert "WANDB_MODE in the environment: contains half a character" in refusal(yaml.safe_dump(COMPLETE))
 
 
 def test_no_home_directory_and_no_user_name_are_no_error(monkeypatch, tmp_path):
@@ -293,7 +318,7 @@ def test_no_home_directory_and_no_user_name_are_no_error(monkeypatch, tmp_path):
     for _ in range(2):  # before and after libraries were given a place
         assert configs.from_dict(changed(run__dir="somewhere")).cache_dir == "somewhere/.cache"
         (problem,) = problems_of(changed(run__dir="~/runs"))
-        assert "run.dir: begins with ~, but there is no home directory here; set HOME" in problem
+        assert "run.dir: begins with ~, but this machine has no home directory; set HOME" in problem
         paths.give_home()
         assert getpass.getuser() == str(os.getuid())
         home = Path(os.path.expanduser("~"))

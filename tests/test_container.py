@@ -126,7 +126,7 @@ class Container:
 
 
 def site(folder: Path) -> list[str]:
-    """Options by which a build uses the package index of this machine, whatever pip knows of it: mirrors, folders, certificate."""
+    """Options by which a build uses the package index of this machine, however pip finds it: mirrors, folders, certificate."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     known = {}
     for line in sorted(listed.stdout.splitlines(), reverse=True):  # the environment after the files, as it wins

@@ -87,7 +87,7 @@ def test_a_picture_never_replaces_what_it_is_drawn_from(run, tmp_path, capsys):
     link.symlink_to(run / "metrics.jsonl")
     before = link.read_bytes()
     assert main(["curves", str(run), "--output", str(link)]) == 2
-    assert "which is drawn; choose another place" in capsys.readouterr().err
+    assert "which is an input; choose another path" in capsys.readouterr().err
     assert link.read_bytes() == before
 
 

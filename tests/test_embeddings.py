@@ -76,7 +76,7 @@ def test_new_rows_start_from_the_mean_of_the_old(workshop):
 
 
 def test_a_new_token_that_is_not_new_is_refused(workshop):
-    with pytest.raises(ModelError, match=r"'<\|im_end\|>' is in the vocabulary already"):
+    with pytest.raises(ModelError, match=r"'<\|im_end\|>' is already in the vocabulary"):
         workshop.train(model__new_tokens=["<|im_end|>"])
 
 

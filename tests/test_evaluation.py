@@ -113,7 +113,17 @@ def test_columns_that_are_not_read_are_told_and_a_score_is_one_of_them(tmp_path,
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
     assert len(compare.read(str(path), "auto", {}, None)) == 2
     said = capsys.readouterr().err
-    assert said == "note: not read: columns ['input', 'rejected', 'score']; every answer counts as a right one\n"
+    assert said == "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
+
+
+def test_skipped_rows_are_counted_as_in_training(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\nq,a\n,\n,\nr,b\n")
+    assert len(compare.read(str(path), "auto", {}, None)) == 2
+    assert capsys.readouterr().err == "note: 2 empty rows skipped\n"
+    path.write_text("question,answer\n,\nr,b\n")
+    assert len(compare.read(str(path), "auto", {}, None)) == 1
+    assert capsys.readouterr().err == "note: 1 empty row skipped\n"
 
 
 def test_what_is_wrong_with_rows_is_told_in_the_words_of_the_command(tmp_path):
@@ -144,7 +154,7 @@ def test_an_adapter_of_another_base_is_told(workshop, capsys, kind):
     for given, is_other in ((workshop.folder / "copy", False), (other, True)):
         asked = ["evaluate", "--base", str(given), "--tuned", str(tuned), "--data", str(workshop.rows), "--limit", "1"]
         assert main([*asked, "--max-new-tokens", "1"]) == 0
-        assert (f"was trained beside another base ({base})" in capsys.readouterr().err) == is_other
+        assert (f"was trained on another base ({base})" in capsys.readouterr().err) == is_other
 
 
 @pytest.mark.parametrize("command", ["chat", "export"])
@@ -172,7 +182,11 @@ def test_a_merge_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys
     (adapter / "adapter_config.json").write_text("{}")
     file.touch()
     link.symlink_to(tmp_path / "nowhere")
-    for output, says in ((file / "merged", f"{file} is no folder"), (file, f"{file} exists"), (link, f"{link} exists")):
+    for output, says in (
+        (file / "merged", f"{file} is not a folder"),
+        (file, f"{file} exists"),
+        (link, f"{link} exists"),
+    ):
         assert main(["export", "--merge", "--model", str(adapter), "--output", str(output)]) == 2
         assert says in capsys.readouterr().err
 
@@ -426,7 +440,7 @@ def test_a_file_is_written_whole_through_a_link_and_keeps_its_mode(tmp_path):
 
 def test_an_output_that_cannot_be_written_is_told_before_the_work(capsys):
     assert main(["evaluate", "--base", "a", "--tuned", "b", "--data", "c", "--output", "/no/such/folder/x"]) == 2
-    assert "--output: /no/such/folder/x: there is no such folder" in capsys.readouterr().err
+    assert "--output: /no/such/folder/x: its folder does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["chat", "evaluate", "export"])

@@ -53,7 +53,7 @@ def chunks_of_a_few(monkeypatch):
 
 
 def batch(num_tokens=40, every=2):
-    """(inputs, targets, learned): two sequences, and every so many tokens something is learned."""
+    """(inputs, targets, learned): two sequences, and something is learned every few tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (2, num_tokens), generator=generator)
     targets = torch.randint(3, VOCAB, (2, num_tokens), generator=generator)

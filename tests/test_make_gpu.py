@@ -145,6 +145,7 @@ def test_a_run_like_its_reference_is_right():
         ({"norms": [float("nan")] * 8}, "not finite"),
         ({"num_saves": 1}, "1 saves are on record"),
         ({"evals": [2.0, 3.0]}, "did not fall"),
+        ({"evals": []}, "0 evaluations are on record, and at least 2 were due"),
         ({"opened": None}, "opened export"),
         ({"problem": "it ended before the signal came"}, "before the signal"),
         ({"num_skipped": 5}, "5 of 8 steps overflowed"),
@@ -173,8 +174,18 @@ def test_steps_that_fp16_left_out_are_no_error_and_end_the_comparison(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     own = correctness.read(tmp_path, runner.Ended(0, 1.0, ""), 1.0)
-    row = correctness.judge(NEAR, curves(losses=[9.0] * 8, norms=own.norms, num_skipped=own.num_skipped), curves())
-    assert (row.status, row.values["skipped"]) == ("right", 1)
+    own = curves(losses=[5.0, *[9.0] * 7], norms=own.norms, num_skipped=own.num_skipped)
+    row = correctness.judge(NEAR, own, curves())
+    assert (row.status, row.values["skipped"], row.values["compared"]) == ("right", 1, "the first loss")
+    assert "norm" not in row.values
+    own.losses[0] = 5.1
+    assert correctness.judge(NEAR, own, curves()).status == "wrong", "nothing has moved before the first step"
+
+
+def test_a_row_says_what_was_compared():
+    alone = correctness.judge(Case("own"), curves(), None)
+    assert (alone.status, alone.values["compared"]) == ("right", "nothing")
+    assert correctness.judge(NEAR, curves(), curves()).values["compared"] == "all"
 
 
 def test_where_methods_differ_only_the_first_loss_is_compared():
@@ -194,7 +205,7 @@ def test_each_test_of_pytest_is_a_row():
         '<testsuites><testsuite><testcase name="a" time="1.5"/><testcase name="b" time="0"><skipped type="pytest.skip" message="no GPU"/></testcase>'
         '<testcase name="c"><skipped type="pytest.xfail" message="7 waits"/></testcase><testcase name="d"><failure message="assert 1 == 2"/></testcase></testsuite></testsuites>'
     )
-    assert [(row.status, row.reason) for row in found] == [("right", ""), ("left out", "no GPU"), ("right", "7 waits"), ("wrong", "assert 1 == 2")]  # fmt: skip
+    assert [(row.status, row.reason) for row in found] == [("right", ""), ("left out", "no GPU"), ("known failure", "7 waits"), ("wrong", "assert 1 == 2")]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- results
@@ -214,6 +225,9 @@ def rows(*states, part="correctness"):
         ([], "memory", 1),
         (["right", "no turn"], "correctness", 1),
         (["right", "no turn"], "speed", 0),
+        (["measured"], "speed", 0),
+        (["known failure"], "correctness", 1),
+        (["right", "known failure"], "correctness", 0),
     ],
 )
 def test_the_exit_code_says_whether_everything_was_proved(states, part, code):
@@ -228,17 +242,18 @@ def test_the_table_names_what_did_not_run_and_why(tmp_path):
         Row("correctness", "c", "left out", "needs deepspeed"),
         Row("correctness", "d", "left out", "needs deepspeed"),
         Row("correctness", "e", "no turn", "the time was up"),
+        Row("correctness", "f", "known failure", "7 waits"),
     ]
     text = report.write(tmp_path, "correctness", found, facts, 12.0)
     assert text.splitlines() == [
         "NVIDIA H200, 150 GB, driver 580; torch 2.11.0", "",
         "|  | result | loss | tokens/s | s |", "| --- | --- | --- | --- | --- |",
         "| a | right | 1.5e-07 | 23,600 | 3 |", "| b | **wrong**: 1 \\| 2 |  |  | 4 |", "",
-        "- left out: c, d: needs deepspeed", "", "- no turn: e: the time was up", "",
-        "1 right, 1 wrong, 2 left out, 1 no turn",
+        "- known failure: f: 7 waits", "", "- left out: c, d: needs deepspeed", "", "- no turn: e: the time was up", "",
+        "1 right, 1 wrong, 1 known failure, 2 left out, 1 no turn",
     ]  # fmt: skip
     assert (tmp_path / "correctness.md").read_text() == text + "\n"
-    assert [row["name"] for row in json.loads((tmp_path / "correctness.json").read_text())["rows"]] == list("abcde")
+    assert [row["name"] for row in json.loads((tmp_path / "correctness.json").read_text())["rows"]] == list("abcdef")
 
 
 # --------------------------------------------------------------------------- processes and time
@@ -321,7 +336,7 @@ def test_rounds_of_speed_end_when_the_longest_no_longer_fits(monkeypatch):
 
     monkeypatch.setattr(speed, "one_round", one_round)
     found = {row.name: row for row in speed.rows(lab, "^8B lora r 16(, TRL)?$")}
-    assert [row.status for row in found.values()] == ["right", "right"]
+    assert [row.status for row in found.values()] == ["measured", "measured"]
     assert sum(row.values["rounds"] for row in found.values()) in (2, 3)
     assert found["8B lora r 16, TRL"].values["mfu"] == "40.0%"
 

@@ -176,7 +176,7 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
     monkeypatch.setattr(train, "finish", looked_at)
     settings = {**on(base), **SIXTEEN[method], "adapter__kind": kind, "train__precision": "bf16", "optimizer__lr": 2e-4}
     if (kind, method) == ("qlora", "biases"):
-        with pytest.raises(ConfigError, match="adapter.bias: not with kind: qlora"):
+        with pytest.raises(ConfigError, match="adapter.bias: cannot be used with kind: qlora"):
             workshop.train(**settings)
         return
     run = workshop.train(**settings, **TWENTY, evaluation__sample_prompts=["hi"], evaluation__sample_max_new_tokens=3)
@@ -215,7 +215,7 @@ def test_an_adapter_in_another_precision_still_knows_its_base(workshop, base):
     workshop.train("bf16", **on(base), adapter__kind="lora", adapter__path=str(first), train__precision="bf16")
     config = TINY_LLAMA | {"attention_bias": True, "mlp_bias": True, "hidden_size": 64}
     other = workshop.train("other", run__seed=5, model__config=config) / "model"
-    with pytest.raises(ModelError, match="has changed since the adapter was trained beside it"):
+    with pytest.raises(ModelError, match="has changed since the adapter was trained"):
         workshop.train("no", **on(str(other)), adapter__kind="lora", adapter__path=str(first), train__precision="bf16")
 
 
@@ -231,7 +231,7 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
     capfd.readouterr()
     workshop.check("second", **on(base), adapter__kind="lora", adapter__path=str(first))
     assert " 0 of them train" not in capfd.readouterr().err
-    with pytest.raises(ConfigError, match=r"is a run directory; its adapter is in .*/model: write that"):
+    with pytest.raises(ConfigError, match=r"is a run directory; its adapter is in .*/model: give that folder"):
         workshop.check("third", **on(base), adapter__kind="lora", adapter__path=str(first.parent))
 
 
@@ -240,14 +240,14 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
     [
         ({"adapter__rank_pattern": {"q_porj": 64}}, ModelError, "adapter.rank_pattern: no adapted module is called 'q_porj'"),
         ({"adapter__alpha_pattern": {"nope": 3.0}}, ModelError, "adapter.alpha_pattern: no adapted module"),
-        ({"adapter__rank_pattern": {"q_proj(": 64}}, ModelError, r"rank_pattern.*is no regular expression"),
-        ({"adapter__layers": [1], "adapter__target_modules": ".*q_proj"}, ConfigError, "adapter.layers: peft needs names"),
+        ({"adapter__rank_pattern": {"q_proj(": 64}}, ModelError, r"rank_pattern.*is not a valid regular expression"),
+        ({"adapter__layers": [1], "adapter__target_modules": ".*q_proj"}, ConfigError, "adapter.layers: peft also needs the names"),
         ({"adapter__layers": []}, ConfigError, "adapter.layers"),
         ({"optimizer__embedding_lr": 0.1}, ConfigError, "embedding_lr: would be ignored"),
         ({"optimizer__kind": "adafactor"}, ConfigError, "adafactor steps in proportion"),
         ({"optimizer__kind": "muon"}, ConfigError, "optimizer.kind: muon"),
         ({"adapter__init": "eva", "adapter__r": 99}, ModelError, "adapter.r: 99 is more than the 64 directions"),
-        ({"model__new_tokens": ["<a>", "<a>"]}, ConfigError, "model.new_tokens: '<a>' is empty or there twice"),
+        ({"model__new_tokens": ["<a>", "<a>"]}, ConfigError, "model.new_tokens: '<a>' is empty or repeated"),
         ({"model__new_tokens": [""]}, ConfigError, "model.new_tokens: '' is empty"),
     ],
 )  # fmt: skip
@@ -258,7 +258,7 @@ def test_what_would_have_no_effect_is_refused_before_weights_load(workshop, base
 
 def test_what_the_whole_model_cannot_have_is_refused(workshop, base):
     without = workshop.train("without") / "model"
-    with pytest.raises(ModelError, match="there is no bias to train in this model"):
+    with pytest.raises(ModelError, match="this model has no bias"):
         workshop.check(**on(str(without)), adapter__kind="lora", adapter__bias="all")
     with pytest.raises(ModelError, match=r"model.new_tokens would never be learned"):
         workshop.check(**on(base), model__new_tokens=["<a>"], adapter__freeze=["embed"])
@@ -288,7 +288,7 @@ def test_an_adapter_is_gone_on_from(workshop, base):
         )
         / "model"
     )
-    with pytest.raises(ModelError, match="has changed since the adapter was trained beside it"):
+    with pytest.raises(ModelError, match="has changed since the adapter was trained"):
         workshop.train("third", **on(str(other)), adapter__kind="lora", adapter__path=str(first / "model"))
 
 

@@ -1,4 +1,4 @@
-"""A cloud's notice is heard once and in time; whatever else the metadata service does, the run does not notice."""
+"""A cloud's notice is heard once and in time; other behaviour of the metadata service does not disturb the run."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def listener():
 
 
 def until(condition):
-    """Waits for it; how long is no promise, but that it comes is."""
+    """Waits for it; it must come, however late."""
     end = time.monotonic() + LONG_SECONDS
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -291,7 +291,7 @@ def test_a_service_that_cannot_be_reached_is_spoken_of_once_and_heard_when_it_co
 )
 def test_an_address_that_is_none_is_an_error(address, listener, monkeypatch):
     monkeypatch.setenv("FINETUNE_METADATA_ADDRESS", address)
-    with pytest.raises(ConfigError, match=f"FINETUNE_METADATA_ADDRESS: {re.escape(address)} is no address"):
+    with pytest.raises(ConfigError, match=f"FINETUNE_METADATA_ADDRESS: {re.escape(address)} is not an address"):
         listener.watch("gcp")
 
 
@@ -306,7 +306,7 @@ def test_the_address_is_read_when_a_watch_is_made(metadata, listener, monkeypatc
 
 
 def drip(head, drop):
-    """Sends `head`, then a little for ever: far more often than any timeout between two bytes."""
+    """Sends `head`, then a little without end: far more often than any timeout between two bytes."""
 
     def answer(handler):
         handler.wfile.write(head)

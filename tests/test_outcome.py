@@ -59,7 +59,7 @@ def test_failure_before_the_first_step_leaves_an_outcome(workshop, owner, name):
     fails(workshop, RuntimeError, owner, name, BUG)
     assert outcome(workshop) == ("failed", 0, "RuntimeError: shapes do not fit")
     assert not (workshop.run_dir() / "config.yaml").exists()
-    workshop.train(train__max_steps=4)  # the directory is nobody's yet: it takes another config
+    workshop.train(train__max_steps=4)  # the directory belongs to no run yet: it takes another config
     assert outcome(workshop)[:2] == ("complete", 4)
 
 
@@ -127,7 +127,7 @@ def test_next_start_says_that_the_attempt_before_ended_without_an_outcome(worksh
     fails(workshop, Killed, steps, "train_step", Killed())
     assert outcome(workshop)[0] == "running"
     workshop.train()
-    assert "note: the attempt before this one said nothing of its end" in capsys.readouterr().err
+    assert "note: the previous attempt left no outcome" in capsys.readouterr().err
     workshop.train(train__max_steps=5)
     assert "the attempt before" not in capsys.readouterr().err
 

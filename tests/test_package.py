@@ -8,12 +8,34 @@ import tomllib
 
 import pytest
 from conftest import ROOT, tracked
+from packaging.requirements import Requirement
 
 
 def test_every_package_is_installed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("finetune/**/*.py")}
     assert set(listed) == there | {"finetune.shipped"}
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-cuda.txt"])
+def test_every_pin_lies_in_the_range_that_pip_install_takes(name):
+    """`pip install .` must not force one torch on an environment that has another; both lists name the same packages."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    given = project["dependencies"] if name == "requirements.txt" else project["optional-dependencies"]["cuda"]
+    ranges = {wanted.name: wanted.specifier for wanted in map(Requirement, given)}
+    pins = dict(line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line)
+    assert ranges.keys() == pins.keys()
+    for package, pin in pins.items():
+        assert ranges[package].contains(pin), package
+        assert not any(each.operator == "==" for each in ranges[package]), package
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0", "2.14.1"])
+def test_the_tested_versions_of_torch_may_stay(version):
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    [torch] = [wanted for wanted in map(Requirement, dependencies) if wanted.name == "torch"]
+    assert torch.specifier.contains(version)
+    assert not torch.specifier.contains("2.10.0")
 
 
 @pytest.mark.slow

@@ -449,7 +449,7 @@ def test_planning_takes_no_port(workshop, capsys, monkeypatch):
 
 
 def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
-    """A micro-batch that does not make whole steps on so many processes is not said to fit."""
+    """A micro-batch that does not make whole steps on that number of processes is not said to fit."""
     path = workshop.write(workshop.config("plan", train__global_batch_size=8, train__micro_batch_size=8))
     ddp = ["plan", "--config", str(path), "--topology", str(ROOT / "accelerate_configs/ddp.yaml"), "--gpu-memory", "8"]
     assert command([*ddp, "--num-processes", "2"]) == 0
@@ -471,7 +471,7 @@ def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
     for file in (ROOT / "accelerate_configs").glob("*.yaml"):
         line = row(file.stem, said)
         assert "fits" in line, line
-        assert int(line.split()[2]) <= int(line.split()[1]), "what fits on so many needs no more"
+        assert int(line.split()[2]) <= int(line.split()[1]), "the fewest are not more than were given"
         assert ("for auto" in line) == ("zero" in file.stem), line
 
 
@@ -529,7 +529,7 @@ def test_auto_with_noise_on_the_embeddings(workshop):
 
 def test_auto_says_so_where_nothing_fits(workshop, monkeypatch):
     monkeypatch.setattr(choice, "capacity", lambda *_: 1e8)
-    with pytest.raises(ConfigError, match="auto finds none that fits"):
+    with pytest.raises(ConfigError, match="auto found no size that fits"):
         workshop.train(train__micro_batch_size="auto")
 
 

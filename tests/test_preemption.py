@@ -26,7 +26,7 @@ def in_a_terminal():
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
-def test_while_torch_is_imported_a_signal_ends_the_process_whatever_swallows_exceptions(name):
+def test_while_torch_is_imported_a_signal_ends_the_process_even_if_exceptions_are_swallowed(name):
     code = f"""
 import os, signal
 from finetune.engine.preemption import StopFlag
@@ -223,6 +223,11 @@ def test_death_of_accelerate_launch_while_python_starts_leaves_no_script(launche
         launcher.kill()
         launcher.wait()
         until(lambda: not session(launcher.pid), seconds=10)  # noqa: B023
+        begun, ended = (tmp_path / "begun"), (tmp_path / "ended")
+        assert begun.exists() == ended.exists(), "it did not end by itself"
+        assert not ended.exists() or ended.read_text() == "the launcher has died"
+        begun.unlink(missing_ok=True)
+        ended.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("words", [["bash"], ["python", "train.py", "accelerate"], ["vi", "accelerate.yaml", "launch"]])

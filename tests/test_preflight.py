@@ -50,18 +50,25 @@ def test_settings_that_do_something_are_not_noted(workshop, capsys):
     )  # fmt: skip
     said = capsys.readouterr().err
     assert "steps       3 steps" in said
-    assert "but for train.max_steps" in said
-    assert [line for line in said.splitlines() if line.startswith("note") and "teach next to nothing" not in line] == []
+    assert "without train.max_steps" in said
+    assert [
+        line for line in said.splitlines() if line.startswith("note") and "change the model very little" not in line
+    ] == []
 
 
 def test_what_is_not_read_or_empty_is_said_of_training_and_evaluation(workshop, capsys):
-    held_out = [{"question": f"q {n}", "answer": "a", "topic": "x"} for n in range(3)]
+    held_out = "".join(f"q {n},a,x,{n}\n,,,\n" for n in range(3))
     (workshop.folder / "t.csv").write_text("question,answer,source\n" + "".join(f"q{n},a,s\n,,\n" for n in range(8)))
-    dev = write_jsonl(workshop.folder / "dev.jsonl", held_out)
+    dev = workshop.folder / "dev.csv"
+    dev.write_text("question,answer,topic,likes\n" + held_out)
     workshop.check(data__train=str(workshop.folder / "t.csv"), data__eval=str(dev), train__max_steps=1)
     said = capsys.readouterr().err
-    assert "not read    columns source (8 rows)\nnot read    in data.eval: columns topic (3 rows)\n" in said
+    assert (
+        "not read    columns source (8 rows)\nnot read    in data.eval: columns likes (3 rows), topic (3 rows)\n"
+        in said
+    )
     assert "8 rows -> 8 examples -> 8 sequences of at most 128 tokens; 8 empty rows skipped\n" in said
+    assert "evaluation  3 examples; 3 empty rows skipped\n" in said
 
 
 @pytest.mark.parametrize("receipt", [None, "no json"])

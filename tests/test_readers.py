@@ -70,7 +70,7 @@ def test_a_json_row_has_the_line_of_its_opening_brace(tmp_path):
     assert lines_and_values(path) == [(5, {"text": "a"}), (8, {"text": "b"}), (9, {"text": "c"})]
 
 
-def test_a_csv_row_has_the_line_it_begins_on_whatever_its_cells_hold(tmp_path):
+def test_a_csv_row_has_the_line_it_begins_on_for_any_cells(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('question,answer\n"a\n\nb",c\n\nd,"e, ""f"""\n"g","h\n"\ni,j\n')
     assert lines_and_values(path) == [
@@ -105,7 +105,7 @@ def test_empty_rows_of_a_table_are_skipped_and_counted(tmp_path):
     assert (problems.num_rows, problems.num_empty, len(problems)) == (2, 4, 1)  # that of half a row is an error
     path.write_text("question,answer\n,\n,\n")
     with pytest.raises(DataError, match="all its rows are empty"):
-        rows.check([str(path)], "auto", {}, "line", None)
+        rows.check([[str(path)]], "auto", {}, "line", None)
 
 
 @pytest.mark.parametrize(
@@ -356,12 +356,12 @@ def test_the_same_rows_for_training_and_evaluation_are_refused(tmp_path, copied)
     with pytest.raises(DataError) as caught:
         readers.sources([str(train)], [str(evaluation)])
     assert str(caught.value).startswith(f"data.eval: {evaluation} holds the same rows as data.train {train}; ")
-    assert "cannot be evaluated on" in str(caught.value)
+    assert "do not evaluate on training rows" in str(caught.value)
 
 
 def test_the_same_rows_given_twice_are_refused(tmp_path):
     path = str(write_jsonl(tmp_path / "train.jsonl", [QA]))
-    with pytest.raises(DataError, match=r"data\.train: .* holds the same rows as .*, nor be given twice"):
+    with pytest.raises(DataError, match=r"data\.train: .* holds the same rows as .*; .*, and list each file once"):
         readers.sources([path, path], None)
 
 
@@ -432,7 +432,7 @@ def test_a_name_with_the_signs_of_a_glob_may_be_a_file(tmp_path):
 @pytest.mark.parametrize("name", ["*.jsonl", "absent/*.jsonl", "**/x*", "rows[1].jsonl"])
 def test_a_glob_that_matches_nothing_is_refused(tmp_path, name):
     (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
-    with pytest.raises(DataError, match=r"^data\.train: .* matches no file; it was looked for in /"):
+    with pytest.raises(DataError, match=r"^data\.train: .* matches no file; searched in /"):
         readers.sources(str(tmp_path / name), None)
 
 
@@ -448,7 +448,7 @@ def test_links_are_followed_once(tmp_path):
     (tmp_path / "folder/b.jsonl").symlink_to(tmp_path / "folder/a.jsonl")
     assert found(tmp_path / "folder")[0] == ["a.jsonl"]
     (tmp_path / "folder/c.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    with pytest.raises(DataError, match=r"folder/c\.jsonl: a link to .*gone\.jsonl, where no file is"):
+    with pytest.raises(DataError, match=r"folder/c\.jsonl: links to .*gone\.jsonl, which does not exist"):
         found(tmp_path / "folder")
 
 
@@ -530,10 +530,10 @@ def test_a_name_that_looks_like_a_file_is_never_looked_for_on_the_hub(tmp_path, 
     [
         ("folder/row.jsonl", "did you mean folder/rows.jsonl?"),
         ("folder/ROWS.JSONL", "did you mean folder/rows.jsonl?"),
-        ("nowhere/rows.jsonl", "there is no folder nowhere"),
-        ("folder/other", "it is not looked for on the Hub, as folder is a folder here"),
+        ("nowhere/rows.jsonl", "the folder nowhere does not exist"),
+        ("folder/other", "it was not searched on the Hub, because folder is a local folder"),
         ("folder\\rows.jsonl", "write / between folders"),
-        ("https://example.com/rows.jsonl", "addresses are not read: download it first"),
+        ("https://example.com/rows.jsonl", "URLs are not supported: download the file first"),
     ],
 )
 def test_a_missing_file_comes_with_what_may_have_been_meant(tmp_path, monkeypatch, name, hint):
@@ -565,7 +565,7 @@ def test_a_name_that_is_not_unicode_can_be_shown(tmp_path):
     readers.describe(file).encode()
 
 
-# What a file is, whatever its name says.
+# What a file is, under any name.
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -599,7 +599,9 @@ def test_a_semicolon_is_found_beside_commas(tmp_path, text):
 
 def test_a_blank_before_a_quote_is_named(tmp_path):
     says = unreadable(tmp_path / "rows.csv", 'question, answer\na, "b, c"\n')
-    assert says.startswith(":2: 3 cells, but the header names 2 columns ['question', 'answer']; a quote must follow")
+    assert says.startswith(
+        ":2: 3 cells, but the header names 2 columns ['question', 'answer']; put the quote right after"
+    )
 
 
 def test_one_column_needs_no_delimiter(tmp_path):
@@ -645,7 +647,7 @@ def test_gzip_is_read_with_its_lines(tmp_path, name):
     plain.write_bytes(TEXTS[name].encode())
     assert lines_and_values(path) == lines_and_values(plain)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(DataError, match=re.escape(str(path)) + ": damaged or not whole"):
+    with pytest.raises(DataError, match=re.escape(str(path)) + ": damaged or incomplete"):
         list(readers.read(str(path)))
 
 
@@ -665,9 +667,9 @@ def test_an_encoding_that_is_not_read_is_named(tmp_path, text, encoding, says):
 
 def test_one_damaged_character_does_not_make_a_file_cp1252(tmp_path):
     says = unreadable(tmp_path / "rows.txt", "schön\n".encode() + b"sch\xf6n\n")
-    assert says.startswith(":2: byte 0xf6 at position 4 is not UTF-8; what stands before it is UTF-8")
+    assert says.startswith(":2: byte 0xf6 at position 4 is not UTF-8; everything before it is UTF-8")
     says = unreadable(tmp_path / "rows.txt", "schön, schö".encode()[:-1])
-    assert says.endswith("the file ends inside a character; write it anew, whole")
+    assert says.endswith("the file ends inside a character; create it again")
 
 
 @pytest.mark.parametrize(

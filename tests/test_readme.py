@@ -44,7 +44,7 @@ def test_every_kind_of_command_is_run_by_a_test_here():
 
 @pytest.fixture(scope="module")
 def my_run(tmp_path_factory):
-    """The run of one's own, typed as it stands, with a two-layer model where the README names one of the Hub."""
+    """The README's own run, typed as printed, with a two-layer model in place of the one from the Hub."""
     from conftest import Workshop, forget_process_state
 
     folder = tmp_path_factory.mktemp("own")
@@ -84,7 +84,7 @@ def typed(command: str, folder) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_of_ones_own_in_the_order_of_the_readme(my_run):
+def test_the_commands_of_the_readme_in_order(my_run):
     """plan, --check, train, chat, evaluate, merge; then the same with several processes."""
     [plan] = [c for c in commands() if c.startswith("python -m finetune plan")]
     assert main(typed(plan, my_run)[3:]) == 0

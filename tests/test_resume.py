@@ -345,7 +345,7 @@ def test_what_training_waits_for_is_measured(workshop, monkeypatch, asynchronous
 
 
 def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeypatch, capsys):
-    """The best of those that are there is exported, and what was lost is told."""
+    """The best of those that are there is exported, and the loss is reported."""
     from finetune.engine.checkpoint import folder
 
     settings = {
@@ -364,7 +364,7 @@ def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeyp
 
     monkeypatch.setattr(folder, "require_space", full)
     run = workshop.train("run", **settings)
-    assert f"the evaluation of step {best} was better, but no checkpoint of it is there" in capsys.readouterr().err
+    assert f"the evaluation of step {best} was better, but its checkpoint was not kept" in capsys.readouterr().err
     assert json.loads((run / "outcome.json").read_text())["exported_step"] != best
 
 
@@ -521,10 +521,13 @@ def test_a_base_of_another_architecture_is_another_run(workshop, monkeypatch, ba
     assert str(problem.value).count(": was ") == 1
 
 
-def test_what_does_not_change_the_function_of_a_base_may_change(workshop, monkeypatch, base):
+def test_what_does_not_change_the_function_of_a_base_may_change(workshop, monkeypatch, base, capsys):
     folder, settings = interrupted(workshop, monkeypatch, base, "full")
     change_config(folder, transformers_version="4.0.0", use_cache=False, dtype="bfloat16", architectures=["Other"])
-    workshop.train(**settings)
+    capsys.readouterr()
+    run = workshop.train(**settings)
+    assert f"resumed from {run}/checkpoints/step-00000002 at step 2" in capsys.readouterr().err
+    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

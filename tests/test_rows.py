@@ -201,7 +201,7 @@ def test_an_instruction_in_the_column_input_has_no_separate_input():
 
 
 def test_a_mapped_column_that_the_format_does_not_have_is_refused():
-    with pytest.raises(ConfigError, match=r"data\.columns: output is no column of format question_answer"):
+    with pytest.raises(ConfigError, match=r"data\.columns: output is not a column of format question_answer"):
         converse({"question": "q", "answer": "a", "foo": "x"}, columns={"output": "foo"})
 
 
@@ -235,7 +235,7 @@ PAIRS = [
         ("thumbs_up", True), ("chosen", "c"), ("rejected", "c"), ("rejected", ["c"]), ("feedback", "no"),
         ("is_good", "Y"), ("is_good", "n"), ("is_good", "T"), ("score", "4/5"), ("score", "4 out of 5"), ("score", "80%"), ("score", "high"),
         ("rating", "5 stars"), ("grade", "F"), ("grade", "B+"), ("reward", {"a": 1}), ("scores", {"helpful": 3, "safe": None}), ("preference", "A"),
-        ("ratings", [{"by": 3}, {"by": "4/5"}]), ("label", "positive"), ("ok", 0), ("valid", False), ("passed", 1), ("flagged", True), ("win", False),
+        ("ratings", [{"by": 3}, {"by": "4/5"}]), ("label", "positive"), ("ok", 0), ("passed", 1), ("win", False), ("is_correct", False), ("is_safe", False), ("liked", False),
         ("rejected_response", "c"), ("chosen_response", "c"), ("response_rejected", ["c"]), ("chosenAnswer", {"a": "c"}), ("bad_answer", True),
     ],
 )  # fmt: skip
@@ -254,6 +254,9 @@ def test_a_column_that_says_good_or_bad_is_refused(values, column, value):
         ("labelled_by", "Ann"), ("scorer", 1), ("goodness", "yes"), ("difficulty", 2), ("score", {"a": "long"}), ("feedback", "Well said."),
         ("page_rank", 0.3), ("weight_kg", 3.5), ("label_id", 3), ("zip_label", "12345"), ("valid_until", "2027"), ("label", "A"), ("score", {}), ("ok", None),
         ("bad_answer", "Paris"), ("chosen", None), ("validity", 1), ("windows", True), ("quality", "grainy"), ("_chosen_response", "c"),
+        ("likes", 7), ("upvotes", 7), ("votes", -2), ("views", 900), ("stars", 5), ("rank", 0), ("weight", 0.5), ("quality", "good"), ("input_quality", "poor"),
+        ("problem_is_valid", "No"), ("correctness_count", 1), ("correctness_math_verify", [True, False]), ("toxic", False), ("flagged", True), ("best_of", 4),
+        ("search_score", 0.3),
     ],
 )  # fmt: skip
 def test_a_column_that_says_something_else_is_left_alone(column, value):
@@ -289,7 +292,7 @@ def test_the_answers_to_learn_may_be_named(values, columns, messages):
 )  # fmt: skip
 def test_preference_rows_are_named_with_what_to_do(values, target):
     says = refused(values)
-    assert "belongs to preference rows (DPO, reward models), which cannot be trained on yet" in says
+    assert "belongs to preference rows (DPO, reward models), which are not supported yet" in says
     assert f"write data.columns: {{{target}: chosen}}" in says
 
 
@@ -307,7 +310,15 @@ def test_columns_that_only_later_rows_have_are_counted_and_refused(tmp_path):
     assert unread == {"note": 4, "source": 1}
     path = str(write_jsonl(tmp_path / "r.jsonl", [QA] * 30 + [{**QA, "label": False}]))
     with pytest.raises(DataError, match=r"r\.jsonl:31: column 'label' \(false\) says how good"):
-        rows.check([path], "auto", {}, "line", None)
+        rows.check([[path]], "auto", {}, "line", None)
+
+
+def test_the_first_rows_of_training_and_of_evaluation_are_both_checked(tmp_path):
+    train = str(write_jsonl(tmp_path / "train.jsonl", [QA] * 30))
+    dev = str(write_jsonl(tmp_path / "dev.jsonl", [QA] * 9 + [{"question": "q", "answer": ""}]))
+    rows.check([[train], [dev]], "auto", {}, "line", None, most=9)
+    with pytest.raises(DataError, match=r"dev\.jsonl:10: column 'answer' is empty"):
+        rows.check([[train], [dev]], "auto", {}, "line", None, most=10)
 
 
 def test_of_a_column_and_its_alias_one_is_read(tmp_path):
@@ -321,8 +332,8 @@ def test_a_mapped_column_that_no_row_has_is_refused(tmp_path):
     """The input of an instruction may be missing in some rows, but not in all."""
     path = str(write_jsonl(tmp_path / "r.jsonl", [{"instruction": "i", "output": "o", "Context": "x"}] * 3))
     with pytest.raises(ConfigError, match=r"data\.columns: input: no row has a column 'context'"):
-        rows.check([path], "auto", {"input": "context"}, "line", None)
-    rows.check([path], "auto", {"input": "Context"}, "line", None)
+        rows.check([[path]], "auto", {"input": "context"}, "line", None)
+    rows.check([[path]], "auto", {"input": "Context"}, "line", None)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +361,7 @@ def test_half_of_a_character_in_the_name_of_a_column_can_be_shown(tmp_path):
     str(caught.value).encode()
 
 
-def test_whatever_is_wrong_is_said_in_short():
+def test_long_values_are_shortened_in_messages():
     long = "word " * 100_000
     message = {"role": "user", "content": "q"}
     for values in (
@@ -387,7 +398,7 @@ def test_columns_that_fit_no_format_are_told_the_formats_and_how_to_map(values, 
     ],
 )  # fmt: skip
 def test_columns_in_capitals_come_with_what_to_write(values, mapping):
-    assert f"map them with data.columns, where capitals count: {mapping}" in refused(values)
+    assert f"map them with data.columns, which is case-sensitive: {mapping}" in refused(values)
 
 
 def test_a_table_without_a_header_is_named(tmp_path):
@@ -463,7 +474,7 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"messages": ["hello"]}, "message 1 of 'messages' should have role and content, got hello"),
         ({"conversations": [{"from": "human", "value": "x"}]}, "the conversation ends with the user"),
         ({"conversations": [{"from": "human", "value": None}]}, "message 1 of 'conversations' (user) should have text as content, got null"),
-        ({"conversations": [{"from": "observation", "value": "x"}]}, "message 1 of 'conversations' comes from 'observation'; those of ShareGPT that can be read are human,"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "message 1 of 'conversations' comes from 'observation'; ShareGPT's names are human,"),
         ({"conversations": [{"from": "human"}]}, "message 1 of 'conversations' should have role and content"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}, "message 2 of 'messages' (assistant) should have text as content"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1 of 'messages' (user) should have text as content, got null"),

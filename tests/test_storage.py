@@ -413,7 +413,7 @@ def test_the_last_to_start_wins_and_the_other_writes_nothing_more(s3, tmp_path):
             write()
     assert s3.list_objects_v2(Bucket=bucket(tmp_path))["Contents"] == before
     second.upload_checkpoint(path)
-    assert not Storage(s3_url(tmp_path), "run").restore(tmp_path / "there")  # a claim alone is no run
+    assert not Storage(s3_url(tmp_path), "run").restore(tmp_path / "there")  # a claim alone is not a run
     s3.delete_object(Bucket=bucket(tmp_path), Key="runs/run/writer.json")
     with pytest.raises(TakenOver, match="writer.json is gone"):
         second.require_claim()

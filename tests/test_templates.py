@@ -86,7 +86,7 @@ def rendered(template: Template, conversation: Conversation) -> str:
 
 
 def as_inference_renders(tokenizer, template: Template, messages, add_generation_prompt: bool = False) -> str:
-    """The same messages through the tokenizer, as whoever opens the exported model will do it."""
+    """The same messages through the tokenizer, as a user of the exported model will do it."""
     turns = [{"role": m.role, "content": m.content, **({"context": m.context} if m.context else {})} for m in messages]
     return tokenizer.apply_chat_template(
         turns, chat_template=template.source, tokenize=False, add_generation_prompt=add_generation_prompt

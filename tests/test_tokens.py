@@ -906,7 +906,7 @@ def test_damaged_tokens_are_made_anew_with_a_note(desk, capsys, damage):
     again = desk.prepare(BASE, bytes_tokenizer())
     assert [(of(again, n), again.place(n)) for n in range(2)] == right
     assert (again.num_rows, len(again)) == (2, 2)
-    assert f"note: the token cache {folder} is damaged and is built anew: " in capsys.readouterr().err
+    assert f"note: the token cache {folder} is damaged and will be built again: " in capsys.readouterr().err
     desk.prepare(BASE, bytes_tokenizer())
     assert capsys.readouterr().err == ""
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]

@@ -1,4 +1,4 @@
-"""Trackers are guests: told everything, trusted with no secret, missed by nobody."""
+"""Trackers are guests: they get all numbers and no secrets, and the run does without them."""
 
 import json
 import os
@@ -18,7 +18,7 @@ OFFLINE = {"tracking__trackers": ["wandb"], "tracking__wandb_mode": "offline"}
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch, tmp_path):
-    """As on a machine where nobody has logged in."""
+    """As on a machine without a login."""
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
@@ -143,7 +143,7 @@ def test_a_tracker_that_breaks_is_left_out_and_the_run_goes_on(workshop, monkeyp
     assert losses(run) == losses(plain)
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
     told = capfd.readouterr()
-    assert "tracker wandb failed, the run goes on without it" in told.err
+    assert "tracker wandb failed; the run continues without it" in told.err
     assert "f00d" * 10 not in told.err + told.out
     assert [e.step for e in tensorboard_scalars(run).Scalars("loss")] == [1, 2, 3, 4, 5]
 

@@ -137,7 +137,7 @@ def chosen(found: list[Case], pattern: str) -> list[Case]:
 
 
 def _methods() -> Iterable[Case]:
-    """Every topology with one process, every method, beside `python train.py`; all weights in float32 as well."""
+    """Every topology with one process, every method, compared with `python train.py`; all weights in float32 as well."""
     for method, settings in METHODS.items():
         yield Case(f"plain-{method}", settings)
         for topology in TOPOLOGIES:
@@ -187,7 +187,7 @@ def _resumed() -> Iterable[Case]:
 
 
 def _optimizers() -> Iterable[Case]:
-    """Each in float32, beside the same on the CPU, where everything else was proved."""
+    """Each in float32, compared with the same on the CPU, where everything else was proved."""
     for kind, lr in OPTIMIZERS.items():
         settings = FP32 | {"optimizer.kind": kind, "optimizer.lr": lr}
         within = EIGHT_BITS if kind.endswith("8bit") else IN_BF16_BY_DESIGN if kind == "muon" else CPU
@@ -217,7 +217,7 @@ def _adapters() -> Iterable[Case]:
 
 
 def _layouts() -> Iterable[Case]:
-    """The same examples in the same steps, padded or end to end. Packs hold other examples, so they are no reference."""
+    """The same examples in the same steps, padded or end to end. Packs hold other examples, so they cannot serve as a reference."""
     yield Case("unpacked", UNPACKED)
     yield Case("padded-sdpa", UNPACKED | {"model.attention": "sdpa"}, None, "unpacked", LAYOUT)
     yield Case("padded-eager", UNPACKED | {"model.attention": "eager"}, None, "unpacked", LAYOUT)

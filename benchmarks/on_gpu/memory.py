@@ -1,4 +1,4 @@
-"""What `plan` forecasts beside what PyTorch's allocator has at its peak: layers of an 8B model, but two of them."""
+"""What `plan` forecasts compared with what PyTorch's allocator has at its peak: layers of an 8B model, but two of them."""
 
 import re
 import shutil

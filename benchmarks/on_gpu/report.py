@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from on_gpu.runner import Row
 
 RIGHT, WRONG, LEFT_OUT, NO_TURN = "right", "wrong", "left out", "no turn"
+MEASURED, KNOWN = "measured", "known failure"
+"""It ran, and there is nothing to compare it with; a test that is expected to fail, and did."""
 
 
 class Log:
@@ -25,9 +28,9 @@ class Log:
 
 
 def exit_code(rows: Sequence[Row]) -> int:
-    """1 if anything is wrong, nothing was right, or correctness was cut short: what had no turn is not proved. Else 0."""
+    """1 if anything is wrong, nothing was right or measured, or correctness was cut short: what had no turn is not proved. Else 0."""
     cut_short = any(row.part == "correctness" and row.status == NO_TURN for row in rows)
-    is_wrong = any(row.status == WRONG for row in rows) or not any(row.status == RIGHT for row in rows)
+    is_wrong = any(row.status == WRONG for row in rows) or not any(row.status in (RIGHT, MEASURED) for row in rows)
     return int(is_wrong or cut_short)
 
 
@@ -39,18 +42,18 @@ def about(facts: dict[str, Any]) -> str:
 
 def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """Markdown that can be pasted into docs: what ran, then what did not, and why."""
-    ran = [row for row in rows if row.status in (RIGHT, WRONG)]
+    ran = [row for row in rows if row.status in (RIGHT, MEASURED, WRONG)]
     columns = list(dict.fromkeys(key for row in ran for key in row.values))
     lines = [about(facts), ""]
     if ran:
         head = ["", "result", *columns, "s"]
         lines += [_line(head), _line(["---"] * len(head))]
         for row in ran:
-            status = row.status if row.status == RIGHT else f"**{row.status}**: {row.reason}"
+            status = row.status if row.status != WRONG else f"**{row.status}**: {row.reason}"
             lines.append(
                 _line([row.name, status, *(shown(row.values.get(key)) for key in columns), f"{row.seconds:.0f}"])
             )
-    for status in (LEFT_OUT, NO_TURN):
+    for status in (KNOWN, LEFT_OUT, NO_TURN):
         reasons: dict[str, list[str]] = {}
         for row in rows:
             if row.status == status:
@@ -58,8 +61,14 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         lines += (
             ["", *(f"- {status}: {', '.join(names)}: {reason}" for reason, names in reasons.items())] if reasons else []
         )
-    counts = [f"{sum(row.status == status for row in rows)} {status}" for status in (RIGHT, WRONG, LEFT_OUT, NO_TURN)]
-    return "\n".join([*lines, "", ", ".join(counts)])
+    counts = Counter(row.status for row in rows)
+    shown_always = (RIGHT, WRONG, LEFT_OUT, NO_TURN)
+    listed = [
+        status
+        for status in (RIGHT, MEASURED, WRONG, KNOWN, LEFT_OUT, NO_TURN)
+        if status in shown_always or counts[status]
+    ]
+    return "\n".join([*lines, "", ", ".join(f"{counts[status]} {status}" for status in listed)])
 
 
 def _line(cells: Sequence[str]) -> str:

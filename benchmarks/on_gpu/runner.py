@@ -64,7 +64,7 @@ class Row:
     part: str
     name: str
     status: str
-    """right, wrong, left out (something is missing here) or no turn (time was up)."""
+    """right, measured (nothing to compare with), wrong, known failure, left out (something is missing here) or no turn (time was up)."""
     reason: str = ""
     seconds: float = 0.0
     values: dict[str, Any] = field(default_factory=dict)
@@ -142,7 +142,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def side_by_side(jobs: int, work: Iterable[T], do: Callable[[T], Row], clock: Clock, out_of_turn: Callable[[T], Row]) -> list[Row]:  # fmt: skip
-    """Rows of all, so many at once, in the order of `work`. What would start after the deadline gets no turn."""
+    """Rows of all, `jobs` at once, in the order of `work`. What would start after the deadline gets no turn."""
 
     def one(item: T) -> Row:
         return do(item) if clock.left() > 0 else out_of_turn(item)

@@ -18,7 +18,7 @@ from typing import Any
 
 from on_gpu import memory
 from on_gpu.memory import LAYER
-from on_gpu.report import LEFT_OUT, NO_TURN, RIGHT, WRONG, median
+from on_gpu.report import LEFT_OUT, MEASURED, NO_TURN, WRONG, median
 from on_gpu.runner import ROOT, Row, last_words, run
 
 PART = "speed"
@@ -105,7 +105,7 @@ def rows(lab: memory.Lab, only: str) -> Iterator[Row]:
                 "tokens/s": median(own.speeds), "rounds": len(own.speeds), "memory, GB": round(own.memory_gb, 2),
                 "mfu": f"{median(own.mfu):.1%}" if own.mfu else "", "last loss": own.last_loss,
             }  # fmt: skip
-            yield Row(PART, name, RIGHT, "", own.seconds, values)
+            yield Row(PART, name, MEASURED, "", own.seconds, values)
         elif own.problem:
             yield Row(PART, name, WRONG, own.problem, own.seconds)
         else:

@@ -41,7 +41,7 @@ OTHER_HEADS = {
     "ForSpeechSeq2Seq": "a speech recogniser", "ForCTC": "a speech recogniser", "ForAudioClassification": "an audio classifier",
     "ForTextEncoding": "an encoder", "RewardModel": "a reward model",
 }  # fmt: skip
-# Coefficients of losses beside the next token's, as configs call them.
+# Coefficients of losses other than the next token's, as configs call them.
 BALANCE = (
     "router_aux_loss_coef",
     "aux_loss_alpha",
@@ -67,7 +67,7 @@ def kind_of_folder(path: str) -> str:
         return "run"
     names = [entry.name for entry in folder.iterdir()]
     if not names:
-        return "is an empty folder; was a download broken off?"
+        return "is an empty folder; was a download interrupted?"
     if any(name.endswith(".gguf") for name in names):
         return "holds GGUF files, which are for inference; give the model they were made from, with config.json and .safetensors"
     if any(name.endswith(".pth") for name in names):
@@ -75,11 +75,11 @@ def kind_of_folder(path: str) -> str:
     runs = sorted(name for name in names if is_model_or_adapter(folder / name / "model"))
     if runs:
         listed = ", ".join(str(folder / name / "model") for name in runs[:5])
-        return f"holds runs; write the model of one: {listed}{', ...' if len(runs) > 5 else ''}"
+        return f"is a folder of runs; name the model of one: {listed}{', ...' if len(runs) > 5 else ''}"
     inside = sorted(name for name in names if is_model_or_adapter(folder / name))
     if inside:
         return f"has no config.json; did you mean {folder / inside[0]}?"
-    return "has no config.json, so it is no model of transformers"
+    return "has no config.json, so it is not a transformers model"
 
 
 def decides_what_opens(name: str) -> bool:
@@ -117,7 +117,9 @@ def folder_problem(path: str, needs_weights: bool) -> str | None:
     if kind == "run":
         inside = os.path.join(path, "model")
         return f"{path} is a run directory; " + (
-            f"its model is in {inside}: write that" if is_model_or_adapter(Path(inside)) else "it has no model yet"
+            f"its model is in {inside}: give that folder"
+            if is_model_or_adapter(Path(inside))
+            else "it has no model yet"
         )
     if kind != "model":
         return f"{path} {kind}"
@@ -160,7 +162,7 @@ def weights_problem(folder: Path) -> str | None:
         return f"{folder} has no weights (.safetensors)" + (
             ", only GGUF, which is for inference; give the model it was made from"
             if any(name.endswith(".gguf") for name in names)
-            else "; was a download broken off?"
+            else "; was a download interrupted?"
         )
     first = found[0]
     if not first.endswith(".json"):
@@ -267,11 +269,11 @@ def adapter_problem(path: str) -> str | None:
     if kind == "run":
         is_one = os.path.exists(os.path.join(inside, "adapter_config.json"))
         return f"{path} is a run directory; " + (
-            f"its adapter is in {inside}: write that" if is_one else "it has no adapter in model/"
+            f"its adapter is in {inside}: give that folder" if is_one else "it has no adapter in model/"
         )
     if kind == "model":
         return f"{path} is a whole model, not an adapter; give it as model.path"
-    return f"{path} has no adapter_config.json, so it is no adapter"
+    return f"{path} has no adapter_config.json, so it is not an adapter"
 
 
 def tokenizer_problem(path: str) -> str | None:
@@ -393,7 +395,7 @@ def architecture_problem(name: str, said: Mapping[str, Any]) -> str | None:
 
 
 def forgotten_losses(said: Mapping[str, Any]) -> str | None:
-    """Losses beside the next token's that a config asks for, and that are not added; None if there are none."""
+    """Losses other than the next token's that a config asks for, and that are not added; None if there are none."""
     nested = [values for values in (said.get("text_config"), said.get("ffn_config")) if isinstance(values, Mapping)]
     for values in (said, *nested):
         asked = [f"{name} {values[name]}" for name in BALANCE if values.get(name)]

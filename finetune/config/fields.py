@@ -1,4 +1,4 @@
-"""Every setting of a run: its type, its one default, its one line of documentation."""
+"""Every setting of a run: its type, its default, its line of documentation."""
 
 import math
 from pathlib import Path
@@ -19,141 +19,141 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, types are not guessed, nothing changes after loading."""
+    """Refuse unknown keys and wrong types; values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class Run(Section):
-    """Where the run lives."""
+    """Name, place and seed of the run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run; its directory is run.dir/run.name."""
     dir: PathString = "runs"
-    """Folder that holds run directories."""
+    """Folder for run directories."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Seed of everything random: weights, order of data, dropout."""
+    """Seed for weights, order of data and dropout."""
     replay_of: Annotated[str | None, ExpandedPath] = None
-    """Run directory whose receipt this run must meet: it does not start if data, code, versions or template have changed."""
+    """Repeat the run in this directory: refuse to start if its data, code, versions or template have changed."""
 
 
 class Model(Section):
-    """Which model, and what it starts from."""
+    """The model, its tokenizer and its first weights."""
 
     path: Annotated[str | None, ExpandedPath] = None
-    """Folder or Hub id of the model; with init: random only its config.json is used."""
+    """Folder or Hub id of the model; init: random uses only its config.json."""
     revision: str | None = None
-    """Hub revision: branch, tag or commit."""
+    """Revision on the Hub: a branch, tag or commit."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """Start from the saved weights, or from random ones."""
+    """Start from the saved weights or from random ones."""
     config: dict[str, Any] | None = None
     """Architecture for init: random, as in config.json; needs model_type."""
     tokenizer: Annotated[str | None, ExpandedPath] = None
-    """Folder or Hub id of the tokenizer, or "bytes" for a built-in one of 256 bytes; default: the model's own."""
+    """Folder or Hub id of the tokenizer, or "bytes" for the built-in byte-level one; null: the model's own."""
     new_tokens: list[str] = []
     """Special tokens to add, such as [<|im_start|>, <|im_end|>]; their embeddings start from the mean and train."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the weights; auto: float32 for what trains, the dtype of train.precision for what is frozen. bfloat16: also what trains, at half the memory, rounded stochastically."""
+    """Dtype of the weights; auto: float32 for trained weights and the dtype of train.precision for frozen ones. bfloat16 halves the memory of trained weights and rounds their updates stochastically."""
     attention: Literal["auto", "documents", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """Attention; documents and flash_attention_2 keep documents apart without padding, sdpa and eager train padded batches."""
+    """Attention kernel; documents and flash_attention_2 need no padding, sdpa and eager train padded batches."""
     trust_remote_code: bool = False
-    """Run the Python code that a Hub model brings along."""
+    """Run Python code from the model's Hub repository."""
 
 
 class Adapter(Section):
-    """What trains: all weights, or low-rank adapters beside frozen ones."""
+    """What trains: all weights, or low-rank adapters on top of frozen weights."""
 
     kind: Literal["full", "lora", "qlora"] = "full"
-    """full trains all weights; lora trains low-rank adapters; qlora the same beside weights quantised to 4 or 8 bits."""
+    """full trains all weights, lora trains low-rank adapters, qlora trains adapters on weights quantised to 4 or 8 bits."""
     freeze: list[str] = []
-    """full: regular expressions; weights whose name holds one of them do not train."""
+    """full: regular expressions; freeze the weights whose names match one of them."""
     path: Annotated[str | None, ExpandedPath] = None
-    """Adapter to go on from: folder or Hub id; it keeps its own shape."""
+    """Folder or Hub id of an adapter to continue from; it keeps its own rank and modules."""
     r: Positive = 16
     """LoRA rank."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32
     """LoRA scale: the update is (alpha / r) B A."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the input of the adapters."""
+    """Dropout on the inputs of adapters."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter: names or suffixes, a regular expression, or all-linear (all but the head)."""
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
-    """Only these layers, counted from 0, get adapters; null: all."""
+    """Put adapters on these layers only, counted from 0; null: all layers."""
     rank_pattern: dict[str, Positive] = {}
-    """Other ranks for some modules, as {regular expression: r}."""
+    """Ranks that differ from r, as {regular expression of modules: rank}."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
-    """Other alphas for some modules, as {regular expression: alpha}."""
+    """Alphas that differ from alpha, as {regular expression of modules: alpha}."""
     rslora: bool = False
-    """Scale by alpha / sqrt(r), which keeps updates alike at high ranks (Kalajdzievski, 2023)."""
+    """Scale updates by alpha / sqrt(r), which keeps their size the same at high ranks (Kalajdzievski, 2023)."""
     dora: bool = False
-    """Learn the length of weights apart from their direction (Liu et al., 2024): better at low ranks, slower."""
+    """Learn the magnitude of weights separately from their direction (DoRA; Liu et al., 2024): better at low ranks, slower."""
     init: Literal["default", "gaussian", "pissa", "eva", "loftq", "random"] = "default"
-    """What adapters start from. default, gaussian: no change at first; pissa: the weights' own main directions; eva: those of the data; loftq: what quantisation has lost; random: also B."""
+    """How to initialise adapters. default, gaussian: leave the model unchanged; pissa: principal directions of the weights; eva: principal directions of the data; loftq: correct the quantisation error; random: make B random too."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases that train too. Without its adapter the base is then no longer what it was."""
+    """Biases to train. This changes the base: switching the adapter off does not give the original model back."""
     train_norms: bool = False
-    """Train the norms too, whole."""
+    """Train all weights of the norms."""
     modules_to_save: list[str] = []
-    """Modules that train whole beside the adapters and are saved with them."""
+    """Modules to train in full, and save with the adapter."""
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
-    """qlora: how frozen weights are stored."""
+    """qlora: how to store frozen weights."""
     double_quantization: bool = True
-    """qlora, 4 bits: quantise the scales too; saves 0.4 bits a weight."""
+    """qlora, 4 bits: quantise the scales too; saves 0.4 bits per weight."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """qlora, 4 bits: what weights are unpacked to for each product; auto: the dtype of the rest of the base."""
+    """qlora, 4 bits: dtype that weights are dequantised to for matrix products; auto: the dtype of the other base weights."""
 
 
 class Data(Section):
-    """What is learned from, and how rows become sequences."""
+    """The rows, and how they become sequences."""
 
     train: Annotated[str | list[str], ExpandedPath]
     """Training rows: files (.jsonl .json .csv .tsv .parquet .txt), folders, globs, or Hub names as owner/name[:split]."""
     max_rows: Positive | None = None
-    """Train on so many rows, drawn by run.seed; null: all."""
+    """Train on this many rows, drawn at random with run.seed; null: all rows."""
     eval: Annotated[str | list[str] | None, ExpandedPath] = None
-    """Evaluation rows, as data.train."""
+    """Evaluation rows, in the same forms as data.train."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Part of the training rows set aside for evaluation when data.eval is not given."""
+    """Fraction of the training rows to hold out for evaluation, if data.eval is not given."""
     format: Literal["auto", "text", "prompt_completion", "question_answer", "instruction", "messages"] = "auto"
-    """Shape of the rows; auto: from the columns of the first row."""
+    """Format of the rows; auto: detect it from the columns of the first row."""
     columns: dict[str, str] = {}
-    """Columns under other names, as {question: Patient, answer: Doctor}."""
+    """Map columns with other names, as {question: Patient, answer: Doctor}."""
     text_unit: Literal["line", "paragraph", "file"] = "line"
-    """What is one row of a .txt file; paragraphs are separated by blank lines."""
+    """Unit of a .txt file that makes a row; blank lines separate paragraphs."""
     system_prompt: str | None = None
-    """System message put before every conversation that has none."""
+    """System message for every conversation that has none."""
     template: PathString = "auto"
-    """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file; auto: chat if there is one, else the usual one of the format."""
+    """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file; auto: chat if the tokenizer has one, else the usual template of the format."""
     loss_on: Literal["completion", "all", "last_turn"] = "completion"
-    """What is learned: every answer, every token, or the last answer only."""
+    """Train on every answer (completion), on every token (all), or on the last answer only (last_turn)."""
     max_length: Annotated[int, Field(gt=1)] = 1024
-    """Most tokens of a sequence."""
+    """Maximum number of tokens in a sequence."""
     truncation: Literal["error", "right", "left", "drop", "split"] = "error"
-    """A row over max_length: stop with an error, cut its right or left end, drop it, or (clm) split it."""
+    """What to do with a row longer than max_length: stop with an error, cut its right or left end, drop it, or (clm) split it."""
     packing: bool = False
-    """Put several examples into one sequence of at most max_length tokens; they never see each other."""
+    """Pack several examples into one sequence of at most max_length tokens; attention does not cross examples."""
     group_by_length: bool = False
-    """Put examples of similar length into the same step, so that little is padded."""
+    """Put examples of similar length into the same step, to reduce padding."""
     cache_dir: str = paths.DEFAULT_CACHE
-    """Where tokenised data is kept, by content hash; without a home directory to write into: run.dir/.cache."""
+    """Folder for tokenised data, keyed by a hash of its content; run.dir/.cache if the home directory is not writable."""
 
 
 class Objective(Section):
-    """What is learned from the data."""
+    """The loss."""
 
     kind: Literal["clm", "sft"] = "sft"
-    """clm: every next token of every row; sft: the answers, given the prompts."""
+    """clm trains on every token of every row, sft trains on answers, given their prompts."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Part of each target that is spread over the whole vocabulary; not in evaluations."""
+    """Fraction of each target to spread over the vocabulary; evaluation does not use it."""
 
 
 class Optimizer(Section):
-    """How weights move."""
+    """The optimizer and its learning rate."""
 
     kind: Literal[
         "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion", "lion_8bit", "adafactor", "muon"
     ] = "adamw"
-    """adamw; 8-bit and paged ones keep its state small or in host memory; lion keeps half of it; adafactor next to none; muon for all weights."""
+    """Optimizer. 8-bit optimizers store their state in 8 bits, paged ones can move it to host memory; lion needs half the state of adamw, adafactor almost none; muon works with adapter.kind: full only."""
     lr: Annotated[
         float,
         Field(gt=0, allow_inf_nan=False),
@@ -163,108 +163,108 @@ class Optimizer(Section):
     embedding_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Peak learning rate of embeddings and head; null: optimizer.lr."""
     lora_plus_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """LoRA+ (Hayou et al., 2024): B matrices learn so many times faster than A matrices; null: as fast."""
+    """LoRA+ (Hayou et al., 2024): learning rate of B matrices divided by that of A matrices; null: 1."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = None
-    """Decay of the running averages; null: [0.9, 0.999], and [0.9, 0.99] for lion."""
+    """Decay rates of the running averages; null: [0.9, 0.999], or [0.9, 0.99] for lion."""
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
-    """Added to Adam's denominator."""
+    """Term added to Adam's denominator."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Decoupled weight decay; never on norms and biases."""
+    """Decoupled weight decay; norms and biases are not decayed."""
 
 
 class Schedule(Section):
-    """The learning rate over the run."""
+    """How the learning rate changes during the run."""
 
     kind: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "linear"
-    """Shape after the warm-up; wsd (warmup-stable-decay): constant, then linear over the last part."""
+    """Shape after the warm-up; wsd (warmup-stable-decay) stays constant and then falls linearly."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps to raise the learning rate from 0 to its peak."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """wsd: part of the run, at its end, over which the learning rate falls."""
+    """wsd: fraction of the run, at its end, in which the learning rate falls."""
     min_lr_fraction: Fraction = 0.0
-    """Part of the peak that linear, cosine and wsd end at."""
+    """Final learning rate of linear, cosine and wsd, as a fraction of the peak."""
 
 
 class Train(Section):
-    """How long, how much at once, and in what precision."""
+    """Length, batch sizes and precision of the training."""
 
     epochs: Positive = 1
     """Passes over the data."""
     max_steps: Positive | None = None
-    """Stop after this many optimizer steps, if that is sooner than train.epochs."""
+    """Stop after this many optimizer steps, if train.epochs has not ended before."""
     global_batch_size: BatchSize = 8
-    """Sequences of one optimizer step, over all processes."""
+    """Sequences per optimizer step, summed over all processes."""
     micro_batch_size: BatchSize | Literal["auto"] = 1
-    """Sequences that one process puts through the model at once; auto: the most that fit, by forecast, and then tried."""
+    """Sequences per forward pass of one process; auto: forecast the largest size that fits, and try it before training."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the arithmetic; auto: bf16 on a GPU that can, else fp32."""
+    """Precision of the arithmetic; auto: bf16 on GPUs that support it, else fp32."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
-    """Gradients are scaled down to this norm; null: not."""
+    """Clip gradients to this norm; null: do not clip."""
     neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """NEFTune: noise on the embeddings in training, of +-alpha / sqrt(tokens x width); null: none."""
+    """NEFTune: add noise of up to alpha / sqrt(tokens x width) to the embeddings during training; null: add none."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Keep an average of the weights, and evaluate, sample and export it; null: the weights themselves."""
+    """Decay rate of an exponential moving average of the weights, which is then evaluated, sampled and exported; null: keep no average."""
     gradient_checkpointing: bool | Positive = False
-    """Recompute activations in the backward pass: less memory, about a third more time; a number: of so many layers only."""
+    """Recompute activations in the backward pass: less memory, about a third more time. A number: only in the first N layers."""
     compile: bool = False
-    """Compile the layers (torch.compile): faster steps, after a first one that takes a minute or two; needs a C++ compiler."""
+    """Compile the layers with torch.compile: faster steps after a first one of a minute or two; needs a C++ compiler."""
     hang_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
-    """End all processes when one has not answered, or a micro-batch has not ended, for so long; null: wait for ever."""
+    """End all processes if one does not answer, or a micro-batch does not finish, within this many minutes; null: no limit."""
 
 
 class Checkpoint(Section):
-    """What survives a machine that vanishes."""
+    """Checkpoints, and how the run responds when its machine is taken away."""
 
     every_steps: Positive | None = None
-    """Save every so many steps; null: not by steps."""
+    """Save every N steps; null: do not save by steps."""
     every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 15.0
-    """Save when this many minutes have passed since the last save; null: not by time."""
+    """Save every N minutes; null: do not save by time."""
     keep_last: Positive = 2
-    """Checkpoints kept, besides the best and the one that this attempt went on from."""
+    """Number of checkpoints to keep, in addition to the best one and the one this attempt resumed from."""
     asynchronous: bool = True
-    """Write in the background; training waits only for a copy in host memory. false: wait, and need no such memory."""
+    """Write checkpoints in the background; training waits only for a copy to host memory. false: wait for the write, which saves that memory."""
     storage: Annotated[str | None, ExpandedPath] = None
-    """Object store that checkpoints, logs and the model are copied to, as s3://bucket/folder; a machine with an empty disk goes on from there."""
+    """Object store to copy checkpoints, logs and the model to, as s3://bucket/folder; a machine with an empty disk resumes from it."""
     grace_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
-    """Seconds that your cluster gives from SIGTERM to the kill, of which the run warns if saves take longer; a start waits as long for a process that still holds the run directory."""
+    """Seconds between SIGTERM and SIGKILL on your cluster. The run warns if saves take longer, and waits this long at the start for a process that still holds the run directory."""
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Stop, saved, with exit code 75, when a process is so old: for queues that kill at a deadline; leave room for a step and a save."""
+    """Save and end with exit code 75 after this many minutes, for queues that kill at a deadline; leave time for a step and a save."""
     notices: Literal["aws", "gcp", "azure"] | None = None
-    """Cloud whose notices of preemption to ask for; in Kubernetes rely on SIGTERM instead."""
+    """Poll this cloud for preemption notices; in Kubernetes rely on SIGTERM instead."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest valid checkpoint; never: refuse to start where there are checkpoints."""
+    """auto: resume from the newest valid checkpoint; never: refuse to start if the run has checkpoints."""
 
 
 class Evaluation(Section):
     """Loss on held-out rows."""
 
     every_steps: Positive | None = None
-    """Evaluate every so many steps, and always at the end; null: at the end only."""
+    """Evaluate every N steps and at the end; null: only at the end."""
     micro_batch_size: BatchSize | None = None
-    """Sequences that one process evaluates at once; null: train.micro_batch_size."""
+    """Sequences per forward pass of one process in evaluations; null: train.micro_batch_size."""
     patience: Positive | None = None
-    """Stop when so many evaluations in a row have not been the best; null: never."""
+    """Stop after N evaluations in a row without a new best; null: never stop early."""
     export_best: bool = False
-    """Export the weights of the best evaluation, not the last ones."""
+    """Export the weights of the best evaluation instead of the last weights."""
     sample_prompts: list[str] = []
-    """Messages that the model answers now and then, into samples.jsonl."""
+    """Prompts to answer during the run; answers go to samples.jsonl."""
     sample_every_steps: Positive | None = None
-    """Answer evaluation.sample_prompts every so many steps, and always at the end; null: at the end only."""
+    """Answer evaluation.sample_prompts every N steps and at the end; null: only at the end."""
     sample_max_new_tokens: Positive = 128
-    """Longest answer to a sample prompt."""
+    """Maximum number of tokens in an answer to a sample prompt."""
 
 
 class Tracking(Section):
-    """What a run tells while it goes."""
+    """Logs and trackers."""
 
     log_every_steps: Positive = 1
-    """Write metrics every so many steps."""
+    """Write metrics every N steps."""
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = []
-    """Programs that get the metrics too: Weights & Biases, TensorBoard (into the run directory), Trackio."""
+    """Also send metrics to Weights & Biases, TensorBoard (in the run directory) or Trackio."""
     project: str = "finetune"
-    """Project of the run in wandb and trackio."""
+    """Project name in wandb and trackio."""
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
-    """offline: into the run directory, for `wandb sync`; disabled: nowhere; null: as WANDB_MODE says, else online."""
+    """offline: write into the run directory, for `wandb sync`; disabled: send nothing; null: use WANDB_MODE, else online."""
 
 
 class Config(Section):
@@ -285,7 +285,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _with_rate(cls, values: Any) -> Any:
-        """optimizer.lr as a number, whatever was left out: code, config.yaml and receipt know no other."""
+        """Fill in optimizer.lr, so that code, config.yaml and receipt always have a number."""
         optimizer = values.get("optimizer", {}) if isinstance(values, dict) else None
         if not isinstance(optimizer, dict) or optimizer.get("lr") is not None:
             return values
@@ -295,19 +295,19 @@ class Config(Section):
 
     @property
     def cache_dir(self) -> str:
-        """data.cache_dir, or its stand-in where there is no home directory."""
+        """data.cache_dir, or a folder in run.dir if the home directory is missing."""
         return paths.cache_dir(self.data.cache_dir, self.run.dir)
 
     @property
     def micro_batch_size(self) -> int:
-        """train.micro_batch_size, once auto has become a number."""
+        """train.micro_batch_size, after auto was replaced by a number."""
         size = self.train.micro_batch_size
         assert size != "auto"
         return size
 
     @property
     def trains_in_16_bits(self) -> bool:
-        """Whether the weights that train are bfloat16 themselves; beside adapters what trains is float32."""
+        """Whether trained weights are bfloat16; adapters always train in float32."""
         return self.adapter.kind == "full" and self.model.dtype == "bfloat16"
 
     @property
@@ -319,7 +319,7 @@ def usual_lr(optimizer: Any, adapter: Any) -> float:
     """optimizer.lr where none is given.
 
     All weights: 2e-5 (Llama-2, Alpaca, Tulu). Adapters: 2e-4, ten times that (Dettmers et al., 2023; Hu et al., 2021). Lion's
-    steps have the size of its rate whatever the gradient: a third to a tenth of AdamW's (Chen et al., 2023). Adafactor's
+    steps have the size of its rate for any gradient: a third to a tenth of AdamW's (Chen et al., 2023). Adafactor's
     rate is relative to the size of a weight: 1e-3 (Raffel et al., 2020). Muon's updates are scaled to the size of AdamW's
     (Liu et al., 2025), so its rate is AdamW's.
     """

@@ -55,7 +55,7 @@ ELSEWHERE = {
     "logging_steps": "tracking.log_every_steps", "report_to": "tracking.trackers", "use_wandb": "tracking.trackers",
     "wandb_project": "tracking.project", "project_name": "tracking.project",
     "eval_strategy": "evaluation.every_steps", "evaluation_strategy": "evaluation.every_steps", "save_strategy": "checkpoint.every_steps",
-    # what is no setting
+    # not settings of the run config
     "deepspeed": "the topology file decides: accelerate launch --config_file accelerate_configs/zero3.yaml train.py ...",
     "fsdp": "the topology file decides: accelerate launch --config_file accelerate_configs/fsdp2.yaml train.py ...",
     "fsdp_config": "the topology file decides: accelerate launch --config_file accelerate_configs/fsdp2.yaml train.py ...",

@@ -21,10 +21,10 @@ def expanded(path: Any) -> Any:
         return path
     user = bare.split("/")[0]
     if user == "~" and not has_home():
-        raise ValueError("begins with ~, but there is no home directory here; set HOME, or write the whole path")
+        raise ValueError("begins with ~, but this machine has no home directory; set HOME, or write the full path")
     whole = os.path.expanduser(bare)
     if whole == bare and user != "~":
-        raise ValueError(f"begins with {user}, but there is no such user here; write the whole path")
+        raise ValueError(f"begins with {user}, but this machine has no such user; write the full path")
     return scheme + whole
 
 
@@ -44,7 +44,7 @@ def argument(text: str) -> str:
 
 
 def cache_dir(given: str, run_dir: str) -> str:
-    """data.cache_dir without `~`; its default becomes a folder beside the runs where there is no home that can be written."""
+    """data.cache_dir without `~`; the default becomes a folder next to the runs if the home directory cannot be written."""
     home = os.path.expanduser("~")
     if given == DEFAULT_CACHE and not (
         has_home() and (os.path.isdir(given_to := home + given[1:]) or _writable(given_to))

@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     parser = _Parser(
         prog="train.py",
         usage="%(prog)s --config FILE [--check] [--section.field VALUE ...]",
-        description="Specialise a Hugging Face language model to a task. Every setting below can stand in the YAML file or on the command line.",
+        description="Specialise a Hugging Face language model to a task. Set each of the settings below in the YAML file or on the command line.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -39,7 +39,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     note_repeats(parser)
     parser.add_argument("--config", metavar="FILE", help="YAML run config")
     parser.add_argument(
-        "--check", action="store_true", help="preflight: everything that can be known without loading weights"
+        "--check", action="store_true", help="check settings, rows and model without loading weights, and end"
     )
     for section, model in _sections():
         group = parser.add_argument_group(section, model.__doc__)
@@ -58,17 +58,23 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     if path is None and unknown and unknown[0].endswith((".yaml", ".yml")):
         path = unknown.pop(0)  # train.py configs/my_run.yaml
     after = [word for word in unknown if word.split("=")[0] in parser._option_string_actions]
-    problems = [f"{word}: stands after --, where options are not read; remove the --" for word in after]
+    problems = [f"{word}: stands after --, so it was not read as an option; remove the --" for word in after]
     unknown = [word for word in unknown if word != "--" and word not in after]
     problems += [_unknown_argument(word) for word in unknown if word.startswith("-")]
-    problems += [f"{_shown(word)}: stray word on the command line; {_beside(path, word)}" for word in unknown[:1] if not word.startswith("-")]  # fmt: skip
+    problems += [f"{_shown(word)}: unexpected word on the command line; {_beside(path, word)}" for word in unknown[:1] if not word.startswith("-")]  # fmt: skip
     problems += [
-        f"{name} in the environment: holds half a character, or bytes that are not UTF-8; set it anew"
+        f"{name} in the environment: contains half a character, or bytes that are not UTF-8; set it again"
         for name, value in os.environ.items()
         if name.startswith(("FINETUNE_", "ACCELERATE_", "WANDB_")) and paths.half_characters(value, name)
     ]
+    taken = _taken_configs(path, overrides)
+    if taken and path is None:  # without the config every required setting would be missing
+        raise ConfigError(_listed(problems + taken, "the command line"))
+    problems += taken
     values = read_yaml(path) if path else {}
     for key, raw in overrides.items():
+        if any(problem.startswith(f"{key}: ") for problem in taken):
+            continue
         section, name = key.split(".")
         if values.get(section) is None:
             values[section] = {}
@@ -78,6 +84,20 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
             except yaml.YAMLError:
                 problems.append(f"{key}: {raw!r} cannot be read; write lists as [a, b] and mappings as {{a: b}}")
     return from_dict(values, where=_where(path, bool(overrides or unknown)), problems=problems), check
+
+
+def _taken_configs(path: str | None, overrides: dict[str, str]) -> list[str]:
+    """Settings whose value is a YAML file: a bare flag in front of the config takes it as its value."""
+    problems = []
+    for key, raw in overrides.items():
+        options = _options(_field(key).annotation)
+        is_config = raw.lower().endswith((".yaml", ".yml"))
+        if not is_config or (str in options and (path is not None or not os.path.isfile(raw))):
+            continue
+        config = "" if path else f"--config {_shown(raw)[1:-1]} "
+        value = "true" if bool in options else "VALUE"
+        problems.append(f"{key}: took the YAML file {_shown(raw)} as its value; write {config}--{key} {value}")
+    return problems
 
 
 def _where(path: str | None, overridden: bool) -> str:
@@ -113,7 +133,7 @@ def from_dict(values: dict[str, Any], where: str = "config", problems: list[str]
     """Validate a nested mapping. Raises ConfigError that lists every problem."""
     problems = list(problems or [])
     problems += [
-        f"{key}: holds half a character (a lone surrogate), or bytes that are not UTF-8; write it anew"
+        f"{key}: contains half a character (a lone surrogate), or bytes that are not UTF-8; write it again"
         for key in dict.fromkeys(paths.half_characters(values))
     ]
     if problems and any("half a character" in problem for problem in problems):  # nothing could print it
@@ -203,13 +223,16 @@ class _Parser(argparse.ArgumentParser):
     """Errors of argparse as ours."""
 
     def error(self, message: str) -> NoReturn:
+        name, _, what = message.removeprefix("argument ").partition(": ")
+        if what == "expected one argument":
+            raise ConfigError(f"{name}: has no value; write {name} {'FILE' if name == '--config' else 'VALUE'}")
         raise ConfigError(message.removeprefix("argument "))
 
 
 def _beside(path: str | None, word: str) -> str:
     if word.endswith((".yaml", ".yml")):
-        return f"the config is {path} already; give one of them"
-    return "settings are written --section.field VALUE, lists in quotes as '[a, b]', and the config --config FILE"
+        return f"the config is already {path}; give only one"
+    return "write settings as --section.field VALUE, lists in quotes as '[a, b]', and the config as --config FILE"
 
 
 def _shown(text: str) -> str:
@@ -364,7 +387,7 @@ def _describe(error: Any) -> str:
             return f"{key}: unknown key; nest it: {_yaml({section: {name: got}}).removeprefix('{').removesuffix('}')}"
         return f"{key}: unknown key; {_nearest(key)}"
     if kind == "missing":
-        return f"{key}: required and not given" + ("" if "." in key else f" (section {key}:)")
+        return f"{key}: is required" + ("" if "." in key else f" (section {key}:)")
     if kind == "model_type":
         return f"{key}: a section with keys of its own, got {_yaml(got)}"
     key = ".".join(key.split(".")[:2])  # inside a union or a list the rest of the path names pydantic's branches

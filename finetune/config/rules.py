@@ -36,7 +36,7 @@ def _model_conflicts(model: Model, adapter: Adapter) -> Iterator[str]:
     if (model.path is None) == (model.config is None):
         yield "model.path: give either model.path or model.config (an architecture for init: random)"
     if model.config is not None and model.init != "random":
-        yield "model.config: only for model.init: random; saved weights bring their own config"
+        yield "model.config: only for model.init: random; saved weights have their own config"
     if model.config is not None and model.tokenizer is None:
         yield 'model.tokenizer: needed with model.config: a folder, a Hub id or "bytes"'
     if model.config is not None and "model_type" not in model.config:
@@ -46,10 +46,10 @@ def _model_conflicts(model: Model, adapter: Adapter) -> Iterator[str]:
     if model.path is not None and os.path.isdir(model.path):
         yield from _ignored(model, "model", ("revision",), "model.path is a folder")
     if model.init == "random" and adapter.kind != "full":
-        yield f"adapter.kind: {adapter.kind} beside random weights cannot be loaded again, as they are not saved; use full"
+        yield f"adapter.kind: {adapter.kind} on random weights cannot be loaded again, because those weights are not saved; use full"
     for token in model.new_tokens:
         if not token.strip() or model.new_tokens.count(token) > 1:
-            yield f"model.new_tokens: {token!r} is empty or there twice"
+            yield f"model.new_tokens: {token!r} is empty or repeated"
             break
 
 
@@ -58,7 +58,7 @@ def _data_conflicts(config: Config) -> Iterator[str]:
     if config.objective.kind == "clm":
         yield from _ignored(data, "data", ("loss_on",), "objective.kind: clm learns every token")
     elif data.truncation == "split":
-        yield "data.truncation: split would cut answers from their prompts; it is for objective.kind: clm"
+        yield "data.truncation: split would cut answers from their prompts; use it with objective.kind: clm"
     if data.format == "text":
         yield from _ignored(data, "data", ("template", "system_prompt"), "rows of text have no turns")
         if config.objective.kind == "sft":
@@ -79,14 +79,14 @@ def _data_conflicts(config: Config) -> Iterator[str]:
     if data.packing and model.attention in PADDED_ATTENTION:
         yield f"data.packing: with model.attention: {model.attention} packed documents would see each other; use auto"
     if data.packing and data.group_by_length:
-        yield "data.group_by_length: ignored with data.packing, which fills every sequence"
+        yield "data.group_by_length: would be ignored: data.packing fills every sequence; remove it"
 
 
 def _schedule_conflicts(schedule: Schedule) -> Iterator[str]:
     if schedule.kind in ("constant", "inverse_sqrt"):
         yield from _ignored(schedule, "schedule", ("min_lr_fraction",), f"schedule.kind: {schedule.kind} ends nowhere")
     if schedule.kind != "wsd":
-        yield from _ignored(schedule, "schedule", ("decay_fraction",), "it is for schedule.kind: wsd")
+        yield from _ignored(schedule, "schedule", ("decay_fraction",), "it belongs to schedule.kind: wsd")
     if schedule.kind == "inverse_sqrt" and schedule.warmup_steps == 0:
         yield "schedule.warmup_steps: inverse_sqrt falls as sqrt(warmup_steps / step), so it needs some"
 
@@ -95,7 +95,7 @@ def _evaluation_conflicts(config: Config) -> Iterator[str]:
     wanted = config.evaluation
     if not wanted.sample_prompts:
         names = ("sample_every_steps", "sample_max_new_tokens")
-        yield from _ignored(wanted, "evaluation", names, "there are no evaluation.sample_prompts")
+        yield from _ignored(wanted, "evaluation", names, "evaluation.sample_prompts is empty")
     if wanted.patience is not None and wanted.every_steps is None:
         yield "evaluation.patience: needs evaluation.every_steps; there is only one evaluation, at the end"
     if wanted.export_best and wanted.every_steps is None:
@@ -107,7 +107,7 @@ def _evaluation_conflicts(config: Config) -> Iterator[str]:
             wanted,
             "evaluation",
             ("every_steps", "micro_batch_size", "patience", "export_best"),
-            "there are no evaluation rows (data.eval)",
+            "the run has no evaluation rows (data.eval)",
         )
 
 
@@ -122,40 +122,40 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
     if adapter.kind == "full":
         yield from _ignored(adapter, "adapter", ("path", *SHAPE), "adapter.kind: full has no adapter")
     else:
-        yield from _ignored(adapter, "adapter", ("freeze",), "beside adapters every other weight is frozen")
+        yield from _ignored(adapter, "adapter", ("freeze",), "adapters freeze every other weight")
     if adapter.kind != "qlora":
-        yield from _ignored(adapter, "adapter", QUANTIZED, "it is for adapter.kind: qlora")
+        yield from _ignored(adapter, "adapter", QUANTIZED, "it belongs to adapter.kind: qlora")
     elif adapter.quantization == "int8":
         yield from _ignored(adapter, "adapter", QUANTIZED[1:], "it is for 4 bits")
     if adapter.path is not None:
-        yield from _ignored(adapter, "adapter", SHAPE, "adapter.path brings its own shape")
+        yield from _ignored(adapter, "adapter", SHAPE, "the adapter in adapter.path has its own shape")
         return
     if adapter.kind == "qlora" and adapter.init == "pissa":
         yield "adapter.init: pissa rewrites the base weights, which qlora has quantised before; use loftq, or kind: lora"
     if adapter.kind == "lora" and adapter.init == "loftq":
-        yield "adapter.init: loftq makes up for quantisation, and nothing is quantised; use kind: qlora"
+        yield "adapter.init: loftq corrects quantisation errors, and nothing is quantised; use kind: qlora"
     if adapter.dora and adapter.init in ("pissa", "loftq", "eva"):
-        yield f"adapter.dora: not beside adapter.init: {adapter.init}; use init: default"
+        yield f"adapter.dora: cannot be used with adapter.init: {adapter.init}; use init: default"
     if adapter.kind == "qlora" and adapter.dora and adapter.quantization == "int8":
         yield "adapter.dora: unpacks weights at every step, which int8 does inexactly; use nf4"
     if adapter.layers is not None and isinstance(adapter.target_modules, str):
-        yield "adapter.layers: peft needs names of modules beside it; set adapter.target_modules, as [q_proj, v_proj]"
+        yield "adapter.layers: peft also needs the names of modules; set adapter.target_modules, as [q_proj, v_proj]"
     if adapter.bias != "none" and adapter.kind == "qlora":
-        yield "adapter.bias: not with kind: qlora, where bitsandbytes rounds biases to the compute type at each pass; use none"
+        yield "adapter.bias: cannot be used with kind: qlora, where bitsandbytes rounds biases to the compute type at each pass; use none"
     if adapter.bias != "none" and adapter.dora:
-        yield "adapter.bias: not beside adapter.dora; use none"
+        yield "adapter.bias: cannot be used with adapter.dora; use none"
 
 
 def _optimizer_conflicts(config: Config) -> Iterator[str]:
     optimizer, kind = config.optimizer, config.optimizer.kind
     if config.trains_in_16_bits and kind != "adamw":
-        yield f"optimizer.kind: {kind} rounds weights in 16 bits to the nearest, which loses most updates; use adamw, which rounds them by chance, or model.dtype: auto"
+        yield f"optimizer.kind: {kind} rounds weights in 16 bits to the nearest, which loses most updates; use adamw, which rounds them stochastically, or model.dtype: auto"
     if kind == "adafactor":
         yield from _ignored(optimizer, "optimizer", ("betas", "eps"), "adafactor has its own")
     if kind.startswith("lion"):
         yield from _ignored(optimizer, "optimizer", ("eps",), "lion divides by nothing")
     if kind == "muon" and config.adapter.kind != "full":
-        yield "optimizer.kind: muon turns the update of a whole matrix, which adapters have in two parts; use adamw"
+        yield "optimizer.kind: muon turns the update of a whole matrix, which adapters split in two; use adamw"
     if kind == "adafactor" and config.adapter.kind != "full":
         yield "optimizer.kind: adafactor steps in proportion to the size of a weight, and half of an adapter starts at 0; use adamw_8bit"
     if config.adapter.kind == "full":

@@ -43,7 +43,7 @@ TEST_WORDS = {"test", "testing"}
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 SNIFFED_LINES, SNIFFED_CHARACTERS = 100, 1 << 16  # of a CSV, and of each line, to find its delimiter
 PARQUET_BYTES = 64 << 20  # read at once: a row may be a book
-# How files begin that are not text, whatever their name says.
+# First bytes of files that are not text, under any name.
 SIGNATURES = {
     b"PK\x03\x04": "a zip archive or an Excel file", b"\xd0\xcf\x11\xe0": "an old Excel or Word file", b"PAR1": "a Parquet file",
     b"\x1f\x8b": "compressed by gzip", b"\x28\xb5\x2f\xfd": "compressed by zstd", b"BZh": "compressed by bzip2",
@@ -106,7 +106,7 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sourc
                 content = fingerprint(file)
                 if content in known:
                     raise DataError(
-                        f"{key}: {printable(file)} holds the same rows as {known[content]}; what is trained on cannot be evaluated on, nor be given twice"
+                        f"{key}: {printable(file)} holds the same rows as {known[content]}; do not evaluate on training rows, and list each file once"
                     )
                 known[content] = f"{key} {printable(file)}"
                 own[file] = content
@@ -138,7 +138,7 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
             for match in sorted(glob.glob(path, recursive=True)):
                 _collect(match, seen, files, left_out)
             if not files and not left_out:
-                raise DataError(f"{key}: {printable(name)} matches no file; it was looked for in {_here()}")
+                raise DataError(f"{key}: {printable(name)} matches no file; searched in {_here()}")
         else:
             _collect(path, set(), files, left_out)
     literal = re.split(r"[*?[]", path)[0] if pattern else path + "/"
@@ -167,7 +167,9 @@ def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[s
             else:
                 _collect(inside, seen, files, left_out)
     elif not os.path.exists(path):
-        raise DataError(f"{printable(path)}: a link to {printable(real)}, where no file is; restore or remove it")
+        raise DataError(
+            f"{printable(path)}: links to {printable(real)}, which does not exist; restore the file or remove the link"
+        )
     elif os.path.isdir(path):
         files.append(path)
     elif ending in DESCRIPTIONS.get(name, ()):
@@ -250,11 +252,11 @@ def _absent(name: str, key: str = "data.train") -> DataError:
     folder, base = os.path.split(path)
     hint = ""
     if "://" in name:
-        hint = "; addresses are not read: download it first"
+        hint = "; URLs are not supported: download the file first"
     elif "\\" in name:
         hint = "; write / between folders"
     elif folder and not os.path.isdir(folder):
-        hint = f"; there is no folder {printable(folder)}"
+        hint = f"; the folder {printable(folder)} does not exist"
     else:
         with contextlib.suppress(OSError, ValueError):
             near = difflib.get_close_matches(base, os.listdir(folder or "."), n=1)
@@ -262,7 +264,7 @@ def _absent(name: str, key: str = "data.train") -> DataError:
             if near:
                 hint = f"; did you mean {printable(os.path.join(folder, near[0]))}?"
             elif _HUB_NAME.fullmatch(name):
-                hint = f"; it is not looked for on the Hub, as {printable(folder)} is a folder here"
+                hint = f"; it was not searched on the Hub, because {printable(folder)} is a local folder"
     return DataError(
         f"{printable(name) or '(empty name)'}: no such file in {_here()}{hint}; "
         f"{takes} files, folders, globs, or Hub names as owner/name[:split]"
@@ -333,7 +335,7 @@ def _readable(source: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
-        raise DataError(f"{printable(source)}: damaged or not whole: {exc}; write it anew") from exc
+        raise DataError(f"{printable(source)}: damaged or incomplete: {exc}; create it again") from exc
     except OSError as exc:
         failures.reraise(exc, f"{printable(source)}: cannot be read now")
         raise DataError(f"{printable(source)}: cannot be read: {exc.strerror or exc}") from exc
@@ -421,9 +423,9 @@ def _require_text(source: str, start: bytes) -> None:
 
 def _remedy(source: str, raw: bytes, exc: UnicodeDecodeError, saw_utf8: bool) -> str:
     if exc.reason == "unexpected end of data" and exc.end == len(raw):
-        return "the file ends inside a character; write it anew, whole"
+        return "the file ends inside a character; create it again"
     if saw_utf8 or any(byte >= 0x80 for byte in raw[: exc.start]):
-        return "what stands before it is UTF-8; correct this character, or save the file as UTF-8"
+        return "everything before it is UTF-8; correct this character, or save the file as UTF-8"
     with _opened(source) as file:
         guess = _probable_encoding(file.read(1 << 16) + raw[max(0, exc.start - 1000) : exc.start + 1000])
     if guess is None:
@@ -546,7 +548,7 @@ def _delimiter(source: str) -> tuple[str, int]:
         rows: list[list[str]] = []
         try:
             rows.extend(cells for cells in reader if any(map(str.strip, cells)))
-        except csv.Error:  # a quote beside anything but this delimiter, or one that ends after the lines looked at
+        except csv.Error:  # a quote next to anything but this delimiter, or one that ends after the lines looked at
             is_broken = reader.line_num < SNIFFED_LINES
         header, rest = (rows[0], rows[1:]) if rows else ([], [])
         same = sum(len(cells) == len(header) for cells in rest) / max(1, len(rest))
@@ -574,7 +576,7 @@ def _read_csv(source: str) -> Iterator[Row]:
             if cells and len(cells) != len(header):
                 hint = f"put quotes around cells that hold {DELIMITERS.get(delimiter, repr(delimiter))}"
                 if any(cell.startswith(' "') for cell in cells):
-                    hint = "a quote must follow the separator at once, without a blank"
+                    hint = "put the quote right after the separator, without a space"
                 raise DataError(
                     f"{Place(source, start)}: {len(cells)} cells, but the header names {len(header)} columns {list_columns(header)}; {hint}"
                 )

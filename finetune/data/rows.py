@@ -51,17 +51,16 @@ SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "assistant": "assistant", "system": "system",
 }  # fmt: skip
-# Words in the name of a column that says how good an answer is, where its values are numbers, yes or no.
+# Words in the name of a column that says whether this answer is good or bad, where its values are numbers, yes or no.
+# Not words for what many data sets carry along, where the good and the bad have been sorted out or the value is about
+# something else: likes, votes, views, stars, rank, weight, quality, correctness, toxic, valid, flagged, best.
 VERDICTS = set(
-    "accepted approved bad best chosen correct correctness desirable dislike dislikes downvotes failed feedback flagged good grade "
-    "harmful harmless helpful helpfulness incorrect invalid label labels like likes liked ok passed preference preferred quality rank "
-    "rating ratings rejected reward rewards safe score scores stars thumb thumbs toxic toxicity unsafe upvotes valid verdict vote votes "
-    "weight win winner won worst wrong".split()
+    "accepted approved bad chosen correct desirable dislike disliked failed feedback good grade harmful harmless helpful helpfulness "
+    "incorrect label labels liked ok passed preference preferred rating ratings rejected reward rewards safe score scores thumb thumbs "
+    "unsafe verdict win winner won wrong".split()
 )
-# Words beside them that make the name one of something else: page_rank, weight_kg, label_id, valid_until.
-OTHER_MEANINGS = set(
-    "at count date from g id ids index kg lb lbs page path position search shipping size time until url zip".split()
-)
+# Words next to them that make the name one of something else: label_id, search_score, reward_date.
+OTHER_MEANINGS = set("at count date id ids index page path position search time url zip".split())
 VERDICT_VALUES = set(
     "true false t f yes no y n good bad great poor excellent terrible better worse best worst high medium low positive negative neutral "
     "correct incorrect right wrong valid invalid ok pass passed fail failed accepted approved rejected chosen preferred safe unsafe toxic "
@@ -72,7 +71,7 @@ _VERDICT_TEXT = re.compile(
     rf"{_NUMBER}\s*(%|stars?|points?|(/|of|out of)\s*{_NUMBER}( stars?| points?)?)?"
 )  # 3, 4/5, 5 stars
 _LETTER = re.compile(r"[a-f][+-]?")  # a grade, or which of two answers is better
-LETTERS_OF = set("grade preference preferred rank rating ratings score scores verdict vote votes winner".split())
+LETTERS_OF = set("grade preference preferred rating ratings score scores verdict winner".split())
 # Words in the keys of messages by which other tools say whether a turn is learned.
 LEARNING = set("learn learnable loss mask masked supervised train trainable training weight".split())
 LEARNED: tuple[Any, ...] = (None, [], "", 1, 1.0, True)
@@ -81,6 +80,7 @@ MASKS = {"mask", "masked"}  # some tools mean what is learned by it, and some wh
 PARTS = ("function_call", "reasoning", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
 READ_KEYS = {"role", "content", "from", "value"}
 MOST_PROBLEMS = 10  # shown one by one; more are summed up by kind
+MOST_CHECKED = 10_000  # rows: reading takes 0.1 ms a row, and every start reads them again
 
 
 def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str], learned: bool = True) -> str:
@@ -94,7 +94,7 @@ def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str]
             for format, files in found.items()
         )
         raise DataError(
-            f"the files hold rows of different formats ({listed}); bring them into one, or list those to read"
+            f"the files hold rows of different formats ({listed}); convert them to one format, or list the files to read"
         )
     return next(iter(found))
 
@@ -128,7 +128,7 @@ def _by_other_case(row: Row) -> str | None:
     for needed in FORMATS.values():
         if known.keys() >= set(needed):
             listed = ", ".join(f"{ours}: {known[ours]}" for ours in needed if known[ours] != ours)
-            return f"where capitals count: {{{listed}}}"
+            return f"which is case-sensitive: {{{listed}}}"
     return None
 
 
@@ -146,7 +146,7 @@ def to_conversation(
     known = _columns_of(format)
     if unused := [name for name in columns if name not in known]:
         raise ConfigError(
-            f"data.columns: {unused[0]} is no column of format {format}, whose columns are {', '.join(known)}; remove it"
+            f"data.columns: {unused[0]} is not a column of format {format}, which has {', '.join(known)}; remove it"
         )
     taken = _taken(row, format, columns)
     for ours, theirs in taken.items():
@@ -217,7 +217,7 @@ class Problems:
             kinds = self._counts.most_common()
             lines = [sums.get(kind) or self._sum(kind, count) for kind, count in kinds[:MOST_PROBLEMS]]
             if len(kinds) > MOST_PROBLEMS:
-                lines.append(f"and {len(kinds) - MOST_PROBLEMS:,} more kinds of mistakes")
+                lines.append(f"and {len(kinds) - MOST_PROBLEMS:,} more kinds of problems")
         listed = "".join(f"\n  {line}" for line in lines)
         raise DataError(f"{len(self):,} of {max(len(self), self.num_rows):,} rows are wrong:{listed}")
 
@@ -276,21 +276,24 @@ def conversations(
 
 
 def check(
-    sources: Sequence[str],
+    groups: Sequence[Sequence[str]],
     format: str,
     columns: Mapping[str, str],
     text_unit: str,
     system_prompt: str | None,
-    most: int = 10_000,
+    most: int = MOST_CHECKED,
 ) -> None:
-    """Raise DataError for rows that are wrong whatever the tokenizer, so that nothing is fetched before they are mended.
+    """Raise DataError for rows that are wrong with any tokenizer, so that users can mend them before anything is fetched.
 
-    Looks at the first `most` rows, and at all of them once one is wrong; the rest is looked at when it is tokenised.
+    `groups`: the files of data.train, and those of data.eval. Reads the first `most` rows of each, and all of them once one
+    is wrong; tokenising checks the rest.
     """
     problems = Problems()
-    for number, _ in enumerate(conversations(sources, format, columns, text_unit, system_prompt, problems), 1):
-        if number >= most and not problems:
-            return
+    for sources in groups:
+        stream = conversations(sources, format, columns, text_unit, system_prompt, problems)
+        for number, _ in enumerate(stream, 1):
+            if number >= most and not problems:
+                break
     problems.tell()
 
 
@@ -333,15 +336,15 @@ def _require_no_verdict(row: Row, read: Set[str]) -> None:
             target = "messages" if isinstance(row.values.get(best or ""), list) else "completion"
             map_it = f"write data.columns: {{{target}: {short(best)}}}, or " if best else ""
             raise DataError(
-                f"{row.place}: column {short(column)!r} belongs to preference rows (DPO, reward models), which cannot be trained on yet; "
-                f"to learn the chosen answers alone, {map_it}drop the column"
+                f"{row.place}: column {short(column)!r} belongs to preference rows (DPO, reward models), which are not supported yet; "
+                f"to train on the chosen answers only, {map_it}drop the column"
             )
     for column in _verdict_columns(names):
         if column not in read and _is_verdict(row.values[column], column):
             raise DataError(
-                f"{row.place}: column {column!r} ({short(row.values[column])}) says how good an answer is, and every answer would be "
-                "learned as a right one; such rows are for preference, KTO or reward training, which is not there yet: keep the "
-                f"good rows and drop the column, or call it '_{column}' if it says something else"
+                f"{row.place}: column {column!r} ({short(row.values[column])}) says how good an answer is, but training would learn every answer "
+                "as a good one; preference, KTO and reward training are not supported yet: keep the good rows and "
+                f"drop the column, or rename it to '_{column}' if it means something else"
             )
 
 
@@ -419,9 +422,7 @@ def _require_unicode(where: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as exc:
-        raise DataError(
-            f"{where} holds {text[exc.start]!a}, half of a character that was cut in two; remove it"
-        ) from exc
+        raise DataError(f"{where} holds {text[exc.start]!a}, half of a character; remove it") from exc
 
 
 def _messages(row: Row, column: str, learned: bool) -> list[Message]:
@@ -437,7 +438,7 @@ def _messages(row: Row, column: str, learned: bool) -> list[Message]:
         if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and not {"role", "content"} & turn.keys():
             if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
                 raise DataError(
-                    f"{where} comes from {short(turn['from'])!r}; those of ShareGPT that can be read are {', '.join(SHAREGPT_ROLES)}"
+                    f"{where} comes from {short(turn['from'])!r}; ShareGPT's names are {', '.join(SHAREGPT_ROLES)}"
                 )
             turn = {**turn, "role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
@@ -455,7 +456,7 @@ def _messages(row: Row, column: str, learned: bool) -> list[Message]:
         raise DataError(f"{row.place}: a system message stands after the first message; it can only be the first")
     if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
         ends = (
-            "the conversation ends with the user, so there is nothing to learn last; "
+            "the conversation ends with the user, so it has no last answer to learn; "
             if spoken[-1:] == ["user"]
             else ""
         )
@@ -476,12 +477,12 @@ def _require_nothing_lost(where: str, turn: dict[str, Any], learned: bool) -> No
             continue  # it says what holds anyway: only answers are learned
         if learned and words & LEARNING and value not in (LEARNED[:3] if words & MASKS else LEARNED):
             raise DataError(
-                f"{where} has {key!r}, which would be ignored ({short(value)}), and every answer learned; take out what is not to be "
-                f"learned, and the key with it; if it says something else, call it '_{key}'"
+                f"{where} has {key!r}, which would be ignored ({short(value)}), and training would learn every answer; remove what "
+                f"should not be learned, and the key with it; if it means something else, rename it to '_{key}'"
             )
     for key in _verdict_columns(extra) if learned and turn["role"] == "assistant" else ():
         if not _words(key) & LEARNING and _is_verdict(turn[key], key):
             raise DataError(
-                f"{where} has {key!r}, which would be ignored ({short(turn[key])}): it says how good the answer is, and every answer "
-                f"is learned as a right one; keep the good ones and remove the key, or call it '_{key}' if it says something else"
+                f"{where} has {key!r}, which would be ignored ({short(turn[key])}): it says how good the answer is, but training would learn "
+                f"every answer as a good one; keep the good ones and remove the key, or rename it to '_{key}' if it means something else"
             )

@@ -153,7 +153,7 @@ def prepare(
 def _make(
     folder: Path, sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options, cache_dir: str
 ) -> Examples:
-    """Build an entry of the cache beside its place, and move it there whole. Raises DataError, or Outage for a full disk."""
+    """Build an entry of the cache next to its place, and move it there once it is whole. Raises DataError, or Outage for a full disk."""
     names, root, fingerprint = list(sources), folder.parent, folder.name
     build = root / f".building-{fingerprint}-{secrets.token_hex(4)}"
     with _writable(cache_dir):
@@ -175,7 +175,7 @@ def _make(
     finally:
         shutil.rmtree(build, ignore_errors=True)
     if made is None:
-        raise Outage(f"data.cache_dir: {folder}: what was just written there reads back differently; check the disk")
+        raise Outage(f"data.cache_dir: {folder}: data written there reads back differently; check the disk")
     return made
 
 
@@ -434,20 +434,10 @@ def _build(
     stream = rows.conversations(
         sources, options.format, options.columns, options.text_unit, options.system_prompt, problems, unread
     )
-    # A longer row has more tokens than max_length whatever they are: it need not be tokenised, which takes a minute for 50 MB.
+    # A longer row always has more than max_length tokens, so it is not tokenised, which would take a minute for 50 MB.
     most = max(WINDOW, options.max_length * max(map(len, tokenizer.get_vocab())))
     for batch in _batches(stream):
-        rendered = []
-        for conversation in batch:
-            if options.truncation in ("error", "drop") and (characters := _characters(conversation)) > most:
-                if options.truncation == "drop":
-                    counts["num_rows"], counts["num_dropped"] = counts["num_rows"] + 1, counts["num_dropped"] + 1
-                else:
-                    problems.note(_over(conversation.place, f"{characters:,} characters", options.max_length), TOO_LONG)
-                continue
-            with problems.noted():
-                control.refuse(conversation)
-                rendered.append((conversation, template.segments(conversation, options.loss_on)))
+        rendered = _rendered(batch, template, control, options, most, problems, counts)
         if len(problems) > problems.count(TOO_LONG):
             continue  # the rest is read to count what is wrong; tokens are of no use any more
         if not template.learn_opening and any(template.opens_itself(segments) for _, segments in rendered):
@@ -461,17 +451,7 @@ def _build(
             with problems.noted():
                 ids, supervised = finish(conversation, segments, ids, supervised)
                 lengths.append(len(ids))
-                if options.truncation == "error" and len(ids) > options.max_length:
-                    problems.note(_over(place, f"{len(ids)} tokens", options.max_length), TOO_LONG)
-                    continue
-                pieces = _shorten(ids, supervised, options, finish.bos_id, place)
-                if not all(learned[1:].any() for _, learned in pieces):
-                    raise DataError(
-                        f"{place}: no supervised token is left in {len(ids)} tokens cut to {options.max_length}; "
-                        "raise data.max_length, or set data.truncation to drop"
-                    )
-                counts["num_dropped"] += not pieces
-                counts["num_truncated"] += bool(pieces) and len(ids) > options.max_length
+                pieces = _pieces(ids, supervised, options, finish.bos_id, place, problems, counts)
             for piece_ids, piece_supervised in pieces:
                 ids_parts.append(piece_ids)
                 supervised_parts.append(piece_supervised)
@@ -491,15 +471,56 @@ def _build(
         "places": np.array(places, np.int64),
     }
     with _writable(cache_dir):
-        for name, array in arrays.items():
-            _write(folder / f"{name}.npy", array)
-        meta: dict[str, Any] = {
-            "fingerprint": folder.name.split("-")[1],
-            "counts": {**counts, "num_empty": problems.num_empty, "unread": unread},
-        }
-        meta |= {"arrays": {name: _described(array) for name, array in arrays.items()}}
-        _write(folder / META, json.dumps({**meta, "sha256": _sha256(meta)}).encode())
-        _flush(folder)
+        _store(folder, arrays, {**counts, "num_empty": problems.num_empty, "unread": unread})
+
+
+def _rendered(
+    batch: Sequence[Conversation], template: Template, control: "ControlTokens", options: Options, most: int, problems: Problems,
+    counts: dict[str, int],
+) -> list[tuple[Conversation, list[Segment]]]:  # fmt: skip
+    """Conversations with their segments; rows over `most` characters are dropped or noted."""
+    rendered = []
+    for conversation in batch:
+        if options.truncation in ("error", "drop") and (characters := _characters(conversation)) > most:
+            if options.truncation == "drop":
+                counts["num_rows"], counts["num_dropped"] = counts["num_rows"] + 1, counts["num_dropped"] + 1
+            else:
+                problems.note(_over(conversation.place, f"{characters:,} characters", options.max_length), TOO_LONG)
+            continue
+        with problems.noted():
+            control.refuse(conversation)
+            rendered.append((conversation, template.segments(conversation, options.loss_on)))
+    return rendered
+
+
+def _pieces(
+    ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None, place: Place, problems: Problems,
+    counts: dict[str, int],
+) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """A row cut to max_length: one piece, several, or none. Raises DataError if a piece teaches nothing."""
+    is_long = len(ids) > options.max_length
+    if options.truncation == "error" and is_long:
+        problems.note(_over(place, f"{len(ids)} tokens", options.max_length), TOO_LONG)
+        return []
+    pieces = _shorten(ids, supervised, options, bos_id, place)
+    if not all(learned[1:].any() for _, learned in pieces):
+        raise DataError(
+            f"{place}: no supervised token is left in {len(ids)} tokens cut to {options.max_length}; "
+            "raise data.max_length, or set data.truncation to drop"
+        )
+    counts["num_dropped"] += not pieces
+    counts["num_truncated"] += bool(pieces) and is_long
+    return pieces
+
+
+def _store(folder: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
+    """Write the arrays, and META with their hashes."""
+    for name, array in arrays.items():
+        _write(folder / f"{name}.npy", array)
+    meta: dict[str, Any] = {"fingerprint": folder.name.split("-")[1], "counts": counts}
+    meta |= {"arrays": {name: _described(array) for name, array in arrays.items()}}
+    _write(folder / META, json.dumps({**meta, "sha256": _sha256(meta)}).encode())
+    _flush(folder)
 
 
 def _write(path: Path, content: np.ndarray | bytes) -> None:
@@ -547,10 +568,10 @@ def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False
         return Examples(
             arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1], places[:, 2], sources, fingerprint, **counts
         )  # fmt: skip
-    except Exception as exc:  # whatever is wrong with it, it can be built anew
+    except Exception as exc:  # any damage: it can be built again
         if note:
             tqdm.write(
-                f"note: the token cache {folder} is damaged and is built anew: {type(exc).__name__}: {exc}",
+                f"note: the token cache {folder} is damaged and will be built again: {type(exc).__name__}: {exc}",
                 file=sys.stderr,
             )
         return None

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Ema:
-    """Float32 averages beside the weights, 4 bytes for each; evaluated, sampled and exported in their place.
+    """Float32 averages next to the weights, 4 bytes for each; evaluated, sampled and exported in their place.
 
     After step t: average = d x average + (1 - d) x weight, with d = min(decay, (1 + t) / (10 + t)),
     so that the first steps forget where they started (as in TensorFlow's ExponentialMovingAverage).

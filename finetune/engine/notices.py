@@ -1,7 +1,7 @@
 """What a cloud says before it takes a spot machine away.
 
 A bonus on plain machines, where SIGTERM comes late or not at all. Whatever the metadata service
-does, the run goes on: every question is bounded, and what makes no sense is no notice.
+does, the run continues: every question has a time limit, and a malformed answer does not count as a notice.
 """
 
 import io
@@ -29,7 +29,7 @@ MOST_BYTES = 64 * 1024
 TOKEN_SECONDS = 6 * 3600  # the most that AWS allows
 GCP_LEAD_SECONDS = 30.0
 LONGEST_LEAD_SECONDS = 3600.0  # clouds give seconds to minutes: what is further off is a mistake
-FAILURES_BEFORE_A_NOTE = 3  # one hiccup in a week is no news
+FAILURES_BEFORE_A_NOTE = 3  # do not report one hiccup in a week
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Watch:
         assert cloud in CLOUDS
         address = os.environ.get("FINETUNE_METADATA_ADDRESS") or ADDRESS
         if not _is_address(address):
-            raise ConfigError(f"FINETUNE_METADATA_ADDRESS: {address} is no address; write http://host:port")
+            raise ConfigError(f"FINETUNE_METADATA_ADDRESS: {address} is not an address; write http://host:port")
         self._cloud = _ASKED[cloud](address.rstrip("/"))
         self._heard = heard
         self._say = say
@@ -79,7 +79,7 @@ class Watch:
             try:
                 notice = self._cloud.look()
                 num_failures = 0
-            except Exception as exc:  # a guest of the run, whatever it meets
+            except Exception as exc:  # a failing service must not end the run
                 num_failures += 1
                 if num_failures == FAILURES_BEFORE_A_NOTE and not told:
                     told = True
@@ -238,7 +238,7 @@ _ASKED: dict[str, type[_Aws] | type[_Gcp] | type[_Azure]] = {"aws": _Aws, "gcp":
 class _Incoming(io.RawIOBase):
     """What a socket receives, up to a deadline and a size.
 
-    A socket's own timeout counts anew with every byte, so that a server which drips would hold us for ever.
+    A socket's own timeout counts anew with every byte, so a server that sends single bytes would hold us without end.
     """
 
     def __init__(self, sock: socket.socket, until: float) -> None:
@@ -330,6 +330,6 @@ def _moment(text: Any) -> datetime | None:
 def _note(cloud: str, hint: str, trouble: Exception) -> str:
     why = " ".join(re.sub("[^!-~]", " ", str(trouble)).split())[:300]  # may quote what a server sent
     return (
-        f"note: {cloud} gives no spot notices: {why}. It is asked again, but until it answers "
+        f"note: {cloud} gives no spot notices: {why}. The run keeps asking; until then "
         f"only SIGTERM stops the run before the machine goes. {hint}"
     )

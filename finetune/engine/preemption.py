@@ -106,7 +106,7 @@ class StopFlag:
         self._at_once, self._has_begun = False, True
 
     def at_once(self) -> None:
-        """Everything is saved: from now on whatever stops the run stops it where it is."""
+        """Everything is saved: from now on a signal ends the run at once."""
         self._at_once = True
         if self.is_set:
             raise Preempted(f"{self.reason}; run the same command again")

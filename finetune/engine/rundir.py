@@ -27,12 +27,11 @@ from finetune.errors import (
     RunDirectoryError,
     TakenOver,
 )
+from finetune.places import BEATS, RUN
 
 LOCK = ".lock"
 OUTCOME = "outcome.json"
-BEATS = "FINETUNE_BEATS"  # a folder of the launcher's: what each process is at, and in RUN the run directory
-RUN = "run"
-# The directory belongs to another run or process: how this attempt ended is no news of it.
+# The directory belongs to another run or process: its outcome does not describe how this attempt ended.
 REFUSED = (RunDirectoryError, DirectoryInUse, TakenOver)
 
 
@@ -120,7 +119,7 @@ class RunDirectory:
     def write_receipt(self, receipt: dict[str, Any], step: int) -> str | None:
         """Write what this start runs on, at the step that it goes on from; what to tell a person, if anything.
 
-        What a receipt says stays: a start that goes on with other facts is noted in starts.jsonl, beside it. Only a run
+        What a receipt says stays: a start that goes on with other facts is noted in starts.jsonl, next to it. Only a run
         that begins again at step 0, of which nothing is left, gets another one, and starts.jsonl the old one.
         """
         old, problem = self._read_receipt()
@@ -150,8 +149,8 @@ class RunDirectory:
             raise RunDirectoryError(f"run.replay_of: {other} has no receipt that can be read: {exc}") from exc
         if different:
             raise RunDirectoryError(
-                f"this would not be the run of {other} again; what differs:\n  " + "\n  ".join(different)
-                + "\nput those back; without them it cannot be the same run"
+                f"this would not repeat the run {other}; what differs:\n  " + "\n  ".join(different)
+                + "\nrestore these to repeat the run"
             )  # fmt: skip
 
     def template_date(self, config: Config) -> str:
@@ -228,7 +227,7 @@ class RunDirectory:
         """
         outcome, problem = self._read("outcome.json")
         if problem is not None and os.path.lexists(self.path / "outcome.json"):
-            return False, f"note: outcome.json {problem}: how the run ended is not known, so it goes on"
+            return False, f"note: outcome.json {problem}: it is unknown how the run ended, so it continues"
         if outcome.get("state") != "complete":
             return False, None
         if isinstance(outcome.get("model"), dict) and outcome["model"]:
@@ -238,7 +237,7 @@ class RunDirectory:
         receipt, problem = self._read_receipt()
         if problem is not None:
             raise RunDirectoryError(
-                f"{self.path} is complete, but its receipt.json {problem}, so it cannot be known whether it is this run; "
+                f"{self.path} is complete, but its receipt.json {problem}, so it is unclear whether it is this run; "
                 f"put it back, or give this run another run.name. Its model is whole: {self.model}"
             )
         if receipt["train_data"]["fingerprint"] != data_fingerprint:
@@ -253,7 +252,7 @@ class RunDirectory:
         if any(self.model.glob("*")):
             raise RunDirectoryError(
                 f"{self.path} holds a model, but no checkpoint from which it could be exported again, and training would start "
-                f"anew and replace it; restore {self.model}, or move it away to train again"
+                f"over and replace it; restore {self.model}, or move it away to train again"
             )
 
     def _require_no_other_model(self, known: dict[str, Any]) -> None:
@@ -314,7 +313,7 @@ class RunDirectory:
     def rewind(self, step: int) -> list[str]:
         """Take lines of later steps (and a torn last line) out of the logs: they will be trained again.
 
-        Other lines that cannot be read go too; then the log as it was stays beside it. What to tell a person.
+        Other lines that cannot be read go too; then the log as it was stays next to it. What to tell a person.
         """
         notes = []
         for log in (self.metrics, self.evals, self.samples, self.saves):
@@ -344,7 +343,7 @@ class RunDirectory:
         for path in (self.checkpoints, self.model):
             if os.path.lexists(path) and not path.is_dir():
                 raise RunDirectoryError(
-                    f"{path} should be a folder, and is not; move it away, or choose another run.name"
+                    f"{path} should be a folder, but is not; move it away, or choose another run.name"
                 )
         logs = [self.metrics, self.evals, self.samples, self.saves, self.starts]
         for path in [*logs, *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json"))]:
@@ -352,7 +351,7 @@ class RunDirectory:
                 continue
             if not path.is_file():
                 raise RunDirectoryError(
-                    f"{path} should be a file, and is not; move it away, or choose another run.name"
+                    f"{path} should be a file, but is not; move it away, or choose another run.name"
                 )
             if not os.access(path, os.R_OK | os.W_OK):
                 raise RunDirectoryError(
@@ -398,7 +397,7 @@ def note_end_of(path: Path, state: str, reason: str) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole new file or the whole old one, whatever happens."""
+    """Leave the whole new file or the whole old one, even after a crash."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:

@@ -61,16 +61,16 @@ def train_step(
     if math.isfinite(mean):
         set_lr(optimizer, lr)
         grad_norm, moved = topology.move(model, optimizer, max_grad_norm)
-    # Overflowing fp16 gradients are no divergence: the scaler leaves the step out and scales less.
+    # Overflowing fp16 gradients are not a divergence: the scaler leaves the step out and scales less.
     if not math.isfinite(mean) or not (moved or topology.scales_gradients):
         raise TrainingDiverged(f"loss {mean:.4g}, gradient norm {grad_norm:.4g}, learning rate {lr:g}")
     return StepResult(mean, grad_norm, int(tokens), int(supervised), not moved, tuple(w > 0 for w in wished))
 
 
 def attempt(topology: Topology, model: nn.Module, loss: Loss, batch: Batch, *, reserved: int, num_passes: int) -> None:
-    """Passes forth and back that leave nothing behind, to see that they fit beside `reserved` bytes for the optimizer.
+    """Run forward and backward without updating anything, to check that the batch fits next to `reserved` bytes for the optimizer.
 
-    Two where micro-batches add up: the second is beside all gradients. Not with DeepSpeed, which counts passes.
+    Run twice where micro-batches add up: the second pass runs while all gradients are in memory. DeepSpeed counts passes, so do not use it there.
     """
     model.train()
     kept = torch.empty(reserved, dtype=torch.uint8, device=topology.device)
@@ -93,7 +93,7 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Means over every supervised token of the evaluation rows, sum / count over all processes: of `loss`, and of cross-entropy.
 
-    `perplexity` is the exponential of cross_entropy, in nats, whatever is learned. None if `stop` said so on one of the
+    `perplexity` is the exponential of cross_entropy, in nats, for every objective. None if `stop` said so on one of the
     processes: all leave after the same batch.
     """
     was_training = model.training

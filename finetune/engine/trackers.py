@@ -15,7 +15,7 @@ from typing import Any
 from finetune.errors import ConfigError
 
 SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
-SHORTEST_SECRET = 8  # shorter values (true, 1, info) are no secrets and occur everywhere
+SHORTEST_SECRET = 8  # shorter values (true, 1, info) are not secrets and occur everywhere
 WANDB_INIT_SECONDS = 30  # of its 90 by default, with every process waiting
 WANDB_FINISH_SECONDS = 30  # an upload that hangs must not outlast the machine; `wandb sync` sends what is left
 
@@ -25,7 +25,7 @@ def check(names: Sequence[str], wandb_mode: str | None) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
-                f"tracking.trackers: {name} is not installed; pip install {name}, or take it out of the list"
+                f"tracking.trackers: {name} is not installed; pip install {name}, or remove it from the list"
             )
     if "wandb" in names and _mode(wandb_mode) == "online" and not _has_wandb_key():
         raise ConfigError(
@@ -74,7 +74,7 @@ class Trackers:
                 self._guarded("wandb", self.running["wandb"].log, _numbers(line))
 
     def log(self, values: dict[str, Any]) -> None:
-        """Numbers after the step values["step"]; what is no number is left out."""
+        """Numbers after the step values["step"]; other values are left out."""
         numbers = _numbers(values)
         step = numbers.pop("step")
         for name, tracker in list(self.running.items()):
@@ -91,9 +91,11 @@ class Trackers:
     def _guarded(self, name: str, action: Callable[..., None], *arguments: Any) -> None:
         try:
             action(*arguments)
-        except Exception as exc:  # whatever they raise is no reason to lose a run
+        except Exception as exc:  # an error of theirs must not end a run
             self.running.pop(name, None)
-            self.say(redacted(f"note: tracker {name} failed, the run goes on without it: {type(exc).__name__}: {exc}"))
+            self.say(
+                redacted(f"note: tracker {name} failed; the run continues without it: {type(exc).__name__}: {exc}")
+            )
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

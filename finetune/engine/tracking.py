@@ -171,7 +171,7 @@ class Tracker:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What is done inside is no training time."""
+        """Time spent inside does not count as training time."""
         began = time.monotonic()
         yield
         self.mark += time.monotonic() - began

@@ -47,10 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", *rows.FORMATS],
         help="format of the rows; auto: from the columns of the first",
     )
-    parser.add_argument("--columns", type=_mapping, default={}, help="columns under other names, as data.columns")
-    parser.add_argument("--limit", type=generation.at_least(1), default=None, help="use only the first so many rows")
+    parser.add_argument(
+        "--columns", type=_mapping, default={}, help="map columns with other names, as data.columns does"
+    )
+    parser.add_argument("--limit", type=generation.at_least(1), default=None, help="use only the first N rows")
     parser.add_argument("--max-new-tokens", type=generation.at_least(1), default=256, help="longest answer")
-    parser.add_argument("--batch-size", type=generation.at_least(1), default=64, help="answers generated at once")
+    parser.add_argument(
+        "--batch-size", type=generation.at_least(1), default=64, help="number of answers to generate at once"
+    )
     parser.add_argument("--examples", type=generation.at_least(0), default=5, help="rows printed in full")
     parser.add_argument(
         "--output",
@@ -108,14 +112,14 @@ def main(arguments: argparse.Namespace) -> None:
             files.write_whole(Path(arguments.output), as_lines(conversations, wanted, given, results))
         except OSError as exc:
             raise Outage(
-                f"--output: {arguments.output}: cannot be written: {exc.strerror}; of the answers only the table is left"
+                f"--output: {arguments.output}: cannot be written: {exc.strerror}; only the table was printed"
             ) from exc
 
 
 def require_output(output: Path, data: str) -> None:
     """Raise UserError for a file that is read, that holds something else than answers, or that cannot be written."""
     if not output.absolute().parent.is_dir():
-        raise UserError(f"--output: {output}: there is no such folder to write into")
+        raise UserError(f"--output: {output}: its folder does not exist")
     if output.is_dir():
         raise UserError(f"--output: {output} is a folder; name a file, such as {output / 'answers.jsonl'}")
     for source in map(Path, readers.expand(data, "--data")[0]):
@@ -167,9 +171,12 @@ def read(source: str, format: str, columns: dict[str, str], limit: int | None) -
         problems.tell()
     except UserError as exc:  # which speaks of the run config
         raise type(exc)(str(exc).replace("data.columns", "--columns")) from exc
+    if problems.num_empty:
+        skipped = "1 empty row" if problems.num_empty == 1 else f"{problems.num_empty:,} empty rows"
+        print(f"note: {skipped} skipped", file=sys.stderr)
     if unread:
         print(
-            f"note: not read: columns {readers.list_columns(sorted(unread))}; every answer counts as a right one",
+            f"note: not read: columns {readers.list_columns(sorted(unread))}; every answer counts as correct",
             file=sys.stderr,
         )
     if without := next((c for c in read if c.messages[-1].role != "assistant"), None):

@@ -65,7 +65,7 @@ def answers(
     most = max(context - max_new_tokens, context // 2)
     if long := sum(len(ids) > most for ids in encoded):
         say(
-            f"note: {long} of {len(encoded)} prompts are over {most} tokens, what the model's {context} positions leave beside "
+            f"note: {long} of {len(encoded)} prompts are over {most} tokens, what the model's {context} positions leave next to "
             f"answers of {max_new_tokens}; their beginnings are cut off"
         )
     encoded = [_cut(ids, most, tokenizer) for ids in encoded]

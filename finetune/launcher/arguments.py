@@ -18,7 +18,7 @@ from finetune.errors import ConfigError, TopologyError
 from finetune.launcher.processes import say
 from finetune.places import found
 
-PORT = 29500  # where nodes find each other if nobody says; on one node any free port will do
+PORT = 29500  # default port for the nodes to meet; on one node any free port will do
 # Options of the ways by which Accelerate starts processes, which is what we do ourselves.
 IGNORED = (
     "rdzv_backend", "rdzv_conf", "max_restarts", "monitor_interval", "tee", "log_dir", "role", "deepspeed_hostfile",
@@ -48,7 +48,7 @@ def read(argv: list[str], held: contextlib.ExitStack | None) -> tuple[list[dict[
         arguments.num_processes = 1
     elif arguments.num_processes > 1 and not _paradigm(arguments):
         arguments.multi_gpu = True  # Accelerate, without GPUs, would start one process and not say so
-    launch.default_config_file = ""  # what `accelerate config` has once left in ~/.cache is no file of this run
+    launch.default_config_file = ""  # ignore what `accelerate config` has left in ~/.cache
     logging.getLogger(launch.__name__).setLevel(logging.ERROR)  # what it says of defaults
     try:
         _, defaults, from_file = launch._validate_launch_command(arguments)
@@ -81,14 +81,14 @@ def _command(script: str, arguments: list[str], module: bool = False, no_python:
         raise ConfigError("launch: --module and --no_python exclude each other; give one of them")
     if no_python:
         if shutil.which(script) is None:
-            raise ConfigError(f"{script} is no program that can be run; check its path, and that it is executable")
+            raise ConfigError(f"{script} cannot be run; check its path, and that it is executable")
         return [script, *arguments]
     if module:
         return [sys.executable, "-m", script, *arguments]
     script = found(script)
     if not Path(script).is_file():
         raise ConfigError(
-            f"there is no script {script} in {os.getcwd()}; what follows the launcher's options is the script and its own options"
+            f"no script {script} in {os.getcwd()}; what follows the launcher's options is the script and its own options"
         )
     return [sys.executable, script, *arguments]
 
@@ -145,7 +145,7 @@ def _check(arguments: argparse.Namespace, where: str) -> None:
             f"{where}: mixed_precision is {arguments.mixed_precision!r}; remove it: train.precision of the run config decides"
         )
     if arguments.tpu or arguments.tpu_use_cluster or arguments.mpirun_hostfile:
-        raise ConfigError(f"{where}: asks for TPUs or mpirun, which this project does not have; see docs/topologies.md")
+        raise ConfigError(f"{where}: asks for TPUs or mpirun, which is not supported; see docs/topologies.md")
 
 
 def _environments(
@@ -209,7 +209,7 @@ def _hold(port: int, held: contextlib.ExitStack, from_the_start: bool = False) -
     """Take a port, 0 for any, so that no other launcher is given it in the seconds before process 0 listens.
 
     Who binds it with SO_REUSEADDR, as PyTorch does, still can, since we do not listen. Set after our own bind, another
-    launcher's fails; set before, connections of an earlier run that the kernel still remembers are no obstacle.
+    launcher's fails; set before, connections of an earlier run that the kernel still remembers do not matter.
     """
     dual = socket.has_dualstack_ipv6()
     keeper = held.enter_context(socket.socket(socket.AF_INET6 if dual else socket.AF_INET))

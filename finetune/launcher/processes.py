@@ -14,14 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from finetune.places import BEATS, RUN
 
 OTHERS_SECONDS = 10.0  # after one has failed: for the others to notice, and to write why they end
 FINISH_SECONDS = 120.0  # after one has ended as it should: for the others to finish
 START_SECONDS = 10.0  # for a process to install its handlers: before, a signal would only kill it
 KILL_SECONDS = 10.0  # for the kernel to end what was killed
-# A folder: each process writes what it is at, such as "step 38", into a file named by its rank; and process 0 the path of
-# its run directory into RUN, as long as it has not written there how the run ended.
-BEATS, RUN = "FINETUNE_BEATS", "run"
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGHUP: signal.SIGTERM,  # the terminal has gone: save and end
@@ -50,7 +48,7 @@ def run(environments: list[dict[str, str]], command: list[str]) -> int:
 
 
 def say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads any more: no reason to leave the processes
+    with contextlib.suppress(OSError, ValueError):  # a closed stream is not a reason to leave the processes
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
@@ -139,7 +137,7 @@ class _Worker:
         try:
             self._process.wait(timeout=KILL_SECONDS)
         except subprocess.TimeoutExpired:
-            say(f"{self.name} cannot be killed and is left behind: it waits in the kernel, for a disk or a GPU")
+            say(f"{self.name} cannot be killed: it waits in the kernel for a disk or a GPU")
 
     def end(self) -> str:
         """How it ended, and where: `was killed by SIGKILL in step 38`."""
@@ -168,7 +166,7 @@ def _catches(pid: int, number: signal.Signals) -> bool:
 
 
 def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[str]) -> int:
-    """Start, watch, and leave nobody behind, whatever happens."""
+    """Start and watch the processes; leave none behind, even after an error."""
     if inbox.wait(0):
         say("preempted: a signal came before the first process was started; run the same command again")
         return EXIT_PREEMPTED
@@ -201,7 +199,7 @@ def _note_end(run: Path, problem: str) -> None:
 def _beats() -> Iterator[Path | None]:
     try:
         folder = tempfile.mkdtemp(prefix="finetune-")
-    except OSError:  # nothing can be written on this machine; nobody will be told the step
+    except OSError:  # nothing can be written on this machine: messages will not name the step
         yield None
         return
     try:
@@ -211,7 +209,7 @@ def _beats() -> Iterator[Path | None]:
 
 
 def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
-    """Until nobody lives, or those who do have had their time -> exit code. However long they take after a signal.
+    """Wait until all have ended, or kill those that took too long after another's end -> exit code. After a signal they may take any time.
 
     `problems`: what is said of processes that did not end as they should is added.
     """

@@ -6,7 +6,7 @@ import warnings
 
 from transformers.utils.logging import disable_progress_bar
 
-if not sys.stderr.isatty():  # a log file is no place for bars of loading and writing
+if not sys.stderr.isatty():  # keep progress bars of loading and writing out of log files
     disable_progress_bar()
 
 # bitsandbytes 0.50 says at each product of an 8-bit layer that it rounds what comes in to float16 before it quantises it to 8

@@ -88,14 +88,14 @@ def _freeze(model: Any, patterns: list[str]) -> Any:
         try:
             found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         except re.error as exc:
-            raise ModelError(f"adapter.freeze: {pattern!r} is no regular expression: {exc}") from exc
+            raise ModelError(f"adapter.freeze: {pattern!r} is not a valid regular expression: {exc}") from exc
         if not found:
             some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
             raise ModelError(f"adapter.freeze: no weight has {pattern!r} in its name; there are {some}, ...")
         for parameter in found:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError(f"adapter.freeze: {patterns} leaves nothing to train")
+        raise ModelError(f"adapter.freeze: {patterns} freezes every weight")
     return model
 
 
@@ -108,7 +108,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
             re.compile(pattern)
         except re.error as exc:
             raise ModelError(
-                f"adapter.rank_pattern, alpha_pattern: {pattern!r} is no regular expression: {exc}"
+                f"adapter.rank_pattern, alpha_pattern: {pattern!r} is not a valid regular expression: {exc}"
             ) from exc
     whole = list(adapter.modules_to_save)
     if adapter.train_norms:
@@ -156,7 +156,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
 
 
 def _keep_tied(model: "PeftModel", whole: list[str]) -> None:
-    """Embedding and head that share their weights must go on doing so, here and in whoever opens the adapter. Raises ModelError.
+    """Embedding and head that share their weights must keep doing so, here and when the adapter is opened. Raises ModelError.
 
     peft knows such modules by their names, and forgets the head's when it saves.
     """
@@ -183,12 +183,12 @@ def _continued(model: Any, path: str) -> "PeftModel":
             if next(model.parameters()).is_meta:
                 config = PeftConfig.from_pretrained(path)
                 config.inference_mode = False
-                config.init_lora_weights = True  # there are no weights to start from
+                config.init_lora_weights = True  # without weights to start from
                 return get_peft_model(model, config)
             return PeftModel.from_pretrained(model, path, is_trainable=True)
     except Exception as exc:  # a folder that is not there, another shape, a broken file: each in its own family
         failures.reraise(exc, f"adapter.path: {path}: cannot be loaded now")
-        raise ModelError(f"adapter.path: {path}: cannot be gone on from: {exc}") from exc
+        raise ModelError(f"adapter.path: {path}: cannot be continued: {exc}") from exc
 
 
 def _refuse_what_has_no_effect(model: "PeftModel", adapter: Adapter) -> None:
@@ -202,7 +202,7 @@ def _refuse_what_has_no_effect(model: "PeftModel", adapter: Adapter) -> None:
                     f"adapter.{field}: no adapted module is called {pattern!r}; there are {', '.join(leaves)}"
                 )
     if adapter.bias != "none" and not any(p.requires_grad and n.endswith("bias") for n, p in model.named_parameters()):
-        raise ModelError(f"adapter.bias: {adapter.bias}, but there is no bias to train in this model; set it to none")
+        raise ModelError(f"adapter.bias: {adapter.bias}, but this model has no bias; set it to none")
     if adapter.path is None and adapter.init in ("pissa", "eva", "loftq"):
         for name, layer in layers.items():
             inner = layer.get_base_layer()
@@ -222,14 +222,14 @@ def _refuse_what_has_no_effect(model: "PeftModel", adapter: Adapter) -> None:
 
 
 def round_to_base(model: "PeftModel") -> None:
-    """Give trained norms, biases and whole modules values that the base's dtype holds: whoever opens the adapter has them in it."""
+    """Give trained norms, biases and whole modules values that the base's dtype holds: a program that opens the adapter has them in it."""
     for _, parameter in _whole_parts(model):
         with torch.no_grad():
             parameter.copy_(parameter.to(getattr(torch, model.base_record["dtype"])))
 
 
 def in_base_dtype(model: "PeftModel", weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`weights` as they are saved: what is no adapter in the dtype of the base, after `round_to_base`."""
+    """`weights` as they are saved: all but adapters in the dtype of the base, after `round_to_base`."""
     dtype = getattr(torch, model.base_record["dtype"])
     whole = {name for name, _ in _whole_parts(model)}
     return {name: weight.to(dtype) if name in whole else weight for name, weight in weights.items()}

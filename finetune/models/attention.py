@@ -185,7 +185,7 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
     Other tokens in a document must not move the next document's logits, nor a later token those of
     earlier ones, and `kernel` must give what the model's own attention gives. `base` is the model
     inside its wrappers. Models that mix positions outside attention (convolutions, recurrent
-    states), or that are no causal ones at all, fail here.
+    states), or that are not causal, fail here.
     """
     vocab_size = base.config.get_text_config().vocab_size
     ids = torch.randint(vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -209,7 +209,7 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
         if differ(logits(other(slice(11, 12)), [12])[:11], whole[:11], rounding):
             raise ModelError(
                 f"{base.config.model_type} lets a token see those after it ({base.config._attn_implementation} attention), "
-                "so it would learn to copy them; it is no causal language model"
+                "so it would learn to copy them; it is not a causal language model"
             )
 
     was_training = model.training

@@ -15,8 +15,8 @@ from torch import nn
 
 from finetune.errors import ModelError
 
-FILE = "base_weights.json"  # beside an adapter
-# What bitsandbytes saves beside the bytes of a quantised weight.
+FILE = "base_weights.json"  # next to an adapter
+# What bitsandbytes saves next to the bytes of a quantised weight.
 SCALES = re.compile(r"\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)$")
 COMPARED = torch.bfloat16  # what values are rounded to before they are hashed: a base may be loaded in another dtype
 CHUNK = 1 << 24  # values hashed at once; an embedding of 128,000 x 4,096 would need a copy of 1 GB for each thread
@@ -69,7 +69,7 @@ def _function(base: nn.Module) -> dict[str, Any]:
 
 
 def require_architecture(base: nn.Module, known: dict[str, Any], folder: Path, given: str | None = None) -> None:
-    """Raise ModelError if a base calculates with its weights in another way than the one that an adapter was trained beside.
+    """Raise ModelError if a base calculates with its weights in another way than the one that an adapter was trained on.
 
     `given`: what --base names, if it does.
     """
@@ -80,10 +80,10 @@ def require_architecture(base: nn.Module, known: dict[str, Any], folder: Path, g
         if given is not None:
             raise ModelError(
                 f"--base: {given} is not the base of {folder}: {name} was {known['architecture'][name]} there, and is "
-                f"{now[name]} here; give the folder of the base that the adapter was trained beside"
+                f"{now[name]} here; give the folder of the base that the adapter was trained on"
             )
         raise ModelError(
-            f"{folder}: its base has another config than when the adapter was trained beside it: {name} was "
+            f"{folder}: its base has another config than when the adapter was trained: {name} was "
             f"{known['architecture'][name]}, now {now[name]}; put the old config.json back, or train again"
         )
 
@@ -122,13 +122,13 @@ def _require_hashes(found: dict[str, str], known: dict[str, str], folder: Path, 
     others = [name for name, wanted in known.items() if found.get(name) != wanted]
     if others and given is not None:
         raise ModelError(
-            f"--base: {given} is not the base of {folder}: {len(others)} of {len(known)} weights are others, such as "
-            f"{others[0]}; give the folder of the base that the adapter was trained beside"
+            f"--base: {given} is not the base of {folder}: {len(others)} of {len(known)} weights differ, such as "
+            f"{others[0]}; give the folder of the base that the adapter was trained on"
         )
     if others:
         raise ModelError(
-            f"{folder}: its base has changed since the adapter was trained beside it: {len(others)} of "
-            f"{len(known)} weights are others, such as {others[0]}; put the old base back, or train again"
+            f"{folder}: its base has changed since the adapter was trained on it: {len(others)} of "
+            f"{len(known)} weights differ, such as {others[0]}; put the old base back, or train again"
         )
 
 
@@ -152,7 +152,7 @@ def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
 
 
 def describe(quantization: dict[str, Any] | None) -> str:
-    """How weights are stored, in words; what they are unpacked to for a product is no part of it."""
+    """How weights are stored, in words; without the dtype they are unpacked to for a product."""
     if quantization is None:
         return "not quantised"
     if quantization.get("load_in_8bit"):

@@ -18,7 +18,7 @@ def build(
 
     Without weights, all is on the meta device, to be sent what the process has that builds with them.
 
-    Weights that train are float32, frozen ones beside adapters have the precision of the arithmetic.
+    Weights that train are float32, frozen ones under adapters have the precision of the arithmetic.
     `first_inputs`: what the model will see first, for initialisations that look at it.
     """
     dtype = load.DTYPES[precision] if config.adapter.kind != "full" else torch.float32

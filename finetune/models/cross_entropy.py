@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Logits at once, in the precision of the arithmetic: enough rows to keep matrix products busy.
 CHUNK_BYTES = 256 * 2**20
-# Of these so many at once in float32 on a CPU, whose cache holds them; on a GPU all.
+# Tokens of a chunk in float32 at once on a CPU, whose cache holds them; on a GPU all.
 BLOCK_BYTES = 4 * 2**20
 
 
@@ -159,7 +159,7 @@ def _cross_entropy_(
 
 
 def _chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
-    """Equal parts, near enough, of at most so many bytes; at least one."""
+    """Nearly equal parts of at most this many bytes; at least one."""
     count = max(1, -(-num_rows * row_bytes // most_bytes))
     rows = max(1, -(-num_rows // count))
     return [slice(start, min(start + rows, num_rows)) for start in range(0, max(num_rows, 1), rows)]
@@ -171,7 +171,7 @@ def _arithmetic(states: torch.Tensor) -> torch.dtype:
 
 
 def _active(head: nn.Module) -> nn.Module:
-    """The projection itself, where peft keeps a trained copy of it beside the old one."""
+    """The projection itself, where peft keeps a trained copy of it next to the old one."""
     wrapper: Any = head
     is_copied = type(head).__name__ == "ModulesToSaveWrapper"  # peft's, whose import takes long
     if is_copied and not wrapper.disable_adapters and len(wrapper.active_adapters) == 1:

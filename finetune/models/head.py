@@ -1,4 +1,4 @@
-"""The output projection that answers with a loss, so that nobody ever holds all logits.
+"""The output projection that answers with a loss, so that all logits are never in memory at once.
 
 A causal LM's forward stays as its authors wrote it. Only the call of its output projection is
 answered differently while a loss is wanted: the hidden states of supervised tokens become one, a

@@ -23,13 +23,13 @@ def chosen(model: nn.Module, wanted: bool | int) -> int:
     count = len(_layers(model)) if wanted else 0
     if wanted is not True and wanted > count:
         raise ModelError(
-            f"train.gradient_checkpointing: {wanted}, but {type(model).__name__} has {count} layers; true means all of them"
+            f"train.gradient_checkpointing: {wanted}, but {type(model).__name__} has {count} layers; true recomputes all of them"
         )
     return count if wanted is True else wanted
 
 
 def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
-    """Give layers a forward that is compiled, or, the first so many, done again in the backward pass, or both. Raises ModelError.
+    """Give layers a forward that is compiled, or, for the first N, recomputed in the backward pass, or both. Raises ModelError.
 
     What hangs on a layer (sharding, hooks) stays outside. Layers are alike, so one compilation serves
     all, for any number of tokens: a start takes as long for 8 layers as for 80. Only in training: checks,
@@ -39,7 +39,7 @@ def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             raise ModelError(
-                f"train.compile: needs a C++ compiler, and there is no {compiler} here; install one (CXX names another), or set it to false"
+                f"train.compile: needs a C++ compiler, and {compiler} was not found; install one, or name another in CXX, or set it to false"
             )
         torch._dynamo.config.specialize_float = True  # scales and epsilons are constants; else all is compiled twice
     for number, layer in enumerate(_layers(model)):

@@ -48,9 +48,7 @@ def load_tokenizer(model: Model) -> Any:
             trust_remote_code=model.trust_remote_code,
         )
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(
-            f"tokenizer {name!r} has no fast version, which is needed to know where each token lies in the text"
-        )
+        raise ModelError(f"tokenizer {name!r} has no fast version, which training needs to map tokens to the text")
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         own = next((token for token in PADS if token in vocabulary), None)
@@ -61,7 +59,7 @@ def load_tokenizer(model: Model) -> Any:
 def _with_new_tokens(tokenizer: Any, new: list[str]) -> Any:
     known = [token for token in new if token in tokenizer.get_vocab()]
     if known:
-        raise ModelError(f"model.new_tokens: {known[0]!r} is in the vocabulary already; remove it")
+        raise ModelError(f"model.new_tokens: {known[0]!r} is already in the vocabulary; remove it")
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     return tokenizer
@@ -304,7 +302,7 @@ def _require_folder_or_hub(key: str, name: str | None) -> None:
         raise ModelError(f"{key}: is empty; give a folder, or a Hub id as owner/name")
     if not os.path.exists(name) and paths.is_local(name):
         raise ModelError(
-            f"{key}: {name}: no such folder (looked for from {os.getcwd()}), and no Hub id, which is owner/name"
+            f"{key}: {name}: no such folder (looked for from {os.getcwd()}), and not a Hub id, as owner/name"
         )
 
 
@@ -318,5 +316,5 @@ def translated(what: str) -> Iterator[None]:
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(exc).__name__
         if "huggingface.co" in reason:
-            reason += f" (and there is no such folder here, in {os.getcwd()})"
+            reason += f" (and no such folder in {os.getcwd()})"
         raise ModelError(f"{what} cannot be loaded: {reason}") from exc

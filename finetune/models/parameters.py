@@ -1,4 +1,4 @@
-"""Weights, counted, and watched: which have moved, which are no numbers."""
+"""Count weights, and find those that have changed or hold NaN."""
 
 import hashlib
 import math
@@ -22,7 +22,7 @@ def in_products(model: nn.Module) -> tuple[int, int]:
     """(trained, frozen) parameters that a token is multiplied with.
 
     Matrices only: no tables that are looked up, unless tied to the head, no norms, no biases. Of experts as many as the
-    router chooses for a token; of a module that trains beside its frozen original (peft's modules_to_save) the one.
+    router chooses for a token; of a module that trains next to its frozen original (peft's modules_to_save) the one.
     """
     weights = [
         (isinstance(m, nn.Embedding), id(w)) for m in model.modules() if (w := getattr(m, "weight", None)) is not None

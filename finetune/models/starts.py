@@ -23,7 +23,7 @@ def initialise_from_data(model: "PeftModel", batches: Iterable[dict[str, Any]]) 
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "input of type .* could not be moved"
-        )  # lengths and switches, which are no tensors
+        )  # lengths and switches, which are not tensors
         initialize_lora_eva_weights(
             model, list(batches), forward_fn=lambda inner, inputs: inner(**inputs), prepare_model_inputs_fn=None,
             prepare_layer_inputs_fn=None, show_progress_bar=False, gather_distributed_inputs=False,

@@ -9,7 +9,7 @@ from finetune.models.head import loss_sum
 
 
 def supervises(loss_on: str) -> str:
-    """Which part of a row is learned, whatever data.loss_on says: all of it."""
+    """Learn all of a row, for any data.loss_on."""
     return "all"
 
 

@@ -80,7 +80,7 @@ class Chooser:
             return self.maker(change).of(wish, shape(self.config, size))
 
         found = _largest(sizes, lambda size: forecast(size).peak <= limit)
-        if found is None and sizes:  # all at once may need less than parts do, as no gradients wait beside a pass
+        if found is None and sizes:  # all at once may need less than parts do, as no gradients wait next to a pass
             one, whole = forecast(1), sizes[-1]
             if one.peak - one.device["gradients"] <= limit and forecast(whole).peak <= limit:
                 return whole
@@ -147,7 +147,7 @@ def automatic(config: Config, wish: Wish, device: torch.device, precision: str, 
     if size is None:
         other = chooser.cheapest_change(wish, limit)
         raise ConfigError(
-            f"train.micro_batch_size: auto finds none that fits: a single sequence of {config.data.max_length:,} tokens needs {said}; "
+            f"train.micro_batch_size: auto found no size that fits: a single sequence of {config.data.max_length:,} tokens needs {said}; "
             + (f"take {other}" if other else "take more processes, or shorter sequences") + "; see docs/performance.md"
         )  # fmt: skip
     beside = forecast.device.get("optimizer", 0.0) + forecast.device.get("average", 0.0)
@@ -162,7 +162,7 @@ def advice(config: Config, wish: Wish, device: torch.device, precision: str) -> 
     said = f"forecast: {forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
     if forecast.peak <= limit and size > 1:  # something else takes memory, or the forecast is wrong
         smaller = max(other for other in micro_batches(config, wish) if other < size)
-        return f"{said}, which would fit: look for what else uses the memory, or try train.micro_batch_size: {smaller}"
+        return f"{said}, which should fit: check what else uses the memory, or try train.micro_batch_size: {smaller}"
     other = chooser.cheapest_change(wish, limit if forecast.peak > limit else 0.95 * forecast.peak)
     return f"{said}; try {other}" if other else f"{said}; take more processes, or shorter sequences (data.max_length)"
 

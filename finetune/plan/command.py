@@ -31,18 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         type=paths.argument,
         metavar="FILE",
-        help="one topology file, in detail; default: all of accelerate_configs/",
+        help="show one topology file in detail; default: all of accelerate_configs/",
     )
-    parser.add_argument("--num-processes", type=int, metavar="N", help="instead of what the topology files say")
+    parser.add_argument(
+        "--num-processes", type=int, metavar="N", help="number of processes; default: from the topology files"
+    )
     parser.add_argument(
         "--gpu-memory", type=float, metavar="GB",
-        help="plan for GPUs of so many GB (10^9 bytes); default: those of this machine, or its memory if there are none",
+        help="memory of each GPU in GB (10^9 bytes); default: the GPUs of this machine, or its main memory without GPUs",
     )  # fmt: skip
     parser.add_argument(
         "--measured",
         type=lambda text: Path(paths.argument(text)),
         metavar="RUN",
-        help="a run on the same hardware: how fast this one will be",
+        help="run directory from the same hardware, to forecast the speed of this run",
     )
 
 
@@ -98,7 +100,7 @@ def _progress(text: str) -> None:
 
 
 def _wish(file: Path, num_processes: int | None, required: bool) -> Wish | None:
-    """What the file asks for, by Accelerate's own reading; None, unless it is required, if it cannot have so many processes."""
+    """What the file asks for, by Accelerate's own reading; None, unless it is required, if it cannot have that number of processes."""
     options = ["--config_file", str(file.resolve())]
     if num_processes and (required or file.stem != "single"):
         options += ["--num_processes", str(num_processes)]

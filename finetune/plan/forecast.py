@@ -74,7 +74,7 @@ class Forecaster:
         accumulates = self.config.train.global_batch_size > at_once
         if (
             wish.kind == "ddp"
-        ):  # its buckets are there from the start; in the first step what accumulates lies beside them
+        ):  # its buckets are there from the start; in the first step what accumulates lies next to them
             held.staying["buckets"] = self.weights.trained
             held.gradients = held.gradients if accumulates else 0.0
         pass_itself = traced.passing + (held.gradients if accumulates else 0.0)
@@ -89,7 +89,7 @@ class Forecaster:
         }  # fmt: skip
         copied = {"checkpoint": self._copied(held, wish)}
         if self.on_gpu:
-            w = self.weights  # all weights are read by one process, and exported from a copy that is opened beside it
+            w = self.weights  # all weights are read by one process, and exported from a copy that is opened next to it
             whole = 2 * w.stored if w.num == w.num_trained else w.stored
             host = {"process": PROCESS, **held.waiting, **copied, WHOLE: whole}
             device["CUDA"] = CONTEXT + (CHANNELS if wish.num_processes > 1 else 0.0)
@@ -190,7 +190,7 @@ class Forecaster:
         return {} if self.config.train.ema_decay is None else {"average": 4.0 * self.weights.num_trained}
 
     def _copied(self, held: _Held, wish: Wish) -> float:
-        """What a checkpoint copies before it is written beside the next steps: of equal weights each process its share."""
+        """What a checkpoint copies before it is written while the next steps run: of equal weights each process its share."""
         if not self.config.checkpoint.asynchronous:
             return 0.0
         everything = held.staying | held.waiting

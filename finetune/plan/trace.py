@@ -26,7 +26,7 @@ from finetune.models.build import build
 
 @dataclass(frozen=True)
 class Shape:
-    """What a forward pass is given: so many sequences of so many tokens, and of each so many are learned."""
+    """What a forward pass gets: the number of sequences, their tokens, and how many of these are learned."""
 
     num_sequences: int
     length: int
@@ -38,7 +38,7 @@ class Trace:
     """Bytes of a forward and backward pass, besides the weights."""
 
     passing: int
-    """Most that was there at once and is no gradient of a weight: activations, weights in 16 bits, logits of a chunk."""
+    """Most that was there at once except gradients of weights: activations, weights in 16 bits, logits of a chunk."""
     both: int
     """Most of that and of gradients of weights, which stay, together."""
     gradients: int
@@ -48,7 +48,7 @@ class Trace:
 
 
 class Ledger(TorchDispatchMode):
-    """Books every storage from the operator that makes it until nobody holds it any more."""
+    """Count every storage from the operator that makes it until the last reference to it is gone."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, losses
 from manifests import Work, environment, expanded, fate, render, work
 
-# A network that is no other test's, as the port is the manifest's, and names of its own.
+# A network and names of its own, as the port is the manifest's.
 NETWORK = ["unshare", "--net", "--mount", "--propagation", "private"]
 LO_UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 0x49))"  # SIOCSIFFLAGS: UP, LOOPBACK, RUNNING
 

@@ -122,7 +122,7 @@ class Launch:
                 os.kill(self.processes[rank].pid, number)
 
     def codes(self, within: float = 120.0) -> list[int]:
-        """Exit code of each, -9 for one that was killed; all must have ended after so many seconds."""
+        """Exit code of each, -9 for one that was killed; all must have ended within `within` seconds."""
         end = time.monotonic() + within
         for process in self.processes:
             process.join(max(0.01, end - time.monotonic()))

@@ -31,7 +31,7 @@ def small_disk(tmp_path):
 
 
 def fill(folder: Path, leave_bytes: int) -> Path:
-    """A file that takes what is free but so many bytes."""
+    """A file that leaves only this many bytes free."""
     ballast = folder / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:  # the run writes, too
         file.write(b"\0" * max(0, shutil.disk_usage(folder).free - leave_bytes))
@@ -110,7 +110,7 @@ def copy_of(saved: tuple[Workshop, str, int], folder: Path) -> Launch:
     return start(config, topology, processes, "--run.dir", str(folder))
 
 
-def test_whatever_is_damaged_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path):
+def test_damage_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path):
     """Every kind of file, in every way; each copy of the run then goes on to the same end."""
     workshop, topology, processes = saved
     copies = []

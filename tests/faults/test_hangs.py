@@ -64,6 +64,6 @@ def test_a_process_that_stands_still_ends_all_and_is_named(workshop, topology, p
     launch = begun(workshop, topology, processes, STANDS_STILL=f"{rank}:7")
     assert launch.codes(within=40) == [1] * processes, launch.said()
     who = "process 1" if processes == 2 else "every process"
-    assert f"{who} has stood still for 3 s at step 8" in launch.said()
+    assert f"{who} has made no progress for 3 s at step 8" in launch.said()
     assert outcome(workshop)["state"] == "failed"
     assert "step 8" in outcome(workshop)["reason"]

@@ -25,7 +25,7 @@ def scene(request, tmp_path_factory) -> Scene:
 
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
-    """Until so many processes have died: at any moment, at a line of the protocol, and in the attempt that goes on, too."""
+    """Until that many processes have died: at any moment, at a line of the protocol, and in the attempt that goes on, too."""
     dice = random.Random(SEED)
     killed, number = 0, 0
     while killed < KILLS // len(SCENES):

@@ -63,7 +63,7 @@ def test_a_machine_with_an_empty_disk_goes_on(workshop, undisturbed, store, topo
     shutil.rmtree(run)
     launch = start(config, topology, processes, **environment)
     assert launch.codes() == [0] * processes, launch.said()
-    assert "brought back from s3://bucket/machines" in launch.said()
+    assert "restored from s3://bucket/machines" in launch.said()
     assert "resumed from" in launch.said()
     same_end(run, undisturbed.run_dir(topology))
     there = objects(client, folder)
@@ -109,7 +109,7 @@ def test_a_run_that_another_machine_has_taken_over_stops(workshop, tmp_path, sto
     other = tmp_path / "other"
     second = start(config.rename(tmp_path / "other.yaml"), "single", 1, "--run.dir", str(other), **environment)
     wait_for(lambda: "resumed from" in second.said())
-    assert first.codes(within=60) == [2], "started again, the two would take turns for ever: " + first.said()
+    assert first.codes(within=60) == [2], "started again, the two would take turns without end: " + first.said()
     assert "has taken s3://bucket/taken/run over" in first.said()
     assert second.processes[0].is_alive()
 
@@ -139,7 +139,7 @@ def test_an_older_disk_beside_a_newer_store_goes_on_from_the_store_with_its_logs
     same_end(run, undisturbed.run_dir("single"))
     assert read_jsonl(run / "eval.jsonl") == read_jsonl(undisturbed.run_dir("single") / "eval.jsonl")
     steps = {name.split("/")[1] for name in objects(client, "again/single/") if name.startswith("checkpoints/")}
-    assert steps == {f"step-{n:08d}" for n in (3, 6, 9, 12)}, "what keep_last keeps stays there, whatever is here"
+    assert steps == {f"step-{n:08d}" for n in (3, 6, 9, 12)}, "what keep_last keeps stays there, for any state here"
 
 
 def test_another_run_of_that_name_in_the_store_is_refused_and_the_disk_stays(workshop, store):

@@ -1,5 +1,6 @@
 """`accelerate launch` of one process is killed, at any moment: the script that it started saves and ends, every time."""
 
+import json
 import os
 import random
 import signal
@@ -27,6 +28,12 @@ def test_death_of_accelerate_launch_leaves_no_script(workshop, trial):
         process.send_signal(dice.choice([signal.SIGKILL, signal.SIGTERM]))
         process.wait()
         wait_for(lambda: not session(process.pid))
+        run = workshop.run_dir()
+        if (run / "metrics.jsonl").exists():  # it was in the loop
+            assert json.loads((run / "outcome.json").read_text())["state"] == "preempted"
+            assert list((run / "checkpoints").glob("step-*")), "nothing was saved"
+        else:
+            assert not (run / "model").exists()
     finally:
         for pid in session(process.pid):
             os.kill(pid, signal.SIGKILL)

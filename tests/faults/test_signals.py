@@ -175,7 +175,7 @@ def test_a_clouds_warning_saves_and_goes_on(workshop, metadata):
     wait_for(lambda: list((workshop.run_dir() / "checkpoints").glob("step-*")))
     saved = lines(workshop)
     wait_for(lambda: lines(workshop) > saved + 5)
-    assert launch.processes[0].is_alive(), "a warning is no reason to stop"
+    assert launch.processes[0].is_alive(), "a warning does not stop the run"
     launch.kill([0], signal.SIGTERM)
     assert launch.codes() == [75], launch.said()
     assert len(read_jsonl(workshop.run_dir() / "saves.jsonl")) == 2, "one for the warning, one for the end"

@@ -40,7 +40,7 @@ def find(root: Path, storage: "Storage | None") -> tuple[Found | None, dict[Path
         raise CheckpointError(
             "no checkpoint is valid, and nothing was deleted:\n  "
             + "\n  ".join(f"{path}: {problem}" for path, problem in {**damaged, **aside}.items())
-            + f"\nmove {root} away to start afresh"
+            + f"\nmove {root} away to start from the beginning"
         )
     return found, damaged
 

@@ -49,7 +49,7 @@ def step_of(name: str) -> int | None:
 
 
 def steps(root: Path) -> list[Path]:
-    """Checkpoints under `root`, whole or not, the newest first; what a user keeps beside them is not ours."""
+    """Checkpoints under `root`, whole or not, the newest first; what a user keeps next to them is not ours."""
     return sorted((p for p in root.glob("step-*") if step_of(p.name) is not None), reverse=True)
 
 
@@ -194,8 +194,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"{MANIFEST} is corrupt: its sha256 differs from what it says")
         if manifest["format"] != FORMAT:
             raise OtherFormat(
-                f"{path} was written by another version of this program (format {manifest['format']}, this one reads {FORMAT}), so it "
-                "cannot be known whether it is of the same model and tokenizer; finish the run with that version, or give this "
+                f"{path} was written by another version of this program (format {manifest['format']}, this one reads {FORMAT}), which this "
+                "version cannot check; finish the run with that version, or give this "
                 "one another run.name"
             )
         Progress().restore(manifest["progress"])

@@ -62,7 +62,7 @@ class Saver:
         """Write checkpoint `step-<progress.step>` and prune older ones, but not that of step `best`. Collective.
 
         Returns when the state is copied. A save that fails leaves the older ones as they are and
-        is told; the third in a row raises CheckpointError. `seconds_left`: until the machine goes.
+        is reported; the third in a row raises CheckpointError. `seconds_left`: until the machine goes.
         """
         if seconds_left is not None and self.last_seconds > seconds_left:
             self.say(
@@ -101,7 +101,7 @@ class Saver:
         step, problem = self._facts["step"], self._problem
         self._problem = None
         if "bytes" in self._facts:
-            self.last_step = step  # whole on this disk, whatever came after
+            self.last_step = step  # whole on this disk, even if a later part failed
         if problem is None and "seconds" not in self._facts:
             problem = CheckpointError("the thread that saves ended without a result")
         if problem is not None:
@@ -154,7 +154,7 @@ class Saver:
         if self._failures == MOST_FAILURES:
             raise CheckpointError(f"{said}; {MOST_FAILURES} saves in a row have failed, and {newest}") from problem
         self.say(
-            f"note: {said}; {newest}, and training goes on ({self._failures} of {MOST_FAILURES} failures in a row)"
+            f"note: {said}; {newest}, and training continues ({self._failures} of {MOST_FAILURES} failures in a row)"
         )
 
     def _write(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:

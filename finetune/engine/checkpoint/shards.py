@@ -35,7 +35,7 @@ from finetune.engine.topology import Processes, Topology
 from finetune.errors import CheckpointError
 
 SHARDS = "shards"
-# It saves in one process, as it is told to.
+# It saves in one process, as intended.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
@@ -166,7 +166,7 @@ def read(found: Found, topology: Topology, state: TrainState) -> None:
         own = found.path / _own_name(topology.rank)
         if own.exists():
             _restore_random_state(json.loads(own.read_text())["random"], topology)
-        else:  # a process that was not there before draws what nobody has drawn
+        else:  # a process that was not there before draws new random numbers
             torch.manual_seed(hash((torch.initial_seed(), found.step)) % 2**63)
         # One scaler for all: processes that are new have none saved, and must scale as the others do.
         topology.restore_scaler(json.loads((found.path / _own_name(0)).read_text())["scaler"])

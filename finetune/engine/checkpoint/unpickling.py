@@ -46,7 +46,9 @@ class _Unpickler(pickle.Unpickler):
             return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in DCP:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs; nothing was executed")
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, which checkpoints do not need; nothing was executed"
+            )
         return super().find_class(module, name)
 
 
@@ -69,9 +71,9 @@ class Reader(FileSystemReader):
 
 @contextmanager
 def weights_only(classes: Sequence[type] = ()) -> Iterator[None]:
-    """Inside, every `torch.load` of this process is `weights_only`, whatever a library asks for.
+    """Inside, every `torch.load` of this process is `weights_only`, even if a library asks for more.
 
-    dcp reads what is no tensor, and DeepSpeed all its files, with `weights_only=False`. torch obeys this
+    dcp reads objects, and DeepSpeed reads all its files, with `weights_only=False`. torch obeys this
     variable above that argument. `classes`: what files may hold besides tensors and Python's own types.
     """
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # both set is an error of torch

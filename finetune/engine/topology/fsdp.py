@@ -97,8 +97,8 @@ class Fsdp2:
         wrong = [name for name in self.wish.layer_classes if name not in {type(layer).__name__ for layer in found}]
         if not found or wrong or any(layer is model for layer in found):
             raise ConfigError(
-                f"fsdp_transformer_layer_cls_to_wrap: {' or '.join(wrong or classes) or '(none is known)'} is no class of layers of this model; "
-                f"name the class of its layers, one of {', '.join(sorted({type(m).__name__ for m in model.modules()}))}"
+                f"fsdp_transformer_layer_cls_to_wrap: {' or '.join(wrong or classes) or '(none is known)'} is not a layer class of this model; "
+                f"use one of {', '.join(sorted({type(m).__name__ for m in model.modules()}))}"
             )
         return found
 

@@ -30,9 +30,9 @@ class Wish:
     offload: bool = False
     """Weights and optimizer wait in host memory (FSDP2), or the optimizer and, for ZeRO-3, the weights."""
     num_replicas: int = 1
-    """FSDP2, hybrid: shards lie on num_processes / num_replicas processes, and so many such groups hold the same."""
+    """FSDP2, hybrid: shards lie on num_processes / num_replicas processes, and num_replicas such groups hold the same."""
     num_context: int = 1
-    """FSDP2: so many processes share one sequence."""
+    """FSDP2: the number of processes that share one sequence."""
     layer_classes: tuple[str, ...] = ()
     """FSDP2: what is sharded as one; empty: what transformers says of the model."""
     mixed_precision: str = "no"
@@ -65,7 +65,7 @@ def read(environment: Mapping[str, str] = os.environ) -> Wish:
             _whole(environment, name, 0)
     if _is_on(environment, "ACCELERATE_USE_CPU") and "WORLD_SIZE" not in environment:
         raise ConfigError(
-            "use_cpu: true makes accelerate launch start one process whatever num_processes says; set it to false "
+            "use_cpu: true makes accelerate launch start one process and ignores num_processes; set it to false "
             "(without a GPU train.py takes the CPU by itself), as in accelerate_configs/cpu_debug.yaml"
         )
     if (steps := environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
@@ -79,9 +79,7 @@ def read(environment: Mapping[str, str] = os.environ) -> Wish:
         )
     for name, wish in (("MEGATRON_LM", "Megatron-LM"), ("FP8", "fp8"), ("TPU", "TPUs")):
         if _is_on(environment, f"ACCELERATE_USE_{name}"):
-            raise ConfigError(
-                f"the topology file asks for {wish}, which this project does not have; see docs/topologies.md"
-            )
+            raise ConfigError(f"the topology file asks for {wish}, which is not supported; see docs/topologies.md")
     if (compiler := environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
         raise ConfigError(f"the topology file sets dynamo_backend: {compiler}; remove it: train.compile decides")
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -177,7 +175,7 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> W
             raise ConfigError(f"{file}: {key} is decided by {owner} of the run config; remove it")
     if unknown := [key for key in values if key not in (*KEYS, *OWNED)]:
         raise ConfigError(
-            f"{file}: {unknown[0]} was never proved here; remove it: a file holds zero_optimization, {', '.join(KEYS[1:])}"
+            f"{file}: {unknown[0]} is untested; remove it: a file holds zero_optimization, {', '.join(KEYS[1:])}"
         )
     zero = values.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
@@ -190,10 +188,10 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> W
         setting = zero.get(name) or {}
         device = devices[name] = setting.get("device", "none") if isinstance(setting, dict) else setting
         if device not in ("none", "cpu"):
-            raise ConfigError(f"{file}: {name}.device is {device}; only cpu and none were ever proved here")
+            raise ConfigError(f"{file}: {name}.device is {device}; only cpu and none are tested")
         if device == "cpu" and stage != 3:
             raise ConfigError(
-                f"{file}: {name} with stage {stage} was never proved here; take accelerate_configs/zero3_offload.yaml"
+                f"{file}: {name} with stage {stage} is untested; take accelerate_configs/zero3_offload.yaml"
             )
     return Wish(
         f"zero{stage}", number, offload="cpu" in devices.values(), mixed_precision=precision,

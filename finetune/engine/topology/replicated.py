@@ -58,7 +58,7 @@ class Replicated:
         finite = math.isfinite(norm)
         if finite or self.accelerator.scaler is not None:
             optimizer.step()
-        # Under DDP gradients stay where they are, in its buckets: new ones would lie beside them until the last pass of a step.
+        # Under DDP gradients stay where they are, in its buckets: new ones would lie next to them until the last pass of a step.
         optimizer.zero_grad(set_to_none=self.num_processes == 1)
         return norm, finite
 

@@ -51,7 +51,7 @@ FEATURES = [
         "all weights, in 16 bits",
         "model.dtype: bfloat16",
         lambda c: c.trains_in_16_bits,
-        {"zero*": "DeepSpeed keeps float32 weights beside those of train.precision; take auto"},
+        {"zero*": "DeepSpeed keeps float32 weights next to those of train.precision; take auto"},
     ),
     Feature("LoRA", "adapter.kind: lora", lambda c: c.adapter.kind == "lora", {}),
     Feature(
@@ -73,7 +73,7 @@ FEATURES = [
         "QLoRA, 8 bits", "adapter.quantization: int8", _quantized("int8"),
         {
             "fsdp2*": "bitsandbytes keeps scales on the weight itself, which is not there when it is in parts; take nf4, or ddp.yaml",
-            "zero3*": "bitsandbytes keeps the whole weight beside each part, so nothing is saved; take nf4, or zero2.yaml",
+            "zero3*": "bitsandbytes keeps the whole weight next to each part, so nothing is saved; take nf4, or zero2.yaml",
         },
     ),
     Feature("adamw", "optimizer.kind: adamw", _optimizer("adamw"), {}),
@@ -119,7 +119,7 @@ FEATURES = [
         "compiled layers", "train.compile", lambda c: c.train.compile,
         {
             "zero3*": "weights are gathered inside the layers, which cuts them to pieces; take fsdp2.yaml",
-            "*_context": "processes exchange tokens inside the layers; never proved here, leave it out",
+            "*_context": "processes exchange tokens inside the layers; untested, leave it out",
         },
     ),
     Feature(
@@ -130,8 +130,8 @@ FEATURES = [
     Feature(
         "fp16", "train.precision: fp16", lambda c: c.train.precision == "fp16",
         {
-            "fsdp2*": "overflows of scaled gradients in parts were never proved here; take bf16, or ddp.yaml",
-            "zero*": "overflows of scaled gradients in parts were never proved here; take bf16, or ddp.yaml",
+            "fsdp2*": "overflows of scaled gradients in parts are untested; take bf16, or ddp.yaml",
+            "zero*": "overflows of scaled gradients in parts are untested; take bf16, or ddp.yaml",
         },
     ),
 ]  # fmt: skip

@@ -37,14 +37,14 @@ class Topology:
     """One process's view of all of them. Raises ConfigError if the launch is not what it claims, TopologyError if others do not come."""
 
     def __init__(self, precision: str, check_only: bool = False) -> None:
-        """`check_only`: nothing will be trained, so a precision that only a GPU has is no error."""
+        """`check_only`: nothing will be trained, so a precision that only a GPU has is allowed."""
         cuda = torch.cuda.is_available()
         self.wish, self.launched = launch.read(), launch.recorded()
         if cuda:
             _take_own_gpu()
         self.precision = "fp32" if check_only and precision == "fp16" and not cuda else _resolve(precision, cuda)
         _require_what_was_asked(self.wish, self.precision, cuda, check_only)
-        if not cuda:  # whoever imports DeepSpeed finds this, and need not warn
+        if not cuda:  # DeepSpeed reads this when it is imported, and then does not warn
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # From here on Accelerate, and transformers, see plain processes: who shares what is decided below.
         os.environ.update({f"ACCELERATE_USE_{name}": "false" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")})
@@ -63,7 +63,7 @@ class Topology:
                 kwargs_handlers=[
                     # A weight is used once a pass: kept, its 16 bits only take memory.
                     AutocastKwargs(cache_enabled=False),
-                    # Gradients lie in DDP's buckets, not beside them: for 8B in float32 32 GB less, once the first step
+                    # Gradients lie in DDP's buckets, not next to them: for 8B in float32 32 GB less, once the first step
                     # is over. Buffers (rotary frequencies) are constants, so `Replicated` sends them once.
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
                     InitProcessGroupKwargs(
@@ -76,7 +76,7 @@ class Topology:
         except (RuntimeError, ValueError) as exc:
             if self.wish.num_processes == 1 or isinstance(failures.translate(exc), DeviceError | OutOfMemory):
                 raise
-            raise TopologyError(_nobody_came(exc)) from exc
+            raise TopologyError(_did_not_meet(exc)) from exc
         if self.wish.is_sharded and not torch.distributed.is_initialized():  # Accelerate makes no group of one process
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.device = _with_index(self.accelerator.device)
@@ -129,7 +129,7 @@ class Topology:
         if problems := list(support.conflicts(config, self.wish)):
             raise ConfigError(
                 "\n  ".join(
-                    [f"{len(problems)} settings that {self.name} cannot have:", *problems]
+                    [f"{len(problems)} settings that {self.name} does not support:", *problems]
                     if len(problems) > 1
                     else problems
                 )
@@ -142,7 +142,7 @@ class Topology:
         try:
             everyone = self.processes.gather(values)
         except RuntimeError as exc:
-            raise TopologyError(_nobody_came(exc)) from exc
+            raise TopologyError(_did_not_meet(exc)) from exc
         for rank, others in enumerate(everyone):
             different = [key for key in values if others.get(key) != everyone[0].get(key)]
             if different:
@@ -251,7 +251,7 @@ class Topology:
         self.sharing.load(folder)
 
     def universal(self, folder: Path, converted: Path) -> None:
-        """ZeRO: files that any number of processes can read, from those of so many. On the main process."""
+        """ZeRO: files that any number of processes can read, from those of the processes that saved. On the main process."""
         self.sharing.universal(folder, converted)
 
     def memory_gb(self) -> float:
@@ -283,7 +283,7 @@ class Topology:
         self.accelerator.end_training()
 
 
-def _nobody_came(exc: Exception) -> str:
+def _did_not_meet(exc: Exception) -> str:
     address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     return (
         f"the {os.environ.get('WORLD_SIZE', '?')} processes did not find each other at {address} within {launch.join_minutes():g} minutes: "

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from finetune.engine.rundir import BEATS  # there, for what the launcher says of a process that was killed
+from finetune.places import BEATS
 
 SOON_SECONDS = 3.0  # of silence, after which a process is taken for the one that has gone once a connection has broken
 
@@ -119,7 +119,7 @@ class Watchdog:
         least = min(beats.values(), key=lambda beat: beat["ticks"])
         behind = [rank for rank, beat in beats.items() if beat["ticks"] == least["ticks"]]
         who = "every process" if len(behind) == self.number else f"process {', '.join(map(str, behind))}"
-        return f"{who} has stood still for {bound:.3g} s at {least['at']}"
+        return f"{who} has made no progress for {bound:.3g} s at {least['at']}"
 
     def _note(self) -> None:
         if self._file:

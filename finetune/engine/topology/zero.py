@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO: optimizer state (1), gradients (2) and weights (3) in parts, by DeepSpeed's engine.
 
-The engine is given whole steps: it is told which backward pass is the last, divides by nothing that
+The engine gets whole steps: it knows which backward pass is the last, divides by nothing that
 is not undone here, and has clipping, accumulation and precision from the run config.
 """
 
@@ -51,7 +51,7 @@ class Zero:
     ) -> tuple[nn.Module, Any]:  # fmt: skip
         """The engine sends each weight from the main process; for ZeRO-3 one at a time, of which each keeps its part.
 
-        So nobody but the main process, and no GPU, ever holds all of a model that ZeRO-3 shares:
+        So only the main process, and no GPU, holds all of a model that ZeRO-3 shares:
         memory promised by `empty.move` is given when a weight comes. Left to itself the engine would
         put the whole model on the device first.
         """
@@ -124,7 +124,7 @@ class Zero:
                     yield name, parameter.detach().clone()  # it is let go again
 
     def own_part(self, parameter: Any) -> torch.Tensor:
-        """In float32, if it trains: small steps do not show in the 16 bits beside it."""
+        """In float32, if it trains: small steps do not show in the 16 bits next to it."""
         from deepspeed.utils import safe_get_local_fp32_param
 
         if not parameter.requires_grad:
