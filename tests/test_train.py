@@ -580,7 +580,7 @@ def test_a_finished_run_without_its_model_is_not_finished(workshop):
 def test_a_finished_run_of_other_data_is_not_this_run(workshop):
     workshop.train()
     workshop.rows.write_text(workshop.rows.read_text().replace("three", "four"))
-    with pytest.raises(RunDirectoryError, match="complete, but of other training data"):
+    with pytest.raises(RunDirectoryError, match="complete, but it is another run; .*\n  training data: was"):
         workshop.train()
 
 
