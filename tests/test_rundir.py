@@ -294,3 +294,21 @@ def test_a_copied_run_goes_on_beside_the_original(workshop):
     shutil.copytree(run, run.with_name("other"))
     with pytest.raises(RunDirectoryError, match="run.name: was run, now other"):
         workshop.train("other", **settings)
+
+
+def test_damaged_notes_are_kept_each_time_and_byte_by_byte(workshop, ended, monkeypatch):
+    starts, receipt, log = ended / "starts.jsonl", ended / "receipt.json", ended / "eval.jsonl"
+    starts.write_bytes(b'\xff\xfe "half')
+    monkeypatch.setattr(receipts, "versions", lambda: {"python": "3.99"})
+    workshop.train(**SETTINGS)
+    assert starts.read_bytes().startswith(b'\xff\xfe "half\n{')
+    whole = log.read_bytes()
+    for content in (b"first", b"\xffsecond"):
+        receipt.write_bytes(content)
+        log.write_bytes(content + b"\n" + whole)
+        (ended / "outcome.json").unlink()
+        workshop.train(**SETTINGS)
+        assert log.read_bytes() == whole
+    for name in ("receipt.json", "eval.jsonl"):
+        kept = {path.read_bytes().split(b"\n")[0] for path in ended.glob(f"{name}*.damaged")}
+        assert kept == {b"first", b"\xffsecond"}

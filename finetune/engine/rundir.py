@@ -156,7 +156,7 @@ class RunDirectory:
         if problem is None and differences(old, receipt):
             self._note_start({"written": made["written"], "step": 0, "receipt_before": old})
         if os.path.lexists(path) and problem is not None:
-            os.replace(path, path.with_name("receipt.json.damaged"))
+            os.replace(path, _free(path))
         write_atomically(path, json.dumps(made, indent=2))
         return f"note: {path} {problem}; it says from now on what step {step} went on with" if step else None
 
@@ -343,7 +343,7 @@ class RunDirectory:
                 elif values["step"] <= step:
                     kept.append(line)
             if damaged:
-                beside = log.with_name(f"{log.name}.damaged")
+                beside = _free(log)
                 shutil.copyfile(log, beside)
                 notes.append(
                     f"note: {log}: damaged lines are left out: {len(damaged)}, from line {damaged[0]} on; "
@@ -408,7 +408,7 @@ def write_atomically(path: Path, text: str) -> None:
     """The whole new file or the whole old one, whatever happens."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".writing-{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -434,18 +434,28 @@ def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     return (values, None) if isinstance(values, dict) else ({}, "is damaged: it holds no object")
 
 
+def _free(path: Path) -> Path:
+    """Where a damaged file is kept: beside its place, and over no other."""
+    names = (f"{path.name}{number}.damaged" for number in ("", *(f".{n}" for n in range(1, 1000))))
+    return next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _lines(log: Path) -> list[str]:
-    """Lines of a log. Only a newline ends one: answers of a model may hold what Python's splitlines takes for an end."""
-    return log.read_text(errors="replace").split("\n") if log.is_file() else []
+    """Lines of a log, of which each byte comes back when they are written again.
+
+    Only a newline ends one: answers of a model may hold what Python's splitlines takes for an end.
+    """
+    return log.read_text("utf-8", errors="surrogateescape").split("\n") if log.is_file() else []
 
 
 def _values(line: str) -> dict[str, Any] | None:
     """What a line of a log holds, if it holds a step."""
     try:
+        line.encode()  # fails for bytes that are not UTF-8
         values = json.loads(line)
         step = values["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

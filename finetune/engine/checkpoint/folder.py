@@ -232,7 +232,7 @@ def sizes(manifest: dict[str, Any]) -> dict[str, int]:
         raise ValueError(f"{MANIFEST} is damaged: files does not list the files of a checkpoint")
     for name, about in described.items():
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or "\0" in name:
-            raise ValueError(f"{MANIFEST} names {name!r}, which is not in the checkpoint's folder")
+            raise ValueError(f"{MANIFEST} names {name}, which is not in the checkpoint's folder")
         if not (isinstance(about, dict) and _is_count(about.get("bytes")) and isinstance(about.get("sha256"), str)):
             raise ValueError(f"{MANIFEST} is damaged: files does not say the size and sha256 of {name}")
     return {name: about["bytes"] for name, about in described.items()}
