@@ -482,7 +482,8 @@ def test_where_a_gpu_must_be_seen_nothing_trains_on_the_cpu(workshop, monkeypatc
     monkeypatch.setenv("FINETUNE_NEEDS_GPU", "1")
     with pytest.raises(TopologyError, match="FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here"):
         workshop.train()
-    assert not workshop.run_dir().exists()
+    assert not (workshop.run_dir() / "config.yaml").exists()
+    assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "failed"
     workshop.check()
 
 
