@@ -86,15 +86,16 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     from finetune.engine.rundir import RunDirectory
 
     stop.raises()
-    if config.adapter.kind == "qlora":
-        from finetune import job as jobs
-
-        config = jobs.as_base_is(config)
     directory = RunDirectory(config, check_only)
     try:
+        if config.adapter.kind == "qlora":
+            from finetune import job as jobs
+
+            config = jobs.as_base_is(config)
+            directory = RunDirectory(config, check_only)
         attempt(config, check_only, stop, directory)
     except (Exception, Preempted) as exc:
-        directory.note_end(exc)
+        directory.note_end(exc, may_create=True)
         raise
     finally:
         directory.withdraw()
@@ -122,14 +123,16 @@ def attempt(config: Config, check_only: bool, stop: StopFlag, directory: "RunDir
         data = preflight.prepare(config, topology, date)
         job = jobs.Job(config, directory, storage, topology, data, stop, to_try)
         if not check_only:
-            is_complete, note = topology.on_main(lambda: directory.completion(job.data.train.fingerprint))
+            usual = bases.usual(data.model_config)
+            is_complete, note = topology.on_main(lambda: directory.completion(data.identity, usual))
             if is_complete:
                 job.tell(f"{directory.path} is complete; its model is in {directory.model}")
                 return
             if note:
                 job.tell(note)
+            topology.on_main(directory.require_writable)
         if not check_only and (last := topology.on_main(lambda: finding.newest(directory.checkpoints))):
-            finding.require_same_run(last, config, job.known_identity(), bases.usual(job.data.model_config))
+            finding.require_same_run(last, config, job.known_identity(), usual)
         job.tell(preflight.summary(config, topology, job.data))
         if check_only:
             directory.check(config)  # last: what is wrong with the data is of more use
@@ -223,7 +226,7 @@ def resume(job: "Job", state: "TrainState") -> int | None:
 
     root, topology = job.directory.checkpoints, job.topology
     topology.on_main(lambda: folder.sweep(root))
-    found, damaged = topology.on_main(lambda: finding.find(root, job.storage))
+    found, damaged = topology.on_main(lambda: finding.find(root, job.storage, job.data.num_steps))
     if found is None:
         topology.on_main(job.directory.require_no_model)
         if job.directory.outcome():

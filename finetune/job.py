@@ -77,7 +77,7 @@ class Job:
             },
             num_processes=topology.num_processes, topology=topology.name, precision=topology.precision,
             device=topology.device.type, attention=data.attention, num_steps=data.num_steps, start_weights=state.start,
-            template=data.template.fingerprint, template_date=data.template.date,
+            template_date=data.template.date, identity=data.identity,
             train_data=data.train.sequences.examples.receipt(),
             eval_data=data.eval.sequences.examples.receipt() if data.eval else None, launch=topology.launched,
         )  # fmt: skip
@@ -202,7 +202,7 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
         if directory.has_ended:
             raise
         error = explained(exc, config, topology)
-        directory.note_end(error, topology.watchdog.step)
+        directory.note_end(error, topology.watchdog.step, may_create=True)
         if error is exc:
             raise
         raise error from exc

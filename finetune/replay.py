@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Train again and compare. Raises RunDirectoryError; exit code 1 if the two runs are not the same (`tolerance`)."""
     run: Path = arguments.run.resolve()
-    config = configs.from_dict(configs.read_yaml(run / "config.yaml"), where=str(run / "config.yaml"))
+    config = configs.from_dict(configs.read_resolved(run / "config.yaml"), where=str(run / "config.yaml"))
     receipt = _receipt(run)
+    _require_metrics(run, config.tracking.log_every_steps)
     name = arguments.name or f"{config.run.name}-replay"
     if name == config.run.name:
         raise RunDirectoryError(f"--name: {name} is the run itself; give the repetition another name")
@@ -57,13 +58,10 @@ def _receipt(run: Path) -> dict[str, Any]:
     """That of a run that is complete. Raises RunDirectoryError."""
     from finetune.engine.topology import launch as launching  # brings torch
 
+    receipt, state = _read(run / "receipt.json"), _read(run / "outcome.json").get("state")
     try:
-        receipt: dict[str, Any] = json.loads((run / "receipt.json").read_text())
         launch, number = receipt["launch"], int(receipt["num_processes"])
-        on_this_node, state = (
-            int(launch.get("LOCAL_WORLD_SIZE", 1)),
-            json.loads((run / "outcome.json").read_text())["state"],
-        )
+        on_this_node = int(launch.get("LOCAL_WORLD_SIZE", 1))
         told = [str(receipt["topology"]), *launch, *launch.values()]
         # The system takes 128 KiB of a variable; a launcher sets a few words.
         if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in told):
@@ -72,10 +70,13 @@ def _receipt(run: Path) -> dict[str, Any]:
             raise ValueError(f"launch sets {foreign[0]}, which no receipt of this program does")
         if wrong := [name for name in launch if not re.fullmatch("[A-Z0-9_]+", name)]:
             raise ValueError(f"launch holds {wrong[0]!r}, which is not a name of a variable")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise RunDirectoryError(
-            f"{run} has no receipt and outcome that can be read: {type(exc).__name__}: {exc}"
-        ) from exc
+        if number < 1:
+            raise ValueError("num_processes is less than 1")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
+        what = f"{exc} is missing" if isinstance(exc, KeyError) else exc
+        raise RunDirectoryError(f"{run / 'receipt.json'} is damaged: {what}; put back a copy of it") from exc
+    if not isinstance(state, str):
+        raise RunDirectoryError(f"{run / 'outcome.json'} is damaged: it names no state; put back a copy of it")
     if state != "complete" or not (run / "metrics.jsonl").is_file():
         raise RunDirectoryError(f"{run} is {state}, or has no metrics.jsonl to compare with; run it to its end first")
     if number > on_this_node:
@@ -84,6 +85,36 @@ def _receipt(run: Path) -> dict[str, Any]:
             f"and --run.replay_of {run}"
         )
     return receipt
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as exc:
+        raise RunDirectoryError(f"{path} cannot be read: {exc.strerror}; give the directory of a run") from exc
+    except (ValueError, RecursionError) as exc:
+        raise RunDirectoryError(f"{path} is damaged: it is not JSON; put back a copy of it") from exc
+    if not isinstance(values, dict):
+        raise RunDirectoryError(f"{path} is damaged: it holds no object; put back a copy of it")
+    return values
+
+
+def _require_metrics(run: Path, every: int) -> None:
+    """Raise RunDirectoryError, before anything trains, where metrics.jsonl lacks a line that the repetition will have.
+
+    `every`: tracking.log_every_steps of the run.
+    """
+    last = _read(run / "outcome.json").get("step")
+    if type(last) is not int or last < 1:
+        raise RunDirectoryError(
+            f"{run / 'outcome.json'} is damaged: it does not say the last step; put back a copy of it"
+        )
+    known = _steps(run / "metrics.jsonl")
+    if missing := [step for step in range(1, last + 1) if (step % every == 0 or step == last) and step not in known]:
+        raise RunDirectoryError(
+            f"{run / 'metrics.jsonl'} has no line for {len(missing)} of the {last} steps, the first is step {missing[0]}, so there is "
+            "nothing to compare with; put back a copy of it"
+        )
 
 
 def _environments(receipt: dict[str, Any]) -> list[dict[str, str]]:

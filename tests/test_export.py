@@ -496,7 +496,7 @@ def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
         assert "its base is not in" in (said := capsys.readouterr().err)
         assert "give --base" in said
     assert main([*arguments, "--base", other]) == 2
-    assert f"--base: {other} is not the base of {model}: 21 of 21 weights are others" in capsys.readouterr().err
+    assert f"--base: {other} is not the base of {model}: 21 of 21 weights differ" in capsys.readouterr().err
     assert main([*arguments, "--base", moved]) == 0
 
 

@@ -10,8 +10,8 @@ from conftest import Workshop
 from finetune import config as configs
 from finetune.engine import step as steps
 from finetune.engine.rundir import RunDirectory
-from finetune.errors import DataError, DirectoryInUse, ModelError, OutOfMemory, Preempted, RunDirectoryError
-from finetune.models import attention, build, head, parameters
+from finetune.errors import DataError, DirectoryInUse, ModelError, Outage, OutOfMemory, Preempted, RunDirectoryError
+from finetune.models import attention, build, head, load, parameters
 
 BUG = RuntimeError("shapes do not fit")
 
@@ -79,6 +79,20 @@ def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     workshop.rows.write_text(rows)
     workshop.train(checkpoint__every_steps=1)
     assert outcome(workshop)[:2] == ("complete", 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("load_tokenizer", {}),
+        ("load_config", {"adapter__kind": "qlora", "model__init": "pretrained", "model__path": "a/b", "model__tokenizer": None, "model__config": None}),
+    ],
+)  # fmt: skip
+def test_hub_that_does_not_answer_leaves_an_outcome_in_a_new_directory(workshop, name, settings):
+    fails(workshop, Outage, load, name, Outage("model 'a/b' cannot be loaded now"), **settings)
+    assert outcome(workshop) == ("failed", 0, "model 'a/b' cannot be loaded now")
+    workshop.train(train__max_steps=4)
+    assert outcome(workshop)[:2] == ("complete", 4)
 
 
 def test_mistake_of_the_user_leaves_no_new_directory(workshop):

@@ -493,7 +493,7 @@ def test_one_topology_is_told_in_its_parts_and_with_the_speed_of_a_run(workshop,
     ("more", "said"),
     [
         (["--topology", "nowhere.yaml"], "nowhere.yaml"),
-        (["--measured", "nowhere"], "no run with metrics"),
+        (["--measured", "nowhere"], "nowhere/metrics.jsonl cannot be read"),
         (["--num-processes", "0"], "a whole number from 1"),
         (["--train.gradient_checkpoint", "true"], "did you mean train.gradient_checkpointing"),
         (["--num-proceses", "2"], "--num-proceses"),

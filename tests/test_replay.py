@@ -1,5 +1,6 @@
 """A run again, from its receipt: the same to the bit, or refused with what has changed."""
 
+import argparse
 import json
 
 import pytest
@@ -50,7 +51,7 @@ def test_a_run_without_a_receipt_is_an_error_that_names_it(workshop, content):
         (run / "receipt.json").write_text(content)
     again = replay(run)
     assert again.returncode == 2
-    assert "has no receipt and outcome that can be read" in again.stderr
+    assert f"{run / 'receipt.json'} " in again.stderr
 
 
 def test_a_run_that_has_not_ended_is_not_repeated(workshop):
@@ -61,6 +62,26 @@ def test_a_run_that_has_not_ended_is_not_repeated(workshop):
     assert again.returncode == 2
     assert "is preempted" in again.stderr
     assert not workshop.run_dir("run-replay").exists()
+
+
+@pytest.mark.parametrize("left", [0, 1, 3, 4.5])
+def test_a_shortened_log_is_refused_before_anything_trains(workshop, left):
+    run = workshop.train()
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[: int(left)]) + lines[4][: int(40 * (left % 1))])
+    with pytest.raises(RunDirectoryError, match=f"{log} has no line for .* first is step {int(left) + 1}"):
+        replaying.main(argparse.Namespace(run=run, name=None))
+    assert not workshop.run_dir("run-replay").exists()
+
+
+@pytest.mark.parametrize("name", ["receipt.json", "outcome.json"])
+@pytest.mark.parametrize("content", ["", "[1]", "5", '{"state": 5, "step": "3", "launch": [], "num_processes": 1e999}'])
+def test_a_damaged_note_is_named(workshop, name, content):
+    run = workshop.train()
+    (run / name).write_text(content)
+    with pytest.raises(RunDirectoryError, match=f"{run / name} is damaged: .*put back a copy"):
+        replaying.main(argparse.Namespace(run=run, name=None))
 
 
 @pytest.mark.parametrize(

@@ -521,6 +521,23 @@ def test_a_base_of_another_architecture_is_another_run(workshop, monkeypatch, ba
     assert str(problem.value).count(": was ") == 1
 
 
+@pytest.mark.parametrize("has_checkpoints", [True, False])
+def test_a_complete_run_whose_base_has_changed_is_another_run(workshop, monkeypatch, base, has_checkpoints):
+    folder, settings = interrupted(workshop, monkeypatch, base, "lora")
+    run = workshop.train(**settings)
+    if not has_checkpoints:
+        shutil.rmtree(run / "checkpoints")
+    workshop.train(**settings)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    change_config(folder, rope_parameters__rope_theta=500.0, transformers_version="4.0.0", use_cache=False)
+    with pytest.raises(RunDirectoryError) as problem:
+        workshop.train(**settings)
+    assert "is complete, but it is another run" in str(problem.value)
+    assert "\n  model: rope_parameters.rope_theta: was 10000.0, now 500.0\n" in str(problem.value)
+    assert str(problem.value).count(": was ") == 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_what_does_not_change_the_function_of_a_base_may_change(workshop, monkeypatch, base, capsys):
     folder, settings = interrupted(workshop, monkeypatch, base, "full")
     change_config(folder, transformers_version="4.0.0", use_cache=False, dtype="bfloat16", architectures=["Other"])

@@ -1,14 +1,20 @@
 """Notes of a run that something has damaged: named, or left out and said; never a traceback, and nothing is lost."""
 
+import argparse
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 from conftest import read_jsonl
 
+from finetune import config as configs
+from finetune import replay
 from finetune.engine import receipt as receipts
-from finetune.errors import RunDirectoryError
+from finetune.engine import rundir
+from finetune.errors import ConfigError, Outage, Preempted, RunDirectoryError
+from finetune.plan import command as planning
 
 pytestmark = pytest.mark.slow
 
@@ -198,3 +204,136 @@ def test_an_undisturbed_resumption_notes_nothing(workshop, ended):
     workshop.train(**SETTINGS)
     assert (ended / "receipt.json").read_bytes() == before
     assert not (ended / "starts.jsonl").exists()
+
+
+def test_temporary_files_of_killed_attempts_go_and_those_of_a_user_stay(workshop, ended):
+    ours = [".writing-outcome.json-ab12_xyz", ".writing-metrics.jsonl-00000000", ".mode-.writing-config.yaml-abcdefgh"]
+    users = [
+        ".outcome.json-original",
+        ".writing-notes.txt-abcdefgh",
+        "outcome.json-abcdefgh",
+        ".writing-outcome.json-old",
+    ]
+    for name in (*ours, *users):
+        (ended / name).write_text("x")
+    (ended / ".writing-config.yaml-12345678").mkdir()
+    workshop.train(**SETTINGS)
+    left = {path.name for path in ended.iterdir()}
+    assert left.isdisjoint(ours)
+    assert left.issuperset([*users, ".writing-config.yaml-12345678"])
+
+
+def test_an_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def interrupted(descriptor):
+        raise Preempted("SIGTERM")
+
+    (tmp_path / "outcome.json").write_text("old")
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(Preempted):
+        rundir.write_atomically(tmp_path / "outcome.json", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"outcome.json": "old"}
+
+
+@pytest.fixture
+def read_only_disk(tmp_path):
+    """A function that makes a folder the root of a disk that is mounted read-only."""
+    mounted = []
+
+    def mount(folder):
+        for options in (["--bind"], ["-o", "remount,ro,bind"]):
+            done = subprocess.run(["mount", *options, str(folder), str(folder)], capture_output=True, check=False)
+            if done.returncode:
+                pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+            mounted.append(folder)
+
+    yield mount
+    for folder in mounted[:1]:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def test_a_complete_run_on_a_read_only_disk_is_complete(workshop, capsys, read_only_disk):
+    run = workshop.train()
+    capsys.readouterr()
+    read_only_disk(run.parent)
+    workshop.train()
+    assert f"{run} is complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["no outcome", "no model"])
+def test_a_read_only_disk_is_an_outage_that_is_named(workshop, read_only_disk, damage):
+    run = workshop.train()
+    (run / ("outcome.json" if damage == "no outcome" else "model/config.json")).unlink()
+    read_only_disk(run.parent)
+    with pytest.raises(Outage, match=f"{run} is on a disk that is mounted read-only"):
+        workshop.train()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "it is not YAML with sections"), (b"run: {a", "it is not YAML"), (b"\xff\xfe", "it is not YAML"), (b"[1]", "it is not YAML"),
+        (b"run: {name: run}\n", "its section model is missing"), (b"[" * 100_000, "it is not YAML"), (b"run: " + b"9" * 5000, "it is not YAML"),
+    ],
+)  # fmt: skip
+def test_a_damaged_config_is_named_and_stays(workshop, content, says):
+    run = workshop.train()
+    (run / "config.yaml").write_bytes(content)
+    for attempt in (workshop.train, lambda: replay.main(argparse.Namespace(run=run, name=None))):
+        with pytest.raises(RunDirectoryError, match=f"{run / 'config.yaml'} is damaged: {says}.*; put back a copy"):
+            attempt()
+    assert (run / "config.yaml").read_bytes() == content
+    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.parametrize("name", ["receipt.json", "metrics.jsonl"])
+@pytest.mark.parametrize("junk", JUNK)
+def test_plan_names_the_damaged_file_of_a_measured_run(tmp_path, name, junk):
+    whole = {
+        "receipt.json": b'{"num_processes": 1, "parameters": {"trained_in_products": 1, "frozen_in_products": 1}}',
+        "metrics.jsonl": b'{"step": 1, "tokens_per_second": 5}\n',
+    }  # fmt: skip
+    for each, content in (whole | {name: JUNK[junk]}).items():
+        (tmp_path / each).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"--measured: {tmp_path / name} is damaged"):
+        planning._reached(tmp_path)
+
+
+def test_a_copied_run_goes_on_beside_the_original(workshop):
+    """As `cp -r` makes it; each has its own lock, and none writes to the other."""
+    from test_outcome import preempted_after
+
+    settings = {"checkpoint__every_steps": 1, "checkpoint__asynchronous": False}
+    preempted_after(workshop, 3, checkpoint__asynchronous=False)
+    run, elsewhere = workshop.run_dir(), workshop.folder / "elsewhere"
+    shutil.copytree(run, elsewhere / "run")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    first = rundir.RunDirectory(configs.from_dict(configs.read_resolved(run / "config.yaml")))
+    first.lock(0)
+    workshop.train(run__dir=str(elsewhere), checkpoint__grace_seconds=0.1, **settings)
+    first.unlock()
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    workshop.train(**settings)
+    logs = [[line["loss"] for line in read_jsonl(folder / "metrics.jsonl")] for folder in (run, elsewhere / "run")]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 5
+    shutil.copytree(run, run.with_name("other"))
+    with pytest.raises(RunDirectoryError, match="run.name: was run, now other"):
+        workshop.train("other", **settings)
+
+
+def test_damaged_notes_are_kept_each_time_and_byte_by_byte(workshop, ended, monkeypatch):
+    starts, receipt, log = ended / "starts.jsonl", ended / "receipt.json", ended / "eval.jsonl"
+    starts.write_bytes(b'\xff\xfe "half')
+    monkeypatch.setattr(receipts, "versions", lambda: {"python": "3.99"})
+    workshop.train(**SETTINGS)
+    assert starts.read_bytes().startswith(b'\xff\xfe "half\n{')
+    whole = log.read_bytes()
+    for content in (b"first", b"\xffsecond"):
+        receipt.write_bytes(content)
+        log.write_bytes(content + b"\n" + whole)
+        (ended / "outcome.json").unlink()
+        workshop.train(**SETTINGS)
+        assert log.read_bytes() == whole
+    for name in ("receipt.json", "eval.jsonl"):
+        kept = {path.read_bytes().split(b"\n")[0] for path in ended.glob(f"{name}*.damaged")}
+        assert kept == {b"first", b"\xffsecond"}

@@ -124,9 +124,9 @@ def checkpoint(root: Path, step: int, files: dict[str, bytes] | None = None) -> 
         (writing / name).write_bytes(content + str(step).encode() if content else b"")
     progress = {**Progress().to_dict(), "step": step}
     names = folder.files(writing)
-    return folder.commit(
-        writing, {"format": folder.FORMAT, "progress": progress, "files": folder.described(writing, names)}
-    )
+    about = {"config": {"optimizer": {"kind": "adamw"}}, "identity": {}, "topology": "single", "num_processes": 1}
+    files = folder.described(writing, names)
+    return folder.commit(writing, {"format": folder.FORMAT, "progress": progress, "files": files, **about})
 
 
 FILES = {

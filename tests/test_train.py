@@ -484,7 +484,8 @@ def test_where_a_gpu_must_be_seen_nothing_trains_on_the_cpu(workshop, monkeypatc
     monkeypatch.setenv("FINETUNE_NEEDS_GPU", "1")
     with pytest.raises(TopologyError, match="FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here"):
         workshop.train()
-    assert not workshop.run_dir().exists()
+    assert not (workshop.run_dir() / "config.yaml").exists()
+    assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "failed"
     workshop.check()
 
 
@@ -582,7 +583,7 @@ def test_a_finished_run_without_its_model_is_not_finished(workshop):
 def test_a_finished_run_of_other_data_is_not_this_run(workshop):
     workshop.train()
     workshop.rows.write_text(workshop.rows.read_text().replace("three", "four"))
-    with pytest.raises(RunDirectoryError, match="complete, but of other training data"):
+    with pytest.raises(RunDirectoryError, match="complete, but it is another run; .*\n  training data: was"):
         workshop.train()
 
 

@@ -24,6 +24,7 @@ from finetune.config.reader import (
     json_schema,
     note_repeats,
     parse,
+    read_resolved,
     read_yaml,
     to_yaml,
 )
@@ -31,5 +32,5 @@ from finetune.config.rules import conflicts
 
 __all__ = [
     "PADDED_ATTENTION", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation", "base", "conflicts",
-    "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats", "parse", "paths", "read_yaml", "to_yaml", "usual_lr",
+    "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats", "parse", "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from finetune.config import base, names, paths
 from finetune.config.fields import Config, Section
 from finetune.config.rules import conflicts
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, RunDirectoryError
 
 # What may differ between a run and its resumption: it changes neither the data nor the arithmetic
 # of a step (micro_batch_size and checkpointing only reorder the same float operations).
@@ -117,10 +117,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot read the config: {why}") from exc
     try:
         values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # a number of 5,000 digits, 1,000 brackets
         raise ConfigError(f"{path}: not valid YAML: {exc}") from exc
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as run: and data:, got {type(values).__name__}")
+    return values
+
+
+def read_resolved(path: Path) -> dict[str, Any]:
+    """The config.yaml that a run has written, with every section. Raises RunDirectoryError for one that is not whole."""
+    problem = None
+    try:
+        values = read_yaml(path)
+    except ConfigError as exc:
+        if isinstance(cause := exc.__cause__, OSError):
+            raise RunDirectoryError(f"{path} cannot be read: {cause.strerror}; give the directory of a run") from exc
+        problem = "it is not YAML with sections such as run: and data:"
+    else:
+        wrong = [name for name, _ in _sections() if not isinstance(values.get(name), dict)]
+        problem = f"its section {wrong[0]} is missing, or cut off" if wrong else None
+    if problem:
+        raise RunDirectoryError(
+            f"{path} is damaged: {problem}; put back a copy of it (manifest.json of each checkpoint holds the same under "
+            "config), or choose another run.name"
+        )
     return values
 
 

@@ -41,6 +41,24 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def identity_differences(old: dict[str, Any], new: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+    """What differs in what a config only points at.
+
+    Both map a name to a fingerprint, such as that of the training data, or to fields, such as those of the model's config.
+    `usual`: what a field is where it is not given, as another version of transformers may know more fields.
+    """
+    different = []
+    for name, now in new.items():
+        before = old.get(name)
+        if not (isinstance(now, dict) and isinstance(before, dict)):
+            different += [f"{name}: was {before}, now {now}"] if before != now else []
+            continue
+        for key in sorted(before.keys() | now.keys()):
+            one, other = before.get(key, usual.get(key)), now.get(key, usual.get(key))
+            different += [f"{name}: {key}: was {one}, now {other}"] if one != other else []
+    return different
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,18 +12,18 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from finetune import config as configs
 from finetune import failures, files
 from finetune.config import Config, base
 from finetune.engine.checkpoint.folder import described, flush, sha256
-from finetune.engine.receipt import differences
+from finetune.engine.receipt import differences, identity_differences
 from finetune.errors import (
     EXIT_FAILED,
     DirectoryInUse,
     FinetuneError,
+    Outage,
     Preempted,
     RunDirectoryError,
     TakenOver,
@@ -31,6 +32,9 @@ from finetune.places import BEATS, RUN
 
 LOCK = ".lock"
 OUTCOME = "outcome.json"
+STATES = ("running", "complete", "preempted", "failed")
+# What `write_atomically` leaves when its process is killed; `.mode-`: the probe of `files.follow_umask`.
+TEMPORARY = re.compile(r"(\.mode-)?\.writing-[a-z]+\.(json|jsonl|yaml)-[a-z0-9_]{8}")
 # The directory belongs to another run or process: its outcome does not describe how this attempt ended.
 REFUSED = (RunDirectoryError, DirectoryInUse, TakenOver)
 
@@ -62,7 +66,7 @@ class RunDirectory:
         """Raise RunDirectoryError if it cannot be written or holds another run. Writes nothing."""
         saved = self.path / "config.yaml"
         if os.path.exists(saved):
-            different = configs.differences(self._read_config(saved), config)
+            different = configs.differences(configs.read_resolved(saved), config)
             if different:
                 raise RunDirectoryError(
                     f"{self.path} holds another run; what differs:\n  " + "\n  ".join(different)
@@ -79,10 +83,23 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path} has checkpoints, and checkpoint.resume is never; set it to auto, or choose another run.name"
             )
+        if self.outcome().get("state") != "complete":  # which can be told of a disk that cannot be written
+            self.require_writable()
+
+    def require_writable(self) -> None:
+        """Raise Outage for a disk that cannot be written now, RunDirectoryError for files or folders that forbid it."""
         nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if os.path.exists(parent))
+        if nearest.is_dir() and os.statvfs(nearest).f_flag & os.ST_RDONLY:
+            raise Outage(
+                f"{self.path} cannot be written now: {nearest} is on a disk that is mounted read-only; mount it to be written, "
+                "or choose another run.dir"
+            )
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             why = "no permission in" if nearest.is_dir() else "there is a file called"
             raise RunDirectoryError(f"{self.path} cannot be written: {why} {nearest}; choose another run.dir")
+        for path in self._files():
+            if path.exists() and not os.access(path, os.W_OK):
+                raise RunDirectoryError(f"{path} cannot be written: no permission; correct its mode or its owner")
 
     def lock(self, seconds: float) -> None:
         """Make the directory and keep others from running in it, as long as this process lives.
@@ -111,10 +128,17 @@ class RunDirectory:
         try:
             write_atomically(self.path / "config.yaml", configs.to_yaml(config))  # first: it makes it a run directory
             self.checkpoints.mkdir(exist_ok=True)
+            self._sweep()
             self.is_open = True
         except OSError as exc:
             failures.reraise(exc, f"{self.path} cannot be written now")
             raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
+
+    def _sweep(self) -> None:
+        """Remove what `write_atomically` has left of attempts that were killed. Under the lock: no other process writes here."""
+        for path in self.path.iterdir():
+            if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                path.unlink()
 
     def write_receipt(self, receipt: dict[str, Any], step: int) -> str | None:
         """Write what this start runs on, at the step that it goes on from; what to tell a person, if anything.
@@ -132,9 +156,9 @@ class RunDirectory:
         if problem is None and differences(old, receipt):
             self._note_start({"written": made["written"], "step": 0, "receipt_before": old})
         if os.path.lexists(path) and problem is not None:
-            os.replace(path, path.with_name("receipt.json.damaged"))
+            os.replace(path, _free(path))
         write_atomically(path, json.dumps(made, indent=2))
-        return f"note: receipt.json {problem}; it says from now on what step {step} went on with" if step else None
+        return f"note: {path} {problem}; it says from now on what step {step} went on with" if step else None
 
     def _note_start(self, facts: dict[str, Any]) -> None:
         lines = [line for line in _lines(self.starts) if line]
@@ -142,12 +166,10 @@ class RunDirectory:
 
     def require_receipt(self, other: Path, receipt: dict[str, Any]) -> None:
         """Raise RunDirectoryError with what differs between the receipt of a run and that of this one, which is to repeat it."""
-        try:
-            old = json.loads((other / "receipt.json").read_text())
-            different = differences(old, receipt)
-        except (OSError, ValueError, AttributeError, RecursionError) as exc:
-            raise RunDirectoryError(f"run.replay_of: {other} has no receipt that can be read: {exc}") from exc
-        if different:
+        old, problem = _read(other / "receipt.json")
+        if problem is not None:
+            raise RunDirectoryError(f"run.replay_of: {other / 'receipt.json'} {problem}; put back a copy of it")
+        if different := differences(old, receipt):
             raise RunDirectoryError(
                 f"this would not repeat the run {other}; what differs:\n  " + "\n  ".join(different)
                 + "\nrestore these to repeat the run"
@@ -171,7 +193,7 @@ class RunDirectory:
         return self._read("receipt.json")[0]
 
     def write_outcome(self, state: str, step: int, reason: str, exported: Sequence[str] = (), **facts: Any) -> None:
-        """state: running, complete, preempted or failed. `exported`: the files of the model of a complete run, not a user's own."""
+        """state: one of STATES. `exported`: the files of the model of a complete run, not a user's own."""
         outcome = {"state": state, "step": step, "reason": reason, **facts, "written": _now()}
         if state == "complete":
             outcome["model"] = described(self.model, list(exported))
@@ -220,14 +242,17 @@ class RunDirectory:
         """How the last attempt ended; empty if there was none."""
         return self._read(OUTCOME)[0]
 
-    def completion(self, data_fingerprint: str) -> tuple[bool, str | None]:
+    def completion(self, identity: dict[str, Any], usual: dict[str, Any]) -> tuple[bool, str | None]:
         """(whether a run has ended here and every file of its model is what was verified then, what is to be told).
 
-        Raises RunDirectoryError if it was of other data, or if that cannot be known.
+        Raises RunDirectoryError if it was of other data or another base, or if that cannot be known. `identity`, `usual`:
+        as in `receipt.identity_differences`. A base's weights are not compared, as they are not loaded yet.
         """
-        outcome, problem = self._read("outcome.json")
-        if problem is not None and os.path.lexists(self.path / "outcome.json"):
-            return False, f"note: outcome.json {problem}: it is unknown how the run ended, so it continues"
+        outcome, problem = self._read(OUTCOME)
+        if problem is None and outcome.get("state") not in STATES:
+            problem = "is damaged: it does not say a state"
+        if problem is not None and os.path.lexists(self.path / OUTCOME):
+            return False, f"note: {self.path / OUTCOME} {problem}; it is unknown how the run ended, so it continues"
         if outcome.get("state") != "complete":
             return False, None
         if isinstance(outcome.get("model"), dict) and outcome["model"]:
@@ -240,11 +265,14 @@ class RunDirectory:
                 f"{self.path} is complete, but its receipt.json {problem}, so it is unclear whether it is this run; "
                 f"put it back, or give this run another run.name. Its model is whole: {self.model}"
             )
-        if receipt["train_data"]["fingerprint"] != data_fingerprint:
+        known = receipt.get("identity")
+        if not isinstance(known, dict):  # of an older version: it knows the rows, tokenizer and template alone
+            known = {"training data": receipt["train_data"]["fingerprint"]}
+        if different := identity_differences(known, {n: v for n, v in identity.items() if n in known}, usual):
             raise RunDirectoryError(
-                f"{self.path} is complete, but of other training data (rows, tokenizer or template have changed since); "
-                "give this run another run.name"
-            )
+                f"{self.path} is complete, but it is another run; what differs:\n  " + "\n  ".join(different)
+                + "\ngive this run another run.name, or put those back"
+            )  # fmt: skip
         return True, None
 
     def require_no_model(self) -> None:
@@ -329,7 +357,7 @@ class RunDirectory:
                 elif values["step"] <= step:
                     kept.append(line)
             if damaged:
-                beside = log.with_name(f"{log.name}.damaged")
+                beside = _free(log)
                 shutil.copyfile(log, beside)
                 notes.append(
                     f"note: {log}: damaged lines are left out: {len(damaged)}, from line {damaged[0]} on; "
@@ -345,18 +373,20 @@ class RunDirectory:
                 raise RunDirectoryError(
                     f"{path} should be a folder, but is not; move it away, or choose another run.name"
                 )
-        logs = [self.metrics, self.evals, self.samples, self.saves, self.starts]
-        for path in [*logs, *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json"))]:
+        for path in self._files():
             if not os.path.lexists(path):
                 continue
             if not path.is_file():
                 raise RunDirectoryError(
                     f"{path} should be a file, but is not; move it away, or choose another run.name"
                 )
-            if not os.access(path, os.R_OK | os.W_OK):
-                raise RunDirectoryError(
-                    f"{path} cannot be read and written: no permission; correct its mode or its owner"
-                )
+            if not os.access(path, os.R_OK):
+                raise RunDirectoryError(f"{path} cannot be read: no permission; correct its mode or its owner")
+
+    def _files(self) -> list[Path]:
+        """What this program writes at the top of the directory."""
+        logs = [self.metrics, self.evals, self.samples, self.saves, self.starts]
+        return [*logs, *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json"))]
 
     def _read_receipt(self) -> tuple[dict[str, Any], str | None]:
         receipt, problem = self._read("receipt.json")
@@ -367,14 +397,6 @@ class RunDirectory:
 
     def _read(self, name: str) -> tuple[dict[str, Any], str | None]:
         return _read(self.path / name)
-
-    def _read_config(self, path: Path) -> dict[str, Any]:
-        try:
-            values = yaml.safe_load(path.read_text())
-            configs.flatten(values)
-            return dict(values)
-        except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as exc:
-            raise RunDirectoryError(f"{path} is not the config of a run: {exc}; choose another run.name") from exc
 
 
 def note_end_of(path: Path, state: str, reason: str) -> None:
@@ -398,16 +420,17 @@ def note_end_of(path: Path, state: str, reason: str) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Leave the whole new file or the whole old one, even after a crash."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".writing-{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         files.follow_umask(Path(temporary))
         os.rename(temporary, path)
-    except OSError:
-        os.unlink(temporary)
+    except BaseException:  # a signal, too
+        with contextlib.suppress(FileNotFoundError):  # it may have been renamed already
+            os.unlink(temporary)
         raise
     flush(path.parent)
 
@@ -420,9 +443,15 @@ def _read(path: Path) -> tuple[dict[str, Any], str | None]:
         return {}, "is missing"
     except OSError as exc:
         return {}, f"cannot be read ({exc.strerror})"
-    except (ValueError, RecursionError) as exc:
-        return {}, f"is damaged ({type(exc).__name__})"
-    return (values, None) if isinstance(values, dict) else ({}, f"holds a {type(values).__name__}")
+    except (ValueError, RecursionError):
+        return {}, "is damaged: it is not JSON"
+    return (values, None) if isinstance(values, dict) else ({}, "is damaged: it holds no object")
+
+
+def _free(path: Path) -> Path:
+    """Where a damaged file is kept: beside its place, and over no other."""
+    names = (f"{path.name}{number}.damaged" for number in ("", *(f".{n}" for n in range(1, 1000))))
+    return next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
 
 
 def _now() -> str:
@@ -430,13 +459,17 @@ def _now() -> str:
 
 
 def _lines(log: Path) -> list[str]:
-    """Lines of a log. Only a newline ends one: answers of a model may hold what Python's splitlines takes for an end."""
-    return log.read_text(errors="replace").split("\n") if log.is_file() else []
+    """Lines of a log, of which each byte comes back when they are written again.
+
+    Only a newline ends one: answers of a model may hold what Python's splitlines takes for an end.
+    """
+    return log.read_text("utf-8", errors="surrogateescape").split("\n") if log.is_file() else []
 
 
 def _values(line: str) -> dict[str, Any] | None:
     """What a line of a log holds, if it holds a step."""
     try:
+        line.encode()  # fails for bytes that are not UTF-8
         values = json.loads(line)
         step = values["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -154,15 +154,21 @@ def _number(value: int | None) -> str:
 
 def _reached(run: Path) -> float:
     """Arithmetic a second of one process that a run has reached. Raises ConfigError."""
+    path = run / "metrics.jsonl"
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        lines = path.read_text().splitlines(keepends=True)
         steps = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been torn
-        receipt = json.loads((run / "receipt.json").read_text())
         speed = statistics.median(line["tokens_per_second"] for line in steps[1:] or steps)
+        path = run / "receipt.json"
+        receipt = json.loads(path.read_text())
         known, processes = receipt["parameters"], receipt["num_processes"]
         return float(speed / processes * _products(known["trained_in_products"], known["frozen_in_products"]))
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as exc:
-        raise ConfigError(f"--measured {run}: no run with metrics and a receipt: {type(exc).__name__}: {exc}") from exc
+    except OSError as exc:
+        raise ConfigError(f"--measured: {path} cannot be read: {exc.strerror}; give the directory of a run") from exc
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as exc:
+        raise ConfigError(
+            f"--measured: {path} is damaged, or has no line yet; put back a copy of it, or give another run"
+        ) from exc
 
 
 def _speed(reached: float, chooser: Chooser) -> float:

@@ -8,6 +8,7 @@ from finetune import failures
 from finetune.config import Config, differences
 from finetune.engine.checkpoint import folder, shards
 from finetune.engine.checkpoint.folder import Found
+from finetune.engine.receipt import identity_differences
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.errors import CheckpointError, DamagedCheckpoint, RunDirectoryError
@@ -16,17 +17,18 @@ if TYPE_CHECKING:
     from finetune.engine.checkpoint.storage import Storage
 
 
-def find(root: Path, storage: "Storage | None") -> tuple[Found | None, dict[Path, str]]:
+def find(root: Path, storage: "Storage | None", num_steps: int | None = None) -> tuple[Found | None, dict[Path, str]]:
     """The newest valid checkpoint, fetched if it is only in the store, and what is wrong with each newer one.
 
     Raises CheckpointError if there are checkpoints but none is valid: starting afresh would hide
-    that work was lost. So does a store that does not answer: an older one would be as bad.
+    that work was lost. So does a store that does not answer: an older one would be as bad. `num_steps`: of the run.
     """
-    found, damaged = folder.find_newest(root)
+    found, damaged = folder.find_newest(root, num_steps)
     for step in storage.steps() if storage else []:
         if found and step <= found.step:
             break
         try:
+            folder.require_step(root / folder.step_name(step), num_steps)
             path = storage.fetch(step, root)  # type: ignore[union-attr]
             found = Found(path, folder.verified(path))
             damaged.pop(found.path, None)  # a whole one is in its place now
@@ -56,20 +58,10 @@ def newest(root: Path) -> Found | None:
 def require_same_run(found: Found, config: Config, identity: dict[str, Any], usual: dict[str, Any]) -> None:
     """Raise RunDirectoryError with what differs if a checkpoint belongs to another config, or to other data or weights.
 
-    `identity` holds what a config only points at: name -> fingerprint, such as that of the training data, or
-    name -> fields, such as those of the model's config. `usual`: what such fields are where they are not given,
-    as another version of transformers may know more of them.
+    `identity`, `usual`: as in `receipt.identity_differences`.
     """
     different = differences(found.manifest["config"], config)
-    saved = found.manifest["identity"]
-    for name, now in identity.items():
-        before = saved.get(name)
-        if not (isinstance(now, dict) and isinstance(before, dict)):
-            different += [f"{name}: was {before}, now {now}"] if before != now else []
-            continue
-        for key in sorted(before.keys() | now.keys()):
-            one, other = before.get(key, usual.get(key)), now.get(key, usual.get(key))
-            different += [f"{name}: {key}: was {one}, now {other}"] if one != other else []
+    different += identity_differences(found.manifest["identity"], identity, usual)
     if different:
         raise RunDirectoryError(
             f"{found.path} is a checkpoint of another run; what differs:\n  " + "\n  ".join(different)
@@ -123,6 +115,6 @@ def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) 
         if not isinstance(exc, CheckpointError):
             failures.reraise(exc)
         raise CheckpointError(
-            f"checkpoint {path}, the best evaluation, cannot be loaded: {type(exc).__name__}: {exc}; "
+            f"checkpoint {path}, the best evaluation, cannot be loaded: {shards.why(exc)}; "
             "to export the last weights, give --evaluation.export_best false"
         ) from exc

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.errors import CheckpointError, RunDirectoryError
@@ -138,11 +138,15 @@ def set_aside(damaged: list[Path]) -> dict[Path, Path]:
 # ------------------------------------------------------------------------------------- reading
 
 
-def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
-    """The newest valid checkpoint under `root`, and what is wrong with each newer one; None if none is valid."""
+def find_newest(root: Path, num_steps: int | None = None) -> tuple[Found | None, dict[Path, str]]:
+    """The newest valid checkpoint under `root`, and what is wrong with each newer one; None if none is valid.
+
+    `num_steps`: of the run; None: unknown.
+    """
     damaged: dict[Path, str] = {}
     for path in steps(root):
         try:
+            require_step(path, num_steps)
             return Found(path, verified(path)), damaged
         except OtherFormat:
             raise
@@ -151,10 +155,19 @@ def find_newest(root: Path) -> tuple[Found | None, dict[Path, str]]:
     return None, damaged
 
 
+def require_step(path: Path, num_steps: int | None) -> None:
+    """Raise ValueError for a checkpoint of a step that the run does not have: it would export it as its end."""
+    step = step_of(path.name)
+    if step is not None and num_steps is not None and step > num_steps:
+        raise ValueError(f"it says step {step}, and the run has {num_steps} steps")
+
+
 def verified(path: Path) -> dict[str, Any]:
     """The manifest, if it and every file are what was written. Raises OSError or ValueError that names the file."""
     manifest = read_manifest(path)
     for name, wanted in manifest["files"].items():
+        if not (path / name).is_file():  # or reading it could wait for another program
+            raise ValueError(f"{name} is missing, or is not a file")
         size = (path / name).stat().st_size
         if size != wanted["bytes"]:
             raise ValueError(f"{name} has {size} bytes instead of {wanted['bytes']}")
@@ -175,7 +188,7 @@ def looks_whole(path: Path) -> bool:
 def run_id(manifest: bytes) -> str | None:
     """Which run a manifest belongs to, however often that was started; None if it does not say."""
     try:
-        return str(json.loads(manifest)["progress"]["run_id"])
+        return str(parsed(manifest)["progress"]["run_id"])
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -184,26 +197,73 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise ValueError("it is not a folder")
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        manifest = parsed((path / MANIFEST).read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
-    except (ValueError, RecursionError) as exc:
-        raise ValueError(f"{MANIFEST} is damaged: {exc}") from exc
-    try:
-        if manifest.pop("sha256") != _own_hash(manifest):
-            raise ValueError(f"{MANIFEST} is corrupt: its sha256 differs from what it says")
-        if manifest["format"] != FORMAT:
-            raise OtherFormat(
-                f"{path} was written by another version of this program (format {manifest['format']}, this one reads {FORMAT}), which this "
-                "version cannot check; finish the run with that version, or give this "
-                "one another run.name"
-            )
-        Progress().restore(manifest["progress"])
-        if manifest["progress"]["step"] != step_of(path.name.removeprefix(".fetching-")) or not manifest["files"]:
-            raise ValueError(f"{MANIFEST} is not that of {path.name}")
-    except (KeyError, TypeError, AttributeError) as exc:
-        raise ValueError(f"{MANIFEST} is damaged: {type(exc).__name__}: {exc}") from exc
+    if manifest.pop("sha256", None) != _own_hash(manifest):
+        raise ValueError(f"{MANIFEST} is corrupt: its sha256 differs from what it says")
+    if type(format := manifest.get("format")) is int and format != FORMAT:
+        raise OtherFormat(
+            f"{path} was written by another version of this program (format {format}, this one reads {FORMAT}), which this "
+            "version cannot check; finish the run with that version, or give this one another run.name"
+        )
+    _require_shape(manifest)
+    if manifest["progress"]["step"] != step_of(path.name.removeprefix(".fetching-")):
+        raise ValueError(f"{MANIFEST} is not that of {path.name}")
     return manifest
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    """What a manifest holds, its hash and its keys not looked at. Raises ValueError."""
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"{MANIFEST} is damaged: it is not JSON ({exc})") from exc
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} is damaged: it holds a {type(manifest).__name__} instead of an object")
+    return manifest
+
+
+def sizes(manifest: dict[str, Any]) -> dict[str, int]:
+    """Bytes of each file of a checkpoint. Raises ValueError, also for a file outside its folder."""
+    described = manifest.get("files")
+    if not isinstance(described, dict) or not described:
+        raise ValueError(f"{MANIFEST} is damaged: files does not list the files of a checkpoint")
+    for name, about in described.items():
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or "\0" in name:
+            raise ValueError(f"{MANIFEST} names {name}, which is not in the checkpoint's folder")
+        if not (isinstance(about, dict) and _is_count(about.get("bytes")) and isinstance(about.get("sha256"), str)):
+            raise ValueError(f"{MANIFEST} is damaged: files does not say the size and sha256 of {name}")
+    return {name: about["bytes"] for name, about in described.items()}
+
+
+def _require_shape(manifest: dict[str, Any]) -> None:
+    """Raise ValueError that names the key which is missing, or holds what none of our manifests does.
+
+    The hash does not show it: whoever changes a manifest can hash it again.
+    """
+    sizes(manifest)
+    progress, settings = manifest.get("progress"), manifest.get("config")
+    whole = {
+        "format": type(manifest.get("format")) is int,
+        "progress": isinstance(progress, dict)
+        and all(
+            isinstance(progress.get(name), str) if name == "run_id" else _is_count(progress.get(name))
+            for name in Progress().to_dict()
+        ),
+        "config": isinstance(settings, dict)
+        and all(isinstance(section, dict) for section in settings.values())
+        and isinstance(settings.get("optimizer", {}).get("kind"), str),
+        "identity": isinstance(manifest.get("identity"), dict),
+        "topology": isinstance(manifest.get("topology"), str),
+        "num_processes": _is_count(manifest.get("num_processes")),
+    }
+    if wrong := [key for key, is_right in whole.items() if not is_right]:
+        raise ValueError(f"{MANIFEST} is damaged: {wrong[0]} is missing, or holds what no checkpoint does")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _own_hash(manifest: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ own files under ZeRO. Only what trains is in it; the rest is where the run got i
 
 import json
 import os
+import pickle
 import random
 import shutil
 import warnings
@@ -32,7 +33,8 @@ from finetune.engine.checkpoint import folder, unpickling
 from finetune.engine.checkpoint.folder import Found
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Processes, Topology
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, DamagedCheckpoint
+from finetune.failures import MOST_LETTERS
 
 SHARDS = "shards"
 # It saves in one process, as intended.
@@ -163,18 +165,48 @@ def read(found: Found, topology: Topology, state: TrainState) -> None:
             _read_engine(found, topology)
         else:
             _read_shards(found, topology, state)
-        own = found.path / _own_name(topology.rank)
-        if own.exists():
-            _restore_random_state(json.loads(own.read_text())["random"], topology)
-        else:  # a process that was not there before draws new random numbers
-            torch.manual_seed(hash((torch.initial_seed(), found.step)) % 2**63)
-        # One scaler for all: processes that are new have none saved, and must scale as the others do.
-        topology.restore_scaler(json.loads((found.path / _own_name(0)).read_text())["scaler"])
+        _read_own(found, topology)
     except Exception as exc:  # dcp raises many kinds for a checkpoint that does not fit the model
         if not isinstance(exc, CheckpointError):
             failures.reraise(exc)
-        raise CheckpointError(f"checkpoint {found.path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+        raise CheckpointError(f"checkpoint {found.path} cannot be loaded: {why(exc)}; {_instead(found)}") from exc
     state.progress.restore(found.manifest["progress"])
+
+
+def why(exc: Exception) -> str:
+    """Why a checkpoint cannot be loaded, without the paragraphs that torch writes."""
+    said = " ".join(str(exc).split())
+    if isinstance(exc, DamagedCheckpoint):
+        return said
+    if isinstance(exc, pickle.UnpicklingError) or "weights_only" in said or "Weights only" in said:
+        return f"a file in {SHARDS} holds more than tensors; nothing was executed"
+    return f"{SHARDS} is damaged, or does not fit the model ({type(exc).__name__}: {said[:MOST_LETTERS]})"
+
+
+def _instead(found: Found) -> str:
+    """What a user can do about a checkpoint that cannot be loaded."""
+    root = found.path.parent
+    older = next((p for p in folder.steps(root) if p.name < found.path.name and folder.looks_whole(p)), None)
+    if older is None:
+        return (
+            f"put back a copy of it, or move {root} away (and checkpoint.storage, where that is set) to start at step 1"
+        )
+    return f"move it away (from checkpoint.storage too, where that is set) to go on from {older}"
+
+
+def _read_own(found: Found, topology: Topology) -> None:
+    """Random numbers and fp16's scale."""
+    path = found.path / _own_name(topology.rank)
+    try:
+        if path.exists():
+            _restore_random_state(json.loads(path.read_text())["random"], topology)
+        else:  # a process that was not there before draws what nobody has drawn
+            torch.manual_seed(hash((torch.initial_seed(), found.step)) % 2**63)
+        # One scaler for all: processes that are new have none saved, and must scale as the others do.
+        path = found.path / _own_name(0)
+        topology.restore_scaler(json.loads(path.read_text())["scaler"])
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
+        raise DamagedCheckpoint(f"{path} is damaged ({type(exc).__name__}: {exc})") from exc
 
 
 def read_weights(found: Found, topology: Topology, state: TrainState) -> None:
@@ -212,8 +244,14 @@ def _read_shards(found: Found, topology: Topology, state: TrainState) -> None:
 
 def _load(found: Found, tensors: dict[str, Any], topology: Topology) -> None:
     """Read what is saved under these names, weights in place."""
+    reader = unpickling.Reader(found.path / SHARDS)
+
+    def check() -> None:
+        reader.read_metadata()
+
+    topology.on_main(check)  # first, as dcp would tell of it in words of its own
     with _translated(), unpickling.weights_only():
-        dcp.load(tensors, storage_reader=unpickling.Reader(found.path / SHARDS), no_dist=topology.num_processes == 1)
+        dcp.load(tensors, storage_reader=reader, no_dist=topology.num_processes == 1)
 
 
 def _tensors(topology: Topology, state: TrainState) -> dict[str, Any]:

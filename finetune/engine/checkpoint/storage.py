@@ -341,14 +341,7 @@ def _sizes(manifest: bytes) -> dict[str, int]:
     """Bytes of each file of a checkpoint. Raises ValueError."""
     if not manifest:
         raise ValueError(f"{MANIFEST} is missing")
-    try:
-        sizes = {str(name): int(about["bytes"]) for name, about in json.loads(manifest)["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise ValueError(f"{MANIFEST} is damaged: {type(exc).__name__}: {exc}") from exc
-    for name in sizes:
-        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
-            raise ValueError(f"{MANIFEST} names {name}, which is not in the checkpoint's folder")
-    return sizes
+    return folder.sizes(folder.parsed(manifest))
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:

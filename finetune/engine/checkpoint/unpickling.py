@@ -7,14 +7,18 @@ classes that a checkpoint consists of.
 
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from finetune import failures
+from finetune.errors import DamagedCheckpoint
 
 # All that dcp's `.metadata` names, the same in torch 2.11, 2.13 and 2.14.
 DCP = frozenset(
@@ -28,14 +32,18 @@ DCP = frozenset(
 )  # fmt: skip
 
 
+class _Foreign(pickle.UnpicklingError):
+    """What a file holds that it must not; goes on from the file's name."""
+
+
 def _member(kind: Any, name: str) -> Enum:
     """An enum's member by name: all that `getattr` may do here.
 
     Python 3.11.2, which Debian 12 has, pickles a member as `getattr(kind, name)`; 3.11.7 as `kind(value)`.
     """
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
-        raise pickle.UnpicklingError(
-            f"it calls getattr({kind!r}, {name!r}), which no checkpoint needs; nothing was executed"
+        raise _Foreign(
+            f"holds more than tensors: it calls getattr({kind!r}, {name!r}), which no checkpoint needs; nothing was executed"
         )
     return kind[name]
 
@@ -46,8 +54,8 @@ class _Unpickler(pickle.Unpickler):
             return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in DCP:
-            raise pickle.UnpicklingError(
-                f"it names {module}.{name}, which checkpoints do not need; nothing was executed"
+            raise _Foreign(
+                f"holds more than tensors: it names {module}.{name}, which checkpoints do not need; nothing was executed"
             )
         return super().find_class(module, name)
 
@@ -56,17 +64,50 @@ class Reader(FileSystemReader):
     """dcp's reader, whose own `read_metadata` is a bare `pickle.load`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises UnpicklingError for a foreign class, ValueError for a file outside the checkpoint."""
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-            metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f".metadata holds a {type(metadata).__name__}")
-        for info in (metadata.storage_data or {}).values():
-            if os.path.basename(info.relative_path) != info.relative_path:
-                raise ValueError(f".metadata names {info.relative_path}, which is not in the checkpoint's folder")
+        """Raises DamagedCheckpoint that names the file, also for a class that no checkpoint needs."""
+        path = self._get_metadata_path(kwargs.get("rank"))
+        try:
+            with self.fs.create_stream(path, "rb") as file:
+                metadata = _Unpickler(file).load()
+            _require_parts(metadata)
+        except _Foreign as exc:
+            raise DamagedCheckpoint(f"{path} {exc}") from exc
+        except Exception as exc:  # a pickle is a program: one that is damaged may fail at anything
+            failures.reraise(exc, f"{path} cannot be read now")
+            raise DamagedCheckpoint(f"{path} is damaged ({type(exc).__name__})") from exc
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _require_parts(metadata: Any) -> None:
+    """Raise _Foreign, AttributeError or TypeError unless this is what dcp writes, of files in the checkpoint's own folder."""
+    if not isinstance(metadata, Metadata):
+        raise _Foreign(f"is damaged: it holds a {type(metadata).__name__}")
+    for entry in metadata.state_dict_metadata.values():
+        if not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
+            raise _Foreign(f"holds more than tensors: a {type(entry).__name__}; nothing was executed")
+    for info in (metadata.storage_data or {}).values():
+        if os.path.basename(info.relative_path) != info.relative_path:
+            raise _Foreign(f"names {info.relative_path}, which is not in the checkpoint's folder")
+
+
+def require_tensors(paths: Iterable[Path], classes: Sequence[type]) -> None:
+    """Raise DamagedCheckpoint that names the first of torch.save's files which names another class than `classes`.
+
+    Only the list of what is in a file is read, so this costs nothing beside loading it.
+    """
+    for path in paths:
+        try:
+            with torch.serialization.safe_globals(list(classes)):
+                foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception as exc:
+            failures.reraise(exc, f"{path} cannot be read now")
+            raise DamagedCheckpoint(f"{path} is damaged ({type(exc).__name__})") from exc
+        if foreign:
+            raise DamagedCheckpoint(
+                f"{path} holds more than tensors: it names {foreign[0]}, which no checkpoint needs; nothing was executed"
+            )
 
 
 @contextmanager

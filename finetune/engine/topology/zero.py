@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.engine.checkpoint.unpickling import weights_only
+from finetune.engine.checkpoint.unpickling import require_tensors, weights_only
 from finetune.engine.topology import empty
 from finetune.engine.topology.launch import Wish
 from finetune.errors import CheckpointError, ConfigError
@@ -153,6 +153,8 @@ class Zero:
     def load(self, folder: Path) -> None:
         """Files of the same topology, or what `universal` has made of another's."""
         is_universal = (folder / TAG / "zero").exists()
+        if not is_universal:  # those are our own, made of files that were looked at
+            self.on_main(lambda: require_tensors(sorted((folder / TAG).glob("*.pt")), _in_files()))
         groups = self.engine.optimizer.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self.engine._config.load_universal_checkpoint = is_universal
@@ -176,6 +178,7 @@ class Zero:
         """DeepSpeed's own conversion (Universal Checkpointing, Lian et al., 2024): each weight's state whole, in a folder of its own."""
         from deepspeed.checkpoint import ds_to_universal
 
+        require_tensors(sorted((folder / TAG).glob("*.pt")), _in_files())
         arguments = argparse.Namespace(
             input_folder=str(folder / TAG), output_folder=str(converted / TAG), num_extract_workers=1, num_merge_workers=1,
             keep_temp_folder=False, strict=True, inject_missing_state=True,
