@@ -250,7 +250,7 @@ class RunDirectory:
         """
         outcome, problem = self._read(OUTCOME)
         if problem is None and outcome.get("state") not in STATES:
-            problem = "is damaged: it does not say a state"
+            problem = "is damaged: it names no state"
         if problem is not None and os.path.lexists(self.path / OUTCOME):
             return False, f"note: {self.path / OUTCOME} {problem}; it is unknown how the run ended, so it continues"
         if outcome.get("state") != "complete":

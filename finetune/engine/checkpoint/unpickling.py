@@ -43,7 +43,7 @@ def _member(kind: Any, name: str) -> Enum:
     """
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
         raise _Foreign(
-            f"holds more than tensors: it calls getattr({kind!r}, {name!r}), which no checkpoint needs; nothing was executed"
+            f"holds more than tensors: it calls getattr({kind!r}, {name!r}), which checkpoints do not need; nothing was executed"
         )
     return kind[name]
 
@@ -106,7 +106,7 @@ def require_tensors(paths: Iterable[Path], classes: Sequence[type]) -> None:
             raise DamagedCheckpoint(f"{path} is damaged ({type(exc).__name__})") from exc
         if foreign:
             raise DamagedCheckpoint(
-                f"{path} holds more than tensors: it names {foreign[0]}, which no checkpoint needs; nothing was executed"
+                f"{path} holds more than tensors: it names {foreign[0]}, which checkpoints do not need; nothing was executed"
             )
 
 
