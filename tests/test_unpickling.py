@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from finetune.engine.checkpoint.unpickling import Reader
+from finetune.engine.checkpoint.unpickling import Reader, require_tensors, weights_only
 from finetune.errors import CheckpointError, DamagedCheckpoint, ModelError
 
 
@@ -86,6 +86,19 @@ class Attribute:
 
     def __reduce__(self):
         return getattr, self.path
+
+
+def test_files_of_torch_are_read_as_every_python_writes_them(tmp_path, monkeypatch):
+    """DeepSpeed saves members of its enums with torch.save."""
+    path, classes = tmp_path / "a.pt", [_MEM_FORMAT_ENCODING]
+    monkeypatch.setattr(Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+    torch.save({"kind": _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST}, path)
+    require_tensors([path], classes)
+    with weights_only(classes):
+        assert torch.load(path, weights_only=False) == {"kind": _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST}
+    torch.save(Attribute(_MEM_FORMAT_ENCODING, "mro"), path)
+    with weights_only(classes), pytest.raises(pickle.UnpicklingError, match="nothing was executed"):
+        torch.load(path, weights_only=False)
 
 
 @pytest.mark.parametrize("path", [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro"), ("text", "join")])  # fmt: skip

@@ -48,6 +48,9 @@ def _member(kind: Any, name: str) -> Enum:
     return kind[name]
 
 
+MEMBER = (_member, "builtins.getattr")  # for torch.serialization.safe_globals: which function stands for which name
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
@@ -95,11 +98,11 @@ def _require_parts(metadata: Any) -> None:
 def require_tensors(paths: Iterable[Path], classes: Sequence[type]) -> None:
     """Raise DamagedCheckpoint that names the first of torch.save's files which names another class than `classes`.
 
-    Only the list of what is in a file is read, so this costs nothing beside loading it.
+    Only the list of what is in a file is read, so this takes no time next to loading it.
     """
     for path in paths:
         try:
-            with torch.serialization.safe_globals(list(classes)):
+            with torch.serialization.safe_globals([*classes, MEMBER]):
                 foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception as exc:
             failures.reraise(exc, f"{path} cannot be read now")
@@ -121,7 +124,7 @@ def weights_only(classes: Sequence[type] = ()) -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[0]] = "1"
     try:
-        with torch.serialization.safe_globals(list(classes)):
+        with torch.serialization.safe_globals([*classes, MEMBER]):
             yield
     finally:
         del os.environ[names[0]]
