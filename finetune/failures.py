@@ -13,13 +13,9 @@ from finetune.errors import DeviceError, FinetuneError, Outage, OutOfMemory, Top
 MOST_LETTERS = 300  # of a library's words; CUDA's allocator writes a paragraph
 
 # How libraries report it without an OutOfMemoryError: PyTorch on a CPU, cuBLAS, and CUDA's driver, also to NCCL.
-NO_MEMORY = (
-    "DefaultCPUAllocator",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDA error: out of memory",
-    "CUDA out of memory",
-    "Cuda failure 2",
-    "cudaError: 2",
+NO_MEMORY = re.compile(
+    "DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: out of memory|CUDA out of memory"
+    r"|(Cuda failure|cudaError:?) 2\b"  # cudaErrorMemoryAllocation; 201 is an invalid context
 )
 # What gloo says when a connection breaks. It names its own source first; another library's connection does not belong to our processes.
 BROKEN = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting")
@@ -84,7 +80,11 @@ def reraise(exc: Exception, what: str = "") -> None:
 
 
 def _no_memory(exc: BaseException) -> bool:
-    return isinstance(exc, MemoryError) or _is(exc, {"OutOfMemoryError"}) or _says(exc, NO_MEMORY)
+    return (
+        isinstance(exc, MemoryError)
+        or _is(exc, {"OutOfMemoryError"})
+        or (isinstance(exc, RuntimeError) and NO_MEMORY.search(str(exc)) is not None)
+    )
 
 
 def _lost_process(exc: BaseException) -> bool:

@@ -145,7 +145,7 @@ class Job:
             answers = generation.while_training(
                 self.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,
                 system_prompt=self.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
-                together=self.topology.wish.is_sharded and self.topology.num_processes > 1, say=self.tell,
+                together=self.topology.wish.generates_together, say=self.tell,
             )  # fmt: skip
         tracker.sampled(step, wanted.sample_prompts, answers)
 

@@ -4,16 +4,13 @@ Each function says what changed, and when. Nothing else in the package asks for 
 """
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before 2.10
-    varlen_attn = None
+from torch.nn.attention.varlen import varlen_attn
 
 
 def varlen_keywords(kernel: Callable[..., Any], *, is_grouped: bool) -> dict[str, Any]:
@@ -26,10 +23,7 @@ def varlen_keywords(kernel: Callable[..., Any], *, is_grouped: bool) -> dict[str
     return {"enable_gqa": is_grouped} if has_switch else {}
 
 
-VARLEN_GROUPED = {
-    is_grouped: {} if varlen_attn is None else varlen_keywords(varlen_attn, is_grouped=is_grouped)
-    for is_grouped in (False, True)
-}
+VARLEN_GROUPED = {is_grouped: varlen_keywords(varlen_attn, is_grouped=is_grouped) for is_grouped in (False, True)}
 """The same for the installed version, found once: a compiler cannot look at signatures."""
 
 
@@ -60,3 +54,12 @@ def as_floats(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     would convert the bits as if they were numbers.
     """
     return packed.detach().reshape(-1).view(dtype).reshape(-1, 1)
+
+
+def ignore_new_names() -> None:
+    """Say nothing of names that 2.13 has renamed and other libraries still use, which no user can change.
+
+    Accelerate makes DDP with `broadcast_buffers`; DeepSpeed calls collectives by their old names, at every step.
+    """
+    for name in (".*broadcast_buffers.* is deprecated", r"`torch.distributed\.\w+` is deprecated"):
+        warnings.filterwarnings("ignore", name, FutureWarning)

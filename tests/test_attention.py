@@ -1,5 +1,6 @@
 """Attention inside documents is attention under a mask that keeps them apart, in numbers and gradients, without the mask."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +166,22 @@ def test_one_flipped_expert_is_no_other_attention(moved, has_experts, wanted):
     other[moved] += 0.5
     assert attention.logits_differ(logits, other, 5e-2, has_experts) == wanted
     assert attention.logits_differ(logits, logits * float("nan"), 5e-2, has_experts)
+
+
+@pytest.mark.parametrize("sees", [0, 1], ids=["itself", "the next token"])
+def test_a_mixture_of_experts_that_looks_one_token_ahead_is_refused(sees):
+    """It moves one token of the probe only, as a token that met another expert does; but that one each time."""
+    from conftest import TINY_LLAMA
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune.errors import ModelError
+
+    sizes = {**TINY_LLAMA, "model_type": "mixtral", "vocab_size": 300, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), attn_implementation=attention.NAME)
+    model.lm_head.register_forward_hook(lambda module, inputs, out: out + out.roll(-sees, dims=1))
+    with pytest.raises(ModelError, match="see those after it") if sees else contextlib.nullcontext():
+        attention.check(model, model, attention.NAME, torch.device("cpu"), "fp32")
 
 
 def test_the_slow_way_is_not_compiled_anew_for_each_number_of_documents():

@@ -86,6 +86,8 @@ MACHINE = [
     (RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OutOfMemory),
     (torch.distributed.DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), OutOfMemory),
+    (RuntimeError("Registering memory failed with cudaError: 2"), OutOfMemory),
+    (RuntimeError("Registering memory failed with cudaError: 201"), DeviceError),  # an invalid context
     (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), DeviceError),
     (torch.AcceleratorError("CUDA error: device-side assert triggered"), DeviceError),
     (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), DeviceError),
@@ -108,7 +110,7 @@ def test_failure_of_a_device_while_loading_is_not_the_users(exc, error):
 
 def test_failure_of_a_device_is_found_below_what_a_library_makes_of_it():
     with pytest.raises(DeviceError, match="cannot be loaded now: cannot read shard 2"), translated("model a/b"):
-        raise ValueError("cannot read shard 2") from MACHINE[5][0]
+        raise ValueError("cannot read shard 2") from next(exc for exc, error in MACHINE if error is DeviceError)
 
 
 @pytest.mark.parametrize(

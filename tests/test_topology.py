@@ -1,10 +1,11 @@
 """What the launcher asks for is done, or is an error before anything loads."""
 
 import json
+import os
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY_LLAMA
 
 from finetune import config as configs
 from finetune.engine.topology import launch, support
@@ -159,6 +160,81 @@ def test_the_device_of_a_single_process_has_an_index(monkeypatch):
     assert topology._with_index(torch.device("cpu")) == torch.device("cpu")
 
 
+def test_a_topology_on_a_gpu_has_what_a_gpu_needs(monkeypatch):
+    """Its device has an index, gradients lie in DDP's buckets, buffers are sent once, NCCL ends a process that it lost."""
+    import torch
+    from accelerate import Accelerator
+
+    from finetune.engine.topology import Topology
+
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    made = Topology("fp32", check_only=False)
+    assert made.device == made.processes.device == torch.device("cuda", 3)
+    arguments = made.accelerator.ddp_handler.to_kwargs()
+    assert arguments == {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+
+
+@pytest.fixture
+def group_of_one():
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_fsdp2_gathers_layers_and_an_untied_head_in_16_bits_and_the_embedding_in_float32(group_of_one, tied):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune.engine.topology.fsdp import Fsdp2
+
+    described = AutoConfig.for_model(**TINY_LLAMA, vocab_size=64, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(described)
+    sharing = Fsdp2(launch.Wish("fsdp2", 1), torch.device("cpu"), torch.bfloat16, lambda action: action())
+    sharing.prepare(model, lambda shared: None)
+
+    def policy(module):
+        return module._get_fsdp_state()._fsdp_param_group.mp_policy
+
+    assert {policy(layer).param_dtype for layer in model.model.layers} == {torch.bfloat16}
+    if tied:  # with the embedding, in the root
+        assert policy(model).param_dtype is None
+    else:
+        assert policy(model.lm_head).param_dtype == torch.bfloat16
+        assert policy(model.get_input_embeddings()).param_dtype is None
+    assert policy(model).reduce_dtype == torch.float32
+
+
+def test_fsdp2_keeps_the_bits_of_weights_in_4_bits_under_a_float_dtype():
+    import bitsandbytes
+    import torch
+
+    from finetune.engine.topology.fsdp import Fsdp2
+
+    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(torch.randn(32, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    layer.quant_state = layer.weight.quant_state
+    packed = layer.weight.detach().reshape(-1).view(torch.uint8).clone()
+    for dtype in (torch.bfloat16, None):
+        sharing = Fsdp2.__new__(Fsdp2)
+        sharing.dtype = dtype
+        sharing._store_as_floats(torch.nn.Sequential(layer))
+        assert layer.weight.is_floating_point()
+        assert torch.equal(layer.weight.detach().reshape(-1).view(torch.uint8), packed)
+
+
+@pytest.mark.parametrize(("kind", "processes", "together"), [("ddp", 2, False), ("fsdp2", 2, True), ("zero3", 2, True), ("fsdp2", 1, False)])  # fmt: skip
+def test_processes_that_share_a_model_end_their_answers_together(kind, processes, together):
+    """Else one leaves `generate` earlier than the others, which wait for its part of the weights."""
+    assert launch.Wish(kind, processes).generates_together is together
+
+
 def test_each_process_takes_its_own_gpu_before_it_asks_what_that_can_do(monkeypatch):
     import torch
 
@@ -173,28 +249,23 @@ def test_each_process_takes_its_own_gpu_before_it_asks_what_that_can_do(monkeypa
     assert taken == [0, 1]
 
 
-def test_gradients_of_ddp_stay_in_its_buckets_from_step_to_step():
-    """Forgotten and made anew, they would lie beside the buckets until the last pass of each step."""
+def test_gradients_of_ddp_stay_in_its_buckets_from_step_to_step(group_of_one):
+    """Forgotten and made anew, they would lie next to the buckets until the last pass of each step."""
     import torch
     from accelerate import Accelerator
-    from torch import distributed
 
     from finetune.engine.topology.replicated import Replicated
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-        shared = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        replicated = Replicated(Accelerator(cpu=True), lambda action: action())
-        replicated.num_processes = 2
-        for _ in range(2):
-            with shared.no_sync():
-                shared(torch.ones(2, 4)).sum().backward()
-            storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters()}
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    shared = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replicated = Replicated(Accelerator(cpu=True), lambda action: action())
+    replicated.num_processes = 2
+    for _ in range(2):
+        with shared.no_sync():
             shared(torch.ones(2, 4)).sum().backward()
-            replicated.move(shared, optimizer, 1.0)
-        assert len(storages) == 1
-    finally:
-        distributed.destroy_process_group()
+        storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters()}
+        shared(torch.ones(2, 4)).sum().backward()
+        replicated.move(shared, optimizer, 1.0)
+    assert len(storages) == 1

@@ -125,7 +125,7 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = dropout == 0.0 and query.shape[-1] == value.shape[-1]
     fits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= LARGEST_HEAD
-    if plain and fits and torch_versions.varlen_attn is not None and _has_flash_kernels(query.device):
+    if plain and fits and _has_flash_kernels(query.device):
         return _varlen(query, key, value, bounds, longest, scale, sliding_window)
     if plain and query.device.type == "cpu":
         out, _ = documents.one_by_one(query, key, value, bounds, scale, sliding_window or 0)
@@ -206,7 +206,11 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
         return changed
 
     def require_causal(whole: torch.Tensor) -> None:
-        if differ(logits(other(slice(11, 12)), [12])[:11], whole[:11], rounding):
+        # In a mixture of experts a single token may move by rounding; the one before a change must not move each time.
+        cuts = (11, 9, 7, 5) if has_experts else (11,)
+        seen = [logits(other(slice(cut, 12)), [12])[:cut] for cut in cuts]
+        last, same = torch.stack([each[-1] for each in seen]), torch.stack([whole[cut - 1] for cut in cuts])
+        if differ(seen[0], whole[:11], rounding) or differ(last, same, rounding):
             raise ModelError(
                 f"{base.config.model_type} lets a token see those after it ({base.config._attn_implementation} attention), "
                 "so it would learn to copy them; it is not a causal language model"

@@ -53,6 +53,11 @@ class Wish:
         return self.kind == "fsdp2" or self.is_zero
 
     @property
+    def generates_together(self) -> bool:
+        """Whether each process needs the others for every token that it generates, even when its own answers have ended."""
+        return self.is_sharded and self.num_processes > 1
+
+    @property
     def is_zero(self) -> bool:
         return self.kind.startswith("zero")
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from finetune import torch_versions
 from finetune.engine.topology import empty
 from finetune.errors import ConfigError
 
@@ -31,8 +32,7 @@ class Replicated:
         optimizer = make_optimizer(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DDP's notes on bucket views say nothing a user could act on
-            # torch 2.13 has another name for it, which Accelerate does not know yet.
-            warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
+            torch_versions.ignore_new_names()
             model, optimizer = self.accelerator.prepare(model, optimizer)
         if self.num_processes > 1 and not isinstance(model, nn.parallel.DistributedDataParallel):
             raise ConfigError(

@@ -9,7 +9,6 @@ import contextlib
 import io
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune import torch_versions
 from finetune.engine.checkpoint.unpickling import require_tensors, weights_only
 from finetune.engine.topology import empty
 from finetune.engine.topology.launch import Wish
@@ -215,8 +215,7 @@ def _deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             f"ZeRO needs deepspeed, which cannot be imported: {exc}; pip install -r requirements.txt"
         ) from exc
-    # It calls collectives by names that torch 2.13 has renamed, at every step.
-    warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)
+    torch_versions.ignore_new_names()
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
