@@ -6,12 +6,12 @@
     python benchmarks/gpu.py correctness --cpu --only lora  a rehearsal on tiny models, anywhere
 
 One GPU, no network, with the packages of this Python as they are; what is missing is named, and what needs it is left out.
+Each part runs in the order of importance as long as it has time: few cores run fewer cases, and the table names what is left out.
 The table, all rows as JSON, the log and the logs of all runs are in the folder --out. Ends with 0 if everything is right, 1 if
 anything is wrong, 2 if it cannot start.
 """
 
 import argparse
-import os
 import shutil
 import signal
 import sys
@@ -20,9 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from on_gpu import correctness, memory, report, speed
-from on_gpu.runner import Clock, Helper, Row, environment
+from on_gpu.runner import ROOT, Clock, Helper, Row, cores, environment
 
 PARTS = ("correctness", "memory", "speed")
+ORDER = {
+    "correctness": "the most important cases first; what there is no time for is left out (MINUTES= gives more)",
+    "memory": "one case after the other",
+    "speed": "the most important cases first; about ten have a turn in five minutes (MINUTES=15 for all)",
+}
 MINUTES = 4.75  # and a quarter for what a deadline kills, and the table
 
 
@@ -41,7 +46,10 @@ def main() -> int:
     )
     parser.add_argument("--cpu", action="store_true", help="rehearse on tiny models without a GPU")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs is killed
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what runs is killed
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, lambda *_: sys.exit(1))
+    sys.path.append(str(ROOT))  # for the tolerances that the project states
     minutes = arguments.minutes or (600.0 if arguments.cpu else MINUTES)
     parts = PARTS if arguments.part == "all" else (arguments.part,)
     return max([run_part(part, arguments, Clock(60 * minutes)) for part in parts])
@@ -54,8 +62,8 @@ def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
     logs.mkdir(parents=True)
     say = report.Log(out / f"{part}.log")
     work = Path(tempfile.mkdtemp(prefix="finetune-gpu-"))
-    env = environment(work, threads=max(1, (os.cpu_count() or 1) // 8), on_cpu=arguments.cpu)
-    helper = Helper(env, logs / "helper.log")
+    env = environment(work, threads=max(1, cores() // 8), on_cpu=arguments.cpu)
+    helper = Helper(env, logs / "helper.log", clock)
     try:
         facts = helper.ask("facts", min(120.0, clock.left()))
         say(report.about(facts) if not facts["missing"] else "")
@@ -69,8 +77,10 @@ def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
         if not facts["gpu"] and not arguments.cpu:
             say("no GPU: PyTorch sees no CUDA device here; --cpu (make gpu CPU=1) rehearses on tiny models")
             return 2
+        facts["cpus"] = cores()
         jobs = arguments.jobs or parallel(facts)
-        say(f"{part}: {clock.seconds / 60:.3g} minutes, {jobs} at once, results in {out}")
+        at_once = f", {jobs} at once on {facts['cpus']} cores" if part == "correctness" else ""
+        say(f"{part}: {clock.seconds / 60:.3g} minutes{at_once}, {ORDER[part]}; results in {out}")
         rows: list[Row] = []
         for row in start(part, work, logs, env, facts, helper, clock, jobs, arguments, say):
             rows.append(row)
@@ -79,6 +89,9 @@ def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
     except RuntimeError as exc:
         say(f"failed: {exc}")
         return 1
+    except BaseException:  # what runs in threads ends with this, wherever a signal came
+        clock.stop()
+        raise
     finally:
         helper.close()
         shutil.rmtree(work, ignore_errors=True)
@@ -99,9 +112,9 @@ def start(
 
 
 def parallel(facts: dict[str, Any]) -> int:
-    """Runs of small models at once: two cores, but two runs in any case, and 2 GB of the GPU for each."""
+    """Runs of small models at once: one for each core but one, at least two, and 2 GB of the GPU for each."""
     by_memory = int(facts["free_gb"] // 2) if facts.get("gpu") else 2
-    return max(1, min(8, max(2, (facts["cpus"] or 1) // 2), by_memory))
+    return max(1, min(8, max(2, facts["cpus"] - 1), by_memory))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 import typing
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, read_jsonl
 
 sys.path.append(str(ROOT / "benchmarks"))
 from on_gpu import correctness, matrix, memory, report, runner, speed
@@ -21,6 +25,7 @@ from on_gpu.runner import Clock, Row
 from finetune import config as configs
 from finetune.config import fields
 from finetune.engine.topology import launch, support
+from finetune.replay import NORM, TOLERANCE
 
 CASES = matrix.cases()
 
@@ -87,8 +92,33 @@ def test_every_comparison_has_a_reference_and_a_reason():
         assert case.beside is None or case.beside in names
         assert case.within is None or case.within.why
     places = {name: place for place, name in enumerate(names)}
-    first = {case.beside for case in CASES if case.beside}
-    assert max(places[name] for name in first) < len(first), "references run first"
+    assert all(places[case.beside] < places[case.name] for case in CASES if case.beside), "references run first"
+
+
+def test_the_most_important_cases_run_first():
+    """Of every method, every kind of topology, half precision, compiled and resumed: what four cores have time for."""
+    first = CASES[: len(matrix.FIRST)]
+    assert {case.name for case in first} == set(matrix.FIRST)
+    assert {case.topology for case in first} >= {None, "single", "ddp", "fsdp2", "zero2", "zero3"}
+    assert {case.settings.get("adapter.kind") for case in first} == {None, "lora", "qlora"}
+
+
+def test_resumed_means_the_same_in_docs_tests_and_matrix():
+    """What `replay` calls the same on a GPU, for losses and for gradient norms."""
+    resumed = [case for case in CASES if case.is_interrupted]
+    assert {(case.within.loss, case.within.norm) for case in resumed} == {(TOLERANCE["fp32"], NORM * TOLERANCE["fp32"])}
+    assert {case.settings["train.precision"] for case in resumed} == {"fp32"}
+    said = re.sub(r"\s+", " ", (ROOT / "docs/spot.md").read_text())
+    assert f"{TOLERANCE['bf16']:.0%} (float32: {TOLERANCE['fp32']:.1%})" in said
+    assert TOLERANCE["bf16"] == TOLERANCE["fp16"]
+    assert "a gradient norm by five times that" in said
+    assert NORM == 5
+
+
+def test_fp16_beside_bf16_has_the_tolerance_of_other_roundings():
+    within = {case.name: case.within for case in CASES}
+    assert within["fp16-lora"] == within["fp16-qlora"] == matrix.LAYOUT
+    assert within["fp16"] == within["fp16-ddp"] == matrix.HALF, "compared with float32"
 
 
 def test_chosen_cases_bring_what_they_are_compared_with():
@@ -148,7 +178,7 @@ def test_a_run_like_its_reference_is_right():
         ({"evals": []}, "0 evaluations are on record, and at least 2 were due"),
         ({"opened": None}, "opened export"),
         ({"problem": "it ended before the signal came"}, "before the signal"),
-        ({"num_skipped": 5}, "5 of 8 steps overflowed"),
+        ({"skipped": [1, 2, 3, 4, 5]}, "5 of 8 steps overflowed"),
     ],
 )
 def test_a_run_unlike_its_reference_is_wrong(changes, reason):
@@ -158,28 +188,124 @@ def test_a_run_unlike_its_reference_is_wrong(changes, reason):
 
 
 def test_a_reference_that_failed_proves_nothing():
-    assert "did not end well" in correctness.judge(NEAR, curves(), curves(code=1)).reason
-    assert "did not end well" in correctness.judge(NEAR, curves(), None).reason
+    assert "did not end well: ended with 1" in correctness.judge(NEAR, curves(), curves(code=1)).reason
+    nan = correctness.judge(NEAR, curves(), curves(losses=[float("nan")] * 8))
+    assert (nan.status, "not finite" in nan.reason) == ("wrong", True)
+
+
+@pytest.mark.parametrize("other", [None, curves(code=None, was_out_of_turn=True)], ids=["not begun", "cut off"])
+def test_a_reference_without_a_turn_leaves_its_rows_without_one(other):
+    row = correctness.judge(NEAR, curves(), other)
+    assert (row.status, "before other, which it is compared with" in row.reason) == ("no turn", True)
+    assert correctness.judge(NEAR, curves(code=1), other).status == "wrong", "that it does by itself"
 
 
 def test_a_run_that_the_deadline_ended_is_not_wrong():
     assert correctness.judge(NEAR, curves(code=None, was_out_of_turn=True), curves()).status == "no turn"
 
 
-def test_steps_that_fp16_left_out_are_no_error_and_end_the_comparison(tmp_path):
-    """Their norm is infinite, which JSON has not."""
+def test_steps_that_fp16_skipped_are_read_without_their_norms(tmp_path):
+    """Theirs are infinite, which JSON has not."""
     lines = [
         {"loss": 5.0, "grad_norm": None, "skipped": True},
         *({"loss": loss, "grad_norm": 1.0} for loss in curves().losses[1:]),
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     own = correctness.read(tmp_path, runner.Ended(0, 1.0, ""), 1.0)
-    own = curves(losses=[5.0, *[9.0] * 7], norms=own.norms, num_skipped=own.num_skipped)
-    row = correctness.judge(NEAR, own, curves())
-    assert (row.status, row.values["skipped"], row.values["compared"]) == ("right", 1, "the first loss")
-    assert "norm" not in row.values
-    own.losses[0] = 5.1
-    assert correctness.judge(NEAR, own, curves()).status == "wrong", "nothing has moved before the first step"
+    assert (own.skipped, own.norms, own.losses) == ([1], [1.0] * 7, curves().losses)
+
+
+FP16 = Case("fp16", {"train.precision": "fp16"}, beside="other", within=Tolerance(1e-3, 1e-2, "why"))
+
+
+def in_turns(monkeypatch, cases, runs, only=""):
+    """Rows of these cases, which come out as in `runs`: name -> Curves; and what ran, in order."""
+    began = []
+
+    def run_case(case, lab, without, name):
+        began.append((name, tuple(without)))
+        return runs[name]
+
+    monkeypatch.setattr(correctness, "run_case", run_case)
+    monkeypatch.setattr(correctness, "make", lambda lab: None)
+    monkeypatch.setattr(correctness, "run_pytest", lambda lab: [])
+    monkeypatch.setattr(matrix, "cases", lambda: cases)
+    monkeypatch.setattr(matrix, "LEFT_OUT", {})
+    lab = correctness.Lab(ROOT, ROOT, {}, {}, {"left_out": {"deepspeed": "why"}, "compiler": True, "gpu": "x"}, None, Clock(60), False, lambda line: None)  # fmt: skip
+    return {row.name: row for row in correctness.rows(lab, 1, only)}, began
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"losses": [5.0, *[0.001] * 7]}, "losses differ"),
+        ({"norms": [1e9] * 7}, "gradient norms differ"),
+        ({"evals": [3.0, 0.1]}, "losses differ"),
+        ({"opened": 0.1}, "losses differ"),
+    ],
+)
+def test_a_run_that_skipped_is_compared_with_one_that_left_out_the_same_steps(monkeypatch, changes, reason):
+    """From the skip on it has moved once less than the reference: only with the same steps left out must the two agree."""
+    skipped = {"losses": [5.0, 5.0, 3.5, 2.9, 2.4, 2.0, 1.7, 1.6], "skipped": [1]}
+    other = curves(losses=skipped["losses"], norms=[7.0, *[1.0] * 7])
+    runs = {"other": curves(), "fp16": curves(**{**skipped, "norms": [1.0] * 7, **changes}), "other-without-1": other}
+    found, began = in_turns(monkeypatch, [Case("other"), FP16], runs)
+    assert began == [("other", ()), ("fp16", ()), ("other-without-1", (1,))]
+    row = found["fp16"]
+    assert (row.status, row.values["skipped"], row.values["compared"]) == ("wrong" if reason else "right", 1, "all")
+    assert reason in row.reason
+
+
+def test_a_reference_without_the_skipped_steps_runs_once(monkeypatch):
+    runs = {"other": curves(), "other-without-1": curves(), **dict.fromkeys("ab", curves(skipped=[1], norms=[1.0] * 7))}
+    cases = [Case("other"), *(replace(FP16, name=name) for name in "ab")]
+    found, began = in_turns(monkeypatch, cases, runs)
+    assert [name for name, _ in began] == ["other", "a", "other-without-1", "b"]
+    assert [row.status for row in found.values()] == ["right"] * 3
+
+
+def test_without_time_the_less_important_cases_are_left_out(monkeypatch):
+    """A case whose like takes longer than what is left does not start, and is no failure; one of the first, or asked for, is tried."""
+    cases = [Case("plain-full"), Case("other"), Case("plain-lora")]
+    runs = dict.fromkeys((case.name for case in cases), curves(seconds=50.0))
+    found, began = in_turns(monkeypatch, cases, runs)
+    assert [name for name, _ in began] == ["plain-full", "plain-lora"]
+    assert found["other"].status == "left out"
+    assert "no time for it, 1 at once; MINUTES=3 should be enough for all" in found["other"].reason
+    assert report.exit_code(list(found.values())) == 0
+    assert in_turns(monkeypatch, cases, runs, only=".")[0]["other"].status == "right"
+
+
+def test_what_is_compared_with_a_case_that_needs_more_is_left_out(monkeypatch):
+    cases = [Case("other", needs=frozenset({"deepspeed"})), NEAR]
+    found, _ = in_turns(monkeypatch, cases, {"own": curves()})
+    assert [row.status for row in found.values()] == ["left out", "left out"]
+    assert found["own"].reason == "other, which it is compared with, has not run"
+    assert in_turns(monkeypatch, cases, {"own": curves(code=1)})[0]["own"].status == "wrong"
+
+
+def test_a_run_can_leave_out_steps_as_fp16_does(workshop, monkeypatch):
+    """A step that is left out has its loss and norm; the next has its own examples, and weights that did not move."""
+    from on_gpu import skipping
+
+    from finetune.engine import step
+    from finetune.errors import ExportError
+
+    def train(name, left_out):
+        with monkeypatch.context() as patched:
+            patched.setattr(step, "train_step", step.train_step)  # put back at the end
+            skipping.skip(left_out)
+            return read_jsonl(workshop.train(name, train__max_steps=4) / "metrics.jsonl")
+
+    whole, two, one = train("whole", set()), train("two", {1, 2}), train("one", {2})
+    seen = [[(line["loss"], line["grad_norm"]) for line in lines] for lines in (whole, two, one)]
+    assert seen[0][0] == seen[1][0]
+    assert seen[0][:2] == seen[2][:2], "the step that is left out is computed"
+    assert seen[0][2] != seen[2][2] != seen[1][2]
+    assert [line["lr"] for line in whole] == [line["lr"] for line in two]
+    with pytest.raises(ExportError, match="no weight changed in 4 steps"):
+        train("none", {1, 2, 3, 4})
 
 
 def test_a_row_says_what_was_compared():
@@ -202,10 +328,12 @@ def test_forecasts_are_right_within_bounds():
 
 def test_each_test_of_pytest_is_a_row():
     found = correctness.tests_in(
-        '<testsuites><testsuite><testcase name="a" time="1.5"/><testcase name="b" time="0"><skipped type="pytest.skip" message="no GPU"/></testcase>'
-        '<testcase name="c"><skipped type="pytest.xfail" message="7 waits"/></testcase><testcase name="d"><failure message="assert 1 == 2"/></testcase></testsuite></testsuites>'
+        '<testsuites><testsuite><testcase name="a" time="1.5"><properties><property name="waits" value="9"/></properties></testcase><testcase name="b" time="0"><skipped type="pytest.skip" message="no GPU"/></testcase>'
+        '<testcase name="c"><skipped type="pytest.xfail" message="of old"/></testcase><testcase name="d"><failure message="assert 1 == 2"/></testcase></testsuite></testsuites>'
     )
-    assert [(row.status, row.reason) for row in found] == [("right", ""), ("left out", "no GPU"), ("known failure", "7 waits"), ("wrong", "assert 1 == 2")]  # fmt: skip
+    found = list(found)
+    assert [row.values for row in found] == [{"waits": "9"}, {}, {}, {}]
+    assert [(row.status, row.reason) for row in found] == [("right", ""), ("left out", "no GPU"), ("known failure", "of old"), ("wrong", "assert 1 == 2")]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- results
@@ -269,11 +397,21 @@ def test_a_process_over_its_limit_is_killed_with_all_that_it_started(tmp_path):
     code = f"import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); open('{tmp_path}/pid', 'w').write(str(p.pid)); p.wait()"  # fmt: skip
     ended = started(tmp_path, code, limit=1.5)
     assert (ended.code, ended.was_out_of_turn) == (None, False)
-    pid = int((tmp_path / "pid").read_text())
+    assert has_ended(int((tmp_path / "pid").read_text()))
+
+
+def test_a_worker_whose_parent_has_ended_is_killed_too(tmp_path):
+    """In a session of its own, as the launcher's are; it would keep its memory of the GPU."""
+    code = f"import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); open('{tmp_path}/pid', 'w').write(str(p.pid))"  # fmt: skip
+    assert started(tmp_path, code).code == 0
+    assert has_ended(int((tmp_path / "pid").read_text()))
+
+
+def has_ended(pid):
     deadline = time.monotonic() + 5
-    while is_running(pid):
-        assert time.monotonic() < deadline
+    while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
+    return not is_running(pid)
 
 
 def is_running(pid):
@@ -309,6 +447,57 @@ def test_after_the_deadline_nothing_starts():
     found = runner.side_by_side(1, ["a", "b"], do, clock, lambda name: Row("speed", name, "no turn"))
     assert began == ["a"]
     assert [row.status for row in found] == ["right", "no turn"]
+
+
+def test_a_signal_before_the_first_case_ends_the_tests_that_run_beside(tmp_path, monkeypatch):
+    """They have minutes, and whoever sent the signal waits for the GPU."""
+    begun = threading.Event()
+
+    def run_pytest(lab):
+        begun.set()
+        return [started(tmp_path, "import time; time.sleep(60)", clock=lab.clock, limit=60)]
+
+    def make(lab):
+        begun.wait()
+        sys.exit(1)  # as gpu.py does at SIGTERM
+
+    monkeypatch.setattr(correctness, "run_pytest", run_pytest)
+    monkeypatch.setattr(correctness, "make", make)
+    lab = correctness.Lab(tmp_path, tmp_path, {}, {}, {"left_out": {}}, None, Clock(60), True, print)
+    began = time.monotonic()
+    with pytest.raises(SystemExit):
+        list(correctness.rows(lab, 1, ""))
+    assert time.monotonic() - began < 20
+
+
+def test_a_request_that_ended_badly_does_not_spoil_the_next(tmp_path, monkeypatch):
+    """A helper that is late, or that a library killed, is replaced; a late answer would be taken for the next one's."""
+    (tmp_path / "helper.py").write_text(
+        "import json, os, sys, time\n"
+        "for line in sys.stdin:\n"
+        "    what, arguments = json.loads(line)\n"
+        "    time.sleep(60 if what == 'sleep' else 0)\n"
+        "    os._exit(1) if what == 'die' else print(json.dumps([None, what]), flush=True)\n"
+    )
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "runner.py"))
+    helper = runner.Helper(dict(os.environ), tmp_path / "log", Clock(60))
+    try:
+        for what, limit, why in (
+            ("sleep", 0.5, "did not answer to sleep in 0 s"),
+            ("die", 20, "ended while it did die"),
+        ):
+            with pytest.raises(RuntimeError, match=why):
+                helper.ask(what, limit)
+            assert helper.ask("facts", 20) == "facts"
+    finally:
+        helper.close()
+
+
+def test_a_forecast_that_the_deadline_ended_is_not_wrong(tmp_path):
+    lab = memory.Lab(tmp_path, tmp_path, {}, {"gpu": None}, None, Clock(0), False, print)
+    late = Future()
+    late.set_exception(RuntimeError("the helper did not answer to forecast in 0 s"))
+    assert memory.measure("full", {}, tmp_path / "full.yaml", late, lab).status == "no turn"
 
 
 def test_processes_see_one_gpu_and_no_launcher(tmp_path, monkeypatch):

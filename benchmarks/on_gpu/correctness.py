@@ -10,16 +10,15 @@ import sys
 import threading
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from on_gpu import matrix
-from on_gpu.matrix import Case
+from on_gpu.matrix import Case, Tolerance
 from on_gpu.report import KNOWN, LEFT_OUT, NO_TURN, RIGHT, WRONG
-from on_gpu.runner import Clock, Ended, Helper, Row, last_words, run, side_by_side
+from on_gpu.runner import ROOT, Clock, Ended, Helper, Row, last_words, run, side_by_side, threads
 
 PART = "correctness"
 SHAPE = {
@@ -28,6 +27,10 @@ SHAPE = {
 }  # fmt: skip
 TINY = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 CASE_SECONDS, COMPILED_SECONDS, PYTEST_SECONDS = 100.0, 170.0, 240.0
+USUAL_SECONDS, USUAL_COMPILED_SECONDS = 25.0, 90.0  # of a case on few cores, as long as none has ended
+ENDS_WELL_WITHIN = (
+    1.5  # times the longest so far: a case that does not start is left out, one that is killed proves nothing
+)
 REHEARSED = 5  # times as long: a laptop has other things to do
 SIGNAL_AT = 3
 
@@ -44,7 +47,8 @@ class Curves:
     norms: list[float] = field(default_factory=list)
     evals: list[float] = field(default_factory=list)
     num_saves: int = 0
-    num_skipped: int = 0
+    skipped: list[int] = field(default_factory=list)
+    """Steps that fp16 left out; the first is 1."""
     opened: float | None = None
     """Loss of one text by the export, opened with plain transformers or peft."""
     problem: str = ""
@@ -80,33 +84,90 @@ class Lab:
 def rows(lab: Lab, jobs: int, only: str) -> Iterator[Row]:
     """Of pytest and the matrix, which share the machine."""
     found = matrix.chosen(matrix.cases(), only)
-    with ThreadPoolExecutor(1) as beside:
+    with threads(1, lab.clock) as beside:
         tests = beside.submit(run_pytest, lab) if not only or only == "pytest" else None
         make(lab)
-        curves: dict[str, Curves] = {}
-
-        def one(case: Case) -> Row:
-            curves[case.name] = run_case(case, lab)
-            lab.say(f"{case.name}: ended with {curves[case.name].code} at {lab.clock.used():.0f} s")
-            return Row(PART, case.name, "", seconds=curves[case.name].seconds)
-
-        def no_turn(case: Case) -> Row:
-            return Row(PART, case.name, NO_TURN, "the time of this part was up")
-
         can = [case for case in found if not lab.missing(case)]
-        timed = {row.name: row for row in side_by_side(jobs, can, one, lab.clock, no_turn)}
+        turns = Turns(lab, jobs, can, is_asked_for=bool(only))
+        timed = {row.name: row for row in side_by_side(jobs, can, turns.take, lab.clock, turns.none)}
+        without = {case.name: LEFT_OUT for case in found if lab.missing(case)}
+        without |= {row.name: row.status for row in timed.values() if row.status}
         for case in found:
-            if why := lab.missing(case):
-                yield Row(PART, case.name, LEFT_OUT, why)
-            elif timed[case.name].status:
-                yield timed[case.name]
-            else:
-                yield judge(case, curves[case.name], curves.get(case.beside or ""))
+            if case.name in without:
+                why = lab.missing(case) or timed[case.name].reason or turns.why_left_out()
+                yield Row(PART, case.name, without[case.name], why)
+                continue
+            own = turns.curves[case.name]
+            row = judge(case, own, turns.curves.get(reference(case, own)))
+            if row.status == NO_TURN and case.beside in without:
+                row.status, row.reason = without[case.beside], f"{case.beside}, which it is compared with, has not run"
+            yield row
         if not only:
             for topology, why in matrix.LEFT_OUT.items():
                 yield Row(PART, f"{topology}.yaml", LEFT_OUT, why)
         if tests is not None:
             yield from tests.result()
+
+
+class Turns:
+    """Which cases run in the time of a part: those of matrix.FIRST and those asked for in any case, others as long as they fit."""
+
+    def __init__(self, lab: Lab, jobs: int, cases: Sequence[Case], is_asked_for: bool) -> None:
+        self._lab, self._jobs, self._is_asked_for = lab, jobs, is_asked_for
+        self._cases = {case.name: case for case in cases}
+        self._again = threading.Lock()
+        self.curves: dict[str, Curves] = {}
+
+    def take(self, case: Case) -> Row:
+        if not self._must(case) and self._lab.clock.left() < ENDS_WELL_WITHIN * self._longest(case):
+            return self.none(case)
+        own = self._run(case, case.name)
+        name = reference(case, own)
+        if own.code == 0 and case.beside in self._cases and 0 < len(own.skipped) <= _steps(case) // 2:
+            with self._again:
+                if name not in self.curves:
+                    self._run(self._cases[case.beside], name, own.skipped)
+        return Row(PART, case.name, "", seconds=own.seconds)
+
+    def none(self, case: Case) -> Row:
+        """It has not started."""
+        if self._must(case):
+            return Row(PART, case.name, NO_TURN, "the time of this part was up; MINUTES=9 gives more")
+        return Row(PART, case.name, LEFT_OUT)
+
+    def why_left_out(self) -> str:
+        """With the minutes that should be enough for all, if the others take as long as those that ran."""
+        ran = [own.seconds for own in self.curves.values()]
+        usual = sum(ran) / len(ran) if ran else USUAL_SECONDS
+        late = [case for name, case in self._cases.items() if name not in self.curves]
+        more = sum(max(usual, USUAL_COMPILED_SECONDS) if "compiler" in case.needs else usual for case in late)
+        minutes = math.ceil((self._lab.clock.used() + ENDS_WELL_WITHIN * more / self._jobs) / 60) + 1
+        return f"no time for it, {self._jobs} at once; MINUTES={minutes} should be enough for all"
+
+    def _run(self, case: Case, name: str, without: Sequence[int] = ()) -> Curves:
+        own = self.curves[name] = run_case(case, self._lab, without, name)
+        self._lab.say(f"{name}: ended with {own.code} at {self._lab.clock.used():.0f} s")
+        return own
+
+    def _must(self, case: Case) -> bool:
+        return self._is_asked_for or case.name in matrix.FIRST
+
+    def _longest(self, case: Case) -> float:
+        """Seconds of the longest case of its kind so far; twice that if its reference may have to run again."""
+        is_compiled = "compiler" in case.needs
+        alike = [own.seconds for name, own in list(self.curves.items()) if name.startswith("compiled") == is_compiled]
+        usual = max(alike, default=USUAL_COMPILED_SECONDS if is_compiled else USUAL_SECONDS)
+        return 2 * usual if case.settings.get("train.precision") == "fp16" else usual
+
+
+def reference(case: Case, own: Curves) -> str:
+    """The run that it is compared with: that of `beside`, or the same without the steps that fp16 skipped.
+
+    After a skip every loss is of weights that moved once less, by other examples than the reference had seen by then: neither
+    step by step nor shifted can the two runs agree. With the same steps left out they must.
+    """
+    without = own.skipped if not case.only_first else []
+    return "-".join([case.beside or "", *(["without", *map(str, without)] if without else [])])
 
 
 def make(lab: Lab) -> None:
@@ -116,14 +177,14 @@ def make(lab: Lab) -> None:
     lab.helper.ask("make_rows", 60, path=str(lab.work / "rows.jsonl"), number=200, kind="questions", length=0)
 
 
-def config(case: Case, lab: Lab) -> Path:
+def config(case: Case, name: str, lab: Lab) -> Path:
     """The run config of a case, as a file."""
     values = {
-        "run.name": case.name, "run.dir": str(lab.work / "runs"), "model.path": str(lab.work / "base"),
+        "run.name": name, "run.dir": str(lab.work / "runs"), "model.path": str(lab.work / "base"),
         "data.train": str(lab.work / "rows.jsonl"), "data.cache_dir": str(lab.work / "cache"),
         "data.max_length": 256 if lab.is_tiny else 512, **matrix.BASE, **case.settings,
     }  # fmt: skip
-    path = lab.work / f"{case.name}.yaml"
+    path = lab.work / f"{name}.yaml"
     path.write_text(yaml.safe_dump(sections(values)))
     return path
 
@@ -147,9 +208,9 @@ def command(topology: str | None, path: Path) -> list[str]:
     return [sys.executable, "-m", "finetune", "launch", "--config_file", file, *several, *script]
 
 
-def run_case(case: Case, lab: Lab) -> Curves:
-    """Run it, interrupted if it is to be, and open what it exported."""
-    path, folder, log = config(case, lab), lab.work / "runs" / case.name, lab.logs / f"{case.name}.log"
+def run_case(case: Case, lab: Lab, without: Sequence[int], name: str) -> Curves:
+    """Run it, interrupted if it is to be, and open what it exported. `without`: steps to leave out; `name`: of the run."""
+    path, folder, log = config(case, name, lab), lab.work / "runs" / name, lab.logs / f"{name}.log"
     limit = COMPILED_SECONDS if "compiler" in case.needs else CASE_SECONDS
     limit *= REHEARSED if lab.is_tiny else 1
     env = lab.env_on_cpu if case.on_cpu else lab.env
@@ -166,7 +227,10 @@ def run_case(case: Case, lab: Lab) -> Curves:
             return read(folder, first, first.seconds)
         elif not (step := len(lines(folder / "metrics.jsonl"))) < matrix.LONG:
             problem = f"interrupted at step {step}, which is the end"
-    ended = run(command(case.then or case.topology, path), env=env, log=log, limit=limit, clock=lab.clock)
+    asked = command(case.then or case.topology, path)
+    if without:
+        asked[1:2] = [str(ROOT / "benchmarks/on_gpu/skipping.py"), ",".join(map(str, without))]
+    ended = run(asked, env=env, log=log, limit=limit, clock=lab.clock)
     found = read(folder, ended, seconds + ended.seconds)
     found.problem = found.problem or problem
     if case.is_interrupted and not problem and "resumed from" not in ended.said:
@@ -202,7 +266,7 @@ def read(folder: Path, ended: Ended, seconds: float) -> Curves:
         ended.code, ended.said, ended.was_out_of_turn, seconds,
         losses=[_number(line["loss"]) for line in metrics], norms=[_number(line["grad_norm"]) for line in metrics if not line.get("skipped")],
         evals=[_number(line["eval_loss"]) for line in evals], num_saves=len(saves),
-        num_skipped=sum(bool(line.get("skipped")) for line in metrics),
+        skipped=[number for number, line in enumerate(metrics, 1) if line.get("skipped")],
     )  # fmt: skip
 
 
@@ -211,40 +275,56 @@ def _number(value: float | None) -> float:
 
 
 def judge(case: Case, own: Curves, other: Curves | None) -> Row:
-    """Whether a run did what it must, by itself and compared with its reference."""
+    """Whether a run did what it must, by itself and compared with its reference, which left out the same steps."""
     row = Row(PART, case.name, WRONG, seconds=own.seconds)
-    steps = case.settings.get("train.max_steps", matrix.STEPS)
     if own.was_out_of_turn:
         row.status, row.reason = NO_TURN, "the time of this part was up while it ran"
         return row
     if own.losses and own.evals:
         row.values = {"first loss": own.losses[0], "last loss": own.losses[-1]}
-    row.reason = own.problem or wrong_by_itself(own, steps)
+    row.reason = own.problem or wrong_by_itself(own, _steps(case))
     if row.reason or case.beside is None or case.within is None:
         row.status = WRONG if row.reason else RIGHT
         row.values["compared"] = "nothing"
         return row
     row.values["beside"] = case.beside
-    if other is None or other.code != 0 or other.problem:
-        row.reason = f"{case.beside}, which it is compared with, did not end well"
-        return row
-    if own.num_skipped:  # fp16's scale starts too high: from the second step on, the weights are a step behind
-        row.values["skipped"] = own.num_skipped
-        if own.num_skipped > steps // 2:
-            row.reason = f"{own.num_skipped} of {steps} steps overflowed"
+    if own.skipped:
+        row.values["skipped"] = len(own.skipped)
+        if len(own.skipped) > _steps(case) // 2:
+            row.reason = f"{len(own.skipped)} of {_steps(case)} steps overflowed"
             return row
-    only_first = case.only_first or own.num_skipped > 0
-    found = differences(own, other, only_first)
-    row.values |= {"loss": found["loss"], "compared": "the first loss"} if only_first else {**found, "compared": "all"}
-    if found["loss"] > case.within.loss:
-        row.reason = f"losses differ by {found['loss']:.1e} from {case.beside}, more than {case.within.loss:.1e} ({case.within.why})"
-    elif found["norm"] > case.within.norm:
-        row.reason = (
-            f"gradient norms differ by {found['norm']:.1e} from {case.beside}, more than {case.within.norm:.1e}"
+    name = reference(case, own)
+    if other is None or other.was_out_of_turn:
+        row.status, row.reason = (
+            NO_TURN,
+            f"the time of this part was up before {name}, which it is compared with, had ended",
         )
+        return row
+    if why := other.problem or wrong_by_itself(other, _steps(case)):
+        row.reason = f"{name}, which it is compared with, did not end well: {why}"
+        return row
+    compare(row, case, case.within, own, other)
+    return row
+
+
+def compare(row: Row, case: Case, within: Tolerance, own: Curves, other: Curves) -> None:
+    """Into `row`."""
+    found = differences(own, other, case.only_first)
+    row.values |= (
+        {"loss": found["loss"], "compared": "the first loss"} if case.only_first else {**found, "compared": "all"}
+    )
+    if not found["loss"] <= within.loss:
+        row.reason = (
+            f"losses differ by {found['loss']:.1e} from {case.beside}, more than {within.loss:.1e} ({within.why})"
+        )
+    elif not found["norm"] <= within.norm:
+        row.reason = f"gradient norms differ by {found['norm']:.1e} from {case.beside}, more than {within.norm:.1e}"
     else:
         row.status = RIGHT
-    return row
+
+
+def _steps(case: Case) -> int:
+    return int(case.settings.get("train.max_steps", matrix.STEPS))
 
 
 def wrong_by_itself(own: Curves, steps: int) -> str:
@@ -277,7 +357,9 @@ def differences(own: Curves, other: Curves, only_first: bool = False) -> dict[st
         _relative(own.evals, other.evals),
         _relative([own.opened], [other.opened]),
     ]
-    return {"loss": max(parts), "norm": _relative(own.norms, other.norms)}
+    left_out = {number - 1 for number in own.skipped}  # their norm is infinite
+    there = [norm for number, norm in enumerate(other.norms) if number not in left_out]
+    return {"loss": max(parts), "norm": _relative(own.norms, there)}
 
 
 def _relative(own: Sequence[float | None], other: Sequence[float | None]) -> float:
@@ -319,6 +401,7 @@ def tests_in(junit: str) -> Iterator[Row]:
     """A row for each test of a report in JUnit's format."""
     for case in ElementTree.fromstring(junit).iter("testcase"):
         row = Row(PART, f"test_gpu.py::{case.get('name')}", RIGHT, seconds=float(case.get("time", 0)))
+        row.values = {each.get("name", ""): each.get("value") for each in case.iter("property")}
         for kind, status in (("failure", WRONG), ("error", WRONG), ("skipped", LEFT_OUT)):
             if (found := case.find(kind)) is not None:
                 row.status, row.reason = status, (found.get("message") or kind).splitlines()[0][:300]

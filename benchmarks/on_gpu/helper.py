@@ -77,7 +77,7 @@ def _machine() -> dict[str, Any]:
     import torch
 
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    found: dict[str, Any] = {"cpus": os.cpu_count(), "compiler": compiler is not None, "gpu": None}
+    found: dict[str, Any] = {"compiler": compiler is not None, "gpu": None}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info(0)
         found |= {

@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from on_gpu import correctness, matrix
 from on_gpu.report import LEFT_OUT, NO_TURN, RIGHT, WRONG
-from on_gpu.runner import Clock, Ended, Helper, Row, last_words, run
+from on_gpu.runner import Clock, Ended, Helper, Row, last_words, run, threads
 
 PART = "memory"
 LAYER = {
@@ -100,7 +100,7 @@ def rows(lab: Lab, only: str) -> Iterator[Row]:
         )
         for number, (name, settings) in enumerate(chosen.items())
     }
-    with ThreadPoolExecutor(1) as thread:
+    with threads(1, lab.clock) as thread:
         on_gpu = not lab.is_tiny
         forecasts = {
             name: thread.submit(lab.helper.ask, "forecast", FORECAST_SECONDS, config=str(path), on_gpu=on_gpu)
@@ -124,6 +124,8 @@ def measure(name: str, settings: Mapping[str, Any], path: Path, forecast: "Futur
         expected = forecast.result(timeout=max(lab.clock.left(), 1.0))
     except (RuntimeError, TimeoutError) as exc:
         row.reason = f"the forecast: {exc}"
+        if lab.clock.left() <= 0:
+            row.status, row.reason = NO_TURN, "the time of this part was up before its forecast was made"
         return row
     peak = expected["peak"] / 1e9
     if lab.facts.get("gpu") and peak > 0.95 * lab.facts["free_gb"]:

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
+MARK = "MAKE_GPU_PROCESS"
+"""A variable that every process of one start inherits: what is found by it is killed, whoever its parent or session is by then."""
 # What a cluster's or another launcher's environment would tell our processes about themselves.
 OTHERS = (
     "RANK",
@@ -27,6 +30,11 @@ OTHERS = (
     "MASTER_PORT",
     "NODE_RANK",
 )
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Clock:
@@ -98,8 +106,9 @@ def run(
     stop_at = began + limit
     with log.open("ab") as out:
         start = out.tell()
+        mark = uuid.uuid4().hex
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=env | {MARK: mark}, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )  # fmt: skip
         try:
             while process.poll() is None and time.monotonic() < stop_at and clock.left() > 0:
@@ -107,7 +116,7 @@ def run(
                 time.sleep(0.05)
             code = process.poll()
         finally:
-            kill_tree(process)
+            kill(process, mark)
     seconds = time.monotonic() - began
     with log.open("rb") as file:
         file.seek(start)
@@ -115,30 +124,45 @@ def run(
     return Ended(code, seconds, said, was_out_of_turn=code is None and seconds < limit)
 
 
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that still runs, and everything that it started, also in sessions of its own."""
-    if process.poll() is not None:
-        return
-    for pid in [*_descendants(process.pid), process.pid]:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+def kill(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Kill everything that it started and that still runs, also if the process itself has ended, and in sessions of its own.
+
+    A worker that outlives its launcher would keep its memory of the GPU, and the next cases would fail for want of it.
+    """
+    if process.poll() is None:
+        process.kill()
+    for _ in range(10):  # what is found may start others before it is killed
+        if not (found := _marked(mark)):
+            break
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)  # longer only if a driver holds it, and then it cannot be killed
 
 
-def _descendants(pid: int) -> list[int]:
-    """Children, their children, ... of a process, by Linux's /proc."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                parents.setdefault(parent, []).append(int(entry.name))
-    found, waiting = [], [pid]
-    while waiting:
-        children = parents.get(waiting.pop(), [])
-        found += children
-        waiting += children
+def _marked(mark: str) -> list[int]:
+    """Processes that have this mark in their environment, by Linux's /proc; those that have ended have none."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
     return found
+
+
+@contextlib.contextmanager
+def threads(number: int, clock: Clock) -> Iterator[ThreadPoolExecutor]:
+    """Threads that are waited for; where a signal or an error interrupts, what they run is killed and what waits never starts."""
+    pool = ThreadPoolExecutor(number)
+    try:
+        yield pool
+    except BaseException:
+        clock.stop()
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def side_by_side(jobs: int, work: Iterable[T], do: Callable[[T], Row], clock: Clock, out_of_turn: Callable[[T], Row]) -> list[Row]:  # fmt: skip
@@ -147,46 +171,64 @@ def side_by_side(jobs: int, work: Iterable[T], do: Callable[[T], Row], clock: Cl
     def one(item: T) -> Row:
         return do(item) if clock.left() > 0 else out_of_turn(item)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            return list(pool.map(one, work))
-        except BaseException:
-            clock.stop()
-            raise
+    with threads(jobs, clock) as pool:
+        return list(pool.map(one, work))
 
 
 class Helper:
-    """A process that has torch, so that this one need not: helper.py answers one request after the other."""
+    """A process that has torch, so that this one need not: helper.py answers one request after the other.
 
-    def __init__(self, env: dict[str, str], log: Path) -> None:
-        self._log = log.open("ab")
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("helper.py"))], cwd=ROOT, env=env,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
-        )  # fmt: skip
+    One that ended, or did not answer in time, is replaced at the next request: a late answer would be taken for the next one's.
+    """
+
+    def __init__(self, env: dict[str, str], log: Path, clock: Clock) -> None:
+        self._env, self._log, self._clock = env, log.open("ab"), clock
+        self._process: subprocess.Popen[bytes] | None = None
+        self._mark = uuid.uuid4().hex
 
     def ask(self, what: str, limit: float, **arguments: Any) -> Any:
         """Raises RuntimeError with what went wrong, also when the answer comes too late."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        process = self._process = self._process or self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps([what, arguments]).encode() + b"\n")
-            self._process.stdin.flush()
+            process.stdin.write(json.dumps([what, arguments]).encode() + b"\n")
+            process.stdin.flush()
+            until = time.monotonic() + min(limit, self._clock.left())
+            while not select.select([process.stdout], [], [], 0.2)[0]:
+                if time.monotonic() > until or self._clock.left() <= 0:
+                    raise RuntimeError(f"the helper did not answer to {what} in {max(limit, 0):.0f} s")
+            if not (line := process.stdout.readline()):
+                raise RuntimeError(f"the helper ended while it did {what}; see {self._log.name}")
+            problem, answer = json.loads(line)
         except OSError as exc:
+            self._end()
             raise RuntimeError(f"the helper has ended; see {self._log.name}") from exc
-        if not select.select([self._process.stdout], [], [], max(limit, 0.0))[0]:
-            self.close()
-            raise RuntimeError(f"the helper did not answer to {what} in {limit:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the helper ended while it did {what}; see {self._log.name}")
-        problem, answer = json.loads(line)
+        except RuntimeError:
+            self._end()
+            raise
         if problem:
             raise RuntimeError(problem)
         return answer
 
+    def _started(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("helper.py"))], cwd=ROOT, env=self._env | {MARK: self._mark},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
+        )  # fmt: skip
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        kill(process, self._mark)
+        for stream in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # what was not sent to one that has ended
+                if stream is not None:
+                    stream.close()
+
     def close(self) -> None:
-        kill_tree(self._process)
+        self._end()
         self._log.close()
 
 

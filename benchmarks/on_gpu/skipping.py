@@ -1,0 +1,36 @@
+"""train.py that leaves some steps out, as fp16 does where gradients overflow: what an fp16 run that skipped is compared with.
+
+    python benchmarks/on_gpu/skipping.py 1,2 --config run.yaml
+
+A skipped step counts: the next one has its own examples and its own learning rate. Only weights and optimizer stay as they were.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train
+from finetune.engine import step
+
+
+def skip(left_out: set[int]) -> None:
+    """Let no optimizer move in these steps; the first is 1."""
+    train_step, done = step.train_step, 0
+
+    def skipping(topology: Any, model: Any, optimizer: Any, *arguments: Any, **keywords: Any) -> step.StepResult:
+        nonlocal done
+        done += 1
+        if done in left_out:
+            optimizer.step = lambda: None
+        try:
+            return train_step(topology, model, optimizer, *arguments, **keywords)
+        finally:
+            vars(optimizer).pop("step", None)
+
+    step.train_step = skipping
+
+
+if __name__ == "__main__":
+    skip({int(number) for number in sys.argv.pop(1).split(",")})
+    sys.exit(train.main())
