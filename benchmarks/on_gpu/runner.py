@@ -72,7 +72,7 @@ class Row:
     part: str
     name: str
     status: str
-    """right, measured (nothing to compare with), wrong, known failure, left out (something is missing here) or no turn (time was up)."""
+    """right, measured (nothing to compare with), wrong, known failure, left out (something is missing here, or time was short) or no turn (time was up)."""
     reason: str = ""
     seconds: float = 0.0
     values: dict[str, Any] = field(default_factory=dict)
