@@ -393,7 +393,9 @@ def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_how_a_device_packs_is_no_part_of_the_identity_and_what_it_packs_is(plain, tmp_path, form):
     def loaded(folder):
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**QUANTIZATIONS[form]))
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=BitsAndBytesConfig(**QUANTIZATIONS[form])
+        )
 
     model = loaded(plain)
     before = bases.fingerprints(model)

@@ -143,8 +143,8 @@ class RunDirectory:
     def write_receipt(self, receipt: dict[str, Any], step: int) -> str | None:
         """Write what this start runs on, at the step that it goes on from; what to tell a person, if anything.
 
-        What a receipt says stays: a start that goes on with other facts is noted in starts.jsonl, next to it. Only a run
-        that begins again at step 0, of which nothing is left, gets another one, and starts.jsonl the old one.
+        A receipt is that of the attempt that began at step 0. One that goes on never changes it: other facts are noted in
+        starts.jsonl. One that finds no checkpoint begins at step 0 again and replaces it; starts.jsonl keeps the old one.
         """
         old, problem = self._read_receipt()
         path, made = self.path / "receipt.json", {"written": _now(), **receipt}

@@ -203,7 +203,7 @@ def fingerprints(model: nn.Module) -> tuple[str, str]:
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     saved = model.state_dict().items()
     tensors = {name: value for name, value in saved if isinstance(value, torch.Tensor) and not SCALES.search(name)}
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     sources: list[Path] = []
     if getattr(base, "hf_quantizer", None) is not None and not base.hf_quantizer.pre_quantized:
         tensors = {name: value for name, value in tensors.items() if not _is_code(name, value)}
@@ -248,7 +248,10 @@ def _saved_digests(path: Path, pool: ThreadPoolExecutor) -> dict[str, str]:
             return {f"saved {path.name}": hashlib.file_digest(file, "sha256").hexdigest()}
     with safe_open(path, "pt") as file:
         names = sorted(file.keys())
-        return {f"saved {name}": digest for name, digest in zip(names, pool.map(lambda n: _digest(file.get_tensor(n)), names))}
+        return {
+            f"saved {name}": digest
+            for name, digest in zip(names, pool.map(lambda n: _digest(file.get_tensor(n)), names))
+        }
 
 
 def _digest(tensor: torch.Tensor) -> str:

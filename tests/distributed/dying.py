@@ -6,7 +6,6 @@ DIES: how `Saver._write` ends there at its first save, or "FILE:LINE", before wh
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 import train
@@ -54,7 +53,12 @@ def before(file, number):
     left = [1]
 
     def line(frame, event, argument):
-        if event == "line" and frame.f_lineno == int(number) and left and threading.current_thread().name == "checkpoint":
+        if (
+            event == "line"
+            and frame.f_lineno == int(number)
+            and left
+            and threading.current_thread().name == "checkpoint"
+        ):
             left.clear()
             raise SystemExit(f"at {file}:{number}")
         return line
