@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from finetune import files
+from finetune import failures, files
 from finetune.config import paths
 from finetune.config.base import (
     decides_what_opens,
@@ -29,7 +29,7 @@ from finetune.config.base import (
 from finetune.data.rows import Message
 from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
-from finetune.errors import ExportError, ModelError
+from finetune.errors import ExportError, ModelError, OutOfMemory
 from finetune.models import adapters, attention, bases, embeddings
 from finetune.models.load import keep_layout, quantized_as, translated
 
@@ -322,13 +322,17 @@ def verify(
     Every tensor must be there bit for bit, no adapter may be zero, the logits of `probe_ids` must
     agree, the tokenizer must give the same ids, and its chat template the prompt that was trained.
     """
-    reloaded, again = _open(folder, was.dtype, trust_remote_code)
-    if was.is_adapter and (dead := adapters.dead_adapters(reloaded)):
-        raise ExportError(f"{folder}: {len(dead)} adapters are zero, such as {dead[0]}: they were never trained")
-    _require_weights(folder, reloaded, was.weights)
-    stop = reloaded.generation_config.eos_token_id
-    if why := disagreement(_as_trained(reloaded, was), was.logits, TOLERANCE[was.precision], _has_experts(reloaded)):
-        raise ExportError(f"{folder}: {why} after reloading")
+    try:
+        stop = _require_as_trained(folder, was, trust_remote_code)
+        has_room = True
+    except Exception as exc:  # a quantised base opens on one GPU, which may have no room for what several shared
+        has_room = was.device.type == "cpu" or not isinstance(failures.translate(exc), OutOfMemory)
+        if has_room:
+            raise
+    if not has_room:  # outside of the handler, which holds what was loaded
+        torch.cuda.empty_cache()
+        stop = _require_as_trained(folder, replace(was, device=torch.device("cpu")), trust_remote_code)
+    again = _opened(lambda: load_tokenizer(folder, trust_remote_code))
     if (
         tokenizer_fingerprint(again) != tokenizer_fingerprint(was.tokenizer)
         or again.chat_template != was.tokenizer.chat_template
@@ -340,10 +344,22 @@ def verify(
         _verify_prompt(folder, again, template, system_prompt)
 
 
-def _open(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """(model, tokenizer) of what was just saved: where it does not open, that is not the user's mistake."""
+def _require_as_trained(folder: Path, was: Trained, trust_remote_code: bool) -> int | list[int] | None:
+    """The tokens that end an answer of a saved model; raises ExportError if its weights or logits are not as trained."""
+    reloaded = _opened(lambda: load(folder, was.dtype, trust_remote_code, device=was.device))
+    if was.is_adapter and (dead := adapters.dead_adapters(reloaded)):
+        raise ExportError(f"{folder}: {len(dead)} adapters are zero, such as {dead[0]}: they were never trained")
+    _require_weights(folder, reloaded, was.weights)
+    stop: int | list[int] | None = reloaded.generation_config.eos_token_id
+    if why := disagreement(_as_trained(reloaded, was), was.logits, TOLERANCE[was.precision], _has_experts(reloaded)):
+        raise ExportError(f"{folder}: {why} after reloading")
+    return stop
+
+
+def _opened(opens: Callable[[], Any]) -> Any:
+    """What was just saved: where it does not open, that is not the user's mistake."""
     try:
-        return load(folder, dtype, trust_remote_code), load_tokenizer(folder, trust_remote_code)
+        return opens()
     except ModelError as exc:
         raise ExportError(str(exc)) from exc
 
@@ -418,12 +434,12 @@ def _verify_prompt(target: Path, tokenizer: Any, template: Template, system_prom
 
 def load(
     path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, quantized: bool = True,
-    base: str | None = None,
+    base: str | None = None, device: torch.device | None = None,
 ) -> Any:  # fmt: skip
     """Full weights, or an adapter on its base, quantised as it was trained unless not `quantized`. Raises ModelError.
 
     `base`: where the base of an adapter is now, if it has moved since the training. Every value of its weights must be the
-    same, except for quantised ones.
+    same, except for quantised ones. `device`: the CPU, for a quantised base that would else open on the GPU.
     """
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
@@ -435,13 +451,18 @@ def load(
         record = bases.read(folder)
         where, revision = _base_of(folder, adapter, base)
         quantization = (record.get("quantization") or None) if quantized else None
+        on_cpu = quantization is not None and device is not None and device.type == "cpu"
+        place = {"device_map": {"": "cpu"}} if on_cpu else {}
 
         def load_base(dtype: torch.dtype | str) -> Any:
             with translated(f"--base: {where!r}") if base is not None else nullcontext():
                 config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
                 model = AutoModelForCausalLM.from_pretrained(
-                    where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **quantized_as(config, quantization),
+                    where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
+                    **quantized_as(config, quantization), **place,
                 )  # fmt: skip
+            if on_cpu:
+                vars(model).pop("hf_device_map", None)  # peft would spread over the GPUs again what has it
             if not quantized and getattr(config, "quantization_config", None):  # it has no other weights than those
                 model = model.dequantize(dtype=model.dtype)
                 model._weight_conversions = None  # of transformers 5.23, which would quantise again while saving
@@ -598,7 +619,7 @@ def merge(
         save(merged, weights, load_tokenizer(first, trust_remote_code), None, folder, base=origin)
         tolerance = TOLERANCE[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[merged.dtype]]
         del merged
-        reloaded, _ = _open(folder, "auto", trust_remote_code)
+        reloaded = _opened(lambda: load(folder, "auto", trust_remote_code))
         _require_weights(folder, reloaded, weights)
         after = probe_logits(reloaded)
         if why := disagreement(after, before, tolerance, _has_experts(reloaded)):

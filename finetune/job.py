@@ -195,7 +195,11 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
     wanted, hang = config.checkpoint, config.train.hang_minutes
     cloud = wanted.notices if topology.is_first_of_node else None
     stop.configure(grace_seconds=wanted.grace_seconds, max_minutes=wanted.max_minutes, cloud=cloud, say=say)
-    topology.watchdog.start(None if hang is None else 60 * hang, end)
+
+    def hurries() -> bool:
+        return stop.is_set and stop.seconds_left() < wanted.grace_seconds / 2
+
+    topology.watchdog.start(None if hang is None else 60 * hang, end, hurries)
     try:
         yield
     except Exception as exc:

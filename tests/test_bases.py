@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from finetune import config as configs
 from finetune import export
 from finetune.config import base
 from finetune.config.base import said_by
-from finetune.errors import ConfigError, ModelError
+from finetune.errors import ConfigError, ModelError, OutOfMemory
+from finetune.models import bases
 
 QUANTIZATIONS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16},
@@ -362,3 +364,53 @@ def test_a_run_directory_and_an_adapter_are_named_with_what_to_write(workshop, p
     assert f"adapter.path: {run} is a run directory; its adapter is in {run}/model: give that folder" in message
     message = refusal(plain, kind="lora", path=str(plain))
     assert f"adapter.path: {plain} is a whole model, not an adapter" in message
+
+
+@pytest.mark.parametrize("full_at", ["open", "pass"])
+def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu(workshop, plain, monkeypatch, full_at):
+    verify, load, probe, devices = export.verify, export.load, export.probe_logits, []
+
+    def on_a_gpu(folder, was, *arguments, **keywords):
+        verify(folder, replace(was, device=torch.device("cuda")), *arguments, **keywords)
+
+    def loaded(*arguments, device, **keywords):
+        devices.append(device.type)
+        if full_at == "open" and device.type == "cuda":
+            raise OutOfMemory("CUDA out of memory")
+        return load(*arguments, device=device, **keywords)
+
+    def passed(model, *device):
+        if full_at == "pass" and devices == ["cuda"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return probe(model, *device)
+
+    for name, instead in (("verify", on_a_gpu), ("load", loaded), ("probe_logits", passed)):
+        monkeypatch.setattr(export, name, instead)
+    workshop.train("run", **on(plain, adapter__kind="qlora"))
+    assert devices == ["cuda", "cpu"]
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_how_a_device_packs_is_no_part_of_the_identity_and_what_it_packs_is(plain, tmp_path, form):
+    def loaded(folder):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=BitsAndBytesConfig(**QUANTIZATIONS[form])
+        )
+
+    model = loaded(plain)
+    before = bases.fingerprints(model)
+    packed = model.model.layers[1].mlp.up_proj.weight
+    packed.data.view(-1)[7] ^= 1  # as another device might
+    assert bases.fingerprints(model) == before
+    shutil.copytree(plain, tmp_path / "other")
+    weights = load_file(plain / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] *= 1.001  # too little for another code
+    save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
+    assert all(one != other for one, other in zip(bases.fingerprints(loaded(tmp_path / "other")), before))
+
+
+def test_the_bytes_of_a_base_that_was_saved_quantised_are_its_identity(quantized):
+    model = AutoModelForCausalLM.from_pretrained(quantized("nf4"))
+    before = bases.fingerprints(model)
+    model.model.layers[1].mlp.up_proj.weight.data.view(-1)[7] ^= 1
+    assert all(one != other for one, other in zip(bases.fingerprints(model), before))

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from datetime import date
 
 import pytest
 from conftest import read_jsonl
@@ -25,6 +26,17 @@ JUNK = {
 }  # fmt: skip
 SETTINGS = {"data__eval_fraction": 0.2, "evaluation__every_steps": 2, "evaluation__export_best": True}
 
+DATED = (
+    "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class LaterDay(date):
+    @classmethod
+    def today(cls):
+        return cls(2099, 1, 1)
+
 
 @pytest.fixture
 def ended(workshop):
@@ -35,13 +47,21 @@ def ended(workshop):
 
 
 @pytest.mark.parametrize("junk", JUNK)
-def test_damaged_notes_do_not_stop_a_run(workshop, ended, junk):
+def test_damaged_notes_do_not_stop_a_run(workshop, junk, monkeypatch):
+    template = workshop.folder / "dated.jinja"
+    template.write_text(DATED)
+    settings = {**SETTINGS, "data__template": str(template)}
+    ended = workshop.train(**settings)
+    (ended / "outcome.json").unlink()
+    day = json.loads((ended / "receipt.json").read_text())["template_date"]
+    monkeypatch.setattr(rundir, "date", LaterDay)
     logs = {name: (ended / name).read_bytes() for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "saves.jsonl") if (ended / name).exists()}  # fmt: skip
     for name, content in logs.items():
         (ended / name).write_bytes(JUNK[junk] + b"\n" + content)
     for name in ("receipt.json", "outcome.json"):
         (ended / name).write_bytes(JUNK[junk])
-    workshop.train(**SETTINGS)
+    workshop.train(**settings)
+    assert json.loads((ended / "receipt.json").read_text())["template_date"] == day, "a checkpoint knows it"
     for name, content in logs.items():
         kept = [
             line

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from finetune import config as configs
 from finetune import failures, files
 from finetune.config import Config, base
-from finetune.engine.checkpoint.folder import described, flush, sha256
+from finetune.engine.checkpoint.folder import described, flush, read_manifest, sha256, steps
 from finetune.engine.receipt import differences, identity_differences
 from finetune.errors import (
     EXIT_FAILED,
@@ -143,8 +143,8 @@ class RunDirectory:
     def write_receipt(self, receipt: dict[str, Any], step: int) -> str | None:
         """Write what this start runs on, at the step that it goes on from; what to tell a person, if anything.
 
-        What a receipt says stays: a start that goes on with other facts is noted in starts.jsonl, next to it. Only a run
-        that begins again at step 0, of which nothing is left, gets another one, and starts.jsonl the old one.
+        A receipt is that of the attempt that began at step 0. One that goes on never changes it: other facts are noted in
+        starts.jsonl. One that finds no checkpoint begins at step 0 again and replaces it; starts.jsonl keeps the old one.
         """
         old, problem = self._read_receipt()
         path, made = self.path / "receipt.json", {"written": _now(), **receipt}
@@ -178,7 +178,7 @@ class RunDirectory:
     def template_date(self, config: Config) -> str:
         """The day that a template was given at the first start of this run, or of the run it repeats; else today.
 
-        Raises RunDirectoryError for a run.replay_of without a receipt.
+        Where the receipt is damaged, the newest checkpoint says it. Raises RunDirectoryError for a run.replay_of without a receipt.
         """
         of = self.path if config.run.replay_of is None else Path(config.run.replay_of)
         if config.run.replay_of is not None and (problem := _read(of / "receipt.json")[1]):
@@ -187,6 +187,9 @@ class RunDirectory:
             )
         with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged receipt is said elsewhere
             return str(date.fromisoformat(_read(of / "receipt.json")[0]["template_date"]))
+        for path in steps(of / "checkpoints"):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # damaged, or of an older version
+                return str(date.fromisoformat(read_manifest(path)["identity"]["date in the template"]))
         return str(date.today())
 
     def receipt(self) -> dict[str, Any]:

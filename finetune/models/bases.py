@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
+from transformers.utils import cached_file
 
+from finetune.config.base import WEIGHTS
 from finetune.errors import ModelError
 
 FILE = "base_weights.json"  # next to an adapter
@@ -192,18 +195,63 @@ def fingerprints(model: nn.Module) -> tuple[str, str]:
     """(of the weights that do not train, of all): every byte of every tensor that the model would save.
 
     Scales of quantised weights are left out: bitsandbytes takes a mean over them, whose last bit depends on the GPU. Where
+    weights were quantised here, the saved values count and not the codes that this device made of them: bitsandbytes
+    divides by the scale in fast arithmetic on a GPU, so a value halfway between two codes may get either. Where
     a start of adapters has rewritten the base, by a decomposition whose last bits depend on the number of threads, the base
     counts as it was before. Threads hash at once, as an 8B model in 16 bits has 16 GB: seconds on the cores of such a machine.
     """
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     saved = model.state_dict().items()
     tensors = {name: value for name, value in saved if isinstance(value, torch.Tensor) and not SCALES.search(name)}
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    sources: list[Path] = []
+    if getattr(base, "hf_quantizer", None) is not None and not base.hf_quantizer.pre_quantized:
+        tensors = {name: value for name, value in tensors.items() if not _is_code(name, value)}
+        sources = _files(base.config._name_or_path, getattr(base.config, "_commit_hash", None))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = dict(zip(tensors, pool.map(_digest, tensors.values())))
+        for path in sources:
+            digests |= _saved_digests(path, pool)
     frozen: Any = {name: digest for name, digest in digests.items() if name not in trained}
     if getattr(model, "start_rewrites_base", False):
         frozen = model.base_record["weights"]
     return tuple(hashlib.sha256(repr(part).encode()).hexdigest()[:32] for part in (frozen, digests))  # type: ignore[return-value]
+
+
+def _is_code(name: str, value: torch.Tensor) -> bool:
+    """Whether a tensor is what bitsandbytes made of a weight, or stands beside it in 8 bits."""
+    return name.endswith((".SCB", ".weight_format")) or (name.endswith(".weight") and not value.is_floating_point())
+
+
+def _files(name: str, commit: str | None) -> list[Path]:
+    """The files of weights that a model was just loaded from: of a folder, or of the Hub's cache."""
+
+    def found(file: str) -> Path | None:
+        path = cached_file(
+            name, file, revision=commit, local_files_only=True,
+            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        return None if path is None else Path(path)
+
+    first = next((path for path in map(found, WEIGHTS) if path is not None), None)
+    if first is None or first.suffix != ".json":
+        return [] if first is None else [first]
+    parts = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+    return [path for path in map(found, parts) if path is not None]
+
+
+def _saved_digests(path: Path, pool: ThreadPoolExecutor) -> dict[str, str]:
+    """Name -> hash of every tensor in a file of weights, however many files there are; of a pickle the hash of the file."""
+    if path.suffix != ".safetensors":
+        with path.open("rb") as file:
+            return {f"saved {path.name}": hashlib.file_digest(file, "sha256").hexdigest()}
+    with safe_open(path, "pt") as file:
+        names = sorted(file.keys())
+        return {
+            f"saved {name}": digest
+            for name, digest in zip(names, pool.map(lambda n: _digest(file.get_tensor(n)), names))
+        }
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -17,7 +17,7 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
     processes = Processes(rank, 2, torch.device("cpu"))
-    for kind in (*OURS, KeyError, torch.OutOfMemoryError):
+    for kind in (*OURS, KeyError, torch.OutOfMemoryError, SystemExit, KeyboardInterrupt):
 
         def where_it_happened(kind=kind, always=True):
             if always or rank == 1:
@@ -41,7 +41,7 @@ def fail(kind):
 def tell(verb, kind, act):
     try:
         act()
-    except Exception as exc:
+    except BaseException as exc:
         frames = [frame.name for frame in traceback.extract_tb(exc.__traceback__)]
         told = {
             "verb": verb, "kind": kind.__name__, "rank": int(os.environ["RANK"]), "type": type(exc).__name__, "said": str(exc),

@@ -34,7 +34,8 @@ def test_error_keeps_its_type_everywhere_and_its_traceback_where_it_happened(tmp
             for rank in (0, 1):
                 got = told[verb, kind, rank]
                 assert (got["type"], got["said"], got["code"]) == (kind, "why", getattr(errors, kind).exit_code)
-        for kind, elsewhere in (("KeyError", "ProcessFailed"), ("OutOfMemoryError", "OutOfMemory")):
+        unknown = [(kind, "ProcessFailed") for kind in ("KeyError", "SystemExit", "KeyboardInterrupt")]
+        for kind, elsewhere in (*unknown, ("OutOfMemoryError", "OutOfMemory")):
             assert told[verb, kind, origin]["type"] == kind
             got = told[verb, kind, 1 - origin]
             assert (got["type"], got["code"]) == (elsewhere, 1)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune import failures
 from finetune.engine.checkpoint import folder, shards
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
-from finetune.errors import CheckpointError, TakenOver
+from finetune.engine.topology.processes import first_error
+from finetune.errors import CheckpointError, FinetuneError, TakenOver
 
 if TYPE_CHECKING:
     from finetune.engine.checkpoint.storage import Storage
@@ -46,7 +48,7 @@ class Saver:
         self.last_step: int | None = resumed_from
         """The newest step that is safe."""
         self._thread: threading.Thread | None = None
-        self._problem: Exception | None = None
+        self._problem: FinetuneError | None = None
         self._facts: dict[str, Any] = {}
         self._failures, self._is_warned = 0, False
 
@@ -83,9 +85,12 @@ class Saver:
         }  # fmt: skip
         self._facts = {"step": progress["step"]}
         self._thread = threading.Thread(
-            target=self._write, args=(staged, manifest, best, began), name="checkpoint", daemon=True
+            target=self._run, args=(staged, manifest, best, began), name="checkpoint", daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except Exception as exc:  # a limit on threads, on this process alone
+            self._problem = self._words(exc)
         if not self.asynchronous:
             self._wait()
         self._facts["stall_seconds"] = round(time.monotonic() - began, 4)
@@ -98,12 +103,9 @@ class Saver:
             return
         self._wait()
         self._thread = None
-        step, problem = self._facts["step"], self._problem
-        self._problem = None
-        if "bytes" in self._facts:
-            self.last_step = step  # whole on this disk, even if a later part failed
-        if problem is None and "seconds" not in self._facts:
-            problem = CheckpointError("the thread that saves ended without a result")
+        step, (problem, is_whole) = self._facts["step"], self._ended()
+        if is_whole:
+            self.last_step = step  # on this disk, even if a later part failed
         if problem is not None:
             self._failed(step, problem)
             return
@@ -118,7 +120,7 @@ class Saver:
 
     def abandon(self) -> None:
         """The run fails for another reason: what is under way is still finished, unless it hangs, too."""
-        if self._thread:
+        if self._thread and self._thread.is_alive():
             self._thread.join(ABANDON_SECONDS)
 
     @property
@@ -128,8 +130,39 @@ class Saver:
 
     def _wait(self) -> None:
         assert self._thread is not None
-        self.topology.watchdog.rest(f"the save of step {self._facts['step']}")
-        self._thread.join()
+        self.topology.watchdog.rest(f"the save of step {self._facts['step']}", self.background.waiting)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _ended(self) -> tuple[FinetuneError | None, bool]:
+        """(why the save failed on one of the processes, whether the checkpoint is whole all the same): alike on all of them.
+
+        A thread may end at any line, for a reason that no code of ours sees, while those of other processes wait for it. So
+        a process whose thread did not come to its end leaves their group, which ends the others' waiting.
+        """
+        own, self._problem = self._problem, None
+        processes, watchdog = self.topology.processes, self.topology.watchdog
+        if own is None and "seconds" not in self._facts:
+            own = CheckpointError(f"process {processes.rank}: the thread that saves ended without a result")
+        if own is not None:
+            self.background.leave()
+        watchdog.rest(f"the end of the save of step {self._facts['step']}", processes.waiting)
+        everyone = processes.gather((own, "bytes" in self._facts))
+        watchdog.rest(f"the save of step {self._facts['step']}")
+        errors, is_whole = [error for error, _ in everyone], any(whole for _, whole in everyone)
+        first = first_error(errors)
+        if first is None:
+            return None, is_whole
+        self.background.leave()
+        self.background = processes.apart()
+        return errors[first], is_whole
+
+    def _words(self, exc: BaseException) -> FinetuneError:
+        """An exception without its traceback, whose frames would keep the group of `background` alive."""
+        if not isinstance(exc, Exception):
+            return CheckpointError(f"process {self.topology.rank}: {type(exc).__name__}: {exc}")
+        known = failures.translate(exc)
+        return type(known)(str(known)) if known else CheckpointError(str(exc) or type(exc).__name__)
 
     def require(self, step: int) -> None:
         """Raise CheckpointError if this step is not safe."""
@@ -157,21 +190,22 @@ class Saver:
             f"note: {said}; {newest}, and training continues ({self._failures} of {MOST_FAILURES} failures in a row)"
         )
 
-    def _write(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:
-        """In the thread: errors wait for `settle`."""
+    def _run(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:
+        """All of the thread: whatever ends it waits for `settle`."""
         try:
-            self._write_all(staged, manifest, best)
-            self._facts["seconds"] = round(time.monotonic() - began, 3)
-        except Exception as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
-            self._problem = exc
+            self._write(staged, manifest, best)
+            if "bytes" in self._facts:
+                self._facts["seconds"] = round(time.monotonic() - began, 3)
+        except BaseException as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
+            self._problem = self._words(exc)
 
     def _use_own_gpu(self) -> None:
         """A new thread starts on the first GPU, not on the process's own."""
         if self.topology.device.type == "cuda":
             torch.cuda.set_device(self.topology.device)
 
-    def _write_all(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None) -> None:
-        # One process alone must not fail outside `on_every` or `on_main`: the others would wait for it for two hours.
+    def _write(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None) -> None:
+        # Where one process alone fails outside `on_every` or `on_main`, the others wait until `_ended` ends it.
         processes, root, step = self.background, self.root, manifest["progress"]["step"]
         processes.on_every(self._use_own_gpu)
         total = sum(processes.gather(staged.num_bytes))
@@ -190,7 +224,7 @@ class Saver:
             files = {name: each[name] for name in names for each in described if name in each}
             processes.on_main(self.before)
             final: Path = processes.on_main(lambda: folder.commit(writing, {**manifest, "files": files}))
-        except Exception as exc:
+        except BaseException as exc:
             if processes.is_main:
                 is_full = shutil.disk_usage(root).free < total
                 folder.sweep(root)  # its space may be what is missing

@@ -1,13 +1,16 @@
 """All processes of a run: what they add up, agree on, and do for one another. Every verb is collective."""
 
-from collections.abc import Callable, Sequence
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 
 from finetune import failures
-from finetune.errors import FinetuneError, ProcessFailed, UserError
+from finetune.errors import FinetuneError, Preempted, ProcessFailed, TopologyError, UserError
 
 # The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end that.
 WAIT = timedelta(hours=2)
@@ -19,17 +22,43 @@ class Processes:
     def __init__(self, rank: int, number: int, device: torch.device, group: Any = None) -> None:
         self.rank, self.number, self.device, self.group = rank, number, device, group
         self.is_main = rank == 0
+        self._waits_since: float | None = None
 
     def apart(self) -> "Processes":
         """The same processes over a group in host memory, so that a second thread never gets into this one's way."""
         group = torch.distributed.new_group(backend="gloo", timeout=WAIT) if self.number > 1 else None
         return Processes(self.rank, self.number, torch.device("cpu"), group)
 
+    def leave(self) -> None:
+        """Give up the group that `apart` made: another process that waits in it gets an error at once, not in two hours.
+
+        Gloo closes the connections of a group when its last reference goes; one may sit in a cycle that an exception left.
+        """
+        group, self.group = self.group, None
+        if group is not None:
+            torch.distributed.destroy_process_group(group)
+            del group
+            gc.collect()
+
+    def waiting(self) -> float:
+        """For how many seconds this process has now waited for the others in one of the verbs below; 0.0 if it works."""
+        since = self._waits_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @contextmanager
+    def _waits(self) -> Iterator[None]:
+        self._waits_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waits_since = None
+
     def sum(self, values: Sequence[float | torch.Tensor]) -> list[float]:
         """Each value summed over all processes, in float64."""
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
         if self.number > 1:
-            torch.distributed.all_reduce(total, group=self.group)
+            with self._waits():
+                torch.distributed.all_reduce(total, group=self.group)
         return [float(v) for v in total.tolist()]
 
     def any(self, wish: bool) -> bool:
@@ -41,7 +70,8 @@ class Processes:
         everyone: list[Any] = [value]
         if self.number > 1:
             everyone = [None] * self.number
-            torch.distributed.all_gather_object(everyone, value, group=self.group)
+            with self._waits():
+                torch.distributed.all_gather_object(everyone, value, group=self.group)
         return everyone
 
     def union(self, names: set[str]) -> set[str]:
@@ -53,6 +83,8 @@ class Processes:
 
         The main process raises the very exception, with its traceback and cause; the others raise one of the same type
         with the same words, or what `failures` makes of a library's, or ProcessFailed: others might not survive pickling.
+        So do SystemExit and KeyboardInterrupt. Only Preempted passes at once: the signal reaches every process by itself,
+        and waiting for the others would use up the time that is left.
         """
         if self.number == 1:
             return action()
@@ -63,14 +95,16 @@ class Processes:
             return result
         try:
             result = action()
-        except Exception as exc:
-            self._from_main((None, self._portable(exc)))
+        except Preempted:
+            raise
+        except BaseException as exc:
+            self._from_main((None, self.portable(exc)))
             raise
         self._from_main((result, None))
         return result
 
     def on_every(self, action: Callable[[], Any]) -> Any:
-        """Do it on every process. If it fails anywhere all raise the same error: the first UserError, or else the first.
+        """Do it on every process. If it fails anywhere all raise the same error: see `first_error`.
 
         As with `on_main`, the process where that happened raises the very exception; one that failed otherwise has its own
         as the cause.
@@ -79,7 +113,9 @@ class Processes:
             return action()
         try:
             result = action()
-        except Exception as exc:
+        except Preempted:
+            raise
+        except BaseException as exc:
             self._raise_first(exc)
             raise
         self._raise_first(None)
@@ -88,19 +124,29 @@ class Processes:
     def _from_main(self, value: Any) -> Any:
         """The value of the main process."""
         values = [value]
-        torch.distributed.broadcast_object_list(values, src=0, group=self.group)
+        with self._waits():
+            torch.distributed.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
-    def _raise_first(self, own: Exception | None) -> None:
+    def _raise_first(self, own: BaseException | None) -> None:
         """Raise the error on which all agree; return if there is none, or if it is this process's own."""
-        errors = self.gather(None if own is None else self._portable(own))
-        failed = [rank for rank, error in enumerate(errors) if error is not None]
-        if failed:
-            first = next((rank for rank in failed if isinstance(errors[rank], UserError)), failed[0])
-            if first != self.rank:
-                raise errors[first] from own
+        errors = self.gather(None if own is None else self.portable(own))
+        first = first_error(errors)
+        if first is not None and first != self.rank:
+            raise errors[first] from own
 
-    def _portable(self, exc: Exception) -> FinetuneError:
+    def portable(self, exc: BaseException) -> FinetuneError:
         """What other processes raise for an exception of this one."""
         known = failures.translate(exc, f"process {self.rank}")
         return known or ProcessFailed(f"process {self.rank}: {type(exc).__name__}: {exc}")
+
+
+def first_error(errors: Sequence[FinetuneError | None]) -> int | None:
+    """Of the errors of all processes the rank of the one that counts: of the first mistake of the user, or else of the first.
+
+    A lost connection counts last, as it follows from what happened to the process at its other end.
+    """
+    failed = [rank for rank, error in enumerate(errors) if error is not None]
+    mistakes = [rank for rank in failed if isinstance(errors[rank], UserError)]
+    causes = [rank for rank in failed if not isinstance(errors[rank], TopologyError)]
+    return next(iter([*mistakes, *causes, *failed]), None)

@@ -25,6 +25,7 @@ class Watchdog:
         self.rank, self.number = rank, number
         self.at, self.step = "the start", 0
         self._ticks, self._ticked, self._moves = 0, time.monotonic(), False
+        self._waiting: Callable[[], float] | None = None
         self._store: TCPStore | None = None
         self._heard: dict[int, tuple[dict[str, Any], float]] = {}  # what each said last, and when that was new
         self._verdict: str | None = None
@@ -33,12 +34,15 @@ class Watchdog:
         folder = os.environ.get(BEATS)
         self._file = Path(folder) / str(rank) if folder else None
 
-    def start(self, bound_seconds: float | None, end: Callable[[str], None]) -> None:
-        """From now on call `end` with a sentence, in a thread, when somebody is silent or all stand still for so long.
+    def start(
+        self, bound_seconds: float | None, end: Callable[[str], None], hurries: Callable[[], bool] = lambda: False
+    ) -> None:
+        """From now on call `end` with a sentence, in a thread, when a process is silent or all stand still for so long.
 
-        None: never.
+        None: never. `hurries`: whether the machine goes away soon; then a save in which all wait for one another ends the
+        run after SOON_SECONDS.
         """
-        self._bound, self._end = bound_seconds, end
+        self._bound, self._end, self._hurries = bound_seconds, end, hurries
         self._interval = min(1.0, (bound_seconds or 10.0) / 10)
         if self.number > 1:  # a connection of its own to the store by which the processes have found each other
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -56,13 +60,18 @@ class Watchdog:
 
     def beat(self, at: str | None = None) -> None:
         """The main thread has come further. From here until `rest`, no beat means that it stands still."""
-        self.at, self._ticks, self._ticked, self._moves = at or self.at, self._ticks + 1, time.monotonic(), True
+        self._ticks, self._ticked = self._ticks + 1, time.monotonic()
+        self.at, self._moves, self._waiting = at or self.at, True, None
         if at and at.startswith("step "):
             self.step = int(at.removeprefix("step ")) - 1  # the last that is done
 
-    def rest(self, at: str) -> None:
-        """What comes now may take as long as it likes."""
-        self.at, self._moves = at, False
+    def rest(self, at: str, waiting: Callable[[], float] | None = None) -> None:
+        """What comes now may take as long as it likes.
+
+        `waiting`: for a save, how many seconds this process has waited for the others: not even a save may keep
+        every process waiting, as then one of them has gone without a word.
+        """
+        self.at, self._waiting, self._moves = at, waiting, False
 
     def silent(self) -> list[int]:
         """Other processes that have said nothing for SOON_SECONDS: who has gone, once a connection has broken."""
@@ -81,8 +90,7 @@ class Watchdog:
             self._note()
             if self._store is None:
                 continue
-            still = time.monotonic() - self._ticked if self._moves else 0.0
-            beat = {"number": number, "at": self.at, "ticks": self._ticks, "still": still, "verdict": self._verdict}
+            beat = {"number": number, "verdict": self._verdict, **self._own()}
             try:
                 self._store.set(f"beat/{self.rank}", json.dumps(beat))
                 for rank in self._others():
@@ -95,25 +103,32 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
-            if self._bound is not None and (problem := self._problem(self._bound)):
+            if problem := self._problem():
                 self._verdict = problem
                 self._stopped.wait(2 * self._interval)  # for the others to hear it in these words
                 self._end(problem)
                 return
 
-    def _problem(self, bound: float) -> str | None:
-        now = time.monotonic()
+    def _own(self) -> dict[str, Any]:
+        """Where this process is, and for how many seconds it has stood still there."""
+        moves, waiting = self._moves, self._waiting
+        still = time.monotonic() - self._ticked if moves else waiting() if waiting else 0.0
+        return {"at": self.at, "ticks": self._ticks, "still": still, "saves": not moves and waiting is not None}
+
+    def _problem(self) -> str | None:
+        now, bound = time.monotonic(), self._bound
         for rank, (said, since) in self._heard.items():
             if verdict := said.get("verdict"):
                 return str(verdict)
-            if now - since > bound:
+            if bound is not None and now - since > bound:
                 where = self.at if self._moves else said.get("at", self.at)
                 return f"process {rank} has not answered for {bound:.3g} s, last at {where}"
         if self.rank > 0:
             return None
-        own = {"at": self.at, "ticks": self._ticks, "still": now - self._ticked if self._moves else 0.0}
-        beats = {0: own, **{rank: said for rank, (said, _) in self._heard.items() if said}}
-        if len(beats) < self.number or any(beat["still"] <= bound for beat in beats.values()):
+        beats = {0: self._own(), **{rank: said for rank, (said, _) in self._heard.items() if said}}
+        if all(beat["saves"] for beat in beats.values()) and self._hurries():
+            bound = SOON_SECONDS if bound is None else min(bound, SOON_SECONDS)
+        if bound is None or len(beats) < self.number or any(beat["still"] <= bound for beat in beats.values()):
             return None
         # All wait, for the one that has come least far.
         least = min(beats.values(), key=lambda beat: beat["ticks"])

@@ -1,0 +1,61 @@
+"""The thread that saves dies on one of two processes: the save fails on both, in time, and the run goes on, or ends."""
+
+import json
+import signal
+import time
+
+import pytest
+from conftest import read_jsonl
+from faults.nursery import fork, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+SETTINGS = {
+    "train__max_steps": 6, "train__epochs": 9, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None, "train__hang_minutes": 1.0,
+}  # fmt: skip
+
+
+def started(workshop, dies, **changes):
+    environment = {name: changes.pop(name) for name in ("MUTE", "ON") if name in changes}
+    config = workshop.write(workshop.config(**SETTINGS | changes))
+    said = [workshop.folder / f"{rank}.log" for rank in (0, 1)]
+    environment |= {"DIES": dies, "FINETUNE_JOIN_MINUTES": "0.3"}
+    return fork("distributed.dying", ["--config", str(config)], "ddp", said, environment)
+
+
+@pytest.mark.parametrize(
+    ("dies", "on", "says"),
+    [
+        ("exits", 1, "process 1: SystemExit: 3"),
+        ("exits", 0, "process 0: SystemExit: 3"),
+        ("returns", 1, "process 1: the thread that saves ended without a result"),
+        ("is interrupted", 1, "process 1: KeyboardInterrupt"),
+        ("does not start", 1, "can't start new thread"),
+    ],
+)
+def test_a_saver_that_dies_on_one_process_is_a_failed_save_on_both(workshop, dies, on, says):
+    launch = started(workshop, dies, ON=str(on))
+    assert launch.codes(within=30) == [0, 0], launch.said()
+    assert f"checkpoint of step 2 could not be saved: {says}" in launch.said()
+    assert "(1 of 3 failures in a row)" in launch.said()
+    assert [line["step"] for line in read_jsonl(workshop.run_dir() / "saves.jsonl")] == [4, 6]
+
+
+def test_a_death_that_no_process_reports_ends_the_run(workshop):
+    launch = started(workshop, "exits", MUTE="1", train__hang_minutes=0.05)
+    assert launch.codes(within=30) == [1, 1], launch.said()
+    assert "has made no progress for 3 s at the" in launch.said()
+    outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
+    assert (outcome["state"], "the save of step 2" in outcome["reason"]) == ("failed", True), outcome
+
+
+def test_a_signal_ends_a_run_whose_save_waits_for_a_dead_process(workshop):
+    launch = started(workshop, "exits", MUTE="1", train__hang_minutes=None, checkpoint__grace_seconds=6.0)
+    metrics = workshop.run_dir() / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1)
+    time.sleep(1)
+    launch.kill([0, 1], signal.SIGTERM)
+    began = time.monotonic()
+    assert launch.codes(within=30) == [1, 1], launch.said()
+    assert time.monotonic() - began < 10
+    assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "failed"
