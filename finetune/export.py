@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, chat_template_utils
 
 from finetune import failures, files
 from finetune.config import paths
 from finetune.config.base import (
+    adapter_problem,
     decides_what_opens,
+    folder_problem,
     is_model_or_adapter,
     model_argument,
     require_model,
@@ -31,7 +33,7 @@ from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
 from finetune.errors import ExportError, ModelError, OutOfMemory
 from finetune.models import adapters, attention, bases, embeddings
-from finetune.models.load import keep_layout, quantized_as, translated
+from finetune.models.load import keep_layout, quantized_as, refuse_lost, translated
 
 PROBE_TOKENS = 16
 # Largest difference of logits between the trained and the reloaded model, as a part of the largest
@@ -444,9 +446,14 @@ def load(
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
         if not (folder / "adapter_config.json").exists():
-            return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
+            opened, info = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+            refuse_lost(str(path), opened, info)
+            return opened
         from peft import PeftConfig, PeftModel
 
+        _require_adapter(folder)
         adapter = PeftConfig.from_pretrained(str(folder))
         record = bases.read(folder)
         where, revision = _base_of(folder, adapter, base)
@@ -457,10 +464,11 @@ def load(
         def load_base(dtype: torch.dtype | str) -> Any:
             with translated(f"--base: {where!r}") if base is not None else nullcontext():
                 config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-                model = AutoModelForCausalLM.from_pretrained(
-                    where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True,
                     **quantized_as(config, quantization), **place,
                 )  # fmt: skip
+                refuse_lost(where, model, info)
             if on_cpu:
                 vars(model).pop("hf_device_map", None)  # peft would spread over the GPUs again what has it
             if not quantized and getattr(config, "quantization_config", None):  # it has no other weights than those
@@ -480,18 +488,31 @@ def load(
             bases.require_weights(model, record, folder, base)
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        return PeftModel.from_pretrained(model, str(folder))
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        adapters.require_whole(adapted, str(folder))
+        return adapted
+
+
+def _require_adapter(folder: Path) -> None:
+    if problem := adapter_problem(str(folder)):
+        raise ModelError(problem)
 
 
 def _base_of(folder: Path, adapter: Any, given: str | None) -> tuple[str, str | None]:
     """(folder or Hub id, revision) of an adapter's base. Raises ModelError if it was a folder that is not there any more."""
-    known = str(adapter.base_model_name_or_path)
+    known = adapter.base_model_name_or_path
     if given is not None:
         return given, None
+    if not known:
+        raise ModelError(
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path names no base; give --base with the folder of the base"
+        )
     if os.path.isabs(known) and not os.path.isdir(known):
         raise ModelError(
             f"{folder} is an adapter, and its base is not in {known} any more; give --base with the folder where it is now"
         )
+    if os.path.isdir(known) and (problem := folder_problem(known, needs_weights=True)):
+        raise ModelError(f"the base of {folder}: {problem}")
     return known, adapter.revision
 
 
@@ -514,11 +535,11 @@ def recorded_base(path: str | Path) -> str:
 
 
 def moved(path: str | Path, base: str) -> str | None:
-    """`base`, if `path` is an adapter whose own base is not where it was."""
+    """`base`, if `path` is an adapter that names no base of its own, or one that is not where it was."""
     if not is_adapter(path):
         return None
     known = recorded_base(path)
-    return base if os.path.isabs(known) and not os.path.isdir(known) else None
+    return base if not known or (os.path.isabs(known) and not os.path.isdir(known)) else None
 
 
 def other_base(tuned: str, base: Any) -> str | None:
@@ -599,12 +620,15 @@ def merge(
     _require_output(sources, target)
     require_mergeable(sources)
     first, alone = sources[0], len(sources) == 1
+    tokenizer = load_tokenizer(first, trust_remote_code)
+    _require_template(first, tokenizer)
     # float16 has fewer exponents than the others: adding comes first, rounding last.
     adding = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}[dtype]
     model = load(first, adding, trust_remote_code, quantized=False, base=base)
     names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
     for name, source in zip(names[1:], sources[1:]):
         model.load_adapter(str(source), name)
+        adapters.require_whole(model, str(source), name)
     trained = _beside_quantized_base(first, model, trust_remote_code, base)
     model.base_model.set_adapter(names)
     before = probe_logits(model)
@@ -616,7 +640,7 @@ def merge(
     folder = target.with_name(f".writing-{target.name}")
     try:
         weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
-        save(merged, weights, load_tokenizer(first, trust_remote_code), None, folder, base=origin)
+        save(merged, weights, tokenizer, None, folder, base=origin)
         tolerance = TOLERANCE[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[merged.dtype]]
         del merged
         reloaded = _opened(lambda: load(folder, "auto", trust_remote_code))
@@ -629,6 +653,18 @@ def merge(
         shutil.rmtree(folder, ignore_errors=True)  # gone if it was published; else of no use, and as large as the model
     rounding = _relative_difference(after, before)
     return Merged(rounding, _relative_difference(after, trained) if trained is not None and alone else None)
+
+
+def _require_template(source: Path, tokenizer: Any) -> None:
+    """Raise ModelError for a chat template with an error in its syntax, which would be copied into the merged model."""
+    own = tokenizer.chat_template or {}
+    for template in own.values() if isinstance(own, dict) else [own]:
+        try:
+            chat_template_utils._compile_jinja_template(template)
+        except Exception as exc:  # a template is a program
+            raise ModelError(
+                f"{source}: the chat template of its tokenizer (chat_template.jinja) cannot be used: {exc}; correct it, or remove the file"
+            ) from exc
 
 
 def _beside_quantized_base(source: Path, whole: Any, trust_remote_code: bool, base: str | None) -> torch.Tensor | None:
@@ -652,6 +688,7 @@ def _require_output(sources: Sequence[Path], target: Path) -> None:
             raise ModelError(
                 f"{source}: no adapter_config.json, so there is nothing to merge; give the model folder of a LoRA run"
             )
+        _require_adapter(source)
     if os.path.lexists(target):
         raise ModelError(f"{target} exists; choose another --output")
     if problem := _problem_of_parent(target):

@@ -56,7 +56,9 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     wanted = config.data
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
     sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
-    tokenizer, model_config = load.load_tokenizer(config.model), load.load_config(config.model)
+    model_config = load.load_config(config.model)  # first: transformers reads it for the tokenizer, too
+    tokenizer = load.load_tokenizer(config.model)
+    load.check_config_vocabulary(model_config, tokenizer, config.model)
     architecture = bases.architecture(model_config)  # now: building completes a config, on some processes only
     kernel = _attention(config, model_config, topology)
     template = _template(wanted, format, tokenizer, date)

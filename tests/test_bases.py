@@ -292,7 +292,7 @@ def test_a_weight_that_is_missing_is_named_before_loading(workshop, plain, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("{}", "has no vocabulary"), (POINTER, "is a pointer of Git LFS"), ("", "is empty"), ("{", "broken JSON")]
+    ("content", "says"), [("{}", "has no vocabulary"), ('{"model": 5}', "model should be an object"), (POINTER, "is a pointer of Git LFS"), ("", "is empty"), ("{", "broken JSON")]
 )  # fmt: skip
 def test_a_tokenizer_that_is_not_whole_is_named(workshop, plain, tmp_path, content, says):
     base = tmp_path / "base"
@@ -414,3 +414,135 @@ def test_the_bytes_of_a_base_that_was_saved_quantised_are_its_identity(quantized
     before = bases.fingerprints(model)
     model.model.layers[1].mlp.up_proj.weight.data.view(-1)[7] ^= 1
     assert all(one != other for one, other in zip(bases.fingerprints(model), before))
+
+
+FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({}, "quantization_config has no quant_method"),
+        ({"load_in_4bit": False, "load_in_8bit": False}, "quantization_config has no quant_method"),
+        ({**FOUR, "bnb_4bit_quant_type": None}, "bnb_4bit_quant_type should be nf4 or fp4, got null"),
+        ({**FOUR, "bnb_4bit_quant_type": "nf5"}, 'bnb_4bit_quant_type should be nf4 or fp4, got "nf5"'),
+        ({**FOUR, "load_in_4bit": "yes"}, 'load_in_4bit should be true or false, got "yes"'),
+        ({**FOUR, "load_in_8bit": True}, "has both load_in_4bit and load_in_8bit"),
+        ({**FOUR, "bnb_4bit_use_double_quant": "x"}, "bnb_4bit_use_double_quant should be true or false"),
+        ({**FOUR, "bnb_4bit_compute_dtype": "zzz"}, "bnb_4bit_compute_dtype should be one of float32"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": "x"}, "llm_int8_threshold should be a number"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_a_quantisation_that_cannot_be_is_named_by_its_key(tmp_path, found, says, kind):
+    folder = folder_with(tmp_path, {"model_type": "llama", "quantization_config": found})
+    assert f"model.path: {folder}/config.json: quantization_config" in refusal(folder, kind=kind)
+    assert says in refusal(folder, kind=kind)
+
+
+def with_config(base, target, **changes):
+    """A copy of a base whose config.json has changed; None: without that key."""
+    shutil.copytree(base, target)
+    said = json.loads((target / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("form", "found", "says"),
+    [
+        (None, FOUR, "says bitsandbytes fp4, but the weights are not quantised"),
+        (None, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "says bitsandbytes int8, but the weights are not quantised"),
+        ("nf4", {**FOUR, "bnb_4bit_quant_type": "fp4"}, "says bitsandbytes fp4, but the weights are nf4"),
+        ("int8", {**FOUR, "bnb_4bit_quant_type": "nf4"}, "says bitsandbytes nf4, but the weights are int8"),
+        ("nf4", None, "bitsandbytes has quantised the weights (nf4)"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_packed_as_the_config_says_are_refused(plain, quantized, tmp_path, form, found, says):
+    folder = with_config(quantized(form) if form else plain, tmp_path / "base", quantization_config=found)
+    assert says in refusal(folder, kind="qlora" if found else "lora")
+
+
+@pytest.mark.parametrize("number", [-1, 0])
+def test_a_model_without_layers_is_refused(workshop, plain, tmp_path, number):
+    folder = with_config(plain, tmp_path / "base", num_hidden_layers=number)
+    assert f"{folder}/config.json: num_hidden_layers should be at least 1, got {number}" in refusal(folder)
+    with pytest.raises(ModelError, match="model.config: num_hidden_layers should be at least 1"):
+        workshop.check(model__config={**WIDE, "num_hidden_layers": number})
+
+
+@pytest.mark.parametrize(
+    ("changes", "new_tokens", "says"),
+    [
+        ({"num_hidden_layers": 1}, [], "fewer layers than its weights: 9 of them would be dropped"),
+        ({"intermediate_size": 64}, ["<new>"], "6 weights are missing or of another shape"),
+        ({"num_key_value_heads": 4}, ["<new>"], "4 weights are missing or of another shape"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_weights_are_refused_by_the_check(
+    workshop, plain, tmp_path, changes, new_tokens, says
+):
+    folder = with_config(plain, tmp_path / "base", **changes)
+    with pytest.raises(ModelError, match=says):
+        workshop.check(**on(folder, model__new_tokens=new_tokens))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dtype": "float99"}, "its config.json cannot be loaded: dtype is 'float99', which transformers does not know"),
+        ({"hidden_size": "64"}, "its config.json cannot be loaded: .*'hidden_size' expected int"),
+        ({"num_attention_heads": 5}, "its config.json cannot be loaded: .*number of attention heads"),
+        ({"hidden_act": "nope"}, "/config.json: architecture llama cannot be loaded: hidden_act is 'nope'"),
+        ({"rope_parameters": {"rope_type": "zzz", "rope_theta": 1e4}}, "rope_parameters.rope_type is 'zzz'"),
+        ({"vocab_size": 10}, "the tokenizer has ids up to 260, but the embedding has 10 rows"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_of_the_config_is_named_as_that(workshop, plain, tmp_path, changes, says):
+    folder = with_config(plain, tmp_path / "base", **changes)
+    with pytest.raises(ModelError, match=says):
+        workshop.check(**on(folder))
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("content", ["hostile", "garbage"])
+def test_weights_that_hold_code_are_refused_without_advice_to_run_it(workshop, plain, tmp_path, capsys, content):
+    folder = tmp_path / "base"
+    shutil.copytree(plain, folder)
+    (folder / "model.safetensors").unlink()
+    if content == "hostile":
+        torch.save({"a": Hostile()}, folder / "pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin").write_text("garbage")
+    with pytest.raises((ConfigError, ModelError), match=f"{folder}/pytorch_model.bin") as caught:
+        workshop.check(**on(folder))
+    assert "weights_only" not in str(caught.value)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_chat_template_that_is_not_utf8_is_named(workshop, plain, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(plain, folder)
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{ x }}")
+    with pytest.raises(ModelError, match=f"{folder}/chat_template.jinja: is not UTF-8 at byte 0"):
+        workshop.check(**on(folder))
+
+
+def test_a_base_of_zeros_is_named_as_that(workshop, plain, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(plain, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t * 0 for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="its embedding holds only zeros"):
+        workshop.train(**on(folder))
+
+
+def test_a_model_that_would_lose_layers_is_not_opened(plain, tmp_path):
+    """As chat and evaluate open it."""
+    folder = with_config(plain, tmp_path / "base", num_hidden_layers=1)
+    with pytest.raises(ModelError, match="fewer layers than its weights"):
+        export.load(folder)

@@ -10,6 +10,7 @@ import pytest
 import requests
 import torch
 from conftest import Workshop
+from safetensors.torch import save_file
 
 from finetune import failures
 from finetune.data import readers
@@ -155,7 +156,8 @@ def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(monkeyp
 
         from finetune.models import adapters
 
-        (tmp_path / "adapter_config.json").write_text("{}")
+        (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+        save_file({"a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
         monkeypatch.setattr(peft.PeftModel, "from_pretrained", fail)
 
         def act():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import failures
 from finetune.config import paths
+from finetune.config import values as allowed
 from finetune.errors import ModelError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # as peft looks for them
 LFS_POINTER = b"version https://git-lfs"
 MOST_HEADER = 100_000_000  # bytes; the most that safetensors itself reads
 SMALL = 1 << 16  # bytes; a tokenizer.json of this size takes a millisecond to parse, and real ones are larger
@@ -50,6 +52,11 @@ BALANCE = (
     "router_z_loss_coef",
     "moe_loss_weight",
 )
+
+BITS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
+# What configs call the number of their layers.
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+PICKLES = (b"PK", b"\x80")  # how a file of torch.save begins: a zip archive, or in the format before torch 1.6 a pickle
 
 
 def kind_of_folder(path: str) -> str:
@@ -133,19 +140,74 @@ def folder_problem(path: str, needs_weights: bool) -> str | None:
 def config_problem(folder: Path) -> str | None:
     """Why config.json cannot be used; None if it may be."""
     values, problem = _object_in(folder / "config.json")
-    if problem:
-        return problem
+    return problem or values_problem(f"{folder / 'config.json'}", values)
+
+
+def values_problem(where: str, values: Mapping[str, Any]) -> str | None:
+    """Why the values of a config cannot be used; None if they may be. `where`: the file that holds them."""
+    nested = values.get("text_config")
+    if nested is not None and not isinstance(nested, Mapping):
+        return f"{where}: text_config should be a mapping, got {allowed.short(nested)}; correct it"
+    for part in (values, nested or {}):
+        for name in LAYERS:
+            number = part.get(name)
+            if isinstance(number, int) and number < 1:
+                return f"{where}: {name} should be at least 1, got {number}; correct it"
     found = values.get("quantization_config")
-    if found is not None and not isinstance(found, dict):
-        return (
-            f"{folder / 'config.json'}: quantization_config should be a mapping with quant_method, got {json.dumps(found)[:80]}; "
-            "correct it, or remove it if the weights are not quantised"
-        )
+    return None if found is None else _quantization_problem(f"{where}: quantization_config", found)
+
+
+def _quantization_problem(where: str, found: Any) -> str | None:
+    """Why a quantization_config cannot be used; None if it may be, though the model may be one that cannot be trained."""
+    remedy = "correct it, or remove it if the weights are not quantised"
+    if not isinstance(found, Mapping):
+        return f"{where} should be a mapping with quant_method, got {allowed.short(found)}; {remedy}"
+    bits = [name for name in BITS if found.get(name)]
+    if not found or (found.get("quant_method") is None and not bits and any(name in found for name in BITS)):
+        return f"{where} has no quant_method, so transformers cannot open the model; {remedy}"
+    method = found.get("quant_method")
+    if not bits and not str(getattr(method, "value", method)).startswith("bitsandbytes"):
+        return None
+    if problem := allowed.problem(where, found, allowed.OF_BITSANDBYTES):
+        return problem
+    if len({name.strip("_") for name in bits}) > 1:
+        return f"{where} has both load_in_4bit and load_in_8bit; set one of them to false"
     return None
 
 
 def weights_problem(folder: Path) -> str | None:
     """Why the weights of a folder cannot be loaded, from indices, headers and sizes; None if they may be. Takes milliseconds."""
+    return _files_problem(folder) or _packing_problem(folder)
+
+
+def _packing_problem(folder: Path) -> str | None:
+    """Why the weights are not packed as config.json says; None if they are, or another library than bitsandbytes did it."""
+    found = quantization(said_by(str(folder)))
+    form, saved = form_of(found) if found else None, shapes(str(folder))
+    if saved is None or (found and form is None):
+        return None
+    file = folder / "config.json"
+    types = {match[1] for name in saved if (match := re.search(r"\.quant_state\.bitsandbytes__(\w+)$", name))}
+    types |= {"int8" for name in saved if name.endswith(".SCB")}
+    if form is None:
+        listed = ", ".join(sorted(types))
+        return (
+            f"{file}: has no quantization_config, but bitsandbytes has quantised the weights ({listed}); {AGAIN}"
+            if types
+            else None
+        )
+    if not types:
+        return (
+            f"{file}: quantization_config says {name_of(found or {})}, but the weights are not quantised; remove it from config.json "
+            "(adapter.kind: qlora quantises them itself)"
+        )
+    if form["quantization"] not in types:
+        return f"{file}: quantization_config says {name_of(found or {})}, but the weights are {', '.join(sorted(types))}; correct it"
+    return None
+
+
+def _files_problem(folder: Path) -> str | None:
+    """Why the files of weights cannot be read; None if they may be."""
     names = sorted(os.listdir(folder))
     if _object_in(folder / "config.json")[0].get("transformers_weights"):
         return None  # names a file of its own
@@ -201,6 +263,8 @@ def _tensors_in(path: Path) -> tuple[dict[str, list[int]] | None, str | None]:
     if problem:
         return None, problem
     if path.suffix != ".safetensors":
+        if not start.startswith(PICKLES):
+            return None, f"{path} is not a file of PyTorch; {AGAIN}"
         is_cut = start.startswith(b"PK") and not zipfile.is_zipfile(path)
         return None, f"{path} is not whole; {AGAIN}" if is_cut else None
     length = int.from_bytes(start[:8], "little")
@@ -251,11 +315,11 @@ def _object_in(path: Path) -> tuple[dict[str, Any], str | None]:
     if problem:
         return {}, problem
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes().decode())  # UTF-8, as transformers and peft read it
     except (ValueError, RecursionError) as exc:
         return {}, f"{path}: broken JSON: {exc}; correct it, or {AGAIN}"
     if not isinstance(values, dict):
-        return {}, f"{path}: should hold an object, {{...}}, got {json.dumps(values)[:80]}; {AGAIN}"
+        return {}, f"{path}: should hold an object, {{...}}, got {allowed.short(values)}; {AGAIN}"
     return values, None
 
 
@@ -264,7 +328,7 @@ def adapter_problem(path: str) -> str | None:
     if not os.path.exists(path):
         return f"{path}: no such folder (looked for from {os.getcwd()})" if paths.is_local(path) else None
     if os.path.exists(os.path.join(path, "adapter_config.json")):
-        return None
+        return _adapter_files_problem(Path(path))
     kind, inside = kind_of_folder(path), os.path.join(path, "model")
     if kind == "run":
         is_one = os.path.exists(os.path.join(inside, "adapter_config.json"))
@@ -274,6 +338,40 @@ def adapter_problem(path: str) -> str | None:
     if kind == "model":
         return f"{path} is a whole model, not an adapter; give it as model.path"
     return f"{path} has no adapter_config.json, so it is not an adapter"
+
+
+def _adapter_files_problem(folder: Path) -> str | None:
+    """Why settings or weights of an adapter cannot be used; None if they may be. Takes milliseconds."""
+    file = folder / "adapter_config.json"
+    settings, problem = _object_in(file)
+    if problem:
+        return problem
+    if "peft_type" not in settings:
+        return f"{file}: has no peft_type, so peft cannot open the adapter; {AGAIN}"
+    if problem := allowed.problem(str(file), settings, allowed.OF_LORA):
+        return problem
+    weights = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).exists()), None)
+    if weights is None:
+        return f"{folder} has no {ADAPTER_WEIGHTS[0]}, the weights of the adapter; copy it there too"
+    tensors, problem = _tensors_in(weights)
+    return problem or (_ranks_problem(file, settings, weights, tensors) if tensors is not None else None)
+
+
+def _ranks_problem(file: Path, settings: dict[str, Any], weights: Path, tensors: dict[str, list[int]]) -> str | None:
+    """Why the weights of an adapter are not those of its settings; None if they may be."""
+    ranks = {
+        name: shape[0] for name, shape in tensors.items() if re.search(r"\.lora_(embedding_)?A(\.|$)", name) and shape
+    }
+    if not ranks:
+        return f"{weights} holds no weights of LoRA (lora_A); {AGAIN}"
+    r = settings.get("r", 8)  # peft's default
+    known = {r, *(settings.get("rank_pattern") or {}).values()}
+    for name, rank in ranks.items():
+        if rank not in known and not settings.get("target_parameters"):  # those have r rows for each expert
+            return f"{file}: r is {r}, but {name} in {weights.name} has rank {rank}; put back the adapter_config.json that belongs to it"
+    if bool(settings.get("use_dora")) != any("lora_magnitude_vector" in name for name in tensors):
+        return f"{file}: use_dora is {allowed.short(settings.get('use_dora'))}, and {weights.name} does not agree; put back the adapter_config.json that belongs to it"
+    return None
 
 
 def tokenizer_problem(path: str) -> str | None:
@@ -289,8 +387,22 @@ def tokenizer_problem(path: str) -> str | None:
         values, broken = _object_in(file) if file.suffix == ".json" and size < SMALL else ({}, None)
         if file.name == TOKENIZER[0] and size < SMALL and not (problem or broken) and "model" not in values:
             broken = f"{file} has no vocabulary (model); {AGAIN}"
-        if problem or broken:
-            return problem or broken
+        if problem := problem or broken or allowed.problem(str(file), values, allowed.OF_TOKENIZER.get(file.name, {})):
+            return problem
+    return _templates_problem(Path(path))
+
+
+def _templates_problem(folder: Path) -> str | None:
+    """Why the chat templates of a folder cannot be read; None if they can."""
+    for file in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
+        if file.exists():
+            try:
+                file.read_text("utf-8")
+            except UnicodeDecodeError as exc:
+                return f"{file}: is not UTF-8 at byte {exc.start}; save it as UTF-8, or {AGAIN}"
+            except OSError as exc:
+                failures.reraise(exc, f"{file}: cannot be read now")
+                return f"{file}: cannot be read: {exc.strerror or exc}"
     return None
 
 
@@ -313,7 +425,7 @@ def said_by(path: str | None) -> dict[str, Any]:
         ("quant_config.json", "awq"),
         ("hf_quant_config.json", "modelopt"),
     ):
-        if "quantization_config" not in values and (Path(path or "") / file).exists():
+        if not values.get("quantization_config") and (Path(path or "") / file).exists():
             values["quantization_config"] = {"quant_method": method}
     return values
 
@@ -333,8 +445,7 @@ def quantization(said: Mapping[str, Any]) -> dict[str, Any] | None:
 def _is_off(found: Mapping[str, Any]) -> bool:
     """Whether bitsandbytes is named with neither 4 nor 8 bits: transformers loads such weights as they are."""
     method = found.get("quant_method")
-    bits = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
-    return getattr(method, "value", method) == "bitsandbytes" and not any(found.get(name) for name in bits)
+    return getattr(method, "value", method) == "bitsandbytes" and not any(found.get(name) for name in BITS)
 
 
 def form_of(found: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -442,5 +553,7 @@ def require_model(name: str, option: str) -> None:
     if not os.path.exists(name):
         if paths.is_local(name):
             raise ModelError(f"{option}: {name}: no such folder (looked for from {os.getcwd()}); a run's model is in runs/<name>/model")  # fmt: skip
-    elif kind_of_folder(name) != "adapter" and (problem := folder_problem(name, needs_weights=True)):
+    elif problem := (
+        adapter_problem(name) if kind_of_folder(name) == "adapter" else folder_problem(name, needs_weights=True)
+    ):
         raise ModelError(f"{option}: {problem}")

@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune import failures
 from finetune.config import Adapter, Model
-from finetune.config.base import adapter_problem
+from finetune.config.base import ADAPTER_WEIGHTS, adapter_problem
 from finetune.errors import ModelError
-from finetune.models import bases, starts
+from finetune.models import bases, load, starts
 
 if TYPE_CHECKING:  # peft brings bitsandbytes, and this the compiler: seconds that a run of all weights need not wait
     from peft import PeftModel
@@ -184,11 +184,38 @@ def _continued(model: Any, path: str) -> "PeftModel":
                 config = PeftConfig.from_pretrained(path)
                 config.inference_mode = False
                 config.init_lora_weights = True  # without weights to start from
-                return get_peft_model(model, config)
-            return PeftModel.from_pretrained(model, path, is_trainable=True)
+                adapted = get_peft_model(model, config)
+            else:
+                adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
+        require_whole(adapted, path)
+        return adapted
     except Exception as exc:  # a folder that is not there, another shape, a broken file: each in its own family
         failures.reraise(exc, f"adapter.path: {path}: cannot be loaded now")
         raise ModelError(f"adapter.path: {path}: cannot be continued: {exc}") from exc
+
+
+def require_whole(model: "PeftModel", path: str, adapter: str = "default") -> None:
+    """Raise ModelError unless the adapter in `model` has just the weights that are saved in `path`, in their shapes.
+
+    peft only warns of weights that are missing, and says nothing of those that it leaves out.
+    """
+    from peft import get_peft_model_state_dict
+
+    file = Path(path) / ADAPTER_WEIGHTS[0]
+    saved = load.shapes_of_file(str(file if file.exists() else file.with_name(ADAPTER_WEIGHTS[1])))
+    if saved is None:
+        return
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    # peft has saved some of DoRA's without this ending.
+    wanted = {name.removesuffix(".weight"): list(weight.shape) for name, weight in state.items()}
+    held = {name.removesuffix(".weight"): shape for name, shape in saved.items()}
+    other = [name for name, shape in wanted.items() if held.get(name) != shape]
+    other += [name for name in held if "lora_" in name and name not in wanted]
+    if other:
+        raise ModelError(
+            f"{path}: {len(other)} of its weights do not fit its adapter_config.json and this base, such as {other[0]}; put back "
+            "the adapter_config.json that belongs to them, or give the base that they were trained on"
+        )
 
 
 def _refuse_what_has_no_effect(model: "PeftModel", adapter: Adapter) -> None:

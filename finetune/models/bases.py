@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,20 +55,53 @@ def read(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        is_whole = bool(found["weights"]) and {"dtype", "quantization", "new_tokens", "new_token_ids"} <= found.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        is_whole = False
-    if not is_whole:
-        raise ModelError(
-            f"{path}: is damaged, so the base of this adapter cannot be checked; restore it, or export the run again"
+        wrong = next(
+            (name for name, is_right in FIELDS.items() if not is_right(found.get(name, MISSING.get(name)))), ""
         )
-    return found
+        wrong = wrong or ("new_token_ids" if len(found["new_tokens"]) != len(found["new_token_ids"]) else "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        wrong = "no JSON object"
+    if wrong:
+        raise ModelError(
+            f"{path}: is damaged ({wrong}), so the base of this adapter cannot be checked; restore it, or export the run again"
+        )
+    return {**MISSING, **found}
+
+
+def _is_dtype(name: Any) -> bool:
+    return isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(value, str) for value in values.values())
+
+
+def _is_form(form: Any) -> bool:
+    """Whether it is what `adapters.quantization` gives."""
+    if not isinstance(form, dict) or form.get("load_in_8bit") is True:
+        return form is None or form == {"load_in_8bit": True}
+    return (
+        form.keys() == {"load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"}
+        and form["load_in_4bit"] is True and form["bnb_4bit_quant_type"] in ("nf4", "fp4")
+        and isinstance(form["bnb_4bit_use_double_quant"], bool) and _is_dtype(form["bnb_4bit_compute_dtype"])
+    )  # fmt: skip
+
+
+# What each field of a record may hold, and what records of older versions lack.
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "dtype": _is_dtype, "quantization": _is_form, "loftq": lambda value: isinstance(value, bool),
+    "architecture": lambda value: isinstance(value, dict), "weights": lambda value: bool(value) and _are_texts(value), "values": _are_texts,
+    "new_tokens": lambda value: isinstance(value, list) and all(isinstance(token, str) for token in value),
+    "new_token_ids": lambda value: isinstance(value, list) and all(type(number) is int and number >= 0 for number in value),
+}  # fmt: skip
+MISSING: dict[str, Any] = {"loftq": False, "architecture": {}, "values": {}, "quantization": ...}
 
 
 def _function(base: nn.Module) -> dict[str, Any]:
     """`architecture` without how weights are stored."""
-    fields = architecture(base.config).items()
-    return {name: value for name, value in fields if not name.startswith("quantization_config")}
+    return {
+        name: value for name, value in architecture(base.config).items() if not name.startswith("quantization_config")
+    }
 
 
 def require_architecture(base: nn.Module, known: dict[str, Any], folder: Path, given: str | None = None) -> None:
@@ -275,7 +308,7 @@ NO_FUNCTION = frozenset(
 
 def architecture(config: Any) -> dict[str, Any]:
     """Every field of a model's config that can change its function, by its path, such as `rope_parameters.rope_theta`."""
-    return dict(_fields(json.loads(json.dumps(config.to_dict(), default=str))))
+    return dict(fields(json.loads(json.dumps(config.to_dict(), default=str))))
 
 
 def usual(config: Any) -> dict[str, Any]:
@@ -286,12 +319,13 @@ def usual(config: Any) -> dict[str, Any]:
         return {}
 
 
-def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each field that can change a model's function, by its path, and its value."""
     for name, value in values.items():
         if name in NO_FUNCTION:
             continue
         if isinstance(value, dict) and value:
-            yield from _fields(value, f"{prefix}{name}.")
+            yield from fields(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

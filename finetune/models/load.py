@@ -4,20 +4,23 @@ import copy
 import difflib
 import inspect
 import os
+import pickle
 import re
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from finetune import failures
 from finetune.config import Model, base, paths
 from finetune.errors import ModelError
-from finetune.models import embeddings
+from finetune.models import bases, embeddings
 
 PADS = (
     "<|pad|>",
@@ -79,18 +82,26 @@ def load_config(model: Model) -> Any:
             )
             if near and not hasattr(usual, key) and key not in source:
                 raise ModelError(f"model.config: {kind} has no setting {key!r}; did you mean {near[0]}?")
+        if problem := base.values_problem("model.config", values):
+            raise ModelError(problem)
         return config
     _require_folder_or_hub("model.path", model.path)
-    with translated(f"model {model.path!r}"):
+    with translated(f"model {model.path!r}: its config.json", base.said_by(model.path)):
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    if problem := base.architecture_problem(str(model.path), config.to_dict()):
+    said = config.to_dict()
+    if problem := base.values_problem(_where(model), said) or base.architecture_problem(str(model.path), said):
         raise ModelError(f"model.path: {problem}")
     of_weights = hasattr(config, "quantization_config")
     if of_weights and (model.init == "random" or base.quantization(vars(config)) is None):
         del config.quantization_config  # of weights that are not used, or with neither 4 nor 8 bits
     return config
+
+
+def _where(model: Model) -> str:
+    """Where the values of a config are, for messages."""
+    return "model.config" if model.config is not None else f"{model.path}/config.json"
 
 
 def model_class(config: Any) -> Any:
@@ -135,14 +146,29 @@ def load_model(
                 revision=model.revision, trust_remote_code=model.trust_remote_code, output_loading_info=True,
                 **quantized_as(config, quantization),
             )  # fmt: skip
-        _refuse_lost_layers(model.path, loaded, info["unexpected_keys"])
-        absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        if absent:
-            raise ModelError(
-                f"model {model.path!r}: {len(absent)} weights are missing or of another shape, such as {absent[0]}; they would be random"
-            )
+        refuse_lost(model.path, loaded, info)
         _refuse_two_ends(model.path, loaded, config)
+        _refuse_zeros(model.path, loaded)
     return _completed(loaded, model, tokenizer)
+
+
+def refuse_lost(path: Any, model: Any, info: dict[str, Any]) -> None:
+    """Raise ModelError if loading left out saved layers, or made up weights. `info`: what from_pretrained says of it."""
+    _refuse_lost_layers(path, model, info["unexpected_keys"])
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise ModelError(
+            f"model {path!r}: {len(absent)} weights are missing or of another shape, such as {absent[0]}; they would be random"
+        )
+
+
+def _refuse_zeros(path: Any, model: Any) -> None:
+    """Raise ModelError for an embedding of zeros: all tokens would be alike to the model, and no gradient would reach its weights."""
+    weight = model.get_input_embeddings().weight
+    if not weight[:64].any() and not weight.any():  # the first rows decide for nearly every model
+        raise ModelError(
+            f"model {path!r}: its embedding holds only zeros, so it cannot learn; download the model again"
+        )
 
 
 def _refuse_two_ends(path: Any, model: Any, config: Any) -> None:
@@ -199,7 +225,13 @@ def _refuse_lost_layers(path: Any, model: Any, unexpected: Any) -> None:
         return re.sub(r"\d+", "N", name)
 
     known = {pattern(name) for name, _ in model.named_parameters()}
-    lost = sorted(name for name in unexpected if pattern(name) in known and re.search(r"\d", name))
+    # Such as the layers of DeepSeek V3 that predict further tokens, which transformers leaves out on purpose.
+    spare = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    lost = sorted(
+        name
+        for name in unexpected
+        if pattern(name) in known and re.search(r"\d", name) and not any(re.search(each, name) for each in spare)
+    )
     if lost:
         raise ModelError(
             f"model {path!r}: its config has fewer layers than its weights: {len(lost)} of them would be dropped, such as "
@@ -212,7 +244,7 @@ def skeleton(model: Model, config: Any, tokenizer: Any, attention: str, dtype: t
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
     config = copy.deepcopy(config)  # new tokens change it
-    with torch.device("meta"), translated(f"architecture {config.model_type}"):
+    with torch.device("meta"), translated(f"{_where(model)}: architecture {config.model_type}", config.to_dict()):
         empty = AutoModelForCausalLM.from_config(
             config, trust_remote_code=model.trust_remote_code, attn_implementation=attention, dtype=dtype
         )
@@ -238,19 +270,22 @@ def check_weights(skeleton: Any, model: Model) -> None:
 
     Where one saved name is not a name of the architecture, transformers may rename on loading, and what is missing shows then.
     """
-    saved = base.shapes(model.path or "") if model.init == "pretrained" else None
+    saved = _saved_shapes(model.path or "") if model.init == "pretrained" else None
     if saved is None or base.quantization(skeleton.config.to_dict()) is not None:
         return
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-    if saved.keys() <= parameters.keys() | dict(skeleton.named_buffers()).keys():
+    known = parameters.keys() | dict(skeleton.named_buffers()).keys()
+    _refuse_lost_layers(model.path, skeleton, saved.keys() - known)
+    if saved.keys() <= known:
         held = {
             id(parameters[name]) for name in saved.keys() & parameters.keys()
         }  # tied weights are saved under one name
         absent = sorted(name for name, parameter in parameters.items() if id(parameter) not in held)
+        longer = {id(end.weight) for end in _ends(skeleton)} if model.new_tokens else set()  # new tokens add rows
         other = sorted(
             name
-            for name in (() if model.new_tokens else saved.keys() & parameters.keys())  # new tokens add rows
-            if saved[name] != list(parameters[name].shape)
+            for name in saved.keys() & parameters.keys()
+            if saved[name] != list(parameters[name].shape) and id(parameters[name]) not in longer
         )
         if absent or other:
             raise ModelError(
@@ -259,10 +294,52 @@ def check_weights(skeleton: Any, model: Model) -> None:
             )
 
 
+def _ends(model: Any) -> list[Any]:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [end for end in ends if getattr(end, "weight", None) is not None]
+
+
+def _saved_shapes(path: str) -> dict[str, list[int]] | None:
+    """As `base.shapes`, and also of a pytorch_model.bin of torch 1.6 or later. Raises ModelError for one that cannot be opened."""
+    file = os.path.join(path, "pytorch_model.bin")
+    if os.path.exists(file) and not any(os.path.exists(os.path.join(path, name)) for name in base.WEIGHTS[:2]):
+        return shapes_of_pickle(file)
+    return base.shapes(path)
+
+
+def shapes_of_file(file: str) -> dict[str, list[int]] | None:
+    """Names and shapes in one file of weights; None for formats before torch 1.6."""
+    if file.endswith(".bin"):
+        return shapes_of_pickle(file)
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+
+
+def shapes_of_pickle(file: str) -> dict[str, list[int]] | None:
+    """Names and shapes in a zip file of torch.save, of which nothing is executed and no values are read; None for older formats."""
+    if not zipfile.is_zipfile(file):
+        return None
+    with translated(file):
+        found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: holds {type(found).__name__}, and should hold weights by their names; {base.AGAIN}")
+    return {name: list(value.shape) for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def check_config_vocabulary(config: Any, tokenizer: Any, model: Model) -> None:
+    """Raise ModelError if a saved config has a vocabulary that is too small for the tokenizer, before anything is built from it."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if model.config is None and isinstance(rows, int):  # from scratch it is completed from the tokenizer
+        new = set(model.new_tokens)
+        _require_rows(rows, max(number for token, number in tokenizer.get_vocab().items() if token not in new))
+
+
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Raise ModelError if the tokenizer can give ids that the embedding does not have."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values())
+    _require_rows(model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()))
+
+
+def _require_rows(rows: int, highest: int) -> None:
     if highest >= rows:
         raise ModelError(
             f"the tokenizer has ids up to {highest}, but the embedding has {rows} rows; "
@@ -306,15 +383,36 @@ def _require_folder_or_hub(key: str, name: str | None) -> None:
         )
 
 
+def _reason(exc: Exception, said: Mapping[str, Any] | None) -> str:
+    """Why something cannot be loaded, in the words of a library where they help. `said`: the values of its config."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    if isinstance(exc, pickle.UnpicklingError) or "Weights only load failed" in str(exc):
+        # torch advises to load it with weights_only=False, which would execute what is in it.
+        return (
+            "a file in PyTorch's own format (.bin) is damaged, or holds other Python objects than tensors, which could run code and "
+            "are never opened; give the weights as .safetensors, or download them again"
+        )
+    of_torch = re.search(r"module 'torch' has no attribute '(\w+)'", str(exc))  # a dtype
+    unknown = of_torch[1] if of_torch else exc.args[0] if isinstance(exc, KeyError) and exc.args else None
+    for name, value in (
+        *bases.fields(dict(said or {})),
+        *((name, (said or {}).get(name)) for name in ("dtype", "torch_dtype")),
+    ):
+        if isinstance(value, str) and value == unknown:
+            return f"{name} is {value!r}, which transformers does not know; correct it"
+    if isinstance(exc, KeyError):
+        return f"a file of it lacks the key {exc}, or holds a word that transformers does not know; correct it, or {base.AGAIN}"
+    return " ".join(lines[:2]) or type(exc).__name__
+
+
 @contextmanager
-def translated(what: str) -> Iterator[None]:
+def translated(what: str, said: Mapping[str, Any] | None = None) -> Iterator[None]:
     """What the machine did not fail at is the user's to mend: transformers and its parts raise errors of many families for it."""
     try:
         yield
     except Exception as exc:
         failures.reraise(exc, f"{what} cannot be loaded now")
-        lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-        reason = " ".join(lines[:2]) or type(exc).__name__
+        reason = _reason(exc, said)
         if "huggingface.co" in reason:
             reason += f" (and no such folder in {os.getcwd()})"
         raise ModelError(f"{what} cannot be loaded: {reason}") from exc
