@@ -291,7 +291,7 @@ def test_a_read_only_disk_is_an_outage_that_is_named(workshop, read_only_disk, d
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "it is not YAML with sections"), (b"run: {a", "it is not YAML"), (b"\xff\xfe", "it is not YAML"), (b"[1]", "it is not YAML"),
+        (b"", "it is not YAML with sections"), (b"run: {a", "it is not YAML"), (b"\xff\xfe", "it is UTF-16"), (b"[1]", "it is not YAML"),
         (b"run: {name: run}\n", "its section model is missing"), (b"[" * 100_000, "it is not YAML"), (b"run: " + b"9" * 5000, "it is not YAML"),
     ],
 )  # fmt: skip
