@@ -52,7 +52,7 @@ NETWORK = {
     "NewConnectionError",
 }
 SERVER = {429, 500, 502, 503, 504}
-# What libraries that do not raise OSError write of a disk: safetensors (Rust), torch.save.
+# What libraries that do not raise OSError write of a disk: safetensors and tokenizers (Rust), torch.save.
 NO_SPACE = re.compile(r"No space left|Disk quota exceeded|os error (28|122)\b")
 NO_DISK = re.compile(NO_SPACE.pattern + r"|Input/output error|Read-only file system|os error (5|30|116)\b")
 NO_NETWORK = (
@@ -129,7 +129,9 @@ def _device(exc: BaseException) -> bool:
 def _disk(exc: BaseException) -> bool:
     if isinstance(exc, OSError):
         return exc.errno in DISK
-    return (_is(exc, {"SafetensorError"}) or isinstance(exc, RuntimeError)) and bool(NO_DISK.search(str(exc)))
+    # tokenizers raises Exception itself
+    in_words = isinstance(exc, RuntimeError) or type(exc) is Exception or _is(exc, {"SafetensorError"})
+    return in_words and bool(NO_DISK.search(str(exc)))
 
 
 def _too_long(exc: BaseException) -> bool:

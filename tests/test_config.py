@@ -211,7 +211,8 @@ def test_an_alias_of_what_stands_before_is_taken(parse):
 
 def test_a_value_of_the_command_line_that_python_cannot_hold_is_refused(refusal):
     said = refusal(yaml.safe_dump(COMPLETE), "--run.seed", "9" * 5_000)
-    assert "run.seed: " in said and "(a number has too many digits)" in said and len(said) < 400
+    assert "(a number has too many digits)" in said
+    assert len(said) < 400
 
 
 def test_a_section_as_an_option_is_named(refusal):

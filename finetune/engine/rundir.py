@@ -385,22 +385,25 @@ class RunDirectory:
         return notes
 
     def missing(self, step: int, log_every: int, eval_every: int | None) -> list[str]:
-        """What to tell of steps up to `step` that the logs should hold and do not, after `rewind`.
+        """What to tell of lines up to `step` that the logs should hold and do not, after `rewind`.
 
         The evaluation after `step` itself may have had no time, and is made up for.
         """
-        notes = []
         logged = {values["step"] for line in _lines(self.metrics) if (values := _values(line))}
-        evaluated, lost = self.eval_losses(), ""
+        wanted = [
+            (self.metrics, logged, "tracking.log_every_steps", log_every, range(log_every, step + 1, log_every), "")
+        ]
         if eval_every is not None:
             lost = "; evaluation.patience and evaluation.export_best judge without them"
-        for log, found, due, why in (
-            (self.metrics, logged, range(log_every, step + 1, log_every), ""),
-            (self.evals, evaluated, range(eval_every or 1, step if eval_every else 0, eval_every or 1), lost),
-        ):
+            due = range(eval_every, step, eval_every)
+            wanted.append((self.evals, set(self.eval_losses()), "evaluation.every_steps", eval_every, due, lost))
+        notes = []
+        for log, found, key, every, due, lost in wanted:
             if absent := [each for each in due if each not in found]:
                 listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
-                notes.append(f"note: {log} lacks {len(absent)} of {len(due)} lines up to step {step}: {listed}{why}")
+                notes.append(
+                    f"note: {log} lacks {len(absent)} of the {len(due)} lines that {key}: {every} asks for up to step {step}: {listed}{lost}"
+                )
         return notes
 
     def _require_kinds(self) -> None:
