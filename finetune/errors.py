@@ -8,6 +8,7 @@
     │   └── RunDirectoryError
     ├── CheckpointError        1
     │   ├── DamagedCheckpoint
+    │   ├── LostCheckpoints  2
     │   └── TakenOver          2
     ├── DeviceError            1
     ├── DirectoryInUse         1
@@ -70,6 +71,13 @@ class CheckpointError(FinetuneError):
 
 class DamagedCheckpoint(CheckpointError):
     """What was written is not what is there: unlike a store that does not answer, a reason to take an older one."""
+
+
+class LostCheckpoints(CheckpointError):
+    """No checkpoint can be gone on from, and none will be at the next attempt: a person must decide what becomes of the run."""
+
+    exit_code = EXIT_USER_ERROR
+    label = "error"
 
 
 class TakenOver(CheckpointError):

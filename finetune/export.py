@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from finetune.config.base import (
 from finetune.data.rows import Message
 from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
-from finetune.errors import ExportError, ModelError, OutOfMemory
+from finetune.errors import ExportError, ModelError, Outage, OutOfMemory
 from finetune.models import adapters, attention, bases, embeddings
 from finetune.models.load import keep_layout, quantized_as, refuse_lost, translated
 
@@ -241,7 +241,8 @@ class Writing:
         self, model: Any, weights: dict[str, torch.Tensor], logits: torch.Tensor, tokenizer: Any, *,
         precision: str, device: torch.device, probe_dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
-        save(model, weights, tokenizer, self.template, self.folder, self.system_prompt, self.base)
+        with self._writing():
+            save(model, weights, tokenizer, self.template, self.folder, self.system_prompt, self.base)
         self._was = trained(
             model, weights, logits, tokenizer, self.template, system_prompt=self.system_prompt,
             precision=precision, device=device, probe_dtype=probe_dtype,
@@ -249,13 +250,24 @@ class Writing:
 
     def publish(self) -> list[str]:
         """The files of the export, verified and in their place. Raises ExportError; what was saved then stays next to the target."""
-        verify(
-            self.folder, self._was, self.template,
-            trust_remote_code=self.base.trust_remote_code, system_prompt=self.system_prompt,
-        )  # fmt: skip
-        names = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
-        publish(self.folder, self.target)
+        with self._writing():
+            verify(
+                self.folder, self._was, self.template,
+                trust_remote_code=self.base.trust_remote_code, system_prompt=self.system_prompt,
+            )  # fmt: skip
+            names = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+            publish(self.folder, self.target)
         return names
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Give back the space of what is half written: outcome.json needs some to tell of it. Raises Outage."""
+        try:
+            with failures.writing(self.target):
+                yield
+        except Outage:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
 
 def publish(folder: Path, target: Path) -> None:
@@ -640,7 +652,8 @@ def merge(
     folder = target.with_name(f".writing-{target.name}")
     try:
         weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
-        save(merged, weights, tokenizer, None, folder, base=origin)
+        with failures.writing(target):
+            save(merged, weights, tokenizer, None, folder, base=origin)
         tolerance = TOLERANCE[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[merged.dtype]]
         del merged
         reloaded = _opened(lambda: load(folder, "auto", trust_remote_code))
@@ -702,7 +715,12 @@ def _problem_of_parent(target: Path) -> str | None:
     above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
         return f"{above} is not a folder"
-    return None if os.access(above, os.W_OK | os.X_OK) else f"{above} cannot be written"
+    try:
+        files.probe_folder(above)
+    except OSError as exc:
+        failures.reraise(exc, f"--output: {target} cannot be written now")
+        return f"{above} cannot be written ({exc.strerror or exc})"
+    return None
 
 
 def require_mergeable(sources: Sequence[Path]) -> None:

@@ -7,8 +7,10 @@ only in words. `translate` tells the machine's failures, which end a run with ex
 import errno
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from finetune.errors import DeviceError, FinetuneError, Outage, OutOfMemory, TopologyError
+from finetune.errors import DeviceError, FinetuneError, Outage, OutOfMemory, TopologyError, UserError
 
 MOST_LETTERS = 300  # of a library's words; CUDA's allocator writes a paragraph
 
@@ -39,6 +41,7 @@ DISK = {
     errno.ETIMEDOUT,
     errno.EROFS,
 }  # EROFS: what ext4 is after EIO
+FULL = {errno.ENOSPC, errno.EDQUOT}
 # Classes go by name, as their modules need not be imported: httpx, requests, aiohttp, urllib3, Python's own.
 NETWORK = {
     "TransportError",
@@ -49,6 +52,9 @@ NETWORK = {
     "NewConnectionError",
 }
 SERVER = {429, 500, 502, 503, 504}
+# What libraries that do not raise OSError write of a disk: safetensors and tokenizers (Rust), torch.save.
+NO_SPACE = re.compile(r"No space left|Disk quota exceeded|os error (28|122)\b")
+NO_DISK = re.compile(NO_SPACE.pattern + r"|Input/output error|Read-only file system|os error (5|30|116)\b")
 NO_NETWORK = (
     "without a network give a folder, or HF_HUB_OFFLINE=1 to take what is in the cache; with a mirror of the Hub, its address "
     "in HF_ENDPOINT"
@@ -67,6 +73,7 @@ def translate(exc: BaseException, what: str = "") -> FinetuneError | None:
     for error, applies in TABLE:
         if any(applies(each) for each in chain):
             hint = f"; {NO_NETWORK}" if what and applies is _network else ""
+            hint = "; choose a shorter one" if applies is _too_long else hint
             return error((f"{what}: {_reason(exc)}" if what else _reason(exc)) + hint)
     return None
 
@@ -77,6 +84,27 @@ def reraise(exc: Exception, what: str = "") -> None:
         raise exc
     if error := translate(exc, what):
         raise error from exc
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise Outage that names `path` where the disk fails under what the block writes there: many libraries name no file."""
+    try:
+        yield
+    except Exception as exc:
+        failed = [each for each in _chain(exc) if _disk(each)]
+        if isinstance(exc, FinetuneError) or not failed:
+            raise
+        is_full = any(getattr(each, "errno", 0) in FULL or NO_SPACE.search(str(each)) for each in failed)
+        why = "the disk is full; free space, or choose another place" if is_full else "the disk fails"
+        raise Outage(f"{path} cannot be written now: {why} ({_reason(exc)})") from exc
+
+
+def parsing_reason(exc: Exception) -> str:
+    """Why text cannot be read as JSON or YAML, without Python's advice to its own programmers."""
+    if isinstance(exc, RecursionError):
+        return "brackets are nested too deeply"
+    return "a number has too many digits" if "set_int_max_str_digits" in str(exc) else str(exc)
 
 
 def _no_memory(exc: BaseException) -> bool:
@@ -99,7 +127,15 @@ def _device(exc: BaseException) -> bool:
 
 
 def _disk(exc: BaseException) -> bool:
-    return isinstance(exc, OSError) and exc.errno in DISK
+    if isinstance(exc, OSError):
+        return exc.errno in DISK
+    # tokenizers raises Exception itself
+    in_words = isinstance(exc, RuntimeError) or type(exc) is Exception or _is(exc, {"SafetensorError"})
+    return in_words and bool(NO_DISK.search(str(exc)))
+
+
+def _too_long(exc: BaseException) -> bool:
+    return isinstance(exc, OSError) and exc.errno == errno.ENAMETOOLONG
 
 
 def _network(exc: BaseException) -> bool:
@@ -113,6 +149,7 @@ TABLE: tuple[tuple[type[FinetuneError], Callable[[BaseException], bool]], ...] =
     (TopologyError, _lost_process),
     (DeviceError, _device),
     (Outage, _disk),
+    (UserError, _too_long),
     (Outage, _network),
 )
 

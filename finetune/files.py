@@ -36,6 +36,11 @@ def require_writable(path: Path) -> None:
     temporary.unlink()
 
 
+def probe_folder(folder: Path) -> None:
+    """Raise the OSError now that a new folder in this one would raise later: permissions do not tell of /proc, or of a quota."""
+    os.rmdir(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file next to its place and rename it, so that what was there stays until then. A link stays a link."""
     if path.exists() and not path.is_file():  # a pipe or a device, which no file can replace

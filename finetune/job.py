@@ -86,7 +86,11 @@ class Job:
         if self.directory.outcome().get("state") == "running":  # the lock is ours: no other process runs here
             self.tell("note: the previous attempt left no outcome: it was killed, or its machine was lost")
         self.directory.create(config)
-        for note in self.directory.rewind(step):
+        wanted = config.evaluation.every_steps if data.eval else None
+        for note in (
+            *self.directory.rewind(step),
+            *self.directory.missing(step, config.tracking.log_every_steps, wanted),
+        ):
             self.tell(note)
         self.directory.write_outcome("running", step, "started, or started again")
         if changed := self.directory.write_receipt(made, step):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, get_args
 
@@ -180,8 +181,75 @@ def test_options_after_two_dashes_are_named(refusal):
 
 
 @pytest.mark.parametrize("value", ["", " "])
-def test_an_empty_cache_folder_is_refused(value):
-    assert problems_of(changed(data__cache_dir=value)) == ["data.cache_dir: is empty; name a folder, or remove it"]
+@pytest.mark.parametrize(
+    "key", ["run.dir", "run.replay_of", "model.path", "model.tokenizer", "data.cache_dir", "checkpoint.storage"]
+)
+def test_an_empty_path_is_refused(key, value):
+    assert f"{key}: is empty; name a folder, or remove it" in problems_of(changed(**{key.replace(".", "__"): value}))
+
+
+def test_a_path_with_a_zero_byte_is_refused():
+    assert "run.dir: holds a zero byte" in problems_of(changed(run__dir="a\0b"))[0]
+
+
+def test_the_length_of_a_name_is_limited():
+    configs.from_dict(changed(run__name="a" * 128))
+    says = "run.name: at most 128 letters, got 256; choose a shorter one"
+    assert problems_of(changed(run__name="a" * 256)) == [says]
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "a: &a {<<: *a}", "a: &a [1, [*a]]"])
+def test_an_alias_that_refers_to_itself_is_refused(refusal, text):
+    assert "line 1: *a refers to itself; write it out" in refusal(text)
+    assert "refers to itself" in refusal(yaml.safe_dump(COMPLETE), "--model.config", text.removeprefix("a: "))
+
+
+def test_an_alias_of_what_stands_before_is_taken(parse):
+    text = yaml.safe_dump(COMPLETE) + "evaluation: {sample_prompts: &a [x, y]}\nadapter: {kind: full, freeze: *a}\n"
+    assert parse(text).adapter.freeze == ["x", "y"]
+
+
+def test_a_value_of_the_command_line_that_python_cannot_hold_is_refused(refusal):
+    said = refusal(yaml.safe_dump(COMPLETE), "--run.seed", "9" * 5_000)
+    assert "(a number has too many digits)" in said
+    assert len(said) < 400
+
+
+def test_a_section_as_an_option_is_named(refusal):
+    said = refusal(yaml.safe_dump(COMPLETE), "--optimizer", "{lr: 1e-3}")
+    assert "--optimizer: is a section; set each of its settings by itself, as --optimizer.kind VALUE" in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_config_in_another_encoding_is_named(tmp_path, encoding):
+    path = tmp_path / "wide.yaml"
+    path.write_text(yaml.safe_dump(COMPLETE), encoding=encoding)
+    with pytest.raises(ConfigError, match=r"wide\.yaml: cannot read the config: it is UTF-16 .*save it as UTF-8"):
+        configs.read_yaml(path)
+
+
+def test_what_is_no_file_or_never_ends_is_refused_as_a_config(tmp_path):
+    with pytest.raises(ConfigError, match="it is a device or a socket; name a file"):
+        configs.read_yaml("/dev/zero")
+    (tmp_path / "large.yaml").write_text("# " + "a" * 1_000_000)
+    with pytest.raises(ConfigError, match="it is larger than 1 MB"):
+        configs.read_yaml(tmp_path / "large.yaml")
+
+
+def test_a_config_may_come_through_a_pipe(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.write_text(yaml.safe_dump(COMPLETE)))
+    writer.start()
+    assert configs.read_yaml(path) == COMPLETE
+    writer.join()
+
+
+def test_a_default_that_is_written_out_and_ignored_is_refused(parse, refusal):
+    says = "adapter.quantization: would be ignored: it belongs to adapter.kind: qlora; remove it"
+    assert says in refusal(yaml.safe_dump(changed(adapter__kind="lora")), "--adapter.quantization", "nf4")
+    config = parse(yaml.safe_dump(changed(adapter__kind="lora", adapter__bias="none", adapter__layers=None)))
+    assert parse(configs.to_yaml(config)) == config, "there the program has written all defaults out"
 
 
 def test_a_key_like_no_other_is_shown_the_sections():

@@ -1,6 +1,8 @@
 """What a run exports opens elsewhere, and a folder that does not match is never called complete."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import TINY_LLAMA
 from safetensors.torch import load_file, save_file
 
 from finetune import export
-from finetune.errors import ExportError, ModelError
+from finetune.errors import ExportError, ModelError, Outage
 
 pytestmark = pytest.mark.slow
 
@@ -141,6 +143,28 @@ def test_merge_command_writes_full_weights(workshop, capsys):
     assert (target / "chat_template.jinja").read_text() == (run / "model/chat_template.jinja").read_text()
     assert main(["export", "--merge", "--model", str(run / "model"), "--output", str(target)]) == 2
     assert "exists; choose another --output" in capsys.readouterr().err
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_a_model_is_loaded(tmp_path):
+    """Root may write anywhere, says os.access."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for target in ("/proc/x", "/proc/x/y"):
+        with pytest.raises(ModelError, match=f"--output: {target}: /proc cannot be written"):
+            export.merge([tmp_path], Path(target))
+
+
+@pytest.mark.slow
+def test_a_merge_that_fills_the_disk_is_named_and_leaves_nothing(workshop, monkeypatch):
+    run, target = workshop.train("lora", **as_adapter(workshop.train("base"))), workshop.folder / "merged"
+
+    def full(*_, **__):
+        target.with_name(".writing-merged").mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "save", full)
+    with pytest.raises(Outage, match=f"{target} cannot be written now: the disk is full"):
+        export.merge([run / "model"], target)
+    assert not list(workshop.folder.glob("*merged*"))
 
 
 def test_merging_full_weights_is_an_error(workshop):

@@ -25,6 +25,7 @@ from finetune.errors import (
     Preempted,
     RunDirectoryError,
     TopologyError,
+    UserError,
 )
 from finetune.models.load import translated
 
@@ -79,6 +80,44 @@ def test_a_data_set_that_is_not_cached_while_no_network_is_wanted_is_an_error_of
 def test_a_disk_that_is_full_or_has_gone_is_an_outage(number):
     with pytest.raises(Outage, match="the cache: "):
         failures.reraise(OSError(number, "words"), "the cache")
+
+
+class SafetensorError(Exception):
+    """As safetensors calls its own."""
+
+
+@pytest.mark.parametrize(
+    ("exc", "why"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (Exception("No space left on device (os error 28)"), "the disk is full"),  # tokenizers
+        (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), "the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed writing file: No space left"), "the disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (SafetensorError("I/O error: Read-only file system (os error 30)"), "the disk fails"),
+        (OSError(errno.EIO, "Input/output error"), "the disk fails"),
+    ],
+)  # fmt: skip
+def test_a_disk_that_a_library_could_not_write_to_is_named_with_the_path(tmp_path, exc, why):
+    assert isinstance(failures.translate(exc), Outage)
+    with pytest.raises(Outage, match=f"{tmp_path} cannot be written now: {why}"), failures.writing(tmp_path):
+        raise exc
+
+
+@pytest.mark.parametrize("exc", [ValueError("a bug"), RuntimeError("shapes do not fit"), OutOfMemory("ours")])
+def test_what_is_no_failure_of_a_disk_passes_as_it_is(tmp_path, exc):
+    with pytest.raises(type(exc)) as told, failures.writing(tmp_path):
+        raise exc
+    assert told.value is exc
+
+
+def test_a_path_that_is_too_long_is_an_error_of_the_user(tmp_path):
+    with pytest.raises(OSError) as told:
+        (tmp_path / ("a" * 256)).mkdir()
+    error = failures.translate(told.value)
+    assert isinstance(error, UserError)
+    assert str(tmp_path) in str(error)
+    assert str(error).endswith("; choose a shorter one")
 
 
 MACHINE = [

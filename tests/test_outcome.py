@@ -1,6 +1,8 @@
 """However an attempt ends, outcome.json says so; but not where another run or process is at home."""
 
+import contextlib
 import json
+import subprocess
 
 import pytest
 import torch
@@ -8,10 +10,17 @@ import yaml
 from conftest import Workshop
 
 from finetune import config as configs
+from finetune import export
+from finetune.engine import rundir
 from finetune.engine import step as steps
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import DataError, DirectoryInUse, ModelError, Outage, OutOfMemory, Preempted, RunDirectoryError
 from finetune.models import attention, build, head, load, parameters
+
+
+class SafetensorError(Exception):
+    """As safetensors calls its own."""
+
 
 BUG = RuntimeError("shapes do not fit")
 
@@ -158,3 +167,50 @@ def test_launcher_learns_which_directory_is_the_runs_and_how_long_it_has_to_tell
     assert not note.exists(), "the outcome is complete"
     fails(workshop, RuntimeError, attention, "check", BUG, run__dir=str(workshop.folder / "other"))
     assert not note.exists(), "the outcome is failed"
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of five blocks. Give back how to fill it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+@pytest.mark.parametrize("reason", ["short", "long " * 2_000])
+def test_an_outcome_is_written_where_no_block_is_free(tiny_disk, reason):
+    rundir.note_end_of(tiny_disk, "running", "started, or started again")
+    with contextlib.suppress(OSError), (tiny_disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 4096)
+    with pytest.raises(OSError, match="outcome.json"):
+        rundir.write_atomically(tiny_disk / "outcome.json", "{}")
+    for state, why in (("failed", reason), ("preempted", "x")):
+        rundir.note_end_of(tiny_disk, state, why)
+        found = json.loads((tiny_disk / "outcome.json").read_text())
+        assert (found["state"], found["reason"]) == (state, why[: rundir.MOST_REASON])
+    assert not list(tiny_disk.glob(".writing-*"))
+
+
+def test_an_outcome_that_is_overwritten_is_json_at_every_moment(tmp_path, monkeypatch):
+    """Killed between the write and the cut."""
+    path = tmp_path / "outcome.json"
+    path.write_text(json.dumps({"state": "running", "reason": "a" * 500}))
+    monkeypatch.setattr(rundir.os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        rundir._overwrite(path, {"state": "failed"}, path.stat().st_size)
+    assert json.loads(path.read_text()) == {"state": "failed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["save", "verify"])
+def test_an_export_that_fills_the_disk_is_named_and_gives_the_space_back(workshop, name):
+    error = fails(workshop, Outage, export, name, SafetensorError("No space left on device (os error 28)"))
+    assert str(error).startswith(f"{workshop.run_dir() / 'model'} cannot be written now: the disk is full; free space")
+    assert not list(workshop.run_dir().glob(".writing-*"))
+    assert outcome(workshop) == ("failed", 5, str(error))

@@ -252,8 +252,8 @@ def test_rows_of_a_json_file_on_one_line_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("[" * 200_000, "recursion"),
-        ('{"question": ' + "9" * 5_000 + "}", "digits"),
+        ("[" * 200_000, "brackets are nested too deeply"),
+        ('{"question": ' + "9" * 5_000 + "}", "a number has too many digits"),
         ('{"question": "q", "answer": "a", "answer": "b"}', "'answer' is given twice"),
     ],
     ids=["nested too deep", "a number too long", "a key twice"],
@@ -613,7 +613,7 @@ def test_one_column_needs_no_delimiter(tmp_path):
 def test_blanks_around_names_of_columns_are_no_part_of_them(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("Customer Question , answer,,\na, b,,x\n")
-    expected = {"Customer Question": "a", "answer": " b", "(column 3)": "", "(column 4)": "x"}
+    expected = {"Customer Question": "a", "answer": "b", "(column 3)": "", "(column 4)": "x"}
     assert lines_and_values(path) == [(2, expected)]
 
 
@@ -717,3 +717,28 @@ def test_rows_called_as_a_description_are_rows_and_a_link_does_not_hide_its_file
     (tmp_path / "a_link").symlink_to(tmp_path / "z.jsonl")
     files = readers.sources(str(tmp_path), None).train
     assert [Path(file).name for file in files] == ["citation.jsonl", "z.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("question, answer\nq, a\n", [("q", "a")]),
+        ("question , answer\nq , a\n,\n", [("q", "a"), ("", "")]),
+        ("question, answer\nq, a\nr,b\n", [("q", " a"), ("r", "b")]),  # not in each row
+        ("question, answer\nq,  a\n", [("q", "  a")]),  # more than one: an indent
+        ("question,answer\nq, a\n", [("q", " a")]),  # the header has none
+    ],
+)
+def test_a_blank_beside_each_separator_is_no_part_of_the_cells(tmp_path, text, rows):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    assert [tuple(row.values.values()) for row in readers.read(str(path))] == rows
+    is_without = rows[0] == ("q", "a")
+    assert ("without the blank beside each separator" in readers.describe(str(path))) == is_without
+
+
+def test_a_pipe_in_a_folder_is_named_as_one(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [QA])
+    os.mkfifo(tmp_path / "more.jsonl")
+    _, notes = readers.expand(str(tmp_path), "data.train")
+    assert "more.jsonl (a device or a pipe)" in notes[0]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from finetune import config as configs
-from finetune.errors import CheckpointError, DirectoryInUse, RunDirectoryError
+from finetune.errors import CheckpointError, DirectoryInUse, LostCheckpoints, RunDirectoryError
 
 pytestmark = pytest.mark.slow
 
@@ -176,10 +176,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(workshop, mon
 def test_checkpoints_that_are_all_damaged_stop_the_run_and_stay(workshop, monkeypatch):
     run = train_until(workshop, monkeypatch, 4, "parts", checkpoint__every_steps=2, checkpoint__keep_last=1)
     damaged = damage_newest(run, "truncated")
-    with pytest.raises(CheckpointError, match="no checkpoint is valid, and nothing was deleted"):
+    with pytest.raises(LostCheckpoints, match="no checkpoint is valid, and nothing was deleted"):
         workshop.train("parts", checkpoint__every_steps=2, checkpoint__keep_last=1)
     assert damaged.exists()
-    assert workshop.launch("parts", checkpoint__every_steps=2, checkpoint__keep_last=1).returncode == 1
+    assert workshop.launch("parts", checkpoint__every_steps=2, checkpoint__keep_last=1).returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,9 @@ PAIRS = [
         ("is_good", "Y"), ("is_good", "n"), ("is_good", "T"), ("score", "4/5"), ("score", "4 out of 5"), ("score", "80%"), ("score", "high"),
         ("rating", "5 stars"), ("grade", "F"), ("grade", "B+"), ("reward", {"a": 1}), ("scores", {"helpful": 3, "safe": None}), ("preference", "A"),
         ("ratings", [{"by": 3}, {"by": "4/5"}]), ("label", "positive"), ("ok", 0), ("passed", 1), ("win", False), ("is_correct", False), ("is_safe", False), ("liked", False),
+        ("reject", "any text"), ("loser", "any text"), ("worse_answer", "c"), ("dispreferred", ["c"]), ("pass", False), ("fail", 1), ("upvoted", False),
+        ("downvoted", True), ("hallucination", "yes"), ("hallucinated", 0), ("kto_tag", True), ("kto_tag", "desirable"), ("margin", 0.3),
+        ("winner", "model_a"), ("win", "gpt-4-0613"), ("winner", "tie (bothbad)"), ("winner", "Assistant 2"), ("winner", "llama-2-70b-chat"),
         ("rejected_response", "c"), ("chosen_response", "c"), ("response_rejected", ["c"]), ("chosenAnswer", {"a": "c"}), ("bad_answer", True),
     ],
 )  # fmt: skip
@@ -256,7 +259,7 @@ def test_a_column_that_says_good_or_bad_is_refused(values, column, value):
         ("bad_answer", "Paris"), ("chosen", None), ("validity", 1), ("windows", True), ("quality", "grainy"), ("_chosen_response", "c"),
         ("likes", 7), ("upvotes", 7), ("votes", -2), ("views", 900), ("stars", 5), ("rank", 0), ("weight", 0.5), ("quality", "good"), ("input_quality", "poor"),
         ("problem_is_valid", "No"), ("correctness_count", 1), ("correctness_math_verify", [True, False]), ("toxic", False), ("flagged", True), ("best_of", 4),
-        ("search_score", 0.3),
+        ("search_score", 0.3), ("winner", "Germany"), ("hallucination", "He saw a unicorn."), ("pass", "the Brenner"), ("worse", None), ("margin", "wide"),
     ],
 )  # fmt: skip
 def test_a_column_that_says_something_else_is_left_alone(column, value):
@@ -518,3 +521,9 @@ def test_a_sender_that_is_not_text_is_refused(sender):
     turns = [{"from": sender, "value": "q"}, {"from": "gpt", "value": "a"}]
     with pytest.raises(DataError, match=r"^rows\.jsonl:1: message 1 of 'conversations' comes from "):
         rows.to_conversation(Row(Place("rows.jsonl", 1), {"conversations": turns}), "messages", {})
+
+
+def test_a_column_without_a_name_is_read_where_it_is_named_and_nowhere_else():
+    """Exports of pandas have one for the index."""
+    assert converse({**QA, "": "x"}) == converse(QA)
+    assert converse({**QA, "": "x"}, columns={"question": ""})[0].content == "x"

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 from datetime import date
@@ -219,6 +220,13 @@ def test_a_receipt_of_a_run_that_began_again_has_the_old_one_beside_it(workshop,
     assert read_jsonl(ended / "starts.jsonl")[0]["receipt_before"] == before
 
 
+@pytest.mark.parametrize("attempt", ["train", "check"])
+def test_a_place_where_no_folder_can_be_made_is_refused_at_once(workshop, attempt):
+    """Root may write anywhere, says os.access."""
+    with pytest.raises(RunDirectoryError, match=r"/proc/x/run cannot be written: .*; choose another run\.dir"):
+        getattr(workshop, attempt)(run__dir="/proc/x")
+
+
 def test_an_undisturbed_resumption_notes_nothing(workshop, ended):
     before = (ended / "receipt.json").read_bytes()
     workshop.train(**SETTINGS)
@@ -291,7 +299,7 @@ def test_a_read_only_disk_is_an_outage_that_is_named(workshop, read_only_disk, d
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "it is not YAML with sections"), (b"run: {a", "it is not YAML"), (b"\xff\xfe", "it is not YAML"), (b"[1]", "it is not YAML"),
+        (b"", "it is not YAML with sections"), (b"run: {a", "it is not YAML"), (b"\xff\xfe", "it is UTF-16"), (b"[1]", "it is not YAML"),
         (b"run: {name: run}\n", "its section model is missing"), (b"[" * 100_000, "it is not YAML"), (b"run: " + b"9" * 5000, "it is not YAML"),
     ],
 )  # fmt: skip
@@ -303,6 +311,51 @@ def test_a_damaged_config_is_named_and_stays(workshop, content, says):
             attempt()
     assert (run / "config.yaml").read_bytes() == content
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+
+
+def test_a_run_whose_config_is_gone_is_told_where_a_copy_is(workshop):
+    run = workshop.train()
+    (run / "config.yaml").unlink()
+    with pytest.raises(
+        RunDirectoryError, match="config.yaml is missing, and .*; put back a copy of it .manifest.json of"
+    ):
+        workshop.train()
+    assert list(run.glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"[1,2]", b"5\n", b'{"step": 1, "lo'])
+def test_lines_that_a_log_lost_are_noted(workshop, content):
+    directory = rundir.RunDirectory(configs.from_dict(workshop.config()))
+    directory.path.mkdir(parents=True)
+    for log in (directory.metrics, directory.evals):
+        log.write_text("".join(json.dumps({"step": step, "eval_loss": 1.0}) + "\n" for step in range(1, 13)))
+    directory.rewind(10)
+    assert directory.missing(10, 1, 2) == []
+    for log in (directory.metrics, directory.evals):
+        if content is None:
+            log.unlink()
+        else:
+            log.write_bytes(content)
+    directory.rewind(10)
+    lost = "; evaluation.patience and evaluation.export_best judge without them"
+    assert directory.missing(10, 1, None) == directory.missing(10, 1, 2)[:1]
+    assert directory.missing(10, 1, 2) == [
+        f"note: {directory.metrics} lacks 10 of the 10 lines that tracking.log_every_steps: 1 asks for up to step 10: 1, 2, 3, 4, 5, ...",
+        f"note: {directory.evals} lacks 4 of the 4 lines that evaluation.every_steps: 2 asks for up to step 10: 2, 4, 6, 8{lost}",
+    ]
+    for log in (directory.metrics, directory.evals):
+        kept = log.with_name(f"{log.name}.damaged")
+        assert (kept.read_bytes() if kept.exists() else b"") == (content or b"")
+
+
+def test_a_log_that_was_cut_in_half_is_noted_at_the_next_start(workshop, ended, capsys):
+    log = ended / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
+    workshop.train(**SETTINGS)
+    said = capsys.readouterr().err
+    assert re.search(
+        rf"note: {log} lacks [23] of the 4 lines that tracking.log_every_steps: 1 asks for up to step 4: ", said
+    )
 
 
 @pytest.mark.parametrize("name", ["receipt.json", "metrics.jsonl"])

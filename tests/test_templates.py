@@ -701,6 +701,17 @@ def test_a_template_refuses_only_the_rows_that_do_not_fit_it(source, fits):
         own.segments(conversation("Hi", "Hello", system=other))
 
 
+@pytest.mark.parametrize("half", [r"{{ '\ud83d' }}", r"{{ messages[0].content ~ '\ude00' }}"])
+def test_a_template_that_writes_half_a_character_is_named(half):
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: data\.template 'chat' writes '\\ud...', half of a character"):
+        chat(half + templates.BUILT_IN["question_answer"]).segments(conversation("Hi", "Hello"))
+
+
+def test_a_template_that_holds_half_a_character_is_named():
+    with pytest.raises(DataError, match=r"data\.template: chat: holds half of a character"):
+        templates.load("chat", "messages", "\ud83d" + templates.BUILT_IN["chatml"], {}, {})
+
+
 def test_a_template_that_cannot_be_parsed_is_told_with_its_line():
     with pytest.raises(templates.BrokenTemplate, match=r"rows\.jsonl:3: .* \(line 2 of the template\)"):
         chat("\n{{ messages | no_such_filter }}").segments(conversation("Hi", "Hello"))

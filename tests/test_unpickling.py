@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from finetune.engine.checkpoint.unpickling import Reader, require_tensors, weights_only
-from finetune.errors import CheckpointError, DamagedCheckpoint, ModelError
+from finetune.errors import DamagedCheckpoint, LostCheckpoints, ModelError
 
 
 class Command:
@@ -123,7 +123,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed(workshop, where):
         replace_entry(shards, BytesStorageMetadata if where == "a number" else TensorStorageMetadata, evil)
     forge(newest(run))
     (run / "outcome.json").unlink()
-    with pytest.raises(CheckpointError, match="nothing was executed|eights.only|not in the checkpoint's folder"):
+    with pytest.raises(LostCheckpoints, match="nothing was executed|eights.only|not in the checkpoint's folder"):
         workshop.train(**settings)
     assert not marker.exists()
     assert shards.exists(), "it stays as it is"
@@ -141,7 +141,7 @@ def test_code_in_the_files_of_deepspeed_is_refused_and_not_executed(workshop, to
     forge(newest(run))
     (run / "outcome.json").unlink()
     launch = start(config, topology, 1)
-    assert launch.codes() == [1]
+    assert launch.codes() == [2]
     assert "cannot be loaded" in launch.said()
     assert not marker.exists()
 

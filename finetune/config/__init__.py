@@ -17,6 +17,7 @@ from finetune.config.fields import (
     usual_lr,
 )
 from finetune.config.reader import (
+    PUT_BACK,
     differences,
     flatten,
     from_dict,
@@ -31,6 +32,6 @@ from finetune.config.reader import (
 from finetune.config.rules import conflicts
 
 __all__ = [
-    "PADDED_ATTENTION", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation", "base", "conflicts",
+    "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation", "base", "conflicts",
     "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats", "parse", "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

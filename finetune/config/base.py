@@ -317,7 +317,7 @@ def _object_in(path: Path) -> tuple[dict[str, Any], str | None]:
     try:
         values = json.loads(path.read_bytes().decode())  # UTF-8, as transformers and peft read it
     except (ValueError, RecursionError) as exc:
-        return {}, f"{path}: broken JSON: {exc}; correct it, or {AGAIN}"
+        return {}, f"{path}: broken JSON: {failures.parsing_reason(exc)}; correct it, or {AGAIN}"
     if not isinstance(values, dict):
         return {}, f"{path}: should hold an object, {{...}}, got {allowed.short(values)}; {AGAIN}"
     return values, None

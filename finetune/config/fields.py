@@ -27,7 +27,8 @@ class Section(BaseModel):
 class Run(Section):
     """Name, place and seed of the run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    # 128: as many as W&B takes; a file's name has at most 255 bytes, and some programs add to it
+    name: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run; its directory is run.dir/run.name."""
     dir: PathString = "runs"
     """Folder for run directories."""

@@ -16,6 +16,8 @@ def expanded(path: Any) -> Any:
         return [expanded(each) for each in path]
     if not isinstance(path, str):
         return path
+    if "\0" in path:
+        raise ValueError("holds a zero byte, which no path can; write it again")
     scheme, bare = ("file://", path[7:]) if path.startswith("file://") else ("", path)
     if not bare.startswith("~"):
         return path

@@ -1,9 +1,11 @@
 """Files and command lines -> Config, with every problem told at once; and back to YAML."""
 
 import argparse
+import codecs
 import difflib
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, cast, get_args, get
 import yaml
 from pydantic import ValidationError
 
+from finetune import failures
 from finetune.config import base, names, paths
 from finetune.config.fields import Config, Section
 from finetune.config.rules import conflicts
@@ -24,6 +27,9 @@ RESUME_MAY_CHANGE = (
     "run.dir", "data.cache_dir", "model.attention", "train.micro_batch_size", "train.gradient_checkpointing", "train.compile", "train.hang_minutes",
     "checkpoint.*", "evaluation.*", "tracking.*",
 )  # fmt: skip
+
+PUT_BACK = "put back a copy of it (manifest.json of each checkpoint holds the same under config)"
+MOST_BYTES = 1_000_000  # of a config; PyYAML takes half a minute for as much
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
@@ -81,8 +87,10 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         if isinstance(values[section], dict):  # if not, that is a problem of its own
             try:
                 values[section][name] = _from_command_line(_field(key).annotation, raw)
-            except yaml.YAMLError:
-                problems.append(f"{key}: {raw!r} cannot be read; write lists as [a, b] and mappings as {{a: b}}")
+            except (yaml.YAMLError, ValueError, RecursionError) as exc:
+                why = "" if isinstance(exc, yaml.MarkedYAMLError) else f" ({failures.parsing_reason(exc)})"
+                shown = _shown(raw if len(raw) <= 100 else f"{raw[:100]}...")
+                problems.append(f"{key}: {shown} cannot be read{why}; write lists as [a, b] and mappings as {{a: b}}")
     return from_dict(values, where=_where(path, bool(overrides or unknown)), problems=problems), check
 
 
@@ -111,17 +119,39 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"--config: {_shown(str(path))} holds half a character, or bytes that are not UTF-8; rename it"
         )
     try:
-        text = Path(paths.expanded(str(path))).read_text(encoding="utf-8")
+        text = _text_of(Path(paths.expanded(str(path))))
     except (OSError, ValueError) as exc:
         why = "it is a folder; name a file in it" if isinstance(exc, IsADirectoryError) else exc
         raise ConfigError(f"{path}: cannot read the config: {why}") from exc
     try:
         values = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as exc:  # a number of 5,000 digits, 1,000 brackets
-        raise ConfigError(f"{path}: not valid YAML: {exc}") from exc
+        raise ConfigError(f"{path}: not valid YAML: {failures.parsing_reason(exc)}") from exc
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as run: and data:, got {type(values).__name__}")
     return values
+
+
+class _NoText(ValueError):
+    """A file that cannot be a config, whatever it holds."""
+
+
+def _text_of(path: Path) -> str:
+    """The text of a config. Raises OSError, _NoText that says what it is instead. A pipe may be one, as of <(...)."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISDIR(mode)):
+        raise _NoText("it is a device or a socket; name a file")
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise _NoText(f"it is larger than {MOST_BYTES // 10**6} MB, and a config is not; name another file")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise _NoText("it is UTF-16 (or UTF-32); save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = content.count(b"\n", 0, exc.start) + 1
+        raise _NoText(f"byte {content[exc.start]:#04x} in line {line} is not UTF-8; save it as UTF-8") from exc
 
 
 def read_resolved(path: Path) -> dict[str, Any]:
@@ -132,15 +162,13 @@ def read_resolved(path: Path) -> dict[str, Any]:
     except ConfigError as exc:
         if isinstance(cause := exc.__cause__, OSError):
             raise RunDirectoryError(f"{path} cannot be read: {cause.strerror}; give the directory of a run") from exc
-        problem = "it is not YAML with sections such as run: and data:"
+        is_text = not isinstance(cause, _NoText)
+        problem = "it is not YAML with sections such as run: and data:" if is_text else str(cause)
     else:
         wrong = [name for name, _ in _sections() if not isinstance(values.get(name), dict)]
         problem = f"its section {wrong[0]} is missing, or cut off" if wrong else None
     if problem:
-        raise RunDirectoryError(
-            f"{path} is damaged: {problem}; put back a copy of it (manifest.json of each checkpoint holds the same under "
-            "config), or choose another run.name"
-        )
+        raise RunDirectoryError(f"{path} is damaged: {problem}; {PUT_BACK}, or choose another run.name")
     return values
 
 
@@ -288,6 +316,16 @@ def json_schema() -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML with 1.2 numbers (PyYAML reads 1e-4 as a string) and without silent duplicate keys."""
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            node = self.anchors.get(event.anchor)
+            if node is not None and node.end_mark is None:  # still being read: it would hold itself
+                raise yaml.YAMLError(
+                    f"line {event.start_mark.line + 1}: *{event.anchor} refers to itself; write it out"
+                )
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
@@ -395,6 +433,9 @@ def _nearest(key: str) -> str:
 
 def _unknown_argument(word: str) -> str:
     key = paths.shown(word.lstrip("-").split("=")[0])
+    if (section := dict(_sections()).get(key)) is not None:
+        name = next(iter(section.model_fields))
+        return f"--{key}: is a section; set each of its settings by itself, as --{key}.{name} VALUE"
     return f"--{key}: unknown option; {_nearest(key)}"
 
 
@@ -417,6 +458,8 @@ def _describe(error: Any) -> str:
         return f"{key}: should be {' or '.join(getattr(o, '__name__', str(o)) for o in options if o is not type(None))}, got {got!r}"
     if kind == "string_pattern_mismatch":
         return f"{key}: letters, digits, dots, dashes and underscores only, got {got!r}"
+    if kind == "string_too_long":
+        return f"{key}: at most {error['ctx']['max_length']} letters, got {len(got)}; choose a shorter one"
     message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return f"{key}: {message}, got {got!r}" + (f"; {advice}" if advice else "")
 

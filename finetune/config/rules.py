@@ -6,9 +6,17 @@ from collections.abc import Iterator
 
 from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Adapter, Config, Model, Schedule, Section
 
+PLACES = (
+    ("run", "dir"), ("run", "replay_of"), ("model", "path"), ("model", "tokenizer"), ("adapter", "path"), ("data", "cache_dir"),
+    ("checkpoint", "storage"),
+)  # fmt: skip
+# Defaults that ask for nothing, so that writing them out does no harm.
+NOTHING: tuple[object, ...] = (None, False, 0, [], {}, "none", "auto", "default")
+
 
 def conflicts(config: Config) -> Iterator[str]:
     """Settings that cannot work together, or that this run would ignore."""
+    yield from _blanks(config)
     yield from _model_conflicts(config.model, config.adapter)
     yield from _adapter_conflicts(config.adapter)
     yield from _optimizer_conflicts(config)
@@ -30,6 +38,14 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "tracking.trackers: names one twice"
     if "wandb" in trackers and (bad := set(project) & set("/\\#?%:")):
         yield f"tracking.project: W&B takes no {' '.join(sorted(bad))} in the name of a project"
+
+
+def _blanks(config: Config) -> Iterator[str]:
+    """Paths without a letter: some would mean the current folder, others nothing."""
+    for section, name in PLACES:
+        value = getattr(getattr(config, section), name)
+        if isinstance(value, str) and not value.strip():
+            yield f"{section}.{name}: is empty; name a folder, or remove it"
 
 
 def _model_conflicts(model: Model, adapter: Adapter) -> Iterator[str]:
@@ -69,8 +85,6 @@ def _data_conflicts(config: Config) -> Iterator[str]:
             yield f"data.columns: no format has a column {name!r}; " + (
                 f"did you mean {near[0]}?" if near else f"the columns are {', '.join(COLUMNS)}"
             )
-    if not data.cache_dir.strip():
-        yield "data.cache_dir: is empty; name a folder, or remove it"
     sources = [*_listed(data.train), *_listed(data.eval)]
     if not any(_may_hold_text(source) for source in sources):
         yield from _ignored(data, "data", ("text_unit",), "no source is a .txt file")
@@ -173,6 +187,10 @@ def _listed(value: str | list[str] | None) -> list[str]:
 
 
 def _ignored(values: Section, section: str, names: tuple[str, ...], why: str) -> Iterator[str]:
+    fields, given = type(values).model_fields, values.model_fields_set
     for name in names:
-        if getattr(values, name) != type(values).model_fields[name].default:
+        default = fields[name].default
+        # A default that is written out means something, too, but in a config.yaml, where the program writes all of them.
+        meant = name in given and default not in NOTHING and len(given) < len(fields)
+        if meant or getattr(values, name) != default:
             yield f"{section}.{name}: would be ignored: {why}; remove it"

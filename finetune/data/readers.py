@@ -174,7 +174,9 @@ def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[s
         files.append(path)
     elif ending in DESCRIPTIONS.get(name, ()):
         left_out.append((path, "describes data"))
-    elif not os.path.isfile(path) or _type(path) not in READERS:
+    elif not os.path.isfile(path):
+        left_out.append((path, "a device or a pipe"))
+    elif _type(path) not in READERS:
         left_out.append((path, "type not known"))
     elif os.path.getsize(path) == 0:
         left_out.append((path, "empty"))
@@ -298,6 +300,8 @@ def describe(source: str) -> str:
         delimiter, _ = _delimiter(source)
         if delimiter != ("\t" if _type(source) == ".tsv" else ","):
             unusual.append(f"separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
+        if any(map(any, _blanks(source))):
+            unusual.append("without the blank beside each separator")
     if os.path.isfile(source) and _type(source) != ".parquet":
         with _opened(source) as file:
             encoding = _encoding_by_mark(file)
@@ -477,7 +481,11 @@ def _read_jsonl(source: str) -> Iterator[Row]:
             try:
                 value = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as exc:
-                why = f"{exc.msg} at character {exc.pos + 1}" if isinstance(exc, json.JSONDecodeError) else str(exc)
+                why = (
+                    f"{exc.msg} at character {exc.pos + 1}"
+                    if isinstance(exc, json.JSONDecodeError)
+                    else failures.parsing_reason(exc)
+                )
                 raise DataError(
                     f"{Place(source, number)}: broken JSON: {why}: {short(line.strip())}; correct or remove it"
                     + ("; a file that holds one list is .json" if line.lstrip().startswith("[") else "")
@@ -513,7 +521,9 @@ def _read_json(source: str) -> Iterator[Row]:
                 f"{Place(source, exc.lineno)}: broken JSON: {exc.msg} at column {exc.colno}; correct it"
             ) from exc
         except (ValueError, RecursionError) as exc:
-            raise DataError(f"{Place(source, line, number)}: broken JSON: {exc}; correct it") from exc
+            raise DataError(
+                f"{Place(source, line, number)}: broken JSON: {failures.parsing_reason(exc)}; correct it"
+            ) from exc
         yield _record(Place(source, line, number), value)
         skip(end)
         separator = text[position : position + 1]
@@ -566,6 +576,7 @@ def _read_csv(source: str) -> Iterator[Row]:
         if not cells:
             return
         header = _header(Place(source, reader.line_num + skipped), cells)
+        blanks = _blanks(source)
         names = list(map(str.strip, cells))
         start = reader.line_num + skipped + 1
         for cells in reader:
@@ -581,12 +592,45 @@ def _read_csv(source: str) -> Iterator[Row]:
                     f"{Place(source, start)}: {len(cells)} cells, but the header names {len(header)} columns {list_columns(header)}; {hint}"
                 )
             if cells:
-                yield Row(Place(source, start), dict(zip(header, cells)))
+                yield Row(Place(source, start), dict(zip(header, map(_without_blanks, cells, blanks))))
             start = reader.line_num + skipped + 1
     except csv.Error as exc:
         raise DataError(
             f"{Place(source, start)}: broken CSV: {exc}; check the quotes of the row that begins here"
         ) from exc
+
+
+def _blanks(source: str) -> list[tuple[bool, bool]]:
+    """Of each column of a CSV, whether one blank beside the separator belongs to it, before and behind its cells.
+
+    So it is where the header has one and every cell that is looked at: `question, answer` over `a, b`.
+    """
+    delimiter, skipped = _delimiter(source)
+    lines = [line[:SNIFFED_CHARACTERS] for _, line in islice(_lines(source), SNIFFED_LINES)][skipped:]
+    rows: list[list[str]] = []
+    with contextlib.suppress(csv.Error):  # said where the row is read
+        rows.extend(
+            cells for cells in csv.reader(lines, delimiter=delimiter, strict=True) if any(map(str.strip, cells))
+        )
+    header, rest = (rows[0], [cells for cells in rows[1:] if len(cells) == len(rows[0])]) if rows else ([], [])
+    return [
+        (
+            _has_one(name) and all(_has_one(cells[n]) for cells in rest if cells[n]),
+            _has_one(name[::-1]) and all(_has_one(cells[n][::-1]) for cells in rest if cells[n].rstrip("\r\n")),
+        )
+        for n, name in enumerate(header)
+    ]  # fmt: skip
+
+
+def _has_one(cell: str) -> bool:
+    """Whether a cell begins with a blank, and with no second one."""
+    return cell.startswith(" ") and not cell.startswith("  ")
+
+
+def _without_blanks(cell: str, blanks: tuple[bool, bool]) -> str:
+    before, behind = blanks
+    cell = cell.removeprefix(" ") if before else cell
+    return cell.removesuffix(" ") if behind else cell
 
 
 def is_empty(row: Row) -> bool:

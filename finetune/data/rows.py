@@ -55,15 +55,15 @@ SHAREGPT_ROLES = {
 # Not words for what many data sets carry along, where the good and the bad have been sorted out or the value is about
 # something else: likes, votes, views, stars, rank, weight, quality, correctness, toxic, valid, flagged, best.
 VERDICTS = set(
-    "accepted approved bad chosen correct desirable dislike disliked failed feedback good grade harmful harmless helpful helpfulness "
-    "incorrect label labels liked ok passed preference preferred rating ratings rejected reward rewards safe score scores thumb thumbs "
-    "unsafe verdict win winner won wrong".split()
+    "accepted approved bad chosen correct desirable dislike disliked downvoted fail failed feedback good grade hallucinated hallucination "
+    "harmful harmless helpful helpfulness incorrect kto label labels liked margin ok pass passed preference preferred rating ratings "
+    "rejected reward rewards safe score scores thumb thumbs unsafe upvoted verdict win winner won wrong".split()
 )
 # Words next to them that make the name one of something else: label_id, search_score, reward_date.
 OTHER_MEANINGS = set("at count date id ids index page path position search time url zip".split())
 VERDICT_VALUES = set(
     "true false t f yes no y n good bad great poor excellent terrible better worse best worst high medium low positive negative neutral "
-    "correct incorrect right wrong valid invalid ok pass passed fail failed accepted approved rejected chosen preferred safe unsafe toxic "
+    "desirable undesirable correct incorrect right wrong valid invalid ok pass passed fail failed accepted approved rejected chosen preferred safe unsafe toxic "
     "harmful harmless helpful unhelpful win won loss lost tie up down 👍 👎".split()
 )
 _NUMBER = r"[+-]?\d*[.,]?\d+(e[+-]?\d+)?"
@@ -71,7 +71,16 @@ _VERDICT_TEXT = re.compile(
     rf"{_NUMBER}\s*(%|stars?|points?|(/|of|out of)\s*{_NUMBER}( stars?| points?)?)?"
 )  # 3, 4/5, 5 stars
 _LETTER = re.compile(r"[a-f][+-]?")  # a grade, or which of two answers is better
-LETTERS_OF = set("grade preference preferred rating ratings score scores verdict winner".split())
+LETTERS_OF = set("grade preference preferred rating ratings score scores verdict win winner".split())
+# Which of several models gave the better answer: model_a, assistant 2, gpt-4, tie (bothbad).
+_MODEL = re.compile(
+    r"(model|assistant|response|answer|candidate|option|system)[ _-]?([a-f]|\d+)|tie \(.*\)|both[ _-]?(good|bad)"
+    r"|(chatgpt|claude|command|deepseek|falcon|gemini|gemma|gpt|llama|mi[sx]tral|phi|qwen|vicuna)[ _-]?\d?.*"
+)
+MODELS_OF = {"preferred", "verdict", "win", "winner"}
+CHOSEN = frozenset({"chosen"})
+# Words in the names of columns that hold the worse of two answers, whatever their values are.
+REJECTED = frozenset({"rejected", "reject", "loser", "worse", "dispreferred"})
 # Words in the keys of messages by which other tools say whether a turn is learned.
 LEARNING = set("learn learnable loss mask masked supervised train trainable training weight".split())
 LEARNED: tuple[Any, ...] = (None, [], "", 1, 1.0, True)
@@ -154,7 +163,7 @@ def to_conversation(
             raise ConfigError(
                 f"data.columns: {ours} and {twice[0]} would both be read from column {short(theirs)!r}; name another column for one of them"
             )
-    if learned and (format != "text" or _preference_columns(tuple(row.values), "rejected")):
+    if learned and (format != "text" or _preference_columns(tuple(row.values), REJECTED)):
         _require_no_verdict(row, set(taken.values()))
     if format == "text":
         return Conversation((Message("text", cell("text"), supervised=True),), row.place)
@@ -162,7 +171,7 @@ def to_conversation(
         messages = _messages(row, taken["messages"], learned)
     else:
         user, answer = FORMATS[format]
-        has_input = row.values.get(taken.get("input", "")) is not None
+        has_input = "input" in taken and row.values.get(taken["input"]) is not None
         context = cell("input", may_be_empty=True) if has_input else ""
         messages = [Message("user", cell(user), context=context), Message("assistant", cell(answer), supervised=True)]
     if system_prompt is not None and messages[0].role != "system":
@@ -303,7 +312,7 @@ def _columns_of(format: str) -> tuple[str, ...]:
 
 def _taken(row: Row, format: str, columns: Mapping[str, str]) -> dict[str, str]:
     """The columns that a format reads -> the row's own names of them."""
-    taken = {name: columns.get(name) or _present(row, name) for name in FORMATS[format]}
+    taken = {name: columns[name] if name in columns else _present(row, name) for name in FORMATS[format]}
     if format == "instruction" and ("input" in columns or "input" not in taken.values()):
         taken["input"] = columns.get("input", "input")
     return taken
@@ -327,7 +336,7 @@ def _unread(row: Row, read: Set[str]) -> Iterator[str]:
 def _require_no_verdict(row: Row, read: Set[str]) -> None:
     """Raise DataError for a column that says how good the answer is: without it bad answers are learned as right ones."""
     names = tuple(row.values)
-    chosen, rejected = (_preference_columns(names, word) for word in ("chosen", "rejected"))
+    chosen, rejected = (_preference_columns(names, words) for words in (CHOSEN, REJECTED))
     if read & set(chosen):
         return  # the user has said which answers to learn
     for column in (*rejected, *chosen):
@@ -356,9 +365,10 @@ def _words(name: str) -> frozenset[str]:
 
 
 @functools.lru_cache(1_000)
-def _preference_columns(columns: tuple[str, ...], word: str) -> list[str]:
-    """Columns whose name holds chosen, or rejected; first that which is called so."""
-    return sorted((column for column in columns if word in _words(column)), key=lambda column: (column != word, column))
+def _preference_columns(columns: tuple[str, ...], words: frozenset[str]) -> list[str]:
+    """Columns whose name holds one of CHOSEN, or of REJECTED; first that which is called so."""
+    found = [column for column in columns if _words(column) & words]
+    return sorted(found, key=lambda column: (column not in words, column))
 
 
 @functools.lru_cache(1_000)
@@ -384,7 +394,8 @@ def _is_one(value: Any, column: str) -> bool:
         return isinstance(value, (bool, int, float))
     text = value.strip().lower() if len(value) <= 100 else ""
     is_letter = _LETTER.fullmatch(text) and _words(column) & LETTERS_OF
-    return bool(_VERDICT_TEXT.fullmatch(text) or is_letter) or text in VERDICT_VALUES
+    is_model = _MODEL.fullmatch(text) and _words(column) & MODELS_OF
+    return bool(_VERDICT_TEXT.fullmatch(text) or is_letter or is_model) or text in VERDICT_VALUES
 
 
 def _no_column(row: Row, column: str) -> str:

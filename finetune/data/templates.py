@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune.config import paths
 from finetune.data.rows import Conversation, Message, Place
 from finetune.errors import ConfigError, DataError
 
@@ -378,7 +379,14 @@ class Template:
         from jinja2 import TemplateSyntaxError
 
         try:
-            return self._jinja(conversation, add_generation_prompt, spans)
+            text = self._jinja(conversation, add_generation_prompt, spans)
+            text.encode()
+            return text
+        except UnicodeEncodeError as exc:
+            raise DataError(
+                f"{conversation.place}: data.template {self.name!r} writes {exc.object[exc.start]!a}, half of a character, "
+                "which no tokenizer can read; correct the template"
+            ) from exc
         except Exception as exc:  # a template is a program: it can divide by zero, or never end
             fails = f"{conversation.place}: data.template {self.name!r} fails: {type(exc).__name__}: {exc}"
             if isinstance(exc, TemplateSyntaxError):
@@ -440,6 +448,8 @@ def load(
     `date`: the day for templates that write it.
     """
     found = _find(name, format, chat_template, special_tokens, vocabulary)
+    if paths.half_characters(found.source, "it"):
+        raise DataError(f"data.template: {found.name}: holds half of a character; correct the template")
     if _is_random(found):
         raise DataError(
             f"data.template: {found.name}: uses chance (random, lipsum), so each start would train other text; use another template"

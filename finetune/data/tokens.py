@@ -33,7 +33,7 @@ from finetune.data.rows import Conversation, Place, Problems
 from finetune.data.templates import Segment, Template
 from finetune.errors import DataError, ModelError, Outage
 
-CACHE_VERSION = 4  # raise it when the same input should give other tokens than before
+CACHE_VERSION = 5  # raise it when the same input should give other tokens than before
 ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
 # The tokenizer takes up to 300 bytes of memory for a character: 1 GB for this many at once, 15 GB for a row of 50 MB.
 CHARACTERS_AT_ONCE = 1 << 21

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from finetune import config as configs
 from finetune import failures, files
 from finetune.config import Config, base
-from finetune.engine.checkpoint.folder import described, flush, read_manifest, sha256, steps
+from finetune.engine.checkpoint.folder import MANIFEST, described, flush, read_manifest, sha256, steps
 from finetune.engine.receipt import differences, identity_differences
 from finetune.errors import (
     EXIT_FAILED,
@@ -35,6 +35,7 @@ OUTCOME = "outcome.json"
 STATES = ("running", "complete", "preempted", "failed")
 # What `write_atomically` leaves when its process is killed; `.mode-`: the probe of `files.follow_umask`.
 TEMPORARY = re.compile(r"(\.mode-)?\.writing-[a-z]+\.(json|jsonl|yaml)-[a-z0-9_]{8}")
+MOST_REASON = 1_000  # letters, where outcome.json must fit into the block that it has
 # The directory belongs to another run or process: its outcome does not describe how this attempt ended.
 REFUSED = (RunDirectoryError, DirectoryInUse, TakenOver)
 
@@ -75,8 +76,12 @@ class RunDirectory:
         elif os.path.exists(self.path) and (
             not self.path.is_dir() or any(p.name[0] != "." and p.name != OUTCOME for p in self.path.iterdir())
         ):
+            if not any(self.path.glob(f"checkpoints/*step-*/{MANIFEST}")):
+                raise RunDirectoryError(
+                    f"{self.path} exists and is not a run directory (no config.yaml); choose another run.name or run.dir"
+                )
             raise RunDirectoryError(
-                f"{self.path} exists and is not a run directory (no config.yaml); choose another run.name or run.dir"
+                f"{saved} is missing, and {self.checkpoints} holds checkpoints; {configs.PUT_BACK}, or choose another run.name"
             )
         self._require_kinds()
         if config.checkpoint.resume == "never" and any(self.checkpoints.glob("step-*")):
@@ -97,6 +102,14 @@ class RunDirectory:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             why = "no permission in" if nearest.is_dir() else "there is a file called"
             raise RunDirectoryError(f"{self.path} cannot be written: {why} {nearest}; choose another run.dir")
+        if nearest != self.path:
+            try:
+                files.probe_folder(nearest)
+            except OSError as exc:
+                failures.reraise(exc, f"{self.path} cannot be written now")
+                raise RunDirectoryError(
+                    f"{self.path} cannot be written: {exc.strerror or exc}; choose another run.dir"
+                ) from exc
         for path in self._files():
             if path.exists() and not os.access(path, os.W_OK):
                 raise RunDirectoryError(f"{path} cannot be written: no permission; correct its mode or its owner")
@@ -200,7 +213,7 @@ class RunDirectory:
         outcome = {"state": state, "step": step, "reason": reason, **facts, "written": _now()}
         if state == "complete":
             outcome["model"] = described(self.model, list(exported))
-        write_atomically(self.path / OUTCOME, json.dumps(outcome, indent=2))
+        _write_outcome(self.path / OUTCOME, outcome)
 
     def note_end(self, error: BaseException, step: int | None = None, may_create: bool = False) -> None:
         """Write that and why this attempt ends before its time. The first call counts, as it is nearest to the cause.
@@ -350,13 +363,15 @@ class RunDirectory:
         for log in (self.metrics, self.evals, self.samples, self.saves):
             if not log.exists():
                 continue
-            lines, kept, damaged = _lines(log), [], []
+            lines = _lines(log)
+            kept: list[str] = []
+            damaged: list[int] = []
             for number, line in enumerate(lines, 1):
                 values = _values(line)
                 if values is None or (log == self.evals and not _has_loss(values)):
-                    damaged += (
-                        [number] if line and number < len(lines) else []
-                    )  # the last one has no newline: it is torn
+                    # The last one has no newline: it is torn, but for what no line of ours begins with.
+                    is_torn = number == len(lines) and line.startswith("{") and (bool(kept) or not step)
+                    damaged += [number] if line and not is_torn else []
                 elif values["step"] <= step:
                     kept.append(line)
             if damaged:
@@ -367,6 +382,28 @@ class RunDirectory:
                     f"the file as it was is {beside}"
                 )
             write_atomically(log, "".join(line + "\n" for line in kept))
+        return notes
+
+    def missing(self, step: int, log_every: int, eval_every: int | None) -> list[str]:
+        """What to tell of lines up to `step` that the logs should hold and do not, after `rewind`.
+
+        The evaluation after `step` itself may have had no time, and is made up for.
+        """
+        logged = {values["step"] for line in _lines(self.metrics) if (values := _values(line))}
+        wanted = [
+            (self.metrics, logged, "tracking.log_every_steps", log_every, range(log_every, step + 1, log_every), "")
+        ]
+        if eval_every is not None:
+            lost = "; evaluation.patience and evaluation.export_best judge without them"
+            due = range(eval_every, step, eval_every)
+            wanted.append((self.evals, set(self.eval_losses()), "evaluation.every_steps", eval_every, due, lost))
+        notes = []
+        for log, found, key, every, due, lost in wanted:
+            if absent := [each for each in due if each not in found]:
+                listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
+                notes.append(
+                    f"note: {log} lacks {len(absent)} of the {len(due)} lines that {key}: {every} asks for up to step {step}: {listed}{lost}"
+                )
         return notes
 
     def _require_kinds(self) -> None:
@@ -416,9 +453,33 @@ def note_end_of(path: Path, state: str, reason: str) -> None:
                 known = before.get("step")
                 step = max([known if type(known) is int else 0, *logged])
                 outcome = {"state": state, "step": step, "reason": reason, "written": _now()}
-                write_atomically(path / OUTCOME, json.dumps(outcome, indent=2))
+                _write_outcome(path / OUTCOME, outcome)
     except Timeout:
         pass
+
+
+def _write_outcome(path: Path, outcome: dict[str, Any]) -> None:
+    """Write how a run stands; on a disk without room for another file over what is there, as long as that is small."""
+    text = json.dumps(outcome, indent=2)
+    try:
+        write_atomically(path, text)
+    except OSError as exc:
+        room = os.stat(path).st_size if exc.errno in failures.FULL and path.is_file() else 0
+        if outcome["state"] == "complete" or not room:
+            raise
+        _overwrite(path, {**outcome, "reason": outcome["reason"][:MOST_REASON]}, room)
+
+
+def _overwrite(path: Path, outcome: dict[str, Any], room: int) -> None:
+    """Write JSON into a file of `room` bytes without asking the disk for more than its last block holds.
+
+    One write, and blanks over the rest of what was there, so that the file is JSON even if the process dies now.
+    """
+    text = json.dumps(outcome, indent=2).encode()
+    with path.open("r+b", buffering=0) as file:
+        file.write(text.ljust(room))
+        os.fsync(file.fileno())
+        file.truncate(len(text))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -431,7 +492,9 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         files.follow_umask(Path(temporary))
         os.rename(temporary, path)
-    except BaseException:  # a signal, too
+    except BaseException as exc:  # a signal, too
+        if isinstance(exc, OSError) and exc.filename is None:  # a full disk is found by a write, which names no file
+            exc.filename = str(path)
         with contextlib.suppress(FileNotFoundError):  # it may have been renamed already
             os.unlink(temporary)
         raise

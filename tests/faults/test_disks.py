@@ -144,7 +144,7 @@ def test_when_nothing_is_valid_the_run_stops_and_deletes_nothing(saved, tmp_path
         manifest.write_bytes(DAMAGES["one bit flipped"](manifest.read_bytes()))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     launch = copy_of(saved, tmp_path)
-    assert launch.codes() == [1] * processes
+    assert launch.codes() == [2] * processes
     assert "no checkpoint is valid, and nothing was deleted" in launch.said()
     after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert "no checkpoint is valid" in after.pop(tmp_path / "run/outcome.json").decode()

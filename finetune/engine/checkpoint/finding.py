@@ -1,6 +1,7 @@
 """Where a run goes on: the newest checkpoint that is whole and its own, here or in the object store."""
 
 import contextlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from finetune.engine.checkpoint.folder import Found
 from finetune.engine.receipt import identity_differences
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
-from finetune.errors import CheckpointError, DamagedCheckpoint, RunDirectoryError
+from finetune.errors import CheckpointError, DamagedCheckpoint, LostCheckpoints, RunDirectoryError
 
 if TYPE_CHECKING:
     from finetune.engine.checkpoint.storage import Storage
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def find(root: Path, storage: "Storage | None", num_steps: int | None = None) -> tuple[Found | None, dict[Path, str]]:
     """The newest valid checkpoint, fetched if it is only in the store, and what is wrong with each newer one.
 
-    Raises CheckpointError if there are checkpoints but none is valid: starting afresh would hide
+    Raises LostCheckpoints if there are checkpoints but none is valid: starting afresh would hide
     that work was lost. So does a store that does not answer: an older one would be as bad. `num_steps`: of the run.
     """
     found, damaged = folder.find_newest(root, num_steps)
@@ -39,12 +40,19 @@ def find(root: Path, storage: "Storage | None", num_steps: int | None = None) ->
             damaged[root / folder.step_name(step)] = f"in the store: {exc}"
     aside = dict.fromkeys(root.glob("damaged-step-*"), "was found damaged before")
     if found is None and (damaged or aside):
-        raise CheckpointError(
+        may_heal = any(_is_of_disk(problem) for problem in damaged.values())
+        raise (CheckpointError if may_heal else LostCheckpoints)(
             "no checkpoint is valid, and nothing was deleted:\n  "
             + "\n  ".join(f"{path}: {problem}" for path, problem in {**damaged, **aside}.items())
             + f"\nmove {root} away to start from the beginning"
         )
     return found, damaged
+
+
+def _is_of_disk(problem: str) -> bool:
+    """Whether a checkpoint could not be read because its disk fails, which the next attempt may find well."""
+    number = re.match(r"\[Errno (\d+)\]", problem)
+    return number is not None and int(number[1]) in failures.DISK
 
 
 def newest(root: Path) -> Found | None:
@@ -106,7 +114,7 @@ def kept(root: Path) -> set[int]:
 
 
 def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) -> None:
-    """Put back the weights (and their averages), and nothing else, of one checkpoint. Collective. Raises CheckpointError."""
+    """Put back the weights (and their averages), and nothing else, of one checkpoint. Collective. Raises LostCheckpoints."""
     path = root / folder.step_name(step)
     try:
         manifest: dict[str, Any] = topology.on_main(lambda: folder.verified(path))
@@ -114,7 +122,7 @@ def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) 
     except Exception as exc:
         if not isinstance(exc, CheckpointError):
             failures.reraise(exc)
-        raise CheckpointError(
+        raise LostCheckpoints(
             f"checkpoint {path}, the best evaluation, cannot be loaded: {shards.why(exc)}; "
             "to export the last weights, give --evaluation.export_best false"
         ) from exc

@@ -33,7 +33,7 @@ from finetune.engine.checkpoint import folder, unpickling
 from finetune.engine.checkpoint.folder import Found
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Processes, Topology
-from finetune.errors import CheckpointError, DamagedCheckpoint
+from finetune.errors import CheckpointError, DamagedCheckpoint, LostCheckpoints
 from finetune.failures import MOST_LETTERS
 
 SHARDS = "shards"
@@ -159,7 +159,7 @@ def written(writing: Path, staged: Staged, rank: int) -> set[str]:
 
 
 def read(found: Found, topology: Topology, state: TrainState) -> None:
-    """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises CheckpointError."""
+    """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises LostCheckpoints."""
     try:
         if topology.wish.is_zero:
             _read_engine(found, topology)
@@ -169,7 +169,7 @@ def read(found: Found, topology: Topology, state: TrainState) -> None:
     except Exception as exc:  # dcp raises many kinds for a checkpoint that does not fit the model
         if not isinstance(exc, CheckpointError):
             failures.reraise(exc)
-        raise CheckpointError(f"checkpoint {found.path} cannot be loaded: {why(exc)}; {_instead(found)}") from exc
+        raise LostCheckpoints(f"checkpoint {found.path} cannot be loaded: {why(exc)}; {_instead(found)}") from exc
     state.progress.restore(found.manifest["progress"])
 
 
@@ -271,6 +271,9 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except CheckpointException as exc:
+        for one, _ in exc.failures.values():  # a disk that fails is no checkpoint that is lost
+            if error := failures.translate(one):
+                raise error from exc
         told = "; ".join(f"process {rank}: {type(one).__name__}: {one}" for rank, (one, _) in exc.failures.items())
         raise CheckpointError(told) from exc
 
