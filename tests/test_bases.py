@@ -333,7 +333,7 @@ def test_a_folder_without_tokenizer_and_a_local_name_that_is_not_there_are_named
     for name in ("bare/x", "./x", "x/", "../x", "a/b/c"):
         with pytest.raises(ModelError, match="model.path: .*no such folder"):
             workshop.check(**on(name))
-    with pytest.raises(ModelError, match="model.path: is empty"):
+    with pytest.raises(ConfigError, match="model.path: is empty"):
         workshop.check(**on(""))
 
 

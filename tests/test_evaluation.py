@@ -6,7 +6,9 @@ import os
 import shutil
 
 import pytest
+import torch
 from conftest import pairs, read_jsonl, write_jsonl
+from safetensors.torch import save_file
 
 from finetune import files
 from finetune.__main__ import main
@@ -157,12 +159,19 @@ def test_an_adapter_of_another_base_is_told(workshop, capsys, kind):
         assert (f"was trained on another base ({base})" in capsys.readouterr().err) == is_other
 
 
+def small_adapter(folder):
+    """The files of an adapter that is looked at and never put on a base."""
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 1, "base_model_name_or_path": "base"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"a.lora_A.weight": torch.zeros(1, 1)}, folder / "adapter_model.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize("command", ["chat", "export"])
 def test_a_base_is_checked_as_a_model_is(workshop, capsys, command):
     base = workshop.train("base", train__max_steps=1) / "model"
-    adapter = workshop.folder / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
+    adapter = small_adapter(workshop.folder / "adapter")
     whole = (
         ["chat", "--prompt", "a"]
         if command == "chat"
@@ -177,9 +186,7 @@ def test_a_base_is_checked_as_a_model_is(workshop, capsys, command):
 
 
 def test_a_merge_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):
-    adapter, file, link = tmp_path / "adapter", tmp_path / "file", tmp_path / "link"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
+    adapter, file, link = small_adapter(tmp_path / "adapter"), tmp_path / "file", tmp_path / "link"
     file.touch()
     link.symlink_to(tmp_path / "nowhere")
     for output, says in (

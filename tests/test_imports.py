@@ -32,7 +32,7 @@ ALLOWED = {
         "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.progress",
         "finetune.places", "finetune.torch_versions", "finetune.files", "finetune.failures", "finetune.errors", "finetune.engine",
     ],
-    "finetune.export": ["finetune.data", "finetune.models", "finetune.config", "finetune.files", "finetune.errors"],
+    "finetune.export": ["finetune.data", "finetune.models", "finetune.config", "finetune.files", "finetune.failures", "finetune.errors"],
     "finetune.preflight": [
         "finetune.data", "finetune.models", "finetune.objectives", "finetune.export", "finetune.engine.topology",
         "finetune.engine.trackers", "finetune.config", "finetune.errors",

@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune.config import paths
 from finetune.data.rows import Conversation, Message, Place
 from finetune.errors import ConfigError, DataError
 
@@ -438,6 +437,15 @@ class BrokenTemplate(ConfigError):
     """No conversation can be rendered, so one row is enough to say so."""
 
 
+def _is_text(source: str) -> bool:
+    """Whether it can be written: half a character (a lone surrogate) cannot."""
+    try:
+        source.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def load(
     name: str, format: str, chat_template: str | Mapping[str, str] | None,
     special_tokens: Mapping[str, str], vocabulary: Mapping[str, int], date: str | None = None,
@@ -448,7 +456,7 @@ def load(
     `date`: the day for templates that write it.
     """
     found = _find(name, format, chat_template, special_tokens, vocabulary)
-    if paths.half_characters(found.source, "it"):
+    if not _is_text(found.source):
         raise DataError(f"data.template: {found.name}: holds half of a character; correct the template")
     if _is_random(found):
         raise DataError(
