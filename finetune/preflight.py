@@ -65,6 +65,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     options = tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
         OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
+        _positions(model_config),
     )  # fmt: skip
     train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options)
     template = replace(template, learn_opening=train.learn_opening)
@@ -409,15 +410,21 @@ def _methods(config: Config, is_quantized: bool) -> list[str]:
     return lines + ([f"besides     {'; '.join(filter(None, besides))}"] if any(besides) else [])
 
 
+def _positions(model_config: Any) -> int | None:
+    """Tokens that a sequence may have; None: as many as it likes, as models without positions, or with -1 of them."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None
+
+
 def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: int) -> None:
     """Raise ConfigError if the model has too few positions, or the run too few steps for its warm-up."""
     longest = int(examples.lengths.max())
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and 0 < positions < longest:
+    positions = _positions(model_config)
+    if positions is not None and positions < longest:
         where = examples.place(int(examples.lengths.argmax()))
         raise ConfigError(
             f"data.max_length: {where} has {longest} tokens, but the model only {positions} positions "
-            "(max_position_embeddings); lower data.max_length and choose a data.truncation"
+            f"(max_position_embeddings); {tokens.fitting(longest, config.data.max_length, positions)}"
         )
     if config.schedule.warmup_steps >= num_steps:
         raise ConfigError(

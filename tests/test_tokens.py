@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -503,7 +504,32 @@ def test_a_row_of_50_megabytes_is_named_and_costs_little_memory(tmp_path):
 
 def test_a_row_over_max_length_is_refused_by_default(desk):
     says = desk.refused([{"question": "q", "answer": "a"}, {"question": "q", "answer": "a" * 30}], bytes_tokenizer(), max_length=20)  # fmt: skip
-    assert says.startswith("32 tokens, over data.max_length 20; raise it, or set data.truncation to ")
+    assert says.startswith("32 tokens, over data.max_length 20; set data.max_length: 64, or data.truncation to ")
+
+
+@pytest.mark.parametrize(
+    ("limit", "positions", "advice"),
+    [
+        (20, 32, "set data.max_length: 32, or data.truncation to right"),
+        (20, 20, "data.max_length can be at most 20, as the model has no more positions: set data.truncation to right"),
+        (20, 24, "data.max_length can be at most 24, as the model has no more positions: set data.max_length: 24 and data.truncation to"),
+        (28, 24, "data.max_length can be at most 24, as the model has no more positions: set data.max_length: 24 and data.truncation to"),
+    ],
+)  # fmt: skip
+def test_no_length_is_advised_that_the_model_cannot_have(desk, limit, positions, advice):
+    values = [{"question": "q", "answer": "a" * 30}]
+    assert desk.refused(values, bytes_tokenizer(), max_length=limit, positions=positions).partition("; ")[2].startswith(advice)  # fmt: skip
+    says = desk.refused_all(values * 20, bytes_tokenizer(), max_length=limit, positions=positions)[1]
+    assert "the longest has 32 tokens" in says and advice in says
+    [most] = set(re.findall(r"data.max_length: (\d+)", says)) or {limit}
+    cut = "right" if int(most) < 32 else "error"
+    assert len(desk.prepare(values, bytes_tokenizer(), max_length=int(most), truncation=cut, positions=positions)) == 1
+
+
+def test_a_row_that_a_cut_leaves_nothing_to_learn_of_is_not_to_be_given_positions_that_the_model_lacks(desk):
+    values = [{"question": "q" * 40, "answer": "a"}]
+    assert "; set data.truncation to drop" in desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right", positions=20)  # fmt: skip
+    assert "; raise data.max_length, or set" in desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right", positions=30)  # fmt: skip
 
 
 def test_a_row_of_exactly_max_length_is_kept_whole(desk):

@@ -48,7 +48,7 @@ OLD_SECONDS = 24 * 3600  # what an earlier version left half built has no lock t
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the tokens besides rows, tokenizer and template."""
+    """What decides the tokens besides rows, tokenizer and template; `positions` are for messages only."""
 
     format: str
     columns: dict[str, str]
@@ -57,6 +57,12 @@ class Options:
     loss_on: str
     max_length: int
     truncation: str
+    positions: int | None = None
+    """Tokens that a sequence may have in the model; None: as many as it likes."""
+
+    def deciding(self) -> dict[str, Any]:
+        """What the tokens depend on, for the key of the cache."""
+        return {name: value for name, value in asdict(self).items() if name != "positions"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def prepare(
         "sources": list(sources.values()),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": template.fingerprint,
-        "options": asdict(options),
+        "options": options.deciding(),
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     with _writable(cache_dir):
@@ -458,7 +464,7 @@ def _build(
                 places.append((index[place.source], place.line, place.row))
         bar.update(len(batch))
     bar.close()
-    problems.tell({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options.max_length)})
+    problems.tell({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
     if not ids_parts:
         others = f" and {len(sources) - 1:,} others" if len(sources) > 1 else ""
         raise DataError(
@@ -485,7 +491,7 @@ def _rendered(
             if options.truncation == "drop":
                 counts["num_rows"], counts["num_dropped"] = counts["num_rows"] + 1, counts["num_dropped"] + 1
             else:
-                problems.note(_over(conversation.place, f"{characters:,} characters", options.max_length), TOO_LONG)
+                problems.note(_over(conversation.place, f"{characters:,} characters", options, None), TOO_LONG)
             continue
         with problems.noted():
             control.refuse(conversation)
@@ -500,13 +506,15 @@ def _pieces(
     """A row cut to max_length: one piece, several, or none. Raises DataError if a piece teaches nothing."""
     is_long = len(ids) > options.max_length
     if options.truncation == "error" and is_long:
-        problems.note(_over(place, f"{len(ids)} tokens", options.max_length), TOO_LONG)
+        problems.note(_over(place, f"{len(ids)} tokens", options, len(ids)), TOO_LONG)
         return []
     pieces = _shorten(ids, supervised, options, bos_id, place)
     if not all(learned[1:].any() for _, learned in pieces):
+        can_rise = options.positions is None or options.max_length < options.positions
         raise DataError(
             f"{place}: no supervised token is left in {len(ids)} tokens cut to {options.max_length}; "
-            "raise data.max_length, or set data.truncation to drop"
+            + ("raise data.max_length, or set" if can_rise else "set")
+            + " data.truncation to drop"
         )
     counts["num_dropped"] += not pieces
     counts["num_truncated"] += bool(pieces) and is_long
@@ -633,24 +641,35 @@ class _Finisher:
         return ids, supervised
 
 
-def _over(place: Place, size: str, limit: int) -> str:
-    return f"{place}: {size}, over data.max_length {limit}; raise it, or set data.truncation to right, left, drop or (clm) split"
+CUT = "data.truncation to right, left, drop or (clm) split"
 
 
-def _lengths(lengths: list[int], too_long: int, limit: int) -> str:
+def _over(place: Place, size: str, options: Options, length: int | None) -> str:
+    """That a row is too long. `length`: its tokens; None if there are too many to count."""
+    fits = f"remove it, or set {CUT}" if length is None else fitting(length, options.max_length, options.positions)
+    return f"{place}: {size}, over data.max_length {options.max_length}; {fits}"
+
+
+def fitting(longest: int, limit: int, positions: int | None) -> str:
+    """What to do about rows of up to `longest` tokens where data.max_length is `limit`: no length that the model cannot have."""
+    if positions is not None and longest > positions:
+        lower = f"data.max_length: {positions} and " if limit != positions else ""
+        return f"data.max_length can be at most {positions}, as the model has no more positions: set {lower}{CUT}"
+    enough = -(-longest // 64) * 64
+    return f"set data.max_length: {enough if positions is None else min(enough, positions)}, or {CUT}"
+
+
+def _lengths(lengths: list[int], too_long: int, options: Options) -> str:
     """How many rows are too long, and which data.max_length would do."""
+    limit = options.max_length
     if not lengths:
         return f"{too_long:,} rows are longer than data.max_length {limit}"
     if len(lengths) < too_long + sum(length <= limit for length in lengths):  # some were not even tokenised
-        return (
-            f"{too_long:,} rows are longer than data.max_length {limit}, some by far: remove them, or set data.truncation to right, "
-            "left, drop or (clm) split"
-        )
+        return f"{too_long:,} rows are longer than data.max_length {limit}, some by far: remove them, or set {CUT}"
     longest, usual = max(lengths), int(np.percentile(lengths, 95, method="higher"))
-    enough = -(-longest // 64) * 64
     return (
         f"{too_long:,} rows are longer than data.max_length {limit}; of all {len(lengths):,} the longest has {longest:,} tokens and 95% "
-        f"have at most {usual:,}: set data.max_length: {enough}, or data.truncation to right, left, drop or (clm) split"
+        f"have at most {usual:,}: {fitting(longest, limit, options.positions)}"
     )
 
 
