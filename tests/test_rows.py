@@ -286,23 +286,68 @@ def test_the_answers_to_learn_may_be_named(values, columns, messages):
     assert rows.to_conversation(row, rows.detect(row, columns), columns).messages == messages
 
 
+def accepted(folder, values: dict[str, Any], columns: dict[str, str]) -> tuple[Message, ...]:
+    path = str(write_jsonl(folder / "rows.jsonl", [values]))
+    rows.check([[path]], "auto", columns, "line", None)
+    [conversation] = rows.conversations([path], "auto", columns, "line", None, rows.Problems())
+    return conversation.messages
+
+
+PAIR = {"chosen": "c", "rejected": "r"}
+
+
 @pytest.mark.parametrize(
-    ("values", "target"),
+    ("values", "mapping", "messages"),
     [
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "completion"), ({"chosen": "c", "rejected": "r"}, "completion"),
-        ({"chosen": [{"role": "user", "content": "q"}], "rejected": []}, "messages"), ({**PAIRS[4], "chosen": [], "rejected": []}, "messages"),
+        ({"prompt": "p", **PAIR}, "{completion: chosen}", (user("p"), assistant("c"))),
+        ({"prompt": "p", "chosen": "c"}, "{completion: chosen}", (user("p"), assistant("c"))),
+        ({"system": "s", "question": "q", **PAIR}, "{answer: chosen}", (user("q"), assistant("c"))),
+        ({**QA, **PAIR}, "{answer: chosen}", (user("q"), assistant("c"))),
+        ({"instruction": "i", **PAIR}, "{output: chosen}", (user("i"), assistant("c"))),
+        ({"query": "q", **PAIR}, "{prompt: query, completion: chosen}", (user("q"), assistant("c"))),
+        (PAIR, "{text: chosen}", (Message("text", "c", supervised=True),)),
+        ({"prompt": "p", "score_chosen": 5, "chosen_response": "c", "rejected_response": "r"}, "{completion: chosen_response}", (user("p"), assistant("c"))),
+        ({"prompt": "p", "chosen": PAIRS[4]["messages"], "rejected": [], "score_chosen": 5}, "{messages: chosen}", (user("q"), assistant("a"))),
     ],
 )  # fmt: skip
-def test_preference_rows_are_named_with_what_to_do(values, target):
+def test_preference_rows_come_with_a_mapping_that_works(tmp_path, values, mapping, messages):
     says = refused(values)
     assert "belongs to preference rows (DPO, reward models), which are not supported yet" in says
-    assert f"write data.columns: {{{target}: chosen}}" in says
+    assert f"write data.columns: {mapping}" in says
+    columns = dict(part.split(": ") for part in mapping.strip("{}").split(", "))
+    assert accepted(tmp_path, values, columns) == messages
 
 
-def test_a_preference_column_is_mapped_under_its_own_name():
-    says = refused({"prompt": "p", "score_chosen": 5, "chosen_response": "c", "rejected_response": "r"})
-    assert "write data.columns: {completion: chosen_response}, or drop the column" in says
-    assert "write data.columns" not in refused({**QA, "rejected_response": "r"})
+ASKED, SAID = {"from": "human", "value": "q"}, {"from": "gpt", "value": "c"}
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        ({"conversations": [ASKED], "chosen": SAID, "rejected": SAID}, "append chosen to conversations; then drop the columns ['chosen', 'rejected']"),
+        ({"conversations": [ASKED], "chosen": SAID}, "append chosen to conversations; then drop the columns ['chosen']"),
+        ({"messages": [{"role": "user", "content": "q"}], "chosen": "c", "rejected": "r"}, "append chosen, as a message of the assistant, to messages; then drop"),
+        ({"prompt": [ASKED], "chosen": [SAID], "rejected": [SAID]}, "append chosen to prompt, and rename it to 'messages'; then drop the columns"),
+    ],
+)  # fmt: skip
+def test_a_chosen_answer_that_continues_a_conversation_is_to_be_appended(tmp_path, values, advice):
+    assert f"to train on the chosen answers only, {advice}" in refused(values)
+    asked = next(value for name, value in values.items() if name not in ("chosen", "rejected"))
+    said = SAID if "from" in asked[0] else {"role": "assistant", "content": "c"}
+    name = "conversations" if "conversations" in values else "messages"
+    assert accepted(tmp_path, {name: [*asked, said]}, {}) == (user("q"), assistant("c"))
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        ({**QA, "rejected_response": "r"}, "to train on the other answers only, drop the column"),
+        ({**QA, "chosen": True}, "keep the good rows and drop the column"),
+        ({"messages": PAIRS[4]["messages"], "chosen": SAID, "rejected": SAID}, "drop the columns ['chosen', 'rejected']: 'messages' has an answer of its own"),
+    ],
+)  # fmt: skip
+def test_a_preference_column_next_to_an_answer_is_to_be_dropped(values, advice):
+    assert refused(values).endswith(advice)
 
 
 def test_columns_that_only_later_rows_have_are_counted_and_refused(tmp_path):

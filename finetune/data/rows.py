@@ -110,16 +110,13 @@ def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str]
 
 def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({}), learned: bool = True) -> str:
     """Format of the rows, from the columns of the first one. `columns` maps our name to the file's; `learned`: see `conversations`."""
-    present = set(row.values) | {name for column in row.values for name in ALIASES.get(column, ())}
-    present |= {ours for ours, theirs in columns.items() if theirs in row.values}
-    for name, needed in FORMATS.items():
-        if present.issuperset(needed):
-            return name
+    if name := _fitting(row, columns):
+        return name
     for ours, theirs in columns.items():
         if theirs not in row.values:
             raise DataError(f"{row.place}: data.columns: {ours}: {_no_column(row, theirs)}")
     if learned:
-        _require_no_verdict(row, set(columns.values()))
+        _require_no_verdict(row, columns)
     mapping = _by_other_case(row) or "for example {question: Patient, answer: Doctor}"
     shapes = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
     is_table = row.place.source.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
@@ -128,6 +125,13 @@ def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({}), learned:
         + ("the first line should name the columns; " if is_table else "")
         + f"rename them, or map them with data.columns, {mapping}"
     )
+
+
+def _fitting(row: Row, columns: Mapping[str, str]) -> str | None:
+    """The first format whose columns are all there."""
+    present = set(row.values) | {name for column in row.values for name in ALIASES.get(column, ())}
+    present |= {ours for ours, theirs in columns.items() if theirs in row.values}
+    return next((name for name, needed in FORMATS.items() if present.issuperset(needed)), None)
 
 
 def _by_other_case(row: Row) -> str | None:
@@ -164,7 +168,7 @@ def to_conversation(
                 f"data.columns: {ours} and {twice[0]} would both be read from column {short(theirs)!r}; name another column for one of them"
             )
     if learned and (format != "text" or _preference_columns(tuple(row.values), REJECTED)):
-        _require_no_verdict(row, set(taken.values()))
+        _require_no_verdict(row, taken)
     if format == "text":
         return Conversation((Message("text", cell("text"), supervised=True),), row.place)
     if format == "messages":
@@ -333,20 +337,20 @@ def _unread(row: Row, read: Set[str]) -> Iterator[str]:
         }
 
 
-def _require_no_verdict(row: Row, read: Set[str]) -> None:
-    """Raise DataError for a column that says how good the answer is: without it bad answers are learned as right ones."""
-    names = tuple(row.values)
+def _require_no_verdict(row: Row, taken: Mapping[str, str]) -> None:
+    """Raise DataError for a column that says how good the answer is: without it bad answers are learned as right ones.
+
+    `taken`: our names of the columns that are read -> the row's own.
+    """
+    names, read = tuple(row.values), set(taken.values())
     chosen, rejected = (_preference_columns(names, words) for words in (CHOSEN, REJECTED))
     if read & set(chosen):
         return  # the user has said which answers to learn
     for column in (*rejected, *chosen):
         if row.values[column] is not None:
-            best = next((name for name in chosen if isinstance(row.values[name], str | list)), None)
-            target = "messages" if isinstance(row.values.get(best or ""), list) else "completion"
-            map_it = f"write data.columns: {{{target}: {short(best)}}}, or " if best else ""
             raise DataError(
                 f"{row.place}: column {short(column)!r} belongs to preference rows (DPO, reward models), which are not supported yet; "
-                f"to train on the chosen answers only, {map_it}drop the column"
+                f"{_to_train_on_chosen(row, column, taken, chosen, rejected)}"
             )
     for column in _verdict_columns(names):
         if column not in read and _is_verdict(row.values[column], column):
@@ -355,6 +359,51 @@ def _require_no_verdict(row: Row, read: Set[str]) -> None:
                 "as a good one; preference, KTO and reward training are not supported yet: keep the good rows and "
                 f"drop the column, or rename it to '_{column}' if it means something else"
             )
+
+
+def _to_train_on_chosen(
+    row: Row, column: str, taken: Mapping[str, str], chosen: Sequence[str], rejected: Sequence[str]
+) -> str:
+    """What to do with a preference row so that it trains on the good answer, by where that stands."""
+    best = next((name for name in chosen if isinstance(row.values[name], str | list | dict)), None)
+    if best is None:
+        is_text = isinstance(row.values[column], str | list | dict)
+        return "to train on the other answers only, drop the column" if is_text else "keep the good rows and drop the column"
+    aim, answer = "to train on the chosen answers only, ", row.values[best]
+    drop = f"drop the columns {list_columns(sorted({*chosen, *rejected}))}"
+    if isinstance(answer, list) and (not answer or _role(answer[0]) != "assistant"):
+        return f"{aim}write data.columns: {{messages: {short(best)}}}"
+    for name in (taken.get("messages"), "messages", "conversations", "prompt"):
+        turns = row.values.get(name) if name else None
+        if isinstance(turns, list) and turns:
+            if _role(turns[-1]) == "assistant":
+                return f"{aim}{drop}: {short(name)!r} has an answer of its own"
+            what = short(best) if not isinstance(answer, str) else f"{short(best)}, as a message of the assistant,"
+            rename = ", and rename it to 'messages'" if name == "prompt" else ""
+            return f"{aim}append {what} to {short(name)}{rename}; then {drop}"
+    if not isinstance(answer, str):
+        return f"{aim}write them as text into a column that is called completion; then {drop}"
+    fits = _fitting(row, taken) not in (None, "text")
+    return f"{aim}write data.columns: {_mapping(row, best, taken, rejected)}" + (f", or {drop}" if fits else "")
+
+
+def _mapping(row: Row, best: str, taken: Mapping[str, str], rejected: Sequence[str]) -> str:
+    """data.columns for a row whose column `best` holds the text of the answer."""
+    for ours, answer in (("question", "answer"), ("prompt", "completion"), ("instruction", "output")):
+        theirs = taken.get(ours, ours)
+        if isinstance(row.values.get(theirs), str):
+            return f"{{{'' if theirs == ours else f'{ours}: {short(theirs)}, '}{answer}: {short(best)}}}"
+    others = [name for name, value in row.values.items() if isinstance(value, str) and name not in (best, *rejected)]
+    if not others:
+        return f"{{text: {short(best)}}}, which learns all of the text"
+    asked = short(others[0]) if len(others) == 1 else "NAME"
+    return f"{{prompt: {asked}, completion: {short(best)}}}" + (", with the NAME of the column that asks" if len(others) > 1 else "")
+
+
+def _role(turn: Any) -> str | None:
+    """Our name for who says a message."""
+    name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    return SHAREGPT_ROLES.get(name) if isinstance(name, str) else None
 
 
 @functools.lru_cache(10_000)
