@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune import config as configs
-from finetune import failures
+from finetune import failures, places
 from finetune.config import Config, paths
 from finetune.engine.preemption import StopFlag
 from finetune.errors import (
@@ -295,7 +295,7 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
                     best, stalled = judge()
             ends = last or must_stop or stalled or best == progress.step
             if ends or time_to_save or due(progress.step, config.checkpoint.every_steps):
-                saves.save(state, best, seconds_left=stop.seconds_left() if must_stop else None)
+                saves.save(state, best, seconds_left=stop.save_seconds() if must_stop else None)
                 stop.wants_save = False
     if stalled:
         tracker.flush()
@@ -403,7 +403,7 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     topology.on_main(verify_and_publish)
     job.tell(f"complete at step {step}: {reason}: {target}")
     if sft:
-        job.tell(f"chat with it: python -m finetune chat --model {target}")
+        job.tell(f"chat with it: {places.command()} chat --model {target}")
 
 
 def put_in_best(job: "Job", state: "TrainState") -> tuple[int, str]:
@@ -435,6 +435,10 @@ def require_moved(job: "Job", state: "TrainState", untrained: dict[str, float | 
     still, num_trained = parameters.still(bare, topology.union({name for name in now if now[name] != untrained[name]}))
     if len(still) == num_trained:
         raise ExportError(f"no weight changed in {step} steps; is optimizer.lr too small for model.dtype?")
+    adapter = job.config.adapter
+    if step == 1 and adapter.path is None and adapter.init in ("default", "gaussian", "eva"):
+        # The other factor starts at 0, so that their first gradient is 0.
+        still = [name for name in still if "lora_A" not in name and "lora_embedding_B" not in name]
     if still:
         job.tell(f"note: {len(still)} of {num_trained} weight tensors did not change, such as {still[0]}")
 

@@ -8,7 +8,7 @@ import runpy
 import signal
 import sys
 
-from finetune import failures
+from finetune import failures, places
 from finetune.config import note_repeats, paths
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
 
@@ -33,21 +33,21 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        places.note_command(sys.argv[0])
     paths.give_home()
     if os.getpid() == 1:
         _heed_signals(EXIT_PREEMPTED if argv[:1] == ["launch"] else EXIT_FAILED)
     if argv[:1] == ["launch"]:  # its arguments are those of `accelerate launch`
         return int(importlib.import_module("finetune.launcher").main(argv[1:]))
     if argv[:1] == ["train"]:
-        from finetune.places import TRAIN
-
-        sys.argv = [str(TRAIN), *argv[1:]]
-        runpy.run_path(str(TRAIN), run_name="__main__")  # ends the process
+        sys.argv = [str(places.TRAIN), *argv[1:]]
+        runpy.run_path(str(places.TRAIN), run_name="__main__")  # ends the process
     if halves := [word for word in argv if paths.half_characters(word, "it")]:
         print(f"error: {paths.shown(halves[0])}: holds half a character, or bytes that are not UTF-8", file=sys.stderr)
         return EXIT_USER_ERROR
-    parser = argparse.ArgumentParser(prog="python -m finetune", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=places.command(), allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(

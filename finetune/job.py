@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from finetune import failures
+from finetune import failures, places
 from finetune.config import Config, base, differences
 from finetune.engine import receipt
 from finetune.engine.checkpoint import folder
@@ -222,7 +222,7 @@ def explained(exc: BaseException, config: Config, topology: Topology) -> BaseExc
     """What an exception really was, where the run stood, and what helps; itself if `failures` does not know it."""
     error = exc if isinstance(exc, Preempted) else failures.translate(exc)
     if isinstance(error, OutOfMemory):
-        hint = "python -m finetune plan --config FILE says what fits"
+        hint = f"{places.command()} plan --config FILE says what fits"
         with contextlib.suppress(Exception):  # there may be no memory left to think with
             from finetune.plan import choice
 

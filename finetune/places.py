@@ -12,6 +12,18 @@ TRAIN = SHIPPED / "train.py"
 # into a file named by its rank there, and process 0 writes the path of its run directory into RUN until it has written how
 # the run ended: the launcher writes the outcome of processes that were killed.
 BEATS, RUN = "FINETUNE_BEATS", "run"
+COMMAND = "FINETUNE_COMMAND"  # how the user calls the program, for the processes that it starts
+
+
+def note_command(program: str) -> None:
+    """`program`: what Python was started with, which for the installed command is its path."""
+    if Path(program).stem == "finetune":
+        os.environ[COMMAND] = "finetune"
+
+
+def command() -> str:
+    """How to call the program again, for messages."""
+    return "finetune" if os.environ.get(COMMAND) == "finetune" else "python -m finetune"
 
 
 def found(name: str) -> str:

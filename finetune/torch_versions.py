@@ -6,6 +6,7 @@ Each function says what changed, and when. Nothing else in the package asks for 
 import inspect
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -54,6 +55,15 @@ def as_floats(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     would convert the bits as if they were numbers.
     """
     return packed.detach().reshape(-1).view(dtype).reshape(-1, 1)
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """How long collectives of the default group may take.
+
+    2.14 has a public function for it, and warns of the private one, which is all that 2.11 and 2.13 have.
+    """
+    public = getattr(torch.distributed, "set_timeout", None)
+    (public or torch.distributed.distributed_c10d._set_pg_timeout)(timeout)
 
 
 def ignore_new_names() -> None:

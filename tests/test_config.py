@@ -481,8 +481,22 @@ def test_a_file_that_is_no_config_is_refused_by_name(refusal, text, says):
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot read the config"):
-        configs.parse(["--config", str(tmp_path / "absent.yaml")])
+    path = tmp_path / "absent.yaml"
+    with pytest.raises(ConfigError) as caught:
+        configs.parse(["--config", str(path)])
+    assert str(caught.value) == f"{path}: no such file"
+
+
+def test_a_config_that_is_misspelt_or_in_configs_comes_with_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/my_run.yaml").touch()
+    for given in ("configs/my_rum.yaml", "my_run.yaml", "config/my_run.yaml", "configs/MY_RUN.YAML"):
+        with pytest.raises(ConfigError) as caught:
+            configs.parse(["--config", given])
+        assert str(caught.value) == f"{given}: no such file; did you mean configs/my_run.yaml?"
+    with pytest.raises(ConfigError, match=r"^away/other\.yaml: no such file; the folder away does not exist$"):
+        configs.parse(["--config", "away/other.yaml"])
 
 
 def test_a_config_that_is_not_utf8_is_named(tmp_path):

@@ -109,6 +109,13 @@ def test_a_run_that_moved_no_weight_is_never_complete(workshop):
         workshop.train(model__dtype="bfloat16", optimizer__lr=1e-60)
 
 
+def test_factors_that_cannot_move_in_the_first_step_are_not_named(workshop, capsys):
+    settings = as_adapter(workshop.train("base"))
+    capsys.readouterr()
+    workshop.train("lora", **settings, train__max_steps=1)
+    assert "did not change" not in capsys.readouterr().err
+
+
 def test_weights_that_did_not_move_are_named(workshop, capsys):
     # Norms are 1, where float32 steps by 6e-8: an update of 2e-8 is lost; what is near 0 takes it.
     workshop.train(optimizer__lr=2e-8)

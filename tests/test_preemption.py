@@ -73,6 +73,41 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved():
     assert told.value.label == "preempted"
 
 
+def test_ctrl_c_in_the_loop_says_at_once_what_happens_and_what_a_second_one_does(capfd, monkeypatch):
+    for rank, told in ((None, True), ("0", True), ("1", False)):
+        monkeypatch.delenv("RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        stop = flag()
+        stop.only_note()
+        send(signal.SIGINT)
+        assert ("stopping after this step, then saving; Ctrl-C again quits at once" in capfd.readouterr().err) == told
+
+
+def test_a_second_ctrl_c_quits_at_once():
+    code = """
+import os, signal
+from finetune.engine.preemption import StopFlag
+stop = StopFlag()
+stop.raises()
+stop.only_note()
+for _ in range(2):
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.count("stopping after this step") == 1
+
+
+def test_only_a_machine_that_goes_away_limits_the_last_save():
+    for number, is_limited in ((signal.SIGTERM, True), (signal.SIGINT, False)):
+        stop = flag()
+        stop.configure(grace_seconds=20, max_minutes=None, cloud=None, say=print)
+        stop.only_note()
+        send(number)
+        assert (stop.save_seconds() is not None) == is_limited
+
+
 def test_nohup_is_heeded():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = flag()

@@ -1,7 +1,11 @@
 """What differs between versions of PyTorch is asked for once, and answered for each of them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 from finetune import torch_versions
 
@@ -60,3 +64,17 @@ def test_quantised_bytes_keep_their_bits_under_a_float_dtype(dtype):
     assert stored.dtype == dtype
     assert stored.shape == (1024 // dtype.itemsize, 1)
     assert torch.equal(stored.view(torch.uint8).view(-1, 1), packed)
+
+
+def test_the_timeout_of_collectives_is_set_without_a_warning():
+    code = """
+import datetime, tempfile, warnings
+import torch.distributed as dist
+from finetune import torch_versions
+warnings.simplefilter("error")
+dist.init_process_group("gloo", store=dist.FileStore(tempfile.mktemp()), rank=0, world_size=1)
+torch_versions.set_timeout(datetime.timedelta(seconds=77))
+print(dist.group.WORLD._get_backend(__import__("torch").device("cpu")).options._timeout)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("0:01:17\n", 0), done.stderr

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import failures
+from finetune import failures, places
 from finetune.config import paths
 from finetune.config import values as allowed
 from finetune.errors import ModelError
@@ -119,7 +119,7 @@ def folder_problem(path: str, needs_weights: bool) -> str | None:
         base = f"model.path: {named}" if named else "its base in model.path"
         return (
             f"{path} is an adapter, not a model; to train it further give {base} and adapter.path: {path}; to train on "
-            "top of it, merge it first: python -m finetune export --merge"
+            f"top of it, merge it first: {places.command()} export --merge"
         )
     if kind == "run":
         inside = os.path.join(path, "model")

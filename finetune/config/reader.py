@@ -121,7 +121,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = _text_of(Path(paths.expanded(str(path))))
     except (OSError, ValueError) as exc:
-        why = "it is a folder; name a file in it" if isinstance(exc, IsADirectoryError) else exc
+        if isinstance(exc, FileNotFoundError):
+            raise ConfigError(f"{path}: no such file{_meant(os.path.expanduser(str(path)))}") from exc
+        why = (
+            "it is a folder; name a file in it"
+            if isinstance(exc, IsADirectoryError)
+            else getattr(exc, "strerror", None) or exc
+        )
         raise ConfigError(f"{path}: cannot read the config: {why}") from exc
     try:
         values = yaml.load(text, Loader=_Loader)
@@ -130,6 +136,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as run: and data:, got {type(values).__name__}")
     return values
+
+
+def _meant(path: str) -> str:
+    """What a missing config may be called: a file next to it, or in configs/."""
+    folder, name = os.path.split(path)
+    if folder and not os.path.isdir(folder):
+        hint = f"; the folder {folder} does not exist"
+    else:
+        hint = f" in {os.getcwd()}" if not folder else ""
+    for place in dict.fromkeys((folder, "configs")):
+        if near := paths.nearest(place, name):
+            return f"; did you mean {paths.shown(near)}?"
+    return hint
 
 
 class _NoText(ValueError):

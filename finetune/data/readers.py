@@ -8,7 +8,6 @@ error must name its line and "42" in a CSV must stay text. Parquet is read by py
 import codecs
 import contextlib
 import csv
-import difflib
 import glob
 import gzip
 import hashlib
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from finetune import failures
+from finetune.config import paths
 from finetune.errors import DataError
 
 # Types that other tools read. A name with such an ending is a file, also where no file has it.
@@ -259,14 +259,10 @@ def _absent(name: str, key: str = "data.train") -> DataError:
         hint = "; write / between folders"
     elif folder and not os.path.isdir(folder):
         hint = f"; the folder {printable(folder)} does not exist"
-    else:
-        with contextlib.suppress(OSError, ValueError):
-            near = difflib.get_close_matches(base, os.listdir(folder or "."), n=1)
-            near = near or [entry for entry in os.listdir(folder or ".") if entry.lower() == base.lower()]
-            if near:
-                hint = f"; did you mean {printable(os.path.join(folder, near[0]))}?"
-            elif _HUB_NAME.fullmatch(name):
-                hint = f"; it was not searched on the Hub, because {printable(folder)} is a local folder"
+    elif near := paths.nearest(folder, base):
+        hint = f"; did you mean {printable(near)}?"
+    elif _HUB_NAME.fullmatch(name):
+        hint = f"; it was not searched on the Hub, because {printable(folder)} is a local folder"
     return DataError(
         f"{printable(name) or '(empty name)'}: no such file in {_here()}{hint}; "
         f"{takes} files, folders, globs, or Hub names as owner/name[:split]"

@@ -368,7 +368,11 @@ def _to_train_on_chosen(
     best = next((name for name in chosen if isinstance(row.values[name], str | list | dict)), None)
     if best is None:
         is_text = isinstance(row.values[column], str | list | dict)
-        return "to train on the other answers only, drop the column" if is_text else "keep the good rows and drop the column"
+        return (
+            "to train on the other answers only, drop the column"
+            if is_text
+            else "keep the good rows and drop the column"
+        )
     aim, answer = "to train on the chosen answers only, ", row.values[best]
     drop = f"drop the columns {list_columns(sorted({*chosen, *rejected}))}"
     if isinstance(answer, list) and (not answer or _role(answer[0]) != "assistant"):
@@ -397,7 +401,9 @@ def _mapping(row: Row, best: str, taken: Mapping[str, str], rejected: Sequence[s
     if not others:
         return f"{{text: {short(best)}}}, which learns all of the text"
     asked = short(others[0]) if len(others) == 1 else "NAME"
-    return f"{{prompt: {asked}, completion: {short(best)}}}" + (", with the NAME of the column that asks" if len(others) > 1 else "")
+    return f"{{prompt: {asked}, completion: {short(best)}}}" + (
+        ", with the NAME of the column that asks" if len(others) > 1 else ""
+    )
 
 
 def _role(turn: Any) -> str | None:

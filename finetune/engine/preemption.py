@@ -20,6 +20,7 @@ LAUNCHERS = {
     "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli",
     "torchrun", "torch.distributed.run", "torch.distributed.launch",
 }  # fmt: skip
+STOPPING = b"\nstopping after this step, then saving; Ctrl-C again quits at once, and loses what is not saved yet\n"
 DEADLINE = "checkpoint.max_minutes are over"
 
 
@@ -97,6 +98,10 @@ class StopFlag:
         """Until the machine goes, as far as anybody has said."""
         return self._goes - time.monotonic() if self._goes is not None else self._grace_seconds
 
+    def save_seconds(self) -> float | None:
+        """Time for a last save; None: any, as after Ctrl-C, where the machine stays."""
+        return None if self.reason == signal.SIGINT.name else self.seconds_left()
+
     def raises(self) -> None:
         """From now on what stops the run is an exception."""
         self._is_importing = False
@@ -134,6 +139,8 @@ class StopFlag:
             if self._interrupted:
                 os._exit(128 + number)
             self._interrupted = True
+            if os.environ.get("RANK", "0") == "0":  # print may be what the signal has interrupted, and would fail
+                os.write(2, STOPPING)
 
     def _heard(self, notice: Notice) -> None:
         if not notice.final:

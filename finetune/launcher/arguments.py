@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from finetune import failures
+from finetune import failures, places
 from finetune.errors import ConfigError, TopologyError
 from finetune.launcher.processes import say
 from finetune.places import found
@@ -32,7 +32,9 @@ def read(argv: list[str], held: contextlib.ExitStack | None) -> tuple[list[dict[
     `held` keeps the port for them; None where no process will be started: then no port is taken or looked at.
     """
     if not argv:
-        raise ConfigError("launch was given no script; python -m finetune launch train.py --config configs/my_run.yaml")
+        raise ConfigError(
+            f"launch was given no script; {places.command()} launch train.py --config configs/my_run.yaml"
+        )
     if not argv[0].startswith("-"):  # without Accelerate, whose import takes seconds
         return [dict(os.environ)], _command(argv[0], argv[1:])
     from accelerate.commands import launch
@@ -64,10 +66,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     from accelerate.commands import launch
 
     def wrong(message: str) -> NoReturn:
-        raise ConfigError(f"launch: {message}; python -m finetune launch --help lists the options before the script")
+        raise ConfigError(f"launch: {message}; {places.command()} launch --help lists the options before the script")
 
     parser = launch.launch_command_parser()
-    parser.prog, parser.error = "python -m finetune launch", wrong
+    parser.prog, parser.error = f"{places.command()} launch", wrong
     arguments: argparse.Namespace = parser.parse_args(argv)
     given = [name for name in IGNORED if name in getattr(arguments, "nondefault", ())]
     if given:

@@ -64,9 +64,9 @@ class Saver:
         """Write checkpoint `step-<progress.step>` and prune older ones, but not that of step `best`. Collective.
 
         Returns when the state is copied. A save that fails leaves the older ones as they are and
-        is reported; the third in a row raises CheckpointError. `seconds_left`: until the machine goes.
+        is reported; the third in a row raises CheckpointError. `seconds_left`: until the machine goes; None: it stays.
         """
-        if seconds_left is not None and self.last_seconds > seconds_left:
+        if seconds_left is not None and self.last_seconds > max(0.0, seconds_left):
             self.say(
                 f"note: the last save took {self.last_seconds:.3g} s, and about {max(0.0, seconds_left):.3g} s are left: "
                 f"a save that is under way is finished first, then step {state.progress.step} is saved if there is time"

@@ -21,7 +21,7 @@ from accelerate.utils import (
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from finetune import failures
+from finetune import failures, torch_versions
 from finetune.config import Config
 from finetune.data.batches import Batch
 from finetune.engine.topology import empty, launch, support
@@ -151,7 +151,7 @@ class Topology:
                     f"process {rank} was started with another {key}: {others.get(key)!r}, process 0 has {everyone[0].get(key)!r}; "
                     "give every node the same config and command line"
                 )
-        torch.distributed.distributed_c10d._set_pg_timeout(WAIT)
+        torch_versions.set_timeout(WAIT)
 
     def lost(self) -> str:
         """Once a connection has broken: which processes have gone, in words. Takes a few seconds."""

@@ -1,0 +1,31 @@
+"""Messages name the command as the user calls it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from finetune import places
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [("/venv/bin/finetune", "finetune"), ("finetune.exe", "finetune"), ("/x/finetune/__main__.py", "python -m finetune"), ("train.py", "python -m finetune")],
+)  # fmt: skip
+def test_messages_name_the_command_that_started_the_program(program, command, monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    places.note_command(program)
+    assert places.command() == command
+
+
+def test_the_installed_command_names_itself(tmp_path):
+    """A console script, as pip writes it; the processes that it starts name it too."""
+    script = tmp_path / "finetune"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom finetune.__main__ import main\nsys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, str(script), "launch"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "; finetune launch train.py --config" in done.stderr
