@@ -1,5 +1,6 @@
-"""Where train.py and the topology files are, in a checkout or in the installed package, and where processes leave notes."""
+"""Where train.py and the topology files are, in a checkout or in the installed package, where processes leave notes, and what a missing file may be."""
 
+import difflib
 import os
 from pathlib import Path
 
@@ -31,3 +32,13 @@ def found(name: str) -> str:
     name = os.path.expanduser(name)
     shipped = SHIPPED / name
     return str(shipped) if not Path(name).exists() and shipped.is_file() else name
+
+
+def nearest(folder: str, name: str) -> str | None:
+    """The path of what is called most like `name` in a folder; None if nothing is, or the folder cannot be listed."""
+    try:
+        inside = os.listdir(folder or ".")
+    except (OSError, ValueError):
+        return None
+    near = difflib.get_close_matches(name, inside, n=1) or [each for each in inside if each.lower() == name.lower()]
+    return os.path.join(folder, near[0]) if near else None

@@ -17,8 +17,8 @@ ALLOWED = {
     "finetune.places": [],
     "finetune.streams": [],
     "finetune.files": [],
-    "finetune.config": ["finetune.config", "finetune.failures", "finetune.errors"],
-    "finetune.data.readers": ["finetune.failures", "finetune.errors"],
+    "finetune.config": ["finetune.config", "finetune.places", "finetune.failures", "finetune.errors"],
+    "finetune.data.readers": ["finetune.places", "finetune.failures", "finetune.errors"],
     "finetune.data.rows": ["finetune.data.readers", "finetune.errors"],
     "finetune.data.templates": ["finetune.data.rows", "finetune.errors"],
     "finetune.data.tokens": [
@@ -47,7 +47,7 @@ ALLOWED = {
     ],
     "finetune.job": [
         "finetune.preflight", "finetune.plan", "finetune.models.load", "finetune.models.parameters", "finetune.engine", "finetune.evaluation.generation",
-        "finetune.config", "finetune.failures", "finetune.errors",
+        "finetune.config", "finetune.places", "finetune.failures", "finetune.errors",
     ],
     "finetune.evaluation": [
         "finetune.data", "finetune.export", "finetune.evaluation", "finetune.config", "finetune.files", "finetune.failures", "finetune.errors",

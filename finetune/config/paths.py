@@ -1,6 +1,5 @@
 """Paths as users write them: `~`, half characters, and what is a folder here rather than a name on the Hub. No torch."""
 
-import difflib
 import os
 import stat
 import tempfile
@@ -104,16 +103,6 @@ def is_local(name: str) -> bool:
         or "\\" in name
         or ("/" in name and os.path.isdir(name.split("/")[0]))
     )
-
-
-def nearest(folder: str, name: str) -> str | None:
-    """The path of what is called most like `name` in a folder; None if nothing is, or the folder cannot be listed."""
-    try:
-        inside = os.listdir(folder or ".")
-    except (OSError, ValueError):
-        return None
-    near = difflib.get_close_matches(name, inside, n=1) or [each for each in inside if each.lower() == name.lower()]
-    return os.path.join(folder, near[0]) if near else None
 
 
 def half_characters(value: Any, key: str = "") -> list[str]:

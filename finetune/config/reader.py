@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, cast, get_args, get
 import yaml
 from pydantic import ValidationError
 
-from finetune import failures
+from finetune import failures, places
 from finetune.config import base, names, paths
 from finetune.config.fields import Config, Section
 from finetune.config.rules import conflicts
@@ -146,7 +146,7 @@ def _meant(path: str) -> str:
     else:
         hint = f" in {os.getcwd()}" if not folder else ""
     for place in dict.fromkeys((folder, "configs")):
-        if near := paths.nearest(place, name):
+        if near := places.nearest(place, name):
             return f"; did you mean {paths.shown(near)}?"
     return hint
 

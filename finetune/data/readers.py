@@ -23,8 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from finetune import failures
-from finetune.config import paths
+from finetune import failures, places
 from finetune.errors import DataError
 
 # Types that other tools read. A name with such an ending is a file, also where no file has it.
@@ -259,7 +258,7 @@ def _absent(name: str, key: str = "data.train") -> DataError:
         hint = "; write / between folders"
     elif folder and not os.path.isdir(folder):
         hint = f"; the folder {printable(folder)} does not exist"
-    elif near := paths.nearest(folder, base):
+    elif near := places.nearest(folder, base):
         hint = f"; did you mean {printable(near)}?"
     elif _HUB_NAME.fullmatch(name):
         hint = f"; it was not searched on the Hub, because {printable(folder)} is a local folder"
