@@ -154,7 +154,8 @@ def test_merge_command_writes_full_weights(workshop, capsys):
 
 def test_a_place_where_nothing_can_be_written_is_refused_before_a_model_is_loaded(tmp_path):
     """Root may write anywhere, says os.access."""
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "base_model_name_or_path": "base"}')
+    save_file({"a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
     for target in ("/proc/x", "/proc/x/y"):
         with pytest.raises(ModelError, match=f"--output: {target}: /proc cannot be written"):
             export.merge([tmp_path], Path(target))
