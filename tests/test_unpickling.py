@@ -1,4 +1,4 @@
-"""Whoever may write to a run directory may write a pickle and its hash, too: nothing of a checkpoint is executed."""
+"""Anyone who can write to a run directory may write a pickle and its hash, too: nothing of a checkpoint is executed."""
 
 import hashlib
 import json

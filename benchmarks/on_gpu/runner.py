@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
 MARK = "MAKE_GPU_PROCESS"
-"""A variable that every process of one start inherits: what is found by it is killed, whoever its parent or session is by then."""
+"""A variable that every process of one start inherits: processes that have it are killed, whatever their parent or session has become."""
 # What a cluster's or another launcher's environment would tell our processes about themselves.
 OTHERS = (
     "RANK",

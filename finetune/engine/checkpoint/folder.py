@@ -240,7 +240,7 @@ def sizes(manifest: dict[str, Any]) -> dict[str, int]:
 def _require_shape(manifest: dict[str, Any]) -> None:
     """Raise ValueError that names the key which is missing, or holds what none of our manifests does.
 
-    The hash does not show it: whoever changes a manifest can hash it again.
+    The hash does not show it: a changed manifest can be hashed again.
     """
     sizes(manifest)
     progress, settings = manifest.get("progress"), manifest.get("config")

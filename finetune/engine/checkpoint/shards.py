@@ -200,7 +200,7 @@ def _read_own(found: Found, topology: Topology) -> None:
     try:
         if path.exists():
             _restore_random_state(json.loads(path.read_text())["random"], topology)
-        else:  # a process that was not there before draws what nobody has drawn
+        else:  # a process that was not there before draws new random numbers
             torch.manual_seed(hash((torch.initial_seed(), found.step)) % 2**63)
         # One scaler for all: processes that are new have none saved, and must scale as the others do.
         path = found.path / _own_name(0)

@@ -1,6 +1,6 @@
 """Read a checkpoint's pickles without executing what they name.
 
-Whoever may write to a run directory or to its object store can also write a manifest with the right
+Anyone who can write to a run directory or its object store can also write a manifest with the right
 hashes, so a hash does not make a file safe. A pickle is a program; what is read here may only name the
 classes that a checkpoint consists of.
 """
