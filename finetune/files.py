@@ -41,14 +41,17 @@ def probe_folder(folder: Path) -> None:
     os.rmdir(tempfile.mkdtemp(prefix=".writing-", dir=folder))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file next to its place and rename it, so that what was there stays until then. A link stays a link."""
+def write_whole(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file next to its place and rename it, so that what was there stays until then. A link stays a link.
+
+    `errors`: as in `open`. An OSError names a file: a full disk is found by a write, which names none.
+    """
     if path.exists() and not path.is_file():  # a pipe or a device, which no file can replace
         path.write_text(text, encoding="utf-8")
         return
     descriptor, temporary = _beside(path)
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with open(descriptor, "w", encoding="utf-8", errors=errors) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -57,6 +60,9 @@ def write_whole(path: Path, text: str) -> None:
         else:
             follow_umask(temporary)
         os.replace(temporary, os.path.realpath(path))
+    except OSError as exc:
+        exc.filename = exc.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -64,5 +70,5 @@ def write_whole(path: Path, text: str) -> None:
 def _beside(path: Path) -> tuple[int, Path]:
     """A new file in the folder where `path`, or what it links to, lies."""
     real = Path(os.path.realpath(path))
-    descriptor, temporary = tempfile.mkstemp(prefix=".writing-", suffix=f"-{real.name[-100:]}", dir=real.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".writing-{real.name[-100:]}-", dir=real.parent)
     return descriptor, Path(temporary)

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -484,20 +483,7 @@ def _overwrite(path: Path, outcome: dict[str, Any], room: int) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Leave the whole new file or the whole old one, even after a crash."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".writing-{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        files.follow_umask(Path(temporary))
-        os.rename(temporary, path)
-    except BaseException as exc:  # a signal, too
-        if isinstance(exc, OSError) and exc.filename is None:  # a full disk is found by a write, which names no file
-            exc.filename = str(path)
-        with contextlib.suppress(FileNotFoundError):  # it may have been renamed already
-            os.unlink(temporary)
-        raise
+    files.write_whole(path, text, errors="surrogateescape")
     flush(path.parent)
 
 
