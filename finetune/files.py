@@ -1,10 +1,12 @@
-"""Files with the mode that any other program would have given them, and files that a user names, written whole or not at all."""
+"""Files written whole or not at all, with the mode that any other program would give them; notes in JSON, read."""
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def follow_umask(*paths: Path) -> None:
@@ -72,3 +74,16 @@ def _beside(path: Path) -> tuple[int, Path]:
     real = Path(os.path.realpath(path))
     descriptor, temporary = tempfile.mkstemp(prefix=f".writing-{real.name[-100:]}-", dir=real.parent)
     return descriptor, Path(temporary)
+
+
+def read_note(path: Path) -> tuple[dict[str, Any], str | None]:
+    """(the object that a JSON file holds, what is wrong with the file); an empty one where it cannot be read."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}, "is missing"
+    except OSError as exc:
+        return {}, f"cannot be read ({exc.strerror})"
+    except (ValueError, RecursionError):
+        return {}, "is damaged: it is not JSON"
+    return (values, None) if isinstance(values, dict) else ({}, "is damaged: it holds no object")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import config as configs
-from finetune import launcher
+from finetune import files, launcher
 from finetune.config import paths
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, RunDirectoryError
 from finetune.places import TRAIN
@@ -88,14 +88,9 @@ def _receipt(run: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except OSError as exc:
-        raise RunDirectoryError(f"{path} cannot be read: {exc.strerror}; give the directory of a run") from exc
-    except (ValueError, RecursionError) as exc:
-        raise RunDirectoryError(f"{path} is damaged: it is not JSON; put back a copy of it") from exc
-    if not isinstance(values, dict):
-        raise RunDirectoryError(f"{path} is damaged: it holds no object; put back a copy of it")
+    values, problem = files.read_note(path)
+    if problem:
+        raise RunDirectoryError(f"{path} {problem}; put back a copy of it, or give the directory of another run")
     return values
 
 

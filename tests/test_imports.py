@@ -56,7 +56,7 @@ ALLOWED = {
     "finetune.curves": ["finetune.config", "finetune.errors"],
     "finetune.failures": ["finetune.errors"],
     "finetune.launcher": ["finetune.launcher", "finetune.engine.rundir", "finetune.places", "finetune.failures", "finetune.errors"],
-    "finetune.replay": ["finetune.engine.topology", "finetune.launcher", "finetune.config", "finetune.places", "finetune.errors"],
+    "finetune.replay": ["finetune.engine.topology", "finetune.launcher", "finetune.config", "finetune.places", "finetune.files", "finetune.errors"],
     "finetune.__main__": ["finetune.config", "finetune.places", "finetune.failures", "finetune.errors"],
     "data_scripts": ["finetune.data.rows", "finetune.data.templates", "finetune.data.tokens"],
 }  # fmt: skip

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,8 @@ class RunDirectory:
             why = "no permission in" if nearest.is_dir() else "there is a file called"
             raise RunDirectoryError(f"{self.path} cannot be written: {why} {nearest}; choose another run.dir")
         if nearest != self.path:
-            try:
+            with self._writing():
                 files.probe_folder(nearest)
-            except OSError as exc:
-                failures.reraise(exc, f"{self.path} cannot be written now")
-                raise RunDirectoryError(
-                    f"{self.path} cannot be written: {exc.strerror or exc}; choose another run.dir"
-                ) from exc
         for path in self._files():
             if path.exists() and not os.access(path, os.W_OK):
                 raise RunDirectoryError(f"{path} cannot be written: no permission; correct its mode or its owner")
@@ -118,18 +113,16 @@ class RunDirectory:
 
         One that is about to end, as when a machine is replaced, is waited for. Raises DirectoryInUse, RunDirectoryError.
         """
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / LOCK)
-            lock.acquire(timeout=seconds)
+            try:
+                lock.acquire(timeout=seconds)
+            except Timeout:
+                raise DirectoryInUse(
+                    f"{self.path} is still in use by another process after {seconds:g} s; wait for it, or choose another run.name"
+                ) from None
             self._lock = lock
-        except Timeout:
-            raise DirectoryInUse(
-                f"{self.path} is still in use by another process after {seconds:g} s; wait for it, or choose another run.name"
-            ) from None
-        except OSError as exc:
-            failures.reraise(exc, f"{self.path} cannot be written now")
-            raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
 
     def unlock(self) -> None:
         if self._lock:
@@ -137,14 +130,22 @@ class RunDirectory:
 
     def create(self, config: Config) -> None:
         """Make the directory and write the resolved config. Raises RunDirectoryError."""
-        try:
+        with self._writing():
             write_atomically(self.path / "config.yaml", configs.to_yaml(config))  # first: it makes it a run directory
             self.checkpoints.mkdir(exist_ok=True)
             self._sweep()
             self.is_open = True
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise Outage for a disk that fails inside, RunDirectoryError for any other OSError."""
+        try:
+            yield
         except OSError as exc:
             failures.reraise(exc, f"{self.path} cannot be written now")
-            raise RunDirectoryError(f"{self.path} cannot be written: {exc}; choose another run.dir") from exc
+            raise RunDirectoryError(
+                f"{self.path} cannot be written: {exc.strerror or exc}; choose another run.dir"
+            ) from exc
 
     def _sweep(self) -> None:
         """Remove what `write_atomically` has left of attempts that were killed. Under the lock: no other process writes here."""
@@ -178,7 +179,7 @@ class RunDirectory:
 
     def require_receipt(self, other: Path, receipt: dict[str, Any]) -> None:
         """Raise RunDirectoryError with what differs between the receipt of a run and that of this one, which is to repeat it."""
-        old, problem = _read(other / "receipt.json")
+        old, problem = files.read_note(other / "receipt.json")
         if problem is not None:
             raise RunDirectoryError(f"run.replay_of: {other / 'receipt.json'} {problem}; put back a copy of it")
         if different := differences(old, receipt):
@@ -193,19 +194,20 @@ class RunDirectory:
         Where the receipt is damaged, the newest checkpoint says it. Raises RunDirectoryError for a run.replay_of without a receipt.
         """
         of = self.path if config.run.replay_of is None else Path(config.run.replay_of)
-        if config.run.replay_of is not None and (problem := _read(of / "receipt.json")[1]):
+        receipt, problem = files.read_note(of / "receipt.json")
+        if config.run.replay_of is not None and problem:
             raise RunDirectoryError(
                 f"run.replay_of: {of}/receipt.json {problem}; give the directory of a run, as runs/<name>"
             )
         with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged receipt is said elsewhere
-            return str(date.fromisoformat(_read(of / "receipt.json")[0]["template_date"]))
+            return str(date.fromisoformat(receipt["template_date"]))
         for path in steps(of / "checkpoints"):
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # damaged, or of an older version
                 return str(date.fromisoformat(read_manifest(path)["identity"]["date in the template"]))
         return str(date.today())
 
     def receipt(self) -> dict[str, Any]:
-        return self._read("receipt.json")[0]
+        return files.read_note(self.path / "receipt.json")[0]
 
     def write_outcome(self, state: str, step: int, reason: str, exported: Sequence[str] = (), **facts: Any) -> None:
         """state: one of STATES. `exported`: the files of the model of a complete run, not a user's own."""
@@ -255,7 +257,7 @@ class RunDirectory:
 
     def outcome(self) -> dict[str, Any]:
         """How the last attempt ended; empty if there was none."""
-        return self._read(OUTCOME)[0]
+        return files.read_note(self.path / OUTCOME)[0]
 
     def completion(self, identity: dict[str, Any], usual: dict[str, Any]) -> tuple[bool, str | None]:
         """(whether a run has ended here and every file of its model is what was verified then, what is to be told).
@@ -263,7 +265,7 @@ class RunDirectory:
         Raises RunDirectoryError if it was of other data or another base, or if that cannot be known. `identity`, `usual`:
         as in `receipt.identity_differences`. A base's weights are not compared, as they are not loaded yet.
         """
-        outcome, problem = self._read(OUTCOME)
+        outcome, problem = files.read_note(self.path / OUTCOME)
         if problem is None and outcome.get("state") not in STATES:
             problem = "is damaged: it names no state"
         if problem is not None and os.path.lexists(self.path / OUTCOME):
@@ -428,14 +430,11 @@ class RunDirectory:
         return [*logs, *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json"))]
 
     def _read_receipt(self) -> tuple[dict[str, Any], str | None]:
-        receipt, problem = self._read("receipt.json")
+        receipt, problem = files.read_note(self.path / "receipt.json")
         trained = receipt.get("train_data")
         if problem is None and not (isinstance(trained, dict) and isinstance(trained.get("fingerprint"), str)):
             problem = "does not say which data was trained"
         return receipt, problem
-
-    def _read(self, name: str) -> tuple[dict[str, Any], str | None]:
-        return _read(self.path / name)
 
 
 def note_end_of(path: Path, state: str, reason: str) -> None:
@@ -446,7 +445,7 @@ def note_end_of(path: Path, state: str, reason: str) -> None:
     path.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path / LOCK, timeout=0):
-            before, _ = _read(path / OUTCOME)
+            before, _ = files.read_note(path / OUTCOME)
             if before.get("state") != "complete":
                 logged = [values["step"] for line in _lines(path / "metrics.jsonl") if (values := _values(line))]
                 known = before.get("step")
@@ -485,19 +484,6 @@ def write_atomically(path: Path, text: str) -> None:
     """Leave the whole new file or the whole old one, even after a crash."""
     files.write_whole(path, text, errors="surrogateescape")
     flush(path.parent)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], str | None]:
-    """(what a JSON file holds, what is wrong with it); nothing is held by one that cannot be read."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}, "is missing"
-    except OSError as exc:
-        return {}, f"cannot be read ({exc.strerror})"
-    except (ValueError, RecursionError):
-        return {}, "is damaged: it is not JSON"
-    return (values, None) if isinstance(values, dict) else ({}, "is damaged: it holds no object")
 
 
 def _free(path: Path) -> Path:
