@@ -1,6 +1,7 @@
-"""Files written whole or not at all, with the mode that any other program would give them; notes in JSON, read."""
+"""Files written whole or not at all, with the mode that any other program would give them; their hashes; notes in JSON."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -87,3 +88,18 @@ def read_note(path: Path) -> tuple[dict[str, Any], str | None]:
     except (ValueError, RecursionError):
         return {}, "is damaged: it is not JSON"
     return (values, None) if isinstance(values, dict) else ({}, "is damaged: it holds no object")
+
+
+def flush(path: Path) -> None:
+    """Send what was written to a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hash a file without holding it in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,11 +18,11 @@ ALLOWED = {
     "finetune.streams": [],
     "finetune.files": [],
     "finetune.config": ["finetune.config", "finetune.places", "finetune.failures", "finetune.errors"],
-    "finetune.data.readers": ["finetune.places", "finetune.failures", "finetune.errors"],
+    "finetune.data.readers": ["finetune.places", "finetune.files", "finetune.failures", "finetune.errors"],
     "finetune.data.rows": ["finetune.data.readers", "finetune.errors"],
     "finetune.data.templates": ["finetune.data.rows", "finetune.errors"],
     "finetune.data.tokens": [
-        "finetune.data.templates", "finetune.data.rows", "finetune.data.readers", "finetune.failures", "finetune.errors",
+        "finetune.data.templates", "finetune.data.rows", "finetune.data.readers", "finetune.files", "finetune.failures", "finetune.errors",
     ],
     "finetune.data.packing": [],
     "finetune.data.batches": ["finetune.data.packing", "finetune.data.tokens"],

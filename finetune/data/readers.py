@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple
 
 from finetune import failures, places
 from finetune.errors import DataError
+from finetune.files import sha256
 
 # Types that other tools read. A name with such an ending is a file, also where no file has it.
 OTHER_TYPES = (
@@ -276,8 +277,7 @@ def fingerprint(source: str) -> str:
     """Hash of what a source holds; changes when any byte of it does."""
     with _readable(source):
         if os.path.isfile(source):
-            with open(source, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256(Path(source))
         if os.path.isdir(source):
             digest = hashlib.sha256()
             for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
@@ -292,10 +292,10 @@ def describe(source: str) -> str:
     """A file's name, and what is unusual about how it is read."""
     unusual = []
     if _type(source) in (".csv", ".tsv"):
-        delimiter, _ = _delimiter(source)
+        delimiter, _, blanks = _dialect(source)
         if delimiter != ("\t" if _type(source) == ".tsv" else ","):
             unusual.append(f"separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
-        if any(map(any, _blanks(source))):
+        if any(map(any, blanks)):
             unusual.append("without the blank beside each separator")
     if os.path.isfile(source) and _type(source) != ".parquet":
         with _opened(source) as file:
@@ -537,16 +537,30 @@ def _read_json(source: str) -> Iterator[Row]:
         )
 
 
-def _delimiter(source: str) -> tuple[str, int]:
+class _Dialect(NamedTuple):
+    """How a CSV is written, as its first lines show."""
+
+    delimiter: str
+    skipped: int
+    """Lines before the header."""
+    blanks: list[tuple[bool, bool]]
+    """Of each column whether one blank beside the separator belongs to it, before and behind its cells."""
+
+
+def _dialect(source: str) -> _Dialect:
+    lines = [line[:SNIFFED_CHARACTERS] for _, line in islice(_lines(source), SNIFFED_LINES)]
+    delimiter, skipped = _delimiter(lines, "\t" if _type(source) == ".tsv" else ",")
+    return _Dialect(delimiter, skipped, _blanks(lines[skipped:], delimiter))
+
+
+def _delimiter(lines: list[str], usual: str) -> tuple[str, int]:
     """What separates the cells of a CSV, and how many lines stand before its header.
 
     The delimiter is one that the header holds outside of quotes; of several, the one by which most
     rows have as many cells as the header. Excel's `sep=;` in the first line decides by itself.
     """
-    lines = [line[:SNIFFED_CHARACTERS] for _, line in islice(_lines(source), SNIFFED_LINES)]
     if lines and (said := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):
         return said[1], 1
-    usual = "\t" if _type(source) == ".tsv" else ","
 
     def fit(delimiter: str) -> tuple[bool, bool, float, bool]:
         reader, is_broken = csv.reader(lines, delimiter=delimiter, strict=True), False
@@ -563,7 +577,7 @@ def _delimiter(source: str) -> tuple[str, int]:
 
 
 def _read_csv(source: str) -> Iterator[Row]:
-    delimiter, skipped = _delimiter(source)
+    delimiter, skipped, blanks = _dialect(source)
     lines = islice((line for _, line in _lines(source)), skipped, None)
     reader, start = csv.reader(lines, delimiter=delimiter, strict=True), skipped + 1
     try:
@@ -571,7 +585,6 @@ def _read_csv(source: str) -> Iterator[Row]:
         if not cells:
             return
         header = _header(Place(source, reader.line_num + skipped), cells)
-        blanks = _blanks(source)
         names = list(map(str.strip, cells))
         start = reader.line_num + skipped + 1
         for cells in reader:
@@ -595,13 +608,11 @@ def _read_csv(source: str) -> Iterator[Row]:
         ) from exc
 
 
-def _blanks(source: str) -> list[tuple[bool, bool]]:
-    """Of each column of a CSV, whether one blank beside the separator belongs to it, before and behind its cells.
+def _blanks(lines: list[str], delimiter: str) -> list[tuple[bool, bool]]:
+    """See `_Dialect.blanks`.
 
-    So it is where the header has one and every cell that is looked at: `question, answer` over `a, b`.
+    A blank belongs to the separator where the header has one and every cell that is looked at: `question, answer` over `a, b`.
     """
-    delimiter, skipped = _delimiter(source)
-    lines = [line[:SNIFFED_CHARACTERS] for _, line in islice(_lines(source), SNIFFED_LINES)][skipped:]
     rows: list[list[str]] = []
     with contextlib.suppress(csv.Error):  # said where the row is read
         rows.extend(

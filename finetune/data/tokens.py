@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from finetune import failures
+from finetune import failures, files
 from finetune.data import readers, rows
 from finetune.data.rows import Conversation, Place, Problems
 from finetune.data.templates import Segment, Template
@@ -176,7 +176,7 @@ def _make(
             except OSError:
                 if not folder.is_dir():  # without locks another process may have built the same
                     raise
-            _flush(root)
+            files.flush(root)
             made = _open(folder, names, fingerprint)
     finally:
         shutil.rmtree(build, ignore_errors=True)
@@ -528,7 +528,7 @@ def _store(folder: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) 
     meta: dict[str, Any] = {"fingerprint": folder.name.split("-")[1], "counts": counts}
     meta |= {"arrays": {name: _described(array) for name, array in arrays.items()}}
     _write(folder / META, json.dumps({**meta, "sha256": _sha256(meta)}).encode())
-    _flush(folder)
+    files.flush(folder)
 
 
 def _write(path: Path, content: np.ndarray | bytes) -> None:
@@ -539,15 +539,6 @@ def _write(path: Path, content: np.ndarray | bytes) -> None:
         file.write(content.data if isinstance(content, np.ndarray) else content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """The names in a folder, to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _described(array: np.ndarray) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from finetune import config as configs
 from finetune import failures, files
 from finetune.config import Config, base
-from finetune.engine.checkpoint.folder import MANIFEST, described, flush, read_manifest, sha256, steps
+from finetune.engine.checkpoint.folder import MANIFEST, described, read_manifest, steps
 from finetune.engine.receipt import differences, identity_differences
 from finetune.errors import (
     EXIT_FAILED,
@@ -322,7 +322,7 @@ class RunDirectory:
             try:
                 if path.stat().st_size != wanted["bytes"]:
                     return f"{path} has {path.stat().st_size} bytes instead of {wanted['bytes']}"
-                if sha256(path) != wanted["sha256"]:
+                if files.sha256(path) != wanted["sha256"]:
                     return f"{path} is damaged (another sha256)"
             except OSError as exc:
                 return f"{path} cannot be read ({exc.strerror})"
@@ -483,7 +483,7 @@ def _overwrite(path: Path, outcome: dict[str, Any], room: int) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Leave the whole new file or the whole old one, even after a crash."""
     files.write_whole(path, text, errors="surrogateescape")
-    flush(path.parent)
+    files.flush(path.parent)
 
 
 def _free(path: Path) -> Path:

@@ -31,7 +31,7 @@ def find(root: Path, storage: "Storage | None", num_steps: int | None = None) ->
         try:
             folder.require_step(root / folder.step_name(step), num_steps)
             path = storage.fetch(step, root)  # type: ignore[union-attr]
-            found = Found(path, folder.verified(path))
+            found = Found(path, folder.read_manifest(path))  # `fetch` has verified the files
             damaged.pop(found.path, None)  # a whole one is in its place now
             break
         except folder.OtherFormat:

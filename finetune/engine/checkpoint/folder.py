@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.errors import CheckpointError, RunDirectoryError
+from finetune.files import flush, sha256
 from finetune.progress import Progress
 
 FORMAT = 3  # 2: without the fields of the model's config, tokenizer, template and starting weights
@@ -270,22 +271,8 @@ def _own_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_json(path: Path, values: dict[str, Any]) -> None:
     with path.open("w") as file:
         json.dump(values, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def flush(path: Path) -> None:
-    """What was written to a file, or the names in a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

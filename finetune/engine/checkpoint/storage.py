@@ -25,7 +25,7 @@ from typing import Any
 import fsspec
 import yaml
 
-from finetune import failures
+from finetune import failures, files
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.folder import MANIFEST
 from finetune.errors import CheckpointError, ConfigError, DamagedCheckpoint, TakenOver
@@ -96,9 +96,9 @@ class Storage:
             arriving = final.with_name(f".restoring-{final.name}")
             final.parent.mkdir(parents=True, exist_ok=True)
             self._attempt(f"fetching {name}", self._fs.get, [f"{self._root}/{name}"], [str(arriving)])
-            folder.flush(arriving)
+            files.flush(arriving)
             os.rename(arriving, final)
-            folder.flush(final.parent)
+            files.flush(final.parent)
         return True
 
     def config(self) -> dict[str, Any] | None:
@@ -142,10 +142,10 @@ class Storage:
             (arriving / MANIFEST).write_bytes(manifest)
             folder.verified(arriving)
             for path in [*arriving.rglob("*"), arriving]:
-                folder.flush(path)
+                files.flush(path)
             folder.set_aside([final])
             os.rename(arriving, final)
-            folder.flush(root)
+            files.flush(root)
         except folder.OtherFormat:
             raise
         except ValueError as exc:
