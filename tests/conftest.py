@@ -79,6 +79,16 @@ class Workshop:
     def run_dir(self, name: str = "run") -> Path:
         return self.folder / "runs" / name
 
+    def outcome(self, name: str = "run") -> dict[str, Any]:
+        """What outcome.json says of a run."""
+        found: dict[str, Any] = json.loads((self.run_dir(name) / "outcome.json").read_text())
+        return found
+
+    def num_lines(self, log: str = "metrics.jsonl") -> int:
+        """Whole lines that a run has written so far."""
+        path = self.run_dir() / log
+        return path.read_text().count("\n") if path.exists() else 0
+
     def train(self, name: str = "run", **changes: Any) -> Path:
         """Train in this process; raises what train.py would turn into an exit code. Returns the run directory."""
         return self._run([], name, changes)

@@ -1,12 +1,11 @@
 """train.py on two processes, of which the thread that saves dies on process 1, as DIES says; with MUTE without a trace.
 
-DIES: how `Saver._write` ends there at its first save, or "FILE:LINE", before which SystemExit is raised in that thread, once.
+DIES: how `Saver._write` ends there at its first save.
 """
 
 import os
 import sys
 import threading
-from pathlib import Path
 
 import train
 from finetune.engine.checkpoint import saver
@@ -24,8 +23,6 @@ def main() -> int:
     if os.environ["RANK"] == os.environ.get("ON", "1"):
         if dies == "does not start":
             replace_once(threading.Thread, "start", no_thread)
-        elif ":" in dies:
-            threading.settrace(before(*dies.split(":")))
         else:
             replace_once(saver.Saver, "_write", lambda *_: WAYS[dies]())
     if os.environ.get("MUTE"):
@@ -47,23 +44,3 @@ def replace_once(owner, name, instead):
         return instead(self, *arguments)
 
     setattr(owner, name, first)
-
-
-def before(file, number):
-    left = [1]
-
-    def line(frame, event, argument):
-        if (
-            event == "line"
-            and frame.f_lineno == int(number)
-            and left
-            and threading.current_thread().name == "checkpoint"
-        ):
-            left.clear()
-            raise SystemExit(f"at {file}:{number}")
-        return line
-
-    def call(frame, event, argument):
-        return line if left and Path(frame.f_code.co_filename).name == file else None
-
-    return call

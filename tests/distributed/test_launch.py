@@ -1,6 +1,5 @@
 """python -m finetune launch with the real train.py: what it gives back is what train.py said."""
 
-import json
 import os
 import re
 import shutil
@@ -49,8 +48,8 @@ def long_run(workshop, launcher, *topology):
     """A run that has made some of very many steps."""
     config = workshop.write(workshop.config(train__epochs=600, train__max_steps=3000, checkpoint__every_minutes=None))
     process = start(launcher, *topology, "train.py", "--config", config)
-    metrics, deadline = workshop.run_dir() / "metrics.jsonl", time.monotonic() + 180
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+    deadline = time.monotonic() + 180
+    while workshop.num_lines() <= 5:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "it never got to training"
         time.sleep(0.05)
@@ -64,7 +63,7 @@ def children(process):
 def assert_preempted(workshop, process):
     code, error = ended(process)
     assert code == 75, error
-    outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
+    outcome = workshop.outcome()
     assert outcome["state"] == "preempted"
     assert 5 < outcome["step"] < 3000
 
@@ -103,7 +102,7 @@ def test_process_that_aborts_leaves_an_outcome(workshop):
     os.kill(worker, signal.SIGABRT)
     code, error = ended(process, within=60)
     assert code == 1, error
-    outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
+    outcome = workshop.outcome()
     assert outcome["state"] == "failed"
     # What it was at is noted once a second.
     assert re.fullmatch(r"process 0 was killed by SIGABRT (in step \d+|at the start)", outcome["reason"])
@@ -120,7 +119,7 @@ def test_death_of_accelerate_launch_saves_and_leaves_nothing_running(workshop, n
     while session(process.pid) and time.monotonic() < end:
         time.sleep(0.05)
     assert not session(process.pid)
-    outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
+    outcome = workshop.outcome()
     assert outcome["state"] == "preempted"
     assert outcome["reason"].startswith(f"the launcher has died at step {outcome['step']}; saved")
     assert (workshop.run_dir() / f"checkpoints/step-{outcome['step']:08d}/manifest.json").exists()

@@ -1,12 +1,11 @@
 """The thread that saves dies on one of two processes: the save fails on both, in time, and the run goes on, or ends."""
 
-import json
 import signal
 import time
 
 import pytest
 from conftest import read_jsonl
-from faults.nursery import fork, wait_for
+from faults.nursery import start, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -15,12 +14,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def started(workshop, dies, **changes):
-    environment = {name: changes.pop(name) for name in ("MUTE", "ON") if name in changes}
+def started(workshop, changes, **environment):
     config = workshop.write(workshop.config(**SETTINGS | changes))
-    said = [workshop.folder / f"{rank}.log" for rank in (0, 1)]
-    environment |= {"DIES": dies, "FINETUNE_JOIN_MINUTES": "0.3"}
-    return fork("distributed.dying", ["--config", str(config)], "ddp", said, environment)
+    return start(config, "ddp", 2, script="distributed.dying", **environment)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +30,7 @@ def started(workshop, dies, **changes):
     ],
 )
 def test_a_saver_that_dies_on_one_process_is_a_failed_save_on_both(workshop, dies, on, says):
-    launch = started(workshop, dies, ON=str(on))
+    launch = started(workshop, {}, DIES=dies, ON=str(on))
     assert launch.codes(within=30) == [0, 0], launch.said()
     assert f"checkpoint of step 2 could not be saved: {says}" in launch.said()
     assert "(1 of 3 failures in a row)" in launch.said()
@@ -42,20 +38,19 @@ def test_a_saver_that_dies_on_one_process_is_a_failed_save_on_both(workshop, die
 
 
 def test_a_death_that_no_process_reports_ends_the_run(workshop):
-    launch = started(workshop, "exits", MUTE="1", train__hang_minutes=0.05)
+    launch = started(workshop, {"train__hang_minutes": 0.05}, DIES="exits", MUTE="1")
     assert launch.codes(within=30) == [1, 1], launch.said()
     assert "has made no progress for 3 s at the" in launch.said()
-    outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
+    outcome = workshop.outcome()
     assert (outcome["state"], "the save of step 2" in outcome["reason"]) == ("failed", True), outcome
 
 
 def test_a_signal_ends_a_run_whose_save_waits_for_a_dead_process(workshop):
-    launch = started(workshop, "exits", MUTE="1", train__hang_minutes=None, checkpoint__grace_seconds=6.0)
-    metrics = workshop.run_dir() / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1)
+    launch = started(workshop, {"train__hang_minutes": None, "checkpoint__grace_seconds": 6.0}, DIES="exits", MUTE="1")
+    wait_for(lambda: workshop.num_lines() > 1)
     time.sleep(1)
     launch.kill([0, 1], signal.SIGTERM)
     began = time.monotonic()
     assert launch.codes(within=30) == [1, 1], launch.said()
     assert time.monotonic() - began < 10
-    assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "failed"
+    assert workshop.outcome()["state"] == "failed"

@@ -136,12 +136,13 @@ class Launch:
 
 
 def start(
-    config: Path, topology: str = "single", processes: int = 1, *arguments: str, death: Death | None = None, dies: int = 0, **environment: str
+    config: Path, topology: str = "single", processes: int = 1, *arguments: str, script: str = "train", death: Death | None = None,
+    dies: int = 0, **environment: str,
 ) -> Launch:  # fmt: skip
-    """One launch of train.py. `dies`: the process that `death` is for."""
+    """One launch of train.py, or of a script that runs it. `dies`: the process that `death` is for."""
     told = {"FINETUNE_JOIN_MINUTES": "0.3", **environment}
     said = [config.with_suffix(f".{rank}.log") for rank in range(processes)]
-    return fork("train", ["--config", str(config), *arguments], topology, said, told, death=death, dies=dies)
+    return fork(script, ["--config", str(config), *arguments], topology, said, told, death=death, dies=dies)
 
 
 def fork(

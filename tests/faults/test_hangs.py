@@ -1,6 +1,5 @@
 """A process that dies or no longer answers ends all others, in time, and is named with the step."""
 
-import json
 import re
 import signal
 import time
@@ -19,13 +18,8 @@ LONG = {
 
 def begun(workshop, *arguments, **environment):
     launch = start(workshop.write(workshop.config(**LONG)), *arguments, **environment)
-    metrics = workshop.run_dir() / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
+    wait_for(lambda: workshop.num_lines() > 3)
     return launch
-
-
-def outcome(workshop) -> dict:
-    return json.loads((workshop.run_dir() / "outcome.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -41,7 +35,7 @@ def test_a_process_that_dies_ends_the_other_and_is_named(workshop, topology, ran
     assert codes[1 - rank] == 1, launch.said()
     assert time.monotonic() - began < BOUND + 10
     assert re.search(rf"process {rank} has (gone|not answered for 3 s, last) at step \d+", launch.said()), launch.said()
-    assert outcome(workshop)["state"] == ("failed" if rank else "running"), "only the main process writes it"
+    assert workshop.outcome()["state"] == ("failed" if rank else "running"), "only the main process writes it"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -65,5 +59,5 @@ def test_a_process_that_stands_still_ends_all_and_is_named(workshop, topology, p
     assert launch.codes(within=40) == [1] * processes, launch.said()
     who = "process 1" if processes == 2 else "every process"
     assert f"{who} has made no progress for 3 s at step 8" in launch.said()
-    assert outcome(workshop)["state"] == "failed"
-    assert "step 8" in outcome(workshop)["reason"]
+    assert workshop.outcome()["state"] == "failed"
+    assert "step 8" in workshop.outcome()["reason"]

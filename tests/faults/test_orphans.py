@@ -1,6 +1,5 @@
 """`accelerate launch` of one process is killed, at any moment: the script that it started saves and ends, every time."""
 
-import json
 import os
 import random
 import signal
@@ -30,7 +29,7 @@ def test_death_of_accelerate_launch_leaves_no_script(workshop, trial):
         wait_for(lambda: not session(process.pid))
         run = workshop.run_dir()
         if (run / "metrics.jsonl").exists():  # it was in the loop
-            assert json.loads((run / "outcome.json").read_text())["state"] == "preempted"
+            assert workshop.outcome()["state"] == "preempted"
             assert list((run / "checkpoints").glob("step-*")), "nothing was saved"
         else:
             assert not (run / "model").exists()

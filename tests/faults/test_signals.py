@@ -1,6 +1,5 @@
 """The machine is being taken away: what is under way is saved, exit code 75, and the run goes on elsewhere."""
 
-import json
 import signal
 import threading
 
@@ -26,34 +25,25 @@ def undisturbed(tmp_path_factory) -> Workshop:
     return workshop
 
 
-def lines(workshop: Workshop, name: str = "metrics.jsonl") -> int:
-    path = workshop.run_dir() / name
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def outcome(workshop: Workshop) -> dict:
-    return json.loads((workshop.run_dir() / "outcome.json").read_text())
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, *(pytest.param(number, marks=in_the_long_form) for number in (signal.SIGINT, signal.SIGUSR1))], ids=lambda n: n.name)  # fmt: skip
 def test_a_signal_saves_the_step_and_asks_to_be_run_again(workshop, undisturbed, number):
     config = workshop.write(workshop.config(**LONG))
     launch = start(config)
-    wait_for(lambda: lines(workshop) > 5)
+    wait_for(lambda: workshop.num_lines() > 5)
     launch.kill([0], number)
     assert launch.codes() == [75], launch.said()
-    saved = outcome(workshop)
+    saved = workshop.outcome()
     assert saved["state"] == "preempted"
     assert number.name in saved["reason"]
     assert 5 < saved["step"] < 200
-    assert lines(workshop) == saved["step"], "the step under way was finished, and no other begun"
+    assert workshop.num_lines() == saved["step"], "the step under way was finished, and no other begun"
     to_the_end(config)
     same_end(workshop.run_dir(), undisturbed.run_dir())
 
 
 def test_a_second_interrupt_quits_at_once(workshop):
     launch = start(workshop.write(workshop.config(**LONG)), STANDS_STILL="0:7")
-    wait_for(lambda: lines(workshop) == 7)
+    wait_for(lambda: workshop.num_lines() == 7)
     launch.kill([0], signal.SIGTERM)
     launch.processes[0].join(0.5)
     launch.kill([0], signal.SIGINT)
@@ -71,21 +61,21 @@ def many(workshop: Workshop):
 def test_a_signal_is_heeded_in_the_middle_of_an_evaluation(workshop):
     config = workshop.write(workshop.config(**LONG, data__eval=str(many(workshop)), evaluation__every_steps=3))
     launch = start(config)
-    wait_for(lambda: lines(workshop) == 3)
+    wait_for(lambda: workshop.num_lines() == 3)
     launch.kill([0], signal.SIGTERM)
     assert launch.codes(within=10) == [75], launch.said()
-    assert outcome(workshop)["step"] == 3
-    assert lines(workshop, "eval.jsonl") == 0
+    assert workshop.outcome()["step"] == 3
+    assert workshop.num_lines("eval.jsonl") == 0
     assert (workshop.run_dir() / "checkpoints/step-00000003/manifest.json").exists()
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(workshop, undisturbed):
     config = workshop.write(workshop.config(**LONG | {"train__max_steps": 40}))
     launch = start(config, "fsdp2", 2)
-    wait_for(lambda: lines(workshop) > 5)
+    wait_for(lambda: workshop.num_lines() > 5)
     launch.kill([1], signal.SIGTERM)
     assert launch.codes() == [75, 75], launch.said()
-    assert "another process at step" in outcome(workshop)["reason"]
+    assert "another process at step" in workshop.outcome()["reason"]
     to_the_end(config, "fsdp2", 2)
     assert losses(workshop.run_dir()) == pytest.approx(losses(undisturbed.run_dir())[:40], rel=1e-4)
 
@@ -98,7 +88,7 @@ def test_a_signal_during_a_save_waits_for_it_and_saves_the_latest_step_too(works
     assert launch.codes() == [75], launch.said()
     steps = [int(p.name[5:]) for p in sorted((workshop.run_dir() / "checkpoints").iterdir())]
     assert steps[0] == 4
-    assert steps[-1] == outcome(workshop)["step"]
+    assert steps[-1] == workshop.outcome()["step"]
     to_the_end(config)
     same_end(workshop.run_dir(), undisturbed.run_dir())
 
@@ -119,8 +109,8 @@ def test_a_deadline_stops_the_run_saved(workshop, undisturbed):
     config = workshop.write(workshop.config(**LONG, checkpoint__max_minutes=0.02))
     launch = start(config)
     assert launch.codes() == [75], launch.said()
-    assert "checkpoint.max_minutes" in outcome(workshop)["reason"]
-    assert (workshop.run_dir() / f"checkpoints/step-{outcome(workshop)['step']:08d}").exists()
+    assert "checkpoint.max_minutes" in workshop.outcome()["reason"]
+    assert (workshop.run_dir() / f"checkpoints/step-{workshop.outcome()['step']:08d}").exists()
     for _ in range(60):
         launch = start(config)
         if launch.codes() == [0]:
@@ -131,12 +121,12 @@ def test_a_deadline_stops_the_run_saved(workshop, undisturbed):
 def test_when_less_is_left_than_a_save_takes_the_run_says_so_and_saves_first(workshop):
     config = workshop.write(workshop.config(**LONG, checkpoint__every_steps=3, checkpoint__grace_seconds=0.001))
     launch = start(config)
-    wait_for(lambda: lines(workshop) > 5)
+    wait_for(lambda: workshop.num_lines() > 5)
     launch.kill([0], signal.SIGTERM)
     assert launch.codes() == [75], launch.said()
     assert "longer than checkpoint.grace_seconds (0.001)" in launch.said(), "when there was still time to change it"
     assert "note: the last save took" in launch.said()
-    assert (workshop.run_dir() / f"checkpoints/step-{outcome(workshop)['step']:08d}/manifest.json").exists()
+    assert (workshop.run_dir() / f"checkpoints/step-{workshop.outcome()['step']:08d}/manifest.json").exists()
 
 
 def test_a_deadline_before_the_first_step_is_a_failure_and_not_for_ever_another_attempt(workshop):
@@ -161,11 +151,11 @@ FOR_EVER = LONG | {"train__max_steps": 100_000, "train__epochs": 100_000}
 def test_a_clouds_notice_saves_and_stops(workshop, metadata, cloud):
     config = workshop.write(workshop.config(**FOR_EVER, checkpoint__notices=cloud))
     launch = start(config, FINETUNE_METADATA_ADDRESS=metadata.address)
-    wait_for(lambda: lines(workshop) > 5)
+    wait_for(lambda: workshop.num_lines() > 5)
     metadata.says(ASKED_FOR[cloud], FINAL[cloud])
     assert launch.codes(within=30) == [75], launch.said()
-    assert REASONS[cloud] in outcome(workshop)["reason"]
-    assert (workshop.run_dir() / f"checkpoints/step-{outcome(workshop)['step']:08d}/manifest.json").exists()
+    assert REASONS[cloud] in workshop.outcome()["reason"]
+    assert (workshop.run_dir() / f"checkpoints/step-{workshop.outcome()['step']:08d}/manifest.json").exists()
 
 
 def test_a_clouds_warning_saves_and_goes_on(workshop, metadata):
@@ -173,8 +163,8 @@ def test_a_clouds_warning_saves_and_goes_on(workshop, metadata):
     config = workshop.write(workshop.config(**FOR_EVER, checkpoint__notices="aws"))
     launch = start(config, FINETUNE_METADATA_ADDRESS=metadata.address)
     wait_for(lambda: list((workshop.run_dir() / "checkpoints").glob("step-*")))
-    saved = lines(workshop)
-    wait_for(lambda: lines(workshop) > saved + 5)
+    saved = workshop.num_lines()
+    wait_for(lambda: workshop.num_lines() > saved + 5)
     assert launch.processes[0].is_alive(), "a warning does not stop the run"
     launch.kill([0], signal.SIGTERM)
     assert launch.codes() == [75], launch.said()
