@@ -36,15 +36,29 @@ class _Foreign(pickle.UnpicklingError):
     """What a file holds that it must not; goes on from the file's name."""
 
 
+def _needless(what: str) -> _Foreign:
+    return _Foreign(f"holds more than tensors: it {what}, which checkpoints do not need; nothing was executed")
+
+
+@contextmanager
+def _reading(path: Any) -> Iterator[None]:
+    """Raise DamagedCheckpoint that names the file for whatever the block raises: a damaged pickle, as a program, may fail at anything."""
+    try:
+        yield
+    except _Foreign as exc:
+        raise DamagedCheckpoint(f"{path} {exc}") from exc
+    except Exception as exc:
+        failures.reraise(exc, f"{path} cannot be read now")
+        raise DamagedCheckpoint(f"{path} is damaged ({type(exc).__name__})") from exc
+
+
 def _member(kind: Any, name: str) -> Enum:
     """An enum's member by name: all that `getattr` may do here.
 
     Python 3.11.2, which Debian 12 has, pickles a member as `getattr(kind, name)`; 3.11.7 as `kind(value)`.
     """
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
-        raise _Foreign(
-            f"holds more than tensors: it calls getattr({kind!r}, {name!r}), which checkpoints do not need; nothing was executed"
-        )
+        raise _needless(f"calls getattr({kind!r}, {name!r})")
     return kind[name]
 
 
@@ -57,9 +71,7 @@ class _Unpickler(pickle.Unpickler):
             return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in DCP:
-            raise _Foreign(
-                f"holds more than tensors: it names {module}.{name}, which checkpoints do not need; nothing was executed"
-            )
+            raise _needless(f"names {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -69,15 +81,10 @@ class Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Raises DamagedCheckpoint that names the file, also for a class that no checkpoint needs."""
         path = self._get_metadata_path(kwargs.get("rank"))
-        try:
+        with _reading(path):
             with self.fs.create_stream(path, "rb") as file:
                 metadata = _Unpickler(file).load()
             _require_parts(metadata)
-        except _Foreign as exc:
-            raise DamagedCheckpoint(f"{path} {exc}") from exc
-        except Exception as exc:  # a pickle is a program: one that is damaged may fail at anything
-            failures.reraise(exc, f"{path} cannot be read now")
-            raise DamagedCheckpoint(f"{path} is damaged ({type(exc).__name__})") from exc
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -101,16 +108,9 @@ def require_tensors(paths: Iterable[Path], classes: Sequence[type]) -> None:
     Only the list of what is in a file is read, so this takes no time next to loading it.
     """
     for path in paths:
-        try:
-            with torch.serialization.safe_globals([*classes, MEMBER]):
-                foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except Exception as exc:
-            failures.reraise(exc, f"{path} cannot be read now")
-            raise DamagedCheckpoint(f"{path} is damaged ({type(exc).__name__})") from exc
-        if foreign:
-            raise DamagedCheckpoint(
-                f"{path} holds more than tensors: it names {foreign[0]}, which checkpoints do not need; nothing was executed"
-            )
+        with _reading(path), torch.serialization.safe_globals([*classes, MEMBER]):
+            if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                raise _needless(f"names {foreign[0]}")
 
 
 @contextmanager
