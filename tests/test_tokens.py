@@ -21,6 +21,7 @@ from conftest import ROOT, pairs, write_jsonl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from finetune import files
 from finetune.config import Model
 from finetune.data import readers, rows, templates, tokens
 from finetune.data.rows import Message
@@ -894,7 +895,7 @@ def count_more(folder: Path) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     del meta["sha256"]
     meta["counts"]["num_more"] = 1
-    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": tokens._sha256(meta)}))
+    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": files.json_sha256(meta)}))
 
 
 def pickle(folder: Path) -> None:

@@ -190,17 +190,18 @@ def _of_split(
     """Of the files that a folder or glob means, those to train or to evaluate on, where their names say so."""
     splits = {file: _split(file.removeprefix(root)) for file in files}
     held_out = [file for file in files if splits[file] in ("validation", "test")]
+    held = f"{some(held_out)} {'is' if len(held_out) == 1 else 'are'}"
     has_train = "train" in splits.values()
     if key == "data.train":
         if held_out and has_train:
             left_out += [(file, f"named as {splits[file]} rows") for file in held_out]
             return [file for file in files if file not in held_out]
         if held_out and pattern:
-            notes.append(f"data.train: {_some(held_out)} trained on, though named as rows to hold out")
+            notes.append(f"data.train: {held} trained on, though named as rows to hold out")
         elif held_out:
             everything = printable(os.path.join(name, "**", "*"))
             raise DataError(
-                f"data.train: {_some(held_out)} named as rows to hold out, and no file of {printable(name)} is named as training rows; "
+                f"data.train: {held} named as rows to hold out, and no file of {printable(name)} is named as training rows; "
                 f"list the files to train on, or write {everything} to train on all of them"
             )
     elif held_out and has_train:
@@ -224,18 +225,18 @@ def _split(path: str) -> str | None:
     return None
 
 
-def _some(paths: list[str], most: int = 3) -> str:
-    """a, b and 4 others are; for sentences about files."""
+def some(paths: list[str], most: int = 3) -> str:
+    """Name a few of many files: a, b, c and 4 others."""
     listed = ", ".join(printable(path) for path in paths[:most])
     others = len(paths) - most
-    return listed + (f" and {others:,} others" if others > 0 else "") + (" is" if len(paths) == 1 else " are")
+    return listed + (f" and {others:,} others" if others > 0 else "")
 
 
 def _listed_reasons(left_out: list[tuple[str, str]], before: str = "") -> str:
     reasons: dict[str, list[str]] = {}
     for path, why in left_out:
         reasons.setdefault(why, []).append(path)
-    listed = "; ".join(f"{_some(paths).rpartition(' ')[0]} ({why})" for why, paths in reasons.items())
+    listed = "; ".join(f"{some(paths)} ({why})" for why, paths in reasons.items())
     return before + listed if listed else ""
 
 

@@ -96,12 +96,9 @@ def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str]
     """The one format of all sources, each from its first row. Raises DataError if they differ: a template fits one."""
     found: dict[str, list[str]] = {}
     for source in sources:
-        found.setdefault(detect(next(readers.read(source, text_unit)), columns, learned), []).append(printable(source))
+        found.setdefault(detect(next(readers.read(source, text_unit)), columns, learned), []).append(source)
     if len(found) > 1:
-        listed = "; ".join(
-            f"{format}: {', '.join(files[:3])}" + (f" and {len(files) - 3:,} others" if len(files) > 3 else "")
-            for format, files in found.items()
-        )
+        listed = "; ".join(f"{format}: {readers.some(files)}" for format, files in found.items())
         raise DataError(
             f"the files hold rows of different formats ({listed}); convert them to one format, or list the files to read"
         )
@@ -280,7 +277,7 @@ def conversations(
                 if conversation:
                     yield conversation
             if problems.num_rows == before:
-                raise DataError(f"{readers.printable(source)}: all its rows are empty; is it the right file?")
+                raise DataError(f"{printable(source)}: all its rows are empty; is it the right file?")
     if missing and not problems:
         ours, theirs = next(iter(missing.items()))
         raise ConfigError(

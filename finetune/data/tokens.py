@@ -141,7 +141,7 @@ def prepare(
         "template": template.fingerprint,
         "options": options.deciding(),
     }
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    fingerprint = files.json_sha256(identity)[:32]
     with _writable(cache_dir):
         root = Path(cache_dir).expanduser() / "tokens"
     folder = root / fingerprint
@@ -466,9 +466,8 @@ def _build(
     bar.close()
     problems.tell({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
     if not ids_parts:
-        others = f" and {len(sources) - 1:,} others" if len(sources) > 1 else ""
         raise DataError(
-            f"{readers.printable(sources[0])}{others}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
+            f"{readers.some(list(sources), most=1)}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
         )
     arrays = {
         "input_ids": np.concatenate(ids_parts),
@@ -527,7 +526,7 @@ def _store(folder: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) 
         _write(folder / f"{name}.npy", array)
     meta: dict[str, Any] = {"fingerprint": folder.name.split("-")[1], "counts": counts}
     meta |= {"arrays": {name: _described(array) for name, array in arrays.items()}}
-    _write(folder / META, json.dumps({**meta, "sha256": _sha256(meta)}).encode())
+    _write(folder / META, json.dumps({**meta, "sha256": files.json_sha256(meta)}).encode())
     files.flush(folder)
 
 
@@ -545,17 +544,13 @@ def _described(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": hashlib.sha256(array.data).hexdigest()}
 
 
-def _sha256(meta: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
 def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False) -> Examples | None:
     """An entry of the cache that is, bit for bit, what was written; None if there is none. `note`: say what is wrong with it."""
     if not os.path.lexists(folder):
         return None
     try:
         meta = json.loads((folder / META).read_text())
-        if meta.pop("sha256") != _sha256(meta) or meta["fingerprint"] != fingerprint:
+        if meta.pop("sha256") != files.json_sha256(meta) or meta["fingerprint"] != fingerprint:
             raise ValueError(f"{META} has changed")
         counts, arrays = meta["counts"], {}
         for name in ARRAYS:

@@ -6,7 +6,6 @@ hash of each file and a hash of itself; then one rename makes it `step-00000300`
 directory is flushed too. What a crash leaves begins with a dot, is never read, and goes at the next save.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.errors import CheckpointError, RunDirectoryError
-from finetune.files import flush, sha256
+from finetune.files import flush, json_sha256, sha256
 from finetune.progress import Progress
 
 FORMAT = 3  # 2: without the fields of the model's config, tokenizer, template and starting weights
@@ -94,7 +93,7 @@ def described(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 def commit(writing: Path, manifest: dict[str, Any]) -> Path:
     """The manifest, last, and the rename that makes it a checkpoint. `manifest["files"]` describes every file."""
     final = writing.with_name(writing.name.removeprefix(".writing-"))
-    write_json(writing / MANIFEST, {**manifest, "sha256": _own_hash(manifest)})
+    write_json(writing / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
     for folder in [*(p for p in writing.rglob("*") if p.is_dir()), writing]:
         flush(folder)
     if final.exists():  # trained again from an older one, after this one was found damaged or was asked to be forgotten
@@ -201,7 +200,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = parsed((path / MANIFEST).read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
-    if manifest.pop("sha256", None) != _own_hash(manifest):
+    if manifest.pop("sha256", None) != json_sha256(manifest):
         raise ValueError(f"{MANIFEST} is corrupt: its sha256 differs from what it says")
     if type(format := manifest.get("format")) is int and format != FORMAT:
         raise OtherFormat(
@@ -265,10 +264,6 @@ def _require_shape(manifest: dict[str, Any]) -> None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
-
-
-def _own_hash(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
