@@ -251,10 +251,8 @@ def reach(config: Config, directory: RunDirectory, topology: Topology, check_onl
             )
         known = storage.config()
         if known is not None and (different := differences(known, config)):
-            raise RunDirectoryError(
-                f"{storage.url} holds another run; what differs:\n  " + "\n  ".join(different)
-                + "\ngive this run another run.name or checkpoint.storage, or go back to those values"
-            )  # fmt: skip
+            instead = "give this run another run.name or checkpoint.storage, or go back to those values"
+            raise receipt.refusal(f"{storage.url} holds another run", different, instead)
         here = [path for path in folder.steps(directory.checkpoints) if folder.looks_whole(path)]
         further = bool(there) and (not here or folder.step_name(there[0]) > here[0].name)
         if there and here and storage.run_id(there[0]) != folder.run_id((here[0] / folder.MANIFEST).read_bytes()):

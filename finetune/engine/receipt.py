@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import RunDirectoryError
 from finetune.places import IS_CHECKOUT, TRAIN
 
 PACKAGES = (
@@ -29,6 +30,11 @@ FREE = (
 def compose(**facts: Any) -> dict[str, Any]:
     """`facts` of the run, and versions, code and machine."""
     return {**facts, "versions": versions(), "code": code_fingerprint(), "machine": machine()}
+
+
+def refusal(what: str, different: list[str], instead: str) -> RunDirectoryError:
+    """The error for a run that is another than the one that is here: what it is, what differs, what to do instead."""
+    return RunDirectoryError("\n  ".join([f"{what}; what differs:", *different]) + f"\n{instead}")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

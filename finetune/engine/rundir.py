@@ -17,7 +17,7 @@ from finetune import config as configs
 from finetune import failures, files
 from finetune.config import Config, base
 from finetune.engine.checkpoint.folder import MANIFEST, described, read_manifest, steps
-from finetune.engine.receipt import differences, identity_differences
+from finetune.engine.receipt import differences, identity_differences, refusal
 from finetune.errors import (
     EXIT_FAILED,
     DirectoryInUse,
@@ -68,10 +68,10 @@ class RunDirectory:
         if os.path.exists(saved):
             different = configs.differences(configs.read_resolved(saved), config)
             if different:
-                raise RunDirectoryError(
-                    f"{self.path} holds another run; what differs:\n  " + "\n  ".join(different)
-                    + "\ngive this run another run.name, go back to those values, or remove the directory to start over"
-                )  # fmt: skip
+                instead = (
+                    "give this run another run.name, go back to those values, or remove the directory to start over"
+                )
+                raise refusal(f"{self.path} holds another run", different, instead)
         elif os.path.exists(self.path) and (
             not self.path.is_dir() or any(p.name[0] != "." and p.name != OUTCOME for p in self.path.iterdir())
         ):
@@ -183,10 +183,7 @@ class RunDirectory:
         if problem is not None:
             raise RunDirectoryError(f"run.replay_of: {other / 'receipt.json'} {problem}; put back a copy of it")
         if different := differences(old, receipt):
-            raise RunDirectoryError(
-                f"this would not repeat the run {other}; what differs:\n  " + "\n  ".join(different)
-                + "\nrestore these to repeat the run"
-            )  # fmt: skip
+            raise refusal(f"this would not repeat the run {other}", different, "restore these to repeat the run")
 
     def template_date(self, config: Config) -> str:
         """The day that a template was given at the first start of this run, or of the run it repeats; else today.
@@ -286,10 +283,8 @@ class RunDirectory:
         if not isinstance(known, dict):  # of an older version: it knows the rows, tokenizer and template alone
             known = {"training data": receipt["train_data"]["fingerprint"]}
         if different := identity_differences(known, {n: v for n, v in identity.items() if n in known}, usual):
-            raise RunDirectoryError(
-                f"{self.path} is complete, but it is another run; what differs:\n  " + "\n  ".join(different)
-                + "\ngive this run another run.name, or put those back"
-            )  # fmt: skip
+            instead = "give this run another run.name, or put those back"
+            raise refusal(f"{self.path} is complete, but it is another run", different, instead)
         return True, None
 
     def require_no_model(self) -> None:

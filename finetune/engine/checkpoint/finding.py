@@ -9,7 +9,7 @@ from finetune import failures
 from finetune.config import Config, differences
 from finetune.engine.checkpoint import folder, shards
 from finetune.engine.checkpoint.folder import Found
-from finetune.engine.receipt import identity_differences
+from finetune.engine.receipt import identity_differences, refusal
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.errors import CheckpointError, DamagedCheckpoint, LostCheckpoints, RunDirectoryError
@@ -71,10 +71,8 @@ def require_same_run(found: Found, config: Config, identity: dict[str, Any], usu
     different = differences(found.manifest["config"], config)
     different += identity_differences(found.manifest["identity"], identity, usual)
     if different:
-        raise RunDirectoryError(
-            f"{found.path} is a checkpoint of another run; what differs:\n  " + "\n  ".join(different)
-            + "\ngive this run another run.name, or go back to those values"
-        )  # fmt: skip
+        instead = "give this run another run.name, or go back to those values"
+        raise refusal(f"{found.path} is a checkpoint of another run", different, instead)
 
 
 def require_readable(found: Found, topology: Topology) -> None:
