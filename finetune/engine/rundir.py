@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from finetune import config as configs
 from finetune import failures, files
 from finetune.config import Config, base
-from finetune.engine.checkpoint.folder import MANIFEST, described, read_manifest, steps
+from finetune.engine.checkpoint.folder import MANIFEST, described, difference, read_manifest, steps
 from finetune.engine.receipt import differences, identity_differences, refusal
 from finetune.errors import (
     EXIT_FAILED,
@@ -315,10 +315,8 @@ class RunDirectory:
         for name, wanted in known.items():
             path = self.model / name
             try:
-                if path.stat().st_size != wanted["bytes"]:
-                    return f"{path} has {path.stat().st_size} bytes instead of {wanted['bytes']}"
-                if files.sha256(path) != wanted["sha256"]:
-                    return f"{path} is damaged (another sha256)"
+                if problem := difference(path, wanted):
+                    return f"{path} {problem}"
             except OSError as exc:
                 return f"{path} cannot be read ({exc.strerror})"
             except (TypeError, KeyError):

@@ -166,14 +166,19 @@ def verified(path: Path) -> dict[str, Any]:
     """The manifest, if it and every file are what was written. Raises OSError or ValueError that names the file."""
     manifest = read_manifest(path)
     for name, wanted in manifest["files"].items():
-        if not (path / name).is_file():  # or reading it could wait for another program
-            raise ValueError(f"{name} is missing, or is not a file")
-        size = (path / name).stat().st_size
-        if size != wanted["bytes"]:
-            raise ValueError(f"{name} has {size} bytes instead of {wanted['bytes']}")
-        if sha256(path / name) != wanted["sha256"]:
-            raise ValueError(f"{name} is corrupt: its sha256 differs from the manifest's")
+        if problem := difference(path / name, wanted):
+            raise ValueError(f"{name} {problem}")
     return manifest
+
+
+def difference(path: Path, wanted: dict[str, Any]) -> str | None:
+    """How a file is not what `described` said of it; None if it is. Raises OSError."""
+    if not path.is_file():  # or reading it could wait for another program
+        return "is missing, or is not a file"
+    size = path.stat().st_size
+    if size != wanted["bytes"]:
+        return f"has {size} bytes instead of {wanted['bytes']}"
+    return None if sha256(path) == wanted["sha256"] else "is corrupt: its sha256 is not the one on record"
 
 
 def looks_whole(path: Path) -> bool:
