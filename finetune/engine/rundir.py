@@ -325,7 +325,7 @@ class RunDirectory:
 
     def eval_losses(self) -> dict[int, float]:
         """Step -> loss of every evaluation on record; infinity where it was no number."""
-        read = [values for line in _lines(self.evals) if (values := _values(line)) and _has_loss(values)]
+        read = [values for values in _records(self.evals) if _has_loss(values)]
         return {v["step"]: math.inf if (loss := v["eval_loss"]) is None or math.isnan(loss) else loss for v in read}
 
     def judge(self, patience: int | None, saved: set[int] | None = None) -> tuple[int | None, bool]:
@@ -342,11 +342,10 @@ class RunDirectory:
 
     def history(self) -> list[dict[str, Any]]:
         """Every line of metrics and evaluations, in the order of their steps."""
-        lines = [values for log in (self.metrics, self.evals) for line in _lines(log) if (values := _values(line))]
-        return sorted(lines, key=lambda line: line["step"])
+        return sorted([*_records(self.metrics), *_records(self.evals)], key=lambda line: line["step"])
 
     def has_samples(self, step: int) -> bool:
-        return any((values := _values(line)) and values["step"] == step for line in _lines(self.samples))
+        return any(values["step"] == step for values in _records(self.samples))
 
     def rewind(self, step: int) -> list[str]:
         """Take lines of later steps (and a torn last line) out of the logs: they will be trained again.
@@ -383,7 +382,7 @@ class RunDirectory:
 
         The evaluation after `step` itself may have had no time, and is made up for.
         """
-        logged = {values["step"] for line in _lines(self.metrics) if (values := _values(line))}
+        logged = {values["step"] for values in _records(self.metrics)}
         wanted = [
             (self.metrics, logged, "tracking.log_every_steps", log_every, range(log_every, step + 1, log_every), "")
         ]
@@ -440,7 +439,7 @@ def note_end_of(path: Path, state: str, reason: str) -> None:
         with FileLock(path / LOCK, timeout=0):
             before, _ = files.read_note(path / OUTCOME)
             if before.get("state") != "complete":
-                logged = [values["step"] for line in _lines(path / "metrics.jsonl") if (values := _values(line))]
+                logged = [values["step"] for values in _records(path / "metrics.jsonl")]
                 known = before.get("step")
                 step = max([known if type(known) is int else 0, *logged])
                 outcome = {"state": state, "step": step, "reason": reason, "written": _now()}
@@ -495,6 +494,11 @@ def _lines(log: Path) -> list[str]:
     Only a newline ends one: answers of a model may hold what Python's splitlines takes for an end.
     """
     return log.read_text("utf-8", errors="surrogateescape").split("\n") if log.is_file() else []
+
+
+def _records(log: Path) -> list[dict[str, Any]]:
+    """What the lines of a log hold; damaged ones are left out."""
+    return [values for line in _lines(log) if (values := _values(line))]
 
 
 def _values(line: str) -> dict[str, Any] | None:
