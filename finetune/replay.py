@@ -55,7 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _receipt(run: Path) -> dict[str, Any]:
-    """That of a run that is complete. Raises RunDirectoryError."""
+    """Read the receipt of a complete run. Raises RunDirectoryError."""
     from finetune.engine.topology import launch as launching  # brings torch
 
     receipt, state = _read(run / "receipt.json"), _read(run / "outcome.json").get("state")
@@ -113,7 +113,7 @@ def _require_metrics(run: Path, every: int) -> None:
 
 
 def _environments(receipt: dict[str, Any]) -> list[dict[str, str]]:
-    """Of each process, as its launcher had made it."""
+    """Make the environment of each process as its launcher had made it."""
     number = int(receipt["num_processes"])
     shared = {**os.environ, **receipt["launch"]}
     if receipt["topology"] == "single":

@@ -82,7 +82,7 @@ class Lab:
 
 
 def rows(lab: Lab, jobs: int, only: str) -> Iterator[Row]:
-    """Of pytest and the matrix, which share the machine."""
+    """Run pytest and the matrix, which share the machine, and give a row for each test and case."""
     found = matrix.chosen(matrix.cases(), only)
     with threads(1, lab.clock) as beside:
         tests = beside.submit(run_pytest, lab) if not only or only == "pytest" else None
@@ -130,7 +130,7 @@ class Turns:
         return Row(PART, case.name, "", seconds=own.seconds)
 
     def none(self, case: Case) -> Row:
-        """It has not started."""
+        """Give the row of a case that has not started."""
         if self._must(case):
             return Row(PART, case.name, NO_TURN, "the time of this part was up; MINUTES=9 gives more")
         return Row(PART, case.name, LEFT_OUT)
@@ -246,7 +246,7 @@ def run_case(case: Case, lab: Lab, without: Sequence[int], name: str) -> Curves:
 
 
 def interrupt(process: subprocess.Popen[bytes], folder: Path) -> bool:
-    """SIGTERM as soon as a few steps are done."""
+    """Send SIGTERM as soon as a few steps are done."""
     if len(lines(folder / "metrics.jsonl")) < SIGNAL_AT:
         return False
     process.send_signal(signal.SIGTERM)
@@ -308,7 +308,7 @@ def judge(case: Case, own: Curves, other: Curves | None) -> Row:
 
 
 def compare(row: Row, case: Case, within: Tolerance, own: Curves, other: Curves) -> None:
-    """Into `row`."""
+    """Write into `row` how far two runs differ, and whether that is within the tolerance."""
     found = differences(own, other, case.only_first)
     row.values |= (
         {"loss": found["loss"], "compared": "the first loss"} if case.only_first else {**found, "compared": "all"}
@@ -387,12 +387,9 @@ def run_pytest(lab: Lab) -> list[Row]:
     ]
     ended = run(asked, env=lab.env, log=lab.logs / "pytest.log", limit=PYTEST_SECONDS, clock=lab.clock)
     if not results.exists():
-        status = NO_TURN if ended.was_out_of_turn else WRONG
-        why = (
-            "the time of this part was up"
-            if ended.was_out_of_turn
-            else f"ended with {ended.code}: {last_words(ended.said)}"
-        )
+        status, why = WRONG, f"ended with {ended.code}: {last_words(ended.said)}"
+        if ended.was_out_of_turn:
+            status, why = NO_TURN, "the time of this part was up"
         return [Row(PART, "tests/test_gpu.py", status, why, ended.seconds)]
     return list(tests_in(results.read_text()))
 

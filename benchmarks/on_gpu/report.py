@@ -91,7 +91,7 @@ def shown(value: Any) -> str:
 
 
 def write(folder: Path, part: str, rows: Sequence[Row], facts: dict[str, Any], seconds: float) -> str:
-    """`part`.md and `part`.json; the table."""
+    """Write `part`.md and `part`.json; give the table."""
     text = table(rows, facts)
     (folder / f"{part}.md").write_text(text + "\n")
     whole = {"part": part, "seconds": round(seconds, 1), "machine": facts, "rows": [asdict(row) for row in rows]}

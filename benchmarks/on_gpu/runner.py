@@ -33,7 +33,7 @@ OTHERS = (
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -50,7 +50,7 @@ class Clock:
         return self.seconds - self.used()
 
     def stop(self) -> None:
-        """What runs is killed, and nothing more starts."""
+        """Kill what runs, and start nothing more."""
         self.seconds = 0.0
 
 

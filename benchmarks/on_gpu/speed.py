@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 @dataclass
 class Found:
-    """Of the rounds of one case."""
+    """What the rounds of one case have measured."""
 
     speeds: list[float] = field(default_factory=list)
     memory_gb: float = 0.0
@@ -124,7 +124,7 @@ def missing(lab: memory.Lab, topology: str | None, settings: dict[str, Any]) -> 
 
 
 def one_round(lab: memory.Lab, name: str, topology: str | None, settings: dict[str, Any], own: Found) -> None:
-    """One run, into `own`; what its time cuts off leaves nothing there."""
+    """Run once and add to `own`; a run that its time cuts off adds nothing."""
     size = name.split()[0]
     length, at_once = (256, 1) if lab.is_tiny else PACKS[size]
     try:

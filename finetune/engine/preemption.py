@@ -95,7 +95,7 @@ class StopFlag:
         return self.reason is not None
 
     def seconds_left(self) -> float:
-        """Until the machine goes, as far as anybody has said."""
+        """Count the seconds until the machine goes, as far as is known."""
         return self._goes - time.monotonic() if self._goes is not None else self._grace_seconds
 
     def save_seconds(self) -> float | None:

@@ -144,7 +144,7 @@ def _mode(wanted: str | None) -> str:
 
 
 def _has_wandb_key() -> bool:
-    """From the environment or from `wandb login`, which writes ~/.netrc."""
+    """Look for a key in the environment and in ~/.netrc, which `wandb login` writes."""
     from requests.utils import get_netrc_auth
 
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -84,7 +84,7 @@ class Log:
 
 
 class Tracker:
-    """Of the main process; elsewhere every call does nothing."""
+    """Writes on the main process; elsewhere every call does nothing."""
 
     def __init__(
         self, directory: RunDirectory, *, num_steps: int, start: int, every: int, is_main: bool, num_processes: int,

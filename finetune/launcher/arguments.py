@@ -62,7 +62,7 @@ def read(argv: list[str], held: contextlib.ExitStack | None) -> tuple[list[dict[
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """By Accelerate's parser; says which options mean nothing here."""
+    """Parse with Accelerate's parser; say which options mean nothing here."""
     from accelerate.commands import launch
 
     def wrong(message: str) -> NoReturn:

@@ -127,7 +127,7 @@ class _Worker:
             self.waiting = []
 
     def kill(self) -> None:
-        """Also ends what is stopped."""
+        """Kill it, also while it is stopped."""
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)

@@ -42,7 +42,7 @@ def node(rank, topology, port, *arguments, each=1, extra=(), address="127.0.0.1"
 
 
 def said(*nodes, within):
-    """What every node says; all have ended after `seconds`."""
+    """What every node says; all must have ended within `within` seconds."""
     end = time.monotonic() + within
     try:
         return [each.communicate(timeout=max(1, end - time.monotonic()))[1] for each in nodes]

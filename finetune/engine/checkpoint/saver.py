@@ -191,7 +191,7 @@ class Saver:
         )
 
     def _run(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:
-        """All of the thread: whatever ends it waits for `settle`."""
+        """Do all of the thread's work: what ends it waits for `settle`."""
         try:
             self._write(staged, manifest, best)
             if "bytes" in self._facts:

@@ -69,7 +69,7 @@ class Stager:
         )
 
     def stage(self, state: TrainState) -> Staged:
-        """All that training has to wait for. Collective."""
+        """Copy the state, which is all that training has to wait for. Collective."""
         topology = self._topology
         own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
         if topology.wish.is_zero:
@@ -195,7 +195,7 @@ def _instead(found: Found) -> str:
 
 
 def _read_own(found: Found, topology: Topology) -> None:
-    """Random numbers and fp16's scale."""
+    """Put back random numbers and fp16's scale."""
     path = found.path / _own_name(topology.rank)
     try:
         if path.exists():

@@ -110,7 +110,7 @@ class Storage:
             raise CheckpointError(f"{self.url}/{CONFIG} is damaged: {exc}") from exc
 
     def run_id(self, step: int) -> str | None:
-        """Of the run whose checkpoint this is."""
+        """Read which run a checkpoint belongs to."""
         return folder.run_id(self._content(f"checkpoints/{folder.step_name(step)}/{MANIFEST}"))
 
     def steps(self) -> list[int]:

@@ -54,7 +54,7 @@ class Processes:
             self._waits_since = None
 
     def sum(self, values: Sequence[float | torch.Tensor]) -> list[float]:
-        """Each value summed over all processes, in float64."""
+        """Add up each value over all processes, in float64."""
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
         if self.number > 1:
             with self._waits():
@@ -62,11 +62,11 @@ class Processes:
         return [float(v) for v in total.tolist()]
 
     def any(self, wish: bool) -> bool:
-        """Whether one of them wishes it."""
+        """Find out whether one of them wishes it."""
         return self.sum([float(wish)])[0] > 0 if self.number > 1 else wish
 
     def gather(self, value: Any) -> list[Any]:
-        """What each has, by rank."""
+        """Collect what each has, by rank."""
         everyone: list[Any] = [value]
         if self.number > 1:
             everyone = [None] * self.number
@@ -75,7 +75,7 @@ class Processes:
         return everyone
 
     def union(self, names: set[str]) -> set[str]:
-        """What any process has."""
+        """Collect what any process has."""
         return set().union(*self.gather(names))
 
     def on_main(self, action: Callable[[], Any]) -> Any:
@@ -122,7 +122,7 @@ class Processes:
         return result
 
     def _from_main(self, value: Any) -> Any:
-        """The value of the main process."""
+        """Give every process the value of the main process."""
         values = [value]
         with self._waits():
             torch.distributed.broadcast_object_list(values, src=0, group=self.group)

@@ -145,7 +145,7 @@ def conflicts(config: Config, wish: Wish) -> Iterator[str]:
 
 
 def table() -> str:
-    """Markdown."""
+    """Write the table in markdown."""
     lines = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
     lines += [
         [
@@ -158,7 +158,7 @@ def table() -> str:
 
 
 def write_table(page: Path) -> None:
-    """Between the marks of docs/topologies.md."""
+    """Write the table between the marks of docs/topologies.md."""
     text = page.read_text()
     before, rest = text.split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")

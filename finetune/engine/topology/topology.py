@@ -196,7 +196,7 @@ class Topology:
         return self.sharing.unwrap(model)
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Around a forward and backward pass; `last` of its step."""
+        """Surround a forward and backward pass; `last`: of its step."""
         context: AbstractContextManager[None] = self.sharing.accumulate(model, last)
         return context
 
