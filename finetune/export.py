@@ -365,7 +365,9 @@ def _require_as_trained(folder: Path, was: Trained, trust_remote_code: bool) -> 
         raise ExportError(f"{folder}: {len(dead)} adapters are zero, such as {dead[0]}: they were never trained")
     _require_weights(folder, reloaded, was.weights)
     stop: int | list[int] | None = reloaded.generation_config.eos_token_id
-    if why := disagreement(_as_trained(reloaded, was), was.logits, TOLERANCE[was.precision], _has_experts(reloaded)):
+    if why := disagreement(
+        _as_trained(reloaded, was), was.logits, TOLERANCE[was.precision], attention.has_experts(reloaded)
+    ):
         raise ExportError(f"{folder}: {why} after reloading")
     return stop
 
@@ -421,10 +423,6 @@ def disagreement(found: torch.Tensor, wanted: torch.Tensor, tolerance: float, ha
     return (
         f"logits of {1 - share:.0%} of the tokens differ, by up to {float(differences.max()):.3g} of the largest one,"
     )
-
-
-def _has_experts(model: Any) -> bool:
-    return any("experts" in name for name, _ in model.named_modules())
 
 
 def _verify_prompt(target: Path, tokenizer: Any, template: Template, system_prompt: str | None) -> None:
@@ -584,17 +582,12 @@ def probe_logits(model: Any, device: torch.device | None = None) -> torch.Tensor
     was_training, base = model.training, model.get_base_model() if adapters.are_in(model) else model
     device = device or model.get_input_embeddings().weight.device
     ids = probe_ids(model.config.get_text_config().vocab_size).to(device)
-    kernel = base.config._attn_implementation
-    if not attention.pads(kernel):
-        base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attention.own_attention(base):
             return model(input_ids=ids, use_cache=False).logits.float().cpu()
     finally:
         model.train(was_training)
-        if not attention.pads(kernel):
-            base.set_attn_implementation(kernel)
 
 
 def embedding_dtype(model: Any, weights: dict[str, torch.Tensor]) -> torch.dtype:
@@ -659,7 +652,7 @@ def merge(
         reloaded = _opened(lambda: load(folder, "auto", trust_remote_code))
         _require_weights(folder, reloaded, weights)
         after = probe_logits(reloaded)
-        if why := disagreement(after, before, tolerance, _has_experts(reloaded)):
+        if why := disagreement(after, before, tolerance, attention.has_experts(reloaded)):
             raise ExportError(f"{target}: {why} once the adapter is merged; nothing was written")
         publish(folder, target)
     finally:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune import export
 from finetune.errors import ExportError, ModelError, Outage
+from finetune.models import attention
 
 pytestmark = pytest.mark.slow
 
@@ -642,7 +643,7 @@ def test_an_expert_that_flips_is_no_wrong_export():
     found = export.probe_logits(model)
     assert export._relative_difference(found, wanted) > export.TOLERANCE["fp32"]
     assert export.disagreement(found, wanted, export.TOLERANCE["fp32"], has_experts=True) is None
-    assert export._has_experts(model)
+    assert attention.has_experts(model)
     assert "differ" in export.disagreement(found, wanted, export.TOLERANCE["fp32"], has_experts=False)
 
 

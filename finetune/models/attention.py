@@ -6,6 +6,8 @@ the sum of n^2, not T^2.
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,20 @@ HEAD_UNIT, LARGEST_HEAD = 8, 256  # what FlashAttention-2's kernel takes: multip
 def pads(implementation: str) -> bool:
     """Whether it trains padded rectangles; else sequences lie end to end."""
     return implementation in PADDED_ATTENTION
+
+
+@contextmanager
+def own_attention(base: Any) -> Iterator[None]:
+    """Let a model attend as a user who opens it has it, for as long as the block runs. One that pads does already."""
+    kernel = base.config._attn_implementation
+    if pads(kernel):
+        yield
+        return
+    base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(kernel)
 
 
 def choose(
@@ -187,59 +203,75 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
     inside its wrappers. Models that mix positions outside attention (convolutions, recurrent
     states), or that are not causal, fail here.
     """
-    vocab_size = base.config.get_text_config().vocab_size
-    ids = torch.randint(vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
-    # What is not seen changes nothing, to the bit; but in a mixture of experts it changes the shapes, and with
-    # them the rounding, of the matrix products that the rest takes part in.
-    has_experts = any("experts" in name for name, _ in base.named_modules())
-    rounding = 1e-2 if has_experts else 1e-5
-
-    def differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-        return logits_differ(one, other, tolerance * scale, has_experts)
-
-    def logits(tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        return model(**inputs_of(tokens.to(device), lengths, base)).logits[0].float()
-
-    def other(where: slice) -> torch.Tensor:
-        changed = ids.clone()
-        changed[:, where] = (changed[:, where] + 1) % vocab_size
-        return changed
-
-    def require_causal(whole: torch.Tensor) -> None:
-        # In a mixture of experts a single token may move by rounding; the one before a change must not move each time.
-        cuts = (11, 9, 7, 5) if has_experts else (11,)
-        seen = [logits(other(slice(cut, 12)), [12])[:cut] for cut in cuts]
-        last, same = torch.stack([each[-1] for each in seen]), torch.stack([whole[cut - 1] for cut in cuts])
-        if differ(seen[0], whole[:11], rounding) or differ(last, same, rounding):
-            raise ModelError(
-                f"{base.config.model_type} lets a token see those after it ({base.config._attn_implementation} attention), "
-                "so it would learn to copy them; it is not a causal language model"
-            )
-
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        whole = logits(ids, [12])
-        scale = float(whole.abs().max())
-        require_causal(whole)
+        probe = _Probe(model, base, device)
+        probe.require_causal(probe.whole)
         if not pads(kernel):
-            second = [logits(tokens, [5, 7])[5:] for tokens in (ids, other(slice(0, 5)))]
-            if differ(second[0], second[1], rounding):
-                raise ModelError(
-                    f"{base.config.model_type} lets a document see the one before it in the same sequence; "
-                    "set data.packing: false and model.attention: sdpa"
-                )
-            base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
-            own = logits(ids, [12])
-            require_causal(own)
-            base.set_attn_implementation(kernel)
+            probe.require_separate()
             exact = precision == "fp32" and next(model.parameters()).dtype == torch.float32
-            if differ(own, whole, 1e-4 if exact else 5e-2):
-                raise ModelError(
-                    f"{base.config.model_type} has an attention of its own that {kernel} does not follow; "
-                    "set data.packing: false and model.attention: eager"
-                )
+            probe.require_like_own(kernel, 1e-4 if exact else 5e-2)
     model.train(was_training)
+
+
+class _Probe:
+    """A dozen random tokens, and what a model makes of them when some are changed."""
+
+    def __init__(self, model: torch.nn.Module, base: Any, device: torch.device) -> None:
+        self.model, self.base, self.device = model, base, device
+        self.vocab_size = base.config.get_text_config().vocab_size
+        self.ids = torch.randint(self.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
+        self.has_experts = has_experts(base)
+        # What is not seen changes nothing, to the bit; but in a mixture of experts it changes the shapes, and with
+        # them the rounding, of the matrix products that the rest takes part in.
+        self.rounding = 1e-2 if self.has_experts else 1e-5
+        self.whole = self.logits([12])
+        self.scale = float(self.whole.abs().max())
+
+    def logits(self, lengths: list[int], changed: slice = slice(0)) -> torch.Tensor:
+        """Logits [12, V] of the tokens in documents of these lengths, with others at `changed`."""
+        ids = self.ids.clone()
+        ids[:, changed] = (ids[:, changed] + 1) % self.vocab_size
+        logits: torch.Tensor = self.model(**inputs_of(ids.to(self.device), lengths, self.base)).logits[0].float()
+        return logits
+
+    def differ(self, one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+        return logits_differ(one, other, tolerance * self.scale, self.has_experts)
+
+    def require_causal(self, whole: torch.Tensor) -> None:
+        """`whole`: logits [12, V] of the unchanged tokens by the attention of now."""
+        # In a mixture of experts a single token may move by rounding; the one before a change must not move each time.
+        cuts = (11, 9, 7, 5) if self.has_experts else (11,)
+        seen = [self.logits([12], slice(cut, 12))[:cut] for cut in cuts]
+        last, same = torch.stack([each[-1] for each in seen]), torch.stack([whole[cut - 1] for cut in cuts])
+        if self.differ(seen[0], whole[:11], self.rounding) or self.differ(last, same, self.rounding):
+            config = self.base.config
+            raise ModelError(
+                f"{config.model_type} lets a token see those after it ({config._attn_implementation} attention), "
+                "so it would learn to copy them; it is not a causal language model"
+            )
+
+    def require_separate(self) -> None:
+        if self.differ(self.logits([5, 7])[5:], self.logits([5, 7], slice(0, 5))[5:], self.rounding):
+            raise ModelError(
+                f"{self.base.config.model_type} lets a document see the one before it in the same sequence; "
+                "set data.packing: false and model.attention: sdpa"
+            )
+
+    def require_like_own(self, kernel: str, tolerance: float) -> None:
+        with own_attention(self.base):
+            own = self.logits([12])
+            self.require_causal(own)
+        if self.differ(own, self.whole, tolerance):
+            raise ModelError(
+                f"{self.base.config.model_type} has an attention of its own that {kernel} does not follow; "
+                "set data.packing: false and model.attention: eager"
+            )
+
+
+def has_experts(model: Any) -> bool:
+    return any("experts" in name for name, _ in model.named_modules())
 
 
 def logits_differ(one_TV: torch.Tensor, other_TV: torch.Tensor, tolerance: float, has_experts: bool) -> bool:
