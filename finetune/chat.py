@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from finetune import export
-from finetune.config.base import model_argument, require_model
+from finetune.config.base import is_adapter, model_argument, require_model
 from finetune.data.rows import Message
 from finetune.data.templates import PROMPT, QUESTION
 from finetune.errors import DataError, ModelError
@@ -53,7 +53,7 @@ def require_system(tokenizer: Any, start: list[Message]) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     require_model(arguments.model, "--model")
-    if arguments.base is not None and not export.is_adapter(arguments.model):
+    if arguments.base is not None and not is_adapter(arguments.model):
         raise ModelError(
             f"--base: {arguments.model} is not the folder of an adapter, so --base would be ignored; remove --base"
         )

@@ -23,8 +23,10 @@ from finetune.config.base import (
     adapter_problem,
     decides_what_opens,
     folder_problem,
+    is_adapter,
     is_model_or_adapter,
     model_argument,
+    recorded_base,
     require_model,
     tokenizer_problem,
 )
@@ -455,7 +457,7 @@ def load(
     """
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
-        if not (folder / "adapter_config.json").exists():
+        if not is_adapter(folder):
             opened, info = AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
@@ -533,15 +535,6 @@ def require_base(base: str | None) -> None:
     require_model(base, "--base")
     if is_adapter(base):
         raise ModelError(f"--base: {base} is an adapter itself; give the whole model that it lies on")
-
-
-def is_adapter(path: str | Path) -> bool:
-    return (Path(path) / "adapter_config.json").exists()
-
-
-def recorded_base(path: str | Path) -> str:
-    """The folder or Hub id that an adapter names as its base."""
-    return json.loads((Path(path) / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
 
 
 def moved(path: str | Path, base: str) -> str | None:

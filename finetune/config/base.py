@@ -5,7 +5,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +45,8 @@ OTHER_HEADS = {
 }  # fmt: skip
 # Coefficients of losses other than the next token's, as configs call them.
 BALANCE = (
-    "router_aux_loss_coef",
-    "aux_loss_alpha",
-    "aux_loss_coef",
-    "moe_aux_loss_coeff",
-    "router_z_loss_coef",
-    "moe_loss_weight",
-)
-
-BITS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
+    "router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef", "moe_aux_loss_coeff", "router_z_loss_coef", "moe_loss_weight",
+)  # fmt: skip
 # What configs call the number of their layers.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PICKLES = (b"PK", b"\x80")  # how a file of torch.save begins: a zip archive, or in the format before torch 1.6 a pickle
@@ -66,7 +59,7 @@ def kind_of_folder(path: str) -> str:
         return "is a file; give the folder it is in" if folder.exists() else "does not exist"
     if (folder / "config.json").exists():
         return "model"
-    if (folder / "adapter_config.json").exists():
+    if is_adapter(folder):
         return "adapter"
     if ((folder / "config.yaml").exists() and (folder / "outcome.json").exists()) or is_model_or_adapter(
         folder / "model"
@@ -96,7 +89,7 @@ def decides_what_opens(name: str) -> bool:
 
 def mixed_problem(folder: Path) -> str | None:
     """Why a folder may be a whole model to one program and an adapter to another; None if it is one of them."""
-    if (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+    if (folder / "config.json").exists() and is_adapter(folder):
         return (
             f"{folder} holds config.json of a whole model and adapter_config.json of an adapter, and programs differ in which they "
             "open; move away the one that does not belong there"
@@ -105,17 +98,23 @@ def mixed_problem(folder: Path) -> str | None:
 
 
 def is_model_or_adapter(folder: Path) -> bool:
-    return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
+    return (folder / "config.json").exists() or is_adapter(folder)
+
+
+def is_adapter(path: str | Path) -> bool:
+    return (Path(path) / "adapter_config.json").exists()
+
+
+def recorded_base(path: str | Path) -> str:
+    """The folder or Hub id that an adapter names as its base; empty if it names none."""
+    return object_in(Path(path) / "adapter_config.json")[0].get("base_model_name_or_path") or ""
 
 
 def folder_problem(path: str, needs_weights: bool) -> str | None:
     """Why a folder, or file, that exists cannot be model.path; None if it can."""
     kind = kind_of_folder(path)
     if kind == "adapter":
-        try:
-            named = json.loads((Path(path) / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        except (OSError, ValueError, AttributeError):
-            named = None
+        named = recorded_base(path)
         base = f"model.path: {named}" if named else "its base in model.path"
         return (
             f"{path} is an adapter, not a model; to train it further give {base} and adapter.path: {path}; to train on "
@@ -139,7 +138,7 @@ def folder_problem(path: str, needs_weights: bool) -> str | None:
 
 def config_problem(folder: Path) -> str | None:
     """Why config.json cannot be used; None if it may be."""
-    values, problem = _object_in(folder / "config.json")
+    values, problem = object_in(folder / "config.json")
     return problem or values_problem(f"{folder / 'config.json'}", values)
 
 
@@ -162,11 +161,11 @@ def _quantization_problem(where: str, found: Any) -> str | None:
     remedy = "correct it, or remove it if the weights are not quantised"
     if not isinstance(found, Mapping):
         return f"{where} should be a mapping with quant_method, got {allowed.short(found)}; {remedy}"
-    bits = [name for name in BITS if found.get(name)]
-    if not found or (found.get("quant_method") is None and not bits and any(name in found for name in BITS)):
+    bits = [name for name in allowed.BITS if found.get(name)]
+    method = _method(found)
+    if not method and not bits and (not found or any(name in found for name in allowed.BITS)):
         return f"{where} has no quant_method, so transformers cannot open the model; {remedy}"
-    method = found.get("quant_method")
-    if not bits and not str(getattr(method, "value", method)).startswith("bitsandbytes"):
+    if not bits and not method.startswith("bitsandbytes"):
         return None
     if problem := allowed.problem(where, found, allowed.OF_BITSANDBYTES):
         return problem
@@ -177,18 +176,24 @@ def _quantization_problem(where: str, found: Any) -> str | None:
 
 def weights_problem(folder: Path) -> str | None:
     """Why the weights of a folder cannot be loaded, from indices, headers and sizes; None if they may be. Takes milliseconds."""
-    return _files_problem(folder) or _packing_problem(folder)
+    tensors, problem = _weights_in(folder)
+    return problem or (None if tensors is None else _packing_problem(folder, tensors))
 
 
-def _packing_problem(folder: Path) -> str | None:
+def shapes(path: str) -> dict[str, list[int]] | None:
+    """Names and shapes of the weights in a folder; None where they are not in .safetensors, or not in order."""
+    return _weights_in(Path(path))[0] if os.path.isdir(path) else None
+
+
+def _packing_problem(folder: Path, tensors: Iterable[str]) -> str | None:
     """Why the weights are not packed as config.json says; None if they are, or another library than bitsandbytes did it."""
     found = quantization(said_by(str(folder)))
-    form, saved = form_of(found) if found else None, shapes(str(folder))
-    if saved is None or (found and form is None):
+    form = form_of(found) if found else None
+    if found and form is None:
         return None
     file = folder / "config.json"
-    types = {match[1] for name in saved if (match := re.search(r"\.quant_state\.bitsandbytes__(\w+)$", name))}
-    types |= {"int8" for name in saved if name.endswith(".SCB")}
+    types = {match[1] for name in tensors if (match := re.search(r"\.quant_state\.bitsandbytes__(\w+)$", name))}
+    types |= {"int8" for name in tensors if name.endswith(".SCB")}
     if form is None:
         listed = ", ".join(sorted(types))
         return (
@@ -206,58 +211,51 @@ def _packing_problem(folder: Path) -> str | None:
     return None
 
 
-def _files_problem(folder: Path) -> str | None:
-    """Why the files of weights cannot be read; None if they may be."""
+def _weights_in(folder: Path) -> tuple[dict[str, list[int]] | None, str | None]:
+    """(names and shapes of the weights, or None where they are not in .safetensors; what is wrong with their files)."""
     names = sorted(os.listdir(folder))
-    if _object_in(folder / "config.json")[0].get("transformers_weights"):
-        return None  # names a file of its own
-    found = [name for name in WEIGHTS if name in names]
-    if not found:
-        shards = [name for name in names if re.search(r"-\d+-of-\d+\.(safetensors|bin)$", name)]
-        if shards:
-            missing = WEIGHTS[3] if shards[0].endswith(".bin") else WEIGHTS[1]
-            return f"{folder} has weights in parts ({shards[0]}), but not their index, {missing}; download it too"
-        if others := [
-            name for name in names if name.endswith((".safetensors", ".bin")) and name != "training_args.bin"
-        ]:
-            return f"{folder} has no model.safetensors, and transformers does not look for {others[0]}; rename it, or download the model again"
-        return f"{folder} has no weights (.safetensors)" + (
-            ", only GGUF, which is for inference; give the model it was made from"
-            if any(name.endswith(".gguf") for name in names)
-            else "; was a download interrupted?"
-        )
-    first = found[0]
+    if object_in(folder / "config.json")[0].get("transformers_weights"):
+        return None, None  # names a file of its own
+    first = next((name for name in WEIGHTS if name in names), None)
+    if first is None:
+        return None, _absence(folder, names)
     if not first.endswith(".json"):
-        return _tensors_in(folder / first)[1]
-    index, problem = _object_in(folder / first)
+        return tensors_in(folder / first)
+    index, problem = object_in(folder / first)
     if problem:
-        return problem
+        return None, problem
     parts = index.get("weight_map")
     if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
-        return f"{folder / first}: has no weight_map, so it is not an index; {AGAIN}"
+        return None, f"{folder / first}: has no weight_map, so it is not an index; {AGAIN}"
+    tensors: dict[str, list[int]] = {}
     for part in sorted(set(parts.values())):
-        held, problem = _tensors_in(folder / part)
+        held, problem = tensors_in(folder / part)
         if problem is not None:
-            return problem
+            return None, problem
         absent = sorted(name for name in parts if parts[name] == part and held is not None and name not in held)
         if absent:
-            return f"{folder / part}: lacks {absent[0]}, which {first} says is in it; download both again"
-    return None
+            return None, f"{folder / part}: lacks {absent[0]}, which {first} says is in it; download both again"
+        tensors |= held or {}
+    return tensors or None, None
 
 
-def shapes(path: str) -> dict[str, list[int]] | None:
-    """Names and shapes of the weights in a folder; None where they are not in .safetensors, or not in order."""
-    folder = Path(path)
-    if (folder / WEIGHTS[0]).exists():
-        return _tensors_in(folder / WEIGHTS[0])[0]
-    parts = _object_in(folder / WEIGHTS[1])[0].get("weight_map")
-    tensors: dict[str, list[int]] = {}
-    for part in sorted(set(parts.values())) if isinstance(parts, dict) else ():
-        tensors |= _tensors_in(folder / part)[0] or {}
-    return tensors or None
+def _absence(folder: Path, names: list[str]) -> str:
+    """Which weights a folder lacks, by the names of what it holds."""
+    shards = [name for name in names if re.search(r"-\d+-of-\d+\.(safetensors|bin)$", name)]
+    if shards:
+        missing = WEIGHTS[3] if shards[0].endswith(".bin") else WEIGHTS[1]
+        return f"{folder} has weights in parts ({shards[0]}), but not their index, {missing}; download it too"
+    others = [name for name in names if name.endswith((".safetensors", ".bin")) and name != "training_args.bin"]
+    if others:
+        return f"{folder} has no model.safetensors, and transformers does not look for {others[0]}; rename it, or download the model again"
+    return f"{folder} has no weights (.safetensors)" + (
+        ", only GGUF, which is for inference; give the model it was made from"
+        if any(name.endswith(".gguf") for name in names)
+        else "; was a download interrupted?"
+    )
 
 
-def _tensors_in(path: Path) -> tuple[dict[str, list[int]] | None, str | None]:
+def tensors_in(path: Path) -> tuple[dict[str, list[int]] | None, str | None]:
     """(names and shapes of the tensors in a file of weights, or None where it is not .safetensors; what is wrong with it)."""
     start, size, problem = _start_of(path)
     if problem:
@@ -296,20 +294,22 @@ def _start_of(path: Path) -> tuple[bytes, int, str | None]:
     except FileNotFoundError:
         return b"", 0, f"{path} is missing; download it too"
     except OSError as exc:
-        failures.reraise(exc, f"{path}: cannot be read now")
-        return b"", 0, f"{path}: cannot be read: {exc.strerror or exc}"
+        return b"", 0, _unreadable(path, exc)
     if not size:
         return start, size, f"{path} is empty; {AGAIN}"
     if start == LFS_POINTER:
-        return (
-            start,
-            size,
-            f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull in its folder, or {AGAIN}",
-        )
+        problem = f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull in its folder, or {AGAIN}"
+        return start, size, problem
     return start, size, None
 
 
-def _object_in(path: Path) -> tuple[dict[str, Any], str | None]:
+def _unreadable(path: Path, exc: OSError) -> str:
+    """Why a file cannot be read; raises Outage where the disk fails, which is not the file's fault."""
+    failures.reraise(exc, f"{path}: cannot be read now")
+    return f"{path}: cannot be read: {exc.strerror or exc}"
+
+
+def object_in(path: Path) -> tuple[dict[str, Any], str | None]:
     """(the object that a JSON file holds, what is wrong with it)."""
     _, _, problem = _start_of(path)
     if problem:
@@ -323,17 +323,25 @@ def _object_in(path: Path) -> tuple[dict[str, Any], str | None]:
     return values, None
 
 
+def name_problem(name: str | None) -> str | None:
+    """Why a name is neither a folder or file that is here nor the form of a Hub id; None if it is one of them."""
+    if not name or not name.strip():
+        return "is empty; give a folder, or a Hub id as owner/name"
+    if not os.path.exists(name) and paths.is_local(name):
+        return f"{name}: no such folder (looked for from {os.getcwd()}), and not a Hub id, as owner/name"
+    return None
+
+
 def adapter_problem(path: str) -> str | None:
     """Why a name cannot be adapter.path; None if it can, or is one of the Hub."""
     if not os.path.exists(path):
-        return f"{path}: no such folder (looked for from {os.getcwd()})" if paths.is_local(path) else None
-    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        return name_problem(path)
+    if is_adapter(path):
         return _adapter_files_problem(Path(path))
     kind, inside = kind_of_folder(path), os.path.join(path, "model")
     if kind == "run":
-        is_one = os.path.exists(os.path.join(inside, "adapter_config.json"))
         return f"{path} is a run directory; " + (
-            f"its adapter is in {inside}: give that folder" if is_one else "it has no adapter in model/"
+            f"its adapter is in {inside}: give that folder" if is_adapter(inside) else "it has no adapter in model/"
         )
     if kind == "model":
         return f"{path} is a whole model, not an adapter; give it as model.path"
@@ -343,7 +351,7 @@ def adapter_problem(path: str) -> str | None:
 def _adapter_files_problem(folder: Path) -> str | None:
     """Why settings or weights of an adapter cannot be used; None if they may be. Takes milliseconds."""
     file = folder / "adapter_config.json"
-    settings, problem = _object_in(file)
+    settings, problem = object_in(file)
     if problem:
         return problem
     if "peft_type" not in settings:
@@ -353,7 +361,7 @@ def _adapter_files_problem(folder: Path) -> str | None:
     weights = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).exists()), None)
     if weights is None:
         return f"{folder} has no {ADAPTER_WEIGHTS[0]}, the weights of the adapter; copy it there too"
-    tensors, problem = _tensors_in(weights)
+    tensors, problem = tensors_in(weights)
     return problem or (_ranks_problem(file, settings, weights, tensors) if tensors is not None else None)
 
 
@@ -384,10 +392,12 @@ def tokenizer_problem(path: str) -> str | None:
         return f"{path} has no tokenizer ({TOKENIZER[0]}); give the one that belongs to the model as model.tokenizer"
     for file in (Path(path) / name for name in TOKENIZER if os.path.lexists(os.path.join(path, name))):
         _, size, problem = _start_of(file)
-        values, broken = _object_in(file) if file.suffix == ".json" and size < SMALL else ({}, None)
-        if file.name == TOKENIZER[0] and size < SMALL and not (problem or broken) and "model" not in values:
-            broken = f"{file} has no vocabulary (model); {AGAIN}"
-        if problem := problem or broken or allowed.problem(str(file), values, allowed.OF_TOKENIZER.get(file.name, {})):
+        if file.suffix == ".json" and size < SMALL and not problem:
+            values, problem = object_in(file)
+            if file.name == TOKENIZER[0] and not problem and "model" not in values:
+                problem = f"{file} has no vocabulary (model); {AGAIN}"
+            problem = problem or allowed.problem(str(file), values, allowed.OF_TOKENIZER.get(file.name, {}))
+        if problem:
             return problem
     return _templates_problem(Path(path))
 
@@ -401,8 +411,7 @@ def _templates_problem(folder: Path) -> str | None:
             except UnicodeDecodeError as exc:
                 return f"{file}: is not UTF-8 at byte {exc.start}; save it as UTF-8, or {AGAIN}"
             except OSError as exc:
-                failures.reraise(exc, f"{file}: cannot be read now")
-                return f"{file}: cannot be read: {exc.strerror or exc}"
+                return _unreadable(file, exc)
     return None
 
 
@@ -412,20 +421,15 @@ def model_in(path: str) -> str:
     return inside if os.path.isdir(path) and kind_of_folder(path) == "run" and os.path.isdir(inside) else path
 
 
-def said_by(path: str | None) -> dict[str, Any]:
+def said_by(path: str) -> dict[str, Any]:
     """config.json of a folder; empty if there is none that can be read."""
-    try:
-        values = json.loads((Path(path or "") / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(values, dict):
-        return {}
+    values, _ = object_in(Path(path) / "config.json")
     for file, method in (
         ("quantize_config.json", "gptq"),
         ("quant_config.json", "awq"),
         ("hf_quant_config.json", "modelopt"),
     ):
-        if not values.get("quantization_config") and (Path(path or "") / file).exists():
+        if values and not values.get("quantization_config") and (Path(path) / file).exists():
             values["quantization_config"] = {"quant_method": method}
     return values
 
@@ -444,17 +448,19 @@ def quantization(said: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _is_off(found: Mapping[str, Any]) -> bool:
     """Whether bitsandbytes is named with neither 4 nor 8 bits: transformers loads such weights as they are."""
+    return _method(found) == "bitsandbytes" and not any(found.get(name) for name in allowed.BITS)
+
+
+def _method(found: Mapping[str, Any]) -> str:
+    """quant_method, which is an enum in a config that transformers has opened; empty if there is none."""
     method = found.get("quant_method")
-    return getattr(method, "value", method) == "bitsandbytes" and not any(found.get(name) for name in BITS)
+    return str(getattr(method, "value", method) or "")
 
 
 def form_of(found: Mapping[str, Any]) -> dict[str, Any] | None:
     """A quantisation of bitsandbytes in the words of `adapter`; None for any other."""
-    method = found.get("quant_method") or (
-        "bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else ""
-    )
-    method = getattr(method, "value", method)
-    if str(method).removesuffix("_4bit").removesuffix("_8bit") != "bitsandbytes":
+    method = _method(found) or ("bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else "")
+    if method.removesuffix("_4bit").removesuffix("_8bit") != "bitsandbytes":
         return None
     if found.get("load_in_8bit", found.get("_load_in_8bit")):
         return {"quantization": "int8"}
@@ -470,11 +476,11 @@ def name_of(found: Mapping[str, Any]) -> str:
     if form:
         doubly = ", doubly quantised" if form.get("double_quantization") else ""
         return f"bitsandbytes {form['quantization']}{doubly}"
-    method = found.get("quant_method")
-    if method is None:
+    method = _method(found)
+    if not method:
         return "MLX" if "group_size" in found else "of an unnamed kind"
     bits = found.get("bits") or found.get("w_bit")
-    return f"{getattr(method, 'value', method)}" + (f", {bits} bits" if bits else "")
+    return method + (f", {bits} bits" if bits else "")
 
 
 def quantized_problem(name: str, said: Mapping[str, Any], adapter_kind: str) -> str | None:
@@ -548,12 +554,9 @@ def model_argument(text: str) -> str:
 
 def require_model(name: str, option: str) -> None:
     """Raise ModelError at once for a name that can only be a folder here, and is not there or holds neither model nor adapter."""
-    if not name.strip():
-        raise ModelError(f"{option}: is empty; give a folder, or a Hub id as owner/name")
-    if not os.path.exists(name):
-        if paths.is_local(name):
-            raise ModelError(f"{option}: {name}: no such folder (looked for from {os.getcwd()}); a run's model is in runs/<name>/model")  # fmt: skip
-    elif problem := (
-        adapter_problem(name) if kind_of_folder(name) == "adapter" else folder_problem(name, needs_weights=True)
-    ):
+    problem = name_problem(name)
+    if problem is None and os.path.exists(name):
+        is_one = kind_of_folder(name) == "adapter"
+        problem = adapter_problem(name) if is_one else folder_problem(name, needs_weights=True)
+    if problem:
         raise ModelError(f"{option}: {problem}")

@@ -18,10 +18,11 @@ def _are_words(value: Any) -> bool:
 
 
 Rules = Mapping[str, tuple[Callable[[Any], bool], str]]  # key -> (whether a value may stand there, what may)
+BITS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
 SWITCH = (lambda value: isinstance(value, bool), "true or false")
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 OF_BITSANDBYTES: Rules = {
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_use_double_quant"), SWITCH),
+    **dict.fromkeys((*BITS, "bnb_4bit_use_double_quant"), SWITCH),
     "bnb_4bit_quant_type": (lambda value: value in ("nf4", "fp4"), "nf4 or fp4"),
     "bnb_4bit_compute_dtype": (
         lambda value: value is None or str(value).removeprefix("torch.") in DTYPE_NAMES, f"one of {', '.join(DTYPE_NAMES)}"
@@ -69,7 +70,7 @@ OF_TOKENIZER: Mapping[str, Rules] = {
 
 
 def problem(where: str, values: Mapping[str, Any], rules: Rules) -> str | None:
-    """The first key with a value that its rule does not allow."""
+    """Name the first key with a value that its rule does not allow; None if there is none."""
     for name, (allows, wanted) in rules.items():
         if name in values and not allows(values[name]):
             return f"{where}: {name} should be {wanted}, got {short(values[name])}; correct it"

@@ -202,7 +202,7 @@ def require_whole(model: "PeftModel", path: str, adapter: str = "default") -> No
     from peft import get_peft_model_state_dict
 
     file = Path(path) / ADAPTER_WEIGHTS[0]
-    saved = load.shapes_of_file(str(file if file.exists() else file.with_name(ADAPTER_WEIGHTS[1])))
+    saved = load.shapes_of_file(file if file.exists() else file.with_name(ADAPTER_WEIGHTS[1]))
     if saved is None:
         return
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)

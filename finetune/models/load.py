@@ -9,16 +9,16 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from finetune import failures
-from finetune.config import Model, base, paths
+from finetune.config import Model, base
 from finetune.errors import ModelError
 from finetune.models import bases, embeddings
 
@@ -86,7 +86,7 @@ def load_config(model: Model) -> Any:
             raise ModelError(problem)
         return config
     _require_folder_or_hub("model.path", model.path)
-    with translated(f"model {model.path!r}: its config.json", base.said_by(model.path)):
+    with translated(f"model {model.path!r}: its config.json", base.said_by(str(model.path))):
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -270,7 +270,10 @@ def check_weights(skeleton: Any, model: Model) -> None:
 
     Where one saved name is not a name of the architecture, transformers may rename on loading, and what is missing shows then.
     """
-    saved = _saved_shapes(model.path or "") if model.init == "pretrained" else None
+    if model.init != "pretrained":
+        return
+    folder = model.path or ""
+    saved = base.shapes(folder) or shapes_of_pickle(Path(folder, "pytorch_model.bin"))
     if saved is None or base.quantization(skeleton.config.to_dict()) is not None:
         return
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
@@ -299,27 +302,16 @@ def _ends(model: Any) -> list[Any]:
     return [end for end in ends if getattr(end, "weight", None) is not None]
 
 
-def _saved_shapes(path: str) -> dict[str, list[int]] | None:
-    """As `base.shapes`, and also of a pytorch_model.bin of torch 1.6 or later. Raises ModelError for one that cannot be opened."""
-    file = os.path.join(path, "pytorch_model.bin")
-    if os.path.exists(file) and not any(os.path.exists(os.path.join(path, name)) for name in base.WEIGHTS[:2]):
-        return shapes_of_pickle(file)
-    return base.shapes(path)
-
-
-def shapes_of_file(file: str) -> dict[str, list[int]] | None:
+def shapes_of_file(file: Path) -> dict[str, list[int]] | None:
     """Names and shapes in one file of weights; None for formats before torch 1.6."""
-    if file.endswith(".bin"):
-        return shapes_of_pickle(file)
-    with safe_open(file, "pt") as opened:
-        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    return shapes_of_pickle(file) if file.suffix == ".bin" else base.tensors_in(file)[0]
 
 
-def shapes_of_pickle(file: str) -> dict[str, list[int]] | None:
+def shapes_of_pickle(file: Path) -> dict[str, list[int]] | None:
     """Names and shapes in a zip file of torch.save, of which nothing is executed and no values are read; None for older formats."""
     if not zipfile.is_zipfile(file):
         return None
-    with translated(file):
+    with translated(str(file)):
         found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     if not isinstance(found, dict):
         raise ModelError(f"{file}: holds {type(found).__name__}, and should hold weights by their names; {base.AGAIN}")
@@ -375,12 +367,8 @@ def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
 
 def _require_folder_or_hub(key: str, name: str | None) -> None:
     """Raise ModelError at once for what is neither a folder that is there nor the form of a Hub id."""
-    if not name or not name.strip():
-        raise ModelError(f"{key}: is empty; give a folder, or a Hub id as owner/name")
-    if not os.path.exists(name) and paths.is_local(name):
-        raise ModelError(
-            f"{key}: {name}: no such folder (looked for from {os.getcwd()}), and not a Hub id, as owner/name"
-        )
+    if problem := base.name_problem(name):
+        raise ModelError(f"{key}: {problem}")
 
 
 def _reason(exc: Exception, said: Mapping[str, Any] | None) -> str:
