@@ -300,12 +300,11 @@ def rehearse(
 
     What a base on the Hub has in addition to its weights is fetched now: in days the Hub may not answer.
     """
-    path, trust_remote_code = base.path, base.trust_remote_code
     _folder_of(base, local_files_only=False)
     with tempfile.TemporaryDirectory() as name:
         model_config.save_pretrained(name)  # its model_type decides which class opens the tokenizer
         _save_tokenizer(with_template(tokenizer, template, system_prompt), name, base)
-        again = load_tokenizer(name, trust_remote_code)
+        again = load_tokenizer(name, base.trust_remote_code)
         if template is not None:
             template.stop_token()
             try:
@@ -317,17 +316,8 @@ def rehearse(
                 f"model.tokenizer: saved with a model of type {model_config.model_type} it opens as {type(again).__name__}, "
                 "which gives other tokens; take the tokenizer of a model of this type, or another model_type"
             )
-        if path and os.path.lexists(os.path.join(path, "generation_config.json")):
-            try:
-                config = GenerationConfig.from_pretrained(path)
-                _sample_if_it_says_how(config)
-                config.validate(strict=True)
-                _require_tokens(config, model_config)
-            except Exception as exc:  # any error here would otherwise stop the export, after all the training
-                reason = " ".join(str(exc).split())[:200]
-                raise ModelError(
-                    f"model {path!r}: its generation_config.json cannot be saved again: {reason}; correct it"
-                ) from exc
+    if base.path and os.path.lexists(os.path.join(base.path, "generation_config.json")):
+        _require_generation_config(base.path, model_config)
 
 
 def verify(
@@ -469,40 +459,45 @@ def load(
         adapter = PeftConfig.from_pretrained(str(folder))
         record = bases.read(folder)
         where, revision = _base_of(folder, adapter, base)
+        if base is None and os.path.isdir(where) and (problem := folder_problem(where, needs_weights=True)):
+            raise ModelError(f"the base of {folder}: {problem}")
         quantization = (record.get("quantization") or None) if quantized else None
-        on_cpu = quantization is not None and device is not None and device.type == "cpu"
-        place = {"device_map": {"": "cpu"}} if on_cpu else {}
-
-        def load_base(dtype: torch.dtype | str) -> Any:
-            with translated(f"--base: {where!r}") if base is not None else nullcontext():
-                config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-                model, info = AutoModelForCausalLM.from_pretrained(
-                    where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True,
-                    **quantized_as(config, quantization), **place,
-                )  # fmt: skip
-                refuse_lost(where, model, info)
-            if on_cpu:
-                vars(model).pop("hf_device_map", None)  # peft would spread over the GPUs again what has it
-            if not quantized and getattr(config, "quantization_config", None):  # it has no other weights than those
-                model = model.dequantize(dtype=model.dtype)
-                model._weight_conversions = None  # of transformers 5.23, which would quantise again while saving
-            return model
-
         if quantization and dtype == "auto":
             dtype = getattr(torch, record["dtype"])
-        model = load_base(dtype)
+        on_cpu = quantization is not None and device is not None and device.type == "cpu"
+        with translated(f"--base: {where!r}") if base is not None else nullcontext():
+            model = _load_base(where, revision, dtype, trust_remote_code, quantization, on_cpu)
+            if not quantized and getattr(model, "is_quantized", False):  # it has no other weights than those
+                model = model.dequantize(dtype=model.dtype)
+                model._weight_conversions = None  # of transformers 5.23, which would quantise again while saving
         keep_layout(model)
         if record.get("new_token_ids"):
             embeddings.extend(model, record["new_token_ids"])
         if record:
             bases.require_architecture(model, record, folder, base)
-        if record and (quantization or not record["quantization"]):
-            bases.require_weights(model, record, folder, base)
+            if quantization or not record["quantization"]:
+                bases.require_weights(model, record, folder, base)
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         adapted = PeftModel.from_pretrained(model, str(folder))
         adapters.require_whole(adapted, str(folder))
         return adapted
+
+
+def _load_base(
+    where: str, revision: str | None, dtype: torch.dtype | str, trust_remote_code: bool,
+    quantization: dict[str, Any] | None, on_cpu: bool,
+) -> Any:  # fmt: skip
+    """The base of an adapter, with all its weights. Raises ModelError if some are lost."""
+    config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True,
+        **quantized_as(config, quantization), **({"device_map": {"": "cpu"}} if on_cpu else {}),
+    )  # fmt: skip
+    refuse_lost(where, model, info)
+    if on_cpu:
+        vars(model).pop("hf_device_map", None)  # peft would spread over the GPUs again what has it
+    return model
 
 
 def _require_adapter(folder: Path) -> None:
@@ -523,8 +518,6 @@ def _base_of(folder: Path, adapter: Any, given: str | None) -> tuple[str, str | 
         raise ModelError(
             f"{folder} is an adapter, and its base is not in {known} any more; give --base with the folder where it is now"
         )
-    if os.path.isdir(known) and (problem := folder_problem(known, needs_weights=True)):
-        raise ModelError(f"the base of {folder}: {problem}")
     return known, adapter.revision
 
 
@@ -819,12 +812,22 @@ def generation(model: Any, tokenizer: Any, template: Template | None) -> Generat
     return config
 
 
-def _require_tokens(config: GenerationConfig, model_config: Any) -> None:
-    """Raise ValueError for end tokens that are not ids of the vocabulary. The pad token is replaced anyway."""
-    size, given = model_config.get_text_config().vocab_size, config.eos_token_id
-    for token in given if isinstance(given, list) else [] if given is None else [given]:
-        if type(token) is not int or not 0 <= token < size:
-            raise ValueError(f"eos_token_id is {given!r}, and ids are whole numbers from 0 to {size - 1}")
+def _require_generation_config(path: str, model_config: Any) -> None:
+    """Raise ModelError for a generation config that cannot be saved again, or whose end tokens are not ids of the vocabulary."""
+    try:
+        config = GenerationConfig.from_pretrained(path)
+        _sample_if_it_says_how(config)
+        config.validate(strict=True)
+        # Only those that end an answer: the pad token is replaced anyway.
+        size, given = model_config.get_text_config().vocab_size, config.eos_token_id
+        for token in given if isinstance(given, list) else [] if given is None else [given]:
+            if type(token) is not int or not 0 <= token < size:
+                raise ValueError(f"eos_token_id is {given!r}, and ids are whole numbers from 0 to {size - 1}")
+    except Exception as exc:  # any error here would otherwise stop the export, after all the training
+        reason = " ".join(str(exc).split())[:200]
+        raise ModelError(
+            f"model {path!r}: its generation_config.json cannot be saved again: {reason}; correct it"
+        ) from exc
 
 
 def _sample_if_it_says_how(config: GenerationConfig) -> None:

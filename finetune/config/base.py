@@ -528,7 +528,7 @@ def forgotten_losses(said: Mapping[str, Any]) -> str | None:
 def settled(config: "Config", said: Mapping[str, Any]) -> tuple["Config", list[str]]:
     """The config with adapter.quantization as its quantised base has it, and what the base makes impossible."""
     name, found = str(config.model.path), quantization(said)
-    problems = [f"model.path: {problem}" for problem in filter(None, [architecture_problem(name, said)])]
+    problems = [f"model.path: {problem}"] if (problem := architecture_problem(name, said)) else []
     if config.model.init == "random" or found is None:
         return config, problems
     if problem := quantized_problem(name, said, config.adapter.kind):

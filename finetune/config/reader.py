@@ -231,10 +231,9 @@ def _listed(problems: list[str], where: str) -> str:
 def _beside_base(config: Config) -> tuple[Config, list[str]]:
     """The config as its base, where that is a folder here, lets it be, and what is wrong with that folder."""
     path, adapter = config.model.path, config.adapter.path
-    is_here = adapter is not None and config.adapter.kind != "full" and os.path.exists(adapter)
-    of_adapter = [
-        f"adapter.path: {problem}" for problem in filter(None, [is_here and base.adapter_problem(str(adapter))])
-    ]
+    of_adapter = []
+    if adapter is not None and config.adapter.kind != "full" and os.path.exists(adapter):
+        of_adapter = [f"adapter.path: {problem}"] if (problem := base.adapter_problem(adapter)) else []
     if path is None or not os.path.exists(path):
         return config, of_adapter
     if problem := base.folder_problem(path, needs_weights=False):

@@ -178,7 +178,7 @@ def _optimizer_conflicts(config: Config) -> Iterator[str]:
 
 def _may_hold_text(source: str) -> bool:
     """A .txt file, or a folder or a glob, whose files are looked at later."""
-    is_many = os.path.isdir(os.path.expanduser(source)) or set(source) & set("*?[")
+    is_many = os.path.isdir(source) or set(source) & set("*?[")
     return bool(is_many) or source.lower().endswith((".txt", ".txt.gz"))
 
 

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import cached_file
 
-from finetune.config.base import WEIGHTS
+from finetune.config import values as allowed
+from finetune.config.base import WEIGHTS, name_of, object_in
 from finetune.errors import ModelError
 
 FILE = "base_weights.json"  # next to an adapter
@@ -53,19 +54,18 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.exists():
         return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        wrong = next(
-            (name for name, is_right in FIELDS.items() if not is_right(found.get(name, MISSING.get(name)))), ""
-        )
-        wrong = wrong or ("new_token_ids" if len(found["new_tokens"]) != len(found["new_token_ids"]) else "")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    found, problem = object_in(path)
+    found = OLDER | found
+    wrong = next((name for name, is_right in FIELDS.items() if name not in found or not is_right(found[name])), None)
+    if problem:
         wrong = "no JSON object"
+    elif wrong is None and len(found["new_tokens"]) != len(found["new_token_ids"]):
+        wrong = "new_token_ids"
     if wrong:
         raise ModelError(
             f"{path}: is damaged ({wrong}), so the base of this adapter cannot be checked; restore it, or export the run again"
         )
-    return {**MISSING, **found}
+    return found
 
 
 def _is_dtype(name: Any) -> bool:
@@ -87,14 +87,14 @@ def _is_form(form: Any) -> bool:
     )  # fmt: skip
 
 
-# What each field of a record may hold, and what records of older versions lack.
+# What each field of a record may hold.
 FIELDS: dict[str, Callable[[Any], bool]] = {
-    "dtype": _is_dtype, "quantization": _is_form, "loftq": lambda value: isinstance(value, bool),
-    "architecture": lambda value: isinstance(value, dict), "weights": lambda value: bool(value) and _are_texts(value), "values": _are_texts,
-    "new_tokens": lambda value: isinstance(value, list) and all(isinstance(token, str) for token in value),
+    "dtype": _is_dtype, "quantization": _is_form, "loftq": allowed.is_switch,
+    "architecture": allowed.is_object, "weights": lambda value: bool(value) and _are_texts(value), "values": _are_texts,
+    "new_tokens": allowed.are_words,
     "new_token_ids": lambda value: isinstance(value, list) and all(type(number) is int and number >= 0 for number in value),
 }  # fmt: skip
-MISSING: dict[str, Any] = {"loftq": False, "architecture": {}, "values": {}, "quantization": ...}
+OLDER: dict[str, Any] = {"loftq": False, "architecture": {}, "values": {}}  # what records of older versions lack
 
 
 def _function(base: nn.Module) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def require_architecture(base: nn.Module, known: dict[str, Any], folder: Path, g
     `given`: what --base names, if it does.
     """
     now = _function(base)
-    others = [name for name, value in known.get("architecture", {}).items() if name in now and now[name] != value]
+    others = [name for name, value in known["architecture"].items() if name in now and now[name] != value]
     if others:
         name = "model_type" if "model_type" in others else others[0]  # the rest follows from it
         if given is not None:
@@ -150,8 +150,7 @@ def require_weights(base: nn.Module, known: dict[str, Any], folder: Path, given:
     dtype = getattr(torch, known["dtype"])  # float16 has fewer exponents, so what passed through it is other numbers
     _require_hashes(hashes(base, dtype), known["weights"], folder, given)
     if given is not None:
-        wanted = known.get("values", {})  # records of older versions have none
-        _require_hashes(values(base, set(wanted), dtype), wanted, folder, given)
+        _require_hashes(values(base, set(known["values"]), dtype), known["values"], folder, given)
 
 
 def _require_hashes(found: dict[str, str], known: dict[str, str], folder: Path, given: str | None = None) -> None:
@@ -180,7 +179,7 @@ def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
 
     def is_alike(weight: torch.Tensor) -> bool:
         if weight is embedding or weight is head:
-            return not known.get("new_tokens") and (weight is embedding or not packed)
+            return not known["new_tokens"] and (weight is embedding or not packed)
         return weight.dim() == 1 or not packed
 
     alike = {name for name, weight in base.named_parameters() if is_alike(weight)}
@@ -189,12 +188,7 @@ def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
 
 def describe(quantization: dict[str, Any] | None) -> str:
     """How weights are stored, in words; without the dtype they are unpacked to for a product."""
-    if quantization is None:
-        return "not quantised"
-    if quantization.get("load_in_8bit"):
-        return "int8"
-    doubly = ", doubly quantised" if quantization["bnb_4bit_use_double_quant"] else ""
-    return f"{quantization['bnb_4bit_quant_type']}{doubly}"
+    return "not quantised" if quantization is None else name_of(quantization).removeprefix("bitsandbytes ")
 
 
 def hashes(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
