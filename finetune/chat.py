@@ -58,11 +58,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"--base: {arguments.model} is not the folder of an adapter, so --base would be ignored; remove --base"
         )
     export.require_base(arguments.base)
-    tokenizer = export.load_tokenizer(arguments.model, arguments.trust_remote_code)
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{arguments.model}: its tokenizer has no chat template; models tuned with objective.kind: sft have one"
-        )
+    tokenizer = export.load_chat_tokenizer(arguments.model, arguments.trust_remote_code)
     start = [Message("system", arguments.system)] if arguments.system else []
     require_system(tokenizer, start)
     model = export.load(arguments.model, trust_remote_code=arguments.trust_remote_code, base=arguments.base)

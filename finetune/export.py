@@ -560,6 +560,16 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
 
 
+def load_chat_tokenizer(path: str, trust_remote_code: bool) -> Any:
+    """As `load_tokenizer`. Raises ModelError for one without a chat template."""
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{path}: its tokenizer has no chat template, so it cannot be asked; models tuned with objective.kind: sft have one"
+        )
+    return tokenizer
+
+
 def probe_logits(model: Any, device: torch.device | None = None) -> torch.Tensor:
     """Logits of a model for `probe_ids`, float32 [1, PROBE_TOKENS, V] on the CPU. Collective where weights are shared.
 

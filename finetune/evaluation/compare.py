@@ -72,27 +72,24 @@ def main(arguments: argparse.Namespace) -> None:
         require_output(Path(arguments.output), arguments.data)
     for option in ("base", "tuned"):
         require_model(getattr(arguments, option), f"--{option}")
+    moved = export.moved(arguments.tuned, arguments.base)
     if same_model(arguments.base, arguments.tuned):
         print("note: --base and --tuned are the same model", file=sys.stderr)
-    elif export.moved(arguments.tuned, arguments.base):
+    elif moved:
         export.require_base(arguments.base)
     conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
-    tokenizer = export.load_tokenizer(arguments.tuned, arguments.trust_remote_code)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{arguments.tuned}: its tokenizer has no chat template, so it cannot be asked; was it tuned with objective.kind: sft?"
-        )
+    tokenizer = export.load_chat_tokenizer(arguments.tuned, arguments.trust_remote_code)
     generation.refuse_control_tokens(tokenizer, conversations)
     wanted = [conversation.messages[-1].content for conversation in conversations]
     given: dict[str, list[Answer]] = {}
-    for name, path in (("base", arguments.base), ("tuned", arguments.tuned)):
-        own = export.load_tokenizer(path, arguments.trust_remote_code)
-        own.chat_template = tokenizer.chat_template
+    of_base = export.load_tokenizer(arguments.base, arguments.trust_remote_code)
+    of_base.chat_template = tokenizer.chat_template
+    for name, path, own in (("base", arguments.base, of_base), ("tuned", arguments.tuned, tokenizer)):
         prompts = [generation.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
         model = export.load(
             path,
             trust_remote_code=arguments.trust_remote_code,
-            base=export.moved(path, arguments.base) if name == "tuned" else None,
+            base=moved if name == "tuned" else None,
         )
         if name == "base" and (note := export.other_base(arguments.tuned, model)):
             print(f"note: {note}", file=sys.stderr)

@@ -110,20 +110,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
             raise ModelError(
                 f"adapter.rank_pattern, alpha_pattern: {pattern!r} is not a valid regular expression: {exc}"
             ) from exc
-    whole = list(adapter.modules_to_save)
-    if adapter.train_norms:
-        whole += sorted({n.split(".")[-1] for n, m in model.named_modules() if "norm" in type(m).__name__.lower()})
-    if has_new_tokens:
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        whole += [name.split(".")[-1] for name, module in model.named_modules() if any(module is end for end in ends)]
-    names = {name.split(".")[-1] for name, _ in model.named_modules()}
-    for name in adapter.modules_to_save:
-        if name.split(".")[-1] not in names:
-            near = difflib.get_close_matches(name, sorted(names), n=1)
-            raise ModelError(
-                f"adapter.modules_to_save: no module is called {name!r}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+    whole = _trained_whole(model, adapter, has_new_tokens)
     num_layers = model.config.get_text_config().num_hidden_layers
     if adapter.layers and max(adapter.layers) >= num_layers:
         raise ModelError(f"adapter.layers: {max(adapter.layers)}, but the model has layers 0 to {num_layers - 1}")
@@ -137,7 +124,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
         layers_to_transform=adapter.layers, rank_pattern=dict(adapter.rank_pattern), alpha_pattern=dict(adapter.alpha_pattern),
         use_rslora=adapter.rslora, use_dora=adapter.dora, init_lora_weights=True if on_meta else INITS.get(adapter.init, adapter.init),
         eva_config=EvaConfig(rho=1.0) if adapter.init == "eva" and not on_meta else None,
-        bias=adapter.bias, modules_to_save=list(dict.fromkeys(whole)) or None, task_type="CAUSAL_LM",
+        bias=adapter.bias, modules_to_save=list(whole) or None, task_type="CAUSAL_LM",
         ensure_weight_tying=bool(whole) and model.config.get_text_config().tie_word_embeddings,
     )  # fmt: skip
     try:
@@ -155,6 +142,25 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
     return adapted
 
 
+def _trained_whole(model: Any, adapter: Adapter, has_new_tokens: bool) -> list[str]:
+    """Names of the modules that train without an adapter. Raises ModelError if adapter.modules_to_save names none of the model."""
+    whole = list(adapter.modules_to_save)
+    if adapter.train_norms:
+        whole += sorted({n.split(".")[-1] for n, m in model.named_modules() if "norm" in type(m).__name__.lower()})
+    if has_new_tokens:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        whole += [name.split(".")[-1] for name, module in model.named_modules() if any(module is end for end in ends)]
+    names = {name.split(".")[-1] for name, _ in model.named_modules()}
+    for name in adapter.modules_to_save:
+        if name.split(".")[-1] not in names:
+            near = difflib.get_close_matches(name, sorted(names), n=1)
+            raise ModelError(
+                f"adapter.modules_to_save: no module is called {name!r}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+    return list(dict.fromkeys(whole))
+
+
 def _keep_tied(model: "PeftModel", whole: list[str]) -> None:
     """Embedding and head that share their weights must keep doing so, here and when the adapter is opened. Raises ModelError.
 
@@ -167,7 +173,7 @@ def _keep_tied(model: "PeftModel", whole: list[str]) -> None:
             f"adapter.modules_to_save: peft cannot keep embedding and head of {model.config.model_type} tied, which share their "
             "weights; use adapter.kind: full, or leave embedding and new tokens out"
         )
-    model.peft_config["default"].modules_to_save = list(dict.fromkeys(whole))
+    model.peft_config["default"].modules_to_save = whole
 
 
 def _continued(model: Any, path: str) -> "PeftModel":
