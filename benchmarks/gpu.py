@@ -24,7 +24,7 @@ from on_gpu.runner import ROOT, Clock, Helper, Row, cores, environment
 
 PARTS = ("correctness", "memory", "speed")
 ORDER = {
-    "correctness": "the most important cases first; what there is no time for is left out (MINUTES= gives more)",
+    "correctness": "the most important cases first; what does not fit into the time is left out (MINUTES= gives more)",
     "memory": "one case after the other",
     "speed": "the most important cases first; about ten have a turn in five minutes (MINUTES=15 for all)",
 }

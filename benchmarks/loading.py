@@ -4,7 +4,7 @@
 
 Each topology is launched with two processes on a CPU; a process notes its peak memory (ru_maxrss)
 before the model, and once it is shared out. Parts, and what ZeRO keeps next to them, lie in host
-memory here, as there is no GPU. The main process's peak holds the file it reads, too, which the
+memory, as this runs without a GPU. The main process's peak holds the file it reads, too, which the
 system can take back.
 """
 

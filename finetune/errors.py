@@ -8,7 +8,7 @@
     │   └── RunDirectoryError
     ├── CheckpointError        1
     │   ├── DamagedCheckpoint
-    │   ├── LostCheckpoints  2
+    │   ├── LostCheckpoints    2
     │   └── TakenOver          2
     ├── DeviceError            1
     ├── DirectoryInUse         1
@@ -18,7 +18,7 @@
     ├── ProcessFailed          1
     ├── TopologyError          1
     └── TrainingDiverged       1
-    Preempted                  75: no Exception, see there
+    Preempted                  75: not an Exception, see there
     └── Interrupted            75
 
 An error ends a run with one line; anything else that is raised is a bug and ends with its traceback and 1. Only a DeviceError has
@@ -122,7 +122,7 @@ class TrainingDiverged(FinetuneError):
 class Preempted(BaseException):
     """The machine is being taken away; exit code 75 asks to be run again.
 
-    No Exception, and so no FinetuneError: otherwise an `except Exception` of a library, or of ours, that happens to be
+    Neither an Exception nor a FinetuneError: otherwise an `except Exception` of a library, or of ours, that happens to be
     running when the signal arrives would take it for a failure of its own and go on.
     """
 

@@ -684,7 +684,7 @@ def _beside_quantized_base(source: Path, whole: Any, trust_remote_code: bool, ba
 
 
 def _require_output(sources: Sequence[Path], target: Path) -> None:
-    """Raise ModelError for sources that are no adapters, and for a target that cannot be made."""
+    """Raise ModelError for a source that is not an adapter, and for a target that cannot be made."""
     for source in sources:
         if not is_adapter(source):
             raise ModelError(

@@ -266,7 +266,7 @@ def test_a_reference_without_the_skipped_steps_runs_once(monkeypatch):
 
 
 def test_without_time_the_less_important_cases_are_left_out(monkeypatch):
-    """A case whose like takes longer than what is left does not start, and is no failure; one of the first, or asked for, is tried."""
+    """A case whose like takes longer than what is left does not start, and does not count as a failure; one of the first, or asked for, is tried."""
     cases = [Case("plain-full"), Case("other"), Case("plain-lora")]
     runs = dict.fromkeys((case.name for case in cases), curves(seconds=50.0))
     found, began = in_turns(monkeypatch, cases, runs)

@@ -110,7 +110,7 @@ QUANTIZATIONS = {"nf4": SAME_START, "fp4": NEAR_START, "int8": NEAR_START}
 
 
 # Of each topology, method, precision and of what is compiled or resumed, one, and what these are compared with: about what
-# four cores have time for. What has no turn among these ends with 1; the others are left out where there is no time for them.
+# four cores have time for. What has no turn among these ends with 1; the others are left out where time is short.
 FIRST = (
     "plain-full", "compiled-full", "plain-lora", "plain-qlora", "cpu-adamw", "optimizer-adamw", "fp16", "long-full", "resumed-single",
     "ddp-full", "fsdp2-full", "zero2-full", "zero3-full", "fsdp2-lora", "fsdp2-qlora",

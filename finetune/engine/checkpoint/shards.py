@@ -271,7 +271,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except CheckpointException as exc:
-        for one, _ in exc.failures.values():  # a disk that fails is no checkpoint that is lost
+        for one, _ in exc.failures.values():  # a disk that fails may be well again: the checkpoint is not lost
             if error := failures.translate(one):
                 raise error from exc
         told = "; ".join(f"process {rank}: {type(one).__name__}: {one}" for rank, (one, _) in exc.failures.items())

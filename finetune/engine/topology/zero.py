@@ -206,7 +206,7 @@ def _shape(parameter: Any) -> torch.Size:
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """The library, told which device it has, and kept from compiling: gloo serves where there is no GPU."""
+    """The library, told which device it has, and kept from compiling: without a GPU, gloo serves."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     try:
