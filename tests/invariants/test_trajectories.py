@@ -1,0 +1,53 @@
+"""Runs compute what they computed when trajectories.json was recorded."""
+
+import copy
+
+import pytest
+
+from invariants import trajectories
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def assert_as_recorded(found):
+    recorded_on, expected = trajectories.references()
+    exact = trajectories.machine() == recorded_on
+    assert {
+        name: differs
+        for name, trajectory in found.items()
+        if (differs := trajectories.differences(trajectory, expected[name], exact, trajectories.WIDER.get(name, 1)))
+    } == {}
+
+
+def test_one_process_computes_what_it_computed(tmp_path):
+    assert_as_recorded(trajectories.alone(tmp_path))
+
+
+@pytest.mark.parametrize("topology", trajectories.TOPOLOGIES)
+def test_two_processes_compute_what_they_computed(tmp_path, topology):
+    assert_as_recorded(trajectories.shared(tmp_path, topology))
+
+
+def test_every_case_is_recorded():
+    shared = [f"{topology}/{name}" for topology in trajectories.TOPOLOGIES for name in trajectories.SHARED]
+    assert sorted(trajectories.references()[1]) == sorted([*trajectories.CASES, *shared])
+
+
+@pytest.mark.parametrize(
+    ("exact", "factor", "message"),
+    [
+        (True, [1 + 1e-15] + [1] * 11, "loss"),
+        (False, [1] * 11 + [1 + 2e-6], "loss of step 12"),
+        (False, [1 + 1e-7] * 12, "one side"),
+        (False, [1] * 11, "11 steps instead of 12"),
+    ],
+)  # fmt: skip
+def test_a_changed_computation_is_seen(exact, factor, message):
+    """A last digit on the recorded machine; elsewhere one step too far off, all steps a little to one side, a missing step."""
+    reference = trajectories.references()[1]["untied"]
+    changed = copy.deepcopy(reference)
+    changed["loss"] = [loss * by for loss, by in zip(reference["loss"], factor)]
+    assert message in "; ".join(trajectories.differences(changed, reference, exact))
+    assert trajectories.differences(reference, reference, exact) == []
+    wobbling = {**reference, "loss": [loss * (1 + 5e-7 * (-1) ** step) for step, loss in enumerate(reference["loss"])]}
+    assert trajectories.differences(wobbling, reference, exact=False) == []
