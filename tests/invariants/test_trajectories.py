@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-
 from invariants import trajectories
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
