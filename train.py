@@ -7,7 +7,6 @@
 Heavy imports stand inside functions, so that --help and a wrong config answer at once.
 """
 
-import functools
 import os
 import sys
 import traceback
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from finetune.engine.checkpoint.saver import Saver
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.state import TrainState
-    from finetune.engine.step import Loss, StepResult
+    from finetune.engine.step import StepResult
     from finetune.engine.tracking import Tracker
     from finetune.job import Job
 
@@ -184,13 +183,12 @@ def build(job: "Job") -> "TrainState":
     from finetune.engine.state import TrainState
     from finetune.models import attention, bases, head, parameters
     from finetune.models.build import build as build_model
-    from finetune.objectives import OBJECTIVES
 
     config, topology, data = job.config, job.topology, job.data
 
     def first_inputs() -> Iterator[dict[str, Any]]:
         for number in range(min(EVA_STEPS, data.num_steps)):
-            yield from (batch.to(topology.device).model_inputs() for batch in data.train.of_all().at(number))
+            yield from (batch.to(topology.device).inputs for batch in data.train.of_all().at(number))
 
     # One process reads the weights; `prepare` sends each of the others its part. Quantised ones cannot be sent.
     with_weights = topology.is_main or config.adapter.kind == "qlora"
@@ -210,9 +208,11 @@ def build(job: "Job") -> "TrainState":
     if why := head.check(model, base, topology.device, topology.precision):
         job.tell(f"note: all logits are held in memory at once, because {why}")
     if job.to_try is not None:
-        loss, largest = OBJECTIVES[config.objective.kind].loss, data.train.largest()
         several = configs.accumulation(config, topology.num_data) > 1
-        step.attempt(topology, model, loss, largest, reserved=job.to_try, num_passes=1 + several)
+        step.try_pass(
+            topology, job.policy(model), job.objective, config.objective, data.train.largest(),
+            reserved=job.to_try, num_passes=1 + several,
+        )  # fmt: skip
     torch.manual_seed(config.run.seed + topology.rank)  # dropout differs between processes
     decay = config.train.ema_decay
     ema = None if decay is None else Ema(topology.unwrap(model), decay)
@@ -251,12 +251,8 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
     """Step, log, evaluate, save; until the plan is done, nothing gets better, or the machine is taken away."""
     from finetune.engine import optim
     from finetune.engine.checkpoint import finding
-    from finetune.objectives import OBJECTIVES
 
     config, directory, topology, data, progress = job.config, job.directory, job.topology, job.data, state.progress
-    plain = OBJECTIVES[config.objective.kind].loss  # evaluations are without label smoothing
-    smoothing = config.objective.label_smoothing
-    loss = functools.partial(plain, label_smoothing=smoothing) if smoothing else plain
     wanted, stop = config.evaluation, job.stop
     stop.only_note()
 
@@ -269,17 +265,17 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
         judged: tuple[int | None, bool] = topology.on_main(look_back)
         return judged
 
-    def wishes() -> tuple[bool, ...]:
+    def requests() -> tuple[bool, ...]:
         return stop.is_set, stop.wants_save or saves.is_time(), saves.has_ended()
 
-    must_stop = look(job, state, tracker, plain)  # the attempt before may have had no time for it
+    must_stop = look(job, state, tracker)  # the attempt before may have had no time for it
     if wanted.export_best:
         topology.on_main(lambda: finding.bring(directory.checkpoints, directory.judge(None)[0], job.storage))
     best, stalled = judge()
     while progress.step < data.num_steps and not stalled and not must_stop:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
-        result = one_step(job, state, loss, lr, wishes)
-        must_stop, time_to_save, has_saved = result.wishes
+        result = one_step(job, state, lr, requests)
+        must_stop, time_to_save, has_saved = result.requests
         progress.advance(len(data.train.of_step(progress.step)), result.tokens, result.supervised_tokens)
         progress.epoch = progress.step // data.train.steps_per_epoch
         if state.ema and not result.skipped:
@@ -290,7 +286,7 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
             if has_saved:
                 saves.settle()
             if not (must_stop or last):  # a machine that is going away has no time for it
-                must_stop = look(job, state, tracker, plain)
+                must_stop = look(job, state, tracker)
                 if due(progress.step, wanted.every_steps) and not must_stop:
                     best, stalled = judge()
             ends = last or must_stop or stalled or best == progress.step
@@ -299,7 +295,7 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
                 stop.wants_save = False
     if stalled:
         tracker.flush()
-    must_stop = must_stop or look(job, state, tracker, plain, at_the_end=True)
+    must_stop = must_stop or look(job, state, tracker, at_the_end=True)
     saves.settle()
     if topology.any(must_stop or stop.is_set):
         saves.require(progress.step)
@@ -308,7 +304,7 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
         )
 
 
-def look(job: "Job", state: "TrainState", tracker: "Tracker", loss: "Loss", at_the_end: bool = False) -> bool:
+def look(job: "Job", state: "TrainState", tracker: "Tracker", at_the_end: bool = False) -> bool:
     """Evaluate, and sample, where that is due after this step and not on record yet; whether it had to stop halfway."""
     from finetune.engine.step import evaluate
 
@@ -317,7 +313,10 @@ def look(job: "Job", state: "TrainState", tracker: "Tracker", loss: "Loss", at_t
     wants_samples = bool(wanted.sample_prompts) and (at_the_end or due(step, wanted.sample_every_steps))
     if wants_values and job.data.eval and step not in topology.on_main(directory.eval_losses):
         with state.averaged():
-            values = evaluate(topology, state.model, loss, job.data.eval.epoch(), lambda: job.stop.is_set)
+            values = evaluate(
+                topology, job.policy(state.model), job.objective, job.config.objective, job.data.eval.epoch(), job.data.eval.all_totals(),
+                lambda: job.stop.is_set,
+            )  # fmt: skip
         if values is None:
             return True
         tracker.evaluation(step, values)
@@ -328,9 +327,7 @@ def look(job: "Job", state: "TrainState", tracker: "Tracker", loss: "Loss", at_t
     return False
 
 
-def one_step(
-    job: "Job", state: "TrainState", loss: "Loss", lr: float, wishes: Callable[[], tuple[bool, ...]]
-) -> "StepResult":
+def one_step(job: "Job", state: "TrainState", lr: float, requests: Callable[[], tuple[bool, ...]]) -> "StepResult":
     """The next step of the plan; a divergence is reported with its rows."""
     from finetune.engine.step import train_step
 
@@ -338,8 +335,8 @@ def one_step(
     job.topology.watchdog.beat(f"step {step + 1}")
     try:
         result = train_step(
-            job.topology, state.model, state.optimizer, loss, job.data.train.at(step),
-            lr=lr, max_grad_norm=max_grad_norm, wishes=wishes,
+            job.topology, job.policy(state.model), state.optimizer, job.objective, job.config.objective,
+            job.data.train.at(step), job.data.train.totals(step), lr=lr, max_grad_norm=max_grad_norm, requests=requests,
         )  # fmt: skip
     except TrainingDiverged as exc:
         rows = ", ".join(job.data.train.places(step))
@@ -373,7 +370,7 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     if beside_a_base:
         weights = adapters.in_base_dtype(bare, weights)
     logits = topology.on_every(lambda: export.probe_logits(bare, topology.device))
-    sft = config.objective.kind != "clm"  # plain text has no turns whose template there is to keep
+    sft = job.objective.has_turns  # plain text has no turns whose template there is to keep
     template, system_prompt = (job.data.template, config.data.system_prompt) if sft else (None, None)
     reason = f"{what}, of step {exported}, exported and verified"
     if step < job.data.num_steps:

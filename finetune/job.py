@@ -34,6 +34,8 @@ from finetune.errors import (
 )
 from finetune.evaluation import generation
 from finetune.models import load, parameters
+from finetune.models.policy import Policy
+from finetune.objectives import OBJECTIVES, Objective
 from finetune.preflight import Data
 
 
@@ -110,6 +112,14 @@ class Job:
                 self.storage.upload_notes(self.directory.path)
         return error
 
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.config.objective.kind]
+
+    def policy(self, model: Any) -> Policy:
+        """The model as objectives see it."""
+        return Policy(model, self.topology.unwrap)
+
     def tracker(self, state: TrainState) -> Tracker:
         """What tells the files, the terminal and the trackers how the run goes."""
         config, directory, topology, progress = self.config, self.directory, self.topology, state.progress
@@ -144,7 +154,7 @@ class Job:
         """Answers to the fixed prompts of the config; every process takes part, as each may hold a part of the model."""
         wanted, data, step = self.config.evaluation, self.data, state.progress.step
         self.topology.watchdog.rest(f"the samples after step {step}")
-        template = data.template if self.config.objective.kind != "clm" else None
+        template = data.template if self.objective.has_turns else None
         with state.averaged(), self.topology.arithmetic():
             answers = generation.while_training(
                 self.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,

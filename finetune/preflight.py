@@ -4,7 +4,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -70,7 +69,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options)
     template = replace(template, learn_opening=train.learn_opening)
     kept = None
-    if config.objective.kind != "clm":
+    if OBJECTIVES[config.objective.kind].has_turns:
         kept = template = replace(template, example=tokens.first_that_fits(sources.train, template, options))
     of_base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     topology.on_main(lambda: export.rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
@@ -108,11 +107,6 @@ def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[reade
 
 def _attention(config: Config, model_config: Any, topology: Topology) -> str:
     """The attention kernel. Raises UserError for settings that do not fit the model."""
-    objective = config.objective
-    if objective.label_smoothing and "label_smoothing" not in signature(OBJECTIVES[objective.kind].loss).parameters:
-        raise ConfigError(
-            f"objective.label_smoothing: would be ignored: objective {objective.kind} has none; remove it"
-        )
     # Of a base on the Hub; a folder's own settings were checked with the config.
     for problem in base.settled(config, model_config.to_dict())[1]:
         raise ModelError(problem)
@@ -315,7 +309,7 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
 def _template_notes(config: Config, data: Data) -> Iterator[str]:
     """What the template does that its user may not know."""
     template = data.template
-    if config.objective.kind != "clm" and data.tokenizer.chat_template and template.name != "chat":
+    if OBJECTIVES[config.objective.kind].has_turns and data.tokenizer.chat_template and template.name != "chat":
         with contextlib.suppress(DataError, templates.BrokenTemplate):  # the model's own need not be usable
             own = templates.load(
                 "chat", "messages", data.tokenizer.chat_template, template.special_tokens, {}, template.date
@@ -329,7 +323,7 @@ def _template_notes(config: Config, data: Data) -> Iterator[str]:
         yield (
             f"the template writes the date: {template.date}, that of the first start, stays the same for the whole run"
         )
-    if template.opening and config.objective.kind != "clm":
+    if template.opening and OBJECTIVES[config.objective.kind].has_turns:
         yield (
             f"the template puts {template.opening!r} before an answer; "
             + ("some rows begin otherwise, so the model learns to write it" if template.learn_opening else "it ends the prompt, and is not learned")

@@ -7,7 +7,7 @@ from the position alone: any number of processes makes the same steps.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,72 +17,86 @@ import torch
 from finetune.data.packing import pack
 from finetune.data.tokens import Examples
 
-IGNORE = -100  # a target that is not learned; PyTorch's own ignore_index
 GROUP_STEPS = 50  # steps whose sequences are sorted by length together; more would wear the order's randomness down
+
+
+Counts = dict[str, int]
+"""How much there is of what losses are divided by: supervised `tokens`, `documents`, `examples`; and `input_tokens`, all."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one process puts through the model at once.
 
-    input_ids, position_ids, targets: int64 [B, T]; targets[b, t] is the token after t in the same
-    document, or IGNORE; learned int64 [S] is where in the flattened targets it is not, found on the
-    CPU so that no device has to be waited for. Sequences laid end to end: B = 1, and bounds int32
-    [documents + 1] says where each document starts and the last one ends. Padded: bounds is None,
-    attention_mask [B, T].
+    inputs: keyword arguments of the model's forward, in its names; input_ids int64 [B, T], where B = 1 for
+    sequences laid end to end, or a row for each document, padded. S supervised tokens: labels int64 [S] are
+    their ids, positions int64 [S] where in the flattened hidden states [B * T] each is predicted, found on the
+    CPU so that no device has to be waited for, document int64 [S] the document of each. example int64 [D]: the
+    example of each document. lengths: of the documents, on the host.
     """
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    targets: torch.Tensor
-    learned: torch.Tensor
-    bounds: torch.Tensor | None
-    attention_mask: torch.Tensor | None
+    inputs: dict[str, Any]
+    labels: torch.Tensor
+    positions: torch.Tensor
+    document: torch.Tensor
+    example: torch.Tensor
     lengths: tuple[int, ...]
-    """Of the documents, on the host: no layer need ask the device for its bounds."""
-    num_tokens: int
+    counts: Counts
+    weights: torch.Tensor | None = None
+    """float32 [S]: factors of the losses, where a row gave some."""
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[D, ...] or [S, ...]: what is known beforehand of documents or supervised tokens, by name."""
     group: Any = None
-    """Processes that share this sequence, each with a `part` of its tokens; bounds are those of the whole."""
-
-    @property
-    def num_supervised(self) -> int:
-        return len(self.learned)
+    """Processes that share this sequence, each with a `part` of its tokens."""
+    owned: torch.Tensor | None = None
+    """int64 [D]: with a group, the documents that count on this process; example and columns are theirs."""
+    num_documents: int = 0
+    """Of the whole sequences, without fillers: what `document` counts up to."""
 
     def part(self, index: int, count: int, group: Any) -> "Batch":
-        """One of `count` equal stretches of sequences laid end to end, filled up by a document that teaches nothing."""
-        assert self.bounds is not None
-        total = self.input_ids.shape[1]
+        """One of `count` equal stretches of sequences laid end to end, filled up by a document that teaches nothing.
+
+        Documents are shared out by example: one that lies in several stretches counts on one process.
+        """
+        total = self.inputs["input_ids"].shape[1]
         length = -(-total // count)
         filler = length * count - total
         where = slice(index * length, (index + 1) * length)
 
-        def stretch(values: torch.Tensor, fill: int) -> torch.Tensor:
-            return torch.nn.functional.pad(values, (0, filler), value=fill)[:, where]
+        def stretch(values: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(values, (0, filler))[:, where]
 
-        targets = stretch(self.targets, IGNORE)
-        ends = [self.bounds, *([torch.tensor([length * count], dtype=torch.int32)] if filler else [])]
-        return Batch(
-            input_ids=stretch(self.input_ids, 0), position_ids=stretch(self.position_ids, 0), targets=targets,
-            learned=_learned(targets),
-            bounds=torch.cat(ends), attention_mask=None, lengths=(*self.lengths, *([filler] if filler else [])),
-            num_tokens=max(0, min(total, where.stop) - where.start) if self.num_tokens else 0,
-            group=group,
+        mine = (self.positions >= where.start) & (self.positions < where.stop)
+        owned = (self.example % count == index).nonzero().flatten()
+        lengths = (*self.lengths, *([filler] if filler else []))
+        in_stretch = max(0, min(total, where.stop) - where.start) if self.counts["input_tokens"] else 0
+        ids, places = (stretch(self.inputs[name]) for name in ("input_ids", "position_ids"))
+        return replace(
+            self, inputs={**_end_to_end(ids, places, lengths), "sequence_group": group},
+            labels=self.labels[mine], positions=self.positions[mine] - where.start, document=self.document[mine],
+            example=self.example[owned], lengths=lengths,
+            counts={
+                "tokens": int(mine.sum()), "documents": len(owned), "examples": len(self.example[owned].unique()), "input_tokens": in_stretch,
+            },
+            weights=None if self.weights is None else self.weights[mine],
+            columns={name: values[owned if len(values) == self.num_documents else mine] for name, values in self.columns.items()},
+            group=group, owned=owned,
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {k: v.to(device, non_blocking=True) for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
-        return replace(self, **moved)
+        """With all tensors on a device; one that stands under two names is sent once."""
+        sent: dict[int, torch.Tensor] = {}
 
-    def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments of a transformers causal LM, in its names."""
-        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
-        if self.bounds is None:
-            return inputs | {"attention_mask": self.attention_mask}
-        return inputs | {
-            "cu_seq_lens_q": self.bounds, "cu_seq_lens_k": self.bounds,
-            "max_length_q": max(self.lengths), "max_length_k": max(self.lengths), "document_lengths": SimpleNamespace(values=self.lengths),
-            **({"sequence_group": self.group} if self.group else {}),
-        }  # fmt: skip
+        def send(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: send(each) for name, each in value.items()}
+            if not isinstance(value, torch.Tensor):
+                return value
+            if id(value) not in sent:
+                sent[id(value)] = value.to(device, non_blocking=True)
+            return sent[id(value)]
+
+        return replace(self, **{name: send(value) for name, value in self.__dict__.items()})
 
 
 class Sequences:
@@ -101,16 +115,24 @@ class Sequences:
         """Examples of one sequence."""
         return self._packs[sequence] if self._packs else np.array([sequence])
 
-    def documents(self, sequence: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(input_ids, targets), int64 [T] each, of every document in a sequence."""
-        return [self._document(example) for example in self.members(sequence)]
+    def documents(self, sequence: int) -> list["Document"]:
+        """Every document in a sequence."""
+        return [document for example in self.members(sequence) for document in self._of_example(example)]
 
-    def _document(self, example: int) -> tuple[np.ndarray, np.ndarray]:
-        part = slice(self.examples.starts[example], self.examples.ends[example])
-        ids = np.asarray(self.examples.input_ids[part], np.int64)
-        targets = np.full(len(ids), IGNORE, np.int64)
-        targets[:-1] = np.where(self.examples.supervised[part][1:], ids[1:], IGNORE)
-        return ids, targets
+    def _of_example(self, example: int) -> Iterator["Document"]:
+        for number in self.examples.documents(example):
+            part = slice(self.examples.starts[number], self.examples.ends[number])
+            ids = np.asarray(self.examples.input_ids[part], np.int64)
+            yield Document(ids, np.flatnonzero(self.examples.supervised[part][1:]), int(example))
+
+
+@dataclass(frozen=True)
+class Document:
+    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; the number of its example."""
+
+    ids: np.ndarray
+    predicted: np.ndarray
+    example: int
 
 
 def plan(seed: int, epoch: int, lengths: np.ndarray, batch_size: int, group_by_length: bool) -> np.ndarray:
@@ -178,70 +200,84 @@ class Batches:
         filled[: len(chosen)] = chosen
         mine = filled.reshape(-1, self.num_processes, self.micro_batch_size)[:, self.rank]
         collate = _pad if self.padded else _lay_end_to_end
-        return [
-            collate([self.sequences.documents(sequence) for sequence in micro if sequence >= 0], self.pad_id)
-            for micro in mine
-        ]
+        return [collate(self._documents(micro[micro >= 0]), self.pad_id) for micro in mine]
+
+    def totals(self, step: int) -> Counts:
+        """What a step is divided by, over all processes: known on the host, from the order alone."""
+        members = np.concatenate([self.sequences.members(sequence) for sequence in self.of_step(step)])
+        return self.sequences.examples.counts(members)
+
+    def all_totals(self) -> Counts:
+        """The same of an epoch."""
+        return self.sequences.examples.counts(np.arange(len(self.sequences.examples)))
+
+    def _documents(self, sequences: np.ndarray) -> list[Document]:
+        return [document for sequence in sequences for document in self.sequences.documents(sequence)]
 
     def largest(self) -> Batch:
         """As many of the longest sequences as a micro-batch may hold."""
         longest = np.argsort(-self.sequences.lengths, kind="stable")[: self.micro_batch_size]
         collate = _pad if self.padded else _lay_end_to_end
-        return collate([self.sequences.documents(sequence) for sequence in longest], self.pad_id)
+        return collate(self._documents(longest), self.pad_id)
 
     def epoch(self, epoch: int = 0) -> Iterator[list[Batch]]:
         for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
             yield self.at(step)
 
 
-def _filler(pad_id: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Stands in where a process has no sequence left: it goes through the model and teaches nothing."""
-    return [(np.full(2, pad_id, np.int64), np.full(2, IGNORE, np.int64))]
+def _lay_end_to_end(documents: list[Document], pad_id: int) -> Batch:
+    ids = [document.ids for document in documents] or [_filler(pad_id)]
+    lengths = tuple(map(len, ids))
+    input_ids = torch.from_numpy(np.concatenate(ids))[None]
+    position_ids = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None]
+    return _batch(documents, _end_to_end(input_ids, position_ids, lengths), np.cumsum([0, *lengths[:-1]]), lengths)
 
 
-def _lay_end_to_end(sequences: list[list[tuple[np.ndarray, np.ndarray]]], pad_id: int) -> Batch:
-    documents = [document for sequence in sequences for document in sequence]
-    num_tokens = sum(len(ids) for ids, _ in documents)
-    documents = documents or _filler(pad_id)
-    lengths = [len(ids) for ids, _ in documents]
-    targets = np.concatenate([targets for _, targets in documents])
-    return Batch(
-        input_ids=torch.from_numpy(np.concatenate([ids for ids, _ in documents]))[None],
-        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
-        targets=torch.from_numpy(targets)[None],
-        learned=_learned(torch.from_numpy(targets)),
-        bounds=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
-        attention_mask=None,
-        lengths=tuple(lengths),
-        num_tokens=num_tokens,
-    )
-
-
-def _pad(sequences: list[list[tuple[np.ndarray, np.ndarray]]], pad_id: int) -> Batch:
+def _pad(documents: list[Document], pad_id: int) -> Batch:
     """One document a row, padded on the right. Padding is masked by position, never by token id."""
-    documents = [document for sequence in sequences for document in sequence]
-    num_tokens = sum(len(ids) for ids, _ in documents)
-    documents = documents or _filler(pad_id)
-    longest = max(len(ids) for ids, _ in documents)
-    shape = (len(documents), longest)
-    input_ids, targets, mask = (
-        np.full(shape, pad_id, np.int64),
-        np.full(shape, IGNORE, np.int64),
-        np.zeros(shape, np.int64),
+    rows = [document.ids for document in documents] or [_filler(pad_id)]
+    lengths = tuple(map(len, rows))
+    shape = (len(rows), max(lengths))
+    input_ids, mask = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
+    for row, ids in enumerate(rows):
+        input_ids[row, : len(ids)], mask[row, : len(ids)] = ids, 1
+    inputs = {
+        "input_ids": torch.from_numpy(input_ids), "position_ids": torch.arange(shape[1]).expand(shape), "use_cache": False,
+        "attention_mask": torch.from_numpy(mask),
+    }  # fmt: skip
+    return _batch(documents, inputs, np.arange(len(rows)) * shape[1], lengths)
+
+
+def _filler(pad_id: int) -> np.ndarray:
+    """Stands in where a process has no sequence left: it goes through the model and teaches nothing."""
+    return np.full(2, pad_id, np.int64)
+
+
+def _end_to_end(input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Keyword arguments of a transformers causal LM for documents laid end to end, in its names."""
+    bounds = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    return {
+        "input_ids": input_ids, "position_ids": position_ids, "use_cache": False,
+        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(lengths), "max_length_k": max(lengths),
+        "document_lengths": SimpleNamespace(values=lengths),  # so that no layer need ask the device for its bounds
+    }  # fmt: skip
+
+
+def _batch(documents: list[Document], inputs: dict[str, Any], starts: np.ndarray, lengths: tuple[int, ...]) -> Batch:
+    """`starts`: where each document begins in the flattened hidden states."""
+    none = [np.zeros(0, np.int64)]
+    labels = [document.ids[document.predicted + 1] for document in documents]
+    positions = [start + document.predicted for start, document in zip(starts, documents)]
+    owner = [np.full(len(document.predicted), number) for number, document in enumerate(documents)]
+    _, example = np.unique([document.example for document in documents], return_inverse=True)
+    labels_S, positions_S, document_S = (
+        torch.from_numpy(np.concatenate(each or none)) for each in (labels, positions, owner)
     )
-    for row, (ids, wanted) in enumerate(documents):
-        input_ids[row, : len(ids)], targets[row, : len(ids)], mask[row, : len(ids)] = ids, wanted, 1
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.arange(longest).expand(shape),
-        targets=torch.from_numpy(targets),
-        learned=_learned(torch.from_numpy(targets)),
-        bounds=None,
-        attention_mask=torch.from_numpy(mask),
-        lengths=tuple(len(ids) for ids, _ in documents),
-        num_tokens=num_tokens,
-    )
-
-
-def _learned(targets: torch.Tensor) -> torch.Tensor:
-    return (targets.flatten() != IGNORE).nonzero().flatten()
+        inputs, labels_S, positions_S, document_S, torch.from_numpy(example.astype(np.int64)), lengths,
+        counts={
+            "tokens": len(labels_S), "documents": len(documents), "examples": len(set(example.tolist())),
+            "input_tokens": sum(len(document.ids) for document in documents),
+        },
+        num_documents=len(documents),
+    )  # fmt: skip

@@ -8,6 +8,7 @@ and each process checks what it opens: hashing takes about 4 s for a billion tok
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -69,8 +70,10 @@ class Options:
 class Examples:
     """Tokenised rows in memory-mapped arrays.
 
-    input_ids: int32 [all tokens]; supervised: bool [all tokens]; starts, ends: int64 [examples],
-    where each example lies in them; source, line, row: where its row stands in the user's files.
+    input_ids: int32 [all tokens]; supervised: bool [all tokens]; starts, ends: int64 [documents],
+    where each document lies in them; source, line, row: int64 [examples], where the row of an example stands in the
+    user's files. example_ends: int64 [examples], the number of documents of all examples up to each; None: each example
+    is one document.
     """
 
     input_ids: np.ndarray
@@ -89,20 +92,45 @@ class Examples:
     """Columns that are not read -> rows that have them."""
     num_empty: int = 0
     """Rows of tables without anything in them, which are skipped."""
+    example_ends: np.ndarray | None = None
     learn_opening: bool = False
     """Whether `templates.Template.learn_opening` holds, as answers of some rows begin in their own way."""
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.source)
+
+    def documents(self, example: int) -> range:
+        """Numbers of the documents of an example."""
+        if self.example_ends is None:
+            return range(example, example + 1)
+        return range(self.example_ends[example - 1] if example else 0, self.example_ends[example])
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64 [examples]."""
-        return self.ends - self.starts
+        return self._per_example(self.ends - self.starts)
+
+    @functools.cached_property
+    def num_supervised(self) -> np.ndarray:
+        """Tokens of each example that are supervised and follow another token of their document, int64 [examples]."""
+        counts = (np.count_nonzero(self.supervised[s + 1 : e]) for s, e in zip(self.starts, self.ends))
+        return self._per_example(np.fromiter(counts, np.int64, len(self.starts)))
 
     @property
     def num_supervised_tokens(self) -> int:
-        return int(sum(self.supervised[s + 1 : e].sum() for s, e in zip(self.starts, self.ends)))
+        return int(self.num_supervised.sum())
+
+    def counts(self, examples: np.ndarray) -> dict[str, int]:
+        """How many supervised tokens, documents, examples and tokens at all these examples hold."""
+        return {
+            "tokens": int(self.num_supervised[examples].sum()), "documents": sum(len(self.documents(e)) for e in examples),
+            "examples": len(examples), "input_tokens": int(self.lengths[examples].sum()),
+        }  # fmt: skip
+
+    def _per_example(self, of_documents: np.ndarray) -> np.ndarray:
+        if self.example_ends is None:
+            return of_documents
+        return np.add.reduceat(of_documents, np.concatenate([[0], self.example_ends[:-1]]))
 
     def receipt(self) -> dict[str, Any]:
         """What a run's receipt keeps of its data."""
@@ -117,12 +145,23 @@ class Examples:
 
     def digests(self) -> list[bytes]:
         """A hash of the token ids of each example, to compare examples by."""
-        parts = (self.input_ids[start:end].tobytes() for start, end in zip(self.starts, self.ends))
-        return [hashlib.blake2b(part, digest_size=16).digest() for part in parts]
+        found = []
+        for example in range(len(self)):
+            digest = hashlib.blake2b(digest_size=16)
+            for number in self.documents(example):
+                digest.update(self.input_ids[self.starts[number] : self.ends[number]].tobytes())
+            found.append(digest.digest())
+        return found
 
     def subset(self, chosen: np.ndarray) -> "Examples":
-        per_example = {name: getattr(self, name)[chosen] for name in ("starts", "ends", "source", "line", "row")}
-        return Examples(**{**self.__dict__, **per_example})
+        documents, ends = chosen, None
+        if self.example_ends is not None:
+            members = [self.documents(example) for example in chosen]
+            documents, ends = np.concatenate(members), np.cumsum([len(each) for each in members])
+        return replace(
+            self, starts=self.starts[documents], ends=self.ends[documents], source=self.source[chosen],
+            line=self.line[chosen], row=self.row[chosen], example_ends=ends,
+        )  # fmt: skip
 
 
 def prepare(

@@ -1,122 +1,157 @@
-"""One token-normalised optimizer step; one evaluation pass."""
+"""One optimizer step, normalised over all micro-batches and processes; one evaluation pass."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from finetune.data.batches import Batch
+from finetune.data.batches import Batch, Counts
 from finetune.engine.optim import set_lr
 from finetune.engine.topology import Topology
 from finetune.errors import TrainingDiverged
-from finetune.objectives.clm import loss as cross_entropy
-
-Loss = Callable[[Any, Batch], tuple[torch.Tensor, int]]
+from finetune.models.policy import Policy
+from finetune.objectives.base import Objective, Term, add
+from finetune.objectives.sft import CROSS_ENTROPY
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Totals over all processes. loss: mean over supervised tokens, nats; grad_norm: before clipping.
+    """Of a step over all processes. loss: weighted sum of the means of all terms; terms: these means, by name.
 
-    skipped: the weights stayed, as fp16 gradients overflowed under their scale.
+    grad_norm: before clipping. tokens: all of them. skipped: fp16 gradients overflowed under their scale, so the weights
+    stayed. requests: which of those that processes may make (stop, save) any process has made.
     """
 
     loss: float
+    terms: dict[str, float]
     grad_norm: float
     tokens: int
     supervised_tokens: int
     skipped: bool
-    wishes: tuple[bool, ...]
+    requests: tuple[bool, ...]
 
 
 def train_step(
-    topology: Topology, model: nn.Module, optimizer: Any, loss: Loss, batches: Sequence[Batch], *,
-    lr: float, max_grad_norm: float | None, wishes: Callable[[], Sequence[bool]] = tuple,
+    topology: Topology, policy: Policy, optimizer: Any, objective: Objective, settings: Any, batches: Sequence[Batch], totals: Counts, *,
+    lr: float, max_grad_norm: float | None, requests: Callable[[], Sequence[bool]] = tuple,
 ) -> StepResult:  # fmt: skip
     """Move the weights once.
 
-    The gradient is that of (sum of token losses over all micro-batches and processes) / (number
-    of supervised tokens over the same): every micro-batch's sum is divided by the whole step's
-    count before its backward pass, so sums simply add up. `wishes` of single processes (stop, save)
-    are asked for at the end and travel with the loss, so that all learn of them in the same step.
+    The gradient is that of the sum, over the objective's terms, of weight x (sum over all micro-batches and
+    processes) / (total of the same). Totals are known before the first pass, so each micro-batch's sums are divided
+    by those of the whole step, and simply add up. The host waits for the device once, before the optimizer moves:
+    sums, gradient norm and requests travel together.
 
     Raises TrainingDiverged before the weights move if the loss or a gradient is not finite.
     """
     topology.watchdog.beat()  # the data is there
     batches = [topology.part(batch) for batch in batches]
-    supervised, tokens = topology.sum([sum(b.num_supervised for b in batches), sum(b.num_tokens for b in batches)])
-    model.train()
-    local = torch.zeros((), dtype=torch.float64, device=topology.device)
-    for number, batch in enumerate(batches, 1):
-        topology.watchdog.beat()
-        with topology.accumulate(model, last=number == len(batches)):
-            total, _ = loss(model, batch.to(topology.device))
-            topology.backward(total / supervised)
-        local += total.detach().double()
-    total_loss, *wished = topology.sum([local, *map(float, wishes())])
-    mean, grad_norm, moved = total_loss / supervised, math.nan, False
-    if math.isfinite(mean):
+    policy.model.train()
+    prepared = _prepared(topology, policy, objective, settings, batches)
+    divisors = {**totals, **prepared}
+
+    def terms(batch: Batch) -> list[Term]:
+        return objective.loss(policy, batch, settings, prepared)
+
+    added = topology.forward_backward(policy.model, batches, terms, divisors)
+    norm = topology.clip(policy.model, max_grad_norm)
+    own_norm = norm if topology.is_main and norm is not None else 0.0  # the same on all, so sent by one
+    means, (grad_norm, *requested) = _means(topology, added, divisors, [own_norm, *map(float, requests())])
+    loss, moved = sum(term.weight * means[term.name] for term in added), False
+    if math.isfinite(loss):
         set_lr(optimizer, lr)
-        grad_norm, moved = topology.move(model, optimizer, max_grad_norm)
-    # Overflowing fp16 gradients are not a divergence: the scaler leaves the step out and scales less.
-    if not math.isfinite(mean) or not (moved or topology.scales_gradients):
-        raise TrainingDiverged(f"loss {mean:.4g}, gradient norm {grad_norm:.4g}, learning rate {lr:g}")
-    return StepResult(mean, grad_norm, int(tokens), int(supervised), not moved, tuple(w > 0 for w in wished))
+        grad_norm, moved = topology.step(policy.model, optimizer, grad_norm)
+    # Overflowing fp16 gradients are no divergence: the scaler leaves the step out and scales less.
+    if not math.isfinite(loss) or not (moved or topology.scales_gradients):
+        raise TrainingDiverged(f"loss {loss:.4g}, gradient norm {grad_norm:.4g}, learning rate {lr:g}")
+    return StepResult(
+        loss, means, grad_norm, totals["input_tokens"], totals["tokens"], not moved, tuple(r > 0 for r in requested)
+    )
 
 
-def attempt(topology: Topology, model: nn.Module, loss: Loss, batch: Batch, *, reserved: int, num_passes: int) -> None:
-    """Run forward and backward without updating anything, to check that the batch fits next to `reserved` bytes for the optimizer.
+def _prepared(
+    topology: Topology, policy: Policy, objective: Objective, settings: Any, batches: Sequence[Batch]
+) -> dict[str, torch.Tensor]:
+    """What the objective needs of the whole step before its first pass, float64 scalars on the device, over all processes."""
+    with torch.no_grad():
+        own = objective.prepare(policy, [batch.to(topology.device) for batch in batches], settings)
+    return topology.processes.sum_on_device(own)
 
-    Run twice where micro-batches add up: the second pass runs while all gradients are in memory. DeepSpeed counts passes, so do not use it there.
+
+def _means(
+    topology: Topology, added: Sequence[Term], divisors: Mapping[str, float | torch.Tensor], others: Sequence[float | torch.Tensor]
+) -> tuple[dict[str, float], list[float]]:  # fmt: skip
+    """(mean of each term by name, sums of other values) over all processes, with one wait for the device."""
+    on_device = [isinstance(divisors[term.per], torch.Tensor) for term in added]
+    sums = [term.sum / divisors[term.per] if there else term.sum for term, there in zip(added, on_device)]
+    summed = topology.sum([*sums, *others])
+    means = {
+        term.name: value if there else value / divisors[term.per]
+        for term, there, value in zip(added, on_device, summed)
+    }
+    return means, summed[len(added) :]
+
+
+def try_pass(
+    topology: Topology, policy: Policy, objective: Objective, settings: Any, batch: Batch, *, reserved: int, num_passes: int
+) -> None:  # fmt: skip
+    """Run forward and backward without updating anything, to check that the batch fits next to `reserved` bytes.
+
+    Two passes where micro-batches add up: the second is next to all gradients. Not with DeepSpeed, which counts passes.
     """
-    model.train()
+    policy.model.train()
     kept = torch.empty(reserved, dtype=torch.uint8, device=topology.device)
     devices = [topology.device] if topology.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        for _ in range(num_passes):
-            with topology.accumulate(model, last=False):
-                total, _ = loss(model, topology.part(batch).to(topology.device))
-                topology.backward(total / max(batch.num_supervised, 1))
-    model.zero_grad()
+        batches = [topology.part(batch)] * num_passes
+        prepared = _prepared(topology, policy, objective, settings, batches[:1])
+        divisors = {**{name: max(count, 1) for name, count in batch.counts.items()}, **prepared}
+        topology.forward_backward(
+            policy.model, batches, lambda part: objective.loss(policy, part, settings, prepared), divisors, last=False
+        )
+    policy.model.zero_grad()
     del kept
 
 
 def evaluate(
-    topology: Topology,
-    model: nn.Module,
-    loss: Loss,
-    batches: Iterable[Sequence[Batch]],
+    topology: Topology, policy: Policy, objective: Objective, settings: Any, batches: Iterable[Sequence[Batch]], totals: Counts,
     stop: Callable[[], bool] = bool,
-) -> dict[str, float] | None:
-    """Means over every supervised token of the evaluation rows, sum / count over all processes: of `loss`, and of cross-entropy.
+) -> dict[str, float] | None:  # fmt: skip
+    """Means of every term over the evaluation rows, and of the cross-entropy of their supervised tokens.
 
-    `perplexity` is the exponential of cross_entropy, in nats, for every objective. None if `stop` said so on one of the
-    processes: all leave after the same batch.
+    `eval_loss` is the objective's own; `perplexity` the exponential of cross_entropy, in nats, whatever is learned. None
+    if `stop` said so on one of the processes: all leave after the same batch.
     """
-    was_training = model.training
-    model.eval()
-    rules = [loss] if loss is cross_entropy else [loss, cross_entropy]
-    totals, counts = torch.zeros(len(rules), dtype=torch.float64, device=topology.device), [0] * len(rules)
+    was_training = policy.model.training
+    policy.model.eval()
+    added: dict[str, Term] = {}
+    divisors: dict[str, float | torch.Tensor] = dict(totals)
     with torch.no_grad():
         for micro_batches in batches:
             topology.watchdog.beat()
             if topology.any(stop()):
-                model.train(was_training)
+                policy.model.train(was_training)
                 return None
-            for batch in map(topology.part, micro_batches):
-                there = batch.to(topology.device)
-                for number, rule in enumerate(rules):
-                    part, count = rule(model, there)
-                    totals[number] += part.double()
-                    counts[number] += count
-    model.train(was_training)
-    summed = topology.sum([*totals, *counts])
-    means = [total / count for total, count in zip(summed, summed[len(rules) :])]
-    mean, tokens = means[-1], summed[-1]
+            parts = [topology.part(batch) for batch in micro_batches]
+            prepared = _prepared(topology, policy, objective, settings, parts)
+            divisors |= {name: divisors.get(name, 0.0) + value for name, value in prepared.items()}
+            for part in parts:
+                there = part.to(topology.device)
+                terms = objective.evaluate(policy, there, settings, prepared)
+                if all(term.name != CROSS_ENTROPY for term in terms):
+                    nll = policy(there, {"nll"}).nll
+                    assert nll is not None
+                    terms.append(Term(CROSS_ENTROPY, nll, "tokens", weight=0.0))
+                for term in terms:
+                    add(added, term)
+    policy.model.train(was_training)
+    means, _ = _means(topology, list(added.values()), divisors, [])
+    loss = sum(term.weight * means[term.name] for term in added.values())
+    others = {name: mean for name, mean in means.items() if name not in ("loss", CROSS_ENTROPY)}
+    mean = means[CROSS_ENTROPY]
     return {
-        "eval_loss": means[0], "cross_entropy": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf,
-        "eval_tokens": tokens,
+        "eval_loss": loss, **others, CROSS_ENTROPY: mean, "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "eval_tokens": float(totals["tokens"]),
     }  # fmt: skip

@@ -22,6 +22,27 @@ def exchange(states: torch.Tensor, group: Any, cut: int, join: int) -> torch.Ten
     return exchanged
 
 
+def sum_over(values: torch.Tensor, group: Any) -> torch.Tensor:
+    """Values summed over the processes of `group`, on each of them. Differentiable: so are their gradients."""
+    summed: torch.Tensor = _SumOver.apply(values, group)
+    return summed
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        summed = values.clone()
+        torch.distributed.all_reduce(summed, group=group)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        gradient = gradients[0].clone()
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, group: Any, cut: int, join: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""The loss of hidden states through a projection, in chunks of tokens, and its gradient made along with it.
+"""The loss of hidden states through a projection, in chunks of tokens; and their log-probabilities, likewise.
 
-As in Liger Kernel (Hsu et al., 2024): when the logits of a chunk are there, so is all that their gradient
-needs, and the next chunk may have their place.
+The gradient of the loss is made along with it, as in Liger Kernel (Hsu et al., 2024): when the logits of
+a chunk are there, so is all that their gradient needs, and the next chunk may have their place. The
+gradient of log-probabilities depends on what becomes of them, so their logits are computed twice.
 """
 
 from collections.abc import Callable
@@ -44,33 +45,68 @@ class Finish:
             grad.mul_(self.scale)
 
 
-def plain(logits_SV: torch.Tensor, targets_S: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Sum of the losses of logits that are there, float32."""
-    return F.cross_entropy(logits_SV.float(), targets_S, reduction="sum", label_smoothing=smoothing)
+def cross_entropy_sum(
+    logits_SV: torch.Tensor, labels_S: torch.Tensor, weights_S: torch.Tensor | None, smoothing: float
+) -> torch.Tensor:
+    """Sum of the losses of logits that are there, float32; each times its weight."""
+    if weights_S is None:
+        return F.cross_entropy(logits_SV.float(), labels_S, reduction="sum", label_smoothing=smoothing)
+    losses = F.cross_entropy(logits_SV.float(), labels_S, reduction="none", label_smoothing=smoothing)
+    return (losses * weights_S).sum()
 
 
-def in_chunks(
-    head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor,
-    vocab_size: int, finish: Finish, smoothing: float,
+def logprobs_and_entropy(
+    logits_SV: torch.Tensor, labels_S: torch.Tensor, with_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits that are there: (log-probability of each label, entropy of each distribution or nothing), float32 [S], nats."""
+    log_SV = torch.log_softmax(logits_SV.float(), -1)
+    logprobs = log_SV.gather(1, labels_S[:, None])[:, 0]
+    return logprobs, -(log_SV.exp() * log_SV).sum(-1) if with_entropy else logprobs.new_zeros(0)
+
+
+def nll_in_chunks(
+    head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor,
+    vocab_size: int, finish: Finish, smoothing: float = 0.0, weights: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Sum of the losses of hidden [S, H] and targets int64 [S], float32; where the weights of `head` are whole.
+    """Sum of the losses of hidden [S, H] and labels int64 [S], float32; where the weights of `head` are whole.
 
-    `project`: its own forward.
+    `project`: its own forward. `weights`: float32 [S], what each loss is multiplied by.
     """
     linear = _active(head)
     if type(linear) is nn.Linear:
         tensors = [hidden, linear.weight, linear.bias]
         if not torch.is_grad_enabled():  # evaluation: inside, a weight that trains would still ask for its gradient
             tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
-        total: torch.Tensor = _ThroughMatrix.apply(*tensors, targets, finish, smoothing)
+        total: torch.Tensor = _ThroughMatrix.apply(*tensors, labels, weights, finish, smoothing)
         return total
 
     # Adapters on the head, quantised heads: a forward of their own, done again for the gradient.
-    def of(states_CH: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-        return plain(finish(project(states_CH).float()), targets_C, smoothing)
+    def of(states_CH: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None) -> torch.Tensor:
+        return cross_entropy_sum(finish(project(states_CH).float()), labels_C, weights_C, smoothing)
 
     parts = _chunks(len(hidden), vocab_size * 4, CHUNK_BYTES)
-    return torch.stack([checkpoint(of, hidden[part], targets[part], use_reentrant=False) for part in parts]).sum()
+    sums = [
+        checkpoint(of, hidden[part], labels[part], None if weights is None else weights[part], use_reentrant=False)
+        for part in parts
+    ]
+    return torch.stack(sums).sum()
+
+
+def logprobs_in_chunks(
+    project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor,
+    vocab_size: int, finish: Finish, with_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(log-probabilities, entropies or nothing) of hidden [S, H] and labels int64 [S], float32 [S], in nats.
+
+    The backward pass computes the logits of a chunk again, so `project` must find whole weights then, too.
+    """
+
+    def of(states_CH: torch.Tensor, labels_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logprobs_and_entropy(finish(project(states_CH).float()), labels_C, with_entropy)
+
+    parts = _chunks(len(hidden), vocab_size * 4, CHUNK_BYTES)
+    logprobs, entropies = zip(*(checkpoint(of, hidden[part], labels[part], use_reentrant=False) for part in parts))
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 class _ThroughMatrix(torch.autograd.Function):
@@ -78,7 +114,8 @@ class _ThroughMatrix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, finish: Finish, smoothing: float
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
+        weights: torch.Tensor | None, finish: Finish, smoothing: float,
     ) -> torch.Tensor:  # fmt: skip
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = _arithmetic(hidden)
@@ -94,8 +131,9 @@ class _ThroughMatrix(torch.autograd.Function):
             if shift_V is not None:
                 raw_CV += shift_V
             for block in _chunks(len(raw_CV), len(weight) * 4, block_bytes(hidden.device.type)):
+                of_block = None if weights is None else weights[part][block]
                 total += _cross_entropy_(
-                    raw_CV[block], targets[part][block], finish, smoothing, any(ctx.needs_input_grad)
+                    raw_CV[block], labels[part][block], of_block, finish, smoothing, any(ctx.needs_input_grad)
                 )
             if d_hidden is not None:
                 torch.mm(raw_CV, matrix_VH, out=d_hidden[part])
@@ -118,7 +156,7 @@ class _ThroughMatrix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: torch.Tensor) -> Any:
         # In place: that of the weights is as large as they are. A second backward pass is PyTorch's error, not a wrong number.
-        return *(None if grad is None else grad.mul_(outer) for grad in ctx.saved_tensors), None, None, None
+        return *(None if grad is None else grad.mul_(outer) for grad in ctx.saved_tensors), None, None, None, None
 
 
 class _Sum:
@@ -136,26 +174,28 @@ class _Sum:
 
 
 def _cross_entropy_(
-    raw_CV: torch.Tensor, targets_C: torch.Tensor, finish: Finish, smoothing: float, needs_grad: bool
-) -> torch.Tensor:
-    """Sum of losses in float32. What it is given becomes its gradient.
+    raw_CV: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None, finish: Finish, smoothing: float, needs_grad: bool
+) -> torch.Tensor:  # fmt: skip
+    """Sum of weighted losses in float32. What it is given becomes its gradient.
 
     The sum of exponentials is not needed: the highest probability is exp(highest logit) / sum, never less than 1 / V.
     """
-    logits, targets = finish(raw_CV.float()), targets_C[:, None]
+    logits, labels = finish(raw_CV.float()), labels_C[:, None]
     chances = torch.softmax(logits, -1)
     highest = finish(raw_CV.amax(-1, keepdim=True).float())  # scales are positive, and tanh rises
-    wanted = logits.gather(1, targets)
+    wanted = logits.gather(1, labels)
     losses = (highest - wanted) - chances.amax(-1, keepdim=True).log()  # exact for the tokens that are known best
     if smoothing:
         losses += smoothing * (wanted - logits.mean(-1, keepdim=True))
     if needs_grad:
         if smoothing:
             chances -= smoothing / chances.shape[1]
-        chances.scatter_add_(1, targets, torch.full_like(losses, smoothing - 1))
+        chances.scatter_add_(1, labels, torch.full_like(losses, smoothing - 1))
+        if weights_C is not None:
+            chances *= weights_C[:, None]
         finish.backward_(chances, logits)
         raw_CV.copy_(chances)
-    return losses.sum()
+    return losses.sum() if weights_C is None else (losses[:, 0] * weights_C).sum()
 
 
 def _chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:

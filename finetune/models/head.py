@@ -1,78 +1,112 @@
-"""The output projection that answers with a loss, so that all logits are never in memory at once.
+"""The output projection that answers with losses and log-probabilities, so that all logits are never in memory at once.
 
 A causal LM's forward stays as its authors wrote it. Only the call of its output projection is
-answered differently while a loss is wanted: the hidden states of supervised tokens become one, a
+answered differently while these are wanted: the hidden states of supervised tokens become answers, a
 chunk at a time. Inside that call a sharded weight is whole, however processes share it.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutput
 
 from finetune import failures
 from finetune.models import attention
-from finetune.models.cross_entropy import Finish, in_chunks, plain
+from finetune.models.cross_entropy import (
+    Finish,
+    cross_entropy_sum,
+    logprobs_and_entropy,
+    logprobs_in_chunks,
+    nll_in_chunks,
+)
 
 
-def loss_sum(
-    model: Any, inputs: dict[str, Any], targets: torch.Tensor, learned: torch.Tensor, label_smoothing: float = 0.0
-) -> torch.Tensor:
-    """Sum of the cross-entropies of all supervised tokens, float32 scalar, in nats.
+@dataclass(frozen=True)
+class Question:
+    """What a forward pass is asked about some of its tokens.
 
-    `inputs` are the keyword arguments of a model that `install` has prepared; targets int64 [B, T] hold
-    the next token, and `learned` int64 [S] where in the flattened targets something is learned. With
-    nothing supervised the sum is 0 and still has a gradient (of zero), so that every process takes
-    part in every backward pass. `label_smoothing`: a part of each target spread over the vocabulary
-    (Szegedy et al., 2016).
+    labels int64 [S] are the tokens that should come next, positions int64 [S] where in the flattened
+    hidden states [B * T, H] they are to be predicted. want: any of WANTS. weights float32 [S]:
+    factors of the losses in nll. label_smoothing: the part of each label in nll that is spread
+    over the vocabulary (Szegedy et al., 2016).
     """
-    total: torch.Tensor = model(**inputs, targets=targets, learned=learned, label_smoothing=label_smoothing).loss
-    return total
+
+    labels: torch.Tensor
+    positions: torch.Tensor
+    want: frozenset[str]
+    weights: torch.Tensor | None = None
+    label_smoothing: float = 0.0
+
+
+WANTS = frozenset({"nll", "logprobs", "entropy"})
 
 
 def install(base: Any) -> str | None:
-    """Let the forward of a causal LM take what `loss_sum` gives it, and answer with a loss. Without it, it is as it was.
+    """Let the forward of a causal LM take `question`, and answer it with a dict of tensors. Without one, it is as it was.
 
-    None, or why all logits are held at once.
+    None, or why all logits are held at once. With no tokens asked about, sums are 0 and still have a
+    gradient (of zero), so that every process takes part in every backward pass.
     """
     finish, why = probe(base)
     head, forward, vocab_size = base.get_output_embeddings(), base.forward, base.config.get_text_config().vocab_size
 
     @functools.wraps(forward)
-    def with_loss(
-        *arguments: Any, targets: torch.Tensor | None = None, learned: torch.Tensor | None = None, label_smoothing: float = 0.0,
-        **keywords: Any,
-    ) -> Any:  # fmt: skip
-        if targets is None or learned is None:
+    def answering(*arguments: Any, question: Question | None = None, **keywords: Any) -> Any:
+        if question is None:
             return forward(*arguments, **keywords)
-        wanted = targets.flatten()[learned]
         if finish is None or base.holds_all_logits:
-            logits = forward(*arguments, **keywords).logits.flatten(0, 1)[learned]
-            return CausalLMOutput(loss=plain(logits, wanted, label_smoothing))
+            return _of_logits(forward(*arguments, **keywords).logits.flatten(0, 1)[question.positions], question)
         project, given = head.forward, []
 
         def keep(hidden: torch.Tensor) -> torch.Tensor:
-            given.append(hidden.flatten(0, -2)[learned])
-            return hidden.new_zeros((*hidden.shape[:-1], 0))  # what is done to logits is done to none
+            given.append(hidden.flatten(0, -2)[question.positions])
+            return hidden.new_zeros((*hidden.shape[:-1], 0))  # no logits, so that what follows costs nothing
 
         with _answering(head, keep):
             forward(*arguments, **keywords)
         (states,) = given
 
-        def answer(hidden: torch.Tensor) -> torch.Tensor:
-            return in_chunks(head, project, hidden, wanted, vocab_size, finish, label_smoothing)
+        def answer(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+            return _of_states(head, project, hidden, vocab_size, finish, question)
 
-        # A call of its own, whose result is the loss: ZeRO-3 makes weights whole before the backward pass of a module
+        # A call of its own, whose result is the answer: ZeRO-3 makes weights whole before the backward pass of a module
         # whose result has a gradient.
         with _answering(head, answer):
-            return CausalLMOutput(loss=head(states))
+            return head(states)
 
-    base.forward, base.holds_all_logits = with_loss, finish is None
+    base.forward, base.holds_all_logits = answering, finish is None
     return why
+
+
+def _of_logits(logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
+    answers = {}
+    if "nll" in question.want:
+        answers["nll"] = cross_entropy_sum(logits, question.labels, question.weights, question.label_smoothing)
+    if question.want & {"logprobs", "entropy"}:
+        answers |= _named(logprobs_and_entropy(logits, question.labels, "entropy" in question.want), question)
+    return answers
+
+
+def _of_states(
+    head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, vocab_size: int, finish: Finish, question: Question
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    answers = {}
+    if "nll" in question.want:
+        answers["nll"] = nll_in_chunks(
+            head, project, hidden, question.labels, vocab_size, finish, question.label_smoothing, question.weights
+        )
+    if question.want & {"logprobs", "entropy"}:
+        found = logprobs_in_chunks(project, hidden, question.labels, vocab_size, finish, "entropy" in question.want)
+        answers |= _named(found, question)
+    return answers
+
+
+def _named(found: tuple[torch.Tensor, torch.Tensor], question: Question) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in zip(("logprobs", "entropy"), found) if name in question.want}
 
 
 def check(model: Any, base: Any, device: torch.device, precision: str) -> str | None:
@@ -85,14 +119,14 @@ def check(model: Any, base: Any, device: torch.device, precision: str) -> str | 
     ids = torch.randint(
         base.config.get_text_config().vocab_size, (2, 12), generator=torch.Generator().manual_seed(0)
     ).to(device)
-    inputs, targets = attention.inputs_of(ids[:1], [12], base), ids[1:]
-    learned = torch.arange(0, 12, 2, device=device)
+    inputs, positions = attention.inputs_of(ids[:1], [12], base), torch.arange(0, 12, 2, device=device)
+    question = Question(ids[1][positions], positions, frozenset({"nll"}))
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        own = loss_sum(model, inputs, targets, learned).item()
+        own = model(**inputs, question=question)["nll"].item()
         base.holds_all_logits = True
-        wanted = loss_sum(model, inputs, targets, learned).item()
+        wanted = model(**inputs, question=question)["nll"].item()
     model.train(was_training)
     exact = precision == "fp32" and next(model.parameters()).dtype == torch.float32
     base.holds_all_logits = not math.isclose(own, wanted, rel_tol=1e-4 if exact else 2e-2)

@@ -1,7 +1,9 @@
-"""What is learned: one module per objective, each with `supervises` and `loss`."""
+"""What is learned: one file for each objective."""
 
-from types import ModuleType
+from finetune.objectives.base import Objective, Term
+from finetune.objectives.clm import Clm
+from finetune.objectives.sft import Sft
 
-from finetune.objectives import clm, sft
+OBJECTIVES: dict[str, Objective] = {"clm": Clm(), "sft": Sft()}
 
-OBJECTIVES: dict[str, ModuleType] = {"clm": clm, "sft": sft}
+__all__ = ["OBJECTIVES", "Objective", "Term"]

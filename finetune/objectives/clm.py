@@ -1,18 +1,13 @@
 """Causal language modelling: every next token of every row."""
 
-from typing import Any
-
-import torch
-
-from finetune.data.batches import Batch
-from finetune.models.head import loss_sum
+from finetune.objectives.sft import Sft
 
 
-def supervises(loss_on: str) -> str:
-    """Learn all of a row, for any data.loss_on."""
-    return "all"
+class Clm(Sft):
+    """Cross-entropy of all tokens."""
 
+    has_turns = False
 
-def loss(model: Any, batch: Batch, label_smoothing: float = 0.0) -> tuple[torch.Tensor, int]:
-    """(sum of the losses of all supervised tokens, their number)."""
-    return loss_sum(model, batch.model_inputs(), batch.targets, batch.learned, label_smoothing), batch.num_supervised
+    def supervises(self, loss_on: str) -> str:
+        """All of a row, for any data.loss_on."""
+        return "all"

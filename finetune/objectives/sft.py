@@ -1,10 +1,28 @@
 """Supervised fine-tuning: the answers, given the prompts."""
 
-from finetune.objectives.clm import loss
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["loss", "supervises"]  # the loss is the same sum; what differs is which tokens are in it
+import torch
+
+from finetune.data.batches import Batch
+from finetune.models.policy import Policy
+from finetune.objectives.base import Objective, Term
 
 
-def supervises(loss_on: str) -> str:
-    """Which part of a row is learned: what data.loss_on says."""
-    return loss_on
+class Sft(Objective):
+    """Cross-entropy of the supervised tokens."""
+
+    def loss(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
+        nll = policy(batch, {"nll"}, label_smoothing=settings.label_smoothing).nll
+        assert nll is not None
+        return [Term("loss", nll, per="tokens")]
+
+    def evaluate(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
+        """Without label smoothing, so that it can be compared between runs: cross-entropy itself."""
+        nll = policy(batch, {"nll"}).nll
+        assert nll is not None
+        return [Term("loss", nll, per="tokens"), Term(CROSS_ENTROPY, nll, per="tokens", weight=0.0)]
+
+
+CROSS_ENTROPY = "cross_entropy"

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from finetune import failures
 from finetune.config import Config
-from finetune.data.batches import IGNORE
 from finetune.engine.topology import empty
 from finetune.errors import ModelError
 from finetune.models import attention, cross_entropy, documents, head
@@ -160,13 +159,13 @@ class Rehearsal:
                 ledger.ignore(buffer)
             ids = torch.zeros(rows, documents_of_row * shape.length, dtype=torch.long)
             inputs = attention.inputs_of(ids, [shape.length] * documents_of_row, self.base)
-            targets = torch.full_like(ids, IGNORE)
-            learned = torch.zeros(shape.num_sequences * shape.learned, dtype=torch.long)
+            supervised = torch.zeros(shape.num_sequences * shape.learned, dtype=torch.long)
+            question = head.Question(supervised, supervised, frozenset({"nll"}))
             with ledger, torch.set_grad_enabled(learns):
                 with torch.autocast(
                     "cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None, cache_enabled=False
                 ):
-                    loss = head.loss_sum(self.model, inputs, targets, learned)
+                    loss = self.model(**inputs, question=question)["nll"]
                 kept = ledger.passing
                 if learns:
                     loss.backward()

@@ -135,10 +135,12 @@ class Fsdp2:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def move(self, model: nn.Module, optimizer: Any, max_norm: float) -> tuple[float, bool]:
-        """(gradient norm before clipping, whether the weights have moved)"""
+    def clip(self, model: nn.Module, max_norm: float) -> torch.Tensor:
         total: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        norm: torch.Tensor = total.full_tensor() if isinstance(total, DTensor) else total
+        return norm
+
+    def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
         if finite := math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -54,12 +54,26 @@ class Processes:
             self._waits_since = None
 
     def sum(self, values: Sequence[float | torch.Tensor]) -> list[float]:
-        """Add up each value over all processes, in float64."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        """Add up each value over all processes, in float64. Wait for the device once."""
+        on_host = [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
+        total = torch.tensor(on_host, dtype=torch.float64).to(self.device, non_blocking=True)
+        there = [number for number, value in enumerate(values) if isinstance(value, torch.Tensor)]
+        if there:  # scalars of the device join those of the host in one tensor, which is sent and read at once
+            total[there] = torch.stack([values[number].double() for number in there])  # type: ignore[union-attr]
         if self.number > 1:
             with self._waits():
                 torch.distributed.all_reduce(total, group=self.group)
-        return [float(v) for v in total.tolist()]
+        return [float(value) for value in total.tolist()]
+
+    def sum_on_device(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Each scalar summed over all processes, in float64, left on the device. Every process gives the same names."""
+        if not values:
+            return {}
+        total = torch.stack([value.double() for value in values.values()])
+        if self.number > 1:
+            with self._waits():
+                torch.distributed.all_reduce(total, group=self.group)
+        return dict(zip(values, total.unbind()))
 
     def any(self, wish: bool) -> bool:
         """Find out whether one of them wishes it."""

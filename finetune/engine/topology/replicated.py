@@ -51,9 +51,11 @@ class Replicated:
     def backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def move(self, model: nn.Module, optimizer: Any, max_norm: float) -> tuple[float, bool]:
-        """(gradient norm before clipping, whether the weights have moved)"""
-        norm = float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    def clip(self, model: nn.Module, max_norm: float) -> torch.Tensor:
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        return norm
+
+    def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
         # Overflowing fp16 gradients: the scaler leaves the step out and scales less from then on.
         finite = math.isfinite(norm)
         if finite or self.accelerator.scaler is not None:

@@ -4,7 +4,7 @@ Whatever the topology, a step sees the same few verbs: prepare, accumulate, back
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,8 @@ from finetune.engine.topology.processes import WAIT, Processes
 from finetune.engine.topology.replicated import Replicated
 from finetune.engine.topology.watchdog import Watchdog
 from finetune.errors import ConfigError, DeviceError, OutOfMemory, TopologyError
+from finetune.objectives import base as objectives
+from finetune.objectives.base import Term
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -195,21 +197,36 @@ class Topology:
     def unwrap(self, model: nn.Module) -> Any:
         return self.sharing.unwrap(model)
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Surround a forward and backward pass; `last`: of its step."""
-        context: AbstractContextManager[None] = self.sharing.accumulate(model, last)
-        return context
+    def forward_backward(
+        self, model: nn.Module, batches: Sequence[Batch], terms: Callable[[Batch], list[Term]], divisors: Mapping[str, float | torch.Tensor], *,
+        last: bool = True,
+    ) -> list[Term]:  # fmt: skip
+        """Add up the gradients of a step's micro-batches. Gives the sums of their terms, on the device, of this process alone.
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add this loss's gradient. Over processes gradients add up: every topology's mean over N is undone by N."""
-        self.sharing.backward(loss * self.num_processes)
-
-    def move(self, model: nn.Module, optimizer: Any, max_norm: float | None) -> tuple[float, bool]:
-        """(norm of all gradients before clipping, whether the weights moved): clip to max_norm, step, forget gradients.
-
-        They stay where they are if a gradient is not finite.
+        `last`: whether the step ends with these, so that gradients are exchanged.
         """
-        moved: tuple[float, bool] = self.sharing.move(model, optimizer, float("inf") if max_norm is None else max_norm)
+        added: dict[str, Term] = {}
+        for number, batch in enumerate(batches, 1):
+            self.watchdog.beat()
+            with self.sharing.accumulate(model, last and number == len(batches)):
+                found = terms(batch.to(self.device))
+                # Over processes gradients add up: every topology's mean over N is undone by N.
+                self.sharing.backward(objectives.total(found, divisors) * self.num_processes)
+            for term in found:
+                objectives.add(added, term)
+        return list(added.values())
+
+    def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor | None:
+        """Clip the gradients to max_norm. Gives their norm before that, on the device; None where `step` clips."""
+        norm: torch.Tensor | None = self.sharing.clip(model, float("inf") if max_norm is None else max_norm)
+        return norm
+
+    def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
+        """Update the weights and forget the gradients: (their norm before clipping, whether the weights moved).
+
+        The weights stay where they are if `norm`, which `clip` gave, is not finite.
+        """
+        moved: tuple[float, bool] = self.sharing.step(model, optimizer, norm)
         return moved
 
     def scaler_state(self) -> dict[str, Any]:

@@ -104,12 +104,15 @@ class Zero:
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def move(self, model: nn.Module, optimizer: Any, max_norm: float) -> tuple[float, bool]:
-        """(gradient norm before clipping, whether the weights have moved). The engine leaves out a step that overflows."""
+    def clip(self, model: nn.Module, max_norm: float) -> None:
+        """DeepSpeed clips as it steps, to the norm of its config."""
+
+    def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
+        """The engine leaves out a step that overflows."""
         self.engine.step()
         moved = bool(self.engine.was_step_applied())
-        norm = self.engine.get_global_grad_norm()
-        return (float(norm) if moved and norm is not None else math.nan), moved
+        found = self.engine.get_global_grad_norm()
+        return (float(found) if moved and found is not None else math.nan), moved
 
     def whole(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight, whole, in float32 if it trains; collective."""

@@ -1,0 +1,63 @@
+"""What an objective is: sums over a micro-batch, each with the name of what it is divided by.
+
+Never a mean: the step divides each sum once, by its total over all micro-batches and processes. So
+how a step is cut up, packed or shared cannot change what is learned.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from finetune.data.batches import Batch
+from finetune.models.policy import Policy
+
+
+@dataclass(frozen=True)
+class Term:
+    """sum: float32 scalar. per: `tokens` (supervised ones), `documents`, `examples`, or a name that the objective's `prepare` gave.
+
+    weight: factor in the loss; 0: a metric only.
+    """
+
+    name: str
+    sum: torch.Tensor
+    per: str
+    weight: float = 1.0
+
+
+class Objective:
+    """Base of all objectives. One of your own is a subclass with a `loss`; see CONTRIBUTING.md."""
+
+    has_turns = True
+    """Whether rows are conversations, whose template there is to keep with the model."""
+
+    def supervises(self, loss_on: str) -> str:
+        """Which part of a row is learned: what data.loss_on says, unless an objective knows better."""
+        return loss_on
+
+    def prepare(self, policy: Policy, batches: Sequence[Batch], settings: Any) -> dict[str, torch.Tensor]:
+        """What is known only of a whole step and is no sum of terms: called without gradient, then summed over processes."""
+        return {}
+
+    def loss(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
+        """The terms of one micro-batch, whose sum is the loss."""
+        raise NotImplementedError
+
+    def evaluate(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
+        """The terms of held-out rows, without gradient: those of `loss`, unless an objective says otherwise."""
+        return self.loss(policy, batch, settings, prepared)
+
+
+def add(added: dict[str, Term], term: Term) -> None:
+    """Add a micro-batch's term to those of its name, in float64 and without its graph."""
+    so_far = added.get(term.name)
+    here = term.sum.detach().double()
+    added[term.name] = replace(term, sum=here if so_far is None else so_far.sum + here)
+
+
+def total(terms: Sequence[Term], divisors: Mapping[str, float | torch.Tensor]) -> torch.Tensor:
+    """A micro-batch's part of the step's loss: the one division of a step."""
+    parts = [term.weight * term.sum / divisors[term.per] for term in terms if term.weight]
+    return torch.stack(parts).sum() if len(parts) != 1 else parts[0]
