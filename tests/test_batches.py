@@ -1,12 +1,15 @@
 """The same steps for any number of processes, every sequence once, and no target across documents."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from finetune.data.batches import GROUP_STEPS, IGNORE, Batch, Batches, Sequences, plan
+from finetune.data.batches import GROUP_STEPS, Batch, Batches, Sequences, plan
 from finetune.data.tokens import Examples
 
+IGNORE = -100  # no label
 EOS = 1  # also the padding, as in many tokenizers
 LENGTHS = np.random.default_rng(0).integers(2, 30, 53)
 
@@ -30,15 +33,23 @@ def batches_of(lengths: np.ndarray = LENGTHS, packing: bool = False, **settings)
     return Batches(Sequences(examples_of(lengths), packing, 64, seed=4), **settings)
 
 
+def targets_of(batch: Batch) -> torch.Tensor:
+    """The label at every place of the input, IGNORE where nothing is supervised."""
+    flat = torch.full((batch.inputs["input_ids"].numel(),), IGNORE)
+    flat[batch.positions] = batch.labels
+    return flat.view_as(batch.inputs["input_ids"])
+
+
 def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
     """(input_ids, targets) of every document in a micro-batch, fillers left out, read as the model would read them."""
-    found = []
-    if batch.bounds is None:
-        for ids, targets, mask in zip(batch.input_ids, batch.targets, batch.attention_mask.bool()):
+    found, inputs, whole = [], batch.inputs, targets_of(batch)
+    if "attention_mask" in inputs:
+        for ids, targets, mask in zip(inputs["input_ids"], whole, inputs["attention_mask"].bool()):
             found.append((ids[mask].tolist(), targets[mask].tolist()))
     else:
-        for start, end in zip(batch.bounds[:-1], batch.bounds[1:]):
-            found.append((batch.input_ids[0, start:end].tolist(), batch.targets[0, start:end].tolist()))
+        bounds = inputs["cu_seq_lens_q"]
+        for start, end in zip(bounds[:-1], bounds[1:]):
+            found.append((inputs["input_ids"][0, start:end].tolist(), whole[0, start:end].tolist()))
     return [document for document in found if document[0] != [EOS, EOS]]
 
 
@@ -141,8 +152,8 @@ def test_any_number_of_processes_makes_the_same_step(num_processes, micro_batch_
     expected = sorted(of_example(whole.sequences.examples, example) for example in members)
     together = [batch for batches in ranks for batch in batches]
     assert sorted(document for batch in together for document in documents(batch)) == expected
-    assert sum(batch.num_tokens for batch in together) == sum(len(ids) for ids, _ in expected)
-    assert sum(batch.num_supervised for batch in together) == sum(
+    assert sum(batch.counts["input_tokens"] for batch in together) == sum(len(ids) for ids, _ in expected)
+    assert sum(batch.counts["tokens"] for batch in together) == sum(
         target != IGNORE for _, targets in expected for target in targets
     )
 
@@ -158,9 +169,9 @@ def test_an_incomplete_last_step_gives_each_process_as_many_micro_batches(padded
 
 def test_a_filler_teaches_nothing(padded):
     (filler,) = batches_of(LENGTHS[:13], rank=3, num_processes=4, padded=padded).at(1)
-    assert (filler.num_tokens, filler.num_supervised) == (0, 0)
-    assert (filler.targets == IGNORE).all()
-    assert filler.input_ids.numel() > 0
+    assert set(filler.counts.values()) == {0}
+    assert len(filler.labels) == len(filler.example) == 0
+    assert filler.inputs["input_ids"].numel() > 0
 
 
 def test_an_epoch_is_its_steps_one_after_the_other(padded):
@@ -169,7 +180,7 @@ def test_an_epoch_is_its_steps_one_after_the_other(padded):
     assert len(steps) == batches.steps_per_epoch == 7
     for number, step in enumerate(steps):
         for one, other in zip(step, batches.at(7 + number), strict=True):
-            assert torch.equal(one.input_ids, other.input_ids)
+            assert torch.equal(one.inputs["input_ids"], other.inputs["input_ids"])
     assert sum(len(documents(batch)) for step in steps for batch in step) == len(LENGTHS)
 
 
@@ -188,8 +199,12 @@ def test_targets_are_the_next_learned_tokens_and_never_cross_a_document(padded, 
     seen = 0
     for step in batches.epoch():
         for batch in step:
-            assert (batch.targets.flatten()[batch.learned] != IGNORE).all()
-            assert len(batch.learned) == batch.num_supervised == (batch.targets != IGNORE).sum()
+            assert len(batch.positions) == len(batch.labels) == len(batch.document) == batch.counts["tokens"]
+            assert len(batch.positions.unique()) == len(batch.positions)
+            starts = torch.tensor([0, *batch.lengths[:-1]]).cumsum(0)
+            if not padded:
+                assert torch.equal(torch.searchsorted(starts, batch.positions, right=True) - 1, batch.document)
+            assert batch.counts["documents"] == batch.counts["examples"] == len(batch.example) == batch.num_documents
             for ids, targets in documents(batch):
                 assert (ids, targets) == of_example(batches.sequences.examples, ids[0] - 10)
                 assert targets[-1] == IGNORE
@@ -203,16 +218,18 @@ def test_padded_and_end_to_end_hold_the_same_pairs_of_token_and_target(packing):
     ):
         for laid, rectangle in zip(one, other, strict=True):
             assert documents(laid) == documents(rectangle)
-            assert (laid.num_tokens, laid.num_supervised) == (rectangle.num_tokens, rectangle.num_supervised)
+            assert laid.counts == rectangle.counts
 
 
 def test_padding_is_masked_by_position_so_that_an_eos_is_still_seen():
     """The padding has the id of the EOS that ends every document."""
     for step in batches_of(padded=True).epoch():
         for batch in step:
-            lengths = batch.attention_mask.sum(dim=1)
-            assert lengths.sum() == batch.num_tokens
-            for ids, targets, mask, length in zip(batch.input_ids, batch.targets, batch.attention_mask, lengths):
+            lengths = batch.inputs["attention_mask"].sum(dim=1)
+            assert lengths.sum() == batch.counts["input_tokens"]
+            for ids, targets, mask, length in zip(
+                batch.inputs["input_ids"], targets_of(batch), batch.inputs["attention_mask"], lengths
+            ):
                 assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
                 assert ids[length - 1] == EOS
                 assert targets[length - 2] == EOS, "stopping is learned"
@@ -223,31 +240,32 @@ def test_padding_is_masked_by_position_so_that_an_eos_is_still_seen():
 def test_positions_begin_anew_in_every_document(packing):
     for step in batches_of(packing=packing).epoch():
         for batch in step:
-            lengths = batch.bounds.diff().tolist()
-            assert batch.position_ids[0].tolist() == [position for n in lengths for position in range(n)]
+            lengths = batch.inputs["cu_seq_lens_q"].diff().tolist()
+            assert batch.inputs["position_ids"][0].tolist() == [position for n in lengths for position in range(n)]
             assert batch.lengths == tuple(lengths)
 
 
 def test_positions_of_a_padded_batch_count_from_0():
     for batch in batches_of(padded=True).at(0):
-        assert torch.equal(batch.position_ids, torch.arange(max(batch.lengths)).expand_as(batch.input_ids))
+        places = torch.arange(max(batch.lengths)).expand_as(batch.inputs["input_ids"])
+        assert torch.equal(batch.inputs["position_ids"], places)
 
 
 def test_a_batch_is_called_as_transformers_calls_it(padded):
     batch = batches_of(padded=padded).at(0)[0]
-    inputs = batch.model_inputs()
-    assert inputs["input_ids"].dtype == inputs["position_ids"].dtype == batch.targets.dtype == torch.int64
+    inputs = batch.inputs
+    assert inputs["input_ids"].dtype == inputs["position_ids"].dtype == batch.labels.dtype == torch.int64
     assert inputs["use_cache"] is False
-    assert inputs["input_ids"].shape == inputs["position_ids"].shape == batch.targets.shape
+    assert inputs["input_ids"].shape == inputs["position_ids"].shape
     if padded:
         assert inputs["attention_mask"].shape == inputs["input_ids"].shape
         assert "cu_seq_lens_q" not in inputs
     else:
         assert "attention_mask" not in inputs, "a mask of ones would let documents see each other"
         assert inputs["cu_seq_lens_q"].dtype == torch.int32
-        assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == batch.bounds.tolist()
+        assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, *np.cumsum(batch.lengths)]
         assert inputs["max_length_q"] == inputs["max_length_k"] == max(batch.lengths)
-        assert batch.bounds[-1] == batch.input_ids.shape[1]
+        assert inputs["cu_seq_lens_q"][-1] == inputs["input_ids"].shape[1]
 
 
 def test_a_micro_batch_has_the_sequences_it_is_said_to_have(padded):
@@ -260,13 +278,20 @@ def test_a_pack_is_a_sequence_of_at_most_max_length_tokens():
     assert len(batches.sequences) < len(LENGTHS)
     assert batches.sequences.lengths.max() <= 64
     for sequence in range(len(batches.sequences)):
-        assert sum(len(ids) for ids, _ in batches.sequences.documents(sequence)) == batches.sequences.lengths[sequence]
+        assert (
+            sum(len(document.ids) for document in batches.sequences.documents(sequence))
+            == batches.sequences.lengths[sequence]
+        )
 
 
 def test_grouping_by_length_pads_less():
     def padding(group_by_length: bool) -> int:
         batches = batches_of(padded=True, micro_batch_size=8, group_by_length=group_by_length)
-        return sum(batch.input_ids.numel() - batch.num_tokens for step in batches.epoch() for batch in step)
+        return sum(
+            batch.inputs["input_ids"].numel() - batch.counts["input_tokens"]
+            for step in batches.epoch()
+            for batch in step
+        )
 
     assert padding(True) < 0.5 * padding(False)
 
@@ -275,3 +300,75 @@ def test_one_sequence_makes_one_step(padded):
     batches = batches_of(np.array([5]), padded=padded)
     assert batches.steps_per_epoch == 1
     assert [len(documents(batch)) for batch in batches.at(3)] == [1]
+
+
+# Examples of several documents, and what a step is divided by
+
+
+def pairs_of(lengths: np.ndarray = LENGTHS[:52]) -> Examples:
+    """Two documents an example."""
+    whole = examples_of(lengths)
+    count = len(lengths) // 2
+    return replace(
+        whole, source=whole.source[:count], line=whole.line[:count], row=whole.row[:count],
+        example_ends=2 * np.arange(1, count + 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_totals_of_a_step_are_what_all_processes_hold(num_processes, packing, padded):
+    for examples in (examples_of(LENGTHS), pairs_of()):
+        sequences = Sequences(examples, packing, 64, seed=4)
+        ranks = [
+            Batches(
+                sequences,
+                seed=4,
+                global_batch_size=8,
+                micro_batch_size=2,
+                pad_id=EOS,
+                padded=padded,
+                rank=rank,
+                num_processes=num_processes,
+            )  # fmt: skip
+            for rank in range(num_processes)
+        ]
+        for step in range(ranks[0].steps_per_epoch):
+            held = [batch.counts for rank in ranks for batch in rank.at(step)]
+            assert ranks[0].totals(step) == {name: sum(counts[name] for counts in held) for name in held[0]}
+        whole = ranks[0].all_totals()
+        assert whole["examples"] == len(examples)
+        assert whole["tokens"] == examples.num_supervised_tokens
+
+
+def test_documents_of_an_example_stay_together_and_know_it(packing, padded):
+    examples = pairs_of()
+    sequences = Sequences(examples, packing, 128, seed=4)
+    batches = Batches(sequences, seed=4, global_batch_size=8, micro_batch_size=3, pad_id=EOS, padded=padded)
+    seen = 0
+    for batch in (batch for step in batches.epoch() for batch in step):
+        assert batch.example.tolist() == [number for number in range(len(batch.example) // 2) for _ in range(2)]
+        firsts = [ids[0] - 10 for ids, _ in documents(batch)]
+        assert [second - first for first, second in zip(firsts[::2], firsts[1::2], strict=True)] == [1] * (
+            len(firsts) // 2
+        )
+        seen += batch.counts["examples"]
+    assert seen == len(examples)
+
+
+def test_a_part_of_pairs_is_pairs(packing):
+    examples = pairs_of()
+    assert examples.subset(np.array([3, 1])).digests() == [examples.digests()[3], examples.digests()[1]]
+    assert examples.subset(np.array([3, 1])).lengths.tolist() == examples.lengths[[3, 1]].tolist()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_stretches_of_shared_sequences_hold_every_token_and_document_once(count):
+    sequences = Sequences(pairs_of(), True, 128, seed=4)
+    batches = Batches(sequences, seed=4, global_batch_size=8, micro_batch_size=3, pad_id=EOS)
+    for whole in (batch for step in batches.epoch() for batch in step):
+        parts = [whole.part(index, count, "group") for index in range(count)]
+        length = parts[0].inputs["input_ids"].shape[1]
+        assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+        assert torch.equal(torch.cat([part.positions + n * length for n, part in enumerate(parts)]), whole.positions)
+        assert sorted(torch.cat([part.owned for part in parts]).tolist()) == list(range(whole.num_documents))
+        assert {name: sum(part.counts[name] for part in parts) for name in whole.counts} == whole.counts

@@ -269,14 +269,15 @@ def _batch(documents: list[Document], inputs: dict[str, Any], starts: np.ndarray
     labels = [document.ids[document.predicted + 1] for document in documents]
     positions = [start + document.predicted for start, document in zip(starts, documents)]
     owner = [np.full(len(document.predicted), number) for number, document in enumerate(documents)]
-    _, example = np.unique([document.example for document in documents], return_inverse=True)
+    numbers = {number: place for place, number in enumerate(dict.fromkeys(document.example for document in documents))}
+    example_D = torch.tensor([numbers[document.example] for document in documents], dtype=torch.int64)
     labels_S, positions_S, document_S = (
         torch.from_numpy(np.concatenate(each or none)) for each in (labels, positions, owner)
     )
     return Batch(
-        inputs, labels_S, positions_S, document_S, torch.from_numpy(example.astype(np.int64)), lengths,
+        inputs, labels_S, positions_S, document_S, example_D, lengths,
         counts={
-            "tokens": len(labels_S), "documents": len(documents), "examples": len(set(example.tolist())),
+            "tokens": len(labels_S), "documents": len(documents), "examples": len(numbers),
             "input_tokens": sum(len(document.ids) for document in documents),
         },
         num_documents=len(documents),
