@@ -329,7 +329,7 @@ def test_totals_of_a_step_are_what_all_processes_hold(num_processes, packing, pa
                 padded=padded,
                 rank=rank,
                 num_processes=num_processes,
-            )  # fmt: skip
+            )
             for rank in range(num_processes)
         ]
         for step in range(ranks[0].steps_per_epoch):

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from finetune import replay
 from finetune.engine import step, tracking
 from finetune.models.attention import attend_within_documents
-from finetune.models.cross_entropy import Finish, in_chunks
+from finetune.models.cross_entropy import Finish, nll_in_chunks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,8 +122,8 @@ def test_fp16_gradient_of_the_head_is_a_sum_in_float32():
         head = torch.nn.Linear(64, 16, bias=False, device=device)
         torch.nn.init.zeros_(head.weight)
         with context:
-            total = in_chunks(
-                head, head.forward, hidden.to(device).requires_grad_(), targets.to(device), 16, Finish(), 0.0
+            total = nll_in_chunks(
+                head, head.forward, hidden.to(device).requires_grad_(), targets.to(device), 16, Finish()
             )
         total.backward()
         return head.weight.grad.cpu()

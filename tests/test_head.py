@@ -7,7 +7,6 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.data.batches import IGNORE
 from finetune.models import attention, cross_entropy, head
 
 VOCAB = 1009
@@ -53,12 +52,21 @@ def chunks_of_a_few(monkeypatch):
 
 
 def batch(num_tokens=40, every=2):
-    """(inputs, targets, learned): two sequences, and something is learned every few tokens."""
+    """(inputs, labels, positions): two sequences, where every few tokens one is supervised."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (2, num_tokens), generator=generator)
-    targets = torch.randint(3, VOCAB, (2, num_tokens), generator=generator)
-    targets[:, torch.arange(num_tokens) % every > 0] = IGNORE
-    return {"input_ids": ids, "use_cache": False}, targets, (targets.flatten() >= 0).nonzero().flatten()
+    positions = torch.arange(0, 2 * num_tokens, every)
+    labels = torch.randint(3, VOCAB, (len(positions),), generator=generator)
+    return {"input_ids": ids, "use_cache": False}, labels, positions
+
+
+def asked(model, inputs, labels, positions, want=("nll",), **more):
+    """What the forward of a prepared model answers."""
+    return model(**inputs, question=head.Question(labels, positions, frozenset(want), **more))
+
+
+def nll(model, inputs, labels, positions, smoothing=0.0):
+    return asked(model, inputs, labels, positions, label_smoothing=smoothing)["nll"]
 
 
 def gradients(model, loss):
@@ -69,20 +77,22 @@ def gradients(model, loss):
 
 def learned_alike(model, smoothing=0.0, tolerance=1e-5):
     """Names of the weights whose gradients are the same with chunks and without; all that have one must be."""
-    inputs, targets, learned = batch()
-    logits = model(**inputs).logits.flatten(0, 1)[learned].float()
-    loss = F.cross_entropy(logits, targets.flatten()[learned], reduction="sum", label_smoothing=smoothing)
+    inputs, labels, positions = batch()
+    logits = model(**inputs).logits.flatten(0, 1)[positions].float()
+    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     plain = gradients(model, loss)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     assert head.install(base) is None
-    fused = head.loss_sum(model, inputs, targets, learned, smoothing)
+    fused = nll(model, inputs, labels, positions, smoothing)
     assert fused.dtype == torch.float32
     assert fused.item() == pytest.approx(loss.item(), rel=tolerance)
     found = gradients(model, fused)
     assert found.keys() == plain.keys()
     for name, grad in plain.items():
         assert (found[name] - grad).abs().max() <= tolerance * max(1.0, grad.abs().max()), name
-    assert torch.equal(model(**inputs).logits.flatten(0, 1)[learned].float(), logits), "without targets it is as it was"
+    assert torch.equal(model(**inputs).logits.flatten(0, 1)[positions].float(), logits), (
+        "without a question it is as it was"
+    )
     return set(found)
 
 
@@ -142,17 +152,17 @@ def test_a_forward_that_cannot_be_followed_keeps_all_logits_and_says_so():
 
     model.forward = unusual
     assert "more than scale or cap" in head.install(model)
-    inputs, targets, learned = batch()
-    logits = model(**inputs).logits.flatten(0, 1)[learned]
-    wanted = F.cross_entropy(logits, targets.flatten()[learned], reduction="sum")
-    assert torch.equal(head.loss_sum(model, inputs, targets, learned), wanted)
+    inputs, labels, positions = batch()
+    logits = model(**inputs).logits.flatten(0, 1)[positions]
+    wanted = F.cross_entropy(logits, labels, reduction="sum")
+    assert torch.equal(nll(model, inputs, labels, positions), wanted)
 
 
 def test_where_nothing_is_learned_every_weight_still_gets_a_gradient_of_zero():
     model = make("llama")
     head.install(model)
-    inputs, targets, learned = batch()
-    loss = head.loss_sum(model, inputs, torch.full_like(targets, IGNORE), learned[:0])
+    inputs, labels, positions = batch()
+    loss = nll(model, inputs, labels[:0], positions[:0])
     found = gradients(model, loss)
     assert loss.item() == 0
     assert found.keys() == {name for name, _ in model.named_parameters()}
@@ -180,9 +190,9 @@ def test_no_tensor_ever_holds_all_logits(chunks_of_a_few, how):
     if how == "on the head":
         model = get_peft_model(model, LoraConfig(r=4, **ADAPTERS[how]))
     head.install(model.get_base_model() if how == "on the head" else model)
-    inputs, targets, learned = batch(num_tokens=60, every=1)
+    inputs, labels, positions = batch(num_tokens=60, every=1)
     with Largest() as largest, torch.set_grad_enabled(how != "evaluation"):
-        loss = head.loss_sum(model, inputs, targets, learned)
+        loss = nll(model, inputs, labels, positions)
         if how != "evaluation":
             loss.backward()
     # The gradient of the projection is the largest of all, 1009 x 32; without one it is the scores of 2 heads in 2 rows.
@@ -192,12 +202,12 @@ def test_no_tensor_ever_holds_all_logits(chunks_of_a_few, how):
 def test_in_16_bits_the_loss_is_summed_in_32(chunks_of_a_few):
     """bf16 has 8 bits: a sum of a thousand would be off by 4. Each logit has them, their sum must not."""
     model = make("llama").bfloat16()
-    inputs, targets, learned = batch()
-    logits = model(**inputs).logits.flatten(0, 1)[learned]
-    wanted = F.cross_entropy(logits.double(), targets.flatten()[learned], reduction="sum")
+    inputs, labels, positions = batch()
+    logits = model(**inputs).logits.flatten(0, 1)[positions]
+    wanted = F.cross_entropy(logits.double(), labels, reduction="sum")
     head.install(model)
     with torch.autocast("cpu", torch.bfloat16):
-        assert head.loss_sum(model, inputs, targets, learned).item() == pytest.approx(wanted.item(), rel=1e-6)
+        assert nll(model, inputs, labels, positions).item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -209,10 +219,10 @@ def test_the_start_of_a_run_proves_the_loss_or_falls_back(monkeypatch, wrong):
     said = head.check(model, model, torch.device("cpu"), "fp32")
     assert bool(said) == wrong
     assert model.holds_all_logits == wrong
-    inputs, targets, learned = batch()
-    logits = model(**inputs).logits.flatten(0, 1)[learned]
-    wanted = F.cross_entropy(logits, targets.flatten()[learned], reduction="sum")
-    assert head.loss_sum(model, inputs, targets, learned).item() == pytest.approx(wanted.item(), rel=1e-5)
+    inputs, labels, positions = batch()
+    logits = model(**inputs).logits.flatten(0, 1)[positions]
+    wanted = F.cross_entropy(logits, labels, reduction="sum")
+    assert nll(model, inputs, labels, positions).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_in_float16_the_gradient_of_the_head_is_summed_in_float32():
@@ -223,6 +233,89 @@ def test_in_float16_the_gradient_of_the_head_is_summed_in_float32():
     with torch.no_grad():
         linear.weight.zero_()
     with torch.autocast("cpu", torch.float16):
-        loss = cross_entropy.in_chunks(linear, linear.forward, hidden, targets, 50, head.Finish(), 0.0)
+        loss = cross_entropy.nll_in_chunks(linear, linear.forward, hidden, targets, 50, head.Finish())
     loss.backward()
     assert linear.weight.grad[0].tolist() == pytest.approx([-98_000.0] * 8, rel=1e-3)
+
+
+# Log-probabilities and entropies
+
+
+def of_all_logits(model, inputs, labels, positions):
+    log_SV = torch.log_softmax(model(**inputs).logits.flatten(0, 1)[positions].float(), -1)
+    return log_SV.gather(1, labels[:, None])[:, 0], -(log_SV.exp() * log_SV).sum(-1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_and_entropies_are_those_of_all_logits_and_so_are_their_gradients(chunks_of_a_few, name):
+    model = make(name)
+    given = batch()
+    factors = torch.randn(len(given[1]), generator=torch.Generator().manual_seed(2))
+    logprobs, entropy = of_all_logits(model, *given)
+    wanted = gradients(model, (logprobs * factors).sum() + 0.1 * (entropy * factors).sum())
+    head.install(model)
+    answers = asked(model, *given, want=("logprobs", "entropy"))
+    torch.testing.assert_close(answers["logprobs"], logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(answers["entropy"], entropy, rtol=1e-5, atol=1e-5)
+    found = gradients(model, (answers["logprobs"] * factors).sum() + 0.1 * (answers["entropy"] * factors).sum())
+    assert found.keys() == wanted.keys()
+    for weight, grad in wanted.items():
+        torch.testing.assert_close(
+            found[weight], grad, rtol=1e-4, atol=1e-4 * max(1.0, float(grad.abs().max())), msg=weight
+        )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_is_minus_the_sum_of_log_probabilities(chunks_of_a_few, name):
+    model = make(name)
+    head.install(model)
+    answers = asked(model, *batch(), want=("nll", "logprobs"))
+    assert answers["nll"].item() == pytest.approx(-answers["logprobs"].sum().item(), rel=1e-6)
+    one, other = (
+        gradients(model, answers["nll"]),
+        gradients(model, -asked(model, *batch(), want=["logprobs"])["logprobs"].sum()),
+    )
+    for weight, grad in one.items():
+        torch.testing.assert_close(
+            other[weight], grad, rtol=1e-4, atol=1e-5 * max(1.0, float(grad.abs().max())), msg=weight
+        )
+
+
+@pytest.mark.parametrize("how", ADAPTERS)
+def test_log_probabilities_reach_adapters_on_the_head(chunks_of_a_few, how):
+    model = get_peft_model(make("llama"), LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[how])).eval()
+    logprobs, _ = of_all_logits(model, *batch())
+    wanted = gradients(model, logprobs.exp().sum())
+    head.install(model.get_base_model())
+    found = gradients(model, asked(model, *batch(), want=["logprobs"])["logprobs"].exp().sum())
+    assert found.keys() == wanted.keys()
+    for weight, grad in wanted.items():
+        torch.testing.assert_close(found[weight], grad, rtol=1e-4, atol=1e-5, msg=weight)
+
+
+@pytest.mark.parametrize("how", ["all weights", "on the head"])
+def test_weights_of_tokens_multiply_their_losses(chunks_of_a_few, how):
+    model = make("llama")
+    if how == "on the head":
+        model = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[how])).eval()
+    inputs, labels, positions = batch()
+    weights = torch.rand(len(labels), generator=torch.Generator().manual_seed(3))
+    logprobs, _ = of_all_logits(model, inputs, labels, positions)
+    wanted = gradients(model, -(logprobs * weights).sum())
+    head.install(model.get_base_model() if how == "on the head" else model)
+    loss = asked(model, inputs, labels, positions, weights=weights)["nll"]
+    assert loss.item() == pytest.approx(-(logprobs * weights).sum().item(), rel=1e-5)
+    for weight, grad in gradients(model, loss).items():
+        torch.testing.assert_close(grad, wanted[weight], rtol=1e-4, atol=1e-5, msg=weight)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_no_tensor_holds_all_logits_for_log_probabilities(chunks_of_a_few, trains):
+    model = make("llama")
+    head.install(model)
+    inputs, labels, positions = batch(num_tokens=60, every=1)
+    with Largest() as largest, torch.set_grad_enabled(trains):
+        answers = asked(model, inputs, labels, positions, want=("logprobs", "entropy"))
+        if trains:
+            (answers["logprobs"] + answers["entropy"]).sum().backward()
+    assert largest.numbers <= VOCAB * 32, "logits would be 120 x 1009"

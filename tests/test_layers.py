@@ -18,11 +18,16 @@ def build(**changes):
     return model
 
 
+def nll(model, labels, inputs):
+    question = head.Question(labels.flatten(), torch.arange(labels.numel()), frozenset({"nll"}))
+    return model(**inputs, question=question)["nll"]
+
+
 def losses_and_gradients(model, packs):
     found = []
     for lengths in packs:
         ids = torch.randint(300, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
-        loss = head.loss_sum(model, attention.inputs_of(ids, lengths, model), ids.roll(-1), torch.arange(ids.numel()))
+        loss = nll(model, ids.roll(-1), attention.inputs_of(ids, lengths, model))
         model.zero_grad()
         loss.backward()
         found.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
@@ -54,7 +59,7 @@ def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recompute
     with torch.no_grad():  # evaluations take the layers as they are
         model.eval()
         ids = torch.ones(1, 8, dtype=torch.long)
-        assert head.loss_sum(model, attention.inputs_of(ids, [8], model), ids, torch.arange(8)) > 0
+        assert nll(model, ids, attention.inputs_of(ids, [8], model)) > 0
     assert len(counted) == 1
     for (loss, grads), (wanted_loss, wanted_grads) in zip(found, wanted):
         torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)
@@ -77,7 +82,7 @@ def test_recomputed_layers_keep_their_inputs_only():
         sizes = []
         ids = torch.zeros(1, 64, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda _: None):
-            head.loss_sum(model, attention.inputs_of(ids, [64], model), ids, torch.arange(64))
+            nll(model, ids, attention.inputs_of(ids, [64], model))
         return sum(sizes)
 
     none, one, all_ = (kept(model) for model in recomputing.values())

@@ -267,5 +267,6 @@ def test_gradients_of_ddp_stay_in_its_buckets_from_step_to_step(group_of_one):
             shared(torch.ones(2, 4)).sum().backward()
         storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters()}
         shared(torch.ones(2, 4)).sum().backward()
-        replicated.move(shared, optimizer, 1.0)
+        norm = replicated.clip(shared, 1.0)
+        replicated.step(shared, optimizer, float(norm))
     assert len(storages) == 1
