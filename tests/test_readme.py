@@ -122,20 +122,17 @@ def test_every_recipe_passes_the_config_check(path):
 
 def test_the_objective_of_contributing_trains_and_its_perplexity_is_of_cross_entropy(workshop, monkeypatch, tmp_path):
     from finetune import objectives
-    from finetune.errors import ConfigError
 
     [source] = [text for text in blocks("python", (ROOT / "CONTRIBUTING.md").read_text()) if "def loss(" in text]
     (tmp_path / "written_down.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     import written_down
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "sft", written_down)
+    monkeypatch.setitem(objectives.OBJECTIVES, "sft", written_down.Dft())
     run = workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
     first, last = read_jsonl(run / "eval.jsonl")
     assert last["eval_loss"] < last["cross_entropy"] < first["cross_entropy"]
     assert last["perplexity"] == pytest.approx(math.exp(last["cross_entropy"]))
-    with pytest.raises(ConfigError, match=r"objective\.label_smoothing: would be ignored"):
-        workshop.check("smooth", objective__label_smoothing=0.1)
 
 
 def test_the_schema_is_that_of_the_config():

@@ -160,12 +160,11 @@ class Rehearsal:
             ids = torch.zeros(rows, documents_of_row * shape.length, dtype=torch.long)
             inputs = attention.inputs_of(ids, [shape.length] * documents_of_row, self.base)
             supervised = torch.zeros(shape.num_sequences * shape.learned, dtype=torch.long)
-            question = head.Question(supervised, supervised, frozenset({"nll"}))
             with ledger, torch.set_grad_enabled(learns):
                 with torch.autocast(
                     "cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None, cache_enabled=False
                 ):
-                    loss = self.model(**inputs, question=question)["nll"]
+                    loss = _loss(self.model, inputs, supervised)
                 kept = ledger.passing
                 if learns:
                     loss.backward()
@@ -176,6 +175,13 @@ class Rehearsal:
             for parameter in self.model.parameters():
                 parameter.grad = None
         return found
+
+
+def _loss(model: Any, inputs: dict[str, Any], supervised: torch.Tensor) -> torch.Tensor:
+    """supervised: int64 zeros, as many as tokens that are predicted; which ones does not matter."""
+    question = head.Question(supervised, supervised, frozenset({"nll"}))
+    loss: torch.Tensor = model(**inputs, question=question)["nll"]
+    return loss
 
 
 def _without_attention_dropout(model: Any) -> None:

@@ -7,6 +7,7 @@ checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks t
 purpose, so that the tests of the others are seen to fail.
 """
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -21,6 +22,8 @@ from finetune import config as configs
 from finetune.engine import step
 from finetune.engine.preemption import StopFlag
 from finetune.engine.topology import Topology, fsdp
+from finetune.objectives import base
+from finetune.objectives.sft import Sft
 
 
 def main() -> None:
@@ -60,22 +63,27 @@ def instead(owner: object, name: str, value: object) -> functools.partial:
 
 def forgotten_factor() -> functools.partial:
     """The mean of gradients over processes that every library takes, not undone."""
-    return instead(Topology, "backward", lambda self, loss: self.sharing.backward(loss))
+    right = base.total
+
+    def wrong(terms, divisors):
+        return right(terms, divisors) / int(os.environ["WORLD_SIZE"])
+
+    return instead(base, "total", wrong)
 
 
 def mean_of_means() -> functools.partial:
     """Each process divides by the tokens of its own, and the results are averaged."""
     right = step.train_step
 
-    def wrong(topology, model, optimizer, loss, batches, **keywords):
-        own = sum(batch.num_supervised for batch in batches)
-        everyone = topology.sum([own])[0]
+    def wrong(topology, policy, optimizer, objective, settings, batches, totals, **keywords):
+        own, everyone = sum(batch.counts["tokens"] for batch in batches), totals["tokens"]
 
-        def scaled(model, batch):
-            total, count = loss(model, batch)
-            return total * everyone / max(own, 1) / topology.num_processes, count
+        class Wrong(Sft):
+            def loss(self, policy, batch, settings, prepared):
+                [term] = super().loss(policy, batch, settings, prepared)
+                return [dataclasses.replace(term, sum=term.sum * everyone / max(own, 1) / topology.num_processes)]
 
-        return right(topology, model, optimizer, scaled, batches, **keywords)
+        return right(topology, policy, optimizer, Wrong(), settings, batches, totals, **keywords)
 
     return instead(step, "train_step", wrong)
 

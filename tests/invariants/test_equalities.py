@@ -1,5 +1,7 @@
 """What must not change the result: how a step is cut up, packed, padded, shared or recomputed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from finetune.data.batches import Batches, Sequences
 from finetune.data.readers import sources
 from finetune.data.tokens import Options, prepare
 from finetune.engine import step as steps
+from finetune.objectives.sft import Sft
 
 # float32 sums in another order: 5 to 20 steps of a tiny model stay within a few ulps of each other.
 REORDERED = 1e-5
@@ -46,14 +49,15 @@ def test_accumulation_by_a_mean_of_means_would_be_caught(workshop, monkeypatch):
     right = workshop.train("right", train__micro_batch_size=1)
     whole = steps.train_step
 
-    def mean_of_means(topology, model, optimizer, loss, batches, **keywords):
-        supervised = sum(b.num_supervised for b in batches)
+    def mean_of_means(topology, policy, optimizer, objective, settings, batches, totals, **keywords):
+        supervised = totals["tokens"]
 
-        def wrong(model, batch):
-            total, count = loss(model, batch)
-            return total / count * supervised / len(batches), count
+        class Wrong(Sft):
+            def loss(self, policy, batch, settings, prepared):
+                [term] = super().loss(policy, batch, settings, prepared)
+                return [replace(term, sum=term.sum / batch.counts["tokens"] * supervised / len(batches))]
 
-        return whole(topology, model, optimizer, wrong, batches, **keywords)
+        return whole(topology, policy, optimizer, Wrong(), settings, batches, totals, **keywords)
 
     monkeypatch.setattr(steps, "train_step", mean_of_means)
     wrong = workshop.train("wrong", train__micro_batch_size=1)
@@ -85,9 +89,8 @@ def tiny_model(**changes):
 
 def token_losses(model, batch):
     """Loss of every supervised token, in the order of the batch."""
-    logits = model(**batch.model_inputs()).logits
-    wanted = batch.targets >= 0
-    return torch.nn.functional.cross_entropy(logits[wanted], batch.targets[wanted], reduction="none")
+    logits = model(**batch.inputs).logits.flatten(0, 1)[batch.positions]
+    return torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_packed_and_unpacked_give_the_same_loss_for_every_token(tmp_path, bytes_
         for number, [batch] in enumerate(batches.epoch()):
             [sequence] = batches.of_step(number)
             members = sequences.members(sequence)
-            counts = [int((sequences._document(e)[1] >= 0).sum()) for e in members]
+            counts = examples.num_supervised[members].tolist()
             for example, part in zip(members, token_losses(model, batch).split(counts)):
                 found[int(example)] = part.detach()
         return found
