@@ -27,7 +27,8 @@ ALLOWED = {
     "finetune.data.packing": [],
     "finetune.data.batches": ["finetune.data.packing", "finetune.data.tokens"],
     "finetune.models": ["finetune.models", "finetune.config", "finetune.torch_versions", "finetune.failures", "finetune.errors"],
-    "finetune.objectives": ["finetune.models.head", "finetune.data.batches", "finetune.objectives"],
+    "finetune.models.policy": ["finetune.models.head", "finetune.models.context", "finetune.data.batches"],
+    "finetune.objectives": ["finetune.models.policy", "finetune.data.batches", "finetune.objectives"],
     "finetune.engine": [
         "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.progress",
         "finetune.places", "finetune.torch_versions", "finetune.files", "finetune.failures", "finetune.errors", "finetune.engine",
@@ -46,7 +47,8 @@ ALLOWED = {
         "finetune.places", "finetune.errors",
     ],
     "finetune.job": [
-        "finetune.preflight", "finetune.plan", "finetune.models.load", "finetune.models.parameters", "finetune.engine", "finetune.evaluation.generation",
+        "finetune.preflight", "finetune.plan", "finetune.models.load", "finetune.models.parameters", "finetune.models.policy", "finetune.objectives", "finetune.engine",
+        "finetune.evaluation.generation",
         "finetune.config", "finetune.places", "finetune.failures", "finetune.errors",
     ],
     "finetune.evaluation": [
