@@ -32,6 +32,11 @@ class StepResult:
     skipped: bool
     requests: tuple[bool, ...]
 
+    @property
+    def other_terms(self) -> dict[str, float]:
+        """Terms that have a line of their own in the logs, next to the loss."""
+        return {name: mean for name, mean in self.terms.items() if name != "loss"}
+
 
 def train_step(
     topology: Topology, policy: Policy, optimizer: Any, objective: Objective, settings: Any, batches: Sequence[Batch], totals: Counts, *,
@@ -50,7 +55,7 @@ def train_step(
     batches = [topology.part(batch) for batch in batches]
     policy.model.train()
     prepared = _prepared(topology, policy, objective, settings, batches)
-    divisors = {**totals, **prepared}
+    divisors = {**totals, **_divisors(prepared)}
 
     def terms(batch: Batch) -> list[Term]:
         return objective.loss(policy, batch, settings, prepared)
@@ -80,6 +85,11 @@ def _prepared(
     return topology.processes.sum_on_device(own)
 
 
+def _divisors(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an objective prepared, as divisors: a sum over nothing is 0, and so is its mean."""
+    return {name: torch.where(value == 0, 1.0, value) for name, value in prepared.items()}
+
+
 def _means(
     topology: Topology, added: Sequence[Term], divisors: Mapping[str, float | torch.Tensor], others: Sequence[float | torch.Tensor]
 ) -> tuple[dict[str, float], list[float]]:  # fmt: skip
@@ -107,7 +117,7 @@ def try_pass(
     with torch.random.fork_rng(devices):
         batches = [topology.part(batch)] * num_passes
         prepared = _prepared(topology, policy, objective, settings, batches[:1])
-        divisors = {**{name: max(count, 1) for name, count in batch.counts.items()}, **prepared}
+        divisors = {**{name: max(count, 1) for name, count in batch.counts.items()}, **_divisors(prepared)}
         topology.forward_backward(
             policy.model, batches, lambda part: objective.loss(policy, part, settings, prepared), divisors, last=False
         )
@@ -127,7 +137,7 @@ def evaluate(
     was_training = policy.model.training
     policy.model.eval()
     added: dict[str, Term] = {}
-    divisors: dict[str, float | torch.Tensor] = dict(totals)
+    own_divisors: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for micro_batches in batches:
             topology.watchdog.beat()
@@ -136,7 +146,8 @@ def evaluate(
                 return None
             parts = [topology.part(batch) for batch in micro_batches]
             prepared = _prepared(topology, policy, objective, settings, parts)
-            divisors |= {name: divisors.get(name, 0.0) + value for name, value in prepared.items()}
+            for name, value in prepared.items():
+                own_divisors[name] = own_divisors[name] + value if name in own_divisors else value
             for part in parts:
                 there = part.to(topology.device)
                 terms = objective.evaluate(policy, there, settings, prepared)
@@ -147,7 +158,7 @@ def evaluate(
                 for term in terms:
                     add(added, term)
     policy.model.train(was_training)
-    means, _ = _means(topology, list(added.values()), divisors, [])
+    means, _ = _means(topology, list(added.values()), {**totals, **_divisors(own_divisors)}, [])
     loss = sum(term.weight * means[term.name] for term in added.values())
     others = {name: mean for name, mean in means.items() if name not in ("loss", CROSS_ENTROPY)}
     mean = means[CROSS_ENTROPY]

@@ -117,7 +117,7 @@ class Tracker:
         seconds = now - self.mark
         rate = self.tokens / max(seconds, 1e-9)
         line = {
-            "step": step, "epoch": round(epoch, 4), "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm,
+            "step": step, "epoch": round(epoch, 4), "loss": result.loss, **result.other_terms, "lr": lr, "grad_norm": result.grad_norm,
             "tokens": progress.tokens, "supervised_tokens": progress.supervised_tokens,
             "tokens_per_second": round(rate, 1), "seconds": round(seconds, 4), "memory_gb": round(memory_gb, 3),
             **self._utilisation(rate), **({"skipped": True} if result.skipped else {}),

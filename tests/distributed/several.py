@@ -4,7 +4,8 @@
 
 Most of a small run is the start of its processes. `forget:DIR:STEP` takes a run back to the
 checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the next run on
-purpose, so that the tests of the others are seen to fail.
+purpose, so that the tests of the others are seen to fail; `objective:NAME` gives it one of
+tests/invariants/objectives.py.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from conftest import forget_process_state
+from invariants import objectives
 
 import train
 from finetune import config as configs
@@ -38,6 +40,8 @@ def main() -> None:
                 torch.distributed.barrier()
         elif argument.startswith("break:"):
             mend = BREAKS[argument.removeprefix("break:")]()
+        elif argument.startswith("objective:"):
+            mend = objectives.use(argument.removeprefix("objective:"))
         else:
             os.environ.update(asked_by_launcher)
             forget_process_state()

@@ -1,0 +1,76 @@
+"""Three objectives as a user would write them, each with something that cross-entropy does not have."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.nn.functional import logsigmoid
+
+from finetune.data.tokens import Examples
+from finetune.objectives import Objective, Term
+
+
+class Dft(Objective):
+    """Dynamic fine-tuning (Wu et al., 2025): a cross-entropy whose weights come from the same pass."""
+
+    def loss(self, policy, batch, settings, prepared):
+        logprobs = policy(batch, {"logprobs"}).logprobs
+        return [Term("loss", -(logprobs.exp().detach() * logprobs).sum(), per="tokens")]
+
+
+class Unlikelihood(Objective):
+    """Pushes down what the model is sure of, and divides by how many tokens these are, which only a whole step knows."""
+
+    def prepare(self, policy, batches, settings):
+        sure = [(policy(batch, {"logprobs"}).logprobs > SURE).sum() for batch in batches]
+        return {"sure": torch.stack(sure).sum()}
+
+    def loss(self, policy, batch, settings, prepared):
+        answers = policy(batch, {"nll", "logprobs"})
+        is_sure = answers.logprobs > SURE
+        against = -torch.log1p(-answers.logprobs.exp().clamp(max=1 - 1e-6))
+        return [
+            Term("loss", answers.nll, per="tokens"),
+            Term("unlikelihood", (against * is_sure).sum(), per="sure", weight=0.1),
+        ]
+
+
+class Pairwise(Objective):
+    """The first document of an example should be likelier than the second."""
+
+    def loss(self, policy, batch, settings, prepared):
+        sums = policy.per_document(policy(batch, {"logprobs"}).logprobs, batch)
+        assert torch.equal(batch.example[::2], batch.example[1::2])
+        margin = 0.05 * (sums[::2] - sums[1::2])
+        return [
+            Term("loss", -logsigmoid(margin).sum(), per="examples"),
+            Term("margin", margin.detach().sum(), per="examples", weight=0.0),
+        ]
+
+
+SURE = -5.0  # tiny models know little
+OBJECTIVES = {"dft": Dft(), "unlikelihood": Unlikelihood(), "pairwise": Pairwise()}
+
+
+def paired(examples: Examples) -> Examples:
+    """Two rows an example, as rows of preferences will be."""
+    count = len(examples) // 2
+    return replace(
+        examples.subset(np.arange(2 * count)), source=examples.source[:count], line=examples.line[:count], row=examples.row[:count],
+        example_ends=2 * np.arange(1, count + 1),
+    )  # fmt: skip
+
+
+def use(name: str):
+    """Put an objective in the place of sft; returns what takes it away again."""
+    from finetune import objectives, preflight
+
+    sft, prepare = objectives.OBJECTIVES["sft"], preflight.tokens.prepare
+    objectives.OBJECTIVES["sft"] = OBJECTIVES[name]
+    if name == "pairwise":
+        preflight.tokens.prepare = lambda *arguments, **keywords: paired(prepare(*arguments, **keywords))
+
+    def restore() -> None:
+        objectives.OBJECTIVES["sft"], preflight.tokens.prepare = sft, prepare
+
+    return restore

@@ -1,0 +1,77 @@
+"""Objectives of a user's own: cut up, packed or shared between processes, they learn the same."""
+
+import pytest
+from conftest import Workshop, losses, read_jsonl
+from faults.nursery import fork
+from invariants import objectives
+from safetensors.torch import load_file
+
+TEN = {
+    "train__max_steps": 10, "train__epochs": 9, "train__global_batch_size": 4, "optimizer__lr": 1e-3, "data__max_length": 256,
+    "data__eval_fraction": 0.2,
+}  # fmt: skip
+WAYS = {
+    "at once": {"train__micro_batch_size": 4},
+    "one by one": {"train__micro_batch_size": 1},
+    "padded": {"train__micro_batch_size": 2, "model__attention": "sdpa"},
+}
+
+
+@pytest.fixture
+def objective(request):
+    restore = objectives.use(request.param)
+    yield request.param
+    restore()
+
+
+def curves(run):
+    """Every number of its logs that comes from the model."""
+    kept = ("loss", "grad_norm", "unlikelihood", "margin", "eval_loss", "cross_entropy")
+    lines = [
+        line for name in ("metrics.jsonl", "eval.jsonl") if (run / name).exists() for line in read_jsonl(run / name)
+    ]
+    return [line[name] for line in lines for name in kept if name in line]
+
+
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
+def test_how_a_step_is_cut_up_or_laid_out_changes_nothing(workshop, objective):
+    runs = [workshop.train(name.replace(" ", "_"), **TEN, **way) for name, way in WAYS.items()]
+    for run in runs[1:]:
+        assert curves(run) == pytest.approx(curves(runs[0]), rel=1e-4)
+    assert losses(runs[0])[-1] != losses(runs[0])[0]
+    line = read_jsonl(runs[0] / "metrics.jsonl")[-1]
+    assert {"dft": set(), "unlikelihood": {"unlikelihood"}, "pairwise": {"margin"}}[objective] <= line.keys()
+
+
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
+def test_examples_packed_together_learn_what_they_learn_alone(workshop, objective):
+    """One step over all rows, so that packs hold the same examples as the steps without them."""
+    whole = {**TEN, "train__max_steps": 3, "train__global_batch_size": 40, "data__eval_fraction": 0}
+    alone = workshop.train("alone", **whole, train__micro_batch_size=8)
+    packed = workshop.train(
+        "packed", **whole | {"data__max_length": 512}, train__micro_batch_size=1, data__packing=True
+    )
+    assert curves(packed) == pytest.approx(curves(alone), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("topology", "processes"), [("ddp", 2), ("fsdp2", 2), ("zero3", 2), ("fsdp2_context", 4)])
+def test_several_processes_learn_what_one_learns(tmp_path, topology, processes):
+    from invariants.test_topologies import FOUR
+
+    workshop, arguments = Workshop(tmp_path), []
+    for name in objectives.OBJECTIVES:
+        restore = objectives.use(name)
+        workshop.train(f"{name}_alone", **TEN, train__micro_batch_size=1, data__packing=True)
+        restore()
+        config = workshop.config(name, **TEN, train__micro_batch_size=1, data__packing=True)
+        arguments += [f"objective:{name}", str(workshop.write(config))]
+    logs = [tmp_path / f"{rank}.log" for rank in range(processes)]
+    launch = fork("distributed.several", arguments, topology, logs, {}, FOUR.get(topology, []))
+    assert launch.codes(280) == [0] * processes, launch.said()
+    for name in objectives.OBJECTIVES:
+        own, alone = workshop.run_dir(name), workshop.run_dir(f"{name}_alone")
+        assert curves(own) == pytest.approx(curves(alone), rel=1e-4), name
+        one, other = (load_file(run / "model/model.safetensors") for run in (own, alone))
+        assert all((one[key] - other[key]).abs().max() < 1e-4 for key in one), name
