@@ -14,7 +14,7 @@ from finetune import export, loop
 from finetune.engine import rundir
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import DataError, DirectoryInUse, ModelError, Outage, OutOfMemory, Preempted, RunDirectoryError
-from finetune.models import attention, build, head, load, parameters
+from finetune.models import attention, attention_probe, build, head, load, parameters
 
 
 class SafetensorError(Exception):
@@ -157,7 +157,7 @@ def test_next_start_says_that_the_attempt_before_ended_without_an_outcome(worksh
 def test_launcher_learns_which_directory_is_the_runs_and_how_long_it_has_to_tell(workshop: Workshop, monkeypatch):
     note, seen = workshop.folder / "run", []
     monkeypatch.setenv("FINETUNE_BEATS", str(workshop.folder))
-    check = attention.check
+    check = attention_probe.check
     monkeypatch.setattr(attention, "check", lambda *arguments: seen.append(note.read_text()) or check(*arguments))
     workshop.check()
     assert seen == []
