@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.data.batches import GROUP_STEPS, Batch, Batches, Sequences, plan
-from finetune.data.tokens import Examples
+from finetune.data.examples import Examples
 
 IGNORE = -100  # no label
 EOS = 1  # also the padding, as in many tokenizers

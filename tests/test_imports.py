@@ -21,11 +21,13 @@ ALLOWED = {
     "finetune.data.readers": ["finetune.places", "finetune.files", "finetune.failures", "finetune.errors"],
     "finetune.data.rows": ["finetune.data.readers", "finetune.errors"],
     "finetune.data.templates": ["finetune.data.rows", "finetune.errors"],
-    "finetune.data.tokens": [
-        "finetune.data.templates", "finetune.data.rows", "finetune.data.readers", "finetune.files", "finetune.failures", "finetune.errors",
+    "finetune.data.tokens": ["finetune.data.templates", "finetune.data.rows", "finetune.data.readers", "finetune.errors"],
+    "finetune.data.examples": [
+        "finetune.data.tokens", "finetune.data.templates", "finetune.data.rows", "finetune.data.readers", "finetune.files",
+        "finetune.failures", "finetune.errors",
     ],
     "finetune.data.packing": [],
-    "finetune.data.batches": ["finetune.data.packing", "finetune.data.tokens"],
+    "finetune.data.batches": ["finetune.data.packing", "finetune.data.examples"],
     "finetune.models": ["finetune.models", "finetune.config", "finetune.torch_versions", "finetune.failures", "finetune.errors"],
     "finetune.models.policy": ["finetune.models.head", "finetune.models.context", "finetune.data.batches"],
     "finetune.objectives": ["finetune.models.policy", "finetune.data.batches", "finetune.objectives"],

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.data.examples import Examples
 from finetune.data.packing import pack
-from finetune.data.tokens import Examples
 
 GROUP_STEPS = 50  # steps whose sequences are sorted by length together; more would wear the order's randomness down
 

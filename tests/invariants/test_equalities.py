@@ -9,8 +9,9 @@ from conftest import TINY_LLAMA, Workshop, losses, pairs, read_jsonl, write_json
 from safetensors.torch import load_file
 
 from finetune.data.batches import Batches, Sequences
+from finetune.data.examples import prepare
 from finetune.data.readers import sources
-from finetune.data.tokens import Options, prepare
+from finetune.data.tokens import Options
 from finetune.engine import step as steps
 from finetune.objectives.sft import Sft
 
