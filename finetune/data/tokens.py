@@ -255,7 +255,7 @@ def tokenise(sources: Sequence[str], template: Template, tokenizer: Any, options
                 made.places.append((index[place.source], place.line, place.row))
         bar.update(len(batch))
     bar.close()
-    problems.tell({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
+    problems.raise_if_any({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
     if not made.ids:
         raise DataError(
             f"{readers.some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
