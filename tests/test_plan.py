@@ -59,7 +59,7 @@ def rehearsal(config, attention, precision="fp32"):
     return Rehearsal(config, model_config, tokenizer, attention=attention, precision=precision, on_gpu=True)
 
 
-def as_they_did(model, inputs, supervised):
+def as_they_did(model, inputs, *_):
     """All logits, in 16 bits, shifted; as transformers computed OPT's loss when the tables were made."""
     logits = model(**inputs).logits[:, :-1].flatten(0, 1).contiguous()
     return F.cross_entropy(logits, inputs["input_ids"][:, 1:].flatten())
