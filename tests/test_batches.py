@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from finetune.data.batches import Batch, Batches
+from finetune.data.examples import Examples
 from finetune.data.order import GROUP_STEPS, Sequences, order
-from finetune.data.tokens import Examples
 
 IGNORE = -100  # no label
 EOS = 1  # also the padding, as in many tokenizers

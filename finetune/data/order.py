@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from finetune.data.examples import Examples
 from finetune.data.packing import pack
-from finetune.data.tokens import Examples
 
 # Steps whose sequences are sorted by length together; more would wear the order's randomness down
 GROUP_STEPS = 50

@@ -80,11 +80,12 @@ def logprobs_and_entropy(
 def nll_in_chunks(
     head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor,
     vocab_size: int, finish: LogitTransform, smoothing: float = 0.0, weights: torch.Tensor | None = None,
+    most_bytes: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Sum of the losses of hidden [S, H] and labels int64 [S], float32; where the weights of `head`
     are whole.
 
-    `project`: its own forward. `weights`: float32 [S], what each loss is multiplied by.
+    `project`: its own forward. `weights`: float32 [S], what each loss is multiplied by. `most_bytes`: as `block_bytes`.
     """
     linear = _active(head)
     if type(linear) is nn.Linear:
@@ -93,7 +94,9 @@ def nll_in_chunks(
             not torch.is_grad_enabled()
         ):  # evaluation: inside, a weight that trains would still ask for its gradient
             tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
-        total: torch.Tensor = _ThroughMatrix.apply(*tensors, labels, weights, finish, smoothing)
+        total: torch.Tensor = _ThroughMatrix.apply(
+            *tensors, labels, weights, finish, smoothing, most_bytes or block_bytes(hidden.device.type)
+        )
         return total
 
     # Adapters on the head, quantised heads: a forward of their own, done again for the gradient.
@@ -143,7 +146,7 @@ class _ThroughMatrix(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
-        weights: torch.Tensor | None, finish: LogitTransform, smoothing: float,
+        weights: torch.Tensor | None, finish: LogitTransform, smoothing: float, most_bytes: int,
     ) -> torch.Tensor:  # fmt: skip
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = _arithmetic(hidden)
@@ -162,7 +165,7 @@ class _ThroughMatrix(torch.autograd.Function):
             raw_CV = torch.mm(states_CH, matrix_VH.T, out=logits_CV[: len(states_CH)])
             if shift_V is not None:
                 raw_CV += shift_V
-            for block in _chunks(len(raw_CV), len(weight) * 4, block_bytes(hidden.device.type)):
+            for block in _chunks(len(raw_CV), len(weight) * 4, most_bytes):
                 of_block = None if weights is None else weights[part][block]
                 total += _cross_entropy_(
                     raw_CV[block],
@@ -194,13 +197,8 @@ class _ThroughMatrix(torch.autograd.Function):
     def backward(ctx: Any, outer: torch.Tensor) -> Any:
         # In place: that of the weights is as large as they are. A second backward pass is PyTorch's
         # error, not a wrong number.
-        return (
-            *(None if grad is None else grad.mul_(outer) for grad in ctx.saved_tensors),
-            None,
-            None,
-            None,
-            None,
-        )
+        saved = (None if grad is None else grad.mul_(outer) for grad in ctx.saved_tensors)
+        return *saved, *[None] * 5
 
 
 class _Sum:

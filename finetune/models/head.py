@@ -30,10 +30,11 @@ from finetune.models.cross_entropy import (
 class Question:
     """What a forward pass is asked about some of its tokens.
 
-    labels int64 [S] are the tokens that should come next, positions int64 [S] where in the
-    flattened hidden states [B * T, H] they are to be predicted. want: any of WANTS. weights float32
-    [S]: factors of the losses in nll. label_smoothing: the part of each label in nll that is spread
-    over the vocabulary (Szegedy et al., 2016).
+    labels int64 [S] are the tokens that should come next, positions int64 [S] where in the flattened
+    hidden states [B * T, H] they are to be predicted. want: any of WANTS. weights float32 [S]:
+    factors of the losses in nll. label_smoothing: the part of each label in nll that is spread
+    over the vocabulary (Szegedy et al., 2016). block_bytes: bytes of logits that nll holds in float32
+    at once; None: what suits the device.
     """
 
     labels: torch.Tensor
@@ -41,6 +42,7 @@ class Question:
     want: frozenset[str]
     weights: torch.Tensor | None = None
     label_smoothing: float = 0.0
+    block_bytes: int | None = None
 
 
 WANTS = frozenset({"nll", "logprobs", "entropy"})
@@ -111,15 +113,9 @@ def _of_states(
     answers = {}
     if "nll" in question.want:
         answers["nll"] = nll_in_chunks(
-            head,
-            project,
-            hidden,
-            question.labels,
-            vocab_size,
-            finish,
-            question.label_smoothing,
-            question.weights,
-        )
+            head, project, hidden, question.labels, vocab_size, finish, question.label_smoothing,
+            question.weights, question.block_bytes,
+        )  # fmt: skip
     if question.want & {"logprobs", "entropy"}:
         found = logprobs_in_chunks(
             project, hidden, question.labels, vocab_size, finish, "entropy" in question.want
