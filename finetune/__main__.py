@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": ("finetune.evaluation.compare", "compare the base and the tuned model on held-out rows"),
     "chat": ("finetune.chat", "chat with a model in the terminal"),
     "plan": (
-        "finetune.plan.command",
+        "finetune.forecast.command",
         "forecast the memory of a run, the topologies it fits on, and what to change",
     ),
     "curves": ("finetune.curves", "plot loss, learning rate, gradient norm and speed of runs"),
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGHUP):  # nothing has begun; `launch` sets its own handlers
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
-        return int(importlib.import_module("finetune.launcher").main(argv[1:]))
+        return int(importlib.import_module("finetune.survival.launcher").main(argv[1:]))
     if argv[:1] == ["train"]:
         sys.argv = [str(places.TRAIN), *argv[1:]]
         runpy.run_path(str(places.TRAIN), run_name="__main__")  # ends the process

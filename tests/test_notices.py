@@ -24,9 +24,9 @@ from clouds import (
 )
 from conftest import ROOT
 
-from finetune.engine import notices
-from finetune.engine.notices import CLOUDS, Watch
 from finetune.errors import ConfigError
+from finetune.survival import notices
+from finetune.survival.notices import CLOUDS, Watch
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_a_server_that_is_not_googles_is_not_believed(metadata, listener):
 
 def test_proxies_of_the_environment_are_not_used(metadata, listener):
     """urllib reads them once, when the module is imported."""
-    script = "from finetune.engine.notices import Watch; w = Watch('gcp', lambda n: print(n.reason), print); w.start(); w._thread.join(20)"
+    script = "from finetune.survival.notices import Watch; w = Watch('gcp', lambda n: print(n.reason), print); w.start(); w._thread.join(20)"
     metadata.says(PREEMPTED, final("gcp")[0])
     environment = {
         "FINETUNE_METADATA_ADDRESS": metadata.address,
@@ -274,7 +274,7 @@ def test_proxies_of_the_environment_are_not_used(metadata, listener):
 def test_a_watch_keeps_no_process_alive_and_needs_no_torch(answer, metadata):
     script = """
 import sys, time
-from finetune.engine.notices import Watch
+from finetune.survival.notices import Watch
 watch = Watch('gcp', print, print)
 watch.start()
 time.sleep(0.2)
