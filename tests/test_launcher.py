@@ -90,7 +90,7 @@ names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "
 given = {k: v for k, v in os.environ.items() if k in names or k.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
 os.write(1, (json.dumps([given, os.environ.get("MASTER_PORT"), sys.argv[1:]]) + "\\n").encode())
 """
-MAIN = "import sys; from finetune import launcher; sys.exit(launcher.main(sys.argv[1:]))"
+MAIN = "import sys; from finetune.survival import launcher; sys.exit(launcher.main(sys.argv[1:]))"
 RUN = """
 import os, sys
 from finetune.survival import launcher
@@ -385,7 +385,7 @@ def test_one_process_without_a_topology_file_is_what_python_would_start(log):
 
 
 def test_one_process_without_a_topology_file_needs_no_accelerate(worker):
-    code = f"{MAIN.split(';')[0]}; from finetune import launcher; launcher.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = f"{MAIN.split(';')[0]}; from finetune.survival import launcher; launcher.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(worker), "exit:0"]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 

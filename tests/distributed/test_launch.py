@@ -59,20 +59,28 @@ def test_sigterm_in_mid_training_is_exit_code_75(workshop):
     assert 5 < outcome["step"] < 3000
 
 
-def test_sigkill_of_one_process_ends_the_other_and_leaves_an_outcome(workshop):
-    """As when NCCL's own thread aborts a process, or the kernel kills it for its memory."""
+def test_sigkill_of_one_process_ends_the_other(workshop):
     process = long_run(workshop, LAUNCH, *TWO)
     workers = children(process)
     second = next(pid for pid in workers if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0"))
     os.kill(second, signal.SIGKILL)
     code, error = ended(process, within=60)
     assert code == 1
+    assert "process 1 was killed by SIGKILL" in error
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_process_that_aborts_leaves_an_outcome(workshop):
+    """As NCCL's own thread does, when another process has gone or a collective times out."""
+    process = long_run(workshop, LAUNCH)
+    [worker] = children(process)
+    os.kill(worker, signal.SIGABRT)
+    code, error = ended(process, within=60)
+    assert code == 1, error
     outcome = workshop.outcome()
     assert outcome["state"] == "failed"
     # What it was at is noted once a second.
-    assert re.fullmatch(r"process 1 was killed by SIGKILL (in step \d+|at the start)", outcome["reason"])
-    assert outcome["reason"] in error
+    assert re.fullmatch(r"process 0 was killed by SIGABRT (in step \d+|at the start)", outcome["reason"])
     assert outcome["step"] > 5
 
 
