@@ -118,7 +118,7 @@ def attempt(config: Config, check_only: bool, stop: StopFlag, directory: "RunDir
     configs.accumulation(config, topology.num_data)
     with jobs.watched(config, directory, topology, stop):
         storage = jobs.reach(config, directory, topology, check_only)
-        date = topology.on_main(lambda: directory.template_date(config))
+        date = topology.on_main(directory.template_date)
         data = preflight.prepare(config, topology, date)
         job = jobs.Job(config, directory, storage, topology, data, stop, to_try)
         if not check_only:

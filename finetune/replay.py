@@ -15,7 +15,7 @@ from finetune import config as configs
 from finetune import files
 from finetune.config import paths
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, RunDirectoryError
-from finetune.places import TRAIN
+from finetune.places import REPLAY_OF, TRAIN
 from finetune.survival import launcher
 
 # The only place that says what "the same" means where it cannot mean the same bits. On a CPU it does: the same
@@ -47,11 +47,12 @@ def main(arguments: argparse.Namespace) -> int:
     if name == config.run.name:
         raise RunDirectoryError(f"--name: {name} is the run itself; give the repetition another name")
     command = [
-        sys.executable, str(TRAIN), "--config", str(run / "config.yaml"), "--run.name", name, "--run.replay_of", str(run),
+        sys.executable, str(TRAIN), "--config", str(run / "config.yaml"), "--run.name", name,
         "--run.dir", str(run.parent), "--checkpoint.storage", "null", "--tracking.trackers", "[]",
         "--tracking.project", "finetune", "--tracking.wandb_mode", "null",
     ]  # fmt: skip
-    code = launcher.run(_environments(receipt), command)
+    environments = [{**each, REPLAY_OF: str(run)} for each in _environments(receipt)]
+    code = launcher.run(environments, command)
     return code or _compare(run, run.parent / name, tolerance(receipt))
 
 
@@ -83,7 +84,7 @@ def _receipt(run: Path) -> dict[str, Any]:
     if number > on_this_node:
         raise RunDirectoryError(
             f"{run} ran on {number} processes of several nodes; give each node its launcher line again, with another --run.name "
-            f"and --run.replay_of {run}"
+            f"and {REPLAY_OF}={run} in its environment"
         )
     return receipt
 

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,8 +82,7 @@ class Job:
             train_data=data.train.sequences.examples.receipt(),
             eval_data=data.eval.sequences.examples.receipt() if data.eval else None, launch=topology.launched,
         )  # fmt: skip
-        if config.run.replay_of is not None:
-            self.directory.require_receipt(Path(config.run.replay_of), made)
+        self.directory.require_same_receipt(made)
         if self.directory.outcome().get("state") == "running":  # the lock is ours: no other process runs here
             self.log("note: the previous attempt left no outcome: it was killed, or its machine was lost")
         self.directory.create(config)
