@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,11 +119,11 @@ def _environments(receipt: dict[str, Any]) -> list[dict[str, str]]:
     shared = {**os.environ, **receipt["launch"]}
     if receipt["topology"] == "single":
         return [shared]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    shared |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "GROUP_RANK": "0"}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    shared |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port()),
+        "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "GROUP_RANK": "0",
+    }  # fmt: skip
+    return launcher.ranked(shared, number)
 
 
 def _compare(run: Path, again: Path, part: float) -> int:

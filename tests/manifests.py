@@ -4,7 +4,6 @@ What Kubernetes does is written down here where it decides something: which rule
 it says when it ends a Job, which names it gives.
 """
 
-import contextlib
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -418,8 +417,7 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
                     yield f"there is no {container['command'][1]}"
                 continue
             try:
-                with contextlib.ExitStack() as held:
-                    environments, command = launcher.read(words[1:], held)
+                environments, command = launcher.read(words[1:])
                 config, _ = configs.parse(_with_files(command[2:], manifests, found, folder))
             except UserError as exc:
                 yield f"{container['name']}: {exc}"

@@ -209,8 +209,8 @@ def understood(words: list[str], folder: Path) -> Any:
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     words = [word.replace("/config/run.yaml", str(folder / "run.yaml")) for word in words]
     assert words[0] == "launch"
-    with contextlib.ExitStack() as held, contextlib.chdir(ROOT):
-        environments, command = launcher.read(words[1:], held)
+    with contextlib.chdir(ROOT):
+        environments, command = launcher.read(words[1:])
         config, _ = configs.parse(command[2:])
     assert command[:2] == [sys.executable, "train.py"]
     return len(environments), config
