@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -160,11 +159,8 @@ class Run:
             train_data=data.train.sequences.examples.receipt(),
             eval_data=data.eval.sequences.examples.receipt() if data.eval else None, launch=topology.launched,
         )  # fmt: skip
-        if config.run.replay_of is not None:
-            self.directory.require_receipt(Path(config.run.replay_of), made)
-        if (
-            self.directory.outcome().get("state") == "running"
-        ):  # the lock is ours: no other process runs here
+        self.directory.require_same_receipt(made)
+        if self.directory.outcome().get("state") == "running":  # the lock is ours: none runs here
             self.log(
                 "note: the previous attempt left no outcome: it was killed, or its machine was lost"
             )
@@ -350,7 +346,7 @@ def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
         with watched(config, directory, topology, stop):
             try:
                 storage = reach(config, directory, topology, check_only)
-                date = topology.on_main(lambda: directory.template_date(config))
+                date = topology.on_main(directory.template_date)
                 data = preflight.prepare(config, topology, date)
                 run = Run(config, directory, storage, topology, data, stop, reserved)
                 yield run

@@ -181,9 +181,7 @@ def test_options_after_two_dashes_are_named(refusal):
 
 
 @pytest.mark.parametrize("value", ["", " "])
-@pytest.mark.parametrize(
-    "key", ["run.dir", "run.replay_of", "model.path", "model.tokenizer", "data.cache_dir", "checkpoint.storage"]
-)
+@pytest.mark.parametrize("key", ["run.dir", "model.path", "model.tokenizer", "data.cache_dir", "checkpoint.storage"])
 def test_an_empty_path_is_refused(key, value):
     assert f"{key}: is empty; name a folder, or remove it" in problems_of(changed(**{key.replace(".", "__"): value}))
 
@@ -325,12 +323,12 @@ def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):
 def test_a_home_directory_is_meant_by_a_tilde_in_every_path(parse, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = parse(
-        "run: {name: a, dir: ~/runs, replay_of: ~/old}\nmodel: {path: ~/m, tokenizer: ~/t}\n"
+        "run: {name: a, dir: ~/runs}\nmodel: {path: ~/m, tokenizer: ~/t}\n"
         "adapter: {kind: lora, path: ~/a}\ndata: {train: [~/a.jsonl, b.jsonl], eval: ~/e.jsonl, template: ~/t.jinja, cache_dir: ~/c}\n",
         "--checkpoint.storage", "file://~/store",
     )  # fmt: skip
     home = str(tmp_path)
-    assert (config.run.dir, config.run.replay_of) == (f"{home}/runs", f"{home}/old")
+    assert config.run.dir == f"{home}/runs"
     assert (config.model.path, config.model.tokenizer, config.adapter.path) == (f"{home}/m", f"{home}/t", f"{home}/a")
     assert (config.data.train, config.data.eval) == ([f"{home}/a.jsonl", "b.jsonl"], f"{home}/e.jsonl")
     assert (config.data.template, config.cache_dir) == (f"{home}/t.jinja", f"{home}/c")
@@ -429,6 +427,14 @@ def test_names_of_other_tools_lead_to_the_setting_here(refusal, word, setting):
     (problem,) = problems_of({**COMPLETE, word: 1})
     assert setting in problem
     assert f"--{word}: unknown option; " in refusal(yaml.safe_dump(COMPLETE), f"--{word}", "1")
+
+
+def test_a_removed_setting_names_what_to_use_and_its_default_does_no_harm():
+    values = configs.from_dict(COMPLETE).model_dump()
+    values["run"]["replay_of"] = None  # as an older version wrote it
+    assert configs.from_dict(values) == configs.from_dict(COMPLETE)
+    [problem] = problems_of(changed(run__replay_of="runs/old"))
+    assert problem.startswith("run.replay_of: was removed; finetune replay RUN")
 
 
 def test_every_name_of_another_tool_leads_to_a_setting_that_exists():
