@@ -14,9 +14,9 @@ from faults import nursery  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train  # noqa: F401
-from finetune import export, job, preflight  # noqa: F401
+from finetune import export, preflight, run  # noqa: F401
 from finetune.engine import optim, step, trackers, tracking  # noqa: F401
-from finetune.engine.checkpoint import finding, saver, storage  # noqa: F401
+from finetune.engine.checkpoint import resume, saver, storage  # noqa: F401
 from finetune.engine.topology import fsdp, zero  # noqa: F401
 from finetune.models import adapters, build, parameters  # noqa: F401
 
