@@ -156,6 +156,7 @@ def train(job: "Job") -> None:
         tracker = job.tracker(state)
         saves = job.saver(state, tracker, resumed_from)
         loop(job, state, tracker, saves)
+        tracker.close_bar()
         finish(job, state, untrained)
     except (Exception, Preempted) as exc:
         error = job.end(exc, state.progress.step if state else None)

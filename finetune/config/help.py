@@ -46,7 +46,9 @@ def text(parser: argparse.ArgumentParser, asked: str) -> str:
     if asked and not asked.endswith((".yaml", ".yml")):
         near = difflib.get_close_matches(asked, [*groups, *settings], n=1)
         meant = f"; did you mean {near[0]}?" if near else "."
-        return textwrap.fill(f"There is no section or setting {asked!r}{meant} {more}", width) + "\n"
+        return (
+            textwrap.fill(f"There is no section or setting {asked!r}{meant} {more}", width) + "\n"
+        )
     examples = "\n".join(f"  {f'{parser.prog} {rest}':<44}{what}" for rest, what in EXAMPLES)
     essential = [settings[name] for name in ESSENTIAL if name in settings]
     return (
@@ -56,7 +58,9 @@ def text(parser: argparse.ArgumentParser, asked: str) -> str:
     )
 
 
-def _part(parser: argparse.ArgumentParser, title: str, about: str, actions: Iterable[argparse.Action]) -> str:
+def _part(
+    parser: argparse.ArgumentParser, title: str, about: str, actions: Iterable[argparse.Action]
+) -> str:
     """One group of settings as argparse prints it."""
     formatter = parser._get_formatter()
     formatter.start_section(title or None)
