@@ -130,5 +130,5 @@ def test_importing_it_needs_no_torch(module):
 @pytest.mark.slow
 def test_a_run_of_all_weights_does_not_wait_for_adapters():
     """peft brings bitsandbytes, and that PyTorch's compiler: half of a start."""
-    code = "import sys, finetune.run, finetune.models.build, finetune.engine.step; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"
+    code = "import sys, finetune.loop; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -176,7 +176,7 @@ class Topology:
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
-        accumulation: int, micro_batch_size: int, max_norm: float | None,
+        accumulation_steps: int, micro_batch_size: int, max_norm: float | None,
     ) -> tuple[nn.Module, Any]:  # fmt: skip
         """Model and optimizer on the device and shared; then checks that they really are.
 
@@ -186,7 +186,7 @@ class Topology:
         outline = self.on_main(lambda: meta.outline(model))
         assert outline == meta.outline(model), f"process {self.rank} built another model than the main one"
         shared: tuple[nn.Module, Any] = self.sharing.prepare(
-            model, make_optimizer, accumulation=accumulation, micro_batch_size=micro_batch_size,
+            model, make_optimizer, accumulation_steps=accumulation_steps, micro_batch_size=micro_batch_size,
             max_norm=float("inf") if max_norm is None else max_norm,
         )  # fmt: skip
         return shared
