@@ -73,11 +73,11 @@ def build_and_note(folder: Path) -> None:
     from finetune import loop, preflight
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
-    from finetune.models import attention, head
+    from finetune.models import attention_probe, head
     from finetune.run import Run
     from finetune.survival.preemption import StopFlag
 
-    attention.check = head.check = lambda *_: (
+    attention_probe.check = head.check = lambda *_: (
         None
     )  # the first pass through the model gathers layers; it does not belong to loading
     config = configs.from_dict({

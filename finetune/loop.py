@@ -17,7 +17,7 @@ from finetune.engine.state import TrainState
 from finetune.engine.step import StepResult, evaluate, train_step, try_pass
 from finetune.errors import ExportError, Preempted, TrainingDiverged
 from finetune.export.verify import probe_logits
-from finetune.models import adapters, attention, base_identity, head, parameters
+from finetune.models import adapters, attention_probe, base_identity, head, parameters
 from finetune.models import build as models
 from finetune.run import Run
 from finetune.survival.preemption import StopFlag
@@ -66,7 +66,7 @@ def build(run: Run) -> None:
         bare, lambda shared: optim.build(shared, config.optimizer, config.trains_in_16_bits, config.run.seed),
         max_norm=config.train.max_grad_norm, accumulation_steps=accumulation_steps, micro_batch_size=config.micro_batch_size,
     )  # fmt: skip
-    attention.check(model, base, data.attention, topology.device, topology.precision)
+    attention_probe.check(model, base, data.attention, topology.device, topology.precision)
     if why := head.check(model, base, topology.device, topology.precision):
         run.log(f"note: all logits are held in memory at once, because {why}")
     if run.reserved is not None:

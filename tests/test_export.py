@@ -14,7 +14,7 @@ from finetune.export.load import load, load_tokenizer
 from finetune.export.merge import _relative_difference, merge
 from finetune.export.save import NOT_TO_FETCH, TO_FETCH, Base, _bring_along, save
 from finetune.export.verify import TOLERANCE, disagreement, probe_logits, verify
-from finetune.models import attention
+from finetune.models import attention_probe
 
 pytestmark = pytest.mark.slow
 
@@ -639,7 +639,7 @@ def test_an_expert_that_flips_is_no_wrong_export():
     found = probe_logits(model)
     assert _relative_difference(found, wanted) > TOLERANCE["fp32"]
     assert disagreement(found, wanted, TOLERANCE["fp32"], has_experts=True) is None
-    assert attention.has_experts(model)
+    assert attention_probe.has_experts(model)
     assert "differ" in disagreement(found, wanted, TOLERANCE["fp32"], has_experts=False)
 
 

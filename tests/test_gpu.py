@@ -11,7 +11,7 @@ import torch
 from conftest import TINY_LLAMA, losses, read_jsonl
 from torch._dynamo.utils import counters
 
-from finetune import replay
+from finetune import loop, replay
 from finetune.engine import metrics
 from finetune.models.attention import attend_within_documents
 from finetune.models.cross_entropy import LogitTransform, nll_in_chunks

@@ -31,7 +31,7 @@ from finetune.export.load import (
 from finetune.export.publish import publish
 from finetune.export.save import Base, save
 from finetune.export.verify import TOLERANCE, disagreement, opened, probe_logits, require_weights
-from finetune.models import adapters, attention, base_identity
+from finetune.models import adapters, attention_probe, base_identity
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def merge(
         reloaded = opened(lambda: load(folder, "auto", trust_remote_code))
         require_weights(folder, reloaded, weights)
         after = probe_logits(reloaded)
-        if why := disagreement(after, before, tolerance, attention.has_experts(reloaded)):
+        if why := disagreement(after, before, tolerance, attention_probe.has_experts(reloaded)):
             raise ExportError(f"{target}: {why} once the adapter is merged; nothing was written")
         publish(folder, target)
     finally:

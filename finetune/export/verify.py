@@ -14,7 +14,7 @@ from finetune.data.tokens import encode_prompt, tokenizer_fingerprint
 from finetune.errors import ExportError, ModelError, OutOfMemory
 from finetune.export.load import load, load_tokenizer
 from finetune.export.save import embedding_dtype, generation, with_template
-from finetune.models import adapters, attention
+from finetune.models import adapters, attention, attention_probe
 
 PROBE_TOKENS = 16
 # Largest difference of logits between the trained and the reloaded model, as a part of the largest
@@ -94,7 +94,7 @@ def _require_as_trained(folder: Path, was: Trained, trust_remote_code: bool) -> 
     require_weights(folder, reloaded, was.weights)
     stop: int | list[int] | None = reloaded.generation_config.eos_token_id
     if why := disagreement(
-        _as_trained(reloaded, was), was.logits, TOLERANCE[was.precision], attention.has_experts(reloaded)
+        _as_trained(reloaded, was), was.logits, TOLERANCE[was.precision], attention_probe.has_experts(reloaded)
     ):
         raise ExportError(f"{folder}: {why} after reloading")
     return stop
