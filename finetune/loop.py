@@ -138,6 +138,7 @@ def loop(run: Run) -> None:
     if best.stalled:
         metrics.flush()
     must_stop = must_stop or evaluate_if_due(run, at_the_end=True)
+    metrics.close_bar()
     saver.settle()
     if run.topology.any(must_stop or stop.is_set):
         saver.require(progress.step)

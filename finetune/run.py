@@ -273,8 +273,20 @@ class Run:
 
         self.topology.on_main(publish)
         self.log(f"complete at step {step}: {reason}: {self.directory.model}")
+        self.log(f"next:\n{self.what_next()}")
+
+    def what_next(self) -> str:
+        """The commands that use the exported model, one a line."""
+        command, path, base = places.command(), self.directory.path, self.config.model.path
+        lines = [f"  draw        {command} curves {path}"]
+        if self.objective.has_turns and base is not None:
+            evaluate = f"{command} evaluate --base {base} --tuned {path} --data HELD_OUT_ROWS"
+            lines.insert(0, f"  compare     {evaluate}")
         if self.objective.has_turns:
-            self.log(f"chat with it: {places.command()} chat --model {self.directory.model}")
+            lines.insert(0, f"  chat        {command} chat {path}")
+        if self.config.adapter.kind != "full":
+            lines.append(f"  merge       {command} merge {path} --output {path}/merged")
+        return "\n".join(lines)
 
     def _metrics(self) -> Metrics:
         config, directory, topology, progress = (

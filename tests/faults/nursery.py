@@ -50,7 +50,7 @@ def child(
     with open(said, "a") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     main = importlib.import_module(script).main
     counts = os.environ.get("COUNTS_LINES")
