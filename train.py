@@ -433,7 +433,8 @@ def require_moved(job: "Job", state: "TrainState", untrained: dict[str, float | 
     if len(still) == num_trained:
         raise ExportError(f"no weight changed in {step} steps; is optimizer.lr too small for model.dtype?")
     adapter = job.config.adapter
-    if step == 1 and adapter.path is None and adapter.init in ("default", "gaussian", "eva"):
+    fresh = adapter.kind != "full" and adapter.path is None and adapter.init
+    if step == 1 and fresh in ("default", "gaussian", "eva"):
         # The other factor starts at 0, so that their first gradient is 0.
         still = [name for name in still if "lora_A" not in name and "lora_embedding_B" not in name]
     if still:

@@ -298,7 +298,7 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
         more = "raise train.max_steps" if num_steps == config.train.max_steps else "lower train.global_batch_size or raise train.epochs"  # fmt: skip
         unpacked = ", or set data.packing to false (a pack is one sequence)" if config.data.packing else ""
         yield f"{_counted(num_steps, 'step')} will change the model very little; {more}{unpacked}"
-    if config.adapter.bias != "none":
+    if config.adapter.kind != "full" and config.adapter.bias != "none":
         yield f"adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, the model is not the base"
     if forgotten := base.forgotten_losses(data.model_config.to_dict()):
         yield forgotten
@@ -386,7 +386,7 @@ def _methods(config: Config, is_quantized: bool) -> list[str]:
             + (", doubly quantised" if adapter.double_quantization and adapter.quantization != "int8" else "")
             + (" (the base is saved so)" if is_quantized else "")
         )
-    if adapter.path:
+    if adapter.kind != "full" and adapter.path:
         how.append(f"going on from {adapter.path}")
     elif adapter.kind != "full":
         how.append(f"r {adapter.r}, alpha {adapter.alpha:g}, starting by {adapter.init}")

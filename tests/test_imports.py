@@ -17,18 +17,23 @@ ALLOWED = {
     "finetune.places": [],
     "finetune.streams": [],
     "finetune.files": [],
-    "finetune.config": ["finetune.config", "finetune.places", "finetune.failures", "finetune.errors"],
+    "finetune.own_code": ["finetune.places", "finetune.failures", "finetune.errors"],
+    "finetune.config": ["finetune.config", "finetune.own_code", "finetune.places", "finetune.failures", "finetune.errors"],
     "finetune.data.readers": ["finetune.places", "finetune.files", "finetune.failures", "finetune.errors"],
-    "finetune.data.rows": ["finetune.data.readers", "finetune.errors"],
+    "finetune.data.rows": ["finetune.data.readers", "finetune.own_code", "finetune.failures", "finetune.errors"],
     "finetune.data.templates": ["finetune.data.rows", "finetune.errors"],
     "finetune.data.tokens": [
-        "finetune.data.templates", "finetune.data.rows", "finetune.data.readers", "finetune.files", "finetune.failures", "finetune.errors",
+        "finetune.data.templates", "finetune.data.rows", "finetune.data.readers", "finetune.own_code", "finetune.files", "finetune.failures",
+        "finetune.errors",
     ],
     "finetune.data.packing": [],
     "finetune.data.batches": ["finetune.data.packing", "finetune.data.tokens"],
     "finetune.models": ["finetune.models", "finetune.config", "finetune.torch_versions", "finetune.failures", "finetune.errors"],
     "finetune.models.policy": ["finetune.models.head", "finetune.models.context", "finetune.data.batches"],
-    "finetune.objectives": ["finetune.models.policy", "finetune.data.batches", "finetune.objectives"],
+    "finetune.objectives": [
+        "finetune.models.policy", "finetune.data.batches", "finetune.objectives", "finetune.config", "finetune.own_code",
+        "finetune.failures", "finetune.errors",
+    ],
     "finetune.engine": [
         "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.progress",
         "finetune.places", "finetune.torch_versions", "finetune.files", "finetune.failures", "finetune.errors", "finetune.engine",
@@ -36,7 +41,7 @@ ALLOWED = {
     "finetune.export": ["finetune.data", "finetune.models", "finetune.config", "finetune.files", "finetune.failures", "finetune.errors"],
     "finetune.preflight": [
         "finetune.data", "finetune.models", "finetune.objectives", "finetune.export", "finetune.engine.topology",
-        "finetune.engine.trackers", "finetune.config", "finetune.errors",
+        "finetune.engine.trackers", "finetune.config", "finetune.own_code", "finetune.errors",
     ],
     "finetune.plan": [
         "finetune.plan", "finetune.models", "finetune.data.batches", "finetune.engine.optim", "finetune.engine.topology",

@@ -10,8 +10,12 @@ from finetune.config.fields import (
     Adapter,
     Config,
     Data,
+    Full,
+    Lora,
     Model,
     Optimizer,
+    OwnObjective,
+    QLora,
     Schedule,
     accumulation,
     usual_lr,
@@ -32,6 +36,6 @@ from finetune.config.reader import (
 from finetune.config.rules import conflicts
 
 __all__ = [
-    "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation", "base", "conflicts",
+    "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "Data", "Full", "Lora", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule", "accumulation", "base", "conflicts",
     "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats", "parse", "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip
