@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import config as configs
 from finetune import failures, places
 from finetune.config import Config, paths
-from finetune.engine.preemption import StopFlag
+from finetune.console import BrokenPipeProof
 from finetune.errors import (
     EXIT_COMPLETE,
     EXIT_FAILED,
@@ -27,15 +27,15 @@ from finetune.errors import (
     TopologyError,
     TrainingDiverged,
 )
-from finetune.streams import Unbroken
+from finetune.survival.preemption import StopFlag
 
 if TYPE_CHECKING:
     from finetune.engine.checkpoint.saver import Saver
+    from finetune.engine.metrics import Tracker
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.state import TrainState
     from finetune.engine.step import StepResult
-    from finetune.engine.tracking import Tracker
-    from finetune.job import Job
+    from finetune.run import Job
 
 EVA_STEPS = 8  # steps whose inputs adapter.init: eva looks at
 MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16 leave nothing to scale
@@ -45,7 +45,7 @@ MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16
 
 def main() -> int:
     """Run, and turn how it ended into the exit code of the contract."""
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    sys.stdout, sys.stderr = BrokenPipeProof(sys.stdout), BrokenPipeProof(sys.stderr)
     rank = os.environ.get("RANK", "0")
     who = f"[process {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     paths.give_home()
@@ -88,7 +88,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     directory = RunDirectory(config, check_only)
     try:
         if config.adapter.kind == "qlora":
-            from finetune import job as jobs
+            from finetune import run as jobs
 
             config = jobs.as_base_is(config)
             directory = RunDirectory(config, check_only)
@@ -102,11 +102,11 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
 
 def attempt(config: Config, check_only: bool, stop: StopFlag, directory: "RunDirectory") -> None:
     """Check everything, build, loop, finish. Until it opens its directory, a run writes nothing but the token cache."""
-    from finetune import job as jobs
     from finetune import preflight
-    from finetune.engine.checkpoint import finding
+    from finetune import run as jobs
+    from finetune.engine.checkpoint import resume
     from finetune.engine.topology import Topology
-    from finetune.models import bases
+    from finetune.models import base_identity
 
     if not check_only and config.checkpoint.storage is None:
         directory.check(config)
@@ -122,17 +122,17 @@ def attempt(config: Config, check_only: bool, stop: StopFlag, directory: "RunDir
         data = preflight.prepare(config, topology, date)
         job = jobs.Job(config, directory, storage, topology, data, stop, to_try)
         if not check_only:
-            usual = bases.usual(data.model_config)
+            usual = base_identity.usual(data.model_config)
             is_complete, note = topology.on_main(lambda: directory.completion(data.identity, usual))
             if is_complete:
-                job.tell(f"{directory.path} is complete; its model is in {directory.model}")
+                job.log(f"{directory.path} is complete; its model is in {directory.model}")
                 return
             if note:
-                job.tell(note)
+                job.log(note)
             topology.on_main(directory.require_writable)
-        if not check_only and (last := topology.on_main(lambda: finding.newest(directory.checkpoints))):
-            finding.require_same_run(last, config, job.known_identity(), usual)
-        job.tell(preflight.summary(config, topology, job.data))
+        if not check_only and (last := topology.on_main(lambda: resume.newest(directory.checkpoints))):
+            resume.require_same_run(last, config, job.known_identity(), usual)
+        job.log(preflight.summary(config, topology, job.data))
         if check_only:
             directory.check(config)  # last: what is wrong with the data is of more use
             return
@@ -147,7 +147,7 @@ def train(job: "Job") -> None:
     directory, topology, state, tracker, saves = job.directory, job.topology, None, None, None
     try:
         state = build(job)
-        untrained = parameters.fingerprints(topology.unwrap(state.model), topology.own_part)
+        untrained = parameters.fingerprints(topology.unwrap(state.model), topology.local_shard)
         topology.on_main(lambda: directory.lock(job.config.checkpoint.grace_seconds))
         if job.storage:
             topology.on_main(job.storage.claim)
@@ -181,7 +181,7 @@ def build(job: "Job") -> "TrainState":
     from finetune.engine import optim, step
     from finetune.engine.ema import Ema
     from finetune.engine.state import TrainState
-    from finetune.models import attention, bases, head, parameters
+    from finetune.models import attention, base_identity, head, parameters
     from finetune.models.build import build as build_model
 
     config, topology, data = job.config, job.topology, job.data
@@ -197,7 +197,7 @@ def build(job: "Job") -> "TrainState":
         new_token_ids=data.new_token_ids, device=topology.device, first_inputs=first_inputs, with_weights=with_weights,
     ))  # fmt: skip
     (trainable, total), products, (frozen, start), code = topology.on_main(lambda: (
-        parameters.count(bare), parameters.in_products(bare), bases.fingerprints(bare), bases.code(base),
+        parameters.count(bare), parameters.in_products(bare), base_identity.fingerprints(bare), base_identity.code(base),
     ))  # fmt: skip
     model, optimizer = topology.prepare(
         bare, lambda shared: optim.build(shared, config.optimizer, config.trains_in_16_bits, config.run.seed),
@@ -206,7 +206,7 @@ def build(job: "Job") -> "TrainState":
     )  # fmt: skip
     attention.check(model, base, data.attention, topology.device, topology.precision)
     if why := head.check(model, base, topology.device, topology.precision):
-        job.tell(f"note: all logits are held in memory at once, because {why}")
+        job.log(f"note: all logits are held in memory at once, because {why}")
     if job.to_try is not None:
         several = configs.accumulation(config, topology.num_data) > 1
         step.try_pass(
@@ -221,26 +221,26 @@ def build(job: "Job") -> "TrainState":
 
 def resume(job: "Job", state: "TrainState") -> int | None:
     """Go on from the newest valid checkpoint of this run, if it has one; its step."""
-    from finetune.engine.checkpoint import finding, folder, shards
-    from finetune.models import bases
+    from finetune.engine.checkpoint import contents, folder, resume
+    from finetune.models import base_identity
 
     root, topology = job.directory.checkpoints, job.topology
     topology.on_main(lambda: folder.sweep(root))
-    found, damaged = topology.on_main(lambda: finding.find(root, job.storage, job.data.num_steps))
+    found, damaged = topology.on_main(lambda: resume.find(root, job.storage, job.data.num_steps))
     if found is None:
         topology.on_main(job.directory.require_no_model)
         if job.directory.outcome():
-            job.tell(f"no checkpoint in {root}: starting at step 1")
+            job.log(f"no checkpoint in {root}: starting at step 1")
         return None
-    finding.require_same_run(found, job.config, job.identity(state), bases.usual(job.data.model_config))
-    finding.require_readable(found, topology)
-    shards.read(found, topology, state)
+    resume.require_same_run(found, job.config, job.identity(state), base_identity.usual(job.data.model_config))
+    resume.require_readable(found, topology)
+    contents.read(found, topology, state)
     kept = topology.on_main(lambda: folder.set_aside(list(damaged)))
     for path, problem in damaged.items():
-        job.tell(
+        job.log(
             f"skipped a damaged checkpoint: {path}: {problem}" + (f"; kept as {kept[path]}" if path in kept else "")
         )
-    job.tell(f"resumed from {found.path} at step {state.progress.step}")
+    job.log(f"resumed from {found.path} at step {state.progress.step}")
     return state.progress.step
 
 
@@ -250,7 +250,7 @@ def resume(job: "Job", state: "TrainState") -> int | None:
 def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") -> None:
     """Step, log, evaluate, save; until the plan is done, nothing gets better, or the machine is taken away."""
     from finetune.engine import optim
-    from finetune.engine.checkpoint import finding
+    from finetune.engine.checkpoint import resume
 
     config, directory, topology, data, progress = job.config, job.directory, job.topology, job.data, state.progress
     wanted, stop = config.evaluation, job.stop
@@ -258,7 +258,7 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
 
     def judge() -> tuple[int | None, bool]:
         def look_back() -> tuple[int | None, bool]:
-            saved = finding.kept(directory.checkpoints) | saves.under_way | {progress.step}
+            saved = resume.kept(directory.checkpoints) | saves.under_way | {progress.step}
             best, stalled = directory.judge(wanted.patience, saved)
             return best if wanted.export_best else None, stalled
 
@@ -270,7 +270,7 @@ def loop(job: "Job", state: "TrainState", tracker: "Tracker", saves: "Saver") ->
 
     must_stop = look(job, state, tracker)  # the attempt before may have had no time for it
     if wanted.export_best:
-        topology.on_main(lambda: finding.bring(directory.checkpoints, directory.judge(None)[0], job.storage))
+        topology.on_main(lambda: resume.bring(directory.checkpoints, directory.judge(None)[0], job.storage))
     best, stalled = judge()
     while progress.step < data.num_steps and not stalled and not must_stop:
         lr = optim.lr_at(progress.step, data.num_steps, config.optimizer.lr, config.schedule)
@@ -332,7 +332,7 @@ def one_step(job: "Job", state: "TrainState", lr: float, requests: Callable[[], 
     from finetune.engine.step import train_step
 
     step, max_grad_norm = state.progress.step, job.config.train.max_grad_norm
-    job.topology.watchdog.beat(f"step {step + 1}")
+    job.topology.watchdog.heartbeat(f"step {step + 1}")
     try:
         result = train_step(
             job.topology, job.policy(state.model), state.optimizer, job.objective, job.config.objective,
@@ -358,7 +358,7 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     from finetune.models import adapters
 
     job.stop.at_once()
-    job.topology.watchdog.rest("the export")
+    job.topology.watchdog.pause("the export")
     config, topology, target, step = job.config, job.topology, job.directory.model, state.progress.step
     exported, what = put_in_best(job, state)
     bare = topology.unwrap(state.model)
@@ -398,14 +398,14 @@ def finish(job: "Job", state: "TrainState", untrained: dict[str, float | str]) -
     state.release()
     topology.release()
     topology.on_main(verify_and_publish)
-    job.tell(f"complete at step {step}: {reason}: {target}")
+    job.log(f"complete at step {step}: {reason}: {target}")
     if sft:
-        job.tell(f"chat with it: {places.command()} chat --model {target}")
+        job.log(f"chat with it: {places.command()} chat --model {target}")
 
 
 def put_in_best(job: "Job", state: "TrainState") -> tuple[int, str]:
     """Put the weights to export into the model: (their step, what they are)."""
-    from finetune.engine.checkpoint import finding
+    from finetune.engine.checkpoint import resume
 
     topology, step = job.topology, state.progress.step
     exported, what = step, "the last weights"
@@ -413,9 +413,9 @@ def put_in_best(job: "Job", state: "TrainState") -> tuple[int, str]:
         exported, lowest = topology.on_main(lambda: best_saved(job.directory, step))
         what = "the weights of the best evaluation"
         if exported != lowest:
-            job.tell(f"note: the evaluation of step {lowest} was better, but its checkpoint was not kept")
+            job.log(f"note: the evaluation of step {lowest} was better, but its checkpoint was not kept")
         if exported != step:
-            finding.put_back_best(job.directory.checkpoints, exported, topology, state)
+            resume.put_back_best(job.directory.checkpoints, exported, topology, state)
     if state.ema:
         state.ema.put_in()
         what = what.replace("weights", "averaged weights")
@@ -428,7 +428,7 @@ def require_moved(job: "Job", state: "TrainState", untrained: dict[str, float | 
 
     topology, step = job.topology, state.progress.step
     bare = topology.unwrap(state.model)
-    now = parameters.fingerprints(bare, topology.own_part)
+    now = parameters.fingerprints(bare, topology.local_shard)
     still, num_trained = parameters.still(bare, topology.union({name for name in now if now[name] != untrained[name]}))
     if len(still) == num_trained:
         raise ExportError(f"no weight changed in {step} steps; is optimizer.lr too small for model.dtype?")
@@ -438,14 +438,14 @@ def require_moved(job: "Job", state: "TrainState", untrained: dict[str, float | 
         # The other factor starts at 0, so that their first gradient is 0.
         still = [name for name in still if "lora_A" not in name and "lora_embedding_B" not in name]
     if still:
-        job.tell(f"note: {len(still)} of {num_trained} weight tensors did not change, such as {still[0]}")
+        job.log(f"note: {len(still)} of {num_trained} weight tensors did not change, such as {still[0]}")
 
 
 def best_saved(directory: "RunDirectory", step: int) -> tuple[int, int]:
     """(step of the best evaluation whose weights are there, step of the best one); `step` is where the run is."""
-    from finetune.engine.checkpoint import finding
+    from finetune.engine.checkpoint import resume
 
-    saved, _ = directory.judge(None, finding.kept(directory.checkpoints) | {step})
+    saved, _ = directory.judge(None, resume.kept(directory.checkpoints) | {step})
     lowest, _ = directory.judge(None)
     return (step if saved is None else saved), (step if lowest is None else lowest)
 

@@ -18,8 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetune.config import Config
+from finetune.forecast.trace import Rehearsal, Shape
 from finetune.models import head, load
-from finetune.plan.trace import Rehearsal, Shape
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 SECONDS = 60

@@ -84,7 +84,7 @@ def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     head = torch.nn.Linear(1, 1, bias=False)
     head.weight = torch.nn.Parameter(weight) if not isinstance(weight, torch.nn.Parameter) else weight
-    return cross_entropy.nll_in_chunks(head, head.forward, hidden, targets, len(weight), cross_entropy.Finish())
+    return cross_entropy.nll_in_chunks(head, head.forward, hidden, targets, len(weight), cross_entropy.LogitTransform())
 
 
 _compiled = torch.compile(plain, dynamic=False)

@@ -72,11 +72,11 @@ def build_and_note(folder: Path) -> None:
     import train
     from finetune import config as configs
     from finetune import preflight
-    from finetune.engine.preemption import StopFlag
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
-    from finetune.job import Job
     from finetune.models import attention, head
+    from finetune.run import Job
+    from finetune.survival.preemption import StopFlag
 
     attention.check = head.check = lambda *_: (
         None

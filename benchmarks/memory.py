@@ -73,12 +73,12 @@ def write(folder: Path, train: dict[str, Any]) -> Path:
 def forecast(path: Path, topology: str, processes: int) -> float:
     """GB, without what glibc keeps. In a process of its own, as models and libraries stay."""
     code = (
-        "import json, sys; from finetune import config as configs; from finetune.engine.topology.launch import Wish\n"
-        "from finetune.plan.choice import Chooser\n"
+        "import json, sys; from finetune import config as configs; from finetune.engine.topology.launch import ParallelConfig\n"
+        "from finetune.forecast.choice import Chooser\n"
         "config, _ = configs.parse(['--config', sys.argv[1]])\n"
         "settings = json.load(open(f'ds_configs/{sys.argv[2]}.json')) if 'zero' in sys.argv[2] else {}\n"
-        "wish = Wish(sys.argv[2], int(sys.argv[3]), deepspeed=settings)\n"
-        "print(Chooser(config, precision=config.train.precision, on_gpu=False).forecast(wish).peak / 1e9)\n"
+        "parallel = ParallelConfig(sys.argv[2], int(sys.argv[3]), deepspeed=settings)\n"
+        "print(Chooser(config, precision=config.train.precision, on_gpu=False).forecast(parallel).peak / 1e9)\n"
     )
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(path), topology, str(processes)]

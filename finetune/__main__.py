@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": ("finetune.evaluation.compare", "compare the base and the tuned model on held-out rows"),
     "chat": ("finetune.chat", "chat with a model in the terminal"),
     "plan": (
-        "finetune.plan.command",
+        "finetune.forecast.command",
         "forecast the memory of a run, the topologies it fits on, and what to change",
     ),
     "curves": ("finetune.curves", "plot loss, learning rate, gradient norm and speed of runs"),
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if os.getpid() == 1:
         _heed_signals(EXIT_PREEMPTED if argv[:1] == ["launch"] else EXIT_FAILED)
     if argv[:1] == ["launch"]:  # its arguments are those of `accelerate launch`
-        return int(importlib.import_module("finetune.launcher").main(argv[1:]))
+        return int(importlib.import_module("finetune.survival.launcher").main(argv[1:]))
     if argv[:1] == ["train"]:
         sys.argv = [str(places.TRAIN), *argv[1:]]
         runpy.run_path(str(places.TRAIN), run_name="__main__")  # ends the process

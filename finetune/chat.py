@@ -12,7 +12,7 @@ from finetune.config.base import is_adapter, model_argument, require_model
 from finetune.data.rows import Message
 from finetune.data.templates import PROMPT, QUESTION
 from finetune.errors import DataError, ModelError
-from finetune.evaluation import generation
+from finetune.generation import generate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", default=None, help="answer this one message and end")
     parser.add_argument("--system", default=None, help="system message")
-    parser.add_argument("--max-new-tokens", type=generation.at_least(1), default=256, help="longest answer")
+    parser.add_argument("--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer")
     parser.add_argument(
         "--temperature", type=_temperature, default=0.0, help="sampling temperature; 0: always take the likeliest token"
     )
@@ -40,10 +40,10 @@ def _temperature(text: str) -> float:
 def require_system(tokenizer: Any, start: list[Message]) -> None:
     """Raise ModelError if the chat template takes no system message, or needs one that was not given."""
     try:
-        generation.chat_prompt(tokenizer, [*start, *QUESTION])
+        generate.chat_prompt(tokenizer, [*start, *QUESTION])
     except DataError as exc:
         try:
-            generation.chat_prompt(tokenizer, [*([] if start else [Message("system", "a")]), *QUESTION])
+            generate.chat_prompt(tokenizer, [*([] if start else [Message("system", "a")]), *QUESTION])
         except DataError:
             raise exc from None  # the system message is not the reason
         takes, remedy = ("takes no", "remove it") if start else ("needs a", "give one")
@@ -65,8 +65,8 @@ def main(arguments: argparse.Namespace) -> None:
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(messages: list[Message]) -> str:
-        prompt = generation.chat_prompt(tokenizer, messages)
-        return generation.answers(
+        prompt = generate.chat_prompt(tokenizer, messages)
+        return generate.answers(
             model,
             tokenizer,
             [prompt],

@@ -34,7 +34,7 @@ from finetune.data.rows import Message
 from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint, uses_bos
 from finetune.errors import ExportError, ModelError, Outage, OutOfMemory
-from finetune.models import adapters, attention, bases, embeddings
+from finetune.models import adapters, attention, base_identity, embeddings
 from finetune.models.load import keep_layout, quantized_as, refuse_lost, translated
 
 PROBE_TOKENS = 16
@@ -114,7 +114,7 @@ def save(
         config.save_pretrained(folder)
     _save_tokenizer(with_template(tokenizer, template, system_prompt), folder, base)
     if is_adapter:
-        (folder / bases.FILE).write_text(json.dumps(model.base_record, indent=1))
+        (folder / base_identity.FILE).write_text(json.dumps(model.base_record, indent=1))
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
     elif base is not None:
         _bring_along(base, folder)
@@ -457,7 +457,7 @@ def load(
 
         _require_adapter(folder)
         adapter = PeftConfig.from_pretrained(str(folder))
-        record = bases.read(folder)
+        record = base_identity.read(folder)
         where, revision = _base_of(folder, adapter, base)
         if base is None and os.path.isdir(where) and (problem := folder_problem(where, needs_weights=True)):
             raise ModelError(f"the base of {folder}: {problem}")
@@ -474,9 +474,9 @@ def load(
         if record.get("new_token_ids"):
             embeddings.extend(model, record["new_token_ids"])
         if record:
-            bases.require_architecture(model, record, folder, base)
+            base_identity.require_architecture(model, record, folder, base)
             if quantization or not record["quantization"]:
-                bases.require_weights(model, record, folder, base)
+                base_identity.require_weights(model, record, folder, base)
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         adapted = PeftModel.from_pretrained(model, str(folder))
@@ -540,10 +540,10 @@ def moved(path: str | Path, base: str) -> str | None:
 
 def other_base(tuned: str, base: Any) -> str | None:
     """In words, how a loaded base differs from that of an adapter; None if it does not, or the adapter does not know its own."""
-    record = bases.read(Path(tuned)) if is_adapter(tuned) else {}
+    record = base_identity.read(Path(tuned)) if is_adapter(tuned) else {}
     if not record.get("weights") or adapters.are_in(base):
         return None
-    others = bases.other_weights(base, record)
+    others = base_identity.other_weights(base, record)
     if not others:
         return None
     return (
@@ -674,7 +674,7 @@ def _beside_quantized_base(source: Path, whole: Any, trust_remote_code: bool, ba
 
     LoftQ's adapters belong on what quantisation left: the base of `whole` becomes that.
     """
-    record = bases.read(source)
+    record = base_identity.read(source)
     if not record.get("quantization"):
         return None
     quantized = load(source, trust_remote_code=trust_remote_code, base=base)
@@ -719,7 +719,7 @@ def require_mergeable(sources: Sequence[Path]) -> None:
     from peft import PeftConfig
 
     configs = [PeftConfig.from_pretrained(str(source)) for source in sources]
-    records = [{k: v for k, v in bases.read(source).items() if k != "dtype"} for source in sources]
+    records = [{k: v for k, v in base_identity.read(source).items() if k != "dtype"} for source in sources]
     for source, config, record in zip(sources, configs, records):
         if str(config.base_model_name_or_path) != str(configs[0].base_model_name_or_path) or record != records[0]:
             raise ModelError(

@@ -16,7 +16,7 @@ from finetune.data import batches, readers, rows, templates, tokens
 from finetune.engine import trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
-from finetune.models import adapters, attention, bases, head, layers, load, parameters
+from finetune.models import adapters, attention, base_identity, head, load, parameters, recompute
 from finetune.objectives import OBJECTIVES
 
 SHOWN_CHARACTERS = 600
@@ -58,7 +58,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     model_config = load.load_config(config.model)  # first: transformers reads it for the tokenizer, too
     tokenizer = load.load_tokenizer(config.model)
     load.check_config_vocabulary(model_config, tokenizer, config.model)
-    architecture = bases.architecture(model_config)  # now: building completes a config, on some processes only
+    architecture = base_identity.architecture(model_config)  # now: building completes a config, on some processes only
     kernel = _attention(config, model_config, topology)
     template = _template(wanted, format, tokenizer, date)
     options = tokens.Options(
@@ -74,7 +74,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     of_base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     topology.on_main(lambda: export.rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
-    plan, eval_plan = _planned(config, topology, train, evals, attention.pads(kernel), tokenizer.pad_token_id or 0)
+    plan, eval_plan = _planned(config, topology, train, evals, attention.is_padded(kernel), tokenizer.pad_token_id or 0)
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
     for prompt in config.evaluation.sample_prompts:
@@ -112,9 +112,9 @@ def _attention(config: Config, model_config: Any, topology: Topology) -> str:
         raise ModelError(problem)
     kernel = attention.choose(
         config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision,
-        topology.wish.num_context,
+        topology.parallel.num_context,
     )  # fmt: skip
-    if config.data.packing and attention.pads(kernel):
+    if config.data.packing and attention.is_padded(kernel):
         raise ConfigError(
             f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
         )
@@ -187,11 +187,11 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     Raises ModelError if the architecture, its vocabulary or its adapters cannot be.
     """
     skeleton = load.skeleton(
-        config.model, data.model_config, data.tokenizer, data.attention if attention.pads(data.attention) else attention.NAME
+        config.model, data.model_config, data.tokenizer, data.attention if attention.is_padded(data.attention) else attention.NAME
     )  # fmt: skip
     load.check_shapes(skeleton)
     load.check_weights(skeleton, config.model)
-    layers.chosen(skeleton, config.train.gradient_checkpointing)
+    recompute.chosen(skeleton, config.train.gradient_checkpointing)
     adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
     trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)
@@ -227,7 +227,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         f"template    {data.template.name}, objective {config.objective.kind}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
         f"({config.micro_batch_size} at once x {accumulation(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
-        + (f", each shared by {topology.wish.num_context}" if topology.wish.num_context > 1 else "")
+        + (f", each shared by {topology.parallel.num_context}" if topology.parallel.num_context > 1 else "")
         + (
             f"; {data.train.steps_per_epoch * config.train.epochs:,} without train.max_steps"
             if _is_cut(config, data)
@@ -281,7 +281,7 @@ def _is_cut(config: Config, data: Data) -> bool:
 
 def _check_rates(config: Config, skeleton: Any, num_steps: int) -> None:
     """Raise ConfigError for learning rates that nothing would have."""
-    if config.optimizer.embedding_lr is not None and not adapters.trains_ends(skeleton):
+    if config.optimizer.embedding_lr is not None and not adapters.trains_embedding_and_head(skeleton):
         raise ConfigError("optimizer.embedding_lr: would be ignored: the embedding and the head are frozen; remove it")
     fastest = num_steps**-0.5
     if config.optimizer.kind == "adafactor" and config.optimizer.lr > fastest:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune import config as configs
-from finetune import files, launcher
+from finetune import files
 from finetune.config import paths
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, RunDirectoryError
 from finetune.places import TRAIN
+from finetune.survival import launcher
 
 # The only place that says what "the same" means where it cannot mean the same bits. On a CPU it does: the same
 # operations, in the same order. On a GPU atomic additions (backward passes of flash attention, embeddings) come in

@@ -100,7 +100,7 @@ class Workshop:
     def _run(self, arguments: list[str], name: str, changes: dict[str, Any]) -> Path:
         import train
         from finetune import config as configs
-        from finetune.engine.preemption import StopFlag
+        from finetune.survival.preemption import StopFlag
 
         forget_process_state()
 

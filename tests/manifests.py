@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from finetune import config as configs
-from finetune import launcher
 from finetune.config import accumulation
 from finetune.errors import UserError
+from finetune.survival import launcher
 
 Manifest = dict[str, Any]
 GPU = "nvidia.com/gpu"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import read_jsonl
 
-from finetune.engine.checkpoint import finding, folder, unpickling
+from finetune.engine.checkpoint import folder, resume, unpickling
+from finetune.engine.progress import Progress
 from finetune.errors import CheckpointError, DamagedCheckpoint
-from finetune.progress import Progress
 
 
 def manifest_of(step: int) -> dict:
@@ -68,14 +68,14 @@ def test_manifest_of_another_shape_is_passed_over_and_named(tmp_path, change):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
     path = newest / "manifest.json"
     path.write_text(rehash(change(json.loads(path.read_text()))))
-    found, damaged = finding.find(tmp_path, None)
+    found, damaged = resume.find(tmp_path, None)
     assert found.path == older
     [problem] = damaged.values()
     assert "Error" not in problem
     assert not folder.looks_whole(newest)
     shutil.rmtree(older)
     with pytest.raises(CheckpointError, match=f"no checkpoint is valid, and nothing was deleted:\n  {newest}: "):
-        finding.find(tmp_path, None)
+        resume.find(tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_manifest_of_another_shape_is_passed_over_and_named(tmp_path, change):
 def test_damaged_manifest_is_passed_over(tmp_path, content):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
     (newest / "manifest.json").write_bytes(content)
-    found, damaged = finding.find(tmp_path, None)
+    found, damaged = resume.find(tmp_path, None)
     assert found.path == older
     assert "manifest.json is damaged" in damaged[newest]
 
 
 def test_checkpoint_of_a_step_beyond_the_end_is_passed_over(tmp_path):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 9)
-    found, damaged = finding.find(tmp_path, None, num_steps=5)
+    found, damaged = resume.find(tmp_path, None, num_steps=5)
     assert (found.path, damaged) == (older, {newest: "it says step 9, and the run has 5 steps"})
 
 

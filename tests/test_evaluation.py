@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from finetune import files
 from finetune.__main__ import main
 from finetune.errors import DataError
-from finetune.evaluation import compare, generation, scores
+from finetune.evaluation import compare, scores
+from finetune.generation import generate
 
 
 def test_exact_match_ignores_white_space_at_the_ends_only():
@@ -205,10 +206,10 @@ def test_answers_do_not_depend_on_the_batch(base_and_tuned):
     _, tuned, _ = base_and_tuned
     model, tokenizer = export.load(tuned), export.load_tokenizer(tuned)
     prompts = [f"### Question:\n{q}\n\n### Answer:\n" for q in ("ab", "cd ef gh", "x", "gh")]
-    alone = generation.answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=1)
-    together = generation.answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=4)
+    alone = generate.answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=1)
+    together = generate.answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=4)
     assert alone == together
-    assert alone[0] == generation.Answer("AB", is_cut=False)
+    assert alone[0] == generate.Answer("AB", is_cut=False)
 
 
 def test_a_prompt_that_is_too_long_keeps_its_bos_and_end_and_is_told(workshop):
@@ -219,7 +220,7 @@ def test_a_prompt_that_is_too_long_keeps_its_bos_and_end_and_is_told(workshop):
     seen, said = [], []
     model.generate = lambda input_ids, **_: seen.append(input_ids) or input_ids
     prompts = ["<|bos|>" + "x" * 300 + "end", "short", "y" * 300]
-    generation.answers(model, tokenizer, prompts, max_new_tokens=56, batch_size=1, say=said.append)
+    generate.answers(model, tokenizer, prompts, max_new_tokens=56, batch_size=1, log=said.append)
     assert [tokenizer.decode(ids[0]) for ids in seen] == ["short", "<|bos|>" + "x" * 196 + "end", "y" * 200]
     assert len(said) == 1
     assert "2 of 3 prompts are over 200 tokens" in said[0]
@@ -232,7 +233,7 @@ def test_text_of_the_template_before_an_answer_is_not_scored(bytes_tokenizer):
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     answers = ["<think>\n\n</think>\n\nParis", "Rome", "<think>hm</think>Oslo"]
-    assert [a.strip() for a in generation.without_opening(bytes_tokenizer, answers)] == ["Paris", "Rome", answers[2]]
+    assert [a.strip() for a in generate.without_opening(bytes_tokenizer, answers)] == ["Paris", "Rome", answers[2]]
 
 
 @pytest.mark.parametrize(

@@ -580,15 +580,15 @@ def test_what_cannot_be_a_base_is_named_by_its_option(workshop, moved, capsys, k
 
 def test_a_base_that_was_rounded_to_float16_is_known_again():
     """float16 holds fewer exponents than the bfloat16 that hashes compare."""
-    from finetune.models import bases
+    from finetune.models import base_identity
 
     torch.manual_seed(0)
     base = torch.nn.Linear(100, 100)
-    known = bases.hashes(base.half()), bases.values(base.half(), {"weight"})
+    known = base_identity.hashes(base.half()), base_identity.values(base.half(), {"weight"})
     torch.manual_seed(0)
     base = torch.nn.Linear(100, 100)
-    assert (bases.hashes(base, torch.float16), bases.values(base, {"weight"}, torch.float16)) == known
-    assert bases.values(base, {"weight"}) != known[1]
+    assert (base_identity.hashes(base, torch.float16), base_identity.values(base, {"weight"}, torch.float16)) == known
+    assert base_identity.values(base, {"weight"}) != known[1]
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(monkeyp
         def act():
             head._probe(model, model, model)
     elif place == "forecast":
-        from finetune.plan import trace
+        from finetune.forecast import trace
 
         made = trace.Rehearsal.__new__(trace.Rehearsal)
         monkeypatch.setattr(trace.Rehearsal, "_trace", fail)
@@ -218,16 +218,16 @@ def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(monkeyp
         def act():
             made.trace(trace.Shape(1, 1, 1))
     elif place == "best":
-        from finetune.engine.checkpoint import finding
+        from finetune.engine.checkpoint import resume
 
         topology = type("Stub", (), {"on_main": fail})
 
         def act():
-            finding.put_back_best(tmp_path, 1, topology, None)
+            resume.put_back_best(tmp_path, 1, topology, None)
     elif place == "launch":
         from accelerate.commands import launch
 
-        from finetune import launcher
+        from finetune.survival import launcher
 
         monkeypatch.setattr(launch, "_validate_launch_command", fail)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.engine import tracking
+from finetune.engine import metrics
 from finetune.models import parameters
 
 LAYER = 4 * 8 * 8 + 3 * 8 * 16  # q, k, v, o of width 8, and the three matrices of an MLP of width 16
@@ -103,14 +103,14 @@ def test_the_8b_llama_is_counted_as_the_field_does():
     ],
 )
 def test_peak_rates_are_found_by_the_name_of_the_gpu(name, rate):
-    assert tracking.peak_rate(name) == rate
+    assert metrics.peak_rate(name) == rate
 
 
 def test_utilisation_is_of_all_processes_together():
-    assert tracking.utilisation(1000.0, 1e11, 1e14, 1) == 1.0
-    assert tracking.utilisation(1000.0, 1e11, 1e14, 2) == 0.5
-    assert tracking.utilisation(1000.0, 1e11, None, 1) is None
-    assert tracking.utilisation(1000.0, 0.0, 1e14, 1) is None
+    assert metrics.utilisation(1000.0, 1e11, 1e14, 1) == 1.0
+    assert metrics.utilisation(1000.0, 1e11, 1e14, 2) == 0.5
+    assert metrics.utilisation(1000.0, 1e11, None, 1) is None
+    assert metrics.utilisation(1000.0, 0.0, 1e14, 1) is None
 
 
 def test_a_run_keeps_what_its_tokens_cost(workshop):

@@ -12,9 +12,9 @@ from conftest import TINY_LLAMA, losses, read_jsonl
 from torch._dynamo.utils import counters
 
 from finetune import replay
-from finetune.engine import step, tracking
+from finetune.engine import metrics, step
 from finetune.models.attention import attend_within_documents
-from finetune.models.cross_entropy import Finish, nll_in_chunks
+from finetune.models.cross_entropy import LogitTransform, nll_in_chunks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,7 +56,7 @@ def test_fused_kernel_agrees_with_float32_on_the_cpu(window, key_heads, width):
 def test_every_precision_learns(workshop, precision):
     run = workshop.train(model__config=GPU_LLAMA, train__precision=precision, train__max_steps=20, train__epochs=5)
     assert losses(run)[-1] < 0.8 * losses(run)[0]
-    is_known = tracking.peak_rate(torch.cuda.get_device_name()) is not None
+    is_known = metrics.peak_rate(torch.cuda.get_device_name()) is not None
     assert ("mfu" in read_jsonl(run / "metrics.jsonl")[-1]) == is_known
 
 
@@ -123,7 +123,7 @@ def test_fp16_gradient_of_the_head_is_a_sum_in_float32():
         torch.nn.init.zeros_(head.weight)
         with context:
             total = nll_in_chunks(
-                head, head.forward, hidden.to(device).requires_grad_(), targets.to(device), 16, Finish()
+                head, head.forward, hidden.to(device).requires_grad_(), targets.to(device), 16, LogitTransform()
             )
         total.backward()
         return head.weight.grad.cpu()

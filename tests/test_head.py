@@ -29,8 +29,8 @@ MODELS = {
     "mixtral": {"num_local_experts": 2},
 }  # fmt: skip
 FINISHES = {
-    "gemma2": head.Finish(1.0, 3.0), "cohere": head.Finish(0.25), "granite": head.Finish(0.25),
-    "hyperclovax": head.Finish(4.0), "falcon_h1": head.Finish(0.3),
+    "gemma2": head.LogitTransform(1.0, 3.0), "cohere": head.LogitTransform(0.25), "granite": head.LogitTransform(0.25),
+    "hyperclovax": head.LogitTransform(4.0), "falcon_h1": head.LogitTransform(0.3),
 }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def learned_alike(model, smoothing=0.0, tolerance=1e-5):
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_every_gradient_are_those_of_all_logits(chunks_of_a_few, name, smoothing):
     model = make(name)
-    assert head.probe(model) == (FINISHES.get(name, head.Finish()), None)
+    assert head.probe(model) == (FINISHES.get(name, head.LogitTransform()), None)
     assert learned_alike(model, smoothing) >= {
         name for name, _ in model.named_parameters() if "embed_positions" not in name and "expert" not in name
     }
@@ -115,7 +115,7 @@ def test_logits_are_followed_under_every_attention_and_without_weights(name, ker
         kernel = "eager"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
-    assert head.probe(model) == (FINISHES.get(name, head.Finish()), None)
+    assert head.probe(model) == (FINISHES.get(name, head.LogitTransform()), None)
 
 
 ADAPTERS = {
@@ -214,7 +214,7 @@ def test_in_16_bits_the_loss_is_summed_in_32(chunks_of_a_few):
 def test_the_start_of_a_run_proves_the_loss_or_falls_back(monkeypatch, wrong):
     model = make("llama")
     if wrong:
-        monkeypatch.setattr(head, "probe", lambda base: (head.Finish(1.0, 2.0), None))
+        monkeypatch.setattr(head, "probe", lambda base: (head.LogitTransform(1.0, 2.0), None))
     head.install(model)
     said = head.check(model, model, torch.device("cpu"), "fp32")
     assert bool(said) == wrong
@@ -233,7 +233,7 @@ def test_in_float16_the_gradient_of_the_head_is_summed_in_float32():
     with torch.no_grad():
         linear.weight.zero_()
     with torch.autocast("cpu", torch.float16):
-        loss = cross_entropy.nll_in_chunks(linear, linear.forward, hidden, targets, 50, head.Finish())
+        loss = cross_entropy.nll_in_chunks(linear, linear.forward, hidden, targets, 50, head.LogitTransform())
     loss.backward()
     assert linear.weight.grad[0].tolist() == pytest.approx([-98_000.0] * 8, rel=1e-3)
 

@@ -19,9 +19,9 @@ import yaml
 from conftest import ROOT, pairs, tracked, write_jsonl
 
 from finetune import config as configs
-from finetune import launcher
 from finetune.__main__ import COMMANDS
 from finetune.errors import ConfigError
+from finetune.survival import launcher
 
 DOCKERFILE, COMPOSE, SERVICE, SKYPILOT = (
     (ROOT / "docker" / name).read_text() for name in ("Dockerfile", "compose.yaml", "finetune.service", "skypilot.yaml")

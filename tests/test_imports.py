@@ -12,10 +12,10 @@ from conftest import ROOT
 # a package's modules see each other is not enough: the order inside data is listed too.
 ALLOWED = {
     "finetune.errors": [],
-    "finetune.progress": [],
+    "finetune.engine.progress": [],
     "finetune.torch_versions": [],
     "finetune.places": [],
-    "finetune.streams": [],
+    "finetune.console": [],
     "finetune.files": [],
     "finetune.own_code": ["finetune.places", "finetune.failures", "finetune.errors"],
     "finetune.config": ["finetune.config", "finetune.own_code", "finetune.places", "finetune.failures", "finetune.errors"],
@@ -29,13 +29,13 @@ ALLOWED = {
     "finetune.data.packing": [],
     "finetune.data.batches": ["finetune.data.packing", "finetune.data.tokens"],
     "finetune.models": ["finetune.models", "finetune.config", "finetune.torch_versions", "finetune.failures", "finetune.errors"],
-    "finetune.models.policy": ["finetune.models.head", "finetune.models.context", "finetune.data.batches"],
+    "finetune.models.policy": ["finetune.models.head", "finetune.models.context_parallel", "finetune.data.batches"],
     "finetune.objectives": [
         "finetune.models.policy", "finetune.data.batches", "finetune.objectives", "finetune.config", "finetune.own_code",
         "finetune.failures", "finetune.errors",
     ],
     "finetune.engine": [
-        "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.progress",
+        "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.engine.progress",
         "finetune.places", "finetune.torch_versions", "finetune.files", "finetune.failures", "finetune.errors", "finetune.engine",
     ],
     "finetune.export": ["finetune.data", "finetune.models", "finetune.config", "finetune.files", "finetune.failures", "finetune.errors"],
@@ -43,17 +43,17 @@ ALLOWED = {
         "finetune.data", "finetune.models", "finetune.objectives", "finetune.export", "finetune.engine.topology",
         "finetune.engine.trackers", "finetune.config", "finetune.own_code", "finetune.errors",
     ],
-    "finetune.plan": [
-        "finetune.plan", "finetune.models", "finetune.data.batches", "finetune.engine.optim", "finetune.engine.topology",
+    "finetune.forecast": [
+        "finetune.forecast", "finetune.models", "finetune.data.batches", "finetune.engine.optim", "finetune.engine.topology",
         "finetune.config", "finetune.failures", "finetune.errors",
     ],
-    "finetune.plan.command": [
-        "finetune.plan", "finetune.models.parameters", "finetune.engine.topology", "finetune.launcher", "finetune.config",
+    "finetune.forecast.command": [
+        "finetune.forecast", "finetune.models.parameters", "finetune.engine.topology", "finetune.survival.launcher", "finetune.config",
         "finetune.places", "finetune.errors",
     ],
-    "finetune.job": [
-        "finetune.preflight", "finetune.plan", "finetune.models.load", "finetune.models.parameters", "finetune.models.policy", "finetune.objectives", "finetune.engine",
-        "finetune.evaluation.generation",
+    "finetune.run": [
+        "finetune.preflight", "finetune.forecast", "finetune.models.load", "finetune.models.parameters", "finetune.models.policy", "finetune.objectives", "finetune.engine",
+        "finetune.generation.generate",
         "finetune.config", "finetune.places", "finetune.failures", "finetune.errors",
     ],
     "finetune.evaluation": [
@@ -62,8 +62,8 @@ ALLOWED = {
     "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.config", "finetune.errors"],
     "finetune.curves": ["finetune.config", "finetune.errors"],
     "finetune.failures": ["finetune.errors"],
-    "finetune.launcher": ["finetune.launcher", "finetune.engine.rundir", "finetune.places", "finetune.failures", "finetune.errors"],
-    "finetune.replay": ["finetune.engine.topology", "finetune.launcher", "finetune.config", "finetune.places", "finetune.files", "finetune.errors"],
+    "finetune.survival.launcher": ["finetune.survival.launcher", "finetune.engine.rundir", "finetune.places", "finetune.failures", "finetune.errors"],
+    "finetune.replay": ["finetune.engine.topology", "finetune.survival.launcher", "finetune.config", "finetune.places", "finetune.files", "finetune.errors"],
     "finetune.__main__": ["finetune.config", "finetune.places", "finetune.failures", "finetune.errors"],
     "data_scripts": ["finetune.data.rows", "finetune.data.templates", "finetune.data.tokens"],
 }  # fmt: skip
@@ -76,7 +76,7 @@ SHARDING = (
 )
 MAY_SHARD = {
     "finetune.engine.topology": SHARDING, "finetune.engine.checkpoint": ("torch.distributed.checkpoint",),
-    "finetune.torch_versions": ("torch.distributed.checkpoint",), "finetune.engine.trackers": ("accelerate.tracking",), "finetune.launcher": ("accelerate",),
+    "finetune.torch_versions": ("torch.distributed.checkpoint",), "finetune.engine.trackers": ("accelerate.tracking",), "finetune.survival.launcher": ("accelerate",),
 }  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def test_nothing_imports_the_script():
 
 
 @pytest.mark.parametrize(
-    "module", ["finetune.config", "finetune.progress", "finetune.errors", "train", "finetune.__main__"]
+    "module", ["finetune.config", "finetune.engine.progress", "finetune.errors", "train", "finetune.__main__"]
 )
 def test_importing_it_needs_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
@@ -135,5 +135,5 @@ def test_importing_it_needs_no_torch(module):
 @pytest.mark.slow
 def test_a_run_of_all_weights_does_not_wait_for_adapters():
     """peft brings bitsandbytes, and that PyTorch's compiler: half of a start."""
-    code = "import sys, finetune.job, finetune.models.build, finetune.engine.step; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"
+    code = "import sys, finetune.run, finetune.models.build, finetune.engine.step; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT
 from filelock import FileLock
 
-from finetune import launcher
 from finetune.engine.topology import launch
+from finetune.survival import launcher
 
 # What a process of these tests does: its rank picks the argument. It notes its own number, its folder and each signal.
 WORKER = """
@@ -100,7 +100,7 @@ os.write(1, (json.dumps([given, os.environ.get("MASTER_PORT"), sys.argv[1:]]) + 
 MAIN = "import sys; from finetune import launcher; sys.exit(launcher.main(sys.argv[1:]))"
 RUN = """
 import os, sys
-from finetune import launcher
+from finetune.survival import launcher
 worker, *behaviours = sys.argv[1:]
 environments = [{**os.environ, "RANK": str(rank)} for rank in range(len(behaviours))]
 sys.exit(launcher.run(environments, [sys.executable, worker, *behaviours]))
@@ -115,7 +115,7 @@ def worker(tmp_path):
 
 
 @pytest.fixture
-def tell(tmp_path):
+def log(tmp_path):
     path = tmp_path / "tell.py"
     path.write_text(TELL)
     return path
@@ -470,9 +470,9 @@ def told(result):
     return sorted(lines, key=lambda line: int(line[0].get("RANK", "0")))
 
 
-def test_one_process_without_a_topology_file_is_what_python_would_start(tell):
+def test_one_process_without_a_topology_file_is_what_python_would_start(log):
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    assert told(main(tell, "--config", "x.yaml", "--num_processes", "2", env=clean)) == [
+    assert told(main(log, "--config", "x.yaml", "--num_processes", "2", env=clean)) == [
         [{}, None, ["--config", "x.yaml", "--num_processes", "2"]]
     ]
 
@@ -512,8 +512,8 @@ def test_every_topology_file_is_what_it_says(file, monkeypatch):
     name, number, replicas, context = TOPOLOGIES[file.stem]
     nodes = 2 if "multinode" in file.stem else 1
     environments = plan("--config_file", file, *(["--machine_rank", 1] if nodes == 2 else []))
-    wishes = [launch.read(environment) for environment in environments]
-    assert {(w.name, w.num_processes, w.num_replicas, w.num_context) for w in wishes} == {
+    topologies = [launch.read(environment) for environment in environments]
+    assert {(w.name, w.num_processes, w.num_replicas, w.num_context) for w in topologies} == {
         (name, number * nodes, replicas, context)
     }
     first = number * (nodes - 1)
@@ -530,9 +530,9 @@ def test_every_topology_file_is_what_it_says(file, monkeypatch):
         ("fsdp2_context", "--num_processes 2 --parallelism_config_cp_size 2 --parallelism_config_dp_shard_size 1".split()),
     ],
 )  # fmt: skip
-def test_processes_get_what_accelerate_launch_gives_them(tell, monkeypatch, topology, extra):
+def test_processes_get_what_accelerate_launch_gives_them(log, monkeypatch, topology, extra):
     monkeypatch.chdir(ROOT)
-    arguments = ["--config_file", f"accelerate_configs/{topology}.yaml", *extra, "--main_process_port", "0", str(tell)]
+    arguments = ["--config_file", f"accelerate_configs/{topology}.yaml", *extra, "--main_process_port", "0", str(log)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
     theirs = told(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False))
     ours = told(main(*arguments))
@@ -541,13 +541,13 @@ def test_processes_get_what_accelerate_launch_gives_them(tell, monkeypatch, topo
 
 
 @pytest.mark.slow
-def test_two_nodes_count_their_processes_through(tell):
+def test_two_nodes_count_their_processes_through(log):
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
     arguments = "--config_file accelerate_configs/fsdp2_multinode.yaml --num_machines 2 --num_processes 4".split()
     command = [sys.executable, "-c", MAIN, *arguments, "--main_process_port", port, "--machine_rank"]
-    nodes = [subprocess.Popen([*command, rank, tell], cwd=ROOT, stdout=subprocess.PIPE, text=True) for rank in "01"]
+    nodes = [subprocess.Popen([*command, rank, log], cwd=ROOT, stdout=subprocess.PIPE, text=True) for rank in "01"]
     lines = [json.loads(line) for node in nodes for line in node.communicate(timeout=120)[0].splitlines()]
     assert sorted((e["RANK"], e["GROUP_RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"]) for e, _, _ in lines) == [
         ("0", "0", "0", "4"), ("1", "0", "1", "4"), ("2", "1", "0", "4"), ("3", "1", "1", "4"),
@@ -569,10 +569,10 @@ def test_several_processes_without_a_topology_file_are_ddp():
 
 
 @pytest.mark.slow
-def test_what_accelerate_config_has_left_is_not_read(tell, tmp_path):
+def test_what_accelerate_config_has_left_is_not_read(log, tmp_path):
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate/default_config.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
-    lines = told(main("--mixed_precision", "no", tell, env={**os.environ, "HF_HOME": str(tmp_path)}))
+    lines = told(main("--mixed_precision", "no", log, env={**os.environ, "HF_HOME": str(tmp_path)}))
     assert ["WORLD_SIZE" in given for given, _, _ in lines] == [False]
 
 

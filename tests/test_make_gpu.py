@@ -74,8 +74,8 @@ def test_every_case_is_a_run_that_starts(case, tmp_path):
     config = configs.from_dict(correctness.sections({**values, **matrix.BASE, **case.settings}))
     for topology in (case.topology, case.then):
         kind, _, more = (topology or "single").partition("_")
-        wish = launch.Wish(kind, 1, offload=more == "offload", num_context=1)
-        assert not list(support.conflicts(config, wish))
+        parallel = launch.ParallelConfig(kind, 1, offload=more == "offload", num_context=1)
+        assert not list(support.conflicts(config, parallel))
     due = config.train.max_steps // config.checkpoint.every_steps
     assert due >= 2, "two saves and more in each"
 

@@ -13,7 +13,7 @@ from finetune import export
 from finetune.config import Adapter, Model, Optimizer
 from finetune.engine import optim
 from finetune.errors import ConfigError, ModelError
-from finetune.models import adapters, load, parameters, starts
+from finetune.models import adapter_init, adapters, load, parameters
 
 pytestmark = pytest.mark.slow
 
@@ -385,7 +385,7 @@ def test_loftq_begins_closer_to_the_unquantised_model(base, kind):
         adapter = Adapter(kind="qlora", init=init, quantization=kind)
         adapted = adapters.apply(model(adapters.quantization(adapter, torch.float32)), adapter, Model(path=base))
         if init == "loftq":
-            starts.initialise_from_quantization(adapted, model())
+            adapter_init.initialise_from_quantization(adapted, model())
         distances[init] = (adapted(ids).logits - exact).norm().item()
     assert distances["loftq"] < (0.7 if kind == "nf4" else 0.95) * distances["default"]
 

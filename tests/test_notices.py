@@ -30,9 +30,9 @@ from clouds import (
 )
 from conftest import ROOT
 
-from finetune.engine import notices
-from finetune.engine.notices import CLOUDS, Watch
 from finetune.errors import ConfigError
+from finetune.survival import notices
+from finetune.survival.notices import CLOUDS, Watch
 
 LONG_SECONDS = 20  # what a loaded machine may take; a healthy one needs a hundredth
 
@@ -589,7 +589,7 @@ def test_a_watch_keeps_no_process_alive_and_needs_no_torch():
     """It hangs on a server that accepts and never answers while the script ends."""
     script = (
         "import sys\n"
-        "from finetune.engine.notices import Watch\n"
+        "from finetune.survival.notices import Watch\n"
         "Watch('azure', print, print).start()\n"
         "assert 'torch' not in sys.modules\n"
         "print('end')\n"

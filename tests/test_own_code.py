@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune import export
-from finetune.models import bases
+from finetune.models import base_identity
 
 pytestmark = pytest.mark.slow
 
@@ -86,8 +86,8 @@ def test_code_comes_along_and_is_part_of_the_identity(workshop, settings):
     exported = export.load(run / "model", trust_remote_code=True)
     assert type(exported).__name__ == "OwnForCausalLM"
     manifest = json.loads((run / "checkpoints/step-00000005/manifest.json").read_text())
-    assert manifest["identity"]["code of the model"] == bases.code(exported)
+    assert manifest["identity"]["code of the model"] == base_identity.code(exported)
     other = shutil.copytree(run / "model", workshop.folder / "other")
     (other / "modeling_own.py").write_text(MODEL + "    twice = True\n")
-    assert bases.code(export.load(other, trust_remote_code=True)) != bases.code(exported)
-    assert bases.code(export.load(workshop.train("plain") / "model")) == "none"
+    assert base_identity.code(export.load(other, trust_remote_code=True)) != base_identity.code(exported)
+    assert base_identity.code(export.load(workshop.train("plain") / "model")) == "none"

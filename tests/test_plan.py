@@ -16,14 +16,14 @@ from conftest import ROOT, TINY_LLAMA, losses, read_jsonl
 from finetune import config as configs
 from finetune.__main__ import main as command
 from finetune.engine import optim
-from finetune.engine.topology.launch import Wish
+from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, ModelError, OutOfMemory
+from finetune.forecast import choice, memory, trace
+from finetune.forecast.choice import Chooser
+from finetune.forecast.trace import Rehearsal, Shape
+from finetune.forecast.weights import count
 from finetune.models import load
 from finetune.models.build import build
-from finetune.plan import choice, forecast, trace
-from finetune.plan.choice import Chooser
-from finetune.plan.trace import Rehearsal, Shape
-from finetune.plan.weights import count
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ FALCON_7B = {
     "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024,
     "alibi": False, "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "bias": False,
 }  # fmt: skip
-SINGLE, EIGHT = Wish(), {"kind": "fsdp2", "num_processes": 8}
+SINGLE, EIGHT = ParallelConfig(), {"kind": "fsdp2", "num_processes": 8}
 
 
 def config_of(architecture, **changes):
@@ -220,8 +220,8 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
     assert not any(begun.codes(240)), begun.said()
     measured = read_jsonl(workshop.run_dir("measured") / "metrics.jsonl")[-1]["memory_gb"]
     config, _ = configs.parse(["--config", str(path)])
-    wish = Wish(topology, processes)
-    found = Chooser(config, precision=config.train.precision, on_gpu=False).forecast(wish)
+    parallel = ParallelConfig(topology, processes)
+    found = Chooser(config, precision=config.train.precision, on_gpu=False).forecast(parallel)
     is_old = topology == "fsdp2" and torch.__version__.startswith("2.11.")
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.25 if is_old else 0.1), found
 
@@ -257,12 +257,12 @@ def test_the_longest_are_no_longer_than_the_model_has_positions():
 def test_parts_are_divided_by_those_who_share():
     config = config_of(MEASURED, train={"global_batch_size": 8, "precision": "bf16"})
     chooser = Chooser(config, precision="bf16", on_gpu=True)
-    whole, parts = chooser.forecast(SINGLE), chooser.forecast(Wish(**EIGHT))
+    whole, parts = chooser.forecast(SINGLE), chooser.forecast(ParallelConfig(**EIGHT))
     for name in ("weights", "gradients", "optimizer"):
         assert parts.device[name] == pytest.approx(whole.device[name] / 8)
-    hybrid = chooser.forecast(Wish(**EIGHT, num_replicas=2))
+    hybrid = chooser.forecast(ParallelConfig(**EIGHT, num_replicas=2))
     assert hybrid.device["weights"] == pytest.approx(whole.device["weights"] / 4)
-    waiting = chooser.forecast(Wish(**EIGHT, offload=True))
+    waiting = chooser.forecast(ParallelConfig(**EIGHT, offload=True))
     assert waiting.host["optimizer"] == pytest.approx(whole.device["optimizer"] / 8)
     assert waiting.peak < parts.peak
 
@@ -272,18 +272,22 @@ def test_the_fewest_processes_are_the_first_whose_parts_fit():
     chooser = Chooser(config, precision="bf16", on_gpu=True)
 
     def peak(number: int, **more: int) -> float:
-        return chooser.forecast(Wish("fsdp2", number, **more), 1).peak
+        return chooser.forecast(ParallelConfig("fsdp2", number, **more), 1).peak
 
-    assert [chooser.fewest_processes(Wish("fsdp2", 12), peak(number)) for number in (1, 2, 3, 4, 6, 12)] == [1, 2, 3, 4, 6, 12]  # fmt: skip
-    assert chooser.fewest_processes(Wish("fsdp2", 1), peak(4) - 1) == 6, "5 make no whole steps of 12 sequences"
-    assert chooser.fewest_processes(Wish("fsdp2", 4), peak(12) - 1) is None
-    assert chooser.fewest_processes(Wish("fsdp2", 4, num_replicas=2), peak(4, num_replicas=2)) == 4
-    assert chooser.fewest_processes(Wish("fsdp2", 4, num_context=2), peak(6, num_context=2)) == 6
-    assert chooser.fewest_processes(Wish("fsdp2", 8, num_replicas=2, num_context=2), 1e15) == 4, (
+    assert [chooser.fewest_processes(ParallelConfig("fsdp2", 12), peak(number)) for number in (1, 2, 3, 4, 6, 12)] == [1, 2, 3, 4, 6, 12]  # fmt: skip
+    assert chooser.fewest_processes(ParallelConfig("fsdp2", 1), peak(4) - 1) == 6, (
+        "5 make no whole steps of 12 sequences"
+    )
+    assert chooser.fewest_processes(ParallelConfig("fsdp2", 4), peak(12) - 1) is None
+    assert chooser.fewest_processes(ParallelConfig("fsdp2", 4, num_replicas=2), peak(4, num_replicas=2)) == 4
+    assert chooser.fewest_processes(ParallelConfig("fsdp2", 4, num_context=2), peak(6, num_context=2)) == 6
+    assert chooser.fewest_processes(ParallelConfig("fsdp2", 8, num_replicas=2, num_context=2), 1e15) == 4, (
         "two replicas of two that share"
     )
-    assert chooser.fewest_processes(Wish("ddp", 2), chooser.forecast(SINGLE, 1).peak) == 1, "one process has no buckets"
-    assert chooser.fewest_processes(Wish("ddp", 2), peak(1) / 2) is None, "each holds all of it"
+    assert chooser.fewest_processes(ParallelConfig("ddp", 2), chooser.forecast(SINGLE, 1).peak) == 1, (
+        "one process has no buckets"
+    )
+    assert chooser.fewest_processes(ParallelConfig("ddp", 2), peak(1) / 2) is None, "each holds all of it"
     assert chooser.fewest_processes(SINGLE, peak(1) / 2) is None
 
 
@@ -291,7 +295,7 @@ def test_all_at_once_may_fit_where_parts_do_not():
     """With one micro-batch to a step no gradients wait beside its pass."""
     train = {"global_batch_size": 8, "micro_batch_size": 4, "precision": "bf16", "gradient_checkpointing": True}
     chooser = Chooser(config_of(FALCON_7B, train=train, data={"train": "x", "max_length": 512}), precision="bf16", on_gpu=True)  # fmt: skip
-    two = Wish("fsdp2", 2)
+    two = ParallelConfig("fsdp2", 2)
     parts, whole = (chooser.forecast(two, size).peak for size in (1, 4))
     assert whole < parts
     assert chooser.largest_micro_batch(two, whole) == 4
@@ -370,25 +374,25 @@ def test_every_part_of_a_forecast_is_what_arithmetic_says():
     zero = {"reduce_bucket_size": 5e8}
     #           weights, float32, optimizer, gradients, average, copied by a checkpoint, CUDA with NCCL
     wanted = [
-        (Wish("single", 1), (4 * n, 0, 8 * n, 4 * n, 4 * n, 16 * n, 0.6e9)),
-        (Wish("ddp", 8), (4 * n, 0, 8 * n, 0, 4 * n, 2 * n, 1e9)),  # its gradients are in the buckets
-        (Wish("fsdp2", 8), (n / 2, 0, n, n / 2, n / 2, 2 * n, 1e9)),
-        (Wish("zero1", 8, deepspeed={"zero_optimization": zero}), (2 * n, n / 2, n, 2 * n, 0, 1.5 * n, 1e9)),
-        (Wish("zero2", 8, deepspeed={"zero_optimization": zero}), (2 * n, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
-        (Wish("zero3", 8, deepspeed={"zero_optimization": zero}), (n / 4, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
+        (ParallelConfig("single", 1), (4 * n, 0, 8 * n, 4 * n, 4 * n, 16 * n, 0.6e9)),
+        (ParallelConfig("ddp", 8), (4 * n, 0, 8 * n, 0, 4 * n, 2 * n, 1e9)),  # its gradients are in the buckets
+        (ParallelConfig("fsdp2", 8), (n / 2, 0, n, n / 2, n / 2, 2 * n, 1e9)),
+        (ParallelConfig("zero1", 8, deepspeed={"zero_optimization": zero}), (2 * n, n / 2, n, 2 * n, 0, 1.5 * n, 1e9)),
+        (ParallelConfig("zero2", 8, deepspeed={"zero_optimization": zero}), (2 * n, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
+        (ParallelConfig("zero3", 8, deepspeed={"zero_optimization": zero}), (n / 4, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
     ]
-    for wish, parts in wanted:
-        found = chooser.forecast(wish)
+    for parallel, parts in wanted:
+        found = chooser.forecast(parallel)
         names = ("weights", "float32", "optimizer", "gradients", "average")
         sizes = [*(found.device.get(name, 0) for name in names), found.host["checkpoint"], found.device["CUDA"]]
-        assert sizes == pytest.approx(parts), wish.name
+        assert sizes == pytest.approx(parts), parallel.name
         moving = found.peak - sum(
             size for name, size in found.device.items() if name in (*names[:3], "average", "CUDA", "buckets")
         )
-        assert moving > max(found.device["gradients"], found.device["activations"]), wish.name
-    buckets = chooser.forecast(Wish("ddp", 8)).device["buckets"]
+        assert moving > max(found.device["gradients"], found.device["activations"]), parallel.name
+    buckets = chooser.forecast(ParallelConfig("ddp", 8)).device["buckets"]
     assert buckets == pytest.approx(4 * n)
-    accumulates = chooser.forecast(Wish("ddp", 2)).device
+    accumulates = chooser.forecast(ParallelConfig("ddp", 2)).device
     assert (accumulates["buckets"], accumulates["gradients"]) == pytest.approx((4 * n, 4 * n)), (
         "until the first step is over"
     )
@@ -397,8 +401,8 @@ def test_every_part_of_a_forecast_is_what_arithmetic_says():
 def test_zero_keeps_quantised_weights_as_they_are():
     config = config_of(MEASURED, adapter={"kind": "qlora"}, train={"global_batch_size": 8, "precision": "bf16"})
     chooser = Chooser(config, precision="bf16", on_gpu=True)
-    wish = Wish("zero2", 8, deepspeed={"zero_optimization": {}})
-    assert chooser.forecast(wish).device["weights"] == pytest.approx(
+    parallel = ParallelConfig("zero2", 8, deepspeed={"zero_optimization": {}})
+    assert chooser.forecast(parallel).device["weights"] == pytest.approx(
         chooser.forecast(SINGLE).device["weights"], rel=0.05
     )
 
@@ -461,7 +465,7 @@ def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"micro_batch_size": 6, "global_batch_size": 12})}
     )
-    said = choice.advice(config, Wish("ddp", 2), torch.device("cpu"), "fp32")
+    said = choice.advice(config, ParallelConfig("ddp", 2), torch.device("cpu"), "fp32")
     assert said.endswith("try train.micro_batch_size: 3")
 
 
@@ -582,6 +586,6 @@ def test_the_ledger_forgets_what_is_let_go():
 
 def test_glibc_is_known_to_keep_memory(monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    assert forecast.hoards()
+    assert memory.hoards()
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4")
-    assert not forecast.hoards()
+    assert not memory.hoards()

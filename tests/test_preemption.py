@@ -10,8 +10,8 @@ import time
 import pytest
 from conftest import ROOT, session
 
-from finetune.engine.preemption import StopFlag
 from finetune.errors import CheckpointError, Preempted
+from finetune.survival.preemption import StopFlag
 
 
 def send(number: int) -> None:
@@ -29,7 +29,7 @@ def in_a_terminal():
 def test_while_torch_is_imported_a_signal_ends_the_process_even_if_exceptions_are_swallowed(name):
     code = f"""
 import os, signal
-from finetune.engine.preemption import StopFlag
+from finetune.survival.preemption import StopFlag
 StopFlag()
 try:
     os.kill(os.getpid(), signal.{name})
@@ -87,7 +87,7 @@ def test_ctrl_c_in_the_loop_says_at_once_what_happens_and_what_a_second_one_does
 def test_a_second_ctrl_c_quits_at_once():
     code = """
 import os, signal
-from finetune.engine.preemption import StopFlag
+from finetune.survival.preemption import StopFlag
 stop = StopFlag()
 stop.raises()
 stop.only_note()
@@ -102,7 +102,7 @@ for _ in range(2):
 def test_only_a_machine_that_goes_away_limits_the_last_save():
     for number, is_limited in ((signal.SIGTERM, True), (signal.SIGINT, False)):
         stop = flag()
-        stop.configure(grace_seconds=20, max_minutes=None, cloud=None, say=print)
+        stop.configure(grace_seconds=20, max_minutes=None, cloud=None, log=print)
         stop.only_note()
         send(number)
         assert (stop.save_seconds() is not None) == is_limited
@@ -135,7 +135,7 @@ def test_a_signal_that_comes_inside_a_destructor_is_not_lost():
 
 def test_the_first_reason_and_its_deadline_stay():
     stop = flag()
-    stop.configure(grace_seconds=20, max_minutes=None, cloud=None, say=print)
+    stop.configure(grace_seconds=20, max_minutes=None, cloud=None, log=print)
     assert stop.seconds_left() == 20
     stop.only_note()
     send(signal.SIGTERM)
@@ -155,11 +155,11 @@ def test_a_first_interrupt_after_another_signal_is_not_the_second():
 def test_a_deadline_before_the_first_step_is_an_error_and_one_after_the_last_is_none():
     """Trying again would end in the same way; what is saved is another matter."""
     stop = flag()
-    stop.configure(grace_seconds=30, max_minutes=0.2 / 60, cloud=None, say=print)
+    stop.configure(grace_seconds=30, max_minutes=0.2 / 60, cloud=None, log=print)
     with pytest.raises(CheckpointError, match="checkpoint.max_minutes are over before the first step"):
         time.sleep(5)
     stop = flag()
-    stop.configure(grace_seconds=30, max_minutes=1 / 60, cloud=None, say=print)
+    stop.configure(grace_seconds=30, max_minutes=1 / 60, cloud=None, log=print)
     stop.only_note()
     stop.at_once()
     with pytest.raises(Preempted, match="checkpoint.max_minutes are over"):
@@ -177,7 +177,7 @@ def test_a_run_that_has_ended_cannot_be_stopped_any_more():
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from finetune.engine.preemption import StopFlag
+from finetune.survival.preemption import StopFlag
 stop = StopFlag()
 stop.follow_launcher()
 stop.raises()

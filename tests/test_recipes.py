@@ -68,7 +68,7 @@ def rows_for(recipe: dict, folder: Path) -> str:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
     import train
-    from finetune.engine.preemption import StopFlag
+    from finetune.survival.preemption import StopFlag
 
     recipe = yaml.safe_load(path.read_text())
     model = stand_in(workshop, recipe["model"]["path"], bytes_tokenizer)

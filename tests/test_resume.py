@@ -101,8 +101,8 @@ def test_lora_resumes_to_the_bit(workshop, monkeypatch):
 def test_what_a_preempted_run_had_no_time_to_look_at_is_made_up_for(workshop, monkeypatch):
     """Else it would stop at another step, and export another model, than an undisturbed one."""
     from finetune.engine import step as steps
-    from finetune.engine.preemption import StopFlag
     from finetune.errors import Preempted
+    from finetune.survival.preemption import StopFlag
 
     settings = {
         "data__eval_fraction": 0.2, "evaluation__every_steps": 2, "evaluation__patience": 1, "evaluation__export_best": True,
@@ -372,7 +372,7 @@ def test_processes_with_equal_weights_stage_each_tensor_once():
     """Under DDP all hold the same: each stages its share, and together all of it."""
     import torch
 
-    from finetune.engine.checkpoint.shards import Staged, share
+    from finetune.engine.checkpoint.contents import Staged, share
 
     state = {
         "model": {"embedding": torch.zeros(1000), "norm": torch.zeros(10)},
@@ -583,16 +583,16 @@ def test_another_tokenizer_or_template_is_another_run_and_named(workshop, monkey
 
 
 def test_fields_that_a_newer_transformers_knows_are_no_difference():
-    from finetune.engine.checkpoint import finding
+    from finetune.engine.checkpoint import resume
     from finetune.engine.checkpoint.folder import Found
 
     config = configs.from_dict(
         {"run": {"name": "a"}, "model": {"path": "m"}, "data": {"train": "x"}, "optimizer": {"lr": 1}}
     )
     found = Found(Path("step-00000001"), {"config": config.model_dump(), "identity": {"model": {"a": 1}}})
-    finding.require_same_run(found, config, {"model": {"a": 1, "new": 0.5}}, {"a": 2, "new": 0.5})
+    resume.require_same_run(found, config, {"model": {"a": 1, "new": 0.5}}, {"a": 2, "new": 0.5})
     with pytest.raises(RunDirectoryError, match=r"model: new: was 0.5, now 0.6"):
-        finding.require_same_run(found, config, {"model": {"a": 1, "new": 0.6}}, {"a": 2, "new": 0.5})
+        resume.require_same_run(found, config, {"model": {"a": 1, "new": 0.6}}, {"a": 2, "new": 0.5})
 
 
 def test_a_checkpoint_of_another_version_is_named_and_stays(workshop):

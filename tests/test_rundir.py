@@ -16,7 +16,7 @@ from finetune import replay
 from finetune.engine import receipt as receipts
 from finetune.engine import rundir
 from finetune.errors import ConfigError, Outage, Preempted, RunDirectoryError
-from finetune.plan import command as planning
+from finetune.forecast import command as planning
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from finetune import export
 from finetune.__main__ import main
 from finetune.config import base
 from finetune.errors import ConfigError, ModelError
-from finetune.models import bases
+from finetune.models import base_identity
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +121,14 @@ def test_an_adapter_that_names_no_base_needs_one(saved, adapter, capsys, known):
     ids=str,
 )  # fmt: skip
 def test_a_record_of_the_base_with_a_wrong_type_is_damaged(adapter, changes):
-    change(adapter / bases.FILE, **changes)
-    with pytest.raises(ModelError, match=rf"{bases.FILE}: is damaged \({next(iter(changes))}\), so the base"):
-        bases.read(adapter)
+    change(adapter / base_identity.FILE, **changes)
+    with pytest.raises(ModelError, match=rf"{base_identity.FILE}: is damaged \({next(iter(changes))}\), so the base"):
+        base_identity.read(adapter)
 
 
 def test_a_record_of_an_older_version_is_read(adapter):
-    change(adapter / bases.FILE, values=..., architecture=..., loftq=...)
-    assert bases.read(adapter)["loftq"] is False
+    change(adapter / base_identity.FILE, values=..., architecture=..., loftq=...)
+    assert base_identity.read(adapter)["loftq"] is False
 
 
 def test_the_base_of_an_adapter_is_looked_at_before_it_is_opened(saved, adapter, tmp_path):

@@ -21,8 +21,8 @@ from moto.server import ThreadedMotoServer
 
 from finetune.engine.checkpoint import folder, storage
 from finetune.engine.checkpoint.storage import Storage, TakenOver
+from finetune.engine.progress import Progress
 from finetune.errors import CheckpointError, ConfigError
-from finetune.progress import Progress
 
 SECRET = "wJalrXUtnFEMIK7MDENG"
 

@@ -86,14 +86,14 @@ def test_wishes_are_read(tmp_path):
     assert launch.read({}).name == "single"
     assert launch.read({"MASTER_PORT": "tcp://10.0.0.1:80", "LOCAL_RANK": "-1"}).name == "single", "not ours to read"
     assert launch.read({"WORLD_SIZE": "2"}).name == "ddp"
-    assert launch.read({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}) == launch.Wish("fsdp2", 4, offload=True)
+    assert launch.read({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}) == launch.ParallelConfig("fsdp2", 4, offload=True)
     hybrid = launch.read(
         {**PARALLEL, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
     )
     assert (hybrid.name, hybrid.num_replicas) == ("fsdp2_hybrid", 2)
     stage = {"stage": 3, "offload_param": {"device": "cpu"}}
-    wish = launch.read(deepspeed(tmp_path, zero_optimization=stage, gradient_clipping="auto"))
-    assert (wish.name, wish.deepspeed) == ("zero3_offload", {"zero_optimization": stage})
+    parallel = launch.read(deepspeed(tmp_path, zero_optimization=stage, gradient_clipping="auto"))
+    assert (parallel.name, parallel.deepspeed) == ("zero3_offload", {"zero_optimization": stage})
 
 
 def run_config(**changes):
@@ -129,8 +129,8 @@ USES = {
 @pytest.mark.parametrize("feature", [f for f in support.FEATURES if f.refused], ids=lambda f: f.name)
 @pytest.mark.parametrize("topology", support.COLUMNS)
 def test_what_cannot_be_is_an_error_that_says_what_to_take(feature, topology):
-    wish = launch.Wish(topology.removesuffix("_offload"), 2, offload=topology.endswith("_offload"))
-    found = list(support.conflicts(run_config(**USES[feature.name]), wish))
+    parallel = launch.ParallelConfig(topology.removesuffix("_offload"), 2, offload=topology.endswith("_offload"))
+    found = list(support.conflicts(run_config(**USES[feature.name]), parallel))
     why = feature.reason(topology)
     assert found == ([f"{feature.setting}: not with {topology}: {why}"] if why else [])
     assert why is None or re.search("take|leave", why)
@@ -196,7 +196,7 @@ def test_fsdp2_gathers_layers_and_an_untied_head_in_16_bits_and_the_embedding_in
 
     described = AutoConfig.for_model(**TINY_LLAMA, vocab_size=64, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(described)
-    sharing = Fsdp2(launch.Wish("fsdp2", 1), torch.device("cpu"), torch.bfloat16, lambda action: action())
+    sharing = Fsdp2(launch.ParallelConfig("fsdp2", 1), torch.device("cpu"), torch.bfloat16, lambda action: action())
     sharing.prepare(model, lambda shared: None)
 
     def policy(module):
@@ -232,7 +232,7 @@ def test_fsdp2_keeps_the_bits_of_weights_in_4_bits_under_a_float_dtype():
 @pytest.mark.parametrize(("kind", "processes", "together"), [("ddp", 2, False), ("fsdp2", 2, True), ("zero3", 2, True), ("fsdp2", 1, False)])  # fmt: skip
 def test_processes_that_share_a_model_end_their_answers_together(kind, processes, together):
     """Else one leaves `generate` earlier than the others, which wait for its part of the weights."""
-    assert launch.Wish(kind, processes).generates_together is together
+    assert launch.ParallelConfig(kind, processes).generates_together is together
 
 
 def test_each_process_takes_its_own_gpu_before_it_asks_what_that_can_do(monkeypatch):

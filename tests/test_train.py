@@ -25,8 +25,8 @@ from finetune.errors import (
     TrainingDiverged,
     UserError,
 )
-from finetune.evaluation import generation
 from finetune.export import load_tokenizer
+from finetune.generation import generate
 
 
 def test_a_run_leaves_everything_its_contract_names(workshop):
@@ -259,7 +259,7 @@ def test_the_export_is_asked_as_training_asked(workshop):
         return text.rpartition("q<|im_end|>\n")[2]
 
     empty = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert generation.chat_prompt(tokenizer, [Message("user", "q")]).endswith(empty)
+    assert generate.chat_prompt(tokenizer, [Message("user", "q")]).endswith(empty)
     assert asked() == asked(enable_thinking=False) == empty
     assert asked(enable_thinking=True) == "<|im_start|>assistant\n"
 
@@ -270,7 +270,7 @@ def test_rows_with_thoughts_leave_the_export_free_to_think(workshop):
     rows = [*pairs(), {"question": "why", "answer": "<think>hm</think>so"}]
     path = write_jsonl(workshop.folder / "thoughts.jsonl", rows)
     run = workshop.train(data__template=str(template), data__train=str(path))
-    assert generation.chat_prompt(load_tokenizer(run / "model"), [Message("user", "q")]).endswith("assistant\n")
+    assert generate.chat_prompt(load_tokenizer(run / "model"), [Message("user", "q")]).endswith("assistant\n")
     with pytest.raises(DataError, match=r"data\.eval: some of its answers do not begin with"):
         workshop.check("other", data__template=str(template), data__eval=str(path))
 
@@ -645,7 +645,7 @@ def test_chunked_attention_is_not_taken_for_full(workshop):
 
 
 def test_metrics_are_json_also_where_a_number_is_infinite(tmp_path):
-    from finetune.engine.tracking import Log
+    from finetune.engine.metrics import Log
 
     Log(tmp_path / "m.jsonl").add({"step": 1, "grad_norm": math.inf})
     assert json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=lambda c: pytest.fail(c)) == {

@@ -41,7 +41,7 @@ def facts() -> dict[str, Any]:
     if not missing:
         sys.path.insert(0, str(ROOT))
         try:
-            for module in ("train", "finetune.job", "finetune.models.build", "finetune.engine.step", "finetune.export"):
+            for module in ("train", "finetune.run", "finetune.models.build", "finetune.engine.step", "finetune.export"):
                 importlib.import_module(module)
         except Exception as exc:
             missing["finetune"] = f"{type(exc).__name__}: {exc}"
@@ -152,11 +152,11 @@ def open_export(folder: str) -> float:
 def forecast(config: str, on_gpu: bool) -> dict[str, float]:
     """Bytes that `plan` forecasts for one process, and those of them that PyTorch's allocator does not count."""
     from finetune import config as configs
-    from finetune.engine.topology.launch import Wish
-    from finetune.plan.choice import Chooser
+    from finetune.engine.topology.launch import ParallelConfig
+    from finetune.forecast.choice import Chooser
 
     parsed, _ = configs.parse(["--config", config])
-    found = Chooser(parsed, precision=parsed.train.precision, on_gpu=on_gpu).forecast(Wish("single", 1))
+    found = Chooser(parsed, precision=parsed.train.precision, on_gpu=on_gpu).forecast(ParallelConfig("single", 1))
     return {"peak": found.peak, "outside": found.device.get("CUDA", 0.0)}
 
 

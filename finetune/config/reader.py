@@ -51,11 +51,11 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         raise ConfigError(_listed(_problems_of_words(path, unknown, sections) + taken, "the command line"))
     values = read_yaml(path) if path else {}
     folder = Path(paths.expanded(path)).parent if path else None
-    if own_code.is_own(kind := overrides.get("objective.kind", _kind_of("objective", values))):
-        if any(word.startswith("--objective.") for word in unknown):
-            sections = _sections(_own_objective(kind, folder, _where(path, True)))
-            known, unknown = _parser(sections).parse_known_args(unknown)
-            overrides |= vars(known)
+    kind = overrides.get("objective.kind", _kind_of("objective", values))
+    if own_code.is_own(kind) and any(word.startswith("--objective.") for word in unknown):
+        sections = _sections(_own_objective(kind, folder, _where(path, True)))
+        known, unknown = _parser(sections).parse_known_args(unknown)
+        overrides |= vars(known)
     problems = _problems_of_words(path, unknown, sections) + taken
     for key, raw in overrides.items():
         if any(problem.startswith(f"{key}: ") for problem in taken):

@@ -216,7 +216,7 @@ class Problems:
     def count(self, kind: str) -> int:
         return self._counts[kind]
 
-    def tell(self, sums: Mapping[str, str] = MappingProxyType({})) -> None:
+    def raise_if_any(self, sums: Mapping[str, str] = MappingProxyType({})) -> None:
         """Raise DataError if anything was noted: each row, or if there are many, each kind. `sums`: what to say of a kind."""
         if not self:
             return
@@ -304,7 +304,7 @@ def check(
         for number, _ in enumerate(stream, 1):
             if number >= most and not problems:
                 break
-    problems.tell()
+    problems.raise_if_any()
 
 
 def _columns_of(format: str) -> tuple[str, ...]:

@@ -503,7 +503,7 @@ def _build(
                 places.append((index[place.source], place.line, place.row))
         bar.update(len(batch))
     bar.close()
-    problems.tell({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
+    problems.raise_if_any({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
     if not ids_parts:
         raise DataError(
             f"{readers.some(list(sources), most=1)}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"

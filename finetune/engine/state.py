@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from finetune.engine.ema import Ema
-from finetune.progress import Progress
+from finetune.engine.progress import Progress
 
 
 @dataclass

@@ -51,7 +51,7 @@ def train_step(
 
     Raises TrainingDiverged before the weights move if the loss or a gradient is not finite.
     """
-    topology.watchdog.beat()  # the data is there
+    topology.watchdog.heartbeat()  # the data is there
     batches = [topology.part(batch) for batch in batches]
     policy.model.train()
     prepared = _prepared(topology, policy, objective, settings, batches)
@@ -140,7 +140,7 @@ def evaluate(
     own_divisors: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for micro_batches in batches:
-            topology.watchdog.beat()
+            topology.watchdog.heartbeat()
             if topology.any(stop()):
                 policy.model.train(was_training)
                 return None

@@ -52,10 +52,10 @@ class Trackers:
 
     def __init__(
         self, names: Sequence[str], *, project: str, run_name: str, run_id: str, directory: Path, first_step: int,
-        wandb_mode: str | None, about: dict[str, Any], history: list[dict[str, Any]], say: Callable[[str], None],
+        wandb_mode: str | None, about: dict[str, Any], history: list[dict[str, Any]], log: Callable[[str], None],
     ) -> None:  # fmt: skip
         """`about`: config and receipt, stored with the run. `history`: what earlier attempts logged, up to before `first_step`."""
-        self.say = say
+        self.log = log
         self.running: dict[str, Any] = {}
         about = redacted(about)
 
@@ -73,7 +73,7 @@ class Trackers:
             for line in history:  # the newest offline folder replaces the earlier ones when it is synced
                 self._guarded("wandb", self.running["wandb"].log, _numbers(line))
 
-    def log(self, values: dict[str, Any]) -> None:
+    def record(self, values: dict[str, Any]) -> None:
         """Numbers after the step values["step"]; other values are left out."""
         numbers = _numbers(values)
         step = numbers.pop("step")
@@ -93,7 +93,7 @@ class Trackers:
             action(*arguments)
         except Exception as exc:  # an error of theirs must not end a run
             self.running.pop(name, None)
-            self.say(
+            self.log(
                 redacted(f"note: tracker {name} failed; the run continues without it: {type(exc).__name__}: {exc}")
             )
 

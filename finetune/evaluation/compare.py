@@ -21,8 +21,9 @@ from finetune.config.base import model_argument, require_model
 from finetune.data import readers, rows
 from finetune.data.rows import Conversation
 from finetune.errors import DataError, Outage, UserError
-from finetune.evaluation import generation, scores
-from finetune.evaluation.generation import Answer
+from finetune.evaluation import scores
+from finetune.generation import generate
+from finetune.generation.generate import Answer
 
 # How a file of answers begins, so that no other file is replaced.
 ANSWERS = re.compile(rb'\{"row": "(?:[^"\\]|\\.)*", "(?:prompt": \[|wanted": ")')
@@ -50,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns", type=_mapping, default={}, help="map columns with other names, as data.columns does"
     )
-    parser.add_argument("--limit", type=generation.at_least(1), default=None, help="use only the first N rows")
-    parser.add_argument("--max-new-tokens", type=generation.at_least(1), default=256, help="longest answer")
+    parser.add_argument("--limit", type=generate.at_least(1), default=None, help="use only the first N rows")
+    parser.add_argument("--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer")
     parser.add_argument(
-        "--batch-size", type=generation.at_least(1), default=64, help="number of answers to generate at once"
+        "--batch-size", type=generate.at_least(1), default=64, help="number of answers to generate at once"
     )
-    parser.add_argument("--examples", type=generation.at_least(0), default=5, help="rows printed in full")
+    parser.add_argument("--examples", type=generate.at_least(0), default=5, help="rows printed in full")
     parser.add_argument(
         "--output",
         default=None,
@@ -79,13 +80,13 @@ def main(arguments: argparse.Namespace) -> None:
         export.require_base(arguments.base)
     conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
     tokenizer = export.load_chat_tokenizer(arguments.tuned, arguments.trust_remote_code)
-    generation.refuse_control_tokens(tokenizer, conversations)
+    generate.refuse_control_tokens(tokenizer, conversations)
     wanted = [conversation.messages[-1].content for conversation in conversations]
     given: dict[str, list[Answer]] = {}
     of_base = export.load_tokenizer(arguments.base, arguments.trust_remote_code)
     of_base.chat_template = tokenizer.chat_template
     for name, path, own in (("base", arguments.base, of_base), ("tuned", arguments.tuned, tokenizer)):
-        prompts = [generation.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
+        prompts = [generate.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
         model = export.load(
             path,
             trust_remote_code=arguments.trust_remote_code,
@@ -94,10 +95,10 @@ def main(arguments: argparse.Namespace) -> None:
         if name == "base" and (note := export.other_base(arguments.tuned, model)):
             print(f"note: {note}", file=sys.stderr)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-        answers = generation.answers(
+        answers = generate.answers(
             model, own, prompts, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name
         )
-        texts = generation.without_opening(own, [answer.text for answer in answers])
+        texts = generate.without_opening(own, [answer.text for answer in answers])
         given[name] = [replace(answer, text=text) for answer, text in zip(answers, texts)]
     results = {
         score: {name: [rule(a.text, w) for a, w in zip(answers, wanted)] for name, answers in given.items()}
@@ -165,7 +166,7 @@ def read(source: str, format: str, columns: dict[str, str], limit: int | None) -
             format = rows.detect_format(found, "line", columns, learned=False)
         stream = rows.conversations(found, format, columns, "line", None, problems, unread, learned=False)
         read = list(islice(stream, limit))
-        problems.tell()
+        problems.raise_if_any()
     except UserError as exc:  # which speaks of the run config
         raise type(exc)(str(exc).replace("data.columns", "--columns")) from exc
     if problems.num_empty:

@@ -16,7 +16,7 @@ from finetune import failures
 from finetune.config import Adapter, Full, Model, QLora
 from finetune.config.base import ADAPTER_WEIGHTS, adapter_problem
 from finetune.errors import ModelError
-from finetune.models import bases, load, starts
+from finetune.models import adapter_init, base_identity, load
 
 if TYPE_CHECKING:  # peft brings bitsandbytes, and this the compiler: seconds that a run of all weights need not wait
     from peft import PeftModel
@@ -39,12 +39,12 @@ def apply(
             raise ModelError("adapter.freeze: freezes the embedding, so model.new_tokens would never be learned")
         return model
     form = quantization(adapter, dtype)
-    record = bases.record(
+    record = base_identity.record(
         model, dtype, form, loftq=adapter.init == "loftq", new_tokens=base.new_tokens, new_token_ids=new_token_ids
     )
-    if adapter.path and (known := bases.read(Path(adapter.path))):
-        bases.require_same(record, known, Path(adapter.path))
-        bases.require_architecture(model, known, Path(adapter.path))
+    if adapter.path and (known := base_identity.read(Path(adapter.path))):
+        base_identity.require_same(record, known, Path(adapter.path))
+        base_identity.require_architecture(model, known, Path(adapter.path))
         record["loftq"] = known["loftq"]
     ends = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
     adapted = _continued(model, adapter.path) if adapter.path else _fresh(model, adapter, bool(new_token_ids))
@@ -273,7 +273,7 @@ def _whole_parts(model: "PeftModel") -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in named if p.requires_grad and "lora_" not in name]
 
 
-def trains_ends(model: nn.Module) -> bool:
+def trains_embedding_and_head(model: nn.Module) -> bool:
     """Whether any weight of embedding or head trains."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return any(p.requires_grad for module in ends if module is not None for p in module.parameters())
@@ -314,6 +314,6 @@ def copy_dequantized(source: nn.Module, target: nn.Module) -> None:
     from peft.utils.integrations import dequantize_bnb_weight
 
     for name, module in source.named_modules():
-        if type(module).__name__ in starts.QUANTIZED:
+        if type(module).__name__ in adapter_init.QUANTIZED:
             weight = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
             target.get_submodule(name).weight.data.copy_(weight)

@@ -18,13 +18,13 @@ from transformers import AttentionInterface
 from finetune import torch_versions
 from finetune.config import PADDED_ATTENTION
 from finetune.errors import ModelError
-from finetune.models import context, documents
+from finetune.models import context_parallel, varlen_cpu
 
 NAME = "documents"
 HEAD_UNIT, LARGEST_HEAD = 8, 256  # what FlashAttention-2's kernel takes: multiples of 8, at most 256
 
 
-def pads(implementation: str) -> bool:
+def is_padded(implementation: str) -> bool:
     """Whether it trains padded rectangles; else sequences lie end to end."""
     return implementation in PADDED_ATTENTION
 
@@ -33,7 +33,7 @@ def pads(implementation: str) -> bool:
 def own_attention(base: Any) -> Iterator[None]:
     """Let a model attend as a user who opens it has it, for as long as the block runs. One that pads does already."""
     kernel = base.config._attn_implementation
-    if pads(kernel):
+    if is_padded(kernel):
         yield
         return
     base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
@@ -126,9 +126,9 @@ def attend_within_documents(
         count = torch.distributed.get_world_size(sequence_group)
         if key.shape[1] % count:  # too few heads of keys and values to go round: each head of queries gets its own
             key, value = _repeated(query, key), _repeated(query, value)
-        query, key, value = (context.exchange(states, sequence_group, 1, 2) for states in (query, key, value))
+        query, key, value = (context_parallel.exchange(states, sequence_group, 1, 2) for states in (query, key, value))
     out = _attend(query, key, value, cu_seq_lens_q, max_length_q, document_lengths, scaling, dropout, sliding_window)
-    return (out if sequence_group is None else context.exchange(out, sequence_group, 1, 2)), None
+    return (out if sequence_group is None else context_parallel.exchange(out, sequence_group, 1, 2)), None
 
 
 def _attend(
@@ -144,10 +144,10 @@ def _attend(
     if plain and fits and _has_flash_kernels(query.device):
         return _varlen(query, key, value, bounds, longest, scale, sliding_window)
     if plain and query.device.type == "cpu":
-        out, _ = documents.one_by_one(query, key, value, bounds, scale, sliding_window or 0)
+        out, _ = varlen_cpu.one_by_one(query, key, value, bounds, scale, sliding_window or 0)
         return out
     if lengths is None:  # a call without a batch: this waits for the device
-        lengths = SimpleNamespace(values=documents.lengths_of(bounds))
+        lengths = SimpleNamespace(values=varlen_cpu.lengths_of(bounds))
     return _one_by_one(query, key, value, lengths, scale, dropout, sliding_window or 0)
 
 
@@ -184,7 +184,7 @@ def _one_by_one(
         F.scaled_dot_product_attention(
             query[:, :, part], key[:, :, part], value[:, :, part], attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scale
         ).transpose(1, 2)
-        for part, band in documents.each(lengths.values, window, query.device)
+        for part, band in varlen_cpu.each(lengths.values, window, query.device)
     ]  # fmt: skip
     return torch.cat(outputs, dim=1)
 
@@ -208,7 +208,7 @@ def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, 
     with torch.no_grad():
         probe = _Probe(model, base, device)
         probe.require_causal(probe.whole)
-        if not pads(kernel):
+        if not is_padded(kernel):
             probe.require_separate()
             exact = precision == "fp32" and next(model.parameters()).dtype == torch.float32
             probe.require_like_own(kernel, 1e-4 if exact else 5e-2)
@@ -294,7 +294,9 @@ def inputs_of(tokens: torch.Tensor, lengths: list[int], base: Any) -> dict[str, 
         "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
         "document_lengths": SimpleNamespace(values=lengths),
     }  # fmt: skip
-    separate = {"attention_mask": torch.ones_like(tokens)} if pads(base.config._attn_implementation) else of_documents
+    separate = (
+        {"attention_mask": torch.ones_like(tokens)} if is_padded(base.config._attn_implementation) else of_documents
+    )
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
     return {"input_ids": tokens, "position_ids": positions, "use_cache": False, **separate}
 

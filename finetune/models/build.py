@@ -7,7 +7,7 @@ import torch
 
 from finetune.config import Config
 from finetune.errors import ModelError
-from finetune.models import adapters, embeddings, head, layers, load, parameters, starts
+from finetune.models import adapter_init, adapters, embeddings, head, load, parameters, recompute
 
 
 def build(
@@ -38,15 +38,17 @@ def build(
     model = adapters.apply(base, config.adapter, config.model, dtype, new_token_ids)
     init = None if config.adapter.kind == "full" else config.adapter.init
     if with_weights and init == "loftq":
-        starts.initialise_from_quantization(model, load_base(None))
+        adapter_init.initialise_from_quantization(model, load_base(None))
     elif with_weights and init == "eva":
-        starts.initialise_from_data(model.to(device), first_inputs())
+        adapter_init.initialise_from_data(model.to(device), first_inputs())
     head.install(base)
     if config.train.neftune_alpha is not None:
         embeddings.add_noise(base, config.train.neftune_alpha)
     if config.train.compile or config.train.gradient_checkpointing:
-        layers.wrap(
-            base, compiled=config.train.compile, num_recomputed=layers.chosen(base, config.train.gradient_checkpointing)
+        recompute.wrap(
+            base,
+            compiled=config.train.compile,
+            num_recomputed=recompute.chosen(base, config.train.gradient_checkpointing),
         )
     if with_weights and (broken := parameters.not_finite(model)):
         raise ModelError(

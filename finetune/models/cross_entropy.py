@@ -26,7 +26,7 @@ def block_bytes(device_type: str) -> int:
 
 
 @dataclass(frozen=True)
-class Finish:
+class LogitTransform:
     """What a model does to its logits after the projection: cap * tanh(scale * x / cap), or scale * x."""
 
     scale: float = 1.0
@@ -66,7 +66,7 @@ def logprobs_and_entropy(
 
 def nll_in_chunks(
     head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor,
-    vocab_size: int, finish: Finish, smoothing: float = 0.0, weights: torch.Tensor | None = None,
+    vocab_size: int, finish: LogitTransform, smoothing: float = 0.0, weights: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Sum of the losses of hidden [S, H] and labels int64 [S], float32; where the weights of `head` are whole.
 
@@ -94,7 +94,7 @@ def nll_in_chunks(
 
 def logprobs_in_chunks(
     project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor,
-    vocab_size: int, finish: Finish, with_entropy: bool,
+    vocab_size: int, finish: LogitTransform, with_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(log-probabilities, entropies or nothing) of hidden [S, H] and labels int64 [S], float32 [S], in nats.
 
@@ -115,7 +115,7 @@ class _ThroughMatrix(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
-        weights: torch.Tensor | None, finish: Finish, smoothing: float,
+        weights: torch.Tensor | None, finish: LogitTransform, smoothing: float,
     ) -> torch.Tensor:  # fmt: skip
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = _arithmetic(hidden)
@@ -174,7 +174,7 @@ class _Sum:
 
 
 def _cross_entropy_(
-    raw_CV: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None, finish: Finish, smoothing: float, needs_grad: bool
+    raw_CV: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None, finish: LogitTransform, smoothing: float, needs_grad: bool
 ) -> torch.Tensor:  # fmt: skip
     """Sum of weighted losses in float32. What it is given becomes its gradient.
 

@@ -17,7 +17,7 @@ from torch import nn
 from finetune import failures
 from finetune.models import attention
 from finetune.models.cross_entropy import (
-    Finish,
+    LogitTransform,
     cross_entropy_sum,
     logprobs_and_entropy,
     logprobs_in_chunks,
@@ -92,7 +92,7 @@ def _of_logits(logits: torch.Tensor, question: Question) -> dict[str, torch.Tens
 
 
 def _of_states(
-    head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, vocab_size: int, finish: Finish, question: Question
+    head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, vocab_size: int, finish: LogitTransform, question: Question
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     answers = {}
     if "nll" in question.want:
@@ -137,7 +137,7 @@ def check(model: Any, base: Any, device: torch.device, precision: str) -> str | 
     )
 
 
-def probe(base: Any) -> tuple[Finish | None, str | None]:
+def probe(base: Any) -> tuple[LogitTransform | None, str | None]:
     """(what the model's own code does between projection and logits, None), or (None, why that is unknown).
 
     Found by running that code: numbers take the place of what the projection gives. The layers are
@@ -157,7 +157,7 @@ def probe(base: Any) -> tuple[Finish | None, str | None]:
     return None, why or "it has no layers apart from its output projection"
 
 
-def _probe(base: Any, head: nn.Module, layers: nn.Module) -> tuple[Finish | None, str | None]:
+def _probe(base: Any, head: nn.Module, layers: nn.Module) -> tuple[LogitTransform | None, str | None]:
     given = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([1e-3, 1e6])])[None, None]
     device = next(base.parameters()).device
     try:
@@ -171,7 +171,7 @@ def _probe(base: Any, head: nn.Module, layers: nn.Module) -> tuple[Finish | None
         return None, "its forward does more than finish the logits"
     x, y = given.flatten().double(), got.flatten().double()
     slope, top = float(y[-2] / x[-2]), float(y[-1])
-    for finish in (Finish(_tidy(slope)), Finish(_tidy(slope), _tidy(top))):
+    for finish in (LogitTransform(_tidy(slope)), LogitTransform(_tidy(slope), _tidy(top))):
         if finish.scale > 0 and finish.cap != 0 and torch.allclose(finish(x), y, rtol=1e-4, atol=1e-5):
             return finish, None
     return None, "its forward does more than scale or cap the logits"

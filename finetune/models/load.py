@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from finetune import failures
 from finetune.config import Model, base
 from finetune.errors import ModelError
-from finetune.models import bases, embeddings
+from finetune.models import base_identity, embeddings
 
 PADS = (
     "<|pad|>",
@@ -383,7 +383,7 @@ def _reason(exc: Exception, said: Mapping[str, Any] | None) -> str:
     of_torch = re.search(r"module 'torch' has no attribute '(\w+)'", str(exc))  # a dtype
     unknown = of_torch[1] if of_torch else exc.args[0] if isinstance(exc, KeyError) and exc.args else None
     for name, value in (
-        *bases.fields(dict(said or {})),
+        *base_identity.fields(dict(said or {})),
         *((name, (said or {}).get(name)) for name in ("dtype", "torch_dtype")),
     ):
         if isinstance(value, str) and value == unknown:

@@ -75,14 +75,16 @@ def flops_per_token(trained: float, frozen: float, attention: float) -> float:
     return 6.0 * trained + 4.0 * frozen + 12.0 * attention
 
 
-def fingerprints(model: nn.Module, own_part: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | str]:
+def fingerprints(model: nn.Module, local_shard: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | str]:
     """Name -> what tells whether a weight has moved: the float64 sum of its values, or a hash of quantised ones with their scales.
 
     `own_part`: what this process holds of a weight.
     """
     scales = {id(m.weight): _scales(m) for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
     return {
-        name: float(own_part(p).sum(dtype=torch.float64)) if id(p) not in scales else _hash(own_part(p), *scales[id(p)])
+        name: float(local_shard(p).sum(dtype=torch.float64))
+        if id(p) not in scales
+        else _hash(local_shard(p), *scales[id(p)])
         for name, p in model.named_parameters()
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from finetune.data.batches import Batch
-from finetune.models import context
+from finetune.models import context_parallel
 from finetune.models.head import WANTS, Question
 
 
@@ -50,7 +50,7 @@ class Policy:
         every document counts once.
         """
         sums = values_S.new_zeros(batch.num_documents).index_add(0, batch.document, values_S)
-        return sums if batch.group is None else context.sum_over(sums, batch.group)[batch.owned]
+        return sums if batch.group is None else context_parallel.sum_over(sums, batch.group)[batch.owned]
 
     def without_adapters(self) -> AbstractContextManager[Any]:
         """Inside, the model is the base that its adapters were put on. Raises ValueError if it has none."""

@@ -26,9 +26,9 @@ def main() -> None:
                 except ValueError as exc:
                     raise kind("why") from exc
 
-        tell("on_main", kind, lambda: processes.on_main(where_it_happened))
-        tell("on_every", kind, lambda: processes.on_every(lambda: where_it_happened(always=False)))
-    tell("both", UserError, lambda: processes.on_every(lambda: fail(TopologyError if rank == 0 else UserError)))
+        log("on_main", kind, lambda: processes.on_main(where_it_happened))
+        log("on_every", kind, lambda: processes.on_every(lambda: where_it_happened(always=False)))
+    log("both", UserError, lambda: processes.on_every(lambda: fail(TopologyError if rank == 0 else UserError)))
     assert processes.on_main(lambda: rank) == 0
     assert processes.on_every(lambda: rank) == rank
     torch.distributed.destroy_process_group()
@@ -38,7 +38,7 @@ def fail(kind):
     raise kind("why")
 
 
-def tell(verb, kind, act):
+def log(verb, kind, act):
     try:
         act()
     except BaseException as exc:

@@ -22,10 +22,10 @@ from invariants import objectives
 import train
 from finetune import config as configs
 from finetune.engine import step
-from finetune.engine.preemption import StopFlag
 from finetune.engine.topology import Topology, fsdp
 from finetune.objectives import base
 from finetune.objectives.sft import Sft
+from finetune.survival.preemption import StopFlag
 
 
 def main() -> None:

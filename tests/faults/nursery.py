@@ -26,7 +26,7 @@ import torch
 from conftest import ROOT, Workshop, read_jsonl
 from safetensors.torch import load_file
 
-from finetune import launcher
+from finetune.survival import launcher
 
 PROTOCOL = {
     str(ROOT / "finetune/engine/checkpoint" / name) for name in ("finding.py", "folder.py", "saver.py", "shards.py")

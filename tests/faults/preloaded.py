@@ -11,9 +11,9 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from faults import nursery  # noqa: F401
 
 import train  # noqa: F401
-from finetune import export, job, preflight  # noqa: F401
+from finetune import export, preflight, run  # noqa: F401
 from finetune.engine import optim, step, trackers, tracking  # noqa: F401
-from finetune.engine.checkpoint import finding, saver, storage  # noqa: F401
+from finetune.engine.checkpoint import resume, saver, storage  # noqa: F401
 from finetune.engine.topology import fsdp, zero  # noqa: F401
 from finetune.models import adapters, build, parameters  # noqa: F401
 

@@ -8,7 +8,7 @@ from clouds import ASKED_FOR, FINAL, REASONS, REBALANCE, REBALANCED, Metadata
 from conftest import Workshop, losses, pairs, read_jsonl, write_jsonl
 from faults.nursery import in_the_long_form, same_end, start, to_the_end, wait_for
 
-from finetune.engine.notices import CLOUDS
+from finetune.survival.notices import CLOUDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from finetune.engine.progress import Progress
 from finetune.errors import CheckpointError, RunDirectoryError
 from finetune.files import flush, json_sha256, sha256
-from finetune.progress import Progress
 
 FORMAT = 3  # 2: without the fields of the model's config, tokenizer, template and starting weights
 MANIFEST = "manifest.json"

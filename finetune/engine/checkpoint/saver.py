@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune import failures
-from finetune.engine.checkpoint import folder, shards
+from finetune.engine.checkpoint import contents, folder
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.engine.topology.processes import first_error
@@ -28,7 +28,7 @@ class Saver:
 
     def __init__(
         self, root: Path, topology: Topology, storage: "Storage | None", *, about: dict[str, Any], every_minutes: float | None,
-        keep_last: int, asynchronous: bool, grace_seconds: float, resumed_from: int | None, say: Callable[[str], None],
+        keep_last: int, asynchronous: bool, grace_seconds: float, resumed_from: int | None, log: Callable[[str], None],
         record: Callable[[dict[str, Any]], None], before: Callable[[], None],
     ) -> None:  # fmt: skip
         """`about` goes into the manifest: what a resumption must agree with.
@@ -39,9 +39,9 @@ class Saver:
         self.root, self.storage, self.about = root, storage, about
         self.every_minutes, self.keep_last, self.asynchronous = every_minutes, keep_last, asynchronous
         self.grace_seconds = grace_seconds
-        self.resumed_from, self.say, self.record, self.before = resumed_from, say, record, before
+        self.resumed_from, self.log, self.record, self.before = resumed_from, log, record, before
         self.topology, self.background = topology, topology.processes.apart()
-        self.stager = shards.Stager(topology, copies=asynchronous)
+        self.stager = contents.Stager(topology, copies=asynchronous)
         self.saved_at = time.monotonic()
         self.last_seconds = 0.0
         """From the beginning of the last save to its end."""
@@ -67,7 +67,7 @@ class Saver:
         is reported; the third in a row raises CheckpointError. `seconds_left`: until the machine goes; None: it stays.
         """
         if seconds_left is not None and self.last_seconds > max(0.0, seconds_left):
-            self.say(
+            self.log(
                 f"note: the last save took {self.last_seconds:.3g} s, and about {max(0.0, seconds_left):.3g} s are left: "
                 f"a save that is under way is finished first, then step {state.progress.step} is saved if there is time"
             )
@@ -112,7 +112,7 @@ class Saver:
         self._failures, self.last_seconds = 0, self._facts["seconds"]
         if self.last_seconds > self.grace_seconds and not self._is_warned:
             self._is_warned = True
-            self.say(
+            self.log(
                 f"note: the save of step {step} took {self.last_seconds:.3g} s, longer than checkpoint.grace_seconds ({self.grace_seconds:g}): "
                 "a machine that goes away may go before it is done; save more often, or get more grace"
             )
@@ -130,7 +130,7 @@ class Saver:
 
     def _wait(self) -> None:
         assert self._thread is not None
-        self.topology.watchdog.rest(f"the save of step {self._facts['step']}", self.background.waiting)
+        self.topology.watchdog.pause(f"the save of step {self._facts['step']}", self.background.waiting)
         if self._thread.is_alive():
             self._thread.join()
 
@@ -146,9 +146,9 @@ class Saver:
             own = CheckpointError(f"process {processes.rank}: the thread that saves ended without a result")
         if own is not None:
             self.background.leave()
-        watchdog.rest(f"the end of the save of step {self._facts['step']}", processes.waiting)
+        watchdog.pause(f"the end of the save of step {self._facts['step']}", processes.waiting)
         everyone = processes.gather((own, "bytes" in self._facts))
-        watchdog.rest(f"the save of step {self._facts['step']}")
+        watchdog.pause(f"the save of step {self._facts['step']}")
         errors, is_whole = [error for error, _ in everyone], any(whole for _, whole in everyone)
         first = first_error(errors)
         if first is None:
@@ -186,11 +186,11 @@ class Saver:
         said = f"checkpoint of step {step} {what}: {problem}"
         if self._failures == MOST_FAILURES:
             raise CheckpointError(f"{said}; {MOST_FAILURES} saves in a row have failed, and {newest}") from problem
-        self.say(
+        self.log(
             f"note: {said}; {newest}, and training continues ({self._failures} of {MOST_FAILURES} failures in a row)"
         )
 
-    def _run(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:
+    def _run(self, staged: contents.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:
         """Do all of the thread's work: what ends it waits for `settle`."""
         try:
             self._write(staged, manifest, best)
@@ -204,7 +204,7 @@ class Saver:
         if self.topology.device.type == "cuda":
             torch.cuda.set_device(self.topology.device)
 
-    def _write(self, staged: shards.Staged, manifest: dict[str, Any], best: int | None) -> None:
+    def _write(self, staged: contents.Staged, manifest: dict[str, Any], best: int | None) -> None:
         # Where one process alone fails outside `on_every` or `on_main`, the others wait until `_ended` ends it.
         processes, root, step = self.background, self.root, manifest["progress"]["step"]
         processes.on_every(self._use_own_gpu)
@@ -216,8 +216,8 @@ class Saver:
 
         writing: Path = processes.on_main(begin)
         try:
-            shards.write(writing, staged, processes)
-            wrote = processes.gather(processes.on_every(lambda: shards.written(writing, staged, processes.rank)))
+            contents.write(writing, staged, processes)
+            wrote = processes.gather(processes.on_every(lambda: contents.written(writing, staged, processes.rank)))
             names: list[str] = processes.on_main(lambda: self._all_there(writing, wrote))
             mine = names[processes.rank :: processes.number]
             described = processes.gather(processes.on_every(lambda: folder.described(writing, mine)))

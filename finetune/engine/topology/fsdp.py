@@ -18,22 +18,26 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetune import torch_versions
-from finetune.engine.topology import empty
-from finetune.engine.topology.launch import Wish
+from finetune.engine.topology import meta
+from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError
-from finetune.models import layers
+from finetune.models import recompute
 
 
 class Fsdp2:
     def __init__(
-        self, wish: Wish, device: torch.device, dtype: torch.dtype | None, on_main: Callable[[Callable[[], Any]], Any]
+        self,
+        parallel: ParallelConfig,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        on_main: Callable[[Callable[[], Any]], Any],
     ) -> None:
         """`dtype` of the arithmetic; None for float32."""
-        self.wish, self.device, self.dtype, self.on_main = wish, device, dtype, on_main
-        shards = wish.num_processes // wish.num_replicas
-        hybrid = wish.num_replicas > 1
+        self.parallel, self.device, self.dtype, self.on_main = parallel, device, dtype, on_main
+        shards = parallel.num_processes // parallel.num_replicas
+        hybrid = parallel.num_replicas > 1
         self.mesh = init_device_mesh(
-            device.type, (wish.num_replicas, shards) if hybrid else (shards,),
+            device.type, (parallel.num_replicas, shards) if hybrid else (shards,),
             mesh_dim_names=("replicate", "shard") if hybrid else ("shard",),
         )  # fmt: skip
 
@@ -50,9 +54,9 @@ class Fsdp2:
         """
         self._store_as_floats(model)
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        buffers = self.on_main(lambda: empty.buffers_of(model))
-        empty.move(model, "meta")
-        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.wish.offload else OffloadPolicy()
+        buffers = self.on_main(lambda: meta.buffers_of(model))
+        meta.move(model, "meta")
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.parallel.offload else OffloadPolicy()
         root = (
             model.get_base_model() if hasattr(model, "get_base_model") else model
         )  # what generates, with or without adapters
@@ -72,11 +76,11 @@ class Fsdp2:
             # By itself, it is whole during the lookup only, and not until the end of the pass.
             fully_shard(embedding, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)
         fully_shard(root, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)
-        model.to_empty(device="cpu" if self.wish.offload else self.device)
+        model.to_empty(device="cpu" if self.parallel.offload else self.device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 self._send(weights.pop(name), parameter)
-        empty.put_buffers(model, buffers, self.device)
+        meta.put_buffers(model, buffers, self.device)
         if self.dtype is not None:
             root.forward = _in_precision(root.forward, self.device, self.dtype)
         self._verify(model, root)
@@ -92,9 +96,9 @@ class Fsdp2:
                     module.weight = nn.Parameter(torch_versions.as_floats(packed, dtype), requires_grad=False)
 
     def _layers(self, model: nn.Module) -> list[nn.Module]:
-        classes = self.wish.layer_classes or tuple(layers.classes(model))
+        classes = self.parallel.layer_classes or tuple(recompute.classes(model))
         found = [module for module in model.modules() if type(module).__name__ in classes]
-        wrong = [name for name in self.wish.layer_classes if name not in {type(layer).__name__ for layer in found}]
+        wrong = [name for name in self.parallel.layer_classes if name not in {type(layer).__name__ for layer in found}]
         if not found or wrong or any(layer is model for layer in found):
             raise ConfigError(
                 f"fsdp_transformer_layer_cls_to_wrap: {' or '.join(wrong or classes) or '(none is known)'} is not a layer class of this model; "
@@ -152,7 +156,7 @@ class Fsdp2:
             moved: Any = parameter.detach().to(self.device)  # parts in host memory are gathered on the device
             yield name, moved.full_tensor()
 
-    def own_part(self, parameter: Any) -> torch.Tensor:
+    def local_shard(self, parameter: Any) -> torch.Tensor:
         local: torch.Tensor = parameter.detach().to_local()
         return local
 

@@ -1,4 +1,4 @@
-"""What the launcher asks for: the environment that `accelerate launch` makes of a topology file -> Wish. No torch."""
+"""What the launcher asks for: the environment that `accelerate launch` makes of a topology file -> ParallelConfig. No torch."""
 
 import json
 import os
@@ -22,7 +22,7 @@ OWNED = {
 
 
 @dataclass(frozen=True)
-class Wish:
+class ParallelConfig:
     """How processes are to share the model. `kind`: single, ddp, fsdp2, zero1, zero2 or zero3."""
 
     kind: str = "single"
@@ -62,7 +62,7 @@ class Wish:
         return self.kind.startswith("zero")
 
 
-def read(environment: Mapping[str, str] = os.environ) -> Wish:
+def read(environment: Mapping[str, str] = os.environ) -> ParallelConfig:
     """Raises ConfigError for wishes that would be dropped, or would change the arithmetic, in silence."""
     number = _whole(environment, "WORLD_SIZE", 1)
     if number > 1:
@@ -82,9 +82,9 @@ def read(environment: Mapping[str, str] = os.environ) -> Wish:
         raise ConfigError(
             f"the launcher sets gradient_clipping to {clipping}; remove it there: train.max_grad_norm decides"
         )
-    for name, wish in (("MEGATRON_LM", "Megatron-LM"), ("FP8", "fp8"), ("TPU", "TPUs")):
+    for name, feature in (("MEGATRON_LM", "Megatron-LM"), ("FP8", "fp8"), ("TPU", "TPUs")):
         if _is_on(environment, f"ACCELERATE_USE_{name}"):
-            raise ConfigError(f"the topology file asks for {wish}, which is not supported; see docs/topologies.md")
+            raise ConfigError(f"the topology file asks for {feature}, which is not supported; see docs/topologies.md")
     if (compiler := environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
         raise ConfigError(f"the topology file sets dynamo_backend: {compiler}; remove it: train.compile decides")
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -96,7 +96,7 @@ def read(environment: Mapping[str, str] = os.environ) -> Wish:
         )
     if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed(environment, number, precision)
-    return Wish("ddp" if number > 1 else "single", number, mixed_precision=precision)
+    return ParallelConfig("ddp" if number > 1 else "single", number, mixed_precision=precision)
 
 
 def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -123,7 +123,7 @@ def join_minutes(environment: Mapping[str, str] = os.environ) -> float:
     return minutes
 
 
-def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Wish:
+def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> ParallelConfig:
     if environment.get("FSDP_VERSION", "1") != "2":
         raise ConfigError("the topology file asks for FSDP 1; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml")
     if _is_on(environment, "FSDP_ACTIVATION_CHECKPOINTING"):
@@ -158,14 +158,14 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Wish:
                 f"is {product}, but there are {number} processes; make them equal"
             )
     classes = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
-    return Wish(
+    return ParallelConfig(
         "fsdp2", number, offload=_is_on(environment, "FSDP_OFFLOAD_PARAMS"),
         num_replicas=sizes["DP_REPLICATE"], num_context=sizes["CP"], mixed_precision=precision,
         layer_classes=tuple(name.strip() for name in classes.split(",") if name.strip() and classes != "None"),
     )  # fmt: skip
 
 
-def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> Wish:
+def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> ParallelConfig:
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file.lower() == "none":
         raise ConfigError("the topology file has no deepspeed_config_file; point it at a file as those in ds_configs/")
@@ -198,7 +198,7 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> W
             raise ConfigError(
                 f"{file}: {name} with stage {stage} is untested; take accelerate_configs/zero3_offload.yaml"
             )
-    return Wish(
+    return ParallelConfig(
         f"zero{stage}", number, offload="cpu" in devices.values(), mixed_precision=precision,
         deepspeed={key: value for key, value in values.items() if key not in OWNED},
     )  # fmt: skip

@@ -75,9 +75,9 @@ class Processes:
                 torch.distributed.all_reduce(total, group=self.group)
         return dict(zip(values, total.unbind()))
 
-    def any(self, wish: bool) -> bool:
-        """Find out whether one of them wishes it."""
-        return self.sum([float(wish)])[0] > 0 if self.number > 1 else wish
+    def any(self, request: bool) -> bool:
+        """Find out whether one of them asks for it."""
+        return self.sum([float(request)])[0] > 0 if self.number > 1 else request
 
     def gather(self, value: Any) -> list[Any]:
         """Collect what each has, by rank."""

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune import torch_versions
-from finetune.engine.topology import empty
+from finetune.engine.topology import meta
 from finetune.errors import ConfigError
 
 
@@ -25,10 +25,10 @@ class Replicated:
     ) -> tuple[nn.Module, Any]:
         """DDP sends the main process's weights to the others when it is made; buffers, which it would send at each pass, once."""
         if self.num_processes > 1:
-            buffers = self.on_main(lambda: empty.buffers_of(model))
-            if empty.is_empty(model):
-                empty.move(model, self.accelerator.device)
-            empty.put_buffers(model, buffers, self.accelerator.device)
+            buffers = self.on_main(lambda: meta.buffers_of(model))
+            if meta.is_empty(model):
+                meta.move(model, self.accelerator.device)
+            meta.put_buffers(model, buffers, self.accelerator.device)
         optimizer = make_optimizer(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DDP's notes on bucket views say nothing a user could act on
@@ -69,5 +69,5 @@ class Replicated:
         for name, parameter in parameters:
             yield name, parameter.detach()
 
-    def own_part(self, parameter: torch.Tensor) -> torch.Tensor:
+    def local_shard(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach()

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from finetune.config import Config
-from finetune.engine.topology.launch import Wish
+from finetune.engine.topology.launch import ParallelConfig
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 COLUMNS = ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload")
@@ -137,11 +137,11 @@ FEATURES = [
 ]  # fmt: skip
 
 
-def conflicts(config: Config, wish: Wish) -> Iterator[str]:
+def conflicts(config: Config, parallel: ParallelConfig) -> Iterator[str]:
     """What the run config asks for and the topology cannot do, each with what to take instead."""
     for feature in FEATURES:
-        if feature.used(config) and (why := feature.reason(wish.name)):
-            yield f"{feature.setting}: not with {wish.name}: {why}"
+        if feature.used(config) and (why := feature.reason(parallel.name)):
+            yield f"{feature.setting}: not with {parallel.name}: {why}"
 
 
 def table() -> str:

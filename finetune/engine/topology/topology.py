@@ -24,13 +24,13 @@ from torch import nn
 from finetune import failures, torch_versions
 from finetune.config import Config
 from finetune.data.batches import Batch
-from finetune.engine.topology import empty, launch, support
+from finetune.engine.topology import launch, meta, support
 from finetune.engine.topology.processes import WAIT, Processes
 from finetune.engine.topology.replicated import Replicated
-from finetune.engine.topology.watchdog import Watchdog
 from finetune.errors import ConfigError, DeviceError, OutOfMemory, TopologyError
 from finetune.objectives import base as objectives
 from finetune.objectives.base import Term
+from finetune.survival.watchdog import Watchdog
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -41,11 +41,11 @@ class Topology:
     def __init__(self, precision: str, check_only: bool = False) -> None:
         """`check_only`: nothing will be trained, so a precision that only a GPU has is allowed."""
         cuda = torch.cuda.is_available()
-        self.wish, self.launched = launch.read(), launch.recorded()
+        self.parallel, self.launched = launch.read(), launch.recorded()
         if cuda:
             _take_own_gpu()
         self.precision = "fp32" if check_only and precision == "fp16" and not cuda else _resolve(precision, cuda)
-        _require_what_was_asked(self.wish, self.precision, cuda, check_only)
+        _require_what_was_asked(self.parallel, self.precision, cuda, check_only)
         if not cuda:  # DeepSpeed reads this when it is imported, and then does not warn
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # From here on Accelerate, and transformers, see plain processes: who shares what is decided below.
@@ -71,25 +71,30 @@ class Topology:
                     InitProcessGroupKwargs(
                         timeout=timedelta(minutes=launch.join_minutes()),
                         # What waits in host memory is exchanged there.
-                        backend="cpu:gloo,cuda:nccl" if cuda and self.wish.offload else None,
+                        backend="cpu:gloo,cuda:nccl" if cuda and self.parallel.offload else None,
                     ),
                 ],
             )
         except (RuntimeError, ValueError) as exc:
-            if self.wish.num_processes == 1 or isinstance(failures.translate(exc), DeviceError | OutOfMemory):
+            if self.parallel.num_processes == 1 or isinstance(failures.translate(exc), DeviceError | OutOfMemory):
                 raise
             raise TopologyError(_did_not_meet(exc)) from exc
-        if self.wish.is_sharded and not torch.distributed.is_initialized():  # Accelerate makes no group of one process
+        if (
+            self.parallel.is_sharded and not torch.distributed.is_initialized()
+        ):  # Accelerate makes no group of one process
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.device = _with_index(self.accelerator.device)
         self.rank: int = self.accelerator.process_index
         self.num_processes: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
-        if self.num_processes != self.wish.num_processes:
+        if self.num_processes != self.parallel.num_processes:
             raise ConfigError(
-                f"the launcher started {self.wish.num_processes} processes, but only {self.num_processes} found each other; see docs/topologies.md"
+                f"the launcher started {self.parallel.num_processes} processes, but only {self.num_processes} found each other; see docs/topologies.md"
             )
-        self.data_rank, self.num_data = self.rank // self.wish.num_context, self.num_processes // self.wish.num_context
+        self.data_rank, self.num_data = (
+            self.rank // self.parallel.num_context,
+            self.num_processes // self.parallel.num_context,
+        )
         """Of processes that get sequences of their own: those that share a sequence count as one."""
         self.is_first_of_node = _local_rank() == 0
         self.watchdog = Watchdog(self.rank, self.num_processes)
@@ -101,19 +106,19 @@ class Topology:
 
     def _sharing(self) -> Any:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        if self.wish.kind == "fsdp2":
+        if self.parallel.kind == "fsdp2":
             from finetune.engine.topology.fsdp import Fsdp2
 
-            return Fsdp2(self.wish, self.device, dtype, self.on_main)
-        if self.wish.is_zero:
+            return Fsdp2(self.parallel, self.device, dtype, self.on_main)
+        if self.parallel.is_zero:
             from finetune.engine.topology.zero import Zero
 
-            return Zero(self.wish, self.device, dtype, self.on_main)
+            return Zero(self.parallel, self.device, dtype, self.on_main)
         return Replicated(self.accelerator, self.on_main)
 
     def _sequence_group(self) -> Any:
         """The processes that share sequences with this one: neighbours, whose links are the fastest."""
-        count = self.wish.num_context
+        count = self.parallel.num_context
         if count == 1:
             return None
         groups = [list(range(first, first + count)) for first in range(0, self.num_processes, count)]
@@ -124,11 +129,11 @@ class Topology:
         """What this process puts through the model of a micro-batch: all of it, or its stretch."""
         if self._context is None:
             return batch
-        return batch.part(self.rank % self.wish.num_context, self.wish.num_context, self._context)
+        return batch.part(self.rank % self.parallel.num_context, self.parallel.num_context, self._context)
 
     def check(self, config: Config) -> None:
         """Raise ConfigError with everything in the run config that this topology cannot do."""
-        if problems := list(support.conflicts(config, self.wish)):
+        if problems := list(support.conflicts(config, self.parallel)):
             raise ConfigError(
                 "\n  ".join(
                     [f"{len(problems)} settings that {self.name} does not support:", *problems]
@@ -162,7 +167,7 @@ class Topology:
 
     @property
     def name(self) -> str:
-        return self.wish.name
+        return self.parallel.name
 
     @property
     def scales_gradients(self) -> bool:
@@ -178,8 +183,8 @@ class Topology:
         `model` may be without weights on all processes but the main one. The optimizer is made when
         parameters are where they will be. Raises ConfigError if what was asked for did not happen.
         """
-        outline = self.on_main(lambda: empty.outline(model))
-        assert outline == empty.outline(model), f"process {self.rank} built another model than the main one"
+        outline = self.on_main(lambda: meta.outline(model))
+        assert outline == meta.outline(model), f"process {self.rank} built another model than the main one"
         shared: tuple[nn.Module, Any] = self.sharing.prepare(
             model, make_optimizer, accumulation=accumulation, micro_batch_size=micro_batch_size,
             max_norm=float("inf") if max_norm is None else max_norm,
@@ -207,7 +212,7 @@ class Topology:
         """
         added: dict[str, Term] = {}
         for number, batch in enumerate(batches, 1):
-            self.watchdog.beat()
+            self.watchdog.heartbeat()
             with self.sharing.accumulate(model, last and number == len(batches)):
                 found = terms(batch.to(self.device))
                 # Over processes gradients add up: every topology's mean over N is undone by N.
@@ -253,9 +258,9 @@ class Topology:
             whole |= {name: b.detach().cpu() for name, b in self.unwrap(model).named_buffers() if name in known}
         return whole
 
-    def own_part(self, parameter: torch.Tensor) -> torch.Tensor:
+    def local_shard(self, parameter: torch.Tensor) -> torch.Tensor:
         """What this process holds of a weight."""
-        part: torch.Tensor = self.sharing.own_part(parameter)
+        part: torch.Tensor = self.sharing.local_shard(parameter)
         return part
 
     def engine_files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
@@ -282,11 +287,11 @@ class Topology:
     @property
     def probe_dtype(self) -> torch.dtype | None:
         """What weights are rounded to in a pass through the bare model; None: they are as they are."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision) if self.wish.is_sharded else None
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision) if self.parallel.is_sharded else None
 
     def release(self) -> None:
         """Let go of model and optimizer, once nothing else holds them, and give their memory back to the device."""
-        if self.wish.is_zero:
+        if self.parallel.is_zero:
             self.sharing.engine = None
         self.accelerator.free_memory()
         clear_device_cache(garbage_collection=True)  # again: it forgets models only after it has collected
@@ -308,11 +313,11 @@ def _did_not_meet(exc: Exception) -> str:
     )
 
 
-def _require_what_was_asked(wish: launch.Wish, precision: str, cuda: bool, check_only: bool) -> None:
+def _require_what_was_asked(parallel: launch.ParallelConfig, precision: str, cuda: bool, check_only: bool) -> None:
     """A topology file that agrees with the run config, and a GPU for each process, where there must be any."""
-    if wish.mixed_precision not in ("no", PRECISIONS[precision]):
+    if parallel.mixed_precision not in ("no", PRECISIONS[precision]):
         raise ConfigError(
-            f"the topology file sets mixed_precision: {wish.mixed_precision}, but train.precision is {precision}; "
+            f"the topology file sets mixed_precision: {parallel.mixed_precision}, but train.precision is {precision}; "
             "remove it from the topology file"
         )
     needs = os.environ.get("FINETUNE_NEEDS_GPU") or "0"

@@ -19,8 +19,8 @@ from torch import nn
 
 from finetune import torch_versions
 from finetune.engine.checkpoint.unpickling import require_tensors, weights_only
-from finetune.engine.topology import empty
-from finetune.engine.topology.launch import Wish
+from finetune.engine.topology import meta
+from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import CheckpointError, ConfigError
 
 FILES, TAG = "shards", "engine"  # DeepSpeed's files lie in shards/engine
@@ -28,12 +28,16 @@ FILES, TAG = "shards", "engine"  # DeepSpeed's files lie in shards/engine
 
 class Zero:
     def __init__(
-        self, wish: Wish, device: torch.device, dtype: torch.dtype | None, on_main: Callable[[Callable[[], Any]], Any]
+        self,
+        parallel: ParallelConfig,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        on_main: Callable[[Callable[[], Any]], Any],
     ) -> None:
-        self.wish, self.device, self.dtype, self.on_main = wish, device, dtype, on_main
+        self.parallel, self.device, self.dtype, self.on_main = parallel, device, dtype, on_main
         self.deepspeed = _deepspeed(device)
         self.engine: Any = None
-        settings = wish.deepspeed["zero_optimization"]
+        settings = parallel.deepspeed["zero_optimization"]
         try:
             self.deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**settings)
         except ValueError as exc:  # pydantic's, with a line for each
@@ -52,46 +56,49 @@ class Zero:
         """The engine sends each weight from the main process; for ZeRO-3 one at a time, of which each keeps its part.
 
         So only the main process, and no GPU, holds all of a model that ZeRO-3 shares:
-        memory promised by `empty.move` is given when a weight comes. Left to itself the engine would
+        memory promised by `meta.move` is given when a weight comes. Left to itself the engine would
         put the whole model on the device first.
         """
-        buffers = self.on_main(lambda: empty.buffers_of(model))
+        buffers = self.on_main(lambda: meta.buffers_of(model))
         for parameter in model.parameters():  # `zero.Init` parts them in the dtype they have
             if self.dtype is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.to(self.dtype)
-        if empty.is_empty(model):
-            empty.move(model, "cpu")
+        if meta.is_empty(model):
+            meta.move(model, "cpu")
         config = {
-            **self.wish.deepspeed,
+            **self.parallel.deepspeed,
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "communication_data_type": "fp32", "steps_per_print": None,
             "train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0 if math.isinf(max_norm) else max_norm, "bf16": {"enabled": self.dtype == torch.bfloat16},
         }  # fmt: skip
         optimizer = make_optimizer(model)
-        if self.wish.kind == "zero3":
+        if self.parallel.kind == "zero3":
             self.deepspeed.init_distributed(dist_init_required=False)
             self.deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=self.dtype or torch.float32)
         self.engine, optimizer, _, _ = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
-        empty.put_buffers(model, buffers, self.device)
+        meta.put_buffers(model, buffers, self.device)
         self._verify(accumulation, max_norm)
         return self.engine, optimizer
 
     def _verify(self, accumulation: int, max_norm: float) -> None:
         """Raise ConfigError unless what was asked for is what has happened."""
-        engine, wish = self.engine, self.wish
+        engine, parallel = self.engine, self.parallel
         found = {
-            "stage": (engine.zero_optimization_stage(), int(wish.kind[-1])),
+            "stage": (engine.zero_optimization_stage(), int(parallel.kind[-1])),
             "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), accumulation),
             "gradient_clipping": (engine.gradient_clipping(), 0.0 if math.isinf(max_norm) else max_norm),
-            "offload": (engine.zero_use_cpu_optimizer() or _is_offloaded(engine.zero_offload_param()), wish.offload),
-            "processes": (engine.dp_world_size, wish.num_processes),
+            "offload": (
+                engine.zero_use_cpu_optimizer() or _is_offloaded(engine.zero_offload_param()),
+                parallel.offload,
+            ),
+            "processes": (engine.dp_world_size, parallel.num_processes),
         }
         for name, (got, wanted) in found.items():
             if got != wanted:
-                raise ConfigError(f"{wish.name} was asked for with {name} {wanted}, but DeepSpeed has {got}")
-        if wish.kind == "zero3" and not all(hasattr(p, "ds_tensor") for p in engine.module.parameters()):
+                raise ConfigError(f"{parallel.name} was asked for with {name} {wanted}, but DeepSpeed has {got}")
+        if parallel.kind == "zero3" and not all(hasattr(p, "ds_tensor") for p in engine.module.parameters()):
             raise ConfigError("zero3 was asked for, but DeepSpeed left weights whole")
 
     def unwrap(self, model: Any) -> Any:
@@ -123,16 +130,16 @@ class Zero:
             if parameter.requires_grad:
                 yield name, safe_get_full_fp32_param(parameter).detach().view(_shape(parameter))
             else:
-                with zero.GatheredParameters([parameter], enabled=self.wish.kind == "zero3"):
+                with zero.GatheredParameters([parameter], enabled=self.parallel.kind == "zero3"):
                     yield name, parameter.detach().clone()  # it is let go again
 
-    def own_part(self, parameter: Any) -> torch.Tensor:
+    def local_shard(self, parameter: Any) -> torch.Tensor:
         """In float32, if it trains: small steps do not show in the 16 bits next to it."""
         from deepspeed.utils import safe_get_local_fp32_param
 
         if not parameter.requires_grad:
             part: Any = getattr(parameter, "ds_tensor", parameter)
-        elif self.wish.kind == "zero3":
+        elif self.parallel.kind == "zero3":
             part = safe_get_local_fp32_param(parameter)
         else:
             kept = parameter._hp_mapping  # None where other processes keep all of it

@@ -11,8 +11,8 @@ Linux only.
 import contextlib
 
 from finetune.errors import FinetuneError
-from finetune.launcher.arguments import read
-from finetune.launcher.processes import Inbox, run, say, supervise
+from finetune.survival.launcher.arguments import read
+from finetune.survival.launcher.processes import Inbox, log, run, supervise
 
 __all__ = ["main", "read", "run"]
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         try:
             environments, command = read(argv, held)
         except FinetuneError as exc:
-            say(f"{exc.label}: {exc}")
+            log(f"{exc.label}: {exc}")
             return exc.exit_code
         except SystemExit as exc:  # --help
             return int(exc.code or 0)

@@ -17,12 +17,11 @@ from finetune.engine import receipt
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.saver import Saver
 from finetune.engine.checkpoint.storage import Storage
-from finetune.engine.preemption import StopFlag
+from finetune.engine.metrics import Tracker, log
 from finetune.engine.rundir import RunDirectory
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.engine.trackers import Trackers
-from finetune.engine.tracking import Tracker, say
 from finetune.errors import (
     EXIT_FAILED,
     CheckpointError,
@@ -32,11 +31,12 @@ from finetune.errors import (
     RunDirectoryError,
     TopologyError,
 )
-from finetune.evaluation import generation
+from finetune.generation import generate
 from finetune.models import load, parameters
 from finetune.models.policy import Policy
 from finetune.objectives import OBJECTIVES, Objective
 from finetune.preflight import Data
+from finetune.survival.preemption import StopFlag
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Job:
     to_try: int | None = None
     """Bytes of optimizer state next to which the largest micro-batch is tried first; None: its size was given."""
 
-    def tell(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """One line, once."""
         if self.topology.is_main:
-            say(message)
+            log(message)
 
     def known_identity(self) -> dict[str, Any]:
         """What of `identity` is known before weights are loaded."""
@@ -86,17 +86,17 @@ class Job:
         if config.run.replay_of is not None:
             self.directory.require_receipt(Path(config.run.replay_of), made)
         if self.directory.outcome().get("state") == "running":  # the lock is ours: no other process runs here
-            self.tell("note: the previous attempt left no outcome: it was killed, or its machine was lost")
+            self.log("note: the previous attempt left no outcome: it was killed, or its machine was lost")
         self.directory.create(config)
         wanted = config.evaluation.every_steps if data.eval else None
         for note in (
             *self.directory.rewind(step),
             *self.directory.missing(step, config.tracking.log_every_steps, wanted),
         ):
-            self.tell(note)
+            self.log(note)
         self.directory.write_outcome("running", step, "started, or started again")
         if changed := self.directory.write_receipt(made, step):
-            self.tell(changed)
+            self.log(changed)
         if self.storage:
             self.storage.upload_notes(self.directory.path)
 
@@ -129,7 +129,7 @@ class Job:
             trackers = Trackers(
                 wanted.trackers, project=wanted.project, run_name=config.run.name, run_id=progress.run_id,
                 directory=directory.path, first_step=progress.step + 1, wandb_mode=wanted.wandb_mode,
-                about={"config": config.model_dump(), "receipt": directory.receipt()}, history=directory.history(), say=say,
+                about={"config": config.model_dump(), "receipt": directory.receipt()}, history=directory.history(), log=log,
             )  # fmt: skip
         lengths = self.data.train.sequences.examples.lengths.tolist()
         attention = parameters.attention_per_token(self.data.model_config, lengths)
@@ -147,19 +147,19 @@ class Job:
             about={"config": self.config.model_dump(), "identity": self.identity(state)},
             every_minutes=wanted.every_minutes, keep_last=wanted.keep_last, asynchronous=wanted.asynchronous,
             grace_seconds=wanted.grace_seconds,
-            resumed_from=resumed_from, say=self.tell, record=tracker.saved, before=tracker.sync,
+            resumed_from=resumed_from, log=self.log, record=tracker.saved, before=tracker.sync,
         )  # fmt: skip
 
     def sample(self, state: TrainState, tracker: Tracker) -> None:
         """Answers to the fixed prompts of the config; every process takes part, as each may hold a part of the model."""
         wanted, data, step = self.config.evaluation, self.data, state.progress.step
-        self.topology.watchdog.rest(f"the samples after step {step}")
+        self.topology.watchdog.pause(f"the samples after step {step}")
         template = data.template if self.objective.has_turns else None
         with state.averaged(), self.topology.arithmetic():
-            answers = generation.while_training(
+            answers = generate.while_training(
                 self.topology.unwrap(state.model), data.tokenizer, template, wanted.sample_prompts,
                 system_prompt=self.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
-                together=self.topology.wish.generates_together, say=self.tell,
+                together=self.topology.parallel.generates_together, log=self.log,
             )  # fmt: skip
         tracker.sampled(step, wanted.sample_prompts, answers)
 
@@ -180,16 +180,16 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
             f"train.global_batch_size: {config.train.global_batch_size} sequences cannot be split evenly over {topology.num_data} processes; "
             f"take a multiple of {topology.num_data}"
         )
-    from finetune.plan import choice
+    from finetune.forecast import choice
 
     limit = min(
         topology.processes.gather(choice.capacity_here(topology.device))
     )  # others may be at work on one of the GPUs
     size, reserved, why = topology.on_main(
-        lambda: choice.automatic(config, topology.wish, topology.device, topology.precision, limit)
+        lambda: choice.automatic(config, topology.parallel, topology.device, topology.precision, limit)
     )
     if topology.is_main:
-        say(why)
+        log(why)
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})}), reserved
 
 
@@ -208,7 +208,7 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
 
     wanted, hang = config.checkpoint, config.train.hang_minutes
     cloud = wanted.notices if topology.is_first_of_node else None
-    stop.configure(grace_seconds=wanted.grace_seconds, max_minutes=wanted.max_minutes, cloud=cloud, say=say)
+    stop.configure(grace_seconds=wanted.grace_seconds, max_minutes=wanted.max_minutes, cloud=cloud, log=log)
 
     def hurries() -> bool:
         return stop.is_set and stop.seconds_left() < wanted.grace_seconds / 2
@@ -234,10 +234,10 @@ def explained(exc: BaseException, config: Config, topology: Topology) -> BaseExc
     if isinstance(error, OutOfMemory):
         hint = f"{places.command()} plan --config FILE says what fits"
         with contextlib.suppress(Exception):  # there may be no memory left to think with
-            from finetune.plan import choice
+            from finetune.forecast import choice
 
             torch.cuda.empty_cache()
-            hint = choice.advice(config, topology.wish, topology.device, topology.precision)
+            hint = choice.advice(config, topology.parallel, topology.device, topology.precision)
         return OutOfMemory(f"out of memory at {topology.watchdog.at}: {error}\n  {hint}")
     if isinstance(error, TopologyError) and error is not exc:
         return TopologyError(f"{topology.lost()} at {topology.watchdog.at}; this process failed with: {error}")
@@ -270,7 +270,7 @@ def reach(config: Config, directory: RunDirectory, topology: Topology, check_onl
                 f"{storage.url} and {directory.path} are two different runs with one name; give this one another run.name or checkpoint.storage"
             )
         if storage.restore(directory.path, over=further):
-            say(f"restored from {storage.url}, which is ahead of this disk")
+            log(f"restored from {storage.url}, which is ahead of this disk")
         directory.check(config)
 
     topology.on_main(bring_back)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from finetune.engine.notices import Notice, Watch
 from finetune.errors import CheckpointError, Interrupted, Preempted
+from finetune.survival.notices import Notice, Watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # What the kernel sends when the launcher dies: not SIGTERM, as it also sends it when only the launcher's thread has ended.
@@ -68,7 +68,7 @@ class StopFlag:
             self._handle(LAUNCHER_DIED, None)
 
     def configure(
-        self, *, grace_seconds: float, max_minutes: float | None, cloud: str | None, say: Callable[[str], None]
+        self, *, grace_seconds: float, max_minutes: float | None, cloud: str | None, log: Callable[[str], None]
     ) -> None:
         """`cloud`: whose notices to ask for, on this machine."""
         self._grace_seconds = grace_seconds
@@ -78,7 +78,7 @@ class StopFlag:
             self._timer.daemon = True
             self._timer.start()
         if cloud is not None:
-            self._watch = Watch(cloud, self._heard, say)
+            self._watch = Watch(cloud, self._heard, log)
             self._watch.start()
 
     def close(self) -> None:

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 
 from finetune import config as configs
-from finetune import launcher
 from finetune.config import Config, paths
 from finetune.engine.topology import launch, support
-from finetune.engine.topology.launch import Wish
+from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, UserError
+from finetune.forecast.choice import SLACK, Chooser, capacity, micro_batches
+from finetune.forecast.memory import Forecast
 from finetune.models import parameters
 from finetune.places import SHIPPED, TRAIN, found
-from finetune.plan.choice import SLACK, Chooser, capacity, micro_batches
-from finetune.plan.forecast import Forecast
+from finetune.survival import launcher
 
 GB = 1e9
 
@@ -65,21 +65,21 @@ def main(arguments: argparse.Namespace) -> None:
         else sorted((SHIPPED / "accelerate_configs").glob("*.yaml"))
     )
     asked = {file.stem: _wish(file, arguments.num_processes, required=len(files) == 1) for file in files}
-    wishes = {name: wish for name, wish in asked.items() if wish}
+    topologies = {name: parallel for name, parallel in asked.items() if parallel}
     chooser = Chooser(config, precision=precision, on_gpu=on_gpu)
     print(_about(config, chooser), flush=True)
     heads = [
         "", "processes", *(["fewest", "GPU GB"] if on_gpu else ["GB"]), "host GB", "left", "micro-batch", "longest",
     ]  # fmt: skip
     rows = [[*heads, *(["tokens/s"] if arguments.measured else []), "to make it fit"]]
-    for number, (name, wish) in enumerate(wishes.items(), 1):
-        _progress(f"{number} of {len(wishes)}: {name}")
-        limit = capacity(torch.device("cuda" if cuda else "cpu"), wish.num_processes)
+    for number, (name, parallel) in enumerate(topologies.items(), 1):
+        _progress(f"{number} of {len(topologies)}: {name}")
+        limit = capacity(torch.device("cuda" if cuda else "cpu"), parallel.num_processes)
         limit = limit if memory is None else memory * GB * (1 - SLACK)
-        rows.append([name, str(wish.num_processes), *_row(chooser, wish, limit, reached)])
+        rows.append([name, str(parallel.num_processes), *_row(chooser, parallel, limit, reached)])
     _progress("")
-    if arguments.topology and micro_batches(config, wish):
-        print("\n" + _parts(chooser.forecast(wish, _micro_batch(chooser, wish, limit)), on_gpu))
+    if arguments.topology and micro_batches(config, parallel):
+        print("\n" + _parts(chooser.forecast(parallel, _micro_batch(chooser, parallel, limit)), on_gpu))
     print("\n" + _table(rows))
     print("\n" + "\n".join(_legend(on_gpu)))
 
@@ -99,7 +99,7 @@ def _progress(text: str) -> None:
         print(f"\r{text:<50}\r", end="", file=sys.stderr, flush=True)
 
 
-def _wish(file: Path, num_processes: int | None, required: bool) -> Wish | None:
+def _wish(file: Path, num_processes: int | None, required: bool) -> ParallelConfig | None:
     """What the file asks for, by Accelerate's own reading; None, unless it is required, if it cannot have that number of processes."""
     options = ["--config_file", str(file.resolve())]
     if num_processes and (required or file.stem != "single"):
@@ -115,36 +115,36 @@ def _wish(file: Path, num_processes: int | None, required: bool) -> Wish | None:
         return None
 
 
-def _micro_batch(chooser: Chooser, wish: Wish, limit: float) -> int:
+def _micro_batch(chooser: Chooser, parallel: ParallelConfig, limit: float) -> int:
     """That of the config; else the largest below it that makes whole steps; for auto the largest that fits, or 1."""
     given = chooser.config.train.micro_batch_size
     if given == "auto":
-        return chooser.largest_micro_batch(wish, limit) or 1
-    return max(size for size in micro_batches(chooser.config, wish) if size <= given)
+        return chooser.largest_micro_batch(parallel, limit) or 1
+    return max(size for size in micro_batches(chooser.config, parallel) if size <= given)
 
 
-def _row(chooser: Chooser, wish: Wish, limit: float, reached: float | None) -> list[str]:
-    config, data = chooser.config, wish.num_processes // wish.num_context
+def _row(chooser: Chooser, parallel: ParallelConfig, limit: float, reached: float | None) -> list[str]:
+    config, data = chooser.config, parallel.num_processes // parallel.num_context
     nothing = [""] * (5 + bool(reached) + chooser.on_gpu)
-    auto, problems = "train.micro_batch_size: auto", list(support.conflicts(config, wish))
+    auto, problems = "train.micro_batch_size: auto", list(support.conflicts(config, parallel))
     if others := [problem for problem in problems if not problem.startswith(auto)]:
         return [*nothing, others[0]]
     if config.train.global_batch_size % data:
         return [*nothing, f"train.global_batch_size: a multiple of {data}"]
-    most, micro = chooser.largest_micro_batch(wish, limit), _micro_batch(chooser, wish, limit)
-    forecast, longest = chooser.forecast(wish, micro), chooser.longest(wish, limit, micro)
+    most, micro = chooser.largest_micro_batch(parallel, limit), _micro_batch(chooser, parallel, limit)
+    forecast, longest = chooser.forecast(parallel, micro), chooser.longest(parallel, limit, micro)
     verdict = "fits"
     if forecast.peak > limit:
         shorter = f"data.max_length: {longest}" if longest else "more processes, or another topology"
-        verdict = chooser.cheapest_change(wish, limit) or shorter
+        verdict = chooser.cheapest_change(parallel, limit) or shorter
     elif problems or config.train.micro_batch_size not in ("auto", micro):
         verdict = f"fits, with train.micro_batch_size: {micro}" + (" for auto" if problems else "")
     # On a CPU more processes only divide the same memory.
-    fewest = [_number(chooser.fewest_processes(wish, limit))] if chooser.on_gpu else []
+    fewest = [_number(chooser.fewest_processes(parallel, limit))] if chooser.on_gpu else []
     return [
         *fewest, f"{forecast.peak / GB:.1f}", f"{forecast.host_peak / GB:.1f}" if forecast.host else "",
         f"{(limit - forecast.peak) / GB:+.1f}", _number(most), _number(longest),
-        *([f"{_speed(reached, chooser) * wish.num_processes:,.0f}"] if reached else []), verdict,
+        *([f"{_speed(reached, chooser) * parallel.num_processes:,.0f}"] if reached else []), verdict,
     ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import failures
 from finetune.config import Config, differences
-from finetune.engine.checkpoint import folder, shards
+from finetune.engine.checkpoint import contents, folder
 from finetune.engine.checkpoint.folder import Found
 from finetune.engine.receipt import identity_differences, refusal
 from finetune.engine.state import TrainState
@@ -88,7 +88,11 @@ def require_readable(found: Found, topology: Topology) -> None:
             f"{found.path} was saved by {saved}, and this is {topology.name}; what ZeRO-1 and ZeRO-2 save is read by these two, "
             f"what ZeRO-3 saves by ZeRO-3, what others save by others, on any number of processes; {instead}"
         )
-    if topology.wish.is_zero and (saved, number) != (topology.name, topology.num_processes) and optimizer != "adamw":
+    if (
+        topology.parallel.is_zero
+        and (saved, number) != (topology.name, topology.num_processes)
+        and optimizer != "adamw"
+    ):
         raise RunDirectoryError(
             f"{found.path} was saved by {saved} on {number} processes, and this is {topology.name} on {topology.num_processes}; "
             f"DeepSpeed converts the state of adamw only, not of {optimizer}; {instead}"
@@ -116,11 +120,11 @@ def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) 
     path = root / folder.step_name(step)
     try:
         manifest: dict[str, Any] = topology.on_main(lambda: folder.verified(path))
-        shards.read_weights(Found(path, manifest), topology, state)
+        contents.read_weights(Found(path, manifest), topology, state)
     except Exception as exc:
         if not isinstance(exc, CheckpointError):
             failures.reraise(exc)
         raise LostCheckpoints(
-            f"checkpoint {path}, the best evaluation, cannot be loaded: {shards.why(exc)}; "
+            f"checkpoint {path}, the best evaluation, cannot be loaded: {contents.why(exc)}; "
             "to export the last weights, give --evaluation.export_best false"
         ) from exc

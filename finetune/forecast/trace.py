@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from finetune import failures
 from finetune.config import Config
-from finetune.engine.topology import empty
+from finetune.engine.topology import meta
 from finetune.errors import ModelError
-from finetune.models import attention, cross_entropy, documents, head
+from finetune.models import attention, cross_entropy, head, varlen_cpu
 from finetune.models.build import build
 
 
@@ -120,7 +120,7 @@ class Rehearsal:
                 parameter.data = parameter.data.to(self.dtype)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
-            empty.move(self.model, "cpu")
+            meta.move(self.model, "cpu")
         self.model.train()
         if on_gpu and attention != "eager":
             _without_attention_dropout(self.model)
@@ -140,7 +140,7 @@ class Rehearsal:
     def _trace(self, shape: Shape, learns: bool) -> Trace:
         ledger = Ledger()
         rows, documents_of_row = (
-            (shape.num_sequences, 1) if attention.pads(self.attention) else (1, shape.num_sequences)
+            (shape.num_sequences, 1) if attention.is_padded(self.attention) else (1, shape.num_sequences)
         )
         block_bytes = cross_entropy.block_bytes("cuda" if self.on_gpu else "cpu")
         hooks = []
@@ -148,7 +148,7 @@ class Rehearsal:
         with (
             self.mode,
             mock.patch.object(cross_entropy, "block_bytes", return_value=block_bytes),
-            mock.patch.object(documents, "lengths_of", return_value=lengths),
+            mock.patch.object(varlen_cpu, "lengths_of", return_value=lengths),
         ):
             for parameter in self.model.parameters():
                 parameter.grad = None

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from finetune.engine.progress import Progress
 from finetune.engine.rundir import RunDirectory
 from finetune.engine.step import StepResult
 from finetune.engine.trackers import Trackers
-from finetune.progress import Progress
 
 # Peak dense rate of products of 16-bit numbers in FLOP/s, from the vendors' data sheets: words of a GPU's name -> rate. The
 # first line whose words are all in the name; what has no line has no utilisation.
@@ -47,7 +47,7 @@ def utilisation(
     return round(tokens_per_second * flops_per_token / (peak * num_processes), 4)
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """One line for a person, past any progress bar."""
     tqdm.write(message, file=sys.stderr)
 
@@ -72,7 +72,7 @@ class Log:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, whole)  # half a line would spoil the next one
             if not self._waiting:
-                say(f"note: {self.path} cannot be written ({exc.strerror}); its lines are kept until it can")
+                log(f"note: {self.path} cannot be written ({exc.strerror}); its lines are kept until it can")
             self._waiting = text
 
     def sync(self) -> None:
@@ -130,7 +130,7 @@ class Tracker:
         self.bar.set_postfix_str(f"loss {result.loss:.4f}, {rate:,.0f} tokens/s, {memory_gb:.1f} GB")
         if self.plain and (now - self.last_line > 10 or last or step == self.first + 1):
             left = (now - self.started) / (step - self.first) * (self.num_steps - step)
-            say(
+            log(
                 f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f}  lr {lr:.2e}  "
                 f"{rate:,.0f} tokens/s  {memory_gb:.1f} GB  {_duration(left)} left"
             )
@@ -147,14 +147,14 @@ class Tracker:
             self._record(self.evals, {"step": step, **values})
             own, entropy = values["eval_loss"], values["cross_entropy"]
             beside = "" if own == entropy else f"cross-entropy {entropy:.4f}  "
-            say(f"step {step}/{self.num_steps}  eval loss {own:.4f}  {beside}perplexity {values['perplexity']:.2f}")
+            log(f"step {step}/{self.num_steps}  eval loss {own:.4f}  {beside}perplexity {values['perplexity']:.2f}")
 
     def saved(self, facts: dict[str, Any]) -> None:
         """After a checkpoint: its step, how long training waited for it, how long it took, its size."""
         if self.is_main:
             self.saves.add(facts)
             uploaded = f", {facts['upload_seconds']:.3g} s of that for the upload" if "upload_seconds" in facts else ""
-            say(
+            log(
                 f"saved step {facts['step']}: {facts['bytes'] / 1e9:.3g} GB, training waited {facts['stall_seconds']:.3g} s, "
                 f"safe after {facts['seconds']:.3g} s{uploaded}"
             )
@@ -184,7 +184,7 @@ class Tracker:
     def _record(self, log: Log, values: dict[str, Any]) -> None:
         log.add(values)
         if self.trackers:
-            self.trackers.log(values)
+            self.trackers.record(values)
 
     def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
         if not torch.cuda.is_available():

@@ -4,7 +4,7 @@ import contextlib
 from typing import Any
 
 
-class Unbroken:
+class BrokenPipeProof:
     """A stream whose reader may be gone: closing a terminal must not end a run."""
 
     def __init__(self, stream: Any) -> None:

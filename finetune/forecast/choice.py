@@ -11,11 +11,11 @@ import torch
 
 from finetune.config import Config, Lora, QLora
 from finetune.engine.topology import support
-from finetune.engine.topology.launch import Wish
+from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError
+from finetune.forecast.memory import Forecast, Forecaster
+from finetune.forecast.trace import Shape
 from finetune.models import attention, load
-from finetune.plan.forecast import Forecast, Forecaster
-from finetune.plan.trace import Shape
 
 # Of a GPU: what its allocator rounds up and cannot join again. Of a machine: what else runs on it.
 SLACK = 0.05
@@ -69,15 +69,17 @@ class Chooser:
             attention=self.attention, precision=self.precision, on_gpu=self.on_gpu,
         )  # fmt: skip
 
-    def forecast(self, wish: Wish, micro_batch_size: int | None = None, length: int | None = None) -> Forecast:
-        return self.maker().of(wish, shape(self.config, micro_batch_size, length))
+    def forecast(
+        self, parallel: ParallelConfig, micro_batch_size: int | None = None, length: int | None = None
+    ) -> Forecast:
+        return self.maker().of(parallel, shape(self.config, micro_batch_size, length))
 
-    def largest_micro_batch(self, wish: Wish, limit: float, change: str | None = None) -> int | None:
+    def largest_micro_batch(self, parallel: ParallelConfig, limit: float, change: str | None = None) -> int | None:
         """Of those that divide the sequences of a step, the largest that fits; None if none does."""
-        sizes = micro_batches(self.config, wish)
+        sizes = micro_batches(self.config, parallel)
 
         def forecast(size: int) -> Forecast:
-            return self.maker(change).of(wish, shape(self.config, size))
+            return self.maker(change).of(parallel, shape(self.config, size))
 
         found = _largest(sizes, lambda size: forecast(size).peak <= limit)
         if found is None and sizes:  # all at once may need less than parts do, as no gradients wait next to a pass
@@ -86,29 +88,31 @@ class Chooser:
                 return whole
         return found
 
-    def longest(self, wish: Wish, limit: float, micro_batch_size: int | None = None) -> int | None:
+    def longest(self, parallel: ParallelConfig, limit: float, micro_batch_size: int | None = None) -> int | None:
         """The longest sequences that fit, of LENGTHS as far as the model has positions; None if none do."""
         positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or 0
         lengths = [length for length in LENGTHS if not 0 < positions < length] or [positions]
         near = min(range(len(lengths)), key=lambda place: abs(lengths[place] - self.config.data.max_length))
-        return _largest(lengths, lambda length: self.forecast(wish, micro_batch_size, length).peak <= limit, near)
+        return _largest(lengths, lambda length: self.forecast(parallel, micro_batch_size, length).peak <= limit, near)
 
-    def fewest_processes(self, wish: Wish, limit: float) -> int | None:
+    def fewest_processes(self, parallel: ParallelConfig, limit: float) -> int | None:
         """Of those that make whole steps, the fewest whose memory it fits, at some micro-batch; None if none does."""
-        groups = [1] if wish.kind == "single" else _divisors(self.config.train.global_batch_size)
-        for number in (group * wish.num_context for group in groups if group % wish.num_replicas == 0):
-            kind = "single" if wish.kind == "ddp" and number == 1 else wish.kind
-            if self.largest_micro_batch(replace(wish, kind=kind, num_processes=number), limit):
+        groups = [1] if parallel.kind == "single" else _divisors(self.config.train.global_batch_size)
+        for number in (group * parallel.num_context for group in groups if group % parallel.num_replicas == 0):
+            kind = "single" if parallel.kind == "ddp" and number == 1 else parallel.kind
+            if self.largest_micro_batch(replace(parallel, kind=kind, num_processes=number), limit):
                 return number
         return None
 
-    def cheapest_change(self, wish: Wish, limit: float) -> str | None:
+    def cheapest_change(self, parallel: ParallelConfig, limit: float) -> str | None:
         """Settings with which it fits, from what costs nothing to what learns less; None if there are none."""
-        if size := self.largest_micro_batch(wish, limit):
+        if size := self.largest_micro_batch(parallel, limit):
             return f"train.micro_batch_size: {size}"
         for name, config in self._changes():
             sized = _with(config, "train", micro_batch_size=1)  # auto is a number by then
-            if not any(support.conflicts(sized, wish)) and (size := self.largest_micro_batch(wish, limit, name)):
+            if not any(support.conflicts(sized, parallel)) and (
+                size := self.largest_micro_batch(parallel, limit, name)
+            ):
                 return name + (
                     "" if size == self.config.train.micro_batch_size else f", train.micro_batch_size: {size}"
                 )
@@ -130,22 +134,24 @@ class Chooser:
                 yield before + f"adapter.kind: {other.kind}", recomputed.model_copy(update={"adapter": other})
 
 
-def micro_batches(config: Config, wish: Wish) -> list[int]:
+def micro_batches(config: Config, parallel: ParallelConfig) -> list[int]:
     """Those that make whole steps: the divisors of a process's share of one."""
-    return _divisors(config.train.global_batch_size * wish.num_context // wish.num_processes)
+    return _divisors(config.train.global_batch_size * parallel.num_context // parallel.num_processes)
 
 
-def automatic(config: Config, wish: Wish, device: torch.device, precision: str, limit: float) -> tuple[int, int, str]:
+def automatic(
+    config: Config, parallel: ParallelConfig, device: torch.device, precision: str, limit: float
+) -> tuple[int, int, str]:
     """(micro-batch, bytes of optimizer state and averages on the device, why), for processes that are running.
 
     `limit`: bytes that the process with the least may use. Raises ConfigError if none fits.
     """
     chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
-    size = chooser.largest_micro_batch(wish, limit)
-    forecast = chooser.forecast(wish, size or 1)
+    size = chooser.largest_micro_batch(parallel, limit)
+    forecast = chooser.forecast(parallel, size or 1)
     said = f"{forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB by forecast"
     if size is None:
-        other = chooser.cheapest_change(wish, limit)
+        other = chooser.cheapest_change(parallel, limit)
         raise ConfigError(
             f"train.micro_batch_size: auto found no size that fits: a single sequence of {config.data.max_length:,} tokens needs {said}; "
             + (f"take {other}" if other else "take more processes, or shorter sequences") + "; see docs/performance.md"
@@ -154,16 +160,16 @@ def automatic(config: Config, wish: Wish, device: torch.device, precision: str, 
     return size, int(beside), f"train.micro_batch_size: auto is {size}: {said}"
 
 
-def advice(config: Config, wish: Wish, device: torch.device, precision: str) -> str:
+def advice(config: Config, parallel: ParallelConfig, device: torch.device, precision: str) -> str:
     """What was forecast for a process that ran out of memory, and the next setting to try."""
     chooser, limit = Chooser(config, precision=precision, on_gpu=device.type == "cuda"), capacity_here(device)
     size = config.micro_batch_size
-    forecast = chooser.forecast(wish)
+    forecast = chooser.forecast(parallel)
     said = f"forecast: {forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
     if forecast.peak <= limit and size > 1:  # something else takes memory, or the forecast is wrong
-        smaller = max(other for other in micro_batches(config, wish) if other < size)
+        smaller = max(other for other in micro_batches(config, parallel) if other < size)
         return f"{said}, which should fit: check what else uses the memory, or try train.micro_batch_size: {smaller}"
-    other = chooser.cheapest_change(wish, limit if forecast.peak > limit else 0.95 * forecast.peak)
+    other = chooser.cheapest_change(parallel, limit if forecast.peak > limit else 0.95 * forecast.peak)
     return f"{said}; try {other}" if other else f"{said}; take more processes, or shorter sequences (data.max_length)"
 
 

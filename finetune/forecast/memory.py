@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from finetune.config import Config
-from finetune.engine.topology.launch import Wish
-from finetune.models.attention import pads
-from finetune.plan.trace import Rehearsal, Shape, Trace
-from finetune.plan.weights import count
+from finetune.engine.topology.launch import ParallelConfig
+from finetune.forecast.trace import Rehearsal, Shape, Trace
+from finetune.forecast.weights import count
+from finetune.models.attention import is_padded
 
 # A process of train.py with all its libraries and no model: measured with torch 2.13 for CPUs on Linux. Builds for GPUs, which pip
 # installs by default, touch 0.2 GB more (2.11.0+cu130, on a CPU).
@@ -70,32 +70,32 @@ class Forecaster:
         self._half = 4 if precision == "fp32" else 2  # bytes of a number that is calculated with
         self.weights = count(self._rehearsal(False).model, config, self._half)
 
-    def of(self, wish: Wish, shape: Shape) -> Forecast:
+    def of(self, parallel: ParallelConfig, shape: Shape) -> Forecast:
         """Of a whole step in micro-batches of `shape`, as many as global_batch_size asks for."""
-        held, traced = self._held(wish), self._trace(wish, shape)
-        at_once = shape.num_sequences * wish.num_processes // wish.num_context
+        held, traced = self._held(parallel), self._trace(parallel, shape)
+        at_once = shape.num_sequences * parallel.num_processes // parallel.num_context
         accumulates = self.config.train.global_batch_size > at_once
         if (
-            wish.kind == "ddp"
+            parallel.kind == "ddp"
         ):  # its buckets are there from the start; in the first step what accumulates lies next to them
             held.staying["buckets"] = self.weights.trained
             held.gradients = held.gradients if accumulates else 0.0
         pass_itself = traced.passing + (held.gradients if accumulates else 0.0)
-        if wish.kind == "single" and not accumulates:
+        if parallel.kind == "single" and not accumulates:
             pass_itself = traced.both  # gradients grow while activations go
         moving = max(sum(held.passing.values()) + pass_itself, held.gradients + held.at_end)
-        looking = self._looking(wish, shape) if self.config.evaluation.micro_batch_size else 0.0
+        looking = self._looking(parallel, shape) if self.config.evaluation.micro_batch_size else 0.0
         peak = sum(held.staying.values()) + max(moving, sum(held.passing.values()) + looking)
         device = {
             **held.staying, "gradients": held.gradients, **held.passing,
             "activations": traced.kept, "work": traced.passing - traced.kept, **({"step": held.at_end} if held.at_end else {}),
         }  # fmt: skip
-        copied = {"checkpoint": self._copied(held, wish)}
+        copied = {"checkpoint": self._copied(held, parallel)}
         if self.on_gpu:
             w = self.weights  # all weights are read by one process, and exported from a copy that is opened next to it
             whole = 2 * w.stored if w.num == w.num_trained else w.stored
             host = {"process": PROCESS, **held.waiting, **copied, WHOLE: whole}
-            device["CUDA"] = CONTEXT + (CHANNELS if wish.num_processes > 1 else 0.0)
+            device["CUDA"] = CONTEXT + (CHANNELS if parallel.num_processes > 1 else 0.0)
             return Forecast(device, peak + device["CUDA"], host)
         peak += sum(held.waiting.values()) + copied["checkpoint"]
         device |= {
@@ -106,18 +106,18 @@ class Forecaster:
         }
         return Forecast(device, peak + device["allocator"] + PROCESS)
 
-    def _looking(self, wish: Wish, shape: Shape) -> float:
+    def _looking(self, parallel: ParallelConfig, shape: Shape) -> float:
         """Bytes of an evaluation's pass, at its own micro-batch."""
         size = self.config.evaluation.micro_batch_size
         assert size is not None
-        return self._trace(wish, replace(shape, num_sequences=size), learns=False).passing
+        return self._trace(parallel, replace(shape, num_sequences=size), learns=False).passing
 
-    def _trace(self, wish: Wish, shape: Shape, learns: bool = True) -> Trace:
-        halved = wish.is_sharded and self.precision != "fp32"
+    def _trace(self, parallel: ParallelConfig, shape: Shape, learns: bool = True) -> Trace:
+        halved = parallel.is_sharded and self.precision != "fp32"
         part = replace(
-            shape, length=-(-shape.length // wish.num_context), learned=-(-shape.learned // wish.num_context)
+            shape, length=-(-shape.length // parallel.num_context), learned=-(-shape.learned // parallel.num_context)
         )
-        if not pads(self._about[2]):  # sequences lie end to end: only their tokens count
+        if not is_padded(self._about[2]):  # sequences lie end to end: only their tokens count
             part = Shape(1, part.num_sequences * part.length, part.num_sequences * part.learned)
         key = halved, part, learns
         if key not in self._traces:
@@ -133,32 +133,32 @@ class Forecaster:
             )  # fmt: skip
         return self._rehearsals[halved]
 
-    def _held(self, wish: Wish) -> _Held:
+    def _held(self, parallel: ParallelConfig) -> _Held:
         held = (
-            self._in_parts(wish)
-            if wish.kind == "fsdp2"
-            else self._by_deepspeed(wish)
-            if wish.is_zero
-            else self._whole(wish)
+            self._in_parts(parallel)
+            if parallel.kind == "fsdp2"
+            else self._by_deepspeed(parallel)
+            if parallel.is_zero
+            else self._whole(parallel)
         )
         if self.weights.unpacked:
             held.passing["unpacked"] = self.weights.unpacked
-        if wish.offload:
-            stays = wish.is_zero and "offload_param" not in wish.deepspeed["zero_optimization"]
+        if parallel.offload:
+            stays = parallel.is_zero and "offload_param" not in parallel.deepspeed["zero_optimization"]
             names = [name for name in held.staying if name != "weights" or not stays]
             held.waiting = {name: held.staying.pop(name) for name in names} | {"gradients": held.gradients}
             held.gradients = 0.0
         return held
 
-    def _whole(self, wish: Wish) -> _Held:
+    def _whole(self, parallel: ParallelConfig) -> _Held:
         w = self.weights
         # On a GPU PyTorch's adafactor makes the updates of all weights at once.
         updates = w.trained if self.on_gpu and self.config.optimizer.kind == "adafactor" else 0.0
         staying = {"weights": w.stored, "optimizer": w.optimizer, **self._average()}
         return _Held(staying, w.trained, at_end=updates)
 
-    def _in_parts(self, wish: Wish) -> _Held:
-        w, half, parts = self.weights, self._half, wish.num_processes // wish.num_replicas
+    def _in_parts(self, parallel: ParallelConfig) -> _Held:
+        w, half, parts = self.weights, self._half, parallel.num_processes // parallel.num_replicas
         staying = {"weights": w.stored, "optimizer": w.optimizer, **self._average()}
         return _Held(
             {name: value / parts for name, value in staying.items()},
@@ -172,10 +172,10 @@ class Forecaster:
             },
         )
 
-    def _by_deepspeed(self, wish: Wish) -> _Held:
-        w, half, parts = self.weights, self._half, wish.num_processes
-        shares_weights, shares_gradients = wish.kind == "zero3", wish.kind != "zero1"
-        bucket = min(float(wish.deepspeed["zero_optimization"].get("reduce_bucket_size", 5e8)), w.num_trained)
+    def _by_deepspeed(self, parallel: ParallelConfig) -> _Held:
+        w, half, parts = self.weights, self._half, parallel.num_processes
+        shares_weights, shares_gradients = parallel.kind == "zero3", parallel.kind != "zero1"
+        bucket = min(float(parallel.deepspeed["zero_optimization"].get("reduce_bucket_size", 5e8)), w.num_trained)
         # Gradients as they are made, laid end to end, and in float32 on their way.
         reduced = (half + 4 + (half if shares_gradients else 0)) * bucket
         return _Held(
@@ -192,13 +192,13 @@ class Forecaster:
     def _average(self) -> dict[str, float]:
         return {} if self.config.train.ema_decay is None else {"average": 4.0 * self.weights.num_trained}
 
-    def _copied(self, held: _Held, wish: Wish) -> float:
+    def _copied(self, held: _Held, parallel: ParallelConfig) -> float:
         """What a checkpoint copies before it is written while the next steps run: of equal weights each process its share."""
         if not self.config.checkpoint.asynchronous:
             return 0.0
         everything = held.staying | held.waiting
         weights = everything.get("float32", min(everything["weights"], self.weights.trained))
-        shared_by = wish.num_processes if not wish.is_sharded else wish.num_replicas
+        shared_by = parallel.num_processes if not parallel.is_sharded else parallel.num_replicas
         return (everything["optimizer"] + weights + everything.get("average", 0.0)) / shared_by
 
 

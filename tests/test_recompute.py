@@ -6,7 +6,7 @@ from conftest import TINY_LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.errors import ModelError
-from finetune.models import attention, head, layers
+from finetune.models import attention, head, recompute
 
 
 def build(**changes):
@@ -54,7 +54,7 @@ def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recompute
         torch, "compile", lambda forward, **options: compile_(forward, backend=count, fullgraph=True, **options)
     )
     torch._dynamo.reset()
-    layers.wrap(model, compiled=True, num_recomputed=recomputed)
+    recompute.wrap(model, compiled=True, num_recomputed=recomputed)
     found = losses_and_gradients(model, packs)
     with torch.no_grad():  # evaluations take the layers as they are
         model.eval()
@@ -73,7 +73,7 @@ def test_recomputed_layers_keep_their_inputs_only():
     packs = [[9], [3, 17, 1, 9]]
     wanted = losses_and_gradients(recomputing[0], packs)
     for count in (1, 3):
-        layers.wrap(recomputing[count], compiled=False, num_recomputed=count)
+        recompute.wrap(recomputing[count], compiled=False, num_recomputed=count)
         for (loss, grads), (wanted_loss, wanted_grads) in zip(losses_and_gradients(recomputing[count], packs), wanted):
             assert torch.equal(loss, wanted_loss)
             assert all(torch.equal(grads[name], grad) for name, grad in wanted_grads.items())
@@ -92,19 +92,19 @@ def test_recomputed_layers_keep_their_inputs_only():
 
 def test_as_many_layers_are_recomputed_as_was_said():
     model = build()
-    assert [layers.chosen(model, wanted) for wanted in (False, True, 1, 3)] == [0, 3, 1, 3]
+    assert [recompute.chosen(model, wanted) for wanted in (False, True, 1, 3)] == [0, 3, 1, 3]
     with pytest.raises(
         ModelError, match="gradient_checkpointing: 4, but LlamaForCausalLM has 3 layers; true recomputes all"
     ):
-        layers.chosen(model, 4)
+        recompute.chosen(model, 4)
 
 
 def test_a_model_whose_layers_are_unknown_is_an_error():
     with pytest.raises(ModelError, match="does not say what the layers of Sequential are"):
-        layers.chosen(torch.nn.Sequential(torch.nn.Linear(2, 2)), True)
+        recompute.chosen(torch.nn.Sequential(torch.nn.Linear(2, 2)), True)
 
 
 def test_without_a_compiler_there_is_an_error_before_the_first_step(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ModelError, match="train.compile: needs a C\\+\\+ compiler, and no-such-compiler was not found"):
-        layers.wrap(build(), compiled=True, num_recomputed=0)
+        recompute.wrap(build(), compiled=True, num_recomputed=0)

@@ -29,7 +29,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return number
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """One line for a person, past any progress bar."""
     tqdm.write(message, file=sys.stderr)
 
@@ -51,7 +51,7 @@ def answers(
     temperature: float = 0.0,
     title: str = "generating",
     together: bool = False,
-    say: Callable[[str], None] = say,
+    log: Callable[[str], None] = log,
 ) -> list[Answer]:
     """The model's answer to each prompt, without the token that ended it; temperature 0 is greedy.
 
@@ -64,7 +64,7 @@ def answers(
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     most = max(context - max_new_tokens, context // 2)
     if long := sum(len(ids) > most for ids in encoded):
-        say(
+        log(
             f"note: {long} of {len(encoded)} prompts are over {most} tokens, what the model's {context} positions leave next to "
             f"answers of {max_new_tokens}; their beginnings are cut off"
         )
@@ -110,7 +110,7 @@ def _cut(ids: list[int], most: int, tokenizer: Any) -> list[int]:
 
 def while_training(
     model: Any, tokenizer: Any, template: Template | None, prompts: Sequence[str], *, system_prompt: str | None,
-    max_new_tokens: int, together: bool, say: Callable[[str], None],
+    max_new_tokens: int, together: bool, log: Callable[[str], None],
 ) -> list[str]:  # fmt: skip
     """Greedy answers of a model in training, as it will answer once exported; afterwards all is as it was.
 
@@ -123,7 +123,7 @@ def while_training(
     inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
     try:
         found = answers(
-            model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts), together=together, say=say
+            model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts), together=together, log=log
         )
         return [answer.text for answer in found]
     finally:
@@ -148,7 +148,7 @@ def refuse_control_tokens(tokenizer: Any, conversations: Sequence[Conversation])
         problems.num_rows += 1
         with problems.noted():
             control.refuse(conversation)
-    problems.tell()
+    problems.raise_if_any()
 
 
 def without_opening(tokenizer: Any, answers: Sequence[str]) -> list[str]:

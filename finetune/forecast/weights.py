@@ -8,7 +8,7 @@ from torch import nn
 
 from finetune.config import Config
 from finetune.engine import optim
-from finetune.models import layers, parameters
+from finetune.models import parameters, recompute
 
 # Values of optimizer state for a weight: PyTorch's have its dtype, those of bitsandbytes are of 32 or 8 bits, these with a float32 scale for 256.
 MOMENTS = {"adamw": 2, "paged_adamw_32bit": 2, "lion": 1, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
@@ -54,7 +54,7 @@ def count(model: nn.Module, config: Config, width: int) -> Weights:
     stored = {name: p.numel() * (packed if name in quantized else p.element_size()) for name, p in named.items()}
     used = {name: stored[name] if name in quantized else width * p.numel() for name, p in named.items()}
     trains = {name for name, p in named.items() if p.requires_grad}
-    names = layers.classes(model)
+    names = recompute.classes(model)
     inside = [
         {f"{path}.{name}" for name, _ in module.named_parameters()}
         for path, module in model.named_modules() if type(module).__name__ in names

@@ -58,14 +58,14 @@ class Watchdog:
         for thread in self._threads:
             thread.join(self._interval)
 
-    def beat(self, at: str | None = None) -> None:
+    def heartbeat(self, at: str | None = None) -> None:
         """The main thread has come further. From here until `rest`, no beat means that it stands still."""
         self._ticks, self._ticked = self._ticks + 1, time.monotonic()
         self.at, self._moves, self._waiting = at or self.at, True, None
         if at and at.startswith("step "):
             self.step = int(at.removeprefix("step ")) - 1  # the last that is done
 
-    def rest(self, at: str, waiting: Callable[[], float] | None = None) -> None:
+    def pause(self, at: str, waiting: Callable[[], float] | None = None) -> None:
         """What comes now may take as long as it likes.
 
         `waiting`: for a save, how many seconds this process has waited for the others: not even a save may keep
@@ -90,9 +90,9 @@ class Watchdog:
             self._note()
             if self._store is None:
                 continue
-            beat = {"number": number, "verdict": self._verdict, **self._own()}
+            heartbeat = {"number": number, "verdict": self._verdict, **self._own()}
             try:
-                self._store.set(f"beat/{self.rank}", json.dumps(beat))
+                self._store.set(f"beat/{self.rank}", json.dumps(heartbeat))
                 for rank in self._others():
                     if self._store.check([f"beat/{rank}"]):
                         said = json.loads(self._store.get(f"beat/{rank}"))
@@ -125,14 +125,18 @@ class Watchdog:
                 return f"process {rank} has not answered for {bound:.3g} s, last at {where}"
         if self.rank > 0:
             return None
-        beats = {0: self._own(), **{rank: said for rank, (said, _) in self._heard.items() if said}}
-        if all(beat["saves"] for beat in beats.values()) and self._hurries():
+        heartbeats = {0: self._own(), **{rank: said for rank, (said, _) in self._heard.items() if said}}
+        if all(heartbeat["saves"] for heartbeat in heartbeats.values()) and self._hurries():
             bound = SOON_SECONDS if bound is None else min(bound, SOON_SECONDS)
-        if bound is None or len(beats) < self.number or any(beat["still"] <= bound for beat in beats.values()):
+        if (
+            bound is None
+            or len(heartbeats) < self.number
+            or any(heartbeat["still"] <= bound for heartbeat in heartbeats.values())
+        ):
             return None
         # All wait, for the one that has come least far.
-        least = min(beats.values(), key=lambda beat: beat["ticks"])
-        behind = [rank for rank, beat in beats.items() if beat["ticks"] == least["ticks"]]
+        least = min(heartbeats.values(), key=lambda heartbeat: heartbeat["ticks"])
+        behind = [rank for rank, heartbeat in heartbeats.items() if heartbeat["ticks"] == least["ticks"]]
         who = "every process" if len(behind) == self.number else f"process {', '.join(map(str, behind))}"
         return f"{who} has made no progress for {bound:.3g} s at {least['at']}"
 

@@ -16,7 +16,7 @@ from finetune import export
 from finetune.config import base
 from finetune.config.base import said_by
 from finetune.errors import ConfigError, ModelError, OutOfMemory
-from finetune.models import bases
+from finetune.models import base_identity
 
 QUANTIZATIONS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16},
@@ -398,22 +398,22 @@ def test_how_a_device_packs_is_no_part_of_the_identity_and_what_it_packs_is(plai
         )
 
     model = loaded(plain)
-    before = bases.fingerprints(model)
+    before = base_identity.fingerprints(model)
     packed = model.model.layers[1].mlp.up_proj.weight
     packed.data.view(-1)[7] ^= 1  # as another device might
-    assert bases.fingerprints(model) == before
+    assert base_identity.fingerprints(model) == before
     shutil.copytree(plain, tmp_path / "other")
     weights = load_file(plain / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] *= 1.001  # too little for another code
     save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
-    assert all(one != other for one, other in zip(bases.fingerprints(loaded(tmp_path / "other")), before))
+    assert all(one != other for one, other in zip(base_identity.fingerprints(loaded(tmp_path / "other")), before))
 
 
 def test_the_bytes_of_a_base_that_was_saved_quantised_are_its_identity(quantized):
     model = AutoModelForCausalLM.from_pretrained(quantized("nf4"))
-    before = bases.fingerprints(model)
+    before = base_identity.fingerprints(model)
     model.model.layers[1].mlp.up_proj.weight.data.view(-1)[7] ^= 1
-    assert all(one != other for one, other in zip(bases.fingerprints(model), before))
+    assert all(one != other for one, other in zip(base_identity.fingerprints(model), before))
 
 
 FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True}

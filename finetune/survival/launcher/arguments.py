@@ -15,8 +15,8 @@ import yaml
 
 from finetune import failures, places
 from finetune.errors import ConfigError, TopologyError
-from finetune.launcher.processes import say
 from finetune.places import found
+from finetune.survival.launcher.processes import log
 
 PORT = 29500  # default port for the nodes to meet; on one node any free port will do
 # Options of the ways by which Accelerate starts processes, which is what we do ourselves.
@@ -74,7 +74,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     given = [name for name in IGNORED if name in getattr(arguments, "nondefault", ())]
     if given:
         instead = "; FINETUNE_JOIN_MINUTES bounds the waiting for other nodes" if "rdzv_conf" in given else ""
-        say(f"ignored, as launch starts the processes itself: --{', --'.join(given)}{instead}")
+        log(f"ignored, as launch starts the processes itself: --{', --'.join(given)}{instead}")
     return arguments
 
 

@@ -47,7 +47,7 @@ def run(environments: list[dict[str, str]], command: list[str]) -> int:
         return supervise(inbox, environments, command)
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a closed stream is not a reason to leave the processes
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
@@ -137,7 +137,7 @@ class _Worker:
         try:
             self._process.wait(timeout=KILL_SECONDS)
         except subprocess.TimeoutExpired:
-            say(f"{self.name} cannot be killed: it waits in the kernel for a disk or a GPU")
+            log(f"{self.name} cannot be killed: it waits in the kernel for a disk or a GPU")
 
     def end(self) -> str:
         """How it ended, and where: `was killed by SIGKILL in step 38`."""
@@ -168,7 +168,7 @@ def _catches(pid: int, number: signal.Signals) -> bool:
 def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[str]) -> int:
     """Start and watch the processes; leave none behind, even after an error."""
     if inbox.wait(0):
-        say("preempted: a signal came before the first process was started; run the same command again")
+        log("preempted: a signal came before the first process was started; run the same command again")
         return EXIT_PREEMPTED
     workers: list[_Worker] = []
     problems: list[str] = []
@@ -220,7 +220,7 @@ def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
         if left <= 0:
             for worker in living:
                 problems.append(f"{worker.name} had not ended {because}, and was killed{worker.where()}")
-                say(problems[-1])
+                log(problems[-1])
             break
         for number in inbox.wait(min(left, 0.05) if any(worker.waiting for worker in living) else left):
             for worker in living:
@@ -232,7 +232,7 @@ def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
             codes.append(worker.code)
             if worker.has_failed:
                 problems.append(f"{worker.name} {worker.end()}")
-                say(problems[-1])
+                log(problems[-1])
             seconds = OTHERS_SECONDS if worker.has_failed else FINISH_SECONDS
             if time.monotonic() + seconds < deadline:
                 deadline, because = time.monotonic() + seconds, f"{seconds:g} seconds after {worker.name}"

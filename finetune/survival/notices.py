@@ -49,7 +49,7 @@ class Watch:
     """
 
     def __init__(
-        self, cloud: str, heard: Callable[[Notice], None], say: Callable[[str], None], every_seconds: float = 5.0
+        self, cloud: str, heard: Callable[[Notice], None], log: Callable[[str], None], every_seconds: float = 5.0
     ) -> None:
         """The address is in FINETUNE_METADATA_ADDRESS (http://host:port) on machines that have another one, else ConfigError."""
         assert cloud in CLOUDS
@@ -58,7 +58,7 @@ class Watch:
             raise ConfigError(f"FINETUNE_METADATA_ADDRESS: {address} is not an address; write http://host:port")
         self._cloud = _ASKED[cloud](address.rstrip("/"))
         self._heard = heard
-        self._say = say
+        self._say = log
         self._every_seconds = every_seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="notices", daemon=True)

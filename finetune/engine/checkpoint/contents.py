@@ -72,7 +72,7 @@ class Stager:
         """Copy the state, which is all that training has to wait for. Collective."""
         topology = self._topology
         own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
-        if topology.wish.is_zero:
+        if topology.parallel.is_zero:
             return Staged({}, topology.engine_files(self._copied), own)
         tensors = share(_tensors(topology, state), topology.rank, topology.num_processes)
         return Staged(self._copied(tensors), {}, own)
@@ -161,7 +161,7 @@ def written(writing: Path, staged: Staged, rank: int) -> set[str]:
 def read(found: Found, topology: Topology, state: TrainState) -> None:
     """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises LostCheckpoints."""
     try:
-        if topology.wish.is_zero:
+        if topology.parallel.is_zero:
             _read_engine(found, topology)
         else:
             _read_shards(found, topology, state)
@@ -211,7 +211,7 @@ def _read_own(found: Found, topology: Topology) -> None:
 
 def read_weights(found: Found, topology: Topology, state: TrainState) -> None:
     """Put back the weights (and their averages), and nothing else. Collective."""
-    if topology.wish.is_zero:
+    if topology.parallel.is_zero:
         _read_engine(found, topology)
         return
     weights = _weights(topology, state)
