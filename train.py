@@ -112,7 +112,7 @@ def attempt(config: Config, check_only: bool, stop: StopFlag, directory: "RunDir
         directory.check(config)
         directory.announce()
     topology = Topology(config.train.precision, check_only)
-    topology.require_same(configs.flatten(config.model_dump()))
+    topology.require_same({**configs.flatten(config.model_dump()), **configs.code_identity(config)})
     topology.check(config)
     config, to_try = jobs.sized(config, topology)
     configs.accumulation(config, topology.num_data)

@@ -7,7 +7,6 @@ stays in this process: a file that is edited during a run changes nothing.
 import difflib
 import hashlib
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -65,12 +64,10 @@ def find(name: str, folder: Path | None = None) -> str:
 def read(name: str) -> OwnCode:
     """Execute the file of `name`, as `find` gave it, unless this content was executed before. Raises ConfigError."""
     place, _, attribute = name.rpartition(":")
-    path = Path(place) if _is_file(place) else _path_of_module(place)
-    content = _content(path)
-    sha256 = hashlib.sha256(content if _is_file(place) else _package(path)).hexdigest()
-    if (known := _READ.get(name)) and known.sha256 == sha256:
+    path, content, found = _sources(place)
+    if (known := _READ.get(name)) and known.sha256 == found:
         return known
-    module = _executed(path, content, sha256) if _is_file(place) else _imported(place, path)
+    module = _executed(path, content, found) if _is_file(place) else _imported(place, path)
     if not hasattr(module, attribute):
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         near = difflib.get_close_matches(attribute.lower(), {key.lower(): key for key in own}, n=1)
@@ -78,13 +75,25 @@ def read(name: str) -> OwnCode:
             (f"did you mean {key}?" for key in own if [key.lower()] == near), f"it has {', '.join(own) or 'none'}"
         )
         raise ConfigError(f"{shown(path)} defines no {attribute}; {hint}")
-    _READ[name] = OwnCode(name, path, sha256, getattr(module, attribute))
+    _READ[name] = OwnCode(name, path, found, getattr(module, attribute))
     return _READ[name]
 
 
 def get(name: str) -> OwnCode:
     """What `read` has read under this name."""
     return _READ[name]
+
+
+def sha256(name: str) -> str:
+    """The hash of the file of `name`, which is not executed. Raises ConfigError."""
+    return _sources(name.rpartition(":")[0])[2]
+
+
+def _sources(place: str) -> tuple[Path, bytes, str]:
+    """The file of a place, what it holds, and the hash of that, or of the package that a module is in."""
+    path = Path(place) if _is_file(place) else _path_of_module(place)
+    content = _content(path)
+    return path, content, hashlib.sha256(content if _is_file(place) else _package(path)).hexdigest()
 
 
 def shown(path: Path) -> str:
@@ -96,6 +105,11 @@ def shown(path: Path) -> str:
 def without_folder(name: str) -> str:
     """`name` as it is on any machine: the content of its file is compared by its hash."""
     return os.path.basename(name) if _is_file(name.rpartition(":")[0]) else name
+
+
+def label(setting: str, name: str) -> str:
+    """How receipts and checkpoints call the hash of code."""
+    return f"code of {setting}: {without_folder(name)}"
 
 
 def _is_file(place: str) -> bool:
@@ -133,10 +147,12 @@ def _path_of_module(place: str) -> Path:
     """The file of a module that can be imported from here. Raises ConfigError."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
-    try:
-        found = importlib.util.find_spec(place)
-    except (Exception, SystemExit) as exc:  # of the package that it is in
-        raise ConfigError(f"module {place} cannot be imported: {exc}; a file is named as {EXPECTED}") from exc
+    found, inside, whole = None, None, ""
+    for part in place.split("."):  # not importlib.util.find_spec, which executes the packages around a module
+        whole = f"{whole}.{part}".lstrip(".")
+        specs = (finder.find_spec(whole, inside) for finder in sys.meta_path)
+        found = next((spec for spec in specs if spec is not None), None)
+        inside = found.submodule_search_locations if found else []
     if found is None or not found.has_location or found.origin is None:
         raise ConfigError(f"no module {place} can be imported here; a file is named as {EXPECTED}")
     return Path(found.origin)

@@ -34,7 +34,7 @@ from finetune.errors import (
 from finetune.generation import generate
 from finetune.models import load, parameters
 from finetune.models.policy import Policy
-from finetune.objectives import OBJECTIVES, Objective
+from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
 from finetune.survival.preemption import StopFlag
 
@@ -114,7 +114,7 @@ class Job:
 
     @property
     def objective(self) -> Objective:
-        return OBJECTIVES[self.config.objective.kind]
+        return chosen(self.config.objective)
 
     def policy(self, model: Any) -> Policy:
         """The model as objectives see it."""

@@ -63,7 +63,7 @@ ALLOWED = {
     "finetune.curves": ["finetune.config", "finetune.errors"],
     "finetune.failures": ["finetune.errors"],
     "finetune.survival.launcher": ["finetune.survival.launcher", "finetune.engine.rundir", "finetune.places", "finetune.failures", "finetune.errors"],
-    "finetune.replay": ["finetune.engine.topology", "finetune.survival.launcher", "finetune.config", "finetune.places", "finetune.files", "finetune.errors"],
+    "finetune.replay": ["finetune.engine.topology", "finetune.survival.launcher", "finetune.config", "finetune.own_code", "finetune.places", "finetune.files", "finetune.errors"],
     "finetune.__main__": ["finetune.config", "finetune.places", "finetune.failures", "finetune.errors"],
     "data_scripts": ["finetune.data.rows", "finetune.data.templates", "finetune.data.tokens"],
 }  # fmt: skip

@@ -220,11 +220,23 @@ def _own_section(code: OwnCode) -> type[OwnObjective]:
         if (part := objective.supervises("completion")) not in get_args(Data.model_fields["loss_on"].annotation):
             raise ConfigError(f"{code}: supervises should return completion, all or last_turn, got {part!r}")
         own = {"model_config": Section.model_config, "code": code, "objective": objective}
-        return type("Own", (settings, OwnObjective), {**own, "__module__": __name__, "__doc__": OwnObjective.__doc__})
+        bases = (OwnObjective,) if issubclass(OwnObjective, settings) else (settings, OwnObjective)
+        return type("Own", bases, {**own, "__module__": __name__, "__doc__": OwnObjective.__doc__})
     except ConfigError:
         raise
     except Exception as exc:
         raise ConfigError(code.blame(exc)) from exc
+
+
+def own_codes(config: "Config") -> dict[str, OwnCode]:
+    """Setting -> the code of the user's own that it names."""
+    found = {"objective.kind": config.objective.code} if isinstance(config.objective, OwnObjective) else {}
+    return found | ({"data.format": own_code.get(config.data.format)} if own_code.is_own(config.data.format) else {})
+
+
+def code_identity(config: "Config") -> dict[str, str]:
+    """The hash of each, by setting and name of the file, for what a resumption or a replay must find again."""
+    return {own_code.label(key, code.name): code.sha256 for key, code in own_codes(config).items()}
 
 
 def own_format(name: str) -> OwnCode:

@@ -258,6 +258,11 @@ def from_dict(
     problems += of_code
     try:
         config = Config.model_validate(values)
+        _yaml(config.objective.model_dump())  # settings of a user's own may be of any type
+    except yaml.YAMLError as exc:
+        problems.append(
+            f"objective: these settings cannot be written to config.yaml: {exc}; use numbers, text, lists and mappings"
+        )
     except ValidationError as exc:
         errors = exc.errors()
         problems += _joined(dict.fromkeys(_describe(error, values) for error in errors))

@@ -12,7 +12,7 @@ from finetune.engine.optim import set_lr
 from finetune.engine.topology import Topology
 from finetune.errors import TrainingDiverged
 from finetune.models.policy import Policy
-from finetune.objectives.base import Objective, Term, add
+from finetune.objectives.base import Objective, Term, add, as_divisors
 from finetune.objectives.sft import CROSS_ENTROPY
 
 
@@ -55,7 +55,7 @@ def train_step(
     batches = [topology.part(batch) for batch in batches]
     policy.model.train()
     prepared = _prepared(topology, policy, objective, settings, batches)
-    divisors = {**totals, **_divisors(prepared)}
+    divisors = {**totals, **as_divisors(prepared)}
 
     def terms(batch: Batch) -> list[Term]:
         return objective.loss(policy, batch, settings, prepared)
@@ -85,11 +85,6 @@ def _prepared(
     return topology.processes.sum_on_device(own)
 
 
-def _divisors(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What an objective prepared, as divisors: a sum over nothing is 0, and so is its mean."""
-    return {name: torch.where(value == 0, 1.0, value) for name, value in prepared.items()}
-
-
 def _means(
     topology: Topology, added: Sequence[Term], divisors: Mapping[str, float | torch.Tensor], others: Sequence[float | torch.Tensor]
 ) -> tuple[dict[str, float], list[float]]:  # fmt: skip
@@ -117,7 +112,7 @@ def try_pass(
     with torch.random.fork_rng(devices):
         batches = [topology.part(batch)] * num_passes
         prepared = _prepared(topology, policy, objective, settings, batches[:1])
-        divisors = {**{name: max(count, 1) for name, count in batch.counts.items()}, **_divisors(prepared)}
+        divisors = {**{name: max(count, 1) for name, count in batch.counts.items()}, **as_divisors(prepared)}
         topology.forward_backward(
             policy.model, batches, lambda part: objective.loss(policy, part, settings, prepared), divisors, last=False
         )
@@ -137,7 +132,7 @@ def evaluate(
     was_training = policy.model.training
     policy.model.eval()
     added: dict[str, Term] = {}
-    own_divisors: dict[str, torch.Tensor] = {}
+    own_totals: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for micro_batches in batches:
             topology.watchdog.heartbeat()
@@ -147,7 +142,7 @@ def evaluate(
             parts = [topology.part(batch) for batch in micro_batches]
             prepared = _prepared(topology, policy, objective, settings, parts)
             for name, value in prepared.items():
-                own_divisors[name] = own_divisors[name] + value if name in own_divisors else value
+                own_totals[name] = own_totals[name] + value if name in own_totals else value
             for part in parts:
                 there = part.to(topology.device)
                 terms = objective.evaluate(policy, there, settings, prepared)
@@ -158,7 +153,7 @@ def evaluate(
                 for term in terms:
                     add(added, term)
     policy.model.train(was_training)
-    means, _ = _means(topology, list(added.values()), {**totals, **_divisors(own_divisors)}, [])
+    means, _ = _means(topology, list(added.values()), {**totals, **as_divisors(own_totals)}, [])
     loss = sum(term.weight * means[term.name] for term in added.values())
     others = {name: mean for name, mean in means.items() if name not in ("loss", CROSS_ENTROPY)}
     mean = means[CROSS_ENTROPY]

@@ -4,8 +4,7 @@
 
 Most of a small run is the start of its processes. `forget:DIR:STEP` takes a run back to the
 checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the next run on
-purpose, so that the tests of the others are seen to fail; `objective:NAME` gives it one of
-tests/invariants/objectives.py.
+purpose, so that the tests of the others are seen to fail; `pair` makes each two of its rows one example.
 """
 
 import dataclasses
@@ -40,8 +39,8 @@ def main() -> None:
                 torch.distributed.barrier()
         elif argument.startswith("break:"):
             mend = BREAKS[argument.removeprefix("break:")]()
-        elif argument.startswith("objective:"):
-            mend = objectives.use(argument.removeprefix("objective:"))
+        elif argument == "pair":
+            mend = objectives.pair()
         else:
             os.environ.update(asked_by_launcher)
             forget_process_state()
