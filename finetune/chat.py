@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from finetune import export
 from finetune.config.base import is_adapter, model_argument, require_model
 from finetune.data.rows import Message
 from finetune.data.templates import PROMPT, QUESTION
 from finetune.errors import DataError, ModelError
+from finetune.export.load import base_argument, load, load_chat_tokenizer, require_base, trust_remote_code_argument
 from finetune.generation import generate
 
 
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=_temperature, default=0.0, help="sampling temperature; 0: always take the likeliest token"
     )
     parser.add_argument("--one-turn", action="store_true", help="forget each message before the next")
-    export.base_argument(parser)
-    export.trust_remote_code_argument(parser)
+    base_argument(parser)
+    trust_remote_code_argument(parser)
 
 
 def _temperature(text: str) -> float:
@@ -57,11 +57,11 @@ def main(arguments: argparse.Namespace) -> None:
         raise ModelError(
             f"--base: {arguments.model} is not the folder of an adapter, so --base would be ignored; remove --base"
         )
-    export.require_base(arguments.base)
-    tokenizer = export.load_chat_tokenizer(arguments.model, arguments.trust_remote_code)
+    require_base(arguments.base)
+    tokenizer = load_chat_tokenizer(arguments.model, arguments.trust_remote_code)
     start = [Message("system", arguments.system)] if arguments.system else []
     require_system(tokenizer, start)
-    model = export.load(arguments.model, trust_remote_code=arguments.trust_remote_code, base=arguments.base)
+    model = load(arguments.model, trust_remote_code=arguments.trust_remote_code, base=arguments.base)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(messages: list[Message]) -> str:

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune import export, own_code
-from finetune.config import Config, accumulation, base, code_identity, own_codes, usual_lr
+from finetune import own_code
+from finetune.config import Config, accumulation_steps, base, code_identity, own_codes, usual_lr
 from finetune.config import fields as config_fields
-from finetune.data import batches, readers, rows, templates, tokens
+from finetune.data import batches, order, readers, rows, templates, tokens
 from finetune.engine import trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
+from finetune.export.publish import rehearse
+from finetune.export.save import Base
 from finetune.models import adapters, attention, base_identity, head, load, parameters, recompute
 from finetune.objectives import Own, chosen
 
@@ -71,8 +73,8 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     kept = None
     if objective.has_turns:
         kept = template = replace(template, example=tokens.first_that_fits(sources.train, template, options))
-    of_base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
-    topology.on_main(lambda: export.rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
+    of_base = Base(config.model.path, config.model.revision, config.model.trust_remote_code)
+    topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
     plan, eval_plan = _planned(config, topology, train, evals, attention.is_padded(kernel), tokenizer.pad_token_id or 0)
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
@@ -173,7 +175,7 @@ def _planned(
 
     def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
         return batches.Batches(
-            batches.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
+            order.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
             global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
             rank=topology.data_rank, num_processes=topology.num_data, padded=padded, pad_id=pad_id,
         )  # fmt: skip
@@ -228,7 +230,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
         f"template    {data.template.name}, objective {own_code.without_folder(config.objective.kind)}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
-        f"({config.micro_batch_size} at once x {accumulation(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
+        f"({config.micro_batch_size} at once x {accumulation_steps(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
         + (f", each shared by {topology.parallel.num_context}" if topology.parallel.num_context > 1 else "")
         + (
             f"; {data.train.steps_per_epoch * config.train.epochs:,} without train.max_steps"

@@ -637,14 +637,14 @@ def test_batch_sizes_that_do_not_divide_are_refused(whole, micro):
 )
 def test_accumulation_is_what_is_left_of_the_global_batch(whole, micro, processes, times):
     config = configs.from_dict(changed(train__global_batch_size=whole, train__micro_batch_size=micro))
-    assert configs.accumulation(config, processes) == times
+    assert configs.accumulation_steps(config, processes) == times
 
 
 @pytest.mark.parametrize(("processes", "multiple", "example"), [(3, 6, 12), (5, 10, 10), (8, 16, 16)])
 def test_processes_that_the_batch_cannot_be_split_over_are_refused(processes, multiple, example):
     config = configs.from_dict(changed(train__global_batch_size=8, train__micro_batch_size=2))
     with pytest.raises(ConfigError) as caught:
-        configs.accumulation(config, processes)
+        configs.accumulation_steps(config, processes)
     assert f"train.global_batch_size: 8 cannot be split over {processes} processes" in str(caught.value)
     assert f"a multiple of {multiple}, for example {example}" in str(caught.value)
 

@@ -542,12 +542,12 @@ def test_auto_says_so_where_nothing_fits(workshop, monkeypatch):
     "exc", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
 )
 def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypatch, exc):
-    from finetune.engine import step
+    from finetune import loop
 
     def none_left(*_, **__):
         raise exc
 
-    monkeypatch.setattr(step, "train_step", none_left)
+    monkeypatch.setattr(loop, "train_step", none_left)
     config, _ = configs.parse(["--config", str(workshop.write(workshop.config()))])
     peak = Chooser(config, precision="fp32", on_gpu=False).forecast(SINGLE).peak
     monkeypatch.setattr(choice, "capacity", lambda *_: peak - 1)

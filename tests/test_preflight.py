@@ -104,12 +104,12 @@ def test_rows_that_fit_a_template_are_trained_though_the_shortest_conversation_d
     """As DeepSeek-R1's: the prompt opens the thoughts, and each row begins with them."""
     from test_templates import OPENS_AND_KEEPS
 
-    from finetune import export
+    from finetune.export.load import load, load_tokenizer
 
     (workshop.folder / "r1.jinja").write_text(OPENS_AND_KEEPS)
     write_jsonl(workshop.rows, [{"question": f"{n}?", "answer": f"<think>\nhm\n</think>\n\n{n}"} for n in range(20)])
     run = workshop.train(data__template=str(workshop.folder / "r1.jinja"), train__max_steps=1)
-    tokenizer, model = export.load_tokenizer(run / "model"), export.load(run / "model")
+    tokenizer, model = load_tokenizer(run / "model"), load(run / "model")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
 
 

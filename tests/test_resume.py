@@ -37,9 +37,9 @@ def wait_for_saves() -> None:
 
 def train_until(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, step: int, name: str, **changes) -> Path:
     """Train and die, without any goodbye, as step `step` begins."""
-    from finetune.engine import step as steps
+    from finetune import loop
 
-    whole, done = steps.train_step, []
+    whole, done = loop.train_step, []
 
     def dying(*arguments, **keywords):
         if len(done) == step:
@@ -49,7 +49,7 @@ def train_until(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, step: int, 
         return whole(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "train_step", dying)
+        patch.setattr(loop, "train_step", dying)
         with pytest.raises(Interrupted):
             workshop.train(name, **changes)
     return workshop.run_dir(name)
@@ -100,7 +100,7 @@ def test_lora_resumes_to_the_bit(workshop, monkeypatch):
 
 def test_what_a_preempted_run_had_no_time_to_look_at_is_made_up_for(workshop, monkeypatch):
     """Else it would stop at another step, and export another model, than an undisturbed one."""
-    from finetune.engine import step as steps
+    from finetune import loop
     from finetune.errors import Preempted
     from finetune.survival.preemption import StopFlag
 
@@ -112,8 +112,8 @@ def test_what_a_preempted_run_had_no_time_to_look_at_is_made_up_for(workshop, mo
     whole = workshop.train("whole", **settings)
     with monkeypatch.context() as patch:
         patch.setattr(StopFlag, "is_set", property(lambda self: len(done) == 2))
-        one, done = steps.train_step, []
-        patch.setattr(steps, "train_step", lambda *a, **k: done.append(1) or one(*a, **k))
+        one, done = loop.train_step, []
+        patch.setattr(loop, "train_step", lambda *a, **k: done.append(1) or one(*a, **k))
         with pytest.raises(Preempted):
             workshop.train("parts", **settings)
     parts = workshop.train("parts", **settings)

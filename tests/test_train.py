@@ -25,7 +25,7 @@ from finetune.errors import (
     TrainingDiverged,
     UserError,
 )
-from finetune.export import load_tokenizer
+from finetune.export.load import load_tokenizer
 from finetune.generation import generate
 
 

@@ -18,7 +18,7 @@ from finetune.config.fields import (
     OwnObjective,
     QLora,
     Schedule,
-    accumulation,
+    accumulation_steps,
     code_identity,
     own_codes,
     usual_lr,
@@ -40,6 +40,6 @@ from finetune.config.reader import (
 from finetune.config.rules import conflicts
 
 __all__ = [
-    "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "CrossEntropy", "Data", "Full", "Lora", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule", "accumulation", "base", "code_identity", "conflicts",
+    "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "CrossEntropy", "Data", "Full", "Lora", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule", "accumulation_steps", "base", "code_identity", "conflicts",
     "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats", "own_codes", "parse", "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

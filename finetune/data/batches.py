@@ -1,12 +1,11 @@
-"""The plan of a run and its micro-batches.
+"""Micro-batches by step number.
 
-The plan is a pure function (seed, epoch, lengths) -> order of sequences; a position in it is an
-integer, so resuming is arithmetic. Which process puts which sequence through the model follows
-from the position alone: any number of processes makes the same steps.
+Which process puts which sequence through the model follows from the position in the order alone: any
+number of processes makes the same steps.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.data.packing import pack
-from finetune.data.tokens import Examples
-
-GROUP_STEPS = 50  # steps whose sequences are sorted by length together; more would wear the order's randomness down
-
+from finetune.data.order import Document, Sequences, order
 
 Counts = dict[str, int]
 """How much there is of what losses are divided by: supervised `tokens`, `documents`, `examples`; and `input_tokens`, all."""
@@ -84,74 +79,27 @@ class Batch:
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
-        """With all tensors on a device; one that stands under two names is sent once."""
-        sent: dict[int, torch.Tensor] = {}
+        """With all tensors on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def send(value: Any) -> Any:
+    def pinned(self) -> "Batch":
+        """With all tensors in page-locked memory, from where `to` does not make the host wait."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """With all tensors changed; one that stands under two names is changed once."""
+        changed: dict[int, torch.Tensor] = {}
+
+        def apply(value: Any) -> Any:
             if isinstance(value, dict):
-                return {name: send(each) for name, each in value.items()}
+                return {name: apply(each) for name, each in value.items()}
             if not isinstance(value, torch.Tensor):
                 return value
-            if id(value) not in sent:
-                sent[id(value)] = value.to(device, non_blocking=True)
-            return sent[id(value)]
+            if id(value) not in changed:
+                changed[id(value)] = change(value)
+            return changed[id(value)]
 
-        return replace(self, **{name: send(value) for name, value in self.__dict__.items()})
-
-
-class Sequences:
-    """Examples, alone or packed: the unit that the plan orders and batch sizes count."""
-
-    def __init__(self, examples: Examples, packing: bool, max_length: int, seed: int) -> None:
-        self.examples = examples
-        self._packs = pack(examples.lengths, max_length, seed) if packing else None
-        lengths = examples.lengths
-        self.lengths = np.array([lengths[members].sum() for members in self._packs]) if self._packs else lengths
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def members(self, sequence: int) -> np.ndarray:
-        """Examples of one sequence."""
-        return self._packs[sequence] if self._packs else np.array([sequence])
-
-    def documents(self, sequence: int) -> list["Document"]:
-        """Every document in a sequence."""
-        return [document for example in self.members(sequence) for document in self._of_example(example)]
-
-    def _of_example(self, example: int) -> Iterator["Document"]:
-        for number in self.examples.documents(example):
-            part = slice(self.examples.starts[number], self.examples.ends[number])
-            ids = np.asarray(self.examples.input_ids[part], np.int64)
-            yield Document(ids, np.flatnonzero(self.examples.supervised[part][1:]), int(example))
-
-
-@dataclass(frozen=True)
-class Document:
-    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; the number of its example."""
-
-    ids: np.ndarray
-    predicted: np.ndarray
-    example: int
-
-
-def plan(seed: int, epoch: int, lengths: np.ndarray, batch_size: int, group_by_length: bool) -> np.ndarray:
-    """Order of the sequences of one epoch, int64 [sequences]: every one exactly once.
-
-    With `group_by_length`, each window of GROUP_STEPS steps is sorted by length and cut into
-    steps, whose order is random again; a last incomplete step stays last.
-    """
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
-    if not group_by_length:
-        return order
-    whole = len(order) - len(order) % batch_size
-    steps: list[np.ndarray] = []
-    for start in range(0, whole, batch_size * GROUP_STEPS):
-        window = order[start : min(start + batch_size * GROUP_STEPS, whole)]
-        window = window[np.argsort(-lengths[window], kind="stable")]
-        steps += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-    return np.concatenate([*(steps[i] for i in random.permutation(len(steps))), order[whole:]])
+        return replace(self, **{name: apply(value) for name, value in self.__dict__.items()})
 
 
 class Batches:
@@ -183,10 +131,11 @@ class Batches:
     def of_step(self, step: int) -> np.ndarray:
         """Sequences of one step over all processes; fewer than global_batch_size at the end of an epoch."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            order = plan(self.seed, epoch, self.sequences.lengths, self.global_batch_size, self.group_by_length)
-            self._order = (epoch, order)
-        return self._order[1][number * self.global_batch_size : (number + 1) * self.global_batch_size]
+        known = self._order  # one read: a thread that makes batches ahead may be in the next epoch
+        if known is None or known[0] != epoch:
+            made = order(self.seed, epoch, self.sequences.lengths, self.global_batch_size, self.group_by_length)
+            self._order = known = (epoch, made)
+        return known[1][number * self.global_batch_size : (number + 1) * self.global_batch_size]
 
     def places(self, step: int) -> list[str]:
         """file:line of every row of a step."""

@@ -83,7 +83,7 @@ class Log:
                 os.fsync(file.fileno())
 
 
-class Tracker:
+class Metrics:
     """Writes on the main process; elsewhere every call does nothing."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Tracker:
     ) -> None:  # fmt: skip
         """`trackers` get every line that the files get."""
         self.trackers = trackers
-        self.metrics, self.evals = Log(directory.metrics), Log(directory.evals)
+        self.steps, self.evals = Log(directory.metrics), Log(directory.evals)
         self.samples, self.saves = Log(directory.samples), Log(directory.saves)
         self.num_steps, self.every, self.is_main = num_steps, every, is_main
         self.flops_per_token, self.num_processes = flops_per_token, num_processes
@@ -126,7 +126,7 @@ class Tracker:
         if self.unwritten:
             return
         self.mark, self.tokens = now, 0
-        self._record(self.metrics, line)
+        self._record(self.steps, line)
         self.bar.set_postfix_str(f"loss {result.loss:.4f}, {rate:,.0f} tokens/s, {memory_gb:.1f} GB")
         if self.plain and (now - self.last_line > 10 or last or step == self.first + 1):
             left = (now - self.started) / (step - self.first) * (self.num_steps - step)
@@ -139,7 +139,7 @@ class Tracker:
     def flush(self) -> None:
         """Write the latest step although its turn has not come: there will be no other."""
         if self.unwritten:
-            self._record(self.metrics, self.unwritten)
+            self._record(self.steps, self.unwritten)
             self.unwritten = None
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -166,7 +166,7 @@ class Tracker:
 
     def sync(self) -> None:
         """Everything that was told is on the disk. Raises OSError: a checkpoint must find its past there."""
-        for log in (self.metrics, self.evals, self.samples):
+        for log in (self.steps, self.evals, self.samples):
             log.sync()
 
     @contextmanager

@@ -52,7 +52,6 @@ def train_step(
     Raises TrainingDiverged before the weights move if the loss or a gradient is not finite.
     """
     topology.watchdog.heartbeat()  # the data is there
-    batches = [topology.part(batch) for batch in batches]
     policy.model.train()
     prepared = _prepared(topology, policy, objective, settings, batches)
     divisors = {**totals, **as_divisors(prepared)}

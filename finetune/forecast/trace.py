@@ -19,7 +19,7 @@ from finetune import failures
 from finetune.config import Config
 from finetune.engine.topology import meta
 from finetune.errors import ModelError
-from finetune.models import attention, cross_entropy, head, varlen_cpu
+from finetune.models import attention, attention_probe, cross_entropy, head, varlen_cpu
 from finetune.models.build import build
 
 
@@ -158,7 +158,7 @@ class Rehearsal:
             for buffer in self.model.buffers():
                 ledger.ignore(buffer)
             ids = torch.zeros(rows, documents_of_row * shape.length, dtype=torch.long)
-            inputs = attention.inputs_of(ids, [shape.length] * documents_of_row, self.base)
+            inputs = attention_probe.inputs_of(ids, [shape.length] * documents_of_row, self.base)
             supervised = torch.zeros(shape.num_sequences * shape.learned, dtype=torch.long)
             with ledger, torch.set_grad_enabled(learns):
                 with torch.autocast(

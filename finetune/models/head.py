@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from finetune import failures
-from finetune.models import attention
+from finetune.models import attention_probe
 from finetune.models.cross_entropy import (
     LogitTransform,
     cross_entropy_sum,
@@ -119,7 +119,7 @@ def check(model: Any, base: Any, device: torch.device, precision: str) -> str | 
     ids = torch.randint(
         base.config.get_text_config().vocab_size, (2, 12), generator=torch.Generator().manual_seed(0)
     ).to(device)
-    inputs, positions = attention.inputs_of(ids[:1], [12], base), torch.arange(0, 12, 2, device=device)
+    inputs, positions = attention_probe.inputs_of(ids[:1], [12], base), torch.arange(0, 12, 2, device=device)
     question = Question(ids[1][positions], positions, frozenset({"nll"}))
     was_training = model.training
     model.eval()

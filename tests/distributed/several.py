@@ -18,9 +18,8 @@ import torch
 from conftest import forget_process_state
 from invariants import objectives
 
-import train
 from finetune import config as configs
-from finetune.engine import step
+from finetune import loop
 from finetune.engine.topology import Topology, fsdp
 from finetune.objectives import base
 from finetune.objectives.sft import Sft
@@ -44,7 +43,7 @@ def main() -> None:
         else:
             os.environ.update(asked_by_launcher)
             forget_process_state()
-            train.run(*configs.parse(["--config", argument]), StopFlag())
+            loop.run(*configs.parse(["--config", argument]), StopFlag())
             mend()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -76,7 +75,7 @@ def forgotten_factor() -> functools.partial:
 
 def mean_of_means() -> functools.partial:
     """Each process divides by the tokens of its own, and the results are averaged."""
-    right = step.train_step
+    right = loop.train_step
 
     def wrong(topology, policy, optimizer, objective, settings, batches, totals, **keywords):
         own, everyone = sum(batch.counts["tokens"] for batch in batches), totals["tokens"]
@@ -88,7 +87,7 @@ def mean_of_means() -> functools.partial:
 
         return right(topology, policy, optimizer, Wrong(), settings, batches, totals, **keywords)
 
-    return instead(step, "train_step", wrong)
+    return instead(loop, "train_step", wrong)
 
 
 def one_shard() -> functools.partial:

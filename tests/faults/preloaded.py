@@ -11,10 +11,8 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from faults import nursery  # noqa: F401
 
 import train  # noqa: F401
-from finetune import export, preflight, run  # noqa: F401
-from finetune.engine import optim, step, trackers, tracking  # noqa: F401
-from finetune.engine.checkpoint import resume, saver, storage  # noqa: F401
+from finetune import loop  # noqa: F401
+from finetune.engine import trackers  # noqa: F401
 from finetune.engine.topology import fsdp, zero  # noqa: F401
-from finetune.models import adapters, build, parameters  # noqa: F401
 
 gc.freeze()  # a collection in a child would copy all of this

@@ -3,31 +3,22 @@
 Whatever the topology, a step sees the same few verbs: prepare, accumulate, backward, move, sum.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from finetune import failures, torch_versions
+from finetune import torch_versions
 from finetune.config import Config
 from finetune.data.batches import Batch
-from finetune.engine.topology import launch, meta, support
+from finetune.engine.topology import launch, meta, start, support
 from finetune.engine.topology.processes import WAIT, Processes
 from finetune.engine.topology.replicated import Replicated
-from finetune.errors import ConfigError, DeviceError, OutOfMemory, TopologyError
+from finetune.errors import ConfigError, TopologyError
 from finetune.objectives import base as objectives
 from finetune.objectives.base import Term
 from finetune.survival.watchdog import Watchdog
@@ -43,47 +34,11 @@ class Topology:
         cuda = torch.cuda.is_available()
         self.parallel, self.launched = launch.read(), launch.recorded()
         if cuda:
-            _take_own_gpu()
-        self.precision = "fp32" if check_only and precision == "fp16" and not cuda else _resolve(precision, cuda)
-        _require_what_was_asked(self.parallel, self.precision, cuda, check_only)
-        if not cuda:  # DeepSpeed reads this when it is imported, and then does not warn
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # From here on Accelerate, and transformers, see plain processes: who shares what is decided below.
-        os.environ.update({f"ACCELERATE_USE_{name}": "false" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")})
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-        # NCCL notices a failure or a time-out in a thread of its own, and no exception comes from it. 3, PyTorch's default,
-        # ends the process (SIGABRT), and `python -m finetune launch` writes the outcome. 0 would wait until train.hang_minutes
-        # are over, 1 first aborts the communicators, which may hang, and 2 would go on training with what a broken
-        # collective has left in the gradients. (ErrorHandlingMode in torch's ProcessGroupNCCL.hpp.)
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
-        try:
-            self.accelerator = Accelerator(
-                cpu=not cuda,
-                mixed_precision=PRECISIONS[self.precision],
-                # Steps are whole groups of micro-batches that `train_step` scales itself: Accelerate must divide by nothing.
-                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-                kwargs_handlers=[
-                    # A weight is used once a pass: kept, its 16 bits only take memory.
-                    AutocastKwargs(cache_enabled=False),
-                    # Gradients lie in DDP's buckets, not next to them: for 8B in float32 32 GB less, once the first step
-                    # is over. Buffers (rotary frequencies) are constants, so `Replicated` sends them once.
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                    InitProcessGroupKwargs(
-                        timeout=timedelta(minutes=launch.join_minutes()),
-                        # What waits in host memory is exchanged there.
-                        backend="cpu:gloo,cuda:nccl" if cuda and self.parallel.offload else None,
-                    ),
-                ],
-            )
-        except (RuntimeError, ValueError) as exc:
-            if self.parallel.num_processes == 1 or isinstance(failures.translate(exc), DeviceError | OutOfMemory):
-                raise
-            raise TopologyError(_did_not_meet(exc)) from exc
-        if (
-            self.parallel.is_sharded and not torch.distributed.is_initialized()
-        ):  # Accelerate makes no group of one process
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        self.device = _with_index(self.accelerator.device)
+            start.take_own_gpu()
+        self.precision = "fp32" if check_only and precision == "fp16" and not cuda else start.resolve(precision, cuda)
+        start.require_what_was_asked(self.parallel, PRECISIONS[self.precision], self.precision, cuda, check_only)
+        self.accelerator = start.accelerator(self.parallel, PRECISIONS[self.precision], cuda)
+        self.device = start.with_index(self.accelerator.device)
         self.rank: int = self.accelerator.process_index
         self.num_processes: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
@@ -96,7 +51,7 @@ class Topology:
             self.num_processes // self.parallel.num_context,
         )
         """Of processes that get sequences of their own: those that share a sequence count as one."""
-        self.is_first_of_node = _local_rank() == 0
+        self.is_first_of_node = start.local_rank() == 0
         self.watchdog = Watchdog(self.rank, self.num_processes)
         self.processes = Processes(self.rank, self.num_processes, self.device)
         self.sum, self.any, self.union = self.processes.sum, self.processes.any, self.processes.union
@@ -149,7 +104,7 @@ class Topology:
         try:
             everyone = self.processes.gather(values)
         except RuntimeError as exc:
-            raise TopologyError(_did_not_meet(exc)) from exc
+            raise TopologyError(start.did_not_meet(exc)) from exc
         for rank, others in enumerate(everyone):
             different = [key for key in values if others.get(key) != everyone[0].get(key)]
             if different:
@@ -176,7 +131,7 @@ class Topology:
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
-        accumulation: int, micro_batch_size: int, max_norm: float | None,
+        accumulation_steps: int, micro_batch_size: int, max_norm: float | None,
     ) -> tuple[nn.Module, Any]:  # fmt: skip
         """Model and optimizer on the device and shared; then checks that they really are.
 
@@ -186,7 +141,7 @@ class Topology:
         outline = self.on_main(lambda: meta.outline(model))
         assert outline == meta.outline(model), f"process {self.rank} built another model than the main one"
         shared: tuple[nn.Module, Any] = self.sharing.prepare(
-            model, make_optimizer, accumulation=accumulation, micro_batch_size=micro_batch_size,
+            model, make_optimizer, accumulation_steps=accumulation_steps, micro_batch_size=micro_batch_size,
             max_norm=float("inf") if max_norm is None else max_norm,
         )  # fmt: skip
         return shared
@@ -303,66 +258,3 @@ class Topology:
         """
         self.accelerator.free_memory()
         self.accelerator.end_training()
-
-
-def _did_not_meet(exc: Exception) -> str:
-    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-    return (
-        f"the {os.environ.get('WORLD_SIZE', '?')} processes did not find each other at {address} within {launch.join_minutes():g} minutes: "
-        f"{str(exc).splitlines()[0]}; read what the others say, and check that main_process_ip can be reached from every node"
-    )
-
-
-def _require_what_was_asked(parallel: launch.ParallelConfig, precision: str, cuda: bool, check_only: bool) -> None:
-    """A topology file that agrees with the run config, and a GPU for each process, where there must be any."""
-    if parallel.mixed_precision not in ("no", PRECISIONS[precision]):
-        raise ConfigError(
-            f"the topology file sets mixed_precision: {parallel.mixed_precision}, but train.precision is {precision}; "
-            "remove it from the topology file"
-        )
-    needs = os.environ.get("FINETUNE_NEEDS_GPU") or "0"
-    if needs not in ("0", "1"):
-        raise ConfigError(f"FINETUNE_NEEDS_GPU: {needs}; it must be 1, or 0, or not there")
-    local, count = _local_rank(), torch.cuda.device_count() if cuda else 0
-    if needs == "1" and local >= count and not check_only:  # another node may have all of them: no error of the launch
-        raise TopologyError(
-            f"FINETUNE_NEEDS_GPU is 1, and PyTorch sees {count or 'no'} GPU{'s' if count > 1 else ''} here, where process {local + 1} wants one of its own: look "
-            "at the driver, and at what the container is given (nvidia-smi)"
-        )
-    if cuda and local >= count:
-        raise ConfigError(
-            f"num_processes: this node has {count} GPUs, and process {local + 1} has none; give --num_processes"
-        )
-
-
-def _take_own_gpu() -> None:
-    """Make this process's GPU the current one before anything asks about "the" GPU.
-
-    Otherwise every process of a node opens a context on GPU 0, some 500 MB each. A process without a
-    GPU of its own is `_require_what_was_asked`'s to refuse.
-    """
-    if _local_rank() < torch.cuda.device_count():
-        torch.cuda.set_device(_local_rank())
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """Accelerate's device of a single process is "cuda", which `torch.cuda.set_device` refuses."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _resolve(precision: str, cuda: bool) -> str:
-    if precision == "auto":
-        return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if precision == "fp16" and not cuda:
-        raise ConfigError("train.precision: fp16 needs a GPU; on a CPU use fp32 or bf16")
-    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            "train.precision: bf16 needs a GPU of compute capability 8.0 (Ampere) or newer; use fp16 or fp32"
-        )
-    return precision

@@ -51,7 +51,7 @@ class Zero:
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
-        accumulation: int, micro_batch_size: int, max_norm: float,
+        accumulation_steps: int, micro_batch_size: int, max_norm: float,
     ) -> tuple[nn.Module, Any]:  # fmt: skip
         """The engine sends each weight from the main process; for ZeRO-3 one at a time, of which each keeps its part.
 
@@ -68,7 +68,7 @@ class Zero:
         config = {
             **self.parallel.deepspeed,
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "communication_data_type": "fp32", "steps_per_print": None,
-            "train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation,
+            "train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation_steps,
             "gradient_clipping": 0.0 if math.isinf(max_norm) else max_norm, "bf16": {"enabled": self.dtype == torch.bfloat16},
         }  # fmt: skip
         optimizer = make_optimizer(model)
@@ -79,15 +79,15 @@ class Zero:
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         meta.put_buffers(model, buffers, self.device)
-        self._verify(accumulation, max_norm)
+        self._verify(accumulation_steps, max_norm)
         return self.engine, optimizer
 
-    def _verify(self, accumulation: int, max_norm: float) -> None:
+    def _verify(self, accumulation_steps: int, max_norm: float) -> None:
         """Raise ConfigError unless what was asked for is what has happened."""
         engine, parallel = self.engine, self.parallel
         found = {
             "stage": (engine.zero_optimization_stage(), int(parallel.kind[-1])),
-            "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), accumulation),
+            "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), accumulation_steps),
             "gradient_clipping": (engine.gradient_clipping(), 0.0 if math.isinf(max_norm) else max_norm),
             "offload": (
                 engine.zero_use_cpu_optimizer() or _is_offloaded(engine.zero_offload_param()),
