@@ -102,8 +102,8 @@ def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[reade
     if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
         raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
     format: str = wanted.format
-    if format == "auto":
-        format = rows.detect_format(files, wanted.text_unit, wanted.columns)
+    if format == "auto" or own_code.is_own(format):
+        format = rows.detect_format(files, wanted.text_unit, wanted.columns, format=format)
     groups = [list(names) for names in (sources.train, sources.eval) if names]
     topology.on_main(lambda: rows.check(groups, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
     return sources, format
@@ -257,6 +257,7 @@ def _lost(examples: Any) -> str:
         (f"; {examples.num_truncated} cut" if examples.num_truncated else "")
         + (f"; {examples.num_dropped} dropped" if examples.num_dropped else "")
         + (f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else "")
+        + (f"; {_counted(examples.num_skipped, 'row')} skipped by data.format" if examples.num_skipped else "")
     )
 
 

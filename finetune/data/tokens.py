@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from finetune import failures, files
+from finetune import failures, files, own_code
 from finetune.data import readers, rows
 from finetune.data.rows import Conversation, Place, Problems
 from finetune.data.templates import Segment, Template
@@ -62,8 +62,9 @@ class Options:
     """Tokens that a sequence may have in the model; None: as many as it likes."""
 
     def deciding(self) -> dict[str, Any]:
-        """What the tokens depend on, for the key of the cache."""
-        return {name: value for name, value in asdict(self).items() if name != "positions"}
+        """What the tokens depend on, for the key of the cache: of a user's own function its content, not its place."""
+        own = {"format": own_code.get(self.format).sha256} if own_code.is_own(self.format) else {}
+        return {name: value for name, value in asdict(self).items() if name != "positions"} | own
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Examples:
     """Columns that are not read -> rows that have them."""
     num_empty: int = 0
     """Rows of tables without anything in them, which are skipped."""
+    num_skipped: int = 0
+    """Rows that a function of the user's own skips; `num_rows` is without them."""
     example_ends: np.ndarray | None = None
     learn_opening: bool = False
     """Whether `templates.Template.learn_opening` holds, as answers of some rows begin in their own way."""
@@ -504,6 +507,8 @@ def _build(
         bar.update(len(batch))
     bar.close()
     problems.raise_if_any({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
+    if not ids_parts and not counts["num_rows"]:
+        raise DataError(f"{readers.some(list(sources), most=1)}: data.format skips all {problems.num_skipped:,} rows")
     if not ids_parts:
         raise DataError(
             f"{readers.some(list(sources), most=1)}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
@@ -515,7 +520,11 @@ def _build(
         "places": np.array(places, np.int64),
     }
     with _writable(cache_dir):
-        _store(folder, arrays, {**counts, "num_empty": problems.num_empty, "unread": unread})
+        _store(
+            folder,
+            arrays,
+            {**counts, "num_empty": problems.num_empty, "num_skipped": problems.num_skipped, "unread": unread},
+        )
 
 
 def _rendered(
