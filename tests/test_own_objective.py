@@ -162,6 +162,7 @@ def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(worksh
         ("return [Term('loss', policy(batch, {'nll'}).nll.detach(), per='tokens')]", "own.py:3: loss does not depend on what the policy answers"),
         ("return [Term('loss', policy(batch, {'logprobs'}).logprobs.log().sum(), per='tokens')]", "own.py:3: loss term 'loss' is nan for log-probabilities"),
         ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] * 2", "own.py:3: loss two terms have one name: loss, loss"),
+        ("return [Term('lr', policy(batch, {'nll'}).nll, per='tokens')]", "own.py:3: loss term 'lr': the logs have a column of this name"),
         ("policy.without_adapters()", "own.py:4: ValueError: all weights are trained"),
         ("...\n    def prepare(self, policy, batches, settings):\n        return [1]", "own.py:5: prepare should return a dict of names and tensors"),
         ("...\n    def prepare(self, policy, batches, settings):\n        return {'tokens': policy(batches[0], {'nll'}).nll}", "own.py:5: prepare gives 'tokens', which is counted already"),

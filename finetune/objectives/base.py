@@ -46,7 +46,7 @@ class Objective:
 
     def loss(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
         """The terms of one micro-batch, whose sum is the loss."""
-        raise NotImplementedError
+        raise NotImplementedError("an objective needs a method loss")
 
     def evaluate(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
         """The terms of held-out rows, without gradient: those of `loss`, unless an objective says otherwise."""

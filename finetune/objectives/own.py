@@ -14,6 +14,11 @@ from finetune.errors import ConfigError, FinetuneError
 from finetune.models.policy import Answers, Policy
 from finetune.objectives.base import Objective, Term, as_divisors, total
 
+# Columns of metrics.jsonl and eval.jsonl that are not of a term.
+TAKEN = {
+    "step", "epoch", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second", "seconds", "memory_gb", "mfu",
+    "skipped", "eval_loss", "perplexity", "eval_tokens",
+}  # fmt: skip
 VOCABULARY = 8  # of the rehearsal: its probabilities are neither near 0 nor near 1
 
 
@@ -79,6 +84,8 @@ class Own(Objective):
             raise self._wrong(method, "returns no term with a weight, so there is no loss")
         counted = [*batch.counts, *prepared]
         for term in terms:
+            if not isinstance(term.name, str) or term.name in TAKEN:
+                raise self._wrong(method, f"term {term.name!r}: the logs have a column of this name; choose another")
             if not _is_number(term.sum):
                 raise self._wrong(
                     method, f"term {term.name!r}: sum should be a tensor of one number, got {_shown(term.sum)}"
