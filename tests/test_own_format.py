@@ -1,5 +1,6 @@
 """Rows in a format of a user's own, which a function in FILE.py:NAME reads."""
 
+import argparse
 import re
 
 import pytest
@@ -8,7 +9,8 @@ from conftest import read_jsonl, write_jsonl
 from finetune import config as configs
 from finetune import own_code
 from finetune.data import rows
-from finetune.errors import ConfigError, DataError, RunDirectoryError
+from finetune.errors import ConfigError, DataError, RunDirectoryError, UserError
+from finetune.evaluation import compare
 
 TURNS = """
 def rows(row):
@@ -126,3 +128,18 @@ def test_another_function_gives_other_tokens_and_is_another_run(workshop, own):
     other = workshop.train("other", data__format=own(capped))
     first, second = (read_jsonl(run / "metrics.jsonl")[0] for run in (workshop.run_dir(), other))
     assert first["loss"] != second["loss"], "the cache of tokens tells them apart"
+
+
+def test_evaluate_reads_rows_by_the_same_function(workshop, own, capsys):
+    name = compare._format(f"{workshop.folder}/{own(TURNS)}")
+    assert len(compare.read(str(workshop.rows), name, {}, 3)) == 3
+    assert "note: --format skips 4 of 7 rows" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--columns: would be ignored"):
+        compare.read(str(workshop.rows), name, {"question": "Patient"}, 3)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"defines no row; did you mean rows\?"):
+        compare._format(name[:-1])
+    with pytest.raises(argparse.ArgumentTypeError, match=r"should be auto, .* or FILE.py:NAME, got 'chat'"):
+        compare._format("chat")
+    own(TURNS.replace("votes", "likes"))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: --format: .*own\.py:3: KeyError: 'likes'"):
+        compare.read(str(workshop.rows), compare._format(name), {}, 3)
