@@ -12,7 +12,7 @@ import torch
 from finetune import own_code
 from finetune.config import Config, accumulation_steps, base, code_identity, own_codes, usual_lr
 from finetune.config import fields as config_fields
-from finetune.data import batches, order, readers, rows, templates, tokens
+from finetune.data import batches, examples, order, readers, rows, templates, tokens
 from finetune.engine import trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
@@ -145,9 +145,9 @@ def _examples(
 ) -> tuple[Any, Any, int, int]:
     """What is trained on, what is held out (or None), how much of that is trained on all the same, and the rows there are."""
     wanted, seed = config.data, config.run.seed
-    train = tokens.prepare(sources.train, template, tokenizer, options, config.cache_dir)
+    train = examples.prepare(sources.train, template, tokenizer, options, config.cache_dir)
     asked = replace(template, learn_opening=train.learn_opening)
-    evals = tokens.prepare(sources.eval, asked, tokenizer, options, config.cache_dir) if sources.eval else None
+    evals = examples.prepare(sources.eval, asked, tokenizer, options, config.cache_dir) if sources.eval else None
     if evals and evals.learn_opening != train.learn_opening:
         raise DataError(
             f"data.eval: some of its answers do not begin with {template.opening!r}, which the template puts before every answer "
@@ -155,10 +155,10 @@ def _examples(
         )
     num_rows = train.num_rows
     if wanted.max_rows is not None:
-        train = tokens.draw(train, wanted.max_rows, seed)
+        train = examples.draw(train, wanted.max_rows, seed)
     if wanted.eval_fraction:
-        train, evals = tokens.hold_out(train, wanted.eval_fraction, seed)
-    known = tokens.num_trained_on(evals, train) if evals else 0
+        train, evals = examples.hold_out(train, wanted.eval_fraction, seed)
+    known = examples.num_trained_on(evals, train) if evals else 0
     if evals and known > MAX_EVAL_OVERLAP * len(evals):
         raise DataError(
             f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memorisation; "

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from finetune import failures, own_code, places
-from finetune.config import base, kinds, names, paths
+from finetune.config import base, help, kinds, names, paths
 from finetune.config.fields import Config, OwnObjective, Section, own_format, own_objective
 from finetune.config.rules import conflicts
 from finetune.errors import ConfigError, RunDirectoryError
@@ -36,12 +36,14 @@ MOST_BYTES = 1_000_000  # of a config; PyYAML takes half a minute for as much
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
     """Command line -> (config, whether --check was given). Raises ConfigError with all problems at once."""
-    if not argv:
-        raise ConfigError(
-            "nothing to do: give --config FILE, such as configs/quickstart.yaml; --help lists every setting"
-        )
     sections = _sections()
-    known, unknown = _parser(sections).parse_known_args(argv)
+    parser = _parser(sections)
+    if (asked := help.topic(argv)) is not None:
+        print(help.text(parser, asked), end="")
+        raise SystemExit(0)
+    if not argv:
+        raise ConfigError("nothing to do: give the path of a config, such as configs/quickstart.yaml; see --help")
+    known, unknown = parser.parse_known_args(argv)
     overrides = vars(known)
     path, check = overrides.pop("config", None), overrides.pop("check", False)
     if path is None and unknown and unknown[0].endswith((".yaml", ".yml")):
@@ -85,15 +87,15 @@ def _own_objective(kind: str, folder: Path | None, where: str) -> type[OwnObject
 def _parser(sections: "Sections") -> "_Parser":
     """The command line with an option for each setting of the sections."""
     parser = _Parser(
-        prog="train.py",
-        usage="%(prog)s --config FILE [--check] [--section.field VALUE ...]",
-        description="Specialise a Hugging Face language model to a task. Set each of the settings below in the YAML file or on the command line.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="finetune train" if places.command() == "finetune" else "train.py",
+        usage="%(prog)s CONFIG [--check] [--section.field VALUE ...]",
+        description="Specialise a Hugging Face language model to a task. Write the settings into a YAML file; those on the "
+        "command line override it.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     note_repeats(parser)
-    parser.add_argument("--config", metavar="FILE", help="YAML run config")
+    parser.add_argument("--config", metavar="FILE", help="YAML run config; its path alone will do as well")
     parser.add_argument(
         "--check", action="store_true", help="check settings, rows and model without loading weights, and end"
     )
@@ -318,7 +320,7 @@ def _beside_base(config: Config) -> tuple[Config, list[str]]:
 
 
 def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
-    """One word where a list should be is a list of one."""
+    """One word where a list should be is a list of one; a setting that is gone is left out where it asks for nothing."""
     listed = {}
     sections = _sections()
     for section in sections:
@@ -329,8 +331,14 @@ def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
                 if isinstance(value, str | int | float) and _takes_only_lists(_field(f"{section}.{name}", sections))
                 else value
                 for name, value in given.items()
+                if not _is_removed_default(f"{section}.{name}", value)
             }
     return values | listed
+
+
+def _is_removed_default(key: str, value: Any) -> bool:
+    """Whether an older version wrote this into its config.yaml for a setting that was left alone."""
+    return key in names.REMOVED and names.REMOVED[key][0] == value
 
 
 def _takes_only_lists(field: Any) -> bool:
@@ -563,7 +571,7 @@ def _nearest(key: str, known_sections: Sections) -> str:
     same_leaf = difflib.get_close_matches(
         key, [k for k in _keys(known_sections) if k.split(".")[1] == leaf], n=1, cutoff=0
     )
-    sections = difflib.get_close_matches(key, known_sections, n=1) if "." not in key else []
+    sections = difflib.get_close_matches(key, known_sections, n=1, cutoff=0.75) if "." not in key else []
     inside = [
         k
         for k in _keys(known_sections)
@@ -582,12 +590,16 @@ def _nearest(key: str, known_sections: Sections) -> str:
     return f"the sections are {', '.join(known_sections)}"
 
 
+def _removed(key: str) -> str | None:
+    return f"was removed; {names.REMOVED[key][1]}" if key in names.REMOVED else None
+
+
 def _unknown_argument(word: str, sections: Sections) -> str:
     key = paths.shown(word.lstrip("-").split("=")[0])
     if (classes := sections.get(key)) is not None:
         name = _names(classes)[0]
         return f"--{key}: is a section; set each of its settings by itself, as --{key}.{name} VALUE"
-    return f"--{key}: unknown option; {_nearest(key, sections)}"
+    return f"--{key}: {_removed(key) or f'unknown option; {_nearest(key, sections)}'}"
 
 
 def _describe(error: Any, values: dict[str, Any]) -> str:
@@ -600,7 +612,7 @@ def _describe(error: Any, values: dict[str, Any]) -> str:
         section, _, name = key.partition(".")
         if having := _kinds_with(section, name):
             return f"{key}: {section}.kind is {_kind_of(section, values)}; it belongs to {' and '.join(having)}; remove it, or set {section}.kind"
-        return f"{key}: unknown key; {_nearest(key, sections)}"
+        return f"{key}: {_removed(key) or f'unknown key; {_nearest(key, sections)}'}"
     if kind == "missing":
         return f"{key}: is required" + ("" if "." in key else f" (section {key}:)")
     if kind == "model_type":

@@ -36,6 +36,11 @@ class Objective:
     has_turns = True
     """Whether rows are conversations, whose template there is to keep with the model."""
 
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` gives anything."""
+        return type(self).prepare is not Objective.prepare
+
     def supervises(self, loss_on: str) -> str:
         """Which part of a row is learned: what data.loss_on says, unless an objective knows better."""
         return loss_on

@@ -29,6 +29,10 @@ class Own(Objective):
         self.code, self.objective = settings.code, settings.objective
         self.has_turns = self.objective.has_turns
 
+    @property
+    def prepares(self) -> bool:
+        return bool(self.objective.prepares)
+
     def supervises(self, loss_on: str) -> str:
         with self._blamed():
             return str(self.objective.supervises(loss_on))

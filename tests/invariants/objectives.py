@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from finetune.data.tokens import Examples
+from finetune.data.examples import Examples
 from finetune.objectives import Objective, Term
 
 
@@ -65,10 +65,10 @@ def pair():
     """Make pairs of the rows of every run from here on; returns what ends that."""
     from finetune import preflight
 
-    prepare = preflight.tokens.prepare
-    preflight.tokens.prepare = lambda *arguments, **keywords: paired(prepare(*arguments, **keywords))
+    prepare = preflight.examples.prepare
+    preflight.examples.prepare = lambda *arguments, **keywords: paired(prepare(*arguments, **keywords))
 
     def restore() -> None:
-        preflight.tokens.prepare = prepare
+        preflight.examples.prepare = prepare
 
     return restore
