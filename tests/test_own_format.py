@@ -44,9 +44,9 @@ def conversations(workshop, source: str, raw: list, problems: rows.Problems | No
     )
 
 
-def test_a_function_reads_rows_and_skips_some(workshop, own, capfd):
+def test_a_function_reads_rows_and_skips_some(workshop, own, capsys):
     run = workshop.train(data__format=own(TURNS))
-    said = capfd.readouterr().err
+    said = capsys.readouterr().out
     assert "data        20 rows -> 20 examples" in said
     assert "; 20 rows skipped by data.format" in said
     assert "own code    " in said
