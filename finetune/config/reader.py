@@ -246,7 +246,7 @@ def from_dict(
 ) -> Config:
     """Validate a nested mapping. Raises ConfigError that lists every problem.
 
-    `folder`: of the config, where code of the user's own is looked for before the working directory.
+    `folder`: of the config, where code of the user's own is looked for first.
     """
     problems = list(problems or [])
     problems += [
@@ -280,7 +280,7 @@ def from_dict(
 
 
 def _with_own_code(values: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The values with the full paths of the user's own code, which is read here, and what is wrong with it."""
+    """The values with full paths of the user's own code, which is read, and what is wrong with it."""
     problems = []
     for section, name, read in (("objective", "kind", own_objective), ("data", "format", own_format)):
         given = values.get(section)
@@ -611,7 +611,9 @@ def _describe(error: Any, values: dict[str, Any]) -> str:
             return f"{key}: unknown key; nest it: {_yaml({section: {name: got}}).removeprefix('{').removesuffix('}')}"
         section, _, name = key.partition(".")
         if having := _kinds_with(section, name):
-            return f"{key}: {section}.kind is {_kind_of(section, values)}; it belongs to {' and '.join(having)}; remove it, or set {section}.kind"
+            kind, others = _kind_of(section, values), " and ".join(having)
+            instead = f"remove it, or set {section}.kind"
+            return f"{key}: {section}.kind is {kind}; it belongs to {others}; {instead}"
         return f"{key}: {_removed(key) or f'unknown key; {_nearest(key, sections)}'}"
     if kind == "missing":
         return f"{key}: is required" + ("" if "." in key else f" (section {key}:)")
