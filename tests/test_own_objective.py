@@ -100,7 +100,8 @@ def test_settings_are_checked_like_those_of_every_section(workshop, own, refusal
 
 
 def test_the_command_line_knows_its_settings(workshop, own):
-    path = str(workshop.write(workshop.config(objective__kind=own(DFT, "Dft"))))
+    source = DFT.replace("names: list[str] = []", "names: list[str] = Field(default_factory=list)")
+    path = str(workshop.write(workshop.config(objective__kind=own(source, "Dft"))))
     config, _ = configs.parse(["--config", path, "--objective.beta", "0.25", "--objective.names=[a, b]"])
     assert (config.objective.beta, config.objective.names) == (0.25, ["a", "b"])
     with pytest.raises(ConfigError, match="--objective.bta: unknown option; did you mean objective.beta?"):

@@ -113,14 +113,18 @@ def _help(classes: tuple[type[Section], ...], name: str) -> tuple[str, str]:
     """(what a setting takes; what it does, its default, and which kinds of its section have it)."""
     having = [cls for cls in classes if name in cls.model_fields]
     field = min((cls.model_fields[name] for cls in having), key=lambda each: each.is_required())
-    metavar, text = _type_name(field.annotation), str(field.description)
+    metavar, text = _type_name(field.annotation), field.description or ""
     names_of_kinds = [kinds.name_of(cls) for cls in having] if len(classes) > 1 else []
     if names_of_kinds and name == "kind":
         described = zip(names_of_kinds, (str(cls.model_fields[name].description) for cls in having))
         metavar, text = "|".join(names_of_kinds), " ".join(f"{kind}: {what}" for kind, what in described)
     elif 0 < len(names_of_kinds) < len(classes):
         text = f"{', '.join(names_of_kinds)}: {text}"
-    default = "required" if field.is_required() else f"default: {_yaml(field.default)}"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    try:
+        default = "required" if field.is_required() else f"default: {_yaml(value)}"
+    except yaml.YAMLError:  # of a type of the user's own
+        default = f"default: {value}"
     return metavar, f"{text} ({default})".replace("%", "%%")
 
 
