@@ -56,7 +56,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _require_own_code(run: Path, settings: dict[str, Any], receipt: dict[str, Any]) -> None:
-    """Raise RunDirectoryError where the run's config names code of the user's own that is not what its receipt says."""
+    """Raise RunDirectoryError where code of the user's own is not what the run's receipt says."""
     for key in configs.OWN_CODE:
         name = str(settings.get(key))
         if not own_code.is_own(name):

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,6 +322,18 @@ def test_what_is_changed_first_costs_least(tmp_path):
         "model.dtype: bfloat16, train.micro_batch_size: 1",
     }
     assert chooser.cheapest_change(SINGLE, 1e6) is None
+
+
+def test_advised_adapters_keep_the_shape_that_was_given():
+    values = {
+        "run": {"name": "a"},
+        "model": {"path": "m"},
+        "data": {"train": "rows.jsonl"},
+        "adapter": {"kind": "lora", "r": 4},
+    }
+    changes = dict(Chooser._changes(SimpleNamespace(config=configs.from_dict(values))))
+    [changed] = [config for name, config in changes.items() if name.endswith("adapter.kind: qlora")]
+    assert (changed.adapter.kind, changed.adapter.r) == ("qlora", 4)
 
 
 @pytest.mark.parametrize(
