@@ -121,9 +121,7 @@ def test_without_a_terminal_the_progress_of_answers_is_told(workshop, monkeypatc
     model = workshop.train("base", train__max_steps=1) / "model"
     capsys.readouterr()
     monkeypatch.setattr(generate, "LINE_SECONDS", -1)
-    generate.answers(
-        load(model), load_tokenizer(model), ["a", "b", "c"], max_new_tokens=1, batch_size=2, title="base"
-    )
+    generate.answers(load(model), load_tokenizer(model), ["a", "b", "c"], max_new_tokens=1, batch_size=2, title="base")
     assert capsys.readouterr().err.splitlines() == ["base: 2 of 3 answers", "base: 3 of 3 answers"]
 
 
