@@ -10,7 +10,7 @@ import sys
 
 from finetune import failures, places
 from finetune.config import note_repeats, paths
-from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from finetune.errors import EXIT_COMPLETE, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 COMMANDS = {
     "replay": ("finetune.replay", "repeat a run from its receipt; refuse, and list what differs, if anything changed"),
@@ -37,9 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         argv = sys.argv[1:]
         places.note_command(sys.argv[0])
     paths.give_home()
-    if os.getpid() == 1:
-        _heed_signals(EXIT_PREEMPTED if argv[:1] == ["launch"] else EXIT_FAILED)
     if argv[:1] == ["launch"]:  # its arguments are those of `accelerate launch`
+        for number in (signal.SIGTERM, signal.SIGHUP):  # nothing has begun; `launch` sets its own handlers
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
         return int(importlib.import_module("finetune.survival.launcher").main(argv[1:]))
     if argv[:1] == ["train"]:
         sys.argv = [str(places.TRAIN), *argv[1:]]
@@ -85,12 +86,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"{error.label}: {error}", file=sys.stderr)
         return error.exit_code
-
-
-def _heed_signals(code: int) -> None:
-    """In a container the kernel gives PID 1 no signal that it has not asked for; `launch` takes over when it starts processes."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: os._exit(code))
 
 
 if __name__ == "__main__":

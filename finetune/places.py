@@ -13,6 +13,7 @@ TRAIN = SHIPPED / "train.py"
 # into a file named by its rank there, and process 0 writes the path of its run directory into RUN until it has written how
 # the run ended: the launcher writes the outcome of processes that were killed.
 BEATS, RUN = "FINETUNE_BEATS", "run"
+REPLAY_OF = "FINETUNE_REPLAY_OF"  # a setting of `replay` for its processes: the directory of the run that they repeat
 COMMAND = "FINETUNE_COMMAND"  # how the user calls the program, for the processes that it starts
 
 
@@ -32,6 +33,20 @@ def found(name: str) -> str:
     name = os.path.expanduser(name)
     shipped = SHIPPED / name
     return str(shipped) if not Path(name).exists() and shipped.is_file() else name
+
+
+_config_folder: list[Path] = []
+
+
+def note_config_folder(folder: Path | None) -> None:
+    """Remember where the config lies, for `looked_in`. None: there is no config file."""
+    _config_folder[:] = [folder] if folder else []
+
+
+def looked_in() -> str:
+    """The folders that a relative path of the config is looked for in, for messages."""
+    folders = dict.fromkeys([os.getcwd(), *(str(each.absolute()) for each in _config_folder)])
+    return " and ".join(folders)
 
 
 def nearest(folder: str, name: str) -> str | None:

@@ -5,17 +5,15 @@ import contextlib
 import json
 import math
 import os
-import re
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 from finetune import config as configs
-from finetune import files
+from finetune import files, own_code
 from finetune.config import paths
-from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, RunDirectoryError
-from finetune.places import TRAIN
+from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, ConfigError, RunDirectoryError
+from finetune.places import REPLAY_OF, TRAIN
 from finetune.survival import launcher
 
 # The only place that says what "the same" means where it cannot mean the same bits. On a CPU it does: the same
@@ -40,19 +38,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Train again and compare. Raises RunDirectoryError; exit code 1 if the two runs are not the same (`tolerance`)."""
     run: Path = arguments.run.resolve()
-    config = configs.from_dict(configs.read_resolved(run / "config.yaml"), where=str(run / "config.yaml"))
-    receipt = _receipt(run)
+    values, receipt = configs.read_resolved(run / "config.yaml"), _receipt(run)
+    _require_own_code(run, configs.flatten(values), receipt)
+    config = configs.from_dict(values, where=str(run / "config.yaml"))
     _require_metrics(run, config.tracking.log_every_steps)
     name = arguments.name or f"{config.run.name}-replay"
     if name == config.run.name:
         raise RunDirectoryError(f"--name: {name} is the run itself; give the repetition another name")
     command = [
-        sys.executable, str(TRAIN), "--config", str(run / "config.yaml"), "--run.name", name, "--run.replay_of", str(run),
+        sys.executable, str(TRAIN), "--config", str(run / "config.yaml"), "--run.name", name,
         "--run.dir", str(run.parent), "--checkpoint.storage", "null", "--tracking.trackers", "[]",
         "--tracking.project", "finetune", "--tracking.wandb_mode", "null",
     ]  # fmt: skip
-    code = launcher.run(_environments(receipt), command)
+    environments = [{**each, REPLAY_OF: str(run)} for each in _environments(receipt)]
+    code = launcher.run(environments, command)
     return code or _compare(run, run.parent / name, tolerance(receipt))
+
+
+def _require_own_code(run: Path, settings: dict[str, Any], receipt: dict[str, Any]) -> None:
+    """Raise RunDirectoryError where the run's config names code of the user's own that is not what its receipt says."""
+    for key in configs.OWN_CODE:
+        name = str(settings.get(key))
+        if not own_code.is_own(name):
+            continue
+        try:
+            now = own_code.sha256(own_code.find(name))
+        except ConfigError as exc:
+            raise RunDirectoryError(f"{run / 'config.yaml'}: {key}: {exc}; put the file back") from exc
+        before = (receipt.get("identity") or {}).get(own_code.label(key, name))
+        if now != before:
+            raise RunDirectoryError(
+                f"{name} is not the file that {run} ran with: its sha256 was {before}, now {now}; put the file back"
+            )
+        print(f"note: this executes {name}, which has the content that {run / 'receipt.json'} says")
 
 
 def _receipt(run: Path) -> dict[str, Any]:
@@ -67,10 +85,10 @@ def _receipt(run: Path) -> dict[str, Any]:
         # The system takes 128 KiB of a variable; a launcher sets a few words.
         if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in told):
             raise ValueError("launch holds an entry that is not an environment variable")
-        if foreign := [name for name in launch if not launching.is_recorded(name)]:
+        if foreign := [
+            name for name in launch if not launching.is_recorded(name) or not name.replace("_", "").isalnum()
+        ]:
             raise ValueError(f"launch sets {foreign[0]}, which no receipt of this program does")
-        if wrong := [name for name in launch if not re.fullmatch("[A-Z0-9_]+", name)]:
-            raise ValueError(f"launch holds {wrong[0]!r}, which is not a name of a variable")
         if number < 1:
             raise ValueError("num_processes is less than 1")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
@@ -83,7 +101,7 @@ def _receipt(run: Path) -> dict[str, Any]:
     if number > on_this_node:
         raise RunDirectoryError(
             f"{run} ran on {number} processes of several nodes; give each node its launcher line again, with another --run.name "
-            f"and --run.replay_of {run}"
+            f"and {REPLAY_OF}={run} in its environment"
         )
     return receipt
 
@@ -119,11 +137,11 @@ def _environments(receipt: dict[str, Any]) -> list[dict[str, str]]:
     shared = {**os.environ, **receipt["launch"]}
     if receipt["topology"] == "single":
         return [shared]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    shared |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "GROUP_RANK": "0"}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    shared |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port()),
+        "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "GROUP_RANK": "0",
+    }  # fmt: skip
+    return launcher.ranked(shared, number)
 
 
 def _compare(run: Path, again: Path, part: float) -> int:

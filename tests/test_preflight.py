@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY_LLAMA, write_jsonl
 
 from finetune import preflight
-from finetune.errors import ConfigError, RunDirectoryError
+from finetune.errors import ConfigError
 
 MIXTRAL = {**TINY_LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 WITH_EVAL = {"data__eval_fraction": 0.2, "train__max_steps": None}  # 32 rows in 4 steps
@@ -95,16 +95,6 @@ def test_rows_that_were_split_are_not_called_cut(workshop, capsys):
     assert re.match(
         r"data        40 rows -> \d\d examples -> .* of at most 64 tokens; \d+ split into several examples$", line
     )
-
-
-@pytest.mark.parametrize("receipt", [None, "no json"])
-def test_a_run_to_repeat_that_has_no_receipt_is_named_by_the_check(workshop, receipt):
-    other = workshop.folder / "other"
-    if receipt:
-        other.mkdir()
-        (other / "receipt.json").write_text(receipt)
-    with pytest.raises(RunDirectoryError, match=f"run.replay_of: {other}/receipt.json is (missing|damaged)"):
-        workshop.check(run__name="run", run__dir=str(workshop.folder / "runs"), run__replay_of=str(other))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from finetune import config as configs
 from finetune import replay
 from finetune.engine import receipt as receipts
 from finetune.engine import rundir
-from finetune.errors import ConfigError, Outage, Preempted, RunDirectoryError
-from finetune.forecast import command as planning
+from finetune.errors import Outage, Preempted, RunDirectoryError
 
 pytestmark = pytest.mark.slow
 
@@ -356,19 +355,6 @@ def test_a_log_that_was_cut_in_half_is_noted_at_the_next_start(workshop, ended, 
     assert re.search(
         rf"note: {log} lacks [23] of the 4 lines that tracking.log_every_steps: 1 asks for up to step 4: ", said
     )
-
-
-@pytest.mark.parametrize("name", ["receipt.json", "metrics.jsonl"])
-@pytest.mark.parametrize("junk", JUNK)
-def test_plan_names_the_damaged_file_of_a_measured_run(tmp_path, name, junk):
-    whole = {
-        "receipt.json": b'{"num_processes": 1, "parameters": {"trained_in_products": 1, "frozen_in_products": 1}}',
-        "metrics.jsonl": b'{"step": 1, "tokens_per_second": 5}\n',
-    }  # fmt: skip
-    for each, content in (whole | {name: JUNK[junk]}).items():
-        (tmp_path / each).write_bytes(content)
-    with pytest.raises(ConfigError, match=f"--measured: {tmp_path / name} is damaged"):
-        planning._reached(tmp_path)
 
 
 def test_a_copied_run_goes_on_beside_the_original(workshop):

@@ -241,7 +241,9 @@ def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkey
         (first / "outcome.json").unlink()
         workshop.train(data__template=str(template))
         assert "resumed from" in capsys.readouterr().out
-        workshop.train("again", data__template=str(template), run__replay_of=str(first))
+        with monkeypatch.context() as patched:
+            patched.setenv("FINETUNE_REPLAY_OF", str(first))
+            workshop.train("again", data__template=str(template))
         other = workshop.train("other", data__template=str(template))
     assert losses(workshop.run_dir("again")) == losses(first)
     assert json.loads((other / "receipt.json").read_text())["template_date"] != day

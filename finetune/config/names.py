@@ -86,6 +86,11 @@ ELSEWHERE = {
     "rl": "preference tuning and reinforcement learning are not yet supported; objective.kind is clm or sft",
 }  # fmt: skip
 
+# Settings that the last version had: the default that its config.yaml holds, which asks for nothing, and what to use instead.
+REMOVED: dict[str, tuple[object, str]] = {
+    "run.replay_of": (None, "finetune replay RUN repeats a run and compares the two"),
+}
+
 _PREFERENCE = "preference tuning ({}) is not yet supported; use sft on the preferred answers alone"
 _REWARD = "reward models are not yet supported; train the reward model elsewhere"
 _REINFORCE = "reinforcement learning ({}) is not yet supported; sample answers, keep the good ones, and use sft on them"

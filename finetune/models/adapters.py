@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetune import failures
-from finetune.config import Adapter, Model
+from finetune.config import Adapter, Full, Model, QLora
 from finetune.config.base import ADAPTER_WEIGHTS, adapter_problem
 from finetune.errors import ModelError
 from finetune.models import adapter_init, base_identity, load
@@ -25,7 +25,7 @@ INITS = {"default": True, "loftq": True, "random": False}  # peft's names for ad
 
 
 def apply(
-    model: Any, adapter: Adapter, base: Model, dtype: torch.dtype = torch.float32, new_token_ids: Sequence[int] = ()
+    model: Any, adapter: Full | Adapter, base: Model, dtype: torch.dtype = torch.float32, new_token_ids: Sequence[int] = ()
 ) -> Any:
     """The model with what trains unfrozen: itself (full), or a PeftModel around it. Raises ModelError.
 
@@ -33,7 +33,7 @@ def apply(
     here, because some initialisations rewrite the base. Where there are new tokens, embedding and
     head train whole and are saved with the adapter.
     """
-    if adapter.kind == "full":
+    if isinstance(adapter, Full):
         model = _freeze(model, adapter.freeze)
         if new_token_ids and not model.get_input_embeddings().weight.requires_grad:
             raise ModelError("adapter.freeze: freezes the embedding, so model.new_tokens would never be learned")
@@ -67,12 +67,12 @@ def apply(
     return adapted
 
 
-def quantization(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any] | None:
+def quantization(adapter: Full | Adapter, dtype: torch.dtype) -> dict[str, Any] | None:
     """Arguments of transformers' BitsAndBytesConfig, in words; None if nothing is quantised.
 
     4 bits: Dettmers et al., 2023. Blocks of 64 weights with a scale; NF4's 16 values are the quantiles of a normal distribution.
     """
-    if adapter.kind != "qlora":
+    if not isinstance(adapter, QLora):
         return None
     if adapter.quantization == "int8":
         return {"load_in_8bit": True}
@@ -271,6 +271,16 @@ def in_base_dtype(model: "PeftModel", weights: dict[str, torch.Tensor]) -> dict[
 def _whole_parts(model: "PeftModel") -> list[tuple[str, nn.Parameter]]:
     named = model.named_parameters(remove_duplicate=False)
     return [(name, p) for name, p in named if p.requires_grad and "lora_" not in name]
+
+
+def starts_at_zero(adapter: Adapter) -> bool:
+    """Whether one factor of each fresh adapter is 0, so that the first gradient of the other is 0, too."""
+    return adapter.path is None and adapter.init in ("default", "gaussian", "eva")
+
+
+def waits_for_other_factor(name: str) -> bool:
+    """Whether a weight, by its name, is the factor that cannot move in the first step if `starts_at_zero`."""
+    return "lora_A" in name or "lora_embedding_B" in name
 
 
 def trains_embedding_and_head(model: nn.Module) -> bool:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from finetune import loop
 from finetune.data.batches import Batches
+from finetune.data.examples import prepare
 from finetune.data.order import Sequences
 from finetune.data.readers import sources
-from finetune.data.tokens import Options, prepare
+from finetune.data.tokens import Options
 from finetune.objectives.sft import Sft
 
 # float32 sums in another order: 5 to 20 steps of a tiny model stay within a few ulps of each other.
