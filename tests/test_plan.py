@@ -480,6 +480,23 @@ def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
         assert ("for auto" in line) == ("zero" in file.stem), line
 
 
+@pytest.mark.parametrize(
+    ("memory", "advice"),
+    [
+        ("24", "advice  it fits on 1 GPU with accelerate_configs/single.yaml; 2"),
+        ("0.7", "advice  on 1 GPU (single) it needs a change: "),
+    ],
+)
+def test_a_plan_begins_with_what_to_take(workshop, capsys, memory, advice):
+    path = workshop.write(workshop.config("plan", train__global_batch_size=16, data__max_length=256))
+    assert command(["plan", "--config", str(path), "--gpu-memory", memory]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[3].startswith(advice)
+    topologies = [line.split()[0] for line in said[6:] if line.split()[1:2] and line.split()[1].isdigit()]
+    assert topologies[0] == "single"
+    assert topologies[-1].endswith("multinode")
+
+
 def test_one_topology_is_shown_in_its_parts(workshop, capsys):
     path = workshop.write(workshop.config("plan"))
     topology = ["--topology", str(ROOT / "accelerate_configs/fsdp2.yaml"), "--num-processes", "2"]
@@ -502,7 +519,7 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
 def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, said):
     path = workshop.write(workshop.config("plan"))
     assert command(["plan", "--config", str(path), "--gpu-memory", "24", *more]) == 2
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().err
 
 
 def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monkeypatch, capsys):

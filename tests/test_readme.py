@@ -41,7 +41,7 @@ def test_the_makefile_has_every_target_that_is_named():
 def test_every_kind_of_command_is_run_by_a_test_here():
     """A new kind of command in the README needs a test in this file; `pip install .` has test_package.py."""
     known = ("make ", "source .venv", "python train.py --config configs/my_run.yaml", "python -m finetune chat", "accelerate launch",
-             "python -m finetune plan", "python -m finetune evaluate", "python -m finetune export", "python train.py --help", "python -m finetune launch", "pip install --no-build-isolation", "pip install .")  # fmt: skip
+             "python -m finetune plan", "python -m finetune evaluate", "python -m finetune merge", "python train.py --help", "python -m finetune launch", "pip install --no-build-isolation", "pip install .")  # fmt: skip
     assert [c for c in commands() if not c.startswith(known)] == []
 
 
@@ -94,7 +94,7 @@ def test_the_commands_of_the_readme_in_order(my_run):
     chosen = [
         c
         for c in commands()
-        if c.startswith(("python train.py --config", "python -m finetune evaluate", "python -m finetune export"))
+        if c.startswith(("python train.py --config", "python -m finetune evaluate", "python -m finetune merge"))
     ]
     assert len(chosen) == 4
     for command in chosen:
