@@ -79,6 +79,15 @@ elif what == "stop":
 elif what == "listen":
     listen()
     sys.exit(75)
+elif what == "follow":  # as train.py does
+    from finetune.survival.preemption import StopFlag
+    flag = StopFlag()
+    flag.follow_launcher()
+    flag.raises()
+    flag.only_note()
+    note("ready", "")
+    until(lambda: flag.is_set)
+    note("heard", flag.reason)
 else:
     note("ready", "")
     time.sleep(600)
@@ -122,7 +131,7 @@ def start(worker):
     def start(*behaviours, before=(), **keywords):
         command = [*before, sys.executable, "-c", RUN, str(worker), *behaviours]
         # One that is killed leaves its folder of steps behind.
-        environment = {**os.environ, "TMPDIR": str(worker.parent)}
+        environment = {**os.environ, "TMPDIR": str(worker.parent), "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **keywords)
         started.append(process)
         return process
@@ -303,9 +312,9 @@ def test_sigterm_before_a_process_has_handlers_is_preemption(start, worker):
 
 
 def test_a_signal_before_the_first_process_starts_none(worker, capfd):
-    with launcher.Inbox() as inbox:
+    with launcher.forwarding() as heard:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert launcher.supervise(inbox, [dict(os.environ)], [sys.executable, str(worker), "listen"]) == 75
+        assert launcher.supervise(heard, [dict(os.environ)], [sys.executable, str(worker), "listen"]) == 75
     assert notes(worker, "pid") == []
     assert capfd.readouterr().err.startswith("preempted: a signal came before the first process was started")
 
@@ -320,20 +329,23 @@ def test_nohup_is_heeded(start, worker):
     assert notes(worker, "heard") == ["SIGUSR1"]
 
 
-def test_processes_are_told_when_the_launcher_was_killed(start, worker):
-    process = start("listen", "listen")
+def test_processes_end_when_the_launcher_was_killed(start, worker):
+    process = start("follow", "follow")
     until_ready(worker, 2)
     process.kill()
-    until(lambda: notes(worker, "heard", 0) == notes(worker, "heard", 1) == ["SIGTERM"])
-    (worker.parent / "end").touch()
     until(lambda: not any(map(is_alive, noted(worker, "pid"))))
-    assert notes(worker, "heard", 0) == notes(worker, "heard", 1) == ["SIGTERM"], "once each"
+    for rank in (0, 1):
+        assert notes(worker, "heard", rank) == "the launcher has died".split()
 
 
-def test_a_process_whose_launcher_has_gone_before_it_could_ask_does_not_start(tmp_path):
-    shim = [sys.executable, "-I", "-S", "-c", launcher.processes.BECOME, "0"]
-    assert subprocess.run([*shim, "touch", str(tmp_path / "started")], check=False).returncode == 1
-    assert not (tmp_path / "started").exists()
+def test_a_process_whose_launcher_has_gone_while_python_started_ends_as_preempted():
+    code = "from finetune.survival.preemption import StopFlag; StopFlag().follow_launcher(); print('goes on')"
+    environment = {**os.environ, "FINETUNE_LAUNCHER": "999999999"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (75, "")
+    assert "the launcher has died" in done.stderr
 
 
 def test_no_process_is_left_when_not_all_can_be_started(worker):

@@ -10,14 +10,14 @@ Linux only.
 
 from finetune.errors import FinetuneError
 from finetune.survival.launcher.arguments import free_port, ranked, read
-from finetune.survival.launcher.processes import Inbox, log, run, supervise
+from finetune.survival.launcher.processes import forwarding, log, run, supervise
 
 __all__ = ["free_port", "main", "ranked", "read", "run"]
 
 
 def main(argv: list[str]) -> int:
     """What stands behind `python -m finetune launch` -> exit code."""
-    with Inbox() as inbox:
+    with forwarding() as heard:
         try:
             environments, command = read(argv)
         except FinetuneError as exc:
@@ -25,4 +25,4 @@ def main(argv: list[str]) -> int:
             return exc.exit_code
         except SystemExit as exc:  # --help
             return int(exc.code or 0)
-        return supervise(inbox, environments, command)
+        return supervise(heard, environments, command)

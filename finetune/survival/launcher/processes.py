@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from finetune.places import BEATS, RUN
+from finetune.places import BEATS, LAUNCHER, RUN
 
 OTHERS_SECONDS = 10.0  # after one has failed: for the others to notice, and to write why they end
 FINISH_SECONDS = 120.0  # after one has ended as it should: for the others to finish
@@ -22,18 +21,7 @@ FORWARDED = {
     signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGHUP: signal.SIGTERM,  # the terminal has gone: save and end
 }  # fmt: skip
-# What a process is before it is the worker: it asks for SIGTERM when the launcher dies (prctl 1 is PR_SET_PDEATHSIG),
-# ends if that has happened before it could ask, and undoes what Python ignores. Not preexec_fn, whose Python would run
-# in a fork of a process in which torch has threads.
-BECOME = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-for number in (signal.SIGPIPE, signal.SIGXFSZ):
-    signal.signal(number, signal.SIG_DFL)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
+POLL_SECONDS = 0.05
 
 
 def run(environments: list[dict[str, str]], command: list[str]) -> int:
@@ -42,8 +30,8 @@ def run(environments: list[dict[str, str]], command: list[str]) -> int:
     0 if all have ended with 0. Else that of the first one that ended with something else, if it is 2 or 75; else 1.
     A process that SIGTERM killed before it had a handler counts as 75: it had nothing to save yet.
     """
-    with Inbox() as inbox:
-        return supervise(inbox, environments, command)
+    with forwarding() as heard:
+        return supervise(heard, environments, command)
 
 
 def log(line: str) -> None:
@@ -52,36 +40,18 @@ def log(line: str) -> None:
         sys.stderr.flush()
 
 
-class Inbox:
-    """Signals that have come, each once and in order, also while something else goes on.
-
-    Python's own handler, in C, writes the number of each into a pipe, on which `select` can wait.
-    """
-
-    def __enter__(self) -> "Inbox":
-        self._reader, writer = os.pipe()
-        self._writer = writer
-        for end in (self._reader, writer):
-            os.set_blocking(end, False)
-        self._wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        numbers = [signal.SIGCHLD, *FORWARDED]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            numbers.remove(signal.SIGHUP)  # nohup
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
+@contextlib.contextmanager
+def forwarding() -> Iterator[list[signal.Signals]]:
+    """The signals that have come and are to be forwarded, in order."""
+    heard: list[signal.Signals] = []
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in FORWARDED if number != signal.SIGHUP or not is_nohup]
+    before = {n: signal.signal(n, lambda number, _: heard.append(FORWARDED[signal.Signals(number)])) for n in numbers}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self._reader)
-        os.close(self._writer)
-
-    def wait(self, seconds: float) -> list[signal.Signals]:
-        """What is to be forwarded; returns early for any signal, such as that of a process that has ended."""
-        if not select.select([self._reader], [], [], None if seconds == float("inf") else seconds)[0]:
-            return []
-        return [FORWARDED[signal.Signals(number)] for number in os.read(self._reader, 4096) if number in FORWARDED]
 
 
 class _Worker:
@@ -94,9 +64,8 @@ class _Worker:
         """As subprocess has it: -9 is SIGKILL."""
         self._was_terminated = False
         self._beat = beats / self.rank if beats else None
-        environment = {**environment, BEATS: str(beats)} if beats else environment
-        shim = [sys.executable, "-I", "-S", "-c", BECOME, str(os.getpid())]
-        self._process = subprocess.Popen([*shim, *command], env=environment, start_new_session=True)
+        environment = {**environment, LAUNCHER: str(os.getpid()), **({BEATS: str(beats)} if beats else {})}
+        self._process = subprocess.Popen(command, env=environment, start_new_session=True)
 
     @property
     def has_failed(self) -> bool:
@@ -144,9 +113,9 @@ class _Worker:
         return f" {'in' if at.startswith('step') else 'at'} {at[:100].strip()}" if at.strip() else ""
 
 
-def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[str]) -> int:
+def supervise(heard: list[signal.Signals], environments: list[dict[str, str]], command: list[str]) -> int:
     """Start and watch the processes; leave none behind, even after an error."""
-    if inbox.wait(0):
+    if heard:
         log("preempted: a signal came before the first process was started; run the same command again")
         return EXIT_PREEMPTED
     workers: list[_Worker] = []
@@ -155,7 +124,7 @@ def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[st
         try:
             for environment in environments:
                 workers.append(_Worker(environment, command, beats))
-            return _watch(inbox, workers, problems)
+            return _watch(heard, workers, problems)
         finally:
             for worker in workers:
                 worker.kill()
@@ -187,7 +156,7 @@ def _beats() -> Iterator[Path | None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
+def _watch(heard: list[signal.Signals], workers: list[_Worker], problems: list[str]) -> int:
     """Wait until all have ended, or kill those that took too long after another's end -> exit code. After a signal they may take any time.
 
     `problems`: what is said of processes that did not end as they should is added.
@@ -201,7 +170,9 @@ def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
                 problems.append(f"{worker.name} had not ended {because}, and was killed{worker.where()}")
                 log(problems[-1])
             break
-        for number in inbox.wait(left):
+        time.sleep(min(left, POLL_SECONDS))
+        while heard:
+            number = heard.pop(0)
             for worker in living:
                 worker.send(number)
         for worker in living:
