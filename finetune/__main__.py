@@ -1,4 +1,4 @@
-"""finetune, or python -m finetune: train | launch | replay | plan | evaluate | chat | curves | export | schema. Each imports what it needs when it runs."""
+"""finetune, or python -m finetune: train | launch | replay | plan | evaluate | chat | curves | export | merge | schema. Each imports what it needs when it runs."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ COMMANDS = {
         "forecast the memory of a run, the topologies it fits on, and what to change",
     ),
     "curves": ("finetune.curves", "plot loss, learning rate, gradient norm and speed of runs"),
-    "export": ("finetune.export", "merge an adapter into its base and save full weights"),
+    "export": ("finetune.export.merge", "merge an adapter into its base and save full weights"),
 }
 
 
@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["train"]:
         sys.argv = [str(places.TRAIN), *argv[1:]]
         runpy.run_path(str(places.TRAIN), run_name="__main__")  # ends the process
+    if argv[:1] == ["merge"]:
+        models = ["--model"] if argv[1:2] and not argv[1].startswith("-") else []
+        argv = ["export", "--merge", *models, *argv[1:]]
     if halves := [word for word in argv if paths.half_characters(word, "it")]:
         print(f"error: {paths.shown(halves[0])}: holds half a character, or bytes that are not UTF-8", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -61,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == [name]:
             note_repeats(command)
             importlib.import_module(module).add_arguments(command)
+    commands.add_parser("merge", help="merge RUN --output FOLDER: the same as export --merge --model RUN")
     commands.add_parser("train", help="train in this process, as train.py does; train --help lists every setting")
     commands.add_parser("launch", help="start train.py as `accelerate launch` does, and pass on signals and exit codes")
     commands.add_parser("schema", help="JSON schema of the run config, for editors")

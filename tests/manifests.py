@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from finetune import config as configs
-from finetune.config import accumulation
+from finetune.config import accumulation_steps
 from finetune.errors import UserError
 from finetune.survival import launcher
 
@@ -432,7 +432,7 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
     if processes != {str(rank) for rank in range(world)}:
         yield f"{len(processes)} processes, where {found.nodes} nodes have {world} places"
     try:
-        accumulation(config, world)
+        accumulation_steps(config, world)
     except UserError as exc:
         yield str(exc)
     if not config.checkpoint.grace_seconds < grace:

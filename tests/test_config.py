@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, TINY_LLAMA
 
 from finetune import config as configs
-from finetune.config import Config, paths
+from finetune.config import Config, help, paths, reader
 from finetune.errors import ConfigError
 
 COMPLETE: dict[str, Any] = {"run": {"name": "a"}, "model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
@@ -418,7 +418,7 @@ def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
 @pytest.mark.parametrize(
     ("word", "setting"),
     [
-        ("use_peft", "adapter.kind"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
+        ("use_peft", "adapter.kind"), ("val_split", "data.eval_fraction"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
         ("gradient_checkpointing", "train.gradient_checkpointing"), ("report_to", "tracking.trackers"), ("system", "data.system_prompt"),
         ("lorra", "the sections are"), ("deepspeed", "the topology file decides"), ("device", "(mps) are not yet used"), ("xyzzy", "the sections are"),
     ],
@@ -641,14 +641,14 @@ def test_batch_sizes_that_do_not_divide_are_refused(whole, micro):
 )
 def test_accumulation_is_what_is_left_of_the_global_batch(whole, micro, processes, times):
     config = configs.from_dict(changed(train__global_batch_size=whole, train__micro_batch_size=micro))
-    assert configs.accumulation(config, processes) == times
+    assert configs.accumulation_steps(config, processes) == times
 
 
 @pytest.mark.parametrize(("processes", "multiple", "example"), [(3, 6, 12), (5, 10, 10), (8, 16, 16)])
 def test_processes_that_the_batch_cannot_be_split_over_are_refused(processes, multiple, example):
     config = configs.from_dict(changed(train__global_batch_size=8, train__micro_batch_size=2))
     with pytest.raises(ConfigError) as caught:
-        configs.accumulation(config, processes)
+        configs.accumulation_steps(config, processes)
     assert f"train.global_batch_size: 8 cannot be split over {processes} processes" in str(caught.value)
     assert f"a multiple of {multiple}, for example {example}" in str(caught.value)
 
@@ -820,8 +820,38 @@ def train_py(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
 
 
-def test_help_names_every_field_and_does_not_wait_for_torch():
+def test_help_is_short_and_names_the_settings_that_matter_most(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     process = train_py("--help")
+    assert process.returncode == 0
+    lines = process.stdout.splitlines()
+    assert len(lines) < 60
+    assert all(f"--{key} " in process.stdout for key in help.ESSENTIAL)
+    assert "--adapter.dora" not in process.stdout
+    for way_on in ("train.py my_run.yaml --check", "--help SECTION", "--help all"):
+        assert way_on in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "lacks"),
+    [
+        ("adapter", "--adapter.dora", "--optimizer.lr"),
+        ("optimizer.lr", "--optimizer.lr", "--optimizer.kind"),
+        ("adaptr", "did you mean adapter?", "--adapter.dora"),
+        ("nothing-like-it", "There is no section or setting 'nothing-like-it'. --help SECTION", "--run.name"),
+    ],
+)
+def test_help_answers_about_a_section_or_a_setting(capsys, asked, has, lacks):
+    with pytest.raises(SystemExit) as ended:
+        reader.parse(["--help", asked])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert has in shown
+    assert lacks not in shown
+
+
+def test_help_all_names_every_field_and_does_not_wait_for_torch():
+    process = train_py("--help", "all")
     assert process.returncode == 0
     assert [key for key in FIELDS if f"--{key} " not in process.stdout] == []
     text = " ".join(process.stdout.split())

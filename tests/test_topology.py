@@ -159,12 +159,12 @@ def test_the_device_of_a_single_process_has_an_index(monkeypatch):
     """Accelerate calls it "cuda", and `torch.cuda.set_device`, in the thread that saves, refuses that."""
     import torch
 
-    from finetune.engine.topology import topology
+    from finetune.engine.topology import start
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert topology._with_index(torch.device("cuda")) == torch.device("cuda", 0)
-    assert topology._with_index(torch.device("cuda", 3)) == torch.device("cuda", 3)
-    assert topology._with_index(torch.device("cpu")) == torch.device("cpu")
+    assert start.with_index(torch.device("cuda")) == torch.device("cuda", 0)
+    assert start.with_index(torch.device("cuda", 3)) == torch.device("cuda", 3)
+    assert start.with_index(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_a_topology_on_a_gpu_has_what_a_gpu_needs(monkeypatch):
@@ -245,14 +245,14 @@ def test_processes_that_share_a_model_end_their_answers_together(kind, processes
 def test_each_process_takes_its_own_gpu_before_it_asks_what_that_can_do(monkeypatch):
     import torch
 
-    from finetune.engine.topology import topology
+    from finetune.engine.topology import start
 
     taken = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     for rank in ("0", "1", "2"):  # the third has none, which is refused elsewhere
         monkeypatch.setenv("LOCAL_RANK", rank)
-        topology._take_own_gpu()
+        start.take_own_gpu()
     assert taken == [0, 1]
 
 

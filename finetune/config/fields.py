@@ -328,7 +328,7 @@ def usual_lr(optimizer: Any, adapter: Any) -> float:
     return all_weights if adapter == "full" else adapters
 
 
-def accumulation(config: Config, num_processes: int) -> int:
+def accumulation_steps(config: Config, num_processes: int) -> int:
     """Micro-batches of one process in one step: global / (micro x processes). Raises ConfigError if not whole."""
     train = config.train
     at_once = config.micro_batch_size * num_processes

@@ -45,11 +45,12 @@ def child(
     rank: int, script: str, arguments: list[str], environment: dict[str, str], said: str, death: Death | None
 ) -> None:
     """In the forked process: a script as its own command line would run it."""
+    assert "faults.preloaded" in sys.modules, "python -c 'import faults.preloaded' says which import has failed"
     os.environ.update(environment)
     with open(said, "a") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     main = importlib.import_module(script).main
     counts = os.environ.get("COUNTS_LINES")
@@ -100,7 +101,7 @@ def trace(death: Death | None) -> dict[str, int]:
 
 
 KILLS = int(os.environ.get("FINETUNE_KILLS", "6"))  # make faults: 201
-in_the_long_form = pytest.mark.skipif(KILLS < 100, reason="make faults")
+in_the_long_form = pytest.mark.fault
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # the server finds what it is to import by this alone
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["faults.preloaded"])
