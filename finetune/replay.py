@@ -62,9 +62,9 @@ def _receipt(run: Path) -> dict[str, Any]:
     try:
         launch, number = receipt["launch"], int(receipt["num_processes"])
         on_this_node = int(launch.get("LOCAL_WORLD_SIZE", 1))
-        told = [str(receipt["topology"]), *launch, *launch.values()]
+        words = [str(receipt["topology"]), *launch, *launch.values()]
         # The system takes 128 KiB of a variable; a launcher sets a few words.
-        if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in told):
+        if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in words):
             raise ValueError("launch holds an entry that is not an environment variable")
         if foreign := [
             name for name in launch if not launching.is_recorded(name) or not name.replace("_", "").isalnum()

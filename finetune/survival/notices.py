@@ -75,7 +75,7 @@ class Watch:
         while not self._stopped.is_set():
             notice = None
             try:
-                notice = self._cloud.look()
+                notice = self._cloud.poll()
                 num_failures = 0
             except Exception as exc:  # a failing service must not end the run
                 num_failures += 1
@@ -90,11 +90,11 @@ class Watch:
 
 
 class _Service:
-    """One cloud's metadata service. `look` raises anything for an answer that it cannot use."""
+    """One cloud's metadata service. `poll` raises anything for an answer that it cannot use."""
 
     name: str
     hint: str
-    look: Callable[[], Notice | None]
+    poll: Callable[[], Notice | None]
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -131,12 +131,12 @@ class _Aws(_Service):
     _token = ""
     _has_warned = False
 
-    def look(self) -> Notice | None:
-        said = self._get("/latest/meta-data/spot/instance-action")
-        if said is not None:
-            if said["action"] not in ("terminate", "stop", "hibernate"):
-                raise ValueError(f"action is {said['action']!r}")
-            return self._final(_moment(datetime.fromisoformat, said.get("time")), said["action"])
+    def poll(self) -> Notice | None:
+        action = self._get("/latest/meta-data/spot/instance-action")
+        if action is not None:
+            if action["action"] not in ("terminate", "stop", "hibernate"):
+                raise ValueError(f"action is {action['action']!r}")
+            return self._final(_moment(datetime.fromisoformat, action.get("time")), action["action"])
         if self._has_warned or self._get("/latest/meta-data/events/recommendations/rebalance") is None:
             return None
         self._has_warned = True
@@ -151,7 +151,7 @@ class _Aws(_Service):
         except urllib.error.HTTPError as exc:
             if exc.code == 404:
                 return None
-            self._token = ""  # it may have expired: the next look asks for another
+            self._token = ""  # it may have expired: the next poll asks for another
             raise
 
 
@@ -159,13 +159,13 @@ class _Gcp(_Service):
     name = "GCP"
     hint = "In Kubernetes, rely on SIGTERM"
 
-    def look(self) -> Notice | None:
-        said, headers = self._ask("/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
+    def poll(self) -> Notice | None:
+        answer, headers = self._ask("/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
         if headers["Metadata-Flavor"] != "Google":  # how Google says to recognise its server
             raise ValueError("an answer without Metadata-Flavor: Google")
-        if said not in ("TRUE", "FALSE"):
+        if answer not in ("TRUE", "FALSE"):
             raise ValueError("neither TRUE nor FALSE")
-        if said == "FALSE":
+        if answer == "FALSE":
             return None
         reason = f"GCP takes this machine within {GCP_LEAD_SECONDS:.0f} s (preempted)"
         return Notice(reason, time.time() + GCP_LEAD_SECONDS, final=True)
@@ -182,12 +182,12 @@ class _Azure(_Service):
     hint = "Azure's first answer may take two minutes; in Kubernetes, rely on SIGTERM"
     _own_name = ""
 
-    def look(self) -> Notice | None:
+    def poll(self) -> Notice | None:
         if not self._own_name:
             path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
             self._own_name = self._ask(path, {"Metadata": "true"})[0].casefold()
-        said = json.loads(self._ask("/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})[0])
-        for event in said["Events"]:
+        found = json.loads(self._ask("/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})[0])
+        for event in found["Events"]:
             mine = self._own_name in [str(machine).casefold() for machine in event["Resources"]]
             if mine and event["EventType"] == "Preempt":
                 if not event["NotBefore"]:  # it has begun
