@@ -1,8 +1,6 @@
 """python -m finetune replay: the same run again, from its receipt, and whether it came out the same."""
 
 import argparse
-import contextlib
-import json
 import math
 import os
 import sys
@@ -12,6 +10,7 @@ from typing import Any
 from finetune import config as configs
 from finetune import files
 from finetune.config import paths
+from finetune.engine import logs
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, RunDirectoryError
 from finetune.places import REPLAY_OF, TRAIN
 from finetune.survival import launcher
@@ -158,10 +157,6 @@ def agree(one: tuple[Any, Any] | None, other: tuple[Any, Any] | None, part: floa
 
 
 def _steps(metrics: Path) -> dict[int, tuple[Any, Any]]:
-    """Step -> (loss, gradient norm); lines that are torn are left out."""
-    found = {}
-    for line in metrics.read_text(errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            values = json.loads(line)
-            found[int(values["step"])] = (values["loss"], values["grad_norm"])
-    return found
+    """Step -> (loss, gradient norm)."""
+    whole = [line for line in logs.records(metrics) if {"loss", "grad_norm"} <= line.keys()]
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in whole}

@@ -132,7 +132,10 @@ def test_an_event_of_azure_without_a_time_has_begun(metadata, listener):
 
 
 def test_what_azure_says_to_other_machines_or_of_other_events_is_not_heard(metadata, listener):
-    others = preempt("vmss_30", "vmss_1", "svmss_3")["Events"] + preempt("vmss_3", EventType="Reboot")["Events"]
+    others = (
+        preempt("vmss_30", "vmss_1", "svmss_3")["Events"]
+        + preempt("vmss_3", EventType="Reboot")["Events"]
+    )
     metadata.says(EVENTS, (200, {"Events": others}))
     listener.watch("azure")
     until(lambda: metadata.num_asked(EVENTS) >= 4)
@@ -188,7 +191,9 @@ def test_a_service_that_cannot_be_reached_is_reported(listener, metadata):
 @pytest.mark.parametrize("address", ["nonsense", "https://127.0.0.1", "http://", "http://[", "http://127.0.0.1:port", "http://a b/"])  # fmt: skip
 def test_an_address_that_is_none_is_an_error(address, listener, monkeypatch):
     monkeypatch.setenv("FINETUNE_METADATA_ADDRESS", address)
-    with pytest.raises(ConfigError, match=f"FINETUNE_METADATA_ADDRESS: {re.escape(address)} is not an address"):
+    with pytest.raises(
+        ConfigError, match=f"FINETUNE_METADATA_ADDRESS: {re.escape(address)} is not an address"
+    ):
         listener.watch("gcp")
 
 
@@ -209,7 +214,9 @@ def flood(handler):
         handler.wfile.write(b" " * 65536)
 
 
-def test_a_token_that_does_not_come_as_behind_a_hop_limit_of_one_is_reported(metadata, listener, monkeypatch):
+def test_a_token_that_does_not_come_as_behind_a_hop_limit_of_one_is_reported(
+    metadata, listener, monkeypatch
+):
     monkeypatch.setattr(notices, "REQUEST_SECONDS", 0.1)
     metadata.says(TOKEN, hang)
     listener.watch("aws")
@@ -228,8 +235,12 @@ GARBAGE = {
     "empty object": (200, {}),
     "unknown": (200, {"action": "reboot", "Events": [{"EventType": "Preempt"}]}),
     "deep": (200, b"[" * 60000),
-    "cut off": lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nTRUE"),
-    "not http": lambda handler: handler.wfile.write(b"SSH-2.0-\x1b[31mred\r\x07" + b"x" * 60_000 + b"\r\n"),
+    "cut off": lambda handler: handler.wfile.write(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nTRUE"
+    ),
+    "not http": lambda handler: handler.wfile.write(
+        b"SSH-2.0-\x1b[31mred\r\x07" + b"x" * 60_000 + b"\r\n"
+    ),
     "flood": flood,
 }
 
@@ -242,7 +253,9 @@ def test_garbage_is_never_a_notice_and_never_an_error(garbage, metadata, listene
         metadata.says(ASKED_FOR[cloud], *[garbage] * 4, finals[cloud][0])
         listener.watch(cloud)
     until(no_watch_runs)
-    assert sorted(notice.reason for notice in listener.heard) == sorted(reason for _, reason in finals.values())
+    assert sorted(notice.reason for notice in listener.heard) == sorted(
+        reason for _, reason in finals.values()
+    )
     assert sorted(line.split()[1] for line in listener.said) == ["AWS", "Azure", "GCP"]
     assert all(line.isprintable() and len(line) < 600 for line in listener.said)
 
@@ -265,7 +278,12 @@ def test_proxies_of_the_environment_are_not_used(metadata, listener):
         "all_proxy": "http://127.0.0.1:9",
     }
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == "GCP takes this machine within 30 s (preempted)\n"
 
@@ -283,7 +301,9 @@ assert 'torch' not in sys.modules
 print('end')
 """
     metadata.says(PREEMPTED, answer)
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
     assert metadata.num_asked(PREEMPTED) == 1
 

@@ -50,12 +50,18 @@ class Watch:
     """
 
     def __init__(
-        self, cloud: str, heard: Callable[[Notice], None], log: Callable[[str], None], every_seconds: float = 5.0
+        self,
+        cloud: str,
+        heard: Callable[[Notice], None],
+        log: Callable[[str], None],
+        every_seconds: float = 5.0,
     ) -> None:
         """The address is in FINETUNE_METADATA_ADDRESS (http://host:port) on machines that have another one, else ConfigError."""
         address = os.environ.get("FINETUNE_METADATA_ADDRESS") or ADDRESS
         if not IS_ADDRESS.fullmatch(address):
-            raise ConfigError(f"FINETUNE_METADATA_ADDRESS: {address} is not an address; write http://host:port")
+            raise ConfigError(
+                f"FINETUNE_METADATA_ADDRESS: {address} is not an address; write http://host:port"
+            )
         self._cloud = _SERVICES[cloud](address.rstrip("/"))
         self._heard = heard
         self._say = log
@@ -136,11 +142,18 @@ class _Aws(_Service):
         if action is not None:
             if action["action"] not in ("terminate", "stop", "hibernate"):
                 raise ValueError(f"action is {action['action']!r}")
-            return self._final(_moment(datetime.fromisoformat, action.get("time")), action["action"])
-        if self._has_warned or self._get("/latest/meta-data/events/recommendations/rebalance") is None:
+            return self._final(
+                _moment(datetime.fromisoformat, action.get("time")), action["action"]
+            )
+        if (
+            self._has_warned
+            or self._get("/latest/meta-data/events/recommendations/rebalance") is None
+        ):
             return None
         self._has_warned = True
-        return Notice("AWS may soon take this machine (rebalance recommendation)", None, final=False)
+        return Notice(
+            "AWS may soon take this machine (rebalance recommendation)", None, final=False
+        )
 
     def _get(self, path: str) -> dict[str, Any] | None:
         if not self._token:
@@ -160,7 +173,9 @@ class _Gcp(_Service):
     hint = "In Kubernetes, rely on SIGTERM"
 
     def poll(self) -> Notice | None:
-        answer, headers = self._ask("/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
+        answer, headers = self._ask(
+            "/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"}
+        )
         if headers["Metadata-Flavor"] != "Google":  # how Google says to recognise its server
             raise ValueError("an answer without Metadata-Flavor: Google")
         if answer not in ("TRUE", "FALSE"):
@@ -186,7 +201,9 @@ class _Azure(_Service):
         if not self._own_name:
             path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
             self._own_name = self._ask(path, {"Metadata": "true"})[0].casefold()
-        found = json.loads(self._ask("/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})[0])
+        found = json.loads(
+            self._ask("/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})[0]
+        )
         for event in found["Events"]:
             mine = self._own_name in [str(machine).casefold() for machine in event["Resources"]]
             if mine and event["EventType"] == "Preempt":

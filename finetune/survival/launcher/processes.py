@@ -35,7 +35,9 @@ def run(environments: list[dict[str, str]], command: list[str]) -> int:
 
 
 def log(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a closed stream is not a reason to leave the processes
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # a closed stream is not a reason to leave the processes
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
@@ -46,7 +48,10 @@ def forwarding() -> Iterator[list[signal.Signals]]:
     heard: list[signal.Signals] = []
     is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     numbers = [number for number in FORWARDED if number != signal.SIGHUP or not is_nohup]
-    before = {n: signal.signal(n, lambda number, _: heard.append(FORWARDED[signal.Signals(number)])) for n in numbers}
+    before = {
+        n: signal.signal(n, lambda number, _: heard.append(FORWARDED[signal.Signals(number)]))
+        for n in numbers
+    }
     try:
         yield heard
     finally:
@@ -64,7 +69,11 @@ class _Worker:
         """As subprocess has it: -9 is SIGKILL."""
         self._was_terminated = False
         self._beat = beats / self.rank if beats else None
-        environment = {**environment, LAUNCHER: str(os.getpid()), **({BEATS: str(beats)} if beats else {})}
+        environment = {
+            **environment,
+            LAUNCHER: str(os.getpid()),
+            **({BEATS: str(beats)} if beats else {}),
+        }
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
 
     @property
@@ -110,13 +119,19 @@ class _Worker:
             [at, *_] = self._beat.read_text(errors="replace").splitlines() if self._beat else [""]
         except (OSError, ValueError):  # it never wrote, or was about to
             return ""
-        return f" {'in' if at.startswith('step') else 'at'} {at[:100].strip()}" if at.strip() else ""
+        return (
+            f" {'in' if at.startswith('step') else 'at'} {at[:100].strip()}" if at.strip() else ""
+        )
 
 
-def supervise(heard: list[signal.Signals], environments: list[dict[str, str]], command: list[str]) -> int:
+def supervise(
+    heard: list[signal.Signals], environments: list[dict[str, str]], command: list[str]
+) -> int:
     """Start and watch the processes; leave none behind, even after an error."""
     if heard:
-        log("preempted: a signal came before the first process was started; run the same command again")
+        log(
+            "preempted: a signal came before the first process was started; run the same command again"
+        )
         return EXIT_PREEMPTED
     workers: list[_Worker] = []
     problems: list[str] = []
@@ -167,7 +182,9 @@ def _watch(heard: list[signal.Signals], workers: list[_Worker], problems: list[s
         left = deadline - time.monotonic()
         if left <= 0:
             for worker in living:
-                problems.append(f"{worker.name} had not ended {because}, and was killed{worker.where()}")
+                problems.append(
+                    f"{worker.name} had not ended {because}, and was killed{worker.where()}"
+                )
                 log(problems[-1])
             break
         time.sleep(min(left, POLL_SECONDS))
@@ -184,7 +201,10 @@ def _watch(heard: list[signal.Signals], workers: list[_Worker], problems: list[s
                 log(problems[-1])
             seconds = OTHERS_SECONDS if worker.has_failed else FINISH_SECONDS
             if time.monotonic() + seconds < deadline:
-                deadline, because = time.monotonic() + seconds, f"{seconds:g} seconds after {worker.name}"
+                deadline, because = (
+                    time.monotonic() + seconds,
+                    f"{seconds:g} seconds after {worker.name}",
+                )
     first = next((code for code in codes if code), EXIT_COMPLETE)
     if first in (EXIT_USER_ERROR, EXIT_PREEMPTED):
         return first
