@@ -1,4 +1,4 @@
-"""One server that speaks as the metadata services of AWS, GCP and Azure do, and says what a test asks of it."""
+"""One server that speaks as the metadata services of AWS, GCP and Azure do, as a test asks."""
 
 import json
 import threading
@@ -26,14 +26,14 @@ REBALANCED = (200, {"noticeTime": "2026-11-21T11:45:00Z"})
 
 def preempt(*machines, **changes):
     event = {
-        "EventId": "602d9444", "EventType": "Preempt", "EventStatus": "Scheduled", "ResourceType": "VirtualMachine",
+        "EventId": "602d9444", "EventType": "Preempt", "EventStatus": "Scheduled",
         "Resources": list(machines), "NotBefore": "",
     }  # fmt: skip
     return {"DocumentIncarnation": 2, "Events": [event | changes]}
 
 
 def final(cloud):
-    """The answer of a cloud that takes this machine in two minutes, and the reason that a run gives."""
+    """The answer of a cloud that takes this machine in two minutes, and its reason."""
     at = time.time() + 120
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
     return {
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Metadata(ThreadingHTTPServer):
-    """One server that speaks as all three clouds: nothing to say, until a test gives answers to a path."""
+    """Speaks as all three clouds: nothing to say, until a test gives answers to a path."""
 
     daemon_threads = True
 
@@ -115,7 +115,7 @@ class Metadata(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=[0.002], daemon=True).start()
 
     def says(self, path, *answers):
-        """One after another, the last one repeated: (status, body, headers) or what writes to the handler."""
+        """One after another, the last one repeated: (status, body, headers), or a function."""
         self.answers[path] = list(answers)
 
     def next_answer(self, path):

@@ -1,4 +1,4 @@
-"""A cloud's notice is heard once and in time; other behaviour of the metadata service does not disturb the run."""
+"""A cloud's notice is heard once and in time; a metadata service cannot disturb the run."""
 
 import re
 import subprocess
@@ -110,7 +110,7 @@ def test_a_rebalance_service_that_fails_does_not_hide_the_notice(metadata, liste
 
 
 @pytest.mark.parametrize(
-    "when", ["soon", None, "2026-11-21T12:00:00", "2026-11-21T11:57:59Z", "Sat, 21 Nov 2026 12:00:00 GMT", "9999-12-31T23:59:59-12:00"]
+    "when", ["soon", None, "2026-11-21T12:00:00", "2026-11-21T11:57:59Z", "9999-12-31T23:59:59-12:00"]
 )  # fmt: skip
 def test_a_notice_whose_time_makes_no_sense_has_no_deadline(when, metadata, listener):
     """Neither past nor hours away, nor in an unnamed time zone."""
@@ -188,7 +188,7 @@ def test_a_service_that_cannot_be_reached_is_reported(listener, metadata):
     assert "refused" in listener.said[0]
 
 
-@pytest.mark.parametrize("address", ["nonsense", "https://127.0.0.1", "http://", "http://[", "http://127.0.0.1:port", "http://a b/"])  # fmt: skip
+@pytest.mark.parametrize("address", ["nonsense", "https://127.0.0.1", "http://[", "http://a:b", "http://a b"])  # fmt: skip
 def test_an_address_that_is_none_is_an_error(address, listener, monkeypatch):
     monkeypatch.setenv("FINETUNE_METADATA_ADDRESS", address)
     with pytest.raises(
@@ -270,7 +270,12 @@ def test_a_server_that_is_not_googles_is_not_believed(metadata, listener):
 
 def test_proxies_of_the_environment_are_not_used(metadata, listener):
     """urllib reads them once, when the module is imported."""
-    script = "from finetune.survival.notices import Watch; w = Watch('gcp', lambda n: print(n.reason), print); w.start(); w._thread.join(20)"
+    script = """
+from finetune.survival.notices import Watch
+watch = Watch('gcp', lambda notice: print(notice.reason), print)
+watch.start()
+watch._thread.join(20)
+"""
     metadata.says(PREEMPTED, final("gcp")[0])
     environment = {
         "FINETUNE_METADATA_ADDRESS": metadata.address,

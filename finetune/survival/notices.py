@@ -1,7 +1,8 @@
 """What a cloud says before it takes a spot machine away.
 
-A bonus on plain machines, where SIGTERM comes late or not at all. The run never waits for it: a daemon thread asks, which
-is abandoned if the metadata service hangs, and an answer that makes no sense does not count as a notice.
+A bonus on plain machines, where SIGTERM comes late or not at all. The run never waits for it: a
+daemon thread asks, which is abandoned if the metadata service hangs, and an answer that makes no
+sense does not count as a notice.
 """
 
 import json
@@ -35,7 +36,9 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class Notice:
-    """`deadline`: when the machine goes, as time.time() counts; None where the cloud gave no time that makes sense."""
+    """`deadline`: when the machine goes, as time.time() counts; None where the cloud gave no time
+    that makes sense.
+    """
 
     reason: str
     deadline: float | None
@@ -43,7 +46,7 @@ class Notice:
 
 
 class Watch:
-    """Asks one cloud every few seconds, in a thread of its own; never raises, and no caller waits for it.
+    """Asks one cloud every few seconds, in a thread of its own; never raises, never is waited for.
 
     `heard` gets the warning and the final notice once each, after which the thread ends. `say` gets
     one line if the cloud cannot be asked. Both are called in that thread, and must not raise.
@@ -56,7 +59,7 @@ class Watch:
         log: Callable[[str], None],
         every_seconds: float = 5.0,
     ) -> None:
-        """The address is in FINETUNE_METADATA_ADDRESS (http://host:port) on machines that have another one, else ConfigError."""
+        """FINETUNE_METADATA_ADDRESS (http://host:port) replaces the address. Raises ConfigError."""
         address = os.environ.get("FINETUNE_METADATA_ADDRESS") or ADDRESS
         if not IS_ADDRESS.fullmatch(address):
             raise ConfigError(
@@ -107,7 +110,7 @@ class _Service:
         self._question = ""
 
     def note(self, exc: Exception) -> str:
-        """One line about a service that gives no notices; what it sent is shown short and printable."""
+        """One line about a service that gives no notices; what it sent is cut and printable."""
         why = re.sub("[^ -~]+", " ", f"{self._question}: {type(exc).__name__}: {exc}")[:300]
         return (
             f"note: {self.name} gives no spot notices: {why}. The run keeps asking; until then "
@@ -217,7 +220,7 @@ _SERVICES: dict[str, type[_Service]] = {"aws": _Aws, "gcp": _Gcp, "azure": _Azur
 
 
 def _moment(parse: Callable[[str], datetime], text: Any) -> float | None:
-    """As time.time() counts; None if it does not say a time and its zone: local time would be a guess."""
+    """As time.time() counts; None without a time and its zone: local time would be a guess."""
     try:
         moment = parse(text)
         return None if moment.tzinfo is None else moment.timestamp()

@@ -1,10 +1,12 @@
-"""Start the processes of one node and end with them: signals reach all of them, exit codes come back as they are.
+"""Start the processes of one node and end with them: signals reach all, exit codes come back.
 
-    python -m finetune launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 train.py --config configs/my_run.yaml
-    python -m finetune launch train.py --config configs/my_run.yaml          one process, nothing set
+    python -m finetune launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2
+        train.py --config configs/my_run.yaml
+    python -m finetune launch train.py --config configs/my_run.yaml      one process, nothing set
 
-Arguments and the environment that follows from them are Accelerate's; only the processes are ours, because `accelerate
-launch` loses the SIGTERM of a single process, kills several 30 seconds after it, and turns exit codes 2 and 75 into 1.
+Arguments and the environment that follows from them are Accelerate's; only the processes are ours,
+because `accelerate launch` loses the SIGTERM of a single process, kills several 30 seconds after
+it, and turns exit codes 2 and 75 into 1.
 Linux only.
 """
 

@@ -1,4 +1,4 @@
-"""The processes of one node: signals reach all of them, and the exit code is that of the first one that failed."""
+"""The processes of one node: signals reach all, the exit code is that of the first that failed."""
 
 import contextlib
 import os
@@ -25,9 +25,10 @@ POLL_SECONDS = 0.05
 
 
 def run(environments: list[dict[str, str]], command: list[str]) -> int:
-    """Start one process for each environment and wait for all; call it from the main thread, as it handles signals.
+    """Start one process for each environment and wait for all; in the main thread, for signals.
 
-    0 if all have ended with 0. Else that of the first one that ended with something else, if it is 2 or 75; else 1.
+    0 if all have ended with 0. Else that of the first one that ended with something else, if it is
+    2 or 75; else 1.
     A process that SIGTERM killed before it had a handler counts as 75: it had nothing to save yet.
     """
     with forwarding() as heard:
@@ -60,7 +61,7 @@ def forwarding() -> Iterator[list[signal.Signals]]:
 
 
 class _Worker:
-    """One process, the leader of a session of its own: Ctrl-C in a terminal reaches the launcher alone."""
+    """One process that leads a session: Ctrl-C in a terminal reaches the launcher alone."""
 
     def __init__(self, environment: dict[str, str], command: list[str], beats: Path | None) -> None:
         self.rank = environment.get("RANK", "0")
@@ -81,7 +82,7 @@ class _Worker:
         return self.code not in (None, EXIT_COMPLETE, EXIT_USER_ERROR, EXIT_PREEMPTED)
 
     def has_ended(self) -> bool:
-        """Once it has, nothing of its session is left, such as children that load data, and `code` is known."""
+        """Once it has, its session, such as children that load data, is gone, and `code` known."""
         if self.code is None and (code := self._process.poll()) is not None:
             self.kill()
             had_no_handler = self._was_terminated and code == -signal.SIGTERM
@@ -109,7 +110,8 @@ class _Worker:
         """How it ended, and where: `was killed by SIGKILL in step 38`."""
         if self.code is not None and self.code < 0:
             known = -self.code in set(signal.Signals)
-            how = f"was killed by {signal.Signals(-self.code).name if known else f'signal {-self.code}'}"
+            name = signal.Signals(-self.code).name if known else f"signal {-self.code}"
+            how = f"was killed by {name}"
         else:
             how = f"ended with exit code {self.code}"
         return how + self.where()
@@ -130,7 +132,8 @@ def supervise(
     """Start and watch the processes; leave none behind, even after an error."""
     if heard:
         log(
-            "preempted: a signal came before the first process was started; run the same command again"
+            "preempted: a signal came before the first process was started; "
+            "run the same command again"
         )
         return EXIT_PREEMPTED
     workers: list[_Worker] = []
@@ -150,7 +153,7 @@ def supervise(
 
 
 def _note_end(run: Path, problem: str) -> None:
-    """Write the outcome of a run whose processes died before they could: killed, or aborted by NCCL or another library."""
+    """Write the outcome of a run whose processes died before they could, such as by NCCL's abort."""
     with contextlib.suppress(OSError):
         directory = Path(run.read_text())
         from finetune.engine.rundir import note_end_of  # seldom needed, and 0.3 s
@@ -172,7 +175,9 @@ def _beats() -> Iterator[Path | None]:
 
 
 def _watch(heard: list[signal.Signals], workers: list[_Worker], problems: list[str]) -> int:
-    """Wait until all have ended, or kill those that took too long after another's end -> exit code. After a signal they may take any time.
+    """Wait until all have ended, or kill those that took too long after another's end.
+
+    Returns the exit code. After a signal they may take any time.
 
     `problems`: what is said of processes that did not end as they should is added.
     """
