@@ -110,8 +110,9 @@ def test_a_rebalance_service_that_fails_does_not_hide_the_notice(metadata, liste
 
 
 @pytest.mark.parametrize(
-    "when", ["soon", None, "2026-11-21T12:00:00", "2026-11-21T11:57:59Z", "9999-12-31T23:59:59-12:00"]
-)  # fmt: skip
+    "when",
+    ["soon", None, "2026-11-21T12:00:00", "2026-11-21T11:57:59Z", "9999-12-31T23:59:59-12:00"],
+)
 def test_a_notice_whose_time_makes_no_sense_has_no_deadline(when, metadata, listener):
     """Neither past nor hours away, nor in an unnamed time zone."""
     metadata.says(ACTION, (200, {"action": "terminate", "time": when}))
@@ -188,7 +189,9 @@ def test_a_service_that_cannot_be_reached_is_reported(listener, metadata):
     assert "refused" in listener.said[0]
 
 
-@pytest.mark.parametrize("address", ["nonsense", "https://127.0.0.1", "http://[", "http://a:b", "http://a b"])  # fmt: skip
+@pytest.mark.parametrize(
+    "address", ["nonsense", "https://127.0.0.1", "http://[", "http://a:b", "http://a b"]
+)
 def test_an_address_that_is_none_is_an_error(address, listener, monkeypatch):
     monkeypatch.setenv("FINETUNE_METADATA_ADDRESS", address)
     with pytest.raises(

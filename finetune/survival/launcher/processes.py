@@ -153,7 +153,7 @@ def supervise(
 
 
 def _note_end(run: Path, problem: str) -> None:
-    """Write the outcome of a run whose processes died before they could, such as by NCCL's abort."""
+    """Write the outcome of a run whose processes died before they could."""
     with contextlib.suppress(OSError):
         directory = Path(run.read_text())
         from finetune.engine.rundir import note_end_of  # seldom needed, and 0.3 s
