@@ -4,7 +4,19 @@ import difflib
 import os
 from collections.abc import Iterator
 
-from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Adapter, Config, Model, Schedule, Section
+from finetune import own_code
+from finetune.config.fields import (
+    COLUMNS,
+    PADDED_ATTENTION,
+    Adapter,
+    Config,
+    Full,
+    Model,
+    OwnObjective,
+    QLora,
+    Schedule,
+    Section,
+)
 
 PLACES = (
     ("run", "dir"), ("model", "path"), ("model", "tokenizer"), ("adapter", "path"), ("data", "cache_dir"),
@@ -18,7 +30,8 @@ def conflicts(config: Config) -> Iterator[str]:
     """Settings that cannot work together, or that this run would ignore."""
     yield from _blanks(config)
     yield from _model_conflicts(config.model, config.adapter)
-    yield from _adapter_conflicts(config.adapter)
+    if not isinstance(config.adapter, Full):
+        yield from _adapter_conflicts(config.adapter)
     yield from _optimizer_conflicts(config)
     yield from _data_conflicts(config)
     yield from _schedule_conflicts(config.schedule)
@@ -43,12 +56,12 @@ def conflicts(config: Config) -> Iterator[str]:
 def _blanks(config: Config) -> Iterator[str]:
     """Paths without a letter: some would mean the current folder, others nothing."""
     for section, name in PLACES:
-        value = getattr(getattr(config, section), name)
+        value = getattr(getattr(config, section), name, None)
         if isinstance(value, str) and not value.strip():
             yield f"{section}.{name}: is empty; name a folder, or remove it"
 
 
-def _model_conflicts(model: Model, adapter: Adapter) -> Iterator[str]:
+def _model_conflicts(model: Model, adapter: Full | Adapter) -> Iterator[str]:
     if (model.path is None) == (model.config is None):
         yield "model.path: give either model.path or model.config (an architecture for init: random)"
     if model.config is not None and model.init != "random":
@@ -70,15 +83,20 @@ def _model_conflicts(model: Model, adapter: Adapter) -> Iterator[str]:
 
 
 def _data_conflicts(config: Config) -> Iterator[str]:
-    model, data = config.model, config.data
-    if config.objective.kind == "clm":
-        yield from _ignored(data, "data", ("loss_on",), "objective.kind: clm learns every token")
+    model, data, objective = config.model, config.data, config.objective
+    own = objective.objective if isinstance(objective, OwnObjective) else None
+    name, has_turns = own_code.without_folder(objective.kind), own.has_turns if own else objective.kind == "sft"
+    if own.supervises("completion") == "all" if own else objective.kind == "clm":
+        yield from _ignored(data, "data", ("loss_on",), f"objective.kind: {name} learns every token")
     elif data.truncation == "split":
         yield "data.truncation: split would cut answers from their prompts; use it with objective.kind: clm"
     if data.format == "text":
         yield from _ignored(data, "data", ("template", "system_prompt"), "rows of text have no turns")
-        if config.objective.kind == "sft":
-            yield "objective.kind: sft needs prompts and answers, but data.format is text; use clm"
+        if has_turns:
+            yield f"objective.kind: {name} needs prompts and answers, but data.format is text; use clm"
+    if own_code.is_own(data.format):
+        why = f"{own_code.without_folder(data.format)} reads the columns of the file itself; rename them there"
+        yield from _ignored(data, "data", ("columns",), why)
     for name in data.columns:
         if name not in COLUMNS:
             near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.5)
@@ -129,18 +147,11 @@ SHAPE = (
     "r", "alpha", "dropout", "target_modules", "layers", "rank_pattern", "alpha_pattern", "rslora", "dora", "init", "bias",
     "train_norms", "modules_to_save",
 )  # fmt: skip
-QUANTIZED = ("quantization", "double_quantization", "compute_dtype")
 
 
 def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
-    if adapter.kind == "full":
-        yield from _ignored(adapter, "adapter", ("path", *SHAPE), "adapter.kind: full has no adapter")
-    else:
-        yield from _ignored(adapter, "adapter", ("freeze",), "adapters freeze every other weight")
-    if adapter.kind != "qlora":
-        yield from _ignored(adapter, "adapter", QUANTIZED, "it belongs to adapter.kind: qlora")
-    elif adapter.quantization == "int8":
-        yield from _ignored(adapter, "adapter", QUANTIZED[1:], "it is for 4 bits")
+    if isinstance(adapter, QLora) and adapter.quantization == "int8":
+        yield from _ignored(adapter, "adapter", ("double_quantization", "compute_dtype"), "it is for 4 bits")
     if adapter.path is not None:
         yield from _ignored(adapter, "adapter", SHAPE, "the adapter in adapter.path has its own shape")
         return
@@ -150,7 +161,7 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
         yield "adapter.init: loftq corrects quantisation errors, and nothing is quantised; use kind: qlora"
     if adapter.dora and adapter.init in ("pissa", "loftq", "eva"):
         yield f"adapter.dora: cannot be used with adapter.init: {adapter.init}; use init: default"
-    if adapter.kind == "qlora" and adapter.dora and adapter.quantization == "int8":
+    if isinstance(adapter, QLora) and adapter.dora and adapter.quantization == "int8":
         yield "adapter.dora: unpacks weights at every step, which int8 does inexactly; use nf4"
     if adapter.layers is not None and isinstance(adapter.target_modules, str):
         yield "adapter.layers: peft also needs the names of modules; set adapter.target_modules, as [q_proj, v_proj]"

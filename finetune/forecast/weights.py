@@ -45,7 +45,9 @@ class Weights:
 def count(model: nn.Module, config: Config, width: int) -> Weights:
     """Of the model as it will be, from one that has shapes only. `width`: bytes of a number of the arithmetic."""
     quantized = set(_quantized(model, config))
-    packed = QUANTIZED["8" if config.adapter.quantization == "int8" else "4", config.adapter.double_quantization]
+    adapter, packed = config.adapter, 0.0
+    if adapter.kind == "qlora":
+        packed = QUANTIZED["8" if adapter.quantization == "int8" else "4", adapter.double_quantization]
     named = dict(model.named_parameters())
     stored = {name: p.numel() * (packed if name in quantized else p.element_size()) for name, p in named.items()}
     used = {name: stored[name] if name in quantized else width * p.numel() for name, p in named.items()}
