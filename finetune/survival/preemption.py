@@ -159,7 +159,7 @@ class StopFlag:
 
 
 def _preempted(reason: str, when: str) -> Preempted:
-    """The end of an attempt before its first step. A person who pressed Ctrl-C need not be told to try again."""
+    """The end of an attempt before its first step. After Ctrl-C there is no advice to try again."""
     if reason == signal.SIGINT.name:
         return Interrupted("by Ctrl-C before the first step of this attempt; it saved nothing")
     return Preempted(f"{when}; run the same command again")
