@@ -36,6 +36,20 @@ def found(name: str) -> str:
     return str(shipped) if not Path(name).exists() and shipped.is_file() else name
 
 
+_config_folder: list[Path] = []
+
+
+def note_config_folder(folder: Path | None) -> None:
+    """Remember where the config lies, for `looked_in`. None: there is no config file."""
+    _config_folder[:] = [folder] if folder else []
+
+
+def looked_in() -> str:
+    """The folders that a relative path of the config is looked for in, for messages."""
+    folders = dict.fromkeys([os.getcwd(), *(str(each.absolute()) for each in _config_folder)])
+    return " and ".join(folders)
+
+
 def nearest(folder: str, name: str) -> str | None:
     """The path of what is called most like `name` in a folder; None if nothing is, or the folder cannot be listed."""
     try:

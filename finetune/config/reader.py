@@ -23,6 +23,8 @@ from finetune.errors import ConfigError, RunDirectoryError
 
 # What may differ between a run and its resumption: it changes neither the data nor the arithmetic
 # of a step (micro_batch_size and checkpointing only reorder the same float operations).
+# Inputs: looked for in the working directory, and beside the config. What a run writes is in the working directory.
+BESIDE_CONFIG = ("model.path", "model.tokenizer", "adapter.path", "data.train", "data.eval", "data.template")
 RESUME_MAY_CHANGE = (
     "run.dir", "data.cache_dir", "model.attention", "train.micro_batch_size", "train.gradient_checkpointing", "train.compile", "train.hang_minutes",
     "checkpoint.*", "evaluation.*", "tracking.*",
@@ -53,12 +55,14 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         raise ConfigError(_listed(_problems_of_words(path, unknown, sections) + taken, "the command line"))
     values = read_yaml(path) if path else {}
     folder = Path(paths.expanded(path)).parent if path else None
+    places.note_config_folder(folder)
+    twice = _look_beside(values, folder) if folder else []
     kind = overrides.get("objective.kind", _kind_of("objective", values))
     if own_code.is_own(kind) and any(word.startswith("--objective.") for word in unknown):
         sections = _sections(_own_objective(kind, folder, _where(path, True)))
         known, unknown = _parser(sections).parse_known_args(unknown)
         overrides |= vars(known)
-    problems = _problems_of_words(path, unknown, sections) + taken
+    problems = _problems_of_words(path, unknown, sections) + taken + twice
     for key, raw in overrides.items():
         if any(problem.startswith(f"{key}: ") for problem in taken):
             continue
@@ -74,6 +78,20 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
                 problems.append(f"{key}: {shown} cannot be read{why}; write lists as [a, b] and mappings as {{a: b}}")
     where = _where(path, bool(overrides or unknown))
     return from_dict(values, where=where, problems=problems, folder=folder), check
+
+
+def _look_beside(values: dict[str, Any], folder: Path) -> list[str]:
+    """Give paths of a config that are not in the working directory but beside the config their place, in `values`."""
+    problems = []
+    for key in BESIDE_CONFIG:
+        section, name = key.split(".")
+        given = values.get(section)
+        if isinstance(given, dict) and name in given:
+            try:
+                given[name] = paths.beside_config(given[name], str(folder))
+            except ValueError as exc:
+                problems.append(f"{key}: {exc}")
+    return problems
 
 
 def _own_objective(kind: str, folder: Path | None, where: str) -> type[OwnObjective]:
