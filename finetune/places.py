@@ -14,6 +14,7 @@ TRAIN = SHIPPED / "train.py"
 # the run ended: the launcher writes the outcome of processes that were killed.
 BEATS, RUN = "FINETUNE_BEATS", "run"
 REPLAY_OF = "FINETUNE_REPLAY_OF"  # a setting of `replay` for its processes: the directory of the run that they repeat
+LAUNCHER = "FINETUNE_LAUNCHER"  # a setting of the launcher for its processes: its process number
 COMMAND = "FINETUNE_COMMAND"  # how the user calls the program, for the processes that it starts
 
 

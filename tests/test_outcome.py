@@ -10,7 +10,7 @@ import yaml
 from conftest import Workshop
 
 from finetune import config as configs
-from finetune import export, loop
+from finetune import export, files, loop
 from finetune.engine import rundir
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import DataError, DirectoryInUse, ModelError, Outage, OutOfMemory, Preempted, RunDirectoryError
@@ -188,7 +188,7 @@ def test_an_outcome_is_written_where_no_block_is_free(tiny_disk, reason):
         while True:
             file.write(b"0" * 4096)
     with pytest.raises(OSError, match="outcome.json"):
-        rundir.write_atomically(tiny_disk / "outcome.json", "{}")
+        files.write_synced(tiny_disk / "outcome.json", "{}")
     for state, why in (("failed", reason), ("preempted", "x")):
         rundir.note_end_of(tiny_disk, state, why)
         found = json.loads((tiny_disk / "outcome.json").read_text())

@@ -647,9 +647,9 @@ def test_chunked_attention_is_not_taken_for_full(workshop):
 
 
 def test_metrics_are_json_also_where_a_number_is_infinite(tmp_path):
-    from finetune.engine.metrics import Log
+    from finetune.engine.logs import Log
 
-    Log(tmp_path / "m.jsonl").add({"step": 1, "grad_norm": math.inf})
+    Log(tmp_path / "m.jsonl", print).add({"step": 1, "grad_norm": math.inf})
     assert json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=lambda c: pytest.fail(c)) == {
         "step": 1,
         "grad_norm": None,
