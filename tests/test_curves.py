@@ -46,6 +46,7 @@ def test_what_is_drawn_is_what_is_on_record(run, monkeypatch):
         assert drawn[title] == [[[line["step"], line[key]] for line in metrics]]
 
 
+@pytest.mark.slow
 def test_several_runs_stand_in_one_picture(run, workshop, tmp_path):
     other = workshop.train("other", optimizer__lr=1e-3)
     curves.draw([run, other], tmp_path / "both.svg")

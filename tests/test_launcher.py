@@ -385,6 +385,7 @@ def children(pid):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "code"), [(["launch"], 75), (["chat"], 1)])
 def test_pid_1_of_a_container_ends_by_sigterm_at_any_point(words, code):
     """The kernel would not even tell it."""
@@ -526,7 +527,8 @@ def test_every_topology_file_is_what_it_says(file, monkeypatch):
 @pytest.mark.parametrize(
     ("topology", "extra"),
     [
-        ("single", ["--num_processes", "1"]), ("zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"]),
+        pytest.param("single", ["--num_processes", "1"], marks=pytest.mark.proof),
+        pytest.param("zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"], marks=pytest.mark.proof),
         ("fsdp2_context", "--num_processes 2 --parallelism_config_cp_size 2 --parallelism_config_dp_shard_size 1".split()),
     ],
 )  # fmt: skip

@@ -18,7 +18,7 @@ def replay(*arguments: object):
     return launch([sys.executable, "-m", "finetune", "replay", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.proof), 2])
 def test_a_run_comes_out_the_same(workshop, processes):
     first = workshop.launch(processes=processes, train__micro_batch_size=1)
     assert first.returncode == 0, first.stderr
@@ -49,18 +49,16 @@ def test_a_run_without_a_receipt_is_an_error_that_names_it(workshop, content):
     (run / "receipt.json").unlink()
     if content is not None:
         (run / "receipt.json").write_text(content)
-    again = replay(run)
-    assert again.returncode == 2
-    assert f"{run / 'receipt.json'} " in again.stderr
+    with pytest.raises(RunDirectoryError, match=f"{run / 'receipt.json'} "):
+        replaying.main(argparse.Namespace(run=run, name=None))
 
 
 def test_a_run_that_has_not_ended_is_not_repeated(workshop):
     run = workshop.train()
     outcome = json.loads((run / "outcome.json").read_text())
     (run / "outcome.json").write_text(json.dumps({**outcome, "state": "preempted"}))
-    again = replay(run)
-    assert again.returncode == 2
-    assert "is preempted" in again.stderr
+    with pytest.raises(RunDirectoryError, match="is preempted"):
+        replaying.main(argparse.Namespace(run=run, name=None))
     assert not workshop.run_dir("run-replay").exists()
 
 

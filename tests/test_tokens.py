@@ -1138,6 +1138,7 @@ def real_tokenizer(request, real_data):
     return load_tokenizer(Model(path=str(real_data / "tokenizers" / request.param)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "question_answer", "alpaca", "llama2", "auto"])
 def test_a_real_tokenizer_learns_every_answer_and_to_stop(real_data, real_tokenizer, desk, name):
     own = templates.load(

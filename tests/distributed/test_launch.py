@@ -35,6 +35,7 @@ def ended(process, within=240):
     return process.returncode, error
 
 
+@in_the_long_form
 @pytest.mark.parametrize("topology", [[], TWO], ids=["one", "two"])
 def test_a_wrong_config_is_exit_code_2(workshop, topology):
     config = workshop.write(workshop.config(train__micro_batch_size=3))
@@ -68,13 +69,14 @@ def assert_preempted(workshop, process):
     assert 5 < outcome["step"] < 3000
 
 
-@pytest.mark.parametrize("topology", [[], TWO], ids=["one", "two"])
+@pytest.mark.parametrize("topology", [pytest.param([], marks=in_the_long_form), TWO], ids=["one", "two"])
 def test_sigterm_in_mid_training_is_exit_code_75(workshop, topology):
     process = long_run(workshop, LAUNCH, *topology)
     process.send_signal(signal.SIGTERM)
     assert_preempted(workshop, process)
 
 
+@in_the_long_form
 def test_sigterm_to_pid_1_in_mid_training_is_exit_code_75(workshop):
     if shutil.which("unshare") is None or subprocess.run([*AS_PID_1, "true"], capture_output=True).returncode:
         pytest.skip("unshare -pf is not permitted here, so nothing can be PID 1")
@@ -95,6 +97,7 @@ def test_sigkill_of_one_process_ends_the_other(workshop):
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
+@in_the_long_form
 def test_process_that_aborts_leaves_an_outcome(workshop):
     """As NCCL's own thread does, when another process has gone or a collective times out."""
     process = long_run(workshop, LAUNCH)
@@ -109,7 +112,8 @@ def test_process_that_aborts_leaves_an_outcome(workshop):
     assert outcome["step"] > 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=in_the_long_form)], ids=lambda n: n.name)  # fmt: skip
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
+@in_the_long_form
 def test_death_of_accelerate_launch_saves_and_leaves_nothing_running(workshop, number):
     """That of `accelerate launch` itself, which starts one process and passes nothing on."""
     process = long_run(workshop, launcher("single", 1))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Workshop, read_jsonl
-from faults.nursery import Launch, same_end, start, to_the_end, wait_for
+from faults.nursery import Launch, in_the_long_form, same_end, start, to_the_end, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,7 +38,7 @@ def fill(folder: Path, leave_bytes: int) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize(("leave", "says"), [(60_000, "GB are needed"), (470_000, "the disk is full")])
+@pytest.mark.parametrize(("leave", "says"), [pytest.param(60_000, "GB are needed", marks=in_the_long_form), (470_000, "the disk is full")])
 def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure(workshop, small_disk, leave, says):
     """Known before anything is written, or found out in the middle."""
     settings = SETTINGS | {"train__max_steps": 100, "train__epochs": 99, "run__dir": str(small_disk)}
@@ -110,8 +110,9 @@ def copy_of(saved: tuple[Workshop, str, int], folder: Path) -> Launch:
     return start(config, topology, processes, "--run.dir", str(folder))
 
 
-def test_damage_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path):
-    """Every kind of file, in every way; each copy of the run then goes on to the same end."""
+@pytest.mark.parametrize("ways", ["some", pytest.param("all", marks=in_the_long_form)])
+def test_damage_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path, ways):
+    """Every kind of file; in the long form in every way. Each copy of the run then goes on to the same end."""
     workshop, topology, processes = saved
     copies = []
     for kind in KINDS[topology]:
@@ -123,8 +124,8 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path):
             content = (newest / kind).read_bytes()
             (newest / kind).write_bytes(damage(content))
             copies.append((kind, how, folder, newest))
-    if topology != "single":
-        copies = copies[::2]  # each file kind, and each way, once or twice
+    if ways == "some":
+        copies = copies[:: 3 if topology == "single" else 5]  # each kind of file once
     for kind, how, folder, newest in copies:
         launch = copy_of(saved, folder)
         assert launch.codes() == [0] * processes, launch.said()
