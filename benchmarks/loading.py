@@ -68,17 +68,16 @@ def measure(topology: str, processes: int, folder: Path) -> list[int]:
 
 
 def build_and_note(folder: Path) -> None:
-    """One process of a launch: train.py's own build, its memory noted before and after."""
-    import train
+    """One process of a launch: a run's own build, its memory noted before and after."""
     from finetune import config as configs
-    from finetune import preflight
+    from finetune import loop, preflight
     from finetune.engine.rundir import RunDirectory
     from finetune.engine.topology import Topology
-    from finetune.models import attention, head
-    from finetune.run import Job
+    from finetune.models import attention_probe, head
+    from finetune.run import Run
     from finetune.survival.preemption import StopFlag
 
-    attention.check = head.check = lambda *_: (
+    attention_probe.check = head.check = lambda *_: (
         None
     )  # the first pass through the model gathers layers; it does not belong to loading
     config = configs.from_dict({
@@ -88,13 +87,13 @@ def build_and_note(folder: Path) -> None:
     })  # fmt: skip
     topology = Topology("fp32")
     topology.require_same({})
-    job = Job(config, RunDirectory(config), None, topology, preflight.prepare(config, topology), StopFlag())
+    run = Run(config, RunDirectory(config), None, topology, preflight.prepare(config, topology), StopFlag())
     topology.sum([0.0])  # what talking to the others takes is not the model's
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    state = train.build(job)
+    loop.build(run)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     (folder / f"{topology.rank}.json").write_text(json.dumps(1024 * grown))
-    del state
+    del run
     topology.close()
 
 

@@ -71,7 +71,7 @@ def write(folder: Path, train: dict[str, Any]) -> Path:
 
 
 def forecast(path: Path, topology: str, processes: int) -> float:
-    """GB, without what glibc keeps. In a process of its own, as models and libraries stay."""
+    """GB. In a process of its own, as models and libraries stay."""
     code = (
         "import json, sys; from finetune import config as configs; from finetune.engine.topology.launch import ParallelConfig\n"
         "from finetune.forecast.choice import Chooser\n"
@@ -80,7 +80,7 @@ def forecast(path: Path, topology: str, processes: int) -> float:
         "parallel = ParallelConfig(sys.argv[2], int(sys.argv[3]), deepspeed=settings)\n"
         "print(Chooser(config, precision=config.train.precision, on_gpu=False).forecast(parallel).peak / 1e9)\n"
     )
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(path), topology, str(processes)]
     said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     return float(said.split()[-1])

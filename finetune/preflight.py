@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune import export
-from finetune.config import Config, accumulation, base, usual_lr
+from finetune import extras
+from finetune.config import Config, accumulation_steps, base, usual_lr
 from finetune.config import fields as config_fields
-from finetune.data import batches, readers, rows, templates, tokens
-from finetune.engine import trackers
+from finetune.data import batches, examples, order, readers, rows, templates, tokens
+from finetune.engine import optim, trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
+from finetune.export.publish import rehearse
+from finetune.export.save import Base
 from finetune.models import adapters, attention, base_identity, head, load, parameters, recompute
 from finetune.objectives import OBJECTIVES
 
@@ -53,6 +55,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     `date`: of the run's first start, as 2026-11-26, for templates that write it; None: today's.
     """
     wanted = config.data
+    _require_packages(config)
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
     sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
     model_config = load.load_config(config.model)  # first: transformers reads it for the tokenizer, too
@@ -71,8 +74,8 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     kept = None
     if OBJECTIVES[config.objective.kind].has_turns:
         kept = template = replace(template, example=tokens.first_that_fits(sources.train, template, options))
-    of_base = export.Base(config.model.path, config.model.revision, config.model.trust_remote_code)
-    topology.on_main(lambda: export.rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
+    of_base = Base(config.model.path, config.model.revision, config.model.trust_remote_code)
+    topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
     plan, eval_plan = _planned(config, topology, train, evals, attention.is_padded(kernel), tokenizer.pad_token_id or 0)
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
@@ -89,6 +92,14 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     return Data(
         tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known, identity, format, num_rows
     )  # fmt: skip
+
+
+def _require_packages(config: Config) -> None:
+    """Raise ConfigError for a package that the config needs and this environment lacks."""
+    if config.adapter.kind == "qlora":
+        extras.require("bitsandbytes", "adapter.kind: qlora")
+    if optim.needs_bitsandbytes(config.optimizer.kind):
+        extras.require("bitsandbytes", f"optimizer.kind: {config.optimizer.kind}")
 
 
 def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[readers.Sources, str]:
@@ -141,9 +152,9 @@ def _examples(
 ) -> tuple[Any, Any, int, int]:
     """What is trained on, what is held out (or None), how much of that is trained on all the same, and the rows there are."""
     wanted, seed = config.data, config.run.seed
-    train = tokens.prepare(sources.train, template, tokenizer, options, config.cache_dir)
+    train = examples.prepare(sources.train, template, tokenizer, options, config.cache_dir)
     asked = replace(template, learn_opening=train.learn_opening)
-    evals = tokens.prepare(sources.eval, asked, tokenizer, options, config.cache_dir) if sources.eval else None
+    evals = examples.prepare(sources.eval, asked, tokenizer, options, config.cache_dir) if sources.eval else None
     if evals and evals.learn_opening != train.learn_opening:
         raise DataError(
             f"data.eval: some of its answers do not begin with {template.opening!r}, which the template puts before every answer "
@@ -151,10 +162,10 @@ def _examples(
         )
     num_rows = train.num_rows
     if wanted.max_rows is not None:
-        train = tokens.draw(train, wanted.max_rows, seed)
+        train = examples.draw(train, wanted.max_rows, seed)
     if wanted.eval_fraction:
-        train, evals = tokens.hold_out(train, wanted.eval_fraction, seed)
-    known = tokens.num_trained_on(evals, train) if evals else 0
+        train, evals = examples.hold_out(train, wanted.eval_fraction, seed)
+    known = examples.num_trained_on(evals, train) if evals else 0
     if evals and known > MAX_EVAL_OVERLAP * len(evals):
         raise DataError(
             f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memorisation; "
@@ -171,7 +182,7 @@ def _planned(
 
     def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
         return batches.Batches(
-            batches.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
+            order.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
             global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
             rank=topology.data_rank, num_processes=topology.num_data, padded=padded, pad_id=pad_id,
         )  # fmt: skip
@@ -226,7 +237,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
         f"template    {data.template.name}, objective {config.objective.kind}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
-        f"({config.micro_batch_size} at once x {accumulation(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
+        f"({config.micro_batch_size} at once x {accumulation_steps(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
         + (f", each shared by {topology.parallel.num_context}" if topology.parallel.num_context > 1 else "")
         + (
             f"; {data.train.steps_per_epoch * config.train.epochs:,} without train.max_steps"

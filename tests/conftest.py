@@ -100,14 +100,14 @@ class Workshop:
         return self._run(["--check"], name, changes)
 
     def _run(self, arguments: list[str], name: str, changes: dict[str, Any]) -> Path:
-        import train
         from finetune import config as configs
+        from finetune import loop
         from finetune.survival.preemption import StopFlag
 
         forget_process_state()
 
         config, check_only = configs.parse(["--config", str(self.write(self.config(name, **changes))), *arguments])
-        train.run(config, check_only, StopFlag())
+        loop.run(config, check_only, StopFlag())
         spare_what_is_imported()
         return self.run_dir(name)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.models import attention, varlen_cpu
+from finetune.models import attention, attention_probe, varlen_cpu
 
 PACKS = {"one document": [40], "many": [3, 17, 1, 9, 10], "of one token": [1, 1, 1], "one token": [1]}
 
@@ -151,7 +151,7 @@ def test_transformers_builds_no_mask_and_does_not_look_for_packs(monkeypatch):
     values = TINY_LLAMA | {"vocab_size": 300}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
-    model(**attention.inputs_of(torch.ones(1, 8, dtype=torch.long), [3, 5], model))
+    model(**attention_probe.inputs_of(torch.ones(1, 8, dtype=torch.long), [3, 5], model))
     assert not looked
 
 
@@ -164,8 +164,8 @@ def test_one_flipped_expert_is_no_other_attention(moved, has_experts, wanted):
     logits = torch.linspace(-1, 1, 8 * 30).view(8, 30)
     other = logits + 1e-4
     other[moved] += 0.5
-    assert attention.logits_differ(logits, other, 5e-2, has_experts) == wanted
-    assert attention.logits_differ(logits, logits * float("nan"), 5e-2, has_experts)
+    assert attention_probe.logits_differ(logits, other, 5e-2, has_experts) == wanted
+    assert attention_probe.logits_differ(logits, logits * float("nan"), 5e-2, has_experts)
 
 
 @pytest.mark.parametrize("sees", [0, 1], ids=["itself", "the next token"])
@@ -181,7 +181,7 @@ def test_a_mixture_of_experts_that_looks_one_token_ahead_is_refused(sees):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), attn_implementation=attention.NAME)
     model.lm_head.register_forward_hook(lambda module, inputs, out: out + out.roll(-sees, dims=1))
     with pytest.raises(ModelError, match="see those after it") if sees else contextlib.nullcontext():
-        attention.check(model, model, attention.NAME, torch.device("cpu"), "fp32")
+        attention_probe.check(model, model, attention.NAME, torch.device("cpu"), "fp32")
 
 
 def test_the_slow_way_is_not_compiled_anew_for_each_number_of_documents():

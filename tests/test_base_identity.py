@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune import config as configs
-from finetune import export
 from finetune.config import base
 from finetune.config.base import said_by
 from finetune.errors import ConfigError, ModelError, OutOfMemory
+from finetune.export.load import load
+from finetune.export.merge import merge
+from finetune.export.verify import probe_logits, verify
 from finetune.models import base_identity
 
 QUANTIZATIONS = {
@@ -69,7 +71,7 @@ def test_qlora_trains_on_a_quantised_base_as_it_is(workshop, quantized, capsys, 
     run = workshop.train("run", **on(quantized(form), adapter__kind="qlora"))
     assert (
         f"method      {form}{', doubly quantised' if form == 'nf4' else ''} (the base is saved so)"
-        in capsys.readouterr().err
+        in capsys.readouterr().out
     )
     saved = configs.read_yaml(run / "config.yaml")["adapter"]
     assert (saved["quantization"], saved["double_quantization"]) == (form, double)
@@ -82,10 +84,10 @@ def test_qlora_trains_on_a_quantised_base_as_it_is(workshop, quantized, capsys, 
 
 def test_an_adapter_on_a_quantised_base_is_merged_into_what_that_holds(workshop, quantized, tmp_path):
     run = workshop.train("run", **on(quantized("nf4"), adapter__kind="qlora"))
-    merged = export.merge([run / "model"], tmp_path / "merged")
+    merged = merge([run / "model"], tmp_path / "merged")
     assert merged.rounding < 1e-2
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
-    export.load(tmp_path / "merged")
+    load(tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
@@ -370,7 +372,7 @@ def test_a_run_directory_and_an_adapter_are_named_with_what_to_write(workshop, p
 @pytest.mark.slow
 @pytest.mark.parametrize("full_at", ["open", "pass"])
 def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu(workshop, plain, monkeypatch, full_at):
-    verify, load, probe, devices = export.verify, export.load, export.probe_logits, []
+    devices = []
 
     def on_a_gpu(folder, was, *arguments, **keywords):
         verify(folder, replace(was, device=torch.device("cuda")), *arguments, **keywords)
@@ -384,10 +386,10 @@ def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu
     def passed(model, *device):
         if full_at == "pass" and devices == ["cuda"]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return probe(model, *device)
+        return probe_logits(model, *device)
 
-    for name, instead in (("verify", on_a_gpu), ("load", loaded), ("probe_logits", passed)):
-        monkeypatch.setattr(export, name, instead)
+    for name, instead in (("publish.verify", on_a_gpu), ("verify.load", loaded), ("verify.probe_logits", passed)):
+        monkeypatch.setattr(f"finetune.export.{name}", instead)
     workshop.train("run", **on(plain, adapter__kind="qlora"))
     assert devices == ["cuda", "cpu"]
 
@@ -547,4 +549,4 @@ def test_a_model_that_would_lose_layers_is_not_opened(plain, tmp_path):
     """As chat and evaluate open it."""
     folder = with_config(plain, tmp_path / "base", num_hidden_layers=1)
     with pytest.raises(ModelError, match="fewer layers than its weights"):
-        export.load(folder)
+        load(folder)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.data.batches import GROUP_STEPS, Batch, Batches, Sequences, plan
-from finetune.data.tokens import Examples
+from finetune.data.batches import Batch, Batches
+from finetune.data.examples import Examples
+from finetune.data.order import GROUP_STEPS, Sequences, order
 
 IGNORE = -100  # no label
 EOS = 1  # also the padding, as in many tokenizers
@@ -78,32 +79,32 @@ def packing(request):
 @pytest.mark.parametrize("epoch", [0, 1, 17])
 def test_every_epoch_holds_every_sequence_once(group_by_length, count, epoch):
     lengths = np.random.default_rng(count).integers(1, 100, count)
-    assert sorted(plan(0, epoch, lengths, 8, group_by_length)) == list(range(count))
+    assert sorted(order(0, epoch, lengths, 8, group_by_length)) == list(range(count))
 
 
 @pytest.mark.parametrize("group_by_length", [False, True])
 def test_the_plan_follows_from_seed_and_epoch_alone(group_by_length):
-    def order(seed: int, epoch: int) -> list[int]:
-        return plan(seed, epoch, LENGTHS, 8, group_by_length).tolist()
+    def ordered(seed: int, epoch: int) -> list[int]:
+        return order(seed, epoch, LENGTHS, 8, group_by_length).tolist()
 
-    first = order(1, 2)
+    first = ordered(1, 2)
     np.random.default_rng().random(100)
     np.random.seed(5)
-    assert order(1, 2) == first
-    assert order(1, 3) != first
-    assert order(2, 2) != first
+    assert ordered(1, 2) == first
+    assert ordered(1, 3) != first
+    assert ordered(2, 2) != first
 
 
 def test_the_plan_leaves_the_lengths_as_they_were():
     lengths = LENGTHS.copy()
-    plan(0, 0, lengths, 8, True)
+    order(0, 0, lengths, 8, True)
     assert np.array_equal(lengths, LENGTHS)
 
 
 def test_grouping_puts_like_lengths_into_one_step_and_its_steps_in_no_order():
     lengths = np.random.default_rng(0).integers(1, 1000, 8 * GROUP_STEPS)
-    steps = lengths[plan(0, 0, lengths, 8, True)].reshape(-1, 8)
-    alone = lengths[plan(0, 0, lengths, 8, False)].reshape(-1, 8)
+    steps = lengths[order(0, 0, lengths, 8, True)].reshape(-1, 8)
+    alone = lengths[order(0, 0, lengths, 8, False)].reshape(-1, 8)
     assert np.ptp(steps, axis=1).mean() < 0.1 * np.ptp(alone, axis=1).mean()
     means = steps.mean(axis=1)
     assert not np.array_equal(means, np.sort(means))
@@ -112,7 +113,7 @@ def test_grouping_puts_like_lengths_into_one_step_and_its_steps_in_no_order():
 
 def test_grouping_keeps_an_incomplete_step_last_and_random():
     lengths = np.arange(8 * 3 + 5)
-    last = {tuple(plan(0, epoch, lengths, 8, True)[24:]) for epoch in range(5)}
+    last = {tuple(order(0, epoch, lengths, 8, True)[24:]) for epoch in range(5)}
     assert len(last) == 5
 
 

@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, TINY_LLAMA
 
 from finetune import config as configs
-from finetune.config import Config, paths
+from finetune.config import Config, help, paths, reader
 from finetune.errors import ConfigError
 
 COMPLETE: dict[str, Any] = {"run": {"name": "a"}, "model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
@@ -181,9 +181,7 @@ def test_options_after_two_dashes_are_named(refusal):
 
 
 @pytest.mark.parametrize("value", ["", " "])
-@pytest.mark.parametrize(
-    "key", ["run.dir", "run.replay_of", "model.path", "model.tokenizer", "data.cache_dir", "checkpoint.storage"]
-)
+@pytest.mark.parametrize("key", ["run.dir", "model.path", "model.tokenizer", "data.cache_dir", "checkpoint.storage"])
 def test_an_empty_path_is_refused(key, value):
     assert f"{key}: is empty; name a folder, or remove it" in problems_of(changed(**{key.replace(".", "__"): value}))
 
@@ -325,12 +323,12 @@ def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):
 def test_a_home_directory_is_meant_by_a_tilde_in_every_path(parse, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = parse(
-        "run: {name: a, dir: ~/runs, replay_of: ~/old}\nmodel: {path: ~/m, tokenizer: ~/t}\n"
+        "run: {name: a, dir: ~/runs}\nmodel: {path: ~/m, tokenizer: ~/t}\n"
         "adapter: {kind: lora, path: ~/a}\ndata: {train: [~/a.jsonl, b.jsonl], eval: ~/e.jsonl, template: ~/t.jinja, cache_dir: ~/c}\n",
         "--checkpoint.storage", "file://~/store",
     )  # fmt: skip
     home = str(tmp_path)
-    assert (config.run.dir, config.run.replay_of) == (f"{home}/runs", f"{home}/old")
+    assert config.run.dir == f"{home}/runs"
     assert (config.model.path, config.model.tokenizer, config.adapter.path) == (f"{home}/m", f"{home}/t", f"{home}/a")
     assert (config.data.train, config.data.eval) == ([f"{home}/a.jsonl", "b.jsonl"], f"{home}/e.jsonl")
     assert (config.data.template, config.cache_dir) == (f"{home}/t.jinja", f"{home}/c")
@@ -420,7 +418,7 @@ def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
 @pytest.mark.parametrize(
     ("word", "setting"),
     [
-        ("use_peft", "adapter.kind"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
+        ("use_peft", "adapter.kind"), ("val_split", "data.eval_fraction"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
         ("gradient_checkpointing", "train.gradient_checkpointing"), ("report_to", "tracking.trackers"), ("system", "data.system_prompt"),
         ("lorra", "the sections are"), ("deepspeed", "the topology file decides"), ("device", "(mps) are not yet used"), ("xyzzy", "the sections are"),
     ],
@@ -429,6 +427,14 @@ def test_names_of_other_tools_lead_to_the_setting_here(refusal, word, setting):
     (problem,) = problems_of({**COMPLETE, word: 1})
     assert setting in problem
     assert f"--{word}: unknown option; " in refusal(yaml.safe_dump(COMPLETE), f"--{word}", "1")
+
+
+def test_a_removed_setting_names_what_to_use_and_its_default_does_no_harm():
+    values = configs.from_dict(COMPLETE).model_dump()
+    values["run"]["replay_of"] = None  # as an older version wrote it
+    assert configs.from_dict(values) == configs.from_dict(COMPLETE)
+    [problem] = problems_of(changed(run__replay_of="runs/old"))
+    assert problem.startswith("run.replay_of: was removed; finetune replay RUN")
 
 
 def test_every_name_of_another_tool_leads_to_a_setting_that_exists():
@@ -635,14 +641,14 @@ def test_batch_sizes_that_do_not_divide_are_refused(whole, micro):
 )
 def test_accumulation_is_what_is_left_of_the_global_batch(whole, micro, processes, times):
     config = configs.from_dict(changed(train__global_batch_size=whole, train__micro_batch_size=micro))
-    assert configs.accumulation(config, processes) == times
+    assert configs.accumulation_steps(config, processes) == times
 
 
 @pytest.mark.parametrize(("processes", "multiple", "example"), [(3, 6, 12), (5, 10, 10), (8, 16, 16)])
 def test_processes_that_the_batch_cannot_be_split_over_are_refused(processes, multiple, example):
     config = configs.from_dict(changed(train__global_batch_size=8, train__micro_batch_size=2))
     with pytest.raises(ConfigError) as caught:
-        configs.accumulation(config, processes)
+        configs.accumulation_steps(config, processes)
     assert f"train.global_batch_size: 8 cannot be split over {processes} processes" in str(caught.value)
     assert f"a multiple of {multiple}, for example {example}" in str(caught.value)
 
@@ -814,8 +820,38 @@ def train_py(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
 
 
-def test_help_names_every_field_and_does_not_wait_for_torch():
+def test_help_is_short_and_names_the_settings_that_matter_most(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     process = train_py("--help")
+    assert process.returncode == 0
+    lines = process.stdout.splitlines()
+    assert len(lines) < 60
+    assert all(f"--{key} " in process.stdout for key in help.ESSENTIAL)
+    assert "--adapter.dora" not in process.stdout
+    for way_on in ("train.py my_run.yaml --check", "--help SECTION", "--help all"):
+        assert way_on in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "lacks"),
+    [
+        ("adapter", "--adapter.dora", "--optimizer.lr"),
+        ("optimizer.lr", "--optimizer.lr", "--optimizer.kind"),
+        ("adaptr", "did you mean adapter?", "--adapter.dora"),
+        ("nothing-like-it", "There is no section or setting 'nothing-like-it'. --help SECTION", "--run.name"),
+    ],
+)
+def test_help_answers_about_a_section_or_a_setting(capsys, asked, has, lacks):
+    with pytest.raises(SystemExit) as ended:
+        reader.parse(["--help", asked])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert has in shown
+    assert lacks not in shown
+
+
+def test_help_all_names_every_field_and_does_not_wait_for_torch():
+    process = train_py("--help", "all")
     assert process.returncode == 0
     assert [key for key in FIELDS if f"--{key} " not in process.stdout] == []
     text = " ".join(process.stdout.split())

@@ -6,8 +6,9 @@ from conftest import TINY_LLAMA, losses
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune import export
 from finetune.errors import DataError, ModelError
+from finetune.export.load import load
+from finetune.export.merge import merge
 from finetune.models import embeddings
 
 NEW = ["<|turn|>", "<|stop|>"]
@@ -53,14 +54,14 @@ def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
         "chat", **settings, model__new_tokens=["<|im_start|>", "<|im_end|>"], train__max_steps=30, train__epochs=9
     )
     assert losses(run)[-1] < losses(run)[0]
-    model, tokenizer = export.load(run / "model"), AutoTokenizer.from_pretrained(run / "model")
+    model, tokenizer = load(run / "model"), AutoTokenizer.from_pretrained(run / "model")
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert stop == 260
     assert model.get_input_embeddings().weight.shape[0] == 261
     if kind != "full":
         saved = load_file(run / "model/adapter_model.safetensors")
         assert any("embed_tokens" in name for name in saved)
-        export.merge([run / "model"], workshop.folder / "merged")
+        merge([run / "model"], workshop.folder / "merged")
         plainly = AutoModelForCausalLM.from_pretrained(workshop.folder / "merged")
         assert plainly.get_output_embeddings().weight.shape[0] == 261
 
@@ -117,9 +118,9 @@ def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(w
         model__init="pretrained", model__path=str(base), model__config=None, model__tokenizer=None,
         adapter__kind="lora", model__new_tokens=["<a>"],
     )  # fmt: skip
-    model = export.load(run / "model")
+    model = load(run / "model")
     assert torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    assert export.merge([run / "model"], workshop.folder / "merged").rounding < 1e-5
+    assert merge([run / "model"], workshop.folder / "merged").rounding < 1e-5
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])

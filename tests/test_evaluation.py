@@ -204,10 +204,10 @@ def test_a_merge_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys
 
 @pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch(base_and_tuned):
-    from finetune import export
+    from finetune.export.load import load, load_tokenizer
 
     _, tuned, _ = base_and_tuned
-    model, tokenizer = export.load(tuned), export.load_tokenizer(tuned)
+    model, tokenizer = load(tuned), load_tokenizer(tuned)
     prompts = [f"### Question:\n{q}\n\n### Answer:\n" for q in ("ab", "cd ef gh", "x", "gh")]
     alone = generate.answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=1)
     together = generate.answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=4)
@@ -216,10 +216,10 @@ def test_answers_do_not_depend_on_the_batch(base_and_tuned):
 
 
 def test_a_prompt_that_is_too_long_keeps_its_bos_and_end_and_is_told(workshop):
-    from finetune import export
+    from finetune.export.load import load, load_tokenizer
 
-    model = export.load(workshop.train(train__max_steps=1) / "model")
-    tokenizer = export.load_tokenizer(workshop.run_dir() / "model")
+    model = load(workshop.train(train__max_steps=1) / "model")
+    tokenizer = load_tokenizer(workshop.run_dir() / "model")
     seen, said = [], []
     model.generate = lambda input_ids, **_: seen.append(input_ids) or input_ids
     prompts = ["<|bos|>" + "x" * 300 + "end", "short", "y" * 300]

@@ -10,9 +10,12 @@ import torch
 from conftest import TINY_LLAMA
 from safetensors.torch import load_file, save_file
 
-from finetune import export
 from finetune.errors import ExportError, ModelError, Outage
-from finetune.models import attention
+from finetune.export.load import load, load_tokenizer
+from finetune.export.merge import _relative_difference, merge
+from finetune.export.save import NOT_TO_FETCH, TO_FETCH, Base, _bring_along, save
+from finetune.export.verify import TOLERANCE, disagreement, probe_logits, verify
+from finetune.models import attention_probe
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +50,7 @@ def test_an_adapter_opens_with_plain_peft(workshop):
     assert json.loads((run / "model/adapter_config.json").read_text())["base_model_name_or_path"] == str(
         workshop.run_dir("base") / "model"
     )
-    assert export.load_tokenizer(run / "model").chat_template
+    assert load_tokenizer(run / "model").chat_template
     assert torch.isfinite(model(input_ids=torch.tensor([[1, 2]])).logits).all()
 
 
@@ -62,16 +65,15 @@ def test_tied_and_untied_models_of_each_dtype_are_saved_whole(workshop, tied, dt
 
 def tamper(change):
     """Save as usual, then change a tensor of what was written."""
-    whole = export.save
 
-    def save(model, weights, tokenizer, template, target, *rest, **others):
-        whole(model, weights, tokenizer, template, target, *rest, **others)
+    def broken(model, weights, tokenizer, template, target, *rest, **others):
+        save(model, weights, tokenizer, template, target, *rest, **others)
         [path] = target.glob("*model.safetensors")
         tensors = load_file(path)
         change(tensors)
         save_file(tensors, path, metadata={"format": "pt"})
 
-    return save
+    return broken
 
 
 def test_half_a_saved_model_is_never_complete(workshop, monkeypatch):
@@ -80,14 +82,14 @@ def test_half_a_saved_model_is_never_complete(workshop, monkeypatch):
         tensors[name] = tensors[name].clone()
         tensors[name][tensors[name].shape[0] // 2 :] = 0  # as if one process's shard had been saved
 
-    monkeypatch.setattr(export, "save", tamper(half))
+    monkeypatch.setattr("finetune.export.publish.save", tamper(half))
     with pytest.raises(ExportError, match="weight model.layers.0.mlp.up_proj.weight is other than trained"):
         workshop.train()
     assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "failed"
 
 
 def test_a_missing_weight_is_never_complete(workshop, monkeypatch):
-    monkeypatch.setattr(export, "save", tamper(lambda tensors: tensors.pop("model.norm.weight")))
+    monkeypatch.setattr("finetune.export.publish.save", tamper(lambda tensors: tensors.pop("model.norm.weight")))
     with pytest.raises(ExportError, match="model.norm.weight"):
         workshop.train()
 
@@ -100,7 +102,7 @@ def test_an_adapter_that_learned_nothing_is_never_complete(workshop, monkeypatch
             if "lora_B" in name:
                 tensors[name] = torch.zeros_like(tensors[name])
 
-    monkeypatch.setattr(export, "save", tamper(nothing))
+    monkeypatch.setattr("finetune.export.publish.save", tamper(nothing))
     with pytest.raises(ExportError, match="14 adapters are zero"):
         workshop.train("lora", **settings)
 
@@ -115,20 +117,20 @@ def test_factors_that_cannot_move_in_the_first_step_are_not_named(workshop, caps
     settings = as_adapter(workshop.train("base"))
     capsys.readouterr()
     workshop.train("lora", **settings, train__max_steps=1)
-    assert "did not change" not in capsys.readouterr().err
+    assert "did not change" not in capsys.readouterr().out
 
 
 def test_weights_that_did_not_move_are_named(workshop, capsys):
     # Norms are 1, where float32 steps by 6e-8: an update of 2e-8 is lost; what is near 0 takes it.
     workshop.train(optimizer__lr=2e-8)
     assert (
-        "note: 5 of 21 weight tensors did not change, such as model.layers.0.input_layernorm" in capsys.readouterr().err
+        "note: 5 of 21 weight tensors did not change, such as model.layers.0.input_layernorm" in capsys.readouterr().out
     )
 
 
 def test_a_failed_export_is_done_again_from_the_last_checkpoint(workshop, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(export, "save", tamper(lambda tensors: tensors["model.norm.weight"].zero_()))
+        patch.setattr("finetune.export.publish.save", tamper(lambda tensors: tensors["model.norm.weight"].zero_()))
         with pytest.raises(ExportError):
             workshop.train()
     run = workshop.train()
@@ -160,7 +162,7 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_a_model_is_loade
     save_file({"a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
     for target in ("/proc/x", "/proc/x/y"):
         with pytest.raises(ModelError, match=f"--output: {target}: /proc cannot be written"):
-            export.merge([tmp_path], Path(target))
+            merge([tmp_path], Path(target))
 
 
 @pytest.mark.slow
@@ -171,25 +173,25 @@ def test_a_merge_that_fills_the_disk_is_named_and_leaves_nothing(workshop, monke
         target.with_name(".writing-merged").mkdir()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export, "save", full)
+    monkeypatch.setattr("finetune.export.merge.save", full)
     with pytest.raises(Outage, match=f"{target} cannot be written now: the disk is full"):
-        export.merge([run / "model"], target)
+        merge([run / "model"], target)
     assert not list(workshop.folder.glob("*merged*"))
 
 
 def test_merging_full_weights_is_an_error(workshop):
     run = workshop.train()
     with pytest.raises(ModelError, match="nothing to merge"):
-        export.merge([run / "model"], workshop.folder / "merged", "auto")
+        merge([run / "model"], workshop.folder / "merged", "auto")
 
 
 def test_an_adapter_and_its_merge_know_the_token_that_ends_an_answer(workshop):
     """ChatML ends answers with <|im_end|>, not with EOS; peft itself saves no generation config."""
     run = workshop.train("lora", data__template="chatml", **as_adapter(workshop.train("base")))
-    stop = export.load_tokenizer(run / "model").convert_tokens_to_ids("<|im_end|>")
-    assert stop in export.load(run / "model").generation_config.eos_token_id
-    export.merge([run / "model"], workshop.folder / "merged", "auto")
-    assert stop in export.load(workshop.folder / "merged").generation_config.eos_token_id
+    stop = load_tokenizer(run / "model").convert_tokens_to_ids("<|im_end|>")
+    assert stop in load(run / "model").generation_config.eos_token_id
+    merge([run / "model"], workshop.folder / "merged", "auto")
+    assert stop in load(workshop.folder / "merged").generation_config.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_an_adapter_on_tied_weights_is_refused(workshop, targets):
 def test_an_adapter_knows_its_base_in_any_dtype(workshop, dtype, wanted):
     base = workshop.train("base", model__dtype=dtype)
     run = workshop.train("lora", model__dtype="bfloat16", **as_adapter(base))
-    export.merge([run / "model"], workshop.folder / "merged", wanted)
+    merge([run / "model"], workshop.folder / "merged", wanted)
     merged = load_file(workshop.folder / "merged/model.safetensors")
     expected = dtype if wanted == "auto" else wanted
     assert {str(weight.dtype) for weight in merged.values()} == {f"torch.{expected}"}
@@ -246,7 +248,7 @@ def test_the_exported_chat_template_gives_the_tokens_that_were_trained(workshop,
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     run = workshop.train(model__tokenizer=str(workshop.folder / "tokenizer"), data__template=str(jinja))
-    tokenizer = export.load_tokenizer(run / "model")
+    tokenizer = load_tokenizer(run / "model")
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
@@ -258,7 +260,7 @@ def test_the_exported_chat_template_gives_the_tokens_that_were_trained(workshop,
 def test_the_system_prompt_of_training_is_there_when_asked(workshop):
     """Without it a tuned model would be asked by a prompt that it never saw."""
     run = workshop.train(data__system_prompt='Say "so" {{ often }} 😀.', data__template="chatml")
-    tokenizer = export.load_tokenizer(run / "model")
+    tokenizer = load_tokenizer(run / "model")
 
     def asked(*messages):
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
@@ -269,14 +271,13 @@ def test_the_system_prompt_of_training_is_there_when_asked(workshop):
 
 
 def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monkeypatch):
-    whole = export.save
 
-    def save(model, weights, tokenizer, template, target, *rest):
-        whole(model, weights, tokenizer, template, target, *rest)
+    def broken(model, weights, tokenizer, template, target, *rest):
+        save(model, weights, tokenizer, template, target, *rest)
         path = target / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1000])
 
-    monkeypatch.setattr(export, "save", save)
+    monkeypatch.setattr("finetune.export.publish.save", broken)
     with pytest.raises(ExportError, match="cannot be loaded"):
         workshop.train()
 
@@ -290,7 +291,7 @@ def test_adapters_on_other_architectures_come_home(workshop, architecture):
     config = TINY_LLAMA if architecture["model_type"] == "mixtral" else {}
     base = workshop.train("base", model__config={**config, **architecture})
     run = workshop.train("lora", **as_adapter(base))
-    export.merge([run / "model"], workshop.folder / "merged")
+    merge([run / "model"], workshop.folder / "merged")
     before, after = (load_file(folder / "model.safetensors") for folder in (base / "model", workshop.folder / "merged"))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before), "what was learned is in it"
@@ -317,22 +318,22 @@ def test_an_adapter_opens_from_any_folder(workshop, monkeypatch, tmp_path_factor
     monkeypatch.chdir(workshop.folder / "runs")
     run = workshop.train("lora", **(as_adapter(workshop.run_dir("base")) | {"model__path": "base/model"}))
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert export.load(run / "model")
+    assert load(run / "model")
 
 
 def test_what_was_trained_has_gone_when_the_export_is_opened(workshop, monkeypatch):
     """Else a quantised base that filled the GPU would have to fit on it twice, beside the optimizer."""
     import weakref
 
-    import train
+    from finetune import loop
 
-    build, verify, alive = train.build, export.verify, []
+    build, alive = loop.build, []
 
-    def watched(job):
-        state = build(job)
+    def watched(run):
+        build(run)
+        state = run.state
         held = [state.optimizer.optimizer, *state.model.parameters(), *state.ema.weights.values()]
         alive.extend(map(weakref.ref, held))
-        return state
 
     def opened(*arguments, **keywords):
         gone = [each() is None for each in alive]
@@ -340,8 +341,8 @@ def test_what_was_trained_has_gone_when_the_export_is_opened(workshop, monkeypat
         assert all(gone)
         return verify(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "build", watched)
-    monkeypatch.setattr(export, "verify", opened)
+    monkeypatch.setattr(loop, "build", watched)
+    monkeypatch.setattr("finetune.export.publish.verify", opened)
     base = workshop.train("base", train__ema_decay=0.9)
     for kind in ("lora", "qlora"):
         alive.clear()
@@ -353,7 +354,7 @@ def test_exported_files_have_the_mode_that_the_umask_says(workshop):
 
     base = workshop.train("base")
     lora = workshop.train("lora", **as_adapter(base))
-    export.merge([lora / "model"], workshop.folder / "merged")
+    merge([lora / "model"], workshop.folder / "merged")
     before = os.umask(0o027)
     try:
         private = workshop.train("private")
@@ -380,9 +381,7 @@ def test_saving_leaves_what_it_is_given_as_it_was(workshop, bytes_tokenizer):
     bytes_tokenizer.chat_template, model.generation_config.temperature = "before", 0.5
     before = copy.deepcopy((bytes_tokenizer.chat_template, model.generation_config.to_dict(), model.config.to_dict()))
     template = templates.load("question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {})
-    export.save(
-        model, dict(model.state_dict()), bytes_tokenizer, template, workshop.folder / "saved", "a system prompt"
-    )
+    save(model, dict(model.state_dict()), bytes_tokenizer, template, workshop.folder / "saved", "a system prompt")
     assert (bytes_tokenizer.chat_template, model.generation_config.to_dict(), model.config.to_dict()) == before
     assert "a system prompt" in (workshop.folder / "saved/chat_template.jinja").read_text()
     assert json.loads((workshop.folder / "saved/generation_config.json").read_text())["temperature"] == 0.5
@@ -416,14 +415,14 @@ def test_what_a_base_has_beside_its_weights_comes_out_again(workshop, kind):
     settings = as_adapter(base) | {"adapter__kind": "full" if kind == "full" else "lora"}
     folder = workshop.train("tuned", data__template="chatml", **settings) / "model"
     if kind == "merged":
-        export.merge([folder], workshop.folder / "merged")
+        merge([folder], workshop.folder / "merged")
         folder = workshop.folder / "merged"
     found = {path.name for path in folder.iterdir()}
     assert names <= found
     assert not {"README.md", "modeling_own.py"} & found, (
         "not what describes the base, and no code without trust_remote_code"
     )
-    again = export.load_tokenizer(folder)
+    again = load_tokenizer(folder)
     assert again.chat_template["rag"] == "rag {{ messages }}"
     assert again.chat_template["tool_use"] == "tools {{ messages }}"
     assert "<|im_start|>" in again.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
@@ -451,7 +450,7 @@ def test_terms_come_along_however_they_are_spelt(tmp_path):
         (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "base" / name).write_text(name)
     (tmp_path / "out").mkdir()
-    export._bring_along(export.Base(str(tmp_path / "base")), tmp_path / "out")
+    _bring_along(Base(str(tmp_path / "base")), tmp_path / "out")
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert found == set(TERMS)
 
@@ -461,9 +460,7 @@ def test_the_hub_is_asked_for_all_that_comes_along():
 
     wanted = [*TERMS, "kernels/own.py", "custom_generate/requirements.txt", "video_preprocessor_config.json"]
     weights = ["model.safetensors", "LICENSED.bin"]
-    fetched = filter_repo_objects(
-        [*wanted, *weights], allow_patterns=export.TO_FETCH, ignore_patterns=export.NOT_TO_FETCH
-    )
+    fetched = filter_repo_objects([*wanted, *weights], allow_patterns=TO_FETCH, ignore_patterns=NOT_TO_FETCH)
     assert list(fetched) == wanted
 
 
@@ -486,7 +483,7 @@ def test_a_model_whose_ends_are_two_is_never_exported_as_tied(workshop, two_ends
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(two_ends)
-    export.save(model, dict(model.state_dict()), bytes_tokenizer, None, workshop.folder / "saved")
+    save(model, dict(model.state_dict()), bytes_tokenizer, None, workshop.folder / "saved")
     assert json.loads((workshop.folder / "saved/config.json").read_text())["tie_word_embeddings"] is False
     assert "lm_head.weight" in load_file(workshop.folder / "saved/model.safetensors")
 
@@ -494,10 +491,10 @@ def test_a_model_whose_ends_are_two_is_never_exported_as_tied(workshop, two_ends
 def test_a_merge_of_tied_weights_that_train_stays_tied(workshop):
     base = workshop.train("base", model__config={**TINY_LLAMA, "tie_word_embeddings": True})
     run = workshop.train("lora", model__new_tokens=["<new>"], **as_adapter(base))
-    export.merge([run / "model"], workshop.folder / "merged")
+    merge([run / "model"], workshop.folder / "merged")
     assert json.loads((workshop.folder / "merged/config.json").read_text())["tie_word_embeddings"] is True
     assert "lm_head.weight" not in load_file(workshop.folder / "merged/model.safetensors")
-    model = export.load(workshop.folder / "merged")
+    model = load(workshop.folder / "merged")
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
@@ -543,14 +540,14 @@ def moved(workshop):
 
 def test_a_base_in_another_place_is_compared_in_every_value(moved):
     adapter, base = moved
-    export.load(adapter, base=str(base))
+    load(adapter, base=str(base))
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"][1, 2] += 1  # flat 34, and a sample holds multiples of 130
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         ModelError, match=f"--base: {base} is not the base of {adapter}: 1 of 21 .*such as lm_head.weight"
     ):
-        export.load(adapter, base=str(base))
+        load(adapter, base=str(base))
 
 
 @pytest.mark.parametrize(
@@ -597,18 +594,17 @@ def test_a_base_that_was_rounded_to_float16_is_known_again():
 def test_a_merge_that_fails_leaves_no_folder(workshop, monkeypatch, damage, error):
     """And a file that broke after it was saved is not the user's mistake."""
     run = workshop.train("lora", **as_adapter(workshop.train("base")))
-    whole = export.save
 
-    def save(model, weights, tokenizer, template, target, *rest, **others):
-        whole(model, weights, tokenizer, template, target, *rest, **others)
+    def broken(model, weights, tokenizer, template, target, *rest, **others):
+        save(model, weights, tokenizer, template, target, *rest, **others)
         if damage is None:
             raise KeyboardInterrupt
         (target / "model.safetensors").write_bytes(damage)
 
-    monkeypatch.setattr(export, "save", save)
+    monkeypatch.setattr("finetune.export.merge.save", broken)
     before = sorted(workshop.folder.iterdir())
     with pytest.raises(error):
-        export.merge([run / "model"], workshop.folder / "merged")
+        merge([run / "model"], workshop.folder / "merged")
     assert sorted(workshop.folder.iterdir()) == before
 
 
@@ -627,7 +623,7 @@ def test_an_expert_that_flips_is_no_wrong_export():
     model = mixture()
     router, seen = model.model.layers[1].mlp.gate, []
     hook = router.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-    export.probe_logits(model)
+    probe_logits(model)
     hook.remove()
     states = seen[0].reshape(-1, seen[0].shape[-1])
     scores = states @ router.weight.T
@@ -638,27 +634,27 @@ def test_an_expert_that_flips_is_no_wrong_export():
             router.weight[third] += by * states[5] / states[5].norm() ** 2
 
     raise_third(scores[5, second] - scores[5, third] - 1e-5)  # token 5 hardly prefers the second expert to the third
-    wanted = export.probe_logits(model)
+    wanted = probe_logits(model)
     raise_third(2e-5)  # and now the third to the second
-    found = export.probe_logits(model)
-    assert export._relative_difference(found, wanted) > export.TOLERANCE["fp32"]
-    assert export.disagreement(found, wanted, export.TOLERANCE["fp32"], has_experts=True) is None
-    assert attention.has_experts(model)
-    assert "differ" in export.disagreement(found, wanted, export.TOLERANCE["fp32"], has_experts=False)
+    found = probe_logits(model)
+    assert _relative_difference(found, wanted) > TOLERANCE["fp32"]
+    assert disagreement(found, wanted, TOLERANCE["fp32"], has_experts=True) is None
+    assert attention_probe.has_experts(model)
+    assert "differ" in disagreement(found, wanted, TOLERANCE["fp32"], has_experts=False)
 
 
 @pytest.mark.parametrize("wrong", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_theta": 10.0, "rope_type": "default"}}, {"num_experts_per_tok": 1}], ids=str)  # fmt: skip
 def test_a_wrong_mixture_of_experts_is_refused(wrong):
     right, other = mixture(), mixture(**wrong)
     other.load_state_dict(right.state_dict(), strict=False)
-    found, wanted = export.probe_logits(other), export.probe_logits(right)
-    assert "differ" in export.disagreement(found, wanted, export.TOLERANCE["fp32"], has_experts=True)
+    found, wanted = probe_logits(other), probe_logits(right)
+    assert "differ" in disagreement(found, wanted, TOLERANCE["fp32"], has_experts=True)
 
 
 def test_logits_that_are_no_numbers_never_agree():
     wanted = torch.ones(1, 4, 3)
-    assert export.disagreement(wanted * float("nan"), wanted, 0.1, has_experts=True)
-    assert export.disagreement(wanted, wanted, 0.1, has_experts=False) is None
+    assert disagreement(wanted * float("nan"), wanted, 0.1, has_experts=True)
+    assert disagreement(wanted, wanted, 0.1, has_experts=False) is None
 
 
 @pytest.mark.parametrize(
@@ -677,11 +673,11 @@ def test_an_adapter_is_not_put_on_a_base_that_calculates_otherwise(workshop):
     base = workshop.train("base") / "model"
     changes = {"model__path": str(base), "model__init": "pretrained", "model__config": None, "model__tokenizer": None}
     adapter = workshop.train("tuned", adapter__kind="lora", **changes) / "model"
-    export.load(adapter)
+    load(adapter)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
     with pytest.raises(ModelError, match="hidden_act was silu, now gelu"):
-        export.load(adapter)
+        load(adapter)
     (adapter / "base_weights.json").write_text("{}")
     with pytest.raises(ModelError, match=r"base_weights\.json: is damaged"):
-        export.load(adapter)
+        load(adapter)

@@ -11,8 +11,8 @@ import torch
 from conftest import TINY_LLAMA, losses, read_jsonl
 from torch._dynamo.utils import counters
 
-from finetune import replay
-from finetune.engine import metrics, step
+from finetune import loop, replay
+from finetune.engine import metrics
 from finetune.models.attention import attend_within_documents
 from finetune.models.cross_entropy import LogitTransform, nll_in_chunks
 
@@ -144,7 +144,7 @@ def test_mixture_of_experts_passes_its_checks(workshop, precision):
 
 def test_a_step_waits_for_the_gpu_no_more_often_than_was_counted(workshop, monkeypatch, record_property):
     """Each wait leaves the GPU without work until the host has caught up. Ten were counted on an H200; fewer would be faster."""
-    train_step, found = step.train_step, []
+    train_step, found = loop.train_step, []
 
     def watched(*arguments, **keywords):
         torch.cuda.synchronize()
@@ -157,7 +157,7 @@ def test_a_step_waits_for_the_gpu_no_more_often_than_was_counted(workshop, monke
                 torch.cuda.set_sync_debug_mode("default")
                 found.append([f"{w.filename.split('site-packages/')[-1]}:{w.lineno}" for w in said if "synchronizing" in str(w.message)])  # fmt: skip
 
-    monkeypatch.setattr(step, "train_step", watched)
+    monkeypatch.setattr(loop, "train_step", watched)
     workshop.train(model__config=GPU_LLAMA, train__precision="bf16", data__packing=True, train__global_batch_size=4)
     waits = found[-1]  # the first steps make what later ones find
     record_property("waits", len(waits))

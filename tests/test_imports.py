@@ -1,6 +1,7 @@
 """The arrows of docs/architecture.md: who may import whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,60 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# Module (or package, for all in it) -> what it may import of this project. Python's own rule that
-# a package's modules see each other is not enough: the order inside data is listed too.
-ALLOWED = {
-    "finetune.errors": [],
-    "finetune.engine.progress": [],
-    "finetune.torch_versions": [],
-    "finetune.places": [],
-    "finetune.console": [],
-    "finetune.files": [],
-    "finetune.config": ["finetune.config", "finetune.places", "finetune.failures", "finetune.errors"],
-    "finetune.data.readers": ["finetune.places", "finetune.files", "finetune.failures", "finetune.errors"],
-    "finetune.data.rows": ["finetune.data.readers", "finetune.errors"],
-    "finetune.data.templates": ["finetune.data.rows", "finetune.errors"],
-    "finetune.data.tokens": [
-        "finetune.data.templates", "finetune.data.rows", "finetune.data.readers", "finetune.files", "finetune.failures", "finetune.errors",
-    ],
-    "finetune.data.packing": [],
-    "finetune.data.batches": ["finetune.data.packing", "finetune.data.tokens"],
-    "finetune.models": ["finetune.models", "finetune.config", "finetune.torch_versions", "finetune.failures", "finetune.errors"],
-    "finetune.models.policy": ["finetune.models.head", "finetune.models.context_parallel", "finetune.data.batches"],
-    "finetune.objectives": ["finetune.models.policy", "finetune.data.batches", "finetune.objectives"],
-    "finetune.engine": [
-        "finetune.data.batches", "finetune.models", "finetune.objectives", "finetune.config", "finetune.engine.progress",
-        "finetune.places", "finetune.torch_versions", "finetune.files", "finetune.failures", "finetune.errors", "finetune.engine",
-    ],
-    "finetune.export": ["finetune.data", "finetune.models", "finetune.config", "finetune.files", "finetune.failures", "finetune.errors"],
-    "finetune.preflight": [
-        "finetune.data", "finetune.models", "finetune.objectives", "finetune.export", "finetune.engine.topology",
-        "finetune.engine.trackers", "finetune.config", "finetune.errors",
-    ],
-    "finetune.forecast": [
-        "finetune.forecast", "finetune.models", "finetune.data.batches", "finetune.engine.optim", "finetune.engine.topology",
-        "finetune.config", "finetune.failures", "finetune.errors",
-    ],
-    "finetune.forecast.command": [
-        "finetune.forecast", "finetune.models.parameters", "finetune.engine.topology", "finetune.survival.launcher", "finetune.config",
-        "finetune.places", "finetune.errors",
-    ],
-    "finetune.run": [
-        "finetune.preflight", "finetune.forecast", "finetune.models.load", "finetune.models.parameters", "finetune.models.policy", "finetune.objectives", "finetune.engine",
-        "finetune.generation.generate",
-        "finetune.config", "finetune.places", "finetune.failures", "finetune.errors",
-    ],
-    "finetune.evaluation": [
-        "finetune.data", "finetune.export", "finetune.evaluation", "finetune.config", "finetune.files", "finetune.failures", "finetune.errors",
-    ],
-    "finetune.chat": ["finetune.data", "finetune.export", "finetune.evaluation", "finetune.config", "finetune.errors"],
-    "finetune.curves": ["finetune.config", "finetune.errors"],
-    "finetune.failures": ["finetune.errors"],
-    "finetune.survival.launcher": ["finetune.survival.launcher", "finetune.engine.rundir", "finetune.places", "finetune.failures", "finetune.errors"],
-    "finetune.replay": ["finetune.engine.topology", "finetune.survival.launcher", "finetune.config", "finetune.places", "finetune.files", "finetune.errors"],
-    "finetune.__main__": ["finetune.config", "finetune.places", "finetune.failures", "finetune.errors"],
-    "data_scripts": ["finetune.data.rows", "finetune.data.templates", "finetune.data.tokens"],
-}  # fmt: skip
 SHARDING = (
     "deepspeed",
     "torch.distributed.fsdp",
@@ -76,7 +23,7 @@ MAY_SHARD = {
 
 
 def modules():
-    for path in sorted([*ROOT.glob("finetune/**/*.py"), *ROOT.glob("data_scripts/*.py")]):
+    for path in sorted([ROOT / "train.py", *ROOT.glob("finetune/**/*.py"), *ROOT.glob("data_scripts/*.py")]):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         yield name.removesuffix(".__init__"), path
 
@@ -92,21 +39,35 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def arrows() -> dict[str, list[str]]:
+    """Module or package -> what it may import, as docs/architecture.md lists them."""
+    [listed] = re.findall(r"```\n(train +->.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
+    lines = [line.split("->") for line in listed.splitlines()]
+    return {importer.strip(): [name.strip() for name in imported.split(",")] for importer, imported in lines}
+
+
+ALLOWED = arrows()
+
+
 def within(name: str, packages) -> bool:
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
 def test_arrows_point_only_where_the_architecture_says():
-    wrong = {}
     for module, path in modules():
-        rules = [package for package in ALLOWED if within(module, [package])]
-        assert rules or module == "finetune" or not imports(path), (
-            f"{module} has no place in the architecture: add it to ALLOWED and to docs/architecture.md"
-        )
-        allowed = ALLOWED[max(rules, key=len)] if rules else []
         own = {name for name in imports(path) if within(name, ["finetune", "train", "data_scripts"])}
-        wrong[module] = {name for name in own if not within(name, allowed)}
-    assert not {module: names for module, names in wrong.items() if names}
+        short = module.removeprefix("finetune.")
+        rules = [package for package in ALLOWED if within(short, [package])]
+        allowed = ALLOWED[max(rules, key=len)] if rules else []
+        wrong = {name for name in own if not within(name.removeprefix("finetune."), allowed)}
+        assert not wrong, f"{module}: change it, or docs/architecture.md"
+
+
+def test_every_arrow_is_used():
+    used = {(module.removeprefix("finetune."), name.removeprefix("finetune.")) for module, path in modules() for name in imports(path)}  # fmt: skip
+    for importer, imported in ALLOWED.items():
+        for name in imported:
+            assert any(within(a, [importer]) and within(b, [name]) for a, b in used), f"{importer} -> {name}"
 
 
 def test_only_topology_knows_how_processes_share_the_model():
@@ -132,5 +93,5 @@ def test_importing_it_needs_no_torch(module):
 @pytest.mark.proof
 def test_a_run_of_all_weights_does_not_wait_for_adapters():
     """peft brings bitsandbytes, and that PyTorch's compiler: half of a start."""
-    code = "import sys, finetune.run, finetune.models.build, finetune.engine.step; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"
+    code = "import sys, finetune.loop; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

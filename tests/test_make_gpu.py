@@ -290,12 +290,12 @@ def test_a_run_can_leave_out_steps_as_fp16_does(workshop, monkeypatch):
     """A step that is left out has its loss and norm; the next has its own examples, and weights that did not move."""
     from on_gpu import skipping
 
-    from finetune.engine import step
+    from finetune import loop
     from finetune.errors import ExportError
 
     def train(name, left_out):
         with monkeypatch.context() as patched:
-            patched.setattr(step, "train_step", step.train_step)  # put back at the end
+            patched.setattr(loop, "train_step", loop.train_step)  # put back at the end
             skipping.skip(left_out)
             return read_jsonl(workshop.train(name, train__max_steps=4) / "metrics.jsonl")
 

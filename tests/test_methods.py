@@ -9,11 +9,13 @@ from conftest import TINY_LLAMA, Workshop, losses
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune import export
 from finetune.config import Adapter, Model, Optimizer
 from finetune.engine import optim
 from finetune.errors import ConfigError, ModelError
-from finetune.models import adapter_init, adapters, load, parameters
+from finetune.export.load import load
+from finetune.export.merge import merge
+from finetune.models import adapter_init, adapters, parameters
+from finetune.models import load as loading
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +109,7 @@ WIDER = {"lora, rsLoRA", "lora, norms", "lora, biases", "qlora, int8"}
 def test_merged_is_base_plus_adapter(workshop, base, method):
     """Into the unquantised base for QLoRA, with what that changes measured; LoftQ's stay on what quantisation left."""
     run = workshop.train(**on(base), **METHODS[method])
-    merged = export.merge([run / "model"], workshop.folder / "merged")
+    merged = merge([run / "model"], workshop.folder / "merged")
     assert merged.rounding < 1e-4
     if method.startswith("qlora"):
         assert merged.quantization < (1e-4 if method == "qlora, LoftQ" else 0.3)
@@ -120,7 +122,7 @@ def test_several_adapters_of_one_base_are_added_up(workshop, base):
     runs = [
         workshop.train(name, **on(base), adapter__kind="lora", run__seed=seed) for name, seed in (("a", 1), ("b", 2))
     ]
-    export.merge([run / "model" for run in runs], workshop.folder / "merged")
+    merge([run / "model" for run in runs], workshop.folder / "merged")
     name = "model.layers.0.self_attn.q_proj"
     wanted = load_file(f"{base}/model.safetensors")[f"{name}.weight"]
     for run in runs:
@@ -134,7 +136,7 @@ def test_adapters_of_different_bases_are_not_merged(workshop, base):
     other = workshop.train("other") / "model"
     runs = [workshop.train(n, **on(b), adapter__kind="lora") for n, b in (("a", base), ("b", str(other)))]
     with pytest.raises(ModelError, match="adapters of different bases"):
-        export.merge([run / "model" for run in runs], workshop.folder / "merged")
+        merge([run / "model" for run in runs], workshop.folder / "merged")
 
 
 def test_adapters_that_cannot_be_added_are_not_merged(workshop, base):
@@ -151,9 +153,9 @@ def test_adapters_that_cannot_be_added_are_not_merged(workshop, base):
         ("loftq", {"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapters of different bases"),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=why):
-            export.merge([plain, trained(name, **changes)], workshop.folder / "merged")
+            merge([plain, trained(name, **changes)], workshop.folder / "merged")
     with pytest.raises(ModelError, match="lies inside an adapter"):
-        export.merge([plain], plain / "merged")
+        merge([plain], plain / "merged")
     assert not (workshop.folder / "merged").exists()
 
 
@@ -167,16 +169,17 @@ SIXTEEN = {
 @pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.proof)])
 def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, method, monkeypatch):
     """A norm is 1.0: in bfloat16 the next value below is 1/256 away, and steps of 2e-4 would all be lost."""
-    import train
+    from finetune import loop
 
-    states, moments, finish = [], [], train.finish
+    states, moments, finish = [], [], loop.finish
 
-    def looked_at(job, state, *more):  # before the export, which lets optimizer and model go
+    def looked_at(run, *more):  # before the export, which lets optimizer and model go
+        state = run.state
         states.append({p.dtype for p in state.model.parameters() if not p.requires_grad})
         moments.extend(each["exp_avg"].dtype for each in state.optimizer.optimizer.state.values())
-        return finish(job, state, *more)
+        return finish(run, *more)
 
-    monkeypatch.setattr(train, "finish", looked_at)
+    monkeypatch.setattr(loop, "finish", looked_at)
     settings = {**on(base), **SIXTEEN[method], "adapter__kind": kind, "train__precision": "bf16", "optimizer__lr": 2e-4}
     if (kind, method) == ("qlora", "biases"):
         with pytest.raises(ConfigError, match="adapter.bias: cannot be used with kind: qlora"):
@@ -187,7 +190,7 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
     assert torch.bfloat16 in states[0]
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
     assert losses(run)[-1] < losses(run)[0]
-    model = export.load(run / "model")
+    model = load(run / "model")
     before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
     if method == "norms":
         name = "model.layers.0.input_layernorm"
@@ -226,14 +229,14 @@ def test_what_loftq_began_stays_marked(workshop, base):
     kind = {"adapter__kind": "qlora"}
     first = workshop.train("first", **on(base), **kind, adapter__init="loftq") / "model"
     second = workshop.train("second", **on(base), **kind, adapter__path=str(first)) / "model"
-    assert export.merge([second], workshop.folder / "merged").quantization < 1e-4
+    assert merge([second], workshop.folder / "merged").quantization < 1e-4
 
 
 def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, capfd):
     first = workshop.train("first", **on(base), adapter__kind="lora", adapter__init="pissa") / "model"
     capfd.readouterr()
     workshop.check("second", **on(base), adapter__kind="lora", adapter__path=str(first))
-    assert " 0 of them train" not in capfd.readouterr().err
+    assert " 0 of them train" not in capfd.readouterr().out
     with pytest.raises(ConfigError, match=r"is a run directory; its adapter is in .*/model: give that folder"):
         workshop.check("third", **on(base), adapter__kind="lora", adapter__path=str(first.parent))
 
@@ -298,17 +301,16 @@ def test_an_adapter_is_gone_on_from(workshop, base):
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_the_quantised_base_stays_to_the_last_bit(workshop, base, kind, monkeypatch):
     """Every byte, also after evaluations, which make bitsandbytes repack weights on some CPUs."""
-    import train
+    from finetune import loop
 
     seen = []
-    build = train.build
+    build = loop.build
 
-    def watched(job):
-        state = build(job)
-        seen.extend([state.model, sha256(state.model)])
-        return state
+    def watched(run):
+        build(run)
+        seen.extend([run.state.model, sha256(run.state.model)])
 
-    monkeypatch.setattr(train, "build", watched)
+    monkeypatch.setattr(loop, "build", watched)
     settings = {"data__eval_fraction": 0.2, "evaluation__every_steps": 2}
     run = workshop.train(**on(base), **settings, adapter__kind="qlora", adapter__quantization=kind)
     assert sha256(seen[0]) == seen[1]
@@ -379,7 +381,7 @@ def test_dora_keeps_length_apart_from_direction():
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_loftq_begins_closer_to_the_unquantised_model(base, kind):
     def model(quantization=None):
-        return load.load_model(Model(path=base), AutoConfig.from_pretrained(base), load.bytes_tokenizer(), attention="sdpa", dtype=torch.float32, quantization=quantization)  # fmt: skip
+        return loading.load_model(Model(path=base), AutoConfig.from_pretrained(base), loading.bytes_tokenizer(), attention="sdpa", dtype=torch.float32, quantization=quantization)  # fmt: skip
 
     ids = torch.arange(64)[None]
     exact = model()(ids).logits

@@ -10,12 +10,11 @@ import yaml
 from conftest import Workshop
 
 from finetune import config as configs
-from finetune import export
+from finetune import export, loop
 from finetune.engine import rundir
-from finetune.engine import step as steps
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import DataError, DirectoryInUse, ModelError, Outage, OutOfMemory, Preempted, RunDirectoryError
-from finetune.models import attention, build, head, load, parameters
+from finetune.models import attention, attention_probe, build, head, load, parameters
 
 
 class SafetensorError(Exception):
@@ -45,7 +44,7 @@ def fails(workshop, error, owner, name, exc, **settings):
 
 def preempted_after(workshop, number, **settings):
     """A run that saved its third step and was preempted."""
-    one, done = steps.train_step, []
+    one, done = loop.train_step, []
 
     def count(*arguments, **keywords):
         done.append(1)
@@ -54,7 +53,7 @@ def preempted_after(workshop, number, **settings):
         return one(*arguments, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "train_step", count)
+        patch.setattr(loop, "train_step", count)
         with pytest.raises(Preempted):
             workshop.train(checkpoint__every_steps=1, **settings)
 
@@ -149,18 +148,18 @@ def test_next_start_says_that_the_attempt_before_ended_without_an_outcome(worksh
     class Killed(BaseException):
         """Not caught by anything, as the end of a process is not."""
 
-    fails(workshop, Killed, steps, "train_step", Killed())
+    fails(workshop, Killed, loop, "train_step", Killed())
     assert outcome(workshop)[0] == "running"
     workshop.train()
-    assert "note: the previous attempt left no outcome" in capsys.readouterr().err
+    assert "note: the previous attempt left no outcome" in capsys.readouterr().out
     workshop.train(train__max_steps=5)
-    assert "the attempt before" not in capsys.readouterr().err
+    assert "the attempt before" not in capsys.readouterr().out
 
 
 def test_launcher_learns_which_directory_is_the_runs_and_how_long_it_has_to_tell(workshop: Workshop, monkeypatch):
     note, seen = workshop.folder / "run", []
     monkeypatch.setenv("FINETUNE_BEATS", str(workshop.folder))
-    check = attention.check
+    check = attention_probe.check
     monkeypatch.setattr(attention, "check", lambda *arguments: seen.append(note.read_text()) or check(*arguments))
     workshop.check()
     assert seen == []

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import export
+from finetune.export.load import load, load_tokenizer
+from finetune.export.merge import merge
 from finetune.models import base_identity
 
 pytestmark = pytest.mark.slow
@@ -72,22 +73,22 @@ def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
     folder = workshop.train("tuned", **settings, adapter__kind="full" if kind == "full" else "lora") / "model"
     if kind == "merged":
-        export.merge([folder], workshop.folder / "merged", trust_remote_code=True)
+        merge([folder], workshop.folder / "merged", trust_remote_code=True)
         folder = workshop.folder / "merged"
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found >= ({"own.words", "tokenization_own.py"} if kind == "lora" else files.keys())
     assert not found & others.keys() - {"runs/old/model/config.json"}
-    assert export.load_tokenizer(folder, trust_remote_code=True).words == "a b"
+    assert load_tokenizer(folder, trust_remote_code=True).words == "a b"
 
 
 def test_code_comes_along_and_is_part_of_the_identity(workshop, settings):
     run = workshop.train("whole", **settings)
     assert {"configuration_own.py", "modeling_own.py", "helper_own.py"} <= {p.name for p in (run / "model").iterdir()}
-    exported = export.load(run / "model", trust_remote_code=True)
+    exported = load(run / "model", trust_remote_code=True)
     assert type(exported).__name__ == "OwnForCausalLM"
     manifest = json.loads((run / "checkpoints/step-00000005/manifest.json").read_text())
     assert manifest["identity"]["code of the model"] == base_identity.code(exported)
     other = shutil.copytree(run / "model", workshop.folder / "other")
     (other / "modeling_own.py").write_text(MODEL + "    twice = True\n")
-    assert base_identity.code(export.load(other, trust_remote_code=True)) != base_identity.code(exported)
-    assert base_identity.code(export.load(workshop.train("plain") / "model")) == "none"
+    assert base_identity.code(load(other, trust_remote_code=True)) != base_identity.code(exported)
+    assert base_identity.code(load(workshop.train("plain") / "model")) == "none"

@@ -18,7 +18,7 @@ from finetune.__main__ import main as command
 from finetune.engine import optim
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, ModelError, OutOfMemory
-from finetune.forecast import choice, memory, trace
+from finetune.forecast import choice, trace
 from finetune.forecast.choice import Chooser
 from finetune.forecast.trace import Rehearsal, Shape
 from finetune.forecast.weights import count
@@ -59,7 +59,7 @@ def rehearsal(config, attention, precision="fp32"):
     return Rehearsal(config, model_config, tokenizer, attention=attention, precision=precision, on_gpu=True)
 
 
-def as_they_did(model, inputs, supervised):
+def as_they_did(model, inputs, *_):
     """All logits, in 16 bits, shifted; as transformers computed OPT's loss when the tables were made."""
     logits = model(**inputs).logits[:, :-1].flatten(0, 1).contiguous()
     return F.cross_entropy(logits, inputs["input_ids"][:, 1:].flatten())
@@ -229,18 +229,12 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
 
 
 def test_more_at_once_never_needs_less_and_the_largest_is_the_last_that_fits():
-    longer = MEASURED | {"max_position_embeddings": 65536}
-    config = config_of(longer, train={"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"})
+    config = config_of(MEASURED, train={"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"})
     chooser = Chooser(config, precision="bf16", on_gpu=True)
     peaks = [chooser.forecast(SINGLE, size).peak for size in (1, 2, 4, 8, 16, 32, 64)]
     assert peaks == sorted(peaks)
     assert chooser.largest_micro_batch(SINGLE, (peaks[3] + peaks[4]) / 2) == 8
     assert chooser.largest_micro_batch(SINGLE, peaks[0] - 1) is None
-    lengths = [chooser.forecast(SINGLE, None, length).peak for length in (1024, 2048, 4096)]
-    between = chooser.forecast(SINGLE, None, 3072).peak
-    assert chooser.longest(SINGLE, between) == 3072
-    assert chooser.longest(SINGLE, between - 1) == 2048
-    assert lengths == sorted(lengths)
 
 
 @pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])
@@ -249,11 +243,6 @@ def test_every_further_sequence_at_once_holds_as_much(attention):
     made = rehearsal(config_of(MEASURED, model={"dtype": "bfloat16"}), attention)
     one, two, four = (made.trace(Shape(count, 256, 1)).kept for count in (1, 2, 4))
     assert four - one == pytest.approx(3 * (two - one), rel=0.01)
-
-
-def test_the_longest_are_no_longer_than_the_model_has_positions():
-    chooser = Chooser(config_of(MEASURED), precision="bf16", on_gpu=True)
-    assert chooser.longest(SINGLE, 1e12) == MEASURED["max_position_embeddings"]
 
 
 def test_parts_are_divided_by_those_who_share():
@@ -270,27 +259,27 @@ def test_parts_are_divided_by_those_who_share():
 
 
 def test_the_fewest_processes_are_the_first_whose_parts_fit():
-    config = config_of(MEASURED, train={"global_batch_size": 12, "micro_batch_size": 2, "precision": "bf16"})
+    config = config_of(
+        FALCON_7B | {"num_hidden_layers": 8},
+        train={"global_batch_size": 12, "micro_batch_size": 2, "precision": "bf16"},
+    )
     chooser = Chooser(config, precision="bf16", on_gpu=True)
 
     def peak(number: int, **more: int) -> float:
         return chooser.forecast(ParallelConfig("fsdp2", number, **more), 1).peak
 
-    assert [chooser.fewest_processes(ParallelConfig("fsdp2", 12), peak(number)) for number in (1, 2, 3, 4, 6, 12)] == [1, 2, 3, 4, 6, 12]  # fmt: skip
-    assert chooser.fewest_processes(ParallelConfig("fsdp2", 1), peak(4) - 1) == 6, (
-        "5 make no whole steps of 12 sequences"
-    )
-    assert chooser.fewest_processes(ParallelConfig("fsdp2", 4), peak(12) - 1) is None
-    assert chooser.fewest_processes(ParallelConfig("fsdp2", 4, num_replicas=2), peak(4, num_replicas=2)) == 4
-    assert chooser.fewest_processes(ParallelConfig("fsdp2", 4, num_context=2), peak(6, num_context=2)) == 6
-    assert chooser.fewest_processes(ParallelConfig("fsdp2", 8, num_replicas=2, num_context=2), 1e15) == 4, (
-        "two replicas of two that share"
-    )
-    assert chooser.fewest_processes(ParallelConfig("ddp", 2), chooser.forecast(SINGLE, 1).peak) == 1, (
-        "one process has no buckets"
-    )
-    assert chooser.fewest_processes(ParallelConfig("ddp", 2), peak(1) / 2) is None, "each holds all of it"
-    assert chooser.fewest_processes(SINGLE, peak(1) / 2) is None
+    def fewest(limit: float, number: int, kind: str = "fsdp2", **more: int) -> int | None:
+        return chooser.fewest_processes(ParallelConfig(kind, number, **more), limit)
+
+    assert [fewest(peak(number), 12) for number in (1, 3, 6, 12)] == [1, 3, 6, 12]
+    assert fewest(peak(4) - 1, 1) == 6, "5 make no whole steps of 12 sequences"
+    assert fewest(peak(12) - 1, 4) is None
+    assert fewest(peak(4, num_replicas=2), 4, num_replicas=2) == 4
+    assert fewest(peak(6, num_context=2), 4, num_context=2) == 6
+    assert fewest(1e15, 8, num_replicas=2, num_context=2) == 4, "two replicas of two that share"
+    assert fewest(chooser.forecast(SINGLE, 1).peak, 2, "ddp") == 1, "one process has no buckets"
+    assert fewest(peak(1) / 2, 2, "ddp") is None, "each holds all of it"
+    assert fewest(peak(1) / 2, 1, "single") is None
 
 
 def test_all_at_once_may_fit_where_parts_do_not():
@@ -340,18 +329,16 @@ def test_what_is_changed_first_costs_least(tmp_path):
     "architecture",
     [
         {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-        {"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
         {"model_type": "gemma2", "head_dim": 8},
-        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
         {"model_type": "mamba", "num_hidden_layers": 2},
     ],
     ids=lambda architecture: architecture["model_type"],
 )
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.proof), "bf16"])
-def test_any_architecture_can_be_forecast(architecture, precision):
+def test_any_architecture_can_be_forecast(architecture):
+    """benchmarks/architectures.py asks all that transformers has."""
     config = config_of(TINY_LLAMA | architecture, model={"attention": "eager"}, data={"train": "x", "max_length": 64})
-    for on_gpu in (False, True):
+    for precision, on_gpu in (("fp32", False), ("bf16", True)):
         assert Chooser(config, precision=precision, on_gpu=on_gpu).forecast(SINGLE).device["activations"] > 0
 
 
@@ -482,25 +469,19 @@ def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
         assert ("for auto" in line) == ("zero" in file.stem), line
 
 
-def test_one_topology_is_told_in_its_parts_and_with_the_speed_of_a_run(workshop, capsys):
-    run = workshop.train()
+def test_one_topology_is_shown_in_its_parts(workshop, capsys):
     path = workshop.write(workshop.config("plan"))
-    topology = ROOT / "accelerate_configs/fsdp2.yaml"
-    arguments = ["--config", str(path), "--topology", str(topology), "--num-processes", "2", "--measured", str(run)]
-    assert command(["plan", *arguments, "--gpu-memory", "24"]) == 0
+    topology = ["--topology", str(ROOT / "accelerate_configs/fsdp2.yaml"), "--num-processes", "2"]
+    assert command(["plan", "--config", str(path), *topology, "--gpu-memory", "24"]) == 0
     said = capsys.readouterr().out
     assert "gathered" in said
     assert "optimizer" in said
-    speed = [line["tokens_per_second"] for line in read_jsonl(run / "metrics.jsonl")[1:]]
-    expected = 2 * sorted(speed)[len(speed) // 2]
-    assert any(float(cell.replace(",", "")) == pytest.approx(expected, rel=0.3) for cell in row("fsdp2", said).split() if cell[0].isdigit() and len(cell) > 3)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--topology", "nowhere.yaml"], "nowhere.yaml"),
-        (["--measured", "nowhere"], "nowhere/metrics.jsonl cannot be read"),
         (["--num-processes", "0"], "a whole number from 1"),
         (["--train.gradient_checkpoint", "true"], "did you mean train.gradient_checkpointing"),
         (["--num-proceses", "2"], "--num-proceses"),
@@ -510,7 +491,7 @@ def test_one_topology_is_told_in_its_parts_and_with_the_speed_of_a_run(workshop,
 def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, said):
     path = workshop.write(workshop.config("plan"))
     assert command(["plan", "--config", str(path), "--gpu-memory", "24", *more]) == 2
-    assert said in capsys.readouterr().err
+    assert said in capsys.readouterr().out
 
 
 def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monkeypatch, capsys):
@@ -523,7 +504,7 @@ def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monke
     between = (chooser.forecast(SINGLE, 4).peak + chooser.forecast(SINGLE, 8).peak) / 2
     monkeypatch.setattr(choice, "capacity", lambda *_: between)
     found = workshop.train("found", train__micro_batch_size="auto", **dropout)
-    assert "train.micro_batch_size: auto is 4" in capsys.readouterr().err
+    assert "train.micro_batch_size: auto is 4" in capsys.readouterr().out
     assert losses(found) == losses(workshop.train("given", train__micro_batch_size=4, **dropout))
 
 
@@ -544,12 +525,12 @@ def test_auto_says_so_where_nothing_fits(workshop, monkeypatch):
     "exc", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
 )
 def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypatch, exc):
-    from finetune.engine import step
+    from finetune import loop
 
     def none_left(*_, **__):
         raise exc
 
-    monkeypatch.setattr(step, "train_step", none_left)
+    monkeypatch.setattr(loop, "train_step", none_left)
     config, _ = configs.parse(["--config", str(workshop.write(workshop.config()))])
     peak = Chooser(config, precision="fp32", on_gpu=False).forecast(SINGLE).peak
     monkeypatch.setattr(choice, "capacity", lambda *_: peak - 1)
@@ -584,10 +565,3 @@ def test_the_ledger_forgets_what_is_let_go():
     assert ledger.passing == 40 + 2000
     del two, three
     assert ledger.passing == 0
-
-
-def test_glibc_is_known_to_keep_memory(monkeypatch):
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    assert memory.hoards()
-    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4")
-    assert not memory.hoards()

@@ -68,7 +68,7 @@ def rows_for(recipe: dict, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [pytest.param(p, marks=() if p.stem in SOME else pytest.mark.proof) for p in RECIPES], ids=lambda p: p.stem)  # fmt: skip
 def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
-    import train
+    from finetune import loop
     from finetune.survival.preemption import StopFlag
 
     recipe = yaml.safe_load(path.read_text())
@@ -88,7 +88,7 @@ def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
         arguments |= {"train.global_batch_size": recipe["train"]["micro_batch_size"] * 2}
     forget_process_state()
     config, check = configs.parse(["--config", str(path), *(f"--{key}={value}" for key, value in arguments.items())])
-    train.run(config, check, StopFlag())
+    loop.run(config, check, StopFlag())
     run = workshop.run_dir(config.run.name)
     assert len(losses(run)) == 3
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"

@@ -6,7 +6,7 @@ from conftest import TINY_LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.errors import ModelError
-from finetune.models import attention, head, recompute
+from finetune.models import attention, attention_probe, head, recompute
 
 
 def build(**changes):
@@ -27,7 +27,7 @@ def losses_and_gradients(model, packs):
     found = []
     for lengths in packs:
         ids = torch.randint(300, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
-        loss = nll(model, ids.roll(-1), attention.inputs_of(ids, lengths, model))
+        loss = nll(model, ids.roll(-1), attention_probe.inputs_of(ids, lengths, model))
         model.zero_grad()
         loss.backward()
         found.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
@@ -59,7 +59,7 @@ def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recompute
     with torch.no_grad():  # evaluations take the layers as they are
         model.eval()
         ids = torch.ones(1, 8, dtype=torch.long)
-        assert nll(model, ids, attention.inputs_of(ids, [8], model)) > 0
+        assert nll(model, ids, attention_probe.inputs_of(ids, [8], model)) > 0
     assert len(counted) == 1
     for (loss, grads), (wanted_loss, wanted_grads) in zip(found, wanted):
         torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)
@@ -82,7 +82,7 @@ def test_recomputed_layers_keep_their_inputs_only():
         sizes = []
         ids = torch.zeros(1, 64, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda _: None):
-            nll(model, ids, attention.inputs_of(ids, [64], model))
+            nll(model, ids, attention_probe.inputs_of(ids, [64], model))
         return sum(sizes)
 
     none, one, all_ = (kept(model) for model in recomputing.values())

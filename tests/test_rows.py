@@ -96,13 +96,12 @@ def test_a_row_of_every_format_becomes_a_conversation(values, messages):
 def test_columns_are_read_under_the_names_they_are_given(tmp_path, bytes_tokenizer, format, values, columns, auto):
     """Through the same door as a run, which finds out the format where it is not given."""
     from finetune.data import templates, tokens
+    from finetune.data.examples import prepare
 
     path = write_jsonl(tmp_path / "rows.jsonl", [values])
     options = tokens.Options("auto" if auto else format, columns, "line", None, "completion", 100, "error")
     template = templates.load("plain", format, None, bytes_tokenizer.special_tokens_map, {})
-    examples = tokens.prepare(
-        readers.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache")
-    )
+    examples = prepare(readers.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache"))
     assert bytes_tokenizer.decode(examples.input_ids) == "qa<|eos|>"
 
 
@@ -208,13 +207,14 @@ def test_a_mapped_column_that_the_format_does_not_have_is_refused():
 def test_half_of_a_surrogate_pair_is_refused_at_its_line(tmp_path, bytes_tokenizer):
     """What is left of an emoji that was cut in two: JSON allows it, but no encoding can hold it."""
     from finetune.data import templates, tokens
+    from finetune.data.examples import prepare
 
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n{"question": "q", "answer": "cut \\ud83d"}\n')
     template = templates.load("plain", "question_answer", None, {"eos_token": "<|eos|>"}, {})
     options = tokens.Options("auto", {}, "line", None, "completion", 100, "error")
     with pytest.raises(DataError, match=re.escape(f"{path}:2: ")):
-        tokens.prepare(readers.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache"))
+        prepare(readers.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache"))
 
 
 # Columns that are not read.

@@ -6,10 +6,10 @@ import shutil
 import pytest
 from conftest import Workshop, forget_process_state
 
-from finetune import export
 from finetune.__main__ import main
 from finetune.config import base
 from finetune.errors import ConfigError, ModelError
+from finetune.export.load import load, moved
 from finetune.models import base_identity
 
 
@@ -99,7 +99,7 @@ def test_weights_that_peft_would_leave_out_are_refused(workshop, saved, adapter)
     with pytest.raises(ModelError, match=f"{adapter}: 20 of its weights do not fit"):
         workshop.check(**on(saved[0], adapter__path=str(adapter)))
     with pytest.raises(ModelError, match=f"{adapter}: 20 of its weights do not fit"):
-        export.load(adapter)
+        load(adapter)
 
 
 @pytest.mark.parametrize("known", [None, "", ...])
@@ -107,8 +107,8 @@ def test_an_adapter_that_names_no_base_needs_one(saved, adapter, capsys, known):
     change(adapter / SETTINGS, base_model_name_or_path=known)
     assert main(["chat", "--model", str(adapter), "--prompt", "a"]) == 2
     assert f"{adapter}/{SETTINGS}: base_model_name_or_path names no base; give --base" in capsys.readouterr().err
-    export.load(adapter, base=str(saved[0]))
-    assert export.moved(adapter, str(saved[0])) == str(saved[0])
+    load(adapter, base=str(saved[0]))
+    assert moved(adapter, str(saved[0])) == str(saved[0])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_the_base_of_an_adapter_is_looked_at_before_it_is_opened(saved, adapter,
     (tmp_path / "base/model.safetensors").write_text("")
     change(adapter / SETTINGS, base_model_name_or_path=str(tmp_path / "base"))
     with pytest.raises(ModelError, match=f"the base of {adapter}: {tmp_path}/base/model.safetensors is empty"):
-        export.load(adapter)
+        load(adapter)
 
 
 def test_a_broken_chat_template_is_not_merged(adapter, tmp_path, capsys):

@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune import files
 from finetune.config import Model
+from finetune.data import examples as stored
 from finetune.data import readers, rows, templates, tokens
+from finetune.data.examples import Examples
 from finetune.data.rows import Message
-from finetune.data.tokens import Examples
 from finetune.errors import DataError, ModelError, Outage, UserError
 from finetune.models.load import bytes_tokenizer, load_tokenizer
 
@@ -136,7 +137,7 @@ class Desk:
         self, values: Sequence[Any], tokenizer: Any, template: str | templates.Template = "plain", **changes: Any
     ) -> Examples:
         template = template_for(tokenizer, template) if isinstance(template, str) else template
-        return tokens.prepare(
+        return stored.prepare(
             readers.sources(self.write(values), None)[0], template, tokenizer, options(**changes), str(self.cache)
         )
 
@@ -470,7 +471,8 @@ def test_no_more_characters_are_tokenised_at_once_than_memory_holds(desk, monkey
 MEMORY = """\
 import json, resource, sys
 from pathlib import Path
-from finetune.data import readers, tokens, templates
+from finetune.data import readers, templates, tokens
+from finetune.data import examples as stored
 from finetune.errors import DataError
 from finetune.models.load import bytes_tokenizer
 folder, before = Path(sys.argv[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -479,7 +481,7 @@ template = templates.load("plain", "question_answer", None, tokenizer.special_to
 options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
 for name in sys.argv[2:]:
     try:
-        tokens.prepare(readers.sources(str(folder / name), None)[0], template, tokenizer, options, str(folder / "cache"))
+        stored.prepare(readers.sources(str(folder / name), None)[0], template, tokenizer, options, str(folder / "cache"))
     except DataError as exc:
         print(str(exc)[:400])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -615,7 +617,7 @@ def test_an_example_knows_file_and_line_after_drops_splits_and_blank_lines(tmp_p
 
     def places(truncation: str) -> list[str]:
         chosen = options(loss_on="all", max_length=6, truncation=truncation)
-        examples = tokens.prepare(
+        examples = stored.prepare(
             readers.sources([a, b], None)[0],
             template_for(tokenizer, "plain"),
             tokenizer,
@@ -666,7 +668,7 @@ def lines(examples: Examples) -> list[int]:
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.1, 4), (0.5, 20), (0.001, 1), (0.97, 39)])
 def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(forty, fraction, count):
-    rest, part = tokens.hold_out(forty, fraction, seed=3)
+    rest, part = stored.hold_out(forty, fraction, seed=3)
     assert len(part) == count
     assert sorted(lines(rest) + lines(part)) == list(range(1, 41))
     for number, line in enumerate(lines(part)):
@@ -678,14 +680,14 @@ def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(desk, tmp_path)
     path.write_text(json.dumps([{"text": f"row {n}"} for n in range(40)]))
     options = tokens.Options("auto", {}, "line", None, "all", 100, "error")
     tokenizer = bytes_tokenizer()
-    examples = tokens.prepare(
+    examples = stored.prepare(
         readers.sources(str(path), None)[0],
         template_for(tokenizer, "plain"),
         tokenizer,
         options,
         str(tmp_path / "cache"),
     )
-    rest, part = tokens.hold_out(examples, 0.1, seed=0)
+    rest, part = stored.hold_out(examples, 0.1, seed=0)
     assert (len(rest), len(part)) == (36, 4)
     assert examples.place(7) == f"{path}:1 (row 8)"
 
@@ -698,9 +700,9 @@ def test_a_text_may_hold_what_some_vocabularies_call_special(desk):
 
 def test_equal_rows_are_never_on_both_sides(desk):
     examples = desk.prepare([{"text": f"row {n % 10}"} for n in range(40)], bytes_tokenizer(), loss_on="all")
-    rest, part = tokens.hold_out(examples, 0.3, seed=0)
+    rest, part = stored.hold_out(examples, 0.3, seed=0)
     assert (len(rest), len(part)) == (28, 12)
-    assert tokens.num_trained_on(part, rest) == 0
+    assert stored.num_trained_on(part, rest) == 0
 
 
 def test_every_bad_row_is_told_at_once(desk):
@@ -750,14 +752,14 @@ def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(desk, monk
 
 def test_a_file_that_changes_while_it_is_read_is_refused(desk, tmp_path, monkeypatch):
     """Its rows would be kept under the hash of other rows, for every run to come."""
-    whole = tokens._build
+    whole = stored._build
 
     def build(folder, sources, *rest):
         whole(folder, sources, *rest)
         with open(sources[0], "a") as file:
             file.write('{"question": "new", "answer": "row"}\n')
 
-    monkeypatch.setattr(tokens, "_build", build)
+    monkeypatch.setattr(stored, "_build", build)
     with pytest.raises(DataError, match="changed while being read"):
         desk.prepare(BASE, bytes_tokenizer())
     monkeypatch.undo()
@@ -786,21 +788,21 @@ def test_the_pieces_of_a_row_are_held_out_together(desk):
         truncation="split",
     )
     assert len(examples) > 40
-    rest, part = tokens.hold_out(examples, 0.3, seed=0)
+    rest, part = stored.hold_out(examples, 0.3, seed=0)
     assert len(part)
     assert not set(lines(rest)) & set(lines(part))
 
 
 def test_what_is_held_out_follows_from_the_seed(forty):
-    assert [lines(part) for part in tokens.hold_out(forty, 0.25, 1)] == [
-        lines(part) for part in tokens.hold_out(forty, 0.25, 1)
+    assert [lines(part) for part in stored.hold_out(forty, 0.25, 1)] == [
+        lines(part) for part in stored.hold_out(forty, 0.25, 1)
     ]
-    assert lines(tokens.hold_out(forty, 0.25, 1)[1]) != lines(tokens.hold_out(forty, 0.25, 2)[1])
+    assert lines(stored.hold_out(forty, 0.25, 1)[1]) != lines(stored.hold_out(forty, 0.25, 2)[1])
 
 
 def test_holding_out_everything_is_refused(forty):
     with pytest.raises(DataError, match=r"data\.eval_fraction: 0\.99 of 40 different rows leaves nothing to train on"):
-        tokens.hold_out(forty, 0.99, 0)
+        stored.hold_out(forty, 0.99, 0)
 
 
 # The cache
@@ -910,7 +912,7 @@ def replace_by_a_file(folder: Path) -> None:
 
 
 DAMAGES = {
-    **{f"a bit of {name}": lambda folder, name=name: flip(folder, f"{name}.npy") for name in tokens.ARRAYS},
+    **{f"a bit of {name}": lambda folder, name=name: flip(folder, f"{name}.npy") for name in stored.ARRAYS},
     "a header": lambda folder: flip(folder, "input_ids.npy", 3),
     "a count": count_differently,
     "a count more": count_more,
@@ -956,7 +958,7 @@ def test_what_killed_runs_left_is_removed_and_what_live_ones_build_is_not(desk):
         (root / f".building-{name}-0123").mkdir(parents=True)
         (root / f"{name}.lock").touch()
     (root / ".removing-dead-0123").mkdir()
-    with tokens._locked(root / "alive.lock", "cache") as held:
+    with stored._locked(root / "alive.lock", "cache") as held:
         assert held
         desk.prepare(BASE, bytes_tokenizer())
         assert [path.name for path in root.glob(".*")] == [".building-alive-0123"]
@@ -979,7 +981,7 @@ def in_a_child(action: Callable[[], object]) -> int:
 def test_a_process_that_is_killed_while_it_builds_leaves_nothing_behind_for_long(desk):
 
     def be_killed() -> None:
-        tokens._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # in a child process
+        stored._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # in a child process
         desk.prepare(BASE, bytes_tokenizer())
 
     assert in_a_child(be_killed) == -signal.SIGKILL
@@ -1018,7 +1020,7 @@ def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
         path.chmod(0o555)
 
     def prepare(**changes: Any) -> Examples:
-        return tokens.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(**changes), str(desk.cache))
+        return stored.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(**changes), str(desk.cache))
 
     def is_refused() -> None:
         with pytest.raises(DataError, match=r"data\.cache_dir: .*: cannot be written: .*Permission denied"):
@@ -1039,7 +1041,7 @@ def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
     sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
     assert (
         as_another_user(
-            lambda: tokens.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(), str(desk.cache))
+            lambda: stored.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(), str(desk.cache))
         )
         == 0
     )
@@ -1050,15 +1052,15 @@ def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(desk):
     first = desk.prepare(BASE, bytes_tokenizer())
     folder = desk.cache / "tokens" / first.fingerprint
     sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
-    made = tokens._make(
+    made = stored._make(
         folder, sources, template_for(bytes_tokenizer(), "plain"), bytes_tokenizer(), options(), "cache"
     )
     assert of(first) == of(made)
 
 
 def test_a_full_disk_is_called_full():
-    with pytest.raises(Outage, match=r"data\.cache_dir: /cache: .*No space left"), tokens._writable("/cache"):
-        tokens._write(Path("/dev/full"), np.zeros(5000))
+    with pytest.raises(Outage, match=r"data\.cache_dir: /cache: .*No space left"), stored._writable("/cache"):
+        stored._write(Path("/dev/full"), np.zeros(5000))
 
 
 def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
@@ -1096,6 +1098,7 @@ def test_a_cache_that_cannot_be_written_is_named(desk, tmp_path):
 PROCESS = """\
 import hashlib, sys, time
 from pathlib import Path
+from finetune.data import examples as stored
 from finetune.data import readers, rows, templates, tokens
 from finetune.models.load import bytes_tokenizer
 folder, number = Path(sys.argv[1]), sys.argv[2]
@@ -1105,7 +1108,7 @@ options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
 (folder / f"ready-{number}").touch()
 while not (folder / "go").exists():
     time.sleep(0.002)
-examples = tokens.prepare(readers.sources(str(folder / "rows.jsonl"), None)[0], template, tokenizer, options, str(folder / "cache"))
+examples = stored.prepare(readers.sources(str(folder / "rows.jsonl"), None)[0], template, tokenizer, options, str(folder / "cache"))
 made = folder / "cache" / "tokens" / examples.fingerprint / "input_ids.npy"
 content = hashlib.sha256(examples.input_ids.tobytes() + examples.supervised.tobytes()).hexdigest()
 print(examples.fingerprint, len(examples), content, made.stat().st_ino)

@@ -41,7 +41,7 @@ def facts() -> dict[str, Any]:
     if not missing:
         sys.path.insert(0, str(ROOT))
         try:
-            for module in ("train", "finetune.run", "finetune.models.build", "finetune.engine.step", "finetune.export"):
+            for module in ("train", "finetune.loop"):
                 importlib.import_module(module)
         except Exception as exc:
             missing["finetune"] = f"{type(exc).__name__}: {exc}"

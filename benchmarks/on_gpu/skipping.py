@@ -11,14 +11,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
-from finetune.engine import step
+from finetune import loop
+from finetune.engine.step import StepResult
 
 
 def skip(left_out: set[int]) -> None:
     """Let no optimizer move in these steps; the first is 1."""
-    train_step, done = step.train_step, 0
+    train_step, done = loop.train_step, 0
 
-    def skipping(topology: Any, model: Any, optimizer: Any, *arguments: Any, **keywords: Any) -> step.StepResult:
+    def skipping(topology: Any, model: Any, optimizer: Any, *arguments: Any, **keywords: Any) -> StepResult:
         nonlocal done
         done += 1
         if done in left_out:
@@ -28,7 +29,7 @@ def skip(left_out: set[int]) -> None:
         finally:
             vars(optimizer).pop("step", None)
 
-    step.train_step = skipping
+    loop.train_step = skipping
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from finetune.config.fields import (
     Model,
     Optimizer,
     Schedule,
-    accumulation,
+    accumulation_steps,
     usual_lr,
 )
 from finetune.config.reader import (
@@ -32,6 +32,6 @@ from finetune.config.reader import (
 from finetune.config.rules import conflicts
 
 __all__ = [
-    "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation", "base", "conflicts",
+    "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation_steps", "base", "conflicts",
     "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats", "parse", "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

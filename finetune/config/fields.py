@@ -34,8 +34,6 @@ class Run(Section):
     """Folder for run directories."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed for weights, order of data and dropout."""
-    replay_of: Annotated[str | None, ExpandedPath] = None
-    """Repeat the run in this directory: refuse to start if its data, code, versions or template have changed."""
 
 
 class Model(Section):
@@ -330,7 +328,7 @@ def usual_lr(optimizer: Any, adapter: Any) -> float:
     return all_weights if adapter == "full" else adapters
 
 
-def accumulation(config: Config, num_processes: int) -> int:
+def accumulation_steps(config: Config, num_processes: int) -> int:
     """Micro-batches of one process in one step: global / (micro x processes). Raises ConfigError if not whole."""
     train = config.train
     at_once = config.micro_batch_size * num_processes

@@ -1,12 +1,11 @@
-"""The plan of a run and its micro-batches.
+"""Micro-batches by step number.
 
-The plan is a pure function (seed, epoch, lengths) -> order of sequences; a position in it is an
-integer, so resuming is arithmetic. Which process puts which sequence through the model follows
-from the position alone: any number of processes makes the same steps.
+Which process puts which sequence through the model follows from the position in the order alone:
+any number of processes makes the same steps.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,25 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.data.packing import pack
-from finetune.data.tokens import Examples
-
-GROUP_STEPS = 50  # steps whose sequences are sorted by length together; more would wear the order's randomness down
-
+from finetune.data.order import Document, Sequences, order
 
 Counts = dict[str, int]
-"""How much there is of what losses are divided by: supervised `tokens`, `documents`, `examples`; and `input_tokens`, all."""
+"""How much there is of what losses are divided by: supervised `tokens`, `documents`, `examples`;
+and `input_tokens`, all.
+"""
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one process puts through the model at once.
 
-    inputs: keyword arguments of the model's forward, in its names; input_ids int64 [B, T], where B = 1 for
-    sequences laid end to end, or a row for each document, padded. S supervised tokens: labels int64 [S] are
-    their ids, positions int64 [S] where in the flattened hidden states [B * T] each is predicted, found on the
-    CPU so that no device has to be waited for, document int64 [S] the document of each. example int64 [D]: the
-    example of each document. lengths: of the documents, on the host.
+    inputs: keyword arguments of the model's forward, in its names; input_ids int64 [B, T], where B
+    = 1 for sequences laid end to end, or a row for each document, padded. S supervised tokens:
+    labels int64 [S] are their ids, positions int64 [S] where in the flattened hidden states [B * T]
+    each is predicted, found on the CPU so that no device has to be waited for, document int64 [S]
+    the document of each. example int64 [D]: the example of each document. lengths: of the
+    documents, on the host.
     """
 
     inputs: dict[str, Any]
@@ -49,14 +47,18 @@ class Batch:
     group: Any = None
     """Processes that share this sequence, each with a `part` of its tokens."""
     owned: torch.Tensor | None = None
-    """int64 [D]: with a group, the documents that count on this process; example and columns are theirs."""
+    """int64 [D]: with a group, the documents that count on this process; example and columns are
+    theirs.
+    """
     num_documents: int = 0
     """Of the whole sequences, without fillers: what `document` counts up to."""
 
     def part(self, index: int, count: int, group: Any) -> "Batch":
-        """One of `count` equal stretches of sequences laid end to end, filled up by a document that teaches nothing.
+        """One of `count` equal stretches of sequences laid end to end, filled up by a document that
+        teaches nothing.
 
-        Documents are shared out by example: one that lies in several stretches counts on one process.
+        Documents are shared out by example: one that lies in several stretches counts on one
+        process.
         """
         total = self.inputs["input_ids"].shape[1]
         length = -(-total // count)
@@ -69,7 +71,9 @@ class Batch:
         mine = (self.positions >= where.start) & (self.positions < where.stop)
         owned = (self.example % count == index).nonzero().flatten()
         lengths = (*self.lengths, *([filler] if filler else []))
-        in_stretch = max(0, min(total, where.stop) - where.start) if self.counts["input_tokens"] else 0
+        in_stretch = (
+            max(0, min(total, where.stop) - where.start) if self.counts["input_tokens"] else 0
+        )
         ids, places = (stretch(self.inputs[name]) for name in ("input_ids", "position_ids"))
         return replace(
             self, inputs={**_end_to_end(ids, places, lengths), "sequence_group": group},
@@ -84,74 +88,27 @@ class Batch:
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
-        """With all tensors on a device; one that stands under two names is sent once."""
-        sent: dict[int, torch.Tensor] = {}
+        """With all tensors on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def send(value: Any) -> Any:
+    def pinned(self) -> "Batch":
+        """With all tensors in page-locked memory, from where `to` does not make the host wait."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """With all tensors changed; one that stands under two names is changed once."""
+        changed: dict[int, torch.Tensor] = {}
+
+        def apply(value: Any) -> Any:
             if isinstance(value, dict):
-                return {name: send(each) for name, each in value.items()}
+                return {name: apply(each) for name, each in value.items()}
             if not isinstance(value, torch.Tensor):
                 return value
-            if id(value) not in sent:
-                sent[id(value)] = value.to(device, non_blocking=True)
-            return sent[id(value)]
+            if id(value) not in changed:
+                changed[id(value)] = change(value)
+            return changed[id(value)]
 
-        return replace(self, **{name: send(value) for name, value in self.__dict__.items()})
-
-
-class Sequences:
-    """Examples, alone or packed: the unit that the plan orders and batch sizes count."""
-
-    def __init__(self, examples: Examples, packing: bool, max_length: int, seed: int) -> None:
-        self.examples = examples
-        self._packs = pack(examples.lengths, max_length, seed) if packing else None
-        lengths = examples.lengths
-        self.lengths = np.array([lengths[members].sum() for members in self._packs]) if self._packs else lengths
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def members(self, sequence: int) -> np.ndarray:
-        """Examples of one sequence."""
-        return self._packs[sequence] if self._packs else np.array([sequence])
-
-    def documents(self, sequence: int) -> list["Document"]:
-        """Every document in a sequence."""
-        return [document for example in self.members(sequence) for document in self._of_example(example)]
-
-    def _of_example(self, example: int) -> Iterator["Document"]:
-        for number in self.examples.documents(example):
-            part = slice(self.examples.starts[number], self.examples.ends[number])
-            ids = np.asarray(self.examples.input_ids[part], np.int64)
-            yield Document(ids, np.flatnonzero(self.examples.supervised[part][1:]), int(example))
-
-
-@dataclass(frozen=True)
-class Document:
-    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; the number of its example."""
-
-    ids: np.ndarray
-    predicted: np.ndarray
-    example: int
-
-
-def plan(seed: int, epoch: int, lengths: np.ndarray, batch_size: int, group_by_length: bool) -> np.ndarray:
-    """Order of the sequences of one epoch, int64 [sequences]: every one exactly once.
-
-    With `group_by_length`, each window of GROUP_STEPS steps is sorted by length and cut into
-    steps, whose order is random again; a last incomplete step stays last.
-    """
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
-    if not group_by_length:
-        return order
-    whole = len(order) - len(order) % batch_size
-    steps: list[np.ndarray] = []
-    for start in range(0, whole, batch_size * GROUP_STEPS):
-        window = order[start : min(start + batch_size * GROUP_STEPS, whole)]
-        window = window[np.argsort(-lengths[window], kind="stable")]
-        steps += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-    return np.concatenate([*(steps[i] for i in random.permutation(len(steps))), order[whole:]])
+        return replace(self, **{name: apply(value) for name, value in self.__dict__.items()})
 
 
 class Batches:
@@ -181,16 +138,29 @@ class Batches:
         return self.sequences.examples.fingerprint
 
     def of_step(self, step: int) -> np.ndarray:
-        """Sequences of one step over all processes; fewer than global_batch_size at the end of an epoch."""
+        """Sequences of one step over all processes; fewer than global_batch_size at the end of an
+        epoch.
+        """
         epoch, number = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            order = plan(self.seed, epoch, self.sequences.lengths, self.global_batch_size, self.group_by_length)
-            self._order = (epoch, order)
-        return self._order[1][number * self.global_batch_size : (number + 1) * self.global_batch_size]
+        known = self._order  # one read: a thread that makes batches ahead may be in the next epoch
+        if known is None or known[0] != epoch:
+            made = order(
+                self.seed,
+                epoch,
+                self.sequences.lengths,
+                self.global_batch_size,
+                self.group_by_length,
+            )
+            self._order = known = (epoch, made)
+        return known[1][number * self.global_batch_size : (number + 1) * self.global_batch_size]
 
     def places(self, step: int) -> list[str]:
         """file:line of every row of a step."""
-        return [self.sequences.examples.place(e) for s in self.of_step(step) for e in self.sequences.members(s)]
+        return [
+            self.sequences.examples.place(e)
+            for s in self.of_step(step)
+            for e in self.sequences.members(s)
+        ]
 
     def at(self, step: int) -> list[Batch]:
         """This process's micro-batches of a step; every process gets the same number of them."""
@@ -204,7 +174,9 @@ class Batches:
 
     def totals(self, step: int) -> Counts:
         """What a step is divided by, over all processes: known on the host, from the order alone."""
-        members = np.concatenate([self.sequences.members(sequence) for sequence in self.of_step(step)])
+        members = np.concatenate(
+            [self.sequences.members(sequence) for sequence in self.of_step(step)]
+        )
         return self.sequences.examples.counts(members)
 
     def all_totals(self) -> Counts:
@@ -212,7 +184,9 @@ class Batches:
         return self.sequences.examples.counts(np.arange(len(self.sequences.examples)))
 
     def _documents(self, sequences: np.ndarray) -> list[Document]:
-        return [document for sequence in sequences for document in self.sequences.documents(sequence)]
+        return [
+            document for sequence in sequences for document in self.sequences.documents(sequence)
+        ]
 
     def largest(self) -> Batch:
         """As many of the longest sequences as a micro-batch may hold."""
@@ -230,7 +204,12 @@ def _lay_end_to_end(documents: list[Document], pad_id: int) -> Batch:
     lengths = tuple(map(len, ids))
     input_ids = torch.from_numpy(np.concatenate(ids))[None]
     position_ids = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None]
-    return _batch(documents, _end_to_end(input_ids, position_ids, lengths), np.cumsum([0, *lengths[:-1]]), lengths)
+    return _batch(
+        documents,
+        _end_to_end(input_ids, position_ids, lengths),
+        np.cumsum([0, *lengths[:-1]]),
+        lengths,
+    )
 
 
 def _pad(documents: list[Document], pad_id: int) -> Batch:
@@ -249,28 +228,40 @@ def _pad(documents: list[Document], pad_id: int) -> Batch:
 
 
 def _filler(pad_id: int) -> np.ndarray:
-    """Stands in where a process has no sequence left: it goes through the model and teaches nothing."""
+    """Stands in where a process has no sequence left: it goes through the model and teaches
+    nothing.
+    """
     return np.full(2, pad_id, np.int64)
 
 
-def _end_to_end(input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+def _end_to_end(
+    input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: tuple[int, ...]
+) -> dict[str, Any]:
     """Keyword arguments of a transformers causal LM for documents laid end to end, in its names."""
     bounds = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
     return {
         "input_ids": input_ids, "position_ids": position_ids, "use_cache": False,
         "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(lengths), "max_length_k": max(lengths),
-        "document_lengths": SimpleNamespace(values=lengths),  # so that no layer need ask the device for its bounds
+        # So that no layer need ask the device for its bounds
+        "document_lengths": SimpleNamespace(values=lengths),
     }  # fmt: skip
 
 
-def _batch(documents: list[Document], inputs: dict[str, Any], starts: np.ndarray, lengths: tuple[int, ...]) -> Batch:
+def _batch(
+    documents: list[Document], inputs: dict[str, Any], starts: np.ndarray, lengths: tuple[int, ...]
+) -> Batch:
     """`starts`: where each document begins in the flattened hidden states."""
     none = [np.zeros(0, np.int64)]
     labels = [document.ids[document.predicted + 1] for document in documents]
     positions = [start + document.predicted for start, document in zip(starts, documents)]
     owner = [np.full(len(document.predicted), number) for number, document in enumerate(documents)]
-    numbers = {number: place for place, number in enumerate(dict.fromkeys(document.example for document in documents))}
-    example_D = torch.tensor([numbers[document.example] for document in documents], dtype=torch.int64)
+    numbers = {
+        number: place
+        for place, number in enumerate(dict.fromkeys(document.example for document in documents))
+    }
+    example_D = torch.tensor(
+        [numbers[document.example] for document in documents], dtype=torch.int64
+    )
     labels_S, positions_S, document_S = (
         torch.from_numpy(np.concatenate(each or none)) for each in (labels, positions, owner)
     )

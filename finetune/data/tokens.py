@@ -1,40 +1,27 @@
-"""Segments + tokenizer -> Examples: token ids, and which of them are learned. Cached by content.
+"""Rows -> token ids, and which of them are supervised.
 
 The rendered text is tokenised whole, as inference will tokenise it, and a token is supervised when
-its characters lie in a supervised segment. The cache key is a hash of everything that decides the
-tokens: bytes of the rows, tokenizer, template and options. An entry says the sha256 of what it holds,
-and each process checks what it opens: hashing takes about 4 s for a billion tokens (5 bytes each, at
-1.3 GB/s), and processes of a node hash side by side from the same page cache.
+its characters lie in a supervised segment.
 """
 
-import fcntl
-import functools
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from finetune import failures, files
 from finetune.data import readers, rows
 from finetune.data.rows import Conversation, Place, Problems
 from finetune.data.templates import Segment, Template
-from finetune.errors import DataError, ModelError, Outage
+from finetune.errors import DataError, ModelError
 
-CACHE_VERSION = 5  # raise it when the same input should give other tokens than before
 ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
 # The tokenizer takes up to 300 bytes of memory for a character: 1 GB for this many at once, 15 GB for a row of 50 MB.
 CHARACTERS_AT_ONCE = 1 << 21
@@ -42,9 +29,6 @@ WINDOW = 1 << 20  # characters of a longer text that are tokenised together
 OVERLAP = 1 << 14  # by which two windows overlap
 AGREED = 32  # tokens that two windows must have in common where they are joined
 TOO_LONG = "too long"  # a kind of problem
-META = "meta.json"
-ARRAYS = ("input_ids", "supervised", "ends", "places")
-OLD_SECONDS = 24 * 3600  # what an earlier version left half built has no lock that says whether it is alive
 
 
 @dataclass(frozen=True)
@@ -66,213 +50,18 @@ class Options:
         return {name: value for name, value in asdict(self).items() if name != "positions"}
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Tokenised rows in memory-mapped arrays.
+@dataclass
+class Tokenised:
+    """The pieces of all rows, in order: their tokens, which of these are supervised, and where their rows stand."""
 
-    input_ids: int32 [all tokens]; supervised: bool [all tokens]; starts, ends: int64 [documents],
-    where each document lies in them; source, line, row: int64 [examples], where the row of an example stands in the
-    user's files. example_ends: int64 [examples], the number of documents of all examples up to each; None: each example
-    is one document.
-    """
-
-    input_ids: np.ndarray
-    supervised: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-    source: np.ndarray
-    line: np.ndarray
-    row: np.ndarray
-    sources: list[str]
-    fingerprint: str
-    num_rows: int
-    num_truncated: int
-    num_dropped: int
-    unread: dict[str, int] = field(default_factory=dict)
-    """Columns that are not read -> rows that have them."""
-    num_empty: int = 0
-    """Rows of tables without anything in them, which are skipped."""
-    example_ends: np.ndarray | None = None
-    learn_opening: bool = False
-    """Whether `templates.Template.learn_opening` holds, as answers of some rows begin in their own way."""
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def documents(self, example: int) -> range:
-        """Numbers of the documents of an example."""
-        if self.example_ends is None:
-            return range(example, example + 1)
-        return range(self.example_ends[example - 1] if example else 0, self.example_ends[example])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64 [examples]."""
-        return self._per_example(self.ends - self.starts)
-
-    @functools.cached_property
-    def num_supervised(self) -> np.ndarray:
-        """Tokens of each example that are supervised and follow another token of their document, int64 [examples]."""
-        counts = (np.count_nonzero(self.supervised[s + 1 : e]) for s, e in zip(self.starts, self.ends))
-        return self._per_example(np.fromiter(counts, np.int64, len(self.starts)))
-
-    @property
-    def num_supervised_tokens(self) -> int:
-        return int(self.num_supervised.sum())
-
-    def counts(self, examples: np.ndarray) -> dict[str, int]:
-        """How many supervised tokens, documents, examples and tokens at all these examples hold."""
-        return {
-            "tokens": int(self.num_supervised[examples].sum()), "documents": sum(len(self.documents(e)) for e in examples),
-            "examples": len(examples), "input_tokens": int(self.lengths[examples].sum()),
-        }  # fmt: skip
-
-    def _per_example(self, of_documents: np.ndarray) -> np.ndarray:
-        if self.example_ends is None:
-            return of_documents
-        return np.add.reduceat(of_documents, np.concatenate([[0], self.example_ends[:-1]]))
-
-    def receipt(self) -> dict[str, Any]:
-        """What a run's receipt keeps of its data."""
-        return {
-            "sources": self.sources, "fingerprint": self.fingerprint, "rows": self.num_rows, "examples": len(self),
-            "truncated": self.num_truncated, "dropped": self.num_dropped, "tokens": int(self.lengths.sum()),
-        }  # fmt: skip
-
-    def place(self, example: int) -> str:
-        """file:line of the row an example came from."""
-        return str(Place(self.sources[self.source[example]], int(self.line[example]), int(self.row[example])))
-
-    def digests(self) -> list[bytes]:
-        """A hash of the token ids of each example, to compare examples by."""
-        found = []
-        for example in range(len(self)):
-            digest = hashlib.blake2b(digest_size=16)
-            for number in self.documents(example):
-                digest.update(self.input_ids[self.starts[number] : self.ends[number]].tobytes())
-            found.append(digest.digest())
-        return found
-
-    def subset(self, chosen: np.ndarray) -> "Examples":
-        documents, ends = chosen, None
-        if self.example_ends is not None:
-            members = [self.documents(example) for example in chosen]
-            documents, ends = np.concatenate(members), np.cumsum([len(each) for each in members])
-        return replace(
-            self, starts=self.starts[documents], ends=self.ends[documents], source=self.source[chosen],
-            line=self.line[chosen], row=self.row[chosen], example_ends=ends,
-        )  # fmt: skip
-
-
-def prepare(
-    sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options, cache_dir: str
-) -> Examples:
-    """Tokenised rows of all sources (name -> hash of its content), from the cache if they are there.
-
-    Every process may call this at once: the first builds, the others wait on a file lock, so no
-    collective can time out. Raises DataError naming file and line.
-    """
-    names = list(sources)
-    identity = {
-        "version": CACHE_VERSION,
-        "sources": list(sources.values()),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": template.fingerprint,
-        "options": options.deciding(),
-    }
-    fingerprint = files.json_sha256(identity)[:32]
-    with _writable(cache_dir):
-        root = Path(cache_dir).expanduser() / "tokens"
-    folder = root / fingerprint
-    # First without a lock: a cache that may only be read cannot have one.
-    if (found := _open(folder, names, fingerprint)) is None:
-        with _writable(cache_dir):
-            root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{fingerprint}.lock", cache_dir):
-            if (found := _open(folder, names, fingerprint, note=True)) is None:
-                found = _make(folder, sources, template, tokenizer, options, cache_dir)
-    _sweep(root, cache_dir)
-    return found
-
-
-def _make(
-    folder: Path, sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options, cache_dir: str
-) -> Examples:
-    """Build an entry of the cache next to its place, and move it there once it is whole. Raises DataError, or Outage for a full disk."""
-    names, root, fingerprint = list(sources), folder.parent, folder.name
-    build = root / f".building-{fingerprint}-{secrets.token_hex(4)}"
-    with _writable(cache_dir):
-        build.mkdir()
-    try:
-        _build(build, names, template, tokenizer, options, cache_dir)
-        if changed := [name for name in names if readers.fingerprint(name) != sources[name]]:
-            raise DataError(f"{readers.printable(changed[0])}: changed while being read; start again once it is whole")
-        with _writable(cache_dir):
-            if os.path.lexists(folder):  # a rename does not replace a folder that holds something
-                os.rename(folder, root / build.name.replace(".building-", ".removing-"))
-            try:
-                os.rename(build, folder)
-            except OSError:
-                if not folder.is_dir():  # without locks another process may have built the same
-                    raise
-            files.flush(root)
-            made = _open(folder, names, fingerprint)
-    finally:
-        shutil.rmtree(build, ignore_errors=True)
-    if made is None:
-        raise Outage(f"data.cache_dir: {folder}: data written there reads back differently; check the disk")
-    return made
-
-
-@contextmanager
-def _locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file, which the kernel releases when the process ends, however it ends.
-
-    False, and no wait, on a file system without locks; where not `wait`, also while another process holds it.
-    """
-    with _writable(cache_dir):
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:
-            if not path.exists():
-                raise
-            descriptor = os.open(path, os.O_RDONLY)  # another user's file, which can still be locked
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except OSError:
-            held = False
-        yield held
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(root: Path, cache_dir: str) -> None:
-    """Remove what killed runs left: replaced entries, and half built ones whose lock no process holds."""
-    with suppress(OSError, DataError, Outage):
-        for left in root.glob(".removing-*"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
-        for left in root.glob(".building-*"):
-            lock = root / f"{left.name.split('-')[1]}.lock"
-            if not lock.exists():  # of a version that named them otherwise, so that nothing says who builds it
-                if time.time() - left.stat().st_mtime > OLD_SECONDS:
-                    shutil.rmtree(left, ignore_errors=True)
-                continue
-            with _locked(lock, cache_dir, wait=False) as held:
-                if held:
-                    shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def _writable(cache_dir: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as exc:  # a path with a NUL; ~ without a home directory
-        failures.reraise(exc, f"data.cache_dir: {cache_dir}: cannot be written now")
-        raise DataError(
-            f"data.cache_dir: {cache_dir}: cannot be written: {exc}; choose another data.cache_dir"
-        ) from exc
+    ids: list[np.ndarray] = field(default_factory=list)
+    """int32 [tokens] of each piece."""
+    supervised: list[np.ndarray] = field(default_factory=list)
+    """bool [tokens] of each piece."""
+    places: list[tuple[int, int, int]] = field(default_factory=list)
+    """(number of the source, line, row) of each piece."""
+    counts: dict[str, Any] = field(default_factory=dict)
+    """What an `Examples` says of all rows, by the names of its fields."""
 
 
 def first_that_fits(sources: Mapping[str, str], template: Template, options: Options) -> Conversation | None:
@@ -286,41 +75,6 @@ def first_that_fits(sources: Mapping[str, str], template: Template, options: Opt
             template.stop_token(conversation)
             return conversation
     return None
-
-
-def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Split off a part for evaluation: (the rest, the part); the same for the same seed.
-
-    Rows stay whole, also where they were split into several examples, and equal rows stay together:
-    what is trained on must not be what is evaluated on.
-    """
-    places = np.stack([examples.source, examples.line, examples.row])
-    _, row = np.unique(places, axis=1, return_inverse=True)
-    whole: dict[int, bytes] = {}
-    for number, digest in zip(row.tolist(), examples.digests()):
-        whole[number] = whole.get(number, b"") + digest
-    numbers: dict[bytes, int] = {}
-    group = np.array([numbers.setdefault(whole[number], len(numbers)) for number in row.tolist()])
-    order = np.random.default_rng([seed, 0x5E1]).permutation(group.max() + 1)
-    count = max(1, round(fraction * len(order)))
-    if count >= len(order):
-        raise DataError(f"data.eval_fraction: {fraction} of {len(order)} different rows leaves nothing to train on")
-    held = np.isin(group, order[:count])
-    return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
-
-
-def draw(examples: Examples, max_rows: int, seed: int) -> Examples:
-    """The examples of at most `max_rows` rows, drawn at random; the same for the same seed."""
-    places = np.stack([examples.source, examples.line, examples.row])
-    row = np.unique(places, axis=1, return_inverse=True)[1]
-    chosen = np.random.default_rng([seed, 0xD4A]).permutation(row.max() + 1)[:max_rows]
-    return examples.subset(np.flatnonzero(np.isin(row, chosen)))
-
-
-def num_trained_on(evals: Examples, train: Examples) -> int:
-    """How many examples of the evaluation are also in the training data."""
-    known = set(train.digests())
-    return sum(digest in known for digest in evals.digests())
 
 
 def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -466,11 +220,10 @@ def _characters(conversation: Conversation) -> int:
     return sum(len(message.content) + len(message.context) for message in conversation.messages)
 
 
-def _build(
-    folder: Path, sources: Sequence[str], template: Template, tokenizer: Any, options: Options, cache_dir: str
-) -> None:
-    ids_parts, supervised_parts, places = [], [], []
-    counts = {"num_rows": 0, "num_truncated": 0, "num_dropped": 0, "learn_opening": template.learn_opening}
+def tokenise(sources: Sequence[str], template: Template, tokenizer: Any, options: Options) -> Tokenised:
+    """Tokenise all rows of all sources. Raises DataError that names file and line of what is wrong."""
+    made = Tokenised()
+    made.counts = {"num_rows": 0, "num_truncated": 0, "num_dropped": 0, "learn_opening": template.learn_opening}
     finish, control = _Finisher(template, tokenizer), ControlTokens(tokenizer, template.turn_ends)
     index = {source: number for number, source in enumerate(sources)}
     bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
@@ -482,40 +235,33 @@ def _build(
     # A longer row always has more than max_length tokens, so it is not tokenised, which would take a minute for 50 MB.
     most = max(WINDOW, options.max_length * max(map(len, tokenizer.get_vocab())))
     for batch in _batches(stream):
-        rendered = _rendered(batch, template, control, options, most, problems, counts)
+        rendered = _rendered(batch, template, control, options, most, problems, made.counts)
         if len(problems) > problems.count(TOO_LONG):
             continue  # the rest is read to count what is wrong; tokens are of no use any more
         if not template.learn_opening and any(template.opens_itself(segments) for _, segments in rendered):
             bar.close()
-            _build(folder, sources, replace(template, learn_opening=True), tokenizer, options, cache_dir)
-            return
+            return tokenise(sources, replace(template, learn_opening=True), tokenizer, options)
         encoded = encode([segments for _, segments in rendered], tokenizer)
         for (conversation, segments), (ids, supervised) in zip(rendered, encoded):
             place, pieces = conversation.place, []
-            counts["num_rows"] += 1
+            made.counts["num_rows"] += 1
             with problems.noted():
                 ids, supervised = finish(conversation, segments, ids, supervised)
                 lengths.append(len(ids))
-                pieces = _pieces(ids, supervised, options, finish.bos_id, place, problems, counts)
+                pieces = _pieces(ids, supervised, options, finish.bos_id, place, problems, made.counts)
             for piece_ids, piece_supervised in pieces:
-                ids_parts.append(piece_ids)
-                supervised_parts.append(piece_supervised)
-                places.append((index[place.source], place.line, place.row))
+                made.ids.append(piece_ids)
+                made.supervised.append(piece_supervised)
+                made.places.append((index[place.source], place.line, place.row))
         bar.update(len(batch))
     bar.close()
     problems.raise_if_any({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
-    if not ids_parts:
+    if not made.ids:
         raise DataError(
-            f"{readers.some(list(sources), most=1)}: all {counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
+            f"{readers.some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
         )
-    arrays = {
-        "input_ids": np.concatenate(ids_parts),
-        "supervised": np.concatenate(supervised_parts),
-        "ends": np.cumsum([len(part) for part in ids_parts]),
-        "places": np.array(places, np.int64),
-    }
-    with _writable(cache_dir):
-        _store(folder, arrays, {**counts, "num_empty": problems.num_empty, "unread": unread})
+    made.counts |= {"num_empty": problems.num_empty, "unread": unread}
+    return made
 
 
 def _rendered(
@@ -557,57 +303,6 @@ def _pieces(
     counts["num_dropped"] += not pieces
     counts["num_truncated"] += bool(pieces) and is_long
     return pieces
-
-
-def _store(folder: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
-    """Write the arrays, and META with their hashes."""
-    for name, array in arrays.items():
-        _write(folder / f"{name}.npy", array)
-    meta: dict[str, Any] = {"fingerprint": folder.name.split("-")[1], "counts": counts}
-    meta |= {"arrays": {name: _described(array) for name, array in arrays.items()}}
-    _write(folder / META, json.dumps({**meta, "sha256": files.json_sha256(meta)}).encode())
-    files.flush(folder)
-
-
-def _write(path: Path, content: np.ndarray | bytes) -> None:
-    """All of it, on the disk. Not by np.save: where the disk is full, its OSError does not say so."""
-    with path.open("wb") as file:
-        if isinstance(content, np.ndarray):
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(content))
-        file.write(content.data if isinstance(content, np.ndarray) else content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _described(array: np.ndarray) -> dict[str, Any]:
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": hashlib.sha256(array.data).hexdigest()}
-
-
-def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False) -> Examples | None:
-    """An entry of the cache that is, bit for bit, what was written; None if there is none. `note`: say what is wrong with it."""
-    if not os.path.lexists(folder):
-        return None
-    try:
-        meta = json.loads((folder / META).read_text())
-        if meta.pop("sha256") != files.json_sha256(meta) or meta["fingerprint"] != fingerprint:
-            raise ValueError(f"{META} has changed")
-        counts, arrays = meta["counts"], {}
-        for name in ARRAYS:
-            arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            if _described(arrays[name]) != meta["arrays"][name]:
-                raise ValueError(f"{name}.npy has changed")
-        ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
-        starts = np.concatenate([[0], ends[:-1]])
-        return Examples(
-            arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1], places[:, 2], sources, fingerprint, **counts
-        )  # fmt: skip
-    except Exception as exc:  # any damage: it can be built again
-        if note:
-            tqdm.write(
-                f"note: the token cache {folder} is damaged and will be built again: {type(exc).__name__}: {exc}",
-                file=sys.stderr,
-            )
-        return None
 
 
 class ControlTokens:

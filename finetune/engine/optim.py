@@ -73,6 +73,11 @@ def build(model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False, seed
     return bnb.AdamW(groups, betas=betas, eps=eps, optim_bits=bits, is_paged=is_paged)
 
 
+def needs_bitsandbytes(kind: str) -> bool:
+    """Whether an optimizer, by its optimizer.kind, is one of bitsandbytes."""
+    return kind not in ("adamw", "adafactor", "muon")
+
+
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW on bfloat16 weights, 8 bytes for each with gradient and averages, computed in float32 and rounded stochastically.
 

@@ -15,13 +15,22 @@ import torch
 import yaml
 
 from finetune import config as configs
-from finetune import export, failures, files
+from finetune import failures, files
 from finetune.config import paths
 from finetune.config.base import model_argument, require_model
 from finetune.data import readers, rows
 from finetune.data.rows import Conversation
 from finetune.errors import DataError, Outage, UserError
 from finetune.evaluation import scores
+from finetune.export.load import (
+    load,
+    load_chat_tokenizer,
+    load_tokenizer,
+    moved,
+    other_base,
+    require_base,
+    trust_remote_code_argument,
+)
 from finetune.generation import generate
 from finetune.generation.generate import Answer
 
@@ -64,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also write to this .jsonl file, for each row, what it was (row: file and line; prompt, wanted), the answers (base, "
         "tuned), whether --max-new-tokens cut them (base_cut, tuned_cut), and the scores (exact_match_base and so on, from 0 to 1)",
     )
-    export.trust_remote_code_argument(parser)
+    trust_remote_code_argument(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -73,26 +82,26 @@ def main(arguments: argparse.Namespace) -> None:
         require_output(Path(arguments.output), arguments.data)
     for option in ("base", "tuned"):
         require_model(getattr(arguments, option), f"--{option}")
-    moved = export.moved(arguments.tuned, arguments.base)
+    moved_base = moved(arguments.tuned, arguments.base)
     if same_model(arguments.base, arguments.tuned):
         print("note: --base and --tuned are the same model", file=sys.stderr)
-    elif moved:
-        export.require_base(arguments.base)
+    elif moved_base:
+        require_base(arguments.base)
     conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
-    tokenizer = export.load_chat_tokenizer(arguments.tuned, arguments.trust_remote_code)
+    tokenizer = load_chat_tokenizer(arguments.tuned, arguments.trust_remote_code)
     generate.refuse_control_tokens(tokenizer, conversations)
     wanted = [conversation.messages[-1].content for conversation in conversations]
     given: dict[str, list[Answer]] = {}
-    of_base = export.load_tokenizer(arguments.base, arguments.trust_remote_code)
+    of_base = load_tokenizer(arguments.base, arguments.trust_remote_code)
     of_base.chat_template = tokenizer.chat_template
     for name, path, own in (("base", arguments.base, of_base), ("tuned", arguments.tuned, tokenizer)):
         prompts = [generate.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
-        model = export.load(
+        model = load(
             path,
             trust_remote_code=arguments.trust_remote_code,
-            base=moved if name == "tuned" else None,
+            base=moved_base if name == "tuned" else None,
         )
-        if name == "base" and (note := export.other_base(arguments.tuned, model)):
+        if name == "base" and (note := other_base(arguments.tuned, model)):
             print(f"note: {note}", file=sys.stderr)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         answers = generate.answers(

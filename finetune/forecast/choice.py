@@ -1,4 +1,4 @@
-"""What fits: the largest micro-batch, the longest sequences, and the cheapest change of a config that does not."""
+"""What fits: the largest micro-batch, and the cheapest change of a config that does not."""
 
 import functools
 import os
@@ -19,7 +19,6 @@ from finetune.models import attention, load
 
 # Of a GPU: what its allocator rounds up and cannot join again. Of a machine: what else runs on it.
 SLACK = 0.05
-LENGTHS = [part << power for power in range(6, 20) for part in (2, 3)]  # 128, 192, 256, ... 1.5 million tokens
 
 
 def capacity(device: torch.device, processes_here: int = 1) -> float:
@@ -44,9 +43,9 @@ def capacity_here(device: torch.device) -> float:
     return capacity(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def shape(config: Config, micro_batch_size: int | None = None, length: int | None = None) -> Shape:
+def shape(config: Config, micro_batch_size: int | None = None) -> Shape:
     """The largest micro-batch there can be: sequences of data.max_length, all of which is learned."""
-    given, length = config.train.micro_batch_size, length or config.data.max_length
+    given, length = config.train.micro_batch_size, config.data.max_length
     return Shape(micro_batch_size or (1 if given == "auto" else given), length, length)
 
 
@@ -69,10 +68,8 @@ class Chooser:
             attention=self.attention, precision=self.precision, on_gpu=self.on_gpu,
         )  # fmt: skip
 
-    def forecast(
-        self, parallel: ParallelConfig, micro_batch_size: int | None = None, length: int | None = None
-    ) -> Forecast:
-        return self.maker().of(parallel, shape(self.config, micro_batch_size, length))
+    def forecast(self, parallel: ParallelConfig, micro_batch_size: int | None = None) -> Forecast:
+        return self.maker().of(parallel, shape(self.config, micro_batch_size))
 
     def largest_micro_batch(self, parallel: ParallelConfig, limit: float, change: str | None = None) -> int | None:
         """Of those that divide the sequences of a step, the largest that fits; None if none does."""
@@ -87,13 +84,6 @@ class Chooser:
             if one.peak - one.device["gradients"] <= limit and forecast(whole).peak <= limit:
                 return whole
         return found
-
-    def longest(self, parallel: ParallelConfig, limit: float, micro_batch_size: int | None = None) -> int | None:
-        """The longest sequences that fit, of LENGTHS as far as the model has positions; None if none do."""
-        positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or 0
-        lengths = [length for length in LENGTHS if not 0 < positions < length] or [positions]
-        near = min(range(len(lengths)), key=lambda place: abs(lengths[place] - self.config.data.max_length))
-        return _largest(lengths, lambda length: self.forecast(parallel, micro_batch_size, length).peak <= limit, near)
 
     def fewest_processes(self, parallel: ParallelConfig, limit: float) -> int | None:
         """Of those that make whole steps, the fewest whose memory it fits, at some micro-batch; None if none does."""
@@ -181,17 +171,17 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _largest(values: list[int], fits: Callable[[int], bool], start: int = 0) -> int | None:
-    """The last of rising values that fits. In leaps from `values[start]`, then by halves: large ones take long to try."""
-    low, high, leap = -1, len(values), 1
-    place = start
+def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
+    """The last of rising sizes that fits. From the smallest in leaps, then by halves: large ones take long to try."""
+    low, high, leap = -1, len(sizes), 1
+    place = 0
     while low < place < high:
-        if fits(values[place]):
+        if fits(sizes[place]):
             low, place = place, place + leap
         else:
-            high, place = place, place - leap
+            high = place
         leap *= 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(values[middle]) else (low, middle)
-    return None if low < 0 else values[low]
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+    return None if low < 0 else sizes[low]

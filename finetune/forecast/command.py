@@ -1,9 +1,7 @@
 """python -m finetune plan: does it fit, how much is left, what is the most that does, and what to change. No weights are loaded."""
 
 import argparse
-import json
 import math
-import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,6 @@ from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, UserError
 from finetune.forecast.choice import SLACK, Chooser, capacity, micro_batches
 from finetune.forecast.memory import Forecast
-from finetune.models import parameters
 from finetune.places import SHIPPED, TRAIN, found
 from finetune.survival import launcher
 
@@ -40,12 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory", type=float, metavar="GB",
         help="memory of each GPU in GB (10^9 bytes); default: the GPUs of this machine, or its main memory without GPUs",
     )  # fmt: skip
-    parser.add_argument(
-        "--measured",
-        type=lambda text: Path(paths.argument(text)),
-        metavar="RUN",
-        help="run directory from the same hardware, to forecast the speed of this run",
-    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -58,7 +49,6 @@ def main(arguments: argparse.Namespace) -> None:
         precision = "bf16" if on_gpu else "fp32"
     if arguments.num_processes is not None and arguments.num_processes < 1:
         raise ConfigError(f"--num-processes {arguments.num_processes}: it must be a whole number from 1")
-    reached = None if arguments.measured is None else _reached(arguments.measured)
     files = (
         [Path(found(arguments.topology))]
         if arguments.topology
@@ -68,15 +58,13 @@ def main(arguments: argparse.Namespace) -> None:
     topologies = {name: parallel for name, parallel in asked.items() if parallel}
     chooser = Chooser(config, precision=precision, on_gpu=on_gpu)
     print(_about(config, chooser), flush=True)
-    heads = [
-        "", "processes", *(["fewest", "GPU GB"] if on_gpu else ["GB"]), "host GB", "left", "micro-batch", "longest",
-    ]  # fmt: skip
-    rows = [[*heads, *(["tokens/s"] if arguments.measured else []), "to make it fit"]]
+    sizes = ["fewest", "GPU GB"] if on_gpu else ["GB"]
+    rows = [["", "processes", *sizes, "host GB", "left", "micro-batch", "to make it fit"]]
     for number, (name, parallel) in enumerate(topologies.items(), 1):
         _progress(f"{number} of {len(topologies)}: {name}")
         limit = capacity(torch.device("cuda" if cuda else "cpu"), parallel.num_processes)
         limit = limit if memory is None else memory * GB * (1 - SLACK)
-        rows.append([name, str(parallel.num_processes), *_row(chooser, parallel, limit, reached)])
+        rows.append([name, str(parallel.num_processes), *_row(chooser, parallel, limit)])
     _progress("")
     if arguments.topology and micro_batches(config, parallel):
         print("\n" + _parts(chooser.forecast(parallel, _micro_batch(chooser, parallel, limit)), on_gpu))
@@ -88,10 +76,7 @@ def _legend(on_gpu: bool) -> Iterator[str]:
     yield f"GB are 10^9 bytes of one process; left: of {'a GPU' if on_gpu else 'its share of this machine'}, less {SLACK:.0%}."
     if on_gpu:
         yield "fewest: the smallest number of GPUs on which it fits, by their memory alone, in whole steps."
-    yield (
-        "micro-batch, longest: the largest that fit, of those that make whole steps, and with the micro-batch of the forecast: "
-        "that of the config, or the largest that fits for auto, or is possible."
-    )
+    yield "micro-batch: the largest that fits, of those that make whole steps."
 
 
 def _progress(text: str) -> None:
@@ -105,9 +90,9 @@ def _wish(file: Path, num_processes: int | None, required: bool) -> ParallelConf
     if num_processes and (required or file.stem != "single"):
         options += ["--num_processes", str(num_processes)]
     if "multinode" in file.stem:
-        options += ["--main_process_ip", "127.0.0.1"]
+        options += ["--main_process_ip", "127.0.0.1", "--machine_rank", "1"]  # on node 0 Accelerate looks at the port
     try:
-        environments, _ = launcher.read([*options, str(TRAIN)], None)
+        environments, _ = launcher.read([*options, str(TRAIN)])
         return launch.read(environments[0])
     except UserError:
         if required:
@@ -123,62 +108,33 @@ def _micro_batch(chooser: Chooser, parallel: ParallelConfig, limit: float) -> in
     return max(size for size in micro_batches(chooser.config, parallel) if size <= given)
 
 
-def _row(chooser: Chooser, parallel: ParallelConfig, limit: float, reached: float | None) -> list[str]:
+def _row(chooser: Chooser, parallel: ParallelConfig, limit: float) -> list[str]:
     config, data = chooser.config, parallel.num_processes // parallel.num_context
-    nothing = [""] * (5 + bool(reached) + chooser.on_gpu)
+    nothing = [""] * (4 + chooser.on_gpu)
     auto, problems = "train.micro_batch_size: auto", list(support.conflicts(config, parallel))
     if others := [problem for problem in problems if not problem.startswith(auto)]:
         return [*nothing, others[0]]
     if config.train.global_batch_size % data:
         return [*nothing, f"train.global_batch_size: a multiple of {data}"]
     most, micro = chooser.largest_micro_batch(parallel, limit), _micro_batch(chooser, parallel, limit)
-    forecast, longest = chooser.forecast(parallel, micro), chooser.longest(parallel, limit, micro)
+    forecast = chooser.forecast(parallel, micro)
     verdict = "fits"
     if forecast.peak > limit:
-        shorter = f"data.max_length: {longest}" if longest else "more processes, or another topology"
-        verdict = chooser.cheapest_change(parallel, limit) or shorter
+        verdict = chooser.cheapest_change(parallel, limit) or (
+            "more processes, another topology, or shorter sequences (data.max_length)"
+        )
     elif problems or config.train.micro_batch_size not in ("auto", micro):
         verdict = f"fits, with train.micro_batch_size: {micro}" + (" for auto" if problems else "")
     # On a CPU more processes only divide the same memory.
     fewest = [_number(chooser.fewest_processes(parallel, limit))] if chooser.on_gpu else []
     return [
         *fewest, f"{forecast.peak / GB:.1f}", f"{forecast.host_peak / GB:.1f}" if forecast.host else "",
-        f"{(limit - forecast.peak) / GB:+.1f}", _number(most), _number(longest),
-        *([f"{_speed(reached, chooser) * parallel.num_processes:,.0f}"] if reached else []), verdict,
+        f"{(limit - forecast.peak) / GB:+.1f}", _number(most), verdict,
     ]  # fmt: skip
 
 
 def _number(value: int | None) -> str:
     return "none" if value is None else f"{value:,}"
-
-
-def _reached(run: Path) -> float:
-    """Arithmetic a second of one process that a run has reached. Raises ConfigError."""
-    path = run / "metrics.jsonl"
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-        steps = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been torn
-        speed = statistics.median(line["tokens_per_second"] for line in steps[1:] or steps)
-        path = run / "receipt.json"
-        receipt = json.loads(path.read_text())
-        known, processes = receipt["parameters"], receipt["num_processes"]
-        return float(speed / processes * _products(known["trained_in_products"], known["frozen_in_products"]))
-    except OSError as exc:
-        raise ConfigError(f"--measured: {path} cannot be read: {exc.strerror}; give the directory of a run") from exc
-    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as exc:
-        raise ConfigError(
-            f"--measured: {path} is damaged, or has no line yet; put back a copy of it, or give another run"
-        ) from exc
-
-
-def _speed(reached: float, chooser: Chooser) -> float:
-    """Tokens a second of one process, from the arithmetic a second."""
-    return reached / _products(*chooser.maker().weights.products)
-
-
-def _products(trained: int, frozen: int) -> float:
-    """FLOPs of a token without attention: no row is read, so the lengths of documents are not known."""
-    return parameters.flops_per_token(trained, frozen, attention=0.0)
 
 
 def _about(config: Config, chooser: Chooser) -> str:

@@ -4,7 +4,6 @@ What a pass holds is traced; weights, gradients and optimizer state are counted;
 is divided, and what they gather to compute with is added.
 """
 
-import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +20,6 @@ from finetune.models.attention import is_padded
 PROCESS = 525e6 if torch.version.cuda is None and torch.version.hip is None else 725e6
 # CUDA's own context, and NCCL's buffers where there are several: what is usual; no GPU was there to measure it.
 CONTEXT, CHANNELS = 0.6e9, 0.4e9
-# glibc keeps freed blocks of up to 32 MB between those in use: 10 to 40 % of what lives was measured, never a GB (docs/performance.md).
-HOARDED, MOST_HOARDED = 0.25, 1e9
 WHOLE = "whole model, at the start and the end"
 
 
@@ -98,13 +95,7 @@ class Forecaster:
             device["CUDA"] = CONTEXT + (CHANNELS if parallel.num_processes > 1 else 0.0)
             return Forecast(device, peak + device["CUDA"], host)
         peak += sum(held.waiting.values()) + copied["checkpoint"]
-        device |= {
-            **held.waiting,
-            **copied,
-            "allocator": min(HOARDED * peak, MOST_HOARDED) if hoards() else 0.0,
-            "process": PROCESS,
-        }
-        return Forecast(device, peak + device["allocator"] + PROCESS)
+        return Forecast({**device, **held.waiting, **copied, "process": PROCESS}, peak + PROCESS)
 
     def _looking(self, parallel: ParallelConfig, shape: Shape) -> float:
         """Bytes of an evaluation's pass, at its own micro-batch."""
@@ -200,10 +191,3 @@ class Forecaster:
         weights = everything.get("float32", min(everything["weights"], self.weights.trained))
         shared_by = parallel.num_processes if not parallel.is_sharded else parallel.num_replicas
         return (everything["optimizer"] + weights + everything.get("average", 0.0)) / shared_by
-
-
-def hoards() -> bool:
-    """Whether memory on a CPU is glibc's to keep."""
-    preloaded = os.environ.get("LD_PRELOAD", "")
-    returned = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
-    return not returned and not any(name in preloaded for name in ("tcmalloc", "jemalloc", "mimalloc"))

@@ -8,7 +8,6 @@ and a change of the code changes the forecast.
 import weakref
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +18,7 @@ from finetune import failures
 from finetune.config import Config
 from finetune.engine.topology import meta
 from finetune.errors import ModelError
-from finetune.models import attention, cross_entropy, head, varlen_cpu
+from finetune.models import attention, attention_probe, cross_entropy, head
 from finetune.models.build import build
 
 
@@ -144,12 +143,7 @@ class Rehearsal:
         )
         block_bytes = cross_entropy.block_bytes("cuda" if self.on_gpu else "cpu")
         hooks = []
-        lengths = [shape.length] * shape.num_sequences  # bounds have no values to read
-        with (
-            self.mode,
-            mock.patch.object(cross_entropy, "block_bytes", return_value=block_bytes),
-            mock.patch.object(varlen_cpu, "lengths_of", return_value=lengths),
-        ):
+        with self.mode:
             for parameter in self.model.parameters():
                 parameter.grad = None
                 ledger.ignore(parameter)
@@ -158,13 +152,13 @@ class Rehearsal:
             for buffer in self.model.buffers():
                 ledger.ignore(buffer)
             ids = torch.zeros(rows, documents_of_row * shape.length, dtype=torch.long)
-            inputs = attention.inputs_of(ids, [shape.length] * documents_of_row, self.base)
+            inputs = attention_probe.inputs_of(ids, [shape.length] * documents_of_row, self.base)
             supervised = torch.zeros(shape.num_sequences * shape.learned, dtype=torch.long)
             with ledger, torch.set_grad_enabled(learns):
                 with torch.autocast(
                     "cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None, cache_enabled=False
                 ):
-                    loss = _loss(self.model, inputs, supervised)
+                    loss = _loss(self.model, inputs, supervised, block_bytes)
                 kept = ledger.passing
                 if learns:
                     loss.backward()
@@ -177,9 +171,9 @@ class Rehearsal:
         return found
 
 
-def _loss(model: Any, inputs: dict[str, Any], supervised: torch.Tensor) -> torch.Tensor:
+def _loss(model: Any, inputs: dict[str, Any], supervised: torch.Tensor, block_bytes: int) -> torch.Tensor:
     """supervised: int64 zeros, as many as tokens that are predicted; which ones does not matter."""
-    question = head.Question(supervised, supervised, frozenset({"nll"}))
+    question = head.Question(supervised, supervised, frozenset({"nll"}), block_bytes=block_bytes)
     loss: torch.Tensor = model(**inputs, question=question)["nll"]
     return loss
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from finetune.config import Config
 from finetune.engine import optim
-from finetune.models import parameters, recompute
+from finetune.models import recompute
 
 # Values of optimizer state for a weight: PyTorch's have its dtype, those of bitsandbytes are of 32 or 8 bits, these with a float32 scale for 256.
 MOMENTS = {"adamw": 2, "paged_adamw_32bit": 2, "lion": 1, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
@@ -23,8 +23,6 @@ class Weights:
 
     num: int
     num_trained: int
-    products: tuple[int, int]
-    """(trained, frozen) that a token is multiplied with."""
     stored: float
     """Bytes, quantised ones as such."""
     used: float
@@ -64,7 +62,7 @@ def count(model: nn.Module, config: Config, width: int) -> Weights:
 
     largest = max(inside, key=total, default=set())
     return Weights(
-        num=total(named), num_trained=total(trains), products=parameters.in_products(model), stored=total(named, stored), used=total(named, used), trained=total(trains, stored),
+        num=total(named), num_trained=total(trains), stored=total(named, stored), used=total(named, used), trained=total(trains, stored),
         optimizer=sum(_states(model, config)),
         layer=total(largest, used), layer_trained=total(largest & trains),
         ends=total(ends, used), ends_stored=total(ends, stored), ends_trained=total(ends & trains, stored),

@@ -1,13 +1,25 @@
-"""From config to a model that is ready to train: base, adapters, what they start from, noise, recomputation."""
+"""From config to a model that is ready to train: base, adapters, what they start from, noise,
+recomputation.
+"""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from finetune.config import Config
 from finetune.errors import ModelError
-from finetune.models import adapter_init, adapters, embeddings, head, load, parameters, recompute
+from finetune.models import (
+    adapter_init,
+    adapters,
+    base_identity,
+    embeddings,
+    head,
+    load,
+    parameters,
+    recompute,
+)
 
 
 def build(
@@ -16,7 +28,8 @@ def build(
 ) -> tuple[Any, Any]:  # fmt: skip
     """(model, base inside it, which answers with a loss), on the CPU. Raises ModelError.
 
-    Without weights, all is on the meta device, to be sent what the process has that builds with them.
+    Without weights, all is on the meta device, to be sent what the process has that builds with
+    them.
 
     Weights that train are float32, frozen ones under adapters have the precision of the arithmetic.
     `first_inputs`: what the model will see first, for initialisations that look at it.
@@ -28,7 +41,12 @@ def build(
 
     def load_base(quantization: dict[str, Any] | None) -> Any:
         return load.load_model(
-            config.model, model_config, tokenizer, attention=attention, dtype=dtype, quantization=quantization
+            config.model,
+            model_config,
+            tokenizer,
+            attention=attention,
+            dtype=dtype,
+            quantization=quantization,
         )
 
     if with_weights:
@@ -51,6 +69,30 @@ def build(
         )
     if with_weights and (broken := parameters.not_finite(model)):
         raise ModelError(
-            f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such as {broken[0]}"
+            f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such "
+            f"as {broken[0]}"
         )
     return model, base
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model before it is shared between processes and trained."""
+
+    num_trainable: int
+    num_parameters: int
+    products: tuple[int, int]
+    """(trained, frozen) parameters that a token is multiplied with."""
+    frozen: str
+    """Fingerprint of the weights that do not train."""
+    start: str
+    """Fingerprint of all weights before the first step."""
+    code: str
+    """Hash of the Python files that the model brought along."""
+
+
+def facts(model: Any, base: Any) -> Facts:
+    """`model` and the `base` inside it, with all their weights, as `build` gives them."""
+    return Facts(
+        *parameters.count(model), parameters.in_products(model), *base_identity.fingerprints(model), base_identity.code(base)
+    )  # fmt: skip

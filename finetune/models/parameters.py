@@ -107,7 +107,7 @@ def _hash(*tensors: torch.Tensor | None) -> str:
     return digest.hexdigest()
 
 
-def still(model: nn.Module, moved: set[str]) -> tuple[list[str], int]:
+def unchanged(model: nn.Module, moved: set[str]) -> tuple[list[str], int]:
     """(names of weights that train and are what they were, number of weights that train).
 
     Raises ExportError if a frozen weight is among those that `moved`.

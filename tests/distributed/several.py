@@ -9,7 +9,6 @@ tests/invariants/objectives.py; `topology:NAME` has all that follow share the mo
 `compiler:NAME` compiles all that follow by another backend.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -21,9 +20,8 @@ import torch
 from conftest import forget_process_state
 from invariants import objectives
 
-import train
 from finetune import config as configs
-from finetune.engine import step
+from finetune import loop
 from finetune.engine.topology import Topology, fsdp
 from finetune.objectives import base
 from finetune.objectives.sft import Sft
@@ -54,7 +52,7 @@ def main() -> None:
                 del os.environ[name]
             os.environ.update(asked_by_launcher)
             forget_process_state()
-            train.run(*configs.parse(["--config", argument]), StopFlag())
+            loop.run(*configs.parse(["--config", argument]), StopFlag())
             mend()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -65,9 +63,8 @@ OF_A_TOPOLOGY = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 def environment_of(topology: str, asked_by_launcher: dict[str, str]) -> dict[str, str]:
     """What the launcher would give this process for another topology; where the processes meet stays."""
-    with contextlib.ExitStack() as held:
-        file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", os.environ["WORLD_SIZE"]]
-        planned = launcher.read([*file, "train.py"], held)[0][int(os.environ["RANK"])]
+    file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", os.environ["WORLD_SIZE"]]
+    planned = launcher.read([*file, "train.py"])[0][int(os.environ["RANK"])]
     mine = {name: value for name, value in planned.items() if name.startswith(OF_A_TOPOLOGY)}
     return {n: v for n, v in asked_by_launcher.items() if not n.startswith(OF_A_TOPOLOGY)} | mine
 
@@ -98,7 +95,7 @@ def forgotten_factor() -> functools.partial:
 
 def mean_of_means() -> functools.partial:
     """Each process divides by the tokens of its own, and the results are averaged."""
-    right = step.train_step
+    right = loop.train_step
 
     def wrong(topology, policy, optimizer, objective, settings, batches, totals, **keywords):
         own, everyone = sum(batch.counts["tokens"] for batch in batches), totals["tokens"]
@@ -110,7 +107,7 @@ def mean_of_means() -> functools.partial:
 
         return right(topology, policy, optimizer, Wrong(), settings, batches, totals, **keywords)
 
-    return instead(step, "train_step", wrong)
+    return instead(loop, "train_step", wrong)
 
 
 def one_shard() -> functools.partial:

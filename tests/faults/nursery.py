@@ -50,7 +50,7 @@ def child(
     with open(said, "a") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     main = importlib.import_module(script).main
     counts = os.environ.get("COUNTS_LINES")
@@ -113,8 +113,6 @@ class Launch:
 
     processes: list[Any]
     said_to: list[Path]
-    held: contextlib.ExitStack
-    """The port at which they meet."""
     began: float = field(default_factory=time.monotonic)
 
     def kill(self, ranks: list[int], number: int = signal.SIGKILL) -> None:
@@ -154,7 +152,6 @@ def fork(
 
     `each`: further arguments of each process.
     """
-    held = contextlib.ExitStack()
     file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", str(len(said)), *extra]
     options = [
         [*file, *(["--num_machines", str(nodes), "--machine_rank", str(node)] if nodes > 1 else [])]
@@ -163,7 +160,7 @@ def fork(
     if topology == "single" and len(said) == 1:
         options = [[]]
     with contextlib.chdir(ROOT):
-        planned = [one for own in options for one in launcher.read([*own, "train.py"], held)[0]]
+        planned = [one for own in options for one in launcher.read([*own, "train.py"])[0]]
     started = []
     for rank, given in enumerate(planned):
         said[rank].unlink(missing_ok=True)
@@ -172,7 +169,7 @@ def fork(
         process = _forks.Process(target=child, args=(rank, script, [*arguments, *(each[rank] if each else [])], own, str(said[rank]), mine))
         process.start()
         started.append(process)
-    LAUNCHED.append(Launch(started, said, held))
+    LAUNCHED.append(Launch(started, said))
     return LAUNCHED[-1]
 
 
@@ -183,7 +180,6 @@ def end_all() -> None:
     while LAUNCHED:
         launch = LAUNCHED.pop()
         launch.kill(list(range(len(launch.processes))))
-        launch.held.close()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

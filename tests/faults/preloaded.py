@@ -16,11 +16,9 @@ from faults import nursery  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train  # noqa: F401
-from finetune import export, preflight, run  # noqa: F401
-from finetune.engine import metrics, optim, step, trackers  # noqa: F401
-from finetune.engine.checkpoint import resume, saver, storage  # noqa: F401
+from finetune import loop  # noqa: F401
+from finetune.engine import trackers  # noqa: F401
 from finetune.engine.topology import fsdp, zero  # noqa: F401
-from finetune.models import adapters, build, parameters  # noqa: F401
 
 get_checkpoint_conversion_mapping("llama")  # 900 regular expressions, which it keeps
 deepspeed.ops.__compatible_ops__  # noqa: B018  # which it finds out by trying

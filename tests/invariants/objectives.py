@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from finetune.data.tokens import Examples
+from finetune.data.examples import Examples
 from finetune.objectives import Objective, Term
 
 
@@ -65,12 +65,12 @@ def use(name: str):
     """Put an objective in the place of sft; returns what takes it away again."""
     from finetune import objectives, preflight
 
-    sft, prepare = objectives.OBJECTIVES["sft"], preflight.tokens.prepare
+    sft, prepare = objectives.OBJECTIVES["sft"], preflight.examples.prepare
     objectives.OBJECTIVES["sft"] = OBJECTIVES[name]
     if name == "pairwise":
-        preflight.tokens.prepare = lambda *arguments, **keywords: paired(prepare(*arguments, **keywords))
+        preflight.examples.prepare = lambda *arguments, **keywords: paired(prepare(*arguments, **keywords))
 
     def restore() -> None:
-        objectives.OBJECTIVES["sft"], preflight.tokens.prepare = sft, prepare
+        objectives.OBJECTIVES["sft"], preflight.examples.prepare = sft, prepare
 
     return restore

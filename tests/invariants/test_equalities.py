@@ -8,10 +8,12 @@ import torch
 from conftest import TINY_LLAMA, Workshop, losses, pairs, read_jsonl, write_jsonl
 from safetensors.torch import load_file
 
-from finetune.data.batches import Batches, Sequences
+from finetune import loop
+from finetune.data.batches import Batches
+from finetune.data.examples import prepare
+from finetune.data.order import Sequences
 from finetune.data.readers import sources
-from finetune.data.tokens import Options, prepare
-from finetune.engine import step as steps
+from finetune.data.tokens import Options
 from finetune.objectives.sft import Sft
 
 # float32 sums in another order: 5 to 20 steps of a tiny model stay within a few ulps of each other.
@@ -48,7 +50,7 @@ def test_accumulation_1x8_equals_8x1(workshop, tied):
 def test_accumulation_by_a_mean_of_means_would_be_caught(workshop, monkeypatch):
     """The test above must be able to fail: rows here differ enough for the wrong average to show."""
     right = workshop.train("right", train__micro_batch_size=1)
-    whole = steps.train_step
+    whole = loop.train_step
 
     def mean_of_means(topology, policy, optimizer, objective, settings, batches, totals, **keywords):
         supervised = totals["tokens"]
@@ -60,7 +62,7 @@ def test_accumulation_by_a_mean_of_means_would_be_caught(workshop, monkeypatch):
 
         return whole(topology, policy, optimizer, Wrong(), settings, batches, totals, **keywords)
 
-    monkeypatch.setattr(steps, "train_step", mean_of_means)
+    monkeypatch.setattr(loop, "train_step", mean_of_means)
     wrong = workshop.train("wrong", train__micro_batch_size=1)
     assert losses(wrong) != pytest.approx(losses(right), rel=1e-2)
 
@@ -150,14 +152,14 @@ def test_packing_keeps_the_loss_of_an_epoch(workshop):
 
 def test_merged_equals_adapter(workshop):
     """W + (alpha / r) B A, computed by hand, is the merged weight; logits agree; and training moved them."""
-    from finetune import export
+    from finetune.export.merge import merge
 
     base = workshop.train("base")
     run = workshop.train(
         "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
         adapter__kind="lora", adapter__r=4, adapter__alpha=10.0,
     )  # fmt: skip
-    difference = export.merge([run / "model"], workshop.folder / "merged", "auto")
+    difference = merge([run / "model"], workshop.folder / "merged", "auto")
     adapter, merged = (
         load_file(run / "model/adapter_model.safetensors"),
         load_file(workshop.folder / "merged/model.safetensors"),

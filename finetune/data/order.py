@@ -1,0 +1,80 @@
+"""The order of a run: a pure function (seed, epoch, lengths) -> order of sequences.
+
+A position in it is an integer, so resuming is arithmetic.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.data.examples import Examples
+from finetune.data.packing import pack
+
+# Steps whose sequences are sorted by length together; more would wear the order's randomness down
+GROUP_STEPS = 50
+
+
+class Sequences:
+    """Examples, alone or packed: the unit that the plan orders and batch sizes count."""
+
+    def __init__(self, examples: Examples, packing: bool, max_length: int, seed: int) -> None:
+        self.examples = examples
+        self._packs = pack(examples.lengths, max_length, seed) if packing else None
+        lengths = examples.lengths
+        self.lengths = (
+            np.array([lengths[members].sum() for members in self._packs])
+            if self._packs
+            else lengths
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def members(self, sequence: int) -> np.ndarray:
+        """Examples of one sequence."""
+        return self._packs[sequence] if self._packs else np.array([sequence])
+
+    def documents(self, sequence: int) -> list["Document"]:
+        """Every document in a sequence."""
+        return [
+            document for example in self.members(sequence) for document in self._of_example(example)
+        ]
+
+    def _of_example(self, example: int) -> Iterator["Document"]:
+        for number in self.examples.documents(example):
+            part = slice(self.examples.starts[number], self.examples.ends[number])
+            ids = np.asarray(self.examples.input_ids[part], np.int64)
+            yield Document(ids, np.flatnonzero(self.examples.supervised[part][1:]), int(example))
+
+
+@dataclass(frozen=True)
+class Document:
+    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; the number of its
+    example.
+    """
+
+    ids: np.ndarray
+    predicted: np.ndarray
+    example: int
+
+
+def order(
+    seed: int, epoch: int, lengths: np.ndarray, batch_size: int, group_by_length: bool
+) -> np.ndarray:
+    """Order of the sequences of one epoch, int64 [sequences]: every one exactly once.
+
+    With `group_by_length`, each window of GROUP_STEPS steps is sorted by length and cut into
+    steps, whose order is random again; a last incomplete step stays last.
+    """
+    random = np.random.default_rng([seed, epoch])
+    sequences = random.permutation(len(lengths))
+    if not group_by_length:
+        return sequences
+    whole = len(sequences) - len(sequences) % batch_size
+    steps: list[np.ndarray] = []
+    for start in range(0, whole, batch_size * GROUP_STEPS):
+        window = sequences[start : min(start + batch_size * GROUP_STEPS, whole)]
+        window = window[np.argsort(-lengths[window], kind="stable")]
+        steps += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+    return np.concatenate([*(steps[i] for i in random.permutation(len(steps))), sequences[whole:]])

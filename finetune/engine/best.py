@@ -1,0 +1,74 @@
+"""The best evaluation: which checkpoint holds its weights, and whether the run has stopped
+improving.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from finetune.config import fields
+from finetune.engine.checkpoint import resume
+from finetune.engine.rundir import RunDirectory
+from finetune.engine.state import TrainState
+from finetune.engine.topology import Topology
+
+if TYPE_CHECKING:
+    from finetune.engine.checkpoint.storage import Storage
+
+
+class BestCheckpoint:
+    """Every process has one, and all call the same methods after the same steps."""
+
+    def __init__(
+        self, settings: fields.Evaluation, directory: RunDirectory, topology: Topology, under_way: Callable[[], set[int]] = set
+    ) -> None:  # fmt: skip
+        """`under_way`: the steps whose checkpoints are being written now."""
+        self.settings, self.directory, self.topology, self.under_way = (
+            settings,
+            directory,
+            topology,
+            under_way,
+        )
+        self.step: int | None = None
+        """The step of the best evaluation, if its weights are to be exported."""
+        self.stalled = False
+        """Whether the last evaluation.patience evaluations were all no better than one before."""
+
+    def fetch(self, storage: "Storage | None") -> None:
+        """Bring the checkpoint of the best evaluation from the object store, if this disk lacks it."""
+        if self.settings.export_best:
+            best = self.topology.on_main(lambda: self.directory.judge(None)[0])
+            self.topology.on_main(lambda: resume.bring(self.directory.checkpoints, best, storage))
+
+    def update(self, step: int) -> None:
+        """Judge the evaluations up to `step`, where the run is. Only a step whose weights are kept
+        can be the best.
+        """
+
+        def judged() -> tuple[int | None, bool]:
+            saved = resume.kept(self.directory.checkpoints) | self.under_way() | {step}
+            return self.directory.judge(self.settings.patience, saved)
+
+        best, self.stalled = self.topology.on_main(judged)
+        self.step = best if self.settings.export_best else None
+
+    def restore(self, state: TrainState, log: Callable[[str], None]) -> int:
+        """Put the weights of the best evaluation into the model, if they are to be exported; return
+        the step of its weights.
+        """
+        here = state.progress.step
+        if not self.settings.export_best:
+            return here
+
+        def found() -> tuple[int, int]:
+            saved, _ = self.directory.judge(None, resume.kept(self.directory.checkpoints) | {here})
+            lowest, _ = self.directory.judge(None)
+            return (here if saved is None else saved), (here if lowest is None else lowest)
+
+        best, lowest = self.topology.on_main(found)
+        if best != lowest:
+            log(
+                f"note: the evaluation of step {lowest} was better, but its checkpoint was not kept"
+            )
+        if best != here:
+            resume.put_back_best(self.directory.checkpoints, best, self.topology, state)
+        return best

@@ -1,0 +1,208 @@
+"""Add adapters into their base and save full weights: `finetune export --merge`."""
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import chat_template_utils
+
+from finetune import failures, files
+from finetune.config import paths
+from finetune.config.base import (
+    is_adapter,
+    model_argument,
+    require_model,
+)
+from finetune.errors import ExportError, ModelError
+from finetune.export.load import (
+    base_argument,
+    base_of,
+    load,
+    load_tokenizer,
+    require_adapter,
+    require_base,
+    trust_remote_code_argument,
+)
+from finetune.export.publish import publish
+from finetune.export.save import Base, save
+from finetune.export.verify import TOLERANCE, disagreement, opened, probe_logits, require_weights
+from finetune.models import adapters, attention_probe, base_identity
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Largest differences of logits that merging made, as a part of the largest logit.
+
+    rounding: from the same base with the adapters on top; quantization: from the quantised base
+    that they were trained on, None if there was none.
+    """
+
+    rounding: float
+    quantization: float | None
+
+
+def merge(
+    sources: Sequence[Path], target: Path, dtype: str = "auto", trust_remote_code: bool = False, base: str | None = None
+) -> Merged:
+    """Add one or several adapters of the same base into it, W + sum of (alpha / r) B A, and save full weights.
+
+    A base that was quantised for training is taken whole, except for adapters that LoftQ began:
+    theirs make up for the quantisation, so they belong on what it left. `base`: see `load`. Raises ModelError if a
+    source is not an adapter or `target` exists, ExportError if logits differ by more than rounding;
+    then nothing is left at `target` or next to it.
+    """
+    _require_output(sources, target)
+    require_mergeable(sources)
+    first, alone = sources[0], len(sources) == 1
+    tokenizer = load_tokenizer(first, trust_remote_code)
+    _require_template(first, tokenizer)
+    # float16 has fewer exponents than the others: adding comes first, rounding last.
+    adding = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}[dtype]
+    model = load(first, adding, trust_remote_code, quantized=False, base=base)
+    names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
+    for name, source in zip(names[1:], sources[1:]):
+        model.load_adapter(str(source), name)
+        adapters.require_whole(model, str(source), name)
+    trained = _beside_quantized_base(first, model, trust_remote_code, base)
+    model.base_model.set_adapter(names)
+    before = probe_logits(model)
+    origin = Base(*base_of(first, model.peft_config["default"], base), trust_remote_code)
+    merged = adapters.merge(model, names)
+    del model
+    if dtype == "float16":
+        merged = merged.half()
+    folder = target.with_name(f".writing-{target.name}")
+    try:
+        weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
+        with failures.writing(target):
+            save(merged, weights, tokenizer, None, folder, base=origin)
+        tolerance = TOLERANCE[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[merged.dtype]]
+        del merged
+        reloaded = opened(lambda: load(folder, "auto", trust_remote_code))
+        require_weights(folder, reloaded, weights)
+        after = probe_logits(reloaded)
+        if why := disagreement(after, before, tolerance, attention_probe.has_experts(reloaded)):
+            raise ExportError(f"{target}: {why} once the adapter is merged; nothing was written")
+        publish(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # gone if it was published; else of no use, and as large as the model
+    rounding = _relative_difference(after, before)
+    return Merged(rounding, _relative_difference(after, trained) if trained is not None and alone else None)
+
+
+def _require_template(source: Path, tokenizer: Any) -> None:
+    """Raise ModelError for a chat template with an error in its syntax, which would be copied into the merged model."""
+    own = tokenizer.chat_template or {}
+    for template in own.values() if isinstance(own, dict) else [own]:
+        try:
+            chat_template_utils._compile_jinja_template(template)
+        except Exception as exc:  # a template is a program
+            raise ModelError(
+                f"{source}: the chat template of its tokenizer (chat_template.jinja) cannot be used: {exc}; correct it, or remove the file"
+            ) from exc
+
+
+def _beside_quantized_base(source: Path, whole: Any, trust_remote_code: bool, base: str | None) -> torch.Tensor | None:
+    """`probe_logits` of an adapter on its base as that was quantised for training; None if it was not.
+
+    LoftQ's adapters belong on what quantisation left: the base of `whole` becomes that.
+    """
+    record = base_identity.read(source)
+    if not record.get("quantization"):
+        return None
+    quantized = load(source, trust_remote_code=trust_remote_code, base=base)
+    if record.get("loftq"):
+        adapters.copy_dequantized(quantized, whole)
+    return probe_logits(quantized)
+
+
+def _require_output(sources: Sequence[Path], target: Path) -> None:
+    """Raise ModelError for a source that is not an adapter, and for a target that cannot be made."""
+    for source in sources:
+        if not is_adapter(source):
+            raise ModelError(
+                f"{source}: no adapter_config.json, so there is nothing to merge; give the model folder of a LoRA run"
+            )
+        require_adapter(source)
+    if os.path.lexists(target):
+        raise ModelError(f"{target} exists; choose another --output")
+    if problem := _problem_of_parent(target):
+        raise ModelError(f"--output: {target}: {problem}")
+    if any(source.resolve() in target.resolve().parents for source in sources):
+        raise ModelError(f"{target} lies inside an adapter; choose another --output")
+
+
+def _problem_of_parent(target: Path) -> str | None:
+    """Why a new folder cannot be made there, found before models are loaded."""
+    above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        return f"{above} is not a folder"
+    try:
+        files.probe_folder(above)
+    except OSError as exc:
+        failures.reraise(exc, f"--output: {target} cannot be written now")
+        return f"{above} cannot be written ({exc.strerror or exc})"
+    return None
+
+
+def require_mergeable(sources: Sequence[Path]) -> None:
+    """Raise ModelError if adapters cannot simply be added: W + the sum of their changes must be what each of them meant."""
+    if len(sources) == 1:
+        return
+    from peft import PeftConfig
+
+    configs = [PeftConfig.from_pretrained(str(source)) for source in sources]
+    records = [{k: v for k, v in base_identity.read(source).items() if k != "dtype"} for source in sources]
+    for source, config, record in zip(sources, configs, records):
+        if str(config.base_model_name_or_path) != str(configs[0].base_model_name_or_path) or record != records[0]:
+            raise ModelError(
+                f"{source} and {sources[0]} are adapters of different bases: they cannot be merged together"
+            )
+        if config.init_lora_weights in ("pissa", "olora", "corda") or record.get("loftq"):
+            raise ModelError(
+                f"{source} was begun from the weights of its base, which it changes (adapter.init); merge it alone"
+            )
+        if config.modules_to_save or config.bias != "none":
+            raise ModelError(f"{source} holds whole modules or biases, and two of one cannot be added; merge it alone")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--merge", action="store_true", required=True, help="add adapters into their base")
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=model_argument,
+        nargs="+",
+        help="adapter, as runs/<name> or runs/<name>/model; or several of one base",
+    )
+    parser.add_argument("--output", required=True, type=paths.argument, help="folder to write")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights; auto: the base's own",
+    )
+    base_argument(parser)
+    trust_remote_code_argument(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    for name in arguments.model:
+        require_model(name, "--model")
+    require_base(arguments.base)
+    sources, target = list(map(Path, arguments.model)), Path(arguments.output)
+    merged = merge(sources, target, arguments.dtype, arguments.trust_remote_code, arguments.base)
+    print(
+        f"{arguments.output}: merged; logits differ from base plus adapter by at most {merged.rounding:.2g} of the largest one"
+    )
+    if merged.quantization is not None:
+        print(f"and by {merged.quantization:.2g} from the quantised base plus adapter, which is what was trained")
+
+
+def _relative_difference(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((logits - wanted).abs().max() / wanted.abs().max())
