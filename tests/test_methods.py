@@ -46,7 +46,15 @@ OPTIMIZERS = ["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "l
 RATES = {"lion": 1e-3, "lion_8bit": 1e-3, "adafactor": 3e-2}
 TEN = {"train__max_steps": 10, "train__epochs": 9, "checkpoint__every_steps": 5, "checkpoint__keep_last": 9}
 # Variants of a method that has its own line, and 8 bits in other packages' optimizers on adapters: make proofs.
-WIDE = {"lora, some layers", "lora, patterns", "lora, gaussian", "lora, biases of adapted", "qlora, FP4", "qlora, LoftQ of int8", "qlora, DoRA"}
+WIDE = {
+    "lora, some layers",
+    "lora, patterns",
+    "lora, gaussian",
+    "lora, biases of adapted",
+    "qlora, FP4",
+    "qlora, LoftQ of int8",
+    "qlora, DoRA",
+}
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,10 @@ def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
         assert found / 1e6 == pytest.approx(published, rel=0.18)
 
 
-@pytest.mark.parametrize(("tokens", "recomputed", "published"), [(500, False, 12483), pytest.param(2000, True, 11511, marks=pytest.mark.proof)])
+@pytest.mark.parametrize(
+    ("tokens", "recomputed", "published"),
+    [(500, False, 12483), pytest.param(2000, True, 11511, marks=pytest.mark.proof)],
+)
 def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recomputed, published):
     """LoRA, one sequence, flash attention; within 15 %. Published rows that were peaks of loading have no counterpart here."""
     monkeypatch.setattr(trace, "_loss", as_they_did)

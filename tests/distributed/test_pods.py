@@ -117,7 +117,9 @@ def test_two_pods_train_as_one_process_and_lose_one_on_the_way(workshop, tmp_pat
 
 def test_every_kind_starts_the_same_command():
     found = {overlay: work(render(ROOT / "k8s/overlays" / overlay)) for overlay in ("multi-node", "jobset", "trainjob")}
-    said = {name: [expanded(word, environment(each, each.node, 1)) for word in each.args] for name, each in found.items()}
+    said = {
+        name: [expanded(word, environment(each, each.node, 1)) for word in each.args] for name, each in found.items()
+    }
     assert said["jobset"] == said["multi-node"] == said["trainjob"]
 
 

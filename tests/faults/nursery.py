@@ -166,7 +166,9 @@ def fork(
         said[rank].unlink(missing_ok=True)
         mine = death if rank == dies else None
         own = {name: value for name, value in (given | environment).items() if os.environ.get(name) != value}
-        process = _forks.Process(target=child, args=(rank, script, [*arguments, *(each[rank] if each else [])], own, str(said[rank]), mine))
+        process = _forks.Process(
+            target=child, args=(rank, script, [*arguments, *(each[rank] if each else [])], own, str(said[rank]), mine)
+        )
         process.start()
         started.append(process)
     LAUNCHED.append(Launch(started, said))

@@ -139,7 +139,9 @@ def metadata():
     server.close()
 
 
-@pytest.mark.parametrize("cloud", [pytest.param(cloud, marks=in_the_long_form if cloud != "gcp" else ()) for cloud in CLOUDS])
+@pytest.mark.parametrize(
+    "cloud", [pytest.param(cloud, marks=in_the_long_form if cloud != "gcp" else ()) for cloud in CLOUDS]
+)
 def test_a_clouds_notice_saves_and_stops(workshop, metadata, cloud):
     config = workshop.write(workshop.config(**FOR_EVER, checkpoint__notices=cloud))
     launch = start(config, FINETUNE_METADATA_ADDRESS=metadata.address)

@@ -22,7 +22,12 @@ def test_one_process_computes_what_it_computed(tmp_path):
     assert_as_recorded(trajectories.alone(tmp_path))
 
 
-SHORT = {"ddp": ["packed"], "fsdp2": ["tied", "packed", "lora"], "zero2": ["tied", "lora"], "zero3": ["packed", "qlora"]}
+SHORT = {
+    "ddp": ["packed"],
+    "fsdp2": ["tied", "packed", "lora"],
+    "zero2": ["tied", "lora"],
+    "zero3": ["packed", "qlora"],
+}
 LONG = dict.fromkeys(trajectories.TOPOLOGIES, trajectories.SHARED)
 
 
