@@ -70,6 +70,7 @@ def test_on_request_scales_are_logarithmic(run, monkeypatch):
     assert {axis.get_yscale() for axis in figure_of(run, monkeypatch, log=True).values()} == {"log"}
 
 
+@pytest.mark.slow
 def test_several_runs_stand_in_one_picture(run, workshop, tmp_path):
     other = workshop.train("other", optimizer__lr=1e-3)
     curves.draw([run, other], tmp_path / "both.svg")

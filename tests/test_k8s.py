@@ -67,7 +67,7 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize("version", [pytest.param(OLDEST, marks=pytest.mark.proof), NEWEST])
 @pytest.mark.parametrize("name", [*OVERLAYS, *TOGETHER])
 @pytest.mark.slow
 def test_kubernetes_knows_every_field(rendered, name, version):
@@ -133,7 +133,7 @@ def test_the_folders_of_the_documentation_render_and_fit_together(tmp_path):
     assert of_kind(manifests, "PersistentVolumeClaim")["spec"]["storageClassName"]
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.proof) if number % 4 else name for number, name in enumerate(OVERLAYS)])  # fmt: skip
 def test_a_folder_of_ones_own_on_any_overlay_fits_together_too(tmp_path, name):
     """As docs/kubernetes.md has it, with a namespace and an image of its own."""
     (tmp_path / "run.yaml").write_text((ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4"))
@@ -160,10 +160,13 @@ def test_other_numbers_of_nodes_are_one_component_before_the_kind(tmp_path, kind
 @pytest.mark.parametrize(
     "components",
     [
-        ["nodes", "jobset", "spot-eks"], ["nodes", "jobset", "rdma"], ["nodes", "jobset", "priority"], ["spot-gke", "nodes"],
-        ["rdma", "nodes"], ["rdma", "eight-gpus"], ["object-store", "nodes"], ["nodes", "object-store", "jobset"], ["kueue", "nodes", "jobset"], ["nodes", "kueue", "jobset"],
-        ["nodes", "jobset", "kueue", "trainjob"], ["jobset"], ["nodes", "trainjob"], ["nodes", "eight-gpus"],
-        ["indexed-job"], ["nodes", "indexed-job", "jobset"],
+        ["nodes", "jobset", "spot-eks"], ["rdma", "nodes"], ["nodes", "jobset", "kueue", "trainjob"], ["indexed-job"],
+        *(pytest.param(each, marks=pytest.mark.proof) for each in (
+            ["nodes", "jobset", "rdma"], ["nodes", "jobset", "priority"], ["spot-gke", "nodes"], ["rdma", "eight-gpus"],
+            ["object-store", "nodes"], ["nodes", "object-store", "jobset"], ["kueue", "nodes", "jobset"],
+            ["nodes", "kueue", "jobset"], ["jobset"], ["nodes", "trainjob"], ["nodes", "eight-gpus"],
+            ["nodes", "indexed-job", "jobset"],
+        )),
     ],
     ids=" ".join,
 )  # fmt: skip

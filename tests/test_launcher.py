@@ -444,7 +444,8 @@ def test_every_topology_file_is_what_it_says(file, monkeypatch):
 @pytest.mark.parametrize(
     ("topology", "extra"),
     [
-        ("single", ["--num_processes", "1"]), ("zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"]),
+        pytest.param("single", ["--num_processes", "1"], marks=pytest.mark.proof),
+        pytest.param("zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"], marks=pytest.mark.proof),
         ("fsdp2_context", "--num_processes 2 --parallelism_config_cp_size 2 --parallelism_config_dp_shard_size 1".split()),
     ],
 )  # fmt: skip

@@ -281,6 +281,7 @@ def test_what_is_compared_with_a_case_that_needs_more_is_left_out(monkeypatch):
     assert in_turns(monkeypatch, cases, {"own": curves(code=1)})[0]["own"].status == "wrong"
 
 
+@pytest.mark.slow
 def test_a_run_can_leave_out_steps_as_fp16_does(workshop, monkeypatch):
     """A step that is left out has its loss and norm; the next has its own examples, and weights that did not move."""
     from on_gpu import skipping

@@ -58,6 +58,7 @@ def preempted_after(workshop, number, **settings):
             workshop.train(checkpoint__every_steps=1, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(attention, "check"), (head, "check"), (parameters, "fingerprints"), (RunDirectory, "lock"), (RunDirectory, "create")],
@@ -71,6 +72,7 @@ def test_failure_before_the_first_step_leaves_an_outcome(workshop, owner, name):
     assert outcome(workshop)[:2] == ("complete", 4)
 
 
+@pytest.mark.slow
 def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     preempted_after(workshop, 3)
     assert outcome(workshop) == ("preempted", 3, "SIGTERM")

@@ -71,7 +71,7 @@ def as_they_did(model, inputs, *_):
 OPT_TABLE = {(False, False): (15071, 2908), (False, True): (15266, 3109), (True, False): (2589, 1667), (True, True): (2059, 1603)}  # fmt: skip
 
 
-@pytest.mark.parametrize(("recomputed", "lora"), OPT_TABLE)
+@pytest.mark.parametrize(("recomputed", "lora"), [(False, True), *(pytest.param(*each, marks=pytest.mark.proof) for each in OPT_TABLE if each != (False, True))])  # fmt: skip
 def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
     """Within 18 %. OPT's own attention of that time kept the masked scores too, 2 bytes for each of L n s^2: they are added."""
     monkeypatch.setattr(trace, "_loss", as_they_did)
@@ -88,7 +88,10 @@ def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
         assert found / 1e6 == pytest.approx(published, rel=0.18)
 
 
-@pytest.mark.parametrize(("tokens", "recomputed", "published"), [(500, False, 12483), (2000, True, 11511)])
+@pytest.mark.parametrize(
+    ("tokens", "recomputed", "published"),
+    [(500, False, 12483), pytest.param(2000, True, 11511, marks=pytest.mark.proof)],
+)
 def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recomputed, published):
     """LoRA, one sequence, flash attention; within 15 %. Published rows that were peaks of loading have no counterpart here."""
     monkeypatch.setattr(trace, "_loss", as_they_did)
@@ -127,7 +130,7 @@ def test_layers_keep_what_the_known_formula_says():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_32bit", "lion", "adamw_8bit", "lion_8bit", "adafactor", "muon"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.proof)])
 def test_the_optimizer_holds_what_is_counted(kind, dtype):
     architecture = TINY_LLAMA | {"hidden_size": 128, "intermediate_size": 256}
     config = config_of(architecture, model={"dtype": dtype}, optimizer={"kind": kind, "lr": 1e-3})
@@ -178,13 +181,13 @@ MEASURED = {
 @pytest.mark.parametrize(
     ("topology", "processes", "changes"),
     [
-        ("single", 1, {"train__micro_batch_size": 4, "train__precision": "fp32"}),
+        pytest.param("single", 1, {"train__micro_batch_size": 4, "train__precision": "fp32"}, marks=pytest.mark.proof),
         (
             "single",
             1,
             {"train__micro_batch_size": 1, "train__precision": "bf16", "train__gradient_checkpointing": True},
         ),
-        (
+        pytest.param(
             "fsdp2",
             2,
             {
@@ -192,9 +195,10 @@ MEASURED = {
                 "train__precision": "bf16",
                 "model__config": MEASURED | {"num_hidden_layers": 8},
             },
+            marks=pytest.mark.proof,
         ),
         # A checkpoint after each step: its copy is there while the next one goes on.
-        (
+        pytest.param(
             "single",
             1,
             {
@@ -203,6 +207,7 @@ MEASURED = {
                 "checkpoint__every_steps": 1,
                 "checkpoint__asynchronous": True,
             },
+            marks=pytest.mark.proof,
         ),
     ],
 )
