@@ -62,7 +62,7 @@ def test_every_topology_file_is_in_the_matrix_or_left_out_with_a_reason():
 
 
 def test_every_topology_trains_by_every_method_beside_the_plain_process():
-    for topology in support.COLUMNS:
+    for topology in ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload"):
         found = {case.name: case.beside for case in CASES if case.topology == topology}
         assert found.items() >= {f"{topology}-{method}": f"plain-{method}" for method in matrix.METHODS}.items()
 
