@@ -248,7 +248,7 @@ def test_a_config_may_come_through_a_pipe(tmp_path):
 def test_a_default_that_is_written_out_and_ignored_is_refused(parse, refusal):
     says = "adapter.quantization: would be ignored: it belongs to adapter.kind: qlora; remove it"
     assert says in refusal(yaml.safe_dump(changed(adapter__kind="lora")), "--adapter.quantization", "nf4")
-    config = parse(yaml.safe_dump(changed(adapter__kind="lora", adapter__bias="none", adapter__layers=None)))
+    config = parse(yaml.safe_dump(changed(adapter__kind="lora", adapter__init="default", adapter__path=None)))
     assert parse(configs.to_yaml(config)) == config, "there the program has written all defaults out"
 
 
@@ -429,6 +429,22 @@ def test_names_of_other_tools_lead_to_the_setting_here(refusal, word, setting):
     (problem,) = problems_of({**COMPLETE, word: 1})
     assert setting in problem
     assert f"--{word}: unknown option; " in refusal(yaml.safe_dump(COMPLETE), f"--{word}", "1")
+
+
+def test_a_removed_setting_names_what_to_use_and_its_default_does_no_harm():
+    from finetune.config import names
+
+    values = configs.from_dict(changed(adapter__kind="lora")).model_dump()
+    for key, (default, instead) in names.REMOVED.items():
+        section, name = key.split(".")
+        [problem] = problems_of(changed(adapter__kind="lora", **{f"{section}__{name}": "x"}))
+        assert problem == f"{key}: was removed; {instead}"
+        values[section][name] = default  # as an older version wrote it
+    now = configs.from_dict(values)
+    assert now == configs.from_dict(changed(adapter__kind="lora"))
+    assert configs.differences(values, now) == []
+    [problem] = problems_of(changed(adapter__kind="lora", adapter__init="gaussian"))
+    assert "was removed; default leaves the model unchanged" in problem
 
 
 def test_every_name_of_another_tool_leads_to_a_setting_that_exists():

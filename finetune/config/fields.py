@@ -78,24 +78,14 @@ class Adapter(Section):
     """Dropout on the inputs of adapters."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter: names or suffixes, a regular expression, or all-linear (all but the head)."""
-    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
-    """Put adapters on these layers only, counted from 0; null: all layers."""
-    rank_pattern: dict[str, Positive] = {}
-    """Ranks that differ from r, as {regular expression of modules: rank}."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
-    """Alphas that differ from alpha, as {regular expression of modules: alpha}."""
     rslora: bool = False
     """Scale updates by alpha / sqrt(r), which keeps their size the same at high ranks (Kalajdzievski, 2023)."""
     dora: bool = False
     """Learn the magnitude of weights separately from their direction (DoRA; Liu et al., 2024): better at low ranks, slower."""
-    init: Literal["default", "gaussian", "pissa", "eva", "loftq", "random"] = "default"
-    """How to initialise adapters. default, gaussian: leave the model unchanged; pissa: principal directions of the weights; eva: principal directions of the data; loftq: correct the quantisation error; random: make B random too."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases to train. This changes the base: switching the adapter off does not give the original model back."""
-    train_norms: bool = False
-    """Train all weights of the norms."""
+    init: Literal["default", "pissa", "eva", "loftq"] = "default"
+    """How to initialise adapters. default: leave the model unchanged; pissa: principal directions of the weights; eva: principal directions of the data; loftq: correct the error of 4-bit quantisation."""
     modules_to_save: list[str] = []
-    """Modules to train in full, and save with the adapter."""
+    """Modules to train in full, and save with the adapter, such as [embed_tokens, lm_head] or [input_layernorm, norm]."""
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
     """qlora: how to store frozen weights."""
     double_quantization: bool = True

@@ -246,7 +246,7 @@ def _beside_base(config: Config) -> tuple[Config, list[str]]:
 
 
 def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
-    """One word where a list should be is a list of one."""
+    """One word where a list should be is a list of one; a setting that is gone is left out where it asks for nothing."""
     listed = {}
     for section, model in _sections():
         given = values.get(section)
@@ -254,8 +254,14 @@ def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
             listed[section] = {
                 name: [value] if isinstance(value, str | int | float) and _takes_only_lists(model, name) else value
                 for name, value in given.items()
+                if not _is_removed_default(f"{section}.{name}", value)
             }
     return values | listed
+
+
+def _is_removed_default(key: str, value: Any) -> bool:
+    """Whether an older version wrote this into its config.yaml for a setting that was left alone."""
+    return key in names.REMOVED and names.REMOVED[key][0] == value
 
 
 def _takes_only_lists(model: type[Section], name: Any) -> bool:
@@ -317,7 +323,8 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: Config) -> list[str]:
     """What of a saved resolved config differs so that its checkpoints are not this run's."""
-    before, now = flatten(old), flatten(new.model_dump())
+    before = {key: value for key, value in flatten(old).items() if not _is_removed_default(key, value)}
+    now = flatten(new.model_dump())
     free = tuple(pattern.removesuffix("*") for pattern in RESUME_MAY_CHANGE)
     return [
         f"{key}: was {_yaml(before.get(key))}, now {_yaml(now.get(key))}"
@@ -449,12 +456,16 @@ def _nearest(key: str) -> str:
     return f"the sections are {', '.join(sections_here)}"
 
 
+def _removed(key: str) -> str | None:
+    return f"was removed; {names.REMOVED[key][1]}" if key in names.REMOVED else None
+
+
 def _unknown_argument(word: str) -> str:
     key = paths.shown(word.lstrip("-").split("=")[0])
     if (section := dict(_sections()).get(key)) is not None:
         name = next(iter(section.model_fields))
         return f"--{key}: is a section; set each of its settings by itself, as --{key}.{name} VALUE"
-    return f"--{key}: unknown option; {_nearest(key)}"
+    return f"--{key}: {_removed(key) or f'unknown option; {_nearest(key)}'}"
 
 
 def _describe(error: Any) -> str:
@@ -464,7 +475,7 @@ def _describe(error: Any) -> str:
         if key in error["loc"] and key in _keys():  # written with a dot, as on the command line
             section, name = key.split(".")
             return f"{key}: unknown key; nest it: {_yaml({section: {name: got}}).removeprefix('{').removesuffix('}')}"
-        return f"{key}: unknown key; {_nearest(key)}"
+        return f"{key}: {_removed(key) or f'unknown key; {_nearest(key)}'}"
     if kind == "missing":
         return f"{key}: is required" + ("" if "." in key else f" (section {key}:)")
     if kind == "model_type":

@@ -126,8 +126,7 @@ def _evaluation_conflicts(config: Config) -> Iterator[str]:
 
 
 SHAPE = (
-    "r", "alpha", "dropout", "target_modules", "layers", "rank_pattern", "alpha_pattern", "rslora", "dora", "init", "bias",
-    "train_norms", "modules_to_save",
+    "r", "alpha", "dropout", "target_modules", "rslora", "dora", "init", "modules_to_save",
 )  # fmt: skip
 QUANTIZED = ("quantization", "double_quantization", "compute_dtype")
 
@@ -148,16 +147,12 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
         yield "adapter.init: pissa rewrites the base weights, which qlora has quantised before; use loftq, or kind: lora"
     if adapter.kind == "lora" and adapter.init == "loftq":
         yield "adapter.init: loftq corrects quantisation errors, and nothing is quantised; use kind: qlora"
+    if adapter.quantization == "int8" and adapter.init == "loftq":
+        yield "adapter.init: loftq corrects the error of 4 bits, and int8 has next to none; use init: default"
     if adapter.dora and adapter.init in ("pissa", "loftq", "eva"):
         yield f"adapter.dora: cannot be used with adapter.init: {adapter.init}; use init: default"
     if adapter.kind == "qlora" and adapter.dora and adapter.quantization == "int8":
         yield "adapter.dora: unpacks weights at every step, which int8 does inexactly; use nf4"
-    if adapter.layers is not None and isinstance(adapter.target_modules, str):
-        yield "adapter.layers: peft also needs the names of modules; set adapter.target_modules, as [q_proj, v_proj]"
-    if adapter.bias != "none" and adapter.kind == "qlora":
-        yield "adapter.bias: cannot be used with kind: qlora, where bitsandbytes rounds biases to the compute type at each pass; use none"
-    if adapter.bias != "none" and adapter.dora:
-        yield "adapter.bias: cannot be used with adapter.dora; use none"
 
 
 def _optimizer_conflicts(config: Config) -> Iterator[str]:

@@ -39,7 +39,7 @@ CASES = {
     "padded": {"model__attention": "sdpa", "data__group_by_length": True, **EIGHT},
     "lora": {
         "adapter__kind": "lora",
-        "adapter__train_norms": True,
+        "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"],
         "model__new_tokens": ["<|a|>"],
         **EIGHT,
         "evaluation__sample_prompts": ["what is 3 times three"],
