@@ -9,6 +9,7 @@ from finetune import config as configs
 from finetune import places, preflight
 from finetune import run as runs
 from finetune.config import Config
+from finetune.config.choices import ADAPTER_INITS
 from finetune.engine import optim
 from finetune.engine.checkpoint import contents, folder
 from finetune.engine.checkpoint import resume as resumption
@@ -247,7 +248,7 @@ def require_changed(run: Run, untrained: dict[str, float | str]) -> None:
     unchanged, num_trained = parameters.unchanged(bare, changed)
     if len(unchanged) == num_trained:
         raise ExportError(f"no weight changed in {step} steps; is optimizer.lr too small for model.dtype?")
-    if step == 1 and adapter.kind != "full" and adapter.path is None and adapter.init in ("default", "eva"):
+    if step == 1 and adapter.kind != "full" and adapter.path is None and ADAPTER_INITS[adapter.init].leaves_model:
         # The other factor starts at 0, so that their first gradient is 0.
         unchanged = [name for name in unchanged if "lora_A" not in name and "lora_embedding_B" not in name]
     if unchanged:

@@ -2,14 +2,23 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from finetune.config import paths
+from finetune.config.choices import ADAPTER_INITS, OPTIMIZERS, QUANTIZATIONS
 from finetune.config.paths import ExpandedPath, PathString
 from finetune.errors import ConfigError
 
+if TYPE_CHECKING:
+    AdapterInit = str
+    OptimizerKind = str
+    Quantization = str
+else:
+    AdapterInit = Literal[tuple(ADAPTER_INITS)]
+    OptimizerKind = Literal[tuple(OPTIMIZERS)]
+    Quantization = Literal[tuple(QUANTIZATIONS)]
 Positive = Annotated[int, Field(gt=0)]
 BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 # What a format can call a column; the formats themselves are in data/rows.py.
@@ -82,11 +91,11 @@ class Adapter(Section):
     """Scale updates by alpha / sqrt(r), which keeps their size the same at high ranks (Kalajdzievski, 2023)."""
     dora: bool = False
     """Learn the magnitude of weights separately from their direction (DoRA; Liu et al., 2024): better at low ranks, slower."""
-    init: Literal["default", "pissa", "eva", "loftq"] = "default"
+    init: AdapterInit = "default"
     """How to initialise adapters. default: leave the model unchanged; pissa: principal directions of the weights; eva: principal directions of the data; loftq: correct the error of 4-bit quantisation."""
     modules_to_save: list[str] = []
     """Modules to train in full, and save with the adapter, such as [embed_tokens, lm_head] or [input_layernorm, norm]."""
-    quantization: Literal["nf4", "fp4", "int8"] = "nf4"
+    quantization: Quantization = "nf4"
     """qlora: how to store frozen weights."""
     double_quantization: bool = True
     """qlora, 4 bits: quantise the scales too; saves 0.4 bits per weight."""
@@ -141,9 +150,7 @@ class Objective(Section):
 class Optimizer(Section):
     """The optimizer and its learning rate."""
 
-    kind: Literal[
-        "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion", "lion_8bit", "adafactor", "muon"
-    ] = "adamw"
+    kind: OptimizerKind = "adamw"
     """Optimizer. 8-bit optimizers store their state in 8 bits, paged ones can move it to host memory; lion needs half the state of adamw, adafactor almost none; muon works with adapter.kind: full only."""
     lr: Annotated[
         float,
@@ -307,17 +314,9 @@ class Config(Section):
 
 
 def usual_lr(optimizer: Any, adapter: Any) -> float:
-    """optimizer.lr where none is given.
-
-    All weights: 2e-5 (Llama-2, Alpaca, Tulu). Adapters: 2e-4, ten times that (Dettmers et al., 2023; Hu et al., 2021). Lion's
-    steps have the size of its rate for any gradient: a third to a tenth of AdamW's (Chen et al., 2023). Adafactor's
-    rate is relative to the size of a weight: 1e-3 (Raffel et al., 2020). Muon's updates are scaled to the size of AdamW's
-    (Liu et al., 2025), so its rate is AdamW's.
-    """
-    if optimizer == "adafactor":
-        return 1e-3
-    all_weights, adapters = (4e-6, 4e-5) if str(optimizer).startswith("lion") else (2e-5, 2e-4)
-    return all_weights if adapter == "full" else adapters
+    """optimizer.lr where none is given, of an optimizer.kind and an adapter.kind that may be wrong."""
+    kind = OPTIMIZERS[optimizer] if isinstance(optimizer, str) and optimizer in OPTIMIZERS else OPTIMIZERS["adamw"]
+    return kind.lr[0 if adapter == "full" else 1]
 
 
 def accumulation_steps(config: Config, num_processes: int) -> int:

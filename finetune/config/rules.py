@@ -4,6 +4,7 @@ import difflib
 import os
 from collections.abc import Iterator
 
+from finetune.config.choices import OPTIMIZERS, QUANTIZATIONS
 from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Adapter, Config, Model, Schedule, Section
 
 PLACES = (
@@ -138,7 +139,7 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
         yield from _ignored(adapter, "adapter", ("freeze",), "adapters freeze every other weight")
     if adapter.kind != "qlora":
         yield from _ignored(adapter, "adapter", QUANTIZED, "it belongs to adapter.kind: qlora")
-    elif adapter.quantization == "int8":
+    elif QUANTIZATIONS[adapter.quantization].bits == 8:
         yield from _ignored(adapter, "adapter", QUANTIZED[1:], "it is for 4 bits")
     if adapter.path is not None:
         yield from _ignored(adapter, "adapter", SHAPE, "the adapter in adapter.path has its own shape")
@@ -149,7 +150,7 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
         yield "adapter.init: loftq corrects quantisation errors, and nothing is quantised; use kind: qlora"
     if adapter.quantization == "int8" and adapter.init == "loftq":
         yield "adapter.init: loftq corrects the error of 4 bits, and int8 has next to none; use init: default"
-    if adapter.dora and adapter.init in ("pissa", "loftq", "eva"):
+    if adapter.dora and adapter.init != "default":
         yield f"adapter.dora: cannot be used with adapter.init: {adapter.init}; use init: default"
     if adapter.kind == "qlora" and adapter.dora and adapter.quantization == "int8":
         yield "adapter.dora: unpacks weights at every step, which int8 does inexactly; use nf4"
@@ -159,14 +160,11 @@ def _optimizer_conflicts(config: Config) -> Iterator[str]:
     optimizer, kind = config.optimizer, config.optimizer.kind
     if config.trains_in_16_bits and kind != "adamw":
         yield f"optimizer.kind: {kind} rounds weights in 16 bits to the nearest, which loses most updates; use adamw, which rounds them stochastically, or model.dtype: auto"
-    if kind == "adafactor":
-        yield from _ignored(optimizer, "optimizer", ("betas", "eps"), "adafactor has its own")
-    if kind.startswith("lion"):
-        yield from _ignored(optimizer, "optimizer", ("eps",), "lion divides by nothing")
-    if kind == "muon" and config.adapter.kind != "full":
-        yield "optimizer.kind: muon turns the update of a whole matrix, which adapters split in two; use adamw"
-    if kind == "adafactor" and config.adapter.kind != "full":
-        yield "optimizer.kind: adafactor steps in proportion to the size of a weight, and half of an adapter starts at 0; use adamw_8bit"
+    row = OPTIMIZERS[kind]
+    ignored = tuple(name for name in ("betas", "eps") if name not in row.takes)
+    yield from _ignored(optimizer, "optimizer", ignored, row.ignores)
+    if config.adapter.kind != "full" and row.not_for_adapters:
+        yield f"optimizer.kind: {row.not_for_adapters}"
     if config.adapter.kind == "full":
         yield from _ignored(optimizer, "optimizer", ("lora_plus_ratio",), "adapter.kind: full has no adapter")
 

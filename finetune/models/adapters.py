@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune import failures
 from finetune.config import Adapter, Model
 from finetune.config.base import ADAPTER_WEIGHTS, adapter_problem
+from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
 from finetune.errors import ModelError
 from finetune.models import adapter_init, base_identity, load
 
@@ -57,7 +58,7 @@ def apply(
     saved.base_model_name_or_path = os.path.abspath(base.path) if base.path and os.path.isdir(base.path) else base.path
     saved.revision = base.revision
     adapted.base_record = record
-    adapted.start_rewrites_base = adapter.init == "pissa" and not adapter.path
+    adapted.start_rewrites_base = ADAPTER_INITS[adapter.init].rewrites_base and not adapter.path
     for parameter in adapted.parameters():  # 16 bits would lose most steps of a norm, a bias or an embedding
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -72,7 +73,7 @@ def quantization(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any] | None:
     """
     if adapter.kind != "qlora":
         return None
-    if adapter.quantization == "int8":
+    if QUANTIZATIONS[adapter.quantization].bits == 8:
         return {"load_in_8bit": True}
     return {
         "load_in_4bit": True, "bnb_4bit_quant_type": adapter.quantization, "bnb_4bit_use_double_quant": adapter.double_quantization,
@@ -110,7 +111,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
     config = LoraConfig(
         r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=adapter.target_modules, exclude_modules=elsewhere,
         use_rslora=adapter.rslora, use_dora=adapter.dora,
-        init_lora_weights=True if on_meta or adapter.init in ("default", "loftq") else adapter.init,
+        init_lora_weights=True if on_meta else ADAPTER_INITS[adapter.init].peft,
         eva_config=EvaConfig(rho=1.0) if adapter.init == "eva" and not on_meta else None,
         modules_to_save=list(whole) or None, task_type="CAUSAL_LM",
         ensure_weight_tying=bool(whole) and model.config.get_text_config().tie_word_embeddings,
@@ -209,7 +210,7 @@ def require_whole(model: "PeftModel", path: str, adapter: str = "default") -> No
 
 def _require_directions(model: "PeftModel", adapter: Adapter) -> None:
     """Raise ModelError where adapter.init starts from directions that the layers do not have."""
-    if adapter.path is not None or adapter.init == "default":
+    if adapter.path is not None or not ADAPTER_INITS[adapter.init].has_directions:
         return
     for name, layer in model.named_modules():
         if not hasattr(layer, "lora_A"):
