@@ -688,7 +688,7 @@ def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(desk, tmp_path)
     )
     rest, part = stored.hold_out(examples, 0.1, seed=0)
     assert (len(rest), len(part)) == (36, 4)
-    assert examples.place(7) == f"{path}:1 (row 8)"
+    assert examples.place(7) == f"{path} row 8"
 
 
 def test_a_text_may_hold_what_some_vocabularies_call_special(desk):
