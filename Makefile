@@ -6,13 +6,18 @@ BIN := .venv/bin
 .PHONY: install quickstart test test-fast faults image image-test gpu bench lint schema clean
 .DELETE_ON_ERROR:
 
+# What a run needs; `make test` and `make lint` add their own tools.
 install: .venv/installed
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	# torch first: the others then accept the build that is there (on a CPU-only machine add --index-url of your CPU wheels)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/tools: .venv/installed requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
@@ -27,13 +32,13 @@ quickstart: install
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
 
-test: install
+test: .venv/tools
 	$(BIN)/python -m pytest tests -n auto
 
-test-fast: install
+test-fast: .venv/tools
 	$(BIN)/python -m pytest tests -n auto -m "not slow"
 
-faults: install
+faults: .venv/tools
 	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults tests/invariants/test_topologies.py -n 2 -s
 
 # For NVIDIA GPUs; docs/containers.md has SUFFIX and ARGS for a CPU and for FlashAttention. BUILDER="buildah build" or "podman build" will do, too.
@@ -45,7 +50,7 @@ image:
 	  --build-arg SOURCE=$$(git config --get remote.origin.url || true) $(ARGS) .
 
 # Builds one for a CPU and runs it; as root, with Debian's buildah, runc and mmdebstrap.
-image-test: install
+image-test: .venv/tools
 	FINETUNE_IMAGE=1 $(BIN)/python -m pytest tests/test_image.py tests/test_container.py -s
 
 # What only a GPU shows, each part in under five minutes, without a network: PART=correctness, memory or speed (all, if none is
@@ -59,7 +64,7 @@ bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/peers.py --plot peers.png $(if $(ROWS),--rows $(ROWS)) $(if $(LITGPT),--litgpt $(LITGPT))
 
-lint: install
+lint: .venv/tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -4,7 +4,8 @@
     python train.py --config configs/my_run.yaml            one process, CPU or one GPU
     python train.py --config configs/my_run.yaml --check    everything that can be known without loading weights
 
-finetune/loop.py tells the run from top to bottom; it imports torch, so --help and a wrong config answer before that.
+finetune/loop.py tells the run from top to bottom; it imports torch, so --help and a wrong config
+answer before that.
 """
 
 import os
@@ -40,9 +41,11 @@ def main() -> int:
 
 
 def grow_segments() -> None:
-    """Let the GPU's allocator grow its blocks: micro-batches differ in length, and blocks that fit none would pile up.
+    """Let the GPU's allocator grow its blocks: micro-batches differ in length, and blocks that fit
+    none would pile up.
 
-    PyTorch reads this when it is imported; a setting of the user's own, under any of its names, stays.
+    PyTorch reads this when it is imported; a setting of the user's own, under any of its names,
+    stays.
     """
     names = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
     if not os.environ.keys() & names:

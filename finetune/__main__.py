@@ -1,4 +1,4 @@
-"""finetune, or python -m finetune: train | launch | replay | plan | evaluate | chat | curves | export | schema. Each imports what it needs when it runs."""
+"""finetune, or python -m finetune: train | launch | replay | plan | evaluate | chat | curves | export | merge | schema. Each imports what it needs when it runs."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ import sys
 
 from finetune import failures, places
 from finetune.config import note_repeats, paths
-from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from finetune.errors import EXIT_COMPLETE, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 COMMANDS = {
     "replay": ("finetune.replay", "repeat a run from its receipt; refuse, and list what differs, if anything changed"),
@@ -21,7 +21,7 @@ COMMANDS = {
         "forecast the memory of a run, the topologies it fits on, and what to change",
     ),
     "curves": ("finetune.curves", "plot loss, learning rate, gradient norm and speed of runs"),
-    "export": ("finetune.export", "merge an adapter into its base and save full weights"),
+    "export": ("finetune.export.merge", "merge an adapter into its base and save full weights"),
 }
 
 
@@ -37,13 +37,17 @@ def main(argv: list[str] | None = None) -> int:
         argv = sys.argv[1:]
         places.note_command(sys.argv[0])
     paths.give_home()
-    if os.getpid() == 1:
-        _heed_signals(EXIT_PREEMPTED if argv[:1] == ["launch"] else EXIT_FAILED)
     if argv[:1] == ["launch"]:  # its arguments are those of `accelerate launch`
+        for number in (signal.SIGTERM, signal.SIGHUP):  # nothing has begun; `launch` sets its own handlers
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
         return int(importlib.import_module("finetune.survival.launcher").main(argv[1:]))
     if argv[:1] == ["train"]:
         sys.argv = [str(places.TRAIN), *argv[1:]]
         runpy.run_path(str(places.TRAIN), run_name="__main__")  # ends the process
+    if argv[:1] == ["merge"]:
+        models = ["--model"] if argv[1:2] and not argv[1].startswith("-") else []
+        argv = ["export", "--merge", *models, *argv[1:]]
     if halves := [word for word in argv if paths.half_characters(word, "it")]:
         print(f"error: {paths.shown(halves[0])}: holds half a character, or bytes that are not UTF-8", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -60,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == [name]:
             note_repeats(command)
             importlib.import_module(module).add_arguments(command)
+    commands.add_parser("merge", help="merge RUN --output FOLDER: the same as export --merge --model RUN")
     commands.add_parser("train", help="train in this process, as train.py does; train --help lists every setting")
     commands.add_parser("launch", help="start train.py as `accelerate launch` does, and pass on signals and exit codes")
     commands.add_parser("schema", help="JSON schema of the run config, for editors")
@@ -81,12 +86,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"{error.label}: {error}", file=sys.stderr)
         return error.exit_code
-
-
-def _heed_signals(code: int) -> None:
-    """In a container the kernel gives PID 1 no signal that it has not asked for; `launch` takes over when it starts processes."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: os._exit(code))
 
 
 if __name__ == "__main__":

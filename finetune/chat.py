@@ -6,7 +6,9 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from transformers import TextStreamer
 
+from finetune import places
 from finetune.config.base import is_adapter, model_argument, require_model
 from finetune.data.rows import Message
 from finetune.data.templates import PROMPT, QUESTION
@@ -16,9 +18,9 @@ from finetune.generation import generate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, type=model_argument, help="run directory, folder or Hub id, full weights or adapter"
-    )
+    what = "run directory, folder or Hub id, full weights or adapter"
+    parser.add_argument("model", nargs="?", type=model_argument, metavar="MODEL", default=argparse.SUPPRESS, help=what)
+    parser.add_argument("--model", type=model_argument, help="the same, as an option")
     parser.add_argument("--prompt", default=None, help="answer this one message and end")
     parser.add_argument("--system", default=None, help="system message")
     parser.add_argument("--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer")
@@ -52,6 +54,8 @@ def require_system(tokenizer: Any, start: list[Message]) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.model is None:
+        raise ModelError(f"no model is given: {places.command()} chat runs/my_run, or a folder, or a Hub id")
     require_model(arguments.model, "--model")
     if arguments.base is not None and not is_adapter(arguments.model):
         raise ModelError(
@@ -65,18 +69,22 @@ def main(arguments: argparse.Namespace) -> None:
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(messages: list[Message]) -> str:
+        """The answer, printed as it is written."""
         prompt = generate.chat_prompt(tokenizer, messages)
-        return generate.answers(
-            model,
-            tokenizer,
-            [prompt],
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=1,
-            temperature=arguments.temperature,
-        )[0].text
+        streamer = TextStreamer(
+            tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        [given] = generate.answers(
+            model, tokenizer, [prompt], max_new_tokens=arguments.max_new_tokens, batch_size=1,
+            temperature=arguments.temperature, streamer=streamer,
+        )  # fmt: skip
+        if given.is_cut:
+            note = f"note: the answer was cut after {arguments.max_new_tokens} tokens; see --max-new-tokens"
+            print(note, file=sys.stderr)
+        return given.text
 
     if arguments.prompt is not None:
-        print(answer([*start, Message("user", arguments.prompt)]))
+        answer([*start, Message("user", arguments.prompt)])
         return
     print("An empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
     messages = list(start)
@@ -90,4 +98,3 @@ def main(arguments: argparse.Namespace) -> None:
         if text:
             messages.append(Message("user", text))
             messages.append(Message("assistant", answer(messages)))
-            print(messages[-1].content)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune import extras
 from finetune.config import paths
 from finetune.errors import RunDirectoryError
 
@@ -48,6 +49,7 @@ def draw(runs: Sequence[Path], output: Path) -> None:
     for name in (run / log for run in runs for log in ("metrics.jsonl", "eval.jsonl")):
         if output.exists() and name.exists() and output.samefile(name):
             raise RunDirectoryError(f"--output: {output} is {name}, which is an input; choose another path")
+    extras.require("matplotlib", "curves")
     import matplotlib as mpl
 
     mpl.use("agg")

@@ -13,6 +13,7 @@ TRAIN = SHIPPED / "train.py"
 # into a file named by its rank there, and process 0 writes the path of its run directory into RUN until it has written how
 # the run ended: the launcher writes the outcome of processes that were killed.
 BEATS, RUN = "FINETUNE_BEATS", "run"
+REPLAY_OF = "FINETUNE_REPLAY_OF"  # a setting of `replay` for its processes: the directory of the run that they repeat
 COMMAND = "FINETUNE_COMMAND"  # how the user calls the program, for the processes that it starts
 
 

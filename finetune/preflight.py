@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune import extras
 from finetune.config import Config, accumulation_steps, base, usual_lr
 from finetune.config import fields as config_fields
 from finetune.data import batches, examples, order, readers, rows, templates, tokens
-from finetune.engine import trackers
+from finetune.engine import optim, trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.export.publish import rehearse
@@ -54,6 +55,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     `date`: of the run's first start, as 2026-11-26, for templates that write it; None: today's.
     """
     wanted = config.data
+    _require_packages(config)
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
     sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
     model_config = load.load_config(config.model)  # first: transformers reads it for the tokenizer, too
@@ -90,6 +92,14 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     return Data(
         tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources, known, identity, format, num_rows
     )  # fmt: skip
+
+
+def _require_packages(config: Config) -> None:
+    """Raise ConfigError for a package that the config needs and this environment lacks."""
+    if config.adapter.kind == "qlora":
+        extras.require("bitsandbytes", "adapter.kind: qlora")
+    if optim.needs_bitsandbytes(config.optimizer.kind):
+        extras.require("bitsandbytes", f"optimizer.kind: {config.optimizer.kind}")
 
 
 def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[readers.Sources, str]:

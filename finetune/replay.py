@@ -5,8 +5,6 @@ import contextlib
 import json
 import math
 import os
-import re
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from finetune import config as configs
 from finetune import files
 from finetune.config import paths
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, RunDirectoryError
-from finetune.places import TRAIN
+from finetune.places import REPLAY_OF, TRAIN
 from finetune.survival import launcher
 
 # The only place that says what "the same" means where it cannot mean the same bits. On a CPU it does: the same
@@ -47,11 +45,12 @@ def main(arguments: argparse.Namespace) -> int:
     if name == config.run.name:
         raise RunDirectoryError(f"--name: {name} is the run itself; give the repetition another name")
     command = [
-        sys.executable, str(TRAIN), "--config", str(run / "config.yaml"), "--run.name", name, "--run.replay_of", str(run),
+        sys.executable, str(TRAIN), "--config", str(run / "config.yaml"), "--run.name", name,
         "--run.dir", str(run.parent), "--checkpoint.storage", "null", "--tracking.trackers", "[]",
         "--tracking.project", "finetune", "--tracking.wandb_mode", "null",
     ]  # fmt: skip
-    code = launcher.run(_environments(receipt), command)
+    environments = [{**each, REPLAY_OF: str(run)} for each in _environments(receipt)]
+    code = launcher.run(environments, command)
     return code or _compare(run, run.parent / name, tolerance(receipt))
 
 
@@ -67,10 +66,10 @@ def _receipt(run: Path) -> dict[str, Any]:
         # The system takes 128 KiB of a variable; a launcher sets a few words.
         if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in told):
             raise ValueError("launch holds an entry that is not an environment variable")
-        if foreign := [name for name in launch if not launching.is_recorded(name)]:
+        if foreign := [
+            name for name in launch if not launching.is_recorded(name) or not name.replace("_", "").isalnum()
+        ]:
             raise ValueError(f"launch sets {foreign[0]}, which no receipt of this program does")
-        if wrong := [name for name in launch if not re.fullmatch("[A-Z0-9_]+", name)]:
-            raise ValueError(f"launch holds {wrong[0]!r}, which is not a name of a variable")
         if number < 1:
             raise ValueError("num_processes is less than 1")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
@@ -83,7 +82,7 @@ def _receipt(run: Path) -> dict[str, Any]:
     if number > on_this_node:
         raise RunDirectoryError(
             f"{run} ran on {number} processes of several nodes; give each node its launcher line again, with another --run.name "
-            f"and --run.replay_of {run}"
+            f"and {REPLAY_OF}={run} in its environment"
         )
     return receipt
 
@@ -119,11 +118,11 @@ def _environments(receipt: dict[str, Any]) -> list[dict[str, str]]:
     shared = {**os.environ, **receipt["launch"]}
     if receipt["topology"] == "single":
         return [shared]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    shared |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "GROUP_RANK": "0"}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    shared |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port()),
+        "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "GROUP_RANK": "0",
+    }  # fmt: skip
+    return launcher.ranked(shared, number)
 
 
 def _compare(run: Path, again: Path, part: float) -> int:

@@ -1,12 +1,13 @@
-"""Everything one run needs: config, directories, topology, data, stop flag; and, once built, state, metrics and saver."""
+"""Everything one run needs: config, directories, topology, data, stop flag; and, once built, state,
+metrics and saver.
+"""
 
 import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from finetune.errors import (
     EXIT_FAILED,
     CheckpointError,
     ConfigError,
+    ExportError,
     OutOfMemory,
     Preempted,
     RunDirectoryError,
@@ -36,8 +38,9 @@ from finetune.errors import (
 )
 from finetune.export.publish import Writing
 from finetune.export.save import Base
+from finetune.export.verify import probe_logits
 from finetune.generation import generate
-from finetune.models import base_identity, load, parameters
+from finetune.models import adapters, base_identity, load, parameters
 from finetune.models.policy import Policy
 from finetune.objectives import OBJECTIVES, Objective
 from finetune.preflight import Data
@@ -56,7 +59,9 @@ class Run:
     data: Data
     stop: StopFlag
     reserved: int | None = None
-    """Bytes of optimizer state next to which the largest micro-batch is tried first; None: its size was given."""
+    """Bytes of optimizer state next to which the largest micro-batch is tried first; None: its size
+    was given.
+    """
     state: TrainState = field(init=False)
     metrics: Metrics = field(init=False)
     saver: Saver = field(init=False)
@@ -69,17 +74,29 @@ class Run:
             log(message)
 
     @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of one process in one step."""
+        return configs.accumulation_steps(self.config, self.topology.num_data)
+
+    @property
     def step(self) -> int | None:
         """The last step that is done; None before there is a model."""
         return self.state.progress.step if hasattr(self, "state") else None
 
     def is_complete(self) -> bool:
-        """Whether the run has ended before, with a model that is still what was verified then; says so.
+        """Whether the run has ended before, with a model that is still what was verified then; says
+        so.
 
         Raises RunDirectoryError if the directory holds another run, or what would be overwritten.
         """
-        directory, topology, usual = self.directory, self.topology, base_identity.usual(self.data.model_config)
-        is_complete, note = topology.on_main(lambda: directory.completion(self.data.identity, usual))
+        directory, topology, usual = (
+            self.directory,
+            self.topology,
+            base_identity.usual(self.data.model_config),
+        )
+        is_complete, note = topology.on_main(
+            lambda: directory.completion(self.data.identity, usual)
+        )
         if is_complete:
             self.log(f"{directory.path} is complete; its model is in {directory.model}")
             return True
@@ -98,7 +115,8 @@ class Run:
         """What the config only points at, and what auto became: a resumption must find the same."""
         facts = self.state.facts
         weights = {"frozen weights": facts.frozen, "code of the model": facts.code}
-        # Fresh adapters are left out: some start from what a GPU computes, which is not the same twice.
+        # Fresh adapters are left out: some start from what a GPU computes, which is not the same
+        # twice.
         if self.config.adapter.kind == "full" or self.config.adapter.path:
             weights["weights before the first step"] = facts.start
         return {**self.known_identity(), **weights}
@@ -110,14 +128,21 @@ class Run:
             self.topology.on_main(self.storage.claim)
 
     def open_directory(self, resumed_from: int | None) -> None:
-        """From here on the run directory is this run's: write config and receipt, and open logs and saver."""
+        """From here on the run directory is this run's: write config and receipt, and open logs and
+        saver.
+        """
         self.topology.on_main(self._begin)
         self.metrics = self._metrics()
         self.saver = self._saver(resumed_from)
         self.batches = Prefetch(
-            self.data.train, self.data.num_steps, part=self.topology.part, pin=self.topology.device.type == "cuda"
+            self.data.train,
+            self.data.num_steps,
+            part=self.topology.part,
+            pin=self.topology.device.type == "cuda",
         )
-        self.best = BestCheckpoint(self.config.evaluation, self.directory, self.topology, lambda: self.saver.under_way)
+        self.best = BestCheckpoint(
+            self.config.evaluation, self.directory, self.topology, lambda: self.saver.under_way
+        )
 
     def _begin(self) -> None:
         config, topology, data, facts, step = (
@@ -134,10 +159,11 @@ class Run:
             train_data=data.train.sequences.examples.receipt(),
             eval_data=data.eval.sequences.examples.receipt() if data.eval else None, launch=topology.launched,
         )  # fmt: skip
-        if config.run.replay_of is not None:
-            self.directory.require_receipt(Path(config.run.replay_of), made)
-        if self.directory.outcome().get("state") == "running":  # the lock is ours: no other process runs here
-            self.log("note: the previous attempt left no outcome: it was killed, or its machine was lost")
+        self.directory.require_same_receipt(made)
+        if self.directory.outcome().get("state") == "running":  # the lock is ours: none runs here
+            self.log(
+                "note: the previous attempt left no outcome: it was killed, or its machine was lost"
+            )
         self.directory.create(config)
         wanted = config.evaluation.every_steps if data.eval else None
         for note in (
@@ -152,11 +178,15 @@ class Run:
             self.storage.upload_notes(self.directory.path)
 
     def fail(self, exc: BaseException) -> BaseException:
-        """Note, here and in the store, that and why the run ends before its time; return the error to raise: see `explained`."""
+        """Note, here and in the store, that and why the run ends before its time; return the error
+        to raise: see `explained`.
+        """
         error = explained(exc, self.config, self.topology)
         self.directory.note_end(error, self.step, may_create=True)
         if self.topology.is_main and self.directory.is_open and self.storage:
-            with contextlib.suppress(CheckpointError):  # what is wrong with the store was said before
+            with contextlib.suppress(
+                CheckpointError
+            ):  # what is wrong with the store was said before
                 self.storage.upload_notes(self.directory.path)
         # What waits for other processes would wait in vain.
         if hasattr(self, "saver") and not isinstance(error, Preempted | TopologyError):
@@ -164,7 +194,9 @@ class Run:
         return error
 
     def close(self) -> None:
-        """Let the directory go, after the outcome: uploads of trackers may take longer than a machine that goes away has."""
+        """Let the directory go, after the outcome: uploads of trackers may take longer than a
+        machine that goes away has.
+        """
         if hasattr(self, "batches"):
             self.batches.close()
         if hasattr(self, "metrics"):
@@ -180,28 +212,89 @@ class Run:
         """The model as objectives see it."""
         return Policy(model, self.topology.unwrap)
 
-    def export(self) -> Writing:
-        """The model on its way to the run directory."""
-        config, template = self.config, self.data.template
-        has_turns = self.objective.has_turns  # plain text has no turns whose template there is to keep
-        return Writing(
+    def require_changed(self, untrained: dict[str, float | str]) -> None:
+        """Raise ExportError if training has changed no weight; name those that it left alone.
+
+        `untrained`: fingerprints of the weights before the first step.
+        """
+        model = self.topology.unwrap(self.state.model)
+        step, adapter = self.state.progress.step, self.config.adapter
+        now = parameters.fingerprints(model, self.topology.local_shard)
+        changed = self.topology.union({name for name in now if now[name] != untrained[name]})
+        unchanged, num_trained = parameters.unchanged(model, changed)
+        if len(unchanged) == num_trained:
+            raise ExportError(
+                f"no weight changed in {step} steps; is optimizer.lr too small for model.dtype?"
+            )
+        if step == 1 and adapter.kind != "full" and adapters.starts_at_zero(adapter):
+            unchanged = [name for name in unchanged if not adapters.waits_for_other_factor(name)]
+        if unchanged:
+            self.log(
+                f"note: {len(unchanged)} of {num_trained} weight tensors did not change, such as "
+                f"{unchanged[0]}"
+            )
+
+    def save_export(self) -> Writing:
+        """Save the model beside its place in the run directory. Collective."""
+        config, topology, template = self.config, self.topology, self.data.template
+        model, is_adapter = topology.unwrap(self.state.model), config.adapter.kind != "full"
+        if is_adapter:
+            adapters.round_to_base(model)
+        weights = topology.full_weights(self.state.model, trained_only=is_adapter)
+        if is_adapter:
+            weights = adapters.in_base_dtype(model, weights)
+        logits = topology.on_every(lambda: probe_logits(model, topology.device))
+        has_turns = self.objective.has_turns  # rows of plain text have no turns, so no template
+        writing = Writing(
             self.directory.model, template if has_turns else None,
             config.data.system_prompt if has_turns else None,
             Base(config.model.path, config.model.revision, config.model.trust_remote_code),
         )  # fmt: skip
+        topology.on_main(lambda: writing.save(
+            model, weights, logits, self.data.tokenizer, precision=topology.precision,
+            device=topology.device, probe_dtype=topology.probe_dtype,
+        ))  # fmt: skip
+        return writing
 
-    def complete(self, publish: Callable[[], list[str]], step: int, reason: str, exported: int) -> None:
-        """Verify and publish the model, here and in the store, and write that the run is complete. On the main process."""
-        names = publish()
-        if self.storage:
-            self.storage.upload_model(self.directory.model)
-        self.stop.close()  # a signal from here on comes too late to make it anything but complete
-        self.directory.write_outcome("complete", step, reason, names, exported_step=exported)
-        if self.storage:
-            self.storage.upload_notes(self.directory.path)
+    def complete(self, export: Writing, step: int, reason: str, exported: int) -> None:
+        """Verify and publish the model, here and in the store, and record that the run is complete.
+
+        `exported`: the step of its weights.
+        """
+
+        def publish() -> None:
+            names = export.publish()
+            if self.storage:
+                self.storage.upload_model(self.directory.model)
+            self.stop.close()  # from here on a signal comes too late
+            self.directory.write_outcome("complete", step, reason, names, exported_step=exported)
+            if self.storage:
+                self.storage.upload_notes(self.directory.path)
+
+        self.topology.on_main(publish)
+        self.log(f"complete at step {step}: {reason}: {self.directory.model}")
+        self.log(f"next:\n{self.what_next()}")
+
+    def what_next(self) -> str:
+        """The commands that use the exported model, one a line."""
+        command, path, base = places.command(), self.directory.path, self.config.model.path
+        lines = [f"  draw        {command} curves {path}"]
+        if self.objective.has_turns and base is not None:
+            evaluate = f"{command} evaluate --base {base} --tuned {path} --data HELD_OUT_ROWS"
+            lines.insert(0, f"  compare     {evaluate}")
+        if self.objective.has_turns:
+            lines.insert(0, f"  chat        {command} chat {path}")
+        if self.config.adapter.kind != "full":
+            lines.append(f"  merge       {command} merge {path} --output {path}/merged")
+        return "\n".join(lines)
 
     def _metrics(self) -> Metrics:
-        config, directory, topology, progress = self.config, self.directory, self.topology, self.state.progress
+        config, directory, topology, progress = (
+            self.config,
+            self.directory,
+            self.topology,
+            self.state.progress,
+        )
         wanted = config.tracking
         trackers = None
         if topology.is_main and wanted.trackers:
@@ -229,7 +322,9 @@ class Run:
         )  # fmt: skip
 
     def sample(self) -> None:
-        """Answers to the fixed prompts of the config; every process takes part, as each may hold a part of the model."""
+        """Answers to the fixed prompts of the config; every process takes part, as each may hold a
+        part of the model.
+        """
         wanted, data, step = self.config.evaluation, self.data, self.state.progress.step
         self.topology.watchdog.pause(f"the samples after step {step}")
         template = data.template if self.objective.has_turns else None
@@ -244,7 +339,9 @@ class Run:
 
 @contextlib.contextmanager
 def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
-    """Open everything a run needs before its model; however it ends before its time, outcome.json says so."""
+    """Open everything a run needs before its model; however it ends before its time, outcome.json
+    says so.
+    """
     directory, run = RunDirectory(config, check_only), None
     try:
         if config.adapter.kind == "qlora":
@@ -261,7 +358,7 @@ def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
         with watched(config, directory, topology, stop):
             try:
                 storage = reach(config, directory, topology, check_only)
-                date = topology.on_main(lambda: directory.template_date(config))
+                date = topology.on_main(directory.template_date)
                 data = preflight.prepare(config, topology, date)
                 run = Run(config, directory, storage, topology, data, stop, reserved)
                 yield run
@@ -283,19 +380,28 @@ def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
 
 
 def as_base_is(config: Config) -> Config:
-    """adapter.quantization as a base on the Hub has it that is quantised already; folders were looked at with the config."""
-    if config.adapter.kind != "qlora" or config.model.path is None or os.path.isdir(config.model.path):
+    """adapter.quantization as a base on the Hub has it that is quantised already; folders were
+    looked at with the config.
+    """
+    if (
+        config.adapter.kind != "qlora"
+        or config.model.path is None
+        or os.path.isdir(config.model.path)
+    ):
         return config
     return base.settled(config, load.load_config(config.model).to_dict())[0]
 
 
 def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
-    """train.micro_batch_size: auto as a number, and the bytes of optimizer state for which it was chosen; None if it was one."""
+    """train.micro_batch_size: auto as a number, and the bytes of optimizer state for which it was
+    chosen; None if it was one.
+    """
     if config.train.micro_batch_size != "auto":
         return config, None
     if config.train.global_batch_size % topology.num_data:
         raise ConfigError(
-            f"train.global_batch_size: {config.train.global_batch_size} sequences cannot be split evenly over {topology.num_data} processes; "
+            f"train.global_batch_size: {config.train.global_batch_size} sequences cannot be split "
+            f"evenly over {topology.num_data} processes; "
             f"take a multiple of {topology.num_data}"
         )
     from finetune.forecast import choice
@@ -304,15 +410,21 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
         topology.processes.gather(choice.capacity_here(topology.device))
     )  # others may be at work on one of the GPUs
     size, reserved, why = topology.on_main(
-        lambda: choice.automatic(config, topology.parallel, topology.device, topology.precision, limit)
+        lambda: choice.automatic(
+            config, topology.parallel, topology.device, topology.precision, limit
+        )
     )
     if topology.is_main:
         log(why)
-    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})}), reserved
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"micro_batch_size": size})}
+    ), reserved
 
 
 def explained(exc: BaseException, config: Config, topology: Topology) -> BaseException:
-    """What an exception really was, where the run stood, and what helps; itself if `failures` does not know it."""
+    """What an exception really was, where the run stood, and what helps; itself if `failures` does
+    not know it.
+    """
     error = exc if isinstance(exc, Preempted) else failures.translate(exc)
     if isinstance(error, OutOfMemory):
         hint = f"{places.command()} plan --config FILE says what fits"
@@ -323,13 +435,19 @@ def explained(exc: BaseException, config: Config, topology: Topology) -> BaseExc
             hint = choice.advice(config, topology.parallel, topology.device, topology.precision)
         return OutOfMemory(f"out of memory at {topology.watchdog.at}: {error}\n  {hint}")
     if isinstance(error, TopologyError) and error is not exc:
-        return TopologyError(f"{topology.lost()} at {topology.watchdog.at}; this process failed with: {error}")
+        return TopologyError(
+            f"{topology.lost()} at {topology.watchdog.at}; this process failed with: {error}"
+        )
     return error or exc
 
 
 @contextlib.contextmanager
-def watched(config: Config, directory: RunDirectory, topology: Topology, stop: StopFlag) -> Iterator[None]:
-    """Inside, clouds and deadlines are heeded, and processes that died or stand still end all others."""
+def watched(
+    config: Config, directory: RunDirectory, topology: Topology, stop: StopFlag
+) -> Iterator[None]:
+    """Inside, clouds and deadlines are heeded, and processes that died or stand still end all
+    others.
+    """
 
     def end(problem: str) -> None:
         """In a thread, because the main thread may wait without end, and so may a write to a disk."""
@@ -342,7 +460,9 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
 
     wanted, hang = config.checkpoint, config.train.hang_minutes
     cloud = wanted.notices if topology.is_first_of_node else None
-    stop.configure(grace_seconds=wanted.grace_seconds, max_minutes=wanted.max_minutes, cloud=cloud, log=log)
+    stop.configure(
+        grace_seconds=wanted.grace_seconds, max_minutes=wanted.max_minutes, cloud=cloud, log=log
+    )
 
     def hurries() -> bool:
         return stop.is_set and stop.seconds_left() < wanted.grace_seconds / 2
@@ -354,8 +474,12 @@ def watched(config: Config, directory: RunDirectory, topology: Topology, stop: S
         topology.watchdog.stop()
 
 
-def reach(config: Config, directory: RunDirectory, topology: Topology, check_only: bool) -> Storage | None:
-    """The run's twin in an object store, and from there what an empty disk does not have, but for checkpoints."""
+def reach(
+    config: Config, directory: RunDirectory, topology: Topology, check_only: bool
+) -> Storage | None:
+    """The run's twin in an object store, and from there what an empty disk does not have, but for
+    checkpoints.
+    """
     if config.checkpoint.storage is None:
         return None
     storage = Storage(config.checkpoint.storage, config.run.name)
@@ -367,17 +491,25 @@ def reach(config: Config, directory: RunDirectory, topology: Topology, check_onl
         there = storage.steps()
         if there and config.checkpoint.resume == "never":
             raise RunDirectoryError(
-                f"{storage.url} has checkpoints, and checkpoint.resume is never; set it to auto, or choose another run.name"
+                f"{storage.url} has checkpoints, and checkpoint.resume is never; set it to auto, "
+                "or choose another run.name"
             )
         known = storage.config()
         if known is not None and (different := differences(known, config)):
-            instead = "give this run another run.name or checkpoint.storage, or go back to those values"
+            instead = (
+                "give this run another run.name or checkpoint.storage, or go back to those values"
+            )
             raise receipt.refusal(f"{storage.url} holds another run", different, instead)
         here = [path for path in folder.steps(directory.checkpoints) if folder.looks_whole(path)]
         further = bool(there) and (not here or folder.step_name(there[0]) > here[0].name)
-        if there and here and storage.run_id(there[0]) != folder.run_id((here[0] / folder.MANIFEST).read_bytes()):
+        if (
+            there
+            and here
+            and storage.run_id(there[0]) != folder.run_id((here[0] / folder.MANIFEST).read_bytes())
+        ):
             raise RunDirectoryError(
-                f"{storage.url} and {directory.path} are two different runs with one name; give this one another run.name or checkpoint.storage"
+                f"{storage.url} and {directory.path} are two different runs with one name; give "
+                "this one another run.name or checkpoint.storage"
             )
         if storage.restore(directory.path, over=further):
             log(f"restored from {storage.url}, which is ahead of this disk")

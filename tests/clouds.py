@@ -1,7 +1,8 @@
-"""One server that speaks as the metadata services of AWS, GCP and Azure do, and says what a test tells it to."""
+"""One server that speaks as the metadata services of AWS, GCP and Azure do, and says what a test asks of it."""
 
 import json
 import threading
+import time
 from collections import defaultdict
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,31 +16,30 @@ NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
 ASKED_FOR = {"aws": ACTION, "gcp": PREEMPTED, "azure": EVENTS}
 
 NOTHING = (404, "<html>404 - Not Found</html>")
-NO_EVENTS = (200, {"DocumentIncarnation": 1, "Events": []})
-NOON = "2026-11-21T12:00:00Z"
-BEFORE_NOON = {"Date": "Sat, 21 Nov 2026 11:58:00 GMT"}
+QUIET = {"aws": NOTHING, "gcp": (200, "FALSE"), "azure": (200, {"DocumentIncarnation": 1, "Events": []})}
 REBALANCED = (200, {"noticeTime": "2026-11-21T11:45:00Z"})
 
 
 def preempt(*machines, **changes):
     event = {
         "EventId": "602d9444", "EventType": "Preempt", "EventStatus": "Scheduled", "ResourceType": "VirtualMachine",
-        "Resources": list(machines), "NotBefore": "Sat, 21 Nov 2026 12:00:00 GMT",
+        "Resources": list(machines), "NotBefore": "",
     }  # fmt: skip
     return {"DocumentIncarnation": 2, "Events": [event | changes]}
 
 
-FINAL = {
-    "aws": (200, {"action": "terminate", "time": NOON}, BEFORE_NOON),
-    "gcp": (200, "TRUE"),
-    "azure": (200, preempt("vmss_3"), BEFORE_NOON),
-}
-QUIET = {"aws": NOTHING, "gcp": (200, "FALSE"), "azure": NO_EVENTS}
-REASONS = {
-    "aws": f"AWS takes this machine at {NOON} (terminate)",
-    "gcp": "GCP takes this machine within 30 s (preempted)",
-    "azure": f"Azure takes this machine at {NOON} (Preempt)",
-}
+def final(cloud):
+    """The answer of a cloud that takes this machine in two minutes, and the reason that a run gives."""
+    at = time.time() + 120
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+    return {
+        "aws": ((200, {"action": "terminate", "time": stamp}), f"AWS takes this machine at {stamp} (terminate)"),
+        "gcp": ((200, "TRUE"), "GCP takes this machine within 30 s (preempted)"),
+        "azure": (
+            (200, preempt("vmss_3", NotBefore=formatdate(at, usegmt=True))),
+            f"Azure takes this machine at {stamp} (Preempt)",
+        ),
+    }[cloud]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -74,13 +74,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.tokens.append(body)
         if not isinstance(body, bytes):
             body = (body if isinstance(body, str) else json.dumps(body)).encode()
+        head = {"Content-Length": len(body)} | ({"Metadata-Flavor": "Google"} if self.path == PREEMPTED else {})
         self.send_response_only(status)
-        head = {"Date": formatdate(usegmt=True), "Content-Length": len(body)}
-        if self.path == PREEMPTED:
-            head["Metadata-Flavor"] = "Google"
         for name, value in (head | (headers or {})).items():
-            if value is not None:
-                self.send_header(name, str(value))
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
 
@@ -92,20 +89,13 @@ class Metadata(ThreadingHTTPServer):
     """One server that speaks as all three clouds: nothing to say, until a test gives answers to a path."""
 
     daemon_threads = True
-    request_queue_size = 64
 
-    def __init__(self, listens=True):
-        super().__init__(("127.0.0.1", 0), Handler, bind_and_activate=False)
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.asked, self.tokens, self.over = [], [], threading.Event()
         self.answers = defaultdict(list)
         self.says(NAME, (200, "Vmss_3"))
-        self.server_bind()
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
-        if listens:
-            self.listen()
-
-    def listen(self):
-        self.server_activate()
         threading.Thread(target=self.serve_forever, args=[0.002], daemon=True).start()
 
     def says(self, path, *answers):
@@ -123,5 +113,10 @@ class Metadata(ThreadingHTTPServer):
     def num_asked(self, path):
         return sum(asked == path for _, asked in self.asked)
 
+    def close(self):
+        self.over.set()
+        self.shutdown()
+        self.server_close()
+
     def handle_error(self, request, client_address):
-        """A client that hangs up early is what many tests here want."""
+        """A client that hangs up early is what some tests want."""

@@ -70,7 +70,7 @@ def test_qlora_trains_on_a_quantised_base_as_it_is(workshop, quantized, capsys, 
     run = workshop.train("run", **on(quantized(form), adapter__kind="qlora"))
     assert (
         f"method      {form}{', doubly quantised' if form == 'nf4' else ''} (the base is saved so)"
-        in capsys.readouterr().err
+        in capsys.readouterr().out
     )
     saved = configs.read_yaml(run / "config.yaml")["adapter"]
     assert (saved["quantization"], saved["double_quantization"]) == (form, double)

@@ -84,15 +84,15 @@ def test_every_epoch_holds_every_sequence_once(group_by_length, count, epoch):
 
 @pytest.mark.parametrize("group_by_length", [False, True])
 def test_the_plan_follows_from_seed_and_epoch_alone(group_by_length):
-    def order(seed: int, epoch: int) -> list[int]:
+    def ordered(seed: int, epoch: int) -> list[int]:
         return order(seed, epoch, LENGTHS, 8, group_by_length).tolist()
 
-    first = order(1, 2)
+    first = ordered(1, 2)
     np.random.default_rng().random(100)
     np.random.seed(5)
-    assert order(1, 2) == first
-    assert order(1, 3) != first
-    assert order(2, 2) != first
+    assert ordered(1, 2) == first
+    assert ordered(1, 3) != first
+    assert ordered(2, 2) != first
 
 
 def test_the_plan_leaves_the_lengths_as_they_were():

@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, TINY_LLAMA
 
 from finetune import config as configs
-from finetune.config import Config, paths
+from finetune.config import Config, help, paths, reader
 from finetune.errors import ConfigError
 
 COMPLETE: dict[str, Any] = {"run": {"name": "a"}, "model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
@@ -181,9 +181,7 @@ def test_options_after_two_dashes_are_named(refusal):
 
 
 @pytest.mark.parametrize("value", ["", " "])
-@pytest.mark.parametrize(
-    "key", ["run.dir", "run.replay_of", "model.path", "model.tokenizer", "data.cache_dir", "checkpoint.storage"]
-)
+@pytest.mark.parametrize("key", ["run.dir", "model.path", "model.tokenizer", "data.cache_dir", "checkpoint.storage"])
 def test_an_empty_path_is_refused(key, value):
     assert f"{key}: is empty; name a folder, or remove it" in problems_of(changed(**{key.replace(".", "__"): value}))
 
@@ -325,12 +323,12 @@ def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):
 def test_a_home_directory_is_meant_by_a_tilde_in_every_path(parse, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = parse(
-        "run: {name: a, dir: ~/runs, replay_of: ~/old}\nmodel: {path: ~/m, tokenizer: ~/t}\n"
+        "run: {name: a, dir: ~/runs}\nmodel: {path: ~/m, tokenizer: ~/t}\n"
         "adapter: {kind: lora, path: ~/a}\ndata: {train: [~/a.jsonl, b.jsonl], eval: ~/e.jsonl, template: ~/t.jinja, cache_dir: ~/c}\n",
         "--checkpoint.storage", "file://~/store",
     )  # fmt: skip
     home = str(tmp_path)
-    assert (config.run.dir, config.run.replay_of) == (f"{home}/runs", f"{home}/old")
+    assert config.run.dir == f"{home}/runs"
     assert (config.model.path, config.model.tokenizer, config.adapter.path) == (f"{home}/m", f"{home}/t", f"{home}/a")
     assert (config.data.train, config.data.eval) == ([f"{home}/a.jsonl", "b.jsonl"], f"{home}/e.jsonl")
     assert (config.data.template, config.cache_dir) == (f"{home}/t.jinja", f"{home}/c")
@@ -420,7 +418,7 @@ def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
 @pytest.mark.parametrize(
     ("word", "setting"),
     [
-        ("use_peft", "adapter.kind"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
+        ("use_peft", "adapter.kind"), ("val_split", "data.eval_fraction"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
         ("gradient_checkpointing", "train.gradient_checkpointing"), ("report_to", "tracking.trackers"), ("system", "data.system_prompt"),
         ("lorra", "the sections are"), ("deepspeed", "the topology file decides"), ("device", "(mps) are not yet used"), ("xyzzy", "the sections are"),
     ],
@@ -830,8 +828,38 @@ def train_py(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
 
 
-def test_help_names_every_field_and_does_not_wait_for_torch():
+def test_help_is_short_and_names_the_settings_that_matter_most(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     process = train_py("--help")
+    assert process.returncode == 0
+    lines = process.stdout.splitlines()
+    assert len(lines) < 60
+    assert all(f"--{key} " in process.stdout for key in help.ESSENTIAL)
+    assert "--adapter.dora" not in process.stdout
+    for way_on in ("train.py my_run.yaml --check", "--help SECTION", "--help all"):
+        assert way_on in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "lacks"),
+    [
+        ("adapter", "--adapter.dora", "--optimizer.lr"),
+        ("optimizer.lr", "--optimizer.lr", "--optimizer.kind"),
+        ("adaptr", "did you mean adapter?", "--adapter.dora"),
+        ("nothing-like-it", "There is no section or setting 'nothing-like-it'. --help SECTION", "--run.name"),
+    ],
+)
+def test_help_answers_about_a_section_or_a_setting(capsys, asked, has, lacks):
+    with pytest.raises(SystemExit) as ended:
+        reader.parse(["--help", asked])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert has in shown
+    assert lacks not in shown
+
+
+def test_help_all_names_every_field_and_does_not_wait_for_torch():
+    process = train_py("--help", "all")
     assert process.returncode == 0
     assert [key for key in FIELDS if f"--{key} " not in process.stdout] == []
     text = " ".join(process.stdout.split())

@@ -299,23 +299,6 @@ def test_what_is_wrong_ends_with_2(image, place, rows, wrong):
 
 
 @long
-def test_pid_1_buries_orphans(image, place):
-    """A process whose parent has gone becomes the launcher's, and must not stay as a zombie."""
-    scripts = place()
-    (scripts / "orphan.py").write_text("""
-import os, subprocess, sys, time
-assert os.getppid() == 1
-orphan = int(subprocess.run(["sh", "-c", "sleep 1 > /dev/null & echo $!"], stdout=subprocess.PIPE, text=True).stdout)
-state = lambda: open(f"/proc/{orphan}/stat").read().rpartition(")")[2].split()[:2]
-assert state()[1] == "1"
-time.sleep(2)
-sys.exit(os.path.exists(f"/proc/{orphan}"))
-""")
-    code, said = image.run("launch", "/config/orphan.py", scratch=place(), config=scripts)
-    assert code == 0, said
-
-
-@long
 def test_layers_can_be_compiled(image, place, rows):
     """With the compiler and the headers of the image; what comes out is loaded from /scratch."""
     scratch = place()

@@ -116,14 +116,14 @@ def test_factors_that_cannot_move_in_the_first_step_are_not_named(workshop, caps
     settings = as_adapter(workshop.train("base"))
     capsys.readouterr()
     workshop.train("lora", **settings, train__max_steps=1)
-    assert "did not change" not in capsys.readouterr().err
+    assert "did not change" not in capsys.readouterr().out
 
 
 def test_weights_that_did_not_move_are_named(workshop, capsys):
     # Norms are 1, where float32 steps by 6e-8: an update of 2e-8 is lost; what is near 0 takes it.
     workshop.train(optimizer__lr=2e-8)
     assert (
-        "note: 5 of 21 weight tensors did not change, such as model.layers.0.input_layernorm" in capsys.readouterr().err
+        "note: 5 of 21 weight tensors did not change, such as model.layers.0.input_layernorm" in capsys.readouterr().out
     )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -61,18 +60,12 @@ if what == "after":  # the process of another rank has gone
 elif what == "beside":  # it is stopped, or ignores everything
     until(lambda: state_of(rest[0]) == "T" or (notes / f"ready-{rest[0]}").exists())
     what, *rest = rest[1:]
-elif what == "slow":  # handlers come late, as after imports
-    time.sleep(1)
-    what = "listen"
 if what in ("family", "deaf"):
     for number in signals:
         signal.signal(number, signal.SIG_IGN)
 if what == "family":
     note("child", subprocess.Popen(["sleep", "600"]).pid)
     what, *rest = rest
-if what == "orphan":
-    subprocess.run(["sh", "-c", "sleep 0.2 &"])
-    what = "listen"
 if what == "exit":
     sys.exit(int(rest[0]))
 elif what == "abort":  # as NCCL's own thread does
@@ -97,7 +90,7 @@ names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "
 given = {k: v for k, v in os.environ.items() if k in names or k.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
 os.write(1, (json.dumps([given, os.environ.get("MASTER_PORT"), sys.argv[1:]]) + "\\n").encode())
 """
-MAIN = "import sys; from finetune import launcher; sys.exit(launcher.main(sys.argv[1:]))"
+MAIN = "import sys; from finetune.survival import launcher; sys.exit(launcher.main(sys.argv[1:]))"
 RUN = """
 import os, sys
 from finetune.survival import launcher
@@ -127,7 +120,7 @@ def start(worker):
     started, heard = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def start(*behaviours, before=(), **keywords):
-        command = [*before, sys.executable, "-c", keywords.pop("code", RUN), str(worker), *behaviours]
+        command = [*before, sys.executable, "-c", RUN, str(worker), *behaviours]
         # One that is killed leaves its folder of steps behind.
         environment = {**os.environ, "TMPDIR": str(worker.parent)}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **keywords)
@@ -136,21 +129,11 @@ def start(worker):
 
     yield start
     signal.signal(signal.SIGHUP, heard)
-    for pid in those_of(worker):
+    for pid in [*(process.pid for process in started if process.poll() is None), *noted(worker, "pid")]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     for process in started:
         process.communicate()
-
-
-def those_of(worker):
-    """Launchers and processes of this test, by their command line: numbers noted by PID 1's children are others here."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if str(worker).encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
 
 
 def run(worker, *behaviours):
@@ -207,9 +190,10 @@ def test_the_exit_code_is_that_of_the_first_to_end_with_another_than_0(worker, b
     assert run(worker, *behaviours) == code
 
 
-def test_nothing_is_said_of_processes_that_end_as_they_should(worker, capfd):
+def test_processes_that_end_as_they_should_leave_no_message_and_no_folder_of_steps(worker, capfd):
     run(worker, "exit:75", "exit:0")
     assert capfd.readouterr() == ("", "")
+    assert not Path(notes(worker, "beats")[0]).exists()
 
 
 def test_one_that_was_killed_is_named_with_its_step_and_the_others_end_by_themselves(worker, capfd):
@@ -276,40 +260,25 @@ def test_one_that_finishes_after_a_failure_gives_the_others_no_more_time(worker,
     assert "process 0 had not ended 2 seconds after process 1, and was killed" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["exit:0", "exit:1", "die"])
-def test_children_of_a_process_that_has_ended_do_not_stay(worker, how):
-    run(worker, f"family:{how}")
-    [child] = noted(worker, "child")
-    until(lambda: not is_alive(child))
-    assert not is_alive(child)
-
-
-def test_children_of_a_process_that_is_killed_do_not_stay(worker, monkeypatch):
+@pytest.mark.parametrize("behaviours", [["family:exit:0"], ["family:die"], ["family:sleep", "beside:0:exit:1"]])
+def test_children_of_a_process_that_has_ended_or_is_killed_do_not_stay(worker, monkeypatch, behaviours):
     monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 0.1)
-    run(worker, "family:sleep", "beside:0:exit:1")
+    run(worker, *behaviours)
     [child] = noted(worker, "child")
     until(lambda: not is_alive(child))
-    assert not is_alive(child)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
-def test_a_signal_reaches_every_process_once(start, worker, name):
+def test_each_signal_reaches_every_process_once(start, worker, name):
     process = start("listen", "listen")
     until_ready(worker, 2)
-    process.send_signal(signal.Signals[name])
-    until(lambda: notes(worker, "heard", 0) and notes(worker, "heard", 1))
+    expected = []
+    for _ in range(2):
+        process.send_signal(signal.Signals[name])
+        expected.append("SIGTERM" if name == "SIGHUP" else name)
+        until(lambda: all(len(notes(worker, "heard", rank)) == len(expected) for rank in (0, 1)))
     assert let_end(worker, process) == (75, "")
-    expected = ["SIGTERM" if name == "SIGHUP" else name]
     assert [notes(worker, "heard", rank) for rank in (0, 1)] == [expected, expected]
-
-
-def test_two_interrupts_arrive_as_two(start, worker):
-    process = start("listen", "listen")
-    until_ready(worker, 2)
-    for number in (1, 2):
-        process.send_signal(signal.SIGINT)
-        until(lambda number=number: all(len(notes(worker, "heard", rank)) == number for rank in (0, 1)))
-    assert let_end(worker, process) == (75, "")
 
 
 def test_ctrl_c_in_a_terminal_arrives_once(start, worker):
@@ -325,20 +294,20 @@ def test_ctrl_c_in_a_terminal_arrives_once(start, worker):
     assert notes(worker, "heard") == ["SIGINT"]
 
 
-def test_a_signal_waits_for_a_process_that_has_no_handler_yet(start, worker):
-    process = start("listen", "slow")
-    until(lambda: notes(worker, "pid", 1))
-    process.send_signal(signal.SIGTERM)
-    until(lambda: notes(worker, "heard", 0) and notes(worker, "heard", 1))
-    assert let_end(worker, process) == (75, "")
-
-
-def test_a_process_that_never_has_a_handler_is_sent_the_signal_all_the_same(start, worker):
-    process = start("sleep", code=RUN.replace("launcher\n", "launcher; launcher.processes.START_SECONDS = 0.5\n"))
+def test_sigterm_before_a_process_has_handlers_is_preemption(start, worker):
+    process = start("sleep")
     until_ready(worker, 1)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=60)[1] == "process 0 was killed by SIGTERM\n"
-    assert process.returncode == 1
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 75
+
+
+def test_a_signal_before_the_first_process_starts_none(worker, capfd):
+    with launcher.Inbox() as inbox:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert launcher.supervise(inbox, [dict(os.environ)], [sys.executable, str(worker), "listen"]) == 75
+    assert notes(worker, "pid") == []
+    assert capfd.readouterr().err.startswith("preempted: a signal came before the first process was started")
 
 
 def test_nohup_is_heeded(start, worker):
@@ -367,83 +336,21 @@ def test_a_process_whose_launcher_has_gone_before_it_could_ask_does_not_start(tm
     assert not (tmp_path / "started").exists()
 
 
-def unshared():
-    """A command before another that makes it PID 1."""
-    command = ["unshare", "-pf", "--kill-child", "--mount-proc"]
-    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
-        pytest.skip("unshare -pf is not permitted here, so nothing can be PID 1")
-    return command
+def test_no_process_is_left_when_not_all_can_be_started(worker):
+    with pytest.raises(ValueError, match="illegal environment variable name"):
+        launcher.run([dict(os.environ), {"a=b": ""}], [sys.executable, str(worker), "deaf"])
+    assert not any(map(is_alive, noted(worker, "pid")))
 
 
-def children(pid):
-    """Of a process, also those that have ended and are not yet reaped."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(path.parent.name))
-    return found
-
-
-@pytest.mark.parametrize(("words", "code"), [(["launch"], 75), (["chat"], 1)])
-def test_pid_1_of_a_container_ends_by_sigterm_at_any_point(words, code):
-    """The kernel would not even tell it."""
-    slow = "import sys; from finetune import __main__ as m; m.argparse.ArgumentParser = lambda *_, **__: __import__('time').sleep(60); m.importlib.import_module = m.argparse.ArgumentParser; m.main(sys.argv[1:])"
-    process = subprocess.Popen([*unshared(), sys.executable, "-c", slow, *words], cwd=ROOT)
-    until(lambda: any(launcher.processes._catches(pid, signal.SIGTERM) for pid in children(process.pid)))
-    [pid] = children(process.pid)
-    os.kill(pid, signal.SIGTERM)
-    assert process.wait(30) == code
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_as_pid_1_it_forwards_signals_and_buries_orphans(start, worker, name):
-    process = start("orphan", "listen", before=unshared())
-    until_ready(worker, 2)
-    [pid] = children(process.pid)
-    until(lambda: len(children(pid)) == 2)  # the orphan was a third
-    os.kill(pid, signal.Signals[name])
-    until(lambda: notes(worker, "heard", 0) and notes(worker, "heard", 1))
-    assert let_end(worker, process) == (75, "")
-    assert [notes(worker, "heard", rank) for rank in (0, 1)] == [[name], [name]]
-
-
-def test_no_process_is_left_when_not_all_can_be_started(start, worker):
-    broken = """
-import subprocess, time
-start, started = subprocess.Popen, []
-
-def refuse(*arguments, **keywords):
-    while started and not os.path.exists(os.path.dirname(sys.argv[1]) + "/ready-0"):
-        time.sleep(0.01)
-    if started:
-        raise BlockingIOError("no more processes")
-    started.append(start(*arguments, **keywords))
-    return started[0]
-
-launcher.processes.subprocess.Popen = refuse
-"""
-    process = start("deaf", "exit:0", code=RUN.replace("launcher\n", f"launcher\n{broken}", 1))
-    assert "no more processes" in process.communicate(timeout=60)[1]
-    assert process.returncode == 1
-    [pid] = noted(worker, "pid")
-    assert not is_alive(pid)
-
-
-def test_one_that_not_even_sigkill_ends_is_left_behind_and_named(start, worker):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Popen's, of a process that still runs
+def test_unkillable_worker_is_reported(worker, capfd, monkeypatch):
     """A disk or a GPU that hangs in the kernel; here what kills does nothing."""
-    broken = "processes = launcher.processes; processes._Worker.kill = lambda self: None; processes.KILL_SECONDS = processes.OTHERS_SECONDS = 0.2"
-    process = start("deaf", "beside:0:exit:1", code=RUN.replace("launcher\n", f"launcher; {broken}\n", 1))
-    process.wait(timeout=60)
-    assert process.returncode == 1
-    os.kill(noted(worker, "pid")[0], signal.SIGKILL)  # it still holds our pipe
-    assert process.stderr.read().splitlines()[-1].startswith("process 0 cannot be killed")
-
-
-def test_the_folder_of_steps_is_removed(worker):
-    run(worker, "exit:0")
-    [folder] = notes(worker, "beats")
-    assert not Path(folder).exists()
+    for name in ("KILL_SECONDS", "OTHERS_SECONDS"):
+        monkeypatch.setattr(launcher.processes, name, 0.2)
+    monkeypatch.setattr(launcher.processes._Worker, "kill", lambda self: None)
+    assert run(worker, "deaf", "beside:0:exit:1") == 1
+    os.kill(noted(worker, "pid")[0], signal.SIGKILL)
+    assert capfd.readouterr().err.splitlines()[-1].startswith("process 0 cannot be killed")
 
 
 def test_without_a_place_for_steps_processes_start_all_the_same(worker, monkeypatch, capfd):
@@ -478,7 +385,7 @@ def test_one_process_without_a_topology_file_is_what_python_would_start(log):
 
 
 def test_one_process_without_a_topology_file_needs_no_accelerate(worker):
-    code = f"{MAIN.split(';')[0]}; from finetune import launcher; launcher.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = f"{MAIN.split(';')[0]}; from finetune.survival import launcher; launcher.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(worker), "exit:0"]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
@@ -492,8 +399,7 @@ def test_processes_inherit_the_terminal(worker):
 
 def plan(*arguments):
     """Environments of the processes that would be started."""
-    with contextlib.ExitStack() as held:
-        return launcher.read([*map(str, arguments), str(ROOT / "train.py")], held)[0]
+    return launcher.read([*map(str, arguments), str(ROOT / "train.py")])[0]
 
 
 # File -> kind, processes of this node, replicas, processes that share a sequence.
@@ -540,21 +446,6 @@ def test_processes_get_what_accelerate_launch_gives_them(log, monkeypatch, topol
     assert [given for given, _, _ in ours] == [given for given, _, _ in theirs]
 
 
-@pytest.mark.slow
-def test_two_nodes_count_their_processes_through(log):
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
-    arguments = "--config_file accelerate_configs/fsdp2_multinode.yaml --num_machines 2 --num_processes 4".split()
-    command = [sys.executable, "-c", MAIN, *arguments, "--main_process_port", port, "--machine_rank"]
-    nodes = [subprocess.Popen([*command, rank, log], cwd=ROOT, stdout=subprocess.PIPE, text=True) for rank in "01"]
-    lines = [json.loads(line) for node in nodes for line in node.communicate(timeout=120)[0].splitlines()]
-    assert sorted((e["RANK"], e["GROUP_RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"]) for e, _, _ in lines) == [
-        ("0", "0", "0", "4"), ("1", "0", "1", "4"), ("2", "1", "0", "4"), ("3", "1", "1", "4"),
-    ]  # fmt: skip
-    assert {(e["MASTER_ADDR"], given) for e, given, _ in lines} == {("127.0.0.1", port)}
-
-
 def test_use_cpu_is_left_to_the_error_of_the_script(tmp_path):
     file = tmp_path / "cpu.yaml"
     file.write_text('distributed_type: "NO"\nuse_cpu: true\nnum_processes: 2\n')
@@ -576,28 +467,13 @@ def test_what_accelerate_config_has_left_is_not_read(log, tmp_path):
     assert ["WORLD_SIZE" in given for given, _, _ in lines] == [False]
 
 
-def test_two_runs_on_one_machine_get_different_ports():
-    with contextlib.ExitStack() as held:
-        command = ["--num_processes", "2", str(ROOT / "train.py")]
-        ports = {launcher.read(command, held)[0][0]["MASTER_PORT"] for _ in range(4)}
-        assert len(ports) == 4
-        port = ports.pop()
-        assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] != port
-
-
-def test_the_port_that_was_asked_for_is_taken_if_it_is_free():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+def test_processes_meet_at_the_port_that_was_asked_for_or_else_at_a_free_one():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        port = other.getsockname()[1]
         assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] != str(port)
     assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] == str(port)
-
-
-def test_process_0_can_listen_where_the_launcher_holds_the_port():
-    from torch.distributed import TCPStore
-
-    with contextlib.ExitStack() as held:
-        assert TCPStore("127.0.0.1", launcher.arguments._hold(0, held), is_master=True, wait_for_workers=False).port
+    assert len({plan("--num_processes", 2)[0]["MASTER_PORT"] for _ in range(4)}) > 1
 
 
 def test_a_taken_port_on_the_first_of_several_nodes_is_told(capfd):
@@ -607,19 +483,10 @@ def test_a_taken_port_on_the_first_of_several_nodes_is_told(capfd):
         port = other.getsockname()[1]
         nodes = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml"), "--main_process_port", str(port)]
         assert launcher.main([*nodes, str(ROOT / "train.py")]) == 1
-    assert f"failed: port {port} of this node cannot be used: Address already in use" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_signal_before_the_first_process_starts_none(worker):
-    """Reading a topology file takes Accelerate seconds."""
-    command = [sys.executable, "-c", MAIN, "--num_processes", "2", str(worker), "listen", "listen"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    until(lambda: launcher.processes._catches(process.pid, signal.SIGTERM))
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert (process.returncode, notes(worker, "pid")) == (75, [])
-    assert said.startswith("preempted: a signal came before the first process was started")
+    error = capfd.readouterr().err
+    assert error.startswith("failed: ")
+    assert f"port `{port}`" in error
+    assert "Please specify a different port" in error
 
 
 def test_modules_and_programs_start_too(tmp_path, capfd):

@@ -222,7 +222,7 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
     first = workshop.train("first", **on(base), adapter__kind="lora", adapter__init="pissa") / "model"
     capfd.readouterr()
     workshop.check("second", **on(base), adapter__kind="lora", adapter__path=str(first))
-    assert " 0 of them train" not in capfd.readouterr().err
+    assert " 0 of them train" not in capfd.readouterr().out
     with pytest.raises(ConfigError, match=r"is a run directory; its adapter is in .*/model: give that folder"):
         workshop.check("third", **on(base), adapter__kind="lora", adapter__path=str(first.parent))
 

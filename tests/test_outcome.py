@@ -149,9 +149,9 @@ def test_next_start_says_that_the_attempt_before_ended_without_an_outcome(worksh
     fails(workshop, Killed, loop, "train_step", Killed())
     assert outcome(workshop)[0] == "running"
     workshop.train()
-    assert "note: the previous attempt left no outcome" in capsys.readouterr().err
+    assert "note: the previous attempt left no outcome" in capsys.readouterr().out
     workshop.train(train__max_steps=5)
-    assert "the attempt before" not in capsys.readouterr().err
+    assert "the attempt before" not in capsys.readouterr().out
 
 
 def test_launcher_learns_which_directory_is_the_runs_and_how_long_it_has_to_tell(workshop: Workshop, monkeypatch):

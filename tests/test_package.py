@@ -1,5 +1,6 @@
 """`pip install .` brings everything, and it is found from any folder."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ import pytest
 from conftest import ROOT, tracked
 from packaging.requirements import Requirement
 
+from finetune import extras
+from finetune.errors import ConfigError
+
 
 def test_every_package_is_installed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
@@ -17,17 +21,47 @@ def test_every_package_is_installed():
     assert set(listed) == there | {"finetune.shipped"}
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-cuda.txt"])
+# File of pins -> the extras of `pip install` that name the same packages; "": what every run needs.
+FILES = {
+    "requirements.txt": ["", "gpu", "tracking", "cloud", "eval"], "requirements-cuda.txt": ["flash"],
+    "requirements-dev.txt": ["dev"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_every_pin_lies_in_the_range_that_pip_install_takes(name):
-    """`pip install .` must not force one torch on an environment that has another; both lists name the same packages."""
+    """`pip install .` must not force one torch on an environment that has another; both name the same packages."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    given = project["dependencies"] if name == "requirements.txt" else project["optional-dependencies"]["cuda"]
-    ranges = {wanted.name: wanted.specifier for wanted in map(Requirement, given)}
-    pins = dict(line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line)
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    given = [Requirement(line) for extra in FILES[name] for line in groups[extra]]
+    ranges = {wanted.name: wanted.specifier for wanted in given if wanted.name != "finetune"}
+    lines = [line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line]
+    pins = {package.partition("[")[0]: pin for package, pin in lines}
     assert ranges.keys() == pins.keys()
     for package, pin in pins.items():
         assert ranges[package].contains(pin), package
         assert not any(each.operator == "==" for each in ranges[package]), package
+
+
+def test_every_optional_package_has_its_extra():
+    extras_of = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {Requirement(line).name: extra for extra in FILES["requirements.txt"][1:] for line in extras_of[extra]}
+    assert named == extras.EXTRA
+
+
+@pytest.mark.parametrize(
+    ("package", "settings"),
+    [
+        ("bitsandbytes", {"optimizer__kind": "adamw_8bit"}), ("bitsandbytes", {"optimizer__kind": "lion_8bit"}),
+        ("bitsandbytes", {"optimizer__kind": "paged_adamw_8bit"}), ("wandb", {"tracking__trackers": ["wandb"]}),
+        ("trackio", {"tracking__trackers": ["trackio"]}),
+    ],
+)  # fmt: skip
+def test_a_missing_package_is_named_with_its_extra(workshop, monkeypatch, package, settings):
+    whole = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else whole(name, *more))
+    with pytest.raises(ConfigError, match=rf"needs the package {package}; pip install 'finetune\[{extras.EXTRA[package]}\]'"):
+        workshop.check(**settings)
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.0", "2.14.1"])

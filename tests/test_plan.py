@@ -489,7 +489,7 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
 def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, said):
     path = workshop.write(workshop.config("plan"))
     assert command(["plan", "--config", str(path), "--gpu-memory", "24", *more]) == 2
-    assert said in capsys.readouterr().err
+    assert said in capsys.readouterr().out
 
 
 def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monkeypatch, capsys):
@@ -502,7 +502,7 @@ def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monke
     between = (chooser.forecast(SINGLE, 4).peak + chooser.forecast(SINGLE, 8).peak) / 2
     monkeypatch.setattr(choice, "capacity", lambda *_: between)
     found = workshop.train("found", train__micro_batch_size="auto", **dropout)
-    assert "train.micro_batch_size: auto is 4" in capsys.readouterr().err
+    assert "train.micro_batch_size: auto is 4" in capsys.readouterr().out
     assert losses(found) == losses(workshop.train("given", train__micro_batch_size=4, **dropout))
 
 

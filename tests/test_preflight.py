@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY_LLAMA, write_jsonl
 
 from finetune import preflight
-from finetune.errors import ConfigError, RunDirectoryError
+from finetune.errors import ConfigError
 
 MIXTRAL = {**TINY_LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 WITH_EVAL = {"data__eval_fraction": 0.2, "train__max_steps": None}  # 32 rows in 4 steps
@@ -38,7 +38,7 @@ ONE_LENGTH = {"objective__kind": "clm", "data__max_length": 8, "data__truncation
 )  # fmt: skip
 def test_a_setting_without_effect_in_this_run_is_noted(workshop, capsys, changes, note):
     workshop.check(**changes)
-    assert any(line.startswith("note  ") and note in line for line in capsys.readouterr().err.splitlines())
+    assert any(line.startswith("note  ") and note in line for line in capsys.readouterr().out.splitlines())
 
 
 def test_settings_that_do_something_are_not_noted(workshop, capsys):
@@ -48,7 +48,7 @@ def test_settings_that_do_something_are_not_noted(workshop, capsys):
         evaluation__export_best=True, evaluation__sample_prompts=["a"], evaluation__sample_every_steps=2, checkpoint__every_steps=2,
         tracking__log_every_steps=3, data__packing=True, data__max_length=256,
     )  # fmt: skip
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "steps       3 steps" in said
     assert "without train.max_steps" in said
     assert [
@@ -62,7 +62,7 @@ def test_what_is_not_read_or_empty_is_said_of_training_and_evaluation(workshop, 
     dev = workshop.folder / "dev.csv"
     dev.write_text("question,answer,topic,likes\n" + held_out)
     workshop.check(data__train=str(workshop.folder / "t.csv"), data__eval=str(dev), train__max_steps=1)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert (
         "not read    columns source (8 rows)\nnot read    in data.eval: columns likes (3 rows), topic (3 rows)\n"
         in said
@@ -71,22 +71,12 @@ def test_what_is_not_read_or_empty_is_said_of_training_and_evaluation(workshop, 
     assert "evaluation  3 examples; 3 empty rows skipped\n" in said
 
 
-@pytest.mark.parametrize("receipt", [None, "no json"])
-def test_a_run_to_repeat_that_has_no_receipt_is_named_by_the_check(workshop, receipt):
-    other = workshop.folder / "other"
-    if receipt:
-        other.mkdir()
-        (other / "receipt.json").write_text(receipt)
-    with pytest.raises(RunDirectoryError, match=f"run.replay_of: {other}/receipt.json is (missing|damaged)"):
-        workshop.check(run__name="run", run__dir=str(workshop.folder / "runs"), run__replay_of=str(other))
-
-
 @pytest.mark.parametrize(
     ("optimizer", "lr"), [("adamw", "2e-05"), ("lion", "4e-06"), ("adafactor", "0.001"), ("muon", "2e-05")]
 )
 def test_a_rate_that_suits_the_method_is_taken_and_said(workshop, capsys, optimizer, lr):
     workshop.check(optimizer__lr=None, optimizer__kind=optimizer)
-    assert f"{optimizer}, lr {lr} (usual), linear" in capsys.readouterr().err
+    assert f"{optimizer}, lr {lr} (usual), linear" in capsys.readouterr().out
 
 
 def test_the_first_example_is_shown_with_its_spaces():

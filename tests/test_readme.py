@@ -105,7 +105,7 @@ def test_the_commands_of_the_readme_in_order(my_run):
 
 
 def test_help_names_every_setting_without_torch():
-    result = launch(typed("python train.py --help", ROOT))
+    result = launch(typed("python train.py --help", ROOT) + ["all"])
     assert result.returncode == 0
     for section, model in reader._sections():
         assert all(f"--{section}.{name}" in result.stdout for name in model.model_fields)

@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(workshop, mon
     run = train_until(workshop, monkeypatch, 4, "parts", **settings)
     damaged = damage_newest(run, how)
     workshop.train("parts", **settings)
-    errors = capfd.readouterr().err
+    errors = capfd.readouterr().out
     assert f"skipped a damaged checkpoint: {damaged}" in errors
     assert "at step 2" in errors
     assert losses(run) == losses(whole)
@@ -296,7 +296,7 @@ def test_an_edited_manifest_is_a_damaged_checkpoint(workshop, damage, capsys):
     (newest / "manifest.json").write_text(text)
     (run / "outcome.json").unlink()
     workshop.train(checkpoint__every_steps=1)
-    says = capsys.readouterr().err
+    says = capsys.readouterr().out
     assert f"skipped a damaged checkpoint: {newest}" in says
     assert "step-00000004 at step 4" in says
 
@@ -364,7 +364,7 @@ def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeyp
 
     monkeypatch.setattr(folder, "require_space", full)
     run = workshop.train("run", **settings)
-    assert f"the evaluation of step {best} was better, but its checkpoint was not kept" in capsys.readouterr().err
+    assert f"the evaluation of step {best} was better, but its checkpoint was not kept" in capsys.readouterr().out
     assert json.loads((run / "outcome.json").read_text())["exported_step"] != best
 
 
@@ -404,7 +404,7 @@ def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(workshop, m
 
     monkeypatch.setattr(Saver, "_write", once)
     run = workshop.train("run", checkpoint__every_steps=2, checkpoint__keep_last=9)
-    told = capsys.readouterr().err
+    told = capsys.readouterr().out
     assert f"note: checkpoint of step 2 could not be saved: process 0: {why}" in told
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[0] == "step-00000004", "later saves are whole"
     assert (run / "model/model.safetensors").exists()
@@ -547,7 +547,7 @@ def test_what_does_not_change_the_function_of_a_base_may_change(workshop, monkey
     change_config(folder, transformers_version="4.0.0", use_cache=False, dtype="bfloat16", architectures=["Other"])
     capsys.readouterr()
     run = workshop.train(**settings)
-    assert f"resumed from {run}/checkpoints/step-00000002 at step 2" in capsys.readouterr().err
+    assert f"resumed from {run}/checkpoints/step-00000002 at step 2" in capsys.readouterr().out
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
 
 

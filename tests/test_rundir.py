@@ -80,7 +80,7 @@ def test_a_line_that_cannot_be_read_is_said_and_kept_beside(workshop, ended, cap
     workshop.train(**SETTINGS)
     assert (
         f"note: {log}: damaged lines are left out: 1, from line {whole.count(chr(10)) + 1} on"
-        in capsys.readouterr().err
+        in capsys.readouterr().out
     )
     assert log.with_name("eval.jsonl.damaged").read_text() == damaged
     assert log.read_text() == whole
@@ -133,7 +133,7 @@ def test_a_damaged_export_is_not_complete_and_is_done_again(workshop, capsys, na
     else:
         path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "one bit" else b""))
     workshop.train()
-    assert f"was complete, but {path}" in capsys.readouterr().err
+    assert f"was complete, but {path}" in capsys.readouterr().out
     assert path.read_bytes() == content
 
 
@@ -192,7 +192,7 @@ def test_a_checkpoint_that_is_no_folder_is_named_and_set_aside(workshop, capsys,
         newest.symlink_to("nowhere")
     (run / "outcome.json").unlink()
     workshop.train(**settings)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert f"skipped a damaged checkpoint: {newest}: it is not a folder" in said
     assert os.path.lexists(run / "checkpoints/damaged-step-00000005.0")
     assert (newest / "manifest.json").exists()
@@ -206,7 +206,7 @@ def test_a_receipt_stays_what_it_was_and_other_versions_are_noted_beside_it(work
     [line] = read_jsonl(ended / "starts.jsonl")
     assert line["step"] == 4
     assert any(each.startswith("versions.python: was 3.") and each.endswith("now 3.99") for each in line["different"])
-    assert "versions.python" in capsys.readouterr().err
+    assert "versions.python" in capsys.readouterr().out
 
 
 def test_a_receipt_of_a_run_that_began_again_has_the_old_one_beside_it(workshop, ended, monkeypatch):
@@ -283,7 +283,7 @@ def test_a_complete_run_on_a_read_only_disk_is_complete(workshop, capsys, read_o
     capsys.readouterr()
     read_only_disk(run.parent)
     workshop.train()
-    assert f"{run} is complete" in capsys.readouterr().err
+    assert f"{run} is complete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["no outcome", "no model"])
@@ -351,7 +351,7 @@ def test_a_log_that_was_cut_in_half_is_noted_at_the_next_start(workshop, ended, 
     log = ended / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
     workshop.train(**SETTINGS)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert re.search(
         rf"note: {log} lacks [23] of the 4 lines that tracking.log_every_steps: 1 asks for up to step 4: ", said
     )

@@ -143,7 +143,7 @@ def test_a_tracker_that_breaks_is_left_out_and_the_run_goes_on(workshop, monkeyp
     assert losses(run) == losses(plain)
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
     told = capfd.readouterr()
-    assert "tracker wandb failed; the run continues without it" in told.err
+    assert "tracker wandb failed; the run continues without it" in told.out
     assert "f00d" * 10 not in told.err + told.out
     assert [e.step for e in tensorboard_scalars(run).Scalars("loss")] == [1, 2, 3, 4, 5]
 
@@ -160,7 +160,7 @@ def test_a_tracker_that_breaks_later_is_left_out_too(workshop, monkeypatch, capf
 
     monkeypatch.setattr(TensorBoardTracker, "log", full_disk)
     assert len(losses(workshop.train(tracking__trackers=["tensorboard"]))) == 5
-    assert capfd.readouterr().err.count("tracker tensorboard failed") == 1
+    assert capfd.readouterr().out.count("tracker tensorboard failed") == 1
 
 
 def test_secrets_of_the_environment_are_in_nothing_that_leaves(workshop, monkeypatch):

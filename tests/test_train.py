@@ -165,7 +165,7 @@ def test_evaluating_on_training_rows_is_refused_or_told(workshop, capsys, copied
             workshop.train(data__eval=str(path))
     else:
         workshop.train(data__eval=str(path))
-        assert "43 examples; 3 of them are also trained on" in capsys.readouterr().err
+        assert "43 examples; 3 of them are also trained on" in capsys.readouterr().out
 
 
 def test_the_summary_says_what_is_read_what_is_not_and_what_will_teach_nothing(workshop, capsys):
@@ -176,7 +176,7 @@ def test_the_summary_says_what_is_read_what_is_not_and_what_will_teach_nothing(w
     (folder / "more.csv").write_text("question;answer\nwhy;because\n")
     write_jsonl(folder / "test.jsonl", [{"question": "new", "answer": "new"}])
     workshop.train(data__train=str(folder), data__eval=str(folder / "test.jsonl"))
-    says = capsys.readouterr().err
+    says = capsys.readouterr().out
     assert "data        21 rows -> " in says
     assert f"files       {folder}/more.csv (separated by a semicolon), {folder}/train.jsonl\n" in says
     assert f"eval files  {folder}/test.jsonl\n" in says
@@ -236,12 +236,14 @@ def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkey
     with on_the_day_of("AAA12", monkeypatch):
         first = workshop.train(data__template=str(template))
     day = json.loads((first / "receipt.json").read_text())["template_date"]
-    assert f"the template writes the date: {day}, that of the first start" in capsys.readouterr().err
+    assert f"the template writes the date: {day}, that of the first start" in capsys.readouterr().out
     with on_the_day_of("BBB-14", monkeypatch):  # 26 hours later in local time, so never the same day
         (first / "outcome.json").unlink()
         workshop.train(data__template=str(template))
-        assert "resumed from" in capsys.readouterr().err
-        workshop.train("again", data__template=str(template), run__replay_of=str(first))
+        assert "resumed from" in capsys.readouterr().out
+        with monkeypatch.context() as patched:
+            patched.setenv("FINETUNE_REPLAY_OF", str(first))
+            workshop.train("again", data__template=str(template))
         other = workshop.train("other", data__template=str(template))
     assert losses(workshop.run_dir("again")) == losses(first)
     assert json.loads((other / "receipt.json").read_text())["template_date"] != day
@@ -344,7 +346,7 @@ def test_a_template_that_replaces_the_models_own_is_noted(workshop, capsys):
     ):
         capsys.readouterr()
         workshop.check(name, **from_folder(model), **changes)
-        says = capsys.readouterr().err
+        says = capsys.readouterr().out
         assert ("the model has a chat template of its own" in says) == bool(noted), name
         assert (noted or "") in says
 
@@ -354,7 +356,7 @@ def test_a_models_own_template_that_is_broken_and_not_used_is_no_obstacle(worksh
     (model / "chat_template.jinja").write_text("{% if %}")
     capsys.readouterr()
     workshop.check("own", **from_folder(model), data__template="question_answer")
-    assert "template    question_answer, objective sft\n" in capsys.readouterr().err
+    assert "template    question_answer, objective sft\n" in capsys.readouterr().out
 
 
 def test_check_of_an_existing_run_looks_at_the_data_first(workshop):
@@ -700,7 +702,7 @@ def test_a_best_evaluation_that_was_not_kept_is_reported_and_the_best_of_the_oth
     run = workshop.train(**OVERFITS)
     (run / "outcome.json").unlink()
     workshop.train(**OVERFITS, evaluation__export_best=True)
-    assert "the evaluation of step 1 was better, but its checkpoint was not kept" in capsys.readouterr().err
+    assert "the evaluation of step 1 was better, but its checkpoint was not kept" in capsys.readouterr().out
     assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
 
 

@@ -43,8 +43,6 @@ class Run(Section):
     """Folder for run directories."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed for weights, order of data and dropout."""
-    replay_of: Annotated[str | None, ExpandedPath] = None
-    """Repeat the run in this directory: refuse to start if its data, code, versions or template have changed."""
 
 
 class Model(Section):

@@ -22,7 +22,7 @@ ELSEWHERE = {
     "dataset": "data.train", "datasets": "data.train", "dataset_name": "data.train", "data_path": "data.train", "train_file": "data.train",
     "train_data": "data.train", "training_data": "data.train", "data_files": "data.train", "train_dataset": "data.train",
     "validation_file": "data.eval", "eval_dataset": "data.eval", "test_datasets": "data.eval", "eval_data": "data.eval",
-    "eval_split": "data.eval_fraction", "val_set_size": "data.eval_fraction", "val_size": "data.eval_fraction", "test_size": "data.eval_fraction",
+    "eval_split": "data.eval_fraction", "val_set_size": "data.eval_fraction", "val_size": "data.eval_fraction", "val_split": "data.eval_fraction", "test_size": "data.eval_fraction",
     "validation_split_percentage": "data.eval_fraction", "max_samples": "data.max_rows", "max_train_samples": "data.max_rows",
     "max_seq_length": "data.max_length", "max_seq_len": "data.max_length", "sequence_len": "data.max_length", "seq_length": "data.max_length",
     "cutoff_len": "data.max_length", "model_max_length": "data.max_length", "block_size": "data.max_length", "context_length": "data.max_length",
@@ -43,13 +43,14 @@ ELSEWHERE = {
     "iters": "train.max_steps", "max_iters": "train.max_steps", "batch_size": "train.global_batch_size",
     "train_batch_size": "train.global_batch_size", "per_device_train_batch_size": "train.micro_batch_size",
     "per_device_eval_batch_size": "evaluation.micro_batch_size", "eval_batch_size": "evaluation.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size", "auto_find_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "set train.global_batch_size, the sequences of a step; what exceeds train.micro_batch_size is accumulated",
+    "auto_find_batch_size": "train.micro_batch_size",
     "bf16": "train.precision", "fp16": "train.precision", "tf32": "train.precision", "mixed_precision": "train.precision",
     "use_bf16": "train.precision", "use_fp16": "train.precision", "activation_checkpointing": "train.gradient_checkpointing",
     "grad_checkpoint": "train.gradient_checkpointing", "torch_compile": "train.compile", "gradient_clipping": "train.max_grad_norm",
     "grad_clip": "train.max_grad_norm", "clip_grad_norm": "train.max_grad_norm", "neftune_noise_alpha": "train.neftune_alpha",
     # run, checkpoint, evaluation, tracking
-    "output_dir": "run.dir", "save_dir": "run.dir", "run_name": "run.name", "data_seed": "run.seed",
+    "output_dir": "run.dir", "output": "run.dir", "save_dir": "run.dir", "run_name": "run.name", "data_seed": "run.seed",
     "save_steps": "checkpoint.every_steps", "save_total_limit": "checkpoint.keep_last", "resume_from_checkpoint": "checkpoint.resume",
     "auto_resume_from_checkpoints": "checkpoint.resume", "eval_steps": "evaluation.every_steps",
     "early_stopping_patience": "evaluation.patience", "load_best_model_at_end": "evaluation.export_best",
@@ -69,6 +70,14 @@ ELSEWHERE = {
     "no_cuda": "without a GPU the CPU is taken; to hide GPUs set CUDA_VISIBLE_DEVICES= in the environment",
     "push_to_hub": "the model stays here; upload runs/<name>/model yourself: hf upload OWNER/NAME runs/<name>/model",
     "hub_model_id": "the model stays here; upload runs/<name>/model yourself: hf upload OWNER/NAME runs/<name>/model",
+    "gpu": "CUDA_VISIBLE_DEVICES in the environment chooses GPUs; accelerate launch --num_processes N takes several",
+    "dataloader_num_workers": "nothing to set: rows are tokenised once, before the first step, and read from a cache",
+    "preprocessing_num_workers": "nothing to set: rows are tokenised once, before the first step, and read from a cache",
+    "overwrite_cache": "nothing to set: a change of the rows, the tokenizer or the template makes a new cache",
+    "remove_unused_columns": "nothing to set: the summary names the columns that are not read",
+    "streaming": "not yet supported; rows are tokenised into a cache before the first step",
+    "logging_dir": "logs are in the run directory, run.dir/run.name",
+    "hub_token": "set HF_TOKEN in the environment, or call `hf auth login` once",
     "do_train": "a run always trains, and evaluates where there are evaluation rows",
     "do_eval": "a run always trains, and evaluates where there are evaluation rows",
     "overwrite_output_dir": "a run never overwrites another; choose another run.name, or remove the directory",
@@ -80,6 +89,7 @@ ELSEWHERE = {
 
 # Settings that the last version had: the default that its config.yaml holds, which asks for nothing, and what to use instead.
 REMOVED: dict[str, tuple[object, str]] = {
+    "run.replay_of": (None, "finetune replay RUN repeats a run and compares the two"),
     "adapter.layers": (None, r"name the layers in adapter.target_modules, as '.*\.layers\.(30|31)\..*_proj'"),
     "adapter.rank_pattern": ({}, "adapter.r is the rank of all modules; name those to adapt in adapter.target_modules"),
     "adapter.alpha_pattern": (

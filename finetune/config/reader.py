@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from finetune import failures, places
-from finetune.config import base, names, paths
+from finetune.config import base, help, names, paths
 from finetune.config.fields import Config, Section
 from finetune.config.rules import conflicts
 from finetune.errors import ConfigError, RunDirectoryError
@@ -35,15 +35,15 @@ MOST_BYTES = 1_000_000  # of a config; PyYAML takes half a minute for as much
 def parse(argv: list[str]) -> tuple[Config, bool]:
     """Command line -> (config, whether --check was given). Raises ConfigError with all problems at once."""
     parser = _Parser(
-        prog="train.py",
-        usage="%(prog)s --config FILE [--check] [--section.field VALUE ...]",
-        description="Specialise a Hugging Face language model to a task. Set each of the settings below in the YAML file or on the command line.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="finetune train" if places.command() == "finetune" else "train.py",
+        usage="%(prog)s CONFIG [--check] [--section.field VALUE ...]",
+        description="Specialise a Hugging Face language model to a task. Write the settings into a YAML file; those on the "
+        "command line override it.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     note_repeats(parser)
-    parser.add_argument("--config", metavar="FILE", help="YAML run config")
+    parser.add_argument("--config", metavar="FILE", help="YAML run config; its path alone will do as well")
     parser.add_argument(
         "--check", action="store_true", help="check settings, rows and model without loading weights, and end"
     )
@@ -54,10 +54,11 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
             text = f"{field.description} ({default})".replace("%", "%%")
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if bool in _options(field.annotation) else {}
             group.add_argument(f"--{section}.{name}", metavar=_type_name(field.annotation), help=text, **bare)
+    if (asked := help.topic(argv)) is not None:
+        print(help.text(parser, asked), end="")
+        raise SystemExit(0)
     if not argv:
-        raise ConfigError(
-            "nothing to do: give --config FILE, such as configs/quickstart.yaml; --help lists every setting"
-        )
+        raise ConfigError("nothing to do: give the path of a config, such as configs/quickstart.yaml; see --help")
     known, unknown = parser.parse_known_args(argv)
     overrides = vars(known)
     path, check = overrides.pop("config", None), overrides.pop("check", False)
@@ -438,7 +439,7 @@ def _nearest(key: str) -> str:
     if (known := names.ELSEWHERE.get(leaf)) and leaf not in dict(_sections()):
         return known if " " in known else f"did you mean {known}?"
     same_leaf = difflib.get_close_matches(key, [k for k in _keys() if k.split(".")[1] == leaf], n=1, cutoff=0)
-    sections = difflib.get_close_matches(key, dict(_sections()), n=1) if "." not in key else []
+    sections = difflib.get_close_matches(key, dict(_sections()), n=1, cutoff=0.75) if "." not in key else []
     inside = [
         k for k in _keys() if len(min(leaf, own := k.split(".")[1], key=len)) > 3 and (leaf in own or own in leaf)
     ]

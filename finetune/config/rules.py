@@ -8,7 +8,7 @@ from finetune.config.choices import OPTIMIZERS, QUANTIZATIONS
 from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Adapter, Config, Model, Schedule, Section
 
 PLACES = (
-    ("run", "dir"), ("run", "replay_of"), ("model", "path"), ("model", "tokenizer"), ("adapter", "path"), ("data", "cache_dir"),
+    ("run", "dir"), ("model", "path"), ("model", "tokenizer"), ("adapter", "path"), ("data", "cache_dir"),
     ("checkpoint", "storage"),
 )  # fmt: skip
 # Defaults that ask for nothing, so that writing them out does no harm.

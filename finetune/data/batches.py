@@ -1,7 +1,7 @@
 """Micro-batches by step number.
 
-Which process puts which sequence through the model follows from the position in the order alone: any
-number of processes makes the same steps.
+Which process puts which sequence through the model follows from the position in the order alone:
+any number of processes makes the same steps.
 """
 
 import copy
@@ -16,18 +16,21 @@ import torch
 from finetune.data.order import Document, Sequences, order
 
 Counts = dict[str, int]
-"""How much there is of what losses are divided by: supervised `tokens`, `documents`, `examples`; and `input_tokens`, all."""
+"""How much there is of what losses are divided by: supervised `tokens`, `documents`, `examples`;
+and `input_tokens`, all.
+"""
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one process puts through the model at once.
 
-    inputs: keyword arguments of the model's forward, in its names; input_ids int64 [B, T], where B = 1 for
-    sequences laid end to end, or a row for each document, padded. S supervised tokens: labels int64 [S] are
-    their ids, positions int64 [S] where in the flattened hidden states [B * T] each is predicted, found on the
-    CPU so that no device has to be waited for, document int64 [S] the document of each. example int64 [D]: the
-    example of each document. lengths: of the documents, on the host.
+    inputs: keyword arguments of the model's forward, in its names; input_ids int64 [B, T], where B
+    = 1 for sequences laid end to end, or a row for each document, padded. S supervised tokens:
+    labels int64 [S] are their ids, positions int64 [S] where in the flattened hidden states [B * T]
+    each is predicted, found on the CPU so that no device has to be waited for, document int64 [S]
+    the document of each. example int64 [D]: the example of each document. lengths: of the
+    documents, on the host.
     """
 
     inputs: dict[str, Any]
@@ -44,14 +47,18 @@ class Batch:
     group: Any = None
     """Processes that share this sequence, each with a `part` of its tokens."""
     owned: torch.Tensor | None = None
-    """int64 [D]: with a group, the documents that count on this process; example and columns are theirs."""
+    """int64 [D]: with a group, the documents that count on this process; example and columns are
+    theirs.
+    """
     num_documents: int = 0
     """Of the whole sequences, without fillers: what `document` counts up to."""
 
     def part(self, index: int, count: int, group: Any) -> "Batch":
-        """One of `count` equal stretches of sequences laid end to end, filled up by a document that teaches nothing.
+        """One of `count` equal stretches of sequences laid end to end, filled up by a document that
+        teaches nothing.
 
-        Documents are shared out by example: one that lies in several stretches counts on one process.
+        Documents are shared out by example: one that lies in several stretches counts on one
+        process.
         """
         total = self.inputs["input_ids"].shape[1]
         length = -(-total // count)
@@ -64,7 +71,9 @@ class Batch:
         mine = (self.positions >= where.start) & (self.positions < where.stop)
         owned = (self.example % count == index).nonzero().flatten()
         lengths = (*self.lengths, *([filler] if filler else []))
-        in_stretch = max(0, min(total, where.stop) - where.start) if self.counts["input_tokens"] else 0
+        in_stretch = (
+            max(0, min(total, where.stop) - where.start) if self.counts["input_tokens"] else 0
+        )
         ids, places = (stretch(self.inputs[name]) for name in ("input_ids", "position_ids"))
         return replace(
             self, inputs={**_end_to_end(ids, places, lengths), "sequence_group": group},
@@ -129,17 +138,29 @@ class Batches:
         return self.sequences.examples.fingerprint
 
     def of_step(self, step: int) -> np.ndarray:
-        """Sequences of one step over all processes; fewer than global_batch_size at the end of an epoch."""
+        """Sequences of one step over all processes; fewer than global_batch_size at the end of an
+        epoch.
+        """
         epoch, number = divmod(step, self.steps_per_epoch)
         known = self._order  # one read: a thread that makes batches ahead may be in the next epoch
         if known is None or known[0] != epoch:
-            made = order(self.seed, epoch, self.sequences.lengths, self.global_batch_size, self.group_by_length)
+            made = order(
+                self.seed,
+                epoch,
+                self.sequences.lengths,
+                self.global_batch_size,
+                self.group_by_length,
+            )
             self._order = known = (epoch, made)
         return known[1][number * self.global_batch_size : (number + 1) * self.global_batch_size]
 
     def places(self, step: int) -> list[str]:
         """file:line of every row of a step."""
-        return [self.sequences.examples.place(e) for s in self.of_step(step) for e in self.sequences.members(s)]
+        return [
+            self.sequences.examples.place(e)
+            for s in self.of_step(step)
+            for e in self.sequences.members(s)
+        ]
 
     def at(self, step: int) -> list[Batch]:
         """This process's micro-batches of a step; every process gets the same number of them."""
@@ -153,7 +174,9 @@ class Batches:
 
     def totals(self, step: int) -> Counts:
         """What a step is divided by, over all processes: known on the host, from the order alone."""
-        members = np.concatenate([self.sequences.members(sequence) for sequence in self.of_step(step)])
+        members = np.concatenate(
+            [self.sequences.members(sequence) for sequence in self.of_step(step)]
+        )
         return self.sequences.examples.counts(members)
 
     def all_totals(self) -> Counts:
@@ -161,7 +184,9 @@ class Batches:
         return self.sequences.examples.counts(np.arange(len(self.sequences.examples)))
 
     def _documents(self, sequences: np.ndarray) -> list[Document]:
-        return [document for sequence in sequences for document in self.sequences.documents(sequence)]
+        return [
+            document for sequence in sequences for document in self.sequences.documents(sequence)
+        ]
 
     def largest(self) -> Batch:
         """As many of the longest sequences as a micro-batch may hold."""
@@ -179,7 +204,12 @@ def _lay_end_to_end(documents: list[Document], pad_id: int) -> Batch:
     lengths = tuple(map(len, ids))
     input_ids = torch.from_numpy(np.concatenate(ids))[None]
     position_ids = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None]
-    return _batch(documents, _end_to_end(input_ids, position_ids, lengths), np.cumsum([0, *lengths[:-1]]), lengths)
+    return _batch(
+        documents,
+        _end_to_end(input_ids, position_ids, lengths),
+        np.cumsum([0, *lengths[:-1]]),
+        lengths,
+    )
 
 
 def _pad(documents: list[Document], pad_id: int) -> Batch:
@@ -198,28 +228,40 @@ def _pad(documents: list[Document], pad_id: int) -> Batch:
 
 
 def _filler(pad_id: int) -> np.ndarray:
-    """Stands in where a process has no sequence left: it goes through the model and teaches nothing."""
+    """Stands in where a process has no sequence left: it goes through the model and teaches
+    nothing.
+    """
     return np.full(2, pad_id, np.int64)
 
 
-def _end_to_end(input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+def _end_to_end(
+    input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: tuple[int, ...]
+) -> dict[str, Any]:
     """Keyword arguments of a transformers causal LM for documents laid end to end, in its names."""
     bounds = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
     return {
         "input_ids": input_ids, "position_ids": position_ids, "use_cache": False,
         "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(lengths), "max_length_k": max(lengths),
-        "document_lengths": SimpleNamespace(values=lengths),  # so that no layer need ask the device for its bounds
+        # So that no layer need ask the device for its bounds
+        "document_lengths": SimpleNamespace(values=lengths),
     }  # fmt: skip
 
 
-def _batch(documents: list[Document], inputs: dict[str, Any], starts: np.ndarray, lengths: tuple[int, ...]) -> Batch:
+def _batch(
+    documents: list[Document], inputs: dict[str, Any], starts: np.ndarray, lengths: tuple[int, ...]
+) -> Batch:
     """`starts`: where each document begins in the flattened hidden states."""
     none = [np.zeros(0, np.int64)]
     labels = [document.ids[document.predicted + 1] for document in documents]
     positions = [start + document.predicted for start, document in zip(starts, documents)]
     owner = [np.full(len(document.predicted), number) for number, document in enumerate(documents)]
-    numbers = {number: place for place, number in enumerate(dict.fromkeys(document.example for document in documents))}
-    example_D = torch.tensor([numbers[document.example] for document in documents], dtype=torch.int64)
+    numbers = {
+        number: place
+        for place, number in enumerate(dict.fromkeys(document.example for document in documents))
+    }
+    example_D = torch.tensor(
+        [numbers[document.example] for document in documents], dtype=torch.int64
+    )
     labels_S, positions_S, document_S = (
         torch.from_numpy(np.concatenate(each or none)) for each in (labels, positions, owner)
     )

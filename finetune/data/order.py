@@ -11,7 +11,8 @@ import numpy as np
 from finetune.data.examples import Examples
 from finetune.data.packing import pack
 
-GROUP_STEPS = 50  # steps whose sequences are sorted by length together; more would wear the order's randomness down
+# Steps whose sequences are sorted by length together; more would wear the order's randomness down
+GROUP_STEPS = 50
 
 
 class Sequences:
@@ -21,7 +22,11 @@ class Sequences:
         self.examples = examples
         self._packs = pack(examples.lengths, max_length, seed) if packing else None
         lengths = examples.lengths
-        self.lengths = np.array([lengths[members].sum() for members in self._packs]) if self._packs else lengths
+        self.lengths = (
+            np.array([lengths[members].sum() for members in self._packs])
+            if self._packs
+            else lengths
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -32,7 +37,9 @@ class Sequences:
 
     def documents(self, sequence: int) -> list["Document"]:
         """Every document in a sequence."""
-        return [document for example in self.members(sequence) for document in self._of_example(example)]
+        return [
+            document for example in self.members(sequence) for document in self._of_example(example)
+        ]
 
     def _of_example(self, example: int) -> Iterator["Document"]:
         for number in self.examples.documents(example):
@@ -43,14 +50,18 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Document:
-    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; the number of its example."""
+    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; the number of its
+    example.
+    """
 
     ids: np.ndarray
     predicted: np.ndarray
     example: int
 
 
-def order(seed: int, epoch: int, lengths: np.ndarray, batch_size: int, group_by_length: bool) -> np.ndarray:
+def order(
+    seed: int, epoch: int, lengths: np.ndarray, batch_size: int, group_by_length: bool
+) -> np.ndarray:
     """Order of the sequences of one epoch, int64 [sequences]: every one exactly once.
 
     With `group_by_length`, each window of GROUP_STEPS steps is sorted by length and cut into

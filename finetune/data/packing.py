@@ -14,7 +14,9 @@ def pack(lengths: np.ndarray, max_length: int, seed: int) -> list[np.ndarray]:
     at most 11/9 of the optimal number of packs + 4.)
     """
     if len(lengths) and lengths.max() > max_length:
-        raise ValueError(f"an example of {lengths.max()} tokens does not fit into a pack of {max_length}")
+        raise ValueError(
+            f"an example of {lengths.max()} tokens does not fit into a pack of {max_length}"
+        )
     shuffled = np.random.default_rng([seed, 0xBFD]).permutation(len(lengths))
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     packs: list[list[int]] = []

@@ -9,8 +9,8 @@ from finetune.data.batches import Batch, Batches, Counts
 class Prefetch:
     """Collates one step ahead: reading rows from a network disk then costs a step no time.
 
-    With `pin`, batches lie in page-locked memory, from where a GPU copies them while it computes; copies
-    from other memory make the host wait.
+    With `pin`, batches lie in page-locked memory, from where a GPU copies them while it computes;
+    copies from other memory make the host wait.
     """
 
     def __init__(
@@ -22,12 +22,15 @@ class Prefetch:
         self._next: tuple[int, Future[tuple[Sequence[Batch], Counts]]] | None = None
 
     def at(self, step: int) -> tuple[Sequence[Batch], Counts]:
-        """This process's micro-batches of a step, and what the step is divided by over all processes.
+        """This process's micro-batches of a step, and what the step is divided by over all
+        processes.
 
         Raises what making them raised.
         """
         number, made = self._next or (-1, None)
-        made = made if made is not None and number == step else self._thread.submit(self._make, step)
+        made = (
+            made if made is not None and number == step else self._thread.submit(self._make, step)
+        )
         found = made.result()
         if step + 1 < self.num_steps:
             self._next = (step + 1, self._thread.submit(self._make, step + 1))

@@ -1,4 +1,6 @@
-"""The best evaluation: which checkpoint holds its weights, and whether the run has stopped improving."""
+"""The best evaluation: which checkpoint holds its weights, and whether the run has stopped
+improving.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,7 +22,12 @@ class BestCheckpoint:
         self, settings: fields.Evaluation, directory: RunDirectory, topology: Topology, under_way: Callable[[], set[int]] = set
     ) -> None:  # fmt: skip
         """`under_way`: the steps whose checkpoints are being written now."""
-        self.settings, self.directory, self.topology, self.under_way = settings, directory, topology, under_way
+        self.settings, self.directory, self.topology, self.under_way = (
+            settings,
+            directory,
+            topology,
+            under_way,
+        )
         self.step: int | None = None
         """The step of the best evaluation, if its weights are to be exported."""
         self.stalled = False
@@ -33,7 +40,9 @@ class BestCheckpoint:
             self.topology.on_main(lambda: resume.bring(self.directory.checkpoints, best, storage))
 
     def update(self, step: int) -> None:
-        """Judge the evaluations up to `step`, where the run is. Only a step whose weights are kept can be the best."""
+        """Judge the evaluations up to `step`, where the run is. Only a step whose weights are kept
+        can be the best.
+        """
 
         def judged() -> tuple[int | None, bool]:
             saved = resume.kept(self.directory.checkpoints) | self.under_way() | {step}
@@ -43,7 +52,9 @@ class BestCheckpoint:
         self.step = best if self.settings.export_best else None
 
     def restore(self, state: TrainState, log: Callable[[str], None]) -> int:
-        """Put the weights of the best evaluation into the model, if they are to be exported; return the step of its weights."""
+        """Put the weights of the best evaluation into the model, if they are to be exported; return
+        the step of its weights.
+        """
         here = state.progress.step
         if not self.settings.export_best:
             return here
@@ -55,7 +66,9 @@ class BestCheckpoint:
 
         best, lowest = self.topology.on_main(found)
         if best != lowest:
-            log(f"note: the evaluation of step {lowest} was better, but its checkpoint was not kept")
+            log(
+                f"note: the evaluation of step {lowest} was better, but its checkpoint was not kept"
+            )
         if best != here:
             resume.put_back_best(self.directory.checkpoints, best, self.topology, state)
         return best

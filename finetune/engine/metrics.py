@@ -32,6 +32,11 @@ PEAK_16_BITS = {
 }  # fmt: skip
 
 
+LINE_SECONDS = 10  # between two lines about steps
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+SHOWN_SAMPLES, SHOWN_CHARACTERS = 2, 100  # of the answers to evaluation.sample_prompts
+
+
 def peak_rate(gpu: str) -> float | None:
     """FLOP/s of a GPU by its name; None if unknown."""
     words = set(re.split(r"[\s-]+", gpu))
@@ -48,8 +53,9 @@ def utilisation(
 
 
 def log(message: str) -> None:
-    """One line for a person, past any progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    """One line for a person, past any progress bar, on standard output; errors go to standard error."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()  # a file or a pipe would keep it back
 
 
 class Log:
@@ -96,11 +102,11 @@ class Metrics:
         self.samples, self.saves = Log(directory.samples), Log(directory.saves)
         self.num_steps, self.every, self.is_main = num_steps, every, is_main
         self.flops_per_token, self.num_processes = flops_per_token, num_processes
-        terminal = sys.stderr.isatty()
+        # Not if one of them is a pipe: tee would write its lines into the bar.
+        shows_bar = is_main and sys.stderr.isatty() and sys.stdout.isatty()
         self.bar = tqdm(
-            total=num_steps, initial=start, unit="step", disable=not (is_main and terminal), dynamic_ncols=True
+            total=num_steps, initial=start, bar_format=BAR, disable=not shows_bar, dynamic_ncols=True, leave=False
         )
-        self.plain = is_main and not terminal
         self.started = self.last_line = self.mark = time.monotonic()
         self.tokens = 0
         self.first = start
@@ -127,8 +133,8 @@ class Metrics:
             return
         self.mark, self.tokens = now, 0
         self._record(self.steps, line)
-        self.bar.set_postfix_str(f"loss {result.loss:.4f}, {rate:,.0f} tokens/s, {memory_gb:.1f} GB")
-        if self.plain and (now - self.last_line > 10 or last or step == self.first + 1):
+        self.bar.set_postfix_str(f"loss {result.loss:.4f}")
+        if now - self.last_line > LINE_SECONDS or last or step == self.first + 1:
             left = (now - self.started) / (step - self.first) * (self.num_steps - step)
             log(
                 f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f}  lr {lr:.2e}  "
@@ -163,6 +169,10 @@ class Metrics:
         if self.is_main:
             for prompt, answer in zip(prompts, answers):
                 self.samples.add({"step": step, "prompt": prompt, "answer": answer})
+            for prompt, answer in list(zip(prompts, answers))[:SHOWN_SAMPLES]:
+                log(f"step {step}/{self.num_steps}  sample  {_line(prompt)}  ->  {_line(answer) or '(nothing)'}")
+            if (more := len(prompts) - SHOWN_SAMPLES) > 0:
+                log(f"step {step}/{self.num_steps}  {more} more in {self.samples.path}")
 
     def sync(self) -> None:
         """Everything that was told is on the disk. Raises OSError: a checkpoint must find its past there."""
@@ -176,8 +186,12 @@ class Metrics:
         yield
         self.mark += time.monotonic() - began
 
-    def close(self) -> None:
+    def close_bar(self) -> None:
+        """After the last step: what follows would be written around it."""
         self.bar.close()
+
+    def close(self) -> None:
+        self.close_bar()
         if self.trackers:
             self.trackers.close()
 
@@ -192,6 +206,12 @@ class Metrics:
         peak = peak_rate(torch.cuda.get_device_name())
         mfu = utilisation(tokens_per_second, self.flops_per_token, peak, self.num_processes)
         return {} if mfu is None else {"mfu": mfu}
+
+
+def _line(text: str) -> str:
+    """A text in one line, its beginning if it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _duration(seconds: float) -> str:

@@ -73,6 +73,11 @@ def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
     warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")  # there, all memory is the host's
 
 
+def needs_bitsandbytes(kind: str) -> bool:
+    """Whether an optimizer, by its optimizer.kind, is one of bitsandbytes."""
+    return kind not in ("adamw", "adafactor", "muon")
+
+
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW on bfloat16 weights, 8 bytes for each with gradient and averages, computed in float32 and rounded stochastically.
 

@@ -27,7 +27,7 @@ from finetune.errors import (
     RunDirectoryError,
     TakenOver,
 )
-from finetune.places import BEATS, RUN
+from finetune.places import BEATS, REPLAY_OF, RUN
 
 LOCK = ".lock"
 OUTCOME = "outcome.json"
@@ -177,25 +177,20 @@ class RunDirectory:
         lines = [line for line in _lines(self.starts) if line]
         write_atomically(self.starts, "".join(line + "\n" for line in [*lines, json.dumps(facts)]))
 
-    def require_receipt(self, other: Path, receipt: dict[str, Any]) -> None:
-        """Raise RunDirectoryError with what differs between the receipt of a run and that of this one, which is to repeat it."""
-        old, problem = files.read_note(other / "receipt.json")
-        if problem is not None:
-            raise RunDirectoryError(f"run.replay_of: {other / 'receipt.json'} {problem}; put back a copy of it")
-        if different := differences(old, receipt):
-            raise refusal(f"this would not repeat the run {other}", different, "restore these to repeat the run")
+    def require_same_receipt(self, receipt: dict[str, Any]) -> None:
+        """Raise RunDirectoryError with what differs between this run's receipt and that of the run which `replay` repeats."""
+        if other := os.environ.get(REPLAY_OF):
+            old, _ = files.read_note(Path(other) / "receipt.json")
+            if different := differences(old, receipt):
+                raise refusal(f"this would not repeat the run {other}", different, "restore these to repeat the run")
 
-    def template_date(self, config: Config) -> str:
+    def template_date(self) -> str:
         """The day that a template was given at the first start of this run, or of the run it repeats; else today.
 
-        Where the receipt is damaged, the newest checkpoint says it. Raises RunDirectoryError for a run.replay_of without a receipt.
+        Where the receipt is damaged, the newest checkpoint says it.
         """
-        of = self.path if config.run.replay_of is None else Path(config.run.replay_of)
-        receipt, problem = files.read_note(of / "receipt.json")
-        if config.run.replay_of is not None and problem:
-            raise RunDirectoryError(
-                f"run.replay_of: {of}/receipt.json {problem}; give the directory of a run, as runs/<name>"
-            )
+        of = Path(os.environ.get(REPLAY_OF, self.path))
+        receipt, _ = files.read_note(of / "receipt.json")
         with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged receipt is said elsewhere
             return str(date.fromisoformat(receipt["template_date"]))
         for path in steps(of / "checkpoints"):

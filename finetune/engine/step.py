@@ -18,10 +18,12 @@ from finetune.objectives.sft import CROSS_ENTROPY
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of a step over all processes. loss: weighted sum of the means of all terms; terms: these means, by name.
+    """One step over all processes.
 
-    grad_norm: before clipping. tokens: all of them. skipped: fp16 gradients overflowed under their scale, so the weights
-    stayed. requests: which of those that processes may make (stop, save) any process has made.
+    loss: weighted sum of the means of all terms. terms: these means, by name. grad_norm: before
+    clipping. tokens: all of them, also the unsupervised. skipped: fp16 gradients overflowed under
+    their scale, so the weights stayed. requests: for each request that processes can make (stop,
+    save), whether any process has made it.
     """
 
     loss: float
@@ -39,15 +41,17 @@ class StepResult:
 
 
 def train_step(
-    topology: Topology, policy: Policy, optimizer: Any, objective: Objective, settings: Any, batches: Sequence[Batch], totals: Counts, *,
-    lr: float, max_grad_norm: float | None, requests: Callable[[], Sequence[bool]] = tuple,
+    topology: Topology, policy: Policy, optimizer: Any, objective: Objective, settings: Any,
+    batches: Sequence[Batch], totals: Counts, *, lr: float, max_grad_norm: float | None,
+    requests: Callable[[], Sequence[bool]] = tuple,
 ) -> StepResult:  # fmt: skip
-    """Move the weights once.
+    """Update the weights once.
 
-    The gradient is that of the sum, over the objective's terms, of weight x (sum over all micro-batches and
-    processes) / (total of the same). Totals are known before the first pass, so each micro-batch's sums are divided
-    by those of the whole step, and simply add up. The host waits for the device once, before the optimizer moves:
-    sums, gradient norm and requests travel together.
+    The gradient is that of the sum, over the objective's terms, of weight x (sum over all
+    micro-batches and processes) / (total of the same). The totals are known before the first pass,
+    so each micro-batch's sums are divided by those of the whole step, and simply add up. The host
+    waits for the device once, before the optimizer moves: sums, gradient norm and requests travel
+    together.
 
     Raises TrainingDiverged before the weights move if the loss or a gradient is not finite.
     """
@@ -61,54 +65,30 @@ def train_step(
 
     added = topology.forward_backward(policy.model, batches, terms, divisors)
     norm = topology.clip(policy.model, max_grad_norm)
-    own_norm = norm if topology.is_main and norm is not None else 0.0  # the same on all, so sent by one
-    means, (grad_norm, *requested) = _means(topology, added, divisors, [own_norm, *map(float, requests())])
+    own_norm = norm if topology.is_main and norm is not None else 0.0  # the same on all processes
+    others = [own_norm, *map(float, requests())]
+    means, (grad_norm, *requested) = _means(topology, added, divisors, others)
     loss, moved = sum(term.weight * means[term.name] for term in added), False
     if math.isfinite(loss):
         set_lr(optimizer, lr)
         grad_norm, moved = topology.step(policy.model, optimizer, grad_norm)
     # Overflowing fp16 gradients are no divergence: the scaler leaves the step out and scales less.
     if not math.isfinite(loss) or not (moved or topology.scales_gradients):
-        raise TrainingDiverged(f"loss {loss:.4g}, gradient norm {grad_norm:.4g}, learning rate {lr:g}")
-    return StepResult(
-        loss, means, grad_norm, totals["input_tokens"], totals["tokens"], not moved, tuple(r > 0 for r in requested)
-    )
-
-
-def _prepared(
-    topology: Topology, policy: Policy, objective: Objective, settings: Any, batches: Sequence[Batch]
-) -> dict[str, torch.Tensor]:
-    """What the objective needs of the whole step before its first pass, float64 scalars on the device, over all processes."""
-    with torch.no_grad():
-        own = objective.prepare(policy, [batch.to(topology.device) for batch in batches], settings)
-    return topology.processes.sum_on_device(own)
-
-
-def _divisors(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What an objective prepared, as divisors: a sum over nothing is 0, and so is its mean."""
-    return {name: torch.where(value == 0, 1.0, value) for name, value in prepared.items()}
-
-
-def _means(
-    topology: Topology, added: Sequence[Term], divisors: Mapping[str, float | torch.Tensor], others: Sequence[float | torch.Tensor]
-) -> tuple[dict[str, float], list[float]]:  # fmt: skip
-    """(mean of each term by name, sums of other values) over all processes, with one wait for the device."""
-    on_device = [isinstance(divisors[term.per], torch.Tensor) for term in added]
-    sums = [term.sum / divisors[term.per] if there else term.sum for term, there in zip(added, on_device)]
-    summed = topology.sum([*sums, *others])
-    means = {
-        term.name: value if there else value / divisors[term.per]
-        for term, there, value in zip(added, on_device, summed)
-    }
-    return means, summed[len(added) :]
+        norm_now = f"gradient norm {grad_norm:.4g}, learning rate {lr:g}"
+        raise TrainingDiverged(f"loss {loss:.4g}, {norm_now}")
+    made = tuple(request > 0 for request in requested)
+    counts = totals["input_tokens"], totals["tokens"]
+    return StepResult(loss, means, grad_norm, *counts, skipped=not moved, requests=made)
 
 
 def try_pass(
-    topology: Topology, policy: Policy, objective: Objective, settings: Any, batch: Batch, *, reserved: int, num_passes: int
+    topology: Topology, policy: Policy, objective: Objective, settings: Any, batch: Batch,
+    reserved: int, num_passes: int,
 ) -> None:  # fmt: skip
-    """Run forward and backward without updating anything, to check that the batch fits next to `reserved` bytes.
+    """Run forward and backward without updating anything: does it fit beside `reserved` bytes?
 
-    Two passes where micro-batches add up: the second is next to all gradients. Not with DeepSpeed, which counts passes.
+    Two passes where micro-batches add up: the second runs beside all gradients. Not with DeepSpeed,
+    which counts passes.
     """
     policy.model.train()
     kept = torch.empty(reserved, dtype=torch.uint8, device=topology.device)
@@ -116,27 +96,30 @@ def try_pass(
     with torch.random.fork_rng(devices):
         batches = [topology.part(batch)] * num_passes
         prepared = _prepared(topology, policy, objective, settings, batches[:1])
-        divisors = {**{name: max(count, 1) for name, count in batch.counts.items()}, **_divisors(prepared)}
-        topology.forward_backward(
-            policy.model, batches, lambda part: objective.loss(policy, part, settings, prepared), divisors, last=False
-        )
+        counts = {name: max(count, 1) for name, count in batch.counts.items()}
+
+        def terms(part: Batch) -> list[Term]:
+            return objective.loss(policy, part, settings, prepared)
+
+        divisors = {**counts, **_divisors(prepared)}
+        topology.forward_backward(policy.model, batches, terms, divisors, last=False)
     policy.model.zero_grad()
     del kept
 
 
 def evaluate(
-    topology: Topology, policy: Policy, objective: Objective, settings: Any, batches: Iterable[Sequence[Batch]], totals: Counts,
-    stop: Callable[[], bool] = bool,
+    topology: Topology, policy: Policy, objective: Objective, settings: Any,
+    batches: Iterable[Sequence[Batch]], totals: Counts, stop: Callable[[], bool] = bool,
 ) -> dict[str, float] | None:  # fmt: skip
-    """Means of every term over the evaluation rows, and of the cross-entropy of their supervised tokens.
+    """Average every term over the evaluation rows, and the cross-entropy of supervised tokens.
 
-    `eval_loss` is the objective's own; `perplexity` the exponential of cross_entropy, in nats, whatever is learned. None
-    if `stop` said so on one of the processes: all leave after the same batch.
+    `eval_loss` is the objective's own; `perplexity` is the exponential of cross_entropy, in nats,
+    whatever the objective. None if `stop` said so on a process: all leave after the same batch.
     """
     was_training = policy.model.training
     policy.model.eval()
     added: dict[str, Term] = {}
-    own_divisors: dict[str, torch.Tensor] = {}
+    divisors: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for micro_batches in batches:
             topology.watchdog.heartbeat()
@@ -146,22 +129,61 @@ def evaluate(
             parts = [topology.part(batch) for batch in micro_batches]
             prepared = _prepared(topology, policy, objective, settings, parts)
             for name, value in prepared.items():
-                own_divisors[name] = own_divisors[name] + value if name in own_divisors else value
+                divisors[name] = divisors.get(name, 0.0) + value
             for part in parts:
-                there = part.to(topology.device)
-                terms = objective.evaluate(policy, there, settings, prepared)
+                batch = part.to(topology.device)
+                terms = objective.evaluate(policy, batch, settings, prepared)
                 if all(term.name != CROSS_ENTROPY for term in terms):
-                    nll = policy(there, {"nll"}).nll
-                    assert nll is not None
+                    nll = policy(batch, {"nll"}).nll
                     terms.append(Term(CROSS_ENTROPY, nll, "tokens", weight=0.0))
                 for term in terms:
                     add(added, term)
     policy.model.train(was_training)
-    means, _ = _means(topology, list(added.values()), {**totals, **_divisors(own_divisors)}, [])
+    means, _ = _means(topology, list(added.values()), {**totals, **_divisors(divisors)}, [])
     loss = sum(term.weight * means[term.name] for term in added.values())
-    others = {name: mean for name, mean in means.items() if name not in ("loss", CROSS_ENTROPY)}
-    mean = means[CROSS_ENTROPY]
+    entropy = means.pop(CROSS_ENTROPY)
+    means.pop("loss", None)
+    perplexity = math.exp(entropy) if entropy < 700 else math.inf  # e^709 overflows
     return {
-        "eval_loss": loss, **others, CROSS_ENTROPY: mean, "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "eval_loss": loss, **means, CROSS_ENTROPY: entropy, "perplexity": perplexity,
         "eval_tokens": float(totals["tokens"]),
     }  # fmt: skip
+
+
+def _prepared(
+    topology: Topology, policy: Policy, objective: Objective, settings: Any,
+    batches: Sequence[Batch],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Compute what the objective needs of the whole step before its first pass.
+
+    Float64 scalars on the device, summed over all processes.
+    """
+    if type(objective).prepare is Objective.prepare:  # nothing: send no batch to the device for it
+        return {}
+    with torch.no_grad():
+        there = [batch.to(topology.device) for batch in batches]
+        own = objective.prepare(policy, there, settings)
+    return topology.processes.sum_on_device(own)
+
+
+def _divisors(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Make divisors of what was prepared: a sum over nothing is 0, and so is its mean."""
+    return {name: torch.where(value == 0, 1.0, value) for name, value in prepared.items()}
+
+
+def _means(
+    topology: Topology, added: Sequence[Term], divisors: Mapping[str, float | torch.Tensor],
+    others: Sequence[float | torch.Tensor],
+) -> tuple[dict[str, float], list[float]]:  # fmt: skip
+    """(mean of each term by name, sums of `others`) over all processes; waits for the device once.
+
+    A divisor on the device divides there; one that the host knows divides what has arrived.
+    """
+    on_device = [isinstance(divisors[term.per], torch.Tensor) for term in added]
+    sums = [t.sum / divisors[t.per] if there else t.sum for t, there in zip(added, on_device)]
+    summed = topology.sum([*sums, *others])
+    means = {
+        term.name: value if there else value / divisors[term.per]
+        for term, there, value in zip(added, on_device, summed)
+    }
+    return means, summed[len(added) :]

@@ -4,7 +4,6 @@ They are guests. metrics.jsonl is the record; a tracker that fails is left out w
 the run goes on. What they get is free of this machine's secrets.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune import extras
 from finetune.errors import ConfigError
 
 SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
@@ -23,10 +23,7 @@ WANDB_FINISH_SECONDS = 30  # an upload that hangs must not outlast the machine; 
 def check(names: Sequence[str], wandb_mode: str | None) -> None:
     """Raise ConfigError if a tracker's package or key is missing."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"tracking.trackers: {name} is not installed; pip install {name}, or remove it from the list"
-            )
+        extras.require(name, f"tracking.trackers: {name}")
     if "wandb" in names and _mode(wandb_mode) == "online" and not _has_wandb_key():
         raise ConfigError(
             "tracking.trackers: wandb has no key; set WANDB_API_KEY, or call `wandb login` once, "

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import brentq
+
+from finetune import extras
 
 FEWEST_ROWS = 30
 """Below, drawing rows again cannot show what other rows would have been: the bootstrap's intervals are too narrow."""
@@ -44,6 +45,9 @@ def paired_interval(before: Sequence[float], after: Sequence[float], draws: int 
 
 def _tango(up: int, down: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Score interval of (up - down) / n for paired proportions (Tango, Statistics in Medicine 17, 1998)."""
+    extras.require("scipy", "evaluate")
+    from scipy.optimize import brentq
+
 
     def distance(delta: float) -> float:
         """Of what was seen from a true difference `delta`, in standard deviations, less `z`."""

@@ -90,9 +90,9 @@ def _wish(file: Path, num_processes: int | None, required: bool) -> ParallelConf
     if num_processes and (required or file.stem != "single"):
         options += ["--num_processes", str(num_processes)]
     if "multinode" in file.stem:
-        options += ["--main_process_ip", "127.0.0.1"]
+        options += ["--main_process_ip", "127.0.0.1", "--machine_rank", "1"]  # on node 0 Accelerate looks at the port
     try:
-        environments, _ = launcher.read([*options, str(TRAIN)], None)
+        environments, _ = launcher.read([*options, str(TRAIN)])
         return launch.read(environments[0])
     except UserError:
         if required:

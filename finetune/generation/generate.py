@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from finetune.data import templates
 from finetune.data.rows import Conversation, Message, Place, Problems
 from finetune.data.templates import Template
 from finetune.data.tokens import ControlTokens, encode_prompt
+
+LINE_SECONDS = 10  # between two lines about progress where there is no terminal
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -52,13 +55,14 @@ def answers(
     title: str = "generating",
     together: bool = False,
     log: Callable[[str], None] = log,
+    streamer: Any = None,
 ) -> list[Answer]:
     """The model's answer to each prompt, without the token that ended it; temperature 0 is greedy.
 
     Prompts are tokenised as in training, sorted by length and padded on the left. Where prompt and
     answer do not fit the model's context together, the prompt keeps at least half of it, BOS and end, and `say` says so.
     `together`: processes that share the weights call this at once, and none may stop before the
-    others, as each pass gathers weights from all.
+    others, as each pass gathers weights from all. `streamer`: of transformers; gets the tokens of a single prompt as they come.
     """
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -79,7 +83,9 @@ def answers(
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad, **choice)
     model.eval()
     device = next(model.parameters()).device
-    bar = tqdm(total=len(encoded), desc=title, unit=" answers", disable=None, leave=False)
+    quiet = True if streamer else None  # None: show the bar on a terminal only
+    bar = tqdm(total=len(encoded), desc=title, unit=" answers", disable=quiet, leave=False)
+    last_line = time.monotonic()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         longest = max(len(encoded[i]) for i in chosen)
@@ -91,11 +97,15 @@ def answers(
                 attention_mask=mask,
                 max_new_tokens=min(max_new_tokens, context - longest),
                 synced_gpus=together,
+                streamer=streamer,
             )
         for i, row in zip(chosen, out[:, longest:], strict=True):
             text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             results[i] = Answer(text, is_cut=stops.isdisjoint(row.tolist()))
         bar.update(len(chosen))
+        if bar.disable and not streamer and time.monotonic() - last_line > LINE_SECONDS:
+            log(f"{title}: {start + len(chosen):,} of {len(encoded):,} answers")
+            last_line = time.monotonic()
     bar.close()
     return results
 

@@ -247,6 +247,16 @@ def _whole_parts(model: "PeftModel") -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in named if p.requires_grad and "lora_" not in name]
 
 
+def starts_at_zero(adapter: Adapter) -> bool:
+    """Whether one factor of each fresh adapter is 0, so that the first gradient of the other is 0, too."""
+    return adapter.path is None and ADAPTER_INITS[adapter.init].leaves_model
+
+
+def waits_for_other_factor(name: str) -> bool:
+    """Whether a weight, by its name, is the factor that cannot move in the first step if `starts_at_zero`."""
+    return "lora_A" in name or "lora_embedding_B" in name
+
+
 def trains_embedding_and_head(model: nn.Module) -> bool:
     """Whether any weight of embedding or head trains."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())

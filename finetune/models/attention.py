@@ -21,7 +21,10 @@ from finetune.errors import ModelError
 from finetune.models import context_parallel, varlen_cpu
 
 NAME = "documents"
-HEAD_UNIT, LARGEST_HEAD = 8, 256  # what FlashAttention-2's kernel takes: multiples of 8, at most 256
+HEAD_UNIT, LARGEST_HEAD = (
+    8,
+    256,
+)  # what FlashAttention-2's kernel takes: multiples of 8, at most 256
 
 
 def is_padded(implementation: str) -> bool:
@@ -31,7 +34,9 @@ def is_padded(implementation: str) -> bool:
 
 @contextmanager
 def own_attention(base: Any) -> Iterator[None]:
-    """Let a model attend as a user who opens it has it, for as long as the block runs. One that pads does already."""
+    """Let a model attend as a user who opens it has it, for as long as the block runs. One that
+    pads does already.
+    """
     kernel = base.config._attn_implementation
     if is_padded(kernel):
         yield
@@ -44,14 +49,22 @@ def own_attention(base: Any) -> Iterator[None]:
 
 
 def choose(
-    wanted: str, model_class: Any, config: Any, device: torch.device, precision: str, num_context: int = 1
+    wanted: str,
+    model_class: Any,
+    config: Any,
+    device: torch.device,
+    precision: str,
+    num_context: int = 1,
 ) -> str:
-    """The implementation for model.attention: auto, or the one asked for. Raises ModelError if it cannot be had.
+    """The implementation for model.attention: auto, or the one asked for. Raises ModelError if it
+    cannot be had.
 
     `num_context`: processes that share a sequence.
     """
     has_flash = importlib.util.find_spec("flash_attn") is not None
-    if wanted == "flash_attention_2" and not (has_flash and device.type == "cuda" and precision != "fp32"):
+    if wanted == "flash_attention_2" and not (
+        has_flash and device.type == "cuda" and precision != "fp32"
+    ):
         found = (
             "no CUDA device"
             if device.type != "cuda"
@@ -60,33 +73,48 @@ def choose(
             else "train.precision: fp32"
         )
         raise ModelError(
-            f"model.attention: flash_attention_2 needs a CUDA device, the flash-attn package and bf16 or fp16, found {found}; use auto"
+            "model.attention: flash_attention_2 needs a CUDA device, the flash-attn package and "
+            f"bf16 or fp16, found {found}; use auto"
         )
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
     can_separate = (
         getattr(model_class, "_supports_attention_backend", False)
-        and getattr(model_class, "_supports_sdpa", False)  # where SDPA cannot follow (sinks, soft caps), nor can we
+        and getattr(
+            model_class, "_supports_sdpa", False
+        )  # where SDPA cannot follow (sinks, soft caps), nor can we
         and not _soft_capped(config)
         and layers <= {"full_attention", "sliding_attention"}
     )
     if wanted == NAME and not can_separate:
         raise ModelError(
-            f"model.attention: {NAME} does not support {config.model_type} (soft-capped scores, sinks, or attention of its own); use eager"
+            f"model.attention: {NAME} does not support {config.model_type} (soft-capped scores, "
+            "sinks, or attention of its own); use eager"
         )
     if num_context > 1:
         heads = config.get_text_config().num_attention_heads
         if not can_separate or wanted not in ("auto", NAME) or heads % num_context:
             raise ModelError(
-                f"sequences shared by {num_context} processes need model.attention: {NAME}, which must be possible for the model, and "
-                f"a number of heads that they can divide; {config.model_type} has {heads}, and model.attention is {wanted}"
+                f"sequences shared by {num_context} processes need model.attention: {NAME}, which "
+                "must be possible for the model, and "
+                f"a number of heads that they can divide; {config.model_type} has {heads}, and "
+                f"model.attention is {wanted}"
             )
         return NAME
     if wanted != "auto":
         return wanted
     if not can_separate:
-        return "sdpa" if getattr(model_class, "_supports_sdpa", False) and not _soft_capped(config) else "eager"
+        return (
+            "sdpa"
+            if getattr(model_class, "_supports_sdpa", False) and not _soft_capped(config)
+            else "eager"
+        )
     half = precision != "fp32"  # the kernel knows no float32
-    if has_flash and half and device.type == "cuda" and getattr(model_class, "_supports_flash_attn", False):
+    if (
+        has_flash
+        and half
+        and device.type == "cuda"
+        and getattr(model_class, "_supports_flash_attn", False)
+    ):
         return "flash_attention_2"
     return NAME
 
@@ -108,27 +136,54 @@ def attend_within_documents(
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, KV, T, D] -> ([1, T, H, D], None).
 
-    `document_lengths.values`: the bounds as the host knows them; inside an object, as a compiled layer
-    would be compiled anew for each length of a tuple. Where a group of processes shares the
+    `document_lengths.values`: the bounds as the host knows them; inside an object, as a compiled
+    layer would be compiled anew for each length of a tuple. Where a group of processes shares the
     sequence, T is that of the own stretch, and bounds are those of the whole. Raises ModelError for
     what it would otherwise ignore: soft caps, sinks, position biases.
     """
-    ignored = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    ignored = [
+        name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None
+    ]
     if not torch.compiler.is_compiling() and _is_sliding(module) and sliding_window is None:
-        ignored.append("sliding windows")  # this model leaves them to a mask, and there is none here
+        ignored.append(
+            "sliding windows"
+        )  # this model leaves them to a mask, and there is none here
     if ignored or cu_seq_lens_q is None or max_length_q is None:
-        what = f"{' and '.join(ignored)} of this model" if ignored else "a call without document bounds"
+        what = (
+            f"{' and '.join(ignored)} of this model"
+            if ignored
+            else "a call without document bounds"
+        )
         raise ModelError(f"model.attention: {NAME} cannot do {what}; use eager")
-    if torch.is_autocast_enabled(query.device.type):  # norms of queries and keys in float32 would leave them so
+    if torch.is_autocast_enabled(
+        query.device.type
+    ):  # norms of queries and keys in float32 would leave them so
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
     if sequence_group is not None:
         count = torch.distributed.get_world_size(sequence_group)
-        if key.shape[1] % count:  # too few heads of keys and values to go round: each head of queries gets its own
+        if (
+            key.shape[1] % count
+        ):  # too few heads of keys and values to go round: each head of queries gets its own
             key, value = _repeated(query, key), _repeated(query, value)
-        query, key, value = (context_parallel.exchange(states, sequence_group, 1, 2) for states in (query, key, value))
-    out = _attend(query, key, value, cu_seq_lens_q, max_length_q, document_lengths, scaling, dropout, sliding_window)
-    return (out if sequence_group is None else context_parallel.exchange(out, sequence_group, 1, 2)), None
+        query, key, value = (
+            context_parallel.exchange(states, sequence_group, 1, 2)
+            for states in (query, key, value)
+        )
+    out = _attend(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        max_length_q,
+        document_lengths,
+        scaling,
+        dropout,
+        sliding_window,
+    )
+    return (
+        out if sequence_group is None else context_parallel.exchange(out, sequence_group, 1, 2)
+    ), None
 
 
 def _attend(
@@ -137,7 +192,9 @@ def _attend(
 ) -> torch.Tensor:  # fmt: skip
     """query [1, H, T, D], key and value [1, KV, T, D], bounds int32 [documents + 1] -> [1, T, H, D]"""
     if query.shape[1] % key.shape[1]:
-        raise ModelError(f"{query.shape[1]} heads cannot share {key.shape[1]} heads of keys and values evenly")
+        raise ModelError(
+            f"{query.shape[1]} heads cannot share {key.shape[1]} heads of keys and values evenly"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = dropout == 0.0 and query.shape[-1] == value.shape[-1]
     fits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= LARGEST_HEAD
@@ -153,7 +210,9 @@ def _attend(
 
 @torch.compiler.assume_constant_result
 def _has_flash_kernels(device: torch.device) -> bool:
-    """Asked once while a layer is compiled, which `get_device_capability` would otherwise cut in two."""
+    """Asked once while a layer is compiled, which `get_device_capability` would otherwise cut in
+    two.
+    """
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -178,7 +237,9 @@ def _varlen(
 def _one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: SimpleNamespace, scale: float, dropout: float, window: int
 ) -> torch.Tensor:  # fmt: skip
-    """PyTorch's own attention, a document at a time: for float32, dropout, large heads and older GPUs."""
+    """PyTorch's own attention, a document at a time: for float32, dropout, large heads and older
+    GPUs.
+    """
     key, value = _repeated(query, key), _repeated(query, value)
     outputs = [
         F.scaled_dot_product_attention(
@@ -205,6 +266,6 @@ def _soft_capped(config: Any) -> bool:
     return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
-# Without a mask function of its own: transformers then builds none, and does not look for packs in the
-# positions, for which it would wait for the GPU once a pass.
+# Without a mask function of its own: transformers then builds none, and does not look for packs in
+# the positions, for which it would wait for the GPU once a pass.
 AttentionInterface.register(NAME, attend_within_documents)

@@ -9,8 +9,11 @@ from finetune.errors import ModelError
 from finetune.models.attention import is_padded, own_attention
 
 
-def check(model: torch.nn.Module, base: Any, kernel: str, device: torch.device, precision: str) -> None:
-    """Raise ModelError if tokens see what they must not, before the first step. A dozen random tokens show it.
+def check(
+    model: torch.nn.Module, base: Any, kernel: str, device: torch.device, precision: str
+) -> None:
+    """Raise ModelError if tokens see what they must not, before the first step. A dozen random
+    tokens show it.
 
     Other tokens in a document must not move the next document's logits, nor a later token those of
     earlier ones, and `kernel` must give what the model's own attention gives. `base` is the model
@@ -35,10 +38,12 @@ class _Probe:
     def __init__(self, model: torch.nn.Module, base: Any, device: torch.device) -> None:
         self.model, self.base, self.device = model, base, device
         self.vocab_size = base.config.get_text_config().vocab_size
-        self.ids = torch.randint(self.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
+        self.ids = torch.randint(
+            self.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0)
+        )
         self.has_experts = has_experts(base)
-        # What is not seen changes nothing, to the bit; but in a mixture of experts it changes the shapes, and with
-        # them the rounding, of the matrix products that the rest takes part in.
+        # What is not seen changes nothing, to the bit; but in a mixture of experts it changes the
+        # shapes, and with them the rounding, of the matrix products that the rest takes part in.
         self.rounding = 1e-2 if self.has_experts else 1e-5
         self.whole = self.logits([12])
         self.scale = float(self.whole.abs().max())
@@ -47,7 +52,9 @@ class _Probe:
         """Logits [12, V] of the tokens in documents of these lengths, with others at `changed`."""
         ids = self.ids.clone()
         ids[:, changed] = (ids[:, changed] + 1) % self.vocab_size
-        logits: torch.Tensor = self.model(**inputs_of(ids.to(self.device), lengths, self.base)).logits[0].float()
+        logits: torch.Tensor = (
+            self.model(**inputs_of(ids.to(self.device), lengths, self.base)).logits[0].float()
+        )
         return logits
 
     def differ(self, one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
@@ -55,21 +62,31 @@ class _Probe:
 
     def require_causal(self, whole: torch.Tensor) -> None:
         """`whole`: logits [12, V] of the unchanged tokens by the attention of now."""
-        # In a mixture of experts a single token may move by rounding; the one before a change must not move each time.
+        # In a mixture of experts a single token may move by rounding; the one before a change must
+        # not move each time.
         cuts = (11, 9, 7, 5) if self.has_experts else (11,)
         seen = [self.logits([12], slice(cut, 12))[:cut] for cut in cuts]
-        last, same = torch.stack([each[-1] for each in seen]), torch.stack([whole[cut - 1] for cut in cuts])
-        if self.differ(seen[0], whole[:11], self.rounding) or self.differ(last, same, self.rounding):
+        last, same = (
+            torch.stack([each[-1] for each in seen]),
+            torch.stack([whole[cut - 1] for cut in cuts]),
+        )
+        if self.differ(seen[0], whole[:11], self.rounding) or self.differ(
+            last, same, self.rounding
+        ):
             config = self.base.config
             raise ModelError(
-                f"{config.model_type} lets a token see those after it ({config._attn_implementation} attention), "
+                f"{config.model_type} lets a token see those after it "
+                f"({config._attn_implementation} attention), "
                 "so it would learn to copy them; it is not a causal language model"
             )
 
     def require_separate(self) -> None:
-        if self.differ(self.logits([5, 7])[5:], self.logits([5, 7], slice(0, 5))[5:], self.rounding):
+        if self.differ(
+            self.logits([5, 7])[5:], self.logits([5, 7], slice(0, 5))[5:], self.rounding
+        ):
             raise ModelError(
-                f"{self.base.config.model_type} lets a document see the one before it in the same sequence; "
+                f"{self.base.config.model_type} lets a document see the one before it in the same "
+                "sequence; "
                 "set data.packing: false and model.attention: sdpa"
             )
 
@@ -79,7 +96,8 @@ class _Probe:
             self.require_causal(own)
         if self.differ(own, self.whole, tolerance):
             raise ModelError(
-                f"{self.base.config.model_type} has an attention of its own that {kernel} does not follow; "
+                f"{self.base.config.model_type} has an attention of its own that {kernel} does not "
+                "follow; "
                 "set data.packing: false and model.attention: eager"
             )
 
@@ -88,19 +106,24 @@ def has_experts(model: Any) -> bool:
     return any("experts" in name for name, _ in model.named_modules())
 
 
-def logits_differ(one_TV: torch.Tensor, other_TV: torch.Tensor, tolerance: float, has_experts: bool) -> bool:
+def logits_differ(
+    one_TV: torch.Tensor, other_TV: torch.Tensor, tolerance: float, has_experts: bool
+) -> bool:
     """Whether two answers to the same tokens differ by more than rounding does; NaN differs.
 
-    In a mixture of experts rounding may send a token, whose two best experts are nearly equal, to the other one, which moves
-    its logits by tens of percent: there a quarter of the tokens may differ. What the probes look for moves more of them: a
-    leak, another scale and a cap all but the first of a document, a convolution over four tokens three of the probe's seven.
+    In a mixture of experts rounding may send a token, whose two best experts are nearly equal, to
+    the other one, which moves its logits by tens of percent: there a quarter of the tokens may
+    differ. What the probes look for moves more of them: a leak, another scale and a cap all but the
+    first of a document, a convolution over four tokens three of the probe's seven.
     """
     differ_T = ~((one_TV - other_TV).abs().amax(-1) <= tolerance)
     return bool(differ_T.float().mean() > (0.25 if has_experts else 0.0))
 
 
 def inputs_of(tokens: torch.Tensor, lengths: list[int], base: Any) -> dict[str, Any]:
-    """Keyword arguments of a model for tokens int64 [1, T] in documents of these lengths, laid end to end (padded attention: one document)."""
+    """Keyword arguments of a model for tokens int64 [1, T] in documents of these lengths, laid end
+    to end (padded attention: one document).
+    """
     device = tokens.device
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     longest = max(lengths)
@@ -109,7 +132,9 @@ def inputs_of(tokens: torch.Tensor, lengths: list[int], base: Any) -> dict[str, 
         "document_lengths": SimpleNamespace(values=lengths),
     }  # fmt: skip
     separate = (
-        {"attention_mask": torch.ones_like(tokens)} if is_padded(base.config._attn_implementation) else of_documents
+        {"attention_mask": torch.ones_like(tokens)}
+        if is_padded(base.config._attn_implementation)
+        else of_documents
     )
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
     return {"input_ids": tokens, "position_ids": positions, "use_cache": False, **separate}

@@ -1,4 +1,6 @@
-"""From config to a model that is ready to train: base, adapters, what they start from, noise, recomputation."""
+"""From config to a model that is ready to train: base, adapters, what they start from, noise,
+recomputation.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,7 +10,16 @@ import torch
 
 from finetune.config import Config
 from finetune.errors import ModelError
-from finetune.models import adapter_init, adapters, base_identity, embeddings, head, load, parameters, recompute
+from finetune.models import (
+    adapter_init,
+    adapters,
+    base_identity,
+    embeddings,
+    head,
+    load,
+    parameters,
+    recompute,
+)
 
 
 def build(
@@ -17,7 +28,8 @@ def build(
 ) -> tuple[Any, Any]:  # fmt: skip
     """(model, base inside it, which answers with a loss), on the CPU. Raises ModelError.
 
-    Without weights, all is on the meta device, to be sent what the process has that builds with them.
+    Without weights, all is on the meta device, to be sent what the process has that builds with
+    them.
 
     Weights that train are float32, frozen ones under adapters have the precision of the arithmetic.
     `first_inputs`: what the model will see first, for initialisations that look at it.
@@ -29,7 +41,12 @@ def build(
 
     def load_base(quantization: dict[str, Any] | None) -> Any:
         return load.load_model(
-            config.model, model_config, tokenizer, attention=attention, dtype=dtype, quantization=quantization
+            config.model,
+            model_config,
+            tokenizer,
+            attention=attention,
+            dtype=dtype,
+            quantization=quantization,
         )
 
     if with_weights:
@@ -52,7 +69,8 @@ def build(
         )
     if with_weights and (broken := parameters.not_finite(model)):
         raise ModelError(
-            f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such as {broken[0]}"
+            f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such "
+            f"as {broken[0]}"
         )
     return model, base
 

@@ -1,9 +1,10 @@
-"""Long sequences: several processes share one. Each has a stretch of its tokens, and for attention a part of the heads.
+"""Long sequences: several processes share one. Each has a stretch of its tokens, and for attention
+a part of the heads.
 
 Before attention every process gives its tokens' queries, keys and values of the other processes'
-heads away, and gets those of its own heads for all tokens; after it the way back (DeepSpeed-Ulysses,
-Jacobs et al., 2023). Attention itself sees whole sequences, so packs, windows and kernels stay what
-they are, to the last bit of each head.
+heads away, and gets those of its own heads for all tokens; after it the way back
+(DeepSpeed-Ulysses, Jacobs et al., 2023). Attention itself sees whole sequences, so packs, windows
+and kernels stay what they are, to the last bit of each head.
 """
 
 from typing import Any
@@ -13,7 +14,8 @@ import torch.distributed
 
 
 def exchange(states: torch.Tensor, group: Any, cut: int, join: int) -> torch.Tensor:
-    """Own tokens of all heads [1, H, T / P, D] -> all tokens of own heads [1, H / P, T, D], with cut 1 and join 2; or back.
+    """Own tokens of all heads [1, H, T / P, D] -> all tokens of own heads [1, H / P, T, D], with
+    cut 1 and join 2; or back.
 
     Pieces of dimension `cut` go to the P processes of `group`, and what comes from them is joined
     along `join`. Differentiable: gradients travel back the same way.
@@ -23,7 +25,9 @@ def exchange(states: torch.Tensor, group: Any, cut: int, join: int) -> torch.Ten
 
 
 def sum_over(values: torch.Tensor, group: Any) -> torch.Tensor:
-    """Values summed over the processes of `group`, on each of them. Differentiable: so are their gradients."""
+    """Values summed over the processes of `group`, on each of them. Differentiable: so are their
+    gradients.
+    """
     summed: torch.Tensor = _SumOver.apply(values, group)
     return summed
 

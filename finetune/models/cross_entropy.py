@@ -1,8 +1,10 @@
-"""The loss of hidden states through a projection, in chunks of tokens; and their log-probabilities, likewise.
+"""The loss of hidden states through a projection, in chunks of tokens; and their log-probabilities,
+likewise.
 
-The gradient of the loss is made along with it, as in Liger Kernel (Hsu et al., 2024): when the logits of
-a chunk are there, so is all that their gradient needs, and the next chunk may have their place. The
-gradient of log-probabilities depends on what becomes of them, so their logits are computed twice.
+The gradient of the loss is made along with it, as in Liger Kernel (Hsu et al., 2024): when the
+logits of a chunk are there, so is all that their gradient needs, and the next chunk may have their
+place. The gradient of log-probabilities depends on what becomes of them, so their logits are
+computed twice.
 """
 
 from collections.abc import Callable
@@ -27,7 +29,9 @@ def block_bytes(device_type: str) -> int:
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits after the projection: cap * tanh(scale * x / cap), or scale * x."""
+    """What a model does to its logits after the projection: cap * tanh(scale * x / cap), or scale *
+    x.
+    """
 
     scale: float = 1.0
     cap: float | None = None
@@ -46,19 +50,28 @@ class LogitTransform:
 
 
 def cross_entropy_sum(
-    logits_SV: torch.Tensor, labels_S: torch.Tensor, weights_S: torch.Tensor | None, smoothing: float
+    logits_SV: torch.Tensor,
+    labels_S: torch.Tensor,
+    weights_S: torch.Tensor | None,
+    smoothing: float,
 ) -> torch.Tensor:
     """Sum of the losses of logits that are there, float32; each times its weight."""
     if weights_S is None:
-        return F.cross_entropy(logits_SV.float(), labels_S, reduction="sum", label_smoothing=smoothing)
-    losses = F.cross_entropy(logits_SV.float(), labels_S, reduction="none", label_smoothing=smoothing)
+        return F.cross_entropy(
+            logits_SV.float(), labels_S, reduction="sum", label_smoothing=smoothing
+        )
+    losses = F.cross_entropy(
+        logits_SV.float(), labels_S, reduction="none", label_smoothing=smoothing
+    )
     return (losses * weights_S).sum()
 
 
 def logprobs_and_entropy(
     logits_SV: torch.Tensor, labels_S: torch.Tensor, with_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits that are there: (log-probability of each label, entropy of each distribution or nothing), float32 [S], nats."""
+    """Of logits that are there: (log-probability of each label, entropy of each distribution or
+    nothing), float32 [S], nats.
+    """
     log_SV = torch.log_softmax(logits_SV.float(), -1)
     logprobs = log_SV.gather(1, labels_S[:, None])[:, 0]
     return logprobs, -(log_SV.exp() * log_SV).sum(-1) if with_entropy else logprobs.new_zeros(0)
@@ -69,14 +82,17 @@ def nll_in_chunks(
     vocab_size: int, finish: LogitTransform, smoothing: float = 0.0, weights: torch.Tensor | None = None,
     most_bytes: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Sum of the losses of hidden [S, H] and labels int64 [S], float32; where the weights of `head` are whole.
+    """Sum of the losses of hidden [S, H] and labels int64 [S], float32; where the weights of `head`
+    are whole.
 
     `project`: its own forward. `weights`: float32 [S], what each loss is multiplied by. `most_bytes`: as `block_bytes`.
     """
     linear = _active(head)
     if type(linear) is nn.Linear:
         tensors = [hidden, linear.weight, linear.bias]
-        if not torch.is_grad_enabled():  # evaluation: inside, a weight that trains would still ask for its gradient
+        if (
+            not torch.is_grad_enabled()
+        ):  # evaluation: inside, a weight that trains would still ask for its gradient
             tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
         total: torch.Tensor = _ThroughMatrix.apply(
             *tensors, labels, weights, finish, smoothing, most_bytes or block_bytes(hidden.device.type)
@@ -84,12 +100,20 @@ def nll_in_chunks(
         return total
 
     # Adapters on the head, quantised heads: a forward of their own, done again for the gradient.
-    def of(states_CH: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None) -> torch.Tensor:
+    def of(
+        states_CH: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None
+    ) -> torch.Tensor:
         return cross_entropy_sum(finish(project(states_CH).float()), labels_C, weights_C, smoothing)
 
     parts = _chunks(len(hidden), vocab_size * 4, CHUNK_BYTES)
     sums = [
-        checkpoint(of, hidden[part], labels[part], None if weights is None else weights[part], use_reentrant=False)
+        checkpoint(
+            of,
+            hidden[part],
+            labels[part],
+            None if weights is None else weights[part],
+            use_reentrant=False,
+        )
         for part in parts
     ]
     return torch.stack(sums).sum()
@@ -99,16 +123,20 @@ def logprobs_in_chunks(
     project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor,
     vocab_size: int, finish: LogitTransform, with_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(log-probabilities, entropies or nothing) of hidden [S, H] and labels int64 [S], float32 [S], in nats.
+    """(log-probabilities, entropies or nothing) of hidden [S, H] and labels int64 [S], float32 [S],
+    in nats.
 
-    The backward pass computes the logits of a chunk again, so `project` must find whole weights then, too.
+    The backward pass computes the logits of a chunk again, so `project` must find whole weights
+    then, too.
     """
 
     def of(states_CH: torch.Tensor, labels_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return logprobs_and_entropy(finish(project(states_CH).float()), labels_C, with_entropy)
 
     parts = _chunks(len(hidden), vocab_size * 4, CHUNK_BYTES)
-    logprobs, entropies = zip(*(checkpoint(of, hidden[part], labels[part], use_reentrant=False) for part in parts))
+    logprobs, entropies = zip(
+        *(checkpoint(of, hidden[part], labels[part], use_reentrant=False) for part in parts)
+    )
     return torch.cat(logprobs), torch.cat(entropies)
 
 
@@ -122,7 +150,11 @@ class _ThroughMatrix(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = _arithmetic(hidden)
-        states_SH, matrix_VH, shift_V = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        states_SH, matrix_VH, shift_V = (
+            hidden.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+        )
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(states_SH) if needs_hidden else None
         d_weight, d_bias = _Sum(), _Sum()
@@ -136,13 +168,18 @@ class _ThroughMatrix(torch.autograd.Function):
             for block in _chunks(len(raw_CV), len(weight) * 4, most_bytes):
                 of_block = None if weights is None else weights[part][block]
                 total += _cross_entropy_(
-                    raw_CV[block], labels[part][block], of_block, finish, smoothing, any(ctx.needs_input_grad)
+                    raw_CV[block],
+                    labels[part][block],
+                    of_block,
+                    finish,
+                    smoothing,
+                    any(ctx.needs_input_grad),
                 )
             if d_hidden is not None:
                 torch.mm(raw_CV, matrix_VH, out=d_hidden[part])
             if needs_weight:
-                # In float16 a sum over many tokens may overflow, here, where no loss scale reaches. Autocast
-                # would convert the product's float32 back to float16.
+                # In float16 a sum over many tokens may overflow, here, where no loss scale reaches.
+                # Autocast would convert the product's float32 back to float16.
                 wide = torch.float32 if dtype == torch.float16 else dtype
                 with torch.autocast(hidden.device.type, enabled=False):
                     d_weight.add(raw_CV.T.to(wide) @ states_CH.to(wide))
@@ -158,8 +195,10 @@ class _ThroughMatrix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: torch.Tensor) -> Any:
-        # In place: that of the weights is as large as they are. A second backward pass is PyTorch's error, not a wrong number.
-        return *(None if grad is None else grad.mul_(outer) for grad in ctx.saved_tensors), *[None] * 5
+        # In place: that of the weights is as large as they are. A second backward pass is PyTorch's
+        # error, not a wrong number.
+        saved = (None if grad is None else grad.mul_(outer) for grad in ctx.saved_tensors)
+        return *saved, *[None] * 5
 
 
 class _Sum:
@@ -181,13 +220,16 @@ def _cross_entropy_(
 ) -> torch.Tensor:  # fmt: skip
     """Sum of weighted losses in float32. What it is given becomes its gradient.
 
-    The sum of exponentials is not needed: the highest probability is exp(highest logit) / sum, never less than 1 / V.
+    The sum of exponentials is not needed: the highest probability is exp(highest logit) / sum,
+    never less than 1 / V.
     """
     logits, labels = finish(raw_CV.float()), labels_C[:, None]
     chances = torch.softmax(logits, -1)
     highest = finish(raw_CV.amax(-1, keepdim=True).float())  # scales are positive, and tanh rises
     wanted = logits.gather(1, labels)
-    losses = (highest - wanted) - chances.amax(-1, keepdim=True).log()  # exact for the tokens that are known best
+    losses = (highest - wanted) - chances.amax(
+        -1, keepdim=True
+    ).log()  # exact for the tokens that are known best
     if smoothing:
         losses += smoothing * (wanted - logits.mean(-1, keepdim=True))
     if needs_grad:

@@ -5,9 +5,11 @@
 Most of a small run is the start of its processes. `forget:DIR:STEP` takes a run back to the
 checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the next run on
 purpose, so that the tests of the others are seen to fail; `objective:NAME` gives it one of
-tests/invariants/objectives.py.
+tests/invariants/objectives.py; `topology:NAME` has all that follow share the model in another way;
+`compiler:NAME` compiles all that follow by another backend.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -24,13 +26,14 @@ from finetune import loop
 from finetune.engine.topology import Topology, fsdp
 from finetune.objectives import base
 from finetune.objectives.sft import Sft
+from finetune.survival import launcher
 from finetune.survival.preemption import StopFlag
 
 
 def main() -> None:
     asked_by_launcher = dict(os.environ)
     Topology.close = lambda self: self.accelerator.free_memory()  # the processes stay together for the next run
-    mend = lambda: None  # noqa: E731
+    mend, compiler = lambda: None, torch.compile
     for argument in sys.argv[1:]:
         if argument.startswith("forget:"):
             if os.environ.get("RANK", "0") == "0":
@@ -41,13 +44,31 @@ def main() -> None:
             mend = BREAKS[argument.removeprefix("break:")]()
         elif argument.startswith("objective:"):
             mend = objectives.use(argument.removeprefix("objective:"))
+        elif argument.startswith("compiler:"):  # "aot_eager" captures the same graphs, and generates no code
+            instead(torch, "compile", functools.partial(compiler, backend=argument.removeprefix("compiler:")))
+        elif argument.startswith("topology:"):
+            asked_by_launcher = environment_of(argument.removeprefix("topology:"), asked_by_launcher)
         else:
+            for name in [name for name in os.environ if name.startswith(OF_A_TOPOLOGY)]:
+                del os.environ[name]
             os.environ.update(asked_by_launcher)
             forget_process_state()
             loop.run(*configs.parse(["--config", argument]), StopFlag())
             mend()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+OF_A_TOPOLOGY = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+
+
+def environment_of(topology: str, asked_by_launcher: dict[str, str]) -> dict[str, str]:
+    """What the launcher would give this process for another topology; where the processes meet stays."""
+    with contextlib.ExitStack() as held:
+        file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", os.environ["WORLD_SIZE"]]
+        planned = launcher.read([*file, "train.py"], held)[0][int(os.environ["RANK"])]
+    mine = {name: value for name, value in planned.items() if name.startswith(OF_A_TOPOLOGY)}
+    return {n: v for n, v in asked_by_launcher.items() if not n.startswith(OF_A_TOPOLOGY)} | mine
 
 
 def forget(run: Path, step: int) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LAUNCH = [sys.executable, "-m", "finetune", "launch"]
 TWO = ["--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"]
-AS_PID_1 = ["unshare", "-pf", "--kill-child", "--mount-proc"]
 
 
 def start(launcher, *arguments):
@@ -33,15 +31,6 @@ def ended(process, within=240):
     finally:
         process.kill()
     return process.returncode, error
-
-
-@pytest.mark.parametrize("topology", [[], TWO], ids=["one", "two"])
-def test_a_wrong_config_is_exit_code_2(workshop, topology):
-    config = workshop.write(workshop.config(train__micro_batch_size=3))
-    code, error = ended(start(LAUNCH, *topology, "train.py", "--config", config))
-    assert code == 2, error
-    assert "error: " in error
-    assert "Traceback" not in error
 
 
 def long_run(workshop, launcher, *topology):
@@ -60,28 +49,14 @@ def children(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def assert_preempted(workshop, process):
+def test_sigterm_in_mid_training_is_exit_code_75(workshop):
+    process = long_run(workshop, LAUNCH, *TWO)
+    process.send_signal(signal.SIGTERM)
     code, error = ended(process)
     assert code == 75, error
     outcome = workshop.outcome()
     assert outcome["state"] == "preempted"
     assert 5 < outcome["step"] < 3000
-
-
-@pytest.mark.parametrize("topology", [[], TWO], ids=["one", "two"])
-def test_sigterm_in_mid_training_is_exit_code_75(workshop, topology):
-    process = long_run(workshop, LAUNCH, *topology)
-    process.send_signal(signal.SIGTERM)
-    assert_preempted(workshop, process)
-
-
-def test_sigterm_to_pid_1_in_mid_training_is_exit_code_75(workshop):
-    if shutil.which("unshare") is None or subprocess.run([*AS_PID_1, "true"], capture_output=True).returncode:
-        pytest.skip("unshare -pf is not permitted here, so nothing can be PID 1")
-    process = long_run(workshop, [*AS_PID_1, *LAUNCH])
-    [pid] = children(process)
-    os.kill(pid, signal.SIGTERM)
-    assert_preempted(workshop, process)
 
 
 def test_sigkill_of_one_process_ends_the_other(workshop):

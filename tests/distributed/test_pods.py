@@ -115,14 +115,6 @@ def test_two_pods_train_as_one_process_and_lose_one_on_the_way(workshop, tmp_pat
     assert losses(workshop.run_dir("two")) == pytest.approx(losses(one), rel=1e-5)
 
 
-def test_a_wrong_config_ends_every_pod_with_2_and_the_run_with_it(workshop, tmp_path):
-    config = workshop.write(workshop.config("two", train__micro_batch_size=3))
-    with cluster("jobset", tmp_path, config) as both:
-        both.start(0, 1)
-        assert both.codes() == {0: 2, 1: 2}, both.said()
-        assert fate(both.found, 2, disrupted=False) == "ends"
-
-
 def wait_for(path: Path, pods: Cluster) -> None:
     for _ in range(600):
         if path.exists():

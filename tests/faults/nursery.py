@@ -45,11 +45,12 @@ def child(
     rank: int, script: str, arguments: list[str], environment: dict[str, str], said: str, death: Death | None
 ) -> None:
     """In the forked process: a script as its own command line would run it."""
+    assert "faults.preloaded" in sys.modules, "python -c 'import faults.preloaded' says which import has failed"
     os.environ.update(environment)
     with open(said, "a") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     main = importlib.import_module(script).main
     counts = os.environ.get("COUNTS_LINES")
@@ -100,7 +101,7 @@ def trace(death: Death | None) -> dict[str, int]:
 
 
 KILLS = int(os.environ.get("FINETUNE_KILLS", "6"))  # make faults: 201
-in_the_long_form = pytest.mark.skipif(KILLS < 100, reason="make faults")
+in_the_long_form = pytest.mark.fault
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # the server finds what it is to import by this alone
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["faults.preloaded"])
@@ -112,8 +113,6 @@ class Launch:
 
     processes: list[Any]
     said_to: list[Path]
-    held: contextlib.ExitStack
-    """The port at which they meet."""
     began: float = field(default_factory=time.monotonic)
 
     def kill(self, ranks: list[int], number: int = signal.SIGKILL) -> None:
@@ -150,7 +149,6 @@ def fork(
     nodes: int = 1, death: Death | None = None, dies: int = 0,
 ) -> Launch:  # fmt: skip
     """Every process of a script under a topology file, with the environment that the launcher gives it; each has a file to say in."""
-    held = contextlib.ExitStack()
     file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", str(len(said)), *extra]
     options = [
         [*file, *(["--num_machines", str(nodes), "--machine_rank", str(node)] if nodes > 1 else [])]
@@ -159,7 +157,7 @@ def fork(
     if topology == "single" and len(said) == 1:
         options = [[]]
     with contextlib.chdir(ROOT):
-        planned = [each for own in options for each in launcher.read([*own, "train.py"], held)[0]]
+        planned = [each for own in options for each in launcher.read([*own, "train.py"])[0]]
     started = []
     for rank, given in enumerate(planned):
         said[rank].unlink(missing_ok=True)
@@ -168,7 +166,7 @@ def fork(
         process = _forks.Process(target=child, args=(rank, script, arguments, own, str(said[rank]), mine))
         process.start()
         started.append(process)
-    LAUNCHED.append(Launch(started, said, held))
+    LAUNCHED.append(Launch(started, said))
     return LAUNCHED[-1]
 
 
@@ -179,7 +177,6 @@ def end_all() -> None:
     while LAUNCHED:
         launch = LAUNCHED.pop()
         launch.kill(list(range(len(launch.processes))))
-        launch.held.close()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

@@ -4,7 +4,7 @@ import signal
 import threading
 
 import pytest
-from clouds import ASKED_FOR, FINAL, REASONS, REBALANCE, REBALANCED, Metadata
+from clouds import ASKED_FOR, REBALANCE, REBALANCED, Metadata, final
 from conftest import Workshop, losses, pairs, read_jsonl, write_jsonl
 from faults.nursery import in_the_long_form, same_end, start, to_the_end, wait_for
 
@@ -139,9 +139,7 @@ def test_a_deadline_before_the_first_step_is_a_failure_and_not_for_ever_another_
 def metadata():
     server = Metadata()
     yield server
-    server.over.set()
-    server.shutdown()
-    server.server_close()
+    server.close()
 
 
 FOR_EVER = LONG | {"train__max_steps": 100_000, "train__epochs": 100_000}
@@ -152,9 +150,10 @@ def test_a_clouds_notice_saves_and_stops(workshop, metadata, cloud):
     config = workshop.write(workshop.config(**FOR_EVER, checkpoint__notices=cloud))
     launch = start(config, FINETUNE_METADATA_ADDRESS=metadata.address)
     wait_for(lambda: workshop.num_lines() > 5)
-    metadata.says(ASKED_FOR[cloud], FINAL[cloud])
+    answer, reason = final(cloud)
+    metadata.says(ASKED_FOR[cloud], answer)
     assert launch.codes(within=30) == [75], launch.said()
-    assert REASONS[cloud] in workshop.outcome()["reason"]
+    assert reason in workshop.outcome()["reason"]
     assert (workshop.run_dir() / f"checkpoints/step-{workshop.outcome()['step']:08d}/manifest.json").exists()
 
 

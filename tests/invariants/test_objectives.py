@@ -54,24 +54,32 @@ def test_examples_packed_together_learn_what_they_learn_alone(workshop, objectiv
     assert curves(packed) == pytest.approx(curves(alone), rel=1e-4)
 
 
+TWO = ["ddp", "fsdp2", "zero3"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("topology", "processes"), [("ddp", 2), ("fsdp2", 2), ("zero3", 2), ("fsdp2_context", 4)])
-def test_several_processes_learn_what_one_learns(tmp_path, topology, processes):
+@pytest.mark.parametrize(("topologies", "processes"), [(TWO, 2), (["fsdp2_context"], 4)], ids=["two", "context"])
+def test_several_processes_learn_what_one_learns(tmp_path, topologies, processes):
     from invariants.test_topologies import FOUR
 
     workshop, arguments = Workshop(tmp_path), []
+    settings = {**TEN, "train__micro_batch_size": 1, "data__packing": True}
     for name in objectives.OBJECTIVES:
         restore = objectives.use(name)
-        workshop.train(f"{name}_alone", **TEN, train__micro_batch_size=1, data__packing=True)
+        workshop.train(f"{name}_alone", **settings)
         restore()
-        config = workshop.config(name, **TEN, train__micro_batch_size=1, data__packing=True)
-        arguments += [f"objective:{name}", str(workshop.write(config))]
+    for topology in topologies:
+        arguments += [f"topology:{topology}"] if processes == 2 else []
+        for name in objectives.OBJECTIVES:
+            config = workshop.config(f"{topology}_{name}", **settings)
+            arguments += [f"objective:{name}", str(workshop.write(config))]
     logs = [tmp_path / f"{rank}.log" for rank in range(processes)]
-    launch = fork("distributed.several", arguments, topology, logs, {}, FOUR.get(topology, []))
+    launch = fork("distributed.several", arguments, topologies[0], logs, {}, FOUR.get(topologies[0], []))
     assert launch.codes(280) == [0] * processes, launch.said()
-    for name in objectives.OBJECTIVES:
-        own, alone = workshop.run_dir(name), workshop.run_dir(f"{name}_alone")
-        assert curves(own) == pytest.approx(curves(alone), rel=1e-4), name
-        one, other = (load_file(run / "model/model.safetensors") for run in (own, alone))
-        assert all((one[key] - other[key]).abs().max() < 1e-4 for key in one), name
+    for topology in topologies:
+        for name in objectives.OBJECTIVES:
+            own, alone = workshop.run_dir(f"{topology}_{name}"), workshop.run_dir(f"{name}_alone")
+            assert curves(own) == pytest.approx(curves(alone), rel=1e-4), (topology, name)
+            one, other = (load_file(run / "model/model.safetensors") for run in (own, alone))
+            assert all((one[key] - other[key]).abs().max() < 1e-4 for key in one), (topology, name)

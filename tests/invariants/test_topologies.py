@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_LLAMA, Workshop, forget_process_state, losses, read_jsonl
+from conftest import ROOT, TINY_LLAMA, Workshop, losses, made_once, read_jsonl
 from distributed.test_nodes import FILES as ON_NODES
-from faults.nursery import Launch, fork, in_the_long_form
+from faults.nursery import Launch, fork
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -23,45 +23,54 @@ LOSS, NORM, WEIGHT = 1e-5, 1e-4, 1e-4
 # bf16 keeps 8 bits, in which DeepSpeed computes norms and residuals, too, where autocast leaves float32: 2.6e-3 of the
 # gradient norm over four seeds. At ten times the learning rate roundings grow into other runs, by up to a quarter.
 HALF, SLOWLY = 6e-3, {"optimizer__lr": 1e-3}
-TWELVE = {"train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2, "data__eval_fraction": 0.2}
-TIED = {**TINY_LLAMA, "tie_word_embeddings": True}
-EIGHT = {"train__max_steps": 8}
+EIGHT = {"train__max_steps": 8, "train__epochs": 9, "train__micro_batch_size": 2, "data__eval_fraction": 0.2}
 CASES = {
-    "untied": {"train__micro_batch_size": 1},
-    "tied": {"model__config": TIED},
-    "clipped": {"train__max_grad_norm": 0.1, **EIGHT},
+    "untied": {"train__micro_batch_size": 1, "train__max_steps": 12},
+    "tied": {"model__config": {**TINY_LLAMA, "tie_word_embeddings": True}},
+    "clipped": {"train__max_grad_norm": 0.1},
     "packed_recomputed": {
         "data__packing": True,
         "train__gradient_checkpointing": True,
         "train__micro_batch_size": 1,
-        **EIGHT,
     },
-    "padded": {"model__attention": "sdpa", "data__group_by_length": True, **EIGHT},
+    "padded": {"model__attention": "sdpa", "data__group_by_length": True},
     "lora": {
         "adapter__kind": "lora",
         "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"],
         "model__new_tokens": ["<|a|>"],
-        **EIGHT,
         "evaluation__sample_prompts": ["what is 3 times three"],
         "evaluation__sample_max_new_tokens": 4,
     },
-    "qlora": {"adapter__kind": "qlora", **EIGHT},
-    "bf16": {"train__precision": "bf16", **SLOWLY, **EIGHT},
-    "weights_in_bf16": {"model__dtype": "bfloat16", "train__precision": "bf16", **SLOWLY, **EIGHT},
-    "as_many_as_fit": {"train__micro_batch_size": "auto", **EIGHT},
-    "compiled": {"train__compile": True, **EIGHT},
+    "qlora": {"adapter__kind": "qlora"},
+    "bf16": {"train__precision": "bf16", **SLOWLY},
+    "weights_in_bf16": {"model__dtype": "bfloat16", "train__precision": "bf16", **SLOWLY},
+    "as_many_as_fit": {"train__micro_batch_size": "auto"},
+    "compiled": {"train__compile": True},
 }
 NOT_ZERO = ["weights_in_bf16", "as_many_as_fit"]
 ALL, PLAIN = [case for case in CASES if case not in NOT_ZERO], ["untied", "tied"]
-LAUNCHES = [
-    ("single", 1, PLAIN), ("cpu_debug", 2, PLAIN), ("ddp", 2, list(CASES)),
-    ("fsdp2", 2, list(CASES)), ("fsdp2", 1, PLAIN), ("fsdp2_offload", 2, [*PLAIN, "lora"]),
-    ("fsdp2_hybrid", 4, PLAIN), ("fsdp2_context", 4, ["untied", "packed_recomputed"]),
-    ("zero1", 2, [*PLAIN, "lora"]), ("zero1", 1, PLAIN), ("zero2", 2, ALL), ("zero2", 1, PLAIN),
-    ("zero3", 2, [case for case in ALL if case != "compiled"]), ("zero3", 1, PLAIN), ("zero3_offload", 2, [*PLAIN, "lora"]),
-]  # fmt: skip
-LONG = [("zero1", 1), ("zero2", 1)]
-RESUMED = [("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)]
+CONTEXT = ["untied", "packed_recomputed"]
+# Of each launch: processes, and topologies one after the other, with their cases. Each case runs under one of each kind of
+# sharing; tests/invariants/test_trajectories.py has tied, packed, adapters and quantised bases under each.
+SHORT = {
+    "two": (2, {
+        "ddp": ["untied", "as_many_as_fit", "bf16", "compiled"],
+        "fsdp2": [case for case in CASES if case not in ("tied", "qlora")], "fsdp2_offload": ["tied"],
+        "zero1": ["untied"], "zero2": ["tied", "bf16", "compiled"], "zero3": ["untied", "clipped", "padded", "bf16", "lora"],
+    }),
+    "hybrid": (4, {"fsdp2_hybrid": ["untied"]}),
+    "context": (4, {"fsdp2_context": CONTEXT}),
+}  # fmt: skip
+LONG = {
+    "single": (1, {"single": PLAIN}), "cpu_debug": (2, {"cpu_debug": PLAIN}), "ddp": (2, {"ddp": list(CASES)}),
+    "fsdp2": (2, {"fsdp2": list(CASES)}), "fsdp2 of one": (1, {"fsdp2": PLAIN}),
+    "fsdp2_offload": (2, {"fsdp2_offload": [*PLAIN, "lora"]}), "hybrid in full": (4, {"fsdp2_hybrid": PLAIN}),
+    "zero1": (2, {"zero1": [*PLAIN, "lora"]}), "zero1 of one": (1, {"zero1": PLAIN}), "zero2": (2, {"zero2": ALL}),
+    "zero2 of one": (1, {"zero2": PLAIN}), "zero3": (2, {"zero3": [case for case in ALL if case != "compiled"]}),
+    "zero3 of one": (1, {"zero3": PLAIN}), "zero3_offload": (2, {"zero3_offload": [*PLAIN, "lora"]}),
+}  # fmt: skip
+LAUNCHES = SHORT | LONG
+RESUMED = {"ddp", "fsdp2", "zero2", "zero3"}
 FOUR = {
     "fsdp2_hybrid": ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"],
     "fsdp2_context": ["--parallelism_config_cp_size", "2", "--parallelism_config_dp_shard_size", "2"],
@@ -71,15 +80,17 @@ FOUR = {
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Workshop:
     """Every case by one process, in this one; nothing compiled."""
-    workshop = Workshop(tmp_path_factory.mktemp("alone"))
-    for name in CASES:
-        forget_process_state()
-        workshop.train(name, **settings(workshop, name) | {"train__compile": False})
-    return workshop
+
+    def train(folder: Path) -> None:
+        workshop = Workshop(folder)
+        for name in CASES:
+            workshop.train(name, **settings(workshop, name) | {"train__compile": False})
+
+    return Workshop(made_once(tmp_path_factory, "alone", train))
 
 
 def settings(workshop: Workshop, case: str) -> dict:
-    changes = {**TWELVE, **CASES[case]}
+    changes = {**EIGHT, **CASES[case]}
     if "adapter__kind" in changes:  # on the tied model, trained before
         path = str(workshop.run_dir("tied") / "model")
         changes |= {"model__init": "pretrained", "model__path": path, "model__config": None, "model__tokenizer": None}
@@ -117,38 +128,51 @@ def agree(found: dict[str, float], half: bool = False) -> bool:
     return max(found["loss"], found["eval"]) <= LOSS and found["grad_norm"] <= NORM and found["weight"] <= WEIGHT
 
 
-@pytest.mark.parametrize(("topology", "processes", "cases"), [pytest.param(*each, marks=in_the_long_form if each[:2] in LONG else ()) for each in LAUNCHES], ids=lambda v: "" if isinstance(v, list) else str(v))  # fmt: skip
-def test_every_topology_is_one_process(alone, workshop, topology, processes, cases):
-    files = []
+def files_of(workshop: Workshop, alone: Workshop, topology: str, cases: list[str], is_resumed: bool) -> list[object]:
+    """What several.py is to run under one topology: each case, and a run that goes on from its fourth step."""
+    files: list[object] = [f"topology:{topology}"]
     for case in cases:
         config = workshop.config(case, **settings(alone, case))
+        config["run"]["dir"] = str(workshop.folder / topology)
         config["data"]["train"] = str(alone.rows)
-        files.append(workshop.write(config))
-    if (topology, processes) in RESUMED:
-        ten = {
-            "train__micro_batch_size": 2,
-            "train__max_steps": 10,
-            "train__epochs": 9,
-            "checkpoint__every_steps": 4,
-            "checkpoint__keep_last": 9,
-        }
-        if topology in ("fsdp2", "zero3"):
-            ten = settings(alone, "lora") | ten
-        whole, parts = (workshop.write(workshop.config(name, **ten)) for name in ("whole", "parts"))
-        files += [whole, parts, f"forget:{workshop.run_dir('parts')}:4", parts]
-    launch = several(workshop.folder, topology, processes, *files)
-    assert launch.codes() == [0] * processes, launch.said()
-    found = {case: difference(workshop.run_dir(case), alone.run_dir(case)) for case in cases}
-    assert not {case: value for case, value in found.items() if not agree(value, "bf16" in case)}
-    if (topology, processes) in RESUMED:
-        assert "parts/checkpoints/step-00000004 at step 4" in launch.said()
-        assert losses(workshop.run_dir("parts")) == losses(workshop.run_dir("whole"))
-        one, other = (
-            load_file(next((workshop.run_dir(n) / "model").glob("*.safetensors"))) for n in ("whole", "parts")
+        files.append(workshop.write(config).rename(workshop.folder / f"{topology}-{case}.yaml"))
+    if is_resumed:
+        method = settings(alone, "lora") if topology in ("fsdp2", "zero3") else EIGHT
+        resumed = {"train__micro_batch_size": 2, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9, "run__dir": str(workshop.folder / topology)}  # fmt: skip
+        whole, parts = (
+            workshop.write(workshop.config(name, **method | resumed)).rename(workshop.folder / f"{topology}-{name}.yaml")
+            for name in ("whole", "parts")
         )
+        files += [whole, parts, f"forget:{workshop.folder / topology / 'parts'}:4", parts]
+    return files
+
+
+@pytest.mark.parametrize("launched", [pytest.param(name, marks=pytest.mark.proof if name in LONG else ()) for name in LAUNCHES])  # fmt: skip
+def test_every_topology_is_one_process(alone, workshop, launched):
+    processes, topologies = LAUNCHES[launched]
+    resumed = RESUMED & topologies.keys() if processes == 2 else set()
+    files = [] if launched in LONG else ["compiler:aot_eager"]
+    for topology, cases in topologies.items():
+        own = files_of(workshop, alone, topology, cases, topology in resumed)
+        files += own if processes == 2 else own[1:]
+    launch = several(workshop.folder, next(iter(topologies)), processes, *files)
+    assert launch.codes() == [0] * processes, launch.said()
+    found = {
+        (topology, case): difference(workshop.folder / topology / case, alone.run_dir(case))
+        for topology, cases in topologies.items()
+        for case in cases
+    }
+    assert not {case: value for case, value in found.items() if not agree(value, "bf16" in case[1])}
+    for topology in resumed:
+        whole, parts = (workshop.folder / topology / name for name in ("whole", "parts"))
+        assert f"{parts}/checkpoints/step-00000004 at step 4" in launch.said()
+        assert losses(parts) == losses(whole)
+        one, other = (load_file(next((run / "model").glob("*.safetensors"))) for run in (whole, parts))
         assert all(bool((one[name] == other[name]).all()) for name in one)
-    receipt = json.loads((workshop.run_dir(cases[0]) / "receipt.json").read_text())
-    assert (receipt["num_processes"], receipt["topology"]) == (processes, {"cpu_debug": "ddp"}.get(topology, topology))
+    for topology, cases in topologies.items():
+        receipt = json.loads((workshop.folder / topology / cases[0] / "receipt.json").read_text())
+        kind = {"cpu_debug": "ddp"}.get(topology, topology)
+        assert (receipt["num_processes"], receipt["topology"]) == (processes, kind)
 
 
 def test_what_is_broken_on_purpose_is_seen(alone, workshop):
@@ -168,7 +192,8 @@ def test_what_is_broken_on_purpose_is_seen(alone, workshop):
 
 
 def test_every_topology_file_is_launched_by_a_test():
-    launched = {f"{topology}.yaml" for topology, _, _ in LAUNCHES} | {f"{topology}.yaml" for topology in ON_NODES}
+    launched = {f"{topology}.yaml" for _, topologies in LAUNCHES.values() for topology in topologies}
+    launched |= {f"{topology}.yaml" for topology in ON_NODES}
     files = {path.name: path.read_text() for path in (ROOT / "accelerate_configs").iterdir()}
     assert launched == set(files)
     named = {name for text in files.values() for name in re.findall(r"ds_configs/(\w+\.json)", text)}

@@ -138,16 +138,21 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: of(workshop.train(name, **settings(name, workshop.run_dir("tied") / "model"))) for name in names}
 
 
-def shared(folder: Path, topology: str) -> dict[str, dict[str, Any]]:
-    """The cases of `SHARED` by two processes of one topology."""
+def shared(folder: Path) -> dict[str, dict[str, Any]]:
+    """The cases of `SHARED` by two processes, under one topology after the other."""
     from faults.nursery import fork
 
     workshop = Workshop(folder)
     base = workshop.train("base", **{**SMALL, **TIED}) / "model"
-    files = [str(workshop.write(workshop.config(name, **settings(name, base)))) for name in SHARED]
-    launch = fork("distributed.several", files, topology, [folder / f"{rank}.log" for rank in range(2)], {}, [])
+    arguments = []
+    for topology in TOPOLOGIES:
+        arguments.append(f"topology:{topology}")
+        for name in SHARED:
+            arguments.append(str(workshop.write(workshop.config(f"{topology}-{name}", **settings(name, base)))))
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    launch = fork("distributed.several", arguments, TOPOLOGIES[0], logs, {}, [])
     assert launch.codes(300) == [0, 0], launch.said()
-    return {f"{topology}/{name}": of(workshop.run_dir(name)) for name in SHARED}
+    return {f"{topology}/{name}": of(workshop.run_dir(f"{topology}-{name}")) for topology in TOPOLOGIES for name in SHARED}
 
 
 def record(trajectories: dict[str, Any]) -> None:
@@ -162,9 +167,8 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = alone(Path(folder))
-        for topology in TOPOLOGIES:
-            (Path(folder) / topology).mkdir()
-            found |= shared(Path(folder) / topology, topology)
+        (Path(folder) / "shared").mkdir()
+        found |= shared(Path(folder) / "shared")
     if arguments.record:
         record(found)
         return 0

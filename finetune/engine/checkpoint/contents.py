@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils import _pytree as pytree
 
-from finetune import failures, torch_versions
+from finetune import failures
 from finetune.engine import optim
 from finetune.engine.checkpoint import folder, unpickling
 from finetune.engine.checkpoint.folder import Found
@@ -59,23 +59,16 @@ class Staged:
         return sum(_local(leaf).nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
-class Stager:
-    """Copies this process's part of a state into host memory that it keeps, or, without `copies`, returns it as it is."""
+def stage(topology: Topology, state: TrainState, copied: Callable[[Any], Any]) -> Staged:
+    """Take this process's part of a state, which is all that training has to wait for. Collective.
 
-    def __init__(self, topology: Topology, copies: bool) -> None:
-        self._topology = topology
-        self._copied: Callable[[Any], Any] = (
-            torch_versions.host_copier(topology.device) if copies else lambda tensors: tensors
-        )
-
-    def stage(self, state: TrainState) -> Staged:
-        """Copy the state, which is all that training has to wait for. Collective."""
-        topology = self._topology
-        own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
-        if topology.parallel.is_zero:
-            return Staged({}, topology.engine_files(self._copied), own)
-        tensors = share(_tensors(topology, state), topology.rank, topology.num_processes)
-        return Staged(self._copied(tensors), {}, own)
+    `copied` copies a tree of tensors into host memory, or returns it as it is where training waits for the whole save.
+    """
+    own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
+    if topology.parallel.is_zero:
+        return Staged({}, topology.engine_files(copied), own)
+    tensors = share(_tensors(topology, state), topology.rank, topology.num_processes)
+    return Staged(copied(tensors), {}, own)
 
 
 def share(tensors: dict[str, Any], rank: int, number: int) -> dict[str, Any]:

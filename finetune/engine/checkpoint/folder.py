@@ -237,7 +237,7 @@ def sizes(manifest: dict[str, Any]) -> dict[str, int]:
     for name, about in described.items():
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or "\0" in name:
             raise ValueError(f"{MANIFEST} names {name}, which is not in the checkpoint's folder")
-        if not (isinstance(about, dict) and _is_count(about.get("bytes")) and isinstance(about.get("sha256"), str)):
+        if not _is_like(about, {"bytes": 0, "sha256": ""}):
             raise ValueError(f"{MANIFEST} is damaged: files does not say the size and sha256 of {name}")
     return {name: about["bytes"] for name, about in described.items()}
 
@@ -248,27 +248,21 @@ def _require_shape(manifest: dict[str, Any]) -> None:
     The hash does not show it: a changed manifest can be hashed again.
     """
     sizes(manifest)
-    progress, settings = manifest.get("progress"), manifest.get("config")
-    whole = {
-        "format": type(manifest.get("format")) is int,
-        "progress": isinstance(progress, dict)
-        and all(
-            isinstance(progress.get(name), str) if name == "run_id" else _is_count(progress.get(name))
-            for name in Progress().to_dict()
-        ),
-        "config": isinstance(settings, dict)
-        and all(isinstance(section, dict) for section in settings.values())
-        and isinstance(settings.get("optimizer", {}).get("kind"), str),
-        "identity": isinstance(manifest.get("identity"), dict),
-        "topology": isinstance(manifest.get("topology"), str),
-        "num_processes": _is_count(manifest.get("num_processes")),
-    }
-    if wrong := [key for key, is_right in whole.items() if not is_right]:
+    config = manifest.get("config")
+    sections: dict[str, Any] = {section: {} for section in config} if isinstance(config, dict) else {}
+    like = {
+        "format": FORMAT, "progress": Progress().to_dict(), "config": {**sections, "optimizer": {"kind": ""}},
+        "identity": {}, "topology": "", "num_processes": 0,
+    }  # fmt: skip
+    if wrong := [key for key in like if not _is_like(manifest.get(key), like[key])]:
         raise ValueError(f"{MANIFEST} is damaged: {wrong[0]} is missing, or holds what no checkpoint does")
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _is_like(value: Any, like: Any) -> bool:
+    """Whether a value has the type of `like` and, if that is an object, all of its keys; a number counts something."""
+    if isinstance(like, dict):
+        return isinstance(value, dict) and all(_is_like(value.get(key), each) for key, each in like.items())
+    return type(value) is type(like) and (not isinstance(like, int) or value >= 0)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune import failures
+from finetune import failures, torch_versions
 from finetune.engine.checkpoint import contents, folder
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
@@ -41,7 +41,7 @@ class Saver:
         self.grace_seconds = grace_seconds
         self.resumed_from, self.log, self.record, self.before = resumed_from, log, record, before
         self.topology, self.background = topology, topology.processes.apart()
-        self.stager = contents.Stager(topology, copies=asynchronous)
+        self._copied = torch_versions.host_copier(topology.device) if asynchronous else lambda tensors: tensors
         self.saved_at = time.monotonic()
         self.last_seconds = 0.0
         """From the beginning of the last save to its end."""
@@ -75,7 +75,7 @@ class Saver:
         self.settle()
         self.saved_at = began
         try:
-            staged = self.topology.on_every(lambda: self.stager.stage(state))
+            staged = self.topology.on_every(lambda: contents.stage(self.topology, state, self._copied))
         except Exception as exc:
             self._failed(progress["step"], exc)
             return

@@ -1,8 +1,9 @@
-"""FSDP2: every process holds a part of each weight, its gradient and its optimizer state, by PyTorch's `fully_shard`.
+"""FSDP2: every process holds a part of each weight, its gradient and its optimizer state, by
+PyTorch's `fully_shard`.
 
 Not through Accelerate's own `prepare`: on CPUs it takes DDP instead, without a word; it needs the
-optimizer before the weights are shared out, and finds parameters again by their address, which empty
-ones do not have; and it reduces gradients in 16 bits.
+optimizer before the weights are shared out, and finds parameters again by their address, which
+empty ones do not have; and it reduces gradients in 16 bits.
 """
 
 import functools
@@ -14,7 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetune import torch_versions
@@ -42,40 +49,80 @@ class Fsdp2:
         )  # fmt: skip
 
     def prepare(
-        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], **_: Any
+        self,
+        model: nn.Module,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        **_: Any,
     ) -> tuple[nn.Module, Any]:
-        """Shard the empty model, then send each weight from the main process, one at a time, and keep the own part.
+        """Shard the empty model, then send each weight from the main process, one at a time, and
+        keep the own part.
 
-        Each layer is gathered as one, in the dtype of the arithmetic, and so is the head: autocast would
-        convert its weights to that dtype anyway. The embedding and the last norm are gathered in
-        float32, so that autocast gives what it gives elsewhere; a head that shares the weights of the
-        embedding goes with it. After each pass all are sharded again: code that looks at weights between
-        passes expects shards. Gradients are added up in float32.
+        Each layer is gathered as one, in the dtype of the arithmetic, and so is the head: autocast
+        would convert its weights to that dtype anyway. The embedding and the last norm are gathered
+        in float32, so that autocast gives what it gives elsewhere; a head that shares the weights
+        of the embedding goes with it. After each pass all are sharded again: code that looks at
+        weights between passes expects shards. Gradients are added up in float32.
         """
         self._store_as_floats(model)
         weights = {name: p.detach() for name, p in model.named_parameters()}
         buffers = self.on_main(lambda: meta.buffers_of(model))
         meta.move(model, "meta")
-        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.parallel.offload else OffloadPolicy()
+        offload = (
+            CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            if self.parallel.offload
+            else OffloadPolicy()
+        )
         root = (
             model.get_base_model() if hasattr(model, "get_base_model") else model
         )  # what generates, with or without adapters
-        # A CPU's LayerNorm wants its weights in the dtype of its input, which autocast leaves in float32.
-        exact = self.device.type == "cpu" and any(isinstance(module, nn.LayerNorm) for module in model.modules())
+        # A CPU's LayerNorm wants its weights in the dtype of its input, which autocast leaves in
+        # float32.
+        exact = self.device.type == "cpu" and any(
+            isinstance(module, nn.LayerNorm) for module in model.modules()
+        )
         half = MixedPrecisionPolicy(
-            param_dtype=None if exact else self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=None if exact else self.dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
         )
         for layer in reversed(self._layers(model)):  # what lies inside another comes first
-            fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, mp_policy=half, offload_policy=offload)
+            fully_shard(
+                layer,
+                mesh=self.mesh,
+                reshard_after_forward=True,
+                mp_policy=half,
+                offload_policy=offload,
+            )
         whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
         if head is not None and not _share_weights(embedding, head):
-            # `models/head.py` calls it twice a pass: it stays whole in between, and until its backward pass.
-            fully_shard(head, mesh=self.mesh, reshard_after_forward=False, mp_policy=half, offload_policy=offload)
-            root.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else head.reshard())
+            # `models/head.py` calls it twice a pass: it stays whole in between, and until its
+            # backward pass.
+            fully_shard(
+                head,
+                mesh=self.mesh,
+                reshard_after_forward=False,
+                mp_policy=half,
+                offload_policy=offload,
+            )
+            root.register_forward_hook(
+                lambda *_: None if torch.is_grad_enabled() else head.reshard()
+            )
             # By itself, it is whole during the lookup only, and not until the end of the pass.
-            fully_shard(embedding, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)
-        fully_shard(root, mesh=self.mesh, reshard_after_forward=True, mp_policy=whole, offload_policy=offload)
+            fully_shard(
+                embedding,
+                mesh=self.mesh,
+                reshard_after_forward=True,
+                mp_policy=whole,
+                offload_policy=offload,
+            )
+        fully_shard(
+            root,
+            mesh=self.mesh,
+            reshard_after_forward=True,
+            mp_policy=whole,
+            offload_policy=offload,
+        )
         model.to_empty(device="cpu" if self.parallel.offload else self.device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -93,15 +140,23 @@ class Fsdp2:
             if getattr(module, "quant_state", None) is not None:  # bitsandbytes' 4-bit layers
                 packed = module.weight
                 if not packed.is_floating_point() and packed.numel() % dtype.itemsize == 0:
-                    module.weight = nn.Parameter(torch_versions.as_floats(packed, dtype), requires_grad=False)
+                    module.weight = nn.Parameter(
+                        torch_versions.as_floats(packed, dtype), requires_grad=False
+                    )
 
     def _layers(self, model: nn.Module) -> list[nn.Module]:
         classes = self.parallel.layer_classes or tuple(recompute.classes(model))
         found = [module for module in model.modules() if type(module).__name__ in classes]
-        wrong = [name for name in self.parallel.layer_classes if name not in {type(layer).__name__ for layer in found}]
+        wrong = [
+            name
+            for name in self.parallel.layer_classes
+            if name not in {type(layer).__name__ for layer in found}
+        ]
         if not found or wrong or any(layer is model for layer in found):
             raise ConfigError(
-                f"fsdp_transformer_layer_cls_to_wrap: {' or '.join(wrong or classes) or '(none is known)'} is not a layer class of this model; "
+                "fsdp_transformer_layer_cls_to_wrap: "
+                f"{' or '.join(wrong or classes) or '(none is known)'} is not a layer class of "
+                "this model; "
                 f"use one of {', '.join(sorted({type(m).__name__ for m in model.modules()}))}"
             )
         return found
@@ -121,7 +176,8 @@ class Fsdp2:
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor) or parameter.device_mesh != self.mesh:
                 raise ConfigError(
-                    f"FSDP2 was asked for, but {name} is not sharded; this model needs ddp.yaml or zero3.yaml"
+                    f"FSDP2 was asked for, but {name} is not sharded; this model needs ddp.yaml or "
+                    "zero3.yaml"
                 )
             share = math.ceil(parameter.shape[0] / shards) * parameter.shape[1:].numel()
             if parameter.to_local().numel() > share:
@@ -133,7 +189,9 @@ class Fsdp2:
         return model
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Every backward pass reduces: keeping gradients until the last would keep them whole, which is what FSDP avoids."""
+        """Every backward pass reduces: keeping gradients until the last would keep them whole,
+        which is what FSDP avoids.
+        """
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -150,10 +208,14 @@ class Fsdp2:
         optimizer.zero_grad()
         return norm, finite
 
-    def whole(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def whole(
+        self, parameters: list[tuple[str, nn.Parameter]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight, whole; collective."""
         for name, parameter in parameters:
-            moved: Any = parameter.detach().to(self.device)  # parts in host memory are gathered on the device
+            moved: Any = parameter.detach().to(
+                self.device
+            )  # parts in host memory are gathered on the device
             yield name, moved.full_tensor()
 
     def local_shard(self, parameter: Any) -> torch.Tensor:
@@ -165,7 +227,9 @@ def _share_weights(one: nn.Module, other: nn.Module) -> bool:
     return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
 
 
-def _in_precision(forward: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+def _in_precision(
+    forward: Callable[..., Any], device: torch.device, dtype: torch.dtype
+) -> Callable[..., Any]:
     @functools.wraps(forward)
     def in_precision(*arguments: Any, **keywords: Any) -> Any:
         with torch.autocast(device.type, dtype, cache_enabled=False):

@@ -1,4 +1,6 @@
-"""A model without its weights: what all processes but the first have until the weights are shared out."""
+"""A model without its weights: what all processes but the first have until the weights are shared
+out.
+"""
 
 from typing import Any
 
@@ -11,7 +13,8 @@ def is_empty(model: nn.Module) -> bool:
 
 
 def move(model: nn.Module, device: torch.device | str) -> None:
-    """Put weights and buffers without values on a device, in place of those that are there; what was tied stays tied.
+    """Put weights and buffers without values on a device, in place of those that are there; what
+    was tied stays tied.
 
     `nn.Module.to_empty` would make two weights of a tied one. On a CPU memory is promised here, and
     the system gives it when it is written.
@@ -22,7 +25,9 @@ def move(model: nn.Module, device: torch.device | str) -> None:
             if parameter is not None:
                 if id(parameter) not in known:
                     values = torch.empty_like(parameter, device=device)
-                    known[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                    known[id(parameter)] = nn.Parameter(
+                        values, requires_grad=parameter.requires_grad
+                    )
                 module._parameters[name] = known[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -30,11 +35,15 @@ def move(model: nn.Module, device: torch.device | str) -> None:
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: buffer.detach().cpu() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    return {
+        name: buffer.detach().cpu() for name, buffer in model.named_buffers(remove_duplicate=False)
+    }
 
 
 def put_buffers(model: nn.Module, buffers: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Buffers in the dtype they were made in: rotary frequencies in 16 bits would be other frequencies."""
+    """Buffers in the dtype they were made in: rotary frequencies in 16 bits would be other
+    frequencies.
+    """
     for name, buffer in buffers.items():
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = buffer.to(device, copy=True)
@@ -42,4 +51,7 @@ def put_buffers(model: nn.Module, buffers: dict[str, torch.Tensor], device: torc
 
 def outline(model: nn.Module) -> list[Any]:
     """What all processes must agree on before weights are sent."""
-    return [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    return [
+        (name, tuple(p.shape), str(p.dtype), p.requires_grad)
+        for name, p in model.named_parameters()
+    ]

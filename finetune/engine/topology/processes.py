@@ -1,4 +1,6 @@
-"""All processes of a run: what they add up, agree on, and do for one another. Every verb is collective."""
+"""All processes of a run: what they add up, agree on, and do for one another. Every verb is
+collective.
+"""
 
 import gc
 import time
@@ -12,7 +14,8 @@ import torch
 from finetune import failures
 from finetune.errors import FinetuneError, Preempted, ProcessFailed, TopologyError, UserError
 
-# The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end that.
+# The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end
+# that.
 WAIT = timedelta(hours=2)
 
 
@@ -25,14 +28,20 @@ class Processes:
         self._waits_since: float | None = None
 
     def apart(self) -> "Processes":
-        """The same processes over a group in host memory, so that a second thread never gets into this one's way."""
-        group = torch.distributed.new_group(backend="gloo", timeout=WAIT) if self.number > 1 else None
+        """The same processes over a group in host memory, so that a second thread never gets into
+        this one's way.
+        """
+        group = (
+            torch.distributed.new_group(backend="gloo", timeout=WAIT) if self.number > 1 else None
+        )
         return Processes(self.rank, self.number, torch.device("cpu"), group)
 
     def leave(self) -> None:
-        """Give up the group that `apart` made: another process that waits in it gets an error at once, not in two hours.
+        """Give up the group that `apart` made: another process that waits in it gets an error at
+        once, not in two hours.
 
-        Gloo closes the connections of a group when its last reference goes; one may sit in a cycle that an exception left.
+        Gloo closes the connections of a group when its last reference goes; one may sit in a cycle
+        that an exception left.
         """
         group, self.group = self.group, None
         if group is not None:
@@ -41,7 +50,9 @@ class Processes:
             gc.collect()
 
     def waiting(self) -> float:
-        """For how many seconds this process has now waited for the others in one of the verbs below; 0.0 if it works."""
+        """For how many seconds this process has now waited for the others in one of the verbs
+        below; 0.0 if it works.
+        """
         since = self._waits_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -58,7 +69,8 @@ class Processes:
         on_host = [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
         total = torch.tensor(on_host, dtype=torch.float64).to(self.device, non_blocking=True)
         there = [number for number, value in enumerate(values) if isinstance(value, torch.Tensor)]
-        if there:  # scalars of the device join those of the host in one tensor, which is sent and read at once
+        # Scalars of the device join those of the host in one tensor, which is sent and read at once
+        if there:
             total[there] = torch.stack([values[number].double() for number in there])  # type: ignore[union-attr]
         if self.number > 1:
             with self._waits():
@@ -66,7 +78,9 @@ class Processes:
         return [float(value) for value in total.tolist()]
 
     def sum_on_device(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Each scalar summed over all processes, in float64, left on the device. Every process gives the same names."""
+        """Each scalar summed over all processes, in float64, left on the device. Every process
+        gives the same names.
+        """
         if not values:
             return {}
         total = torch.stack([value.double() for value in values.values()])
@@ -95,10 +109,11 @@ class Processes:
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Do it on the main process only; every process gets its result, or raises its error.
 
-        The main process raises the very exception, with its traceback and cause; the others raise one of the same type
-        with the same words, or what `failures` makes of a library's, or ProcessFailed: others might not survive pickling.
-        So do SystemExit and KeyboardInterrupt. Only Preempted passes at once: the signal reaches every process by itself,
-        and waiting for the others would use up the time that is left.
+        The main process raises the very exception, with its traceback and cause; the others raise
+        one of the same type with the same words, or what `failures` makes of a library's, or
+        ProcessFailed: others might not survive pickling. So do SystemExit and KeyboardInterrupt.
+        Only Preempted passes at once: the signal reaches every process by itself, and waiting for
+        the others would use up the time that is left.
         """
         if self.number == 1:
             return action()
@@ -120,8 +135,8 @@ class Processes:
     def on_every(self, action: Callable[[], Any]) -> Any:
         """Do it on every process. If it fails anywhere all raise the same error: see `first_error`.
 
-        As with `on_main`, the process where that happened raises the very exception; one that failed otherwise has its own
-        as the cause.
+        As with `on_main`, the process where that happened raises the very exception; one that
+        failed otherwise has its own as the cause.
         """
         if self.number == 1:
             return action()
@@ -143,7 +158,9 @@ class Processes:
         return values[0]
 
     def _raise_first(self, own: BaseException | None) -> None:
-        """Raise the error on which all agree; return if there is none, or if it is this process's own."""
+        """Raise the error on which all agree; return if there is none, or if it is this process's
+        own.
+        """
         errors = self.gather(None if own is None else self.portable(own))
         first = first_error(errors)
         if first is not None and first != self.rank:
@@ -156,7 +173,8 @@ class Processes:
 
 
 def first_error(errors: Sequence[FinetuneError | None]) -> int | None:
-    """Of the errors of all processes the rank of the one that counts: of the first mistake of the user, or else of the first.
+    """Of the errors of all processes the rank of the one that counts: of the first mistake of the
+    user, or else of the first.
 
     A lost connection counts last, as it follows from what happened to the process at its other end.
     """

@@ -16,14 +16,21 @@ from finetune.errors import ConfigError
 
 
 class Replicated:
-    def __init__(self, accelerator: Accelerator, on_main: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(
+        self, accelerator: Accelerator, on_main: Callable[[Callable[[], Any]], Any]
+    ) -> None:
         self.accelerator, self.on_main = accelerator, on_main
         self.num_processes: int = accelerator.num_processes
 
     def prepare(
-        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], **_: Any
+        self,
+        model: nn.Module,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        **_: Any,
     ) -> tuple[nn.Module, Any]:
-        """DDP sends the main process's weights to the others when it is made; buffers, which it would send at each pass, once."""
+        """DDP sends the main process's weights to the others when it is made; buffers, which it
+        would send at each pass, once.
+        """
         if self.num_processes > 1:
             buffers = self.on_main(lambda: meta.buffers_of(model))
             if meta.is_empty(model):
@@ -31,12 +38,15 @@ class Replicated:
             meta.put_buffers(model, buffers, self.accelerator.device)
         optimizer = make_optimizer(model)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # DDP's notes on bucket views say nothing a user could act on
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # DDP's notes on bucket views say nothing a user could act on
             torch_versions.ignore_new_names()
             model, optimizer = self.accelerator.prepare(model, optimizer)
         if self.num_processes > 1 and not isinstance(model, nn.parallel.DistributedDataParallel):
             raise ConfigError(
-                f"{self.num_processes} processes were to share a model by DDP, got {type(model).__name__}"
+                f"{self.num_processes} processes were to share a model by DDP, got "
+                f"{type(model).__name__}"
             )
         return model, optimizer
 
@@ -45,7 +55,9 @@ class Replicated:
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged in the last backward pass of a step only."""
-        context: AbstractContextManager[None] = nullcontext() if last else self.accelerator.no_sync(model)
+        context: AbstractContextManager[None] = (
+            nullcontext() if last else self.accelerator.no_sync(model)
+        )
         return context
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -60,11 +72,14 @@ class Replicated:
         finite = math.isfinite(norm)
         if finite or self.accelerator.scaler is not None:
             optimizer.step()
-        # Under DDP gradients stay where they are, in its buckets: new ones would lie next to them until the last pass of a step.
+        # Under DDP gradients stay where they are, in its buckets: new ones would lie next to them
+        # until the last pass of a step.
         optimizer.zero_grad(set_to_none=self.num_processes == 1)
         return norm, finite
 
-    def whole(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def whole(
+        self, parameters: list[tuple[str, nn.Parameter]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight, whole, where it lies; on every process."""
         for name, parameter in parameters:
             yield name, parameter.detach()

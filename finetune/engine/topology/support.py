@@ -3,13 +3,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
 
 from finetune.config import Config
 from finetune.engine.topology.launch import ParallelConfig
-
-BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
-COLUMNS = ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload")
 
 
 @dataclass(frozen=True)
@@ -142,27 +138,3 @@ def conflicts(config: Config, parallel: ParallelConfig) -> Iterator[str]:
     for feature in FEATURES:
         if feature.used(config) and (why := feature.reason(parallel.name)):
             yield f"{feature.setting}: not with {parallel.name}: {why}"
-
-
-def table() -> str:
-    """Write the table in markdown."""
-    lines = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
-    lines += [
-        [
-            f"{f.name} (`{f.setting}`)" if f.refused else f.name,
-            *("no" if f.reason(column) else "yes" for column in COLUMNS),
-        ]
-        for f in FEATURES
-    ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def write_table(page: Path) -> None:
-    """Write the table between the marks of docs/topologies.md."""
-    text = page.read_text()
-    before, rest = text.split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
-
-
-if __name__ == "__main__":
-    write_table(Path(__file__).parents[3] / "docs/topologies.md")

@@ -1,6 +1,6 @@
 """How processes share the model. The only package that knows Accelerate, FSDP and DeepSpeed.
 
-Whatever the topology, a step sees the same few verbs: prepare, accumulate, backward, move, sum.
+Whatever the topology, a step sees the same few verbs: prepare, forward_backward, clip, step, sum.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from finetune import torch_versions
-from finetune.config import Config
+from finetune.config import Config, accumulation_steps
 from finetune.data.batches import Batch
 from finetune.engine.topology import launch, meta, start, support
 from finetune.engine.topology.processes import WAIT, Processes
@@ -27,7 +27,9 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class Topology:
-    """One process's view of all of them. Raises ConfigError if the launch is not what it claims, TopologyError if others do not come."""
+    """One process's view of all of them. Raises ConfigError if the launch is not what it claims,
+    TopologyError if others do not come.
+    """
 
     def __init__(self, precision: str, check_only: bool = False) -> None:
         """`check_only`: nothing will be trained, so a precision that only a GPU has is allowed."""
@@ -35,8 +37,14 @@ class Topology:
         self.parallel, self.launched = launch.read(), launch.recorded()
         if cuda:
             start.take_own_gpu()
-        self.precision = "fp32" if check_only and precision == "fp16" and not cuda else start.resolve(precision, cuda)
-        start.require_what_was_asked(self.parallel, PRECISIONS[self.precision], self.precision, cuda, check_only)
+        self.precision = (
+            "fp32"
+            if check_only and precision == "fp16" and not cuda
+            else start.resolve(precision, cuda)
+        )
+        start.require_what_was_asked(
+            self.parallel, PRECISIONS[self.precision], self.precision, cuda, check_only
+        )
         self.accelerator = start.accelerator(self.parallel, PRECISIONS[self.precision], cuda)
         self.device = start.with_index(self.accelerator.device)
         self.rank: int = self.accelerator.process_index
@@ -44,17 +52,23 @@ class Topology:
         self.is_main: bool = self.accelerator.is_main_process
         if self.num_processes != self.parallel.num_processes:
             raise ConfigError(
-                f"the launcher started {self.parallel.num_processes} processes, but only {self.num_processes} found each other; see docs/topologies.md"
+                f"the launcher started {self.parallel.num_processes} processes, but only "
+                f"{self.num_processes} found each other; see docs/topologies.md"
             )
         self.data_rank, self.num_data = (
             self.rank // self.parallel.num_context,
             self.num_processes // self.parallel.num_context,
         )
-        """Of processes that get sequences of their own: those that share a sequence count as one."""
+        """Of processes that get sequences of their own: those that share a sequence count as one.
+        """
         self.is_first_of_node = start.local_rank() == 0
         self.watchdog = Watchdog(self.rank, self.num_processes)
         self.processes = Processes(self.rank, self.num_processes, self.device)
-        self.sum, self.any, self.union = self.processes.sum, self.processes.any, self.processes.union
+        self.sum, self.any, self.union = (
+            self.processes.sum,
+            self.processes.any,
+            self.processes.union,
+        )
         self.on_main, self.on_every = self.processes.on_main, self.processes.on_every
         self.sharing: Any = self._sharing()
         self._context = self._sequence_group()
@@ -72,11 +86,15 @@ class Topology:
         return Replicated(self.accelerator, self.on_main)
 
     def _sequence_group(self) -> Any:
-        """The processes that share sequences with this one: neighbours, whose links are the fastest."""
+        """The processes that share sequences with this one: neighbours, whose links are the
+        fastest.
+        """
         count = self.parallel.num_context
         if count == 1:
             return None
-        groups = [list(range(first, first + count)) for first in range(0, self.num_processes, count)]
+        groups = [
+            list(range(first, first + count)) for first in range(0, self.num_processes, count)
+        ]
         group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
         return group
 
@@ -84,7 +102,9 @@ class Topology:
         """What this process puts through the model of a micro-batch: all of it, or its stretch."""
         if self._context is None:
             return batch
-        return batch.part(self.rank % self.parallel.num_context, self.parallel.num_context, self._context)
+        return batch.part(
+            self.rank % self.parallel.num_context, self.parallel.num_context, self._context
+        )
 
     def check(self, config: Config) -> None:
         """Raise ConfigError with everything in the run config that this topology cannot do."""
@@ -98,7 +118,9 @@ class Topology:
             )
 
     def require_same(self, values: dict[str, Any]) -> None:
-        """Raise ConfigError on every process if one was given other values. From here on waiting may take long."""
+        """Raise ConfigError on every process if one was given other values. From here on waiting
+        may take long.
+        """
         if self.num_processes == 1:
             return
         try:
@@ -110,7 +132,8 @@ class Topology:
             if different:
                 key = different[0]
                 raise ConfigError(
-                    f"process {rank} was started with another {key}: {others.get(key)!r}, process 0 has {everyone[0].get(key)!r}; "
+                    f"process {rank} was started with another {key}: {others.get(key)!r}, process "
+                    f"0 has {everyone[0].get(key)!r}; "
                     "give every node the same config and command line"
                 )
         torch_versions.set_timeout(WAIT)
@@ -118,7 +141,11 @@ class Topology:
     def lost(self) -> str:
         """Once a connection has broken: which processes have gone, in words. Takes a few seconds."""
         gone = self.watchdog.silent()
-        return f"process {', '.join(map(str, gone))} has gone" if gone else "the connection to another process broke"
+        return (
+            f"process {', '.join(map(str, gone))} has gone"
+            if gone
+            else "the connection to another process broke"
+        )
 
     @property
     def name(self) -> str:
@@ -130,20 +157,28 @@ class Topology:
         return self.accelerator.scaler is not None
 
     def prepare(
-        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
-        accumulation_steps: int, micro_batch_size: int, max_norm: float | None,
-    ) -> tuple[nn.Module, Any]:  # fmt: skip
-        """Model and optimizer on the device and shared; then checks that they really are.
+        self,
+        model: nn.Module,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        config: Config,
+    ) -> tuple[nn.Module, Any]:
+        """Move model and optimizer to the device, share them, and check that they really are.
 
         `model` may be without weights on all processes but the main one. The optimizer is made when
         parameters are where they will be. Raises ConfigError if what was asked for did not happen.
         """
         outline = self.on_main(lambda: meta.outline(model))
-        assert outline == meta.outline(model), f"process {self.rank} built another model than the main one"
+        assert outline == meta.outline(model), (
+            f"process {self.rank} built another model than the main one"
+        )
+        max_norm = config.train.max_grad_norm
         shared: tuple[nn.Module, Any] = self.sharing.prepare(
-            model, make_optimizer, accumulation_steps=accumulation_steps, micro_batch_size=micro_batch_size,
+            model,
+            make_optimizer,
+            accumulation_steps=accumulation_steps(config, self.num_data),
+            micro_batch_size=config.micro_batch_size,
             max_norm=float("inf") if max_norm is None else max_norm,
-        )  # fmt: skip
+        )
         return shared
 
     def arithmetic(self) -> AbstractContextManager[None]:
@@ -151,7 +186,9 @@ class Topology:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         if dtype is None:
             return nullcontext()
-        context: AbstractContextManager[None] = torch.autocast(self.device.type, dtype, cache_enabled=False)
+        context: AbstractContextManager[None] = torch.autocast(
+            self.device.type, dtype, cache_enabled=False
+        )
         return context
 
     def unwrap(self, model: nn.Module) -> Any:
@@ -161,7 +198,8 @@ class Topology:
         self, model: nn.Module, batches: Sequence[Batch], terms: Callable[[Batch], list[Term]], divisors: Mapping[str, float | torch.Tensor], *,
         last: bool = True,
     ) -> list[Term]:  # fmt: skip
-        """Add up the gradients of a step's micro-batches. Gives the sums of their terms, on the device, of this process alone.
+        """Add up the gradients of a step's micro-batches. Gives the sums of their terms, on the
+        device, of this process alone.
 
         `last`: whether the step ends with these, so that gradients are exchanged.
         """
@@ -177,12 +215,17 @@ class Topology:
         return list(added.values())
 
     def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor | None:
-        """Clip the gradients to max_norm. Gives their norm before that, on the device; None where `step` clips."""
-        norm: torch.Tensor | None = self.sharing.clip(model, float("inf") if max_norm is None else max_norm)
+        """Clip the gradients to max_norm. Gives their norm before that, on the device; None where
+        `step` clips.
+        """
+        norm: torch.Tensor | None = self.sharing.clip(
+            model, float("inf") if max_norm is None else max_norm
+        )
         return norm
 
     def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
-        """Update the weights and forget the gradients: (their norm before clipping, whether the weights moved).
+        """Update the weights and forget the gradients: (their norm before clipping, whether the
+        weights moved).
 
         The weights stay where they are if `norm`, which `clip` gave, is not finite.
         """
@@ -198,9 +241,13 @@ class Topology:
             self.accelerator.scaler.load_state_dict(state)
 
     def full_weights(self, model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
-        """Weights, or those that train, whole, on the CPU of the main process; empty elsewhere. Collective. Tied ones under each name."""
+        """Weights, or those that train, whole, on the CPU of the main process; empty elsewhere.
+        Collective. Tied ones under each name.
+        """
         named = list(self.unwrap(model).named_parameters(remove_duplicate=False))
-        once = {id(p): (name, p) for name, p in reversed(named) if p.requires_grad or not trained_only}
+        once = {
+            id(p): (name, p) for name, p in reversed(named) if p.requires_grad or not trained_only
+        }
         found: dict[str, torch.Tensor] = {}
         for name, weight in self.sharing.whole(list(once.values())):
             if self.is_main:
@@ -210,7 +257,11 @@ class Topology:
         whole = {name: found[once[id(p)][0]] for name, p in named if id(p) in once}
         if not trained_only:
             known = set(self.unwrap(model).state_dict())
-            whole |= {name: b.detach().cpu() for name, b in self.unwrap(model).named_buffers() if name in known}
+            whole |= {
+                name: b.detach().cpu()
+                for name, b in self.unwrap(model).named_buffers()
+                if name in known
+            }
         return whole
 
     def local_shard(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -219,16 +270,22 @@ class Topology:
         return part
 
     def engine_files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
-        """ZeRO: this process's weights that train and optimizer, `copied`, by the names of DeepSpeed's files. Collective."""
+        """ZeRO: this process's weights that train and optimizer, `copied`, by the names of
+        DeepSpeed's files. Collective.
+        """
         files: dict[str, Any] = self.sharing.files(copied)
         return files
 
     def load_engine(self, folder: Path) -> None:
-        """ZeRO: put back what was saved by the same topology, or what `universal` has made of another's. Collective."""
+        """ZeRO: put back what was saved by the same topology, or what `universal` has made of
+        another's. Collective.
+        """
         self.sharing.load(folder)
 
     def universal(self, folder: Path, converted: Path) -> None:
-        """ZeRO: files that any number of processes can read, from those of the processes that saved. On the main process."""
+        """ZeRO: files that any number of processes can read, from those of the processes that
+        saved. On the main process.
+        """
         self.sharing.universal(folder, converted)
 
     def memory_gb(self) -> float:
@@ -242,19 +299,28 @@ class Topology:
     @property
     def probe_dtype(self) -> torch.dtype | None:
         """What weights are rounded to in a pass through the bare model; None: they are as they are."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision) if self.parallel.is_sharded else None
+        return (
+            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+            if self.parallel.is_sharded
+            else None
+        )
 
     def release(self) -> None:
-        """Let go of model and optimizer, once nothing else holds them, and give their memory back to the device."""
+        """Let go of model and optimizer, once nothing else holds them, and give their memory back
+        to the device.
+        """
         if self.parallel.is_zero:
             self.sharing.engine = None
         self.accelerator.free_memory()
-        clear_device_cache(garbage_collection=True)  # again: it forgets models only after it has collected
+        clear_device_cache(
+            garbage_collection=True
+        )  # again: it forgets models only after it has collected
 
     def close(self) -> None:
         """Part from the others, once models and optimizers are gone.
 
-        A DDP model that outlives its process group ends it itself, and then waits for a thread that waits for it.
+        A DDP model that outlives its process group ends it itself, and then waits for a thread that
+        waits for it.
         """
         self.accelerator.free_memory()
         self.accelerator.end_training()

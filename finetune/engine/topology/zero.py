@@ -1,4 +1,5 @@
-"""DeepSpeed ZeRO: optimizer state (1), gradients (2) and weights (3) in parts, by DeepSpeed's engine.
+"""DeepSpeed ZeRO: optimizer state (1), gradients (2) and weights (3) in parts, by DeepSpeed's
+engine.
 
 The engine gets whole steps: it knows which backward pass is the last, divides by nothing that
 is not undone here, and has clipping, accumulation and precision from the run config.
@@ -44,16 +45,20 @@ class Zero:
             raise ConfigError(
                 f"zero_optimization: DeepSpeed does not take it: {' '.join(str(exc).split())[:300]}"
             ) from exc
-        if old := sorted({"cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory"} & set(settings)):
+        if old := sorted(
+            {"cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory"} & set(settings)
+        ):
             raise ConfigError(
-                f"zero_optimization.{old[0]}: write offload_optimizer and offload_param, as in ds_configs/zero3_offload.json"
+                f"zero_optimization.{old[0]}: write offload_optimizer and offload_param, as in "
+                "ds_configs/zero3_offload.json"
             )
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
         accumulation_steps: int, micro_batch_size: int, max_norm: float,
     ) -> tuple[nn.Module, Any]:  # fmt: skip
-        """The engine sends each weight from the main process; for ZeRO-3 one at a time, of which each keeps its part.
+        """The engine sends each weight from the main process; for ZeRO-3 one at a time, of which
+        each keeps its part.
 
         So only the main process, and no GPU, holds all of a model that ZeRO-3 shares:
         memory promised by `meta.move` is given when a weight comes. Left to itself the engine would
@@ -74,7 +79,9 @@ class Zero:
         optimizer = make_optimizer(model)
         if self.parallel.kind == "zero3":
             self.deepspeed.init_distributed(dist_init_required=False)
-            self.deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=self.dtype or torch.float32)
+            self.deepspeed.zero.Init(
+                module=model, config_dict_or_path=config, dtype=self.dtype or torch.float32
+            )
         self.engine, optimizer, _, _ = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -87,8 +94,14 @@ class Zero:
         engine, parallel = self.engine, self.parallel
         found = {
             "stage": (engine.zero_optimization_stage(), int(parallel.kind[-1])),
-            "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), accumulation_steps),
-            "gradient_clipping": (engine.gradient_clipping(), 0.0 if math.isinf(max_norm) else max_norm),
+            "gradient_accumulation_steps": (
+                engine.gradient_accumulation_steps(),
+                accumulation_steps,
+            ),
+            "gradient_clipping": (
+                engine.gradient_clipping(),
+                0.0 if math.isinf(max_norm) else max_norm,
+            ),
             "offload": (
                 engine.zero_use_cpu_optimizer() or _is_offloaded(engine.zero_offload_param()),
                 parallel.offload,
@@ -97,8 +110,12 @@ class Zero:
         }
         for name, (got, wanted) in found.items():
             if got != wanted:
-                raise ConfigError(f"{parallel.name} was asked for with {name} {wanted}, but DeepSpeed has {got}")
-        if parallel.kind == "zero3" and not all(hasattr(p, "ds_tensor") for p in engine.module.parameters()):
+                raise ConfigError(
+                    f"{parallel.name} was asked for with {name} {wanted}, but DeepSpeed has {got}"
+                )
+        if parallel.kind == "zero3" and not all(
+            hasattr(p, "ds_tensor") for p in engine.module.parameters()
+        ):
             raise ConfigError("zero3 was asked for, but DeepSpeed left weights whole")
 
     def unwrap(self, model: Any) -> Any:
@@ -121,7 +138,9 @@ class Zero:
         found = self.engine.get_global_grad_norm()
         return (float(found) if moved and found is not None else math.nan), moved
 
-    def whole(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def whole(
+        self, parameters: list[tuple[str, nn.Parameter]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight, whole, in float32 if it trains; collective."""
         from deepspeed import zero
         from deepspeed.utils import safe_get_full_fp32_param
@@ -148,7 +167,9 @@ class Zero:
         return own
 
     def files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
-        """What DeepSpeed would write for this process, by file name, each `copied`; nothing is written."""
+        """What DeepSpeed would write for this process, by file name, each `copied`; nothing is
+        written.
+        """
         files: dict[str, Any] = {}
 
         def keep(state_dict: Any, path: str) -> None:
@@ -157,7 +178,9 @@ class Zero:
         writer = self.engine.checkpoint_engine
         writer.save, writer.makedirs = keep, lambda path, exist_ok=False: None
         self.engine._copy_recovery_script = lambda folder: None
-        self.engine.save_checkpoint(FILES, tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        self.engine.save_checkpoint(
+            FILES, tag=TAG, save_latest=False, exclude_frozen_parameters=True
+        )
         return files
 
     def load(self, folder: Path) -> None:
@@ -166,18 +189,22 @@ class Zero:
         if not is_universal:  # those are our own, made of files that were looked at
             self.on_main(lambda: require_tensors(sorted((folder / TAG).glob("*.pt")), _in_files()))
         groups = self.engine.optimizer.optimizer.param_groups
-        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in groups
+        ]
         self.engine._config.load_universal_checkpoint = is_universal
         try:
             with weights_only(_in_files()):
-                path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+                path, _ = self.engine.load_checkpoint(
+                    str(folder), tag=TAG, load_module_strict=False
+                )
         finally:
             self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")
-        if (
-            is_universal
-        ):  # ZeRO-3 gives all groups the settings of the first one, and one counter of steps that each adds to
+        # ZeRO-3 gives all groups the settings of the first one, and one counter of steps that each
+        # adds to
+        if is_universal:
             for group, own in zip(groups, settings):
                 group.update(own)
             for moments in self.engine.optimizer.optimizer.state.values():
@@ -185,7 +212,9 @@ class Zero:
                     moments["step"] = moments["step"].clone()
 
     def universal(self, folder: Path, converted: Path) -> None:
-        """DeepSpeed's own conversion (Universal Checkpointing, Lian et al., 2024): each weight's state whole, in a folder of its own."""
+        """DeepSpeed's own conversion (Universal Checkpointing, Lian et al., 2024): each weight's
+        state whole, in a folder of its own.
+        """
         from deepspeed.checkpoint import ds_to_universal
 
         require_tensors(sorted((folder / TAG).glob("*.pt")), _in_files())
@@ -198,7 +227,9 @@ class Zero:
 
 
 def _in_files() -> list[type]:
-    """Classes in what DeepSpeed saves, besides tensors and Python's own types. They hold numbers only."""
+    """Classes in what DeepSpeed saves, besides tensors and Python's own types. They hold numbers
+    only.
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -223,7 +254,8 @@ def _deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as exc:
         raise ConfigError(
-            f"ZeRO needs deepspeed, which cannot be imported: {exc}; pip install -r requirements.txt"
+            f"ZeRO needs deepspeed, which cannot be imported: {exc}; "
+            "pip install 'finetune[gpu]'"
         ) from exc
     torch_versions.ignore_new_names()
     if device.type == "cpu":

@@ -8,20 +8,18 @@ launch` loses the SIGTERM of a single process, kills several 30 seconds after it
 Linux only.
 """
 
-import contextlib
-
 from finetune.errors import FinetuneError
-from finetune.survival.launcher.arguments import read
+from finetune.survival.launcher.arguments import free_port, ranked, read
 from finetune.survival.launcher.processes import Inbox, log, run, supervise
 
-__all__ = ["main", "read", "run"]
+__all__ = ["free_port", "main", "ranked", "read", "run"]
 
 
 def main(argv: list[str]) -> int:
     """What stands behind `python -m finetune launch` -> exit code."""
-    with Inbox() as inbox, contextlib.ExitStack() as held:
+    with Inbox() as inbox:
         try:
-            environments, command = read(argv, held)
+            environments, command = read(argv)
         except FinetuneError as exc:
             log(f"{exc.label}: {exc}")
             return exc.exit_code

@@ -1,7 +1,6 @@
 """The arguments of `accelerate launch`, by Accelerate's own parser -> the environments of this node's processes, and what each runs."""
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 
 from finetune import failures, places
-from finetune.errors import ConfigError, TopologyError
+from finetune.errors import ConfigError
 from finetune.places import found
 from finetune.survival.launcher.processes import log
 
@@ -26,11 +25,8 @@ IGNORED = (
 )  # fmt: skip
 
 
-def read(argv: list[str], held: contextlib.ExitStack | None) -> tuple[list[dict[str, str]], list[str]]:
-    """Environments of this node's processes, and what each runs.
-
-    `held` keeps the port for them; None where no process will be started: then no port is taken or looked at.
-    """
+def read(argv: list[str]) -> tuple[list[dict[str, str]], list[str]]:
+    """Environments of this node's processes, and what each runs."""
     if not argv:
         raise ConfigError(
             f"launch was given no script; {places.command()} launch train.py --config configs/my_run.yaml"
@@ -55,7 +51,7 @@ def read(argv: list[str], held: contextlib.ExitStack | None) -> tuple[list[dict[
     try:
         _, defaults, from_file = launch._validate_launch_command(arguments)
         _check(arguments, where)
-        return _environments(arguments, defaults, from_file, where, held), command
+        return _environments(arguments, defaults, from_file, where), command
     except Exception as exc:  # Accelerate's own checks, and files of a shape that it does not check
         failures.reraise(exc)
         raise ConfigError(f"{where}: {_one_line(exc)}; see docs/topologies.md") from exc
@@ -150,9 +146,7 @@ def _check(arguments: argparse.Namespace, where: str) -> None:
         raise ConfigError(f"{where}: asks for TPUs or mpirun, which is not supported; see docs/topologies.md")
 
 
-def _environments(
-    arguments: argparse.Namespace, defaults: Any, from_file: bool, where: str, held: contextlib.ExitStack | None
-) -> list[dict[str, str]]:
+def _environments(arguments: argparse.Namespace, defaults: Any, from_file: bool, where: str) -> list[dict[str, str]]:
     """Accelerate's, in the order in which its `launch_command` looks, and the ranks, which torchrun would add."""
     from accelerate import utils
     from accelerate.utils import launch
@@ -166,7 +160,10 @@ def _environments(
             )
         _, environment = launch.prepare_simple_launcher_cmd_env(arguments)
         return [environment]
-    address, arguments.main_process_port = _meeting_point(arguments, held)
+    address = arguments.main_process_ip
+    if arguments.num_machines == 1:
+        address, arguments.main_process_port = "127.0.0.1", free_port(arguments.main_process_port or 0)
+    arguments.main_process_port = arguments.main_process_port or PORT
     if zero:
         arguments.deepspeed_multinode_launcher = "standard"  # only our own node's processes
         fields = [*(defaults.deepspeed_config if defaults else ()), *(["mixed_precision"] if from_file else ())]
@@ -183,46 +180,23 @@ def _environments(
         "WORLD_SIZE": str(arguments.num_processes), "LOCAL_WORLD_SIZE": str(number),
         "GROUP_RANK": str(arguments.machine_rank), "MASTER_ADDR": address, "MASTER_PORT": str(arguments.main_process_port),
     }  # fmt: skip
-    first = arguments.machine_rank * number
+    return ranked(environment, number, arguments.machine_rank * number)
+
+
+def ranked(environment: dict[str, str], number: int, first: int = 0) -> list[dict[str, str]]:
+    """The environments of a node's processes; `first`: the rank of the first one."""
     return [{**environment, "RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(number)]
 
 
-def _meeting_point(arguments: argparse.Namespace, held: contextlib.ExitStack | None) -> tuple[str, int]:
-    """Address and port at which process 0 will listen."""
-    if held is None:  # it never will; Accelerate looks whether the port is in use, and for 0 would bind one
-        return arguments.main_process_ip or "127.0.0.1", 1
-    if arguments.num_machines == 1:
+def free_port(wanted: int = 0) -> int:
+    """A port of this machine at which nothing listens: the one that is wanted, else any."""
+    with socket.socket() as probe:
         try:
-            return "127.0.0.1", _hold(arguments.main_process_port or 0, held)
+            probe.bind(("", wanted))
         except OSError:
-            return "127.0.0.1", _hold(0, held)
-    port = arguments.main_process_port or PORT
-    if arguments.machine_rank == 0:
-        try:
-            _hold(port, held, from_the_start=True)
-        except OSError as exc:
-            raise TopologyError(
-                f"port {port} of this node cannot be used: {exc.strerror}; give every node the same other --main_process_port"
-            ) from exc
-    return arguments.main_process_ip, port
-
-
-def _hold(port: int, held: contextlib.ExitStack, from_the_start: bool = False) -> int:
-    """Take a port, 0 for any, so that no other launcher is given it in the seconds before process 0 listens.
-
-    Who binds it with SO_REUSEADDR, as PyTorch does, still can, since we do not listen. Set after our own bind, another
-    launcher's fails; set before, connections of an earlier run that the kernel still remembers do not matter.
-    """
-    dual = socket.has_dualstack_ipv6()
-    keeper = held.enter_context(socket.socket(socket.AF_INET6 if dual else socket.AF_INET))
-    if dual:
-        keeper.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    if from_the_start:
-        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    keeper.bind(("", port))
-    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    taken: int = keeper.getsockname()[1]
-    return taken
+            probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _one_line(exc: Exception) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import select
 import shutil
 import signal
@@ -18,7 +17,6 @@ from finetune.places import BEATS, RUN
 
 OTHERS_SECONDS = 10.0  # after one has failed: for the others to notice, and to write why they end
 FINISH_SECONDS = 120.0  # after one has ended as it should: for the others to finish
-START_SECONDS = 10.0  # for a process to install its handlers: before, a signal would only kill it
 KILL_SECONDS = 10.0  # for the kernel to end what was killed
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
@@ -42,6 +40,7 @@ def run(environments: list[dict[str, str]], command: list[str]) -> int:
     """Start one process for each environment and wait for all; call it from the main thread, as it handles signals.
 
     0 if all have ended with 0. Else that of the first one that ended with something else, if it is 2 or 75; else 1.
+    A process that SIGTERM killed before it had a handler counts as 75: it had nothing to save yet.
     """
     with Inbox() as inbox:
         return supervise(inbox, environments, command)
@@ -90,23 +89,14 @@ class _Worker:
 
     def __init__(self, environment: dict[str, str], command: list[str], beats: Path | None) -> None:
         self.rank = environment.get("RANK", "0")
+        self.name = f"process {self.rank}"
         self.code: int | None = None
         """As subprocess has it: -9 is SIGKILL."""
-        self.waiting: list[signal.Signals] = []
-        """Signals that it has yet to be sent."""
+        self._was_terminated = False
         self._beat = beats / self.rank if beats else None
-        self._started = time.monotonic()
         environment = {**environment, BEATS: str(beats)} if beats else environment
         shim = [sys.executable, "-I", "-S", "-c", BECOME, str(os.getpid())]
         self._process = subprocess.Popen([*shim, *command], env=environment, start_new_session=True)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def name(self) -> str:
-        return f"process {self.rank}"
 
     @property
     def has_failed(self) -> bool:
@@ -114,23 +104,21 @@ class _Worker:
 
     def has_ended(self) -> bool:
         """Once it has, nothing of its session is left, such as children that load data, and `code` is known."""
-        if self.code is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            self.kill()  # before it is reaped, as its number cannot be another's yet
-            self.code = self._process.wait()
+        if self.code is None and (code := self._process.poll()) is not None:
+            self.kill()
+            had_no_handler = self._was_terminated and code == -signal.SIGTERM
+            self.code = EXIT_PREEMPTED if had_no_handler else code
         return self.code is not None
 
-    def deliver(self) -> None:
-        """Send what waits, unless it has only just started and would die of it with nothing said."""
-        if self.waiting and (time.monotonic() - self._started > START_SECONDS or _catches(self.pid, signal.SIGTERM)):
-            for number in self.waiting:
-                os.kill(self.pid, number)  # not send_signal, which might reap it
-            self.waiting = []
+    def send(self, number: signal.Signals) -> None:
+        self._was_terminated |= number == signal.SIGTERM
+        self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill it, also while it is stopped."""
+        """Kill it and its children, also while it is stopped."""
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def bury(self) -> None:
         """Wait until it is gone, after `kill`."""
@@ -154,15 +142,6 @@ class _Worker:
         except (OSError, ValueError):  # it never wrote, or was about to
             return ""
         return f" {'in' if at.startswith('step') else 'at'} {at[:100].strip()}" if at.strip() else ""
-
-
-def _catches(pid: int, number: signal.Signals) -> bool:
-    """Whether the process has a handler for it."""
-    try:
-        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    except OSError:
-        return True
-    return caught is None or bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
 def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[str]) -> int:
@@ -222,12 +201,11 @@ def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
                 problems.append(f"{worker.name} had not ended {because}, and was killed{worker.where()}")
                 log(problems[-1])
             break
-        for number in inbox.wait(min(left, 0.05) if any(worker.waiting for worker in living) else left):
+        for number in inbox.wait(left):
             for worker in living:
-                worker.waiting.append(number)
+                worker.send(number)
         for worker in living:
             if not worker.has_ended():
-                worker.deliver()
                 continue
             codes.append(worker.code)
             if worker.has_failed:
@@ -236,19 +214,7 @@ def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
             seconds = OTHERS_SECONDS if worker.has_failed else FINISH_SECONDS
             if time.monotonic() + seconds < deadline:
                 deadline, because = time.monotonic() + seconds, f"{seconds:g} seconds after {worker.name}"
-        if os.getpid() == 1:
-            _reap(workers)
     first = next((code for code in codes if code), EXIT_COMPLETE)
     if first in (EXIT_USER_ERROR, EXIT_PREEMPTED):
         return first
     return EXIT_COMPLETE if first == EXIT_COMPLETE and len(codes) == len(workers) else EXIT_FAILED
-
-
-def _reap(workers: list[_Worker]) -> None:
-    """Orphans, whose parent PID 1 becomes; a worker is left for `has_ended`, to which its SIGCHLD leads."""
-    own = {worker.pid for worker in workers if worker.code is None}
-    with contextlib.suppress(ChildProcessError):
-        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if found.si_pid in own:
-                return
-            os.waitpid(found.si_pid, 0)

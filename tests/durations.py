@@ -1,0 +1,120 @@
+"""What tests cost: the order in which they run, what is left out, and the budget of `make test`.
+
+durations.json has, for each file, the seconds of CPU of its fast and of its slow tests, with all the
+processes that they start. `make durations` records it. Seconds of CPU, as those of a clock depend on
+what else a machine does: two idle cores give two of them a second.
+"""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).with_suffix(".json")
+BUDGET = {"all": 600.0, "fast": 170.0}  # 6 minutes and 90 seconds on two cores, less what starting takes
+LONG_FORMS = {"proof": "make proofs", "fault": "make faults", "image": "make image-test", "gpu": "make gpu"}
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record-durations", action="store_true", help=f"measure, and write {FILE.name}")
+
+
+def pytest_configure(config):
+    config.stash[LEFT_OUT] = {}
+    if config.getoption("record_durations"):
+        config.pluginmanager.register(Recorder(), "recorder")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Long forms are slow; files that take longest come first, dealt out in two halves, as two workers begin with one each."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("proof", "fault", "image")):
+            item.add_marker("slow")
+    seconds = {name: sum(of.values()) for name, of in json.loads(FILE.read_text()).items()}
+    names = list(dict.fromkeys(file_of(item.nodeid) for item in items))
+    names.sort(key=lambda name: -seconds.get(name, 0))
+    place = {name: number for number, name in enumerate([*names[::2], *names[1::2]])}
+    items.sort(key=lambda item: place[file_of(item.nodeid)])
+
+
+def file_of(node: str) -> str:
+    return node.partition("::")[0]
+
+
+def pytest_deselected(items):
+    left_out = items[0].config.stash[LEFT_OUT]
+    for item in items:
+        for name in LONG_FORMS:
+            if item.get_closest_marker(name):
+                left_out[name] = left_out.get(name, 0) + 1
+                break
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Each worker of pytest-xdist collects all tests, and leaves the same ones out."""
+    node.config.stash[LEFT_OUT].update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left_out := config.stash[LEFT_OUT]:
+        named = (f"{left_out[name]} by {LONG_FORMS[name]}" for name in LONG_FORMS if name in left_out)
+        terminalreporter.write_line(f"left out here, and run: {', '.join(named)}")
+
+
+class Recorder:
+    """Adds up what each phase of a test costs; workers report it to the process that writes the file."""
+
+    def __init__(self):
+        self.before = cpu()
+        self.found = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item):
+        report = yield
+        now = cpu()
+        kind = "slow" if item.get_closest_marker("slow") else "fast"
+        report.user_properties.append((kind, now - self.before))
+        self.before = now
+        return report
+
+    def pytest_runtest_logreport(self, report):
+        for kind, seconds in report.user_properties:
+            self.found.setdefault(file_of(report.nodeid), Counter())[kind] += seconds
+
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workeroutput"):
+            return
+        lines = [
+            f"  {json.dumps(name)}: {json.dumps({kind: round(seconds, 2) for kind, seconds in sorted(of.items())})}"
+            for name, of in sorted(self.found.items())
+        ]
+        FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def cpu() -> float:
+    """Seconds of CPU of this process and of all that it started, as far as they or what waited for them still lives."""
+    children, ticks = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        pid = int(stat.parent.name)
+        children.setdefault(int(words[1]), []).append(pid)
+        ticks[pid] = sum(map(int, words[11:15]))
+    total, todo = 0, [os.getpid()]
+    while todo:
+        pid = todo.pop()
+        total += ticks.get(pid, 0)
+        todo += children.get(pid, [])
+    return total / os.sysconf("SC_CLK_TCK")

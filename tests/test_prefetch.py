@@ -1,0 +1,68 @@
+"""The next step's batches are made on a thread while a step is learned, and are those of the step."""
+
+import threading
+
+import pytest
+import torch
+from test_batches import batches_of
+
+from finetune.data.prefetch import Prefetch
+
+
+def ids(batches) -> list[list[int]]:
+    return [batch.inputs["input_ids"].flatten().tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_steps_are_those_of_the_order_from_any_first_step(packing):
+    """Two epochs and a part of a third: the thread is in the next epoch before the loop is."""
+    plain = batches_of(packing=packing)
+    num_steps = 2 * plain.steps_per_epoch + 2
+    for first in (0, plain.steps_per_epoch - 1):
+        ahead = Prefetch(batches_of(packing=packing), num_steps)
+        for step in range(first, num_steps):
+            made, totals = ahead.at(step)
+            assert ids(made) == ids(plain.at(step))
+            assert totals == plain.totals(step)
+            assert ahead.batches.places(step) == plain.places(step)
+        ahead.close()
+
+
+def test_the_next_step_is_made_while_this_one_is_learned(monkeypatch):
+    batches = batches_of()
+    made, whole = [], batches.at
+    monkeypatch.setattr(batches, "at", lambda step: (made.append((step, threading.current_thread())), whole(step))[1])  # fmt: skip
+    ahead = Prefetch(batches, num_steps=3)
+    ahead.at(0)
+    ahead._next[1].result()
+    assert [step for step, _ in made] == [0, 1]
+    ahead.at(1), ahead.at(2)
+    assert [step for step, _ in made] == [0, 1, 2], "each step once, and none after the last"
+    assert threading.main_thread() not in {thread for _, thread in made}
+
+
+def test_an_error_belongs_to_its_step(monkeypatch):
+    batches = batches_of()
+
+    def at(step):
+        if step == 1:
+            raise OSError("the disk has gone")
+        return []
+
+    monkeypatch.setattr(batches, "at", at)
+    ahead = Prefetch(batches, num_steps=3)
+    ahead.at(0)
+    with pytest.raises(OSError, match="the disk has gone"):
+        ahead.at(1)
+
+
+def test_a_gpu_gets_pinned_copies_of_this_processs_part(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    parts = []
+    ahead = Prefetch(batches_of(), 1, part=lambda batch: parts.append(batch) or batch, pin=True)
+    made, _ = ahead.at(0)
+    tensors = {id(value) for batch in parts for value in [*vars(batch).values(), *batch.inputs.values()] if isinstance(value, torch.Tensor)}  # fmt: skip
+    assert {id(tensor) for tensor in pinned} == tensors
+    assert len(pinned) == len(tensors), "a tensor under two names is copied once"
+    assert ids(made) == ids(parts)

@@ -1,0 +1,70 @@
+"""The house rules that a machine can see: width, words, and who may call the model."""
+
+import ast
+import re
+import tokenize
+from pathlib import Path
+
+from conftest import ROOT
+
+CODE = [ROOT / "train.py", *sorted(ROOT.glob("finetune/**/*.py"))]
+TESTS = sorted(ROOT.glob("tests/**/*.py"))
+PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+# The words of docs/architecture.md and of PyTorch and Hugging Face stand for these.
+NAMES = {
+    "Job", "Wish", "wish", "finding", "judge", "learned", "look", "said", "say", "still", "targets", "tell", "told",
+}  # fmt: skip
+PHRASES = re.compile(
+    r"(?<!there )\bis no (?!longer|more)\b|\b(is|are|be) told\b|\bfor ever\b|\bso many\b"
+    r"|\bnobody\b|\bwhoever\b|\bas ever\b",
+    re.IGNORECASE,
+)
+# In training, the model is called by the policy alone: it knows what processes share.
+TRAINING = [ROOT / "finetune/loop.py", ROOT / "finetune/run.py"]
+TRAINING += [*ROOT.glob("finetune/engine/**/*.py"), *ROOT.glob("finetune/objectives/*.py")]
+
+
+def places(path: Path, numbers) -> list[str]:
+    return [f"{path.relative_to(ROOT)}:{number}" for number in numbers]
+
+
+def names_in(path: Path):
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type == tokenize.NAME:
+                yield token.string, token.start[0]
+
+
+def test_lines_have_at_most_100_columns():
+    long = [
+        place
+        for path in [*CODE, *TESTS]
+        for place in places(path, [n for n, line in enumerate(path.read_text().split("\n"), 1) if len(line) > 100])
+    ]  # fmt: skip
+    assert not long
+
+
+def test_names_are_the_fields_words():
+    assert not [place for path in CODE for name, line in names_in(path) if name in NAMES for place in places(path, [line])]  # fmt: skip
+
+
+def test_sentences_are_plain_english():
+    found = [
+        (place, line.strip())
+        for path in [*CODE, *TESTS, *PAGES]
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().split("\n"), 1)
+        if PHRASES.search(line)
+        for place in places(path, [number])
+    ]
+    assert not found
+
+
+def test_only_the_policy_calls_the_model_in_training():
+    models = {"model", "base", "bare", "module", "whole"}
+    for path in TRAINING:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = node.func
+                name = getattr(called, "id", None) or getattr(called, "attr", None)
+                assert name not in models, places(path, [node.lineno])
