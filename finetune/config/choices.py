@@ -1,6 +1,7 @@
-"""The optimizers, quantisations and starts of adapters that there are, a table each. No torch: a wrong config answers at once.
+"""Tables of the optimizers, quantisations and starts of adapters.
 
-A new one is a row here; `optimizer.kind`, `adapter.quantization` and `adapter.init` take the names of the rows.
+`optimizer.kind`, `adapter.quantization` and `adapter.init` take the names of the rows; to add one,
+add a row. No torch here, so that a wrong config answers at once.
 """
 
 from collections.abc import Mapping
@@ -35,11 +36,14 @@ class OptimizerKind:
 
 
 BNB_ADAMW, BNB_LION = "bitsandbytes.optim:AdamW", "bitsandbytes.optim:Lion"
-# The sign of a running average, so steps have the size of the rate for any gradient: a third to a tenth of AdamW's (Chen et al., 2023).
+# Chen et al., 2023: the sign of a running average. Steps have the size of the rate for any
+# gradient, so the rate is a third to a tenth of AdamW's.
 LION: dict[str, Any] = {
-    "takes": ("betas",), "ignores": "lion divides by nothing", "lr": (4e-6, 4e-5), "betas": (0.9, 0.99), "moments": 1,
+    "takes": ("betas",), "ignores": "lion divides by nothing", "lr": (4e-6, 4e-5),
+    "betas": (0.9, 0.99), "moments": 1,
 }  # fmt: skip
-# Rates of all weights: 2e-5 (Llama-2, Alpaca, Tulu). Of adapters: 2e-4, ten times that (Dettmers et al., 2023; Hu et al., 2021).
+# Rates: 2e-5 for all weights (Llama-2, Alpaca, Tulu), ten times that for adapters (Hu et al., 2021;
+# Dettmers et al., 2023).
 OPTIMIZERS = {
     # Loshchilov and Hutter, 2019; one fused kernel over all parameters.
     "adamw": OptimizerKind("torch.optim:AdamW", {"fused": True}),
@@ -49,16 +53,19 @@ OPTIMIZERS = {
     "paged_adamw_8bit": OptimizerKind(BNB_ADAMW, {"optim_bits": 8, "is_paged": True}, bits=8),
     "lion": OptimizerKind(BNB_LION, {"optim_bits": 32}, bits=32, **LION),
     "lion_8bit": OptimizerKind(BNB_LION, {"optim_bits": 8}, bits=8, **LION),
-    # Shazeer and Stern, 2018: row and column sums in place of second moments. Its rate is relative to the size of a weight:
-    # 1e-3 (Raffel et al., 2020).
+    # Shazeer and Stern, 2018: row and column sums in place of second moments. Its rate is relative
+    # to the size of a weight: 1e-3 (Raffel et al., 2020).
     "adafactor": OptimizerKind(
-        "torch.optim:Adafactor", takes=(), ignores="adafactor has its own", lr=(1e-3, 1e-3), moments=None,
-        not_for_adapters="adafactor steps in proportion to the size of a weight, and half of an adapter starts at 0; use adamw_8bit",
+        "torch.optim:Adafactor", takes=(), ignores="adafactor has its own", lr=(1e-3, 1e-3),
+        moments=None, not_for_adapters="adafactor steps in proportion to the size of a weight, and half "
+        "of an adapter starts at 0; use adamw_8bit",
     ),
-    # Jordan et al., 2024; its updates are scaled to the size of AdamW's (Liu et al., 2025), so its rate is AdamW's.
+    # Jordan et al., 2024. Its updates are scaled to the size of AdamW's (Liu et al., 2025), so it
+    # takes AdamW's rate.
     "muon": OptimizerKind(
         "finetune.engine.optim:Muon", hidden_moments=1,
-        not_for_adapters="muon turns the update of a whole matrix, which adapters split in two; use adamw",
+        not_for_adapters="muon turns the update of a whole matrix, which adapters split in two; "
+        "use adamw",
     ),
 }  # fmt: skip
 
@@ -74,7 +81,8 @@ class Quantization:
     """The same with adapter.double_quantization."""
 
 
-# 4 bits: a float32 scale for 64 weights; with double quantisation that in 8 bits, and a float32 for 256 scales.
+# 4 bits: a float32 scale for 64 weights; doubly quantised an 8-bit scale, and a float32 for 256 of
+# these.
 _FOUR = Quantization(4, 32 / 64, 8 / 64 + 32 / 64 / 256)
 QUANTIZATIONS = {"nf4": _FOUR, "fp4": _FOUR, "int8": Quantization(8, 0, 0)}
 

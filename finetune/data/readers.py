@@ -58,7 +58,7 @@ csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a book
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands. `line` and `row` are counted from 1; a .json file knows rows only, others lines, and the other is 0."""
+    """Where a row stands: `row` of a .json file, `line` of any other, from 1; the other is 0."""
 
     source: str
     line: int
@@ -499,13 +499,10 @@ def _read_json(source: str) -> Iterator[Row]:
     try:
         values = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as exc:
-        place = f"{printable(source)}:{exc.lineno}" if isinstance(exc, json.JSONDecodeError) else printable(source)
-        why = (
-            f"{exc.msg} at column {exc.colno}"
-            if isinstance(exc, json.JSONDecodeError)
-            else failures.parsing_reason(exc)
-        )
-        raise DataError(f"{place}: broken JSON: {why}; correct it") from exc
+        line, why = "", failures.parsing_reason(exc)
+        if isinstance(exc, json.JSONDecodeError):
+            line, why = f":{exc.lineno}", f"{exc.msg} at column {exc.colno}"
+        raise DataError(f"{printable(source)}{line}: broken JSON: {why}; correct it") from exc
     for number, value in enumerate(values, 1):
         yield _record(Place(source, 0, number), value)
 
@@ -523,7 +520,8 @@ class _Dialect(NamedTuple):
 def _dialect(source: str) -> _Dialect:
     lines = [line[:SNIFFED_CHARACTERS] for _, line in islice(_lines(source), SNIFFED_LINES)]
     delimiter, skipped = _delimiter(lines, "\t" if _type(source) == ".tsv" else ",")
-    header = next(csv.reader([line for line in lines[skipped:] if line.strip()][:1], delimiter=delimiter), [])
+    first = [line for line in lines[skipped:] if line.strip()][:1]
+    header = next(csv.reader(first, delimiter=delimiter), [])
     names = [name for name in header[1:] if name.strip()]
     return _Dialect(delimiter, skipped, bool(names) and all(name.startswith(" ") for name in names))
 

@@ -57,7 +57,8 @@ def build(model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False, seed
     if package.startswith("bitsandbytes"):
         _keep_embeddings_in_32_bits(model)
     make = getattr(importlib.import_module(package), name)
-    made: torch.optim.Optimizer = make(groups, **kind.arguments, **{name: settings[name] for name in kind.takes})
+    taken = {name: settings[name] for name in kind.takes}
+    made: torch.optim.Optimizer = make(groups, **kind.arguments, **taken)
     return made
 
 
