@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune import extras
-from finetune.config import Config, accumulation_steps, base, usual_lr
+from finetune import extras, own_code
+from finetune.config import Config, accumulation_steps, base, code_identity, own_codes, usual_lr
 from finetune.config import fields as config_fields
 from finetune.data import batches, examples, order, readers, rows, templates, tokens
 from finetune.engine import optim, trackers
@@ -19,7 +19,7 @@ from finetune.errors import ConfigError, DataError, ModelError
 from finetune.export.publish import rehearse
 from finetune.export.save import Base
 from finetune.models import adapters, attention, base_identity, head, load, parameters, recompute
-from finetune.objectives import OBJECTIVES
+from finetune.objectives import Own, chosen
 
 SHOWN_CHARACTERS = 600
 SHOWN_NAMES = 10
@@ -54,7 +54,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
 
     `date`: of the run's first start, as 2026-11-26, for templates that write it; None: today's.
     """
-    wanted = config.data
+    wanted, objective = config.data, chosen(config.objective)
     _require_packages(config)
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
     sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
@@ -66,13 +66,13 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     template = _template(wanted, format, tokenizer, date)
     options = tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
-        OBJECTIVES[config.objective.kind].supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
+        objective.supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
         _positions(model_config),
     )  # fmt: skip
     train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options)
     template = replace(template, learn_opening=train.learn_opening)
     kept = None
-    if OBJECTIVES[config.objective.kind].has_turns:
+    if objective.has_turns:
         kept = template = replace(template, example=tokens.first_that_fits(sources.train, template, options))
     of_base = Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
@@ -80,13 +80,15 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     plan, eval_plan = _planned(config, topology, train, evals, attention.is_padded(kernel), tokenizer.pad_token_id or 0)
     num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
+    if isinstance(objective, Own):
+        objective.rehearse(plan.at(0)[0], config.objective, has_adapters=config.adapter.kind != "full")
     for prompt in config.evaluation.sample_prompts:
         if not tokens.encode_prompt(templates.sample_prompt(kept, prompt, wanted.system_prompt), tokenizer):
             raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; remove it")
     identity = {
         "training data": plan.fingerprint, "evaluation data": eval_plan.fingerprint if eval_plan else "none",
         "tokenizer": tokens.tokenizer_fingerprint(tokenizer), "template": template.fingerprint,
-        "date in the template": template.date or "none", "model": architecture,
+        "date in the template": template.date or "none", "model": architecture, **code_identity(config),
     }  # fmt: skip
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     return Data(
@@ -109,8 +111,8 @@ def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[reade
     if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
         raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
     format: str = wanted.format
-    if format == "auto":
-        format = rows.detect_format(files, wanted.text_unit, wanted.columns)
+    if format == "auto" or own_code.is_own(format):
+        format = rows.detect_format(files, wanted.text_unit, wanted.columns, format=format)
     groups = [list(names) for names in (sources.train, sources.eval) if names]
     topology.on_main(lambda: rows.check(groups, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
     return sources, format
@@ -211,7 +213,7 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         f"model       {name}: {total:,} parameters, {trainable:,} of them train ({trainable / total:.2%}, {config.adapter.kind})",
         f"topology    {topology.name}, {_counted(topology.num_processes, 'process')} on {topology.device.type}, {topology.precision}, attention {data.attention}",
         *_data_lines(config, topology, data),
-        *_file_lines(data),
+        *_file_lines(config, data),
     ]
     _, all_logits = head.probe(skeleton)
     if all_logits:
@@ -235,7 +237,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         f"data        {examples.num_rows:,} rows -> {_counted(len(examples), 'example')} -> {_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
         + _lost(examples),
         f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
-        f"template    {data.template.name}, objective {config.objective.kind}",
+        f"template    {data.template.name}, objective {own_code.without_folder(config.objective.kind)}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
         f"({config.micro_batch_size} at once x {accumulation_steps(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
         + (f", each shared by {topology.parallel.num_context}" if topology.parallel.num_context > 1 else "")
@@ -264,13 +266,15 @@ def _lost(examples: Any) -> str:
         (f"; {examples.num_truncated} cut" if examples.num_truncated else "")
         + (f"; {examples.num_dropped} dropped" if examples.num_dropped else "")
         + (f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else "")
+        + (f"; {_counted(examples.num_skipped, 'row')} skipped by data.format" if examples.num_skipped else "")
     )
 
 
-def _file_lines(data: Data) -> list[str]:
-    """The files, and their columns that are not read."""
+def _file_lines(config: Config, data: Data) -> list[str]:
+    """The user's own code, the files, and their columns that are not read."""
     examples = data.train.sequences.examples
-    lines = [f"files       {_files(list(data.sources.train))}"]
+    lines = [f"own code    {code}, {key}, sha256 {code.sha256[:16]}" for key, code in own_codes(config).items()]
+    lines += [f"files       {_files(list(data.sources.train))}"]
     if data.sources.eval:
         lines.append(f"eval files  {_files(list(data.sources.eval))}")
     lines += [f"not read    {_unread(examples)}"] if examples.unread else []
@@ -318,7 +322,7 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
 def _template_notes(config: Config, data: Data) -> Iterator[str]:
     """What the template does that its user may not know."""
     template = data.template
-    if OBJECTIVES[config.objective.kind].has_turns and data.tokenizer.chat_template and template.name != "chat":
+    if chosen(config.objective).has_turns and data.tokenizer.chat_template and template.name != "chat":
         with contextlib.suppress(DataError, templates.BrokenTemplate):  # the model's own need not be usable
             own = templates.load(
                 "chat", "messages", data.tokenizer.chat_template, template.special_tokens, {}, template.date
@@ -332,7 +336,7 @@ def _template_notes(config: Config, data: Data) -> Iterator[str]:
         yield (
             f"the template writes the date: {template.date}, that of the first start, stays the same for the whole run"
         )
-    if template.opening and OBJECTIVES[config.objective.kind].has_turns:
+    if template.opening and chosen(config.objective).has_turns:
         yield (
             f"the template puts {template.opening!r} before an answer; "
             + ("some rows begin otherwise, so the model learns to write it" if template.learn_opening else "it ends the prompt, and is not learned")
@@ -395,7 +399,7 @@ def _methods(config: Config, is_quantized: bool) -> list[str]:
             + (", doubly quantised" if adapter.double_quantization and adapter.quantization != "int8" else "")
             + (" (the base is saved so)" if is_quantized else "")
         )
-    if adapter.path:
+    if adapter.kind != "full" and adapter.path:
         how.append(f"going on from {adapter.path}")
     elif adapter.kind != "full":
         how.append(f"r {adapter.r}, alpha {adapter.alpha:g}, starting by {adapter.init}")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune import config as configs
-from finetune import files
+from finetune import files, own_code
 from finetune.config import paths
-from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, RunDirectoryError
+from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, ConfigError, RunDirectoryError
 from finetune.places import REPLAY_OF, TRAIN
 from finetune.survival import launcher
 
@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Train again and compare. Raises RunDirectoryError; exit code 1 if the two runs are not the same (`tolerance`)."""
     run: Path = arguments.run.resolve()
-    config = configs.from_dict(configs.read_resolved(run / "config.yaml"), where=str(run / "config.yaml"))
-    receipt = _receipt(run)
+    values, receipt = configs.read_resolved(run / "config.yaml"), _receipt(run)
+    _require_own_code(run, configs.flatten(values), receipt)
+    config = configs.from_dict(values, where=str(run / "config.yaml"))
     _require_metrics(run, config.tracking.log_every_steps)
     name = arguments.name or f"{config.run.name}-replay"
     if name == config.run.name:
@@ -52,6 +53,24 @@ def main(arguments: argparse.Namespace) -> int:
     environments = [{**each, REPLAY_OF: str(run)} for each in _environments(receipt)]
     code = launcher.run(environments, command)
     return code or _compare(run, run.parent / name, tolerance(receipt))
+
+
+def _require_own_code(run: Path, settings: dict[str, Any], receipt: dict[str, Any]) -> None:
+    """Raise RunDirectoryError where the run's config names code of the user's own that is not what its receipt says."""
+    for key in configs.OWN_CODE:
+        name = str(settings.get(key))
+        if not own_code.is_own(name):
+            continue
+        try:
+            now = own_code.sha256(own_code.find(name))
+        except ConfigError as exc:
+            raise RunDirectoryError(f"{run / 'config.yaml'}: {key}: {exc}; put the file back") from exc
+        before = (receipt.get("identity") or {}).get(own_code.label(key, name))
+        if now != before:
+            raise RunDirectoryError(
+                f"{name} is not the file that {run} ran with: its sha256 was {before}, now {now}; put the file back"
+            )
+        print(f"note: this executes {name}, which has the content that {run / 'receipt.json'} says")
 
 
 def _receipt(run: Path) -> dict[str, Any]:

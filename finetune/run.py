@@ -42,7 +42,7 @@ from finetune.export.verify import probe_logits
 from finetune.generation import generate
 from finetune.models import adapters, base_identity, load, parameters
 from finetune.models.policy import Policy
-from finetune.objectives import OBJECTIVES, Objective
+from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
 from finetune.survival.preemption import StopFlag
 
@@ -206,7 +206,7 @@ class Run:
 
     @property
     def objective(self) -> Objective:
-        return OBJECTIVES[self.config.objective.kind]
+        return chosen(self.config.objective)
 
     def policy(self, model: Any) -> Policy:
         """The model as objectives see it."""
@@ -351,7 +351,7 @@ def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
             directory.check(config)
             directory.announce()
         topology = Topology(config.train.precision, check_only)
-        topology.require_same(configs.flatten(config.model_dump()))
+        topology.require_same({**configs.flatten(config.model_dump()), **configs.code_identity(config)})
         topology.check(config)
         config, reserved = sized(config, topology)
         configs.accumulation_steps(config, topology.num_data)

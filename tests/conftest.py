@@ -86,6 +86,11 @@ class Workshop:
         found: dict[str, Any] = json.loads((self.run_dir(name) / "outcome.json").read_text())
         return found
 
+    def receipt(self, name: str = "run") -> dict[str, Any]:
+        """What receipt.json says of a run."""
+        found: dict[str, Any] = json.loads((self.run_dir(name) / "receipt.json").read_text())
+        return found
+
     def num_lines(self, log: str = "metrics.jsonl") -> int:
         """Whole lines that a run has written so far."""
         path = self.run_dir() / log

@@ -5,9 +5,12 @@ import math
 import re
 import shlex
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT, launch, pairs, read_jsonl, tracked, write_jsonl
+from transformers import AutoModelForCausalLM
 
 from finetune import config as configs
 from finetune.__main__ import main
@@ -105,10 +108,10 @@ def test_the_commands_of_the_readme_in_order(my_run):
 
 
 def test_help_names_every_setting_without_torch():
-    result = launch(typed("python train.py --help", ROOT) + ["all"])
+    result = launch([*typed("python train.py --help", ROOT), "all"])
     assert result.returncode == 0
-    for section, model in reader._sections():
-        assert all(f"--{section}.{name}" in result.stdout for name in model.model_fields)
+    for section, classes in reader._sections().items():
+        assert all(f"--{section}.{name}" in result.stdout for cls in classes for name in cls.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -120,19 +123,39 @@ def test_every_recipe_passes_the_config_check(path):
     assert not check_only
 
 
-def test_the_objective_of_contributing_trains_and_its_perplexity_is_of_cross_entropy(workshop, monkeypatch, tmp_path):
-    from finetune import objectives
+def test_the_objective_of_contributing_learns_what_it_says(workshop):
+    """One step over all rows: loss and gradient norm of dft.py against its formula, on logits."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    [source], [setting] = blocks("python", text), blocks("yaml", text)
+    (workshop.folder / "dft.py").write_text(source)
+    own = {f"objective__{key}": value for key, value in yaml.safe_load(setting)["objective"].items()}
+    base = workshop.train("base") / "model"
+    held_out = write_jsonl(workshop.folder / "held_out.jsonl", pairs(60)[40:])
+    run = workshop.train(
+        **own, model__path=str(base), model__init="pretrained", model__config=None, model__tokenizer=None,
+        train__global_batch_size=40, train__epochs=2, data__eval=str(held_out), evaluation__every_steps=1,
+    )  # fmt: skip
+    loss, grad_norm = plain_dft(
+        base, workshop.folder / "cache/tokens" / workshop.receipt()["train_data"]["fingerprint"]
+    )
+    first = read_jsonl(run / "metrics.jsonl")[0]
+    assert (first["loss"], first["grad_norm"]) == pytest.approx((loss, grad_norm), rel=1e-5)
+    line = read_jsonl(run / "eval.jsonl")[-1]
+    assert line["eval_loss"] < line["cross_entropy"] == pytest.approx(math.log(line["perplexity"]))
 
-    [source] = [text for text in blocks("python", (ROOT / "CONTRIBUTING.md").read_text()) if "def loss(" in text]
-    (tmp_path / "written_down.py").write_text(source)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    import written_down
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "sft", written_down.Dft())
-    run = workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
-    first, last = read_jsonl(run / "eval.jsonl")
-    assert last["eval_loss"] < last["cross_entropy"] < first["cross_entropy"]
-    assert last["perplexity"] == pytest.approx(math.exp(last["cross_entropy"]))
+def plain_dft(base, tokens):
+    """Dynamic fine-tuning over all rows in a folder of tokens: (mean of p * -log p with p held fixed, norm of its gradient)."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    ids, supervised, ends = (np.load(tokens / f"{name}.npy") for name in ("input_ids", "supervised", "ends"))
+    losses = []
+    for start, end in zip([0, *ends], ends):
+        row = torch.tensor(ids[start:end], dtype=torch.int64)
+        logprobs = model(row[None]).logits[0, :-1].log_softmax(-1)[range(len(row) - 1), row[1:]]
+        losses.append(-(logprobs.exp().detach() * logprobs)[torch.tensor(supervised[start + 1 : end])])
+    mean = torch.cat(losses).mean()
+    mean.backward()
+    return mean.item(), torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
 
 
 def test_the_schema_is_that_of_the_config():

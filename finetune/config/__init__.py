@@ -9,14 +9,22 @@ from finetune.config.fields import (
     PADDED_ATTENTION,
     Adapter,
     Config,
+    CrossEntropy,
     Data,
+    Full,
+    Lora,
     Model,
     Optimizer,
+    OwnObjective,
+    QLora,
     Schedule,
     accumulation_steps,
+    code_identity,
+    own_codes,
     usual_lr,
 )
 from finetune.config.reader import (
+    OWN_CODE,
     PUT_BACK,
     differences,
     flatten,
@@ -32,6 +40,6 @@ from finetune.config.reader import (
 from finetune.config.rules import conflicts
 
 __all__ = [
-    "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "Data", "Model", "Optimizer", "Schedule", "accumulation_steps", "base", "conflicts",
-    "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats", "parse", "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
+    "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "CrossEntropy", "Data", "Full", "Lora", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule", "accumulation_steps", "base", "code_identity", "conflicts",
+    "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats", "own_codes", "parse", "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

@@ -1,15 +1,19 @@
 """Every setting of a run: its type, its default, its line of documentation."""
 
+import functools
 import math
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, WithJsonSchema, model_validator
 
-from finetune.config import paths
+from finetune import own_code
+from finetune.config import kinds, paths
 from finetune.config.choices import ADAPTER_INITS, OPTIMIZERS, QUANTIZATIONS
 from finetune.config.paths import ExpandedPath, PathString
 from finetune.errors import ConfigError
+from finetune.own_code import OwnCode
 
 if TYPE_CHECKING:
     AdapterInit = str
@@ -24,6 +28,7 @@ BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 # What a format can call a column; the formats themselves are in data/rows.py.
 COLUMNS = ("text", "question", "answer", "prompt", "completion", "instruction", "input", "output", "messages")
 PADDED_ATTENTION = ("sdpa", "eager")  # they train padded rectangles; the others take sequences end to end in one row
+OwnName = Annotated[str, Field(pattern=own_code.FORM, title=own_code.EXPECTED)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -68,13 +73,19 @@ class Model(Section):
     """Run Python code from the model's Hub repository."""
 
 
-class Adapter(Section):
-    """What trains: all weights, or low-rank adapters on top of frozen weights."""
+class Full(Section):
+    """All weights train."""
 
-    kind: Literal["full", "lora", "qlora"] = "full"
-    """full trains all weights, lora trains low-rank adapters, qlora trains adapters on weights quantised to 4 or 8 bits."""
+    kind: Literal["full"] = "full"
+    """Train all weights."""
     freeze: list[str] = []
-    """full: regular expressions; freeze the weights whose names match one of them."""
+    """Regular expressions; freeze the weights whose names match one of them."""
+
+
+class Adapter(Section):
+    """Low-rank adapters train, on top of frozen weights."""
+
+    kind: str
     path: Annotated[str | None, ExpandedPath] = None
     """Folder or Hub id of an adapter to continue from; it keeps its own rank and modules."""
     r: Positive = 16
@@ -93,12 +104,26 @@ class Adapter(Section):
     """How to initialise adapters. default: leave the model unchanged; pissa: principal directions of the weights; eva: principal directions of the data; loftq: correct the error of 4-bit quantisation."""
     modules_to_save: list[str] = []
     """Modules to train in full, and save with the adapter, such as [embed_tokens, lm_head] or [input_layernorm, norm]."""
+
+
+class Lora(Adapter):
+    """Low-rank adapters on top of frozen weights."""
+
+    kind: Literal["lora"]
+    """Train low-rank adapters."""
+
+
+class QLora(Adapter):
+    """Low-rank adapters on top of frozen, quantised weights."""
+
+    kind: Literal["qlora"]
+    """Train low-rank adapters on weights quantised to 4 or 8 bits."""
     quantization: Quantization = "nf4"
-    """qlora: how to store frozen weights."""
+    """How to store frozen weights."""
     double_quantization: bool = True
-    """qlora, 4 bits: quantise the scales too; saves 0.4 bits per weight."""
+    """4 bits: quantise the scales too; saves 0.4 bits per weight."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """qlora, 4 bits: dtype that weights are dequantised to for matrix products; auto: the dtype of the other base weights."""
+    """4 bits: dtype that weights are dequantised to for matrix products; auto: the dtype of the other base weights."""
 
 
 class Data(Section):
@@ -112,8 +137,10 @@ class Data(Section):
     """Evaluation rows, in the same forms as data.train."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the training rows to hold out for evaluation, if data.eval is not given."""
-    format: Literal["auto", "text", "prompt_completion", "question_answer", "instruction", "messages"] = "auto"
-    """Format of the rows; auto: detect it from the columns of the first row."""
+    format: Literal["auto", "text", "prompt_completion", "question_answer", "instruction", "messages"] | OwnName = (
+        "auto"
+    )
+    """Format of the rows; auto: detect it from the columns of the first row; FILE.py:NAME: a function of your own (docs/data.md)."""
     columns: dict[str, str] = {}
     """Map columns with other names, as {question: Patient, answer: Doctor}."""
     text_unit: Literal["line", "paragraph", "file"] = "line"
@@ -136,13 +163,90 @@ class Data(Section):
     """Folder for tokenised data, keyed by a hash of its content; run.dir/.cache if the home directory is not writable."""
 
 
-class Objective(Section):
-    """The loss."""
+class CrossEntropy(Section):
+    """Settings of a cross-entropy."""
 
-    kind: Literal["clm", "sft"] = "sft"
-    """clm trains on every token of every row, sft trains on answers, given their prompts."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of each target to spread over the vocabulary; evaluation does not use it."""
+
+
+class _Kind(Section):
+    kind: str
+
+
+class Clm(CrossEntropy, _Kind):
+    """Causal language modelling."""
+
+    kind: Literal["clm"]
+    """Train on every token of every row."""
+
+
+class Sft(CrossEntropy, _Kind):
+    """Supervised fine-tuning."""
+
+    kind: Literal["sft"] = "sft"
+    """Train on answers, given their prompts."""
+
+
+class OwnObjective(_Kind):
+    """An objective of your own; its class says which other settings it has (docs/objectives.md)."""
+
+    kind: OwnName
+    """The subclass of finetune.objectives.Objective with this NAME, or such an object."""
+    code: ClassVar[OwnCode]
+    """Where it comes from."""
+    objective: ClassVar[Any]
+    """The Objective itself."""
+
+
+@functools.cache
+def _own_section(code: OwnCode) -> type[OwnObjective]:
+    """The settings that an objective of a user's own has, as a section. Raises ConfigError for what is not an objective."""
+    base = getattr(sys.modules.get("finetune.objectives.base"), "Objective", None)  # not there: nothing derives from it
+    is_class = isinstance(code.value, type)
+    if base is None or not (issubclass(code.value, base) if is_class else isinstance(code.value, base)):
+        kind = f"the class {code.value.__name__}" if is_class else f"a {type(code.value).__name__}"
+        raise ConfigError(f"{code} is {kind}, not an objective; derive it from finetune.objectives.Objective")
+    settings = code.value.Settings
+    if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
+        raise ConfigError(f"{code}: Settings should be a class derived from pydantic.BaseModel, got {settings!r}")
+    if "kind" in settings.model_fields:
+        raise ConfigError(f"{code}: Settings has a field kind, which is the name of the objective; call it otherwise")
+    try:
+        objective = code.value() if is_class else code.value
+        if (part := objective.supervises("completion")) not in get_args(Data.model_fields["loss_on"].annotation):
+            raise ConfigError(f"{code}: supervises should return completion, all or last_turn, got {part!r}")
+        own = {"model_config": Section.model_config, "code": code, "objective": objective}
+        bases = (OwnObjective,) if issubclass(OwnObjective, settings) else (settings, OwnObjective)
+        return type("Own", bases, {**own, "__module__": __name__, "__doc__": OwnObjective.__doc__})
+    except ConfigError:
+        raise
+    except Exception as exc:
+        raise ConfigError(code.blame(exc)) from exc
+
+
+def own_codes(config: "Config") -> dict[str, OwnCode]:
+    """Setting -> the code of the user's own that it names."""
+    found = {"objective.kind": config.objective.code} if isinstance(config.objective, OwnObjective) else {}
+    return found | ({"data.format": own_code.get(config.data.format)} if own_code.is_own(config.data.format) else {})
+
+
+def code_identity(config: "Config") -> dict[str, str]:
+    """The hash of each, by setting and name of the file, for what a resumption or a replay must find again."""
+    return {own_code.label(key, code.name): code.sha256 for key, code in own_codes(config).items()}
+
+
+def own_format(name: str) -> OwnCode:
+    """A function of the user's own that formats rows. Raises ConfigError."""
+    code = own_code.read(name)
+    if not callable(code.value):
+        raise ConfigError(f"{code} is a {type(code.value).__name__}, not a function from a row to a row")
+    return code
+
+
+def own_objective(name: str) -> type[OwnObjective]:
+    """The section of an objective that `own_code.read` has read, or reads now. Raises ConfigError."""
+    return _own_section(own_code.read(name))
 
 
 class Optimizer(Section):
@@ -268,9 +372,11 @@ class Config(Section):
 
     run: Run
     model: Model = Model()
-    adapter: Adapter = Adapter()
+    adapter: Annotated[Full | Lora | QLora, kinds.by_kind(Full, Lora, QLora)] = Full()
+    """What trains: all weights, or low-rank adapters on top of frozen weights."""
     data: Data
-    objective: Objective = Objective()
+    objective: Annotated[SerializeAsAny[Clm | Sft | OwnObjective], kinds.by_kind(Sft, Clm, own=own_objective)] = Sft()
+    """The loss."""
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     train: Train = Train()

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, NoReturn, Union, cast, get_args, get
 import yaml
 from pydantic import ValidationError
 
-from finetune import failures, places
-from finetune.config import base, help, names, paths
-from finetune.config.fields import Config, Section
+from finetune import failures, own_code, places
+from finetune.config import base, help, kinds, names, paths
+from finetune.config.fields import Config, OwnObjective, Section, own_format, own_objective
 from finetune.config.rules import conflicts
 from finetune.errors import ConfigError, RunDirectoryError
 
@@ -28,12 +28,64 @@ RESUME_MAY_CHANGE = (
     "checkpoint.*", "evaluation.*", "tracking.*",
 )  # fmt: skip
 
+OWN_CODE = ("objective.kind", "data.format")
+"""Settings that may name code of the user's own."""
 PUT_BACK = "put back a copy of it (manifest.json of each checkpoint holds the same under config)"
 MOST_BYTES = 1_000_000  # of a config; PyYAML takes half a minute for as much
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
     """Command line -> (config, whether --check was given). Raises ConfigError with all problems at once."""
+    sections = _sections()
+    parser = _parser(sections)
+    if (asked := help.topic(argv)) is not None:
+        print(help.text(parser, asked), end="")
+        raise SystemExit(0)
+    if not argv:
+        raise ConfigError("nothing to do: give the path of a config, such as configs/quickstart.yaml; see --help")
+    known, unknown = parser.parse_known_args(argv)
+    overrides = vars(known)
+    path, check = overrides.pop("config", None), overrides.pop("check", False)
+    if path is None and unknown and unknown[0].endswith((".yaml", ".yml")):
+        path = unknown.pop(0)  # train.py configs/my_run.yaml
+    taken = _taken_configs(path, overrides)
+    if taken and path is None:  # without the config every required setting would be missing
+        raise ConfigError(_listed(_problems_of_words(path, unknown, sections) + taken, "the command line"))
+    values = read_yaml(path) if path else {}
+    folder = Path(paths.expanded(path)).parent if path else None
+    kind = overrides.get("objective.kind", _kind_of("objective", values))
+    if own_code.is_own(kind) and any(word.startswith("--objective.") for word in unknown):
+        sections = _sections(_own_objective(kind, folder, _where(path, True)))
+        known, unknown = _parser(sections).parse_known_args(unknown)
+        overrides |= vars(known)
+    problems = _problems_of_words(path, unknown, sections) + taken
+    for key, raw in overrides.items():
+        if any(problem.startswith(f"{key}: ") for problem in taken):
+            continue
+        section, name = key.split(".")
+        if values.get(section) is None:
+            values[section] = {}
+        if isinstance(values[section], dict):  # if not, that is a problem of its own
+            try:
+                values[section][name] = _from_command_line(_field(key, sections).annotation, raw)
+            except (yaml.YAMLError, ValueError, RecursionError) as exc:
+                why = "" if isinstance(exc, yaml.MarkedYAMLError) else f" ({failures.parsing_reason(exc)})"
+                shown = _shown(raw if len(raw) <= 100 else f"{raw[:100]}...")
+                problems.append(f"{key}: {shown} cannot be read{why}; write lists as [a, b] and mappings as {{a: b}}")
+    where = _where(path, bool(overrides or unknown))
+    return from_dict(values, where=where, problems=problems, folder=folder), check
+
+
+def _own_objective(kind: str, folder: Path | None, where: str) -> type[OwnObjective]:
+    """The settings of an objective of the user's own. Raises ConfigError."""
+    try:
+        return own_objective(own_code.find(kind, folder))
+    except ConfigError as exc:
+        raise ConfigError(_listed([f"objective.kind: {exc}"], where)) from exc
+
+
+def _parser(sections: "Sections") -> "_Parser":
+    """The command line with an option for each setting of the sections."""
     parser = _Parser(
         prog="finetune train" if places.command() == "finetune" else "train.py",
         usage="%(prog)s CONFIG [--check] [--section.field VALUE ...]",
@@ -47,59 +99,51 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     parser.add_argument(
         "--check", action="store_true", help="check settings, rows and model without loading weights, and end"
     )
-    for section, model in _sections():
-        group = parser.add_argument_group(section, model.__doc__)
-        for name, field in model.model_fields.items():
-            default = "required" if field.is_required() else f"default: {_yaml(field.default)}"
-            text = f"{field.description} ({default})".replace("%", "%%")
-            bare: dict[str, Any] = {"nargs": "?", "const": "true"} if bool in _options(field.annotation) else {}
-            group.add_argument(f"--{section}.{name}", metavar=_type_name(field.annotation), help=text, **bare)
-    if (asked := help.topic(argv)) is not None:
-        print(help.text(parser, asked), end="")
-        raise SystemExit(0)
-    if not argv:
-        raise ConfigError("nothing to do: give the path of a config, such as configs/quickstart.yaml; see --help")
-    known, unknown = parser.parse_known_args(argv)
-    overrides = vars(known)
-    path, check = overrides.pop("config", None), overrides.pop("check", False)
-    if path is None and unknown and unknown[0].endswith((".yaml", ".yml")):
-        path = unknown.pop(0)  # train.py configs/my_run.yaml
-    after = [word for word in unknown if word.split("=")[0] in parser._option_string_actions]
+    for section, classes in sections.items():
+        group = parser.add_argument_group(section, Config.model_fields[section].description or classes[0].__doc__)
+        for name in _names(classes):
+            options = _options(_field(f"{section}.{name}", sections).annotation)
+            metavar, text = _help(classes, name)
+            bare: dict[str, Any] = {"nargs": "?", "const": "true"} if bool in options else {}
+            group.add_argument(f"--{section}.{name}", metavar=metavar, help=text, **bare)
+    return parser
+
+
+def _help(classes: tuple[type[Section], ...], name: str) -> tuple[str, str]:
+    """(what a setting takes; what it does, its default, and which kinds of its section have it)."""
+    having = [cls for cls in classes if name in cls.model_fields]
+    field = min((cls.model_fields[name] for cls in having), key=lambda each: each.is_required())
+    metavar, text = _type_name(field.annotation), str(field.description)
+    names_of_kinds = [kinds.name_of(cls) for cls in having] if len(classes) > 1 else []
+    if names_of_kinds and name == "kind":
+        described = zip(names_of_kinds, (str(cls.model_fields[name].description) for cls in having))
+        metavar, text = "|".join(names_of_kinds), " ".join(f"{kind}: {what}" for kind, what in described)
+    elif 0 < len(names_of_kinds) < len(classes):
+        text = f"{', '.join(names_of_kinds)}: {text}"
+    default = "required" if field.is_required() else f"default: {_yaml(field.default)}"
+    return metavar, f"{text} ({default})".replace("%", "%%")
+
+
+def _problems_of_words(path: str | None, unknown: list[str], sections: "Sections") -> list[str]:
+    """What is wrong with words that are not options, and with the environment."""
+    options = {"--config", "--check", *(f"--{key}" for key in _keys(sections))}
+    after = [word for word in unknown if word.split("=")[0] in options]
     problems = [f"{word}: stands after --, so it was not read as an option; remove the --" for word in after]
-    unknown = [word for word in unknown if word != "--" and word not in after]
-    problems += [_unknown_argument(word) for word in unknown if word.startswith("-")]
-    problems += [f"{_shown(word)}: unexpected word on the command line; {_beside(path, word)}" for word in unknown[:1] if not word.startswith("-")]  # fmt: skip
-    problems += [
+    rest = [word for word in unknown if word != "--" and word not in after]
+    problems += [_unknown_argument(word, sections) for word in rest if word.startswith("-")]
+    problems += [f"{_shown(word)}: unexpected word on the command line; {_beside(path, word)}" for word in rest[:1] if not word.startswith("-")]  # fmt: skip
+    return problems + [
         f"{name} in the environment: contains half a character, or bytes that are not UTF-8; set it again"
         for name, value in os.environ.items()
         if name.startswith(("FINETUNE_", "ACCELERATE_", "WANDB_")) and paths.half_characters(value, name)
     ]
-    taken = _taken_configs(path, overrides)
-    if taken and path is None:  # without the config every required setting would be missing
-        raise ConfigError(_listed(problems + taken, "the command line"))
-    problems += taken
-    values = read_yaml(path) if path else {}
-    for key, raw in overrides.items():
-        if any(problem.startswith(f"{key}: ") for problem in taken):
-            continue
-        section, name = key.split(".")
-        if values.get(section) is None:
-            values[section] = {}
-        if isinstance(values[section], dict):  # if not, that is a problem of its own
-            try:
-                values[section][name] = _from_command_line(_field(key).annotation, raw)
-            except (yaml.YAMLError, ValueError, RecursionError) as exc:
-                why = "" if isinstance(exc, yaml.MarkedYAMLError) else f" ({failures.parsing_reason(exc)})"
-                shown = _shown(raw if len(raw) <= 100 else f"{raw[:100]}...")
-                problems.append(f"{key}: {shown} cannot be read{why}; write lists as [a, b] and mappings as {{a: b}}")
-    return from_dict(values, where=_where(path, bool(overrides or unknown)), problems=problems), check
 
 
 def _taken_configs(path: str | None, overrides: dict[str, str]) -> list[str]:
     """Settings whose value is a YAML file: a bare flag in front of the config takes it as its value."""
     problems = []
     for key, raw in overrides.items():
-        options = _options(_field(key).annotation)
+        options = _options(_field(key, _sections()).annotation)
         is_config = raw.lower().endswith((".yaml", ".yml"))
         if not is_config or (str in options and (path is not None or not os.path.isfile(raw))):
             continue
@@ -185,11 +229,11 @@ def read_resolved(path: Path) -> dict[str, Any]:
         is_text = not isinstance(cause, _NoText)
         problem = "it is not YAML with sections such as run: and data:" if is_text else str(cause)
     else:
-        wrong = [name for name, _ in _sections() if not isinstance(values.get(name), dict)]
+        wrong = [name for name in _sections() if not isinstance(values.get(name), dict)]
         problem = f"its section {wrong[0]} is missing, or cut off" if wrong else None
     if problem:
         raise RunDirectoryError(f"{path} is damaged: {problem}; {PUT_BACK}, or choose another run.name")
-    return values
+    return _of_their_kinds(values)
 
 
 def from_yaml(text: str) -> Any:
@@ -197,8 +241,13 @@ def from_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def from_dict(values: dict[str, Any], where: str = "config", problems: list[str] | None = None) -> Config:
-    """Validate a nested mapping. Raises ConfigError that lists every problem."""
+def from_dict(
+    values: dict[str, Any], where: str = "config", problems: list[str] | None = None, folder: Path | None = None
+) -> Config:
+    """Validate a nested mapping. Raises ConfigError that lists every problem.
+
+    `folder`: of the config, where code of the user's own is looked for before the working directory.
+    """
     problems = list(problems or [])
     problems += [
         f"{key}: contains half a character (a lone surrogate), or bytes that are not UTF-8; write it again"
@@ -207,14 +256,20 @@ def from_dict(values: dict[str, Any], where: str = "config", problems: list[str]
     if problems and any("half a character" in problem for problem in problems):  # nothing could print it
         raise ConfigError(_listed(problems, where))
     config = None
-    values = _with_lists(values)
+    values, of_code = _with_own_code(_with_lists(values), folder)
+    problems += of_code
     try:
         config = Config.model_validate(values)
+        _yaml(config.objective.model_dump())  # settings of a user's own may be of any type
+    except yaml.YAMLError as exc:
+        problems.append(
+            f"objective: these settings cannot be written to config.yaml: {exc}; use numbers, text, lists and mappings"
+        )
     except ValidationError as exc:
         errors = exc.errors()
-        problems += _joined(dict.fromkeys(_describe(error) for error in errors))
+        problems += _joined(dict.fromkeys(_describe(error, values) for error in errors))
         config = _without(values, errors)
-    if config is not None:
+    if config is not None and not any(problem.startswith("objective.kind: ") for problem in of_code):
         config, of_base = _beside_base(config)
         problems += of_base
         named = {problem.split(":")[0] for problem in problems}
@@ -224,6 +279,24 @@ def from_dict(values: dict[str, Any], where: str = "config", problems: list[str]
     return config
 
 
+def _with_own_code(values: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """The values with the full paths of the user's own code, which is read here, and what is wrong with it."""
+    problems = []
+    for section, name, read in (("objective", "kind", own_objective), ("data", "format", own_format)):
+        given = values.get(section)
+        if not isinstance(given, dict) or not own_code.is_own(given.get(name)):
+            continue
+        try:
+            found = own_code.find(given[name], folder)
+            read(found)
+            given = given | {name: found}
+        except ConfigError as exc:
+            problems.append(f"{section}.{name}: {exc}")
+            given = {} if name == "kind" else {key: value for key, value in given.items() if key != name}
+        values = values | {section: given}
+    return values, problems
+
+
 def _listed(problems: list[str], where: str) -> str:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{count} in {where}:\n" + "\n".join(f"  {problem}" for problem in problems)
@@ -231,9 +304,9 @@ def _listed(problems: list[str], where: str) -> str:
 
 def _beside_base(config: Config) -> tuple[Config, list[str]]:
     """The config as its base, where that is a folder here, lets it be, and what is wrong with that folder."""
-    path, adapter = config.model.path, config.adapter.path
+    path, adapter = config.model.path, None if config.adapter.kind == "full" else config.adapter.path
     of_adapter = []
-    if adapter is not None and config.adapter.kind != "full" and os.path.exists(adapter):
+    if adapter is not None and os.path.exists(adapter):
         of_adapter = [f"adapter.path: {problem}"] if (problem := base.adapter_problem(adapter)) else []
     if path is None or not os.path.exists(path):
         return config, of_adapter
@@ -249,11 +322,14 @@ def _beside_base(config: Config) -> tuple[Config, list[str]]:
 def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
     """One word where a list should be is a list of one; a setting that is gone is left out where it asks for nothing."""
     listed = {}
-    for section, model in _sections():
+    sections = _sections()
+    for section in sections:
         given = values.get(section)
         if isinstance(given, dict):
             listed[section] = {
-                name: [value] if isinstance(value, str | int | float) and _takes_only_lists(model, name) else value
+                name: [value]
+                if isinstance(value, str | int | float) and _takes_only_lists(_field(f"{section}.{name}", sections))
+                else value
                 for name, value in given.items()
                 if not _is_removed_default(f"{section}.{name}", value)
             }
@@ -265,8 +341,7 @@ def _is_removed_default(key: str, value: Any) -> bool:
     return key in names.REMOVED and names.REMOVED[key][0] == value
 
 
-def _takes_only_lists(model: type[Section], name: Any) -> bool:
-    field = model.model_fields.get(name)
+def _takes_only_lists(field: Any) -> bool:
     return field is not None and {get_origin(option) or option for option in _options(field.annotation)} <= {
         list,
         type(None),
@@ -324,14 +399,35 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: Config) -> list[str]:
     """What of a saved resolved config differs so that its checkpoints are not this run's."""
-    before = {key: value for key, value in flatten(old).items() if not _is_removed_default(key, value)}
+    before = {name: value for name, value in flatten(_of_their_kinds(old)).items() if not _is_removed_default(name, value)}
     now = flatten(new.model_dump())
+    for values in (before, now):
+        values |= {key: own_code.without_folder(values[key]) for key in OWN_CODE if own_code.is_own(values.get(key))}
     free = tuple(pattern.removesuffix("*") for pattern in RESUME_MAY_CHANGE)
     return [
         f"{key}: was {_yaml(before.get(key))}, now {_yaml(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not key.startswith(free)
     ]
+
+
+def _of_their_kinds(old: dict[str, Any]) -> dict[str, Any]:
+    """A saved config without the settings of other kinds, which earlier versions wrote out, too."""
+    sections = _sections()
+    return {
+        section: {
+            name: value
+            for name, value in fields.items()
+            if len(sections.get(section, ())) < 2 or _belongs(section, name, fields.get("kind"))
+        }
+        for section, fields in old.items()
+    }
+
+
+def _belongs(section: str, name: str, kind: Any) -> bool:
+    """Whether a kind has a setting, or none of the other kinds that are built in has it."""
+    having = _kinds_with(section, name)
+    return not having or kind in having or own_code.is_own(kind)
 
 
 def json_schema() -> dict[str, Any]:
@@ -380,17 +476,51 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def _sections() -> list[tuple[str, type[Section]]]:
-    return [(name, cast(type[Section], field.annotation)) for name, field in Config.model_fields.items()]
+Sections = dict[str, tuple[type[Section], ...]]
+"""Section -> its classes: one, or one for each kind."""
 
 
-def _field(key: str) -> Any:
-    section, name = key.split(".")
-    return dict(_sections())[section].model_fields[name]
+def _sections(own: type[OwnObjective] | None = None) -> Sections:
+    """Those of the config. `own`: of an objective of the user's own."""
+    found: Sections = {
+        name: get_args(field.annotation) or (cast(type[Section], field.annotation),)
+        for name, field in Config.model_fields.items()
+    }
+    if own:
+        found["objective"] = (*found["objective"][:-1], own)
+    return found
 
 
-def _keys() -> list[str]:
-    return [f"{section}.{name}" for section, model in _sections() for name in model.model_fields]
+def _sections_of(values: dict[str, Any]) -> Sections:
+    """Those of a config, whose code was read before."""
+    kind = _kind_of("objective", values)
+    return _sections(own_objective(kind) if own_code.is_own(kind) else None)
+
+
+def _names(classes: tuple[type[Section], ...]) -> list[str]:
+    return list(dict.fromkeys(name for cls in classes for name in cls.model_fields))
+
+
+def _field(key: str, sections: Sections) -> Any:
+    """A setting, of the first kind that has it; None if there is none of this name."""
+    section, _, name = key.partition(".")
+    return next((cls.model_fields[name] for cls in sections[section] if name in cls.model_fields), None)
+
+
+def _keys(sections: Sections) -> list[str]:
+    return [f"{section}.{name}" for section, classes in sections.items() for name in _names(classes)]
+
+
+def _kind_of(section: str, values: dict[str, Any]) -> Any:
+    """The kind that a section is given, or has by default."""
+    given, default = values.get(section), getattr(Config.model_fields[section].default, "kind", None)
+    return given.get("kind", default) if isinstance(given, dict) else default
+
+
+def _kinds_with(section: str, name: str) -> list[str]:
+    """The kinds that have a setting, where a section has several."""
+    classes = _sections().get(section, ())
+    return [kinds.name_of(cls) for cls in classes if name in cls.model_fields] if len(classes) > 1 else []
 
 
 def _yaml(value: Any, flow: bool = True) -> str:
@@ -404,7 +534,8 @@ def _type_name(annotation: Any) -> str:
     if origin is Literal:
         return "|".join(map(str, options))
     if origin is Annotated:
-        return _type_name(options[0])
+        title = getattr(options[1], "title", None)
+        return str(title) if title else _type_name(options[0])
     if origin in (UnionType, Union):
         return " or ".join(dict.fromkeys(_type_name(option) for option in options if option is not type(None)))
     if origin is list:
@@ -434,58 +565,66 @@ def _from_command_line(annotation: Any, raw: str) -> Any:
     return yaml.load(raw, Loader=_Loader)
 
 
-def _nearest(key: str) -> str:
+def _nearest(key: str, known_sections: Sections) -> str:
     leaf = key.split(".")[-1]
-    if (known := names.ELSEWHERE.get(leaf)) and leaf not in dict(_sections()):
+    if (known := names.ELSEWHERE.get(leaf)) and leaf not in known_sections:
         return known if " " in known else f"did you mean {known}?"
-    same_leaf = difflib.get_close_matches(key, [k for k in _keys() if k.split(".")[1] == leaf], n=1, cutoff=0)
-    sections = difflib.get_close_matches(key, dict(_sections()), n=1, cutoff=0.75) if "." not in key else []
+    same_leaf = difflib.get_close_matches(
+        key, [k for k in _keys(known_sections) if k.split(".")[1] == leaf], n=1, cutoff=0
+    )
+    sections = difflib.get_close_matches(key, known_sections, n=1, cutoff=0.75) if "." not in key else []
     inside = [
-        k for k in _keys() if len(min(leaf, own := k.split(".")[1], key=len)) > 3 and (leaf in own or own in leaf)
+        k
+        for k in _keys(known_sections)
+        if len(min(leaf, own := k.split(".")[1], key=len)) > 3 and (leaf in own or own in leaf)
     ]
     near = same_leaf or sections or difflib.get_close_matches(key, inside, n=1, cutoff=0)
-    near = near or difflib.get_close_matches(key, _keys(), n=1, cutoff=0.7)
+    near = near or difflib.get_close_matches(key, _keys(known_sections), n=1, cutoff=0.7)
     if not near:
-        leaves = difflib.get_close_matches(leaf, [k.split(".")[1] for k in _keys()], n=1, cutoff=0.75)
-        near = [k for k in _keys() if leaves and k.split(".")[1] == leaves[0]]
+        leaves = difflib.get_close_matches(leaf, [k.split(".")[1] for k in _keys(known_sections)], n=1, cutoff=0.75)
+        near = [k for k in _keys(known_sections) if leaves and k.split(".")[1] == leaves[0]]
     if near:
         return f"did you mean {near[0]}?"
     section = key.split(".")[0]
-    sections_here = dict(_sections())
-    if section in sections_here:
-        return f"{section} has {', '.join(sections_here[section].model_fields)}"
-    return f"the sections are {', '.join(sections_here)}"
+    if section in known_sections:
+        return f"{section} has {', '.join(_names(known_sections[section]))}"
+    return f"the sections are {', '.join(known_sections)}"
 
 
 def _removed(key: str) -> str | None:
     return f"was removed; {names.REMOVED[key][1]}" if key in names.REMOVED else None
 
 
-def _unknown_argument(word: str) -> str:
+def _unknown_argument(word: str, sections: Sections) -> str:
     key = paths.shown(word.lstrip("-").split("=")[0])
-    if (section := dict(_sections()).get(key)) is not None:
-        name = next(iter(section.model_fields))
+    if (classes := sections.get(key)) is not None:
+        name = _names(classes)[0]
         return f"--{key}: is a section; set each of its settings by itself, as --{key}.{name} VALUE"
-    return f"--{key}: {_removed(key) or f'unknown option; {_nearest(key)}'}"
+    return f"--{key}: {_removed(key) or f'unknown option; {_nearest(key, sections)}'}"
 
 
-def _describe(error: Any) -> str:
+def _describe(error: Any, values: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("list[", "function")))
-    kind, got = error["type"], error["input"]
+    kind, got, sections = error["type"], error["input"], _sections_of(values)
     if kind == "extra_forbidden":
-        if key in error["loc"] and key in _keys():  # written with a dot, as on the command line
+        if key in error["loc"] and key in _keys(sections):  # written with a dot, as on the command line
             section, name = key.split(".")
             return f"{key}: unknown key; nest it: {_yaml({section: {name: got}}).removeprefix('{').removesuffix('}')}"
-        return f"{key}: {_removed(key) or f'unknown key; {_nearest(key)}'}"
+        section, _, name = key.partition(".")
+        if having := _kinds_with(section, name):
+            return f"{key}: {section}.kind is {_kind_of(section, values)}; it belongs to {' and '.join(having)}; remove it, or set {section}.kind"
+        return f"{key}: {_removed(key) or f'unknown key; {_nearest(key, sections)}'}"
     if kind == "missing":
         return f"{key}: is required" + ("" if "." in key else f" (section {key}:)")
     if kind == "model_type":
         return f"{key}: a section with keys of its own, got {_yaml(got)}"
     key = ".".join(key.split(".")[:2])  # inside a union or a list the rest of the path names pydantic's branches
-    options = _options(_field(key).annotation) if key in _keys() else ()
+    options = _options(_field(key, sections).annotation) if key in _keys(sections) else ()
     advice = names.not_yet(key, got)
     if kind.endswith("_type") and str in options:
         return f"{key}: should be {' or '.join(getattr(o, '__name__', str(o)) for o in options if o is not type(None))}, got {got!r}"
+    if kind == "string_pattern_mismatch" and key != "run.name":
+        return f"{key}: should be {own_code.EXPECTED}, got {got!r}"
     if kind == "string_pattern_mismatch":
         return f"{key}: letters, digits, dots, dashes and underscores only, got {got!r}"
     if kind == "string_too_long":
@@ -510,7 +649,7 @@ def _without(values: dict[str, Any], errors: Any) -> Config | None:
     kept = {s: dict(v) if isinstance(v, dict) else v for s, v in values.items()}
     for error in errors:
         section, *rest = error["loc"]
-        if not rest or not isinstance(kept.get(section), dict):
+        if not rest or rest[0] == "kind" or not isinstance(kept.get(section), dict):
             kept.pop(section, None)
         else:
             kept[section].pop(rest[0], None)

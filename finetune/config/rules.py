@@ -4,8 +4,20 @@ import difflib
 import os
 from collections.abc import Iterator
 
+from finetune import own_code
 from finetune.config.choices import OPTIMIZERS, QUANTIZATIONS
-from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Adapter, Config, Model, Schedule, Section
+from finetune.config.fields import (
+    COLUMNS,
+    PADDED_ATTENTION,
+    Adapter,
+    Config,
+    Full,
+    Model,
+    OwnObjective,
+    QLora,
+    Schedule,
+    Section,
+)
 
 PLACES = (
     ("run", "dir"), ("model", "path"), ("model", "tokenizer"), ("adapter", "path"), ("data", "cache_dir"),
@@ -19,7 +31,8 @@ def conflicts(config: Config) -> Iterator[str]:
     """Settings that cannot work together, or that this run would ignore."""
     yield from _blanks(config)
     yield from _model_conflicts(config.model, config.adapter)
-    yield from _adapter_conflicts(config.adapter)
+    if not isinstance(config.adapter, Full):
+        yield from _adapter_conflicts(config.adapter)
     yield from _optimizer_conflicts(config)
     yield from _data_conflicts(config)
     yield from _schedule_conflicts(config.schedule)
@@ -44,12 +57,12 @@ def conflicts(config: Config) -> Iterator[str]:
 def _blanks(config: Config) -> Iterator[str]:
     """Paths without a letter: some would mean the current folder, others nothing."""
     for section, name in PLACES:
-        value = getattr(getattr(config, section), name)
+        value = getattr(getattr(config, section), name, None)
         if isinstance(value, str) and not value.strip():
             yield f"{section}.{name}: is empty; name a folder, or remove it"
 
 
-def _model_conflicts(model: Model, adapter: Adapter) -> Iterator[str]:
+def _model_conflicts(model: Model, adapter: Full | Adapter) -> Iterator[str]:
     if (model.path is None) == (model.config is None):
         yield "model.path: give either model.path or model.config (an architecture for init: random)"
     if model.config is not None and model.init != "random":
@@ -71,15 +84,20 @@ def _model_conflicts(model: Model, adapter: Adapter) -> Iterator[str]:
 
 
 def _data_conflicts(config: Config) -> Iterator[str]:
-    model, data = config.model, config.data
-    if config.objective.kind == "clm":
-        yield from _ignored(data, "data", ("loss_on",), "objective.kind: clm learns every token")
+    model, data, objective = config.model, config.data, config.objective
+    own = objective.objective if isinstance(objective, OwnObjective) else None
+    name, has_turns = own_code.without_folder(objective.kind), own.has_turns if own else objective.kind == "sft"
+    if own.supervises("completion") == "all" if own else objective.kind == "clm":
+        yield from _ignored(data, "data", ("loss_on",), f"objective.kind: {name} learns every token")
     elif data.truncation == "split":
         yield "data.truncation: split would cut answers from their prompts; use it with objective.kind: clm"
     if data.format == "text":
         yield from _ignored(data, "data", ("template", "system_prompt"), "rows of text have no turns")
-        if config.objective.kind == "sft":
-            yield "objective.kind: sft needs prompts and answers, but data.format is text; use clm"
+        if has_turns:
+            yield f"objective.kind: {name} needs prompts and answers, but data.format is text; use clm"
+    if own_code.is_own(data.format):
+        why = f"{own_code.without_folder(data.format)} reads the columns of the file itself; rename them there"
+        yield from _ignored(data, "data", ("columns",), why)
     for name in data.columns:
         if name not in COLUMNS:
             near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.5)
@@ -129,18 +147,12 @@ def _evaluation_conflicts(config: Config) -> Iterator[str]:
 SHAPE = (
     "r", "alpha", "dropout", "target_modules", "rslora", "dora", "init", "modules_to_save",
 )  # fmt: skip
-QUANTIZED = ("quantization", "double_quantization", "compute_dtype")
 
 
 def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
-    if adapter.kind == "full":
-        yield from _ignored(adapter, "adapter", ("path", *SHAPE), "adapter.kind: full has no adapter")
-    else:
-        yield from _ignored(adapter, "adapter", ("freeze",), "adapters freeze every other weight")
-    if adapter.kind != "qlora":
-        yield from _ignored(adapter, "adapter", QUANTIZED, "it belongs to adapter.kind: qlora")
-    elif QUANTIZATIONS[adapter.quantization].bits == 8:
-        yield from _ignored(adapter, "adapter", QUANTIZED[1:], "it is for 4 bits")
+    has_eight_bits = isinstance(adapter, QLora) and QUANTIZATIONS[adapter.quantization].bits == 8
+    if has_eight_bits:
+        yield from _ignored(adapter, "adapter", ("double_quantization", "compute_dtype"), "it is for 4 bits")
     if adapter.path is not None:
         yield from _ignored(adapter, "adapter", SHAPE, "the adapter in adapter.path has its own shape")
         return
@@ -148,11 +160,11 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
         yield "adapter.init: pissa rewrites the base weights, which qlora has quantised before; use loftq, or kind: lora"
     if adapter.kind == "lora" and adapter.init == "loftq":
         yield "adapter.init: loftq corrects quantisation errors, and nothing is quantised; use kind: qlora"
-    if adapter.quantization == "int8" and adapter.init == "loftq":
+    if has_eight_bits and adapter.init == "loftq":
         yield "adapter.init: loftq corrects the error of 4 bits, and int8 has next to none; use init: default"
     if adapter.dora and adapter.init != "default":
         yield f"adapter.dora: cannot be used with adapter.init: {adapter.init}; use init: default"
-    if adapter.kind == "qlora" and adapter.dora and adapter.quantization == "int8":
+    if has_eight_bits and adapter.dora:
         yield "adapter.dora: unpacks weights at every step, which int8 does inexactly; use nf4"
 
 

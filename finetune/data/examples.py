@@ -61,6 +61,8 @@ class Examples:
     """Columns that are not read -> rows that have them."""
     num_empty: int = 0
     """Rows of tables without anything in them, which are skipped."""
+    num_skipped: int = 0
+    """Rows that a function of the user's own skips; `num_rows` is without them."""
     example_ends: np.ndarray | None = None
     learn_opening: bool = False
     """Whether `templates.Template.learn_opening` holds, as answers of some rows begin in their own way."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from finetune import failures, own_code
 from finetune.data import readers
 from finetune.data.readers import Place, Row, list_columns, printable, short
 from finetune.errors import ConfigError, DataError
@@ -43,6 +44,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
     "text": ("text",),
 }
+SHAPES = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
 # Other names in common use for a column.
 ALIASES = {"response": ("completion", "output"), "conversations": ("messages",)}
 ROLES = ("system", "user", "assistant")
@@ -92,17 +94,61 @@ MOST_PROBLEMS = 10  # shown one by one; more are summed up by kind
 MOST_CHECKED = 10_000  # rows: reading takes 0.1 ms a row, and every start reads them again
 
 
-def detect_format(sources: list[str], text_unit: str, columns: Mapping[str, str], learned: bool = True) -> str:
-    """The one format of all sources, each from its first row. Raises DataError if they differ: a template fits one."""
+def detect_format(
+    sources: list[str], text_unit: str, columns: Mapping[str, str], learned: bool = True, format: str = "auto"
+) -> str:
+    """The one format of all sources, each from its first row. Raises DataError if they differ: a template fits one.
+
+    `format`: auto, or a function of the user's own, which gives the rows whose format it is.
+    """
     found: dict[str, list[str]] = {}
     for source in sources:
-        found.setdefault(detect(next(readers.read(source, text_unit)), columns, learned), []).append(source)
+        rows = (row for row in readers.read(source, text_unit) if format == "auto" or not readers.is_empty(row))
+        row = next((row for row in (formatted(row, format) for row in rows) if row), None)
+        if row:
+            found.setdefault(detect(row, columns, learned), []).append(source)
+    if not found:
+        raise DataError(
+            f"{readers.some(sources)}: {_own(format)} returns None for every row, so nothing is left to learn"
+        )
     if len(found) > 1:
         listed = "; ".join(f"{format}: {readers.some(files)}" for format, files in found.items())
         raise DataError(
             f"the files hold rows of different formats ({listed}); convert them to one format, or list the files to read"
         )
     return next(iter(found))
+
+
+def formatted(row: Row, format: str) -> Row | None:
+    """The row as a function of the user's own gives it, None where that skips it; as it is for any other format.
+
+    Raises DataError that names the row, and the line of the function.
+    """
+    if not own_code.is_own(format):
+        return row
+    code = own_code.get(format)
+    try:
+        values = code.value(dict(row.values))
+    except Exception as exc:
+        failures.reraise(exc)
+        raise DataError(f"{row.place}: data.format: {code.blame(exc)}") from exc
+    if values is None:
+        return None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise DataError(
+            f"{row.place}: data.format: {code} should return a dict with messages, or prompt and completion, or text, or None to skip "
+            f"the row, got {short(values)}"
+        )
+    made = Row(row.place, values)
+    if _fitting(made, {}) is None:
+        raise DataError(
+            f"{row.place}: data.format: {code} gives columns {list_columns(sorted(values))}, which fit no format ({SHAPES})"
+        )
+    return made
+
+
+def _own(format: str) -> str:
+    return str(own_code.get(format)) if own_code.is_own(format) else format
 
 
 def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({}), learned: bool = True) -> str:
@@ -115,10 +161,9 @@ def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({}), learned:
     if learned:
         _require_no_verdict(row, columns)
     mapping = _by_other_case(row) or "for example {question: Patient, answer: Doctor}"
-    shapes = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
     is_table = row.place.source.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
     raise DataError(
-        f"{row.place}: columns {list_columns(sorted(row.values))} fit no format ({shapes}); "
+        f"{row.place}: columns {list_columns(sorted(row.values))} fit no format ({SHAPES}); "
         + ("the first line should name the columns; " if is_table else "")
         + f"rename them, or map them with data.columns, {mapping}"
     )
@@ -188,6 +233,8 @@ class Problems:
         """Rows read, right or wrong."""
         self.num_empty = 0
         """Rows of tables without anything in them, which are skipped."""
+        self.num_skipped = 0
+        """Rows that a function of the user's own skips."""
         self._first: list[str] = []
         self._kinds: dict[str, list[str]] = {}  # kind -> its first messages
         self._counts: Counter[str] = Counter()
@@ -250,7 +297,7 @@ def conversations(
     unread: "Counter[str] | None" = None,
     learned: bool = True,
 ) -> Iterator[Conversation]:
-    """Rows of all sources as conversations; `format` may be auto.
+    """Rows of all sources as conversations; `format` may be auto, or name a function of the user's own.
 
     What is wrong with rows goes into `problems`, and into `unread` how many rows have a column that is not read.
     `learned`: a column that says how good an answer is makes a row wrong, as training would learn bad answers, too.
@@ -259,12 +306,18 @@ def conversations(
     missing = dict(columns)
     for source in sources:
         with problems.noted():  # a file that is broken is read no further
-            own, before = format, problems.num_rows
-            for row in readers.read(source, text_unit):
-                if readers.is_empty(row):
+            own, before = "auto" if own_code.is_own(format) else format, problems.num_rows
+            for row_of_file in readers.read(source, text_unit):
+                if readers.is_empty(row_of_file):
                     problems.num_empty += 1
                     continue
                 problems.num_rows += 1
+                row = None
+                with problems.noted():
+                    row = formatted(row_of_file, format)
+                    problems.num_skipped += row is None
+                if row is None:
+                    continue
                 if own == "auto":
                     own = detect(row, columns, learned)
                 for ours in [ours for ours, theirs in missing.items() if theirs in row.values]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from finetune import own_code
 from finetune.data import readers, rows
 from finetune.data.rows import Conversation, Place, Problems
 from finetune.data.templates import Segment, Template
@@ -46,8 +47,9 @@ class Options:
     """Tokens that a sequence may have in the model; None: as many as it likes."""
 
     def deciding(self) -> dict[str, Any]:
-        """What the tokens depend on, for the key of the cache."""
-        return {name: value for name, value in asdict(self).items() if name != "positions"}
+        """What the tokens depend on, for the key of the cache: of a user's own function its content, not its place."""
+        own = {"format": own_code.get(self.format).sha256} if own_code.is_own(self.format) else {}
+        return {name: value for name, value in asdict(self).items() if name != "positions"} | own
 
 
 @dataclass
@@ -256,11 +258,13 @@ def tokenise(sources: Sequence[str], template: Template, tokenizer: Any, options
         bar.update(len(batch))
     bar.close()
     problems.raise_if_any({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
+    if not made.ids and not made.counts["num_rows"]:
+        raise DataError(f"{readers.some(list(sources), most=1)}: data.format skips all {problems.num_skipped:,} rows")
     if not made.ids:
         raise DataError(
             f"{readers.some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
         )
-    made.counts |= {"num_empty": problems.num_empty, "unread": unread}
+    made.counts |= {"num_empty": problems.num_empty, "num_skipped": problems.num_skipped, "unread": unread}
     return made
 
 

@@ -12,7 +12,7 @@ from finetune.engine.optim import set_lr
 from finetune.engine.topology import Topology
 from finetune.errors import TrainingDiverged
 from finetune.models.policy import Policy
-from finetune.objectives.base import Objective, Term, add
+from finetune.objectives.base import Objective, Term, add, as_divisors
 from finetune.objectives.sft import CROSS_ENTROPY
 
 
@@ -58,7 +58,7 @@ def train_step(
     topology.watchdog.heartbeat()  # the data is there
     policy.model.train()
     prepared = _prepared(topology, policy, objective, settings, batches)
-    divisors = {**totals, **_divisors(prepared)}
+    divisors = {**totals, **as_divisors(prepared)}
 
     def terms(batch: Batch) -> list[Term]:
         return objective.loss(policy, batch, settings, prepared)
@@ -101,7 +101,7 @@ def try_pass(
         def terms(part: Batch) -> list[Term]:
             return objective.loss(policy, part, settings, prepared)
 
-        divisors = {**counts, **_divisors(prepared)}
+        divisors = {**counts, **as_divisors(prepared)}
         topology.forward_backward(policy.model, batches, terms, divisors, last=False)
     policy.model.zero_grad()
     del kept
@@ -139,7 +139,7 @@ def evaluate(
                 for term in terms:
                     add(added, term)
     policy.model.train(was_training)
-    means, _ = _means(topology, list(added.values()), {**totals, **_divisors(divisors)}, [])
+    means, _ = _means(topology, list(added.values()), {**totals, **as_divisors(divisors)}, [])
     loss = sum(term.weight * means[term.name] for term in added.values())
     entropy = means.pop(CROSS_ENTROPY)
     means.pop("loss", None)
@@ -158,17 +158,12 @@ def _prepared(
 
     Float64 scalars on the device, summed over all processes.
     """
-    if type(objective).prepare is Objective.prepare:  # nothing: send no batch to the device for it
+    if not objective.prepares:  # send no batch to the device for nothing
         return {}
     with torch.no_grad():
         there = [batch.to(topology.device) for batch in batches]
         own = objective.prepare(policy, there, settings)
     return topology.processes.sum_on_device(own)
-
-
-def _divisors(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Make divisors of what was prepared: a sum over nothing is 0, and so is its mean."""
-    return {name: torch.where(value == 0, 1.0, value) for name, value in prepared.items()}
 
 
 def _means(

@@ -15,12 +15,13 @@ import torch
 import yaml
 
 from finetune import config as configs
-from finetune import failures, files
+from finetune import failures, files, own_code
 from finetune.config import paths
 from finetune.config.base import model_argument, require_model
+from finetune.config.fields import own_format
 from finetune.data import readers, rows
 from finetune.data.rows import Conversation
-from finetune.errors import DataError, Outage, UserError
+from finetune.errors import ConfigError, DataError, Outage, UserError
 from finetune.evaluation import scores
 from finetune.export.load import (
     load,
@@ -54,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         default="auto",
-        choices=["auto", *rows.FORMATS],
-        help="format of the rows; auto: from the columns of the first",
+        type=_format,
+        metavar="|".join(["auto", *rows.FORMATS, own_code.EXPECTED]),
+        help="format of the rows; auto: from the columns of the first; FILE.py:NAME: a function of your own, as data.format",
     )
     parser.add_argument(
         "--columns", type=_mapping, default={}, help="map columns with other names, as data.columns does"
@@ -164,12 +166,27 @@ def _mapping(text: str) -> dict[str, str]:
     return values
 
 
+def _format(text: str) -> str:
+    """A format of rows, or a function of the user's own, which is read here."""
+    known = ("auto", *rows.FORMATS)
+    if text in known:
+        return text
+    if not own_code.is_own(text):
+        raise argparse.ArgumentTypeError(f"should be {', '.join(known)} or {own_code.EXPECTED}, got {text!r}")
+    try:
+        return own_format(own_code.find(text)).name
+    except ConfigError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
 def read(source: str, format: str, columns: dict[str, str], limit: int | None) -> list[Conversation]:
     """Rows that end with an answer, of a file, folder, glob or Hub name. Raises DataError with all that is wrong."""
     found, notes = readers.expand(source, "--data")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     problems, unread = rows.Problems(), Counter[str]()
+    if columns and own_code.is_own(format):
+        raise UserError("--columns: would be ignored: the function of --format reads the columns itself; remove it")
     try:
         if format == "auto":
             format = rows.detect_format(found, "line", columns, learned=False)
@@ -177,10 +194,12 @@ def read(source: str, format: str, columns: dict[str, str], limit: int | None) -
         read = list(islice(stream, limit))
         problems.raise_if_any()
     except UserError as exc:  # which speaks of the run config
-        raise type(exc)(str(exc).replace("data.columns", "--columns")) from exc
+        raise type(exc)(str(exc).replace("data.columns", "--columns").replace("data.format", "--format")) from exc
     if problems.num_empty:
         skipped = "1 empty row" if problems.num_empty == 1 else f"{problems.num_empty:,} empty rows"
         print(f"note: {skipped} skipped", file=sys.stderr)
+    if problems.num_skipped:
+        print(f"note: --format skips {problems.num_skipped:,} of {problems.num_rows:,} rows", file=sys.stderr)
     if unread:
         print(
             f"note: not read: columns {readers.list_columns(sorted(unread))}; every answer counts as correct",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import Config
+from finetune.config import Config, Lora, QLora
 from finetune.engine.topology import support
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError
@@ -119,9 +119,9 @@ class Chooser:
             yield before + "optimizer.kind: adamw_8bit", _with(recomputed, "optimizer", kind="adamw_8bit")
             if config.model.dtype != "bfloat16":
                 yield before + "model.dtype: bfloat16", _with(recomputed, "model", dtype="bfloat16")
-        for other in ("lora", "qlora"):
-            if config.model.init != "random" and kind not in (other, "qlora"):
-                yield before + f"adapter.kind: {other}", _with(recomputed, "adapter", kind=other, freeze=[])
+        for other in (Lora(kind="lora"), QLora(kind="qlora")):
+            if config.model.init != "random" and kind not in (other.kind, "qlora"):
+                yield before + f"adapter.kind: {other.kind}", recomputed.model_copy(update={"adapter": other})
 
 
 def micro_batches(config: Config, parallel: ParallelConfig) -> list[int]:

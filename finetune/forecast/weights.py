@@ -42,9 +42,10 @@ class Weights:
 def count(model: nn.Module, config: Config, width: int) -> Weights:
     """Of the model as it will be, from one that has shapes only. `width`: bytes of a number of the arithmetic."""
     quantized = set(_quantized(model, config))
-    form = QUANTIZATIONS[config.adapter.quantization]
-    scale_bits = form.double_scale_bits if config.adapter.double_quantization else form.scale_bits
-    packed = (form.bits + scale_bits) / 8
+    adapter, packed = config.adapter, 0.0
+    if adapter.kind == "qlora":
+        form = QUANTIZATIONS[adapter.quantization]
+        packed = (form.bits + (form.double_scale_bits if adapter.double_quantization else form.scale_bits)) / 8
     named = dict(model.named_parameters())
     stored = {name: p.numel() * (packed if name in quantized else p.element_size()) for name, p in named.items()}
     used = {name: stored[name] if name in quantized else width * p.numel() for name, p in named.items()}

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetune import failures
-from finetune.config import Adapter, Model
+from finetune.config import Adapter, Full, Model, QLora
 from finetune.config.base import ADAPTER_WEIGHTS, adapter_problem
 from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
 from finetune.errors import ModelError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # peft brings bitsandbytes, and this the compiler: seconds th
 
 
 def apply(
-    model: Any, adapter: Adapter, base: Model, dtype: torch.dtype = torch.float32, new_token_ids: Sequence[int] = ()
+    model: Any, adapter: Full | Adapter, base: Model, dtype: torch.dtype = torch.float32, new_token_ids: Sequence[int] = ()
 ) -> Any:
     """The model with what trains unfrozen: itself (full), or a PeftModel around it. Raises ModelError.
 
@@ -32,7 +32,7 @@ def apply(
     here, because some initialisations rewrite the base. Where there are new tokens, embedding and
     head train whole and are saved with the adapter.
     """
-    if adapter.kind == "full":
+    if isinstance(adapter, Full):
         model = _freeze(model, adapter.freeze)
         if new_token_ids and not model.get_input_embeddings().weight.requires_grad:
             raise ModelError("adapter.freeze: freezes the embedding, so model.new_tokens would never be learned")
@@ -66,12 +66,12 @@ def apply(
     return adapted
 
 
-def quantization(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any] | None:
+def quantization(adapter: Full | Adapter, dtype: torch.dtype) -> dict[str, Any] | None:
     """Arguments of transformers' BitsAndBytesConfig, in words; None if nothing is quantised.
 
     4 bits: Dettmers et al., 2023. Blocks of 64 weights with a scale; NF4's 16 values are the quantiles of a normal distribution.
     """
-    if adapter.kind != "qlora":
+    if not isinstance(adapter, QLora):
         return None
     if QUANTIZATIONS[adapter.quantization].bits == 8:
         return {"load_in_8bit": True}

@@ -54,9 +54,10 @@ def build(
     else:
         base = load.skeleton(config.model, model_config, tokenizer, attention, dtype)
     model = adapters.apply(base, config.adapter, config.model, dtype, new_token_ids)
-    if with_weights and config.adapter.init == "loftq":
+    init = None if config.adapter.kind == "full" else config.adapter.init
+    if with_weights and init == "loftq":
         adapter_init.initialise_from_quantization(model, load_base(None))
-    elif with_weights and config.adapter.init == "eva":
+    elif with_weights and init == "eva":
         adapter_init.initialise_from_data(model.to(device), first_inputs())
     head.install(base)
     if config.train.neftune_alpha is not None:

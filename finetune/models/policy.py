@@ -44,14 +44,19 @@ class Policy:
         All that is needed of a batch is asked for at once: processes that share the weights gather
         them once a pass.
         """
+        question = Question(batch.labels, batch.positions, self.known(want), batch.weights, label_smoothing)
+        return Answers(**self.model(**batch.inputs, question=question))
+
+    @staticmethod
+    def known(want: Iterable[str]) -> frozenset[str]:
+        """What is wanted, if all of it can be answered. Raises ValueError."""
         wanted = frozenset(want)
         if unknown := wanted - WANTS:
             raise ValueError(
                 f"a policy cannot be asked for {', '.join(sorted(unknown))}; it knows "
                 f"{', '.join(sorted(WANTS))}"
             )
-        question = Question(batch.labels, batch.positions, wanted, batch.weights, label_smoothing)
-        return Answers(**self.model(**batch.inputs, question=question))
+        return wanted
 
     def per_document(self, values_S: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Sum of the values of each document's supervised tokens, [D]; differentiable.

@@ -1,9 +1,18 @@
 """What is learned: one file for each objective."""
 
+from typing import Any
+
+from finetune.config import OwnObjective
 from finetune.objectives.base import Objective, Term
 from finetune.objectives.clm import Clm
+from finetune.objectives.own import Own
 from finetune.objectives.sft import Sft
 
 OBJECTIVES: dict[str, Objective] = {"clm": Clm(), "sft": Sft()}
 
-__all__ = ["OBJECTIVES", "Objective", "Term"]
+__all__ = ["OBJECTIVES", "Objective", "Own", "Term", "chosen"]
+
+
+def chosen(settings: Any) -> Objective:
+    """The objective that the section `objective` of a config asks for."""
+    return Own(settings) if isinstance(settings, OwnObjective) else OBJECTIVES[settings.kind]

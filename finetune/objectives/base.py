@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from finetune.data.batches import Batch
 from finetune.models.policy import Policy
@@ -28,10 +29,17 @@ class Term:
 
 
 class Objective:
-    """Base of all objectives. One of your own is a subclass with a `loss`; see CONTRIBUTING.md."""
+    """Base of all objectives. One of your own is a subclass with a `loss`; see docs/objectives.md."""
 
+    Settings: type[BaseModel] = BaseModel
+    """Its settings in the section `objective` of a config; `settings` of the methods is one of them."""
     has_turns = True
     """Whether rows are conversations, whose template there is to keep with the model."""
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` gives anything."""
+        return type(self).prepare is not Objective.prepare
 
     def supervises(self, loss_on: str) -> str:
         """Which part of a row is learned: what data.loss_on says, unless an objective knows better."""
@@ -43,7 +51,7 @@ class Objective:
 
     def loss(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
         """The terms of one micro-batch, whose sum is the loss."""
-        raise NotImplementedError
+        raise NotImplementedError("an objective needs a method loss")
 
     def evaluate(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
         """The terms of held-out rows, without gradient: those of `loss`, unless an objective says otherwise."""
@@ -55,6 +63,11 @@ def add(added: dict[str, Term], term: Term) -> None:
     so_far = added.get(term.name)
     here = term.sum.detach().double()
     added[term.name] = replace(term, sum=here if so_far is None else so_far.sum + here)
+
+
+def as_divisors(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an objective prepared, as divisors: a sum over nothing is 0, and so is its mean."""
+    return {name: torch.where(value == 0, 1.0, value) for name, value in prepared.items()}
 
 
 def total(terms: Sequence[Term], divisors: Mapping[str, float | torch.Tensor]) -> torch.Tensor:

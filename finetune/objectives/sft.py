@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from finetune.config import CrossEntropy
 from finetune.data.batches import Batch
 from finetune.models.policy import Policy
 from finetune.objectives.base import Objective, Term
@@ -12,6 +13,8 @@ from finetune.objectives.base import Objective, Term
 
 class Sft(Objective):
     """Cross-entropy of the supervised tokens."""
+
+    Settings = CrossEntropy
 
     def loss(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
         nll = policy(batch, {"nll"}, label_smoothing=settings.label_smoothing).nll

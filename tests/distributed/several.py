@@ -4,8 +4,8 @@
 
 Most of a small run is the start of its processes. `forget:DIR:STEP` takes a run back to the
 checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the next run on
-purpose, so that the tests of the others are seen to fail; `objective:NAME` gives it one of
-tests/invariants/objectives.py; `topology:NAME` has all that follow share the model in another way;
+purpose, so that the tests of the others are seen to fail; `pair` makes each two of its rows one
+example; `topology:NAME` has all that follow share the model in another way;
 `compiler:NAME` compiles all that follow by another backend.
 """
 
@@ -42,8 +42,8 @@ def main() -> None:
                 torch.distributed.barrier()
         elif argument.startswith("break:"):
             mend = BREAKS[argument.removeprefix("break:")]()
-        elif argument.startswith("objective:"):
-            mend = objectives.use(argument.removeprefix("objective:"))
+        elif argument == "pair":
+            mend = objectives.pair()
         elif argument.startswith("compiler:"):  # "aot_eager" captures the same graphs, and generates no code
             instead(torch, "compile", functools.partial(compiler, backend=argument.removeprefix("compiler:")))
         elif argument.startswith("topology:"):

@@ -49,7 +49,7 @@ class Pairwise(Objective):
 
 
 SURE = -5.0  # tiny models know little
-OBJECTIVES = {"dft": Dft(), "unlikelihood": Unlikelihood(), "pairwise": Pairwise()}
+OBJECTIVES = {name: f"{__file__}:{name}" for name in ("Dft", "Unlikelihood", "Pairwise")}
 
 
 def paired(examples: Examples) -> Examples:
@@ -61,16 +61,14 @@ def paired(examples: Examples) -> Examples:
     )  # fmt: skip
 
 
-def use(name: str):
-    """Put an objective in the place of sft; returns what takes it away again."""
-    from finetune import objectives, preflight
+def pair():
+    """Make pairs of the rows of every run from here on; returns what ends that."""
+    from finetune import preflight
 
-    sft, prepare = objectives.OBJECTIVES["sft"], preflight.examples.prepare
-    objectives.OBJECTIVES["sft"] = OBJECTIVES[name]
-    if name == "pairwise":
-        preflight.examples.prepare = lambda *arguments, **keywords: paired(prepare(*arguments, **keywords))
+    prepare = preflight.examples.prepare
+    preflight.examples.prepare = lambda *arguments, **keywords: paired(prepare(*arguments, **keywords))
 
     def restore() -> None:
-        objectives.OBJECTIVES["sft"], preflight.examples.prepare = sft, prepare
+        preflight.examples.prepare = prepare
 
     return restore

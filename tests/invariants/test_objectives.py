@@ -19,7 +19,7 @@ WAYS = {
 
 @pytest.fixture
 def objective(request):
-    restore = objectives.use(request.param)
+    restore = objectives.pair() if request.param == "Pairwise" else lambda: None
     yield request.param
     restore()
 
@@ -35,18 +35,25 @@ def curves(run):
 
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
 def test_how_a_step_is_cut_up_or_laid_out_changes_nothing(workshop, objective):
-    runs = [workshop.train(name.replace(" ", "_"), **TEN, **way) for name, way in WAYS.items()]
+    own = {**TEN, "objective__kind": objectives.OBJECTIVES[objective]}
+    runs = [workshop.train(name.replace(" ", "_"), **own, **way) for name, way in WAYS.items()]
     for run in runs[1:]:
         assert curves(run) == pytest.approx(curves(runs[0]), rel=1e-4)
     assert losses(runs[0])[-1] != losses(runs[0])[0]
     line = read_jsonl(runs[0] / "metrics.jsonl")[-1]
-    assert {"dft": set(), "unlikelihood": {"unlikelihood"}, "pairwise": {"margin"}}[objective] <= line.keys()
+    assert {"Dft": set(), "Unlikelihood": {"unlikelihood"}, "Pairwise": {"margin"}}[objective] <= line.keys()
 
 
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
 def test_examples_packed_together_learn_what_they_learn_alone(workshop, objective):
     """One step over all rows, so that packs hold the same examples as the steps without them."""
-    whole = {**TEN, "train__max_steps": 3, "train__global_batch_size": 40, "data__eval_fraction": 0}
+    whole = {
+        **TEN,
+        "objective__kind": objectives.OBJECTIVES[objective],
+        "train__max_steps": 3,
+        "train__global_batch_size": 40,
+        "data__eval_fraction": 0,
+    }
     alone = workshop.train("alone", **whole, train__micro_batch_size=8)
     packed = workshop.train(
         "packed", **whole | {"data__max_length": 512}, train__micro_batch_size=1, data__packing=True
@@ -65,15 +72,15 @@ def test_several_processes_learn_what_one_learns(tmp_path, topologies, processes
 
     workshop, arguments = Workshop(tmp_path), []
     settings = {**TEN, "train__micro_batch_size": 1, "data__packing": True}
-    for name in objectives.OBJECTIVES:
-        restore = objectives.use(name)
-        workshop.train(f"{name}_alone", **settings)
+    for name, kind in objectives.OBJECTIVES.items():
+        restore = objectives.pair() if name == "Pairwise" else lambda: None
+        workshop.train(f"{name}_alone", **settings, objective__kind=kind)
         restore()
     for topology in topologies:
         arguments += [f"topology:{topology}"] if processes == 2 else []
-        for name in objectives.OBJECTIVES:
-            config = workshop.config(f"{topology}_{name}", **settings)
-            arguments += [f"objective:{name}", str(workshop.write(config))]
+        for name, kind in objectives.OBJECTIVES.items():
+            config = workshop.config(f"{topology}_{name}", **settings, objective__kind=kind)
+            arguments += [*(["pair"] if name == "Pairwise" else []), str(workshop.write(config))]
     logs = [tmp_path / f"{rank}.log" for rank in range(processes)]
     launch = fork("distributed.several", arguments, topologies[0], logs, {}, FOUR.get(topologies[0], []))
     assert launch.codes(280) == [0] * processes, launch.said()

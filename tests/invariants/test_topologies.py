@@ -140,7 +140,9 @@ def files_of(workshop: Workshop, alone: Workshop, topology: str, cases: list[str
         method = settings(alone, "lora") if topology in ("fsdp2", "zero3") else EIGHT
         resumed = {"train__micro_batch_size": 2, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9, "run__dir": str(workshop.folder / topology)}  # fmt: skip
         whole, parts = (
-            workshop.write(workshop.config(name, **method | resumed)).rename(workshop.folder / f"{topology}-{name}.yaml")
+            workshop.write(workshop.config(name, **method | resumed)).rename(
+                workshop.folder / f"{topology}-{name}.yaml"
+            )
             for name in ("whole", "parts")
         )
         files += [whole, parts, f"forget:{workshop.folder / topology / 'parts'}:4", parts]

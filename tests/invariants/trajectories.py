@@ -152,7 +152,9 @@ def shared(folder: Path) -> dict[str, dict[str, Any]]:
     logs = [folder / f"{rank}.log" for rank in range(2)]
     launch = fork("distributed.several", arguments, TOPOLOGIES[0], logs, {}, [])
     assert launch.codes(300) == [0, 0], launch.said()
-    return {f"{topology}/{name}": of(workshop.run_dir(f"{topology}-{name}")) for topology in TOPOLOGIES for name in SHARED}
+    return {
+        f"{topology}/{name}": of(workshop.run_dir(f"{topology}-{name}")) for topology in TOPOLOGIES for name in SHARED
+    }
 
 
 def record(trajectories: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ FEATURES = [
     Feature(
         "all weights, some frozen",
         "adapter.freeze",
-        lambda c: bool(c.adapter.freeze),
+        lambda c: c.adapter.kind == "full" and bool(c.adapter.freeze),
         {"zero*": "DeepSpeed keeps no float32 of what is frozen; take fsdp2.yaml"},
     ),
     Feature(

@@ -1,0 +1,44 @@
+"""Sections whose `kind` decides which other settings they have. No torch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError, WrapValidator
+from pydantic_core import InitErrorDetails
+
+from finetune import own_code
+
+
+def by_kind(*classes: type[BaseModel], own: Callable[[str], type[BaseModel]] | None = None) -> WrapValidator:
+    """Validate a section by the class of its `kind`, the first where none is given.
+
+    `own`: gives the class for a kind that names a user's own code.
+    """
+    known = {name_of(cls): cls for cls in classes}
+    listed = [repr(name) for name in known] + ([own_code.EXPECTED] if own else [])
+
+    def validate(values: Any, union: Any) -> Any:
+        if isinstance(values, BaseModel):
+            return union(values)
+        if not isinstance(values, Mapping):
+            raise _error("model_type", (), values, {"class_name": classes[0].__name__})
+        kind = values.get("kind", name_of(classes[0]))
+        if own and own_code.is_own(kind):
+            return own(kind).model_validate(values)
+        if isinstance(kind, str) and kind in known:
+            return known[kind].model_validate(values)
+        expected = " or ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
+        raise _error("literal_error", ("kind",), kind, {"expected": expected})
+
+    return WrapValidator(validate)
+
+
+def name_of(cls: type[BaseModel]) -> str:
+    """The kind whose settings a class has; FILE.py:NAME for a user's own."""
+    options = get_args(cls.model_fields["kind"].annotation)
+    return str(options[0]) if options else own_code.EXPECTED
+
+
+def _error(problem: str, place: tuple[str, ...], got: Any, context: dict[str, Any]) -> ValidationError:
+    details = InitErrorDetails(type=problem, loc=place, input=got, ctx=context)
+    return ValidationError.from_exception_data("section", [details])

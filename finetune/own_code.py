@@ -1,0 +1,184 @@
+"""Code of a user's own, named in a config as FILE.py:NAME or package.module:NAME. No torch.
+
+Only `read` executes code, and only `config` calls it, with what the user's config or command line names. What was read
+stays in this process: a file that is edited during a run changes nothing.
+"""
+
+import difflib
+import hashlib
+import importlib
+import os
+import re
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from finetune import failures, places
+from finetune.errors import ConfigError, FinetuneError
+
+FORM = r"^.+:[A-Za-z_]\w*$"
+EXPECTED = "FILE.py:NAME"
+
+
+@dataclass(frozen=True, eq=False)
+class OwnCode:
+    """An object, the file that it comes from, and the sha256 of that file (of all files of a package)."""
+
+    name: str
+    path: Path
+    sha256: str
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)}:{self.name.rpartition(':')[2]}"
+
+    def blame(self, exc: BaseException) -> str:
+        """`file:line: KeyError: 'x'`, with the last line of this file that led to an exception."""
+        return _blame(exc, self.path)
+
+
+_READ: dict[str, OwnCode] = {}
+
+
+def is_own(value: object) -> bool:
+    return isinstance(value, str) and re.match(FORM, value) is not None
+
+
+def find(name: str, folder: Path | None = None) -> str:
+    """`name` with the full path of its file, which is looked for in `folder` (of the config), then here. Raises ConfigError."""
+    place, _, attribute = name.rpartition(":")
+    if not _is_file(place):
+        return name
+    folders = [Path.cwd()] if folder is None else list(dict.fromkeys((folder.absolute(), Path.cwd())))
+    for path in (each / os.path.expanduser(place) for each in folders):
+        if path.is_file():
+            return f"{os.path.realpath(path)}:{attribute}"
+    near = (places.nearest(str(each / os.path.dirname(place)), os.path.basename(place)) for each in folders)
+    hint = next((f"did you mean {shown(Path(path))}?" for path in near if path), "correct the path")
+    raise ConfigError(f"no file {place} in {' or in '.join(map(str, folders))}; {hint}")
+
+
+def read(name: str) -> OwnCode:
+    """Execute the file of `name`, as `find` gave it, unless this content was executed before. Raises ConfigError."""
+    place, _, attribute = name.rpartition(":")
+    path, content, found = _sources(place)
+    if (known := _READ.get(name)) and known.sha256 == found:
+        return known
+    module = _executed(path, content, found) if _is_file(place) else _imported(place, path)
+    if not hasattr(module, attribute):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        near = difflib.get_close_matches(attribute.lower(), {key.lower(): key for key in own}, n=1)
+        hint = next(
+            (f"did you mean {key}?" for key in own if [key.lower()] == near), f"it has {', '.join(own) or 'none'}"
+        )
+        raise ConfigError(f"{shown(path)} defines no {attribute}; {hint}")
+    _READ[name] = OwnCode(name, path, found, getattr(module, attribute))
+    return _READ[name]
+
+
+def get(name: str) -> OwnCode:
+    """What `read` has read under this name."""
+    return _READ[name]
+
+
+def sha256(name: str) -> str:
+    """The hash of the file of `name`, which is not executed. Raises ConfigError."""
+    return _sources(name.rpartition(":")[0])[2]
+
+
+def _sources(place: str) -> tuple[Path, bytes, str]:
+    """The file of a place, what it holds, and the hash of that, or of the package that a module is in."""
+    path = Path(place) if _is_file(place) else _path_of_module(place)
+    content = _content(path)
+    return path, content, hashlib.sha256(content if _is_file(place) else _package(path)).hexdigest()
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be from here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def without_folder(name: str) -> str:
+    """`name` as it is on any machine: the content of its file is compared by its hash."""
+    return os.path.basename(name) if _is_file(name.rpartition(":")[0]) else name
+
+
+def label(setting: str, name: str) -> str:
+    """How receipts and checkpoints call the hash of code."""
+    return f"code of {setting}: {without_folder(name)}"
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith(".py") or os.sep in place
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        failures.reraise(exc, f"{path} cannot be read now")
+        raise ConfigError(f"{path} cannot be read: {exc.strerror}") from exc
+
+
+def _package(path: Path) -> bytes:
+    """All sources of the package that a module is in, or the module alone."""
+    is_packaged = (path.parent / "__init__.py").exists()
+    return b"".join(map(_content, sorted(path.parent.rglob("*.py")) if is_packaged else [path]))
+
+
+def _executed(path: Path, content: bytes, sha256: str) -> ModuleType:
+    """A file as a module; it sees its own folder no more than any other."""
+    module = ModuleType(f"own_code_{path.stem}_{sha256[:12]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(content, str(path), "exec"), vars(module))
+    except (Exception, SystemExit) as exc:
+        del sys.modules[module.__name__]
+        raise _failed(exc, path) from exc
+    return module
+
+
+def _path_of_module(place: str) -> Path:
+    """The file of a module that can be imported from here. Raises ConfigError."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    found, inside, whole = None, None, ""
+    for part in place.split("."):  # not importlib.util.find_spec, which executes the packages around a module
+        whole = f"{whole}.{part}".lstrip(".")
+        specs = (finder.find_spec(whole, inside) for finder in sys.meta_path)
+        found = next((spec for spec in specs if spec is not None), None)
+        inside = found.submodule_search_locations if found else []
+    if found is None or not found.has_location or found.origin is None:
+        raise ConfigError(f"no module {place} can be imported here; a file is named as {EXPECTED}")
+    return Path(found.origin)
+
+
+def _imported(place: str, path: Path) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except (Exception, SystemExit) as exc:
+        raise _failed(exc, path) from exc
+
+
+def _failed(exc: BaseException, path: Path) -> FinetuneError:
+    if isinstance(exc, Exception):
+        failures.reraise(exc, f"{shown(path)} cannot be imported now")
+    hint = ""
+    if isinstance(exc, ModuleNotFoundError):
+        hint = "; install it, or, if it stands next to the file, move what you need into the file"
+    return ConfigError(f"{_blame(exc, path)}{hint}")
+
+
+def _blame(exc: BaseException, path: Path) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(exc.__traceback__) if frame.filename == str(path)]
+    message = str(exc)
+    if isinstance(exc, SyntaxError) and exc.filename == str(path):
+        lines, message = [exc.lineno], exc.msg
+    first = next(iter(message.strip().splitlines()), "")[: failures.MOST_LETTERS]
+    where = f"{shown(path)}:{lines[-1]}" if lines else shown(path)
+    return f"{where}: {type(exc).__name__}" + (f": {first}" if first else "")

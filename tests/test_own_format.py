@@ -1,0 +1,145 @@
+"""Rows in a format of a user's own, which a function in FILE.py:NAME reads."""
+
+import argparse
+import re
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+
+from finetune import config as configs
+from finetune import own_code
+from finetune.data import rows
+from finetune.errors import ConfigError, DataError, RunDirectoryError, UserError
+from finetune.evaluation import compare
+
+TURNS = """
+def rows(row):
+    if row["votes"] < 2:
+        return None
+    return {"question": row["Patient"].strip(), "answer": row["Doctor"]}
+"""
+ROWS = [{"Patient": f" is {n} even ", "Doctor": "yes" if n % 2 == 0 else "no", "votes": n % 4} for n in range(40)]
+
+
+@pytest.fixture
+def own(workshop):
+    """Write a function of the user's own next to the config; gives how a config names it."""
+    write_jsonl(workshop.rows, ROWS)
+
+    def own(source: str) -> str:
+        (workshop.folder / "own.py").write_text(source)
+        return "own.py:rows"
+
+    return own
+
+
+def conversations(workshop, source: str, raw: list, problems: rows.Problems | None = None):
+    """What a function makes of rows of a file."""
+    name = f"{workshop.folder}/own.py:rows"
+    (workshop.folder / "own.py").write_text(source)
+    own_code.read(name)
+    path = write_jsonl(workshop.folder / "raw.jsonl", raw)
+    return list(
+        rows.conversations([str(path)], name, {}, "line", None, rows.Problems() if problems is None else problems)
+    )
+
+
+def test_a_function_reads_rows_and_skips_some(workshop, own, capsys):
+    run = workshop.train(data__format=own(TURNS))
+    said = capsys.readouterr().out
+    assert "data        20 rows -> 20 examples" in said
+    assert "; 20 rows skipped by data.format" in said
+    assert "own code    " in said
+    assert "| is 2 even\n" in said
+    identity = workshop.receipt()["identity"]
+    assert identity["code of data.format: own.py:rows"] == own_code.sha256(f"{workshop.folder}/own.py:rows")
+    assert len(read_jsonl(run / "metrics.jsonl")) == 3
+
+
+def test_rows_are_given_in_their_order_with_their_places(workshop):
+    made = conversations(workshop, TURNS, ROWS)
+    assert [conversation.messages[0].content for conversation in made] == [
+        f"is {n} even" for n in range(40) if n % 4 > 1
+    ]
+    assert [conversation.place.line for conversation in made] == [n + 1 for n in range(40) if n % 4 > 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "turns"),
+    [
+        ("{'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}", ["a", "b"]),
+        ("{'prompt': 'a', 'completion': 'b'}", ["a", "b"]),
+        ("{'text': 'a'}", ["a"]),
+    ],
+)
+def test_every_format_may_come_out_of_a_function(workshop, values, turns):
+    [made] = conversations(workshop, f"def rows(row):\n    return {values}\n", [{"x": 1}])
+    assert [message.content for message in made.messages] == turns
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return row['question']", r"raw\.jsonl:1: data\.format: .*own\.py:2: KeyError: 'question'"),
+        (
+            "return [row]",
+            r"raw\.jsonl:1: data\.format: .*own\.py:rows should return a dict with messages, or .*, got \[\{",
+        ),
+        ("return {1: 'a'}", r"should return a dict with messages"),
+        ("return {'Patient': 'a'}", r"gives columns \['Patient'\], which fit no format \(messages: messages; "),
+        ("return {'prompt': 'a', 'completion': 3}", r"raw\.jsonl:1: column 'completion' should be text, got 3"),
+        ("return {'prompt': 'a', 'chosen': 'b', 'completion': 'c'}", "belongs to preference rows"),
+    ],
+)
+def test_a_mistake_names_the_row_and_the_line_of_the_function(workshop, body, says):
+    problems = rows.Problems()
+    assert conversations(workshop, f"def rows(row):\n    {body}\n", [{"Patient": "x"}], problems) == []
+    with pytest.raises(DataError, match=says):
+        problems.raise_if_any()
+
+
+def test_a_function_that_skips_every_row_is_refused(workshop, own):
+    with pytest.raises(DataError, match=r"rows\.jsonl: .*own\.py:rows returns None for every row"):
+        workshop.check(data__format=own("def rows(row):\n    return None\n"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"data__columns": {"question": "Patient"}}, "data.columns: would be ignored: own.py:rows reads the columns of the file itself"),
+        ({"data__format": "own.py:row"}, "data.format: own.py defines no row; did you mean rows?"),
+        ({"data__format": "own.py:N"}, "data.format: own.py:N is a int, not a function from a row to a row"),
+        ({"data__format": "other.py:rows"}, "data.format: no file other.py in "),
+        ({"data__format": "rows"}, "data.format: should be 'auto', 'text', 'prompt_completion', 'question_answer', 'instruction' or 'messages' or FILE.py:NAME, got 'rows'"),
+    ],
+)  # fmt: skip
+def test_what_a_config_may_not_say_of_it(workshop, own, settings, says):
+    values = workshop.config(**{"data__format": own(TURNS + "N = 3\n"), **settings})
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(values, folder=workshop.folder)
+    assert says in str(caught.value).replace(f"{own_code.shown(workshop.folder)}/", "")
+
+
+def test_another_function_gives_other_tokens_and_is_another_run(workshop, own):
+    workshop.train(data__format=own(TURNS))
+    capped = TURNS.replace("strip()", "strip().upper()")
+    with pytest.raises(RunDirectoryError, match=re.escape("code of data.format: own.py:rows: was ")):
+        workshop.train(data__format=own(capped))
+    other = workshop.train("other", data__format=own(capped))
+    first, second = (read_jsonl(run / "metrics.jsonl")[0] for run in (workshop.run_dir(), other))
+    assert first["loss"] != second["loss"], "the cache of tokens tells them apart"
+
+
+def test_evaluate_reads_rows_by_the_same_function(workshop, own, capsys):
+    name = compare._format(f"{workshop.folder}/{own(TURNS)}")
+    assert len(compare.read(str(workshop.rows), name, {}, 3)) == 3
+    assert "note: --format skips 4 of 7 rows" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--columns: would be ignored"):
+        compare.read(str(workshop.rows), name, {"question": "Patient"}, 3)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"defines no row; did you mean rows\?"):
+        compare._format(name[:-1])
+    with pytest.raises(argparse.ArgumentTypeError, match=r"should be auto, .* or FILE.py:NAME, got 'chat'"):
+        compare._format("chat")
+    own(TURNS.replace("votes", "likes"))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: --format: .*own\.py:3: KeyError: 'likes'"):
+        compare.read(str(workshop.rows), compare._format(name), {}, 3)

@@ -1,0 +1,228 @@
+"""An objective of a user's own, by FILE.py:NAME: its settings, its mistakes, its identity."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from finetune import config as configs
+from finetune import own_code, replay
+from finetune.config.fields import own_objective
+from finetune.data.batches import Batch
+from finetune.errors import ConfigError, RunDirectoryError
+from finetune.objectives import Own
+
+DFT = """
+from finetune.objectives import Objective, Term
+from pydantic import BaseModel, Field
+
+
+class Dft(Objective):
+    class Settings(BaseModel):
+        beta: float = Field(1.0, ge=0)
+        names: list[str] = []
+
+    def loss(self, policy, batch, settings, prepared):
+        logprobs = policy(batch, {"logprobs"}).logprobs
+        return [Term("loss", -(settings.beta * logprobs.exp().detach() * logprobs).sum(), per="tokens")]
+
+
+dft = Dft()
+number = 3
+"""
+LOSS = "from finetune.objectives import Objective, Term\nclass Own(Objective):\n    def loss(self, policy, batch, settings, prepared):\n        "
+
+
+@pytest.fixture
+def own(workshop):
+    """Write a file of the user's own next to the config; gives how a config names what is in it."""
+
+    def own(source: str, name: str = "Own", file: str = "own.py") -> str:
+        (workshop.folder / file).write_text(source)
+        return f"{file}:{name}"
+
+    return own
+
+
+@pytest.fixture
+def refusal(workshop):
+    """The problems of a config with an objective of one's own."""
+
+    def refusal(kind: str, **settings) -> str:
+        with pytest.raises(ConfigError) as caught:
+            configs.from_dict(workshop.config(objective__kind=kind, **settings), folder=workshop.folder)
+        return str(caught.value).replace(f"{own_code.shown(workshop.folder)}/", "")
+
+    return refusal
+
+
+BATCH = Batch(
+    {"input_ids": torch.zeros(1, 9, dtype=torch.int64)}, labels=torch.arange(5), positions=torch.arange(5),
+    document=torch.tensor([0, 0, 0, 1, 1]), example=torch.tensor([0, 1]), lengths=(5, 4), num_documents=2,
+    counts={"tokens": 5, "documents": 2, "examples": 2, "input_tokens": 9},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Dft", "dft"])
+def test_a_class_or_an_object_of_a_file_next_to_the_config_trains(workshop, own, name):
+    run = workshop.train(objective__kind=own(DFT, name), objective__beta=0.5, train__max_steps=2)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["objective"] == {"kind": f"{workshop.folder}/own.py:{name}", "beta": 0.5, "names": []}
+    [code] = [
+        value
+        for key, value in workshop.receipt()["identity"].items()
+        if key == f"code of objective.kind: own.py:{name}"
+    ]
+    assert code == own_code.get(saved["objective"]["kind"]).sha256
+
+
+def test_a_module_that_can_be_imported_is_named_with_dots(workshop, monkeypatch):
+    package = workshop.folder / "losses"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "dft.py").write_text(DFT)
+    monkeypatch.syspath_prepend(str(workshop.folder))
+    configs.from_dict(workshop.config(objective__kind="losses.dft:Dft"))
+    code = own_code.get("losses.dft:Dft")
+    (package / "__init__.py").write_text("# another file of the package\n")
+    assert own_code.sha256("losses.dft:Dft") != code.sha256
+
+
+def test_settings_are_checked_like_those_of_every_section(workshop, own, refusal):
+    kind = own(DFT, "Dft")
+    assert "objective.beta: should be" not in refusal(kind, objective__bta=1.0)
+    assert "objective.bta: unknown key; did you mean objective.beta?" in refusal(kind, objective__bta=1.0)
+    assert "objective.beta: should be a valid number, got 'x'" in refusal(kind, objective__beta="x")
+    assert "objective.beta: should be greater than or equal to 0, got -1" in refusal(kind, objective__beta=-1)
+    assert "objective.label_smoothing: objective.kind is" in refusal(kind, objective__label_smoothing=0.1)
+
+
+def test_the_command_line_knows_its_settings(workshop, own):
+    path = str(workshop.write(workshop.config(objective__kind=own(DFT, "Dft"))))
+    config, _ = configs.parse(["--config", path, "--objective.beta", "0.25", "--objective.names=[a, b]"])
+    assert (config.objective.beta, config.objective.names) == (0.25, ["a", "b"])
+    with pytest.raises(ConfigError, match="--objective.bta: unknown option; did you mean objective.beta?"):
+        configs.parse(["--config", path, "--objective.bta", "0.25"])
+
+
+def test_a_file_is_found_from_the_config_then_from_here(workshop, own, monkeypatch, tmp_path):
+    own(DFT)
+    (workshop.folder / "elsewhere").mkdir()
+    monkeypatch.chdir(workshop.folder / "elsewhere")
+    assert own_code.find("own.py:Dft", workshop.folder) == f"{workshop.folder}/own.py:Dft"
+    Path("own.py").write_text(DFT)
+    assert own_code.find("own.py:Dft", workshop.folder) == f"{workshop.folder}/own.py:Dft"
+    (workshop.folder / "own.py").unlink()
+    assert own_code.find("own.py:Dft", workshop.folder) == f"{workshop.folder}/elsewhere/own.py:Dft"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "says"),
+    [
+        ("def f(:", "Own", "own.py:1: SyntaxError: invalid syntax"),
+        ("import math\n\nmath.sqrt(-1)", "Own", "own.py:3: ValueError: "),
+        ("import sys\nsys.exit(3)", "Own", "own.py:2: SystemExit: 3"),
+        ("import no_such_module_here", "Own", "own.py:1: ModuleNotFoundError: No module named 'no_such_module_here'; install it, or"),
+        (DFT, "dtf", "own.py defines no dtf; did you mean Dft?"),
+        (DFT, "number", "own.py:number is a int, not an objective; derive it from finetune.objectives.Objective"),
+        ("class Own: ...", "Own", "own.py:Own is the class Own, not an objective; derive it from"),
+        (LOSS + "...\n    Settings = 3", "Own", "own.py:Own: Settings should be a class derived from pydantic.BaseModel, got 3"),
+        (DFT.replace("names:", "kind:"), "Dft", "own.py:Dft: Settings has a field kind, which is the name of the objective"),
+        (LOSS + "...\n    def __init__(self, a): ...", "Own", "own.py: TypeError: "),
+    ],
+)  # fmt: skip
+def test_a_file_that_gives_no_objective_is_refused_with_its_line(own, refusal, source, name, says):
+    message = refusal(own(source, name), train__max_stps=3)
+    assert f"objective.kind: {says}" in message
+    assert "train.max_stps: unknown key" in message, "every problem is told at once"
+
+
+def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(workshop, own, refusal):
+    own(DFT)
+    message = refusal("onw.py:Dft")
+    assert f"objective.kind: no file onw.py in {workshop.folder} or in {Path.cwd()}; did you mean " in message
+    assert "own.py?" in message
+    assert "should be 'sft', 'clm' or FILE.py:NAME, got 'own.py'" in refusal("own.py")
+    assert "no module no.such.module can be imported here" in refusal("no.such.module:Own")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return 1 / 0", "own.py:4: ZeroDivisionError: division by zero"),
+        ("return policy(batch, {'logits'}).nll", "own.py:4: ValueError: a policy cannot be asked for logits"),
+        ("return policy(batch, {'nll'}).nll", "own.py:3: loss should return a list of terms, got the tensor"),
+        ("return []", "own.py:3: loss returns no term with a weight, so there is no loss"),
+        ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens', weight=0)]", "own.py:3: loss returns no term with a weight"),
+        ("return [Term('loss', policy(batch, {'nll'}).nll, per='token')]", "own.py:3: loss term 'loss': nothing counts 'token'; per should be one of tokens"),
+        ("return [Term('loss', policy(batch, {'logprobs'}).logprobs, per='tokens')]", "own.py:3: loss term 'loss': sum should be a tensor of one number, got a tensor of shape ["),
+        ("return [Term('loss', 3.0, per='tokens')]", "own.py:3: loss term 'loss': sum should be a tensor of one number, got a float"),
+        ("return [Term('loss', policy(batch, {'nll'}).nll.detach(), per='tokens')]", "own.py:3: loss does not depend on what the policy answers"),
+        ("return [Term('loss', policy(batch, {'logprobs'}).logprobs.log().sum(), per='tokens')]", "own.py:3: loss term 'loss' is nan for log-probabilities"),
+        ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] * 2", "own.py:3: loss two terms have one name: loss, loss"),
+        ("return [Term('lr', policy(batch, {'nll'}).nll, per='tokens')]", "own.py:3: loss term 'lr': the logs have a column of this name"),
+        ("policy.without_adapters()", "own.py:4: ValueError: all weights are trained"),
+        ("...\n    def prepare(self, policy, batches, settings):\n        return [1]", "own.py:5: prepare should return a dict of names and tensors"),
+        ("...\n    def prepare(self, policy, batches, settings):\n        return {'tokens': policy(batches[0], {'nll'}).nll}", "own.py:5: prepare gives 'tokens', which is counted already"),
+        ("...\n    def supervises(self, loss_on):\n        return 'nothing'", "own.py:Own: supervises should return completion, all or last_turn, got 'nothing'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, own, body, says):
+    kind = f"{workshop.folder}/{own(LOSS + body)}"
+
+    def rehearse() -> None:
+        settings = own_objective(kind)(kind=kind)
+        Own(settings).rehearse(BATCH, settings, has_adapters=False)
+
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        rehearse()
+
+
+def test_a_check_rehearses_the_objective(workshop, own):
+    with pytest.raises(ConfigError, match=r"objective.kind: .*own\.py:4: ZeroDivisionError: division by zero"):
+        workshop.check(objective__kind=own(LOSS + "return 1 / 0"))
+
+
+def test_a_mistake_that_only_a_later_batch_shows_ends_the_run_with_its_line(workshop, own):
+    body = "self.calls = getattr(self, 'calls', 0) + 1\n        return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] if self.calls < 7 else 1 / 0"
+    with pytest.raises(ConfigError, match=r"objective.kind: .*own\.py:5: ZeroDivisionError"):
+        workshop.train(objective__kind=own(LOSS + body))
+    assert workshop.outcome()["state"] == "failed"
+
+
+def test_settings_that_are_not_plain_values_are_refused(own, refusal):
+    source = DFT.replace("names: list[str] = []", "names: object = BaseModel")
+    assert "objective: these settings cannot be written to config.yaml" in refusal(own(source, "Dft"))
+
+
+def test_a_resumption_with_another_file_is_refused_by_its_name(workshop, own):
+    kind = own(DFT, "Dft")
+    short = {"checkpoint__every_steps": 2, "objective__kind": kind}
+    workshop.train(**short)
+    own(DFT.replace("logprobs.exp()", "logprobs.exp().sqrt()"))
+    with pytest.raises(
+        RunDirectoryError, match=r"what differs:\n  code of objective.kind: own.py:Dft: was \w+, now \w+"
+    ):
+        workshop.train(**short)
+    moved = workshop.folder / "moved"
+    moved.mkdir()
+    (moved / "own.py").write_text(DFT)
+    workshop.train(**short | {"objective__kind": f"{moved}/own.py:Dft"})  # complete, and the same
+
+
+def test_a_replay_executes_only_the_file_of_the_receipt(workshop, own, monkeypatch, capsys):
+    run = workshop.train(objective__kind=own(DFT, "Dft"))
+    arguments = type("Arguments", (), {"run": run, "name": None})
+    monkeypatch.setattr(replay.launcher, "run", lambda environments, command: 7)
+    assert replay.main(arguments) == 7
+    assert "note: this executes own.py:Dft, which has the content that" in capsys.readouterr().out.replace(
+        f"{own_code.shown(workshop.folder)}/", ""
+    )
+    own("raise SystemExit('executed')")
+    with pytest.raises(RunDirectoryError, match=r"own\.py.* is not the file that .* ran with: its sha256 was"):
+        replay.main(arguments)
+    (workshop.folder / "own.py").unlink()
+    with pytest.raises(RunDirectoryError, match=r"objective.kind: no file .*own\.py"):
+        replay.main(arguments)
