@@ -232,7 +232,7 @@ def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(monkeyp
         monkeypatch.setattr(launch, "_validate_launch_command", fail)
 
         def act():
-            launcher.read(["--cpu", "train.py"], None)
+            launcher.read(["--cpu", "train.py"])
     else:
         error = Outage
         monkeypatch.setattr(readers.hashlib, "file_digest", raising(OSError(errno.EIO, "Input/output error")))

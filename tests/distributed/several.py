@@ -9,7 +9,6 @@ example; `topology:NAME` has all that follow share the model in another way;
 `compiler:NAME` compiles all that follow by another backend.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -64,9 +63,8 @@ OF_A_TOPOLOGY = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 def environment_of(topology: str, asked_by_launcher: dict[str, str]) -> dict[str, str]:
     """What the launcher would give this process for another topology; where the processes meet stays."""
-    with contextlib.ExitStack() as held:
-        file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", os.environ["WORLD_SIZE"]]
-        planned = launcher.read([*file, "train.py"], held)[0][int(os.environ["RANK"])]
+    file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", os.environ["WORLD_SIZE"]]
+    planned = launcher.read([*file, "train.py"])[0][int(os.environ["RANK"])]
     mine = {name: value for name, value in planned.items() if name.startswith(OF_A_TOPOLOGY)}
     return {n: v for n, v in asked_by_launcher.items() if not n.startswith(OF_A_TOPOLOGY)} | mine
 
