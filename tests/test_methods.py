@@ -9,7 +9,7 @@ from conftest import TINY_LLAMA, Workshop, losses
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.config import Adapter, Model, Optimizer
+from finetune.config import Adapter, Model, Optimizer, QLora
 from finetune.engine import optim
 from finetune.errors import ConfigError, ModelError
 from finetune.export.load import load
@@ -365,7 +365,7 @@ def test_loftq_begins_closer_to_the_unquantised_model(base):
     exact = model()(ids).logits
     distances = {}
     for init in ("default", "loftq"):
-        adapter = Adapter(kind="qlora", init=init)
+        adapter = QLora(kind="qlora", init=init)
         adapted = adapters.apply(model(adapters.quantization(adapter, torch.float32)), adapter, Model(path=base))
         if init == "loftq":
             adapter_init.initialise_from_quantization(adapted, model())

@@ -489,7 +489,7 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
 def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, said):
     path = workshop.write(workshop.config("plan"))
     assert command(["plan", "--config", str(path), "--gpu-memory", "24", *more]) == 2
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().err
 
 
 def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monkeypatch, capsys):
