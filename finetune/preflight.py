@@ -329,8 +329,6 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
         more = "raise train.max_steps" if num_steps == config.train.max_steps else "lower train.global_batch_size or raise train.epochs"  # fmt: skip
         unpacked = ", or set data.packing to false (a pack is one sequence)" if config.data.packing else ""
         yield f"{_counted(num_steps, 'step')} will change the model very little; {more}{unpacked}"
-    if config.adapter.kind != "full" and config.adapter.bias != "none":
-        yield f"adapter.bias: {config.adapter.bias} changes biases of the base: with the adapter switched off, the model is not the base"
     if forgotten := base.forgotten_losses(data.model_config.to_dict()):
         yield forgotten
     if torch.backends.mps.is_available() and not torch.cuda.is_available():

@@ -250,7 +250,7 @@ def test_a_config_may_come_through_a_pipe(tmp_path):
 def test_a_default_that_is_written_out_and_ignored_is_refused(parse, refusal):
     says = "evaluation.micro_batch_size: would be ignored: the run has no evaluation rows (data.eval); remove it"
     assert says in refusal(yaml.safe_dump(COMPLETE), "--evaluation.micro_batch_size", "1")
-    config = parse(yaml.safe_dump(changed(adapter__kind="lora", adapter__bias="none", adapter__layers=None)))
+    config = parse(yaml.safe_dump(changed(adapter__kind="lora", adapter__init="default", adapter__path=None)))
     assert parse(configs.to_yaml(config)) == config, "there the program has written all defaults out"
 
 
@@ -434,11 +434,19 @@ def test_names_of_other_tools_lead_to_the_setting_here(refusal, word, setting):
 
 
 def test_a_removed_setting_names_what_to_use_and_its_default_does_no_harm():
-    values = configs.from_dict(COMPLETE).model_dump()
-    values["run"]["replay_of"] = None  # as an older version wrote it
-    assert configs.from_dict(values) == configs.from_dict(COMPLETE)
-    [problem] = problems_of(changed(run__replay_of="runs/old"))
-    assert problem.startswith("run.replay_of: was removed; finetune replay RUN")
+    from finetune.config import names
+
+    values = configs.from_dict(changed(adapter__kind="lora")).model_dump()
+    for key, (default, instead) in names.REMOVED.items():
+        section, name = key.split(".")
+        [problem] = problems_of(changed(adapter__kind="lora", **{f"{section}__{name}": "x"}))
+        assert problem == f"{key}: was removed; {instead}"
+        values[section][name] = default  # as an older version wrote it
+    now = configs.from_dict(values)
+    assert now == configs.from_dict(changed(adapter__kind="lora"))
+    assert configs.differences(values, now) == []
+    [problem] = problems_of(changed(adapter__kind="lora", adapter__init="gaussian"))
+    assert "was removed; default leaves the model unchanged" in problem
 
 
 def test_every_name_of_another_tool_leads_to_a_setting_that_exists():

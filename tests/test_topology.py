@@ -108,7 +108,7 @@ USES = {
     "all weights, some frozen": {"adapter__freeze": ["embed"]},
     "the same, on a base set to 16 bits": {
         "adapter__kind": "lora",
-        "adapter__train_norms": True,
+        "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"],
         "model__dtype": "bfloat16",
     },
     "all weights, in 16 bits": {"model__dtype": "bfloat16"},

@@ -103,8 +103,8 @@ OPTIMIZERS = {
 }  # fmt: skip
 # Starts of adapters: (settings, whether the first loss must be that of the base).
 STARTS = {
-    "default": ({}, SAME_START), "gaussian": (LORA, SAME_START), "pissa": (LORA, SAME_START), "eva": (LORA, SAME_START),
-    "loftq": (QLORA, NEAR_START), "random": (LORA, None),
+    "default": ({}, SAME_START), "pissa": (LORA, SAME_START), "eva": (LORA, SAME_START),
+    "loftq": (QLORA, NEAR_START),
 }  # fmt: skip
 QUANTIZATIONS = {"nf4": SAME_START, "fp4": NEAR_START, "int8": NEAR_START}
 
@@ -229,7 +229,7 @@ def _adapters() -> Iterable[Case]:
     yield Case("dora", LORA | {"adapter.dora": True}, None, "plain-lora", SAME_START, only_first=True)
     yield Case("qlora-dora", QLORA | {"adapter.dora": True}, None, "plain-qlora", SAME_START, only_first=True)
     yield Case("rslora", LORA | {"adapter.rslora": True}, None, "plain-lora", SAME_START, only_first=True)
-    whole = {"adapter.train_norms": True, "adapter.modules_to_save": ["lm_head"]}
+    whole = {"adapter.modules_to_save": ["input_layernorm", "lm_head"]}
     yield Case("lora-whole-modules", LORA | whole, None, "plain-lora", SAME_START, only_first=True)
     yield Case(
         "lora-new-tokens", LORA | {"model.new_tokens": ["<|a|>"]}, None, "plain-lora", SAME_START, only_first=True

@@ -4,16 +4,25 @@ import functools
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, WithJsonSchema, model_validator
 
 from finetune import own_code
 from finetune.config import kinds, paths
+from finetune.config.choices import ADAPTER_INITS, OPTIMIZERS, QUANTIZATIONS
 from finetune.config.paths import ExpandedPath, PathString
 from finetune.errors import ConfigError
 from finetune.own_code import OwnCode
 
+if TYPE_CHECKING:
+    AdapterInit = str
+    OptimizerKind = str
+    Quantization = str
+else:
+    AdapterInit = Literal[tuple(ADAPTER_INITS)]
+    OptimizerKind = Literal[tuple(OPTIMIZERS)]
+    Quantization = Literal[tuple(QUANTIZATIONS)]
 Positive = Annotated[int, Field(gt=0)]
 BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 # What a format can call a column; the formats themselves are in data/rows.py.
@@ -87,24 +96,14 @@ class Adapter(Section):
     """Dropout on the inputs of adapters."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter: names or suffixes, a regular expression, or all-linear (all but the head)."""
-    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
-    """Put adapters on these layers only, counted from 0; null: all layers."""
-    rank_pattern: dict[str, Positive] = {}
-    """Ranks that differ from r, as {regular expression of modules: rank}."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
-    """Alphas that differ from alpha, as {regular expression of modules: alpha}."""
     rslora: bool = False
     """Scale updates by alpha / sqrt(r), which keeps their size the same at high ranks (Kalajdzievski, 2023)."""
     dora: bool = False
     """Learn the magnitude of weights separately from their direction (DoRA; Liu et al., 2024): better at low ranks, slower."""
-    init: Literal["default", "gaussian", "pissa", "eva", "loftq", "random"] = "default"
-    """How to initialise adapters. default, gaussian: leave the model unchanged; pissa: principal directions of the weights; eva: principal directions of the data; loftq: correct the quantisation error; random: make B random too."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases to train. This changes the base: switching the adapter off does not give the original model back."""
-    train_norms: bool = False
-    """Train all weights of the norms."""
+    init: AdapterInit = "default"
+    """How to initialise adapters. default: leave the model unchanged; pissa: principal directions of the weights; eva: principal directions of the data; loftq: correct the error of 4-bit quantisation."""
     modules_to_save: list[str] = []
-    """Modules to train in full, and save with the adapter."""
+    """Modules to train in full, and save with the adapter, such as [embed_tokens, lm_head] or [input_layernorm, norm]."""
 
 
 class Lora(Adapter):
@@ -119,7 +118,7 @@ class QLora(Adapter):
 
     kind: Literal["qlora"]
     """Train low-rank adapters on weights quantised to 4 or 8 bits."""
-    quantization: Literal["nf4", "fp4", "int8"] = "nf4"
+    quantization: Quantization = "nf4"
     """How to store frozen weights."""
     double_quantization: bool = True
     """4 bits: quantise the scales too; saves 0.4 bits per weight."""
@@ -261,9 +260,7 @@ def own_objective(name: str) -> type[OwnObjective]:
 class Optimizer(Section):
     """The optimizer and its learning rate."""
 
-    kind: Literal[
-        "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion", "lion_8bit", "adafactor", "muon"
-    ] = "adamw"
+    kind: OptimizerKind = "adamw"
     """Optimizer. 8-bit optimizers store their state in 8 bits, paged ones can move it to host memory; lion needs half the state of adamw, adafactor almost none; muon works with adapter.kind: full only."""
     lr: Annotated[
         float,
@@ -429,17 +426,9 @@ class Config(Section):
 
 
 def usual_lr(optimizer: Any, adapter: Any) -> float:
-    """optimizer.lr where none is given.
-
-    All weights: 2e-5 (Llama-2, Alpaca, Tulu). Adapters: 2e-4, ten times that (Dettmers et al., 2023; Hu et al., 2021). Lion's
-    steps have the size of its rate for any gradient: a third to a tenth of AdamW's (Chen et al., 2023). Adafactor's
-    rate is relative to the size of a weight: 1e-3 (Raffel et al., 2020). Muon's updates are scaled to the size of AdamW's
-    (Liu et al., 2025), so its rate is AdamW's.
-    """
-    if optimizer == "adafactor":
-        return 1e-3
-    all_weights, adapters = (4e-6, 4e-5) if str(optimizer).startswith("lion") else (2e-5, 2e-4)
-    return all_weights if adapter == "full" else adapters
+    """optimizer.lr where none is given, of an optimizer.kind and an adapter.kind that may be wrong."""
+    kind = OPTIMIZERS[optimizer] if isinstance(optimizer, str) and optimizer in OPTIMIZERS else OPTIMIZERS["adamw"]
+    return kind.lr[0 if adapter == "full" else 1]
 
 
 def accumulation_steps(config: Config, num_processes: int) -> int:

@@ -421,7 +421,8 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: Config) -> list[str]:
     """What of a saved resolved config differs so that its checkpoints are not this run's."""
-    before, now = flatten(_of_their_kinds(old)), flatten(new.model_dump())
+    before = {name: value for name, value in flatten(_of_their_kinds(old)).items() if not _is_removed_default(name, value)}
+    now = flatten(new.model_dump())
     for values in (before, now):
         values |= {key: own_code.without_folder(values[key]) for key in OWN_CODE if own_code.is_own(values.get(key))}
     free = tuple(pattern.removesuffix("*") for pattern in RESUME_MAY_CHANGE)

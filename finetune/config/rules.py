@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 
 from finetune import own_code
+from finetune.config.choices import OPTIMIZERS, QUANTIZATIONS
 from finetune.config.fields import (
     COLUMNS,
     PADDED_ATTENTION,
@@ -145,13 +146,13 @@ def _evaluation_conflicts(config: Config) -> Iterator[str]:
 
 
 SHAPE = (
-    "r", "alpha", "dropout", "target_modules", "layers", "rank_pattern", "alpha_pattern", "rslora", "dora", "init", "bias",
-    "train_norms", "modules_to_save",
+    "r", "alpha", "dropout", "target_modules", "rslora", "dora", "init", "modules_to_save",
 )  # fmt: skip
 
 
 def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
-    if isinstance(adapter, QLora) and adapter.quantization == "int8":
+    has_eight_bits = isinstance(adapter, QLora) and QUANTIZATIONS[adapter.quantization].bits == 8
+    if has_eight_bits:
         yield from _ignored(adapter, "adapter", ("double_quantization", "compute_dtype"), "it is for 4 bits")
     if adapter.path is not None:
         yield from _ignored(adapter, "adapter", SHAPE, "the adapter in adapter.path has its own shape")
@@ -160,30 +161,23 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
         yield "adapter.init: pissa rewrites the base weights, which qlora has quantised before; use loftq, or kind: lora"
     if adapter.kind == "lora" and adapter.init == "loftq":
         yield "adapter.init: loftq corrects quantisation errors, and nothing is quantised; use kind: qlora"
-    if adapter.dora and adapter.init in ("pissa", "loftq", "eva"):
+    if has_eight_bits and adapter.init == "loftq":
+        yield "adapter.init: loftq corrects the error of 4 bits, and int8 has next to none; use init: default"
+    if adapter.dora and adapter.init != "default":
         yield f"adapter.dora: cannot be used with adapter.init: {adapter.init}; use init: default"
-    if isinstance(adapter, QLora) and adapter.dora and adapter.quantization == "int8":
+    if has_eight_bits and adapter.dora:
         yield "adapter.dora: unpacks weights at every step, which int8 does inexactly; use nf4"
-    if adapter.layers is not None and isinstance(adapter.target_modules, str):
-        yield "adapter.layers: peft also needs the names of modules; set adapter.target_modules, as [q_proj, v_proj]"
-    if adapter.bias != "none" and adapter.kind == "qlora":
-        yield "adapter.bias: cannot be used with kind: qlora, where bitsandbytes rounds biases to the compute type at each pass; use none"
-    if adapter.bias != "none" and adapter.dora:
-        yield "adapter.bias: cannot be used with adapter.dora; use none"
 
 
 def _optimizer_conflicts(config: Config) -> Iterator[str]:
     optimizer, kind = config.optimizer, config.optimizer.kind
     if config.trains_in_16_bits and kind != "adamw":
         yield f"optimizer.kind: {kind} rounds weights in 16 bits to the nearest, which loses most updates; use adamw, which rounds them stochastically, or model.dtype: auto"
-    if kind == "adafactor":
-        yield from _ignored(optimizer, "optimizer", ("betas", "eps"), "adafactor has its own")
-    if kind.startswith("lion"):
-        yield from _ignored(optimizer, "optimizer", ("eps",), "lion divides by nothing")
-    if kind == "muon" and config.adapter.kind != "full":
-        yield "optimizer.kind: muon turns the update of a whole matrix, which adapters split in two; use adamw"
-    if kind == "adafactor" and config.adapter.kind != "full":
-        yield "optimizer.kind: adafactor steps in proportion to the size of a weight, and half of an adapter starts at 0; use adamw_8bit"
+    row = OPTIMIZERS[kind]
+    ignored = tuple(name for name in ("betas", "eps") if name not in row.takes)
+    yield from _ignored(optimizer, "optimizer", ignored, row.ignores)
+    if config.adapter.kind != "full" and row.not_for_adapters:
+        yield f"optimizer.kind: {row.not_for_adapters}"
     if config.adapter.kind == "full":
         yield from _ignored(optimizer, "optimizer", ("lora_plus_ratio",), "adapter.kind: full has no adapter")
 

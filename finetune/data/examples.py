@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,6 @@ from finetune.errors import DataError, Outage
 CACHE_VERSION = 5  # raise it when the same input should give other tokens than before
 META = "meta.json"
 ARRAYS = ("input_ids", "supervised", "ends", "places")
-OLD_SECONDS = 24 * 3600  # what an earlier version left half built has no lock that says whether it is alive
 
 
 @dataclass(frozen=True)
@@ -233,10 +231,6 @@ def _sweep(root: Path, cache_dir: str) -> None:
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
         for left in root.glob(".building-*"):
             lock = root / f"{left.name.split('-')[1]}.lock"
-            if not lock.exists():  # of a version that named them otherwise, so that nothing says who builds it
-                if time.time() - left.stat().st_mtime > OLD_SECONDS:
-                    shutil.rmtree(left, ignore_errors=True)
-                continue
             with _locked(lock, cache_dir, wait=False) as held:
                 if held:
                     shutil.rmtree(left, ignore_errors=True)

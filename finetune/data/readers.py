@@ -58,14 +58,14 @@ csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a book
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands. `line` and `row` are counted from 1; row is 0 where each row has a line of its own."""
+    """Where a row stands: `row` of a .json file, `line` of any other, from 1; the other is 0."""
 
     source: str
     line: int
     row: int = 0
 
     def __str__(self) -> str:
-        return f"{printable(self.source)}:{self.line}" + (f" (row {self.row})" if self.row else "")
+        return f"{printable(self.source)} row {self.row}" if self.row else f"{printable(self.source)}:{self.line}"
 
 
 @dataclass(frozen=True)
@@ -289,11 +289,11 @@ def describe(source: str) -> str:
     """A file's name, and what is unusual about how it is read."""
     unusual = []
     if _type(source) in (".csv", ".tsv"):
-        delimiter, _, blanks = _dialect(source)
+        delimiter, _, has_blanks = _dialect(source)
         if delimiter != ("\t" if _type(source) == ".tsv" else ","):
             unusual.append(f"separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
-        if any(map(any, blanks)):
-            unusual.append("without the blank beside each separator")
+        if has_blanks:
+            unusual.append("without the blanks after each separator")
     if os.path.isfile(source) and _type(source) != ".parquet":
         with _opened(source) as file:
             encoding = _encoding_by_mark(file)
@@ -486,52 +486,21 @@ def _read_jsonl(source: str) -> Iterator[Row]:
 
 
 def _read_json(source: str) -> Iterator[Row]:
-    """A list of objects; a row's line is that of its opening brace."""
+    """A list of objects, known by their numbers; in .jsonl each has a line."""
     text = "".join(line for _, line in _lines(source))
-    decoder, position, line = json.JSONDecoder(object_pairs_hook=_object), len(text) - len(text.lstrip()), 1
-    line += text.count("\n", 0, position)
-
-    def skip(to: int) -> None:
-        nonlocal position, line
-        while to < len(text) and text[to] in " \t\r\n":
-            to += 1
-        line += text.count("\n", position, to)
-        position = to
-
-    if not text[position : position + 1] == "[":
+    if not text.lstrip().startswith("["):
         raise DataError(
-            f"{Place(source, line)}: a .json file should hold a list of rows, [ {{...}}, ... ]; one object per line is .jsonl"
+            f"{printable(source)}: a .json file should hold a list of rows, [ {{...}}, ... ]; one object per line is .jsonl"
         )
-    skip(position + 1)
-    number = 0
-    while text[position : position + 1] != "]":
-        number += 1
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as exc:
-            raise DataError(
-                f"{Place(source, exc.lineno)}: broken JSON: {exc.msg} at column {exc.colno}; correct it"
-            ) from exc
-        except (ValueError, RecursionError) as exc:
-            raise DataError(
-                f"{Place(source, line, number)}: broken JSON: {failures.parsing_reason(exc)}; correct it"
-            ) from exc
-        yield _record(Place(source, line, number), value)
-        skip(end)
-        separator = text[position : position + 1]
-        if separator == ",":
-            skip(position + 1)
-            if text[position : position + 1] == "]":
-                raise DataError(
-                    f"{Place(source, line)}: broken JSON: a row should follow the last comma; remove the comma"
-                )
-        elif separator != "]":
-            raise DataError(f"{Place(source, line)}: broken JSON: expected , or ] after a row, got {separator!r}")
-    skip(position + 1)
-    if position < len(text):
-        raise DataError(
-            f"{Place(source, line)}: broken JSON: the list of rows has ended, but there is {short(text[position : position + 100])}; write one list"
-        )
+    try:
+        values = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as exc:
+        line, why = "", failures.parsing_reason(exc)
+        if isinstance(exc, json.JSONDecodeError):
+            line, why = f":{exc.lineno}", f"{exc.msg} at column {exc.colno}"
+        raise DataError(f"{printable(source)}{line}: broken JSON: {why}; correct it") from exc
+    for number, value in enumerate(values, 1):
+        yield _record(Place(source, 0, number), value)
 
 
 class _Dialect(NamedTuple):
@@ -540,14 +509,17 @@ class _Dialect(NamedTuple):
     delimiter: str
     skipped: int
     """Lines before the header."""
-    blanks: list[tuple[bool, bool]]
-    """Of each column whether one blank beside the separator belongs to it, before and behind its cells."""
+    has_blanks: bool
+    """Whether blanks follow the delimiter, as in the header `question, answer`; they belong to it."""
 
 
 def _dialect(source: str) -> _Dialect:
     lines = [line[:SNIFFED_CHARACTERS] for _, line in islice(_lines(source), SNIFFED_LINES)]
     delimiter, skipped = _delimiter(lines, "\t" if _type(source) == ".tsv" else ",")
-    return _Dialect(delimiter, skipped, _blanks(lines[skipped:], delimiter))
+    first = [line for line in lines[skipped:] if line.strip()][:1]
+    header = next(csv.reader(first, delimiter=delimiter), [])
+    names = [name for name in header[1:] if name.strip()]
+    return _Dialect(delimiter, skipped, bool(names) and all(name.startswith(" ") for name in names))
 
 
 def _delimiter(lines: list[str], usual: str) -> tuple[str, int]:
@@ -574,9 +546,10 @@ def _delimiter(lines: list[str], usual: str) -> tuple[str, int]:
 
 
 def _read_csv(source: str) -> Iterator[Row]:
-    delimiter, skipped, blanks = _dialect(source)
+    delimiter, skipped, has_blanks = _dialect(source)
     lines = islice((line for _, line in _lines(source)), skipped, None)
-    reader, start = csv.reader(lines, delimiter=delimiter, strict=True), skipped + 1
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=has_blanks, strict=True)
+    start = skipped + 1
     try:
         cells = next((cells for cells in reader if any(map(str.strip, cells))), None)  # Excel exports empty rows, too
         if not cells:
@@ -597,43 +570,12 @@ def _read_csv(source: str) -> Iterator[Row]:
                     f"{Place(source, start)}: {len(cells)} cells, but the header names {len(header)} columns {list_columns(header)}; {hint}"
                 )
             if cells:
-                yield Row(Place(source, start), dict(zip(header, map(_without_blanks, cells, blanks))))
+                yield Row(Place(source, start), dict(zip(header, cells)))
             start = reader.line_num + skipped + 1
     except csv.Error as exc:
         raise DataError(
             f"{Place(source, start)}: broken CSV: {exc}; check the quotes of the row that begins here"
         ) from exc
-
-
-def _blanks(lines: list[str], delimiter: str) -> list[tuple[bool, bool]]:
-    """See `_Dialect.blanks`.
-
-    A blank belongs to the separator where the header has one and every cell that is looked at: `question, answer` over `a, b`.
-    """
-    rows: list[list[str]] = []
-    with contextlib.suppress(csv.Error):  # said where the row is read
-        rows.extend(
-            cells for cells in csv.reader(lines, delimiter=delimiter, strict=True) if any(map(str.strip, cells))
-        )
-    header, rest = (rows[0], [cells for cells in rows[1:] if len(cells) == len(rows[0])]) if rows else ([], [])
-    return [
-        (
-            _has_one(name) and all(_has_one(cells[n]) for cells in rest if cells[n]),
-            _has_one(name[::-1]) and all(_has_one(cells[n][::-1]) for cells in rest if cells[n].rstrip("\r\n")),
-        )
-        for n, name in enumerate(header)
-    ]  # fmt: skip
-
-
-def _has_one(cell: str) -> bool:
-    """Whether a cell begins with a blank, and with no second one."""
-    return cell.startswith(" ") and not cell.startswith("  ")
-
-
-def _without_blanks(cell: str, blanks: tuple[bool, bool]) -> str:
-    before, behind = blanks
-    cell = cell.removeprefix(" ") if before else cell
-    return cell.removesuffix(" ") if behind else cell
 
 
 def is_empty(row: Row) -> bool:

@@ -1,6 +1,7 @@
 """Parameter groups, optimizers, and the learning rate as a pure function of the step."""
 
 import hashlib
+import importlib
 import math
 import warnings
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from finetune.config import Optimizer, Schedule
+from finetune.config.choices import OPTIMIZERS
 
 SLICE = 1 << 24  # values that are stepped at once: 64 MB for each of the float32 copies
 
@@ -47,30 +49,29 @@ def build(model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False, seed
     groups = parameter_groups(model, optimizer)
     for group in groups:
         group["lr"] = optimizer.lr * group["scale"]
-    kind, eps = optimizer.kind, optimizer.eps
-    first, second = optimizer.betas or ([0.9, 0.99] if kind.startswith("lion") else [0.9, 0.999])
-    betas = (first, second)
-    if kind == "adamw" and in_16_bits:
-        return RoundedAdamW(groups, betas=betas, eps=eps, seed=seed)
-    if kind == "adamw":  # Loshchilov and Hutter, 2019; one fused kernel over all parameters
-        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
-    if kind == "adafactor":  # Shazeer and Stern, 2018: row and column sums in place of second moments
-        return torch.optim.Adafactor(groups)
-    if kind == "muon":
-        return Muon(groups, betas=betas, eps=eps)
-    import bitsandbytes.optim as bnb  # Dettmers et al., 2022: state in blocks of 256 values of 8 bits with a scale
+    kind = OPTIMIZERS[optimizer.kind]
+    settings = {"betas": tuple(optimizer.betas or kind.betas), "eps": optimizer.eps}
+    if in_16_bits and optimizer.kind == "adamw":
+        return RoundedAdamW(groups, **settings, seed=seed)  # type: ignore[arg-type]
+    package, _, name = kind.make.partition(":")
+    if package.startswith("bitsandbytes"):
+        _keep_embeddings_in_32_bits(model)
+    make = getattr(importlib.import_module(package), name)
+    taken = {name: settings[name] for name in kind.takes}
+    made: torch.optim.Optimizer = make(groups, **kind.arguments, **taken)
+    return made
+
+
+def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
+    """Rare tokens move rarely and far: 8 bits are too few for them (Dettmers et al., 2022, section 3)."""
+    import bitsandbytes.optim as bnb
 
     overrides = bnb.GlobalOptimManager.get_instance()
     overrides.initialize()  # it is one for the process, and knows parameters by their place
-    # Rare tokens move rarely and far: 8 bits are too few for them (section 3 of the paper).
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             overrides.register_module_override(module, "weight", {"optim_bits": 32})
     warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")  # there, all memory is the host's
-    bits, is_paged = 8 if kind.endswith("8bit") else 32, kind.startswith("paged")
-    if kind.startswith("lion"):  # Chen et al., 2023: the sign of a running average
-        return bnb.Lion(groups, betas=betas, optim_bits=bits)
-    return bnb.AdamW(groups, betas=betas, eps=eps, optim_bits=bits, is_paged=is_paged)
 
 
 def needs_bitsandbytes(kind: str) -> bool:

@@ -7,14 +7,11 @@ from typing import Any
 from torch import nn
 
 from finetune.config import Config
+from finetune.config.choices import OPTIMIZERS, QUANTIZATIONS
 from finetune.engine import optim
 from finetune.models import recompute
 
-# Values of optimizer state for a weight: PyTorch's have its dtype, those of bitsandbytes are of 32 or 8 bits, these with a float32 scale for 256.
-MOMENTS = {"adamw": 2, "paged_adamw_32bit": 2, "lion": 1, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
 SMALL = 4096  # weights of fewer values keep 32 bits, and so do embeddings
-# Bytes of a frozen weight and its scales: 4 bits and a float32 for 64; the same with that in 8 bits and a float32 for 256; 8 bits.
-QUANTIZED = {("4", False): 0.5625, ("4", True): 0.5 + 1 / 64 + 4 / 64 / 256, ("8", False): 1.0, ("8", True): 1.0}
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,8 @@ def count(model: nn.Module, config: Config, width: int) -> Weights:
     quantized = set(_quantized(model, config))
     adapter, packed = config.adapter, 0.0
     if adapter.kind == "qlora":
-        packed = QUANTIZED["8" if adapter.quantization == "int8" else "4", adapter.double_quantization]
+        form = QUANTIZATIONS[adapter.quantization]
+        packed = (form.bits + (form.double_scale_bits if adapter.double_quantization else form.scale_bits)) / 8
     named = dict(model.named_parameters())
     stored = {name: p.numel() * (packed if name in quantized else p.element_size()) for name, p in named.items()}
     used = {name: stored[name] if name in quantized else width * p.numel() for name, p in named.items()}
@@ -84,15 +82,16 @@ def _quantized(model: nn.Module, config: Config) -> Iterator[str]:
 
 def _states(model: nn.Module, config: Config) -> Iterator[float]:
     """Bytes of the optimizer's state of each weight that trains."""
-    kind = config.optimizer.kind
+    kind = OPTIMIZERS[config.optimizer.kind]
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = optim.parameter_groups(model, config.optimizer)
     for p, hidden in ((p, group["hidden"]) for group in groups for p in group["params"]):
-        if kind == "adafactor":
+        if kind.moments is None:
             values = p.numel() if p.ndim < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]
             yield values * p.element_size()
-        elif kind in ("adamw", "muon"):
-            yield (1 if kind == "muon" and hidden else 2) * p.numel() * p.element_size()
-        else:
-            is_small = kind.endswith("8bit") and p.numel() >= SMALL and id(p) not in looked_up
-            yield MOMENTS[kind] * p.numel() * (1 + 4 / 256 if is_small else 4)
+            continue
+        moments = kind.hidden_moments or kind.moments if hidden else kind.moments
+        size = p.element_size() if kind.bits is None else kind.bits // 8
+        if kind.bits == 8:  # with a float32 scale for 256
+            size = 1 + 4 / 256 if p.numel() >= SMALL and id(p) not in looked_up else 4
+        yield moments * p.numel() * size

@@ -42,12 +42,8 @@ def initialise_from_quantization(model: "PeftModel", original: nn.Module) -> Non
             quantized = layer.get_base_layer()
             if type(quantized).__name__ not in QUANTIZED:  # nothing was lost: it starts as every adapter does
                 continue
-            state = getattr(quantized, "state", None)  # of 8 bits; 4-bit weights carry theirs
             weight = original.get_submodule(name.removeprefix("base_model.model.")).weight
-            lost = (
-                weight.to(quantized.weight.device).float()
-                - dequantize_bnb_weight(quantized.weight, state=state).float()
-            )
+            lost = weight.to(quantized.weight.device).float() - dequantize_bnb_weight(quantized.weight).float()
             rank, scale = layer.r["default"], layer.scaling["default"]
             u, s, v = torch.svd_lowrank(lost, q=min(rank + 8, *lost.shape), niter=4)
             root = s[:rank].sqrt()

@@ -15,13 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from finetune import failures
 from finetune.config import Adapter, Full, Model, QLora
 from finetune.config.base import ADAPTER_WEIGHTS, adapter_problem
+from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
 from finetune.errors import ModelError
 from finetune.models import adapter_init, base_identity, load
 
 if TYPE_CHECKING:  # peft brings bitsandbytes, and this the compiler: seconds that a run of all weights need not wait
     from peft import PeftModel
-
-INITS = {"default": True, "loftq": True, "random": False}  # peft's names for adapter.init; the others are the same
 
 
 def apply(
@@ -59,11 +58,11 @@ def apply(
     saved.base_model_name_or_path = os.path.abspath(base.path) if base.path and os.path.isdir(base.path) else base.path
     saved.revision = base.revision
     adapted.base_record = record
-    adapted.start_rewrites_base = adapter.init == "pissa" and not adapter.path
+    adapted.start_rewrites_base = ADAPTER_INITS[adapter.init].rewrites_base and not adapter.path
     for parameter in adapted.parameters():  # 16 bits would lose most steps of a norm, a bias or an embedding
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    _refuse_what_has_no_effect(adapted, adapter)
+    _require_directions(adapted, adapter)
     return adapted
 
 
@@ -74,7 +73,7 @@ def quantization(adapter: Full | Adapter, dtype: torch.dtype) -> dict[str, Any] 
     """
     if not isinstance(adapter, QLora):
         return None
-    if adapter.quantization == "int8":
+    if QUANTIZATIONS[adapter.quantization].bits == 8:
         return {"load_in_8bit": True}
     return {
         "load_in_4bit": True, "bnb_4bit_quant_type": adapter.quantization, "bnb_4bit_use_double_quant": adapter.double_quantization,
@@ -103,17 +102,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
     from peft import EvaConfig, LoraConfig, get_peft_model
 
     check_targets(model, adapter.target_modules)
-    for pattern in (*adapter.rank_pattern, *adapter.alpha_pattern):
-        try:
-            re.compile(pattern)
-        except re.error as exc:
-            raise ModelError(
-                f"adapter.rank_pattern, alpha_pattern: {pattern!r} is not a valid regular expression: {exc}"
-            ) from exc
     whole = _trained_whole(model, adapter, has_new_tokens)
-    num_layers = model.config.get_text_config().num_hidden_layers
-    if adapter.layers and max(adapter.layers) >= num_layers:
-        raise ModelError(f"adapter.layers: {max(adapter.layers)}, but the model has layers 0 to {num_layers - 1}")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     # A model that also sees has linear layers that no text ever reaches: their adapters would stay dead.
@@ -121,18 +110,15 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
     on_meta = next(model.parameters()).is_meta  # there, only shapes count
     config = LoraConfig(
         r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=adapter.target_modules, exclude_modules=elsewhere,
-        layers_to_transform=adapter.layers, rank_pattern=dict(adapter.rank_pattern), alpha_pattern=dict(adapter.alpha_pattern),
-        use_rslora=adapter.rslora, use_dora=adapter.dora, init_lora_weights=True if on_meta else INITS.get(adapter.init, adapter.init),
+        use_rslora=adapter.rslora, use_dora=adapter.dora,
+        init_lora_weights=True if on_meta else ADAPTER_INITS[adapter.init].peft,
         eva_config=EvaConfig(rho=1.0) if adapter.init == "eva" and not on_meta else None,
-        bias=adapter.bias, modules_to_save=list(whole) or None, task_type="CAUSAL_LM",
+        modules_to_save=list(whole) or None, task_type="CAUSAL_LM",
         ensure_weight_tying=bool(whole) and model.config.get_text_config().tie_word_embeddings,
     )  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # refused by `apply`
-            warnings.filterwarnings(
-                "ignore", "The following (rank|alpha)_pattern keys did not match"
-            )  # refused by `apply`
             warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
             adapted = get_peft_model(model, config)
     except (ValueError, ImportError, re.error) as exc:
@@ -145,8 +131,6 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
 def _trained_whole(model: Any, adapter: Adapter, has_new_tokens: bool) -> list[str]:
     """Names of the modules that train without an adapter. Raises ModelError if adapter.modules_to_save names none of the model."""
     whole = list(adapter.modules_to_save)
-    if adapter.train_norms:
-        whole += sorted({n.split(".")[-1] for n, m in model.named_modules() if "norm" in type(m).__name__.lower()})
     if has_new_tokens:
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         whole += [name.split(".")[-1] for name, module in model.named_modules() if any(module is end for end in ends)]
@@ -224,34 +208,24 @@ def require_whole(model: "PeftModel", path: str, adapter: str = "default") -> No
         )
 
 
-def _refuse_what_has_no_effect(model: "PeftModel", adapter: Adapter) -> None:
-    """Raise ModelError for settings that meet nothing in this model, and starts that its layers cannot have."""
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
-        for pattern in patterns:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in layers):  # as peft does
-                leaves = sorted({name.split(".")[-1] for name in layers})
-                raise ModelError(
-                    f"adapter.{field}: no adapted module is called {pattern!r}; there are {', '.join(leaves)}"
-                )
-    if adapter.bias != "none" and not any(p.requires_grad and n.endswith("bias") for n, p in model.named_parameters()):
-        raise ModelError(f"adapter.bias: {adapter.bias}, but this model has no bias; set it to none")
-    if adapter.path is None and adapter.init in ("pissa", "eva", "loftq"):
-        for name, layer in layers.items():
-            inner = layer.get_base_layer()
-            linear = nn.Linear if adapter.init == "loftq" else (nn.Linear, Conv1D)
-            if not isinstance(inner, linear):
-                raise ModelError(
-                    f"adapter.init: {adapter.init} is for linear layers, and {name} is {type(inner).__name__}; name others in "
-                    "adapter.target_modules, or use default"
-                )
-            smallest = (
-                min(inner.weight.shape) if isinstance(inner, Conv1D) else min(inner.in_features, inner.out_features)
+def _require_directions(model: "PeftModel", adapter: Adapter) -> None:
+    """Raise ModelError where adapter.init starts from directions that the layers do not have."""
+    if adapter.path is not None or not ADAPTER_INITS[adapter.init].has_directions:
+        return
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        inner = layer.get_base_layer()
+        if not isinstance(inner, nn.Linear if adapter.init == "loftq" else (nn.Linear, Conv1D)):
+            raise ModelError(
+                f"adapter.init: {adapter.init} is for linear layers, and {name} is {type(inner).__name__}; name others in "
+                "adapter.target_modules, or use default"
             )
-            if layer.r["default"] > smallest:
-                raise ModelError(
-                    f"adapter.r: {layer.r['default']} is more than the {smallest} directions of {name}, from which {adapter.init} starts"
-                )
+        sizes = inner.weight.shape if isinstance(inner, Conv1D) else (inner.in_features, inner.out_features)
+        if layer.r["default"] > min(sizes):
+            raise ModelError(
+                f"adapter.r: {layer.r['default']} is more than the {min(sizes)} directions of {name}, from which {adapter.init} starts"
+            )
 
 
 def round_to_base(model: "PeftModel") -> None:
@@ -275,7 +249,7 @@ def _whole_parts(model: "PeftModel") -> list[tuple[str, nn.Parameter]]:
 
 def starts_at_zero(adapter: Adapter) -> bool:
     """Whether one factor of each fresh adapter is 0, so that the first gradient of the other is 0, too."""
-    return adapter.path is None and adapter.init in ("default", "gaussian", "eva")
+    return adapter.path is None and ADAPTER_INITS[adapter.init].leaves_model
 
 
 def waits_for_other_factor(name: str) -> bool:

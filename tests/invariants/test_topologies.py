@@ -36,7 +36,7 @@ CASES = {
     "padded": {"model__attention": "sdpa", "data__group_by_length": True},
     "lora": {
         "adapter__kind": "lora",
-        "adapter__train_norms": True,
+        "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"],
         "model__new_tokens": ["<|a|>"],
         "evaluation__sample_prompts": ["what is 3 times three"],
         "evaluation__sample_max_new_tokens": 4,

@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"train__precision": "bf16"},
     "clipped": {"train__max_grad_norm": 0.1, "schedule__kind": "cosine", "schedule__warmup_steps": 3},
     "lora": LORA,
-    "lora_norms_and_tokens": {**LORA, "adapter__train_norms": True, "model__new_tokens": ["<|a|>"]},
+    "lora_norms_and_tokens": {**LORA, "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"], "model__new_tokens": ["<|a|>"]},
     "qlora": {"adapter__kind": "qlora", "adapter__r": 4},
     **{name: {"optimizer__kind": name} for name in OPTIMIZERS},
 }  # fmt: skip

@@ -1,0 +1,108 @@
+"""Tables of the optimizers, quantisations and starts of adapters.
+
+`optimizer.kind`, `adapter.quantization` and `adapter.init` take the names of the rows; to add one,
+add a row. No torch here, so that a wrong config answers at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """What an optimizer is made of, and what it needs."""
+
+    make: str
+    """package.module:Class, of torch.optim.Optimizer; called with parameter groups."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What it is called with besides the settings in `takes`."""
+    takes: tuple[str, ...] = ("betas", "eps")
+    """Settings that reach it, besides lr and weight_decay."""
+    ignores: str = ""
+    """Why the other settings would be ignored."""
+    lr: tuple[float, float] = (2e-5, 2e-4)
+    """optimizer.lr where none is given, for all weights and for adapters."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """optimizer.betas where none are given."""
+    moments: int | None = 2
+    """Values of state for each weight; None: sums of rows and columns instead."""
+    hidden_moments: int | None = None
+    """The same of hidden matrices; None: as many."""
+    bits: int | None = None
+    """Of each value of state; None: those of the weight."""
+    not_for_adapters: str | None = None
+    """Why it cannot train adapters, and what to take."""
+
+
+BNB_ADAMW, BNB_LION = "bitsandbytes.optim:AdamW", "bitsandbytes.optim:Lion"
+# Chen et al., 2023: the sign of a running average. Steps have the size of the rate for any
+# gradient, so the rate is a third to a tenth of AdamW's.
+LION: dict[str, Any] = {
+    "takes": ("betas",), "ignores": "lion divides by nothing", "lr": (4e-6, 4e-5),
+    "betas": (0.9, 0.99), "moments": 1,
+}  # fmt: skip
+# Rates: 2e-5 for all weights (Llama-2, Alpaca, Tulu), ten times that for adapters (Hu et al., 2021;
+# Dettmers et al., 2023).
+OPTIMIZERS = {
+    # Loshchilov and Hutter, 2019; one fused kernel over all parameters.
+    "adamw": OptimizerKind("torch.optim:AdamW", {"fused": True}),
+    # Dettmers et al., 2022: state in blocks of 256 values of 8 bits with a scale.
+    "adamw_8bit": OptimizerKind(BNB_ADAMW, {"optim_bits": 8, "is_paged": False}, bits=8),
+    "paged_adamw_32bit": OptimizerKind(BNB_ADAMW, {"optim_bits": 32, "is_paged": True}, bits=32),
+    "paged_adamw_8bit": OptimizerKind(BNB_ADAMW, {"optim_bits": 8, "is_paged": True}, bits=8),
+    "lion": OptimizerKind(BNB_LION, {"optim_bits": 32}, bits=32, **LION),
+    "lion_8bit": OptimizerKind(BNB_LION, {"optim_bits": 8}, bits=8, **LION),
+    # Shazeer and Stern, 2018: row and column sums in place of second moments. Its rate is relative
+    # to the size of a weight: 1e-3 (Raffel et al., 2020).
+    "adafactor": OptimizerKind(
+        "torch.optim:Adafactor", takes=(), ignores="adafactor has its own", lr=(1e-3, 1e-3),
+        moments=None, not_for_adapters="adafactor steps in proportion to the size of a weight, and half "
+        "of an adapter starts at 0; use adamw_8bit",
+    ),
+    # Jordan et al., 2024. Its updates are scaled to the size of AdamW's (Liu et al., 2025), so it
+    # takes AdamW's rate.
+    "muon": OptimizerKind(
+        "finetune.engine.optim:Muon", hidden_moments=1,
+        not_for_adapters="muon turns the update of a whole matrix, which adapters split in two; "
+        "use adamw",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How bitsandbytes stores frozen weights."""
+
+    bits: int
+    scale_bits: float
+    """Bits of the scales for each weight."""
+    double_scale_bits: float
+    """The same with adapter.double_quantization."""
+
+
+# 4 bits: a float32 scale for 64 weights; doubly quantised an 8-bit scale, and a float32 for 256 of
+# these.
+_FOUR = Quantization(4, 32 / 64, 8 / 64 + 32 / 64 / 256)
+QUANTIZATIONS = {"nf4": _FOUR, "fp4": _FOUR, "int8": Quantization(8, 0, 0)}
+
+
+@dataclass(frozen=True)
+class AdapterInit:
+    """What adapters start from."""
+
+    peft: bool | str = True
+    """init_lora_weights of peft's LoraConfig."""
+    has_directions: bool = True
+    """Whether it starts from directions of a linear layer, of which the rank can be no more."""
+    leaves_model: bool = False
+    """Whether B starts at 0, so that the model starts as its base."""
+    rewrites_base: bool = False
+
+
+ADAPTER_INITS = {
+    "default": AdapterInit(has_directions=False, leaves_model=True),
+    "pissa": AdapterInit("pissa", rewrites_base=True),  # Meng et al., 2024
+    "eva": AdapterInit("eva", leaves_model=True),  # Paischer et al., 2024
+    "loftq": AdapterInit(),  # Li et al., 2023; by `models.adapter_init`, after peft
+}
