@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from finetune import extras, own_code
-from finetune.config import Config, accumulation_steps, base, code_identity, own_codes, usual_lr
+from finetune.config import Config, Lora, accumulation_steps, base, code_identity, own_codes, usual_lr
 from finetune.config import fields as config_fields
 from finetune.data import batches, examples, order, readers, rows, templates, tokens
 from finetune.engine import optim, trackers
@@ -331,6 +331,9 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
         yield f"{_counted(num_steps, 'step')} will change the model very little; {more}{unpacked}"
     if forgotten := base.forgotten_losses(data.model_config.to_dict()):
         yield forgotten
+    adapter = config.adapter
+    if isinstance(adapter, Lora) and adapter.bias != "none":
+        yield f"adapter.bias: {adapter.bias} changes biases of the base: with the adapter switched off, the model is not the base"
     if torch.backends.mps.is_available() and not torch.cuda.is_available():
         yield "Apple GPUs (mps) are not supported yet; this run uses the CPU"
 

@@ -28,7 +28,11 @@ METHODS = {
     "lora, DoRA": {"adapter__kind": "lora", "adapter__dora": True},
     "lora, PiSSA": {"adapter__kind": "lora", "adapter__init": "pissa"},
     "lora, EVA": {"adapter__kind": "lora", "adapter__init": "eva"},
-    "lora, norms": {"adapter__kind": "lora", "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"]},
+    "lora, gaussian": {"adapter__kind": "lora", "adapter__init": "gaussian"},
+    "lora, random": {"adapter__kind": "lora", "adapter__init": "random", "adapter__alpha": 1.0},
+    "lora, norms": {"adapter__kind": "lora", "adapter__train_norms": True},
+    "lora, biases": {"adapter__kind": "lora", "adapter__bias": "all"},
+    "lora, biases of adapted": {"adapter__kind": "lora", "adapter__bias": "lora_only"},
     "lora, whole modules": {"adapter__kind": "lora", "adapter__modules_to_save": ["embed_tokens", "lm_head"]},
     "qlora, NF4": {"adapter__kind": "qlora"},
     "qlora, FP4": {"adapter__kind": "qlora", "adapter__quantization": "fp4", "adapter__double_quantization": False},
@@ -151,6 +155,7 @@ def test_adapters_that_cannot_be_added_are_not_merged(workshop, base):
     for name, changes, why in (
         ("pissa", {"adapter__init": "pissa"}, "begun from the weights of its base"),
         ("norms", METHODS["lora, norms"], "holds whole modules or biases"),
+        ("biases", METHODS["lora, biases"], "holds whole modules or biases"),
         ("loftq", {"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapters of different bases"),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=why):
@@ -161,7 +166,7 @@ def test_adapters_that_cannot_be_added_are_not_merged(workshop, base):
 
 
 SIXTEEN = {
-    "norms": {"adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"]}, "head": {"adapter__modules_to_save": ["lm_head"]},
+    "norms": {"adapter__train_norms": True}, "biases": {"adapter__bias": "all"}, "head": {"adapter__modules_to_save": ["lm_head"]},
     "new tokens": {"model__new_tokens": ["<a>"]},
 }  # fmt: skip
 
@@ -183,7 +188,7 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
     monkeypatch.setattr(loop, "finish", looked_at)
     settings = {**on(base), **SIXTEEN[method], "adapter__kind": kind, "train__precision": "bf16", "optimizer__lr": 2e-4}
     if (kind, method) == ("qlora", "biases"):
-        with pytest.raises(ConfigError, match="adapter.bias: cannot be used with kind: qlora"):
+        with pytest.raises(ConfigError, match="adapter.bias: adapter.kind is qlora; it belongs to lora"):
             workshop.train(**settings)
         return
     run = workshop.train(**settings, **TEN, evaluation__sample_prompts=["hi"], evaluation__sample_max_new_tokens=3)

@@ -102,6 +102,8 @@ class AdapterInit:
 
 ADAPTER_INITS = {
     "default": AdapterInit(has_directions=False, leaves_model=True),
+    "gaussian": AdapterInit("gaussian", has_directions=False, leaves_model=True),
+    "random": AdapterInit(False, has_directions=False),  # B random too, to debug and to test
     "pissa": AdapterInit("pissa", rewrites_base=True),  # Meng et al., 2024
     "eva": AdapterInit("eva", leaves_model=True),  # Paischer et al., 2024
     "loftq": AdapterInit(),  # Li et al., 2023; by `models.adapter_init`, after peft

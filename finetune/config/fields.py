@@ -101,9 +101,11 @@ class Adapter(Section):
     dora: bool = False
     """Learn the magnitude of weights separately from their direction (DoRA; Liu et al., 2024): better at low ranks, slower."""
     init: AdapterInit = "default"
-    """How to initialise adapters. default: leave the model unchanged; pissa: principal directions of the weights; eva: principal directions of the data; loftq: correct the error of 4-bit quantisation."""
+    """How to initialise adapters. default, gaussian: leave the model unchanged; random: make B random too, for tests; pissa: principal directions of the weights; eva: principal directions of the data; loftq: correct the error of 4-bit quantisation."""
+    train_norms: bool = False
+    """Train all weights of the norms."""
     modules_to_save: list[str] = []
-    """Modules to train in full, and save with the adapter, such as [embed_tokens, lm_head] or [input_layernorm, norm]."""
+    """Modules to train in full, and save with the adapter, such as [embed_tokens, lm_head]."""
 
 
 class Lora(Adapter):
@@ -111,6 +113,8 @@ class Lora(Adapter):
 
     kind: Literal["lora"]
     """Train low-rank adapters."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases to train. This changes the base: switching the adapter off does not give the original model back."""
 
 
 class QLora(Adapter):

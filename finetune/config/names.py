@@ -15,7 +15,7 @@ ELSEWHERE = {
     "lora_r": "adapter.r", "lora_rank": "adapter.r", "rank": "adapter.r", "lora_alpha": "adapter.alpha", "lora_dropout": "adapter.dropout",
     "lora_target_modules": "adapter.target_modules", "lora_target": "adapter.target_modules", "target_module": "adapter.target_modules",
     "lora_target_linear": "adapter.target_modules", "lora_modules_to_save": "adapter.modules_to_save", "use_rslora": "adapter.rslora",
-    "use_dora": "adapter.dora", "init_lora_weights": "adapter.init", "lora_bias": "adapters leave the biases of the base as they are; remove it",
+    "use_dora": "adapter.dora", "init_lora_weights": "adapter.init", "lora_bias": "adapter.bias",
     "lora_model_dir": "adapter.path",
     "adapter_name_or_path": "adapter.path", "unfrozen_parameters": "adapter.freeze", "loraplus_lr_ratio": "optimizer.lora_plus_ratio",
     # data
@@ -96,14 +96,6 @@ REMOVED: dict[str, tuple[object, str]] = {
         {},
         "adapter.alpha is that of all modules; name those to adapt in adapter.target_modules",
     ),
-    "adapter.bias": (
-        "none",
-        "adapters leave the biases of the base as they are; adapter.kind: full trains all of them",
-    ),
-    "adapter.train_norms": (
-        False,
-        "name the norms in adapter.modules_to_save, as [input_layernorm, post_attention_layernorm, norm]",
-    ),
 }
 
 _PREFERENCE = "preference tuning ({}) is not yet supported; use sft on the preferred answers alone"
@@ -132,10 +124,6 @@ NOT_YET = {
         **dict.fromkeys(("freeze", "bitfit"), "{} is kind: full with adapter.freeze, which names what does not train"),
         **dict.fromkeys(("prefix_tuning", "prompt_tuning", "p_tuning", "ia3", "adalora", "loha", "lokr", "vera", "oft", "boft"),
         "{} is not supported; use lora"),
-    },
-    "adapter.init": {
-        "gaussian": "it was removed; default leaves the model unchanged, too",
-        "random": "it was removed, as the model then started as another one; use default",
     },
     "train.precision": {
         "mps": "Apple GPUs (mps) are not yet used; on a Mac a run is on the CPU", "float16": "write fp16", "bfloat16": "write bf16",

@@ -12,6 +12,7 @@ from finetune.config.fields import (
     Adapter,
     Config,
     Full,
+    Lora,
     Model,
     OwnObjective,
     QLora,
@@ -163,6 +164,8 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
         yield "adapter.init: loftq corrects quantisation errors, and nothing is quantised; use kind: qlora"
     if has_eight_bits and adapter.init == "loftq":
         yield "adapter.init: loftq corrects the error of 4 bits, and int8 has next to none; use init: default"
+    if adapter.dora and isinstance(adapter, Lora) and adapter.bias != "none":
+        yield "adapter.bias: cannot be used with adapter.dora; use none"
     if adapter.dora and adapter.init != "default":
         yield f"adapter.dora: cannot be used with adapter.init: {adapter.init}; use init: default"
     if has_eight_bits and adapter.dora:

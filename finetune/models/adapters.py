@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetune import failures
-from finetune.config import Adapter, Full, Model, QLora
+from finetune.config import Adapter, Full, Lora, Model, QLora
 from finetune.config.base import ADAPTER_WEIGHTS, adapter_problem
 from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
 from finetune.errors import ModelError
@@ -63,6 +63,9 @@ def apply(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     _require_directions(adapted, adapter)
+    trains_biases = any(p.requires_grad and n.endswith("bias") for n, p in adapted.named_parameters())
+    if isinstance(adapter, Lora) and adapter.bias != "none" and not trains_biases:
+        raise ModelError(f"adapter.bias: {adapter.bias}, but this model has no bias; set it to none")
     return adapted
 
 
@@ -113,7 +116,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
         use_rslora=adapter.rslora, use_dora=adapter.dora,
         init_lora_weights=True if on_meta else ADAPTER_INITS[adapter.init].peft,
         eva_config=EvaConfig(rho=1.0) if adapter.init == "eva" and not on_meta else None,
-        modules_to_save=list(whole) or None, task_type="CAUSAL_LM",
+        bias=adapter.bias if isinstance(adapter, Lora) else "none", modules_to_save=list(whole) or None, task_type="CAUSAL_LM",
         ensure_weight_tying=bool(whole) and model.config.get_text_config().tie_word_embeddings,
     )  # fmt: skip
     try:
@@ -134,6 +137,8 @@ def _trained_whole(model: Any, adapter: Adapter, has_new_tokens: bool) -> list[s
     if has_new_tokens:
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         whole += [name.split(".")[-1] for name, module in model.named_modules() if any(module is end for end in ends)]
+    if adapter.train_norms:
+        whole += sorted({n.split(".")[-1] for n, m in model.named_modules() if "norm" in type(m).__name__.lower()})
     names = {name.split(".")[-1] for name, _ in model.named_modules()}
     for name in adapter.modules_to_save:
         if name.split(".")[-1] not in names:

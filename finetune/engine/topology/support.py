@@ -31,7 +31,7 @@ def _quantized(*kinds: str) -> Callable[[Config], bool]:
 
 def _trains_whole_modules(config: Config) -> bool:
     adapter = config.adapter
-    return adapter.kind != "full" and bool(adapter.modules_to_save or config.model.new_tokens)
+    return adapter.kind != "full" and bool(adapter.modules_to_save or adapter.train_norms or config.model.new_tokens)
 
 
 FLAT = "ZeRO lays all weights end to end, and"
@@ -52,7 +52,7 @@ FEATURES = [
     Feature("LoRA", "adapter.kind: lora", lambda c: c.adapter.kind == "lora", {}),
     Feature(
         "the same, with whole modules, norms or new tokens",
-        "adapter.modules_to_save, model.new_tokens",
+        "adapter.modules_to_save, adapter.train_norms, model.new_tokens",
         _trains_whole_modules,
         {},
     ),
