@@ -3,7 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-fast faults image image-test gpu bench lint schema clean
+.PHONY: install quickstart test test-fast proofs faults durations image image-test gpu bench lint schema clean
 .DELETE_ON_ERROR:
 
 # What a run needs; `make test` and `make lint` add their own tools.
@@ -32,14 +32,24 @@ quickstart: install
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
 
+# Under 6 minutes on two idle cores; what it leaves to the long forms below is named at its end.
 test: .venv/tools
-	$(BIN)/python -m pytest tests -n auto
+	$(BIN)/python -m pytest tests -n auto --dist worksteal
 
 test-fast: .venv/tools
-	$(BIN)/python -m pytest tests -n auto -m "not slow"
+	$(BIN)/python -m pytest tests -n auto --dist worksteal -m "not slow"
 
+# Wide sweeps: every recipe, method, optimizer, topology with a real compiler, forecasts against runs.
+proofs: .venv/tools
+	$(BIN)/python -m pytest tests -n auto --dist worksteal -m proof
+
+# 201 kills, every signal, cloud, damage and move to another topology.
 faults: .venv/tools
-	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults tests/invariants/test_topologies.py -n 2 -s
+	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults tests/distributed -n 2 -s -m ""
+
+# Records what each file of tests costs, in tests/durations.json.
+durations: .venv/tools
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal --record-durations
 
 # For NVIDIA GPUs; docs/containers.md has SUFFIX and ARGS for a CPU and for FlashAttention. BUILDER="buildah build" or "podman build" will do, too.
 BUILDER ?= docker build
@@ -51,7 +61,7 @@ image:
 
 # Builds one for a CPU and runs it; as root, with Debian's buildah, runc and mmdebstrap.
 image-test: .venv/tools
-	FINETUNE_IMAGE=1 $(BIN)/python -m pytest tests/test_image.py tests/test_container.py -s
+	$(BIN)/python -m pytest tests/test_image.py tests/test_container.py -s -m ""
 
 # What only a GPU shows, each part in under five minutes, without a network: PART=correctness, memory or speed (all, if none is
 # given), with what PYTHON has installed. ONLY=regex, MINUTES=9, OUT=folder; CPU=1 rehearses on tiny models without a GPU.

@@ -5,9 +5,7 @@ import logging
 # peft imports bitsandbytes, which would like to download a kernel for 4-bit products on a CPU and says so in every run.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Libraries import DeepSpeed where it is installed, and it warns of every machine without a GPU.
-logging.getLogger("DeepSpeed").addFilter(
-    lambda record: "Setting accelerator to CPU" not in str(record.msg)
-)
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
 
 
 class _SayOnce(logging.Filter):

@@ -6,7 +6,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import TextStreamer
 
 from finetune import places
 from finetune.config.base import is_adapter, model_argument, require_model
@@ -71,7 +70,7 @@ def main(arguments: argparse.Namespace) -> None:
     def answer(messages: list[Message]) -> str:
         """The answer, printed as it is written."""
         prompt = generate.chat_prompt(tokenizer, messages)
-        streamer = TextStreamer(
+        streamer = generate.TextStreamer(
             tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         [given] = generate.answers(

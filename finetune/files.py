@@ -71,6 +71,19 @@ def write_whole(path: Path, text: str, errors: str = "strict") -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_synced(path: Path, text: str) -> None:
+    """Leave the whole new file or the whole old one, even after a crash."""
+    write_whole(path, text, errors="surrogateescape")
+    flush(path.parent)
+
+
+def free_name(path: Path) -> Path:
+    """Where a damaged file is kept: beside its place, and over no other."""
+    ends = [".damaged", *(f".{number}.damaged" for number in range(1, 1000))]
+    names = (path.with_name(path.name + end) for end in ends)
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def _beside(path: Path) -> tuple[int, Path]:
     """A new file in the folder where `path`, or what it links to, lies."""
     real = Path(os.path.realpath(path))

@@ -184,7 +184,7 @@ def evaluate_if_due(run: Run, at_the_end: bool = False) -> bool:
     step, rows = run.state.progress.step, run.data.eval
     evaluates = at_the_end or due(step, settings.every_steps)
     samples = at_the_end or due(step, settings.sample_every_steps)
-    if evaluates and rows and step not in topology.on_main(directory.eval_losses):
+    if evaluates and rows and step not in topology.on_main(directory.logs.eval_losses):
         with run.state.averaged():
             values = evaluate(
                 topology, run.policy(run.state.model), run.objective, run.config.objective,
@@ -194,7 +194,7 @@ def evaluate_if_due(run: Run, at_the_end: bool = False) -> bool:
             return True
         run.metrics.evaluation(step, values)
     samples = samples and bool(settings.sample_prompts)
-    if samples and not topology.on_main(lambda: directory.has_samples(step)):
+    if samples and not topology.on_main(lambda: directory.logs.has_samples(step)):
         if topology.any(run.stop.is_set):
             return True
         run.sample()

@@ -1,7 +1,7 @@
 """Code of a user's own, named in a config as FILE.py:NAME or package.module:NAME. No torch.
 
-Only `read` executes code, and only `config` calls it, with what the user's config or command line names. What was read
-stays in this process: a file that is edited during a run changes nothing.
+Only `read` executes code, and only `config` calls it, with what the user's config or command line
+names. What was read stays in this process: a file that is edited during a run changes nothing.
 """
 
 import difflib
@@ -25,7 +25,7 @@ EXPECTED = "FILE.py:NAME"
 
 @dataclass(frozen=True, eq=False)
 class OwnCode:
-    """An object, the file that it comes from, and the sha256 of that file (of all files of a package)."""
+    """An object, its file, and the sha256 of that file (or of all files of its package)."""
 
     name: str
     path: Path
@@ -48,35 +48,43 @@ def is_own(value: object) -> bool:
 
 
 def find(name: str, folder: Path | None = None) -> str:
-    """`name` with the full path of its file, which is looked for in `folder` (of the config), then here. Raises ConfigError."""
+    """Complete the path in `name`, from `folder` (of the config) or from here. Raises ConfigError."""
     place, _, attribute = name.rpartition(":")
     if not _is_file(place):
         return name
-    folders = [Path.cwd()] if folder is None else list(dict.fromkeys((folder.absolute(), Path.cwd())))
+    folders = list(dict.fromkeys((*([folder.absolute()] if folder else []), Path.cwd())))
     for path in (each / os.path.expanduser(place) for each in folders):
         if path.is_file():
             return f"{os.path.realpath(path)}:{attribute}"
-    near = (places.nearest(str(each / os.path.dirname(place)), os.path.basename(place)) for each in folders)
+    inside, file = os.path.split(place)
+    near = (places.nearest(str(each / inside), file) for each in folders)
     hint = next((f"did you mean {shown(Path(path))}?" for path in near if path), "correct the path")
     raise ConfigError(f"no file {place} in {' or in '.join(map(str, folders))}; {hint}")
 
 
 def read(name: str) -> OwnCode:
-    """Execute the file of `name`, as `find` gave it, unless this content was executed before. Raises ConfigError."""
+    """Execute the file of a `name` that `find` gave, once for each content. Raises ConfigError."""
     place, _, attribute = name.rpartition(":")
     path, content, found = _sources(place)
     if (known := _READ.get(name)) and known.sha256 == found:
         return known
     module = _executed(path, content, found) if _is_file(place) else _imported(place, path)
     if not hasattr(module, attribute):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-        near = difflib.get_close_matches(attribute.lower(), {key.lower(): key for key in own}, n=1)
-        hint = next(
-            (f"did you mean {key}?" for key in own if [key.lower()] == near), f"it has {', '.join(own) or 'none'}"
-        )
-        raise ConfigError(f"{shown(path)} defines no {attribute}; {hint}")
+        raise ConfigError(f"{shown(path)} defines no {attribute}; {_defined(module, attribute)}")
     _READ[name] = OwnCode(name, path, found, getattr(module, attribute))
     return _READ[name]
+
+
+def _defined(module: ModuleType, wanted: str) -> str:
+    """What a module defines that may be meant."""
+    names = [
+        name
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__
+    ]  # fmt: skip
+    lowered = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(wanted.lower(), lowered, n=1)
+    return f"did you mean {lowered[near[0]]}?" if near else f"it has {', '.join(names) or 'none'}"
 
 
 def get(name: str) -> OwnCode:
@@ -90,7 +98,7 @@ def sha256(name: str) -> str:
 
 
 def _sources(place: str) -> tuple[Path, bytes, str]:
-    """The file of a place, what it holds, and the hash of that, or of the package that a module is in."""
+    """The file of a place, its content, and the hash of that, or of a module's package."""
     path = Path(place) if _is_file(place) else _path_of_module(place)
     content = _content(path)
     return path, content, hashlib.sha256(content if _is_file(place) else _package(path)).hexdigest()
@@ -148,7 +156,7 @@ def _path_of_module(place: str) -> Path:
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     found, inside, whole = None, None, ""
-    for part in place.split("."):  # not importlib.util.find_spec, which executes the packages around a module
+    for part in place.split("."):  # importlib.util.find_spec would execute the packages around it
         whole = f"{whole}.{part}".lstrip(".")
         specs = (finder.find_spec(whole, inside) for finder in sys.meta_path)
         found = next((spec for spec in specs if spec is not None), None)
@@ -175,8 +183,8 @@ def _failed(exc: BaseException, path: Path) -> FinetuneError:
 
 
 def _blame(exc: BaseException, path: Path) -> str:
-    lines = [frame.lineno for frame in traceback.extract_tb(exc.__traceback__) if frame.filename == str(path)]
-    message = str(exc)
+    frames = traceback.extract_tb(exc.__traceback__)
+    lines, message = [each.lineno for each in frames if each.filename == str(path)], str(exc)
     if isinstance(exc, SyntaxError) and exc.filename == str(path):
         lines, message = [exc.lineno], exc.msg
     first = next(iter(message.strip().splitlines()), "")[: failures.MOST_LETTERS]

@@ -14,6 +14,7 @@ TRAIN = SHIPPED / "train.py"
 # the run ended: the launcher writes the outcome of processes that were killed.
 BEATS, RUN = "FINETUNE_BEATS", "run"
 REPLAY_OF = "FINETUNE_REPLAY_OF"  # a setting of `replay` for its processes: the directory of the run that they repeat
+LAUNCHER = "FINETUNE_LAUNCHER"  # a setting of the launcher for its processes: its process number
 COMMAND = "FINETUNE_COMMAND"  # how the user calls the program, for the processes that it starts
 
 
@@ -33,6 +34,20 @@ def found(name: str) -> str:
     name = os.path.expanduser(name)
     shipped = SHIPPED / name
     return str(shipped) if not Path(name).exists() and shipped.is_file() else name
+
+
+_config_folder: list[Path] = []
+
+
+def note_config_folder(folder: Path | None) -> None:
+    """Remember where the config lies, for `looked_in`. None: there is no config file."""
+    _config_folder[:] = [folder] if folder else []
+
+
+def looked_in() -> str:
+    """The folders that a relative path of the config is looked for in, for messages."""
+    folders = dict.fromkeys([os.getcwd(), *(str(each.absolute()) for each in _config_folder)])
+    return " and ".join(folders)
 
 
 def nearest(folder: str, name: str) -> str | None:

@@ -234,8 +234,8 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
     train, examples = data.train.sequences, data.train.sequences.examples
     supervised = examples.num_supervised_tokens
     lines = [
-        f"data        {examples.num_rows:,} rows -> {_counted(len(examples), 'example')} -> {_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
-        + _lost(examples),
+        f"data        {_rows(config, data)} -> {_counted(len(examples), 'example')} -> {_counted(len(train), 'sequence')} "
+        f"of at most {config.data.max_length} tokens" + _changed(config, examples),
         f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
         f"template    {data.template.name}, objective {own_code.without_folder(config.objective.kind)}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
@@ -255,19 +255,35 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
             f"evaluation  {_counted(len(data.eval.sequences.examples), 'example')}"
             + (" held out" if config.data.eval_fraction else "")
             + (f"; {data.num_eval_known:,} of them are also trained on" if data.num_eval_known else "")
-            + (_lost(data.eval.sequences.examples) if data.sources.eval else "")
+            + (_of_eval_files(config, data.eval.sequences.examples) if data.sources.eval else "")
         )
     return lines
 
 
-def _lost(examples: Any) -> str:
-    """How many rows were cut, dropped or skipped."""
-    return (
-        (f"; {examples.num_truncated} cut" if examples.num_truncated else "")
-        + (f"; {examples.num_dropped} dropped" if examples.num_dropped else "")
-        + (f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else "")
-        + (f"; {_counted(examples.num_skipped, 'row')} skipped by data.format" if examples.num_skipped else "")
-    )
+def _rows(config: Config, data: Data) -> str:
+    """What became of every training row; the numbers add up."""
+    train = data.train.sequences.examples
+    held = data.eval.sequences.examples.num_distinct_rows if data.eval and config.data.eval_fraction else 0
+    trained = train.num_distinct_rows
+    left_out = data.num_rows - train.num_dropped - held - trained
+    fates = (
+        (train.num_dropped, "dropped"), (left_out, "left out by data.max_rows"), (held, "held out"), (trained, "trained on"),
+    )  # fmt: skip
+    told = [f"{count:,} {fate}" for count, fate in fates if count]
+    return _counted(data.num_rows, "row") + (f": {', '.join(told)}" if len(told) > 1 else "")
+
+
+def _changed(config: Config, examples: Any) -> str:
+    """How many rows were cut or split, and how many empty ones were skipped."""
+    how = "split into several examples" if config.data.truncation == "split" else "cut"
+    return (f"; {examples.num_truncated:,} {how}" if examples.num_truncated else "") + (
+        f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else ""
+    ) + (f"; {_counted(examples.num_skipped, 'row')} skipped by data.format" if examples.num_skipped else "")
+
+
+def _of_eval_files(config: Config, examples: Any) -> str:
+    dropped = f"; {examples.num_dropped:,} dropped" if examples.num_dropped else ""
+    return dropped + _changed(config, examples)
 
 
 def _file_lines(config: Config, data: Data) -> list[str]:

@@ -1,8 +1,6 @@
 """python -m finetune replay: the same run again, from its receipt, and whether it came out the same."""
 
 import argparse
-import contextlib
-import json
 import math
 import os
 import sys
@@ -12,6 +10,7 @@ from typing import Any
 from finetune import config as configs
 from finetune import files, own_code
 from finetune.config import paths
+from finetune.engine import logs
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, ConfigError, RunDirectoryError
 from finetune.places import REPLAY_OF, TRAIN
 from finetune.survival import launcher
@@ -56,7 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _require_own_code(run: Path, settings: dict[str, Any], receipt: dict[str, Any]) -> None:
-    """Raise RunDirectoryError where the run's config names code of the user's own that is not what its receipt says."""
+    """Raise RunDirectoryError where code of the user's own is not what the run's receipt says."""
     for key in configs.OWN_CODE:
         name = str(settings.get(key))
         if not own_code.is_own(name):
@@ -81,9 +80,9 @@ def _receipt(run: Path) -> dict[str, Any]:
     try:
         launch, number = receipt["launch"], int(receipt["num_processes"])
         on_this_node = int(launch.get("LOCAL_WORLD_SIZE", 1))
-        told = [str(receipt["topology"]), *launch, *launch.values()]
+        words = [str(receipt["topology"]), *launch, *launch.values()]
         # The system takes 128 KiB of a variable; a launcher sets a few words.
-        if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in told):
+        if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in words):
             raise ValueError("launch holds an entry that is not an environment variable")
         if foreign := [
             name for name in launch if not launching.is_recorded(name) or not name.replace("_", "").isalnum()
@@ -177,10 +176,6 @@ def agree(one: tuple[Any, Any] | None, other: tuple[Any, Any] | None, part: floa
 
 
 def _steps(metrics: Path) -> dict[int, tuple[Any, Any]]:
-    """Step -> (loss, gradient norm); lines that are torn are left out."""
-    found = {}
-    for line in metrics.read_text(errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            values = json.loads(line)
-            found[int(values["step"])] = (values["loss"], values["grad_norm"])
-    return found
+    """Step -> (loss, gradient norm)."""
+    whole = [line for line in logs.records(metrics) if {"loss", "grad_norm"} <= line.keys()]
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in whole}

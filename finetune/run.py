@@ -167,8 +167,8 @@ class Run:
         self.directory.create(config)
         wanted = config.evaluation.every_steps if data.eval else None
         for note in (
-            *self.directory.rewind(step),
-            *self.directory.missing(step, config.tracking.log_every_steps, wanted),
+            *self.directory.logs.rewind(step),
+            *self.directory.logs.missing(step, config.tracking.log_every_steps, wanted),
         ):
             self.log(note)
         self.directory.write_outcome("running", step, "started, or started again")
@@ -301,7 +301,7 @@ class Run:
             trackers = Trackers(
                 wanted.trackers, project=wanted.project, run_name=config.run.name, run_id=progress.run_id,
                 directory=directory.path, first_step=progress.step + 1, wandb_mode=wanted.wandb_mode,
-                about={"config": config.model_dump(), "receipt": directory.receipt()}, history=directory.history(), log=log,
+                about={"config": config.model_dump(), "receipt": directory.receipt()}, history=directory.logs.history(), log=log,
             )  # fmt: skip
         lengths = self.data.train.sequences.examples.lengths.tolist()
         attention = parameters.attention_per_token(self.data.model_config, lengths)

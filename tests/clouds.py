@@ -1,4 +1,4 @@
-"""One server that speaks as the metadata services of AWS, GCP and Azure do, and says what a test asks of it."""
+"""One server that speaks as the metadata services of AWS, GCP and Azure do, as a test asks."""
 
 import json
 import threading
@@ -16,24 +16,31 @@ NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
 ASKED_FOR = {"aws": ACTION, "gcp": PREEMPTED, "azure": EVENTS}
 
 NOTHING = (404, "<html>404 - Not Found</html>")
-QUIET = {"aws": NOTHING, "gcp": (200, "FALSE"), "azure": (200, {"DocumentIncarnation": 1, "Events": []})}
+QUIET = {
+    "aws": NOTHING,
+    "gcp": (200, "FALSE"),
+    "azure": (200, {"DocumentIncarnation": 1, "Events": []}),
+}
 REBALANCED = (200, {"noticeTime": "2026-11-21T11:45:00Z"})
 
 
 def preempt(*machines, **changes):
     event = {
-        "EventId": "602d9444", "EventType": "Preempt", "EventStatus": "Scheduled", "ResourceType": "VirtualMachine",
+        "EventId": "602d9444", "EventType": "Preempt", "EventStatus": "Scheduled",
         "Resources": list(machines), "NotBefore": "",
     }  # fmt: skip
     return {"DocumentIncarnation": 2, "Events": [event | changes]}
 
 
 def final(cloud):
-    """The answer of a cloud that takes this machine in two minutes, and the reason that a run gives."""
+    """The answer of a cloud that takes this machine in two minutes, and its reason."""
     at = time.time() + 120
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
     return {
-        "aws": ((200, {"action": "terminate", "time": stamp}), f"AWS takes this machine at {stamp} (terminate)"),
+        "aws": (
+            (200, {"action": "terminate", "time": stamp}),
+            f"AWS takes this machine at {stamp} (terminate)",
+        ),
         "gcp": ((200, "TRUE"), "GCP takes this machine within 30 s (preempted)"),
         "azure": (
             (200, preempt("vmss_3", NotBefore=formatdate(at, usegmt=True))),
@@ -61,10 +68,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def refusal(self):
         if self.path == TOKEN:
-            right = self.command == "PUT" and int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) <= 21600
+            right = (
+                self.command == "PUT"
+                and int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) <= 21600
+            )
             return None if right else (400, "")
         if self.path.startswith("/latest/"):
-            return None if self.headers["X-aws-ec2-metadata-token"] in self.server.tokens else (401, "")
+            return (
+                None
+                if self.headers["X-aws-ec2-metadata-token"] in self.server.tokens
+                else (401, "")
+            )
         if self.path.startswith("/computeMetadata/"):
             return None if self.headers["Metadata-Flavor"] == "Google" else (403, "")
         return None if self.headers["Metadata"] == "true" else (400, "")
@@ -74,7 +88,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.tokens.append(body)
         if not isinstance(body, bytes):
             body = (body if isinstance(body, str) else json.dumps(body)).encode()
-        head = {"Content-Length": len(body)} | ({"Metadata-Flavor": "Google"} if self.path == PREEMPTED else {})
+        head = {"Content-Length": len(body)} | (
+            {"Metadata-Flavor": "Google"} if self.path == PREEMPTED else {}
+        )
         self.send_response_only(status)
         for name, value in (head | (headers or {})).items():
             self.send_header(name, str(value))
@@ -86,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Metadata(ThreadingHTTPServer):
-    """One server that speaks as all three clouds: nothing to say, until a test gives answers to a path."""
+    """Speaks as all three clouds: nothing to say, until a test gives answers to a path."""
 
     daemon_threads = True
 
@@ -99,7 +115,7 @@ class Metadata(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=[0.002], daemon=True).start()
 
     def says(self, path, *answers):
-        """One after another, the last one repeated: (status, body, headers) or what writes to the handler."""
+        """One after another, the last one repeated: (status, body, headers), or a function."""
         self.answers[path] = list(answers)
 
     def next_answer(self, path):

@@ -128,6 +128,15 @@ class Workshop:
         return subprocess.CompletedProcess(["train.py"], code, begun.said(), begun.said())
 
 
+@pytest.fixture(autouse=True)
+def no_config_folder():
+    """A process of the product reads one config; here many tests share a process."""
+    from finetune import places
+
+    yield
+    places.note_config_folder(None)
+
+
 @functools.cache
 def spare_what_is_imported() -> None:
     """Once in a process: every run collects garbage at its end, which takes 0.3 s among all that torch and transformers are."""

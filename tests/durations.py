@@ -32,6 +32,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Long forms are slow; files that take longest come first, dealt out in two halves, as two workers begin with one each."""
     for item in items:
+        if "image" in getattr(item, "fixturenames", ()):
+            item.add_marker("image")
         if any(item.get_closest_marker(name) for name in ("proof", "fault", "image")):
             item.add_marker("slow")
     seconds = {name: sum(of.values()) for name, of in json.loads(FILE.read_text()).items()}

@@ -42,7 +42,7 @@ MOUNTS = {
     "/config": ("config", None, False), "/tokens": ("tokens", None, False), "/runs": ("storage", "runs", True),
     "/models": ("storage", "models", True), "/scratch": ("scratch", None, True), "/dev/shm": ("shm", None, True),
 }  # fmt: skip
-# All that a run's pods and Jobs say. What is not here has been thought of by nobody: another container never ends, a probe
+# All that a run's pods and Jobs say. What is not here was never thought of: another container never ends, a probe
 # ends what goes well, a shared process namespace takes PID 1 from tini.
 SAYS = {
     "pod": set(
@@ -270,7 +270,7 @@ def _said(found: Work) -> Iterator[str]:
     several = [("Job", found.job), ("pod", found.pod), *(("container", container) for container in found.containers)]
     for what, spec in several:
         if unknown := set(spec) - SAYS[what]:
-            yield f"a {what} says {', '.join(sorted(unknown))}, which nobody has thought of"
+            yield f"a {what} says {', '.join(sorted(unknown))}, which was never thought of"
     if len(found.pod["containers"]) != 1:
         yield "beside a second container a pod does not end with the run"
 
@@ -407,7 +407,7 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
             try:
                 words = [expanded(word, environment(found, container, rank)) for word in args]
             except KeyError as exc:
-                yield f"nobody says what $({exc.args[0]}) is"
+                yield f"nothing says what $({exc.args[0]}) is"
                 return
             if not container.get("command") and words[0] != "launch":
                 yield f"{container['name']}: finetune has no command {words[0]} that trains"

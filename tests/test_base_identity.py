@@ -65,6 +65,7 @@ def on(base, **changes):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "double"), [("nf4", True), ("fp4", False), ("int8", True)])
 def test_qlora_trains_on_a_quantised_base_as_it_is(workshop, quantized, capsys, caplog, form, double):
     run = workshop.train("run", **on(quantized(form), adapter__kind="qlora"))
@@ -368,6 +369,7 @@ def test_a_run_directory_and_an_adapter_are_named_with_what_to_write(workshop, p
     assert f"adapter.path: {plain} is a whole model, not an adapter" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_at", ["open", "pass"])
 def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu(workshop, plain, monkeypatch, full_at):
     devices = []

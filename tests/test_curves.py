@@ -39,13 +39,38 @@ def test_what_is_drawn_is_what_is_on_record(run, monkeypatch):
     )  # fmt: skip
     curves.draw([run], run / "x.png")
     metrics, evals = curves.read(run / "metrics.jsonl"), curves.read(run / "eval.jsonl")
-    raw, _, evaluation = drawn["loss, nats per learned token"]
+    raw, _, evaluation, exported = drawn["loss, nats per learned token"]
+    assert [x for x, _ in exported] == [5, 5]
     assert raw == [[line["step"], line["loss"]] for line in metrics]
     assert evaluation == [[line["step"], line["eval_loss"]] for line in evals]
     for key, title in curves.PANELS.items():
         assert drawn[title] == [[[line["step"], line[key]] for line in metrics]]
 
 
+def figure_of(run, monkeypatch, log=False):
+    """What is drawn of a run."""
+    from matplotlib.figure import Figure
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    curves.draw([run], run / "x.png", log)
+    return {axis.get_title(loc="left"): axis for axis in kept[0].axes}
+
+
+def test_a_run_of_one_step_is_a_dot(run, monkeypatch):
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    (run / "metrics.jsonl").write_text(first + "\n")
+    axis = figure_of(run, monkeypatch)["loss, nats per learned token"]
+    assert axis.lines[1].get_marker() == "."
+    assert axis.get_xlabel() == "step"
+
+
+def test_on_request_scales_are_logarithmic(run, monkeypatch):
+    assert {axis.get_yscale() for axis in figure_of(run, monkeypatch).values()} == {"linear"}
+    assert {axis.get_yscale() for axis in figure_of(run, monkeypatch, log=True).values()} == {"log"}
+
+
+@pytest.mark.slow
 def test_several_runs_stand_in_one_picture(run, workshop, tmp_path):
     other = workshop.train("other", optimizer__lr=1e-3)
     curves.draw([run, other], tmp_path / "both.svg")

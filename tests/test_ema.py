@@ -21,6 +21,7 @@ def exported(run):
     return load_file(run / "model/model.safetensors")
 
 
+@pytest.mark.slow
 def test_the_export_is_the_average_by_its_formula_and_training_knows_nothing_of_it(workshop):
     plain = workshop.train("plain", **EVERY, data__eval_fraction=0.2)
     run = workshop.train(train__ema_decay=0.25, data__eval_fraction=0.2)
@@ -38,6 +39,7 @@ def test_the_export_is_the_average_by_its_formula_and_training_knows_nothing_of_
     assert evals[0] != evals[1]
 
 
+@pytest.mark.slow
 def test_resumed_averages_are_uninterrupted_averages(workshop):
     settings = {**EVERY, "train__ema_decay": 0.9, "data__eval_fraction": 0.2, "evaluation__every_steps": 2}
     whole = workshop.train("whole", **settings)
@@ -64,6 +66,7 @@ def test_the_best_averages_are_exported(workshop):
     assert all(torch.equal(tensor, averages[name]) for name, tensor in exported(run).items())
 
 
+@pytest.mark.slow
 def test_averages_of_an_adapter(workshop):
     base = workshop.train("base") / "model"
     run = workshop.train(

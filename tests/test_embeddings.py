@@ -44,8 +44,7 @@ def without_chatml(tokenizer) -> str:
     return json.dumps(state)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(("kind", "tied"), [("full", True), ("lora", False), *(pytest.param(*each, marks=pytest.mark.proof) for each in (("full", False), ("lora", True), ("qlora", False), ("qlora", True)))])  # fmt: skip
 @pytest.mark.slow
 def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
     settings = {**plain(tied), "adapter__kind": kind, "data__template": "chatml"}
@@ -105,7 +104,7 @@ def test_noise_reaches_models_in_16_bits():
     assert float(noise.max()) == pytest.approx(5.0 / (64 * 4096) ** 0.5, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bloom", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.proof) for kind in ("bloom", "gpt_neox"))])  # fmt: skip
 @pytest.mark.slow
 def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(workshop, kind):
     """peft knows tied modules by name, and these have other names; the run itself compares what it exported."""
@@ -152,6 +151,7 @@ def test_noise_is_as_large_as_its_formula_by_the_length_of_each_document(packed)
     assert torch.equal(seen[1], model.get_input_embeddings().weight[ids])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", [{"train__neftune_alpha": 5.0}, {"objective__label_smoothing": 0.2}], ids=["noise", "smoothing"]
 )

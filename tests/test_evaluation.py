@@ -70,6 +70,7 @@ def base_and_tuned(workshop):
     return base / "model", tuned / "model", rows
 
 
+@pytest.mark.slow
 def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, capsys):
     base, tuned, rows = base_and_tuned
     output = tmp_path / "answers.jsonl"
@@ -91,6 +92,7 @@ def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, 
     assert [path.name for path in tmp_path.glob(".writing*")] == []
 
 
+@pytest.mark.slow
 def test_run_directories_are_taken_for_their_models_and_one_model_twice_is_told(base_and_tuned, capsys):
     base, _, rows = base_and_tuned
     asked = ["evaluate", "--base", str(base.parent), "--tuned", str(base), "--data", str(rows), "--max-new-tokens", "1"]
@@ -145,6 +147,7 @@ def test_control_tokens_are_refused_as_in_training(base_and_its_rows, capsys):
     assert f"{rows}:2: the text contains '<|eos|>', a control token" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 def test_an_adapter_of_another_base_is_told(workshop, capsys, kind):
     base = workshop.train("base", train__max_steps=1) / "model"

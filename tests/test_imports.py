@@ -81,6 +81,7 @@ def test_nothing_imports_the_script():
     assert not [m for m, path in modules() if within("train", imports(path)) or "train" in imports(path)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", ["finetune.config", "finetune.engine.progress", "finetune.errors", "train", "finetune.__main__"]
 )
@@ -89,7 +90,7 @@ def test_importing_it_needs_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_of_all_weights_does_not_wait_for_adapters():
     """peft brings bitsandbytes, and that PyTorch's compiler: half of a start."""
     code = "import sys, finetune.loop; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"

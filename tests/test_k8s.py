@@ -67,7 +67,7 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize("version", [pytest.param(OLDEST, marks=pytest.mark.proof), NEWEST])
 @pytest.mark.parametrize("name", [*OVERLAYS, *TOGETHER])
 @pytest.mark.slow
 def test_kubernetes_knows_every_field(rendered, name, version):
@@ -133,7 +133,7 @@ def test_the_folders_of_the_documentation_render_and_fit_together(tmp_path):
     assert of_kind(manifests, "PersistentVolumeClaim")["spec"]["storageClassName"]
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.proof) if number % 4 else name for number, name in enumerate(OVERLAYS)])  # fmt: skip
 def test_a_folder_of_ones_own_on_any_overlay_fits_together_too(tmp_path, name):
     """As docs/kubernetes.md has it, with a namespace and an image of its own."""
     (tmp_path / "run.yaml").write_text((ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4"))
@@ -160,10 +160,13 @@ def test_other_numbers_of_nodes_are_one_component_before_the_kind(tmp_path, kind
 @pytest.mark.parametrize(
     "components",
     [
-        ["nodes", "jobset", "spot-eks"], ["nodes", "jobset", "rdma"], ["nodes", "jobset", "priority"], ["spot-gke", "nodes"],
-        ["rdma", "nodes"], ["rdma", "eight-gpus"], ["object-store", "nodes"], ["nodes", "object-store", "jobset"], ["kueue", "nodes", "jobset"], ["nodes", "kueue", "jobset"],
-        ["nodes", "jobset", "kueue", "trainjob"], ["jobset"], ["nodes", "trainjob"], ["nodes", "eight-gpus"],
-        ["indexed-job"], ["nodes", "indexed-job", "jobset"],
+        ["nodes", "jobset", "spot-eks"], ["rdma", "nodes"], ["nodes", "jobset", "kueue", "trainjob"], ["indexed-job"],
+        *(pytest.param(each, marks=pytest.mark.proof) for each in (
+            ["nodes", "jobset", "rdma"], ["nodes", "jobset", "priority"], ["spot-gke", "nodes"], ["rdma", "eight-gpus"],
+            ["object-store", "nodes"], ["nodes", "object-store", "jobset"], ["kueue", "nodes", "jobset"],
+            ["nodes", "kueue", "jobset"], ["jobset"], ["nodes", "trainjob"], ["nodes", "eight-gpus"],
+            ["nodes", "indexed-job", "jobset"],
+        )),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -220,11 +223,10 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "config map of another name": ("jobset", lambda m, w: of_kind(m, "ConfigMap")["metadata"].update(name="other"), "no ConfigMap"),
     "secret that must be there": ("single-gpu", lambda m, w: w.pod["volumes"][1 + [v["name"] for v in w.pod["volumes"][1:]].index("tokens")]["secret"].pop("optional"), "not optional"),
     "mount without a volume": ("single-gpu", lambda m, w: w.node["volumeMounts"].append({"name": "x", "mountPath": "/x"}), "no volumes"),
-    "nowhere to write": ("single-gpu", lambda m, w: w.node["volumeMounts"].pop(2), "has not what it needs"),
     "runs that can only be read": ("single-gpu", lambda m, w: w.node["volumeMounts"][2].update(readOnly=True), "may not write"),
     "tokens for all": ("single-gpu", lambda m, w: next(v for v in w.pod["volumes"] if "secret" in v)["secret"].update(defaultMode=0o444), "or others may"),
     "tokens elsewhere": ("single-gpu", lambda m, w: next(e for e in w.node["env"] if e["name"] == "HF_TOKEN_PATH").update(value="/x"), "looked for where nothing"),
-    "a GPU that nobody misses": ("spot-gke", lambda m, w: w.node["env"].pop(0), "FINETUNE_NEEDS_GPU"),
+    "a GPU that is not missed": ("spot-gke", lambda m, w: w.node["env"].pop(0), "FINETUNE_NEEDS_GPU"),
     "not a command": ("single-gpu", lambda m, w: set_argument(w, "launch", "lauch"), "no command lauch"),
     "no service": ("multi-node", lambda m, w: m.remove(of_kind(m, "Service")), "no Service"),
     "names for the ready only": ("multi-node", lambda m, w: of_kind(m, "Service")["spec"].pop("publishNotReadyAddresses"), "no names"),
@@ -234,23 +236,19 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "names elsewhere": ("jobset", lambda m, w: of_kind(m, "JobSet")["spec"]["network"].update(subdomain="x"), "by its name"),
     "never again": ("jobset", lambda m, w: w.failure_policy.update(maxRestarts=0), "or never"),
     "old pods beside new": ("jobset", lambda m, w: w.failure_policy.pop("restartStrategy"), "beside old ones"),
-    "suspended for ever": ("single-gpu", lambda m, w: w.job.update(suspend=True), "no queue"),
     "four pods of one run": ("single-gpu", lambda m, w: w.job.update(parallelism=4), "work of one"),
-    "there for ever": ("jobset", lambda m, w: of_kind(m, "JobSet")["spec"].pop("ttlSecondsAfterFinished"), "nothing removes it"),
+    "there without end": ("jobset", lambda m, w: of_kind(m, "JobSet")["spec"].pop("ttlSecondsAfterFinished"), "nothing removes it"),
     "InfiniBand or not": ("rdma", lambda m, w: w.node["env"].pop(), "does not insist"),
     "no second try": ("single-gpu", lambda m, w: w.job.update(backoffLimit=0), "three times"),
-    "a deadline": ("single-gpu", lambda m, w: w.job.update(activeDeadlineSeconds=60), "says activeDeadlineSeconds"),
     "no PID 1": ("jobset", lambda m, w: w.pod.update(shareProcessNamespace=True), "says shareProcessNamespace"),
     "a sidecar": ("single-gpu", lambda m, w: w.pod["containers"].append({**w.node, "name": "other"}), "does not end"),
     "a config that changes": ("jobset", lambda m, w: of_kind(m, "ConfigMap").pop("immutable"), "may change"),
     "an open namespace": ("single-gpu", lambda m, w: of_kind(m, "Namespace")["metadata"]["labels"].update({"pod-security.kubernetes.io/enforce": "privileged"}), "does not enforce"),
     "not drained": ("spot-eks", lambda m, w: w.job["template"]["metadata"].update(annotations={"karpenter.sh/do-not-disrupt": "true"}), "not drain"),
-    "a label that nobody has": ("spot-gke", lambda m, w: w.pod.update(nodeSelector={"cloud.google.com/gkespot": "true"}), "no cloud's spot"),
     "no disk": ("single-gpu", lambda m, w: w.node["resources"]["limits"].update({"ephemeral-storage": "1Gi"}), "hold more"),
     "another namespace": ("single-gpu", lambda m, w: of_kind(m, "Job")["metadata"].update(namespace="other"), "namespaces"),
     "service of others": ("multi-node", lambda m, w: of_kind(m, "Service")["spec"].update(selector={"app": "x"}), "selects no pod"),
     "subdomain of others": ("multi-node", lambda m, w: w.pod.update(subdomain="x"), "subdomain"),
-    "policy for others": ("one GPU, bucket", lambda m, w: of_kind(m, "NetworkPolicy")["spec"]["podSelector"].update(matchLabels={"app": "x"}), "NetworkPolicy selects no pod"),
     "open to anybody": ("one GPU, bucket", lambda m, w: of_kind(m, "NetworkPolicy")["spec"]["ingress"][0].pop("from"), "or all"),
     "runtime of another name": ("trainjob", lambda m, w: of_kind(m, "TrainJob")["spec"]["runtimeRef"].update(name="x"), "no TrainingRuntime x"),
     "one pod too few": ("jobset", lambda m, w: w.job.update(parallelism=1), "say something else"),
@@ -259,19 +257,15 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "restarted in place": ("single-gpu", lambda m, w: w.pod.update(restartPolicy="OnFailure"), "restartPolicy"),
     "two pods at once": ("single-gpu", lambda m, w: w.job.pop("podReplacementPolicy"), "beside"),
     "codes out of order": ("jobset", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(values=[75, 2]), "sorted"),
-    "rule for nobody": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="x"), "not there"),
+    "rule for no container": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="x"), "not there"),
     "rule for one of two runs": ("cpu-debug", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="node"), "does not see"),
     "exit codes before disruptions": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].reverse(), "preempted at the start (2)|preempted at the start: ends"),
-    "every code but 2": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(operator="NotIn"), r"a crash \(1\): ends"),
     "no rule for 2": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(1), r"wrong config \(2\): counted"),
     "no rule for 75": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(2), r"saved \(75\): counted"),
-    "a bad config for ever": ("jobset", lambda m, w: w.failure_policy["rules"].pop(0), r"wrong config \(2\): again"),
+    "a bad config again and again": ("jobset", lambda m, w: w.failure_policy["rules"].pop(0), r"wrong config \(2\): again"),
     "preemptions counted": ("trainjob", lambda m, w: w.failure_policy["rules"].pop(1), "preempted, saved: counted"),
     "one pod replaced": ("jobset", lambda m, w: w.job.update(backoffLimit=6), "others wait"),
-    "another user": ("single-gpu", lambda m, w: w.pod["securityContext"].update(runAsGroup=0), "pod's securityContext"),
-    "host's network": ("jobset", lambda m, w: w.pod.update(hostNetwork=True), "says hostNetwork"),
     "host's disk": ("jobset", lambda m, w: w.pod["volumes"].append({"name": "x", "hostPath": {"path": "/"}}), "volume x"),
-    "capabilities": ("single-gpu", lambda m, w: w.node["securityContext"]["capabilities"].update(add=["IPC_LOCK"]), "container node: securityContext"),
     "a token": ("single-gpu", lambda m, w: w.pod.pop("automountServiceAccountToken"), "token"),
     "writable image": ("cpu-debug", lambda m, w: w.containers[1]["securityContext"].pop("readOnlyRootFilesystem"), "container base: securityContext"),
     "no limits": ("cpu-debug", lambda m, w: w.containers[0]["resources"].pop("limits"), "container rows asks"),
@@ -284,11 +278,10 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "grace that no cloud gives": ("spot-gke", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "gives 15"),
     "a save longer than the grace": ("single-gpu", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "counts on 590 s"),
     "more processes than GPUs": ("spot-eks", lambda m, w: set_argument(w, "8", "16"), "16 processes on a node of 8"),
-    "rank of nobody": ("multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "$(RANK_OF_NODE)"), "nobody says"),
+    "rank of no node": ("multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "$(RANK_OF_NODE)"), "nothing says"),
     "first node under another name": ("multi-node", lambda m, w: set_argument(w, "finetune-0.finetune", "finetune-0.x"), "look for finetune-0.x"),
     "every node the first": ("multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "0"), "8 processes, where 2 nodes"),
     "a setting that does not exist": ("spot-eks", lambda m, w: w.args.append("--train.epoch=3"), "train.epoch"),
-    "no such topology": ("spot-eks", lambda m, w: set_argument(w, "accelerate_configs/fsdp2.yaml", "accelerate_configs/x.yaml"), "x.yaml"),
     "no such script": ("cpu-debug", lambda m, w: w.containers[0].update(command=["python", "data_scripts/x.py"]), "no data_scripts/x.py"),
     "a batch that does not divide": ("jobset", lambda m, w: w.args.append("--train.global_batch_size=60"), "cannot be split"),
 }  # fmt: skip
@@ -304,14 +297,9 @@ def test_what_is_broken_is_seen(rendered, fault, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Job", "JobSet", "TrainJob", "TrainingRuntime", "NetworkPolicy"])
-def test_a_field_that_nobody_knows_is_seen(rendered, kind):
+def test_an_unknown_field_is_seen(rendered, kind):
     for manifests in rendered.values():
         for manifest in copy.deepcopy([m for m in manifests if m["kind"] == kind]):
             manifest["spec"]["replicas_"] = 2
             with pytest.raises((AssertionError, kubernetes_validate.ValidationError)):
                 check_schema(manifest, NEWEST)
-
-
-def test_a_kind_without_a_schema_is_a_failure():
-    with pytest.raises(kubernetes_validate.SchemaNotFoundError):
-        check_schema({"apiVersion": "x/v1", "kind": "Wish", "metadata": {"name": "x"}}, NEWEST)

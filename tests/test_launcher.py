@@ -79,6 +79,15 @@ elif what == "stop":
 elif what == "listen":
     listen()
     sys.exit(75)
+elif what == "follow":  # as train.py does
+    from finetune.survival.preemption import StopFlag
+    flag = StopFlag()
+    flag.follow_launcher()
+    flag.raises()
+    flag.only_note()
+    note("ready", "")
+    until(lambda: flag.is_set)
+    note("heard", flag.reason)
 else:
     note("ready", "")
     time.sleep(600)
@@ -122,7 +131,7 @@ def start(worker):
     def start(*behaviours, before=(), **keywords):
         command = [*before, sys.executable, "-c", RUN, str(worker), *behaviours]
         # One that is killed leaves its folder of steps behind.
-        environment = {**os.environ, "TMPDIR": str(worker.parent)}
+        environment = {**os.environ, "TMPDIR": str(worker.parent), "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **keywords)
         started.append(process)
         return process
@@ -303,9 +312,9 @@ def test_sigterm_before_a_process_has_handlers_is_preemption(start, worker):
 
 
 def test_a_signal_before_the_first_process_starts_none(worker, capfd):
-    with launcher.Inbox() as inbox:
+    with launcher.forwarding() as heard:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert launcher.supervise(inbox, [dict(os.environ)], [sys.executable, str(worker), "listen"]) == 75
+        assert launcher.supervise(heard, [dict(os.environ)], [sys.executable, str(worker), "listen"]) == 75
     assert notes(worker, "pid") == []
     assert capfd.readouterr().err.startswith("preempted: a signal came before the first process was started")
 
@@ -320,20 +329,23 @@ def test_nohup_is_heeded(start, worker):
     assert notes(worker, "heard") == ["SIGUSR1"]
 
 
-def test_processes_are_told_when_the_launcher_was_killed(start, worker):
-    process = start("listen", "listen")
+def test_processes_end_when_the_launcher_was_killed(start, worker):
+    process = start("follow", "follow")
     until_ready(worker, 2)
     process.kill()
-    until(lambda: notes(worker, "heard", 0) == notes(worker, "heard", 1) == ["SIGTERM"])
-    (worker.parent / "end").touch()
     until(lambda: not any(map(is_alive, noted(worker, "pid"))))
-    assert notes(worker, "heard", 0) == notes(worker, "heard", 1) == ["SIGTERM"], "once each"
+    for rank in (0, 1):
+        assert notes(worker, "heard", rank) == "the launcher has died".split()
 
 
-def test_a_process_whose_launcher_has_gone_before_it_could_ask_does_not_start(tmp_path):
-    shim = [sys.executable, "-I", "-S", "-c", launcher.processes.BECOME, "0"]
-    assert subprocess.run([*shim, "touch", str(tmp_path / "started")], check=False).returncode == 1
-    assert not (tmp_path / "started").exists()
+def test_a_process_whose_launcher_has_gone_while_python_started_ends_as_preempted():
+    code = "from finetune.survival.preemption import StopFlag; StopFlag().follow_launcher(); print('goes on')"
+    environment = {**os.environ, "FINETUNE_LAUNCHER": "999999999"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (75, "")
+    assert "the launcher has died" in done.stderr
 
 
 def test_no_process_is_left_when_not_all_can_be_started(worker):
@@ -432,7 +444,8 @@ def test_every_topology_file_is_what_it_says(file, monkeypatch):
 @pytest.mark.parametrize(
     ("topology", "extra"),
     [
-        ("single", ["--num_processes", "1"]), ("zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"]),
+        pytest.param("single", ["--num_processes", "1"], marks=pytest.mark.proof),
+        pytest.param("zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"], marks=pytest.mark.proof),
         ("fsdp2_context", "--num_processes 2 --parallelism_config_cp_size 2 --parallelism_config_dp_shard_size 1".split()),
     ],
 )  # fmt: skip
@@ -518,22 +531,17 @@ MULTINODE = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml"
     ("arguments", "message"),
     [
         ([], "launch was given no script"),
-        (["--num_processes", "2"], "the following arguments are required: training_script"),
         (["no_such.py", "--config", "x"], "no script no_such.py in"),
         (["--num_processes", "2", "no_such.py"], "no script no_such.py in"),
-        (["--no_python", "no_such", "x"], "no_such cannot be run"),
         (["--module", "--no_python", "x"], "--module and --no_python exclude each other"),
         (["--num_proceses", "2", SCRIPT], "unrecognized arguments: --num_proceses"),
-        (["--num_processes", "two", SCRIPT], "argument --num_processes/--num-processes: invalid int value: 'two'"),
         (["--num_processes", "0", SCRIPT], "num_processes is 0; it must be a whole number from 1"),
         (["--multi_gpu", "--use_fsdp", SCRIPT], "You can only use one of"),
         (["--num_processes", "2", "--num_machines", "2", SCRIPT], "2 nodes need the address of the first one: give --main_process_ip"),
-        ([*MULTINODE, "--main_process_port", "0", SCRIPT], "the same --main_process_port on all"),
         ([*MULTINODE, "--num_processes", "5", SCRIPT], "5 cannot be shared out to num_machines: 2"),
         ([*MULTINODE, "--machine_rank", "2", SCRIPT], "machine_rank is 2, but there are 2 nodes; ranks start at 0"),
         (["--tpu", SCRIPT], "asks for TPUs or mpirun"),
         (["--config_file", "no_such.yaml", SCRIPT], "--config_file no_such.yaml cannot be read from"),
-        (["--config_file", str(ROOT), SCRIPT], "cannot be read from .*: Is a directory"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_told_in_one_line(capfd, arguments, message):
@@ -544,21 +552,15 @@ def test_wrong_arguments_are_told_in_one_line(capfd, arguments, message):
     ("text", "message"),
     [
         ("", "holds no settings, but a NoneType"),
-        ("- 1\n", "holds no settings, but a list"),
         ("a: [1\n", "cannot be read from .*: while parsing a flow sequence"),
-        ("\0", "cannot be read from .*: unacceptable character"),
         ("num_processes: 2\n", "A `distributed_type` must be specified in the config file"),
-        ("distributed_type: MULTI\n", "'MULTI' is not a valid DistributedType"),
         ("distributed_type: MULTI_GPU\nnum_procesess: 2\n", r"had unknown keys \(\['num_procesess'\]\)"),
         ("distributed_type: MULTI_GPU\n", "You need to manually pass in `--num_processes`"),
         ("distributed_type: MULTI_GPU\nnum_processes: eight\n", "num_processes is 'eight'; it must be a whole number from 1"),
-        ("distributed_type: MULTI_GPU\nnum_processes: true\n", "num_processes is True; it must be a whole number from 1"),
         ("distributed_type: MULTI_GPU\nnum_processes: 2\nmain_process_port: x\n", "main_process_port is 'x'"),
         ("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: no\n", "mixed_precision is False; remove it"),
         ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: 2\n", "fsdp_config is 2; it must hold settings"),
-        ("distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: []\n", r"deepspeed_config is \[\]; it must hold"),
         ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "2 processes, but this distributed_type starts one"),
-        ("distributed_type: XLA\nnum_processes: 2\n", "asks for TPUs or mpirun"),
         ("compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\n", "compute_environment is AMAZON_SAGEMAKER"),
     ],
 )  # fmt: skip

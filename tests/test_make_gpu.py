@@ -21,6 +21,7 @@ from on_gpu import correctness, matrix, memory, report, runner, speed
 from on_gpu.correctness import Curves
 from on_gpu.matrix import Case, Tolerance
 from on_gpu.runner import Clock, Row
+from test_topology import COLUMNS
 
 from finetune import config as configs
 from finetune.config import fields
@@ -62,7 +63,7 @@ def test_every_topology_file_is_in_the_matrix_or_left_out_with_a_reason():
 
 
 def test_every_topology_trains_by_every_method_beside_the_plain_process():
-    for topology in support.COLUMNS:
+    for topology in COLUMNS:
         found = {case.name: case.beside for case in CASES if case.topology == topology}
         assert found.items() >= {f"{topology}-{method}": f"plain-{method}" for method in matrix.METHODS}.items()
 
@@ -281,6 +282,7 @@ def test_what_is_compared_with_a_case_that_needs_more_is_left_out(monkeypatch):
     assert in_turns(monkeypatch, cases, {"own": curves(code=1)})[0]["own"].status == "wrong"
 
 
+@pytest.mark.slow
 def test_a_run_can_leave_out_steps_as_fp16_does(workshop, monkeypatch):
     """A step that is left out has its loss and norm; the next has its own examples, and weights that did not move."""
     from on_gpu import skipping

@@ -10,7 +10,7 @@ import yaml
 from conftest import Workshop
 
 from finetune import config as configs
-from finetune import export, loop
+from finetune import export, files, loop
 from finetune.engine import rundir
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import DataError, DirectoryInUse, ModelError, Outage, OutOfMemory, Preempted, RunDirectoryError
@@ -58,6 +58,7 @@ def preempted_after(workshop, number, **settings):
             workshop.train(checkpoint__every_steps=1, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(attention, "check"), (head, "check"), (parameters, "fingerprints"), (RunDirectory, "lock"), (RunDirectory, "create")],
@@ -71,6 +72,7 @@ def test_failure_before_the_first_step_leaves_an_outcome(workshop, owner, name):
     assert outcome(workshop)[:2] == ("complete", 4)
 
 
+@pytest.mark.slow
 def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     preempted_after(workshop, 3)
     assert outcome(workshop) == ("preempted", 3, "SIGTERM")
@@ -188,7 +190,7 @@ def test_an_outcome_is_written_where_no_block_is_free(tiny_disk, reason):
         while True:
             file.write(b"0" * 4096)
     with pytest.raises(OSError, match="outcome.json"):
-        rundir.write_atomically(tiny_disk / "outcome.json", "{}")
+        files.write_synced(tiny_disk / "outcome.json", "{}")
     for state, why in (("failed", reason), ("preempted", "x")):
         rundir.note_end_of(tiny_disk, state, why)
         found = json.loads((tiny_disk / "outcome.json").read_text())

@@ -108,7 +108,7 @@ def test_a_function_that_skips_every_row_is_refused(workshop, own):
     [
         ({"data__columns": {"question": "Patient"}}, "data.columns: would be ignored: own.py:rows reads the columns of the file itself"),
         ({"data__format": "own.py:row"}, "data.format: own.py defines no row; did you mean rows?"),
-        ({"data__format": "own.py:N"}, "data.format: own.py:N is a int, not a function from a row to a row"),
+        ({"data__format": "own.py:N"}, "data.format: own.py:N is of type int, not a function of a row"),
         ({"data__format": "other.py:rows"}, "data.format: no file other.py in "),
         ({"data__format": "rows"}, "data.format: should be 'auto', 'text', 'prompt_completion', 'question_answer', 'instruction' or 'messages' or FILE.py:NAME, got 'rows'"),
     ],

@@ -100,7 +100,8 @@ def test_settings_are_checked_like_those_of_every_section(workshop, own, refusal
 
 
 def test_the_command_line_knows_its_settings(workshop, own):
-    path = str(workshop.write(workshop.config(objective__kind=own(DFT, "Dft"))))
+    source = DFT.replace("names: list[str] = []", "names: list[str] = Field(default_factory=list)")
+    path = str(workshop.write(workshop.config(objective__kind=own(source, "Dft"))))
     config, _ = configs.parse(["--config", path, "--objective.beta", "0.25", "--objective.names=[a, b]"])
     assert (config.objective.beta, config.objective.names) == (0.25, ["a", "b"])
     with pytest.raises(ConfigError, match="--objective.bta: unknown option; did you mean objective.beta?"):
@@ -126,10 +127,10 @@ def test_a_file_is_found_from_the_config_then_from_here(workshop, own, monkeypat
         ("import sys\nsys.exit(3)", "Own", "own.py:2: SystemExit: 3"),
         ("import no_such_module_here", "Own", "own.py:1: ModuleNotFoundError: No module named 'no_such_module_here'; install it, or"),
         (DFT, "dtf", "own.py defines no dtf; did you mean Dft?"),
-        (DFT, "number", "own.py:number is a int, not an objective; derive it from finetune.objectives.Objective"),
+        (DFT, "number", "own.py:number is of type int, not an objective; derive it from finetune.objectives.Objective"),
         ("class Own: ...", "Own", "own.py:Own is the class Own, not an objective; derive it from"),
-        (LOSS + "...\n    Settings = 3", "Own", "own.py:Own: Settings should be a class derived from pydantic.BaseModel, got 3"),
-        (DFT.replace("names:", "kind:"), "Dft", "own.py:Dft: Settings has a field kind, which is the name of the objective"),
+        (LOSS + "...\n    Settings = 3", "Own", "own.py:Own: Settings should be a pydantic.BaseModel, got 3"),
+        (DFT.replace("names:", "kind:"), "Dft", "own.py:Dft: Settings has a field kind, which names objectives; rename it"),
         (LOSS + "...\n    def __init__(self, a): ...", "Own", "own.py: TypeError: "),
     ],
 )  # fmt: skip
@@ -156,17 +157,17 @@ def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(worksh
         ("return policy(batch, {'nll'}).nll", "own.py:3: loss should return a list of terms, got the tensor"),
         ("return []", "own.py:3: loss returns no term with a weight, so there is no loss"),
         ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens', weight=0)]", "own.py:3: loss returns no term with a weight"),
-        ("return [Term('loss', policy(batch, {'nll'}).nll, per='token')]", "own.py:3: loss term 'loss': nothing counts 'token'; per should be one of tokens"),
+        ("return [Term('loss', policy(batch, {'nll'}).nll, per='token')]", "own.py:3: loss term 'loss': nothing counts 'token'; per should be tokens"),
         ("return [Term('loss', policy(batch, {'logprobs'}).logprobs, per='tokens')]", "own.py:3: loss term 'loss': sum should be a tensor of one number, got a tensor of shape ["),
         ("return [Term('loss', 3.0, per='tokens')]", "own.py:3: loss term 'loss': sum should be a tensor of one number, got a float"),
         ("return [Term('loss', policy(batch, {'nll'}).nll.detach(), per='tokens')]", "own.py:3: loss does not depend on what the policy answers"),
         ("return [Term('loss', policy(batch, {'logprobs'}).logprobs.log().sum(), per='tokens')]", "own.py:3: loss term 'loss' is nan for log-probabilities"),
-        ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] * 2", "own.py:3: loss two terms have one name: loss, loss"),
+        ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] * 2", "own.py:3: loss term 'loss': two terms have this name"),
         ("return [Term('lr', policy(batch, {'nll'}).nll, per='tokens')]", "own.py:3: loss term 'lr': the logs have a column of this name"),
         ("policy.without_adapters()", "own.py:4: ValueError: all weights are trained"),
         ("...\n    def prepare(self, policy, batches, settings):\n        return [1]", "own.py:5: prepare should return a dict of names and tensors"),
         ("...\n    def prepare(self, policy, batches, settings):\n        return {'tokens': policy(batches[0], {'nll'}).nll}", "own.py:5: prepare gives 'tokens', which is counted already"),
-        ("...\n    def supervises(self, loss_on):\n        return 'nothing'", "own.py:Own: supervises should return completion, all or last_turn, got 'nothing'"),
+        ("...\n    def supervises(self, loss_on):\n        return 'nothing'", "own.py:Own: supervises should return one of completion, all, last_turn, got 'nothing'"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, own, body, says):

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def as_they_did(model, inputs, *_):
 OPT_TABLE = {(False, False): (15071, 2908), (False, True): (15266, 3109), (True, False): (2589, 1667), (True, True): (2059, 1603)}  # fmt: skip
 
 
-@pytest.mark.parametrize(("recomputed", "lora"), OPT_TABLE)
+@pytest.mark.parametrize(("recomputed", "lora"), [(False, True), *(pytest.param(*each, marks=pytest.mark.proof) for each in OPT_TABLE if each != (False, True))])  # fmt: skip
 def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
     """Within 18 %. OPT's own attention of that time kept the masked scores too, 2 bytes for each of L n s^2: they are added."""
     monkeypatch.setattr(trace, "_loss", as_they_did)
@@ -87,7 +88,10 @@ def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
         assert found / 1e6 == pytest.approx(published, rel=0.18)
 
 
-@pytest.mark.parametrize(("tokens", "recomputed", "published"), [(500, False, 12483), (2000, True, 11511)])
+@pytest.mark.parametrize(
+    ("tokens", "recomputed", "published"),
+    [(500, False, 12483), pytest.param(2000, True, 11511, marks=pytest.mark.proof)],
+)
 def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recomputed, published):
     """LoRA, one sequence, flash attention; within 15 %. Published rows that were peaks of loading have no counterpart here."""
     monkeypatch.setattr(trace, "_loss", as_they_did)
@@ -126,7 +130,7 @@ def test_layers_keep_what_the_known_formula_says():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_32bit", "lion", "adamw_8bit", "lion_8bit", "adafactor", "muon"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.proof)])
 def test_the_optimizer_holds_what_is_counted(kind, dtype):
     architecture = TINY_LLAMA | {"hidden_size": 128, "intermediate_size": 256}
     config = config_of(architecture, model={"dtype": dtype}, optimizer={"kind": kind, "lr": 1e-3})
@@ -177,13 +181,13 @@ MEASURED = {
 @pytest.mark.parametrize(
     ("topology", "processes", "changes"),
     [
-        ("single", 1, {"train__micro_batch_size": 4, "train__precision": "fp32"}),
+        pytest.param("single", 1, {"train__micro_batch_size": 4, "train__precision": "fp32"}, marks=pytest.mark.proof),
         (
             "single",
             1,
             {"train__micro_batch_size": 1, "train__precision": "bf16", "train__gradient_checkpointing": True},
         ),
-        (
+        pytest.param(
             "fsdp2",
             2,
             {
@@ -191,9 +195,10 @@ MEASURED = {
                 "train__precision": "bf16",
                 "model__config": MEASURED | {"num_hidden_layers": 8},
             },
+            marks=pytest.mark.proof,
         ),
         # A checkpoint after each step: its copy is there while the next one goes on.
-        (
+        pytest.param(
             "single",
             1,
             {
@@ -202,6 +207,7 @@ MEASURED = {
                 "checkpoint__every_steps": 1,
                 "checkpoint__asynchronous": True,
             },
+            marks=pytest.mark.proof,
         ),
     ],
 )
@@ -321,6 +327,18 @@ def test_what_is_changed_first_costs_least(tmp_path):
         "model.dtype: bfloat16, train.micro_batch_size: 1",
     }
     assert chooser.cheapest_change(SINGLE, 1e6) is None
+
+
+def test_advised_adapters_keep_the_shape_that_was_given():
+    values = {
+        "run": {"name": "a"},
+        "model": {"path": "m"},
+        "data": {"train": "rows.jsonl"},
+        "adapter": {"kind": "lora", "r": 4},
+    }
+    changes = dict(Chooser._changes(SimpleNamespace(config=configs.from_dict(values))))
+    [changed] = [config for name, config in changes.items() if name.endswith("adapter.kind: qlora")]
+    assert (changed.adapter.kind, changed.adapter.r) == ("qlora", 4)
 
 
 @pytest.mark.parametrize(
@@ -465,6 +483,23 @@ def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
         assert "fits" in line, line
         assert int(line.split()[2]) <= int(line.split()[1]), "the fewest are not more than were given"
         assert ("for auto" in line) == ("zero" in file.stem), line
+
+
+@pytest.mark.parametrize(
+    ("memory", "advice"),
+    [
+        ("24", "advice  it fits on 1 GPU with accelerate_configs/single.yaml; 2"),
+        ("0.7", "advice  on 1 GPU (single) it needs a change: "),
+    ],
+)
+def test_a_plan_begins_with_what_to_take(workshop, capsys, memory, advice):
+    path = workshop.write(workshop.config("plan", train__global_batch_size=16, data__max_length=256))
+    assert command(["plan", "--config", str(path), "--gpu-memory", memory]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[3].startswith(advice)
+    topologies = [line.split()[0] for line in said[6:] if line.split()[1:2] and line.split()[1].isdigit()]
+    assert topologies[0] == "single"
+    assert topologies[-1].endswith("multinode")
 
 
 def test_one_topology_is_shown_in_its_parts(workshop, capsys):

@@ -58,7 +58,9 @@ def test_an_error_belongs_to_its_step(monkeypatch):
 
 def test_a_gpu_gets_pinned_copies_of_this_processs_part(monkeypatch):
     pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone()
+    )
     parts = []
     ahead = Prefetch(batches_of(), 1, part=lambda batch: parts.append(batch) or batch, pin=True)
     made, _ = ahead.at(0)

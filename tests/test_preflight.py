@@ -1,5 +1,6 @@
 """Settings that do nothing in this run, and what the model asks for in vain, are notes of the summary."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,6 +70,31 @@ def test_what_is_not_read_or_empty_is_said_of_training_and_evaluation(workshop, 
     )
     assert "8 rows -> 8 examples -> 8 sequences of at most 128 tokens; 8 empty rows skipped\n" in said
     assert "evaluation  3 examples; 3 empty rows skipped\n" in said
+
+
+def test_the_rows_of_the_summary_add_up(workshop, capsys):
+    workshop.check(
+        data__max_length=75, data__truncation="drop", data__max_rows=25, data__eval_fraction=0.2, train__max_steps=1
+    )
+    said = capsys.readouterr().out
+    [line] = [line for line in said.splitlines() if line.startswith("data  ")]
+    rows, *fates = map(int, re.findall(r"(\d+) (?:rows|dropped|left out|held out|trained)", line))
+    assert len(fates) == 4
+    assert rows == sum(fates) == 40
+    assert f"evaluation  {fates[2]} examples held out\n" in said
+    assert f"{fates[3]} trained on -> {fates[3]} examples -> " in line
+
+
+def test_rows_that_were_split_are_not_called_cut(workshop, capsys):
+    text = workshop.folder / "text.txt"
+    text.write_text("".join(f"line {i} {'la ' * i}\n" for i in range(40)))
+    workshop.check(
+        data__train=str(text), objective__kind="clm", data__truncation="split", data__max_length=64, train__max_steps=1
+    )
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data  ")]
+    assert re.match(
+        r"data        40 rows -> \d\d examples -> .* of at most 64 tokens; \d+ split into several examples$", line
+    )
 
 
 @pytest.mark.parametrize(

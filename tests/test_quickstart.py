@@ -17,9 +17,9 @@ def recipe() -> list[list[str]]:
     return [words for words in lines if words and words[0].endswith("python")]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_quickstart_runs_from_rows_to_a_comparison(tmp_path):
-    """Few steps and rows; that the tuned model is right in 9 of 10 is what .ci/run checks, with the whole of it."""
+    """Few steps and rows; .ci/run runs the whole of it, and checks that the tuned model is right in 9 of 10."""
     short = {
         "data_scripts/pig_latin.py": ["--words", "600", "--train", "320", "--held-out", "16"],
         "configs/quickstart_pretrain.yaml": ["--train.max_steps", "2", "--schedule.warmup_steps", "1"],

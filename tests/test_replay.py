@@ -18,7 +18,7 @@ def replay(*arguments: object):
     return launch([sys.executable, "-m", "finetune", "replay", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.proof), 2])
 def test_a_run_comes_out_the_same(workshop, processes):
     first = workshop.launch(processes=processes, train__micro_batch_size=1)
     assert first.returncode == 0, first.stderr

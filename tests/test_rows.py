@@ -226,7 +226,6 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("values", PAIRS, ids=lambda values: next(iter(values)))
 @pytest.mark.parametrize(
     ("column", "value"),
     [
@@ -242,12 +241,13 @@ PAIRS = [
         ("rejected_response", "c"), ("chosen_response", "c"), ("response_rejected", ["c"]), ("chosenAnswer", {"a": "c"}), ("bad_answer", True),
     ],
 )  # fmt: skip
-def test_a_column_that_says_good_or_bad_is_refused(values, column, value):
+def test_a_column_that_says_good_or_bad_is_refused(column, value):
     """KTO's rows have prompt, completion and label; without the label, bad answers would be learned as right ones."""
-    says = refused({**values, column: value})
-    assert f"column {column!r}" in says
-    assert "preference" in says
-    assert "drop the column" in says
+    for values in PAIRS:
+        says = refused({**values, column: value})
+        assert f"column {column!r}" in says
+        assert "preference" in says
+        assert "drop the column" in says
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from conftest import read_jsonl
 
 from finetune import config as configs
-from finetune import replay
+from finetune import files, replay
 from finetune.engine import receipt as receipts
 from finetune.engine import rundir
 from finetune.errors import Outage, Preempted, RunDirectoryError
@@ -257,7 +257,7 @@ def test_an_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
     (tmp_path / "outcome.json").write_text("old")
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(Preempted):
-        rundir.write_atomically(tmp_path / "outcome.json", "new")
+        files.write_synced(tmp_path / "outcome.json", "new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"outcome.json": "old"}
 
 
@@ -326,23 +326,23 @@ def test_a_run_whose_config_is_gone_is_told_where_a_copy_is(workshop):
 def test_lines_that_a_log_lost_are_noted(workshop, content):
     directory = rundir.RunDirectory(configs.from_dict(workshop.config()))
     directory.path.mkdir(parents=True)
-    for log in (directory.metrics, directory.evals):
+    for log in (directory.logs.metrics, directory.logs.evals):
         log.write_text("".join(json.dumps({"step": step, "eval_loss": 1.0}) + "\n" for step in range(1, 13)))
-    directory.rewind(10)
-    assert directory.missing(10, 1, 2) == []
-    for log in (directory.metrics, directory.evals):
+    directory.logs.rewind(10)
+    assert directory.logs.missing(10, 1, 2) == []
+    for log in (directory.logs.metrics, directory.logs.evals):
         if content is None:
             log.unlink()
         else:
             log.write_bytes(content)
-    directory.rewind(10)
+    directory.logs.rewind(10)
     lost = "; evaluation.patience and evaluation.export_best judge without them"
-    assert directory.missing(10, 1, None) == directory.missing(10, 1, 2)[:1]
-    assert directory.missing(10, 1, 2) == [
-        f"note: {directory.metrics} lacks 10 of the 10 lines that tracking.log_every_steps: 1 asks for up to step 10: 1, 2, 3, 4, 5, ...",
-        f"note: {directory.evals} lacks 4 of the 4 lines that evaluation.every_steps: 2 asks for up to step 10: 2, 4, 6, 8{lost}",
+    assert directory.logs.missing(10, 1, None) == directory.logs.missing(10, 1, 2)[:1]
+    assert directory.logs.missing(10, 1, 2) == [
+        f"note: {directory.logs.metrics} lacks 10 of the 10 lines that tracking.log_every_steps: 1 asks for up to step 10: 1, 2, 3, 4, 5, ...",
+        f"note: {directory.logs.evals} lacks 4 of the 4 lines that evaluation.every_steps: 2 asks for up to step 10: 2, 4, 6, 8{lost}",
     ]
-    for log in (directory.metrics, directory.evals):
+    for log in (directory.logs.metrics, directory.logs.evals):
         kept = log.with_name(f"{log.name}.damaged")
         assert (kept.read_bytes() if kept.exists() else b"") == (content or b"")
 

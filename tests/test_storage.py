@@ -547,6 +547,7 @@ def test_a_bucket_that_has_gone_is_said(s3, tmp_path):
         store.claim()
 
 
+@pytest.mark.slow
 def test_any_thread_may_call(s3, tmp_path):
     """Uploads come from a thread beside the training, and the training itself looks and fetches meanwhile."""
     store, failures = claimed(s3_url(tmp_path)), []

@@ -98,36 +98,35 @@ def each_template(request):
     return template(request.param)
 
 
-@pytest.fixture(params=CONVERSATIONS)
-def each_conversation(request):
-    return CONVERSATIONS[request.param]
+def test_the_segments_together_are_the_text_that_inference_renders(each_template, bytes_tokenizer):
+    for name, each in CONVERSATIONS.items():
+        expected = as_inference_renders(bytes_tokenizer, each_template, each.messages)
+        for loss_on in ("completion", "last_turn", "all"):
+            segments = each_template.segments(each, loss_on)
+            assert "".join(s.text for s in segments) == expected, name
+            assert all(segment.text for segment in segments), name
+        assert supervised(each_template, each, "all") == [rendered(each_template, each)], name
 
 
-def test_the_segments_together_are_the_text_that_inference_renders(each_template, each_conversation, bytes_tokenizer):
-    expected = as_inference_renders(bytes_tokenizer, each_template, each_conversation.messages)
-    for loss_on in ("completion", "last_turn", "all"):
-        assert "".join(s.text for s in each_template.segments(each_conversation, loss_on)) == expected
-
-
-def test_every_prompt_is_what_stands_before_its_answer(each_template, each_conversation, bytes_tokenizer):
+def test_every_prompt_is_what_stands_before_its_answer(each_template, bytes_tokenizer):
     """At inference the model sees the prompt; in training the supervised text begins right after it."""
-    messages = each_conversation.messages
-    segments = each_template.segments(each_conversation)
-    starts = [len("".join(s.text for s in segments[:i])) for i, s in enumerate(segments) if s.supervised]
-    turns = [number for number, message in enumerate(messages) if message.role == "assistant"]
-    assert len(starts) == len(turns)
-    for turn, start in zip(turns, starts):
-        prompt = each_template.prompt(messages[:turn])
-        assert prompt == rendered(each_template, each_conversation)[:start]
-        assert prompt == as_inference_renders(
-            bytes_tokenizer, each_template, messages[:turn], add_generation_prompt=True
-        )
+    for name, each in CONVERSATIONS.items():
+        segments = each_template.segments(each)
+        starts = [len("".join(s.text for s in segments[:i])) for i, s in enumerate(segments) if s.supervised]
+        turns = [number for number, message in enumerate(each.messages) if message.role == "assistant"]
+        assert len(starts) == len(turns), name
+        for turn, start in zip(turns, starts):
+            before = each.messages[:turn]
+            prompt = each_template.prompt(before)
+            assert prompt == rendered(each_template, each)[:start], name
+            assert prompt == as_inference_renders(bytes_tokenizer, each_template, before, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_exactly_the_answers_and_the_ends_of_their_turns_are_learned(name, each_conversation):
-    answers = [message.content for message in each_conversation.messages if message.supervised]
-    assert supervised(template(name), each_conversation) == [ANSWERS[name].format(answer) for answer in answers]
+def test_exactly_the_answers_and_the_ends_of_their_turns_are_learned(name):
+    for each in CONVERSATIONS.values():
+        answers = [message.content for message in each.messages if message.supervised]
+        assert supervised(template(name), each) == [ANSWERS[name].format(answer) for answer in answers]
 
 
 @pytest.mark.parametrize(
@@ -150,14 +149,6 @@ def test_only_the_last_answer_is_learned_where_that_is_asked(each_template):
     whole = CONVERSATIONS["several turns"]
     assert supervised(each_template, whole, "last_turn") == supervised(each_template, whole)[-1:]
     assert len(supervised(each_template, whole)) == 3
-
-
-def test_everything_is_learned_where_that_is_asked(each_template, each_conversation):
-    assert supervised(each_template, each_conversation, "all") == [rendered(each_template, each_conversation)]
-
-
-def test_no_segment_is_empty(each_template, each_conversation):
-    assert all(segment.text for segment in each_template.segments(each_conversation))
 
 
 @pytest.mark.parametrize(

@@ -335,14 +335,15 @@ def test_a_tokenizer_that_cannot_stop_is_refused(desk):
 MEETINGS = [("What", "ever"), ("What: ", "ever"), ("What:\n\n", "ever"), ("What\n", "\never"), ("Wh\u00e9", "\u00e9t"), ("What?", " ever")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("prompt", "answer"), MEETINGS)
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(desk, each_tokenizer, name, prompt, answer):
-    ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
-    asked = tokens.encode_prompt(template_for(each_tokenizer, name).prompt([Message("user", prompt)]), each_tokenizer)
-    assert ids[: len(asked)] == asked
-    assert not any(supervised[: len(asked)])
-    assert supervised[len(asked)]
+def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(desk, each_tokenizer, name):
+    for prompt, answer in MEETINGS:
+        ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
+        text = template_for(each_tokenizer, name).prompt([Message("user", prompt)])
+        asked = tokens.encode_prompt(text, each_tokenizer)
+        assert ids[: len(asked)] == asked, (prompt, answer)
+        assert not any(supervised[: len(asked)]), (prompt, answer)
+        assert supervised[len(asked)], (prompt, answer)
 
 
 SAID = ["Hi", "Hello there", "And?", "Fine", "Bye", "Bye"]
@@ -370,14 +371,14 @@ def test_control_tokens_that_swallow_a_line_end_swallow_it_in_training_too(desk,
     check_every_prompt(desk, tokenizer, template_for(tokenizer, name))
 
 
-@pytest.mark.parametrize(("prompt", "answer"), MEETINGS)
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_tokens_of_an_example_are_its_text(desk, each_tokenizer, name, prompt, answer):
-    ids, _ = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
-    messages = (Message("user", prompt), Message("assistant", answer, supervised=True))
-    segments = template_for(each_tokenizer, name).segments(rows.Conversation(messages, rows.Place("r", 1)))
-    bos = each_tokenizer.bos_token if tokens.uses_bos(each_tokenizer) else ""
-    assert each_tokenizer.decode(ids).removeprefix(bos).lstrip(" ") == "".join(s.text for s in segments)
+def test_the_tokens_of_an_example_are_its_text(desk, each_tokenizer, name):
+    for prompt, answer in MEETINGS:
+        ids, _ = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
+        messages = (Message("user", prompt), Message("assistant", answer, supervised=True))
+        segments = template_for(each_tokenizer, name).segments(rows.Conversation(messages, rows.Place("r", 1)))
+        bos = each_tokenizer.bos_token if tokens.uses_bos(each_tokenizer) else ""
+        assert each_tokenizer.decode(ids).removeprefix(bos).lstrip(" ") == "".join(s.text for s in segments)
 
 
 @pytest.mark.parametrize(
@@ -1137,6 +1138,7 @@ def real_tokenizer(request, real_data):
     return load_tokenizer(Model(path=str(real_data / "tokenizers" / request.param)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "question_answer", "alpaca", "llama2", "auto"])
 def test_a_real_tokenizer_learns_every_answer_and_to_stop(real_data, real_tokenizer, desk, name):
     own = templates.load(

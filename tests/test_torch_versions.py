@@ -66,6 +66,7 @@ def test_quantised_bytes_keep_their_bits_under_a_float_dtype(dtype):
     assert torch.equal(stored.view(torch.uint8).view(-1, 1), packed)
 
 
+@pytest.mark.slow
 def test_the_timeout_of_collectives_is_set_without_a_warning():
     code = """
 import datetime, tempfile, warnings

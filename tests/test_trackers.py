@@ -106,6 +106,7 @@ def test_tensorboard_has_every_number_the_config_and_the_receipt(workshop):
     assert b'"seed"' in texts["receipt"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_every_step_once_in_tensorboard(workshop):
     settings = {"tracking__trackers": ["tensorboard"], "checkpoint__every_steps": 2, "checkpoint__keep_last": 9}
     run = workshop.train(**settings)
@@ -163,6 +164,7 @@ def test_a_tracker_that_breaks_later_is_left_out_too(workshop, monkeypatch, capf
     assert capfd.readouterr().out.count("tracker tensorboard failed") == 1
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_are_in_nothing_that_leaves(workshop, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setenv("USE_TOKENS", "yes")

@@ -29,6 +29,7 @@ from finetune.export.load import load_tokenizer
 from finetune.generation import generate
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_its_contract_names(workshop):
     run = workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
     assert {p.name for p in run.iterdir()} == {
@@ -58,12 +59,14 @@ def test_a_run_leaves_everything_its_contract_names(workshop):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(workshop):
     one, same, other = (workshop.train(name, run__seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert losses(one) == losses(same)
     assert losses(one) != losses(other)
 
 
+@pytest.mark.slow
 def test_clm_learns_every_token_of_text(workshop):
     text = workshop.folder / "text.txt"
     text.write_text("".join(f"line {i} of a text that goes on and on {'la ' * (i % 40)}\n" for i in range(60)))
@@ -114,6 +117,7 @@ def test_a_misspelt_setting_of_the_architecture_is_refused(workshop):
         workshop.train(model__config={**TINY_LLAMA, "num_hiden_layers": 9})
 
 
+@pytest.mark.slow
 def test_a_config_with_fewer_layers_than_its_weights_is_refused(workshop):
     model = workshop.train("base") / "model"
     config = json.loads((model / "config.json").read_text())
@@ -122,6 +126,7 @@ def test_a_config_with_fewer_layers_than_its_weights_is_refused(workshop):
         workshop.train(**from_folder(model))
 
 
+@pytest.mark.slow
 def test_weights_that_are_no_numbers_are_refused(workshop):
     from safetensors.torch import load_file, save_file
 
@@ -137,6 +142,7 @@ def from_folder(model):
     return {"model__init": "pretrained", "model__path": str(model), "model__config": None, "model__tokenizer": None}
 
 
+@pytest.mark.slow
 def test_what_would_let_the_export_fail_is_an_error_before_training(workshop):
     model = workshop.train("base") / "model"
     (model / "generation_config.json").write_text('{"max_new_tokens": -1}')
@@ -146,6 +152,7 @@ def test_what_would_let_the_export_fail_is_an_error_before_training(workshop):
         workshop.train("other", model__config={**TINY_LLAMA, "model_type": "qwen2"})
 
 
+@pytest.mark.slow
 def test_a_generation_config_that_forgot_to_sample_does_not_spoil_the_export(workshop):
     model = workshop.train("base") / "model"
     (model / "generation_config.json").write_text('{"temperature": 0.5}')
@@ -154,6 +161,7 @@ def test_a_generation_config_that_forgot_to_sample_does_not_spoil_the_export(wor
     assert (saved["temperature"], saved["do_sample"]) == (0.5, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", ["all rows", "three rows"])
 def test_evaluating_on_training_rows_is_refused_or_told(workshop, capsys, copied):
     rows = pairs()
@@ -168,6 +176,7 @@ def test_evaluating_on_training_rows_is_refused_or_told(workshop, capsys, copied
         assert "43 examples; 3 of them are also trained on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_is_read_what_is_not_and_what_will_teach_nothing(workshop, capsys):
     folder = workshop.folder / "folder"
     folder.mkdir()
@@ -185,6 +194,7 @@ def test_the_summary_says_what_is_read_what_is_not_and_what_will_teach_nothing(w
     assert "3 steps will change the model very little" in says
 
 
+@pytest.mark.slow
 def test_text_unit_is_for_the_text_files_of_a_folder(workshop):
     folder = workshop.folder / "folder"
     (folder / "deep").mkdir(parents=True)
@@ -230,6 +240,7 @@ def on_the_day_of(zone, monkeypatch):
     time.tzset()
 
 
+@pytest.mark.slow
 def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkeypatch, capsys):
     template = workshop.folder / "dated.jinja"
     template.write_text(THINKS)
@@ -249,6 +260,7 @@ def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkey
     assert json.loads((other / "receipt.json").read_text())["template_date"] != day
 
 
+@pytest.mark.slow
 def test_the_export_is_asked_as_training_asked(workshop):
     """The text that the template puts before an answer ends the prompt of every caller, unless he says how to think."""
     template = workshop.folder / "thinks.jinja"
@@ -266,6 +278,7 @@ def test_the_export_is_asked_as_training_asked(workshop):
     assert asked(enable_thinking=True) == "<|im_start|>assistant\n"
 
 
+@pytest.mark.slow
 def test_rows_with_thoughts_leave_the_export_free_to_think(workshop):
     template = workshop.folder / "thinks.jinja"
     template.write_text(THINKS.replace("loop.last", "'<think>' not in m.content"))
@@ -324,6 +337,7 @@ def test_a_template_that_fails_is_told_with_a_row(workshop, wrong):
         workshop.check(data__template=str(template))
 
 
+@pytest.mark.slow
 def test_a_template_that_takes_the_rows_but_not_a_sample_prompt_is_told_before_training(workshop):
     template = workshop.folder / "own.jinja"
     template.write_text("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + THINKS)
@@ -334,6 +348,7 @@ def test_a_template_that_takes_the_rows_but_not_a_sample_prompt_is_told_before_t
         workshop.check("other", **given, evaluation__sample_prompts=["hi"])
 
 
+@pytest.mark.slow
 def test_a_template_that_replaces_the_models_own_is_noted(workshop, capsys):
     model = workshop.train("base", data__template="chatml") / "model"
     rows = [{"prompt": str(n), "completion": "x"} for n in range(8)]
@@ -351,6 +366,7 @@ def test_a_template_that_replaces_the_models_own_is_noted(workshop, capsys):
         assert (noted or "") in says
 
 
+@pytest.mark.slow
 def test_a_models_own_template_that_is_broken_and_not_used_is_no_obstacle(workshop, capsys):
     model = workshop.train("base", data__template="chatml") / "model"
     (model / "chat_template.jinja").write_text("{% if %}")
@@ -359,6 +375,7 @@ def test_a_models_own_template_that_is_broken_and_not_used_is_no_obstacle(worksh
     assert "template    question_answer, objective sft\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_check_of_an_existing_run_looks_at_the_data_first(workshop):
     workshop.train()
     with pytest.raises(DataError, match="nothing.jsonl: no such file"):
@@ -367,6 +384,7 @@ def test_check_of_an_existing_run_looks_at_the_data_first(workshop):
         workshop.check(optimizer__lr=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_with_attention_sinks_trains_in_padded_batches(workshop):
     """gpt-oss adds a learned logit to every softmax, which neither packs nor SDPA know."""
     config = {**TINY_LLAMA, "model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
@@ -374,6 +392,7 @@ def test_a_model_with_attention_sinks_trains_in_padded_batches(workshop):
     assert json.loads((run / "receipt.json").read_text())["attention"] == "eager"
 
 
+@pytest.mark.slow
 def test_wrong_config_is_exit_2_with_every_problem(workshop):
     result = workshop.launch(arguments=["--optimizer.learning_rate", "1"], train__epochs=0, model__pth="x")
     assert result.returncode == 2
@@ -431,11 +450,13 @@ def pretrained_of(workshop, **changes):
     }
 
 
+@pytest.mark.slow
 def test_an_unknown_target_module_is_named_with_the_nearest(workshop):
     with pytest.raises(ModelError, match="no linear layer is called 'q_prj'.*did you mean q_proj?"):
         workshop.train(**pretrained_of(workshop), adapter__kind="lora", adapter__target_modules=["q_prj", "v_proj"])
 
 
+@pytest.mark.slow
 def test_a_target_pattern_that_matches_nothing_is_an_error(workshop):
     with pytest.raises(ModelError, match=r"adapter.target_modules: '\.\*nothing'"):
         workshop.train(**pretrained_of(workshop), adapter__kind="lora", adapter__target_modules=".*nothing")
@@ -453,6 +474,7 @@ def test_a_model_that_is_not_there_is_an_error(workshop):
         )
 
 
+@pytest.mark.slow
 def test_weights_that_are_missing_are_an_error_not_random(workshop):
     settings = pretrained_of(workshop)
     from safetensors.torch import load_file, save_file
@@ -536,6 +558,7 @@ def test_an_output_directory_without_permission_is_an_error(workshop):
         workshop.train()
 
 
+@pytest.mark.slow
 def test_resume_never_refuses_where_there_are_checkpoints(workshop):
     workshop.train()
     with pytest.raises(RunDirectoryError, match="checkpoint.resume is never"):
@@ -555,6 +578,7 @@ def test_sft_on_plain_text_is_an_error(workshop):
         workshop.train()
 
 
+@pytest.mark.slow
 def test_stopping_is_learned_when_pad_is_eos(workshop, bytes_tokenizer):
     """The tuned model ends its answer, although every pad is the same token as the end."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -573,6 +597,7 @@ def test_stopping_is_learned_when_pad_is_eos(workshop, bytes_tokenizer):
     assert out.tolist() == [*tokenizer("ok")["input_ids"], tokenizer.eos_token_id]
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_model_is_not_finished(workshop):
     import shutil
 
@@ -582,6 +607,7 @@ def test_a_finished_run_without_its_model_is_not_finished(workshop):
     assert (run / "model/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_other_data_is_not_this_run(workshop):
     workshop.train()
     workshop.rows.write_text(workshop.rows.read_text().replace("three", "four"))
@@ -623,6 +649,7 @@ def test_what_the_launcher_would_drop_or_change_in_silence_is_an_error(workshop,
         workshop.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     [
@@ -638,6 +665,7 @@ def test_a_mixture_of_experts_trains_packed(workshop, architecture):
     assert losses(run)[-1] < losses(run)[0]
 
 
+@pytest.mark.slow
 def test_chunked_attention_is_not_taken_for_full(workshop):
     """Llama 4's chunks are a mask, which the fast path does not have: padded batches with its own attention instead."""
     config = {**TINY_LLAMA, "model_type": "llama4_text", "attention_chunk_size": 16, "head_dim": 8, "num_local_experts": 2,
@@ -647,9 +675,9 @@ def test_chunked_attention_is_not_taken_for_full(workshop):
 
 
 def test_metrics_are_json_also_where_a_number_is_infinite(tmp_path):
-    from finetune.engine.metrics import Log
+    from finetune.engine.logs import Log
 
-    Log(tmp_path / "m.jsonl").add({"step": 1, "grad_norm": math.inf})
+    Log(tmp_path / "m.jsonl", print).add({"step": 1, "grad_norm": math.inf})
     assert json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=lambda c: pytest.fail(c)) == {
         "step": 1,
         "grad_norm": None,
@@ -664,6 +692,7 @@ def eval_losses(run):
     return {line["step"]: line["eval_loss"] for line in read_jsonl(run / "eval.jsonl")}
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_exported_where_that_is_asked_for(workshop):
     """At a rate of 1.0 the loss goes up and down, so the last is not the best."""
     from safetensors.torch import load_file
@@ -681,11 +710,13 @@ def test_the_best_weights_are_exported_where_that_is_asked_for(workshop):
     assert all(torch.equal(t, again[n]) for n, t in load_file(run / "model/model.safetensors").items())
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early_has_its_last_step_on_record(workshop):
     run = workshop.train(**OVERFITS, evaluation__patience=2, tracking__log_every_steps=100)
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [len(eval_losses(run))]
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_no_dead_end(workshop):
     run = workshop.train(**OVERFITS, evaluation__export_best=True)
     best = json.loads((run / "outcome.json").read_text())["exported_step"]
@@ -698,6 +729,7 @@ def test_a_damaged_best_checkpoint_is_no_dead_end(workshop):
     assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
 
 
+@pytest.mark.slow
 def test_a_best_evaluation_that_was_not_kept_is_reported_and_the_best_of_the_others_exported(workshop, capsys):
     run = workshop.train(**OVERFITS)
     (run / "outcome.json").unlink()
@@ -719,6 +751,7 @@ def test_a_run_stops_when_its_patience_is_out(workshop):
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_samples_change_nothing_but_their_file(workshop, adapter):
     settings = {"train__max_steps": 4, "data__packing": True, "train__global_batch_size": 2, "train__micro_batch_size": 2, "train__epochs": 9}  # fmt: skip

@@ -328,7 +328,7 @@ def name_problem(name: str | None) -> str | None:
     if not name or not name.strip():
         return "is empty; give a folder, or a Hub id as owner/name"
     if not os.path.exists(name) and paths.is_local(name):
-        return f"{name}: no such folder (looked for from {os.getcwd()}); a run's model is in runs/<name>/model, a Hub id is owner/name"
+        return f"{name}: no such folder (looked for in {places.looked_in()}); a run's model is in runs/<name>/model, a Hub id is owner/name"
     return None
 
 

@@ -201,21 +201,25 @@ class OwnObjective(_Kind):
 
 @functools.cache
 def _own_section(code: OwnCode) -> type[OwnObjective]:
-    """The settings that an objective of a user's own has, as a section. Raises ConfigError for what is not an objective."""
-    base = getattr(sys.modules.get("finetune.objectives.base"), "Objective", None)  # not there: nothing derives from it
-    is_class = isinstance(code.value, type)
-    if base is None or not (issubclass(code.value, base) if is_class else isinstance(code.value, base)):
-        kind = f"the class {code.value.__name__}" if is_class else f"a {type(code.value).__name__}"
-        raise ConfigError(f"{code} is {kind}, not an objective; derive it from finetune.objectives.Objective")
-    settings = code.value.Settings
+    """The settings of a user's objective as a section. Raises ConfigError where it is none."""
+    module = sys.modules.get("finetune.objectives.base")  # not there: nothing derives from it
+    base, is_class = getattr(module, "Objective", None), isinstance(code.value, type)
+    cls = code.value if is_class else type(code.value)
+    if base is None or not issubclass(cls, base):
+        kind = f"the class {cls.__name__}" if is_class else f"of type {cls.__name__}"
+        derive = "derive it from finetune.objectives.Objective"
+        raise ConfigError(f"{code} is {kind}, not an objective; {derive}")
+    settings = cls.Settings
     if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
-        raise ConfigError(f"{code}: Settings should be a class derived from pydantic.BaseModel, got {settings!r}")
+        raise ConfigError(f"{code}: Settings should be a pydantic.BaseModel, got {settings!r}")
     if "kind" in settings.model_fields:
-        raise ConfigError(f"{code}: Settings has a field kind, which is the name of the objective; call it otherwise")
+        raise ConfigError(f"{code}: Settings has a field kind, which names objectives; rename it")
     try:
         objective = code.value() if is_class else code.value
-        if (part := objective.supervises("completion")) not in get_args(Data.model_fields["loss_on"].annotation):
-            raise ConfigError(f"{code}: supervises should return completion, all or last_turn, got {part!r}")
+        parts = get_args(Data.model_fields["loss_on"].annotation)
+        if (part := objective.supervises("completion")) not in parts:
+            listed = ", ".join(parts)
+            raise ConfigError(f"{code}: supervises should return one of {listed}, got {part!r}")
         own = {"model_config": Section.model_config, "code": code, "objective": objective}
         bases = (OwnObjective,) if issubclass(OwnObjective, settings) else (settings, OwnObjective)
         return type("Own", bases, {**own, "__module__": __name__, "__doc__": OwnObjective.__doc__})
@@ -227,12 +231,16 @@ def _own_section(code: OwnCode) -> type[OwnObjective]:
 
 def own_codes(config: "Config") -> dict[str, OwnCode]:
     """Setting -> the code of the user's own that it names."""
-    found = {"objective.kind": config.objective.code} if isinstance(config.objective, OwnObjective) else {}
-    return found | ({"data.format": own_code.get(config.data.format)} if own_code.is_own(config.data.format) else {})
+    found, objective, format = {}, config.objective, config.data.format
+    if isinstance(objective, OwnObjective):
+        found["objective.kind"] = objective.code
+    if own_code.is_own(format):
+        found["data.format"] = own_code.get(format)
+    return found
 
 
 def code_identity(config: "Config") -> dict[str, str]:
-    """The hash of each, by setting and name of the file, for what a resumption or a replay must find again."""
+    """The hash of each, by setting and file: a resumption or a replay must find the same."""
     return {own_code.label(key, code.name): code.sha256 for key, code in own_codes(config).items()}
 
 
@@ -240,12 +248,12 @@ def own_format(name: str) -> OwnCode:
     """A function of the user's own that formats rows. Raises ConfigError."""
     code = own_code.read(name)
     if not callable(code.value):
-        raise ConfigError(f"{code} is a {type(code.value).__name__}, not a function from a row to a row")
+        raise ConfigError(f"{code} is of type {type(code.value).__name__}, not a function of a row")
     return code
 
 
 def own_objective(name: str) -> type[OwnObjective]:
-    """The section of an objective that `own_code.read` has read, or reads now. Raises ConfigError."""
+    """The section of a user's objective, which is read if it was not yet. Raises ConfigError."""
     return _own_section(own_code.read(name))
 
 

@@ -1,5 +1,6 @@
 """Paths as users write them: `~`, half characters, and what is a folder here rather than a name on the Hub. No torch."""
 
+import glob
 import os
 import stat
 import tempfile
@@ -33,6 +34,27 @@ def expanded(path: Any) -> Any:
 ExpandedPath = AfterValidator(expanded)
 """Marks a setting that holds a path: `Annotated[str, ExpandedPath]`."""
 PathString = Annotated[str, ExpandedPath]
+
+
+def beside_config(value: Any, folder: str) -> Any:
+    """A path of a config, or each of a list: as it is if it is there, else in the config's folder if it is there.
+
+    Raises ValueError if both are there and differ: either could be meant.
+    """
+    if isinstance(value, list):
+        return [beside_config(each, folder) for each in value]
+    if not isinstance(value, str) or not value or "\0" in value or "://" in value or value[0] in "/~":
+        return value
+    beside = os.path.join(folder, value)
+    if not _is_there(beside) or os.path.realpath(beside) == os.path.realpath(value):
+        return value
+    if _is_there(value):
+        raise ValueError(f"{value} is in {os.getcwd()} and in {os.path.abspath(folder)}; write the full path")
+    return beside
+
+
+def _is_there(path: str) -> bool:
+    return os.path.exists(path) or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))
 
 
 def argument(text: str) -> str:

@@ -23,6 +23,8 @@ from finetune.errors import ConfigError, RunDirectoryError
 
 # What may differ between a run and its resumption: it changes neither the data nor the arithmetic
 # of a step (micro_batch_size and checkpointing only reorder the same float operations).
+# Inputs: looked for in the working directory, and beside the config. What a run writes is in the working directory.
+BESIDE_CONFIG = ("model.path", "model.tokenizer", "adapter.path", "data.train", "data.eval", "data.template")
 RESUME_MAY_CHANGE = (
     "run.dir", "data.cache_dir", "model.attention", "train.micro_batch_size", "train.gradient_checkpointing", "train.compile", "train.hang_minutes",
     "checkpoint.*", "evaluation.*", "tracking.*",
@@ -53,12 +55,14 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         raise ConfigError(_listed(_problems_of_words(path, unknown, sections) + taken, "the command line"))
     values = read_yaml(path) if path else {}
     folder = Path(paths.expanded(path)).parent if path else None
+    places.note_config_folder(folder)
+    twice = _look_beside(values, folder) if folder else []
     kind = overrides.get("objective.kind", _kind_of("objective", values))
     if own_code.is_own(kind) and any(word.startswith("--objective.") for word in unknown):
         sections = _sections(_own_objective(kind, folder, _where(path, True)))
         known, unknown = _parser(sections).parse_known_args(unknown)
         overrides |= vars(known)
-    problems = _problems_of_words(path, unknown, sections) + taken
+    problems = _problems_of_words(path, unknown, sections) + taken + twice
     for key, raw in overrides.items():
         if any(problem.startswith(f"{key}: ") for problem in taken):
             continue
@@ -74,6 +78,20 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
                 problems.append(f"{key}: {shown} cannot be read{why}; write lists as [a, b] and mappings as {{a: b}}")
     where = _where(path, bool(overrides or unknown))
     return from_dict(values, where=where, problems=problems, folder=folder), check
+
+
+def _look_beside(values: dict[str, Any], folder: Path) -> list[str]:
+    """Give paths of a config that are not in the working directory but beside the config their place, in `values`."""
+    problems = []
+    for key in BESIDE_CONFIG:
+        section, name = key.split(".")
+        given = values.get(section)
+        if isinstance(given, dict) and name in given:
+            try:
+                given[name] = paths.beside_config(given[name], str(folder))
+            except ValueError as exc:
+                problems.append(f"{key}: {exc}")
+    return problems
 
 
 def _own_objective(kind: str, folder: Path | None, where: str) -> type[OwnObjective]:
@@ -113,14 +131,18 @@ def _help(classes: tuple[type[Section], ...], name: str) -> tuple[str, str]:
     """(what a setting takes; what it does, its default, and which kinds of its section have it)."""
     having = [cls for cls in classes if name in cls.model_fields]
     field = min((cls.model_fields[name] for cls in having), key=lambda each: each.is_required())
-    metavar, text = _type_name(field.annotation), str(field.description)
+    metavar, text = _type_name(field.annotation), field.description or ""
     names_of_kinds = [kinds.name_of(cls) for cls in having] if len(classes) > 1 else []
     if names_of_kinds and name == "kind":
         described = zip(names_of_kinds, (str(cls.model_fields[name].description) for cls in having))
         metavar, text = "|".join(names_of_kinds), " ".join(f"{kind}: {what}" for kind, what in described)
     elif 0 < len(names_of_kinds) < len(classes):
         text = f"{', '.join(names_of_kinds)}: {text}"
-    default = "required" if field.is_required() else f"default: {_yaml(field.default)}"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    try:
+        default = "required" if field.is_required() else f"default: {_yaml(value)}"
+    except yaml.YAMLError:  # of a type of the user's own
+        default = f"default: {value}"
     return metavar, f"{text} ({default})".replace("%", "%%")
 
 
@@ -246,7 +268,7 @@ def from_dict(
 ) -> Config:
     """Validate a nested mapping. Raises ConfigError that lists every problem.
 
-    `folder`: of the config, where code of the user's own is looked for before the working directory.
+    `folder`: of the config, where code of the user's own is looked for first.
     """
     problems = list(problems or [])
     problems += [
@@ -280,7 +302,7 @@ def from_dict(
 
 
 def _with_own_code(values: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The values with the full paths of the user's own code, which is read here, and what is wrong with it."""
+    """The values with full paths of the user's own code, which is read, and what is wrong with it."""
     problems = []
     for section, name, read in (("objective", "kind", own_objective), ("data", "format", own_format)):
         given = values.get(section)
@@ -612,7 +634,9 @@ def _describe(error: Any, values: dict[str, Any]) -> str:
             return f"{key}: unknown key; nest it: {_yaml({section: {name: got}}).removeprefix('{').removesuffix('}')}"
         section, _, name = key.partition(".")
         if having := _kinds_with(section, name):
-            return f"{key}: {section}.kind is {_kind_of(section, values)}; it belongs to {' and '.join(having)}; remove it, or set {section}.kind"
+            kind, others = _kind_of(section, values), " and ".join(having)
+            instead = f"remove it, or set {section}.kind"
+            return f"{key}: {section}.kind is {kind}; it belongs to {others}; {instead}"
         return f"{key}: {_removed(key) or f'unknown key; {_nearest(key, sections)}'}"
     if kind == "missing":
         return f"{key}: is required" + ("" if "." in key else f" (section {key}:)")

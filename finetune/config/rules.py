@@ -96,7 +96,8 @@ def _data_conflicts(config: Config) -> Iterator[str]:
         if has_turns:
             yield f"objective.kind: {name} needs prompts and answers, but data.format is text; use clm"
     if own_code.is_own(data.format):
-        why = f"{own_code.without_folder(data.format)} reads the columns of the file itself; rename them there"
+        name = own_code.without_folder(data.format)
+        why = f"{name} reads the columns of the file itself; rename them there"
         yield from _ignored(data, "data", ("columns",), why)
     for name in data.columns:
         if name not in COLUMNS:

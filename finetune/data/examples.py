@@ -70,6 +70,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def num_distinct_rows(self) -> int:
+        """Count the rows that these examples come from: a split row gives several."""
+        return np.unique(np.stack([self.source, self.line, self.row]), axis=1).shape[1]
+
     def documents(self, example: int) -> range:
         """Numbers of the documents of an example."""
         if self.example_ends is None:

@@ -138,7 +138,7 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
             for match in sorted(glob.glob(path, recursive=True)):
                 _collect(match, seen, files, left_out)
             if not files and not left_out:
-                raise DataError(f"{key}: {printable(name)} matches no file; searched in {_here()}")
+                raise DataError(f"{key}: {printable(name)} matches no file; searched in {printable(places.looked_in())}")
         else:
             _collect(path, set(), files, left_out)
     literal = re.split(r"[*?[]", path)[0] if pattern else path + "/"
@@ -265,13 +265,9 @@ def _absent(name: str, key: str = "data.train") -> DataError:
     elif _HUB_NAME.fullmatch(name):
         hint = f"; it was not searched on the Hub, because {printable(folder)} is a local folder"
     return DataError(
-        f"{printable(name) or '(empty name)'}: no such file in {_here()}{hint}; "
+        f"{printable(name) or '(empty name)'}: no such file in {printable(places.looked_in())}{hint}; "
         f"{takes} files, folders, globs, or Hub names as owner/name[:split]"
     )
-
-
-def _here() -> str:
-    return printable(os.getcwd())
 
 
 def fingerprint(source: str) -> str:

@@ -120,9 +120,9 @@ def detect_format(
 
 
 def formatted(row: Row, format: str) -> Row | None:
-    """The row as a function of the user's own gives it, None where that skips it; as it is for any other format.
+    """The row as a function of the user's own gives it, None where that skips it.
 
-    Raises DataError that names the row, and the line of the function.
+    For any other format, the row as it is. Raises DataError that names the row, and the line of the function.
     """
     if not own_code.is_own(format):
         return row
@@ -136,13 +136,14 @@ def formatted(row: Row, format: str) -> Row | None:
         return None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise DataError(
-            f"{row.place}: data.format: {code} should return a dict with messages, or prompt and completion, or text, or None to skip "
-            f"the row, got {short(values)}"
+            f"{row.place}: data.format: {code} should return a dict with messages, or prompt and "
+            f"completion, or text, or None to skip the row, got {short(values)}"
         )
     made = Row(row.place, values)
     if _fitting(made, {}) is None:
         raise DataError(
-            f"{row.place}: data.format: {code} gives columns {list_columns(sorted(values))}, which fit no format ({SHAPES})"
+            f"{row.place}: data.format: {code} gives columns {list_columns(sorted(values))}, "
+            f"which fit no format ({SHAPES})"
         )
     return made
 

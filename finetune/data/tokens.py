@@ -47,9 +47,11 @@ class Options:
     """Tokens that a sequence may have in the model; None: as many as it likes."""
 
     def deciding(self) -> dict[str, Any]:
-        """What the tokens depend on, for the key of the cache: of a user's own function its content, not its place."""
-        own = {"format": own_code.get(self.format).sha256} if own_code.is_own(self.format) else {}
-        return {name: value for name, value in asdict(self).items() if name != "positions"} | own
+        """What the tokens depend on, for the key of the cache; a user's function by its content."""
+        values = {name: value for name, value in asdict(self).items() if name != "positions"}
+        if own_code.is_own(self.format):
+            values["format"] = own_code.get(self.format).sha256
+        return values
 
 
 @dataclass

@@ -36,7 +36,7 @@ class BestCheckpoint:
     def fetch(self, storage: "Storage | None") -> None:
         """Bring the checkpoint of the best evaluation from the object store, if this disk lacks it."""
         if self.settings.export_best:
-            best = self.topology.on_main(lambda: self.directory.judge(None)[0])
+            best = self.topology.on_main(self.directory.logs.best_step)
             self.topology.on_main(lambda: resume.bring(self.directory.checkpoints, best, storage))
 
     def update(self, step: int) -> None:
@@ -46,7 +46,8 @@ class BestCheckpoint:
 
         def judged() -> tuple[int | None, bool]:
             saved = resume.kept(self.directory.checkpoints) | self.under_way() | {step}
-            return self.directory.judge(self.settings.patience, saved)
+            logs = self.directory.logs
+            return logs.best_step(saved), logs.has_stalled(self.settings.patience)
 
         best, self.stalled = self.topology.on_main(judged)
         self.step = best if self.settings.export_best else None
@@ -60,8 +61,8 @@ class BestCheckpoint:
             return here
 
         def found() -> tuple[int, int]:
-            saved, _ = self.directory.judge(None, resume.kept(self.directory.checkpoints) | {here})
-            lowest, _ = self.directory.judge(None)
+            kept = resume.kept(self.directory.checkpoints) | {here}
+            saved, lowest = self.directory.logs.best_step(kept), self.directory.logs.best_step()
             return (here if saved is None else saved), (here if lowest is None else lowest)
 
         best, lowest = self.topology.on_main(found)

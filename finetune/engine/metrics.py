@@ -1,20 +1,16 @@
 """What a run tells while it goes: metrics.jsonl, eval.jsonl, a progress bar or plain lines."""
 
-import contextlib
-import json
-import math
-import os
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from finetune.engine.logs import Log
 from finetune.engine.progress import Progress
 from finetune.engine.rundir import RunDirectory
 from finetune.engine.step import StepResult
@@ -58,37 +54,6 @@ def log(message: str) -> None:
     sys.stdout.flush()  # a file or a pipe would keep it back
 
 
-class Log:
-    """A file of JSON lines that a full disk only delays: what cannot be written is kept, and goes out with the next line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._waiting = ""
-
-    def add(self, values: dict[str, Any]) -> None:
-        # JSON knows no NaN and no infinity.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        text = self._waiting + json.dumps(finite, allow_nan=False, ensure_ascii=False) + "\n"
-        whole = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-            self._waiting = ""
-        except OSError as exc:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, whole)  # half a line would spoil the next one
-            if not self._waiting:
-                log(f"note: {self.path} cannot be written ({exc.strerror}); its lines are kept until it can")
-            self._waiting = text
-
-    def sync(self) -> None:
-        if self._waiting:
-            raise OSError(f"{self.path} has lines that could not be written")
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
 class Metrics:
     """Writes on the main process; elsewhere every call does nothing."""
 
@@ -98,8 +63,9 @@ class Metrics:
     ) -> None:  # fmt: skip
         """`trackers` get every line that the files get."""
         self.trackers = trackers
-        self.steps, self.evals = Log(directory.metrics), Log(directory.evals)
-        self.samples, self.saves = Log(directory.samples), Log(directory.saves)
+        logs = directory.logs
+        self.steps, self.evals = Log(logs.metrics, log), Log(logs.evals, log)
+        self.samples, self.saves = Log(logs.samples, log), Log(logs.saves, log)
         self.num_steps, self.every, self.is_main = num_steps, every, is_main
         self.flops_per_token, self.num_processes = flops_per_token, num_processes
         # Not if one of them is a pipe: tee would write its lines into the bar.

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -17,6 +15,7 @@ from finetune import config as configs
 from finetune import failures, files
 from finetune.config import Config, base
 from finetune.engine.checkpoint.folder import MANIFEST, described, difference, read_manifest, steps
+from finetune.engine.logs import Logs, lines
 from finetune.engine.receipt import differences, identity_differences, refusal
 from finetune.errors import (
     EXIT_FAILED,
@@ -32,7 +31,7 @@ from finetune.places import BEATS, REPLAY_OF, RUN
 LOCK = ".lock"
 OUTCOME = "outcome.json"
 STATES = ("running", "complete", "preempted", "failed")
-# What `write_atomically` leaves when its process is killed; `.mode-`: the probe of `files.follow_umask`.
+# What `files.write_synced` leaves when its process is killed; `.mode-`: the probe of `files.follow_umask`.
 TEMPORARY = re.compile(r"(\.mode-)?\.writing-[a-z]+\.(json|jsonl|yaml)-[a-z0-9_]{8}")
 MOST_REASON = 1_000  # letters, where outcome.json must fit into the block that it has
 # The directory belongs to another run or process: its outcome does not describe how this attempt ended.
@@ -52,10 +51,7 @@ class RunDirectory:
         self._announced: Path | None = None
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
-        self.metrics = self.path / "metrics.jsonl"
-        self.evals = self.path / "eval.jsonl"
-        self.samples = self.path / "samples.jsonl"
-        self.saves = self.path / "saves.jsonl"
+        self.logs = Logs(self.path)
         self.starts = self.path / "starts.jsonl"
         self.is_open = False
         """Whether this attempt has begun to write in it."""
@@ -87,7 +83,7 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path} has checkpoints, and checkpoint.resume is never; set it to auto, or choose another run.name"
             )
-        if self.outcome().get("state") != "complete":  # which can be told of a disk that cannot be written
+        if self.outcome().get("state") != "complete":  # a complete run is reported from any disk
             self.require_writable()
 
     def require_writable(self) -> None:
@@ -131,7 +127,7 @@ class RunDirectory:
     def create(self, config: Config) -> None:
         """Make the directory and write the resolved config. Raises RunDirectoryError."""
         with self._writing():
-            write_atomically(self.path / "config.yaml", configs.to_yaml(config))  # first: it makes it a run directory
+            files.write_synced(self.path / "config.yaml", configs.to_yaml(config))  # first: it makes it a run directory
             self.checkpoints.mkdir(exist_ok=True)
             self._sweep()
             self.is_open = True
@@ -148,7 +144,7 @@ class RunDirectory:
             ) from exc
 
     def _sweep(self) -> None:
-        """Remove what `write_atomically` has left of attempts that were killed. Under the lock: no other process writes here."""
+        """Remove what `files.write_synced` has left of attempts that were killed. Under the lock: no other process writes here."""
         for path in self.path.iterdir():
             if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink()
@@ -169,13 +165,13 @@ class RunDirectory:
         if problem is None and differences(old, receipt):
             self._note_start({"written": made["written"], "step": 0, "receipt_before": old})
         if os.path.lexists(path) and problem is not None:
-            os.replace(path, _free(path))
-        write_atomically(path, json.dumps(made, indent=2))
+            os.replace(path, files.free_name(path))
+        files.write_synced(path, json.dumps(made, indent=2))
         return f"note: {path} {problem}; it says from now on what step {step} went on with" if step else None
 
     def _note_start(self, facts: dict[str, Any]) -> None:
-        lines = [line for line in _lines(self.starts) if line]
-        write_atomically(self.starts, "".join(line + "\n" for line in [*lines, json.dumps(facts)]))
+        kept = [line for line in lines(self.starts) if line]
+        files.write_synced(self.starts, "".join(line + "\n" for line in [*kept, json.dumps(facts)]))
 
     def require_same_receipt(self, receipt: dict[str, Any]) -> None:
         """Raise RunDirectoryError with what differs between this run's receipt and that of the run which `replay` repeats."""
@@ -252,7 +248,7 @@ class RunDirectory:
         return files.read_note(self.path / OUTCOME)[0]
 
     def completion(self, identity: dict[str, Any], usual: dict[str, Any]) -> tuple[bool, str | None]:
-        """(whether a run has ended here and every file of its model is what was verified then, what is to be told).
+        """(whether a run has ended here and every file of its model is what was verified then, a note for a person).
 
         Raises RunDirectoryError if it was of other data or another base, or if that cannot be known. `identity`, `usual`:
         as in `receipt.identity_differences`. A base's weights are not compared, as they are not loaded yet.
@@ -318,82 +314,6 @@ class RunDirectory:
                 return f"outcome.json does not say what {name} holds"
         return None
 
-    def eval_losses(self) -> dict[int, float]:
-        """Step -> loss of every evaluation on record; infinity where it was no number."""
-        read = [values for values in _records(self.evals) if _has_loss(values)]
-        return {v["step"]: math.inf if (loss := v["eval_loss"]) is None or math.isnan(loss) else loss for v in read}
-
-    def judge(self, patience: int | None, saved: set[int] | None = None) -> tuple[int | None, bool]:
-        """(step of the lowest evaluation loss, whether the last `patience` evaluations were all no better than one before).
-
-        `saved`: only these can be the best.
-        """
-        losses = self.eval_losses()
-        could = [step for step in losses if saved is None or step in saved]
-        best, values = min(could, key=lambda step: losses[step], default=None), list(losses.values())
-        return best, patience is not None and len(values) > patience and min(values[-patience:]) >= min(
-            values[:-patience]
-        )
-
-    def history(self) -> list[dict[str, Any]]:
-        """Every line of metrics and evaluations, in the order of their steps."""
-        return sorted([*_records(self.metrics), *_records(self.evals)], key=lambda line: line["step"])
-
-    def has_samples(self, step: int) -> bool:
-        return any(values["step"] == step for values in _records(self.samples))
-
-    def rewind(self, step: int) -> list[str]:
-        """Take lines of later steps (and a torn last line) out of the logs: they will be trained again.
-
-        Other lines that cannot be read go too; then the log as it was stays next to it. What to tell a person.
-        """
-        notes = []
-        for log in (self.metrics, self.evals, self.samples, self.saves):
-            if not log.exists():
-                continue
-            lines = _lines(log)
-            kept: list[str] = []
-            damaged: list[int] = []
-            for number, line in enumerate(lines, 1):
-                values = _values(line)
-                if values is None or (log == self.evals and not _has_loss(values)):
-                    # The last one has no newline: it is torn, but for what no line of ours begins with.
-                    is_torn = number == len(lines) and line.startswith("{") and (bool(kept) or not step)
-                    damaged += [number] if line and not is_torn else []
-                elif values["step"] <= step:
-                    kept.append(line)
-            if damaged:
-                beside = _free(log)
-                shutil.copyfile(log, beside)
-                notes.append(
-                    f"note: {log}: damaged lines are left out: {len(damaged)}, from line {damaged[0]} on; "
-                    f"the file as it was is {beside}"
-                )
-            write_atomically(log, "".join(line + "\n" for line in kept))
-        return notes
-
-    def missing(self, step: int, log_every: int, eval_every: int | None) -> list[str]:
-        """What to tell of lines up to `step` that the logs should hold and do not, after `rewind`.
-
-        The evaluation after `step` itself may have had no time, and is made up for.
-        """
-        logged = {values["step"] for values in _records(self.metrics)}
-        wanted = [
-            (self.metrics, logged, "tracking.log_every_steps", log_every, range(log_every, step + 1, log_every), "")
-        ]
-        if eval_every is not None:
-            lost = "; evaluation.patience and evaluation.export_best judge without them"
-            due = range(eval_every, step, eval_every)
-            wanted.append((self.evals, set(self.eval_losses()), "evaluation.every_steps", eval_every, due, lost))
-        notes = []
-        for log, found, key, every, due, lost in wanted:
-            if absent := [each for each in due if each not in found]:
-                listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
-                notes.append(
-                    f"note: {log} lacks {len(absent)} of the {len(due)} lines that {key}: {every} asks for up to step {step}: {listed}{lost}"
-                )
-        return notes
-
     def _require_kinds(self) -> None:
         """Raise RunDirectoryError for a file where a folder belongs, a folder where a file does, or one that cannot be read."""
         for path in (self.checkpoints, self.model):
@@ -413,8 +333,11 @@ class RunDirectory:
 
     def _files(self) -> list[Path]:
         """What this program writes at the top of the directory."""
-        logs = [self.metrics, self.evals, self.samples, self.saves, self.starts]
-        return [*logs, *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json"))]
+        return [
+            *self.logs.all,
+            self.starts,
+            *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json")),
+        ]
 
     def _read_receipt(self) -> tuple[dict[str, Any], str | None]:
         receipt, problem = files.read_note(self.path / "receipt.json")
@@ -434,9 +357,8 @@ def note_end_of(path: Path, state: str, reason: str) -> None:
         with FileLock(path / LOCK, timeout=0):
             before, _ = files.read_note(path / OUTCOME)
             if before.get("state") != "complete":
-                logged = [values["step"] for values in _records(path / "metrics.jsonl")]
                 known = before.get("step")
-                step = max([known if type(known) is int else 0, *logged])
+                step = max(known if type(known) is int else 0, Logs(path).last_step())
                 outcome = {"state": state, "step": step, "reason": reason, "written": _now()}
                 _write_outcome(path / OUTCOME, outcome)
     except Timeout:
@@ -447,7 +369,7 @@ def _write_outcome(path: Path, outcome: dict[str, Any]) -> None:
     """Write how a run stands; on a disk without room for another file over what is there, as long as that is small."""
     text = json.dumps(outcome, indent=2)
     try:
-        write_atomically(path, text)
+        files.write_synced(path, text)
     except OSError as exc:
         room = os.stat(path).st_size if exc.errno in failures.FULL and path.is_file() else 0
         if outcome["state"] == "complete" or not room:
@@ -467,47 +389,5 @@ def _overwrite(path: Path, outcome: dict[str, Any], room: int) -> None:
         file.truncate(len(text))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Leave the whole new file or the whole old one, even after a crash."""
-    files.write_whole(path, text, errors="surrogateescape")
-    files.flush(path.parent)
-
-
-def _free(path: Path) -> Path:
-    """Where a damaged file is kept: beside its place, and over no other."""
-    names = (f"{path.name}{number}.damaged" for number in ("", *(f".{n}" for n in range(1, 1000))))
-    return next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _lines(log: Path) -> list[str]:
-    """Lines of a log, of which each byte comes back when they are written again.
-
-    Only a newline ends one: answers of a model may hold what Python's splitlines takes for an end.
-    """
-    return log.read_text("utf-8", errors="surrogateescape").split("\n") if log.is_file() else []
-
-
-def _records(log: Path) -> list[dict[str, Any]]:
-    """What the lines of a log hold; damaged ones are left out."""
-    return [values for line in _lines(log) if (values := _values(line))]
-
-
-def _values(line: str) -> dict[str, Any] | None:
-    """What a line of a log holds, if it holds a step."""
-    try:
-        line.encode()  # fails for bytes that are not UTF-8
-        values = json.loads(line)
-        step = values["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return values if isinstance(values, dict) and type(step) is int and step >= 0 else None
-
-
-def _has_loss(values: dict[str, Any]) -> bool:
-    """Whether a line of eval.jsonl can be judged by."""
-    loss = values.get("eval_loss", "absent")
-    return loss is None or type(loss) is float or (type(loss) is int and abs(loss) < 1e300)

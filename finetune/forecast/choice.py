@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import Config, Lora, QLora
+from finetune.config import Config, Full, Lora, QLora
 from finetune.engine.topology import support
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError
@@ -110,7 +110,7 @@ class Chooser:
 
     def _changes(self) -> Iterator[tuple[str, Config]]:
         """Each on top of recomputed layers, whose price is a quarter of the speed."""
-        config, kind = self.config, self.config.adapter.kind
+        config, adapter, kind = self.config, self.config.adapter, self.config.adapter.kind
         recomputed = _with(config, "train", gradient_checkpointing=True)
         if config.train.gradient_checkpointing is not True:
             yield "train.gradient_checkpointing: true", recomputed
@@ -119,9 +119,11 @@ class Chooser:
             yield before + "optimizer.kind: adamw_8bit", _with(recomputed, "optimizer", kind="adamw_8bit")
             if config.model.dtype != "bfloat16":
                 yield before + "model.dtype: bfloat16", _with(recomputed, "model", dtype="bfloat16")
-        for other in (Lora(kind="lora"), QLora(kind="qlora")):
-            if config.model.init != "random" and kind not in (other.kind, "qlora"):
-                yield before + f"adapter.kind: {other.kind}", recomputed.model_copy(update={"adapter": other})
+        shape = {} if isinstance(adapter, Full) else adapter.model_dump(exclude={"kind"})
+        for cls, other in (Lora, "lora"), (QLora, "qlora"):
+            if config.model.init != "random" and kind not in (other, "qlora"):
+                changed = cls.model_validate({"kind": other, **shape})
+                yield before + f"adapter.kind: {other}", recomputed.model_copy(update={"adapter": changed})
 
 
 def micro_batches(config: Config, parallel: ParallelConfig) -> list[int]:

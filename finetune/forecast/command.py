@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
     files = (
         [Path(found(arguments.topology))]
         if arguments.topology
-        else sorted((SHIPPED / "accelerate_configs").glob("*.yaml"))
+        else sorted((SHIPPED / "accelerate_configs").glob("*.yaml"), key=_simplest_first)
     )
     asked = {file.stem: _wish(file, arguments.num_processes, required=len(files) == 1) for file in files}
     topologies = {name: parallel for name, parallel in asked.items() if parallel}
@@ -68,8 +68,44 @@ def main(arguments: argparse.Namespace) -> None:
     _progress("")
     if arguments.topology and micro_batches(config, parallel):
         print("\n" + _parts(chooser.forecast(parallel, _micro_batch(chooser, parallel, limit)), on_gpu))
+    print("\n" + _advice(rows, on_gpu))
     print("\n" + _table(rows))
     print("\n" + "\n".join(_legend(on_gpu)))
+
+
+def _simplest_first(file: Path) -> tuple[bool, int, str]:
+    """One process, one node, several nodes; of each DDP before what shares the model out."""
+    kinds = ("single", "cpu_debug", "ddp", "zero1", "zero2", "fsdp2", "zero3")
+    kind = next((place for place, name in enumerate(kinds) if file.stem.startswith(name)), len(kinds))
+    return "multinode" in file.stem, kind, file.stem
+
+
+def _advice(rows: list[list[str]], on_gpu: bool) -> str:
+    """What to take, in one line: the first topology that fits, or the first change that makes one fit."""
+    heads, *found = rows
+    left = heads.index("left")
+    possible = [row for row in found if row[left]]  # the others cannot take this config at all
+    if not possible:
+        return f"advice  none can take this config: {found[0][0]}: {found[0][-1]}"
+    fits = next((row for row in possible if row[-1].startswith("fits")), None)
+    advice = []
+    if possible[0] is not fits:
+        name, processes, *_, change = possible[0]
+        advice.append(f"on {_gpus(processes, on_gpu)} ({name}) it needs a change: {change}")
+    if fits:
+        name, processes, *_, verdict = fits
+        how = verdict.removeprefix("fits").removeprefix(", ")
+        advice.append(
+            f"{'as it is ' if advice and not how else ''}it fits on {_gpus(processes, on_gpu)} with accelerate_configs/{name}.yaml"
+            + (f" {how.replace('with ', 'and ', 1)}" if how else "")
+            + f"; {fits[left].removeprefix('+')} GB are left"
+        )
+    return "advice  " + "; ".join(advice)
+
+
+def _gpus(processes: str, on_gpu: bool) -> str:
+    noun = "GPU" if on_gpu else "process"
+    return f"1 {noun}" if processes == "1" else f"{processes} {noun}{'s' if on_gpu else 'es'}"
 
 
 def _legend(on_gpu: bool) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextStreamer
 
 from finetune.data import templates
 from finetune.data.rows import Conversation, Message, Place, Problems
@@ -55,7 +55,7 @@ def answers(
     title: str = "generating",
     together: bool = False,
     log: Callable[[str], None] = log,
-    streamer: Any = None,
+    streamer: TextStreamer | None = None,
 ) -> list[Answer]:
     """The model's answer to each prompt, without the token that ended it; temperature 0 is greedy.
 

@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from finetune import failures
+from finetune import failures, places
 from finetune.config import Model, base
 from finetune.errors import ModelError
 from finetune.models import base_identity, embeddings
@@ -402,5 +402,5 @@ def translated(what: str, said: Mapping[str, Any] | None = None) -> Iterator[Non
         failures.reraise(exc, f"{what} cannot be loaded now")
         reason = _reason(exc, said)
         if "huggingface.co" in reason:
-            reason += f" (and no such folder in {os.getcwd()})"
+            reason += f" (and no such folder in {places.looked_in()})"
         raise ModelError(f"{what} cannot be loaded: {reason}") from exc

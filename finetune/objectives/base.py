@@ -29,10 +29,10 @@ class Term:
 
 
 class Objective:
-    """Base of all objectives. One of your own is a subclass with a `loss`; see docs/objectives.md."""
+    """Base of all objectives. One of your own is a subclass with a `loss`: docs/objectives.md."""
 
     Settings: type[BaseModel] = BaseModel
-    """Its settings in the section `objective` of a config; `settings` of the methods is one of them."""
+    """Settings of the section `objective` in a config, which the methods get as `settings`."""
     has_turns = True
     """Whether rows are conversations, whose template there is to keep with the model."""
 

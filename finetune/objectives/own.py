@@ -1,7 +1,7 @@
-"""An objective of a user's own, watched: a mistake in it ends the run with one line that names file and line."""
+"""An objective of a user's own, watched: a mistake in it ends the run with its file and line."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,14 +16,14 @@ from finetune.objectives.base import Objective, Term, as_divisors, total
 
 # Columns of metrics.jsonl and eval.jsonl that are not of a term.
 TAKEN = {
-    "step", "epoch", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second", "seconds", "memory_gb", "mfu",
-    "skipped", "eval_loss", "perplexity", "eval_tokens",
+    "step", "epoch", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second",
+    "seconds", "memory_gb", "mfu", "skipped", "eval_loss", "perplexity", "eval_tokens",
 }  # fmt: skip
 VOCABULARY = 8  # of the rehearsal: its probabilities are neither near 0 nor near 1
 
 
 class Own(Objective):
-    """Asks the user's objective, and checks what it answers. Raises ConfigError for whatever goes wrong in it."""
+    """Ask the user's objective and check what it answers; ConfigError for all that goes wrong."""
 
     def __init__(self, settings: OwnObjective) -> None:
         self.code, self.objective = settings.code, settings.objective
@@ -37,33 +37,35 @@ class Own(Objective):
         with self._blamed():
             return str(self.objective.supervises(loss_on))
 
-    def prepare(self, policy: Policy, batches: Sequence[Batch], settings: Any) -> dict[str, torch.Tensor]:
+    def prepare(
+        self, policy: Policy, batches: Sequence[Batch], settings: Any
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
         with self._blamed():
             prepared = self.objective.prepare(policy, batches, settings)
-        if not isinstance(prepared, dict) or not all(
-            isinstance(name, str) and _is_number(each) for name, each in prepared.items()
-        ):
-            raise self._wrong(
-                "prepare", f"should return a dict of names and tensors of one number, got {_shown(prepared)}"
-            )
+        if not isinstance(prepared, dict) or not all(map(_is_number, prepared.values())):
+            wanted = "should return a dict of names and tensors of one number"
+            raise self._wrong("prepare", f"{wanted}, got {_shown(prepared)}")
         if taken := [name for batch in batches for name in prepared if name in batch.counts]:
-            raise self._wrong("prepare", f"gives {taken[0]!r}, which is counted already; choose another name")
+            raise self._wrong("prepare", f"gives {taken[0]!r}, which is counted already; rename it")
         return prepared
 
-    def loss(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
+    def loss(
+        self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
+    ) -> list[Term]:  # fmt: skip
         with self._blamed():
             terms = self.objective.loss(policy, batch, settings, prepared)
-        return self._checked("loss", terms, batch, prepared)
+        return self._checked("loss", terms, [*batch.counts, *prepared])
 
-    def evaluate(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
+    def evaluate(
+        self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
+    ) -> list[Term]:  # fmt: skip
         with self._blamed():
             terms = self.objective.evaluate(policy, batch, settings, prepared)
-        return self._checked("evaluate", terms, batch, prepared)
+        return self._checked("evaluate", terms, [*batch.counts, *prepared])
 
     def rehearse(self, batch: Batch, settings: Any, has_adapters: bool) -> None:
-        """Run once with random answers in place of a model's, so that most mistakes show before weights are loaded."""
-        batch = batch.to(torch.device("cpu"))
-        policy = _Rehearsal(has_adapters)
+        """Run once on random answers, so that most mistakes show before weights are loaded."""
+        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             with torch.no_grad():
@@ -73,39 +75,31 @@ class Own(Objective):
             counts = {name: max(count, 1) for name, count in batch.counts.items()}
             loss = total(terms, {**counts, **as_divisors(prepared)})
             if not loss.requires_grad:
-                raise self._wrong("loss", "does not depend on what the policy answers, so nothing would be learned")
+                raise self._wrong("loss", "does not depend on what the policy answers")
             with self._blamed():
                 loss.backward()
-            if not all(torch.isfinite(leaf.grad).all() for leaf in policy.leaves if leaf.grad is not None):
+            gradients = [leaf.grad for leaf in policy.leaves if leaf.grad is not None]
+            if not all(gradient.isfinite().all() for gradient in gradients):
                 raise self._wrong("loss", "has a gradient that is NaN or infinite")
             with torch.no_grad():
-                self._require_finite("evaluate", self.evaluate(policy, batch, settings, prepared))
+                terms = self.evaluate(policy, batch, settings, prepared)
+            self._require_finite("evaluate", terms)
 
-    def _checked(self, method: str, terms: Any, batch: Batch, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
-        if not isinstance(terms, list | tuple) or not all(isinstance(term, Term) for term in terms):
+    def _checked(self, method: str, terms: Any, counted: Sequence[str]) -> list[Term]:
+        if not isinstance(terms, list | tuple) or not all(isinstance(t, Term) for t in terms):
             raise self._wrong(method, f"should return a list of terms, got {_shown(terms)}")
         if not any(term.weight for term in terms):
             raise self._wrong(method, "returns no term with a weight, so there is no loss")
-        counted = [*batch.counts, *prepared]
-        for term in terms:
-            if not isinstance(term.name, str) or term.name in TAKEN:
-                raise self._wrong(method, f"term {term.name!r}: the logs have a column of this name; choose another")
-            if not _is_number(term.sum):
-                raise self._wrong(
-                    method, f"term {term.name!r}: sum should be a tensor of one number, got {_shown(term.sum)}"
-                )
-            if term.per not in counted:
-                raise self._wrong(
-                    method, f"term {term.name!r}: nothing counts {term.per!r}; per should be one of {', '.join(counted)}, or of prepare's"
-                )  # fmt: skip
-        if len({term.name for term in terms}) < len(terms):
-            raise self._wrong(method, f"two terms have one name: {', '.join(term.name for term in terms)}")
+        for number, term in enumerate(terms):
+            if why := _problem(term, counted, {other.name for other in terms[:number]}):
+                raise self._wrong(method, f"term {term.name!r}: {why}")
         return list(terms)
 
     def _require_finite(self, method: str, terms: Sequence[Term]) -> None:
         for term in terms:
             if not torch.isfinite(term.sum):
-                raise self._wrong(method, f"term {term.name!r} is {term.sum.item()} for log-probabilities around -2")
+                what = f"term {term.name!r} is {term.sum.item()}"
+                raise self._wrong(method, f"{what} for log-probabilities around -2")
 
     @contextmanager
     def _blamed(self) -> Iterator[None]:
@@ -118,13 +112,24 @@ class Own(Objective):
             raise ConfigError(f"objective.kind: {self.code.blame(exc)}") from exc
 
     def _wrong(self, method: str, what: str) -> ConfigError:
-        code = inspect.unwrap(getattr(type(self.objective), method)).__code__
-        where = (
-            f"{own_code.shown(self.code.path)}:{code.co_firstlineno}"
-            if code.co_filename == str(self.code.path)
-            else self.code
-        )
+        code = getattr(inspect.unwrap(getattr(type(self.objective), method)), "__code__", None)
+        where = str(self.code)
+        if code and code.co_filename == str(self.code.path):
+            where = f"{own_code.shown(self.code.path)}:{code.co_firstlineno}"
         return ConfigError(f"objective.kind: {where}: {method} {what}")
+
+
+def _problem(term: Term, counted: Sequence[str], before: Set[str]) -> str | None:
+    if term.name in TAKEN:
+        return "the logs have a column of this name; choose another"
+    if term.name in before:
+        return "two terms have this name; choose another"
+    if not _is_number(term.sum):
+        return f"sum should be a tensor of one number, got {_shown(term.sum)}"
+    if term.per not in counted:
+        known = f"{', '.join(counted)}, or a name that prepare gives"
+        return f"nothing counts {term.per!r}; per should be {known}"
+    return None
 
 
 class _Rehearsal(Policy):
@@ -141,11 +146,8 @@ class _Rehearsal(Policy):
         distribution = logits.log_softmax(-1)
         logprobs = distribution[:, 0]
         weighted = logprobs if batch.weights is None else batch.weights * logprobs
-        answers = {
-            "nll": -weighted.sum(),
-            "logprobs": logprobs,
-            "entropy": -(distribution.exp() * distribution).sum(-1),
-        }
+        entropy = -(distribution.exp() * distribution).sum(-1)
+        answers = {"nll": -weighted.sum(), "logprobs": logprobs, "entropy": entropy}
         return Answers(**{name: answers[name] for name in wanted})
 
     def without_adapters(self) -> AbstractContextManager[Any]:
@@ -157,10 +159,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return (
-            f"a tensor of shape {list(value.shape)}; add it up with .sum()"
-            if value.ndim
-            else f"the tensor {value.item()}"
-        )
-    return f"a {type(value).__name__}"
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    if value.ndim:
+        return f"a tensor of shape {list(value.shape)}; add it up with .sum()"
+    return f"the tensor {value.item()}"

@@ -1,7 +1,8 @@
 """What a cloud says before it takes a spot machine away.
 
-A bonus on plain machines, where SIGTERM comes late or not at all. The run never waits for it: a daemon thread asks, which
-is abandoned if the metadata service hangs, and an answer that makes no sense does not count as a notice.
+A bonus on plain machines, where SIGTERM comes late or not at all. The run never waits for it: a
+daemon thread asks, which is abandoned if the metadata service hangs, and an answer that makes no
+sense does not count as a notice.
 """
 
 import json
@@ -35,7 +36,9 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class Notice:
-    """`deadline`: when the machine goes, as time.time() counts; None where the cloud gave no time that makes sense."""
+    """`deadline`: when the machine goes, as time.time() counts; None where the cloud gave no time
+    that makes sense.
+    """
 
     reason: str
     deadline: float | None
@@ -43,19 +46,25 @@ class Notice:
 
 
 class Watch:
-    """Asks one cloud every few seconds, in a thread of its own; never raises, and no caller waits for it.
+    """Asks one cloud every few seconds, in a thread of its own; never raises, never is waited for.
 
     `heard` gets the warning and the final notice once each, after which the thread ends. `say` gets
     one line if the cloud cannot be asked. Both are called in that thread, and must not raise.
     """
 
     def __init__(
-        self, cloud: str, heard: Callable[[Notice], None], log: Callable[[str], None], every_seconds: float = 5.0
+        self,
+        cloud: str,
+        heard: Callable[[Notice], None],
+        log: Callable[[str], None],
+        every_seconds: float = 5.0,
     ) -> None:
-        """The address is in FINETUNE_METADATA_ADDRESS (http://host:port) on machines that have another one, else ConfigError."""
+        """FINETUNE_METADATA_ADDRESS (http://host:port) replaces the address. Raises ConfigError."""
         address = os.environ.get("FINETUNE_METADATA_ADDRESS") or ADDRESS
         if not IS_ADDRESS.fullmatch(address):
-            raise ConfigError(f"FINETUNE_METADATA_ADDRESS: {address} is not an address; write http://host:port")
+            raise ConfigError(
+                f"FINETUNE_METADATA_ADDRESS: {address} is not an address; write http://host:port"
+            )
         self._cloud = _SERVICES[cloud](address.rstrip("/"))
         self._heard = heard
         self._say = log
@@ -75,7 +84,7 @@ class Watch:
         while not self._stopped.is_set():
             notice = None
             try:
-                notice = self._cloud.look()
+                notice = self._cloud.poll()
                 num_failures = 0
             except Exception as exc:  # a failing service must not end the run
                 num_failures += 1
@@ -90,18 +99,18 @@ class Watch:
 
 
 class _Service:
-    """One cloud's metadata service. `look` raises anything for an answer that it cannot use."""
+    """One cloud's metadata service. `poll` raises anything for an answer that it cannot use."""
 
     name: str
     hint: str
-    look: Callable[[], Notice | None]
+    poll: Callable[[], Notice | None]
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._question = ""
 
     def note(self, exc: Exception) -> str:
-        """One line about a service that gives no notices; what it sent is shown short and printable."""
+        """One line about a service that gives no notices; what it sent is cut and printable."""
         why = re.sub("[^ -~]+", " ", f"{self._question}: {type(exc).__name__}: {exc}")[:300]
         return (
             f"note: {self.name} gives no spot notices: {why}. The run keeps asking; until then "
@@ -131,16 +140,23 @@ class _Aws(_Service):
     _token = ""
     _has_warned = False
 
-    def look(self) -> Notice | None:
-        said = self._get("/latest/meta-data/spot/instance-action")
-        if said is not None:
-            if said["action"] not in ("terminate", "stop", "hibernate"):
-                raise ValueError(f"action is {said['action']!r}")
-            return self._final(_moment(datetime.fromisoformat, said.get("time")), said["action"])
-        if self._has_warned or self._get("/latest/meta-data/events/recommendations/rebalance") is None:
+    def poll(self) -> Notice | None:
+        action = self._get("/latest/meta-data/spot/instance-action")
+        if action is not None:
+            if action["action"] not in ("terminate", "stop", "hibernate"):
+                raise ValueError(f"action is {action['action']!r}")
+            return self._final(
+                _moment(datetime.fromisoformat, action.get("time")), action["action"]
+            )
+        if (
+            self._has_warned
+            or self._get("/latest/meta-data/events/recommendations/rebalance") is None
+        ):
             return None
         self._has_warned = True
-        return Notice("AWS may soon take this machine (rebalance recommendation)", None, final=False)
+        return Notice(
+            "AWS may soon take this machine (rebalance recommendation)", None, final=False
+        )
 
     def _get(self, path: str) -> dict[str, Any] | None:
         if not self._token:
@@ -151,7 +167,7 @@ class _Aws(_Service):
         except urllib.error.HTTPError as exc:
             if exc.code == 404:
                 return None
-            self._token = ""  # it may have expired: the next look asks for another
+            self._token = ""  # it may have expired: the next poll asks for another
             raise
 
 
@@ -159,13 +175,15 @@ class _Gcp(_Service):
     name = "GCP"
     hint = "In Kubernetes, rely on SIGTERM"
 
-    def look(self) -> Notice | None:
-        said, headers = self._ask("/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
+    def poll(self) -> Notice | None:
+        answer, headers = self._ask(
+            "/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"}
+        )
         if headers["Metadata-Flavor"] != "Google":  # how Google says to recognise its server
             raise ValueError("an answer without Metadata-Flavor: Google")
-        if said not in ("TRUE", "FALSE"):
+        if answer not in ("TRUE", "FALSE"):
             raise ValueError("neither TRUE nor FALSE")
-        if said == "FALSE":
+        if answer == "FALSE":
             return None
         reason = f"GCP takes this machine within {GCP_LEAD_SECONDS:.0f} s (preempted)"
         return Notice(reason, time.time() + GCP_LEAD_SECONDS, final=True)
@@ -182,12 +200,14 @@ class _Azure(_Service):
     hint = "Azure's first answer may take two minutes; in Kubernetes, rely on SIGTERM"
     _own_name = ""
 
-    def look(self) -> Notice | None:
+    def poll(self) -> Notice | None:
         if not self._own_name:
             path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
             self._own_name = self._ask(path, {"Metadata": "true"})[0].casefold()
-        said = json.loads(self._ask("/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})[0])
-        for event in said["Events"]:
+        found = json.loads(
+            self._ask("/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})[0]
+        )
+        for event in found["Events"]:
             mine = self._own_name in [str(machine).casefold() for machine in event["Resources"]]
             if mine and event["EventType"] == "Preempt":
                 if not event["NotBefore"]:  # it has begun
@@ -200,7 +220,7 @@ _SERVICES: dict[str, type[_Service]] = {"aws": _Aws, "gcp": _Gcp, "azure": _Azur
 
 
 def _moment(parse: Callable[[str], datetime], text: Any) -> float | None:
-    """As time.time() counts; None if it does not say a time and its zone: local time would be a guess."""
+    """As time.time() counts; None without a time and its zone: local time would be a guess."""
     try:
         moment = parse(text)
         return None if moment.tzinfo is None else moment.timestamp()

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from finetune.errors import CheckpointError, Interrupted, Preempted
+from finetune.places import LAUNCHER
 from finetune.survival.notices import Notice, Watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -48,21 +49,22 @@ class StopFlag:
             signal.signal(number, self._handle)
 
     def follow_launcher(self) -> None:
-        """Stop when `accelerate launch` or torchrun dies, which start this process and may not live to pass a signal on.
+        """Stop when the launcher that started this process dies: ours, `accelerate launch` or torchrun. It may not live to pass a signal on.
 
-        Linux only. No other parent counts: a shell may end, and what it has started goes on. `python -m finetune launch`
-        asks for the same itself, before it starts this process.
+        Linux only. No other parent counts: a shell may end, and what it has started goes on.
         """
         if not Path("/proc/self/cmdline").exists():
             return
-        parent = os.getppid()
-        if _is_launcher(parent):
+        parent, ours = os.getppid(), os.environ.get(LAUNCHER)
+        if str(parent) == ours or _is_launcher(parent):
             self._launcher = parent
             self._signals.append(LAUNCHER_DIED)
             signal.signal(LAUNCHER_DIED, self._handle)
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_DIED)
             has_died = os.getppid() != parent  # before the kernel was asked
-        else:  # or while Python started; then what Accelerate has set is all that tells of it
+        elif ours:  # or while Python started
+            has_died = not Path("/proc", ours).exists()
+        else:  # then what Accelerate has set is all that tells of it
             has_died = "ACCELERATE_MIXED_PRECISION" in os.environ and _has_other_parent()
         if has_died:
             self._handle(LAUNCHER_DIED, None)
@@ -157,7 +159,7 @@ class StopFlag:
 
 
 def _preempted(reason: str, when: str) -> Preempted:
-    """The end of an attempt before its first step. A person who pressed Ctrl-C need not be told to try again."""
+    """The end of an attempt before its first step. After Ctrl-C there is no advice to try again."""
     if reason == signal.SIGINT.name:
         return Interrupted("by Ctrl-C before the first step of this attempt; it saved nothing")
     return Preempted(f"{when}; run the same command again")

@@ -70,6 +70,7 @@ def test_sigkill_of_one_process_ends_the_other(workshop):
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
+@in_the_long_form
 def test_process_that_aborts_leaves_an_outcome(workshop):
     """As NCCL's own thread does, when another process has gone or a collective times out."""
     process = long_run(workshop, LAUNCH)
@@ -84,7 +85,8 @@ def test_process_that_aborts_leaves_an_outcome(workshop):
     assert outcome["step"] > 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=in_the_long_form)], ids=lambda n: n.name)  # fmt: skip
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
+@in_the_long_form
 def test_death_of_accelerate_launch_saves_and_leaves_nothing_running(workshop, number):
     """That of `accelerate launch` itself, which starts one process and passes nothing on."""
     process = long_run(workshop, launcher("single", 1))

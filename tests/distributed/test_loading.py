@@ -5,7 +5,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
 
 
 def test_a_process_holds_its_part_and_one_weight_more(tmp_path):

@@ -23,9 +23,9 @@ def started(workshop, changes, **environment):
     ("dies", "on", "says"),
     [
         ("exits", 1, "process 1: SystemExit: 3"),
-        ("exits", 0, "process 0: SystemExit: 3"),
-        ("returns", 1, "process 1: the thread that saves ended without a result"),
-        ("is interrupted", 1, "process 1: KeyboardInterrupt"),
+        pytest.param("exits", 0, "process 0: SystemExit: 3", marks=pytest.mark.fault),
+        pytest.param("returns", 1, "process 1: the thread that saves ended without a result", marks=pytest.mark.fault),
+        pytest.param("is interrupted", 1, "process 1: KeyboardInterrupt", marks=pytest.mark.fault),
         ("does not start", 1, "can't start new thread"),
     ],
 )

@@ -146,9 +146,12 @@ def start(
 
 def fork(
     script: str, arguments: list[str], topology: str, said: list[Path], environment: dict[str, str], extra: Sequence[str] = (),
-    nodes: int = 1, death: Death | None = None, dies: int = 0,
+    nodes: int = 1, death: Death | None = None, dies: int = 0, each: Sequence[list[str]] = (),
 ) -> Launch:  # fmt: skip
-    """Every process of a script under a topology file, with the environment that the launcher gives it; each has a file to say in."""
+    """Every process of a script under a topology file, with the environment that the launcher gives it; each has a file to say in.
+
+    `each`: further arguments of each process.
+    """
     file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", str(len(said)), *extra]
     options = [
         [*file, *(["--num_machines", str(nodes), "--machine_rank", str(node)] if nodes > 1 else [])]
@@ -157,13 +160,15 @@ def fork(
     if topology == "single" and len(said) == 1:
         options = [[]]
     with contextlib.chdir(ROOT):
-        planned = [each for own in options for each in launcher.read([*own, "train.py"])[0]]
+        planned = [one for own in options for one in launcher.read([*own, "train.py"])[0]]
     started = []
     for rank, given in enumerate(planned):
         said[rank].unlink(missing_ok=True)
         mine = death if rank == dies else None
         own = {name: value for name, value in (given | environment).items() if os.environ.get(name) != value}
-        process = _forks.Process(target=child, args=(rank, script, arguments, own, str(said[rank]), mine))
+        process = _forks.Process(
+            target=child, args=(rank, script, [*arguments, *(each[rank] if each else [])], own, str(said[rank]), mine)
+        )
         process.start()
         started.append(process)
     LAUNCHED.append(Launch(started, said))

@@ -9,6 +9,7 @@ import conftest  # noqa: F401
 import deepspeed.checkpoint.ds_to_universal
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # with the compiler: 2 s of each process that shares by ZeRO
+import peft  # noqa: F401
 import torch.distributed.algorithms.join  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 from faults import nursery  # noqa: F401

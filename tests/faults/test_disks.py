@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Workshop, read_jsonl
-from faults.nursery import Launch, same_end, start, to_the_end, wait_for
+from faults.nursery import Launch, in_the_long_form, same_end, start, to_the_end, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,7 +38,9 @@ def fill(folder: Path, leave_bytes: int) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize(("leave", "says"), [(60_000, "GB are needed"), (470_000, "the disk is full")])
+@pytest.mark.parametrize(
+    ("leave", "says"), [pytest.param(60_000, "GB are needed", marks=in_the_long_form), (470_000, "the disk is full")]
+)
 def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure(workshop, small_disk, leave, says):
     """Known before anything is written, or found out in the middle."""
     settings = SETTINGS | {"train__max_steps": 100, "train__epochs": 99, "run__dir": str(small_disk)}
@@ -110,30 +112,44 @@ def copy_of(saved: tuple[Workshop, str, int], folder: Path) -> Launch:
     return start(config, topology, processes, "--run.dir", str(folder))
 
 
-def test_damage_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path):
-    """Every kind of file, in every way; each copy of the run then goes on to the same end."""
+def damaged(saved: tuple[Workshop, str, int], folder: Path, kind: str, how: str) -> Path:
+    """A copy of the run whose newest checkpoint has a damaged file; that checkpoint."""
+    shutil.copytree(saved[0].run_dir(), folder / "run")
+    (folder / "run/outcome.json").unlink()
+    newest = folder / "run/checkpoints/step-00000012"
+    if how == "missing":
+        (newest / kind).unlink()
+    else:
+        (newest / kind).write_bytes(DAMAGES[how]((newest / kind).read_bytes()))
+    return newest
+
+
+def assert_passed_over(said: str, newest: Path, kind: str, is_missing: bool) -> None:
+    line = next(line for line in said.splitlines() if "skipped a damaged checkpoint" in line)
+    assert str(newest) in line
+    assert kind in line or is_missing, line
+    assert Path(line.rpartition("kept as ")[2]).is_dir()
+    assert "at step 10" in said
+
+
+def test_damage_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path, capfd):
+    """Every kind of file in every way, in this process; for two that share, each kind in launches of their own."""
     workshop, topology, processes = saved
-    copies = []
+    ways = [*DAMAGES, "missing"] if topology == "single" else ["cut short"]
     for kind in KINDS[topology]:
-        for how, damage in DAMAGES.items():
-            folder = tmp_path / f"{len(copies)}"
-            shutil.copytree(workshop.run_dir(), folder / "run")
-            (folder / "run/outcome.json").unlink()
-            newest = folder / "run/checkpoints/step-00000012"
-            content = (newest / kind).read_bytes()
-            (newest / kind).write_bytes(damage(content))
-            copies.append((kind, how, folder, newest))
-    if topology != "single":
-        copies = copies[::2]  # each file kind, and each way, once or twice
-    for kind, how, folder, newest in copies:
-        launch = copy_of(saved, folder)
-        assert launch.codes() == [0] * processes, launch.said()
-        said = next(line for line in launch.said().splitlines() if "skipped a damaged checkpoint" in line)
-        assert str(newest) in said
-        assert kind in said, f"{kind} {how}: {said}"
-        assert Path(said.rpartition("kept as ")[2]).is_dir()
-        assert "at step 10" in launch.said()
-        same_end(folder / "run", workshop.run_dir())
+        for how in ways:
+            folder = tmp_path / kind.replace("/", "-") / how
+            newest = damaged(saved, folder, kind, how)
+            if topology == "single":
+                capfd.readouterr()
+                workshop.train(**SETTINGS, checkpoint__keep_last=9, run__dir=str(folder))
+                said = "".join(capfd.readouterr())
+            else:
+                launch = copy_of(saved, folder)
+                assert launch.codes() == [0] * processes, launch.said()
+                said = launch.said()
+            assert_passed_over(said, newest, kind, how == "missing")
+            same_end(folder / "run", workshop.run_dir())
 
 
 def test_when_nothing_is_valid_the_run_stops_and_deletes_nothing(saved, tmp_path):

@@ -24,7 +24,7 @@ def begun(workshop, *arguments, **environment):
 
 @pytest.mark.parametrize(
     ("topology", "rank"),
-    [("ddp", 1), ("fsdp2", 0)] + [pytest.param(*each, marks=in_the_long_form) for each in (("ddp", 0), ("fsdp2", 1), ("zero2", 0), ("zero2", 1))],
+    [("ddp", 1)] + [pytest.param(*each, marks=in_the_long_form) for each in (("ddp", 0), ("fsdp2", 0), ("fsdp2", 1), ("zero2", 0), ("zero2", 1))],
 )  # fmt: skip
 def test_a_process_that_dies_ends_the_other_and_is_named(workshop, topology, rank):
     launch = begun(workshop, topology, 2)
@@ -38,7 +38,7 @@ def test_a_process_that_dies_ends_the_other_and_is_named(workshop, topology, ran
     assert workshop.outcome()["state"] == ("failed" if rank else "running"), "only the main process writes it"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=in_the_long_form), 1])
 def test_a_process_that_is_stopped_ends_the_other_and_is_named(workshop, rank):
     launch = begun(workshop, "ddp", 2)
     launch.kill([rank], signal.SIGSTOP)
@@ -53,7 +53,7 @@ def test_a_process_that_is_stopped_ends_the_other_and_is_named(workshop, rank):
     assert launch.codes(within=30)[rank] == 1, "it ends, too, once it can again"
 
 
-@pytest.mark.parametrize(("topology", "processes", "rank"), [("single", 1, 0), ("ddp", 2, 1)])
+@pytest.mark.parametrize(("topology", "processes", "rank"), [pytest.param("single", 1, 0, marks=in_the_long_form), ("ddp", 2, 1)])
 def test_a_process_that_stands_still_ends_all_and_is_named(workshop, topology, processes, rank):
     launch = begun(workshop, topology, processes, STANDS_STILL=f"{rank}:7")
     assert launch.codes(within=40) == [1] * processes, launch.said()

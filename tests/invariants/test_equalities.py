@@ -32,6 +32,7 @@ def assert_same_weights(one, other, tolerance=2e-4):
         torch.testing.assert_close(one[name], other[name], atol=tolerance, rtol=tolerance, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_accumulation_1x8_equals_8x1(workshop, tied):
     config = {**TINY_LLAMA, "tie_word_embeddings": tied}

@@ -19,13 +19,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # float32: sums in another order; over 20 steps they grew to 1.4e-6 of the loss and 1.5e-5 of the gradient norm.
 # Gradient norms are compared as well, since Adam divides a wrong factor out again.
-LOSS, NORM, WEIGHT = 1e-5, 1e-4, 1e-4
+LOSS, NORM, WSIX = 1e-5, 1e-4, 1e-4
 # bf16 keeps 8 bits, in which DeepSpeed computes norms and residuals, too, where autocast leaves float32: 2.6e-3 of the
 # gradient norm over four seeds. At ten times the learning rate roundings grow into other runs, by up to a quarter.
 HALF, SLOWLY = 6e-3, {"optimizer__lr": 1e-3}
-EIGHT = {"train__max_steps": 8, "train__epochs": 9, "train__micro_batch_size": 2, "data__eval_fraction": 0.2}
+SIX = {"train__max_steps": 6, "train__epochs": 9, "train__micro_batch_size": 2, "data__eval_fraction": 0.2}
 CASES = {
-    "untied": {"train__micro_batch_size": 1, "train__max_steps": 12},
+    "untied": {},
     "tied": {"model__config": {**TINY_LLAMA, "tie_word_embeddings": True}},
     "clipped": {"train__max_grad_norm": 0.1},
     "packed_recomputed": {
@@ -49,23 +49,22 @@ CASES = {
 }
 NOT_ZERO = ["weights_in_bf16", "as_many_as_fit"]
 ALL, PLAIN = [case for case in CASES if case not in NOT_ZERO], ["untied", "tied"]
-CONTEXT = ["untied", "packed_recomputed"]
 # Of each launch: processes, and topologies one after the other, with their cases. Each case runs under one of each kind of
 # sharing; tests/invariants/test_trajectories.py has tied, packed, adapters and quantised bases under each.
 SHORT = {
     "two": (2, {
-        "ddp": ["untied", "as_many_as_fit", "bf16", "compiled"],
-        "fsdp2": [case for case in CASES if case not in ("tied", "qlora")], "fsdp2_offload": ["tied"],
-        "zero1": ["untied"], "zero2": ["tied", "bf16", "compiled"], "zero3": ["untied", "clipped", "padded", "bf16", "lora"],
+        "ddp": ["untied", "compiled"],
+        "fsdp2": [case for case in CASES if case not in ("tied", "qlora", "compiled")], "fsdp2_offload": ["tied"],
+        "zero1": ["untied"], "zero2": ["bf16"], "zero3": ["untied", "clipped", "padded", "packed_recomputed", "bf16"],
     }),
     "hybrid": (4, {"fsdp2_hybrid": ["untied"]}),
-    "context": (4, {"fsdp2_context": CONTEXT}),
+    "context": (4, {"fsdp2_context": ["packed_recomputed"]}),
 }  # fmt: skip
 LONG = {
     "single": (1, {"single": PLAIN}), "cpu_debug": (2, {"cpu_debug": PLAIN}), "ddp": (2, {"ddp": list(CASES)}),
     "fsdp2": (2, {"fsdp2": list(CASES)}), "fsdp2 of one": (1, {"fsdp2": PLAIN}),
     "fsdp2_offload": (2, {"fsdp2_offload": [*PLAIN, "lora"]}), "hybrid in full": (4, {"fsdp2_hybrid": PLAIN}),
-    "zero1": (2, {"zero1": [*PLAIN, "lora"]}), "zero1 of one": (1, {"zero1": PLAIN}), "zero2": (2, {"zero2": ALL}),
+    "context in full": (4, {"fsdp2_context": ["untied", "packed_recomputed"]}), "zero1": (2, {"zero1": [*PLAIN, "lora"]}), "zero1 of one": (1, {"zero1": PLAIN}), "zero2": (2, {"zero2": ALL}),
     "zero2 of one": (1, {"zero2": PLAIN}), "zero3": (2, {"zero3": [case for case in ALL if case != "compiled"]}),
     "zero3 of one": (1, {"zero3": PLAIN}), "zero3_offload": (2, {"zero3_offload": [*PLAIN, "lora"]}),
 }  # fmt: skip
@@ -90,7 +89,7 @@ def alone(tmp_path_factory) -> Workshop:
 
 
 def settings(workshop: Workshop, case: str) -> dict:
-    changes = {**EIGHT, **CASES[case]}
+    changes = {**SIX, **CASES[case]}
     if "adapter__kind" in changes:  # on the tied model, trained before
         path = str(workshop.run_dir("tied") / "model")
         changes |= {"model__init": "pretrained", "model__path": path, "model__config": None, "model__tokenizer": None}
@@ -125,7 +124,7 @@ def difference(run, reference) -> dict[str, float]:
 def agree(found: dict[str, float], half: bool = False) -> bool:
     if half:
         return max(found["loss"], found["eval"], found["grad_norm"]) <= HALF
-    return max(found["loss"], found["eval"]) <= LOSS and found["grad_norm"] <= NORM and found["weight"] <= WEIGHT
+    return max(found["loss"], found["eval"]) <= LOSS and found["grad_norm"] <= NORM and found["weight"] <= WSIX
 
 
 def files_of(workshop: Workshop, alone: Workshop, topology: str, cases: list[str], is_resumed: bool) -> list[object]:
@@ -137,7 +136,7 @@ def files_of(workshop: Workshop, alone: Workshop, topology: str, cases: list[str
         config["data"]["train"] = str(alone.rows)
         files.append(workshop.write(config).rename(workshop.folder / f"{topology}-{case}.yaml"))
     if is_resumed:
-        method = settings(alone, "lora") if topology in ("fsdp2", "zero3") else EIGHT
+        method = settings(alone, "lora") if topology == "fsdp2" else SIX
         resumed = {"train__micro_batch_size": 2, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9, "run__dir": str(workshop.folder / topology)}  # fmt: skip
         whole, parts = (
             workshop.write(workshop.config(name, **method | resumed)).rename(
@@ -152,7 +151,7 @@ def files_of(workshop: Workshop, alone: Workshop, topology: str, cases: list[str
 @pytest.mark.parametrize("launched", [pytest.param(name, marks=pytest.mark.proof if name in LONG else ()) for name in LAUNCHES])  # fmt: skip
 def test_every_topology_is_one_process(alone, workshop, launched):
     processes, topologies = LAUNCHES[launched]
-    resumed = RESUMED & topologies.keys() if processes == 2 else set()
+    resumed = {"fsdp2", "zero2", "zero3"} if launched == "two" else {launched} & RESUMED
     files = [] if launched in LONG else ["compiler:aot_eager"]
     for topology, cases in topologies.items():
         own = files_of(workshop, alone, topology, cases, topology in resumed)

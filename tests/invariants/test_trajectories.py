@@ -22,8 +22,18 @@ def test_one_process_computes_what_it_computed(tmp_path):
     assert_as_recorded(trajectories.alone(tmp_path))
 
 
-def test_two_processes_compute_what_they_computed(tmp_path):
-    assert_as_recorded(trajectories.shared(tmp_path))
+SHORT = {
+    "ddp": ["packed"],
+    "fsdp2": ["tied", "packed", "lora"],
+    "zero2": ["tied", "lora"],
+    "zero3": ["packed", "qlora"],
+}
+LONG = dict.fromkeys(trajectories.TOPOLOGIES, trajectories.SHARED)
+
+
+@pytest.mark.parametrize("cases", [SHORT, pytest.param(LONG, marks=pytest.mark.proof)], ids=["some", "all"])
+def test_two_processes_compute_what_they_computed(tmp_path, cases):
+    assert_as_recorded(trajectories.shared(tmp_path, cases))
 
 
 @pytest.mark.parametrize("topology", trajectories.TOPOLOGIES)

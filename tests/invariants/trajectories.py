@@ -138,23 +138,21 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: of(workshop.train(name, **settings(name, workshop.run_dir("tied") / "model"))) for name in names}
 
 
-def shared(folder: Path) -> dict[str, dict[str, Any]]:
-    """The cases of `SHARED` by two processes, under one topology after the other."""
+def shared(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Cases by two processes, under one topology after the other."""
     from faults.nursery import fork
 
     workshop = Workshop(folder)
     base = workshop.train("base", **{**SMALL, **TIED}) / "model"
     arguments = []
-    for topology in TOPOLOGIES:
+    for topology, names in cases.items():
         arguments.append(f"topology:{topology}")
-        for name in SHARED:
+        for name in names:
             arguments.append(str(workshop.write(workshop.config(f"{topology}-{name}", **settings(name, base)))))
     logs = [folder / f"{rank}.log" for rank in range(2)]
-    launch = fork("distributed.several", arguments, TOPOLOGIES[0], logs, {}, [])
+    launch = fork("distributed.several", arguments, "ddp", logs, {}, [])
     assert launch.codes(300) == [0, 0], launch.said()
-    return {
-        f"{topology}/{name}": of(workshop.run_dir(f"{topology}-{name}")) for topology in TOPOLOGIES for name in SHARED
-    }
+    return {f"{where}/{name}": of(workshop.run_dir(f"{where}-{name}")) for where in cases for name in cases[where]}
 
 
 def record(trajectories: dict[str, Any]) -> None:
@@ -170,7 +168,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = alone(Path(folder))
         (Path(folder) / "shared").mkdir()
-        found |= shared(Path(folder) / "shared")
+        found |= shared(Path(folder) / "shared", dict.fromkeys(TOPOLOGIES, SHARED))
     if arguments.record:
         record(found)
         return 0

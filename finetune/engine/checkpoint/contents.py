@@ -168,12 +168,12 @@ def read(found: Found, topology: Topology, state: TrainState) -> None:
 
 def why(exc: Exception) -> str:
     """Why a checkpoint cannot be loaded, without the paragraphs that torch writes."""
-    said = " ".join(str(exc).split())
+    text = " ".join(str(exc).split())
     if isinstance(exc, DamagedCheckpoint):
-        return said
-    if isinstance(exc, pickle.UnpicklingError) or "weights_only" in said or "Weights only" in said:
+        return text
+    if isinstance(exc, pickle.UnpicklingError) or "weights_only" in text or "Weights only" in text:
         return f"a file in {SHARDS} holds more than tensors; nothing was executed"
-    return f"{SHARDS} is damaged, or does not fit the model ({type(exc).__name__}: {said[:MOST_LETTERS]})"
+    return f"{SHARDS} is damaged, or does not fit the model ({type(exc).__name__}: {text[:MOST_LETTERS]})"
 
 
 def _instead(found: Found) -> str:
@@ -267,8 +267,8 @@ def _translated() -> Iterator[None]:
         for one, _ in exc.failures.values():  # a disk that fails may be well again: the checkpoint is not lost
             if error := failures.translate(one):
                 raise error from exc
-        told = "; ".join(f"process {rank}: {type(one).__name__}: {one}" for rank, (one, _) in exc.failures.items())
-        raise CheckpointError(told) from exc
+        reasons = "; ".join(f"process {rank}: {type(one).__name__}: {one}" for rank, (one, _) in exc.failures.items())
+        raise CheckpointError(reasons) from exc
 
 
 def _options() -> StateDictOptions:

@@ -183,11 +183,11 @@ class Saver:
         what = "could not be saved"
         if self.last_step == step:
             what = "is not in the store" if self.storage else "is saved, but older ones could not be removed"
-        said = f"checkpoint of step {step} {what}: {problem}"
+        text = f"checkpoint of step {step} {what}: {problem}"
         if self._failures == MOST_FAILURES:
-            raise CheckpointError(f"{said}; {MOST_FAILURES} saves in a row have failed, and {newest}") from problem
+            raise CheckpointError(f"{text}; {MOST_FAILURES} saves in a row have failed, and {newest}") from problem
         self.log(
-            f"note: {said}; {newest}, and training continues ({self._failures} of {MOST_FAILURES} failures in a row)"
+            f"note: {text}; {newest}, and training continues ({self._failures} of {MOST_FAILURES} failures in a row)"
         )
 
     def _run(self, staged: contents.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:

@@ -62,7 +62,7 @@ class Storage:
         """
         path, content = f"{self._root}/.check-{secrets.token_hex(4)}", secrets.token_bytes(16)
 
-        def look() -> None:
+        def list_it() -> None:
             if path not in [entry["name"] for entry in self._fs.ls(self._root, True)]:
                 raise OSError("an object that was just written is not listed")
 
@@ -72,7 +72,7 @@ class Storage:
 
         deadline = time.monotonic() + CHECK_SECONDS
         for verb, attempt in {
-            "written to": lambda: self._fs.pipe_file(path, content), "listed": look, "read": read,
+            "written to": lambda: self._fs.pipe_file(path, content), "listed": list_it, "read": read,
             "deleted from": lambda: self._fs.rm_file(path),
         }.items():  # fmt: skip
             try:
@@ -333,7 +333,7 @@ def _opened(url: str) -> tuple[Any, str]:
         failures.reraise(exc, f"checkpoint.storage: {url} cannot be opened now")
         raise refused(f"{url} cannot be opened ({_plain(exc)}); {_advice(exc)}") from exc
     if protocol in S3:
-        fs.retries = 1  # its own, which would multiply with botocore's: a dead endpoint would take minutes to be told
+        fs.retries = 1  # its own, which would multiply with botocore's: a dead endpoint would be reported after minutes
     return fs, root
 
 

@@ -1,23 +1,25 @@
-"""Start the processes of one node and end with them: signals reach all of them, exit codes come back as they are.
+"""Start the processes of one node and end with them: signals reach all, exit codes come back.
 
-    python -m finetune launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 train.py --config configs/my_run.yaml
-    python -m finetune launch train.py --config configs/my_run.yaml          one process, nothing set
+    python -m finetune launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2
+        train.py --config configs/my_run.yaml
+    python -m finetune launch train.py --config configs/my_run.yaml      one process, nothing set
 
-Arguments and the environment that follows from them are Accelerate's; only the processes are ours, because `accelerate
-launch` loses the SIGTERM of a single process, kills several 30 seconds after it, and turns exit codes 2 and 75 into 1.
+Arguments and the environment that follows from them are Accelerate's; only the processes are ours,
+because `accelerate launch` loses the SIGTERM of a single process, kills several 30 seconds after
+it, and turns exit codes 2 and 75 into 1.
 Linux only.
 """
 
 from finetune.errors import FinetuneError
 from finetune.survival.launcher.arguments import free_port, ranked, read
-from finetune.survival.launcher.processes import Inbox, log, run, supervise
+from finetune.survival.launcher.processes import forwarding, log, run, supervise
 
 __all__ = ["free_port", "main", "ranked", "read", "run"]
 
 
 def main(argv: list[str]) -> int:
     """What stands behind `python -m finetune launch` -> exit code."""
-    with Inbox() as inbox:
+    with forwarding() as heard:
         try:
             environments, command = read(argv)
         except FinetuneError as exc:
@@ -25,4 +27,4 @@ def main(argv: list[str]) -> int:
             return exc.exit_code
         except SystemExit as exc:  # --help
             return int(exc.code or 0)
-        return supervise(inbox, environments, command)
+        return supervise(heard, environments, command)

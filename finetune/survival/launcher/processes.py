@@ -1,8 +1,7 @@
-"""The processes of one node: signals reach all of them, and the exit code is that of the first one that failed."""
+"""The processes of one node: signals reach all, the exit code is that of the first that failed."""
 
 import contextlib
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from finetune.places import BEATS, RUN
+from finetune.places import BEATS, LAUNCHER, RUN
 
 OTHERS_SECONDS = 10.0  # after one has failed: for the others to notice, and to write why they end
 FINISH_SECONDS = 120.0  # after one has ended as it should: for the others to finish
@@ -22,70 +21,47 @@ FORWARDED = {
     signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGHUP: signal.SIGTERM,  # the terminal has gone: save and end
 }  # fmt: skip
-# What a process is before it is the worker: it asks for SIGTERM when the launcher dies (prctl 1 is PR_SET_PDEATHSIG),
-# ends if that has happened before it could ask, and undoes what Python ignores. Not preexec_fn, whose Python would run
-# in a fork of a process in which torch has threads.
-BECOME = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-for number in (signal.SIGPIPE, signal.SIGXFSZ):
-    signal.signal(number, signal.SIG_DFL)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
+POLL_SECONDS = 0.05
 
 
 def run(environments: list[dict[str, str]], command: list[str]) -> int:
-    """Start one process for each environment and wait for all; call it from the main thread, as it handles signals.
+    """Start one process for each environment and wait for all; in the main thread, for signals.
 
-    0 if all have ended with 0. Else that of the first one that ended with something else, if it is 2 or 75; else 1.
+    0 if all have ended with 0. Else that of the first one that ended with something else, if it is
+    2 or 75; else 1.
     A process that SIGTERM killed before it had a handler counts as 75: it had nothing to save yet.
     """
-    with Inbox() as inbox:
-        return supervise(inbox, environments, command)
+    with forwarding() as heard:
+        return supervise(heard, environments, command)
 
 
 def log(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a closed stream is not a reason to leave the processes
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # a closed stream is not a reason to leave the processes
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
 
-class Inbox:
-    """Signals that have come, each once and in order, also while something else goes on.
-
-    Python's own handler, in C, writes the number of each into a pipe, on which `select` can wait.
-    """
-
-    def __enter__(self) -> "Inbox":
-        self._reader, writer = os.pipe()
-        self._writer = writer
-        for end in (self._reader, writer):
-            os.set_blocking(end, False)
-        self._wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        numbers = [signal.SIGCHLD, *FORWARDED]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            numbers.remove(signal.SIGHUP)  # nohup
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
+@contextlib.contextmanager
+def forwarding() -> Iterator[list[signal.Signals]]:
+    """The signals that have come and are to be forwarded, in order."""
+    heard: list[signal.Signals] = []
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in FORWARDED if number != signal.SIGHUP or not is_nohup]
+    before = {
+        n: signal.signal(n, lambda number, _: heard.append(FORWARDED[signal.Signals(number)]))
+        for n in numbers
+    }
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self._reader)
-        os.close(self._writer)
-
-    def wait(self, seconds: float) -> list[signal.Signals]:
-        """What is to be forwarded; returns early for any signal, such as that of a process that has ended."""
-        if not select.select([self._reader], [], [], None if seconds == float("inf") else seconds)[0]:
-            return []
-        return [FORWARDED[signal.Signals(number)] for number in os.read(self._reader, 4096) if number in FORWARDED]
 
 
 class _Worker:
-    """One process, the leader of a session of its own: Ctrl-C in a terminal reaches the launcher alone."""
+    """One process that leads a session: Ctrl-C in a terminal reaches the launcher alone."""
 
     def __init__(self, environment: dict[str, str], command: list[str], beats: Path | None) -> None:
         self.rank = environment.get("RANK", "0")
@@ -94,16 +70,19 @@ class _Worker:
         """As subprocess has it: -9 is SIGKILL."""
         self._was_terminated = False
         self._beat = beats / self.rank if beats else None
-        environment = {**environment, BEATS: str(beats)} if beats else environment
-        shim = [sys.executable, "-I", "-S", "-c", BECOME, str(os.getpid())]
-        self._process = subprocess.Popen([*shim, *command], env=environment, start_new_session=True)
+        environment = {
+            **environment,
+            LAUNCHER: str(os.getpid()),
+            **({BEATS: str(beats)} if beats else {}),
+        }
+        self._process = subprocess.Popen(command, env=environment, start_new_session=True)
 
     @property
     def has_failed(self) -> bool:
         return self.code not in (None, EXIT_COMPLETE, EXIT_USER_ERROR, EXIT_PREEMPTED)
 
     def has_ended(self) -> bool:
-        """Once it has, nothing of its session is left, such as children that load data, and `code` is known."""
+        """Once it has, its session, such as children that load data, is gone, and `code` known."""
         if self.code is None and (code := self._process.poll()) is not None:
             self.kill()
             had_no_handler = self._was_terminated and code == -signal.SIGTERM
@@ -131,7 +110,8 @@ class _Worker:
         """How it ended, and where: `was killed by SIGKILL in step 38`."""
         if self.code is not None and self.code < 0:
             known = -self.code in set(signal.Signals)
-            how = f"was killed by {signal.Signals(-self.code).name if known else f'signal {-self.code}'}"
+            name = signal.Signals(-self.code).name if known else f"signal {-self.code}"
+            how = f"was killed by {name}"
         else:
             how = f"ended with exit code {self.code}"
         return how + self.where()
@@ -141,13 +121,20 @@ class _Worker:
             [at, *_] = self._beat.read_text(errors="replace").splitlines() if self._beat else [""]
         except (OSError, ValueError):  # it never wrote, or was about to
             return ""
-        return f" {'in' if at.startswith('step') else 'at'} {at[:100].strip()}" if at.strip() else ""
+        return (
+            f" {'in' if at.startswith('step') else 'at'} {at[:100].strip()}" if at.strip() else ""
+        )
 
 
-def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[str]) -> int:
+def supervise(
+    heard: list[signal.Signals], environments: list[dict[str, str]], command: list[str]
+) -> int:
     """Start and watch the processes; leave none behind, even after an error."""
-    if inbox.wait(0):
-        log("preempted: a signal came before the first process was started; run the same command again")
+    if heard:
+        log(
+            "preempted: a signal came before the first process was started; "
+            "run the same command again"
+        )
         return EXIT_PREEMPTED
     workers: list[_Worker] = []
     problems: list[str] = []
@@ -155,7 +142,7 @@ def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[st
         try:
             for environment in environments:
                 workers.append(_Worker(environment, command, beats))
-            return _watch(inbox, workers, problems)
+            return _watch(heard, workers, problems)
         finally:
             for worker in workers:
                 worker.kill()
@@ -166,7 +153,7 @@ def supervise(inbox: Inbox, environments: list[dict[str, str]], command: list[st
 
 
 def _note_end(run: Path, problem: str) -> None:
-    """Write the outcome of a run whose processes died before they could: killed, or aborted by NCCL or another library."""
+    """Write the outcome of a run whose processes died before they could."""
     with contextlib.suppress(OSError):
         directory = Path(run.read_text())
         from finetune.engine.rundir import note_end_of  # seldom needed, and 0.3 s
@@ -187,8 +174,10 @@ def _beats() -> Iterator[Path | None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
-    """Wait until all have ended, or kill those that took too long after another's end -> exit code. After a signal they may take any time.
+def _watch(heard: list[signal.Signals], workers: list[_Worker], problems: list[str]) -> int:
+    """Wait until all have ended, or kill those that took too long after another's end.
+
+    Returns the exit code. After a signal they may take any time.
 
     `problems`: what is said of processes that did not end as they should is added.
     """
@@ -198,10 +187,14 @@ def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
         left = deadline - time.monotonic()
         if left <= 0:
             for worker in living:
-                problems.append(f"{worker.name} had not ended {because}, and was killed{worker.where()}")
+                problems.append(
+                    f"{worker.name} had not ended {because}, and was killed{worker.where()}"
+                )
                 log(problems[-1])
             break
-        for number in inbox.wait(left):
+        time.sleep(min(left, POLL_SECONDS))
+        while heard:
+            number = heard.pop(0)
             for worker in living:
                 worker.send(number)
         for worker in living:
@@ -213,7 +206,10 @@ def _watch(inbox: Inbox, workers: list[_Worker], problems: list[str]) -> int:
                 log(problems[-1])
             seconds = OTHERS_SECONDS if worker.has_failed else FINISH_SECONDS
             if time.monotonic() + seconds < deadline:
-                deadline, because = time.monotonic() + seconds, f"{seconds:g} seconds after {worker.name}"
+                deadline, because = (
+                    time.monotonic() + seconds,
+                    f"{seconds:g} seconds after {worker.name}",
+                )
     first = next((code for code in codes if code), EXIT_COMPLETE)
     if first in (EXIT_USER_ERROR, EXIT_PREEMPTED):
         return first

@@ -1,0 +1,185 @@
+"""The logs of a run directory: JSON lines, each of one step. No torch."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune import files
+
+
+class Log:
+    """Append JSON lines; a full disk only delays them: they go out with the next line."""
+
+    def __init__(self, path: Path, log: Callable[[str], None]) -> None:
+        """`log` gets one line for a person."""
+        self.path, self._log = path, log
+        self._waiting = ""
+
+    def add(self, values: dict[str, Any]) -> None:
+        # JSON knows no NaN and no infinity.
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
+        line = json.dumps(finite, allow_nan=False, ensure_ascii=False) + "\n"
+        text = self._waiting + line
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+            self._waiting = ""
+        except OSError as exc:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, whole)  # half a line would spoil the next one
+            if not self._waiting:
+                why = exc.strerror
+                self._log(
+                    f"note: {self.path} cannot be written ({why}); its lines are kept until it can"
+                )
+            self._waiting = text
+
+    def sync(self) -> None:
+        if self._waiting:
+            raise OSError(f"{self.path} has lines that could not be written")
+        if self.path.exists():
+            files.flush(self.path)
+
+
+class Logs:
+    """What a run has logged so far: read, and cut back where a run resumes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.metrics = folder / "metrics.jsonl"
+        self.evals = folder / "eval.jsonl"
+        self.samples = folder / "samples.jsonl"
+        self.saves = folder / "saves.jsonl"
+        self.all = (self.metrics, self.evals, self.samples, self.saves)
+
+    def last_step(self) -> int:
+        return max((values["step"] for values in records(self.metrics)), default=0)
+
+    def eval_losses(self) -> dict[int, float]:
+        """Step -> loss of every evaluation on record; infinity where it was not a number."""
+        losses = {}
+        for values in records(self.evals):
+            if _has_loss(values):
+                loss = values["eval_loss"]
+                losses[values["step"]] = math.inf if loss is None or math.isnan(loss) else loss
+        return losses
+
+    def best_step(self, saved: set[int] | None = None) -> int | None:
+        """Find the step of the lowest evaluation loss; `saved`: only these can be the best."""
+        losses = self.eval_losses()
+        could = [step for step in losses if saved is None or step in saved]
+        return min(could, key=lambda step: losses[step], default=None)
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations were all no better than one before."""
+        losses = list(self.eval_losses().values())
+        if patience is None or len(losses) <= patience:
+            return False
+        return min(losses[-patience:]) >= min(losses[:-patience])
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every line of metrics and evaluations, in the order of their steps."""
+        lines = [*records(self.metrics), *records(self.evals)]
+        return sorted(lines, key=lambda line: line["step"])
+
+    def has_samples(self, step: int) -> bool:
+        return any(values["step"] == step for values in records(self.samples))
+
+    def rewind(self, step: int) -> list[str]:
+        """Take lines of later steps (and a torn last line) out: they will be trained again.
+
+        Other lines that cannot be read go too; then the log as it was stays next to it. Returns
+        notes for a person.
+        """
+        notes = []
+        for log in self.all:
+            if not log.exists():
+                continue
+            all_lines = lines(log)
+            kept: list[str] = []
+            damaged: list[int] = []
+            for number, line in enumerate(all_lines, 1):
+                values = _values(line)
+                if values is None or (log == self.evals and not _has_loss(values)):
+                    # The last one, without a newline, is torn if it begins as our lines do.
+                    is_torn = (
+                        number == len(all_lines) and line.startswith("{") and (kept or not step)
+                    )
+                    damaged += [number] if line and not is_torn else []
+                elif values["step"] <= step:
+                    kept.append(line)
+            if damaged:
+                beside = files.free_name(log)
+                shutil.copyfile(log, beside)
+                notes.append(
+                    f"note: {log}: damaged lines are left out: {len(damaged)}, "
+                    f"from line {damaged[0]} on; the file as it was is {beside}"
+                )
+            files.write_synced(log, "".join(line + "\n" for line in kept))
+        return notes
+
+    def missing(self, step: int, log_every: int, eval_every: int | None) -> list[str]:
+        """Notes on lines up to `step` that the logs should hold and do not, after `rewind`.
+
+        The evaluation after `step` itself may have had no time, and is made up for.
+        """
+        logged = {values["step"] for values in records(self.metrics)}
+        due = range(log_every, step + 1, log_every)
+        notes = _missing(self.metrics, due, logged, f"tracking.log_every_steps: {log_every}", step)
+        if eval_every is not None:
+            due, evaluated = range(eval_every, step, eval_every), set(self.eval_losses())
+            key = f"evaluation.every_steps: {eval_every}"
+            lost = "; evaluation.patience and evaluation.export_best judge without them"
+            notes += [note + lost for note in _missing(self.evals, due, evaluated, key, step)]
+        return notes
+
+
+def _missing(log: Path, due: range, found: set[int], key: str, step: int) -> list[str]:
+    absent = [each for each in due if each not in found]
+    if not absent:
+        return []
+    listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
+    return [
+        f"note: {log} lacks {len(absent)} of the {len(due)} lines that {key} asks for "
+        f"up to step {step}: {listed}"
+    ]
+
+
+def lines(log: Path) -> list[str]:
+    """Lines of a log, of which each byte comes back when they are written again.
+
+    Only a newline ends one: answers of a model may hold what Python's splitlines takes for an end.
+    """
+    if not log.is_file():
+        return []
+    return log.read_text("utf-8", errors="surrogateescape").split("\n")
+
+
+def records(log: Path) -> list[dict[str, Any]]:
+    """What the lines of a log hold; damaged ones are left out."""
+    return [values for line in lines(log) if (values := _values(line))]
+
+
+def _values(line: str) -> dict[str, Any] | None:
+    """What a line of a log holds, if it holds a step."""
+    try:
+        line.encode()  # fails for bytes that are not UTF-8
+        values = json.loads(line)
+        step = values["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and type(step) is int and step >= 0 else None
+
+
+def _has_loss(values: dict[str, Any]) -> bool:
+    """Whether a line of eval.jsonl can be judged by."""
+    loss = values.get("eval_loss", "absent")
+    return loss is None or type(loss) is float or (type(loss) is int and abs(loss) < 1e300)

@@ -1,0 +1,106 @@
+"""Relative paths of a config: from the working directory or from the config's folder, never a guess between two."""
+
+import os
+import re
+
+import pytest
+import yaml
+
+from finetune import config as configs
+from finetune.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A config and its rows in one folder, and the working directory in another."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def parse(name="rows.jsonl", *arguments, **data):
+        values = {
+            "run": {"name": "r"},
+            "model": {"init": "random", "tokenizer": "bytes"},
+            "data": {"train": name, **data},
+        }
+        (tmp_path / "project/run.yaml").write_text(yaml.safe_dump(values))
+        return configs.parse(
+            ["--config", "../project/run.yaml", "--model.config={model_type: llama}", *arguments]
+        )[0]
+
+    return tmp_path, parse
+
+
+def rows(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "./rows.jsonl", "sub/rows.jsonl", "sub", "*.jsonl", "**/*.jsonl"]
+)
+def test_what_lies_beside_the_config_is_found(project, name):
+    folder, parse = project
+    rows(folder / "project")
+    rows(folder / "project/sub")
+    assert os.path.normpath(parse(name).data.train) == os.path.join(
+        "..", "project", os.path.normpath(name)
+    )
+    both = parse([name, "/tmp/x.jsonl"]).data.train
+    assert os.path.normpath(both[0]) == os.path.join("..", "project", os.path.normpath(name))
+    assert both[1] == "/tmp/x.jsonl"
+
+
+def test_the_working_directory_counts_as_before(project):
+    folder, parse = project
+    rows(folder / "here")
+    assert parse().data.train == "rows.jsonl"
+
+
+def test_two_files_of_one_name_are_an_error(project):
+    folder, parse = project
+    rows(folder / "here")
+    rows(folder / "project")
+    with pytest.raises(
+        ConfigError,
+        match=rf"data.train: rows.jsonl is in {re.escape(str(folder))}/here and in .*project; write the full path",
+    ):
+        parse()
+    os.remove(folder / "project/rows.jsonl")
+    os.link(folder / "here/rows.jsonl", folder / "project/other.jsonl")
+    assert parse().data.train == "rows.jsonl"
+
+
+def test_paths_of_the_command_line_are_those_of_the_working_directory(project):
+    folder, parse = project
+    rows(folder / "project")
+    assert parse("rows.jsonl", "--data.train", "rows.jsonl").data.train == "rows.jsonl"
+
+
+def test_names_of_the_hub_and_full_paths_stay(project):
+    folder, parse = project
+    assert parse("owner/name:train").data.train == "owner/name:train"
+    assert parse(str(folder / "x.jsonl")).data.train == str(folder / "x.jsonl")
+
+
+def test_an_error_names_both_folders(project):
+    from finetune.data import readers
+
+    folder, parse = project
+    config = parse("missing.jsonl")
+    with pytest.raises(
+        DataError,
+        match=rf"missing.jsonl: no such file in {re.escape(str(folder))}/here and .*project",
+    ):
+        readers.sources(config.data.train, None)
+
+
+def test_models_templates_and_evaluation_rows_are_looked_for_likewise(project):
+    folder, parse = project
+    rows(folder / "project")
+    (folder / "project/chat.jinja").write_text("{{ messages }}")
+    config = parse(eval="rows.jsonl", template="chat.jinja")
+    assert (config.data.eval, config.data.template) == (
+        "../project/rows.jsonl",
+        "../project/chat.jinja",
+    )

@@ -1,0 +1,164 @@
+"""What a person sees of a run: lines on standard output, one bar on a terminal, errors apart, the commands that come next."""
+
+import fcntl
+import logging
+import os
+import pty
+import re
+import select
+import struct
+import sys
+import termios
+from types import SimpleNamespace
+
+import pytest
+
+from finetune.__main__ import main
+from finetune.engine import metrics
+from finetune.engine.metrics import Metrics
+from finetune.engine.progress import Progress
+from finetune.generation import generate
+
+
+def test_a_run_reports_on_standard_output(workshop, capsys):
+    workshop.train(evaluation__sample_prompts=["what is 3 times three"], data__eval_fraction=0.1)
+    said = capsys.readouterr()
+    for part in ("model       llama", "step 1/5  epoch", "step 5/5  eval loss", "complete at step 5"):
+        assert part in said.out
+    assert said.err == ""
+
+
+def test_answers_to_sample_prompts_are_printed_two_of_them(workshop, capsys):
+    run = workshop.train(evaluation__sample_prompts=["one", "two", "three"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 5/5  ")]
+    assert [line.split("  ")[2] for line in lines if "  sample  " in line] == ["one", "two"]
+    assert lines[-1].endswith(f"1 more in {run}/samples.jsonl")
+
+
+def test_a_complete_run_names_the_commands_that_come_next(workshop, capsys):
+    base = workshop.train("base") / "model"
+    own = {"model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None}
+    capsys.readouterr()
+    run = workshop.train("lora", adapter__kind="lora", **own)
+    after = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
+    commands = {line.split()[0]: re.split(r"python -m finetune ", line)[1] for line in after}
+    assert commands == {
+        "chat": f"chat {run}",
+        "compare": f"evaluate --base {base} --tuned {run} --data HELD_OUT_ROWS",
+        "draw": f"curves {run}",
+        "merge": f"merge {run} --output {run}/merged",
+    }
+    assert main(commands["draw"].split()) == 0
+    assert main(commands["merge"].split()) == 0
+    assert main([*commands["chat"].split(), "--prompt", "hi", "--max-new-tokens", "1"]) == 0
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal of 80 columns: a call gives what was written there, and first puts the named streams on it."""
+    ours, theirs = pty.openpty()
+    stream = os.fdopen(theirs, "w")
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+
+    def written(*names):
+        for name in names:  # in the test: pytest puts its own streams back after each fixture
+            monkeypatch.setattr(sys, name, stream)
+        stream.flush()
+        text = b""
+        while select.select([ours], [], [], 0.2)[0]:
+            text += os.read(ours, 1 << 16)
+        return text.decode()
+
+    yield written
+    stream.close()
+    os.close(ours)
+
+
+def metrics_of(folder):
+    place = SimpleNamespace(**{name: folder / name for name in ("metrics", "evals", "samples", "saves")})
+    return Metrics(place, num_steps=3, start=0, every=1, is_main=True, num_processes=1, flops_per_token=0)
+
+
+def steps(told):
+    for number in range(1, 4):
+        result = SimpleNamespace(loss=2.5, other_terms={}, grad_norm=1.0, tokens=10, skipped=False)
+        told.step(Progress(step=number), result, lr=1e-3, epoch=number / 3, memory_gb=0.5)
+
+
+def test_on_a_terminal_lines_stand_beside_a_bar_that_is_gone_at_the_end(terminal, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "LINE_SECONDS", -1)
+    terminal("stdout", "stderr")
+    told = metrics_of(tmp_path)
+    steps(told)
+    during = terminal()
+    assert re.search(r"\r *\d+%\|.{30,}\| \d/3 \[", during)
+    assert [f"step {n}/3  epoch" in during for n in (1, 2, 3)] == [True] * 3
+    told.close_bar()
+    metrics.log("complete")
+    after = terminal()
+    told.close()
+    assert after.replace("\r", "").strip() == "complete"
+    assert "|" not in after
+
+
+def test_a_bar_is_not_written_into_a_pipe(terminal, tmp_path, monkeypatch):
+    """As in `train.py | tee log`, where the bar would be on the terminal and the lines in the pipe."""
+    import io
+
+    terminal("stderr")
+    monkeypatch.setattr(sys, "stdout", pipe := io.StringIO())
+    told = metrics_of(tmp_path)
+    steps(told)
+    told.close()
+    sys.stderr.write("end")
+    assert terminal() == "end"
+    assert "step 3/3" in pipe.getvalue()
+
+
+def test_without_a_terminal_the_progress_of_answers_is_told(workshop, monkeypatch, capsys):
+    from finetune.export.load import load, load_tokenizer
+
+    model = workshop.train("base", train__max_steps=1) / "model"
+    capsys.readouterr()
+    monkeypatch.setattr(generate, "LINE_SECONDS", -1)
+    generate.answers(load(model), load_tokenizer(model), ["a", "b", "c"], max_new_tokens=1, batch_size=2, title="base")
+    assert capsys.readouterr().err.splitlines() == ["base: 2 of 3 answers", "base: 3 of 3 answers"]
+
+
+def test_a_chat_writes_its_answer_as_it_comes(workshop, monkeypatch, capsys):
+    run = workshop.train("base", train__max_steps=1)
+    seen = []
+
+    class Told(generate.TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            seen.append(text)
+            super().on_finalized_text(text, stream_end)
+
+    monkeypatch.setattr(generate, "TextStreamer", Told)
+    capsys.readouterr()
+    assert main(["chat", str(run), "--prompt", "hi", "--max-new-tokens", "5"]) == 0
+    said = capsys.readouterr()
+    assert len(seen) >= 5
+    assert said.out == "".join(seen) + "\n"
+    assert "cut after 5 tokens" in said.err or not said.err
+
+
+def test_a_chat_without_a_model_says_how_to_name_one(capsys):
+    assert main(["chat"]) == 2
+    assert "chat runs/my_run" in capsys.readouterr().err
+
+
+def test_a_hub_that_does_not_answer_is_told_once_with_what_to_do(caplog):
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    for _ in range(3):
+        logger.warning("'no name' thrown while requesting HEAD https://huggingface.co/a/b/resolve/main/config.json")
+        logger.warning("Retrying in 1s [Retry 1/5].")
+    [record] = caplog.records
+    assert "https://huggingface.co does not answer" in record.message
+    assert "HF_HUB_OFFLINE=1" in record.message
+
+
+def test_deepspeed_is_silent_about_machines_without_a_gpu(caplog):
+    logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If you have GPU or other accelerator, ...")
+    logging.getLogger("DeepSpeed").warning("something else")
+    assert [record.message for record in caplog.records if record.name == "DeepSpeed"] == ["something else"]
