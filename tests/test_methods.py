@@ -42,7 +42,11 @@ TEN = {"train__max_steps": 10, "train__epochs": 9, "checkpoint__every_steps": 5,
 # Variants of a method that has its own line, and 8 bits in other packages' optimizers on adapters: make proofs.
 WIDE = {
     "lora, some layers",
+    "lora, patterns",
+    "lora, gaussian",
+    "lora, biases of adapted",
     "qlora, FP4",
+    "qlora, LoftQ of int8",
     "qlora, DoRA",
 }
 
@@ -99,8 +103,8 @@ def exported(run):
     return load_file(path)
 
 
-MERGED = ["lora, DoRA", "lora, rsLoRA", "lora, PiSSA", "lora, whole modules", "qlora, NF4", "qlora, LoftQ", "qlora, int8"]  # fmt: skip
-WIDER = {"lora, rsLoRA", "qlora, int8"}
+MERGED = ["lora, DoRA", "lora, rsLoRA", "lora, PiSSA", "lora, norms", "lora, whole modules", "lora, biases", "qlora, NF4", "qlora, LoftQ", "qlora, int8"]  # fmt: skip
+WIDER = {"lora, rsLoRA", "lora, norms", "lora, biases", "qlora, int8"}
 
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.proof) if name in WIDER else name for name in MERGED])  # fmt: skip
@@ -178,6 +182,10 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
 
     monkeypatch.setattr(loop, "finish", looked_at)
     settings = {**on(base), **SIXTEEN[method], "adapter__kind": kind, "train__precision": "bf16", "optimizer__lr": 2e-4}
+    if (kind, method) == ("qlora", "biases"):
+        with pytest.raises(ConfigError, match="adapter.bias: cannot be used with kind: qlora"):
+            workshop.train(**settings)
+        return
     run = workshop.train(**settings, **TEN, evaluation__sample_prompts=["hi"], evaluation__sample_max_new_tokens=3)
     assert set(moments) == {torch.float32}
     assert torch.bfloat16 in states[0]

@@ -14,7 +14,7 @@ from finetune import export, files, loop
 from finetune.engine import rundir
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import DataError, DirectoryInUse, ModelError, Outage, OutOfMemory, Preempted, RunDirectoryError
-from finetune.models import attention, attention_probe, build, head, load, parameters
+from finetune.models import attention_probe, build, head, load, parameters
 
 
 class SafetensorError(Exception):
@@ -61,7 +61,7 @@ def preempted_after(workshop, number, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(attention, "check"), (head, "check"), (parameters, "fingerprints"), (RunDirectory, "lock"), (RunDirectory, "create")],
+    [(attention_probe, "check"), (head, "check"), (parameters, "fingerprints"), (RunDirectory, "lock"), (RunDirectory, "create")],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_failure_before_the_first_step_leaves_an_outcome(workshop, owner, name):
@@ -76,7 +76,7 @@ def test_failure_before_the_first_step_leaves_an_outcome(workshop, owner, name):
 def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     preempted_after(workshop, 3)
     assert outcome(workshop) == ("preempted", 3, "SIGTERM")
-    fails(workshop, RuntimeError, attention, "check", BUG, checkpoint__every_steps=1)
+    fails(workshop, RuntimeError, attention_probe, "check", BUG, checkpoint__every_steps=1)
     assert outcome(workshop) == ("failed", 3, "RuntimeError: shapes do not fit")
     told = fails(workshop, OutOfMemory, build, "build", torch.OutOfMemoryError("CUDA out of memory"), checkpoint__every_steps=1)  # fmt: skip
     assert outcome(workshop) == ("failed", 3, str(told))
@@ -106,7 +106,7 @@ def test_hub_that_does_not_answer_leaves_an_outcome_in_a_new_directory(workshop,
 
 
 def test_mistake_of_the_user_leaves_no_new_directory(workshop):
-    fails(workshop, ModelError, attention, "check", ModelError("model.attention: does not fit"))
+    fails(workshop, ModelError, attention_probe, "check", ModelError("model.attention: does not fit"))
     assert not workshop.run_dir().exists()
 
 
@@ -128,7 +128,7 @@ def test_failed_attempt_beside_a_running_one_says_nothing(workshop):
     before = outcome(workshop)
     first = RunDirectory(configs.from_dict(yaml.safe_load((workshop.run_dir() / "config.yaml").read_text())))
     first.lock(0)
-    fails(workshop, RuntimeError, attention, "check", BUG, checkpoint__every_steps=1)
+    fails(workshop, RuntimeError, attention_probe, "check", BUG, checkpoint__every_steps=1)
     with pytest.raises(DirectoryInUse):
         workshop.train(checkpoint__every_steps=1, checkpoint__grace_seconds=0.1)
     assert outcome(workshop) == before
@@ -160,13 +160,13 @@ def test_launcher_learns_which_directory_is_the_runs_and_how_long_it_has_to_tell
     note, seen = workshop.folder / "run", []
     monkeypatch.setenv("FINETUNE_BEATS", str(workshop.folder))
     check = attention_probe.check
-    monkeypatch.setattr(attention, "check", lambda *arguments: seen.append(note.read_text()) or check(*arguments))
+    monkeypatch.setattr(attention_probe, "check", lambda *arguments: seen.append(note.read_text()) or check(*arguments))
     workshop.check()
     assert seen == []
     workshop.train()
     assert seen == [str(workshop.run_dir())]
     assert not note.exists(), "the outcome is complete"
-    fails(workshop, RuntimeError, attention, "check", BUG, run__dir=str(workshop.folder / "other"))
+    fails(workshop, RuntimeError, attention_probe, "check", BUG, run__dir=str(workshop.folder / "other"))
     assert not note.exists(), "the outcome is failed"
 
 
