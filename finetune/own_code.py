@@ -53,9 +53,12 @@ def find(name: str, folder: Path | None = None) -> str:
     if not _is_file(place):
         return name
     folders = list(dict.fromkeys((*([folder.absolute()] if folder else []), Path.cwd())))
-    for path in (each / os.path.expanduser(place) for each in folders):
-        if path.is_file():
-            return f"{os.path.realpath(path)}:{attribute}"
+    paths = (each / os.path.expanduser(place) for each in folders)
+    found = list(dict.fromkeys(os.path.realpath(path) for path in paths if path.is_file()))
+    if len(found) > 1:
+        raise ConfigError(f"{place} is in {folders[0]} and in {folders[1]}; write the full path")
+    if found:
+        return f"{found[0]}:{attribute}"
     inside, file = os.path.split(place)
     near = (places.nearest(str(each / inside), file) for each in folders)
     hint = next((f"did you mean {shown(Path(path))}?" for path in near if path), "correct the path")

@@ -108,13 +108,14 @@ def test_the_command_line_knows_its_settings(workshop, own):
         configs.parse(["--config", path, "--objective.bta", "0.25"])
 
 
-def test_a_file_is_found_from_the_config_then_from_here(workshop, own, monkeypatch, tmp_path):
+def test_a_file_is_found_beside_the_config_and_from_here(workshop, own, monkeypatch, tmp_path):
     own(DFT)
     (workshop.folder / "elsewhere").mkdir()
     monkeypatch.chdir(workshop.folder / "elsewhere")
     assert own_code.find("own.py:Dft", workshop.folder) == f"{workshop.folder}/own.py:Dft"
     Path("own.py").write_text(DFT)
-    assert own_code.find("own.py:Dft", workshop.folder) == f"{workshop.folder}/own.py:Dft"
+    with pytest.raises(ConfigError, match=r"own\.py is in .* and in .*elsewhere; write the full path"):
+        own_code.find("own.py:Dft", workshop.folder)
     (workshop.folder / "own.py").unlink()
     assert own_code.find("own.py:Dft", workshop.folder) == f"{workshop.folder}/elsewhere/own.py:Dft"
 
