@@ -23,7 +23,12 @@ from finetune.generation import generate
 def test_a_run_reports_on_standard_output(workshop, capsys):
     workshop.train(evaluation__sample_prompts=["what is 3 times three"], data__eval_fraction=0.1)
     said = capsys.readouterr()
-    for part in ("model       llama", "step 1/5  epoch", "step 5/5  eval loss", "complete at step 5"):
+    for part in (
+        "model       llama",
+        "step 1/5  epoch",
+        "step 5/5  eval loss",
+        "complete at step 5",
+    ):
         assert part in said.out
     assert said.err == ""
 
@@ -37,7 +42,12 @@ def test_answers_to_sample_prompts_are_printed_two_of_them(workshop, capsys):
 
 def test_a_complete_run_names_the_commands_that_come_next(workshop, capsys):
     base = workshop.train("base") / "model"
-    own = {"model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None}
+    own = {
+        "model__init": "pretrained",
+        "model__path": str(base),
+        "model__config": None,
+        "model__tokenizer": None,
+    }
     capsys.readouterr()
     run = workshop.train("lora", adapter__kind="lora", **own)
     after = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
@@ -75,8 +85,12 @@ def terminal(monkeypatch):
 
 
 def metrics_of(folder):
-    place = SimpleNamespace(**{name: folder / name for name in ("metrics", "evals", "samples", "saves")})
-    return Metrics(place, num_steps=3, start=0, every=1, is_main=True, num_processes=1, flops_per_token=0)
+    place = SimpleNamespace(
+        **{name: folder / name for name in ("metrics", "evals", "samples", "saves")}
+    )
+    return Metrics(
+        place, num_steps=3, start=0, every=1, is_main=True, num_processes=1, flops_per_token=0
+    )
 
 
 def steps(told):
@@ -85,7 +99,9 @@ def steps(told):
         told.step(Progress(step=number), result, lr=1e-3, epoch=number / 3, memory_gb=0.5)
 
 
-def test_on_a_terminal_lines_stand_beside_a_bar_that_is_gone_at_the_end(terminal, tmp_path, monkeypatch):
+def test_on_a_terminal_lines_stand_beside_a_bar_that_is_gone_at_the_end(
+    terminal, tmp_path, monkeypatch
+):
     monkeypatch.setattr(metrics, "LINE_SECONDS", -1)
     terminal("stdout", "stderr")
     told = metrics_of(tmp_path)
@@ -121,7 +137,14 @@ def test_without_a_terminal_the_progress_of_answers_is_told(workshop, monkeypatc
     model = workshop.train("base", train__max_steps=1) / "model"
     capsys.readouterr()
     monkeypatch.setattr(generate, "LINE_SECONDS", -1)
-    generate.answers(load(model), load_tokenizer(model), ["a", "b", "c"], max_new_tokens=1, batch_size=2, title="base")
+    generate.answers(
+        load(model),
+        load_tokenizer(model),
+        ["a", "b", "c"],
+        max_new_tokens=1,
+        batch_size=2,
+        title="base",
+    )
     assert capsys.readouterr().err.splitlines() == ["base: 2 of 3 answers", "base: 3 of 3 answers"]
 
 
@@ -151,7 +174,9 @@ def test_a_chat_without_a_model_says_how_to_name_one(capsys):
 def test_a_hub_that_does_not_answer_is_told_once_with_what_to_do(caplog):
     logger = logging.getLogger("huggingface_hub.utils._http")
     for _ in range(3):
-        logger.warning("'no name' thrown while requesting HEAD https://huggingface.co/a/b/resolve/main/config.json")
+        logger.warning(
+            "'no name' thrown while requesting HEAD https://huggingface.co/a/b/resolve/main/config.json"
+        )
         logger.warning("Retrying in 1s [Retry 1/5].")
     [record] = caplog.records
     assert "https://huggingface.co does not answer" in record.message
@@ -159,6 +184,10 @@ def test_a_hub_that_does_not_answer_is_told_once_with_what_to_do(caplog):
 
 
 def test_deepspeed_is_silent_about_machines_without_a_gpu(caplog):
-    logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If you have GPU or other accelerator, ...")
+    logging.getLogger("DeepSpeed").warning(
+        "Setting accelerator to CPU. If you have GPU or other accelerator, ..."
+    )
     logging.getLogger("DeepSpeed").warning("something else")
-    assert [record.message for record in caplog.records if record.name == "DeepSpeed"] == ["something else"]
+    assert [record.message for record in caplog.records if record.name == "DeepSpeed"] == [
+        "something else"
+    ]

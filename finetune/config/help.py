@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 # What most runs set, in the order in which a new user meets it.
 ESSENTIAL = (
-    "run.name", "model.path", "adapter.kind", "data.train", "data.eval_fraction", "data.max_length", "data.packing",
-    "optimizer.lr", "train.epochs", "train.global_batch_size", "train.micro_batch_size", "evaluation.every_steps",
+    "run.name", "model.path", "adapter.kind", "data.train", "data.eval_fraction", "data.max_length",
+    "data.packing", "optimizer.lr", "train.epochs", "train.global_batch_size",
+    "train.micro_batch_size", "evaluation.every_steps",
 )  # fmt: skip
 EXAMPLES = (
     ("my_run.yaml --check", "show what would be learned and what is wrong; load no weights"),
@@ -19,7 +20,7 @@ WORDS = ("-h", "--help")
 
 
 def topic(argv: list[str]) -> str | None:
-    """What --help was asked about: a word after it, or nothing (""); None if nobody asked for help."""
+    """The word after --help, or "" if there is none; None without --help."""
     for place, word in enumerate(argv):
         name, _, inside = word.partition("=")
         if name in WORDS:
@@ -29,7 +30,7 @@ def topic(argv: list[str]) -> str | None:
 
 
 def text(parser: argparse.ArgumentParser, asked: str) -> str:
-    """The help of `parser` on "" (in short), "all", a section such as adapter, or a setting such as adapter.r."""
+    """The help of `parser` on "" (in short), "all", a section (adapter) or a setting (adapter.r)."""
     if asked == "all":
         return parser.format_help()
     groups = {str(group.title): group for group in parser._action_groups if group.description}
