@@ -1,8 +1,9 @@
 """What tests cost: the order in which they run, what is left out, and the budget of `make test`.
 
 durations.json has, for each file, the seconds of CPU of its fast and of its slow tests, with all the
-processes that they start. `make durations` records it, `pytest FILE --record-durations` the line of a file. Seconds of CPU, as those of a clock depend on
-what else a machine does: two idle cores give two of them a second.
+processes that they start. `make durations` records it, and `pytest FILE --record-durations` the line
+of a file. Seconds of CPU, as those of a clock depend on what else a machine does: two idle cores give
+two of them a second.
 """
 
 import json
