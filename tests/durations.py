@@ -1,8 +1,9 @@
 """What tests cost: the order in which they run, what is left out, and the budget of `make test`.
 
 durations.json has, for each file, the seconds of CPU of its fast and of its slow tests, with all the
-processes that they start. `make durations` records it. Seconds of CPU, as those of a clock depend on
-what else a machine does: two idle cores give two of them a second.
+processes that they start. `make durations` records it, and `pytest FILE --record-durations` the line
+of a file. Seconds of CPU, as those of a clock depend on what else a machine does: two idle cores give
+two of them a second.
 """
 
 import json
@@ -96,10 +97,9 @@ class Recorder:
     def pytest_sessionfinish(self, session):
         if hasattr(session.config, "workeroutput"):
             return
-        lines = [
-            f"  {json.dumps(name)}: {json.dumps({kind: round(seconds, 2) for kind, seconds in sorted(of.items())})}"
-            for name, of in sorted(self.found.items())
-        ]
+        found = {name: {kind: round(of[kind], 2) for kind in sorted(of)} for name, of in self.found.items()}
+        kept = {name: of for name, of in json.loads(FILE.read_text()).items() if (FILE.parents[1] / name).exists()}
+        lines = [f"  {json.dumps(name)}: {json.dumps(of)}" for name, of in sorted((kept | found).items())]
         FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

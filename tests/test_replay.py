@@ -52,38 +52,45 @@ def test_a_run_that_has_not_ended_is_not_repeated(workshop):
     assert not workshop.run_dir("run-replay").exists()
 
 
-@pytest.mark.parametrize("left", [0, 1, 3, 4.5])
-def test_a_shortened_log_is_refused_before_anything_trains(workshop, left):
+def test_a_shortened_log_is_refused_before_anything_trains(workshop):
     run = workshop.train()
     log = run / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(lines[: int(left)]) + lines[4][: int(40 * (left % 1))])
-    with pytest.raises(RunDirectoryError, match=f"{log} has no line for .* first is step {int(left) + 1}"):
-        replaying.main(argparse.Namespace(run=run, name=None))
+    for left in (0, 1, 3, 4.5):
+        log.write_text("".join(lines[: int(left)]) + lines[4][: int(40 * (left % 1))])
+        with pytest.raises(RunDirectoryError, match=f"{log} has no line for .* first is step {int(left) + 1}"):
+            replaying.main(argparse.Namespace(run=run, name=None))
     assert not workshop.run_dir("run-replay").exists()
 
 
-@pytest.mark.parametrize("name", ["receipt.json", "outcome.json"])
-@pytest.mark.parametrize(
-    "content", [None, "", "[1]", '{"state": 5, "step": "3", "launch": [], "num_processes": 1e999}']
-)
-def test_a_missing_or_damaged_note_is_named(workshop, name, content):
+def test_a_missing_or_damaged_note_is_named(workshop):
     run = workshop.train()
-    (run / name).unlink() if content is None else (run / name).write_text(content)
-    what = "is missing" if content is None else "is damaged: .*"
-    with pytest.raises(RunDirectoryError, match=f"{run / name} {what}.*put back a copy"):
-        replaying.main(argparse.Namespace(run=run, name=None))
+    for note in (run / "receipt.json", run / "outcome.json"):
+        whole = note.read_text()
+        for content in (None, "", "[1]", '{"state": 5, "step": "3", "launch": [], "num_processes": 1e999}'):
+            note.unlink() if content is None else note.write_text(content)
+            what = "is missing" if content is None else "is damaged: .*"
+            with pytest.raises(RunDirectoryError, match=f"{note} {what}.*put back a copy"):
+                replaying.main(argparse.Namespace(run=run, name=None))
+        note.write_text(whole)
 
 
-@pytest.mark.parametrize(
-    "name", ["LD_PRELOAD", "PYTHONPATH", "PYTHONSTARTUP", "PATH", "HF_ENDPOINT", "OMP_NUM_THREADS_X", "accelerate_x"]
-)
-def test_a_receipt_sets_only_what_a_launcher_sets(workshop, name):
+def test_a_receipt_sets_only_what_a_launcher_sets(workshop):
     run = workshop.train()
     receipt = json.loads((run / "receipt.json").read_text())
-    (run / "receipt.json").write_text(json.dumps({**receipt, "launch": {"OMP_NUM_THREADS": "1", name: "/tmp/x.so"}}))
-    with pytest.raises(RunDirectoryError, match=f"launch sets {name}, which no receipt"):
-        replaying._receipt(run)
+    for name in (
+        "LD_PRELOAD",
+        "PYTHONPATH",
+        "PYTHONSTARTUP",
+        "PATH",
+        "HF_ENDPOINT",
+        "OMP_NUM_THREADS_X",
+        "accelerate_x",
+    ):
+        launch = {"OMP_NUM_THREADS": "1", name: "/tmp/x.so"}
+        (run / "receipt.json").write_text(json.dumps({**receipt, "launch": launch}))
+        with pytest.raises(RunDirectoryError, match=f"launch sets {name}, which no receipt"):
+            replaying._receipt(run)
 
 
 @pytest.mark.parametrize(
