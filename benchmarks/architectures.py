@@ -1,4 +1,5 @@
-"""Every causal language model that transformers builds: is its head followed, and can its memory be forecast?
+"""Every causal language model that transformers builds: is its head followed, and can its memory be
+forecast?
 
     python benchmarks/architectures.py          five minutes on a CPU; names those that are not
 
@@ -36,7 +37,9 @@ def main() -> None:
             config = shallow(name)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
-        except Exception:  # needs what is not installed, or other sizes than its config has by itself
+        except (
+            Exception
+        ):  # needs what is not installed, or other sizes than its config has by itself
             continue
         built += 1
         try:
@@ -50,7 +53,10 @@ def main() -> None:
             print(f"{name}: {exc}", flush=True)
         finally:
             signal.alarm(0)
-    print(f"transformers {transformers.__version__}: {built} are built; {followed} heads followed, {forecast} forecast")
+    print(
+        f"transformers {transformers.__version__}: {built} are built; {followed} heads followed, "
+        f"{forecast} forecast"
+    )
 
 
 def shallow(name: str) -> Any:
@@ -68,7 +74,9 @@ def trace(name: str, model_config: Any) -> None:
         {"run": {"name": "x"}, "data": {"train": "x"}, "model": {"init": "random", "tokenizer": "bytes", "config": {"model_type": name}}}
     )  # fmt: skip
     tokenizer = load.load_tokenizer(config.model)
-    Rehearsal(config, model_config, tokenizer, attention="eager", precision="bf16").trace(Shape(1, 16, 16))
+    Rehearsal(config, model_config, tokenizer, attention="eager", precision="bf16").trace(
+        Shape(1, 16, 16)
+    )
 
 
 def too_long(*_: Any) -> NoReturn:

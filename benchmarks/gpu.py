@@ -1,14 +1,16 @@
-"""What only a GPU can show, in three parts of under five minutes each: `make gpu PART=correctness`, `memory` or `speed`.
+"""What only a GPU can show, in three parts of under five minutes each: `make gpu PART=correctness`,
+`memory` or `speed`.
 
     python benchmarks/gpu.py correctness                    tests/test_gpu.py, and every topology, method, precision, optimizer
     python benchmarks/gpu.py memory                         forecasts of `plan` compared with the allocator's peaks
     python benchmarks/gpu.py speed --only "8B|qlora"        tokens a second, compared with TRL where it is installed
     python benchmarks/gpu.py correctness --cpu --only lora  a rehearsal on tiny models, anywhere
 
-One GPU, no network, with the packages of this Python as they are; what is missing is named, and what needs it is left out.
-Each part runs in the order of importance as long as it has time: few cores run fewer cases, and the table names what is left out.
-The table, all rows as JSON, the log and the logs of all runs are in the folder --out. Ends with 0 if everything is right, 1 if
-anything is wrong, 2 if it cannot start.
+One GPU, no network, with the packages of this Python as they are; what is missing is named, and
+what needs it is left out. Each part runs in the order of importance as long as it has time: few
+cores run fewer cases, and the table names what is left out. The table, all rows as JSON, the log
+and the logs of all runs are in the folder --out. Ends with 0 if everything is right, 1 if anything
+is wrong, 2 if it cannot start.
 """
 
 import argparse
@@ -32,17 +34,33 @@ MINUTES = 4.75  # and a quarter for what a deadline kills, and the table
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "part", nargs="?", choices=(*PARTS, "all"), default="all", help="default: all, one after the other"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", default="", help="regular expression: cases whose names match it, and what they are compared with"
+        "part",
+        nargs="?",
+        choices=(*PARTS, "all"),
+        default="all",
+        help="default: all, one after the other",
     )
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for tables, JSON and logs")
-    parser.add_argument("--minutes", type=float, help=f"time of a part; default: {MINUTES}, without limit with --cpu")
     parser.add_argument(
-        "--jobs", type=int, help="runs at once; default: as many as cores and GPU memory allow, at most 8"
+        "--only",
+        default="",
+        help="regular expression: cases whose names match it, and what they are compared with",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-results"), help="folder for tables, JSON and logs"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"time of a part; default: {MINUTES}, without limit with --cpu",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs at once; default: as many as cores and GPU memory allow, at most 8",
     )
     parser.add_argument("--cpu", action="store_true", help="rehearse on tiny models without a GPU")
     arguments = parser.parse_args()
@@ -75,7 +93,10 @@ def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
         for why in facts["left_out"].values():
             say(f"left out: {why}")
         if not facts["gpu"] and not arguments.cpu:
-            say("no GPU: PyTorch sees no CUDA device here; --cpu (make gpu CPU=1) rehearses on tiny models")
+            say(
+                "no GPU: PyTorch sees no CUDA device here; --cpu (make gpu CPU=1) rehearses on "
+                "tiny models"
+            )
             return 2
         facts["cpus"] = cores()
         jobs = arguments.jobs or parallel(facts)
@@ -112,7 +133,9 @@ def start(
 
 
 def parallel(facts: dict[str, Any]) -> int:
-    """Runs of small models at once: one for each core but one, at least two, and 2 GB of the GPU for each."""
+    """Runs of small models at once: one for each core but one, at least two, and 2 GB of the GPU
+    for each.
+    """
     by_memory = int(facts["free_gb"] // 2) if facts.get("gpu") else 2
     return max(1, min(8, max(2, facts["cpus"] - 1), by_memory))
 

@@ -1,10 +1,12 @@
-"""What a run costs as it grows: tokens a second and memory over length, pack, vocabulary, rank, size and processes.
+"""What a run costs as it grows: tokens a second and memory over length, pack, vocabulary, rank,
+size and processes.
 
     python benchmarks/growth.py --plot docs/growth.png       the table of docs/performance.md, on a CPU
     python benchmarks/growth.py --only vocabulary            a regular expression
 
-One thing changes at a time from a Llama of 16M parameters, all weights, bf16, packs of 512 tokens, 2,048 tokens a
-step, of which all are learned. Rounds alternate over all cases; medians of the rounds.
+One thing changes at a time from a Llama of 16M parameters, all weights, bf16, packs of 512 tokens,
+2,048 tokens a step, of which all are learned. Rounds alternate over all cases; medians of the
+rounds.
 """
 
 import argparse
@@ -35,18 +37,27 @@ def packed(length: int, document: int) -> dict[str, Any]:
 
 def wide(factor: int) -> dict[str, Any]:
     return shape(
-        hidden_size=192 * factor, intermediate_size=512 * factor, num_attention_heads=3 * factor, num_key_value_heads=1
+        hidden_size=192 * factor,
+        intermediate_size=512 * factor,
+        num_attention_heads=3 * factor,
+        num_key_value_heads=1,
     )
 
 
 # What grows -> its value -> settings that are not those of the rest.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
-    "length of documents": {str(n): packed(max(n, 512), n) for n in (64, 128, 256, 512, 1024, 2048)},
+    "length of documents": {
+        str(n): packed(max(n, 512), n) for n in (64, 128, 256, 512, 1024, 2048)
+    },
     "pack, of documents of 128": {str(n): packed(n, 128) for n in (128, 512, 2048)},
     "vocabulary": {f"{n:,}": shape(vocab_size=n) for n in (1000, 8000, 32000, 128000)},
-    "rank of LoRA": {str(r): {**LORA, "adapter.r": r, "adapter.alpha": 2 * r} for r in (4, 16, 64, 256)},
+    "rank of LoRA": {
+        str(r): {**LORA, "adapter.r": r, "adapter.alpha": 2 * r} for r in (4, 16, 64, 256)
+    },
     "width": {str(192 * factor): wide(factor) for factor in (1, 2, 4)},
-    "layers recomputed, of 6": {str(n): {"train.gradient_checkpointing": n or False} for n in (0, 3, 6)},
+    "layers recomputed, of 6": {
+        str(n): {"train.gradient_checkpointing": n or False} for n in (0, 3, 6)
+    },
     "layers": {str(n): shape(num_hidden_layers=n) for n in (2, 6, 12)},
     "processes, ddp": {"1": {}, "2": {"processes": 2, "topology": "ddp"}},
     "processes, fsdp2": {"1": {}, "2": {"processes": 2, "topology": "fsdp2"}},
@@ -54,17 +65,23 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="regular expression: what grows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     arguments = parser.parse_args()
     found: dict[tuple[str, str], list[Measured]] = {}
-    chosen = [(what, value) for what in CASES if re.search(arguments.only, what) for value in CASES[what]]
+    chosen = [
+        (what, value) for what in CASES if re.search(arguments.only, what) for value in CASES[what]
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(arguments.rounds):
             for number, (what, value) in enumerate(chosen, 1):
-                print(f"round {turn + 1}, {number} of {len(chosen)}: {what} {value}", file=sys.stderr)
+                print(
+                    f"round {turn + 1}, {number} of {len(chosen)}: {what} {value}", file=sys.stderr
+                )
                 found.setdefault((what, value), []).append(one(Path(folder), CASES[what][value]))
     print("| what grows | | tokens/s | memory |\n| --- | --- | --- | --- |")
     medians = {key: middle(runs) for key, runs in found.items()}
@@ -90,7 +107,11 @@ def one(folder: Path, changes: dict[str, Any]) -> Measured:
         "train.max_steps": STEPS, **changes,
     }  # fmt: skip
     if settings["model.init"] == "pretrained":
-        settings = {key: value for key, value in settings.items() if key not in ("model.tokenizer", "model.config")}
+        settings = {
+            key: value
+            for key, value in settings.items()
+            if key not in ("model.tokenizer", "model.config")
+        }
         settings["model.path"] = str(saved(folder / "base"))
     return measure(folder, settings, warm=WARM, topology=topology, processes=processes)
 
@@ -104,15 +125,17 @@ def saved(folder: Path) -> Path:
         from finetune.models.load import bytes_tokenizer
 
         values = dict(SHAPE)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).save_pretrained(
-            folder
-        )
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(values.pop("model_type"), **values)
+        ).save_pretrained(folder)
         bytes_tokenizer().save_pretrained(folder)
     return folder
 
 
 def middle(runs: list[Measured]) -> tuple[float, float]:
-    return statistics.median(run.tokens_per_second for run in runs), statistics.median(run.memory_gb for run in runs)
+    return statistics.median(run.tokens_per_second for run in runs), statistics.median(
+        run.memory_gb for run in runs
+    )
 
 
 def plot(medians: dict[tuple[str, str], tuple[float, float]], path: Path) -> None:
@@ -122,20 +145,32 @@ def plot(medians: dict[tuple[str, str], tuple[float, float]], path: Path) -> Non
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(what for what, _ in medians))
-    figure, axes = pyplot.subplots(2, -(-len(names) // 2), figsize=(3.2 * -(-len(names) // 2), 5.6), squeeze=False)
+    figure, axes = pyplot.subplots(
+        2, -(-len(names) // 2), figsize=(3.2 * -(-len(names) // 2), 5.6), squeeze=False
+    )
     for axis, name in zip(axes.flat, names):
         values = {value: pair for (what, value), pair in medians.items() if what == name}
-        axis.plot(list(values), [speed for speed, _ in values.values()], marker="o", color="tab:blue")
+        axis.plot(
+            list(values), [speed for speed, _ in values.values()], marker="o", color="tab:blue"
+        )
         axis.set_ylim(bottom=0)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
         other = axis.twinx()
-        other.plot(list(values), [memory for _, memory in values.values()], marker="s", color="tab:orange", alpha=0.7)
+        other.plot(
+            list(values),
+            [memory for _, memory in values.values()],
+            marker="s",
+            color="tab:orange",
+            alpha=0.7,
+        )
         other.set_ylim(bottom=0)
         other.tick_params(labelsize=7)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    figure.suptitle("tokens a second (blue, left), GB of the first process (orange, right)", fontsize=9)
+    figure.suptitle(
+        "tokens a second (blue, left), GB of the first process (orange, right)", fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

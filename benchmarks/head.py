@@ -1,4 +1,5 @@
-"""Loss and gradients of the output projection: ours compared with PyTorch's and others', on a GPU or a CPU.
+"""Loss and gradients of the output projection: ours compared with PyTorch's and others', on a GPU
+or a CPU.
 
     python benchmarks/head.py                                            # 1,000 tokens, width 1,024, vocabulary 32,000
     python benchmarks/head.py --tokens 16384 --width 4096 --vocabulary 128256
@@ -24,13 +25,17 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetune.models import cross_entropy
 
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # hidden [S, H], weight [V, H], targets [S]
+Loss = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]  # hidden [S, H], weight [V, H], targets [S]
 CHUNK = 256
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=32000)
@@ -44,8 +49,15 @@ def main() -> None:
         once(ways()[arguments.memory_of], hidden, weight, targets)
         print(peak_bytes() - before)
         return
-    named = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{named}; torch {torch.__version__}; {sizes[0]} tokens, width {sizes[1]}, vocabulary {sizes[2]}\n")
+    named = (
+        torch.cuda.get_device_name()
+        if DEVICE == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{named}; torch {torch.__version__}; {sizes[0]} tokens, width {sizes[1]}, vocabulary "
+        f"{sizes[2]}\n"
+    )
     seconds: dict[str, list[float]] = {name: [] for name in ways()}
     for turn in range(arguments.rounds + 1):
         for name, way in ways().items():
@@ -54,18 +66,31 @@ def main() -> None:
                 seconds[name].append(took)
     exact = gradients(plain, hidden.double(), weight.double(), targets, autocast=False)
     fastest = statistics.median(seconds["ours"])
-    print("| | ms | ours is faster by | memory | error of hidden's | of weight's gradient |\n" + "| --- " * 6 + "|")
+    print(
+        "| | ms | ours is faster by | memory | error of hidden's | of weight's gradient |\n"
+        + "| --- " * 6
+        + "|"
+    )
     for name, way in ways().items():
         found = gradients(way, hidden, weight, targets)
-        errors = [((got.double() - right).norm() / right.norm()).item() for got, right in zip(found, exact)]
+        errors = [
+            ((got.double() - right).norm() / right.norm()).item()
+            for got, right in zip(found, exact)
+        ]
         median, memory = statistics.median(seconds[name]), memory_of(name) / 1e9
         print(
-            f"| {name} | {median * 1e3:.0f} | {median / fastest:.2f}x | {memory:.2f} GB | {errors[0]:.1e} | {errors[1]:.1e} |"
+            f"| {name} | {median * 1e3:.0f} | {median / fastest:.2f}x | {memory:.2f} GB | "
+            f"{errors[0]:.1e} | {errors[1]:.1e} |"
         )
 
 
 def ways() -> dict[str, Loss]:
-    found: dict[str, Loss] = {"all logits": plain, "ours": ours, "compiled chunks": compiled, "torch, chunked": chunked}
+    found: dict[str, Loss] = {
+        "all logits": plain,
+        "ours": ours,
+        "compiled chunks": compiled,
+        "torch, chunked": chunked,
+    }
     if DEVICE == "cuda":  # Triton's
         try:
             import liger_kernel  # noqa: F401
@@ -78,13 +103,19 @@ def ways() -> dict[str, Loss]:
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = F.linear(hidden, weight)
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="sum")
+    return F.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="sum"
+    )
 
 
 def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     head = torch.nn.Linear(1, 1, bias=False)
-    head.weight = torch.nn.Parameter(weight) if not isinstance(weight, torch.nn.Parameter) else weight
-    return cross_entropy.nll_in_chunks(head, head.forward, hidden, targets, len(weight), cross_entropy.LogitTransform())
+    head.weight = (
+        torch.nn.Parameter(weight) if not isinstance(weight, torch.nn.Parameter) else weight
+    )
+    return cross_entropy.nll_in_chunks(
+        head, head.forward, hidden, targets, len(weight), cross_entropy.LogitTransform()
+    )
 
 
 _compiled = torch.compile(plain, dynamic=False)
@@ -93,14 +124,20 @@ _compiled = torch.compile(plain, dynamic=False)
 def compiled(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """What a compiler makes of the plain loss, a chunk at a time, done again for the gradient."""
     parts = zip(hidden.split(CHUNK), targets.split(CHUNK))
-    return torch.stack([checkpoint(_compiled, part, weight, of, use_reentrant=False) for part, of in parts]).sum()
+    return torch.stack(
+        [checkpoint(_compiled, part, weight, of, use_reentrant=False) for part, of in parts]
+    ).sum()
 
 
 def chunked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """PyTorch's own, from 2.13, at the best settings found; it heeds no autocast, and its loss is in 16 bits."""
+    """PyTorch's own, from 2.13, at the best settings found; it heeds no autocast, and its loss is
+    in 16 bits.
+    """
     options = torch.nn.LinearCrossEntropyOptions(acc_policy="balanced", batch_chunk_size=CHUNK)
     dtype = torch.get_autocast_dtype(DEVICE) if torch.is_autocast_enabled(DEVICE) else hidden.dtype
-    loss = F.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, reduction="sum", options=options)
+    loss = F.linear_cross_entropy(
+        hidden.to(dtype), weight.to(dtype), targets, reduction="sum", options=options
+    )
     return loss.float()
 
 
@@ -113,7 +150,9 @@ def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     return loss
 
 
-def made(tokens: int, width: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def made(
+    tokens: int, width: int, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width, device=DEVICE)
     weight = torch.nn.Parameter(torch.randn(vocabulary, width, device=DEVICE) / width**0.5)
@@ -121,7 +160,12 @@ def made(tokens: int, width: int, vocabulary: int) -> tuple[torch.Tensor, torch.
 
 
 def gradients(
-    way: Loss, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, autocast: bool = True
+    way: Loss,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    autocast: bool = True,
 ) -> list[torch.Tensor]:
     leaves = [hidden.detach().clone().requires_grad_(), torch.nn.Parameter(weight.detach().clone())]
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
@@ -145,7 +189,9 @@ def once(way: Loss, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.T
 
 def memory_of(name: str) -> float:
     """Bytes that one pass adds, in a process of its own."""
-    done = subprocess.run([sys.executable, *sys.argv, "--memory-of", name], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, *sys.argv, "--memory-of", name], capture_output=True, text=True, check=True
+    )
     return float(done.stdout.split()[-1])
 
 

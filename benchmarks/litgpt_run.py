@@ -1,7 +1,8 @@
-"""One run of LitGPT's full fine-tuning for benchmarks/peers.py: python benchmarks/litgpt_run.py '{"rows": ..., "model": ...}'
+"""One run of LitGPT's full fine-tuning for benchmarks/peers.py: python benchmarks/litgpt_run.py
+'{"rows": ..., "model": ...}'
 
-LitGPT needs packages older than ours, and so an environment of its own. It has no tied embeddings here: its copy of them
-trains apart.
+LitGPT needs packages older than ours, and so an environment of its own. It has no tied embeddings
+here: its copy of them trains apart.
 """
 
 import csv
@@ -34,14 +35,18 @@ def main() -> None:
 
     supervised, loss = 0, full.chunked_cross_entropy
 
-    def counted(logits: Any, targets: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    def counted(
+        logits: Any, targets: torch.Tensor, *arguments: Any, **keywords: Any
+    ) -> torch.Tensor:
         nonlocal supervised
         supervised += int((targets != -100).sum()) if torch.is_grad_enabled() else 0
         return loss(logits, targets, *arguments, **keywords)
 
     full.chunked_cross_entropy = counted
     # The rate stands still as in the other runs: its own always rises and falls.
-    full.get_lr_scheduler = lambda optimizer, **_: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    full.get_lr_scheduler = lambda optimizer, **_: torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda _: 1.0
+    )
     full.save_hyperparameters = lambda *_: None  # it would read its own command line
     full.setup(
         base, out_dir=out.parent / "lit", precision="bf16-mixed" if wanted["precision"] == "bf16" else "32-true",
@@ -60,10 +65,20 @@ def main() -> None:
             before = int(float(line["tokens"]))
     convert_lit_checkpoint(out.parent / "lit" / "final", out)
     weights = torch.load(out / "model.pth", mmap=True)
-    save_file({name: weight.clone() for name, weight in weights.items()}, out / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: weight.clone() for name, weight in weights.items()},
+        out / "model.safetensors",
+        {"format": "pt"},
+    )
     (out / "config.json").write_text(json.dumps(shape | {"tie_word_embeddings": False}))
     (out / "measured.json").write_text(
-        json.dumps({"steps": steps, "supervised": supervised, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9})
+        json.dumps(
+            {
+                "steps": steps,
+                "supervised": supervised,
+                "gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
+            }
+        )
     )
 
 

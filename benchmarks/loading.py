@@ -1,4 +1,5 @@
-"""Host memory of each process while a model is loaded and shared out. Writes the table of docs/topologies.md.
+"""Host memory of each process while a model is loaded and shared out. Writes the table of
+docs/topologies.md.
 
     python benchmarks/loading.py --layers 24 --width 1024          # a Llama of 0.4B parameters, 1.6 GB in float32
 
@@ -22,7 +23,9 @@ TOPOLOGIES = ["ddp", "fsdp2", "zero2", "zero3"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--processes", type=int, default=2)
@@ -31,10 +34,15 @@ def main() -> None:
         folder = Path(name)
         total = make_model(folder / "model", arguments.layers, arguments.width)
         print(f"weights: {total / 1e9:.2f} GB in float32")
-        print("| topology | " + " | ".join(f"process {n}" for n in range(arguments.processes)) + " |")
+        print(
+            "| topology | " + " | ".join(f"process {n}" for n in range(arguments.processes)) + " |"
+        )
         for topology in TOPOLOGIES:
             peaks = measure(topology, arguments.processes, folder)
-            print(f"| {topology} | " + " | ".join(f"{peak / 1e9:.2f} GB" for peak in peaks) + " |", flush=True)
+            print(
+                f"| {topology} | " + " | ".join(f"{peak / 1e9:.2f} GB" for peak in peaks) + " |",
+                flush=True,
+            )
 
 
 def make_model(folder: Path, layers: int, width: int) -> int:
@@ -52,16 +60,24 @@ def make_model(folder: Path, layers: int, width: int) -> int:
 
 
 def measure(topology: str, processes: int, folder: Path) -> list[int]:
-    """Growth of each process's peak memory, in bytes, from before the model to when it is shared out."""
+    """Growth of each process's peak memory, in bytes, from before the model to when it is shared
+    out.
+    """
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"question": f"{i}", "answer": f"{i}"}) + "\n" for i in range(8)))
+    rows.write_text(
+        "".join(json.dumps({"question": f"{i}", "answer": f"{i}"}) + "\n" for i in range(8))
+    )
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"),
         "--num_processes", str(processes), "--main_process_port", "0", str(Path(__file__)),
     ]  # fmt: skip
     environment = {**os.environ, "LOADING_FOLDER": str(folder), "PYTHONPATH": str(ROOT)}
-    environment["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # what is freed goes back to the system, and is not counted twice
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    environment["MALLOC_MMAP_THRESHOLD_"] = (
+        "1000000"  # what is freed goes back to the system, and is not counted twice
+    )
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
@@ -87,7 +103,14 @@ def build_and_note(folder: Path) -> None:
     })  # fmt: skip
     topology = Topology("fp32")
     topology.require_same({})
-    run = Run(config, RunDirectory(config), None, topology, preflight.prepare(config, topology), StopFlag())
+    run = Run(
+        config,
+        RunDirectory(config),
+        None,
+        topology,
+        preflight.prepare(config, topology),
+        StopFlag(),
+    )
     topology.sum([0.0])  # what talking to the others takes is not the model's
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     loop.build(run)

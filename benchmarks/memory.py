@@ -3,8 +3,8 @@
     python benchmarks/memory.py                                 the table of docs/performance.md, about ten minutes
     python benchmarks/memory.py --allocator libtcmalloc.so.4    also what each costs with another allocator
 
-What lives is forecast; glibc keeps freed blocks between it. So that both can be seen, each run is done
-with glibc giving back all blocks of 1 MB and more, and once more as it is.
+What lives is forecast; glibc keeps freed blocks between it. So that both can be seen, each run is
+done with glibc giving back all blocks of 1 MB and more, and once more as it is.
 """
 
 import argparse
@@ -34,7 +34,9 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--allocator", help="a library to preload, for a third column")
     arguments = parser.parse_args()
     ways = {"given back": {"MALLOC_MMAP_THRESHOLD_": "1000000"}, "glibc as it is": {}}
@@ -43,17 +45,26 @@ def main() -> None:
     head = ["", "forecast, GB"]
     for way in ways:
         head += [f"{way}, GB", "tokens/s"]
-    print("| " + " | ".join([*head, "forecast is off by"]) + " |\n|" + " --- |" * (len(head) + 1), flush=True)
+    print(
+        "| " + " | ".join([*head, "forecast is off by"]) + " |\n|" + " --- |" * (len(head) + 1),
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "rows.txt").write_text("".join(f"{i:04} " + "abcdefghi " * 99 + "\n" for i in range(40)))
+        (Path(folder) / "rows.txt").write_text(
+            "".join(f"{i:04} " + "abcdefghi " * 99 + "\n" for i in range(40))
+        )
         for topology, processes, train in CASES:
             path = write(Path(folder), train)
             expected = forecast(path, topology, processes)
-            measured = [run(path, topology, processes, environment) for environment in ways.values()]
+            measured = [
+                run(path, topology, processes, environment) for environment in ways.values()
+            ]
             cells = [f"{value:.2f} | {speed:,.0f}" for value, speed in measured]
             name = ", ".join([topology, *(f"{key} {value}" for key, value in train.items())])
             print(
-                f"| {name} | {expected:.2f} | {' | '.join(cells)} | {expected / measured[0][0] - 1:+.1%} |", flush=True
+                f"| {name} | {expected:.2f} | {' | '.join(cells)} | "
+                f"{expected / measured[0][0] - 1:+.1%} |",
+                flush=True,
             )
 
 
@@ -61,7 +72,8 @@ def write(folder: Path, train: dict[str, Any]) -> Path:
     config = {
         "run": {"name": "memory", "dir": str(folder / "runs")},
         "model": {"init": "random", "tokenizer": "bytes", "config": SHAPE},
-        "objective": {"kind": "clm"}, "optimizer": {"lr": 1e-4}, "checkpoint": {"asynchronous": False},  # its copy does not belong to a step
+        # Its copy does not belong to a step
+        "objective": {"kind": "clm"}, "optimizer": {"lr": 1e-4}, "checkpoint": {"asynchronous": False},
         "data": {"train": str(folder / "rows.txt"), "packing": True, "max_length": 1003, "cache_dir": str(folder / "cache")},
         "train": {"global_batch_size": 4, "max_steps": STEPS, "precision": "bf16", **train},
     }  # fmt: skip
@@ -73,20 +85,27 @@ def write(folder: Path, train: dict[str, Any]) -> Path:
 def forecast(path: Path, topology: str, processes: int) -> float:
     """GB. In a process of its own, as models and libraries stay."""
     code = (
-        "import json, sys; from finetune import config as configs; from finetune.engine.topology.launch import ParallelConfig\n"
+        "import json, sys; from finetune import config as configs; from "
+        "finetune.engine.topology.launch import ParallelConfig\n"
         "from finetune.forecast.choice import Chooser\n"
         "config, _ = configs.parse(['--config', sys.argv[1]])\n"
-        "settings = json.load(open(f'ds_configs/{sys.argv[2]}.json')) if 'zero' in sys.argv[2] else {}\n"
+        "settings = json.load(open(f'ds_configs/{sys.argv[2]}.json')) if 'zero' in sys.argv[2] "
+        "else {}\n"
         "parallel = ParallelConfig(sys.argv[2], int(sys.argv[3]), deepspeed=settings)\n"
-        "print(Chooser(config, precision=config.train.precision, on_gpu=False).forecast(parallel).peak / 1e9)\n"
+        "print(Chooser(config, precision=config.train.precision, "
+        "on_gpu=False).forecast(parallel).peak / 1e9)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(path), topology, str(processes)]
-    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     return float(said.split()[-1])
 
 
-def run(path: Path, topology: str, processes: int, environment: dict[str, str]) -> tuple[float, float]:
+def run(
+    path: Path, topology: str, processes: int, environment: dict[str, str]
+) -> tuple[float, float]:
     """(peak of the first process in GB, tokens a second)"""
     folder = path.parent / "runs/memory"
     subprocess.run(["rm", "-rf", str(folder)], check=True)
@@ -96,12 +115,19 @@ def run(path: Path, topology: str, processes: int, environment: dict[str, str]) 
         "--num_processes", str(processes), "train.py", "--config", str(path),
     ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **threads, **environment}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, **threads, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{topology} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return lines[-1]["memory_gb"], statistics.median(line["tokens_per_second"] for line in lines[1:])
+    return lines[-1]["memory_gb"], statistics.median(
+        line["tokens_per_second"] for line in lines[1:]
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def full(kind: str, lrs: tuple[float, ...], when: str) -> Method:
     return Method(f"all weights, {kind}", {"optimizer.kind": kind}, lrs, when)
 
 
-def adapter(name: str, settings: dict[str, Any], when: str, kind: str = "lora", costs: bool = True) -> Method:
+def adapter(
+    name: str, settings: dict[str, Any], when: str, kind: str = "lora", costs: bool = True
+) -> Method:
     shape = {"adapter.kind": kind, "adapter.r": 16, "adapter.alpha": 32}
     return Method(name, shape | settings, (3e-3, 1e-2), when, costs)
 
@@ -83,7 +85,9 @@ METHODS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["learn", "cost", "table"])
     parser.add_argument("--shape", choices=SHAPES, default="47M", help="cost: the model")
     parser.add_argument("--jobs", type=int, default=2, help="learn: runs at a time")
@@ -102,7 +106,9 @@ def learn(methods: list[Method], jobs: int) -> None:
     """Pre-train once, then each method at each of its rates for the same steps."""
     if not (ROOT / "data/pig_latin/train.jsonl").exists():
         subprocess.run(
-            [sys.executable, "data_scripts/pig_latin.py", "--output", "data/pig_latin"], cwd=ROOT, check=True
+            [sys.executable, "data_scripts/pig_latin.py", "--output", "data/pig_latin"],
+            cwd=ROOT,
+            check=True,
         )
     train("configs/quickstart_pretrain.yaml", "base", {"train.max_steps": PRETRAIN_STEPS})
     runs = [(method, lr) for method in methods for lr in method.lrs]
@@ -122,7 +128,9 @@ def learn(methods: list[Method], jobs: int) -> None:
 
 
 def cost(methods: list[Method], shape: str) -> None:
-    """A few steps of each, all of them ROUNDS times over, so that a slow minute hits no method alone."""
+    """A few steps of each, all of them ROUNDS times over, so that a slow minute hits no method
+    alone.
+    """
     base = {
         "model.init": "random", "model.path": None, "model.tokenizer": "bytes", "data.train": "data/pig_latin/sentences.txt",
         "model.config": {"model_type": "llama", "max_position_embeddings": 4096, **SHAPES[shape]}, "train.max_steps": 1,
@@ -139,7 +147,9 @@ def cost(methods: list[Method], shape: str) -> None:
         name = f"cost_{shape}_{round_}_{slug(method)}"
         train("configs/quickstart.yaml", name, settings)
         speed, memory = measured(name)
-        print(f"{method.name}: {statistics.median(speed):,.0f} tokens/s, {memory:.2f} GB", flush=True)
+        print(
+            f"{method.name}: {statistics.median(speed):,.0f} tokens/s, {memory:.2f} GB", flush=True
+        )
 
 
 def write_table() -> None:
@@ -150,7 +160,11 @@ def write_table() -> None:
     rows = [head, ["---"] * len(head)]
     reference = {shape: speeds(METHODS[0], shape) for shape in shapes}
     for method in METHODS:
-        learned = [(eval_loss(method, lr), lr) for lr in method.lrs if (WORK / f"{slug(method)}_{lr:g}/model").exists()]
+        learned = [
+            (eval_loss(method, lr), lr)
+            for lr in method.lrs
+            if (WORK / f"{slug(method)}_{lr:g}/model").exists()
+        ]
         best = "{:.3f} ({:g})".format(*min(learned)) if learned else "not measured"
         row = [method.name, method.when, trainable(method), best]
         for shape in shapes:
@@ -169,12 +183,24 @@ def write_table() -> None:
 
 
 def train(config: str, name: str, settings: dict[str, Any]) -> None:
-    """train.py with a config and settings on top. A complete run is left as it is; raises if it fails."""
+    """train.py with a config and settings on top. A complete run is left as it is; raises if it
+    fails.
+    """
     arguments = [
         f"--{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix('...').strip()}"
         for key, value in settings.items()
     ]
-    command = [sys.executable, "train.py", "--config", config, "--run.dir", str(WORK), "--run.name", name, *arguments]
+    command = [
+        sys.executable,
+        "train.py",
+        "--config",
+        config,
+        "--run.dir",
+        str(WORK),
+        "--run.name",
+        name,
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -182,7 +208,9 @@ def train(config: str, name: str, settings: dict[str, Any]) -> None:
 
 def resolved(method: Method, num_layers: int) -> dict[str, Any]:
     lower = ["embed_tokens", *(rf"layers\.{layer}\." for layer in range(num_layers // 2))]
-    return {key: lower if value == "LOWER_HALF" else value for key, value in method.settings.items()}
+    return {
+        key: lower if value == "LOWER_HALF" else value for key, value in method.settings.items()
+    }
 
 
 def slug(method: Method) -> str:

@@ -5,13 +5,14 @@
     python benchmarks/peers.py --only "trl packed|ours"              a regular expression
     python benchmarks/peers.py --preload libtcmalloc_minimal.so.4    another allocator, for all of them
 
-Each trains for N steps in a process of its own, by its own trainer, at the fastest settings it
-has on this machine; rounds alternate. Tokens a second do not count padding, and are medians over the
-steps after the first ones; memory is the peak of the process, or of its GPU. Useful arithmetic is 6 operations for each
-weight that a token needs, and for the output projection only tokens that are learned; it is compared with what
-matrix products of 2,048 x 2,048 x 2,048 reach, measured between the runs. What was learned is proved by
-one judge: the loss of the saved model on held-out rows. TRL: pip install trl==1.16.0. LitGPT needs older
-packages, so an environment of its own: --litgpt its/bin/python, with litgpt==0.5.13
+Each trains for N steps in a process of its own, by its own trainer, at the fastest settings it has
+on this machine; rounds alternate. Tokens a second do not count padding, and are medians over the
+steps after the first ones; memory is the peak of the process, or of its GPU. Useful arithmetic is 6
+operations for each weight that a token needs, and for the output projection only tokens that are
+learned; it is compared with what matrix products of 2,048 x 2,048 x 2,048 reach, measured between
+the runs. What was learned is proved by one judge: the loss of the saved model on held-out rows.
+TRL: pip install trl==1.16.0. LitGPT needs older packages, so an environment of its own: --litgpt
+its/bin/python, with litgpt==0.5.13
 """
 
 import argparse
@@ -41,16 +42,24 @@ HELD_OUT = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, help="JSON Lines with prompt and completion, or question and answer")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=Path, help="JSON Lines with prompt and completion, or question and answer"
+    )
     parser.add_argument("--model", type=Path, help="folder of a model with its tokenizer")
-    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer for the invented model")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of a tokenizer for the invented model"
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--only", default="", help="regular expression: these contenders")
     parser.add_argument(
-        "--litgpt", type=Path, help="Python of an environment with LitGPT; without it, LitGPT is left out"
+        "--litgpt",
+        type=Path,
+        help="Python of an environment with LitGPT; without it, LitGPT is left out",
     )
     parser.add_argument("--preload", help="library to preload, such as another allocator")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
@@ -61,11 +70,16 @@ def main() -> None:
         rates = []
         for _ in range(arguments.rounds):
             for contender, run in CONTENDERS.items():
-                if re.search(arguments.only, contender) and (contender != "litgpt padded" or work.litgpt):
+                if re.search(arguments.only, contender) and (
+                    contender != "litgpt padded" or work.litgpt
+                ):
                     rates.append(product_rate(work.precision))
                     results.setdefault(contender, []).append(run(work))
                     last = results[contender][-1]
-                    print(f"{contender}: {last['speed']:,.0f} tokens/s, {last['memory']:.2f} GB", file=sys.stderr)
+                    print(
+                        f"{contender}: {last['speed']:,.0f} tokens/s, {last['memory']:.2f} GB",
+                        file=sys.stderr,
+                    )
         table(work, results, statistics.median(rates))
         if arguments.plot:
             plot(results, arguments.plot)
@@ -87,7 +101,9 @@ class Work:
         self.layers, self.head = weights_of(self.model)
 
     def operations(self, tokens: int, supervised: int) -> int:
-        """Of a step forth and back: 2 for each weight and token forward, 4 backward. Those of attention's scores are left out."""
+        """Of a step forth and back: 2 for each weight and token forward, 4 backward. Those of
+        attention's scores are left out.
+        """
         return 6 * (self.layers * tokens + self.head * supervised)
 
     def fresh(self) -> Path:
@@ -110,19 +126,29 @@ def short(rows: list[dict[str, str]], model: Path) -> list[dict[str, str]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return [row for row in rows if len(tokenizer(row["prompt"] + row["completion"]).input_ids) < MAX_LENGTH - 4]
+    return [
+        row
+        for row in rows
+        if len(tokenizer(row["prompt"] + row["completion"]).input_ids) < MAX_LENGTH - 4
+    ]
 
 
 def invent_rows() -> list[dict[str, str]]:
-    """Rows of words as long as those of a school book's problems: 30 to 90 words asked, 40 to 200 answered."""
+    """Rows of words as long as those of a school book's problems: 30 to 90 words asked, 40 to 200
+    answered.
+    """
     dice = random.Random(0)
     syllables = "ba con de fi ga ho in ju ka lo mer no per ra so tu ver wi".split()
     words = ["".join(dice.choices(syllables, k=dice.randint(1, 4))) for _ in range(6000)]
 
     def text(low: int, high: int) -> str:
-        return " ".join(dice.choices(words, k=int(dice.triangular(low, high, low + (high - low) / 4))))
+        return " ".join(
+            dice.choices(words, k=int(dice.triangular(low, high, low + (high - low) / 4)))
+        )
 
-    return [{"prompt": text(30, 90) + "\n", "completion": text(40, 200)} for _ in range(2000 + HELD_OUT)]
+    return [
+        {"prompt": text(30, 90) + "\n", "completion": text(40, 200)} for _ in range(2000 + HELD_OUT)
+    ]
 
 
 def make_model(folder: Path, rows: list[dict[str, str]], tokenizer: Path | None) -> Path:
@@ -135,10 +161,15 @@ def make_model(folder: Path, rows: list[dict[str, str]], tokenizer: Path | None)
         tokens: Any = AutoTokenizer.from_pretrained(tokenizer)
     else:
         bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        bpe.pre_tokenizer, bpe.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
         special = ["<|bos|>", "<|eos|>", "<|pad|>"]
         trainer = trainers.BpeTrainer(
-            vocab_size=8000, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+            vocab_size=8000,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
         bpe.train_from_iterator((row[key] for row in rows for key in row), trainer)
         tokens = PreTrainedTokenizerFast(
@@ -171,9 +202,13 @@ def ours(work: Work, **changes: Any) -> dict[str, Any]:
     memory = peak(work, [sys.executable, "train.py", "--config", str(folder / "config.yaml")])
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     totals = [0, *(line["tokens"] for line in lines)]
-    measured = [(after - before, line["seconds"]) for before, after, line in zip(totals, totals[1:], lines)]
+    measured = [
+        (after - before, line["seconds"]) for before, after, line in zip(totals, totals[1:], lines)
+    ]
     on_gpu = lines[-1]["memory_gb"] if "mfu" in lines[-1] else None
-    return judged(work, folder / "run/model", measured, on_gpu or memory, lines[-1]["supervised_tokens"])
+    return judged(
+        work, folder / "run/model", measured, on_gpu or memory, lines[-1]["supervised_tokens"]
+    )
 
 
 def peer(work: Work, python: Path | str, script: str, **settings: Any) -> dict[str, Any]:
@@ -186,7 +221,9 @@ def peer(work: Work, python: Path | str, script: str, **settings: Any) -> dict[s
     }  # fmt: skip
     memory = peak(work, [str(python), f"benchmarks/{script}", json.dumps(wanted)])
     done = json.loads((folder / "model/measured.json").read_text())
-    return judged(work, folder / "model", done["steps"], done["gpu_gb"] or memory, done["supervised"])
+    return judged(
+        work, folder / "model", done["steps"], done["gpu_gb"] or memory, done["supervised"]
+    )
 
 
 def trl(work: Work, **settings: Any) -> dict[str, Any]:
@@ -197,8 +234,12 @@ CONTENDERS: dict[str, Callable[[Work], dict[str, Any]]] = {
     "ours": ours,
     "ours, compiled": lambda work: ours(work, train__compile=True),
     "trl padded": lambda work: trl(work, per_device_train_batch_size=8),
-    "trl padded, compiled": lambda work: trl(work, per_device_train_batch_size=8, torch_compile=True),
-    "trl packed": lambda work: trl(work, per_device_train_batch_size=TOKENS // MAX_LENGTH, packing=True),
+    "trl padded, compiled": lambda work: trl(
+        work, per_device_train_batch_size=8, torch_compile=True
+    ),
+    "trl packed": lambda work: trl(
+        work, per_device_train_batch_size=TOKENS // MAX_LENGTH, packing=True
+    ),
     "trl packed, compiled": lambda work: trl(
         work, per_device_train_batch_size=TOKENS // MAX_LENGTH, packing=True, torch_compile=True
     ),
@@ -207,11 +248,17 @@ CONTENDERS: dict[str, Callable[[Work], dict[str, Any]]] = {
 
 
 def peak(work: Work, command: list[str]) -> float:
-    """Run a command; the peak memory of its process in GB. Raises RuntimeError with the end of what it said."""
+    """Run a command; the peak memory of its process in GB. Raises RuntimeError with the end of what
+    it said.
+    """
     preload = {"LD_PRELOAD": work.preload} if work.preload else {}
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=said, stderr=said, env=os.environ | {"HF_HUB_OFFLINE": "1"} | preload
+            command,
+            cwd=ROOT,
+            stdout=said,
+            stderr=said,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | preload,
         )
         _, status, used = os.wait4(process.pid, 0)
         said.seek(0)
@@ -220,7 +267,9 @@ def peak(work: Work, command: list[str]) -> float:
     return used.ru_maxrss * 1024 / 1e9
 
 
-def judged(work: Work, model: Path, steps: list[tuple[int, float]], memory: float, supervised: int) -> dict[str, Any]:
+def judged(
+    work: Work, model: Path, steps: list[tuple[int, float]], memory: float, supervised: int
+) -> dict[str, Any]:
     speed = statistics.median(tokens / seconds for tokens, seconds in steps[WARM:])
     tokens = sum(tokens for tokens, _ in steps)
     return {
@@ -238,7 +287,9 @@ def weights_of(model: Path) -> tuple[int, int]:
         bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     head, embeddings = bare.get_output_embeddings().weight, bare.get_input_embeddings().weight
     matrices = [
-        weight for weight in bare.parameters() if weight.ndim == 2 and weight is not head and weight is not embeddings
+        weight
+        for weight in bare.parameters()
+        if weight.ndim == 2 and weight is not head and weight is not embeddings
     ]
     return sum(weight.numel() for weight in matrices), head.numel()
 
@@ -264,14 +315,21 @@ def held_out_loss(work: Work, model: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, loaded = AutoTokenizer.from_pretrained(work.model), AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer, loaded = (
+        AutoTokenizer.from_pretrained(work.model),
+        AutoModelForCausalLM.from_pretrained(model).eval(),
+    )
     total, count = 0.0, 0
     with torch.no_grad():
         for row in work.held_out:
             asked = tokenizer(row["prompt"]).input_ids
-            ids = (asked + tokenizer(row["completion"], add_special_tokens=False).input_ids)[:MAX_LENGTH]
+            ids = (asked + tokenizer(row["completion"], add_special_tokens=False).input_ids)[
+                :MAX_LENGTH
+            ]
             logits = loaded(torch.tensor([ids])).logits[0, len(asked) - 1 : -1].float()
-            total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[len(asked) :]), reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(
+                logits, torch.tensor(ids[len(asked) :]), reduction="sum"
+            ).item()
             count += len(ids) - len(asked)
     return total / count
 
@@ -284,23 +342,28 @@ def table(work: Work, results: dict[str, list[dict[str, Any]]], rate: float) -> 
     import transformers
 
     print(
-        f"{os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}; {work.steps} steps, {work.precision}; "
+        f"{os.cpu_count()} cores; torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; {work.steps} steps, {work.precision}; "
         f"products of matrices at {rate / 1e9:,.0f} billion operations a second\n"
     )
     print(
-        "| | tokens/s | our fastest by | useful arithmetic, of the products' rate | peak memory | our fastest needs | tokens trained | loss on held-out rows |\n"
-        + "| --- " * 8
-        + "|"
+        "| | tokens/s | our fastest by | useful arithmetic, of the products' rate | peak memory | "
+        "our fastest needs | tokens trained | loss on held-out rows |\n" + "| --- " * 8 + "|"
     )
     medians = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for name, runs in results.items()
     }
-    own = [found for name, found in medians.items() if name.startswith("ours")] or list(medians.values())
+    own = [found for name, found in medians.items() if name.startswith("ours")] or list(
+        medians.values()
+    )
     first = max(own, key=lambda found: found["speed"])
     for name, found in medians.items():
         print(
-            f"| {name} | {found['speed']:,.0f} | {first['speed'] / found['speed']:.2f}x | {found['operations'] / rate:.0%} | {found['memory']:.2f} GB | "
-            f"{first['memory'] / found['memory']:.0%} | {found['tokens']:,.0f} | {found['loss']:.3f} |"
+            f"| {name} | {found['speed']:,.0f} | {first['speed'] / found['speed']:.2f}x | "
+            f"{found['operations'] / rate:.0%} | {found['memory']:.2f} GB | "
+            f"{first['memory'] / found['memory']:.0%} | {found['tokens']:,.0f} | "
+            f"{found['loss']:.3f} |"
         )
 
 
@@ -313,7 +376,11 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.6 * len(results) + 1.5), sharey=True)
     names = list(results)[::-1]
     for axis, key, title in zip(axes, ("speed", "memory"), ("tokens a second", "peak memory, GB")):
-        axis.barh(names, [statistics.median(run[key] for run in results[name]) for name in names], color="#4c72b0")
+        axis.barh(
+            names,
+            [statistics.median(run[key] for run in results[name]) for name in names],
+            color="#4c72b0",
+        )
         axis.set_title(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

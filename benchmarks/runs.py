@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians over the steps after the first ones, of all processes together; memory of the first one, at its peak."""
+    """Medians over the steps after the first ones, of all processes together; memory of the first
+    one, at its peak.
+    """
 
     tokens_per_second: float
     memory_gb: float
@@ -27,7 +29,12 @@ class Measured:
 
 
 def measure(
-    folder: Path, settings: dict[str, Any], *, warm: int, topology: str = "single", processes: int = 1
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    warm: int,
+    topology: str = "single",
+    processes: int = 1,
 ) -> Measured:
     """`settings`: section.field -> value. Raises RuntimeError with the error of a run that failed."""
     sections: dict[str, dict[str, Any]] = {}
@@ -46,9 +53,20 @@ def measure(
         sys.executable, "-m", "finetune", "launch", "--config_file", f"accelerate_configs/{topology}.yaml", *many,
         "train.py", "--config", str(config),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **threads},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        wrong = [line for line in done.stderr.splitlines() if re.search(r"[Ee]rror\b.*:|out of memory", line)]
+        wrong = [
+            line
+            for line in done.stderr.splitlines()
+            if re.search(r"[Ee]rror\b.*:|out of memory", line)
+        ]
         raise RuntimeError((wrong or done.stderr.splitlines()[-1:] or ["it said nothing"])[0][:200])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = lines[-1]

@@ -4,7 +4,8 @@
     python benchmarks/spot.py --width 1024 --layers 24 --rounds 1
 
 Runs with checkpoints written in the background and runs that wait for them take turns. Each is
-started by the launcher, saves every two steps, is sent SIGTERM in mid-training, and is started again.
+started by the launcher, saves every two steps, is sent SIGTERM in mid-training, and is started
+again.
 """
 
 import argparse
@@ -28,7 +29,9 @@ PLACES = {"one process": [], "fsdp2, 2 processes": ["--config_file", "accelerate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
@@ -38,17 +41,26 @@ def main() -> None:
         for number in range(arguments.rounds):
             for place, launcher in PLACES.items():
                 for asynchronous in (True, False) if number % 2 else (False, True):
-                    config = write_config(Path(name), arguments.width, arguments.layers, asynchronous)
+                    config = write_config(
+                        Path(name), arguments.width, arguments.layers, asynchronous
+                    )
                     found.setdefault((place, asynchronous), []).append(measure(config, launcher))
     first = next(iter(found.values()))[0]
     print(f"checkpoints of {first['gb']:.2f} GB; medians of {arguments.rounds} rounds\n")
     columns = ("stall", "safe", "exit", "resumed")
     print(
-        "| | saved | training waits | safe after | SIGTERM to exit | start to first step |\n| --- | --- | --- | --- | --- | --- |"
+        "| | saved | training waits | safe after | SIGTERM to exit | start to first step |\n| --- "
+        "| --- | --- | --- | --- | --- |"
     )
     for (place, asynchronous), rounds in found.items():
-        middle = [f"{statistics.median(each[column] for each in rounds):.2f} s" for column in columns]
-        print(f"| {place} | {'in the background' if asynchronous else 'waiting'} | " + " | ".join(middle) + " |")
+        middle = [
+            f"{statistics.median(each[column] for each in rounds):.2f} s" for column in columns
+        ]
+        print(
+            f"| {place} | {'in the background' if asynchronous else 'waiting'} | "
+            + " | ".join(middle)
+            + " |"
+        )
 
 
 def write_config(folder: Path, width: int, layers: int, asynchronous: bool) -> Path:
@@ -62,7 +74,12 @@ def write_config(folder: Path, width: int, layers: int, asynchronous: bool) -> P
         "model": {"init": "random", "tokenizer": "bytes", "config": shape},
         "data": {"train": str(rows), "max_length": 128, "cache_dir": str(folder / "cache")},
         "objective": {"kind": "clm"},
-        "train": {"global_batch_size": 4, "micro_batch_size": 2, "epochs": 1000, "max_steps": 10_000},
+        "train": {
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "epochs": 1000,
+            "max_steps": 10_000,
+        },
         "checkpoint": {"every_steps": 2, "every_minutes": None, "asynchronous": asynchronous},
     }
     path = folder / f"{name}.yaml"
@@ -71,7 +88,9 @@ def write_config(folder: Path, width: int, layers: int, asynchronous: bool) -> P
 
 
 def measure(config: Path, launcher: list[str]) -> dict[str, float]:
-    """Seconds: median stall of a save, median time until it is safe, from SIGTERM to exit 75, from start to the first step."""
+    """Seconds: median stall of a save, median time until it is safe, from SIGTERM to exit 75, from
+    start to the first step.
+    """
     run = config.parent / "runs" / config.stem
     process = start(config, launcher)
     wait(lambda: lines(run / "saves.jsonl") >= SAVED, process)
@@ -88,7 +107,8 @@ def measure(config: Path, launcher: list[str]) -> dict[str, float]:
     process.send_signal(signal.SIGTERM)
     assert process.wait(300) == 75
     middle = {
-        name: statistics.median(save[name] for save in saves[1:SAVED]) for name in ("stall_seconds", "seconds", "bytes")
+        name: statistics.median(save[name] for save in saves[1:SAVED])
+        for name in ("stall_seconds", "seconds", "bytes")
     }
     return {
         "stall": middle["stall_seconds"],
@@ -100,7 +120,16 @@ def measure(config: Path, launcher: list[str]) -> dict[str, float]:
 
 
 def start(config: Path, launcher: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "finetune", "launch", *launcher, "train.py", "--config", str(config)]
+    command = [
+        sys.executable,
+        "-m",
+        "finetune",
+        "launch",
+        *launcher,
+        "train.py",
+        "--config",
+        str(config),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
 

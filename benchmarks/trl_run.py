@@ -1,4 +1,6 @@
-"""One run of TRL's SFTTrainer for benchmarks/peers.py and gpu.py: python benchmarks/trl_run.py '{"rows": ..., "model": ...}'"""
+"""One run of TRL's SFTTrainer for benchmarks/peers.py and gpu.py: python benchmarks/trl_run.py
+'{"rows": ..., "model": ...}'
+"""
 
 import json
 import sys
@@ -44,13 +46,19 @@ def main() -> None:
         dataloader_pin_memory=False, model_init_kwargs={"attn_implementation": settings.pop("attn_implementation"), "dtype": wanted.get("dtype", "float32")}, **settings,
     )  # fmt: skip
     clock = Clock()
-    rows = load_dataset("json", data_files=wanted["rows"], split="train", cache_dir=str(out.parent / "cache"))
+    rows = load_dataset(
+        "json", data_files=wanted["rows"], split="train", cache_dir=str(out.parent / "cache")
+    )
     adapter = {}
     if wanted.get("lora"):
         from peft import LoraConfig
 
-        adapter["peft_config"] = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **wanted["lora"])
-    trainer = SFTTrainer(model=wanted["model"], args=config, train_dataset=rows, callbacks=[clock], **adapter)
+        adapter["peft_config"] = LoraConfig(
+            target_modules="all-linear", task_type="CAUSAL_LM", **wanted["lora"]
+        )
+    trainer = SFTTrainer(
+        model=wanted["model"], args=config, train_dataset=rows, callbacks=[clock], **adapter
+    )
     compute = trainer.compute_loss
 
     def counted(model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:

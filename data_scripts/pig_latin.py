@@ -1,4 +1,5 @@
-"""Make the Pig Latin data set of the quickstart: sentences of invented words and their translations.
+"""Make the Pig Latin data set of the quickstart: sentences of invented words and their
+translations.
 
     python data_scripts/pig_latin.py --output data/pig_latin
 
@@ -15,18 +16,23 @@ import re
 from pathlib import Path
 
 ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sc sh sk sl sm sn sp spl st str sw t th tr v w y z".split()
-CODAS = "b ck d ft g l ld ll lt m mp n nd ng nk nt p r rd rk rm rn rt s sh sk sp ss st t th x".split()
+CODAS = (
+    "b ck d ft g l ld ll lt m mp n nd ng nk nt p r rd rk rm rn rt s sh sk sp ss st t th x".split()
+)
 VOWELS = "a e i o u ai ea ee oa oo ou".split()
 SPLITS = {"train": 0.8, "dev": 0.1, "test": 0.1}
 
 
 def pig_latin(text: str) -> str:
-    """Translate every word of a text; other characters stay in place, and so does a leading capital."""
+    """Translate every word of a text; other characters stay in place, and so does a leading
+    capital.
+    """
     return re.sub(r"[A-Za-z]+", lambda match: _word(match[0]), text)
 
 
 def _word(word: str) -> str:
-    """One word. The consonants before the first vowel go to the end, then "ay"; before a vowel, "way".
+    """One word. The consonants before the first vowel go to the end, then "ay"; before a vowel,
+    "way".
 
     y is a vowel except at the start (my -> ymay, rhythm -> ythmrhay, yes -> esyay), and qu moves
     as one (queen -> eenquay). A word without any vowel has nothing to move before (pst -> pstay).
@@ -42,15 +48,22 @@ def _word(word: str) -> str:
 
 
 def vocabulary(count: int, random: random.Random) -> list[str]:
-    """Pronounceable words of one to three syllables, all different; one in 25 has y for its only vowel."""
+    """Pronounceable words of one to three syllables, all different; one in 25 has y for its only
+    vowel.
+    """
     words: set[str] = set()
     while len(words) < count:
         if random.random() < 0.04:
-            word = random.choice([o for o in ONSETS if o not in ("qu", "y")]) + "y" + random.choice(["", *CODAS])
+            word = (
+                random.choice([o for o in ONSETS if o not in ("qu", "y")])
+                + "y"
+                + random.choice(["", *CODAS])
+            )
         else:
             syllables = random.choices([1, 2, 3], weights=[4, 5, 1])[0]
             word = "".join(
-                random.choice(["", *ONSETS] if i == 0 else ONSETS) + random.choice(VOWELS) for i in range(syllables)
+                random.choice(["", *ONSETS] if i == 0 else ONSETS) + random.choice(VOWELS)
+                for i in range(syllables)
             ) + random.choice(["", *CODAS])
         if 2 <= len(word) <= 8:
             words.add(word)
@@ -65,13 +78,17 @@ def sentence(words: list[str], random: random.Random) -> str:
 
 
 def problem_with(folder: Path) -> str | None:
-    """Why nothing should be written there: it is not a folder, or has rows that this script did not make."""
+    """Why nothing should be written there: it is not a folder, or has rows that this script did not
+    make.
+    """
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir():
         return f"{above} is a file; give a folder"
     if not os.access(above, os.W_OK | os.X_OK):
         return f"{above} cannot be written; give another folder"
-    for path in (folder / name for name in ("sentences.txt", *(f"{split}.jsonl" for split in SPLITS))):
+    for path in (
+        folder / name for name in ("sentences.txt", *(f"{split}.jsonl" for split in SPLITS))
+    ):
         if path.exists() and not is_ours(path):
             return f"{path} exists, and this script did not write it; give another folder, or remove it"
     return None
@@ -85,15 +102,23 @@ def is_ours(path: Path) -> bool:
         if path.suffix == ".txt":
             return not line or re.fullmatch(r"[a-z]+( [a-z]+,?)*\.\n", line) is not None
         row = json.loads(line or "{}")
-        return not row or (row.keys() == {"question", "answer"} and row["answer"] == pig_latin(row["question"]))
+        return not row or (
+            row.keys() == {"question", "answer"} and row["answer"] == pig_latin(row["question"])
+        )
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("data/pig_latin"), help="folder to write to")
-    parser.add_argument("--words", type=int, default=24_000, help="size of the vocabulary, all splits together")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("data/pig_latin"), help="folder to write to"
+    )
+    parser.add_argument(
+        "--words", type=int, default=24_000, help="size of the vocabulary, all splits together"
+    )
     parser.add_argument("--train", type=int, default=19_200, help="training sentences")
     parser.add_argument("--held-out", type=int, default=200, help="sentences of dev, and of test")
     parser.add_argument("--seed", type=int, default=0)
@@ -109,13 +134,17 @@ def main() -> None:
     for split, part in SPLITS.items():
         own = words[start : start + round(part * len(words))]
         start += len(own)
-        sentences = [sentence(own, source) for _ in range(arguments.train if split == "train" else arguments.held_out)]
+        sentences = [
+            sentence(own, source)
+            for _ in range(arguments.train if split == "train" else arguments.held_out)
+        ]
         rows = [json.dumps({"question": s, "answer": pig_latin(s)}) for s in sentences]
         (arguments.output / f"{split}.jsonl").write_text("".join(row + "\n" for row in rows))
         if split == "train":
             (arguments.output / "sentences.txt").write_text("".join(s + "\n" for s in sentences))
         print(
-            f"{split:<6}{len(rows):>7,} sentences of {len(own):>6,} words, such as: {sentences[0]}  ->  {pig_latin(sentences[0])}"
+            f"{split:<6}{len(rows):>7,} sentences of {len(own):>6,} words, such as: {sentences[0]} "
+            f" ->  {pig_latin(sentences[0])}"
         )
 
 

@@ -1,4 +1,6 @@
-"""finetune, or python -m finetune: train | launch | replay | plan | evaluate | chat | curves | export | merge | schema. Each imports what it needs when it runs."""
+"""finetune, or python -m finetune: train | launch | replay | plan | evaluate | chat | curves |
+export | merge | schema. Each imports what it needs when it runs.
+"""
 
 import argparse
 import importlib
@@ -13,8 +15,14 @@ from finetune.config import note_repeats, paths
 from finetune.errors import EXIT_COMPLETE, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 COMMANDS = {
-    "replay": ("finetune.replay", "repeat a run from its receipt; refuse, and list what differs, if anything changed"),
-    "evaluate": ("finetune.evaluation.compare", "compare the base and the tuned model on held-out rows"),
+    "replay": (
+        "finetune.replay",
+        "repeat a run from its receipt; refuse, and list what differs, if anything changed",
+    ),
+    "evaluate": (
+        "finetune.evaluation.compare",
+        "compare the base and the tuned model on held-out rows",
+    ),
     "chat": ("finetune.chat", "chat with a model in the terminal"),
     "plan": (
         "finetune.forecast.command",
@@ -38,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         places.note_command(sys.argv[0])
     paths.give_home()
     if argv[:1] == ["launch"]:  # its arguments are those of `accelerate launch`
-        for number in (signal.SIGTERM, signal.SIGHUP):  # nothing has begun; `launch` sets its own handlers
+        for number in (
+            signal.SIGTERM,
+            signal.SIGHUP,
+        ):  # nothing has begun; `launch` sets its own handlers
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
         return int(importlib.import_module("finetune.survival.launcher").main(argv[1:]))
@@ -49,7 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         models = ["--model"] if argv[1:2] and not argv[1].startswith("-") else []
         argv = ["export", "--merge", *models, *argv[1:]]
     if halves := [word for word in argv if paths.half_characters(word, "it")]:
-        print(f"error: {paths.shown(halves[0])}: holds half a character, or bytes that are not UTF-8", file=sys.stderr)
+        print(
+            f"error: {paths.shown(halves[0])}: holds half a character, or bytes that are not UTF-8",
+            file=sys.stderr,
+        )
         return EXIT_USER_ERROR
     parser = argparse.ArgumentParser(prog=places.command(), allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -64,9 +78,16 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == [name]:
             note_repeats(command)
             importlib.import_module(module).add_arguments(command)
-    commands.add_parser("merge", help="merge RUN --output FOLDER: the same as export --merge --model RUN")
-    commands.add_parser("train", help="train in this process, as train.py does; train --help lists every setting")
-    commands.add_parser("launch", help="start train.py as `accelerate launch` does, and pass on signals and exit codes")
+    commands.add_parser(
+        "merge", help="merge RUN --output FOLDER: the same as export --merge --model RUN"
+    )
+    commands.add_parser(
+        "train", help="train in this process, as train.py does; train --help lists every setting"
+    )
+    commands.add_parser(
+        "launch",
+        help="start train.py as `accelerate launch` does, and pass on signals and exit codes",
+    )
     commands.add_parser("schema", help="JSON schema of the run config, for editors")
     arguments, settings = parser.parse_known_args(argv)
     if settings and arguments.command != "plan":
@@ -76,7 +97,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "schema":
             print(json.dumps(importlib.import_module("finetune.config").json_schema(), indent=2))
         else:
-            return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments) or EXIT_COMPLETE
+            return (
+                importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)
+                or EXIT_COMPLETE
+            )
         return EXIT_COMPLETE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

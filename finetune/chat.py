@@ -12,21 +12,41 @@ from finetune.config.base import is_adapter, model_argument, require_model
 from finetune.data.rows import Message
 from finetune.data.templates import PROMPT, QUESTION
 from finetune.errors import DataError, ModelError
-from finetune.export.load import base_argument, load, load_chat_tokenizer, require_base, trust_remote_code_argument
+from finetune.export.load import (
+    base_argument,
+    load,
+    load_chat_tokenizer,
+    require_base,
+    trust_remote_code_argument,
+)
 from finetune.generation import generate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "run directory, folder or Hub id, full weights or adapter"
-    parser.add_argument("model", nargs="?", type=model_argument, metavar="MODEL", default=argparse.SUPPRESS, help=what)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=model_argument,
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help=what,
+    )
     parser.add_argument("--model", type=model_argument, help="the same, as an option")
     parser.add_argument("--prompt", default=None, help="answer this one message and end")
     parser.add_argument("--system", default=None, help="system message")
-    parser.add_argument("--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer")
     parser.add_argument(
-        "--temperature", type=_temperature, default=0.0, help="sampling temperature; 0: always take the likeliest token"
+        "--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer"
     )
-    parser.add_argument("--one-turn", action="store_true", help="forget each message before the next")
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        help="sampling temperature; 0: always take the likeliest token",
+    )
+    parser.add_argument(
+        "--one-turn", action="store_true", help="forget each message before the next"
+    )
     base_argument(parser)
     trust_remote_code_argument(parser)
 
@@ -39,39 +59,53 @@ def _temperature(text: str) -> float:
 
 
 def require_system(tokenizer: Any, start: list[Message]) -> None:
-    """Raise ModelError if the chat template takes no system message, or needs one that was not given."""
+    """Raise ModelError if the chat template takes no system message, or needs one that was not
+    given.
+    """
     try:
         generate.chat_prompt(tokenizer, [*start, *QUESTION])
     except DataError as exc:
         try:
-            generate.chat_prompt(tokenizer, [*([] if start else [Message("system", "a")]), *QUESTION])
+            generate.chat_prompt(
+                tokenizer, [*([] if start else [Message("system", "a")]), *QUESTION]
+            )
         except DataError:
             raise exc from None  # the system message is not the reason
         takes, remedy = ("takes no", "remove it") if start else ("needs a", "give one")
         reason = str(exc).removeprefix(f"{PROMPT}: ")
-        raise ModelError(f"--system: the model's chat template {takes} system message ({reason}); {remedy}") from exc
+        raise ModelError(
+            f"--system: the model's chat template {takes} system message ({reason}); {remedy}"
+        ) from exc
 
 
 def main(arguments: argparse.Namespace) -> None:
     if arguments.model is None:
-        raise ModelError(f"no model is given: {places.command()} chat runs/my_run, or a folder, or a Hub id")
+        raise ModelError(
+            f"no model is given: {places.command()} chat runs/my_run, or a folder, or a Hub id"
+        )
     require_model(arguments.model, "--model")
     if arguments.base is not None and not is_adapter(arguments.model):
         raise ModelError(
-            f"--base: {arguments.model} is not the folder of an adapter, so --base would be ignored; remove --base"
+            f"--base: {arguments.model} is not the folder of an adapter, so --base would be "
+            "ignored; remove --base"
         )
     require_base(arguments.base)
     tokenizer = load_chat_tokenizer(arguments.model, arguments.trust_remote_code)
     start = [Message("system", arguments.system)] if arguments.system else []
     require_system(tokenizer, start)
-    model = load(arguments.model, trust_remote_code=arguments.trust_remote_code, base=arguments.base)
+    model = load(
+        arguments.model, trust_remote_code=arguments.trust_remote_code, base=arguments.base
+    )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(messages: list[Message]) -> str:
         """The answer, printed as it is written."""
         prompt = generate.chat_prompt(tokenizer, messages)
         streamer = generate.TextStreamer(
-            tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokenizer,
+            skip_prompt=True,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
         [given] = generate.answers(
             model, tokenizer, [prompt], max_new_tokens=arguments.max_new_tokens, batch_size=1,

@@ -19,12 +19,19 @@ MARKED_BELOW = 10  # points; a line through so few may be too short to see
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run directories, as runs/my_run")
     parser.add_argument(
-        "--output", type=_path, default=None, help="picture to write; default: curves.png, of one run inside it"
+        "runs", nargs="+", type=_path, metavar="RUN", help="run directories, as runs/my_run"
     )
     parser.add_argument(
-        "--log", action="store_true", help="logarithmic scales, for a loss whose first steps dwarf the rest"
+        "--output",
+        type=_path,
+        default=None,
+        help="picture to write; default: curves.png, of one run inside it",
+    )
+    parser.add_argument(
+        "--log",
+        action="store_true",
+        help="logarithmic scales, for a loss whose first steps dwarf the rest",
     )
 
 
@@ -33,7 +40,10 @@ def _path(text: str) -> Path:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    output = arguments.output or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "curves.png"
+    output = (
+        arguments.output
+        or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "curves.png"
+    )
     if not output.suffix:
         output = output / "curves.png" if output.is_dir() else output.with_suffix(".png")
     draw(arguments.runs, output, arguments.log)
@@ -41,19 +51,22 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def draw(runs: Sequence[Path], output: Path, log: bool = False) -> None:
-    """One colour per run: training loss (thin: each step; thick: smoothed), evaluation loss (dots), the exported step (dotted
-    line), and the rest below.
+    """One colour per run: training loss (thin: each step; thick: smoothed), evaluation loss (dots),
+    the exported step (dotted line), and the rest below.
 
     Raises RunDirectoryError if a run has no metrics, or the picture cannot be written.
     """
     lines = {run: (read(run / "metrics.jsonl"), read(run / "eval.jsonl")) for run in runs}
     if empty := [run for run, (metrics, _) in lines.items() if not metrics]:
         raise RunDirectoryError(
-            f"{empty[0]} is not a run directory with metrics (metrics.jsonl); give one, such as runs/my_run"
+            f"{empty[0]} is not a run directory with metrics (metrics.jsonl); give one, such as "
+            "runs/my_run"
         )
     for name in (run / log for run in runs for log in ("metrics.jsonl", "eval.jsonl")):
         if output.exists() and name.exists() and output.samefile(name):
-            raise RunDirectoryError(f"--output: {output} is {name}, which is an input; choose another path")
+            raise RunDirectoryError(
+                f"--output: {output} is {name}, which is an input; choose another path"
+            )
     extras.require("matplotlib", "curves")
     import matplotlib as mpl
 
@@ -73,16 +86,22 @@ def draw(runs: Sequence[Path], output: Path, log: bool = False) -> None:
         colour = f"C{number % 10}"
         steps, loss = series(metrics, "loss")
         smooth, mark = smoothed(loss), "." if len(steps) < MARKED_BELOW else ""
-        axes["loss"].plot(steps, loss, color=colour, alpha=0.3 if smooth is not loss else 1, linewidth=1)
+        axes["loss"].plot(
+            steps, loss, color=colour, alpha=0.3 if smooth is not loss else 1, linewidth=1
+        )
         axes["loss"].plot(steps, smooth, color=colour, marker=mark, label=name_of(run, runs))
-        axes["loss"].plot(*series(evals, "eval_loss"), "o--", color=colour, markersize=5, markeredgecolor="white")
+        axes["loss"].plot(
+            *series(evals, "eval_loss"), "o--", color=colour, markersize=5, markeredgecolor="white"
+        )
         for key in PANELS:
             axes[key].plot(*series(metrics, key), color=colour, marker=mark, linewidth=1)
         if (exported := exported_step(run)) is not None:
             axes["loss"].axvline(exported, color=colour, linestyle=":", linewidth=1)
             marks["exported"] = Line2D([], [], color="grey", linestyle=":")
         if evals:
-            marks["evaluation"] = Line2D([], [], color="grey", marker="o", linestyle="--", markeredgecolor="white")
+            marks["evaluation"] = Line2D(
+                [], [], color="grey", marker="o", linestyle="--", markeredgecolor="white"
+            )
     axes["loss"].set_xlabel("step")
     axes["loss"].set_title("loss, nats per learned token", loc="left")
     for key, title in PANELS.items():
@@ -101,7 +120,9 @@ def draw(runs: Sequence[Path], output: Path, log: bool = False) -> None:
     try:
         figure.savefig(output, dpi=120)
     except (OSError, ValueError) as exc:  # ValueError: a format that matplotlib does not know
-        raise RunDirectoryError(f"{output} cannot be written: {exc}; give --output another place") from exc
+        raise RunDirectoryError(
+            f"{output} cannot be written: {exc}; give --output another place"
+        ) from exc
     finally:
         pyplot.close(figure)
 
@@ -140,10 +161,17 @@ def smoothed(values: list[float]) -> list[float]:
     if len(values) < SMOOTHED_FROM:
         return values
     reach = len(values) // 100 or 1
-    windows = ([v for v in values[max(0, i - reach) : i + reach + 1] if not math.isnan(v)] for i in range(len(values)))
+    windows = (
+        [v for v in values[max(0, i - reach) : i + reach + 1] if not math.isnan(v)]
+        for i in range(len(values))
+    )
     return [sum(window) / len(window) if window else math.nan for window in windows]
 
 
 def name_of(run: Path, runs: Sequence[Path]) -> str:
     """The run's folder; with its parents where two have the same."""
-    return str(run) if [other.resolve().name for other in runs].count(run.resolve().name) > 1 else run.resolve().name
+    return (
+        str(run)
+        if [other.resolve().name for other in runs].count(run.resolve().name) > 1
+        else run.resolve().name
+    )

@@ -1,4 +1,5 @@
-"""The errors that finetune raises on purpose, as a tree. Each says what is wrong, what was found and what to do.
+"""The errors that finetune raises on purpose, as a tree. Each says what is wrong, what was found
+and what to do.
 
     FinetuneError              exit code 1
     ├── UserError              2: the input is wrong, and trying again cannot help
@@ -21,8 +22,8 @@
     Preempted                  75: not an Exception, see there
     └── Interrupted            75
 
-An error ends a run with one line; anything else that is raised is a bug and ends with its traceback and 1. Only a DeviceError has
-both, as the place tells a broken GPU from a broken kernel.
+An error ends a run with one line; anything else that is raised is a bug and ends with its traceback
+and 1. Only a DeviceError has both, as the place tells a broken GPU from a broken kernel.
 `finetune/failures.py` translates the exceptions of libraries into these.
 
 Only words travel between processes: each error takes one argument, its message.
@@ -36,7 +37,9 @@ EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 
 
 class FinetuneError(Exception):
-    """The root. A class says how the process ends (`exit_code`) and how the line about it begins (`label`)."""
+    """The root. A class says how the process ends (`exit_code`) and how the line about it begins
+    (`label`).
+    """
 
     exit_code = EXIT_FAILED
     label = "failed"
@@ -70,18 +73,24 @@ class CheckpointError(FinetuneError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """What was written is not what is there: unlike a store that does not answer, a reason to take an older one."""
+    """What was written is not what is there: unlike a store that does not answer, a reason to take
+    an older one.
+    """
 
 
 class LostCheckpoints(CheckpointError):
-    """No checkpoint can be gone on from, and none will be at the next attempt: a person must decide what becomes of the run."""
+    """No checkpoint can be gone on from, and none will be at the next attempt: a person must decide
+    what becomes of the run.
+    """
 
     exit_code = EXIT_USER_ERROR
     label = "error"
 
 
 class TakenOver(CheckpointError):
-    """Another machine writes this run now. Starting again would make the two overwrite each other endlessly."""
+    """Another machine writes this run now. Starting again would make the two overwrite each other
+    endlessly.
+    """
 
     exit_code = EXIT_USER_ERROR
     label = "error"
@@ -122,8 +131,9 @@ class TrainingDiverged(FinetuneError):
 class Preempted(BaseException):
     """The machine is being taken away; exit code 75 asks to be run again.
 
-    Neither an Exception nor a FinetuneError: otherwise an `except Exception` of a library, or of ours, that happens to be
-    running when the signal arrives would take it for a failure of its own and go on.
+    Neither an Exception nor a FinetuneError: otherwise an `except Exception` of a library, or of
+    ours, that happens to be running when the signal arrives would take it for a failure of its own
+    and go on.
     """
 
     exit_code = EXIT_PREEMPTED

@@ -1,4 +1,6 @@
-"""Packages that only some settings need, and the extra of `pip install 'finetune[EXTRA]'` with each."""
+"""Packages that only some settings need, and the extra of `pip install 'finetune[EXTRA]'` with
+each.
+"""
 
 import importlib.util
 

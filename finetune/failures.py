@@ -1,7 +1,8 @@
 """Exceptions of libraries -> errors of finetune, in one table.
 
-A library reports a full disk, a GPU that fell off its bus and a wrong argument in exceptions of many families, and often
-only in words. `translate` tells the machine's failures, which end a run with exit code 1, from everything else.
+A library reports a full disk, a GPU that fell off its bus and a wrong argument in exceptions of
+many families, and often only in words. `translate` tells the machine's failures, which end a run
+with exit code 1, from everything else.
 """
 
 import errno
@@ -10,25 +11,41 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune.errors import DeviceError, FinetuneError, Outage, OutOfMemory, TopologyError, UserError
+from finetune.errors import (
+    DeviceError,
+    FinetuneError,
+    Outage,
+    OutOfMemory,
+    TopologyError,
+    UserError,
+)
 
 MOST_LETTERS = 300  # of a library's words; CUDA's allocator writes a paragraph
 
-# How libraries report it without an OutOfMemoryError: PyTorch on a CPU, cuBLAS, and CUDA's driver, also to NCCL.
+# How libraries report it without an OutOfMemoryError: PyTorch on a CPU, cuBLAS, and CUDA's driver,
+# also to NCCL.
 NO_MEMORY = re.compile(
     "DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: out of memory|CUDA out of memory"
     r"|(Cuda failure|cudaError:?) 2\b"  # cudaErrorMemoryAllocation; 201 is an invalid context
 )
-# What gloo says when a connection breaks. It names its own source first; another library's connection does not belong to our processes.
-BROKEN = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting")
+# What gloo says when a connection breaks. It names its own source first; another library's
+# connection does not belong to our processes.
+BROKEN = (
+    "Connection closed",
+    "Connection reset",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+)
 # What the store says, by which processes find each other, and NCCL.
 NO_ANSWER = ("NCCL error", "recvValue failed", "sendBytes failed")
 DEVICE = re.compile(
     r"CUDA|\bcuda[A-Z]\w+|Cuda failure|\bcuInit\b|CUBLAS|CUDNN|cuDNN|CUSOLVER|CUSPARSE|NCCL|NVML|\bHIP\b"
     r"|\bECC\b|devices? (is |are )?busy"
 )
-# A device that this machine does not have: the next attempt would not find it either.
-# Nor is a library without code for this GPU found by trying again, or a tensor that is on another device than it must be.
+# A device that this machine does not have: the next attempt would not find it either. Nor is a
+# library without code for this GPU found by trying again, or a tensor that is on another device
+# than it must be.
 NO_DEVICE = re.compile(
     r"requires?\b|required|not compiled|is_available\(\) is False|capability|only (be )?supported"
     r"|no kernel image|binary not found|expected \w+ tensor|with arguments from the"
@@ -42,7 +59,8 @@ DISK = {
     errno.EROFS,
 }  # EROFS: what ext4 is after EIO
 FULL = {errno.ENOSPC, errno.EDQUOT}
-# Classes go by name, as their modules need not be imported: httpx, requests, aiohttp, urllib3, Python's own.
+# Classes go by name, as their modules need not be imported: httpx, requests, aiohttp, urllib3,
+# Python's own.
 NETWORK = {
     "TransportError",
     "ConnectionError",
@@ -52,11 +70,15 @@ NETWORK = {
     "NewConnectionError",
 }
 SERVER = {429, 500, 502, 503, 504}
-# What libraries that do not raise OSError write of a disk: safetensors and tokenizers (Rust), torch.save.
+# What libraries that do not raise OSError write of a disk: safetensors and tokenizers (Rust),
+# torch.save.
 NO_SPACE = re.compile(r"No space left|Disk quota exceeded|os error (28|122)\b")
-NO_DISK = re.compile(NO_SPACE.pattern + r"|Input/output error|Read-only file system|os error (5|30|116)\b")
+NO_DISK = re.compile(
+    NO_SPACE.pattern + r"|Input/output error|Read-only file system|os error (5|30|116)\b"
+)
 NO_NETWORK = (
-    "without a network give a folder, or HF_HUB_OFFLINE=1 to take what is in the cache; with a mirror of the Hub, its address "
+    "without a network give a folder, or HF_HUB_OFFLINE=1 to take what is in the cache; with a "
+    "mirror of the Hub, its address "
     "in HF_ENDPOINT"
 )
 PROCESSES = {"DistBackendError", "DistNetworkError", "DistStoreError"}  # torch.distributed
@@ -65,7 +87,8 @@ PROCESSES = {"DistBackendError", "DistNetworkError", "DistStoreError"}  # torch.
 def translate(exc: BaseException, what: str = "") -> FinetuneError | None:
     """The error of ours for an exception, or for what led to it; None if the machine did not fail.
 
-    `what`: begins the message, such as "model 'a/b' cannot be loaded now". An error that is ours already comes back as it is.
+    `what`: begins the message, such as "model 'a/b' cannot be loaded now". An error that is ours
+    already comes back as it is.
     """
     if isinstance(exc, FinetuneError):
         return exc
@@ -88,15 +111,21 @@ def reraise(exc: Exception, what: str = "") -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise Outage that names `path` where the disk fails under what the block writes there: many libraries name no file."""
+    """Raise Outage that names `path` where the disk fails under what the block writes there: many
+    libraries name no file.
+    """
     try:
         yield
     except Exception as exc:
         failed = [each for each in _chain(exc) if _disk(each)]
         if isinstance(exc, FinetuneError) or not failed:
             raise
-        is_full = any(getattr(each, "errno", 0) in FULL or NO_SPACE.search(str(each)) for each in failed)
-        why = "the disk is full; free space, or choose another place" if is_full else "the disk fails"
+        is_full = any(
+            getattr(each, "errno", 0) in FULL or NO_SPACE.search(str(each)) for each in failed
+        )
+        why = (
+            "the disk is full; free space, or choose another place" if is_full else "the disk fails"
+        )
         raise Outage(f"{path} cannot be written now: {why} ({_reason(exc)})") from exc
 
 
@@ -130,7 +159,9 @@ def _disk(exc: BaseException) -> bool:
     if isinstance(exc, OSError):
         return exc.errno in DISK
     # tokenizers raises Exception itself
-    in_words = isinstance(exc, RuntimeError) or type(exc) is Exception or _is(exc, {"SafetensorError"})
+    in_words = (
+        isinstance(exc, RuntimeError) or type(exc) is Exception or _is(exc, {"SafetensorError"})
+    )
     return in_words and bool(NO_DISK.search(str(exc)))
 
 
@@ -155,12 +186,16 @@ TABLE: tuple[tuple[type[FinetuneError], Callable[[BaseException], bool]], ...] =
 
 
 def _chain(exc: BaseException | None) -> Iterator[BaseException]:
-    """The exception and what led to it; nothing where no network is wanted (HF_HUB_OFFLINE): what is missing stays missing."""
+    """The exception and what led to it; nothing where no network is wanted (HF_HUB_OFFLINE): what
+    is missing stays missing.
+    """
     chain: dict[int, BaseException] = {}
     while exc is not None and id(exc) not in chain:
         chain[id(exc)] = exc
         exc = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
-    offline = any("OfflineModeIsEnabled" in f"{type(each).__name__}: {each}" for each in chain.values())
+    offline = any(
+        "OfflineModeIsEnabled" in f"{type(each).__name__}: {each}" for each in chain.values()
+    )
     yield from () if offline else chain.values()
 
 

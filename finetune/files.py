@@ -1,4 +1,6 @@
-"""Files written whole or not at all, with the mode that any other program would give them; their hashes; notes in JSON."""
+"""Files written whole or not at all, with the mode that any other program would give them; their
+hashes; notes in JSON.
+"""
 
 import errno
 import hashlib
@@ -12,9 +14,11 @@ from typing import Any
 
 
 def follow_umask(*paths: Path) -> None:
-    """Give files that a library has made for their owner alone (safetensors, tempfile) the mode that the umask says.
+    """Give files that a library has made for their owner alone (safetensors, tempfile) the mode
+    that the umask says.
 
-    An empty file shows it: asking the umask itself means to change it, for every thread of the process.
+    An empty file shows it: asking the umask itself means to change it, for every thread of the
+    process.
     """
     modes: dict[Path, int] = {}
     for path in paths:
@@ -41,14 +45,18 @@ def require_writable(path: Path) -> None:
 
 
 def probe_folder(folder: Path) -> None:
-    """Raise the OSError now that a new folder in this one would raise later: permissions do not tell of /proc, or of a quota."""
+    """Raise the OSError now that a new folder in this one would raise later: permissions do not
+    tell of /proc, or of a quota.
+    """
     os.rmdir(tempfile.mkdtemp(prefix=".writing-", dir=folder))
 
 
 def write_whole(path: Path, text: str, errors: str = "strict") -> None:
-    """Write a file next to its place and rename it, so that what was there stays until then. A link stays a link.
+    """Write a file next to its place and rename it, so that what was there stays until then. A link
+    stays a link.
 
-    `errors`: as in `open`. An OSError names a file: a full disk is found by a write, which names none.
+    `errors`: as in `open`. An OSError names a file: a full disk is found by a write, which names
+    none.
     """
     if path.exists() and not path.is_file():  # a pipe or a device, which no file can replace
         path.write_text(text, encoding="utf-8")
@@ -87,12 +95,16 @@ def free_name(path: Path) -> Path:
 def _beside(path: Path) -> tuple[int, Path]:
     """A new file in the folder where `path`, or what it links to, lies."""
     real = Path(os.path.realpath(path))
-    descriptor, temporary = tempfile.mkstemp(prefix=f".writing-{real.name[-100:]}-", dir=real.parent)
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=f".writing-{real.name[-100:]}-", dir=real.parent
+    )
     return descriptor, Path(temporary)
 
 
 def read_note(path: Path) -> tuple[dict[str, Any], str | None]:
-    """(the object that a JSON file holds, what is wrong with the file); an empty one where it cannot be read."""
+    """(the object that a JSON file holds, what is wrong with the file); an empty one where it
+    cannot be read.
+    """
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,4 +1,6 @@
-"""Where train.py and the topology files are, in a checkout or in the installed package, where processes leave notes, and what a missing file may be."""
+"""Where train.py and the topology files are, in a checkout or in the installed package, where
+processes leave notes, and what a missing file may be.
+"""
 
 import difflib
 import os
@@ -7,13 +9,16 @@ from pathlib import Path
 _CHECKOUT = Path(__file__).resolve().parents[1]
 IS_CHECKOUT = (_CHECKOUT / "accelerate_configs").is_dir()
 SHIPPED = _CHECKOUT if IS_CHECKOUT else Path(__file__).resolve().parent / "shipped"
-"""Holds train.py, accelerate_configs/ and ds_configs/; pyproject.toml copies them into the package."""
+"""Holds train.py, accelerate_configs/ and ds_configs/; pyproject.toml copies them into the package.
+"""
 TRAIN = SHIPPED / "train.py"
-# A setting of the launcher for its processes, which names a folder. Each process writes what it is at, such as "step 38",
-# into a file named by its rank there, and process 0 writes the path of its run directory into RUN until it has written how
-# the run ended: the launcher writes the outcome of processes that were killed.
+# A setting of the launcher for its processes, which names a folder. Each process writes what it is
+# at, such as "step 38", into a file named by its rank there, and process 0 writes the path of its
+# run directory into RUN until it has written how the run ended: the launcher writes the outcome of
+# processes that were killed.
 BEATS, RUN = "FINETUNE_BEATS", "run"
-REPLAY_OF = "FINETUNE_REPLAY_OF"  # a setting of `replay` for its processes: the directory of the run that they repeat
+# A setting of `replay` for its processes: the directory of the run that they repeat
+REPLAY_OF = "FINETUNE_REPLAY_OF"
 LAUNCHER = "FINETUNE_LAUNCHER"  # a setting of the launcher for its processes: its process number
 COMMAND = "FINETUNE_COMMAND"  # how the user calls the program, for the processes that it starts
 
@@ -30,7 +35,9 @@ def command() -> str:
 
 
 def found(name: str) -> str:
-    """A file by its path from the working directory or, where it is not there, among what is shipped; as given if nowhere."""
+    """A file by its path from the working directory or, where it is not there, among what is
+    shipped; as given if nowhere.
+    """
     name = os.path.expanduser(name)
     shipped = SHIPPED / name
     return str(shipped) if not Path(name).exists() and shipped.is_file() else name
@@ -51,10 +58,14 @@ def looked_in() -> str:
 
 
 def nearest(folder: str, name: str) -> str | None:
-    """The path of what is called most like `name` in a folder; None if nothing is, or the folder cannot be listed."""
+    """The path of what is called most like `name` in a folder; None if nothing is, or the folder
+    cannot be listed.
+    """
     try:
         inside = os.listdir(folder or ".")
     except (OSError, ValueError):
         return None
-    near = difflib.get_close_matches(name, inside, n=1) or [each for each in inside if each.lower() == name.lower()]
+    near = difflib.get_close_matches(name, inside, n=1) or [
+        each for each in inside if each.lower() == name.lower()
+    ]
     return os.path.join(folder, near[0]) if near else None

@@ -1,4 +1,6 @@
-"""Everything that can be known before weights are loaded: rows -> sequences in a plan, checked, and said in words."""
+"""Everything that can be known before weights are loaded: rows -> sequences in a plan, checked, and
+said in words.
+"""
 
 import contextlib
 import sys
@@ -10,7 +12,15 @@ import numpy as np
 import torch
 
 from finetune import extras, own_code
-from finetune.config import Config, Lora, accumulation_steps, base, code_identity, own_codes, usual_lr
+from finetune.config import (
+    Config,
+    Lora,
+    accumulation_steps,
+    base,
+    code_identity,
+    own_codes,
+    usual_lr,
+)
 from finetune.config import fields as config_fields
 from finetune.data import batches, examples, order, readers, rows, templates, tokens
 from finetune.engine import optim, trackers
@@ -23,7 +33,9 @@ from finetune.objectives import Own, chosen
 
 SHOWN_CHARACTERS = 600
 SHOWN_NAMES = 10
-MAX_EVAL_OVERLAP = 0.1  # part of the evaluation rows that may be training rows too; data sets in use have a few
+MAX_EVAL_OVERLAP = (
+    0.1  # part of the evaluation rows that may be training rows too; data sets in use have a few
+)
 FEW_STEPS = 20
 
 
@@ -43,7 +55,9 @@ class Data:
     num_eval_known: int
     """Evaluation examples that are also trained on."""
     identity: dict[str, Any]
-    """What a resumption must find again: fingerprints, and the fields of `model_config` that change the model's function."""
+    """What a resumption must find again: fingerprints, and the fields of `model_config` that change
+    the model's function.
+    """
     format: str
     num_rows: int
     """Training rows there are, of which data.max_rows may take a part."""
@@ -58,10 +72,14 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     _require_packages(config)
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
     sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
-    model_config = load.load_config(config.model)  # first: transformers reads it for the tokenizer, too
+    model_config = load.load_config(
+        config.model
+    )  # first: transformers reads it for the tokenizer, too
     tokenizer = load.load_tokenizer(config.model)
     load.check_config_vocabulary(model_config, tokenizer, config.model)
-    architecture = base_identity.architecture(model_config)  # now: building completes a config, on some processes only
+    architecture = base_identity.architecture(
+        model_config
+    )  # now: building completes a config, on some processes only
     kernel = _attention(config, model_config, topology)
     template = _template(wanted, format, tokenizer, date)
     options = tokens.Options(
@@ -73,17 +91,27 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     template = replace(template, learn_opening=train.learn_opening)
     kept = None
     if objective.has_turns:
-        kept = template = replace(template, example=tokens.first_that_fits(sources.train, template, options))
+        kept = template = replace(
+            template, example=tokens.first_that_fits(sources.train, template, options)
+        )
     of_base = Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
-    plan, eval_plan = _planned(config, topology, train, evals, attention.is_padded(kernel), tokenizer.pad_token_id or 0)
-    num_steps = min(plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize)
+    plan, eval_plan = _planned(
+        config, topology, train, evals, attention.is_padded(kernel), tokenizer.pad_token_id or 0
+    )
+    num_steps = min(
+        plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize
+    )
     check_lengths(train, config, model_config, num_steps)
     if isinstance(objective, Own):
-        objective.rehearse(plan.at(0)[0], config.objective, has_adapters=config.adapter.kind != "full")
+        objective.rehearse(
+            plan.at(0)[0], config.objective, has_adapters=config.adapter.kind != "full"
+        )
     for prompt in config.evaluation.sample_prompts:
-        if not tokens.encode_prompt(templates.sample_prompt(kept, prompt, wanted.system_prompt), tokenizer):
+        if not tokens.encode_prompt(
+            templates.sample_prompt(kept, prompt, wanted.system_prompt), tokenizer
+        ):
             raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; remove it")
     identity = {
         "training data": plan.fingerprint, "evaluation data": eval_plan.fingerprint if eval_plan else "none",
@@ -105,7 +133,9 @@ def _require_packages(config: Config) -> None:
 
 
 def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[readers.Sources, str]:
-    """The files to read, and the format of their rows. Raises UserError for files and rows that are wrong."""
+    """The files to read, and the format of their rows. Raises UserError for files and rows that are
+    wrong.
+    """
     sources = readers.sources(wanted.train, wanted.eval)
     files = [*sources.train, *sources.eval]
     if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
@@ -114,7 +144,11 @@ def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[reade
     if format == "auto" or own_code.is_own(format):
         format = rows.detect_format(files, wanted.text_unit, wanted.columns, format=format)
     groups = [list(names) for names in (sources.train, sources.eval) if names]
-    topology.on_main(lambda: rows.check(groups, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt))
+    topology.on_main(
+        lambda: rows.check(
+            groups, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt
+        )
+    )
     return sources, format
 
 
@@ -129,15 +163,19 @@ def _attention(config: Config, model_config: Any, topology: Topology) -> str:
     )  # fmt: skip
     if config.data.packing and attention.is_padded(kernel):
         raise ConfigError(
-            f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); set it to false"
+            f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); "
+            "set it to false"
         )
     return kernel
 
 
-def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str | None) -> templates.Template:
+def _template(
+    wanted: config_fields.Data, format: str, tokenizer: Any, date: str | None
+) -> templates.Template:
     if format == "text" and (wanted.template != "auto" or wanted.system_prompt is not None):
         raise ConfigError(
-            "data.template, data.system_prompt: would be ignored: rows of text have no turns; remove them"
+            "data.template, data.system_prompt: would be ignored: rows of text have no turns; "
+            "remove them"
         )
     return templates.load(
         wanted.template,
@@ -150,16 +188,27 @@ def _template(wanted: config_fields.Data, format: str, tokenizer: Any, date: str
 
 
 def _examples(
-    config: Config, sources: readers.Sources, template: templates.Template, tokenizer: Any, options: tokens.Options
+    config: Config,
+    sources: readers.Sources,
+    template: templates.Template,
+    tokenizer: Any,
+    options: tokens.Options,
 ) -> tuple[Any, Any, int, int]:
-    """What is trained on, what is held out (or None), how much of that is trained on all the same, and the rows there are."""
+    """What is trained on, what is held out (or None), how much of that is trained on all the same,
+    and the rows there are.
+    """
     wanted, seed = config.data, config.run.seed
     train = examples.prepare(sources.train, template, tokenizer, options, config.cache_dir)
     asked = replace(template, learn_opening=train.learn_opening)
-    evals = examples.prepare(sources.eval, asked, tokenizer, options, config.cache_dir) if sources.eval else None
+    evals = (
+        examples.prepare(sources.eval, asked, tokenizer, options, config.cache_dir)
+        if sources.eval
+        else None
+    )
     if evals and evals.learn_opening != train.learn_opening:
         raise DataError(
-            f"data.eval: some of its answers do not begin with {template.opening!r}, which the template puts before every answer "
+            f"data.eval: some of its answers do not begin with {template.opening!r}, which the "
+            "template puts before every answer "
             "of data.train; evaluation rows have thoughts that no training row has"
         )
     num_rows = train.num_rows
@@ -170,7 +219,8 @@ def _examples(
     known = examples.num_trained_on(evals, train) if evals else 0
     if evals and known > MAX_EVAL_OVERLAP * len(evals):
         raise DataError(
-            f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would measure memorisation; "
+            f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would "
+            "measure memorisation; "
             "remove them from one of the two"
         )
     return train, evals, known, num_rows
@@ -182,7 +232,9 @@ def _planned(
     """The batches of training and of evaluation."""
     wanted, seed = config.data, config.run.seed
 
-    def batched(examples: Any, global_size: int, micro_size: int, group_by_length: bool) -> batches.Batches:
+    def batched(
+        examples: Any, global_size: int, micro_size: int, group_by_length: bool
+    ) -> batches.Batches:
         return batches.Batches(
             order.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
             global_batch_size=global_size, micro_batch_size=micro_size, group_by_length=group_by_length,
@@ -190,7 +242,9 @@ def _planned(
         )  # fmt: skip
 
     at_once = config.evaluation.micro_batch_size or config.micro_batch_size
-    plan = batched(train, config.train.global_batch_size, config.micro_batch_size, wanted.group_by_length)
+    plan = batched(
+        train, config.train.global_batch_size, config.micro_batch_size, wanted.group_by_length
+    )
     return plan, batched(evals, at_once * topology.num_data, at_once, True) if evals else None
 
 
@@ -205,13 +259,17 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     load.check_shapes(skeleton)
     load.check_weights(skeleton, config.model)
     recompute.chosen(skeleton, config.train.gradient_checkpointing)
-    adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids)
+    adapted = adapters.apply(
+        skeleton, config.adapter, config.model, new_token_ids=data.new_token_ids
+    )
     trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)
     name = config.model.path or f"{data.model_config.model_type} from random weights"
     lines = [
-        f"model       {name}: {total:,} parameters, {trainable:,} of them train ({trainable / total:.2%}, {config.adapter.kind})",
-        f"topology    {topology.name}, {_counted(topology.num_processes, 'process')} on {topology.device.type}, {topology.precision}, attention {data.attention}",
+        f"model       {name}: {total:,} parameters, {trainable:,} of them train "
+        f"({trainable / total:.2%}, {config.adapter.kind})",
+        f"topology    {topology.name}, {_counted(topology.num_processes, 'process')} on "
+        f"{topology.device.type}, {topology.precision}, attention {data.attention}",
         *_data_lines(config, topology, data),
         *_file_lines(config, data),
     ]
@@ -225,7 +283,10 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
         *_without_effect(config, data),
     )
     lines += [f"note        {note}" for note in notes]
-    lines += ["first example, what is learned in [[ ]]:", _marked(data.train.sequences.examples, data.tokenizer)]
+    lines += [
+        "first example, what is learned in [[ ]]:",
+        _marked(data.train.sequences.examples, data.tokenizer),
+    ]
     return "\n".join(lines)
 
 
@@ -234,13 +295,22 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
     train, examples = data.train.sequences, data.train.sequences.examples
     supervised = examples.num_supervised_tokens
     lines = [
-        f"data        {_rows(config, data)} -> {_counted(len(examples), 'example')} -> {_counted(len(train), 'sequence')} "
+        f"data        {_rows(config, data)} -> {_counted(len(examples), 'example')} -> "
+        f"{_counted(len(train), 'sequence')} "
         f"of at most {config.data.max_length} tokens" + _changed(config, examples),
-        f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has {_quartiles(examples.lengths)}",
-        f"template    {data.template.name}, objective {own_code.without_folder(config.objective.kind)}",
-        f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} sequences "
-        f"({config.micro_batch_size} at once x {accumulation_steps(config, topology.num_data)} x {_counted(topology.num_data, 'process')})"
-        + (f", each shared by {topology.parallel.num_context}" if topology.parallel.num_context > 1 else "")
+        f"tokens      {examples.lengths.sum():,}, {supervised:,} of them learned; an example has "
+        f"{_quartiles(examples.lengths)}",
+        f"template    {data.template.name}, objective "
+        f"{own_code.without_folder(config.objective.kind)}",
+        f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} "
+        "sequences "
+        f"({config.micro_batch_size} at once x {accumulation_steps(config, topology.num_data)} x "
+        f"{_counted(topology.num_data, 'process')})"
+        + (
+            f", each shared by {topology.parallel.num_context}"
+            if topology.parallel.num_context > 1
+            else ""
+        )
         + (
             f"; {data.train.steps_per_epoch * config.train.epochs:,} without train.max_steps"
             if _is_cut(config, data)
@@ -249,12 +319,18 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
     ]
     lines += _methods(config, base.quantization(data.model_config.to_dict()) is not None)
     if config.data.packing:
-        lines.append(f"packing     {train.lengths.sum() / (len(train) * config.data.max_length):.1%} full")
+        lines.append(
+            f"packing     {train.lengths.sum() / (len(train) * config.data.max_length):.1%} full"
+        )
     if data.eval:
         lines.append(
             f"evaluation  {_counted(len(data.eval.sequences.examples), 'example')}"
             + (" held out" if config.data.eval_fraction else "")
-            + (f"; {data.num_eval_known:,} of them are also trained on" if data.num_eval_known else "")
+            + (
+                f"; {data.num_eval_known:,} of them are also trained on"
+                if data.num_eval_known
+                else ""
+            )
             + (_of_eval_files(config, data.eval.sequences.examples) if data.sources.eval else "")
         )
     return lines
@@ -263,7 +339,11 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
 def _rows(config: Config, data: Data) -> str:
     """What became of every training row; the numbers add up."""
     train = data.train.sequences.examples
-    held = data.eval.sequences.examples.num_distinct_rows if data.eval and config.data.eval_fraction else 0
+    held = (
+        data.eval.sequences.examples.num_distinct_rows
+        if data.eval and config.data.eval_fraction
+        else 0
+    )
     trained = train.num_distinct_rows
     left_out = data.num_rows - train.num_dropped - held - trained
     fates = (
@@ -276,9 +356,15 @@ def _rows(config: Config, data: Data) -> str:
 def _changed(config: Config, examples: Any) -> str:
     """How many rows were cut or split, and how many empty ones were skipped."""
     how = "split into several examples" if config.data.truncation == "split" else "cut"
-    return (f"; {examples.num_truncated:,} {how}" if examples.num_truncated else "") + (
-        f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else ""
-    ) + (f"; {_counted(examples.num_skipped, 'row')} skipped by data.format" if examples.num_skipped else "")
+    return (
+        (f"; {examples.num_truncated:,} {how}" if examples.num_truncated else "")
+        + (f"; {_counted(examples.num_empty, 'empty row')} skipped" if examples.num_empty else "")
+        + (
+            f"; {_counted(examples.num_skipped, 'row')} skipped by data.format"
+            if examples.num_skipped
+            else ""
+        )
+    )
 
 
 def _of_eval_files(config: Config, examples: Any) -> str:
@@ -289,7 +375,10 @@ def _of_eval_files(config: Config, examples: Any) -> str:
 def _file_lines(config: Config, data: Data) -> list[str]:
     """The user's own code, the files, and their columns that are not read."""
     examples = data.train.sequences.examples
-    lines = [f"own code    {code}, {key}, sha256 {code.sha256[:16]}" for key, code in own_codes(config).items()]
+    lines = [
+        f"own code    {code}, {key}, sha256 {code.sha256[:16]}"
+        for key, code in own_codes(config).items()
+    ]
     lines += [f"files       {_files(list(data.sources.train))}"]
     if data.sources.eval:
         lines.append(f"eval files  {_files(list(data.sources.eval))}")
@@ -301,7 +390,10 @@ def _file_lines(config: Config, data: Data) -> list[str]:
 
 def _unread(examples: Any) -> str:
     """Columns, and keys of messages, that are not read, with the number of rows that have them."""
-    listed = [f"{readers.short(name)} ({_counted(count, 'row')})" for name, count in sorted(examples.unread.items())]
+    listed = [
+        f"{readers.short(name)} ({_counted(count, 'row')})"
+        for name, count in sorted(examples.unread.items())
+    ]
     more = f" and {len(listed) - SHOWN_NAMES} more" if len(listed) > SHOWN_NAMES else ""
     return f"columns {', '.join(listed[:SHOWN_NAMES])}{more}" if listed else ""
 
@@ -312,12 +404,18 @@ def _is_cut(config: Config, data: Data) -> bool:
 
 def _check_rates(config: Config, skeleton: Any, num_steps: int) -> None:
     """Raise ConfigError for learning rates that nothing would have."""
-    if config.optimizer.embedding_lr is not None and not adapters.trains_embedding_and_head(skeleton):
-        raise ConfigError("optimizer.embedding_lr: would be ignored: the embedding and the head are frozen; remove it")
+    if config.optimizer.embedding_lr is not None and not adapters.trains_embedding_and_head(
+        skeleton
+    ):
+        raise ConfigError(
+            "optimizer.embedding_lr: would be ignored: the embedding and the head are frozen; "
+            "remove it"
+        )
     fastest = num_steps**-0.5
     if config.optimizer.kind == "adafactor" and config.optimizer.lr > fastest:
         raise ConfigError(
-            f"optimizer.lr: adafactor never steps by more than 1 / sqrt(step), so the schedule of {config.optimizer.lr:g} would be "
+            "optimizer.lr: adafactor never steps by more than 1 / sqrt(step), so the schedule of "
+            f"{config.optimizer.lr:g} would be "
             f"overridden in a run of {num_steps} steps; take at most {fastest:.2g}"
         )
 
@@ -327,7 +425,9 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
     num_steps = data.num_steps
     if num_steps < FEW_STEPS:
         more = "raise train.max_steps" if num_steps == config.train.max_steps else "lower train.global_batch_size or raise train.epochs"  # fmt: skip
-        unpacked = ", or set data.packing to false (a pack is one sequence)" if config.data.packing else ""
+        unpacked = (
+            ", or set data.packing to false (a pack is one sequence)" if config.data.packing else ""
+        )
         yield f"{_counted(num_steps, 'step')} will change the model very little; {more}{unpacked}"
     if forgotten := base.forgotten_losses(data.model_config.to_dict()):
         yield forgotten
@@ -341,19 +441,32 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
 def _template_notes(config: Config, data: Data) -> Iterator[str]:
     """What the template does that its user may not know."""
     template = data.template
-    if chosen(config.objective).has_turns and data.tokenizer.chat_template and template.name != "chat":
-        with contextlib.suppress(DataError, templates.BrokenTemplate):  # the model's own need not be usable
+    if (
+        chosen(config.objective).has_turns
+        and data.tokenizer.chat_template
+        and template.name != "chat"
+    ):
+        with contextlib.suppress(
+            DataError, templates.BrokenTemplate
+        ):  # the model's own need not be usable
             own = templates.load(
-                "chat", "messages", data.tokenizer.chat_template, template.special_tokens, {}, template.date
+                "chat",
+                "messages",
+                data.tokenizer.chat_template,
+                template.special_tokens,
+                {},
+                template.date,
             )
             if own.prompt(own.probe) != template.prompt(own.probe):
                 yield (
-                    f"the model has a chat template of its own, which {template.name} replaces, here and in the export; "
+                    f"the model has a chat template of its own, which {template.name} replaces, "
+                    "here and in the export; "
                     "data.template: chat keeps it"
                 )
     if template.date is not None:
         yield (
-            f"the template writes the date: {template.date}, that of the first start, stays the same for the whole run"
+            f"the template writes the date: {template.date}, that of the first start, stays the "
+            "same for the whole run"
         )
     if template.opening and chosen(config.objective).has_turns:
         yield (
@@ -363,8 +476,15 @@ def _template_notes(config: Config, data: Data) -> Iterator[str]:
 
 
 def _without_effect(config: Config, data: Data) -> Iterator[str]:
-    """Settings that do nothing in this run, as the rows turned out; those that never could are errors of the config."""
-    train, checkpoint, evaluation, wanted = config.train, config.checkpoint, config.evaluation, config.data
+    """Settings that do nothing in this run, as the rows turned out; those that never could are
+    errors of the config.
+    """
+    train, checkpoint, evaluation, wanted = (
+        config.train,
+        config.checkpoint,
+        config.evaluation,
+        config.data,
+    )
     steps = data.num_steps
     here = f"of {_counted(steps, 'step')}"
     natural = data.train.steps_per_epoch * train.epochs
@@ -381,7 +501,8 @@ def _without_effect(config: Config, data: Data) -> Iterator[str]:
             yield f"evaluation.export_best has no effect: {at_the_end}; lower evaluation.every_steps"
         if evaluation.patience is not None and (evaluation.patience + 1) * every >= steps:
             yield (
-                f"evaluation.patience: {evaluation.patience:,} can stop nothing {here}: the first time would be after step "
+                f"evaluation.patience: {evaluation.patience:,} can stop nothing {here}: the first "
+                "time would be after step "
                 f"{(evaluation.patience + 1) * every:,}; lower it or evaluation.every_steps"
             )
     sampled = evaluation.sample_every_steps
@@ -391,7 +512,9 @@ def _without_effect(config: Config, data: Data) -> Iterator[str]:
     if saved is not None and saved >= steps:
         yield f"checkpoint.every_steps: {saved:,} {here}: by steps, only the end is saved"
     num_saves = 1 if saved is None else -(-steps // saved)
-    if checkpoint.every_minutes is None and checkpoint.keep_last > max(num_saves, config_fields.Checkpoint().keep_last):
+    if checkpoint.every_minutes is None and checkpoint.keep_last > max(
+        num_saves, config_fields.Checkpoint().keep_last
+    ):
         yield f"checkpoint.keep_last: {checkpoint.keep_last:,} has no effect: there are {_counted(num_saves, 'checkpoint')}"
     if config.tracking.log_every_steps > steps:
         yield f"tracking.log_every_steps: {config.tracking.log_every_steps:,} {here}: only the last step is logged"
@@ -410,12 +533,21 @@ def _without_effect(config: Config, data: Data) -> Iterator[str]:
 
 def _methods(config: Config, is_quantized: bool) -> list[str]:
     """The method, and what else the run does."""
-    adapter, optimizer, train, evaluation = config.adapter, config.optimizer, config.train, config.evaluation
+    adapter, optimizer, train, evaluation = (
+        config.adapter,
+        config.optimizer,
+        config.train,
+        config.evaluation,
+    )
     how = []
     if adapter.kind == "qlora":
         how.append(
             adapter.quantization
-            + (", doubly quantised" if adapter.double_quantization and adapter.quantization != "int8" else "")
+            + (
+                ", doubly quantised"
+                if adapter.double_quantization and adapter.quantization != "int8"
+                else ""
+            )
             + (" (the base is saved so)" if is_quantized else "")
         )
     if adapter.kind != "full" and adapter.path:
@@ -427,9 +559,13 @@ def _methods(config: Config, is_quantized: bool) -> list[str]:
     besides = [
         f"averages of the weights ({train.ema_decay})" if train.ema_decay else "",
         f"noise on embeddings ({train.neftune_alpha:g})" if train.neftune_alpha else "",
-        f"stops after {_counted(evaluation.patience, 'evaluation')} without a new best" if evaluation.patience else "",
+        f"stops after {_counted(evaluation.patience, 'evaluation')} without a new best"
+        if evaluation.patience
+        else "",
         "exports the best evaluation" if evaluation.export_best else "",
-        f"{_counted(len(evaluation.sample_prompts), 'sample')}" if evaluation.sample_prompts else "",
+        f"{_counted(len(evaluation.sample_prompts), 'sample')}"
+        if evaluation.sample_prompts
+        else "",
         *config.tracking.trackers,
     ]
     lines = [f"method      {'; '.join(how)}"]
@@ -437,20 +573,26 @@ def _methods(config: Config, is_quantized: bool) -> list[str]:
 
 
 def _positions(model_config: Any) -> int | None:
-    """Tokens that a sequence may have; None: as many as it likes, as models without positions, or with -1 of them."""
+    """Tokens that a sequence may have; None: as many as it likes, as models without positions, or
+    with -1 of them.
+    """
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return positions if positions is not None and positions > 0 else None
 
 
 def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: int) -> None:
-    """Raise ConfigError if the model has too few positions, or the run too few steps for its warm-up."""
+    """Raise ConfigError if the model has too few positions, or the run too few steps for its
+    warm-up.
+    """
     longest = int(examples.lengths.max())
     positions = _positions(model_config)
     if positions is not None and positions < longest:
         where = examples.place(int(examples.lengths.argmax()))
         raise ConfigError(
-            f"data.max_length: {where} has {longest} tokens, but the model only {positions} positions "
-            f"(max_position_embeddings); {tokens.fitting(longest, config.data.max_length, positions)}"
+            f"data.max_length: {where} has {longest} tokens, but the model only {positions} "
+            "positions "
+            "(max_position_embeddings); "
+            f"{tokens.fitting(longest, config.data.max_length, positions)}"
         )
     if config.schedule.warmup_steps >= num_steps:
         raise ConfigError(
@@ -472,7 +614,9 @@ def _counted(number: int, noun: str) -> str:
 
 def _quartiles(lengths: np.ndarray) -> str:
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
-    return f"{low} to {high} tokens, half of them at most {middle}" if low < high else f"{low} tokens"
+    return (
+        f"{low} to {high} tokens, half of them at most {middle}" if low < high else f"{low} tokens"
+    )
 
 
 def _marked(examples: Any, tokenizer: Any) -> str:
@@ -481,7 +625,9 @@ def _marked(examples: Any, tokenizer: Any) -> str:
     ids, supervised = np.asarray(examples.input_ids[part]), np.asarray(examples.supervised[part])
     cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1), len(ids)]
     # Not run by run: some tokenizers take a space from the beginning of what they decode.
-    until = [tokenizer.decode(ids[:cut].tolist(), clean_up_tokenization_spaces=False) for cut in cuts]
+    until = [
+        tokenizer.decode(ids[:cut].tolist(), clean_up_tokenization_spaces=False) for cut in cuts
+    ]
     text = ""
     for start, before, after in zip(cuts, until, until[1:]):
         piece = after[len(before) :]

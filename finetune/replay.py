@@ -1,4 +1,6 @@
-"""python -m finetune replay: the same run again, from its receipt, and whether it came out the same."""
+"""python -m finetune replay: the same run again, from its receipt, and whether it came out the
+same.
+"""
 
 import argparse
 import math
@@ -15,12 +17,14 @@ from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, ConfigError, RunDirector
 from finetune.places import REPLAY_OF, TRAIN
 from finetune.survival import launcher
 
-# The only place that says what "the same" means where it cannot mean the same bits. On a CPU it does: the same
-# operations, in the same order. On a GPU atomic additions (backward passes of flash attention, embeddings) come in
-# another order each time, and what is rounded differently in one step is carried into all later ones. What two runs on
-# one GPU differ by was not measured. Measured on an H200 over 8 steps (docs/topologies.md): topologies, which add in
-# another order too, differ by 1.5e-7 of a loss in float32, 8e-5 with LoRA and 4e-3 with all weights in bf16. Five times
-# that in 16 bits, and far more than that in float32, as runs are longer; another seed, row or rate differs by more.
+# The only place that says what "the same" means where it cannot mean the same bits. On a CPU it
+# does: the same operations, in the same order. On a GPU atomic additions (backward passes of flash
+# attention, embeddings) come in another order each time, and what is rounded differently in one
+# step is carried into all later ones. What two runs on one GPU differ by was not measured. Measured
+# on an H200 over 8 steps (docs/topologies.md): topologies, which add in another order too, differ
+# by 1.5e-7 of a loss in float32, 8e-5 with LoRA and 4e-3 with all weights in bf16. Five times that
+# in 16 bits, and far more than that in float32, as runs are longer; another seed, row or rate
+# differs by more.
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
 NORM = 5  # a gradient norm varies more than the loss that it is of
 
@@ -31,11 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: Path(paths.argument(text)),
         help="run directory with receipt.json and config.yaml",
     )
-    parser.add_argument("--name", help="run.name of the repetition; default: the run's name with -replay")
+    parser.add_argument(
+        "--name", help="run.name of the repetition; default: the run's name with -replay"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Train again and compare. Raises RunDirectoryError; exit code 1 if the two runs are not the same (`tolerance`)."""
+    """Train again and compare. Raises RunDirectoryError; exit code 1 if the two runs are not the
+    same (`tolerance`).
+    """
     run: Path = arguments.run.resolve()
     values, receipt = configs.read_resolved(run / "config.yaml"), _receipt(run)
     _require_own_code(run, configs.flatten(values), receipt)
@@ -43,7 +51,9 @@ def main(arguments: argparse.Namespace) -> int:
     _require_metrics(run, config.tracking.log_every_steps)
     name = arguments.name or f"{config.run.name}-replay"
     if name == config.run.name:
-        raise RunDirectoryError(f"--name: {name} is the run itself; give the repetition another name")
+        raise RunDirectoryError(
+            f"--name: {name} is the run itself; give the repetition another name"
+        )
     command = [
         sys.executable, str(TRAIN), "--config", str(run / "config.yaml"), "--run.name", name,
         "--run.dir", str(run.parent), "--checkpoint.storage", "null", "--tracking.trackers", "[]",
@@ -63,11 +73,14 @@ def _require_own_code(run: Path, settings: dict[str, Any], receipt: dict[str, An
         try:
             now = own_code.sha256(own_code.find(name))
         except ConfigError as exc:
-            raise RunDirectoryError(f"{run / 'config.yaml'}: {key}: {exc}; put the file back") from exc
+            raise RunDirectoryError(
+                f"{run / 'config.yaml'}: {key}: {exc}; put the file back"
+            ) from exc
         before = (receipt.get("identity") or {}).get(own_code.label(key, name))
         if now != before:
             raise RunDirectoryError(
-                f"{name} is not the file that {run} ran with: its sha256 was {before}, now {now}; put the file back"
+                f"{name} is not the file that {run} ran with: its sha256 was {before}, now {now}; "
+                "put the file back"
             )
         print(f"note: this executes {name}, which has the content that {run / 'receipt.json'} says")
 
@@ -82,24 +95,35 @@ def _receipt(run: Path) -> dict[str, Any]:
         on_this_node = int(launch.get("LOCAL_WORLD_SIZE", 1))
         words = [str(receipt["topology"]), *launch, *launch.values()]
         # The system takes 128 KiB of a variable; a launcher sets a few words.
-        if not all(isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in words):
+        if not all(
+            isinstance(word, str) and word.isprintable() and len(word) < 10_000 for word in words
+        ):
             raise ValueError("launch holds an entry that is not an environment variable")
         if foreign := [
-            name for name in launch if not launching.is_recorded(name) or not name.replace("_", "").isalnum()
+            name
+            for name in launch
+            if not launching.is_recorded(name) or not name.replace("_", "").isalnum()
         ]:
             raise ValueError(f"launch sets {foreign[0]}, which no receipt of this program does")
         if number < 1:
             raise ValueError("num_processes is less than 1")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         what = f"{exc} is missing" if isinstance(exc, KeyError) else exc
-        raise RunDirectoryError(f"{run / 'receipt.json'} is damaged: {what}; put back a copy of it") from exc
+        raise RunDirectoryError(
+            f"{run / 'receipt.json'} is damaged: {what}; put back a copy of it"
+        ) from exc
     if not isinstance(state, str):
-        raise RunDirectoryError(f"{run / 'outcome.json'} is damaged: it names no state; put back a copy of it")
+        raise RunDirectoryError(
+            f"{run / 'outcome.json'} is damaged: it names no state; put back a copy of it"
+        )
     if state != "complete" or not (run / "metrics.jsonl").is_file():
-        raise RunDirectoryError(f"{run} is {state}, or has no metrics.jsonl to compare with; run it to its end first")
+        raise RunDirectoryError(
+            f"{run} is {state}, or has no metrics.jsonl to compare with; run it to its end first"
+        )
     if number > on_this_node:
         raise RunDirectoryError(
-            f"{run} ran on {number} processes of several nodes; give each node its launcher line again, with another --run.name "
+            f"{run} ran on {number} processes of several nodes; give each node its launcher line "
+            "again, with another --run.name "
             f"and {REPLAY_OF}={run} in its environment"
         )
     return receipt
@@ -108,24 +132,33 @@ def _receipt(run: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     values, problem = files.read_note(path)
     if problem:
-        raise RunDirectoryError(f"{path} {problem}; put back a copy of it, or give the directory of another run")
+        raise RunDirectoryError(
+            f"{path} {problem}; put back a copy of it, or give the directory of another run"
+        )
     return values
 
 
 def _require_metrics(run: Path, every: int) -> None:
-    """Raise RunDirectoryError, before anything trains, where metrics.jsonl lacks a line that the repetition will have.
+    """Raise RunDirectoryError, before anything trains, where metrics.jsonl lacks a line that the
+    repetition will have.
 
     `every`: tracking.log_every_steps of the run.
     """
     last = _read(run / "outcome.json").get("step")
     if type(last) is not int or last < 1:
         raise RunDirectoryError(
-            f"{run / 'outcome.json'} is damaged: it does not say the last step; put back a copy of it"
+            f"{run / 'outcome.json'} is damaged: it does not say the last step; put back a copy of "
+            "it"
         )
     known = _steps(run / "metrics.jsonl")
-    if missing := [step for step in range(1, last + 1) if (step % every == 0 or step == last) and step not in known]:
+    if missing := [
+        step
+        for step in range(1, last + 1)
+        if (step % every == 0 or step == last) and step not in known
+    ]:
         raise RunDirectoryError(
-            f"{run / 'metrics.jsonl'} has no line for {len(missing)} of the {last} steps, the first is step {missing[0]}, so there is "
+            f"{run / 'metrics.jsonl'} has no line for {len(missing)} of the {last} steps, the "
+            f"first is step {missing[0]}, so there is "
             "nothing to compare with; put back a copy of it"
         )
 
@@ -144,33 +177,52 @@ def _environments(receipt: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _compare(run: Path, again: Path, part: float) -> int:
-    """Print whether every step of two runs has the same loss and gradient norm; `part`: see `tolerance`."""
+    """Print whether every step of two runs has the same loss and gradient norm; `part`: see
+    `tolerance`.
+    """
     one, other = (_steps(each / "metrics.jsonl") for each in (run, again))
-    different = [step for step in sorted(one.keys() | other.keys()) if not agree(one.get(step), other.get(step), part)]
+    different = [
+        step
+        for step in sorted(one.keys() | other.keys())
+        if not agree(one.get(step), other.get(step), part)
+    ]
     how = f"within {part:g} of each" if part else "to the bit"
     if different:
         step = different[0]
         print(
-            f"not the same {how}: {len(different)} of {len(one)} steps differ, the first is step {step}: "
+            f"not the same {how}: {len(different)} of {len(one)} steps differ, the first is step "
+            f"{step}: "
             f"(loss, gradient norm) was {one.get(step)}, now {other.get(step)}"
         )
         return EXIT_FAILED
-    print(f"the same: losses and gradient norms of all {len(one)} steps on record are those of {run} {how}")
+    print(
+        f"the same: losses and gradient norms of all {len(one)} steps on record are those of {run} "
+        f"{how}"
+    )
     return EXIT_COMPLETE
 
 
 def tolerance(receipt: dict[str, Any]) -> float:
-    """How far a loss may be from that of the run before, as a part of it; 0.0 asks for the same bits."""
-    device = receipt.get("device") or ("cuda" if (receipt.get("machine") or {}).get("gpus") else "cpu")
-    return 0.0 if device == "cpu" else TOLERANCE.get(str(receipt.get("precision")), TOLERANCE["bf16"])
+    """How far a loss may be from that of the run before, as a part of it; 0.0 asks for the same
+    bits.
+    """
+    device = receipt.get("device") or (
+        "cuda" if (receipt.get("machine") or {}).get("gpus") else "cpu"
+    )
+    return (
+        0.0 if device == "cpu" else TOLERANCE.get(str(receipt.get("precision")), TOLERANCE["bf16"])
+    )
 
 
 def agree(one: tuple[Any, Any] | None, other: tuple[Any, Any] | None, part: float) -> bool:
-    """Whether (loss, gradient norm) of a step are the same, or within `part` of the larger one; of the norm NORM x `part`."""
+    """Whether (loss, gradient norm) of a step are the same, or within `part` of the larger one; of
+    the norm NORM x `part`.
+    """
     if one == other or one is None or other is None:
         return one == other
     return all(
-        a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=share))
+        a == b
+        or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=share))
         for a, b, share in zip(one, other, (part, NORM * part))
     )
 

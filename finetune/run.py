@@ -351,7 +351,9 @@ def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
             directory.check(config)
             directory.announce()
         topology = Topology(config.train.precision, check_only)
-        topology.require_same({**configs.flatten(config.model_dump()), **configs.code_identity(config)})
+        topology.require_same(
+            {**configs.flatten(config.model_dump()), **configs.code_identity(config)}
+        )
         topology.check(config)
         config, reserved = sized(config, topology)
         configs.accumulation_steps(config, topology.num_data)

@@ -1,4 +1,5 @@
-"""What differs between the versions of PyTorch that this project runs on: 2.11, 2.13 (pinned) and 2.14.
+"""What differs between the versions of PyTorch that this project runs on: 2.11, 2.13 (pinned) and
+2.14.
 
 Each function says what changed, and when. Nothing else in the package asks for a version.
 """
@@ -24,16 +25,19 @@ def varlen_keywords(kernel: Callable[..., Any], *, is_grouped: bool) -> dict[str
     return {"enable_gqa": is_grouped} if has_switch else {}
 
 
-VARLEN_GROUPED = {is_grouped: varlen_keywords(varlen_attn, is_grouped=is_grouped) for is_grouped in (False, True)}
+VARLEN_GROUPED = {
+    is_grouped: varlen_keywords(varlen_attn, is_grouped=is_grouped) for is_grouped in (False, True)
+}
 """The same for the installed version, found once: a compiler cannot look at signatures."""
 
 
 def host_copier(device: torch.device) -> Callable[[Any], Any]:
-    """A function that copies any tree of tensors into host memory, which it keeps from call to call.
+    """A function that copies any tree of tensors into host memory, which it keeps from call to
+    call.
 
     Not `DefaultStager`: 2.11's closes itself after the first copy (pytorch#183413), and a second
-    checkpoint fails. What it wraps is the same in all versions. With a GPU the memory is pinned, and
-    the copies are complete when the function returns.
+    checkpoint fails. What it wraps is the same in all versions. With a GPU the memory is pinned,
+    and the copies are complete when the function returns.
     """
     on_gpu = device.type == "cuda"
     stager = StateDictStager(pin_memory=on_gpu)
@@ -50,9 +54,9 @@ def host_copier(device: torch.device) -> Callable[[Any], Any]:
 def as_floats(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The bytes of quantised weights under a float dtype, [N, 1]; the bits stay as they are.
 
-    `fully_shard` of 2.11 makes a parameter of each weight before it knows that it is frozen, and only
-    floats may require gradients (fixed in 2.12). `dtype` must be what FSDP gathers weights in, or it
-    would convert the bits as if they were numbers.
+    `fully_shard` of 2.11 makes a parameter of each weight before it knows that it is frozen, and
+    only floats may require gradients (fixed in 2.12). `dtype` must be what FSDP gathers weights in,
+    or it would convert the bits as if they were numbers.
     """
     return packed.detach().reshape(-1).view(dtype).reshape(-1, 1)
 
@@ -60,16 +64,19 @@ def as_floats(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def set_timeout(timeout: timedelta) -> None:
     """How long collectives of the default group may take.
 
-    2.14 has a public function for it, and warns of the private one, which is all that 2.11 and 2.13 have.
+    2.14 has a public function for it, and warns of the private one, which is all that 2.11 and 2.13
+    have.
     """
     public = getattr(torch.distributed, "set_timeout", None)
     (public or torch.distributed.distributed_c10d._set_pg_timeout)(timeout)
 
 
 def ignore_new_names() -> None:
-    """Say nothing of names that 2.13 has renamed and other libraries still use, which no user can change.
+    """Say nothing of names that 2.13 has renamed and other libraries still use, which no user can
+    change.
 
-    Accelerate makes DDP with `broadcast_buffers`; DeepSpeed calls collectives by their old names, at every step.
+    Accelerate makes DDP with `broadcast_buffers`; DeepSpeed calls collectives by their old names,
+    at every step.
     """
     for name in (".*broadcast_buffers.* is deprecated", r"`torch.distributed\.\w+` is deprecated"):
         warnings.filterwarnings("ignore", name, FutureWarning)

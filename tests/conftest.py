@@ -18,7 +18,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and several processes share few cores
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the models are tiny, and several processes share few cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 pytest_plugins = ["durations"]
@@ -30,7 +32,10 @@ TINY_LLAMA = {
 
 def pairs(count: int = 40) -> list[dict[str, Any]]:
     """Question and answer rows whose answers have very different lengths."""
-    return [{"question": f"what is {i} times three", "answer": f"{'so ' * (i * 7 % 13)}{3 * i}"} for i in range(count)]
+    return [
+        {"question": f"what is {i} times three", "answer": f"{'so ' * (i * 7 % 13)}{3 * i}"}
+        for i in range(count)
+    ]
 
 
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
@@ -44,7 +49,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def tracked() -> list[str]:
     """Paths of the repository as everybody else has it, without what only lies in this folder."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return listed.stdout.splitlines()
 
 
@@ -64,7 +71,11 @@ class Workshop:
         config: dict[str, Any] = {
             "run": {"name": name, "dir": str(self.folder / "runs")},
             "model": {"init": "random", "tokenizer": "bytes", "config": dict(TINY_LLAMA)},
-            "data": {"train": str(self.rows), "max_length": 128, "cache_dir": str(self.folder / "cache")},
+            "data": {
+                "train": str(self.rows),
+                "max_length": 128,
+                "cache_dir": str(self.folder / "cache"),
+            },
             "optimizer": {"lr": 1e-2},
             "train": {"global_batch_size": 8, "micro_batch_size": 4, "max_steps": 5},
         }
@@ -97,7 +108,9 @@ class Workshop:
         return path.read_text().count("\n") if path.exists() else 0
 
     def train(self, name: str = "run", **changes: Any) -> Path:
-        """Train in this process; raises what train.py would turn into an exit code. Returns the run directory."""
+        """Train in this process; raises what train.py would turn into an exit code. Returns the run
+        directory.
+        """
         return self._run([], name, changes)
 
     def check(self, name: str = "run", **changes: Any) -> Path:
@@ -111,7 +124,9 @@ class Workshop:
 
         forget_process_state()
 
-        config, check_only = configs.parse(["--config", str(self.write(self.config(name, **changes))), *arguments])
+        config, check_only = configs.parse(
+            ["--config", str(self.write(self.config(name, **changes))), *arguments]
+        )
         loop.run(config, check_only, StopFlag())
         spare_what_is_imported()
         return self.run_dir(name)
@@ -119,7 +134,9 @@ class Workshop:
     def launch(
         self, name: str = "run", processes: int = 1, arguments: Sequence[str] = (), **changes: Any
     ) -> subprocess.CompletedProcess[str]:
-        """train.py in processes of its own, by name and arguments as on the command line; the code is that of the first to fail."""
+        """train.py in processes of its own, by name and arguments as on the command line; the code
+        is that of the first to fail.
+        """
         from faults.nursery import start
 
         config = self.write(self.config(name, **changes))
@@ -139,7 +156,9 @@ def no_config_folder():
 
 @functools.cache
 def spare_what_is_imported() -> None:
-    """Once in a process: every run collects garbage at its end, which takes 0.3 s among all that torch and transformers are."""
+    """Once in a process: every run collects garbage at its end, which takes 0.3 s among all that
+    torch and transformers are.
+    """
     gc.collect()
     gc.freeze()
 
@@ -174,7 +193,13 @@ def forget_process_state() -> None:
 def launch(arguments: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(
-        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        arguments,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
@@ -187,7 +212,8 @@ def workshop(tmp_path: Path) -> Workshop:
 def fresh_process_state() -> Iterator[None]:
     """Runs install signal handlers and fill Accelerate's state; each test starts without."""
     handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     }
     yield
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
@@ -205,7 +231,9 @@ def no_process_is_left() -> Iterator[None]:
         nursery.end_all()
 
 
-def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
+) -> Path:
     """A folder that the first worker to need it fills, for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name

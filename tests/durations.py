@@ -1,9 +1,9 @@
 """What tests cost: the order in which they run, what is left out, and the budget of `make test`.
 
-durations.json has, for each file, the seconds of CPU of its fast and of its slow tests, with all the
-processes that they start. `make durations` records it, and `pytest FILE --record-durations` the line
-of a file. Seconds of CPU, as those of a clock depend on what else a machine does: two idle cores give
-two of them a second.
+durations.json has, for each file, the seconds of CPU of its fast and of its slow tests, with all
+the processes that they start. `make durations` records it, and `pytest FILE --record-durations` the
+line of a file. Seconds of CPU, as those of a clock depend on what else a machine does: two idle
+cores give two of them a second.
 """
 
 import json
@@ -14,13 +14,23 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_suffix(".json")
-BUDGET = {"all": 600.0, "fast": 170.0}  # 6 minutes and 90 seconds on two cores, less what starting takes
-LONG_FORMS = {"proof": "make proofs", "fault": "make faults", "image": "make image-test", "gpu": "make gpu"}
+BUDGET = {
+    "all": 600.0,
+    "fast": 170.0,
+}  # 6 minutes and 90 seconds on two cores, less what starting takes
+LONG_FORMS = {
+    "proof": "make proofs",
+    "fault": "make faults",
+    "image": "make image-test",
+    "gpu": "make gpu",
+}
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record-durations", action="store_true", help=f"measure, and write {FILE.name}")
+    parser.addoption(
+        "--record-durations", action="store_true", help=f"measure, and write {FILE.name}"
+    )
 
 
 def pytest_configure(config):
@@ -31,7 +41,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Long forms are slow; files that take longest come first, dealt out in two halves, as two workers begin with one each."""
+    """Long forms are slow; files that take longest come first, dealt out in two halves, as two
+    workers begin with one each.
+    """
     for item in items:
         if "image" in getattr(item, "fixturenames", ()):
             item.add_marker("image")
@@ -70,12 +82,16 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter, config):
     if left_out := config.stash[LEFT_OUT]:
-        named = (f"{left_out[name]} by {LONG_FORMS[name]}" for name in LONG_FORMS if name in left_out)
+        named = (
+            f"{left_out[name]} by {LONG_FORMS[name]}" for name in LONG_FORMS if name in left_out
+        )
         terminalreporter.write_line(f"left out here, and run: {', '.join(named)}")
 
 
 class Recorder:
-    """Adds up what each phase of a test costs; workers report it to the process that writes the file."""
+    """Adds up what each phase of a test costs; workers report it to the process that writes the
+    file.
+    """
 
     def __init__(self):
         self.before = cpu()
@@ -97,14 +113,25 @@ class Recorder:
     def pytest_sessionfinish(self, session):
         if hasattr(session.config, "workeroutput"):
             return
-        found = {name: {kind: round(of[kind], 2) for kind in sorted(of)} for name, of in self.found.items()}
-        kept = {name: of for name, of in json.loads(FILE.read_text()).items() if (FILE.parents[1] / name).exists()}
-        lines = [f"  {json.dumps(name)}: {json.dumps(of)}" for name, of in sorted((kept | found).items())]
+        found = {
+            name: {kind: round(of[kind], 2) for kind in sorted(of)}
+            for name, of in self.found.items()
+        }
+        kept = {
+            name: of
+            for name, of in json.loads(FILE.read_text()).items()
+            if (FILE.parents[1] / name).exists()
+        }
+        lines = [
+            f"  {json.dumps(name)}: {json.dumps(of)}" for name, of in sorted((kept | found).items())
+        ]
         FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def cpu() -> float:
-    """Seconds of CPU of this process and of all that it started, as far as they or what waited for them still lives."""
+    """Seconds of CPU of this process and of all that it started, as far as they or what waited for
+    them still lives.
+    """
     children, ticks = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,7 +1,7 @@
 """What rendered manifests must hold beyond their schemas; each fault is a sentence.
 
-What Kubernetes does is written down here where it decides something: which rule of a policy counts, what
-it says when it ends a Job, which names it gives.
+What Kubernetes does is written down here where it decides something: which rule of a policy counts,
+what it says when it ends a Job, which names it gives.
 """
 
 import re
@@ -20,7 +20,8 @@ from finetune.survival import launcher
 
 Manifest = dict[str, Any]
 GPU = "nvidia.com/gpu"
-# The Pod Security Standard "restricted", with the image's user; SAYS below leaves out everything else that it forbids.
+# The Pod Security Standard "restricted", with the image's user; SAYS below leaves out everything
+# else that it forbids.
 POD_SECURITY = {
     "runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001, "fsGroupChangePolicy": "OnRootMismatch",
     "seccompProfile": {"type": "RuntimeDefault"},
@@ -31,7 +32,8 @@ CONTAINER_SECURITY = {
     "capabilities": {"drop": ["ALL"]},
 }
 VOLUMES = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
-# Node label of a cloud's spot machines -> its value, the seconds that a pod really gets, and whether the nodes are tainted with it.
+# Node label of a cloud's spot machines -> its value, the seconds that a pod really gets, and
+# whether the nodes are tainted with it.
 SPOT = {
     "karpenter.sh/capacity-type": ("spot", 110, False),
     "cloud.google.com/gke-spot": ("true", 15, True),
@@ -42,18 +44,21 @@ MOUNTS = {
     "/config": ("config", None, False), "/tokens": ("tokens", None, False), "/runs": ("storage", "runs", True),
     "/models": ("storage", "models", True), "/scratch": ("scratch", None, True), "/dev/shm": ("shm", None, True),
 }  # fmt: skip
-# All that a run's pods and Jobs say. What is not here was never thought of: another container never ends, a probe
-# ends what goes well, a shared process namespace takes PID 1 from tini.
+# All that a run's pods and Jobs say. What is not here was never thought of: another container never
+# ends, a probe ends what goes well, a shared process namespace takes PID 1 from tini.
 SAYS = {
     "pod": set(
-        "restartPolicy terminationGracePeriodSeconds serviceAccountName automountServiceAccountToken enableServiceLinks securityContext tolerations "
+        "restartPolicy terminationGracePeriodSeconds serviceAccountName "
+        "automountServiceAccountToken enableServiceLinks securityContext tolerations "
         "containers initContainers volumes nodeSelector priorityClassName subdomain".split()
     ),
     "container": set(
-        "name image imagePullPolicy command args env envFrom resources securityContext terminationMessagePolicy volumeMounts".split()
+        "name image imagePullPolicy command args env envFrom resources securityContext "
+        "terminationMessagePolicy volumeMounts".split()
     ),
     "Job": set(
-        "backoffLimit podReplacementPolicy ttlSecondsAfterFinished podFailurePolicy template completionMode parallelism completions suspend".split()
+        "backoffLimit podReplacementPolicy ttlSecondsAfterFinished podFailurePolicy template "
+        "completionMode parallelism completions suspend".split()
     ),
 }
 ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
@@ -61,7 +66,9 @@ UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2*
 
 
 def render(folder: Path) -> list[Manifest]:
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
 
@@ -79,8 +86,12 @@ class Work:
 
     @property
     def first_node(self) -> str:
-        """Where its first pod is found: by the Service that is named like the Job, or in the JobSet's network."""
-        network = self.pod.get("subdomain") if self.kind == "Job" else self.name.removesuffix("-node-0")
+        """Where its first pod is found: by the Service that is named like the Job, or in the
+        JobSet's network.
+        """
+        network = (
+            self.pod.get("subdomain") if self.kind == "Job" else self.name.removesuffix("-node-0")
+        )
         return f"{self.name}-0.{network}"
 
     @property
@@ -89,7 +100,9 @@ class Work:
 
     @property
     def node(self) -> Manifest:
-        return next(container for container in self.pod["containers"] if container["name"] == "node")
+        return next(
+            container for container in self.pod["containers"] if container["name"] == "node"
+        )
 
     @property
     def containers(self) -> list[Manifest]:
@@ -108,13 +121,24 @@ def work(manifests: list[Manifest]) -> Work:
         spec = job["spec"]
         found = Work("Job", job["metadata"]["name"], spec, [], spec.get("completions", 1), {})
     else:
-        top = by_kind.get("TrainingRuntime", {}).get("spec", {}).get("template") or by_kind["JobSet"]
+        top = (
+            by_kind.get("TrainingRuntime", {}).get("spec", {}).get("template") or by_kind["JobSet"]
+        )
         kind = "TrainJob" if "TrainJob" in by_kind else "JobSet"
         [child] = top["spec"]["replicatedJobs"]
         spec, name = child["template"]["spec"], by_kind[kind]["metadata"]["name"]
-        found = Work(kind, f"{name}-{child['name']}-0", spec, [], spec["completions"], top["spec"]["failurePolicy"])
+        found = Work(
+            kind,
+            f"{name}-{child['name']}-0",
+            spec,
+            [],
+            spec["completions"],
+            top["spec"]["failurePolicy"],
+        )
     trainer = by_kind.get("TrainJob", {}).get("spec", {}).get("trainer", {})
-    return replace(found, args=found.node.get("args", []), nodes=trainer.get("numNodes", found.nodes))
+    return replace(
+        found, args=found.node.get("args", []), nodes=trainer.get("numNodes", found.nodes)
+    )
 
 
 def problems(manifests: list[Manifest], folder: Path) -> list[str]:
@@ -165,7 +189,9 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
                 yield "the Service gives no names to pods that are not ready"
         if kind == "NetworkPolicy":
             peers = [
-                peer["podSelector"] for rule in spec["ingress"] for peer in rule.get("from", [{"podSelector": {}}])
+                peer["podSelector"]
+                for rule in spec["ingress"]
+                for peer in rule.get("from", [{"podSelector": {}}])
             ]
             for selector in [spec["podSelector"], *peers]:
                 labels = selector.get("matchLabels", {})
@@ -173,7 +199,9 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
                     yield "NetworkPolicy selects no pod, or all"
         if kind == "TrainJob":
             needed.append((spec["runtimeRef"]["kind"], spec["runtimeRef"]["name"]))
-    yield from (f"there is no {kind} {name}" for kind, name in needed if (kind, name) not in by_name)
+    yield from (
+        f"there is no {kind} {name}" for kind, name in needed if (kind, name) not in by_name
+    )
     if not all(secret.get("optional") for secret in secrets):
         yield "a Secret is not here, and not optional"
 
@@ -181,14 +209,25 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
 def _mounts(found: Work) -> Iterator[str]:
     for container in found.containers:
         mounts = {
-            mount["mountPath"]: (mount["name"], mount.get("subPath"), not mount.get("readOnly", False))
+            mount["mountPath"]: (
+                mount["name"],
+                mount.get("subPath"),
+                not mount.get("readOnly", False),
+            )
             for mount in container["volumeMounts"]
         }
-        needed = MOUNTS if container is found.node else {path: MOUNTS[path] for path in ("/runs", "/scratch")}
+        needed = (
+            MOUNTS
+            if container is found.node
+            else {path: MOUNTS[path] for path in ("/runs", "/scratch")}
+        )
         if {path: mounts.get(path) for path in needed} != needed:
             yield f"container {container['name']} has not what it needs among {', '.join(needed)}, or may not write to it"
     environment = {entry["name"]: entry.get("value", "") for entry in found.node.get("env", [])}
-    if not environment.get("HF_TOKEN_PATH", "").startswith("/tokens/") or environment.get("HF_HOME") != "/models":
+    if (
+        not environment.get("HF_TOKEN_PATH", "").startswith("/tokens/")
+        or environment.get("HF_HOME") != "/models"
+    ):
         yield "tokens or models are looked for where nothing is mounted"
     [tokens] = [volume["secret"] for volume in found.pod["volumes"] if "secret" in volume]
     if tokens.get("defaultMode") != 0o440:
@@ -203,7 +242,9 @@ def _spot(found: Work) -> Iterator[str]:
         environment.get("NCCL_NET") == "IB"
     ):
         yield "a network card that NCCL does not insist on, or the other way round"
-    if "karpenter.sh/do-not-disrupt" in found.job["template"].get("metadata", {}).get("annotations", {}):
+    if "karpenter.sh/do-not-disrupt" in found.job["template"].get("metadata", {}).get(
+        "annotations", {}
+    ):
         yield "Karpenter would not drain the node after a notice"
     for label, value in found.pod.get("nodeSelector", {}).items():
         wanted, seconds, is_tainted = SPOT.get(label, ("", 0, False))
@@ -211,7 +252,9 @@ def _spot(found: Work) -> Iterator[str]:
             yield f"no cloud's spot nodes are labelled {label}: {value}"
         if found.pod["terminationGracePeriodSeconds"] > seconds:
             yield f"{found.pod['terminationGracePeriodSeconds']} s to end, where the cloud gives {seconds}"
-        if is_tainted and not any(taint["key"] == label for taint in found.pod.get("tolerations", [])):
+        if is_tainted and not any(
+            taint["key"] == label for taint in found.pod.get("tolerations", [])
+        ):
             yield f"pods do not tolerate {label}"
 
 
@@ -225,7 +268,11 @@ def _kinds(manifests: list[Manifest], found: Work) -> Iterator[str]:
         yield "suspended, and no queue would ever start it"
     if found.kind == "Job":
         return
-    top = by_kind["TrainingRuntime"]["spec"]["template"] if found.kind == "TrainJob" else by_kind["JobSet"]
+    top = (
+        by_kind["TrainingRuntime"]["spec"]["template"]
+        if found.kind == "TrainJob"
+        else by_kind["JobSet"]
+    )
     [child], policy = top["spec"]["replicatedJobs"], top["spec"]["failurePolicy"]
     if child.get("replicas", 1) != 1 or child["name"] != "node":
         yield "the nodes are those of one Job, which is named node"
@@ -252,7 +299,10 @@ def _kinds(manifests: list[Manifest], found: Work) -> Iterator[str]:
 def _nodes(manifests: list[Manifest], found: Work) -> Iterator[str]:
     job = found.job
     if found.nodes > 1:
-        if not (job.get("completionMode") == "Indexed" and job["parallelism"] == job["completions"] == found.nodes):
+        if not (
+            job.get("completionMode") == "Indexed"
+            and job["parallelism"] == job["completions"] == found.nodes
+        ):
             yield f"{found.nodes} nodes, but completionMode, parallelism and completions say something else"
         if found.kind == "Job" and not any(manifest["kind"] == "Service" for manifest in manifests):
             yield "no Service gives the nodes their names"
@@ -261,13 +311,23 @@ def _nodes(manifests: list[Manifest], found: Work) -> Iterator[str]:
             yield "several nodes share no volume"
     elif job.get("parallelism", 1) != 1:
         yield "several pods would do the work of one"
-    lasts = any("persistentVolumeClaim" in volume for volume in found.pod["volumes"] if volume["name"] == "storage")
-    if not lasts and not any(argument.startswith("--checkpoint.storage") for argument in found.args):
+    lasts = any(
+        "persistentVolumeClaim" in volume
+        for volume in found.pod["volumes"]
+        if volume["name"] == "storage"
+    )
+    if not lasts and not any(
+        argument.startswith("--checkpoint.storage") for argument in found.args
+    ):
         yield "nothing that a run leaves behind outlives its pod"
 
 
 def _said(found: Work) -> Iterator[str]:
-    several = [("Job", found.job), ("pod", found.pod), *(("container", container) for container in found.containers)]
+    several = [
+        ("Job", found.job),
+        ("pod", found.pod),
+        *(("container", container) for container in found.containers),
+    ]
     for what, spec in several:
         if unknown := set(spec) - SAYS[what]:
             yield f"a {what} says {', '.join(sorted(unknown))}, which was never thought of"
@@ -279,9 +339,9 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
     pod, job = found.pod, found.job
     if found.kind == "Job" and job.get("backoffLimit") != (3 if found.nodes == 1 else 7):
         yield "a crash is not tried again three times"
-    if found.kind != "TrainJob" and not next(m for m in manifests if m["kind"] == found.kind)["spec"].get(
-        "ttlSecondsAfterFinished"
-    ):
+    if found.kind != "TrainJob" and not next(m for m in manifests if m["kind"] == found.kind)[
+        "spec"
+    ].get("ttlSecondsAfterFinished"):
         yield "nothing removes it when it has ended"
     if pod.get("restartPolicy") != "Never":
         yield "podFailurePolicy needs restartPolicy: Never"
@@ -294,7 +354,9 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
         named = rule.get("onExitCodes", {}).get("containerName")
         if named and named not in {container["name"] for container in found.containers}:
             yield "a rule names a container that is not there"
-        if named and any(container["args"][0] == "launch" for container in pod.get("initContainers", [])):
+        if named and any(
+            container["args"][0] == "launch" for container in pod.get("initContainers", [])
+        ):
             yield "a rule does not see how a run before the last one ends"
     wanted = {
         "a wrong config (2)": (2, False, "ends"), "saved (75)": (75, False, "again"), "a crash (1)": (1, False, "counted"),
@@ -306,22 +368,32 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
 
 
 def fate(found: Work, code: int, disrupted: bool) -> str:
-    """What becomes of a run whose pod has ended so: it `ends`, starts `again`, or again and is `counted` as a failure."""
+    """What becomes of a run whose pod has ended so: it `ends`, starts `again`, or again and is
+    `counted` as a failure.
+    """
     action, message = "Count", ""
-    # matchPodFailurePolicy in pkg/controller/job of Kubernetes 1.31 has the order, and the messages.
+    # matchPodFailurePolicy in pkg/controller/job of Kubernetes 1.31 has the order, and the
+    # messages.
     for index, rule in enumerate(found.job.get("podFailurePolicy", {}).get("rules", [])):
-        conditions = [(condition["type"], condition["status"]) for condition in rule.get("onPodConditions", [])]
+        conditions = [
+            (condition["type"], condition["status"])
+            for condition in rule.get("onPodConditions", [])
+        ]
         codes = rule.get("onExitCodes", {"operator": "In", "values": []})
         is_other = codes.get("containerName", "node") != "node"
         if disrupted and ("DisruptionTarget", "True") in conditions:
             action = rule["action"]
-            message = f"Pod ns/x has condition DisruptionTarget matching {action} rule at index {index}"
-            break
-        if not is_other and codes["values"] and (code in codes["values"]) == (codes["operator"] == "In"):
-            action = rule["action"]
             message = (
-                f"Container node for pod ns/x failed with exit code {code} matching {action} rule at index {index}"
+                f"Pod ns/x has condition DisruptionTarget matching {action} rule at index {index}"
             )
+            break
+        if (
+            not is_other
+            and codes["values"]
+            and (code in codes["values"]) == (codes["operator"] == "In")
+        ):
+            action = rule["action"]
+            message = f"Container node for pod ns/x failed with exit code {code} matching {action} rule at index {index}"
             break
     if found.kind == "Job":
         return {"Ignore": "again", "FailJob": "ends", "Count": "counted"}[action]
@@ -330,8 +402,14 @@ def fate(found: Work, code: int, disrupted: bool) -> str:
     reason = "PodFailurePolicy" if action == "FailJob" else "BackoffLimitExceeded"
     for rule in found.failure_policy["rules"]:
         patterns = rule.get("onJobFailureMessagePatterns", [""])
-        if reason in rule.get("onJobFailureReasons", [reason]) and any(re.search(p, message) for p in patterns):
-            known = {"FailJobSet": "ends", "RestartJobSetAndIgnoreMaxRestarts": "again", "RestartJobSet": "counted"}
+        if reason in rule.get("onJobFailureReasons", [reason]) and any(
+            re.search(p, message) for p in patterns
+        ):
+            known = {
+                "FailJobSet": "ends",
+                "RestartJobSetAndIgnoreMaxRestarts": "again",
+                "RestartJobSet": "counted",
+            }
             return known[rule["action"]]
     return "counted"
 
@@ -339,7 +417,10 @@ def fate(found: Work, code: int, disrupted: bool) -> str:
 def _profile(manifests: list[Manifest], found: Work) -> Iterator[str]:
     """The Pod Security Standard "restricted"."""
     for namespace in [manifest for manifest in manifests if manifest["kind"] == "Namespace"]:
-        if namespace["metadata"]["labels"].get("pod-security.kubernetes.io/enforce") != "restricted":
+        if (
+            namespace["metadata"]["labels"].get("pod-security.kubernetes.io/enforce")
+            != "restricted"
+        ):
             yield "the namespace does not enforce the restricted profile"
     if found.pod.get("automountServiceAccountToken") is not False:
         yield "pods get a token of the service account, which they do not need"
@@ -357,7 +438,8 @@ def _resources(found: Work) -> Iterator[str]:
     for container in found.containers:
         asked = container.get("resources", {})
         if not all(
-            {"cpu", "memory", "ephemeral-storage"} <= set(asked.get(side, {})) for side in ("requests", "limits")
+            {"cpu", "memory", "ephemeral-storage"} <= set(asked.get(side, {}))
+            for side in ("requests", "limits")
         ):
             yield f"container {container['name']} asks for no cpu, memory and disk, or has no limits"
         elif asked["requests"]["memory"] != asked["limits"]["memory"]:
@@ -397,11 +479,16 @@ def _images(found: Work) -> Iterator[str]:
 
 
 def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[str]:
-    """Every command line through the real parsers: the launcher's for each node, train.py's for the rest."""
+    """Every command line through the real parsers: the launcher's for each node, train.py's for the
+    rest.
+    """
     processes: set[str] = set()
     grace = found.pod["terminationGracePeriodSeconds"]
     given_gpus = int(found.node["resources"]["limits"].get(GPU, 0))
-    for container, nodes in [*((c, 1) for c in found.pod.get("initContainers", [])), (found.node, found.nodes)]:
+    for container, nodes in [
+        *((c, 1) for c in found.pod.get("initContainers", [])),
+        (found.node, found.nodes),
+    ]:
         for rank in range(nodes):
             args = found.args if container is found.node else container["args"]
             try:
@@ -442,7 +529,9 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
 def environment(found: Work, container: Manifest, rank: int) -> dict[str, str]:
     """What a container of the node `rank` finds, as far as command lines ask for it."""
     own = {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
-    if any(source["secretRef"]["name"] == "object-store" for source in container.get("envFrom", [])):
+    if any(
+        source["secretRef"]["name"] == "object-store" for source in container.get("envFrom", [])
+    ):
         own["STORAGE"] = "s3://bucket/runs"
     if found.job.get("completionMode") == "Indexed":
         own["JOB_COMPLETION_INDEX"] = str(rank)
@@ -460,10 +549,16 @@ def expanded(word: str, environment: Mapping[str, str]) -> str:
     return re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], word)
 
 
-def _with_files(words: list[str], manifests: list[Manifest], found: Work, folder: Path) -> list[str]:
+def _with_files(
+    words: list[str], manifests: list[Manifest], found: Work, folder: Path
+) -> list[str]:
     """/config/x becomes a file with what the ConfigMap has under x."""
-    name = next(volume["configMap"]["name"] for volume in found.pod["volumes"] if "configMap" in volume)
-    [files] = [m["data"] for m in manifests if (m["kind"], m["metadata"]["name"]) == ("ConfigMap", name)] or [{}]
+    name = next(
+        volume["configMap"]["name"] for volume in found.pod["volumes"] if "configMap" in volume
+    )
+    [files] = [
+        m["data"] for m in manifests if (m["kind"], m["metadata"]["name"]) == ("ConfigMap", name)
+    ] or [{}]
     for file, text in files.items():
         (folder / file).write_text(text)
     return [re.sub(r"(^|=)/config/", rf"\g<1>{folder}/", word) for word in words]

@@ -1,4 +1,6 @@
-"""Attention inside documents is attention under a mask that keeps them apart, in numbers and gradients, without the mask."""
+"""Attention inside documents is attention under a mask that keeps them apart, in numbers and
+gradients, without the mask.
+"""
 
 import contextlib
 from types import SimpleNamespace
@@ -9,7 +11,12 @@ import torch.nn.functional as F
 
 from finetune.models import attention, attention_probe, varlen_cpu
 
-PACKS = {"one document": [40], "many": [3, 17, 1, 9, 10], "of one token": [1, 1, 1], "one token": [1]}
+PACKS = {
+    "one document": [40],
+    "many": [3, 17, 1, 9, 10],
+    "of one token": [1, 1, 1],
+    "one token": [1],
+}
 
 
 def states(heads, kv_heads, length, width=16, value_width=16, dtype=torch.float32):
@@ -34,7 +41,9 @@ def masked(query, key, value, lengths, window, dropout=0.0):
     seen = (number[:, None] == number) & (distance >= 0) & (distance < (window or length))
     times = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, dropout_p=dropout
+    ).transpose(1, 2)
 
 
 def run(how, tensors, *arguments):
@@ -48,7 +57,15 @@ def run(how, tensors, *arguments):
 
 def ours(query, key, value, lengths, window):
     return attention._attend(
-        query, key, value, bounds_of(lengths), max(lengths), SimpleNamespace(values=lengths), None, 0.0, window
+        query,
+        key,
+        value,
+        bounds_of(lengths),
+        max(lengths),
+        SimpleNamespace(values=lengths),
+        None,
+        0.0,
+        window,
     )
 
 
@@ -58,7 +75,9 @@ def ours(query, key, value, lengths, window):
 def test_it_is_masked_attention(pack, kv_heads, window):
     lengths = PACKS[pack]
     tensors = states(4, kv_heads, sum(lengths))
-    for own, wanted in zip(run(ours, tensors, lengths, window), run(masked, tensors, lengths, window)):
+    for own, wanted in zip(
+        run(ours, tensors, lengths, window), run(masked, tensors, lengths, window)
+    ):
         torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -68,8 +87,16 @@ def test_it_is_masked_attention(pack, kv_heads, window):
 def test_in_16_bits_it_is_as_near_to_float32_as_pytorchs_own(window, off, peaked):
     query, key, value = (tensor.detach() for tensor in states(4, 2, 40, dtype=torch.bfloat16))
     tensors = [tensor.requires_grad_() for tensor in (query * peaked, key, value + off)]
-    exact = run(masked, [tensor.detach().float().requires_grad_() for tensor in tensors], PACKS["many"], window)
-    own, plain = run(ours, tensors, PACKS["many"], window), run(masked, tensors, PACKS["many"], window)
+    exact = run(
+        masked,
+        [tensor.detach().float().requires_grad_() for tensor in tensors],
+        PACKS["many"],
+        window,
+    )
+    own, plain = (
+        run(ours, tensors, PACKS["many"], window),
+        run(masked, tensors, PACKS["many"], window),
+    )
     for one, other, wanted, name in zip(own, plain, exact, ("out", "query", "key", "value")):
         error, usual = ((each.float() - wanted).square().mean().sqrt() for each in (one, other))
         assert error <= (1.0 if name in ("query", "key") else 1.3) * usual, (name, error, usual)
@@ -78,7 +105,9 @@ def test_in_16_bits_it_is_as_near_to_float32_as_pytorchs_own(window, off, peaked
 def test_values_of_another_width_than_keys_go_the_slow_way():
     """As in latent attention, where keys carry positions besides."""
     tensors = states(4, 4, 40, value_width=8)
-    for own, wanted in zip(run(ours, tensors, PACKS["many"], None), run(masked, tensors, PACKS["many"], None)):
+    for own, wanted in zip(
+        run(ours, tensors, PACKS["many"], None), run(masked, tensors, PACKS["many"], None)
+    ):
         torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -86,20 +115,32 @@ def test_values_of_another_width_than_keys_go_the_slow_way():
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # the compiler's own
 def test_the_operator_keeps_what_it_promises_to_compilers():
-    """Shapes without values, gradients, no hidden changes of its inputs; PyTorch's own check of operators."""
-    query, key, value = (tensor.detach().transpose(1, 2).requires_grad_() for tensor in states(4, 2, 40))
-    checks = torch.library.opcheck(varlen_cpu.one_by_one, (query, key, value, bounds_of(PACKS["many"]), 0.25, 0))
+    """Shapes without values, gradients, no hidden changes of its inputs; PyTorch's own check of
+    operators.
+    """
+    query, key, value = (
+        tensor.detach().transpose(1, 2).requires_grad_() for tensor in states(4, 2, 40)
+    )
+    checks = torch.library.opcheck(
+        varlen_cpu.one_by_one, (query, key, value, bounds_of(PACKS["many"]), 0.25, 0)
+    )
     assert set(checks.values()) == {"SUCCESS"}
 
 
-def varlen_reference(query, key, value, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, **grouped):
-    """Stands in for PyTorch's CUDA kernel, and is as strict: query [T, H, D], key and value [T, KV, D]."""
+def varlen_reference(
+    query, key, value, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, **grouped
+):
+    """Stands in for PyTorch's CUDA kernel, and is as strict: query [T, H, D], key and value [T, KV,
+    D].
+    """
     assert query.shape[-1] % 8 == 0, "the kernel takes heads of multiples of 8"
     assert torch.equal(bounds_q, bounds_k)
     lengths = bounds_q.diff().tolist()
     assert longest_q == longest_k == max(lengths)
     window = window_size[0] + 1 if window_size != (-1, 0) else None
-    states = [each.transpose(0, 1)[None] for each in (query * scale * query.shape[-1] ** 0.5, key, value)]
+    states = [
+        each.transpose(0, 1)[None] for each in (query * scale * query.shape[-1] ** 0.5, key, value)
+    ]
     return masked(*states, lengths, window)[0]
 
 
@@ -111,7 +152,9 @@ def test_heads_of_any_width_fit_the_fused_kernel(monkeypatch, width, window):
     lengths = PACKS["many"]
 
     def fused(query, key, value):
-        return attention._varlen(query, key, value, bounds_of(lengths), max(lengths), width**-0.5, window)
+        return attention._varlen(
+            query, key, value, bounds_of(lengths), max(lengths), width**-0.5, window
+        )
 
     tensors = states(4, 2, sum(lengths), width=width, value_width=width)
     for own, wanted in zip(run(fused, tensors), run(masked, tensors, lengths, window)):
@@ -130,11 +173,17 @@ def test_a_compiled_layer_is_not_cut_where_it_asks_what_the_gpu_can(monkeypatch)
 
 
 def test_the_slow_way_does_not_ask_the_device_for_its_bounds():
-    """A GPU would have to be waited for in every layer; on the meta device bounds have no values at all."""
+    """A GPU would have to be waited for in every layer; on the meta device bounds have no values at
+    all.
+    """
     lengths = PACKS["many"]
-    query, key, value = (tensor.detach().transpose(1, 2) for tensor in states(4, 2, sum(lengths), value_width=8))
+    query, key, value = (
+        tensor.detach().transpose(1, 2) for tensor in states(4, 2, sum(lengths), value_width=8)
+    )
     unknown = bounds_of(lengths).to("meta")
-    out = attention._attend(query, key, value, unknown, max(lengths), SimpleNamespace(values=lengths), None, 0.0, None)
+    out = attention._attend(
+        query, key, value, unknown, max(lengths), SimpleNamespace(values=lengths), None, 0.0, None
+    )
     torch.testing.assert_close(out, masked(query, key, value, lengths, None))
 
 
@@ -146,7 +195,9 @@ def test_transformers_builds_no_mask_and_does_not_look_for_packs(monkeypatch):
     looked = []
     find = masking_utils.find_packed_sequence_indices
     monkeypatch.setattr(
-        masking_utils, "find_packed_sequence_indices", lambda *given: looked.append(given) or find(*given)
+        masking_utils,
+        "find_packed_sequence_indices",
+        lambda *given: looked.append(given) or find(*given),
     )
     values = TINY_LLAMA | {"vocab_size": 300}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -158,7 +209,12 @@ def test_transformers_builds_no_mask_and_does_not_look_for_packs(monkeypatch):
 @pytest.mark.parametrize(
     ("moved", "has_experts", "wanted"),
     [([], False, False), ([4], False, True), ([4], True, False), ([2, 3, 4], True, True)],
-    ids=["equal", "one token of a dense model", "one token that met another expert", "a leak into three tokens"],
+    ids=[
+        "equal",
+        "one token of a dense model",
+        "one token that met another expert",
+        "a leak into three tokens",
+    ],
 )
 def test_one_flipped_expert_is_no_other_attention(moved, has_experts, wanted):
     logits = torch.linspace(-1, 1, 8 * 30).view(8, 30)
@@ -170,17 +226,29 @@ def test_one_flipped_expert_is_no_other_attention(moved, has_experts, wanted):
 
 @pytest.mark.parametrize("sees", [0, 1], ids=["itself", "the next token"])
 def test_a_mixture_of_experts_that_looks_one_token_ahead_is_refused(sees):
-    """It moves one token of the probe only, as a token that met another expert does; but that one each time."""
+    """It moves one token of the probe only, as a token that met another expert does; but that one
+    each time.
+    """
     from conftest import TINY_LLAMA
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from finetune.errors import ModelError
 
-    sizes = {**TINY_LLAMA, "model_type": "mixtral", "vocab_size": 300, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes = {
+        **TINY_LLAMA,
+        "model_type": "mixtral",
+        "vocab_size": 300,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), attn_implementation=attention.NAME)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**sizes), attn_implementation=attention.NAME
+    )
     model.lm_head.register_forward_hook(lambda module, inputs, out: out + out.roll(-sees, dims=1))
-    with pytest.raises(ModelError, match="see those after it") if sees else contextlib.nullcontext():
+    with (
+        pytest.raises(ModelError, match="see those after it") if sees else contextlib.nullcontext()
+    ):
         attention_probe.check(model, model, attention.NAME, torch.device("cpu"), "fp32")
 
 

@@ -51,7 +51,9 @@ def quantized(plain):
         folder = plain.parent / form
         if not folder.exists():
             wanted = BitsAndBytesConfig(**QUANTIZATIONS[form])
-            AutoModelForCausalLM.from_pretrained(plain, quantization_config=wanted).save_pretrained(folder)
+            AutoModelForCausalLM.from_pretrained(plain, quantization_config=wanted).save_pretrained(
+                folder
+            )
             for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 shutil.copy(plain / name, folder)
         return folder
@@ -67,7 +69,9 @@ def on(base, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "double"), [("nf4", True), ("fp4", False), ("int8", True)])
-def test_qlora_trains_on_a_quantised_base_as_it_is(workshop, quantized, capsys, caplog, form, double):
+def test_qlora_trains_on_a_quantised_base_as_it_is(
+    workshop, quantized, capsys, caplog, form, double
+):
     run = workshop.train("run", **on(quantized(form), adapter__kind="qlora"))
     assert (
         f"method      {form}{', doubly quantised' if form == 'nf4' else ''} (the base is saved so)"
@@ -82,7 +86,9 @@ def test_qlora_trains_on_a_quantised_base_as_it_is(workshop, quantized, capsys, 
     assert [record for record in caplog.records if "MatMul8bitLt" in record.msg] == []
 
 
-def test_an_adapter_on_a_quantised_base_is_merged_into_what_that_holds(workshop, quantized, tmp_path):
+def test_an_adapter_on_a_quantised_base_is_merged_into_what_that_holds(
+    workshop, quantized, tmp_path
+):
     run = workshop.train("run", **on(quantized("nf4"), adapter__kind="qlora"))
     merged = merge([run / "model"], tmp_path / "merged")
     assert merged.rounding < 1e-2
@@ -100,7 +106,9 @@ def test_an_adapter_on_a_quantised_base_is_merged_into_what_that_holds(workshop,
         ({"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapter.init", "loftq needs the weights before quantisation"),
     ],
 )  # fmt: skip
-def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(workshop, quantized, changes, key, says):
+def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(
+    workshop, quantized, changes, key, says
+):
     with pytest.raises(ConfigError, match=f"{key}: ") as caught:
         workshop.check("run", **on(quantized("nf4"), **changes))
     assert says in str(caught.value)
@@ -108,8 +116,12 @@ def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(workshop, qua
 
 def test_a_setting_that_is_given_is_not_taken_for_its_default(workshop, quantized):
     """nf4 is the default, and said of a base in 8 bits it is still wrong."""
-    with pytest.raises(ConfigError, match="adapter.quantization: nf4, but the base is quantised already"):
-        workshop.check("run", **on(quantized("int8"), adapter__kind="qlora", adapter__quantization="nf4"))
+    with pytest.raises(
+        ConfigError, match="adapter.quantization: nf4, but the base is quantised already"
+    ):
+        workshop.check(
+            "run", **on(quantized("int8"), adapter__kind="qlora", adapter__quantization="nf4")
+        )
 
 
 def folder_with(tmp_path, config=None, files=()):
@@ -131,7 +143,12 @@ def test_a_config_nested_too_deeply_is_an_error_of_the_model(tmp_path):
 def refusal(base, **adapter):
     with pytest.raises(ConfigError) as caught:
         configs.from_dict(
-            {"run": {"name": "a"}, "model": {"path": str(base)}, "data": {"train": "x"}, "adapter": adapter}
+            {
+                "run": {"name": "a"},
+                "model": {"path": str(base)},
+                "data": {"train": "x"},
+                "adapter": adapter,
+            }
         )
     return str(caught.value)
 
@@ -209,7 +226,11 @@ def parts(plain, tmp_path):
     names = sorted(tensors)
     where = {name: f"model-0000{1 + (name > names[5])}-of-00002.safetensors" for name in names}
     for part in set(where.values()):
-        save_file({name: tensors[name] for name in names if where[name] == part}, folder / part, {"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in names if where[name] == part},
+            folder / part,
+            {"format": "pt"},
+        )
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
 
@@ -253,7 +274,11 @@ def test_a_download_that_is_not_whole_is_named_with_its_file(parts, damage, says
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("pytorch_model.bin", "is not whole"), ("consolidated.safetensors", "has no model.safetensors")]
+    ("name", "says"),
+    [
+        ("pytorch_model.bin", "is not whole"),
+        ("consolidated.safetensors", "has no model.safetensors"),
+    ],
 )
 def test_weights_in_another_form_are_looked_at_too(plain, tmp_path, name, says):
     base = folder_with(tmp_path, {"model_type": "llama"})
@@ -268,9 +293,17 @@ def test_whole_parts_are_taken(workshop, plain, parts):
 
 def test_random_weights_need_no_saved_ones(workshop, parts):
     (parts / FIRST).unlink()
-    settings = {"model__path": str(parts), "model__config": None, "model__tokenizer": None, "train__max_steps": 1}
+    settings = {
+        "model__path": str(parts),
+        "model__config": None,
+        "model__tokenizer": None,
+        "train__max_steps": 1,
+    }
     run = workshop.train(model__init="random", **settings)
-    assert base.shapes(str(run / "model")).keys() == json.loads((parts / INDEX).read_text())["weight_map"].keys()
+    assert (
+        base.shapes(str(run / "model")).keys()
+        == json.loads((parts / INDEX).read_text())["weight_map"].keys()
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -286,11 +319,21 @@ def test_a_weight_that_is_missing_is_named_before_loading(workshop, plain, tmp_p
         workshop.check(**on(base))
         tensors.pop("lm_head.weight")
     name = "model.layers.1.mlp.up_proj.weight"
-    save_file({key: t for key, t in tensors.items() if key != name}, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=f"1 weights are missing or of another shape, such as {name}"):
+    save_file(
+        {key: t for key, t in tensors.items() if key != name},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        ModelError, match=f"1 weights are missing or of another shape, such as {name}"
+    ):
         workshop.check(**on(base))
-    save_file({**tensors, name: tensors[name][:5].clone()}, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=f"1 weights are missing or of another shape, such as {name}"):
+    save_file(
+        {**tensors, name: tensors[name][:5].clone()}, base / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(
+        ModelError, match=f"1 weights are missing or of another shape, such as {name}"
+    ):
         workshop.check(**on(base))
 
 
@@ -320,7 +363,10 @@ def test_a_folder_of_runs_names_their_models(tmp_path):
         (tmp_path / "runs" / run / "model").mkdir(parents=True)
         (tmp_path / "runs" / run / "model/config.json").write_text("{}")
     runs = tmp_path / "runs"
-    assert f"{runs} is a folder of runs; name the model of one: {runs}/a/model, {runs}/b/model" in refusal(runs)
+    assert (
+        f"{runs} is a folder of runs; name the model of one: {runs}/a/model, {runs}/b/model"
+        in refusal(runs)
+    )
 
 
 def test_a_folder_without_tokenizer_and_a_local_name_that_is_not_there_are_named(
@@ -360,18 +406,25 @@ def test_random_weights_of_a_quantised_models_shape_are_not_quantised(workshop, 
 
 def test_a_run_directory_and_an_adapter_are_named_with_what_to_write(workshop, plain):
     run = workshop.train("lora", **on(plain, adapter__kind="lora", train__max_steps=1))
-    assert f"{run} is a run directory; its model is in {run}/model: give that folder" in refusal(run)
+    assert f"{run} is a run directory; its model is in {run}/model: give that folder" in refusal(
+        run
+    )
     assert f"{run}/model is an adapter, not a model; to train it further give model.path: {plain} and adapter.path: {run}/model" in refusal(run / "model")  # fmt: skip
     assert "give the causal language model" not in refusal(run / "model")
     message = refusal(plain, kind="lora", path=str(run))
-    assert f"adapter.path: {run} is a run directory; its adapter is in {run}/model: give that folder" in message
+    assert (
+        f"adapter.path: {run} is a run directory; its adapter is in {run}/model: give that folder"
+        in message
+    )
     message = refusal(plain, kind="lora", path=str(plain))
     assert f"adapter.path: {plain} is a whole model, not an adapter" in message
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("full_at", ["open", "pass"])
-def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu(workshop, plain, monkeypatch, full_at):
+def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu(
+    workshop, plain, monkeypatch, full_at
+):
     devices = []
 
     def on_a_gpu(folder, was, *arguments, **keywords):
@@ -388,7 +441,11 @@ def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu
             raise torch.OutOfMemoryError("CUDA out of memory")
         return probe_logits(model, *device)
 
-    for name, instead in (("publish.verify", on_a_gpu), ("verify.load", loaded), ("verify.probe_logits", passed)):
+    for name, instead in (
+        ("publish.verify", on_a_gpu),
+        ("verify.load", loaded),
+        ("verify.probe_logits", passed),
+    ):
         monkeypatch.setattr(f"finetune.export.{name}", instead)
     workshop.train("run", **on(plain, adapter__kind="qlora"))
     assert devices == ["cuda", "cpu"]
@@ -410,7 +467,10 @@ def test_how_a_device_packs_is_no_part_of_the_identity_and_what_it_packs_is(plai
     weights = load_file(plain / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] *= 1.001  # too little for another code
     save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
-    assert all(one != other for one, other in zip(base_identity.fingerprints(loaded(tmp_path / "other")), before))
+    assert all(
+        one != other
+        for one, other in zip(base_identity.fingerprints(loaded(tmp_path / "other")), before)
+    )
 
 
 def test_the_bytes_of_a_base_that_was_saved_quantised_are_its_identity(quantized):
@@ -448,7 +508,9 @@ def with_config(base, target, **changes):
     """A copy of a base whose config.json has changed; None: without that key."""
     shutil.copytree(base, target)
     said = json.loads((target / "config.json").read_text()) | changes
-    (target / "config.json").write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    (target / "config.json").write_text(
+        json.dumps({key: value for key, value in said.items() if value is not None})
+    )
     return target
 
 
@@ -462,15 +524,21 @@ def with_config(base, target, **changes):
         ("nf4", None, "bitsandbytes has quantised the weights (nf4)"),
     ],
 )  # fmt: skip
-def test_weights_that_are_not_packed_as_the_config_says_are_refused(plain, quantized, tmp_path, form, found, says):
-    folder = with_config(quantized(form) if form else plain, tmp_path / "base", quantization_config=found)
+def test_weights_that_are_not_packed_as_the_config_says_are_refused(
+    plain, quantized, tmp_path, form, found, says
+):
+    folder = with_config(
+        quantized(form) if form else plain, tmp_path / "base", quantization_config=found
+    )
     assert says in refusal(folder, kind="qlora" if found else "lora")
 
 
 @pytest.mark.parametrize("number", [-1, 0])
 def test_a_model_without_layers_is_refused(workshop, plain, tmp_path, number):
     folder = with_config(plain, tmp_path / "base", num_hidden_layers=number)
-    assert f"{folder}/config.json: num_hidden_layers should be at least 1, got {number}" in refusal(folder)
+    assert f"{folder}/config.json: num_hidden_layers should be at least 1, got {number}" in refusal(
+        folder
+    )
     with pytest.raises(ModelError, match="model.config: num_hidden_layers should be at least 1"):
         workshop.check(model__config={**WIDE, "num_hidden_layers": number})
 
@@ -514,7 +582,9 @@ class Hostile:
 
 
 @pytest.mark.parametrize("content", ["hostile", "garbage"])
-def test_weights_that_hold_code_are_refused_without_advice_to_run_it(workshop, plain, tmp_path, capsys, content):
+def test_weights_that_hold_code_are_refused_without_advice_to_run_it(
+    workshop, plain, tmp_path, capsys, content
+):
     folder = tmp_path / "base"
     shutil.copytree(plain, folder)
     (folder / "model.safetensors").unlink()
@@ -540,7 +610,9 @@ def test_a_base_of_zeros_is_named_as_that(workshop, plain, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(plain, folder)
     tensors = load_file(folder / "model.safetensors")
-    save_file({name: t * 0 for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: t * 0 for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(ModelError, match="its embedding holds only zeros"):
         workshop.train(**on(folder))
 

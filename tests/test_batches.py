@@ -20,7 +20,11 @@ def examples_of(lengths: np.ndarray) -> Examples:
     random = np.random.default_rng(3)
     parts, supervised = [], []
     for number, length in enumerate(lengths):
-        parts.append(np.concatenate([[10 + number], random.integers(1000, 2000, length - 2), [EOS]]).astype(np.int32))
+        parts.append(
+            np.concatenate([[10 + number], random.integers(1000, 2000, length - 2), [EOS]]).astype(
+                np.int32
+            )
+        )
         supervised.append(np.arange(length) >= max(1, length // 2))
     ends = np.cumsum(lengths)
     return Examples(
@@ -42,7 +46,9 @@ def targets_of(batch: Batch) -> torch.Tensor:
 
 
 def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, targets) of every document in a micro-batch, fillers left out, read as the model would read them."""
+    """(input_ids, targets) of every document in a micro-batch, fillers left out, read as the model
+    would read them.
+    """
     found, inputs, whole = [], batch.inputs, targets_of(batch)
     if "attention_mask" in inputs:
         for ids, targets, mask in zip(inputs["input_ids"], whole, inputs["attention_mask"].bool()):
@@ -58,7 +64,9 @@ def of_example(examples: Examples, number: int) -> tuple[list[int], list[int]]:
     """What a document should hold: its tokens, and for each the next one where that is learned."""
     part = slice(examples.starts[number], examples.ends[number])
     ids, supervised = examples.input_ids[part].tolist(), examples.supervised[part].tolist()
-    return ids, [token if learned else IGNORE for token, learned in zip(ids[1:], supervised[1:])] + [IGNORE]
+    return ids, [
+        token if learned else IGNORE for token, learned in zip(ids[1:], supervised[1:])
+    ] + [IGNORE]
 
 
 @pytest.fixture(params=[False, True], ids=["end to end", "padded"])
@@ -133,34 +141,48 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
     """Resuming at a step, going back to it and arriving at it give the same sequences."""
     arrived, jumped = batches_of(), batches_of()
     orders = [arrived.of_step(step).tolist() for step in range(20)]
-    assert [jumped.of_step(step).tolist() for step in (19, 0, 7, 13)] == [orders[step] for step in (19, 0, 7, 13)]
+    assert [jumped.of_step(step).tolist() for step in (19, 0, 7, 13)] == [
+        orders[step] for step in (19, 0, 7, 13)
+    ]
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 @pytest.mark.parametrize("step", [0, 2, 4], ids=["first", "last of an epoch", "in the next"])
-def test_any_number_of_processes_makes_the_same_step(num_processes, micro_batch_size, step, padded, packing):
-    """53 examples in steps of 24: the third is incomplete. Packed there are fewer, and the steps are of 12."""
+def test_any_number_of_processes_makes_the_same_step(
+    num_processes, micro_batch_size, step, padded, packing
+):
+    """53 examples in steps of 24: the third is incomplete. Packed there are fewer, and the steps
+    are of 12.
+    """
     size = 12 if packing else 24
     shared = {"global_batch_size": size, "padded": padded, "packing": packing}
     whole = batches_of(**shared, micro_batch_size=size)
     ranks = [
-        batches_of(**shared, micro_batch_size=micro_batch_size, rank=rank, num_processes=num_processes).at(step)
+        batches_of(
+            **shared, micro_batch_size=micro_batch_size, rank=rank, num_processes=num_processes
+        ).at(step)
         for rank in range(num_processes)
     ]
     assert len({len(batches) for batches in ranks}) == 1
-    members = [example for sequence in whole.of_step(step) for example in whole.sequences.members(sequence)]
+    members = [
+        example for sequence in whole.of_step(step) for example in whole.sequences.members(sequence)
+    ]
     expected = sorted(of_example(whole.sequences.examples, example) for example in members)
     together = [batch for batches in ranks for batch in batches]
     assert sorted(document for batch in together for document in documents(batch)) == expected
-    assert sum(batch.counts["input_tokens"] for batch in together) == sum(len(ids) for ids, _ in expected)
+    assert sum(batch.counts["input_tokens"] for batch in together) == sum(
+        len(ids) for ids, _ in expected
+    )
     assert sum(batch.counts["tokens"] for batch in together) == sum(
         target != IGNORE for _, targets in expected for target in targets
     )
 
 
 def test_an_incomplete_last_step_gives_each_process_as_many_micro_batches(padded):
-    """5 sequences for 4 processes of 2: the last has none of its own and goes through the model all the same."""
+    """5 sequences for 4 processes of 2: the last has none of its own and goes through the model all
+    the same.
+    """
     lengths = LENGTHS[:13]
     ranks = [batches_of(lengths, rank=rank, num_processes=4, padded=padded) for rank in range(4)]
     assert [len(rank.of_step(1)) for rank in ranks] == [5] * 4
@@ -187,7 +209,11 @@ def test_an_epoch_is_its_steps_one_after_the_other(padded):
 
 def test_the_rows_of_a_step_are_named_by_file_and_line(packing):
     batches = batches_of(packing=packing)
-    members = [example for sequence in batches.of_step(1) for example in batches.sequences.members(sequence)]
+    members = [
+        example
+        for sequence in batches.of_step(1)
+        for example in batches.sequences.members(sequence)
+    ]
     assert batches.places(1) == [f"{'ab'[example % 2]}.jsonl:{example + 1}" for example in members]
     assert len(batches.places(1)) >= 8
 
@@ -200,12 +226,24 @@ def test_targets_are_the_next_learned_tokens_and_never_cross_a_document(padded, 
     seen = 0
     for step in batches.epoch():
         for batch in step:
-            assert len(batch.positions) == len(batch.labels) == len(batch.document) == batch.counts["tokens"]
+            assert (
+                len(batch.positions)
+                == len(batch.labels)
+                == len(batch.document)
+                == batch.counts["tokens"]
+            )
             assert len(batch.positions.unique()) == len(batch.positions)
             starts = torch.tensor([0, *batch.lengths[:-1]]).cumsum(0)
             if not padded:
-                assert torch.equal(torch.searchsorted(starts, batch.positions, right=True) - 1, batch.document)
-            assert batch.counts["documents"] == batch.counts["examples"] == len(batch.example) == batch.num_documents
+                assert torch.equal(
+                    torch.searchsorted(starts, batch.positions, right=True) - 1, batch.document
+                )
+            assert (
+                batch.counts["documents"]
+                == batch.counts["examples"]
+                == len(batch.example)
+                == batch.num_documents
+            )
             for ids, targets in documents(batch):
                 assert (ids, targets) == of_example(batches.sequences.examples, ids[0] - 10)
                 assert targets[-1] == IGNORE
@@ -215,7 +253,9 @@ def test_targets_are_the_next_learned_tokens_and_never_cross_a_document(padded, 
 
 def test_padded_and_end_to_end_hold_the_same_pairs_of_token_and_target(packing):
     for one, other in zip(
-        batches_of(packing=packing).epoch(), batches_of(packing=packing, padded=True).epoch(), strict=True
+        batches_of(packing=packing).epoch(),
+        batches_of(packing=packing, padded=True).epoch(),
+        strict=True,
     ):
         for laid, rectangle in zip(one, other, strict=True):
             assert documents(laid) == documents(rectangle)
@@ -229,7 +269,10 @@ def test_padding_is_masked_by_position_so_that_an_eos_is_still_seen():
             lengths = batch.inputs["attention_mask"].sum(dim=1)
             assert lengths.sum() == batch.counts["input_tokens"]
             for ids, targets, mask, length in zip(
-                batch.inputs["input_ids"], targets_of(batch), batch.inputs["attention_mask"], lengths
+                batch.inputs["input_ids"],
+                targets_of(batch),
+                batch.inputs["attention_mask"],
+                lengths,
             ):
                 assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
                 assert ids[length - 1] == EOS
@@ -242,7 +285,9 @@ def test_positions_begin_anew_in_every_document(packing):
     for step in batches_of(packing=packing).epoch():
         for batch in step:
             lengths = batch.inputs["cu_seq_lens_q"].diff().tolist()
-            assert batch.inputs["position_ids"][0].tolist() == [position for n in lengths for position in range(n)]
+            assert batch.inputs["position_ids"][0].tolist() == [
+                position for n in lengths for position in range(n)
+            ]
             assert batch.lengths == tuple(lengths)
 
 
@@ -255,7 +300,12 @@ def test_positions_of_a_padded_batch_count_from_0():
 def test_a_batch_is_called_as_transformers_calls_it(padded):
     batch = batches_of(padded=padded).at(0)[0]
     inputs = batch.inputs
-    assert inputs["input_ids"].dtype == inputs["position_ids"].dtype == batch.labels.dtype == torch.int64
+    assert (
+        inputs["input_ids"].dtype
+        == inputs["position_ids"].dtype
+        == batch.labels.dtype
+        == torch.int64
+    )
     assert inputs["use_cache"] is False
     assert inputs["input_ids"].shape == inputs["position_ids"].shape
     if padded:
@@ -264,7 +314,11 @@ def test_a_batch_is_called_as_transformers_calls_it(padded):
     else:
         assert "attention_mask" not in inputs, "a mask of ones would let documents see each other"
         assert inputs["cu_seq_lens_q"].dtype == torch.int32
-        assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, *np.cumsum(batch.lengths)]
+        assert (
+            inputs["cu_seq_lens_q"].tolist()
+            == inputs["cu_seq_lens_k"].tolist()
+            == [0, *np.cumsum(batch.lengths)]
+        )
         assert inputs["max_length_q"] == inputs["max_length_k"] == max(batch.lengths)
         assert inputs["cu_seq_lens_q"][-1] == inputs["input_ids"].shape[1]
 
@@ -335,7 +389,9 @@ def test_totals_of_a_step_are_what_all_processes_hold(num_processes, packing, pa
         ]
         for step in range(ranks[0].steps_per_epoch):
             held = [batch.counts for rank in ranks for batch in rank.at(step)]
-            assert ranks[0].totals(step) == {name: sum(counts[name] for counts in held) for name in held[0]}
+            assert ranks[0].totals(step) == {
+                name: sum(counts[name] for counts in held) for name in held[0]
+            }
         whole = ranks[0].all_totals()
         assert whole["examples"] == len(examples)
         assert whole["tokens"] == examples.num_supervised_tokens
@@ -344,21 +400,28 @@ def test_totals_of_a_step_are_what_all_processes_hold(num_processes, packing, pa
 def test_documents_of_an_example_stay_together_and_know_it(packing, padded):
     examples = pairs_of()
     sequences = Sequences(examples, packing, 128, seed=4)
-    batches = Batches(sequences, seed=4, global_batch_size=8, micro_batch_size=3, pad_id=EOS, padded=padded)
+    batches = Batches(
+        sequences, seed=4, global_batch_size=8, micro_batch_size=3, pad_id=EOS, padded=padded
+    )
     seen = 0
     for batch in (batch for step in batches.epoch() for batch in step):
-        assert batch.example.tolist() == [number for number in range(len(batch.example) // 2) for _ in range(2)]
+        assert batch.example.tolist() == [
+            number for number in range(len(batch.example) // 2) for _ in range(2)
+        ]
         firsts = [ids[0] - 10 for ids, _ in documents(batch)]
-        assert [second - first for first, second in zip(firsts[::2], firsts[1::2], strict=True)] == [1] * (
-            len(firsts) // 2
-        )
+        assert [
+            second - first for first, second in zip(firsts[::2], firsts[1::2], strict=True)
+        ] == [1] * (len(firsts) // 2)
         seen += batch.counts["examples"]
     assert seen == len(examples)
 
 
 def test_a_part_of_pairs_is_pairs(packing):
     examples = pairs_of()
-    assert examples.subset(np.array([3, 1])).digests() == [examples.digests()[3], examples.digests()[1]]
+    assert examples.subset(np.array([3, 1])).digests() == [
+        examples.digests()[3],
+        examples.digests()[1],
+    ]
     assert examples.subset(np.array([3, 1])).lengths.tolist() == examples.lengths[[3, 1]].tolist()
 
 
@@ -370,6 +433,13 @@ def test_stretches_of_shared_sequences_hold_every_token_and_document_once(count)
         parts = [whole.part(index, count, "group") for index in range(count)]
         length = parts[0].inputs["input_ids"].shape[1]
         assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
-        assert torch.equal(torch.cat([part.positions + n * length for n, part in enumerate(parts)]), whole.positions)
-        assert sorted(torch.cat([part.owned for part in parts]).tolist()) == list(range(whole.num_documents))
-        assert {name: sum(part.counts[name] for part in parts) for name in whole.counts} == whole.counts
+        assert torch.equal(
+            torch.cat([part.positions + n * length for n, part in enumerate(parts)]),
+            whole.positions,
+        )
+        assert sorted(torch.cat([part.owned for part in parts]).tolist()) == list(
+            range(whole.num_documents)
+        )
+        assert {
+            name: sum(part.counts[name] for part in parts) for name in whole.counts
+        } == whole.counts

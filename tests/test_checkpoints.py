@@ -25,14 +25,18 @@ def manifest_of(step: int) -> dict:
 def checkpoint(root: Path, step: int) -> Path:
     writing = folder.begin(root, step)
     (writing / "data").write_bytes(b"d" * 10)
-    return folder.commit(writing, {**manifest_of(step), "files": folder.described(writing, ["data"])})
+    return folder.commit(
+        writing, {**manifest_of(step), "files": folder.described(writing, ["data"])}
+    )
 
 
 def rehash(manifest: object) -> str:
     """Text of a manifest with the hash that fits it."""
     if isinstance(manifest, dict):
         manifest.pop("sha256", None)
-        manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        manifest["sha256"] = hashlib.sha256(
+            json.dumps(manifest, sort_keys=True).encode()
+        ).hexdigest()
     return json.dumps(manifest)
 
 
@@ -74,12 +78,21 @@ def test_manifest_of_another_shape_is_passed_over_and_named(tmp_path, change):
     assert "Error" not in problem
     assert not folder.looks_whole(newest)
     shutil.rmtree(older)
-    with pytest.raises(CheckpointError, match=f"no checkpoint is valid, and nothing was deleted:\n  {newest}: "):
+    with pytest.raises(
+        CheckpointError, match=f"no checkpoint is valid, and nothing was deleted:\n  {newest}: "
+    ):
         resume.find(tmp_path, None)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"format": 3, "pro', b"\xff\xfe\x00", b"[" * 100_000, b'{"format": ' + b"9" * 5000 + b"}"]
+    "content",
+    [
+        b"",
+        b'{"format": 3, "pro',
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b'{"format": ' + b"9" * 5000 + b"}",
+    ],
 )
 def test_damaged_manifest_is_passed_over(tmp_path, content):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
@@ -124,7 +137,9 @@ def test_files_of_deepspeed_that_name_other_classes_are_named(tmp_path, capsys):
     unpickling.require_tensors([path], [])
     whole = path.read_bytes()
     torch.save({"weights": torch.zeros(2), "more": Command()}, path)
-    with pytest.raises(DamagedCheckpoint, match=f"{path} holds more than tensors: it names builtins.print"):
+    with pytest.raises(
+        DamagedCheckpoint, match=f"{path} holds more than tensors: it names builtins.print"
+    ):
         unpickling.require_tensors([path], [])
     for content in (b"", b"junk", whole[:-50]):
         path.write_bytes(content)
@@ -163,7 +178,9 @@ def test_checkpoint_that_cannot_be_loaded_names_its_file_and_an_older_one(worksh
         assert f"checkpoint {newest} cannot be loaded: " in said, said
         assert says in said, said
         assert name.split("/")[0] in said, said
-        assert said.endswith(f"move it away (from checkpoint.storage too, where that is set) to go on from {older}")
+        assert said.endswith(
+            f"move it away (from checkpoint.storage too, where that is set) to go on from {older}"
+        )
         assert "\n" not in said
         shutil.rmtree(newest)
         shutil.copytree(kept, newest)

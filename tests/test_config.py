@@ -19,9 +19,16 @@ from finetune import config as configs
 from finetune.config import Config, help, paths, reader
 from finetune.errors import ConfigError
 
-COMPLETE: dict[str, Any] = {"run": {"name": "a"}, "model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
+COMPLETE: dict[str, Any] = {
+    "run": {"name": "a"},
+    "model": {"path": "some/model"},
+    "data": {"train": "rows.jsonl"},
+}
 # Section -> its classes: one, or one for each kind.
-SECTIONS = {name: get_args(field.annotation) or (field.annotation,) for name, field in Config.model_fields.items()}
+SECTIONS = {
+    name: get_args(field.annotation) or (field.annotation,)
+    for name, field in Config.model_fields.items()
+}
 EACH = [
     (f"{section}.{name}", field)
     for section, classes in SECTIONS.items() for cls in classes for name, field in cls.model_fields.items()
@@ -173,7 +180,9 @@ def test_a_misspelt_option_gets_the_nearest_valid_name(refusal, word, nearest):
     assert message.startswith("1 problem in ")
 
 
-@pytest.mark.parametrize(("key", "nested"), [("run.seed", "run: {seed: 1}"), ("optimizer.lr", "optimizer: {lr: 1}")])
+@pytest.mark.parametrize(
+    ("key", "nested"), [("run.seed", "run: {seed: 1}"), ("optimizer.lr", "optimizer: {lr: 1}")]
+)
 def test_a_key_with_a_dot_is_told_how_to_nest_it(key, nested):
     assert problems_of({**COMPLETE, key: 1}) == [f"{key}: unknown key; nest it: {nested}"]
 
@@ -185,9 +194,13 @@ def test_options_after_two_dashes_are_named(refusal):
 
 
 @pytest.mark.parametrize("value", ["", " "])
-@pytest.mark.parametrize("key", ["run.dir", "model.path", "model.tokenizer", "data.cache_dir", "checkpoint.storage"])
+@pytest.mark.parametrize(
+    "key", ["run.dir", "model.path", "model.tokenizer", "data.cache_dir", "checkpoint.storage"]
+)
 def test_an_empty_path_is_refused(key, value):
-    assert f"{key}: is empty; name a folder, or remove it" in problems_of(changed(**{key.replace(".", "__"): value}))
+    assert f"{key}: is empty; name a folder, or remove it" in problems_of(
+        changed(**{key.replace(".", "__"): value})
+    )
 
 
 def test_a_path_with_a_zero_byte_is_refused():
@@ -200,14 +213,21 @@ def test_the_length_of_a_name_is_limited():
     assert problems_of(changed(run__name="a" * 256)) == [says]
 
 
-@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "a: &a {<<: *a}", "a: &a [1, [*a]]"])
+@pytest.mark.parametrize(
+    "text", ["a: &a [*a]", "a: &a {b: *a}", "a: &a {<<: *a}", "a: &a [1, [*a]]"]
+)
 def test_an_alias_that_refers_to_itself_is_refused(refusal, text):
     assert "line 1: *a refers to itself; write it out" in refusal(text)
-    assert "refers to itself" in refusal(yaml.safe_dump(COMPLETE), "--model.config", text.removeprefix("a: "))
+    assert "refers to itself" in refusal(
+        yaml.safe_dump(COMPLETE), "--model.config", text.removeprefix("a: ")
+    )
 
 
 def test_an_alias_of_what_stands_before_is_taken(parse):
-    text = yaml.safe_dump(COMPLETE) + "evaluation: {sample_prompts: &a [x, y]}\nadapter: {kind: full, freeze: *a}\n"
+    text = (
+        yaml.safe_dump(COMPLETE)
+        + "evaluation: {sample_prompts: &a [x, y]}\nadapter: {kind: full, freeze: *a}\n"
+    )
     assert parse(text).adapter.freeze == ["x", "y"]
 
 
@@ -219,14 +239,19 @@ def test_a_value_of_the_command_line_that_python_cannot_hold_is_refused(refusal)
 
 def test_a_section_as_an_option_is_named(refusal):
     said = refusal(yaml.safe_dump(COMPLETE), "--optimizer", "{lr: 1e-3}")
-    assert "--optimizer: is a section; set each of its settings by itself, as --optimizer.kind VALUE" in said
+    assert (
+        "--optimizer: is a section; set each of its settings by itself, as --optimizer.kind VALUE"
+        in said
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 def test_a_config_in_another_encoding_is_named(tmp_path, encoding):
     path = tmp_path / "wide.yaml"
     path.write_text(yaml.safe_dump(COMPLETE), encoding=encoding)
-    with pytest.raises(ConfigError, match=r"wide\.yaml: cannot read the config: it is UTF-16 .*save it as UTF-8"):
+    with pytest.raises(
+        ConfigError, match=r"wide\.yaml: cannot read the config: it is UTF-16 .*save it as UTF-8"
+    ):
         configs.read_yaml(path)
 
 
@@ -250,8 +275,12 @@ def test_a_config_may_come_through_a_pipe(tmp_path):
 def test_a_default_that_is_written_out_and_ignored_is_refused(parse, refusal):
     says = "evaluation.micro_batch_size: would be ignored: the run has no evaluation rows (data.eval); remove it"
     assert says in refusal(yaml.safe_dump(COMPLETE), "--evaluation.micro_batch_size", "1")
-    config = parse(yaml.safe_dump(changed(adapter__kind="lora", adapter__init="default", adapter__path=None)))
-    assert parse(configs.to_yaml(config)) == config, "there the program has written all defaults out"
+    config = parse(
+        yaml.safe_dump(changed(adapter__kind="lora", adapter__init="default", adapter__path=None))
+    )
+    assert parse(configs.to_yaml(config)) == config, (
+        "there the program has written all defaults out"
+    )
 
 
 def test_a_key_like_no_other_is_shown_the_sections():
@@ -260,8 +289,12 @@ def test_a_key_like_no_other_is_shown_the_sections():
 
 
 def test_a_misspelt_column_is_refused():
-    """data.columns maps names of ours: one that no format has would leave a column unread, without a word."""
-    (problem,) = problems_of(changed(data__format="instruction", data__columns={"inptu": "Context"}))
+    """data.columns maps names of ours: one that no format has would leave a column unread, without
+    a word.
+    """
+    (problem,) = problems_of(
+        changed(data__format="instruction", data__columns={"inptu": "Context"})
+    )
     assert "data.columns" in problem
     assert "inptu" in problem
     assert re.search(r"\binput\b", problem)
@@ -269,8 +302,9 @@ def test_a_misspelt_column_is_refused():
 
 def test_a_stray_word_is_refused(refusal):
     assert "'run2.yaml': unexpected word" in refusal(yaml.safe_dump(COMPLETE), "run2.yaml")
-    assert "'fast': unexpected word on the command line; write settings as --section.field VALUE" in refusal(
-        yaml.safe_dump(COMPLETE), "fast"
+    assert (
+        "'fast': unexpected word on the command line; write settings as --section.field VALUE"
+        in refusal(yaml.safe_dump(COMPLETE), "fast")
     )
 
 
@@ -287,9 +321,16 @@ def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(parse, capsy
 
 
 def test_an_option_without_its_value_is_refused_by_name(refusal):
-    assert "--run.name: has no value; write --run.name VALUE" in refusal(yaml.safe_dump(COMPLETE), "--run.name")
-    for words in (["--optimizer.lr", "--config", "c.yaml"], ["--config", "c.yaml", "--optimizer.lr", "--check"]):
-        with pytest.raises(ConfigError, match="^--optimizer.lr: has no value; write --optimizer.lr VALUE$"):
+    assert "--run.name: has no value; write --run.name VALUE" in refusal(
+        yaml.safe_dump(COMPLETE), "--run.name"
+    )
+    for words in (
+        ["--optimizer.lr", "--config", "c.yaml"],
+        ["--config", "c.yaml", "--optimizer.lr", "--check"],
+    ):
+        with pytest.raises(
+            ConfigError, match="^--optimizer.lr: has no value; write --optimizer.lr VALUE$"
+        ):
             configs.parse(words)
     with pytest.raises(ConfigError, match="^--config: has no value; write --config FILE$"):
         configs.parse(["--config", "--check"])
@@ -299,15 +340,23 @@ def test_a_setting_that_took_the_config_as_its_value_says_so(tmp_path, refusal):
     """A bare flag in front of a path takes it, and then every required setting would be missing."""
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(COMPLETE))
-    for setting, value in (("data.packing", "true"), ("optimizer.lr", "VALUE"), ("run.name", "VALUE")):
+    for setting, value in (
+        ("data.packing", "true"),
+        ("optimizer.lr", "VALUE"),
+        ("run.name", "VALUE"),
+    ):
         with pytest.raises(ConfigError) as problem:
             configs.parse(["--check", f"--{setting}", str(path)])
         assert str(problem.value) == (
-            f"1 problem in the command line:\n  {setting}: took the YAML file '{path}' as its value; "
+            f"1 problem in the command line:\n  {setting}: took the YAML file '{path}' as its "
+            "value; "
             f"write --config {path} --{setting} {value}"
         )
     says = refusal(yaml.safe_dump(COMPLETE), "--data.packing", "other.yaml")
-    assert "data.packing: took the YAML file 'other.yaml' as its value; write --data.packing true" in says
+    assert (
+        "data.packing: took the YAML file 'other.yaml' as its value; write --data.packing true"
+        in says
+    )
     assert says.count("data.packing: ") == 1
 
 
@@ -320,7 +369,11 @@ def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):
         yaml.safe_dump(changed(tracking__trackers="trackio")), "--data.packing", "--train.gradient_checkpointing",
         "--evaluation.sample_prompts", "hello", "--run.seed", "3",
     )  # fmt: skip
-    assert (config.data.packing, config.train.gradient_checkpointing, config.run.seed) == (True, True, 3)
+    assert (config.data.packing, config.train.gradient_checkpointing, config.run.seed) == (
+        True,
+        True,
+        3,
+    )
     assert (config.tracking.trackers, config.evaluation.sample_prompts) == (["trackio"], ["hello"])
 
 
@@ -328,19 +381,28 @@ def test_a_home_directory_is_meant_by_a_tilde_in_every_path(parse, monkeypatch, 
     monkeypatch.setenv("HOME", str(tmp_path))
     config = parse(
         "run: {name: a, dir: ~/runs}\nmodel: {path: ~/m, tokenizer: ~/t}\n"
-        "adapter: {kind: lora, path: ~/a}\ndata: {train: [~/a.jsonl, b.jsonl], eval: ~/e.jsonl, template: ~/t.jinja, cache_dir: ~/c}\n",
+        "adapter: {kind: lora, path: ~/a}\ndata: {train: [~/a.jsonl, b.jsonl], eval: ~/e.jsonl, "
+        "template: ~/t.jinja, cache_dir: ~/c}\n",
         "--checkpoint.storage", "file://~/store",
     )  # fmt: skip
     home = str(tmp_path)
     assert config.run.dir == f"{home}/runs"
-    assert (config.model.path, config.model.tokenizer, config.adapter.path) == (f"{home}/m", f"{home}/t", f"{home}/a")
-    assert (config.data.train, config.data.eval) == ([f"{home}/a.jsonl", "b.jsonl"], f"{home}/e.jsonl")
+    assert (config.model.path, config.model.tokenizer, config.adapter.path) == (
+        f"{home}/m",
+        f"{home}/t",
+        f"{home}/a",
+    )
+    assert (config.data.train, config.data.eval) == (
+        [f"{home}/a.jsonl", "b.jsonl"],
+        f"{home}/e.jsonl",
+    )
     assert (config.data.template, config.cache_dir) == (f"{home}/t.jinja", f"{home}/c")
     assert config.checkpoint.storage == f"file://{home}/store"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(COMPLETE))
     assert configs.parse(["--config=~/run.yaml"])[0].run.name == "a"
     assert problems_of(changed(run__dir="~nobody.of.this.name/runs")) == [
-        "run.dir: begins with ~nobody.of.this.name, but this machine has no such user; write the full path, got '~nobody.of.this.name/runs'"
+        "run.dir: begins with ~nobody.of.this.name, but this machine has no such user; write the "
+        "full path, got '~nobody.of.this.name/runs'"
     ]
 
 
@@ -371,7 +433,9 @@ def test_half_a_character_in_the_name_of_the_config_is_named():
 
 def test_half_a_character_in_the_environment_is_named(refusal, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "off\udce9")
-    assert "WANDB_MODE in the environment: contains half a character" in refusal(yaml.safe_dump(COMPLETE))
+    assert "WANDB_MODE in the environment: contains half a character" in refusal(
+        yaml.safe_dump(COMPLETE)
+    )
 
 
 def test_no_home_directory_and_no_user_name_are_no_error(monkeypatch, tmp_path):
@@ -404,7 +468,11 @@ def test_a_home_that_cannot_be_written_is_not_taken_for_the_cache(monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "advice"),
     [
-        ("objective.kind", "dpo", "preference tuning (dpo) is not yet supported; use sft on the preferred answers"),
+        (
+            "objective.kind",
+            "dpo",
+            "preference tuning (dpo) is not yet supported; use sft on the preferred answers",
+        ),
         ("objective.kind", "KTO", "preference tuning (KTO) is not yet supported"),
         ("objective.kind", "reward", "reward models are not yet supported"),
         ("objective.kind", "grpo", "reinforcement learning (grpo) is not yet supported"),
@@ -463,7 +531,9 @@ def test_a_usual_rate_is_a_number_everywhere_and_resumes_as_one(parse):
     assert configs.from_dict(changed(optimizer__kind="lion")).optimizer.lr == 4e-6
 
 
-@pytest.mark.parametrize("text", ["run: {name: a, name: b}", "run: {name: a}\ndata: {train: x}\nrun: {seed: 1}"])
+@pytest.mark.parametrize(
+    "text", ["run: {name: a, name: b}", "run: {name: a}\ndata: {train: x}\nrun: {seed: 1}"]
+)
 def test_a_key_given_twice_is_refused_with_its_line(refusal, text):
     key, line = ("name", 1) if "name: b" in text else ("run", 3)
     message = refusal(text)
@@ -472,7 +542,8 @@ def test_a_key_given_twice_is_refused_with_its_line(refusal, text):
 
 
 @pytest.mark.parametrize(
-    ("written", "number"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("2.5e-5", 2.5e-5), (".5", 0.5), ("1", 1.0), ("+1e0", 1.0)]
+    ("written", "number"),
+    [("1e-4", 1e-4), ("1E-4", 1e-4), ("2.5e-5", 2.5e-5), (".5", 0.5), ("1", 1.0), ("+1e0", 1.0)],
 )
 def test_a_number_is_a_number_however_it_is_written(parse, written, number):
     text = yaml.safe_dump(COMPLETE)
@@ -487,7 +558,10 @@ def test_a_number_is_a_number_however_it_is_written(parse, written, number):
         ("- a\n- b", "expected sections"),
         ("just words", "expected sections"),
         ("", "expected sections"),
-        ("run: {name: {{ name }}}", "line 1"),  # a placeholder of Helm or Jinja that was never filled in
+        (
+            "run: {name: {{ name }}}",
+            "line 1",
+        ),  # a placeholder of Helm or Jinja that was never filled in
     ],
 )
 def test_a_file_that_is_no_config_is_refused_by_name(refusal, text, says):
@@ -507,11 +581,18 @@ def test_a_config_that_is_misspelt_or_in_configs_comes_with_the_nearest(tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/my_run.yaml").touch()
-    for given in ("configs/my_rum.yaml", "my_run.yaml", "config/my_run.yaml", "configs/MY_RUN.YAML"):
+    for given in (
+        "configs/my_rum.yaml",
+        "my_run.yaml",
+        "config/my_run.yaml",
+        "configs/MY_RUN.YAML",
+    ):
         with pytest.raises(ConfigError) as caught:
             configs.parse(["--config", given])
         assert str(caught.value) == f"{given}: no such file; did you mean configs/my_run.yaml?"
-    with pytest.raises(ConfigError, match=r"^away/other\.yaml: no such file; the folder away does not exist$"):
+    with pytest.raises(
+        ConfigError, match=r"^away/other\.yaml: no such file; the folder away does not exist$"
+    ):
         configs.parse(["--config", "away/other.yaml"])
 
 
@@ -522,12 +603,19 @@ def test_a_config_that_is_not_utf8_is_named(tmp_path):
 
 
 def test_the_command_line_wins_over_the_file(parse):
-    config = parse(yaml.safe_dump(changed(optimizer__lr=1.0, run__seed=3)), "--optimizer.lr", "1e-3", "--run.seed=4")
+    config = parse(
+        yaml.safe_dump(changed(optimizer__lr=1.0, run__seed=3)),
+        "--optimizer.lr",
+        "1e-3",
+        "--run.seed=4",
+    )
     assert (config.optimizer.lr, config.run.seed) == (1e-3, 4)
 
 
 def test_a_config_needs_no_file():
-    config, check = configs.parse(["--run.name", "a", "--model.path", "m", "--data.train", "rows.jsonl", "--check"])
+    config, check = configs.parse(
+        ["--run.name", "a", "--model.path", "m", "--data.train", "rows.jsonl", "--check"]
+    )
     assert config == configs.from_dict(changed(model__path="m"))
     assert check
 
@@ -544,7 +632,11 @@ def test_a_config_needs_no_file():
         ("data.columns", "{question: Patient}", {"question": "Patient"}),
         ("data.system_prompt", "yes", "yes"),
         ("data.system_prompt", "Answer: yes or no", "Answer: yes or no"),
-        ("data.system_prompt", "Answer: yes or no: nothing else", "Answer: yes or no: nothing else"),
+        (
+            "data.system_prompt",
+            "Answer: yes or no: nothing else",
+            "Answer: yes or no: nothing else",
+        ),
         ("data.system_prompt", "'Quoted' and not", "'Quoted' and not"),
         ("data.system_prompt", "@home #1", "@home #1"),
         ("data.template", "[INST].jinja", "[INST].jinja"),
@@ -562,7 +654,9 @@ def test_a_word_of_the_command_line_has_the_type_of_its_field(parse, option, wor
 
 def test_an_expression_for_modules_needs_no_quotes_of_yaml(parse):
     text = yaml.safe_dump(changed(adapter__kind="lora"))
-    assert parse(text, "--adapter.target_modules", "[qv]_proj").adapter.target_modules == "[qv]_proj"
+    assert (
+        parse(text, "--adapter.target_modules", "[qv]_proj").adapter.target_modules == "[qv]_proj"
+    )
 
 
 @pytest.mark.parametrize("word", ["{question: ", "{a: b, a: c}", "[a, b"])
@@ -571,7 +665,9 @@ def test_a_value_that_cannot_be_read_is_refused_by_its_option(refusal, word):
 
 
 def test_an_option_does_not_hide_a_section_of_the_wrong_kind(refusal):
-    assert "optimizer: a section" in refusal(yaml.safe_dump({**COMPLETE, "optimizer": 5}), "--optimizer.lr", "1e-4")
+    assert "optimizer: a section" in refusal(
+        yaml.safe_dump({**COMPLETE, "optimizer": 5}), "--optimizer.lr", "1e-4"
+    )
 
 
 @pytest.mark.parametrize(
@@ -597,7 +693,10 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(key, value):
 @pytest.mark.parametrize("value", [5, None, ["a"], "text"])
 def test_a_section_that_is_no_mapping_is_named(section, value):
     problems = problems_of({**COMPLETE, section: value})
-    assert any(problem.startswith(f"{section}: a section with keys of its own, got ") for problem in problems)
+    assert any(
+        problem.startswith(f"{section}: a section with keys of its own, got ")
+        for problem in problems
+    )
 
 
 @pytest.mark.parametrize(
@@ -641,27 +740,42 @@ def test_whole_numbers_stand_for_fractions():
 @pytest.mark.parametrize(("whole", "micro"), [(8, 3), (4, 8), (7, 2)])
 def test_batch_sizes_that_do_not_divide_are_refused(whole, micro):
     (problem,) = problems_of(changed(train__global_batch_size=whole, train__micro_batch_size=micro))
-    assert problem == f"train.global_batch_size: {whole} is not a multiple of train.micro_batch_size {micro}"
+    assert (
+        problem
+        == f"train.global_batch_size: {whole} is not a multiple of train.micro_batch_size {micro}"
+    )
 
 
 @pytest.mark.parametrize(
-    ("whole", "micro", "processes", "times"), [(8, 1, 1, 8), (8, 2, 1, 4), (8, 2, 4, 1), (24, 3, 2, 4)]
+    ("whole", "micro", "processes", "times"),
+    [(8, 1, 1, 8), (8, 2, 1, 4), (8, 2, 4, 1), (24, 3, 2, 4)],
 )
 def test_accumulation_is_what_is_left_of_the_global_batch(whole, micro, processes, times):
-    config = configs.from_dict(changed(train__global_batch_size=whole, train__micro_batch_size=micro))
+    config = configs.from_dict(
+        changed(train__global_batch_size=whole, train__micro_batch_size=micro)
+    )
     assert configs.accumulation_steps(config, processes) == times
 
 
-@pytest.mark.parametrize(("processes", "multiple", "example"), [(3, 6, 12), (5, 10, 10), (8, 16, 16)])
+@pytest.mark.parametrize(
+    ("processes", "multiple", "example"), [(3, 6, 12), (5, 10, 10), (8, 16, 16)]
+)
 def test_processes_that_the_batch_cannot_be_split_over_are_refused(processes, multiple, example):
     config = configs.from_dict(changed(train__global_batch_size=8, train__micro_batch_size=2))
     with pytest.raises(ConfigError) as caught:
         configs.accumulation_steps(config, processes)
-    assert f"train.global_batch_size: 8 cannot be split over {processes} processes" in str(caught.value)
+    assert f"train.global_batch_size: 8 cannot be split over {processes} processes" in str(
+        caught.value
+    )
     assert f"a multiple of {multiple}, for example {example}" in str(caught.value)
 
 
-RANDOM = {"model__path": ..., "model__init": "random", "model__config": TINY_LLAMA, "model__tokenizer": "bytes"}
+RANDOM = {
+    "model__path": ...,
+    "model__init": "random",
+    "model__config": TINY_LLAMA,
+    "model__tokenizer": "bytes",
+}
 
 
 @pytest.mark.parametrize(
@@ -688,11 +802,20 @@ def test_settings_that_cannot_work_together_are_refused(changes, key):
     ("changes", "key"),
     [
         ({"objective__kind": "clm", "data__loss_on": "last_turn"}, "data.loss_on"),
-        ({"objective__kind": "clm", "data__format": "text", "data__template": "alpaca"}, "data.template"),
-        ({"objective__kind": "clm", "data__format": "text", "data__system_prompt": "s"}, "data.system_prompt"),
+        (
+            {"objective__kind": "clm", "data__format": "text", "data__template": "alpaca"},
+            "data.template",
+        ),
+        (
+            {"objective__kind": "clm", "data__format": "text", "data__system_prompt": "s"},
+            "data.system_prompt",
+        ),
         ({"data__eval": "b.jsonl", "data__eval_fraction": 0.1}, "data.eval_fraction"),
         ({"data__packing": True, "data__group_by_length": True}, "data.group_by_length"),
-        ({"schedule__kind": "constant", "schedule__min_lr_fraction": 0.1}, "schedule.min_lr_fraction"),
+        (
+            {"schedule__kind": "constant", "schedule__min_lr_fraction": 0.1},
+            "schedule.min_lr_fraction",
+        ),
         ({"evaluation__every_steps": 5}, "evaluation.every_steps"),
         ({"evaluation__micro_batch_size": 5}, "evaluation.micro_batch_size"),
         ({"data__text_unit": "paragraph"}, "data.text_unit"),
@@ -718,7 +841,9 @@ def test_a_setting_of_another_kind_is_an_unknown_key(refusal, changes, says):
     section = says.partition(".")[0]
     assert problems_of(changed(**changes)) == [f"{says}; remove it, or set {section}.kind"]
     *_, (last, value) = changes.items()
-    assert says in refusal(yaml.safe_dump(changed(**changes | {last: ...})), f"--{last.replace('__', '.')}", str(value))
+    assert says in refusal(
+        yaml.safe_dump(changed(**changes | {last: ...})), f"--{last.replace('__', '.')}", str(value)
+    )
 
 
 def test_a_config_of_an_earlier_version_may_hold_settings_of_other_kinds(tmp_path):
@@ -737,7 +862,12 @@ def test_a_config_of_an_earlier_version_may_hold_settings_of_other_kinds(tmp_pat
         RANDOM,
         {"model__init": "random"},
         {"adapter__kind": "lora", "adapter__r": 8},
-        {"objective__kind": "clm", "data__format": "text", "data__truncation": "split", "data__packing": True},
+        {
+            "objective__kind": "clm",
+            "data__format": "text",
+            "data__truncation": "split",
+            "data__packing": True,
+        },
         {"objective__kind": "clm", "data__train": "a.txt", "data__text_unit": "paragraph"},
         {"data__eval": "b.jsonl", "evaluation__every_steps": 5},
         {"data__eval_fraction": 0.1, "evaluation__micro_batch_size": 5},
@@ -769,8 +899,18 @@ def test_the_resolved_config_reads_back_as_the_same_config(tmp_path, values):
 
 def test_the_resolved_config_writes_every_field_out():
     written = yaml.safe_load(configs.to_yaml(configs.from_dict(COMPLETE)))
-    of_kind = {key for section in ("adapter", "objective") for key in FIELDS if key.startswith(f"{section}.")}
-    others = of_kind - {"adapter.kind", "adapter.freeze", "objective.kind", "objective.label_smoothing"}
+    of_kind = {
+        key
+        for section in ("adapter", "objective")
+        for key in FIELDS
+        if key.startswith(f"{section}.")
+    }
+    others = of_kind - {
+        "adapter.kind",
+        "adapter.freeze",
+        "objective.kind",
+        "objective.label_smoothing",
+    }
     assert list(configs.flatten(written)) == [key for key in FIELDS if key not in others]
 
 
@@ -840,12 +980,18 @@ def test_every_field_is_documented():
 
 def imports(process: subprocess.CompletedProcess[str]) -> set[str]:
     """Modules that a process started with -X importtime has imported."""
-    return {line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")}
+    return {
+        line.split("|")[-1].strip()
+        for line in process.stderr.splitlines()
+        if line.startswith("import time:")
+    }
 
 
 def train_py(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+    )
 
 
 def test_help_is_short_and_names_the_settings_that_matter_most(monkeypatch):
@@ -866,7 +1012,11 @@ def test_help_is_short_and_names_the_settings_that_matter_most(monkeypatch):
         ("adapter", "--adapter.dora", "--optimizer.lr"),
         ("optimizer.lr", "--optimizer.lr", "--optimizer.kind"),
         ("adaptr", "did you mean adapter?", "--adapter.dora"),
-        ("nothing-like-it", "There is no section or setting 'nothing-like-it'. --help SECTION", "--run.name"),
+        (
+            "nothing-like-it",
+            "There is no section or setting 'nothing-like-it'. --help SECTION",
+            "--run.name",
+        ),
     ],
 )
 def test_help_answers_about_a_section_or_a_setting(capsys, asked, has, lacks):
@@ -884,7 +1034,9 @@ def test_help_all_names_every_field_and_does_not_wait_for_torch():
     assert [key for key in FIELDS if f"--{key} " not in process.stdout] == []
     text = " ".join(process.stdout.split())
     for key, field in EACH:
-        assert " ".join(field.description.split()[:4]) in text, f"{key}: its documentation is not in --help"
+        assert " ".join(field.description.split()[:4]) in text, (
+            f"{key}: its documentation is not in --help"
+        )
     assert "finetune.config" in imports(process)
     assert not {"torch", "transformers", "numpy"} & imports(process)
 
@@ -908,7 +1060,9 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
         "object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float), "null": type(None)
     }  # fmt: skip
     kind = schema.get("type")
-    if kind and (not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "boolean")):
+    if kind and (
+        not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "boolean")
+    ):
         return False
     if "enum" in schema and value not in schema["enum"]:
         return False
@@ -920,7 +1074,9 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     if isinstance(value, dict):
         known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
         return set(schema.get("required", ())) <= value.keys() and all(
-            fits(item, known[key], root) if key in known else (others is True or (others and fits(item, others, root)))
+            fits(item, known[key], root)
+            if key in known
+            else (others is True or (others and fits(item, others, root)))
             for key, item in value.items()
         )
     if isinstance(value, str):
@@ -962,7 +1118,9 @@ def test_the_schema_describes_every_field():
     for classes in SECTIONS.values():
         for cls in classes:
             described = {
-                name for name, field in sections[cls.__name__]["properties"].items() if field.get("description")
+                name
+                for name, field in sections[cls.__name__]["properties"].items()
+                if field.get("description")
             }
             assert described == set(cls.model_fields)
 

@@ -1,4 +1,6 @@
-"""Relative paths of a config: from the working directory or from the config's folder, never a guess between two."""
+"""Relative paths of a config: from the working directory or from the config's folder, never a guess
+between two.
+"""
 
 import os
 import re

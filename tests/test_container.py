@@ -1,4 +1,5 @@
-"""The container image, built, started and stopped as Docker would: by runc, as user 10001, with a root that is read-only.
+"""The container image, built, started and stopped as Docker would: by runc, as user 10001, with a
+root that is read-only.
 
 `make image-test` alone runs what uses the image.
 """
@@ -37,10 +38,18 @@ class Image:
         self.options = site(folder)
 
     def buildah(self, *arguments: str) -> str:
-        places = [f"--root={self.folder}/storage", f"--runroot={self.folder}/run", "--storage-driver=overlay"]
+        places = [
+            f"--root={self.folder}/storage",
+            f"--runroot={self.folder}/run",
+            "--storage-driver=overlay",
+        ]
         environment = {**os.environ, "TMPDIR": str(self.folder)}
         result = subprocess.run(
-            ["buildah", *places, *arguments], env=environment, capture_output=True, text=True, check=False
+            ["buildah", *places, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
         return result.stdout + result.stderr if arguments[0] == "build" else result.stdout
@@ -60,7 +69,9 @@ class Image:
         container = self.buildah("from", "localhost/finetune").strip()
         self.root = Path(self.buildah("mount", container).strip())
 
-    def start(self, *words: str, entrypoint: list[str] | None = None, scratch: Path, **volumes: Path) -> "Container":
+    def start(
+        self, *words: str, entrypoint: list[str] | None = None, scratch: Path, **volumes: Path
+    ) -> "Container":
         self.count += 1
         return Container(self, f"finetune-{os.getpid()}-{self.count}", (entrypoint or self.config["Entrypoint"]) + list(words or self.config["Cmd"]),
                          {"scratch": scratch, **volumes})  # fmt: skip
@@ -72,7 +83,9 @@ class Image:
         with contextlib.suppress(AssertionError):
             self.buildah("umount", "--all")
         subprocess.run(
-            ["umount", "--recursive", str(self.folder / "storage/overlay")], capture_output=True, check=False
+            ["umount", "--recursive", str(self.folder / "storage/overlay")],
+            capture_output=True,
+            check=False,
         )
 
 
@@ -126,13 +139,21 @@ class Container:
 
 
 def site(folder: Path) -> list[str]:
-    """Options by which a build uses the package index of this machine, however pip finds it: mirrors, folders, certificate."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    """Options by which a build uses the package index of this machine, however pip finds it:
+    mirrors, folders, certificate.
+    """
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    )
     known = {}
-    for line in sorted(listed.stdout.splitlines(), reverse=True):  # the environment after the files, as it wins
+    for line in sorted(
+        listed.stdout.splitlines(), reverse=True
+    ):  # the environment after the files, as it wins
         name, _, value = line.partition("=")
         known[name.rpartition(".")[2]] = ast.literal_eval(value)
-    volumes = {Path(word.removeprefix("file://")) for value in known.values() for word in value.split()}
+    volumes = {
+        Path(word.removeprefix("file://")) for value in known.values() for word in value.split()
+    }
     volumes = {path for path in volumes if path.is_absolute() and path.is_dir()}
     if "cert" in known:
         (folder / "site").mkdir()
@@ -145,7 +166,10 @@ def site(folder: Path) -> list[str]:
         pip.write(file)
     # An index in a folder links to files that lie beside it.
     shared = {str(path.parent if path.name == "simple" else path) for path in volumes}
-    mounts = {**{path: path for path in shared}, **({str(folder / "site"): "/site"} if "cert" in known else {})}
+    mounts = {
+        **{path: path for path in shared},
+        **({str(folder / "site"): "/site"} if "cert" in known else {}),
+    }
     return [
         f"--secret=id=pip.conf,src={folder}/pip.conf",
         *(f"--volume={source}:{target}:ro" for source, target in mounts.items()),
@@ -164,7 +188,10 @@ def image() -> Iterator[Image]:
             begun = time.monotonic()
             base = Path(folder, "base")
             base.mkdir()
-            subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", "bookworm", f"{base}/base.tar"], check=True)
+            subprocess.run(
+                ["mmdebstrap", "--quiet", "--variant=minbase", "bookworm", f"{base}/base.tar"],
+                check=True,
+            )
             (base / "Dockerfile").write_text("FROM scratch\nADD base.tar /\n")
             made.buildah("build", "--isolation=chroot", "--tag=base", str(base))
             shutil.rmtree(base)
@@ -237,7 +264,11 @@ def rows(image: Image, place: Callable[[], Path]) -> Path:
     """Made by the image's own script; for runs they are in /config, where they can be read only."""
     folder = place()
     code, said = image.run(
-        "data_scripts/pig_latin.py", "--output=/runs", entrypoint=["python"], scratch=place(), runs=folder
+        "data_scripts/pig_latin.py",
+        "--output=/runs",
+        entrypoint=["python"],
+        scratch=place(),
+        runs=folder,
     )
     assert code == 0, said
     return folder
@@ -261,7 +292,9 @@ def test_a_run_of_the_quickstart_needs_no_network_and_no_other_folder(undisturbe
 
 
 @long
-def test_sigterm_to_pid_1_saves_and_ends_with_75_and_the_next_start_goes_on(image, place, rows, undisturbed):
+def test_sigterm_to_pid_1_saves_and_ends_with_75_and_the_next_start_goes_on(
+    image, place, rows, undisturbed
+):
     volumes = {"runs": place(), "config": rows}
     run = volumes["runs"] / "quickstart_base"
     container = image.start(*TRAIN, scratch=place(), **volumes)
@@ -279,7 +312,9 @@ def test_sigterm_to_pid_1_saves_and_ends_with_75_and_the_next_start_goes_on(imag
     assert 3 <= len(done) < 20
     assert int(saved.name.removeprefix("step-")) == len(done)
     print(f"\nSIGTERM to exit: {took:.1f} s")
-    code, said = image.run(*TRAIN, scratch=place(), **volumes)  # another machine: nothing in /scratch
+    code, said = image.run(
+        *TRAIN, scratch=place(), **volumes
+    )  # another machine: nothing in /scratch
     assert code == 0, said
     assert f"at step {len(done)}\n" in said
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(1, 21))
@@ -288,7 +323,8 @@ def test_sigterm_to_pid_1_saves_and_ends_with_75_and_the_next_start_goes_on(imag
 
 @long
 @pytest.mark.parametrize(
-    "wrong", ["--optimizer.lr=fast", "--optimizer.learning_rate=1e-3", "--data.train=/config/nothing.txt"]
+    "wrong",
+    ["--optimizer.lr=fast", "--optimizer.learning_rate=1e-3", "--data.train=/config/nothing.txt"],
 )
 def test_what_is_wrong_ends_with_2(image, place, rows, wrong):
     code, said = image.run(*TRAIN, wrong, scratch=place(), runs=place(), config=rows)

@@ -1,4 +1,6 @@
-"""The average of the weights: by its formula, beside the training, through checkpoints, into the export."""
+"""The average of the weights: by its formula, beside the training, through checkpoints, into the
+export.
+"""
 
 import pytest
 import torch
@@ -26,11 +28,20 @@ def test_the_export_is_the_average_by_its_formula_and_training_knows_nothing_of_
     plain = workshop.train("plain", **EVERY, data__eval_fraction=0.2)
     run = workshop.train(train__ema_decay=0.25, data__eval_fraction=0.2)
     assert losses(run) == losses(plain)
-    with pytest.raises(ExportError, match="no weight changed"):  # so its checkpoint holds what all began with
-        workshop.train("start", optimizer__lr=1e-30, train__max_steps=1, data__eval_fraction=0.2, **EVERY)
-    average = {name: tensor.clone() for name, tensor in weights_of_step(workshop.run_dir("start"), 1).items()}
+    with pytest.raises(
+        ExportError, match="no weight changed"
+    ):  # so its checkpoint holds what all began with
+        workshop.train(
+            "start", optimizer__lr=1e-30, train__max_steps=1, data__eval_fraction=0.2, **EVERY
+        )
+    average = {
+        name: tensor.clone()
+        for name, tensor in weights_of_step(workshop.run_dir("start"), 1).items()
+    }
     for step in range(1, 5):
-        decay = min(0.25, (1 + step) / (10 + step))  # 2/11, 3/12, 4/13 and 5/14: from step 2 on it is 0.25
+        decay = min(
+            0.25, (1 + step) / (10 + step)
+        )  # 2/11, 3/12, 4/13 and 5/14: from step 2 on it is 0.25
         for name, tensor in weights_of_step(plain, step).items():
             average[name] = decay * average[name] + (1 - decay) * tensor
     for name, tensor in exported(run).items():
@@ -41,7 +52,12 @@ def test_the_export_is_the_average_by_its_formula_and_training_knows_nothing_of_
 
 @pytest.mark.slow
 def test_resumed_averages_are_uninterrupted_averages(workshop):
-    settings = {**EVERY, "train__ema_decay": 0.9, "data__eval_fraction": 0.2, "evaluation__every_steps": 2}
+    settings = {
+        **EVERY,
+        "train__ema_decay": 0.9,
+        "data__eval_fraction": 0.2,
+        "evaluation__every_steps": 2,
+    }
     whole = workshop.train("whole", **settings)
     run = workshop.train(**settings)
     for folder in sorted((run / "checkpoints").iterdir())[2:]:

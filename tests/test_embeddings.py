@@ -25,7 +25,9 @@ def plain(workshop, bytes_tokenizer):
         bare = PreTrainedTokenizerFast(tokenizer_object=type(tokenizer).from_str(without_chatml(tokenizer)), eos_token="<|eos|>", pad_token="<|pad|>")  # fmt: skip
         bare.save_pretrained(workshop.folder / "tokenizer")
         config = TINY_LLAMA | {"tie_word_embeddings": tied}
-        base = workshop.train("base", model__config=config, model__tokenizer=str(workshop.folder / "tokenizer"))
+        base = workshop.train(
+            "base", model__config=config, model__tokenizer=str(workshop.folder / "tokenizer")
+        )
         return {
             "model__init": "pretrained",
             "model__path": str(base / "model"),
@@ -40,7 +42,9 @@ def without_chatml(tokenizer) -> str:
     import json
 
     state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if "im_" not in token["content"]]
+    state["added_tokens"] = [
+        token for token in state["added_tokens"] if "im_" not in token["content"]
+    ]
     return json.dumps(state)
 
 
@@ -48,10 +52,16 @@ def without_chatml(tokenizer) -> str:
 @pytest.mark.slow
 def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
     settings = {**plain(tied), "adapter__kind": kind, "data__template": "chatml"}
-    with pytest.raises(DataError, match=r"add them with model\.new_tokens: \[<\|im_start\|>, <\|im_end\|>\]"):
+    with pytest.raises(
+        DataError, match=r"add them with model\.new_tokens: \[<\|im_start\|>, <\|im_end\|>\]"
+    ):
         workshop.train("without", **settings)
     run = workshop.train(
-        "chat", **settings, model__new_tokens=["<|im_start|>", "<|im_end|>"], train__max_steps=30, train__epochs=9
+        "chat",
+        **settings,
+        model__new_tokens=["<|im_start|>", "<|im_end|>"],
+        train__max_steps=30,
+        train__epochs=9,
     )
     assert losses(run)[-1] < losses(run)[0]
     model, tokenizer = load(run / "model"), AutoTokenizer.from_pretrained(run / "model")
@@ -68,7 +78,10 @@ def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
 
 def test_new_rows_start_from_the_mean_of_the_old(workshop):
     model = AutoModelForCausalLM.from_pretrained(workshop.train("base") / "model")
-    old = [module.weight.detach().clone() for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    old = [
+        module.weight.detach().clone()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
     embeddings.extend(model, [261, 262])
     for module, before in zip((model.get_input_embeddings(), model.get_output_embeddings()), old):
         assert torch.equal(module.weight[:261], before)
@@ -107,7 +120,9 @@ def test_noise_reaches_models_in_16_bits():
 @pytest.mark.parametrize("kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.proof) for kind in ("bloom", "gpt_neox"))])  # fmt: skip
 @pytest.mark.slow
 def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(workshop, kind):
-    """peft knows tied modules by name, and these have other names; the run itself compares what it exported."""
+    """peft knows tied modules by name, and these have other names; the run itself compares what it
+    exported.
+    """
     sizes = {
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
         "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
@@ -127,18 +142,25 @@ def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(w
 def test_noise_is_as_large_as_its_formula_by_the_length_of_each_document(packed):
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model("llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99)
+    config = AutoConfig.for_model(
+        "llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99
+    )
     model = AutoModelForCausalLM.from_config(config)
     embeddings.add_noise(model, alpha=5.0)
     seen = []
-    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    )
     lengths = [4, 25]
     if packed:
         ids = torch.arange(29)[None]
         inputs = {"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 4, 29])}
     else:
         ids = torch.arange(50).reshape(2, 25)
-        inputs = {"input_ids": ids, "attention_mask": (torch.arange(25) < torch.tensor(lengths)[:, None]).long()}
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(25) < torch.tensor(lengths)[:, None]).long(),
+        }
     model.train()
     model(**inputs)
     noise = (seen[0] - model.get_input_embeddings().weight[ids]).abs()
@@ -153,15 +175,20 @@ def test_noise_is_as_large_as_its_formula_by_the_length_of_each_document(packed)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "setting", [{"train__neftune_alpha": 5.0}, {"objective__label_smoothing": 0.2}], ids=["noise", "smoothing"]
+    "setting",
+    [{"train__neftune_alpha": 5.0}, {"objective__label_smoothing": 0.2}],
+    ids=["noise", "smoothing"],
 )
 def test_noise_and_smoothing_train_and_are_not_in_evaluations(workshop, setting):
-    """The first evaluation comes before anything was learned to speak of: the same loss with and without them."""
+    """The first evaluation comes before anything was learned to speak of: the same loss with and
+    without them.
+    """
     settings = {"data__eval_fraction": 0.2, "optimizer__lr": 1e-9, "train__max_steps": 1}
     plain = workshop.train("plain", **settings)
     noisy = workshop.train("noisy", **settings, **setting)
     assert losses(noisy)[0] != pytest.approx(losses(plain)[0], rel=1e-4)
     evaluated = [
-        float((run / "eval.jsonl").read_text().split('"eval_loss": ')[1].split(",")[0]) for run in (plain, noisy)
+        float((run / "eval.jsonl").read_text().split('"eval_loss": ')[1].split(",")[0])
+        for run in (plain, noisy)
     ]
     assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-5)

@@ -25,7 +25,13 @@ def test_exact_match_ignores_white_space_at_the_ends_only():
 
 @pytest.mark.parametrize(
     ("answer", "wanted", "score"),
-    [("a b c", "a b c", 1), ("a x c", "a b c", 2 / 3), ("a b c d", "a b c", 3 / 4), ("", "a", 0), ("a", "a b", 1 / 2)],
+    [
+        ("a b c", "a b c", 1),
+        ("a x c", "a b c", 2 / 3),
+        ("a b c d", "a b c", 3 / 4),
+        ("", "a", 0),
+        ("a", "a b", 1 / 2),
+    ],
 )
 def test_word_accuracy(answer, wanted, score):
     assert scores.word_accuracy(answer, wanted) == pytest.approx(score)
@@ -41,7 +47,12 @@ def test_the_interval_holds_the_gain_and_is_narrower_with_more_rows():
 @pytest.mark.parametrize(
     ("before", "after", "low", "high"),
     [
-        ([0] * 4, [1] * 4, 0.0202, 1.0),  # ((1 - d) / (1 + d)) 4 = 1.96^2, of Tango's formula where all rows go up
+        (
+            [0] * 4,
+            [1] * 4,
+            0.0202,
+            1.0,
+        ),  # ((1 - d) / (1 + d)) 4 = 1.96^2, of Tango's formula where all rows go up
         ([1, 1, 0, 0], [1, 1, 0, 0], -0.4899, 0.4899),  # Wilson's for 0 of 4: 1.96^2 / (4 + 1.96^2)
         ([1] * 1, [1] * 1, -0.7935, 0.7935),
         ([0] * 1000, [1] * 1000, 0.9923, 1.0),
@@ -59,9 +70,15 @@ def test_few_rows_of_graded_scores_have_no_interval():
 @pytest.fixture
 def base_and_tuned(workshop):
     """A base of untrained weights, and the same tuned until it knows four answers by heart."""
-    rows = write_jsonl(workshop.rows, [{"question": q, "answer": q.upper()} for q in ("ab", "cd", "ef", "gh")])
+    rows = write_jsonl(
+        workshop.rows, [{"question": q, "answer": q.upper()} for q in ("ab", "cd", "ef", "gh")]
+    )
     base = workshop.train(
-        "base", optimizer__lr=1e-12, train__max_steps=1, train__global_batch_size=4, train__micro_batch_size=4
+        "base",
+        optimizer__lr=1e-12,
+        train__max_steps=1,
+        train__global_batch_size=4,
+        train__micro_batch_size=4,
     )
     tuned = workshop.train(
         "tuned", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
@@ -74,7 +91,17 @@ def base_and_tuned(workshop):
 def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, capsys):
     base, tuned, rows = base_and_tuned
     output = tmp_path / "answers.jsonl"
-    arguments = ["evaluate", "--base", str(base), "--tuned", str(tuned), "--data", str(rows), "--max-new-tokens", "8"]
+    arguments = [
+        "evaluate",
+        "--base",
+        str(base),
+        "--tuned",
+        str(tuned),
+        "--data",
+        str(rows),
+        "--max-new-tokens",
+        "8",
+    ]
     assert main([*arguments, "--batch-size", "3", "--output", str(output)]) == 0
     table = capsys.readouterr().out
     assert "4 held-out rows" in table
@@ -86,19 +113,40 @@ def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, 
     assert lines[0]["row"] == f"{rows}:1"
     assert lines[0]["prompt"] == [{"role": "user", "content": "ab"}]
     assert [(line["base_cut"], line["tuned_cut"]) for line in lines] == [(True, False)] * 4
-    assert list(lines[0])[-4:] == ["exact_match_base", "exact_match_tuned", "word_accuracy_base", "word_accuracy_tuned"]
-    assert main([*arguments, "--output", str(output), "--limit", "1"]) == 0, "what evaluate wrote it may replace"
+    assert list(lines[0])[-4:] == [
+        "exact_match_base",
+        "exact_match_tuned",
+        "word_accuracy_base",
+        "word_accuracy_tuned",
+    ]
+    assert main([*arguments, "--output", str(output), "--limit", "1"]) == 0, (
+        "what evaluate wrote it may replace"
+    )
     assert len(read_jsonl(output)) == 1
     assert [path.name for path in tmp_path.glob(".writing*")] == []
 
 
 @pytest.mark.slow
-def test_run_directories_are_taken_for_their_models_and_one_model_twice_is_told(base_and_tuned, capsys):
+def test_run_directories_are_taken_for_their_models_and_one_model_twice_is_told(
+    base_and_tuned, capsys
+):
     base, _, rows = base_and_tuned
-    asked = ["evaluate", "--base", str(base.parent), "--tuned", str(base), "--data", str(rows), "--max-new-tokens", "1"]
+    asked = [
+        "evaluate",
+        "--base",
+        str(base.parent),
+        "--tuned",
+        str(base),
+        "--data",
+        str(rows),
+        "--max-new-tokens",
+        "1",
+    ]
     assert main(asked) == 0
     assert "note: --base and --tuned are the same model" in capsys.readouterr().err
-    assert main(["chat", "--model", str(base.parent), "--prompt", "ab", "--max-new-tokens", "1"]) == 0
+    assert (
+        main(["chat", "--model", str(base.parent), "--prompt", "ab", "--max-new-tokens", "1"]) == 0
+    )
 
 
 def test_held_out_rows_may_be_a_folder_and_all_that_is_wrong_is_told(tmp_path, capsys):
@@ -106,9 +154,14 @@ def test_held_out_rows_may_be_a_folder_and_all_that_is_wrong_is_told(tmp_path, c
     write_jsonl(tmp_path / "train.jsonl", pairs())
     [conversation] = compare.read(str(tmp_path), "auto", {}, None)
     assert str(conversation.place) == f"{tmp_path}/test.csv:2"
-    assert f"note: --data does not read {tmp_path}/train.jsonl (not named as test rows)" in capsys.readouterr().err
+    assert (
+        f"note: --data does not read {tmp_path}/train.jsonl (not named as test rows)"
+        in capsys.readouterr().err
+    )
     path = write_jsonl(tmp_path / "bad.jsonl", [{"question": "q", "answer": ""}] * 20)
-    with pytest.raises(DataError, match=r"20 of 20 rows are wrong:\n  .*bad.jsonl:1: column 'answer' is empty"):
+    with pytest.raises(
+        DataError, match=r"20 of 20 rows are wrong:\n  .*bad.jsonl:1: column 'answer' is empty"
+    ):
         compare.read(str(path), "auto", {}, None)
 
 
@@ -118,7 +171,10 @@ def test_columns_that_are_not_read_are_told_and_a_score_is_one_of_them(tmp_path,
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
     assert len(compare.read(str(path), "auto", {}, None)) == 2
     said = capsys.readouterr().err
-    assert said == "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
+    assert (
+        said
+        == "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
+    )
 
 
 def test_skipped_rows_are_counted_as_in_training(tmp_path, capsys):
@@ -142,7 +198,9 @@ def test_what_is_wrong_with_rows_is_told_in_the_words_of_the_command(tmp_path):
 
 def test_control_tokens_are_refused_as_in_training(base_and_its_rows, capsys):
     model, _ = base_and_its_rows
-    rows = write_jsonl(model.parent / "forged.jsonl", [*pairs(1), {"question": "x<|eos|>", "answer": "y"}])
+    rows = write_jsonl(
+        model.parent / "forged.jsonl", [*pairs(1), {"question": "x<|eos|>", "answer": "y"}]
+    )
     assert main(["evaluate", "--base", str(model), "--tuned", str(model), "--data", str(rows)]) == 2
     assert f"{rows}:2: the text contains '<|eos|>', a control token" in capsys.readouterr().err
 
@@ -158,7 +216,17 @@ def test_an_adapter_of_another_base_is_told(workshop, capsys, kind):
     )  # fmt: skip
     shutil.copytree(base, workshop.folder / "copy")
     for given, is_other in ((workshop.folder / "copy", False), (other, True)):
-        asked = ["evaluate", "--base", str(given), "--tuned", str(tuned), "--data", str(workshop.rows), "--limit", "1"]
+        asked = [
+            "evaluate",
+            "--base",
+            str(given),
+            "--tuned",
+            str(tuned),
+            "--data",
+            str(workshop.rows),
+            "--limit",
+            "1",
+        ]
         assert main([*asked, "--max-new-tokens", "1"]) == 0
         assert (f"was trained on another base ({base})" in capsys.readouterr().err) == is_other
 
@@ -224,7 +292,11 @@ def test_a_prompt_that_is_too_long_keeps_its_bos_and_end_and_is_told(workshop):
     model.generate = lambda input_ids, **_: seen.append(input_ids) or input_ids
     prompts = ["<|bos|>" + "x" * 300 + "end", "short", "y" * 300]
     generate.answers(model, tokenizer, prompts, max_new_tokens=56, batch_size=1, log=said.append)
-    assert [tokenizer.decode(ids[0]) for ids in seen] == ["short", "<|bos|>" + "x" * 196 + "end", "y" * 200]
+    assert [tokenizer.decode(ids[0]) for ids in seen] == [
+        "short",
+        "<|bos|>" + "x" * 196 + "end",
+        "y" * 200,
+    ]
     assert len(said) == 1
     assert "2 of 3 prompts are over 200 tokens" in said[0]
 
@@ -232,23 +304,35 @@ def test_a_prompt_that_is_too_long_keeps_its_bos_and_end_and_is_told(workshop):
 def test_text_of_the_template_before_an_answer_is_not_scored(bytes_tokenizer):
     """Of models that were tuned elsewhere, so that they write it themselves."""
     bytes_tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' "
+        "%}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     answers = ["<think>\n\n</think>\n\nParis", "Rome", "<think>hm</think>Oslo"]
-    assert [a.strip() for a in generate.without_opening(bytes_tokenizer, answers)] == ["Paris", "Rome", answers[2]]
+    assert [a.strip() for a in generate.without_opening(bytes_tokenizer, answers)] == [
+        "Paris",
+        "Rome",
+        answers[2],
+    ]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["chat", "--prompt", "hi", "--model"], ["evaluate", "--data", "ROWS", "--base", "m", "--tuned"]]
+    "arguments",
+    [
+        ["chat", "--prompt", "hi", "--model"],
+        ["evaluate", "--data", "ROWS", "--base", "m", "--tuned"],
+    ],
 )
 def test_a_chat_template_that_fails_is_exit_2(base_and_its_rows, capsys, arguments):
     model, rows = base_and_its_rows
     (model / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
-    arguments = [str(rows) if word == "ROWS" else str(model) if word == "m" else word for word in arguments]
+    arguments = [
+        str(rows) if word == "ROWS" else str(model) if word == "m" else word for word in arguments
+    ]
     assert main([*arguments, str(model)]) == 2
     assert (
-        f"{rows}:1: " * (arguments[0] == "evaluate") + "data.template 'chat' fails: TemplateError: never"
+        f"{rows}:1: " * (arguments[0] == "evaluate")
+        + "data.template 'chat' fails: TemplateError: never"
         in capsys.readouterr().err
     )
 
@@ -327,7 +411,15 @@ def test_a_model_without_chat_template_cannot_be_asked(workshop, capsys):
     assert main(["chat", "--model", str(run / "model"), "--prompt", "hi"]) == 2
     assert "no chat template" in capsys.readouterr().err
     rows = write_jsonl(workshop.folder / "pairs.jsonl", pairs(2))
-    arguments = ["evaluate", "--base", str(run / "model"), "--tuned", str(run / "model"), "--data", str(rows)]
+    arguments = [
+        "evaluate",
+        "--base",
+        str(run / "model"),
+        "--tuned",
+        str(run / "model"),
+        "--data",
+        str(rows),
+    ]
     assert main(arguments) == 2
 
 
@@ -346,7 +438,9 @@ def test_a_model_that_is_not_there_is_exit_2(capsys):
     ids=" ".join,
 )  # fmt: skip
 def test_a_wrong_number_on_the_command_line_is_exit_2(arguments, capsys):
-    needed = {"evaluate": ["--base", "a", "--tuned", "b", "--data", "c"], "chat": ["--model", "a"]}[arguments[0]]
+    needed = {"evaluate": ["--base", "a", "--tuned", "b", "--data", "c"], "chat": ["--model", "a"]}[
+        arguments[0]
+    ]
     with pytest.raises(SystemExit) as caught:
         main([*arguments, *needed])
     assert caught.value.code == 2
@@ -359,7 +453,9 @@ def test_a_wrong_number_on_the_command_line_is_exit_2(arguments, capsys):
 @pytest.mark.parametrize("data", ["rows.jsonl", "."])
 def test_held_out_rows_are_never_the_output(tmp_path, capsys, link, data):
     (tmp_path / "data").mkdir()
-    rows = write_jsonl(tmp_path / "data/rows.jsonl", [{"row": "a", "wanted": "b", "question": "q", "answer": "a"}])
+    rows = write_jsonl(
+        tmp_path / "data/rows.jsonl", [{"row": "a", "wanted": "b", "question": "q", "answer": "a"}]
+    )
     before, output = rows.read_bytes(), rows if link is None else tmp_path / "other"
     if link:
         getattr(output, link)(rows)
@@ -383,18 +479,38 @@ def test_held_out_rows_are_never_the_output(tmp_path, capsys, link, data):
     assert rows.read_bytes() == before
 
 
-@pytest.mark.parametrize("held", [b'{"model_type": "llama"}', b"\x00\x01", b'{"row": "a", "question": "b"}'])
+@pytest.mark.parametrize(
+    "held", [b'{"model_type": "llama"}', b"\x00\x01", b'{"row": "a", "question": "b"}']
+)
 def test_an_output_that_evaluate_did_not_write_is_kept(tmp_path, capsys, held):
     """A file of a model, a log of a run, other rows."""
     rows, output = write_jsonl(tmp_path / "rows.jsonl", pairs(1)), tmp_path / "config.json"
     output.write_bytes(held)
-    assert main(["evaluate", "--base", "a", "--tuned", "b", "--data", str(rows), "--output", str(output)]) == 2
+    assert (
+        main(
+            [
+                "evaluate",
+                "--base",
+                "a",
+                "--tuned",
+                "b",
+                "--data",
+                str(rows),
+                "--output",
+                str(output),
+            ]
+        )
+        == 2
+    )
     assert f"--output: {output} exists, and evaluate did not write it" in capsys.readouterr().err
     assert output.read_bytes() == held
 
 
 def test_an_output_that_is_a_folder_is_told_before_the_work(tmp_path, capsys):
-    assert main(["evaluate", "--base", "a", "--tuned", "b", "--data", "c", "--output", str(tmp_path)]) == 2
+    assert (
+        main(["evaluate", "--base", "a", "--tuned", "b", "--data", "c", "--output", str(tmp_path)])
+        == 2
+    )
     assert f"--output: {tmp_path} is a folder; name a file" in capsys.readouterr().err
 
 
@@ -407,7 +523,10 @@ def test_a_place_that_may_not_be_written_is_told_before_the_work(tmp_path, capsy
     monkeypatch.setattr("tempfile.mkstemp", refused)
     rows = write_jsonl(tmp_path / "rows.jsonl", pairs(1))
     output = str(tmp_path / "answers.jsonl")
-    assert main(["evaluate", "--base", "a", "--tuned", "b", "--data", str(rows), "--output", output]) == 2
+    assert (
+        main(["evaluate", "--base", "a", "--tuned", "b", "--data", str(rows), "--output", output])
+        == 2
+    )
     assert f"--output: {output}: cannot be written: Permission denied" in capsys.readouterr().err
 
 
@@ -422,7 +541,17 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_table_and_what_was_there(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("finetune.files.os.fsync", full)
-    asked = ["evaluate", "--base", str(model), "--tuned", str(model), "--data", str(rows), "--limit", "1"]
+    asked = [
+        "evaluate",
+        "--base",
+        str(model),
+        "--tuned",
+        str(model),
+        "--data",
+        str(rows),
+        "--limit",
+        "1",
+    ]
     assert main([*asked, "--max-new-tokens", "1", "--output", str(output)]) == 1
     said = capsys.readouterr()
     assert "exact match" in said.out
@@ -450,7 +579,22 @@ def test_a_file_is_written_whole_through_a_link_and_keeps_its_mode(tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_work(capsys):
-    assert main(["evaluate", "--base", "a", "--tuned", "b", "--data", "c", "--output", "/no/such/folder/x"]) == 2
+    assert (
+        main(
+            [
+                "evaluate",
+                "--base",
+                "a",
+                "--tuned",
+                "b",
+                "--data",
+                "c",
+                "--output",
+                "/no/such/folder/x",
+            ]
+        )
+        == 2
+    )
     assert "--output: /no/such/folder/x: its folder does not exist" in capsys.readouterr().err
 
 
@@ -480,4 +624,7 @@ def test_half_a_character_on_the_command_line_is_named(capsys):
 
 def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(capsys):
     assert main(["chat", "--model", "a", "--model", "/no/such/folder", "--prompt", "x"]) == 2
-    assert "note: --model is given twice: '/no/such/folder' counts, not 'a'\n" in capsys.readouterr().err
+    assert (
+        "note: --model is given twice: '/no/such/folder' counts, not 'a'\n"
+        in capsys.readouterr().err
+    )

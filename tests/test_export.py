@@ -31,12 +31,16 @@ def test_full_weights_open_with_plain_transformers(workshop):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = workshop.train()
-    model, tokenizer = (c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer)
+    )
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert text == "### Question:\nhi\n\n### Answer:\n"
-    assert model.config._attn_implementation == "sdpa", "the export must not ask for this package's attention"
+    assert model.config._attn_implementation == "sdpa", (
+        "the export must not ask for this package's attention"
+    )
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert torch.isfinite(model(**tokenizer(text, return_tensors="pt")).logits).all()
 
@@ -47,9 +51,9 @@ def test_an_adapter_opens_with_plain_peft(workshop):
     run = workshop.train("lora", **as_adapter(workshop.train("base")))
     model = AutoPeftModelForCausalLM.from_pretrained(run / "model")
     assert not (run / "model/model.safetensors").exists()
-    assert json.loads((run / "model/adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        workshop.run_dir("base") / "model"
-    )
+    assert json.loads((run / "model/adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(workshop.run_dir("base") / "model")
     assert load_tokenizer(run / "model").chat_template
     assert torch.isfinite(model(input_ids=torch.tensor([[1, 2]])).logits).all()
 
@@ -57,7 +61,9 @@ def test_an_adapter_opens_with_plain_peft(workshop):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_tied_and_untied_models_of_each_dtype_are_saved_whole(workshop, tied, dtype):
-    run = workshop.train(model__config={**TINY_LLAMA, "tie_word_embeddings": tied}, model__dtype=dtype)
+    run = workshop.train(
+        model__config={**TINY_LLAMA, "tie_word_embeddings": tied}, model__dtype=dtype
+    )
     saved = load_file(run / "model/model.safetensors")
     assert ("lm_head.weight" in saved) != tied
     assert {str(t.dtype) for t in saved.values()} == {f"torch.{dtype}"}
@@ -83,13 +89,17 @@ def test_half_a_saved_model_is_never_complete(workshop, monkeypatch):
         tensors[name][tensors[name].shape[0] // 2 :] = 0  # as if one process's shard had been saved
 
     monkeypatch.setattr("finetune.export.publish.save", tamper(half))
-    with pytest.raises(ExportError, match="weight model.layers.0.mlp.up_proj.weight is other than trained"):
+    with pytest.raises(
+        ExportError, match="weight model.layers.0.mlp.up_proj.weight is other than trained"
+    ):
         workshop.train()
     assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "failed"
 
 
 def test_a_missing_weight_is_never_complete(workshop, monkeypatch):
-    monkeypatch.setattr("finetune.export.publish.save", tamper(lambda tensors: tensors.pop("model.norm.weight")))
+    monkeypatch.setattr(
+        "finetune.export.publish.save", tamper(lambda tensors: tensors.pop("model.norm.weight"))
+    )
     with pytest.raises(ExportError, match="model.norm.weight"):
         workshop.train()
 
@@ -108,8 +118,12 @@ def test_an_adapter_that_learned_nothing_is_never_complete(workshop, monkeypatch
 
 
 def test_a_run_that_moved_no_weight_is_never_complete(workshop):
-    """An update below the smallest float32 moves no weight, not even one of 0 (torch 2.11 draws some for bfloat16), by no chance."""
-    with pytest.raises(ExportError, match=r"no weight changed in 5 steps; is optimizer.lr too small"):
+    """An update below the smallest float32 moves no weight, not even one of 0 (torch 2.11 draws
+    some for bfloat16), by no chance.
+    """
+    with pytest.raises(
+        ExportError, match=r"no weight changed in 5 steps; is optimizer.lr too small"
+    ):
         workshop.train(model__dtype="bfloat16", optimizer__lr=1e-60)
 
 
@@ -124,13 +138,17 @@ def test_weights_that_did_not_move_are_named(workshop, capsys):
     # Norms are 1, where float32 steps by 6e-8: an update of 2e-8 is lost; what is near 0 takes it.
     workshop.train(optimizer__lr=2e-8)
     assert (
-        "note: 5 of 21 weight tensors did not change, such as model.layers.0.input_layernorm" in capsys.readouterr().out
+        "note: 5 of 21 weight tensors did not change, such as model.layers.0.input_layernorm"
+        in capsys.readouterr().out
     )
 
 
 def test_a_failed_export_is_done_again_from_the_last_checkpoint(workshop, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("finetune.export.publish.save", tamper(lambda tensors: tensors["model.norm.weight"].zero_()))
+        patch.setattr(
+            "finetune.export.publish.save",
+            tamper(lambda tensors: tensors["model.norm.weight"].zero_()),
+        )
         with pytest.raises(ExportError):
             workshop.train()
     run = workshop.train()
@@ -140,7 +158,10 @@ def test_a_failed_export_is_done_again_from_the_last_checkpoint(workshop, monkey
         5,
         "the last weights, of step 5, exported and verified",
     )
-    assert outcome["model"]["model.safetensors"]["bytes"] == (run / "model/model.safetensors").stat().st_size
+    assert (
+        outcome["model"]["model.safetensors"]["bytes"]
+        == (run / "model/model.safetensors").stat().st_size
+    )
 
 
 def test_merge_command_writes_full_weights(workshop, capsys):
@@ -151,14 +172,18 @@ def test_merge_command_writes_full_weights(workshop, capsys):
     assert main(["export", "--merge", "--model", str(run / "model"), "--output", str(target)]) == 0
     assert "merged; logits differ from base plus adapter by at most" in capsys.readouterr().out
     assert (target / "model.safetensors").exists()
-    assert (target / "chat_template.jinja").read_text() == (run / "model/chat_template.jinja").read_text()
+    assert (target / "chat_template.jinja").read_text() == (
+        run / "model/chat_template.jinja"
+    ).read_text()
     assert main(["export", "--merge", "--model", str(run / "model"), "--output", str(target)]) == 2
     assert "exists; choose another --output" in capsys.readouterr().err
 
 
 def test_a_place_where_nothing_can_be_written_is_refused_before_a_model_is_loaded(tmp_path):
     """Root may write anywhere, says os.access."""
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "base_model_name_or_path": "base"}')
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 1, "base_model_name_or_path": "base"}'
+    )
     save_file({"a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
     for target in ("/proc/x", "/proc/x/y"):
         with pytest.raises(ModelError, match=f"--output: {target}: /proc cannot be written"):
@@ -167,7 +192,10 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_a_model_is_loade
 
 @pytest.mark.slow
 def test_a_merge_that_fills_the_disk_is_named_and_leaves_nothing(workshop, monkeypatch):
-    run, target = workshop.train("lora", **as_adapter(workshop.train("base"))), workshop.folder / "merged"
+    run, target = (
+        workshop.train("lora", **as_adapter(workshop.train("base"))),
+        workshop.folder / "merged",
+    )
 
     def full(*_, **__):
         target.with_name(".writing-merged").mkdir()
@@ -195,11 +223,15 @@ def test_an_adapter_and_its_merge_know_the_token_that_ends_an_answer(workshop):
 
 
 @pytest.mark.parametrize(
-    "targets", [["q_proj", "lm_head"], ".*(q_proj|lm_head)", ["embed_tokens"], ".*embed_tokens"], ids=str
+    "targets",
+    [["q_proj", "lm_head"], ".*(q_proj|lm_head)", ["embed_tokens"], ".*embed_tokens"],
+    ids=str,
 )
 def test_an_adapter_on_tied_weights_is_refused(workshop, targets):
     base = workshop.train("base", model__config={**TINY_LLAMA, "tie_word_embeddings": True})
-    with pytest.raises(ModelError, match="shares its weights|no linear layer is called 'embed_tokens'"):
+    with pytest.raises(
+        ModelError, match="shares its weights|no linear layer is called 'embed_tokens'"
+    ):
         workshop.train("lora", adapter__target_modules=targets, **as_adapter(base))
 
 
@@ -222,17 +254,36 @@ def test_an_adapter_beside_another_base_is_refused(workshop, capsys, command):
     workshop.run_dir("base").rename(workshop.folder / "old")
     base, model = workshop.train("base", run__seed=1) / "model", str(run / "model")
     arguments = {
-        "merge": ["export", "--merge", "--model", model, "--output", str(workshop.folder / "merged")],
+        "merge": [
+            "export",
+            "--merge",
+            "--model",
+            model,
+            "--output",
+            str(workshop.folder / "merged"),
+        ],
         "chat": ["chat", "--model", model, "--prompt", "hi"],
-        "evaluate": ["evaluate", "--base", str(base), "--tuned", model, "--data", str(workshop.rows)],
+        "evaluate": [
+            "evaluate",
+            "--base",
+            str(base),
+            "--tuned",
+            model,
+            "--data",
+            str(workshop.rows),
+        ],
     }
     assert main(arguments[command]) == 2
     assert "its base has changed since the adapter was trained" in capsys.readouterr().err
     assert not (workshop.folder / "merged").exists()
 
 
-@pytest.mark.parametrize("own_bos", [False, True], ids=["BOS left to the tokenizer", "BOS in the template"])
-def test_the_exported_chat_template_gives_the_tokens_that_were_trained(workshop, bytes_tokenizer, own_bos):
+@pytest.mark.parametrize(
+    "own_bos", [False, True], ids=["BOS left to the tokenizer", "BOS in the template"]
+)
+def test_the_exported_chat_template_gives_the_tokens_that_were_trained(
+    workshop, bytes_tokenizer, own_bos
+):
     """One BOS, for a tokenizer that adds one, whether the template writes it or not."""
     from tokenizers.processors import TemplateProcessing
 
@@ -247,7 +298,9 @@ def test_the_exported_chat_template_gives_the_tokens_that_were_trained(workshop,
         + "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    run = workshop.train(model__tokenizer=str(workshop.folder / "tokenizer"), data__template=str(jinja))
+    run = workshop.train(
+        model__tokenizer=str(workshop.folder / "tokenizer"), data__template=str(jinja)
+    )
     tokenizer = load_tokenizer(run / "model")
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
@@ -263,10 +316,14 @@ def test_the_system_prompt_of_training_is_there_when_asked(workshop):
     tokenizer = load_tokenizer(run / "model")
 
     def asked(*messages):
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
 
     user = {"role": "user", "content": "hi"}
-    assert asked(user).startswith('<|im_start|>system\nSay "so" {{ often }} 😀.<|im_end|>\n<|im_start|>user')
+    assert asked(user).startswith(
+        '<|im_start|>system\nSay "so" {{ often }} 😀.<|im_end|>\n<|im_start|>user'
+    )
     assert asked({"role": "system", "content": "Other."}, user).count("system") == 1
 
 
@@ -292,13 +349,22 @@ def test_adapters_on_other_architectures_come_home(workshop, architecture):
     base = workshop.train("base", model__config={**config, **architecture})
     run = workshop.train("lora", **as_adapter(base))
     merge([run / "model"], workshop.folder / "merged")
-    before, after = (load_file(folder / "model.safetensors") for folder in (base / "model", workshop.folder / "merged"))
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (base / "model", workshop.folder / "merged")
+    )
     assert before.keys() == after.keys()
-    assert any(not torch.equal(before[name], after[name]) for name in before), "what was learned is in it"
+    assert any(not torch.equal(before[name], after[name]) for name in before), (
+        "what was learned is in it"
+    )
 
 
 def test_a_model_that_also_sees_gets_adapters_where_text_goes(workshop):
-    text = {**{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, "head_dim": 8, "vocab_size": 300}
+    text = {
+        **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"},
+        "head_dim": 8,
+        "vocab_size": 300,
+    }
     vision = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -307,22 +373,33 @@ def test_a_model_that_also_sees_gets_adapters_where_text_goes(workshop):
         "image_size": 28,
         "patch_size": 14,
     }
-    config = {"model_type": "gemma3", "text_config": text, "vision_config": vision, "mm_tokens_per_image": 1}
+    config = {
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": vision,
+        "mm_tokens_per_image": 1,
+    }
     run = workshop.train("lora", **as_adapter(workshop.train("base", model__config=config)))
-    assert not [name for name in load_file(run / "model/adapter_model.safetensors") if "vision" in name]
+    assert not [
+        name for name in load_file(run / "model/adapter_model.safetensors") if "vision" in name
+    ]
 
 
 def test_an_adapter_opens_from_any_folder(workshop, monkeypatch, tmp_path_factory):
     """The base is named by its absolute path, also when the config named it by a relative one."""
     workshop.train("base")
     monkeypatch.chdir(workshop.folder / "runs")
-    run = workshop.train("lora", **(as_adapter(workshop.run_dir("base")) | {"model__path": "base/model"}))
+    run = workshop.train(
+        "lora", **(as_adapter(workshop.run_dir("base")) | {"model__path": "base/model"})
+    )
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert load(run / "model")
 
 
 def test_what_was_trained_has_gone_when_the_export_is_opened(workshop, monkeypatch):
-    """Else a quantised base that filled the GPU would have to fit on it twice, beside the optimizer."""
+    """Else a quantised base that filled the GPU would have to fit on it twice, beside the
+    optimizer.
+    """
     import weakref
 
     from finetune import loop
@@ -379,12 +456,30 @@ def test_saving_leaves_what_it_is_given_as_it_was(workshop, bytes_tokenizer):
     run = workshop.train()
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     bytes_tokenizer.chat_template, model.generation_config.temperature = "before", 0.5
-    before = copy.deepcopy((bytes_tokenizer.chat_template, model.generation_config.to_dict(), model.config.to_dict()))
-    template = templates.load("question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {})
-    save(model, dict(model.state_dict()), bytes_tokenizer, template, workshop.folder / "saved", "a system prompt")
-    assert (bytes_tokenizer.chat_template, model.generation_config.to_dict(), model.config.to_dict()) == before
+    before = copy.deepcopy(
+        (bytes_tokenizer.chat_template, model.generation_config.to_dict(), model.config.to_dict())
+    )
+    template = templates.load(
+        "question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {}
+    )
+    save(
+        model,
+        dict(model.state_dict()),
+        bytes_tokenizer,
+        template,
+        workshop.folder / "saved",
+        "a system prompt",
+    )
+    assert (
+        bytes_tokenizer.chat_template,
+        model.generation_config.to_dict(),
+        model.config.to_dict(),
+    ) == before
     assert "a system prompt" in (workshop.folder / "saved/chat_template.jinja").read_text()
-    assert json.loads((workshop.folder / "saved/generation_config.json").read_text())["temperature"] == 0.5
+    assert (
+        json.loads((workshop.folder / "saved/generation_config.json").read_text())["temperature"]
+        == 0.5
+    )
 
 
 def add_companions(folder):
@@ -425,7 +520,9 @@ def test_what_a_base_has_beside_its_weights_comes_out_again(workshop, kind):
     again = load_tokenizer(folder)
     assert again.chat_template["rag"] == "rag {{ messages }}"
     assert again.chat_template["tool_use"] == "tools {{ messages }}"
-    assert "<|im_start|>" in again.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert "<|im_start|>" in again.apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False
+    )
     settings = json.loads((folder / "generation_config.json").read_text())
     assert (settings["top_p"], settings["temperature"], settings["do_sample"]) == (0.7, 0.6, True)
 
@@ -451,16 +548,27 @@ def test_terms_come_along_however_they_are_spelt(tmp_path):
         (tmp_path / "base" / name).write_text(name)
     (tmp_path / "out").mkdir()
     _bring_along(Base(str(tmp_path / "base")), tmp_path / "out")
-    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    found = {
+        path.relative_to(tmp_path / "out").as_posix()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
     assert found == set(TERMS)
 
 
 def test_the_hub_is_asked_for_all_that_comes_along():
     from huggingface_hub.utils import filter_repo_objects
 
-    wanted = [*TERMS, "kernels/own.py", "custom_generate/requirements.txt", "video_preprocessor_config.json"]
+    wanted = [
+        *TERMS,
+        "kernels/own.py",
+        "custom_generate/requirements.txt",
+        "video_preprocessor_config.json",
+    ]
     weights = ["model.safetensors", "LICENSED.bin"]
-    fetched = filter_repo_objects([*wanted, *weights], allow_patterns=TO_FETCH, ignore_patterns=NOT_TO_FETCH)
+    fetched = filter_repo_objects(
+        [*wanted, *weights], allow_patterns=TO_FETCH, ignore_patterns=NOT_TO_FETCH
+    )
     assert list(fetched) == wanted
 
 
@@ -484,7 +592,10 @@ def test_a_model_whose_ends_are_two_is_never_exported_as_tied(workshop, two_ends
 
     model = AutoModelForCausalLM.from_pretrained(two_ends)
     save(model, dict(model.state_dict()), bytes_tokenizer, None, workshop.folder / "saved")
-    assert json.loads((workshop.folder / "saved/config.json").read_text())["tie_word_embeddings"] is False
+    assert (
+        json.loads((workshop.folder / "saved/config.json").read_text())["tie_word_embeddings"]
+        is False
+    )
     assert "lm_head.weight" in load_file(workshop.folder / "saved/model.safetensors")
 
 
@@ -492,7 +603,10 @@ def test_a_merge_of_tied_weights_that_train_stays_tied(workshop):
     base = workshop.train("base", model__config={**TINY_LLAMA, "tie_word_embeddings": True})
     run = workshop.train("lora", model__new_tokens=["<new>"], **as_adapter(base))
     merge([run / "model"], workshop.folder / "merged")
-    assert json.loads((workshop.folder / "merged/config.json").read_text())["tie_word_embeddings"] is True
+    assert (
+        json.loads((workshop.folder / "merged/config.json").read_text())["tie_word_embeddings"]
+        is True
+    )
     assert "lm_head.weight" not in load_file(workshop.folder / "merged/model.safetensors")
     model = load(workshop.folder / "merged")
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -507,7 +621,14 @@ def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
     moved = str(base.rename(workshop.folder / "moved") / "model")
     other = str(workshop.train("other", run__seed=1) / "model")
     arguments = {
-        "merge": ["export", "--merge", "--model", model, "--output", str(workshop.folder / "merged")],
+        "merge": [
+            "export",
+            "--merge",
+            "--model",
+            model,
+            "--output",
+            str(workshop.folder / "merged"),
+        ],
         "chat": ["chat", "--model", model, "--prompt", "hi", "--max-new-tokens", "1"],
         "evaluate": [
             "evaluate",
@@ -526,7 +647,10 @@ def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
         assert "its base is not in" in (said := capsys.readouterr().err)
         assert "give --base" in said
     assert main([*arguments, "--base", other]) == 2
-    assert f"--base: {other} is not the base of {model}: 21 of 21 weights differ" in capsys.readouterr().err
+    assert (
+        f"--base: {other} is not the base of {model}: 21 of 21 weights differ"
+        in capsys.readouterr().err
+    )
     assert main([*arguments, "--base", moved]) == 0
 
 
@@ -545,7 +669,8 @@ def test_a_base_in_another_place_is_compared_in_every_value(moved):
     tensors["lm_head.weight"][1, 2] += 1  # flat 34, and a sample holds multiples of 130
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ModelError, match=f"--base: {base} is not the base of {adapter}: 1 of 21 .*such as lm_head.weight"
+        ModelError,
+        match=f"--base: {base} is not the base of {adapter}: 1 of 21 .*such as lm_head.weight",
     ):
         load(adapter, base=str(base))
 
@@ -564,13 +689,24 @@ def test_what_cannot_be_a_base_is_named_by_its_option(workshop, moved, capsys, k
     from finetune.__main__ import main
 
     adapter, base = moved
-    given = {"a Hub name": "owner/name", "an adapter": str(adapter), "nowhere": f"{base}/nowhere"}.get(kind, str(base))
+    given = {
+        "a Hub name": "owner/name",
+        "an adapter": str(adapter),
+        "nowhere": f"{base}/nowhere",
+    }.get(kind, str(base))
     if kind == "another architecture":
         gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}
         given = str(workshop.train("gpt", train__max_steps=1, model__config=gpt) / "model")
     if kind == "both":
         (base / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
-    arguments = ["--model", str(adapter), "--output", str(workshop.folder / "merged"), "--base", given]
+    arguments = [
+        "--model",
+        str(adapter),
+        "--output",
+        str(workshop.folder / "merged"),
+        "--base",
+        given,
+    ]
     assert main(["export", "--merge", *arguments]) == 2
     assert says.format(adapter=adapter, base=base) in capsys.readouterr().err
 
@@ -584,12 +720,17 @@ def test_a_base_that_was_rounded_to_float16_is_known_again():
     known = base_identity.hashes(base.half()), base_identity.values(base.half(), {"weight"})
     torch.manual_seed(0)
     base = torch.nn.Linear(100, 100)
-    assert (base_identity.hashes(base, torch.float16), base_identity.values(base, {"weight"}, torch.float16)) == known
+    assert (
+        base_identity.hashes(base, torch.float16),
+        base_identity.values(base, {"weight"}, torch.float16),
+    ) == known
     assert base_identity.values(base, {"weight"}) != known[1]
 
 
 @pytest.mark.parametrize(
-    ("damage", "error"), [(b"broken", ExportError), (None, KeyboardInterrupt)], ids=["a broken file", "Ctrl-C"]
+    ("damage", "error"),
+    [(b"broken", ExportError), (None, KeyboardInterrupt)],
+    ids=["a broken file", "Ctrl-C"],
 )
 def test_a_merge_that_fails_leaves_no_folder(workshop, monkeypatch, damage, error):
     """And a file that broke after it was saved is not the user's mistake."""
@@ -619,7 +760,9 @@ def mixture(**changes):
 
 
 def test_an_expert_that_flips_is_no_wrong_export():
-    """A router's near-tie, decided otherwise by the rounding of another kernel: one token is another function's, and it is right."""
+    """A router's near-tie, decided otherwise by the rounding of another kernel: one token is
+    another function's, and it is right.
+    """
     model = mixture()
     router, seen = model.model.layers[1].mlp.gate, []
     hook = router.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
@@ -633,7 +776,9 @@ def test_an_expert_that_flips_is_no_wrong_export():
         with torch.no_grad():
             router.weight[third] += by * states[5] / states[5].norm() ** 2
 
-    raise_third(scores[5, second] - scores[5, third] - 1e-5)  # token 5 hardly prefers the second expert to the third
+    raise_third(
+        scores[5, second] - scores[5, third] - 1e-5
+    )  # token 5 hardly prefers the second expert to the third
     wanted = probe_logits(model)
     raise_third(2e-5)  # and now the third to the second
     found = probe_logits(model)
@@ -659,19 +804,37 @@ def test_logits_that_are_no_numbers_never_agree():
 
 @pytest.mark.parametrize(
     "content",
-    ["[", "[]", "null", "", '{"eos_token_id": [[1]]}', '{"eos_token_id": "x"}', '{"eos_token_id": [2, 999999]}'],
+    [
+        "[",
+        "[]",
+        "null",
+        "",
+        '{"eos_token_id": [[1]]}',
+        '{"eos_token_id": "x"}',
+        '{"eos_token_id": [2, 999999]}',
+    ],
 )
 def test_a_generation_config_that_cannot_be_exported_is_refused_before_training(workshop, content):
     base = workshop.train("base") / "model"
     (base / "generation_config.json").write_text(content)
-    changes = {"model__path": str(base), "model__init": "pretrained", "model__config": None, "model__tokenizer": None}
+    changes = {
+        "model__path": str(base),
+        "model__init": "pretrained",
+        "model__config": None,
+        "model__tokenizer": None,
+    }
     with pytest.raises(ModelError, match="generation_config.json cannot be saved again"):
         workshop.check("tuned", **changes)
 
 
 def test_an_adapter_is_not_put_on_a_base_that_calculates_otherwise(workshop):
     base = workshop.train("base") / "model"
-    changes = {"model__path": str(base), "model__init": "pretrained", "model__config": None, "model__tokenizer": None}
+    changes = {
+        "model__path": str(base),
+        "model__init": "pretrained",
+        "model__config": None,
+        "model__tokenizer": None,
+    }
     adapter = workshop.train("tuned", adapter__kind="lora", **changes) / "model"
     load(adapter)
     config = json.loads((base / "config.json").read_text())

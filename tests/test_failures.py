@@ -62,7 +62,9 @@ def test_a_hub_that_is_not_there_is_no_error_of_the_user(get):
         as_transformers_does(lambda: get("http://127.0.0.1:9", timeout=1))
 
 
-@pytest.mark.parametrize(("code", "error"), [(503, Outage), (429, Outage), (404, ModelError), (401, ModelError)])
+@pytest.mark.parametrize(
+    ("code", "error"), [(503, Outage), (429, Outage), (404, ModelError), (401, ModelError)]
+)
 def test_a_server_that_is_overloaded_is_an_outage_and_one_that_says_no_is_not(hub, code, error):
     with pytest.raises(error), translated("model a/b"):
         as_transformers_does(lambda: httpx.get(f"{hub}/{code}").raise_for_status())
@@ -76,7 +78,9 @@ def test_a_data_set_that_is_not_cached_while_no_network_is_wanted_is_an_error_of
         _load_dataset("owner/name")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS]
+)
 def test_a_disk_that_is_full_or_has_gone_is_an_outage(number):
     with pytest.raises(Outage, match="the cache: "):
         failures.reraise(OSError(number, "words"), "the cache")
@@ -100,11 +104,16 @@ class SafetensorError(Exception):
 )  # fmt: skip
 def test_a_disk_that_a_library_could_not_write_to_is_named_with_the_path(tmp_path, exc, why):
     assert isinstance(failures.translate(exc), Outage)
-    with pytest.raises(Outage, match=f"{tmp_path} cannot be written now: {why}"), failures.writing(tmp_path):
+    with (
+        pytest.raises(Outage, match=f"{tmp_path} cannot be written now: {why}"),
+        failures.writing(tmp_path),
+    ):
         raise exc
 
 
-@pytest.mark.parametrize("exc", [ValueError("a bug"), RuntimeError("shapes do not fit"), OutOfMemory("ours")])
+@pytest.mark.parametrize(
+    "exc", [ValueError("a bug"), RuntimeError("shapes do not fit"), OutOfMemory("ours")]
+)
 def test_what_is_no_failure_of_a_disk_passes_as_it_is(tmp_path, exc):
     with pytest.raises(type(exc)) as told, failures.writing(tmp_path):
         raise exc
@@ -127,7 +136,8 @@ MACHINE = [
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OutOfMemory),
     (torch.distributed.DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), OutOfMemory),
     (RuntimeError("Registering memory failed with cudaError: 2"), OutOfMemory),
-    (RuntimeError("Registering memory failed with cudaError: 201"), DeviceError),  # an invalid context
+    # An invalid context
+    (RuntimeError("Registering memory failed with cudaError: 201"), DeviceError),
     (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), DeviceError),
     (torch.AcceleratorError("CUDA error: device-side assert triggered"), DeviceError),
     (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), DeviceError),
@@ -142,26 +152,40 @@ MACHINE = [
 
 @pytest.mark.parametrize(("exc", "error"), MACHINE, ids=lambda value: str(value)[:40])
 def test_failure_of_a_device_while_loading_is_not_the_users(exc, error):
-    with pytest.raises(error, match="^model 'a/b' cannot be loaded now: ") as told, translated("model 'a/b'"):
+    with (
+        pytest.raises(error, match="^model 'a/b' cannot be loaded now: ") as told,
+        translated("model 'a/b'"),
+    ):
         raise exc
     assert told.value.exit_code == 1
     assert told.value.__cause__ is exc
 
 
 def test_failure_of_a_device_is_found_below_what_a_library_makes_of_it():
-    with pytest.raises(DeviceError, match="cannot be loaded now: cannot read shard 2"), translated("model a/b"):
-        raise ValueError("cannot read shard 2") from next(exc for exc, error in MACHINE if error is DeviceError)
+    with (
+        pytest.raises(DeviceError, match="cannot be loaded now: cannot read shard 2"),
+        translated("model a/b"),
+    ):
+        raise ValueError("cannot read shard 2") from next(
+            exc for exc, error in MACHINE if error is DeviceError
+        )
 
 
 @pytest.mark.parametrize(
     "exc",
     [
         RuntimeError("FP8 quantized models require a GPU with CUDA"),
-        RuntimeError("Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is False"),
+        RuntimeError(
+            "Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is "
+            "False"
+        ),
         RuntimeError("Error(s) in loading state_dict: size mismatch"),
         ValueError("config.json names CUDA as its author"),
         # A mistake of ours in the order of collectives.
-        RuntimeError("[enforce fail at gloo/transport/tcp/pair.cc:535] op.preamble.length <= op.nbytes. 20 vs 16"),
+        RuntimeError(
+            "[enforce fail at gloo/transport/tcp/pair.cc:535] op.preamble.length <= op.nbytes. 20 "
+            "vs 16"
+        ),
     ],
     ids=str,
 )
@@ -186,7 +210,9 @@ def raising(exc):
 
 
 @pytest.mark.parametrize("place", ["adapter", "head", "forecast", "best", "launch", "rows"])
-def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(monkeypatch, tmp_path, place):
+def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(
+    monkeypatch, tmp_path, place
+):
     """Each place takes what it does not know for a mistake of the user, or works without."""
     fail = raising(torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"))
     error: type[FinetuneError] = DeviceError
@@ -235,7 +261,9 @@ def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(monkeyp
             launcher.read(["--cpu", "train.py"])
     else:
         error = Outage
-        monkeypatch.setattr(readers.hashlib, "file_digest", raising(OSError(errno.EIO, "Input/output error")))
+        monkeypatch.setattr(
+            readers.hashlib, "file_digest", raising(OSError(errno.EIO, "Input/output error"))
+        )
         (tmp_path / "rows.jsonl").touch()
 
         def act():
@@ -254,7 +282,9 @@ def test_every_error_is_of_one_root_and_survives_the_way_to_another_process():
         assert kind.__name__ in errors.__doc__, "it stands in the tree"
         again = pickle.loads(pickle.dumps(kind("why")))
         assert (type(again), str(again), again.exit_code) == (kind, "why", kind.exit_code)
-    assert not issubclass(Preempted, Exception), "an `except Exception` in a library would swallow it"
+    assert not issubclass(Preempted, Exception), (
+        "an `except Exception` in a library would swallow it"
+    )
 
 
 def test_a_folder_that_forbids_is_not():

@@ -10,7 +10,9 @@ from torch import nn
 from finetune.engine import metrics
 from finetune.models import parameters
 
-LAYER = 4 * 8 * 8 + 3 * 8 * 16  # q, k, v, o of width 8, and the three matrices of an MLP of width 16
+LAYER = (
+    4 * 8 * 8 + 3 * 8 * 16
+)  # q, k, v, o of width 8, and the three matrices of an MLP of width 16
 
 
 def llama(**changes):
@@ -24,14 +26,20 @@ def llama(**changes):
 def test_matrices_count_and_tables_and_norms_do_not():
     head = 100 * 8
     assert parameters.in_products(llama()) == (2 * LAYER + head, 0), "the embedding is looked up"
-    assert parameters.in_products(llama(tie_word_embeddings=True)) == (2 * LAYER + head, 0), "tied: it is the head, too"
+    assert parameters.in_products(llama(tie_word_embeddings=True)) == (2 * LAYER + head, 0), (
+        "tied: it is the head, too"
+    )
 
 
 def test_frozen_and_adapted_matrices_are_apart():
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    assert parameters.in_products(model) == (2 * 2 * (8 + 8) + 800, 2 * LAYER), "the head that is replaced has no part"
+    model = get_peft_model(
+        llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    assert parameters.in_products(model) == (2 * 2 * (8 + 8) + 800, 2 * LAYER), (
+        "the head that is replaced has no part"
+    )
 
 
 def test_of_experts_a_token_meets_only_some():
@@ -62,7 +70,9 @@ def test_attention_is_causal_inside_documents():
 def test_a_window_bounds_what_a_token_sees():
     sliding = config(layer_types=["full_attention", "sliding_attention"], sliding_window=4)
     assert parameters.attention_per_token(sliding, [10]) == 32 * 5 + 32 * (4 * 10 - 8) / 10
-    assert parameters.attention_per_token(sliding, [4]) == 2 * 32 * 2, "shorter than the window: as without"
+    assert parameters.attention_per_token(sliding, [4]) == 2 * 32 * 2, (
+        "shorter than the window: as without"
+    )
     everywhere = config(sliding_window=4)
     assert parameters.attention_per_token(everywhere, [10]) == 2 * 32 * (4 * 10 - 8) / 10
 
@@ -81,7 +91,9 @@ def test_the_8b_llama_is_counted_as_the_field_does():
         config(num_hidden_layers=32, num_attention_heads=32, head_dim=128), [8192]
     )
     assert parameters.flops_per_token(products, 0, attention) == 6 * products + 6 * 32 * 4096 * 8192
-    assert parameters.flops_per_token(0, products, attention) == 4 * products + 6 * 32 * 4096 * 8192, "LoRA"
+    assert (
+        parameters.flops_per_token(0, products, attention) == 4 * products + 6 * 32 * 4096 * 8192
+    ), "LoRA"
 
 
 @pytest.mark.parametrize(
@@ -117,4 +129,7 @@ def test_a_run_keeps_what_its_tokens_cost(workshop):
     run = workshop.train(train__max_steps=1)
     receipt = json.loads((run / "receipt.json").read_text())["parameters"]
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
-    assert (receipt["trained_in_products"], receipt["frozen_in_products"]) == (2 * layer + 261 * 32, 0)
+    assert (receipt["trained_in_products"], receipt["frozen_in_products"]) == (
+        2 * layer + 261 * 32,
+        0,
+    )

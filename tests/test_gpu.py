@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 needs_flash = pytest.mark.skipif(
-    importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed (requirements-cuda.txt)"
+    importlib.util.find_spec("flash_attn") is None,
+    reason="flash-attn is not installed (requirements-cuda.txt)",
 )
 # Two-layer models with heads of 16.
 GPU_LLAMA = {**TINY_LLAMA, "hidden_size": 64, "intermediate_size": 128}
@@ -29,12 +30,16 @@ GPU_LLAMA = {**TINY_LLAMA, "hidden_size": 64, "intermediate_size": 128}
 
 @pytest.mark.parametrize("window", [None, 5], ids=["full", "sliding"])
 @pytest.mark.parametrize("key_heads", [1, 2, 4], ids=["one shared", "grouped", "equal"])
-@pytest.mark.parametrize("width", [32, 20, 80], ids="heads of {}".format)  # the kernels take multiples of 8
+@pytest.mark.parametrize(
+    "width", [32, 20, 80], ids="heads of {}".format
+)  # the kernels take multiples of 8
 def test_fused_kernel_agrees_with_float32_on_the_cpu(window, key_heads, width):
-    """The same packs, outputs and gradients, to eight roundings of bfloat16 (2^-8 each), as parts of the largest value.
+    """The same packs, outputs and gradients, to eight roundings of bfloat16 (2^-8 each), as parts
+    of the largest value.
 
-    Inputs, scores, probabilities, the output and its gradient are rounded one after the other: bfloat16 on the CPU comes to
-    2.9 roundings, a document that is a token too long to 98, a window that is a token too short to 27.
+    Inputs, scores, probabilities, the output and its gradient are rounded one after the other:
+    bfloat16 on the CPU comes to 2.9 roundings, a document that is a token too long to 98, a window
+    that is a token too short to 27.
     """
     torch.manual_seed(0)
     bounds = torch.tensor([0, 7, 8, 40], dtype=torch.int32)
@@ -43,18 +48,27 @@ def test_fused_kernel_agrees_with_float32_on_the_cpu(window, key_heads, width):
     def attend(device, dtype):
         inputs = [s.to(device, dtype).requires_grad_() for s in states]
         out, _ = attend_within_documents(
-            torch.nn.Module(), *inputs, None, sliding_window=window, cu_seq_lens_q=bounds.to(device), max_length_q=32
+            torch.nn.Module(),
+            *inputs,
+            None,
+            sliding_window=window,
+            cu_seq_lens_q=bounds.to(device),
+            max_length_q=32,
         )
         out.float().square().sum().backward()
         return [t.detach().double().cpu() for t in (out, *(i.grad for i in inputs))]
 
-    for fast, exact in zip(attend("cuda", torch.bfloat16), attend("cpu", torch.float32), strict=True):
+    for fast, exact in zip(
+        attend("cuda", torch.bfloat16), attend("cpu", torch.float32), strict=True
+    ):
         assert (fast - exact).abs().max() <= 2**-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_learns(workshop, precision):
-    run = workshop.train(model__config=GPU_LLAMA, train__precision=precision, train__max_steps=20, train__epochs=5)
+    run = workshop.train(
+        model__config=GPU_LLAMA, train__precision=precision, train__max_steps=20, train__epochs=5
+    )
     assert losses(run)[-1] < 0.8 * losses(run)[0]
     is_known = metrics.peak_rate(torch.cuda.get_device_name()) is not None
     assert ("mfu" in read_jsonl(run / "metrics.jsonl")[-1]) == is_known
@@ -64,7 +78,9 @@ def test_every_precision_learns(workshop, precision):
 def test_packed_equals_padded(workshop, precision):
     """Same sequences, other layout; half precision rounds each differently."""
     laid = workshop.train("laid", model__config=GPU_LLAMA, train__precision=precision)
-    padded = workshop.train("padded", model__config=GPU_LLAMA, train__precision=precision, model__attention="sdpa")
+    padded = workshop.train(
+        "padded", model__config=GPU_LLAMA, train__precision=precision, model__attention="sdpa"
+    )
     assert losses(laid) == pytest.approx(losses(padded), rel=2e-2)
 
 
@@ -88,7 +104,9 @@ def test_resumed_equals_uninterrupted(workshop, precision):
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["in the background", "waited for"])
 def test_every_save_is_written_and_read_back(workshop, asynchronous):
-    """One process without a launcher, whose device Accelerate calls `cuda`, without an index; more saves than a stager's first."""
+    """One process without a launcher, whose device Accelerate calls `cuda`, without an index; more
+    saves than a stager's first.
+    """
     settings = {"model__config": GPU_LLAMA, "train__precision": "bf16", "checkpoint__every_steps": 1, "checkpoint__asynchronous": asynchronous}  # fmt: skip
     run = workshop.train(**settings)
     assert [line["step"] for line in read_jsonl(run / "saves.jsonl")] == [1, 2, 3, 4, 5]
@@ -105,17 +123,22 @@ def test_compiled_layers_have_no_graph_break(workshop):
     """A break would be in every layer, forward and backward: what is fused ends there."""
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip(
-            "no kernel for packs before compute capability 8: documents go one by one, between the compiled parts"
+            "no kernel for packs before compute capability 8: documents go one by one, between the "
+            "compiled parts"
         )
     torch._dynamo.reset()
     counters.clear()
-    workshop.train(model__config=GPU_LLAMA, train__precision="bf16", train__compile=True, data__packing=True)
+    workshop.train(
+        model__config=GPU_LLAMA, train__precision="bf16", train__compile=True, data__packing=True
+    )
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert not counters["graph_break"]
 
 
 def test_fp16_gradient_of_the_head_is_a_sum_in_float32():
-    """4,096 tokens of one word: their sum is over 65,504, the largest number of fp16, where no loss scale reaches."""
+    """4,096 tokens of one word: their sum is over 65,504, the largest number of fp16, where no loss
+    scale reaches.
+    """
     hidden, targets = torch.full((4096, 64), 32.0), torch.zeros(4096, dtype=torch.long)
 
     def gradient(device, context):
@@ -123,7 +146,12 @@ def test_fp16_gradient_of_the_head_is_a_sum_in_float32():
         torch.nn.init.zeros_(head.weight)
         with context:
             total = nll_in_chunks(
-                head, head.forward, hidden.to(device).requires_grad_(), targets.to(device), 16, LogitTransform()
+                head,
+                head.forward,
+                hidden.to(device).requires_grad_(),
+                targets.to(device),
+                16,
+                LogitTransform(),
             )
         total.backward()
         return head.weight.grad.cpu()
@@ -136,14 +164,23 @@ def test_fp16_gradient_of_the_head_is_a_sum_in_float32():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixture_of_experts_passes_its_checks(workshop, precision):
-    """A router's near-tie may choose another expert for a rounding: attention, head and export are compared all the same."""
-    config = {**GPU_LLAMA, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    """A router's near-tie may choose another expert for a rounding: attention, head and export are
+    compared all the same.
+    """
+    config = {
+        **GPU_LLAMA,
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
     run = workshop.train(model__config=config, train__precision=precision, data__packing=True)
     assert (run / "model").is_dir()
 
 
 def test_a_step_waits_for_the_gpu_once(workshop, monkeypatch, record_property):
-    """Each wait leaves the GPU without work until the host has caught up. Ten were counted on an H200 before one was left."""
+    """Each wait leaves the GPU without work until the host has caught up. Ten were counted on an
+    H200 before one was left.
+    """
     train_step, found = loop.train_step, []
 
     def watched(*arguments, **keywords):
@@ -158,7 +195,12 @@ def test_a_step_waits_for_the_gpu_once(workshop, monkeypatch, record_property):
                 found.append([f"{w.filename.split('site-packages/')[-1]}:{w.lineno}" for w in said if "synchronizing" in str(w.message)])  # fmt: skip
 
     monkeypatch.setattr(loop, "train_step", watched)
-    workshop.train(model__config=GPU_LLAMA, train__precision="bf16", data__packing=True, train__global_batch_size=4)
+    workshop.train(
+        model__config=GPU_LLAMA,
+        train__precision="bf16",
+        data__packing=True,
+        train__global_batch_size=4,
+    )
     waits = found[-1]  # the first steps make what later ones find
     record_property("waits", len(waits))
     assert waits, "the loss is read at the end of a step: a count of none has seen nothing"
@@ -169,7 +211,11 @@ def test_a_step_waits_for_the_gpu_once(workshop, monkeypatch, record_property):
 def test_flash_attention_equals_documents(workshop):
     flash, ours = (
         workshop.train(
-            name, model__config=GPU_LLAMA, train__precision="bf16", model__attention=name, data__packing=True
+            name,
+            model__config=GPU_LLAMA,
+            train__precision="bf16",
+            model__attention=name,
+            data__packing=True,
         )
         for name in ("flash_attention_2", "documents")
     )

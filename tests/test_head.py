@@ -1,4 +1,6 @@
-"""The loss without all logits is the loss with them: the same number, the same gradients, for every way to make logits."""
+"""The loss without all logits is the loss with them: the same number, the same gradients, for every
+way to make logits.
+"""
 
 import pytest
 import torch
@@ -41,7 +43,9 @@ def make(name, **more):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3.0) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) / 10)
+            parameter.mul_(3.0) if parameter.ndim > 1 else parameter.add_(
+                torch.randn_like(parameter) / 10
+            )
     return model.eval()
 
 
@@ -76,7 +80,9 @@ def gradients(model, loss):
 
 
 def learned_alike(model, smoothing=0.0, tolerance=1e-5):
-    """Names of the weights whose gradients are the same with chunks and without; all that have one must be."""
+    """Names of the weights whose gradients are the same with chunks and without; all that have one
+    must be.
+    """
     inputs, labels, positions = batch()
     logits = model(**inputs).logits.flatten(0, 1)[positions].float()
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
@@ -102,7 +108,9 @@ def test_loss_and_every_gradient_are_those_of_all_logits(chunks_of_a_few, name, 
     model = make(name)
     assert head.probe(model) == (FINISHES.get(name, head.LogitTransform()), None)
     assert learned_alike(model, smoothing) >= {
-        name for name, _ in model.named_parameters() if "embed_positions" not in name and "expert" not in name
+        name
+        for name, _ in model.named_parameters()
+        if "embed_positions" not in name and "expert" not in name
     }
 
 
@@ -111,7 +119,10 @@ def test_loss_and_every_gradient_are_those_of_all_logits(chunks_of_a_few, name, 
 def test_logits_are_followed_under_every_attention_and_without_weights(name, kernel):
     config = AutoConfig.for_model(name.split(",")[0], **SIZES | MODELS[name])
     kind = AutoModelForCausalLM._model_mapping[type(config)]
-    if kernel == "documents" and attention.choose("auto", kind, config, torch.device("cpu"), "fp32") != kernel:
+    if (
+        kernel == "documents"
+        and attention.choose("auto", kind, config, torch.device("cpu"), "fp32") != kernel
+    ):
         kernel = "eager"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
@@ -122,7 +133,10 @@ ADAPTERS = {
     "on the layers": {"target_modules": "all-linear"},
     "on the head": {"target_modules": ["q_proj", "lm_head"]},
     "on the head, dropout and DoRA": {"target_modules": ["lm_head"], "use_dora": True},
-    "head trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "head trained whole": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head", "embed_tokens"],
+    },
     "new tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
 }
 
@@ -132,10 +146,13 @@ ADAPTERS = {
 @pytest.mark.parametrize("how", ADAPTERS)
 def test_adapters_on_the_head_learn_the_same(chunks_of_a_few, how, tied):
     settings = ADAPTERS[how] | (
-        {"ensure_weight_tying": True} if tied and how in ("head trained whole", "new tokens") else {}
+        {"ensure_weight_tying": True}
+        if tied and how in ("head trained whole", "new tokens")
+        else {}
     )
     model = get_peft_model(
-        make("llama", tie_word_embeddings=tied), LoraConfig(r=4, init_lora_weights=False, **settings)
+        make("llama", tie_word_embeddings=tied),
+        LoraConfig(r=4, init_lora_weights=False, **settings),
     )
     trains = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert learned_alike(model.eval()) == trains
@@ -195,19 +212,26 @@ def test_no_tensor_ever_holds_all_logits(chunks_of_a_few, how):
         loss = nll(model, inputs, labels, positions)
         if how != "evaluation":
             loss.backward()
-    # The gradient of the projection is the largest of all, 1009 x 32; without one it is the scores of 2 heads in 2 rows.
-    assert largest.numbers == (VOCAB * 32 if how == "all weights" else 2 * 2 * 60 * 60), "logits would be 120 x 1009"
+    # The gradient of the projection is the largest of all, 1009 x 32; without one it is the scores
+    # of 2 heads in 2 rows.
+    assert largest.numbers == (VOCAB * 32 if how == "all weights" else 2 * 2 * 60 * 60), (
+        "logits would be 120 x 1009"
+    )
 
 
 def test_in_16_bits_the_loss_is_summed_in_32(chunks_of_a_few):
-    """bf16 has 8 bits: a sum of a thousand would be off by 4. Each logit has them, their sum must not."""
+    """bf16 has 8 bits: a sum of a thousand would be off by 4. Each logit has them, their sum must
+    not.
+    """
     model = make("llama").bfloat16()
     inputs, labels, positions = batch()
     logits = model(**inputs).logits.flatten(0, 1)[positions]
     wanted = F.cross_entropy(logits.double(), labels, reduction="sum")
     head.install(model)
     with torch.autocast("cpu", torch.bfloat16):
-        assert nll(model, inputs, labels, positions).item() == pytest.approx(wanted.item(), rel=1e-6)
+        assert nll(model, inputs, labels, positions).item() == pytest.approx(
+            wanted.item(), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -226,14 +250,18 @@ def test_the_start_of_a_run_proves_the_loss_or_falls_back(monkeypatch, wrong):
 
 
 def test_in_float16_the_gradient_of_the_head_is_summed_in_float32():
-    """A thousand tokens of 100 each: a sum of about 98,000, where float16 ends at 65,504. No loss scale reaches it."""
+    """A thousand tokens of 100 each: a sum of about 98,000, where float16 ends at 65,504. No loss
+    scale reaches it.
+    """
     linear = torch.nn.Linear(8, 50, bias=False)
     hidden = torch.full((1000, 8), 100.0)
     targets = torch.zeros(1000, dtype=torch.long)
     with torch.no_grad():
         linear.weight.zero_()
     with torch.autocast("cpu", torch.float16):
-        loss = cross_entropy.nll_in_chunks(linear, linear.forward, hidden, targets, 50, head.LogitTransform())
+        loss = cross_entropy.nll_in_chunks(
+            linear, linear.forward, hidden, targets, 50, head.LogitTransform()
+        )
     loss.backward()
     assert linear.weight.grad[0].tolist() == pytest.approx([-98_000.0] * 8, rel=1e-3)
 
@@ -247,7 +275,9 @@ def of_all_logits(model, inputs, labels, positions):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_log_probabilities_and_entropies_are_those_of_all_logits_and_so_are_their_gradients(chunks_of_a_few, name):
+def test_log_probabilities_and_entropies_are_those_of_all_logits_and_so_are_their_gradients(
+    chunks_of_a_few, name
+):
     model = make(name)
     given = batch()
     factors = torch.randn(len(given[1]), generator=torch.Generator().manual_seed(2))
@@ -257,11 +287,17 @@ def test_log_probabilities_and_entropies_are_those_of_all_logits_and_so_are_thei
     answers = asked(model, *given, want=("logprobs", "entropy"))
     torch.testing.assert_close(answers["logprobs"], logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(answers["entropy"], entropy, rtol=1e-5, atol=1e-5)
-    found = gradients(model, (answers["logprobs"] * factors).sum() + 0.1 * (answers["entropy"] * factors).sum())
+    found = gradients(
+        model, (answers["logprobs"] * factors).sum() + 0.1 * (answers["entropy"] * factors).sum()
+    )
     assert found.keys() == wanted.keys()
     for weight, grad in wanted.items():
         torch.testing.assert_close(
-            found[weight], grad, rtol=1e-4, atol=1e-4 * max(1.0, float(grad.abs().max())), msg=weight
+            found[weight],
+            grad,
+            rtol=1e-4,
+            atol=1e-4 * max(1.0, float(grad.abs().max())),
+            msg=weight,
         )
 
 
@@ -277,13 +313,19 @@ def test_the_loss_is_minus_the_sum_of_log_probabilities(chunks_of_a_few, name):
     )
     for weight, grad in one.items():
         torch.testing.assert_close(
-            other[weight], grad, rtol=1e-4, atol=1e-5 * max(1.0, float(grad.abs().max())), msg=weight
+            other[weight],
+            grad,
+            rtol=1e-4,
+            atol=1e-5 * max(1.0, float(grad.abs().max())),
+            msg=weight,
         )
 
 
 @pytest.mark.parametrize("how", ADAPTERS)
 def test_log_probabilities_reach_adapters_on_the_head(chunks_of_a_few, how):
-    model = get_peft_model(make("llama"), LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[how])).eval()
+    model = get_peft_model(
+        make("llama"), LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[how])
+    ).eval()
     logprobs, _ = of_all_logits(model, *batch())
     wanted = gradients(model, logprobs.exp().sum())
     head.install(model.get_base_model())
@@ -297,7 +339,9 @@ def test_log_probabilities_reach_adapters_on_the_head(chunks_of_a_few, how):
 def test_weights_of_tokens_multiply_their_losses(chunks_of_a_few, how):
     model = make("llama")
     if how == "on the head":
-        model = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[how])).eval()
+        model = get_peft_model(
+            model, LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[how])
+        ).eval()
     inputs, labels, positions = batch()
     weights = torch.rand(len(labels), generator=torch.Generator().manual_seed(3))
     logprobs, _ = of_all_logits(model, inputs, labels, positions)

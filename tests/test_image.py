@@ -23,7 +23,8 @@ from finetune.__main__ import COMMANDS
 from finetune.survival import launcher
 
 DOCKERFILE, COMPOSE, SERVICE, SKYPILOT = (
-    (ROOT / "docker" / name).read_text() for name in ("Dockerfile", "compose.yaml", "finetune.service", "skypilot.yaml")
+    (ROOT / "docker" / name).read_text()
+    for name in ("Dockerfile", "compose.yaml", "finetune.service", "skypilot.yaml")
 )
 IGNORE, DOCS = (ROOT / ".dockerignore").read_text(), (ROOT / "docs/containers.md").read_text()
 
@@ -44,7 +45,9 @@ def instructions(text: str) -> list[tuple[str, str]]:
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [
-        (word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines()) if word
+        (word.upper(), rest.strip())
+        for word, _, rest in (line.partition(" ") for line in joined.splitlines())
+        if word
     ]
 
 
@@ -79,7 +82,9 @@ def complaints(text: str) -> list[str]:
         if word == "FROM":
             image, *name = rest.split(" AS ")
             image = re.sub(r"\$\{(\w+)\}", lambda match: defaults[match[1]], image)
-            if image not in stages and not re.fullmatch(r"docker\.io/[\w/-]+:[\w.-]+@sha256:[0-9a-f]{64}", image):
+            if image not in stages and not re.fullmatch(
+                r"docker\.io/[\w/-]+:[\w.-]+@sha256:[0-9a-f]{64}", image
+            ):
                 found.append(f"{image} is not pinned")
             if ":latest" in image:
                 found.append(f"{image} is whatever is newest")
@@ -91,7 +96,8 @@ def complaints(text: str) -> list[str]:
     said = dict(inherited(all_of_them))
     if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", said.get("USER", "")):
         found.append(
-            f"the last USER is {said.get('USER')}: Kubernetes takes a number only as proof that it is not root"
+            f"the last USER is {said.get('USER')}: Kubernetes takes a number only as proof that it "
+            "is not root"
         )
     if said.get("ENTRYPOINT") != '["tini", "--", "python", "-m", "finetune"]':
         found.append("PID 1 does not pass signals on, or reaps no orphans")
@@ -101,22 +107,40 @@ def complaints(text: str) -> list[str]:
     if not {"HOME=/scratch", "TMPDIR=/scratch"} <= set(written):
         found.append("something is written elsewhere than in /scratch and /runs")
     code = all_of_them.index(("COPY", ". ."))
-    before = [rest for word, rest in all_of_them[:code] if word == "COPY" and not rest.startswith("--from=")]
-    packages = [place for place, (word, rest) in enumerate(all_of_them) if word == "RUN" and "--requirement" in rest]
-    if not packages or code < packages[0] or any(not rest.startswith("requirements") for rest in before):
+    before = [
+        rest
+        for word, rest in all_of_them[:code]
+        if word == "COPY" and not rest.startswith("--from=")
+    ]
+    packages = [
+        place
+        for place, (word, rest) in enumerate(all_of_them)
+        if word == "RUN" and "--requirement" in rest
+    ]
+    if (
+        not packages
+        or code < packages[0]
+        or any(not rest.startswith("requirements") for rest in before)
+    ):
         found.append("a change of the code installs every package again")
     return found
 
 
 def test_both_cuda_images_are_of_the_same_cuda_and_system():
     """A wheel that is compiled on one must load on the other."""
-    base, devel = (arguments(DOCKERFILE)[name].split("@")[0] for name in ("BASE_IMAGE", "DEVEL_IMAGE"))
+    base, devel = (
+        arguments(DOCKERFILE)[name].split("@")[0] for name in ("BASE_IMAGE", "DEVEL_IMAGE")
+    )
     assert base.replace("-base-", "-devel-") == devel
 
 
 def test_hadolint_finds_nothing():
     result = subprocess.run(
-        [tool("hadolint"), "--no-color", "docker/Dockerfile"], cwd=ROOT, capture_output=True, text=True, check=False
+        [tool("hadolint"), "--no-color", "docker/Dockerfile"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (result.returncode, result.stdout) == (0, "")
 
@@ -133,7 +157,9 @@ NEEDED = r"train\.py|LICENSE|requirements(-cuda)?\.txt|(finetune|data_scripts)/.
 
 def sent(folder: Path, patterns: str) -> set[str]:
     """Files that Docker's own client would send to the builder."""
-    build = pytest.importorskip("docker.utils.build", reason="Docker's Python client is not installed")
+    build = pytest.importorskip(
+        "docker.utils.build", reason="Docker's Python client is not installed"
+    )
     lines = [line for line in patterns.splitlines() if line and not line.startswith("#")]
     return {path for path in build.exclude_paths(str(folder), lines) if (folder / path).is_file()}
 
@@ -166,12 +192,16 @@ VALUES = {
 
 
 def filled(text: str) -> str:
-    """Variables replaced, `${NAME:-default}` and `${NAME:?why}` too; a name without a value is a KeyError."""
+    """Variables replaced, `${NAME:-default}` and `${NAME:?why}` too; a name without a value is a
+    KeyError.
+    """
     return re.sub(r"\$\{?(\w+)(?::[-?][^}]*)?\}?", lambda match: VALUES[match[1]], text)
 
 
 def started(command: str) -> tuple[set[str], list[str]]:
-    """`docker run OPTIONS IMAGE WORDS` -> (options, words). All options are --name or --name=value, so the image is the first word that is none."""
+    """`docker run OPTIONS IMAGE WORDS` -> (options, words). All options are --name or --name=value,
+    so the image is the first word that is none.
+    """
     words = shlex.split(filled(command))
     words = words[words.index("run") + 1 :]
     image = next(place for place, word in enumerate(words) if not word.startswith("--"))
@@ -198,13 +228,21 @@ def of_compose(text: str = COMPOSE) -> list[str]:
 def of_skypilot(text: str = SKYPILOT) -> str:
     """The one command, without its comments."""
     script = yaml.safe_load(text)["run"]
-    return "".join(line for line in script.splitlines(keepends=True) if not line.startswith("#")).replace("\\\n", " ")
+    return "".join(
+        line for line in script.splitlines(keepends=True) if not line.startswith("#")
+    ).replace("\\\n", " ")
 
 
 def understood(words: list[str], folder: Path) -> Any:
-    """The run config that these words to the image give; by the launcher and the parser of train.py."""
+    """The run config that these words to the image give; by the launcher and the parser of
+    train.py.
+    """
     write_jsonl(folder / "rows.jsonl", pairs(4))
-    run = {"run": {"name": "mine"}, "model": {"path": "m"}, "data": {"train": str(folder / "rows.jsonl")}}
+    run = {
+        "run": {"name": "mine"},
+        "model": {"path": "m"},
+        "data": {"train": str(folder / "rows.jsonl")},
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     words = [word.replace("/config/run.yaml", str(folder / "run.yaml")) for word in words]
     assert words[0] == "launch"
@@ -220,7 +258,11 @@ def test_compose_the_unit_and_skypilot_start_a_run_that_the_real_parsers_underst
     assert (processes, config.checkpoint.notices, config.checkpoint.storage) == (2, None, None)
     for command in (in_the_unit()["ExecStart"], of_skypilot()):
         processes, config = understood(started(command)[1], tmp_path)
-        assert (processes, config.checkpoint.notices, config.checkpoint.storage) == (2, "aws", "s3://bucket/folder")
+        assert (processes, config.checkpoint.notices, config.checkpoint.storage) == (
+            2,
+            "aws",
+            "s3://bucket/folder",
+        )
 
 
 def test_the_commands_of_the_documentation_are_understood(tmp_path):
@@ -240,7 +282,9 @@ def test_the_commands_of_the_documentation_are_understood(tmp_path):
 HARDENED = {"--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"}
 
 
-@pytest.mark.parametrize("command", [in_the_unit()["ExecStart"], of_skypilot()], ids=["unit", "skypilot"])
+@pytest.mark.parametrize(
+    "command", [in_the_unit()["ExecStart"], of_skypilot()], ids=["unit", "skypilot"]
+)
 def test_a_run_on_a_machine_of_its_own_is_shut_in_but_hears_of_interruptions(command):
     """--network=host: the metadata service of AWS answers one hop away only."""
     options, _ = started(command)
@@ -262,14 +306,27 @@ def compose_complaints(text: str) -> list[str]:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     if service["image"] != f"finetune:{version}":
         found.append("the image is not that of this version")
-    if not (service.get("read_only") and service.get("cap_drop") == ["ALL"] and service.get("security_opt")):
+    if not (
+        service.get("read_only")
+        and service.get("cap_drop") == ["ALL"]
+        and service.get("security_opt")
+    ):
         found.append("the container may do more than it needs")
-    volumes = {volume.rsplit(":", 2 if volume.endswith(":ro") else 1)[1]: volume for volume in service["volumes"]}
+    volumes = {
+        volume.rsplit(":", 2 if volume.endswith(":ro") else 1)[1]: volume
+        for volume in service["volumes"]
+    }
     if set(volumes) != {"/config", "/runs", "/scratch"} or not volumes["/config"].endswith(":ro"):
         found.append("there are other volumes than /config, which is only read, /runs and /scratch")
     if "tmpfs" in service:
-        found.append("Docker mounts tmpfs without execution, and compiled kernels could not be loaded")
-    [grace] = [float(word.split("=")[1]) for word in of_compose(text) if word.startswith("--checkpoint.grace_seconds")]
+        found.append(
+            "Docker mounts tmpfs without execution, and compiled kernels could not be loaded"
+        )
+    [grace] = [
+        float(word.split("=")[1])
+        for word in of_compose(text)
+        if word.startswith("--checkpoint.grace_seconds")
+    ]
     if seconds(service["stop_grace_period"]) < grace + 10:
         found.append("killed before the save is done that the run believes to have time for")
     if not re.fullmatch(r"on-failure:[1-5]", service["restart"]):

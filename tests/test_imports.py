@@ -23,7 +23,9 @@ MAY_SHARD = {
 
 
 def modules():
-    for path in sorted([ROOT / "train.py", *ROOT.glob("finetune/**/*.py"), *ROOT.glob("data_scripts/*.py")]):
+    for path in sorted(
+        [ROOT / "train.py", *ROOT.glob("finetune/**/*.py"), *ROOT.glob("data_scripts/*.py")]
+    ):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         yield name.removesuffix(".__init__"), path
 
@@ -41,9 +43,14 @@ def imports(path: Path) -> set[str]:
 
 def arrows() -> dict[str, list[str]]:
     """Module or package -> what it may import, as docs/architecture.md lists them."""
-    [listed] = re.findall(r"```\n(train +->.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
+    [listed] = re.findall(
+        r"```\n(train +->.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL
+    )
     lines = [line.split("->") for line in listed.splitlines()]
-    return {importer.strip(): [name.strip() for name in imported.split(",")] for importer, imported in lines}
+    return {
+        importer.strip(): [name.strip() for name in imported.split(",")]
+        for importer, imported in lines
+    }
 
 
 ALLOWED = arrows()
@@ -55,7 +62,9 @@ def within(name: str, packages) -> bool:
 
 def test_arrows_point_only_where_the_architecture_says():
     for module, path in modules():
-        own = {name for name in imports(path) if within(name, ["finetune", "train", "data_scripts"])}
+        own = {
+            name for name in imports(path) if within(name, ["finetune", "train", "data_scripts"])
+        }
         short = module.removeprefix("finetune.")
         rules = [package for package in ALLOWED if within(short, [package])]
         allowed = ALLOWED[max(rules, key=len)] if rules else []
@@ -67,7 +76,9 @@ def test_every_arrow_is_used():
     used = {(module.removeprefix("finetune."), name.removeprefix("finetune.")) for module, path in modules() for name in imports(path)}  # fmt: skip
     for importer, imported in ALLOWED.items():
         for name in imported:
-            assert any(within(a, [importer]) and within(b, [name]) for a, b in used), f"{importer} -> {name}"
+            assert any(within(a, [importer]) and within(b, [name]) for a, b in used), (
+                f"{importer} -> {name}"
+            )
 
 
 def test_only_topology_knows_how_processes_share_the_model():
@@ -78,15 +89,26 @@ def test_only_topology_knows_how_processes_share_the_model():
 
 
 def test_nothing_imports_the_script():
-    assert not [m for m, path in modules() if within("train", imports(path)) or "train" in imports(path)]
+    assert not [
+        m for m, path in modules() if within("train", imports(path)) or "train" in imports(path)
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "module", ["finetune.config", "finetune.engine.progress", "finetune.errors", "train", "finetune.__main__"]
+    "module",
+    [
+        "finetune.config",
+        "finetune.engine.progress",
+        "finetune.errors",
+        "train",
+        "finetune.__main__",
+    ],
 )
 def test_importing_it_needs_no_torch(module):
-    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

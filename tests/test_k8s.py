@@ -1,4 +1,6 @@
-"""Every overlay renders, has no unknown field, and keeps what docs/kubernetes.md promises; each check is seen to fail."""
+"""Every overlay renders, has no unknown field, and keeps what docs/kubernetes.md promises; each
+check is seen to fail.
+"""
 
 import copy
 import os
@@ -55,7 +57,9 @@ def overlay(folder: Path, components: list[str], base: str = "base", **more: Any
     known = {path.name for path in (ROOT / "k8s/components").iterdir()}
     values = {
         "resources": [str(here / base)],
-        "components": [str(here / "components" / name) if name in known else name for name in components],
+        "components": [
+            str(here / "components" / name) if name in known else name for name in components
+        ],
         **more,
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(values))
@@ -81,13 +85,17 @@ def check_schema(manifest: Manifest, version: str) -> None:
         back = model.from_dict(copy.deepcopy(manifest)).to_dict()
         assert not list(lost(manifest, back))
     else:
-        kubernetes_validate.validate(manifest, version, strict=True)  # raises where it has no schema
+        kubernetes_validate.validate(
+            manifest, version, strict=True
+        )  # raises where it has no schema
 
 
 def lost(given: Any, back: Any, where: str = "") -> Iterator[str]:
     if isinstance(given, dict) and isinstance(back, dict):
         for key, value in given.items():
-            yield from [f"{where}.{key}"] if key not in back else lost(value, back[key], f"{where}.{key}")
+            yield from (
+                [f"{where}.{key}"] if key not in back else lost(value, back[key], f"{where}.{key}")
+            )
     elif isinstance(given, list) and isinstance(back, list) and len(given) == len(back):
         for index, (one, other) in enumerate(zip(given, back)):
             yield from lost(one, other, f"{where}[{index}]")
@@ -103,7 +111,10 @@ def test_everything_fits_together(rendered, name, tmp_path):
 
 def found_in(manifests: list[Manifest], folder: Path) -> list[str]:
     """Faults of a run, or of the pod that waits for files."""
-    waits = any((manifest["kind"], manifest["metadata"]["name"]) == ("Job", "files") for manifest in manifests)
+    waits = any(
+        (manifest["kind"], manifest["metadata"]["name"]) == ("Job", "files")
+        for manifest in manifests
+    )
     return pod_problems(manifests) if waits else problems(manifests, folder)
 
 
@@ -118,7 +129,9 @@ def test_the_folders_of_the_documentation_render_and_fit_together(tmp_path):
     commands = [block for block in documented("bash") if "mkdir" in block]
     assert len(commands) == 2
     for block in commands:
-        local = "\n".join(line for line in block.splitlines() if not re.match(r"kubectl|python|tar", line))
+        local = "\n".join(
+            line for line in block.splitlines() if not re.match(r"kubectl|python|tar", line)
+        )
         subprocess.run(["bash", "-e", "-c", local], cwd=tmp_path, check=True)
     for name in ("my_run", "my_files"):
         assert found_in(render(tmp_path / name), tmp_path) == []
@@ -136,17 +149,23 @@ def test_the_folders_of_the_documentation_render_and_fit_together(tmp_path):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.proof) if number % 4 else name for number, name in enumerate(OVERLAYS)])  # fmt: skip
 def test_a_folder_of_ones_own_on_any_overlay_fits_together_too(tmp_path, name):
     """As docs/kubernetes.md has it, with a namespace and an image of its own."""
-    (tmp_path / "run.yaml").write_text((ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4"))
+    (tmp_path / "run.yaml").write_text(
+        (ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4")
+    )
     more = {
         "namespace": "my-run", "images": [{"name": "finetune", "newName": "registry.example/finetune", "newTag": "2.0"}],
         "configMapGenerator": [{"name": "run", "behavior": "replace", "files": ["run.yaml"], "options": {"immutable": True}}],
     }  # fmt: skip
     manifests = render(overlay(tmp_path, [], base=f"overlays/{name}", **more, **FIFO))
     assert found_in(manifests, tmp_path) == []
-    assert {container["image"] for container in work(manifests).containers} == {"registry.example/finetune:2.0"}
+    assert {container["image"] for container in work(manifests).containers} == {
+        "registry.example/finetune:2.0"
+    }
 
 
-@pytest.mark.parametrize("kind", [["indexed-job"], ["jobset"], ["jobset", "trainjob"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "kind", [["indexed-job"], ["jobset"], ["jobset", "trainjob"]], ids=" ".join
+)
 def test_other_numbers_of_nodes_are_one_component_before_the_kind(tmp_path, kind):
     """That of docs/kubernetes.md: four nodes of four GPUs."""
     _, component, _ = documented("yaml")
@@ -181,23 +200,44 @@ def test_what_comes_after_an_overlay_with_a_jobset_is_an_error_too(tmp_path):
 
 
 def test_several_nodes_wait_in_the_queue_with_their_own_kind(rendered):
-    for name, kind in (("kueue", "Job"), ("queue of JobSets", "JobSet"), ("queue of TrainJobs", "TrainJob")):
-        [queued] = [m for m in rendered[name] if m["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")]
+    for name, kind in (
+        ("kueue", "Job"),
+        ("queue of JobSets", "JobSet"),
+        ("queue of TrainJobs", "TrainJob"),
+    ):
+        [queued] = [
+            m for m in rendered[name] if m["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")
+        ]
         assert (queued["kind"], queued["spec"]["suspend"]) == (kind, True)
 
 
 def test_a_changed_config_is_another_object_and_every_kind_asks_for_it(tmp_path):
     """A run that is started again must not find another config under the name that it knows."""
-    (tmp_path / "run.yaml").write_text((ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4"))
-    mine = [{"name": "run", "behavior": "replace", "files": ["run.yaml"], "options": {"immutable": True}}]
+    (tmp_path / "run.yaml").write_text(
+        (ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4")
+    )
+    mine = [
+        {
+            "name": "run",
+            "behavior": "replace",
+            "files": ["run.yaml"],
+            "options": {"immutable": True},
+        }
+    ]
     names = set()
     for components in ([], ["nodes", "jobset"], ["nodes", "jobset", "trainjob"]):
         for manifests in (
             render(overlay(tmp_path, components, **FIFO)),
-            render(overlay(tmp_path, components, configMapGenerator=mine, namespace="other", **FIFO)),
+            render(
+                overlay(tmp_path, components, configMapGenerator=mine, namespace="other", **FIFO)
+            ),
         ):
             assert problems(manifests, tmp_path) == []
-            names |= {manifest["metadata"]["name"] for manifest in manifests if manifest["kind"] == "ConfigMap"}
+            names |= {
+                manifest["metadata"]["name"]
+                for manifest in manifests
+                if manifest["kind"] == "ConfigMap"
+            }
     assert len(names) == 2
 
 
@@ -279,7 +319,8 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     "a save longer than the grace": ("single-gpu", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "counts on 590 s"),
     "more processes than GPUs": ("spot-eks", lambda m, w: set_argument(w, "8", "16"), "16 processes on a node of 8"),
     "rank of no node": ("multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "$(RANK_OF_NODE)"), "nothing says"),
-    "first node under another name": ("multi-node", lambda m, w: set_argument(w, "finetune-0.finetune", "finetune-0.x"), "look for finetune-0.x"),
+    "first node under another "
+    "name": ("multi-node", lambda m, w: set_argument(w, "finetune-0.finetune", "finetune-0.x"), "look for finetune-0.x"),
     "every node the first": ("multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "0"), "8 processes, where 2 nodes"),
     "a setting that does not exist": ("spot-eks", lambda m, w: w.args.append("--train.epoch=3"), "train.epoch"),
     "no such script": ("cpu-debug", lambda m, w: w.containers[0].update(command=["python", "data_scripts/x.py"]), "no data_scripts/x.py"),

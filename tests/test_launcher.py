@@ -1,4 +1,6 @@
-"""python -m finetune launch: signals reach every process, exit codes come back, and no process is left."""
+"""python -m finetune launch: signals reach every process, exit codes come back, and no process is
+left.
+"""
 
 import contextlib
 import json
@@ -18,7 +20,8 @@ from filelock import FileLock
 from finetune.engine.topology import launch
 from finetune.survival import launcher
 
-# What a process of these tests does: its rank picks the argument. It notes its own number, its folder and each signal.
+# What a process of these tests does: its rank picks the argument. It notes its own number, its
+# folder and each signal.
 WORKER = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -125,20 +128,27 @@ def log(tmp_path):
 
 @pytest.fixture
 def start(worker):
-    """A launcher in a process of its own, which heeds SIGHUP also where all of the tests run under nohup."""
+    """A launcher in a process of its own, which heeds SIGHUP also where all of the tests run under
+    nohup.
+    """
     started, heard = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def start(*behaviours, before=(), **keywords):
         command = [*before, sys.executable, "-c", RUN, str(worker), *behaviours]
         # One that is killed leaves its folder of steps behind.
         environment = {**os.environ, "TMPDIR": str(worker.parent), "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **keywords)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **keywords
+        )
         started.append(process)
         return process
 
     yield start
     signal.signal(signal.SIGHUP, heard)
-    for pid in [*(process.pid for process in started if process.poll() is None), *noted(worker, "pid")]:
+    for pid in [
+        *(process.pid for process in started if process.poll() is None),
+        *noted(worker, "pid"),
+    ]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     for process in started:
@@ -208,7 +218,10 @@ def test_processes_that_end_as_they_should_leave_no_message_and_no_folder_of_ste
 def test_one_that_was_killed_is_named_with_its_step_and_the_others_end_by_themselves(worker, capfd):
     assert run(worker, "after:1:exit:1", "step:die") == 1
     said = capfd.readouterr().err.splitlines()
-    assert said == ["process 1 was killed by SIGKILL in step 38", "process 0 ended with exit code 1"]
+    assert said == [
+        "process 1 was killed by SIGKILL in step 38",
+        "process 0 ended with exit code 1",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +255,9 @@ def test_outcome_of_another_process_or_of_no_known_run_is_left_alone(worker):
 
 
 @pytest.mark.parametrize("other", ["stop", "deaf"])
-def test_one_that_is_stopped_or_deaf_beside_one_that_fails_is_killed(worker, capfd, monkeypatch, other):
+def test_one_that_is_stopped_or_deaf_beside_one_that_fails_is_killed(
+    worker, capfd, monkeypatch, other
+):
     monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 0.3)
     assert run(worker, other, "beside:0:exit:1") == 1
     assert capfd.readouterr().err.splitlines() == [
@@ -259,18 +274,30 @@ def test_one_that_goes_on_after_another_has_finished_gets_longer_and_is_then_kil
     monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 0.0)
     monkeypatch.setattr(launcher.processes, "FINISH_SECONDS", 0.4)
     assert run(worker, f"beside:1:{first}", "deaf") == code
-    assert capfd.readouterr().err == "process 1 had not ended 0.4 seconds after process 0, and was killed in step 38\n"
+    assert (
+        capfd.readouterr().err
+        == "process 1 had not ended 0.4 seconds after process 0, and was killed in step 38\n"
+    )
     assert not any(map(is_alive, noted(worker, "pid")))
 
 
-def test_one_that_finishes_after_a_failure_gives_the_others_no_more_time(worker, capfd, monkeypatch):
+def test_one_that_finishes_after_a_failure_gives_the_others_no_more_time(
+    worker, capfd, monkeypatch
+):
     monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 2.0)
     assert run(worker, "deaf", "beside:0:exit:1", "after:1:exit:0") == 1
-    assert "process 0 had not ended 2 seconds after process 1, and was killed" in capfd.readouterr().err
+    assert (
+        "process 0 had not ended 2 seconds after process 1, and was killed"
+        in capfd.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("behaviours", [["family:exit:0"], ["family:die"], ["family:sleep", "beside:0:exit:1"]])
-def test_children_of_a_process_that_has_ended_or_is_killed_do_not_stay(worker, monkeypatch, behaviours):
+@pytest.mark.parametrize(
+    "behaviours", [["family:exit:0"], ["family:die"], ["family:sleep", "beside:0:exit:1"]]
+)
+def test_children_of_a_process_that_has_ended_or_is_killed_do_not_stay(
+    worker, monkeypatch, behaviours
+):
     monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 0.1)
     run(worker, *behaviours)
     [child] = noted(worker, "child")
@@ -314,9 +341,14 @@ def test_sigterm_before_a_process_has_handlers_is_preemption(start, worker):
 def test_a_signal_before_the_first_process_starts_none(worker, capfd):
     with launcher.forwarding() as heard:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert launcher.supervise(heard, [dict(os.environ)], [sys.executable, str(worker), "listen"]) == 75
+        assert (
+            launcher.supervise(heard, [dict(os.environ)], [sys.executable, str(worker), "listen"])
+            == 75
+        )
     assert notes(worker, "pid") == []
-    assert capfd.readouterr().err.startswith("preempted: a signal came before the first process was started")
+    assert capfd.readouterr().err.startswith(
+        "preempted: a signal came before the first process was started"
+    )
 
 
 def test_nohup_is_heeded(start, worker):
@@ -342,7 +374,12 @@ def test_a_process_whose_launcher_has_gone_while_python_started_ends_as_preempte
     code = "from finetune.survival.preemption import StopFlag; StopFlag().follow_launcher(); print('goes on')"
     environment = {**os.environ, "FINETUNE_LAUNCHER": "999999999"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (75, "")
     assert "the launcher has died" in done.stderr
@@ -354,7 +391,9 @@ def test_no_process_is_left_when_not_all_can_be_started(worker):
     assert not any(map(is_alive, noted(worker, "pid")))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Popen's, of a process that still runs
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # Popen's, of a process that still runs
 def test_unkillable_worker_is_reported(worker, capfd, monkeypatch):
     """A disk or a GPU that hangs in the kernel; here what kills does nothing."""
     for name in ("KILL_SECONDS", "OTHERS_SECONDS"):
@@ -379,7 +418,9 @@ def test_without_a_place_for_steps_processes_start_all_the_same(worker, monkeypa
 def main(*arguments, **keywords):
     """The command in a process of its own."""
     command = [sys.executable, "-c", MAIN, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **keywords)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **keywords
+    )
 
 
 def told(result):
@@ -424,7 +465,9 @@ TOPOLOGIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem
+)
 def test_every_topology_file_is_what_it_says(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     name, number, replicas, context = TOPOLOGIES[file.stem]
@@ -451,11 +494,22 @@ def test_every_topology_file_is_what_it_says(file, monkeypatch):
 )  # fmt: skip
 def test_processes_get_what_accelerate_launch_gives_them(log, monkeypatch, topology, extra):
     monkeypatch.chdir(ROOT)
-    arguments = ["--config_file", f"accelerate_configs/{topology}.yaml", *extra, "--main_process_port", "0", str(log)]
+    arguments = [
+        "--config_file",
+        f"accelerate_configs/{topology}.yaml",
+        *extra,
+        "--main_process_port",
+        "0",
+        str(log),
+    ]
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-    theirs = told(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False))
+    theirs = told(
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    )
     ours = told(main(*arguments))
-    assert [launch.read(given) for given, _, _ in ours] == [launch.read(given) for given, _, _ in theirs]
+    assert [launch.read(given) for given, _, _ in ours] == [
+        launch.read(given) for given, _, _ in theirs
+    ]
     assert [given for given, _, _ in ours] == [given for given, _, _ in theirs]
 
 
@@ -463,7 +517,9 @@ def test_use_cpu_is_left_to_the_error_of_the_script(tmp_path):
     file = tmp_path / "cpu.yaml"
     file.write_text('distributed_type: "NO"\nuse_cpu: true\nnum_processes: 2\n')
     [environment] = plan("--config_file", file)
-    with pytest.raises(launch.ConfigError, match="use_cpu: true makes accelerate launch start one process"):
+    with pytest.raises(
+        launch.ConfigError, match="use_cpu: true makes accelerate launch start one process"
+    ):
         launch.read(environment)
 
 
@@ -475,7 +531,9 @@ def test_several_processes_without_a_topology_file_are_ddp():
 @pytest.mark.slow
 def test_what_accelerate_config_has_left_is_not_read(log, tmp_path):
     (tmp_path / "accelerate").mkdir()
-    (tmp_path / "accelerate/default_config.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
+    (tmp_path / "accelerate/default_config.yaml").write_text(
+        "distributed_type: MULTI_GPU\nnum_processes: 3\n"
+    )
     lines = told(main("--mixed_precision", "no", log, env={**os.environ, "HF_HOME": str(tmp_path)}))
     assert ["WORLD_SIZE" in given for given, _, _ in lines] == [False]
 
@@ -484,7 +542,9 @@ def test_processes_meet_at_the_port_that_was_asked_for_or_else_at_a_free_one():
     with socket.socket() as other:
         other.bind(("", 0))
         port = other.getsockname()[1]
-        assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] != str(port)
+        assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] != str(
+            port
+        )
     assert plan("--num_processes", 2, "--main_process_port", port)[0]["MASTER_PORT"] == str(port)
     assert len({plan("--num_processes", 2)[0]["MASTER_PORT"] for _ in range(4)}) > 1
 
@@ -494,7 +554,12 @@ def test_a_taken_port_on_the_first_of_several_nodes_is_told(capfd):
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        nodes = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml"), "--main_process_port", str(port)]
+        nodes = [
+            "--config_file",
+            str(ROOT / "accelerate_configs/ddp_multinode.yaml"),
+            "--main_process_port",
+            str(port),
+        ]
         assert launcher.main([*nodes, str(ROOT / "train.py")]) == 1
     error = capfd.readouterr().err
     assert error.startswith("failed: ")
@@ -514,7 +579,9 @@ def test_modules_and_programs_start_too(tmp_path, capfd):
 def test_options_of_torchrun_are_said_to_be_ignored(capfd):
     plan("--num_processes", 2, "--rdzv_conf", "timeout=5", "--max-restarts", 3)
     said = capfd.readouterr().err
-    assert said.startswith("ignored, as launch starts the processes itself: --rdzv_conf, --max_restarts; ")
+    assert said.startswith(
+        "ignored, as launch starts the processes itself: --rdzv_conf, --max_restarts; "
+    )
     assert "FINETUNE_JOIN_MINUTES" in said
 
 
@@ -554,14 +621,21 @@ def test_wrong_arguments_are_told_in_one_line(capfd, arguments, message):
         ("", "holds no settings, but a NoneType"),
         ("a: [1\n", "cannot be read from .*: while parsing a flow sequence"),
         ("num_processes: 2\n", "A `distributed_type` must be specified in the config file"),
-        ("distributed_type: MULTI_GPU\nnum_procesess: 2\n", r"had unknown keys \(\['num_procesess'\]\)"),
+        ("distributed_type: MULTI_GPU\nnum_procesess: "
+         "2\n", r"had unknown keys \(\['num_procesess'\]\)"),
         ("distributed_type: MULTI_GPU\n", "You need to manually pass in `--num_processes`"),
-        ("distributed_type: MULTI_GPU\nnum_processes: eight\n", "num_processes is 'eight'; it must be a whole number from 1"),
-        ("distributed_type: MULTI_GPU\nnum_processes: 2\nmain_process_port: x\n", "main_process_port is 'x'"),
-        ("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: no\n", "mixed_precision is False; remove it"),
-        ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: 2\n", "fsdp_config is 2; it must hold settings"),
-        ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "2 processes, but this distributed_type starts one"),
-        ("compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\n", "compute_environment is AMAZON_SAGEMAKER"),
+        ("distributed_type: MULTI_GPU\nnum_processes: "
+         "eight\n", "num_processes is 'eight'; it must be a whole number from 1"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 2\nmain_process_port: "
+         "x\n", "main_process_port is 'x'"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: "
+         "no\n", "mixed_precision is False; remove it"),
+        ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: "
+         "2\n", "fsdp_config is 2; it must hold settings"),
+        ("distributed_type: MULTI_CPU\nnum_processes: "
+         "2\n", "2 processes, but this distributed_type starts one"),
+        ("compute_environment: AMAZON_SAGEMAKER\ndistributed_type: "
+         "'NO'\n", "compute_environment is AMAZON_SAGEMAKER"),
     ],
 )  # fmt: skip
 def test_a_topology_file_that_cannot_be_used_is_told_in_one_line(tmp_path, capfd, text, message):

@@ -1,4 +1,6 @@
-"""`make gpu`: that nothing is left out of its matrix, what it calls right and wrong, and a rehearsal without a GPU."""
+"""`make gpu`: that nothing is left out of its matrix, what it calls right and wrong, and a
+rehearsal without a GPU.
+"""
 
 import json
 import os
@@ -48,7 +50,11 @@ CASES = matrix.cases()
 def test_every_choice_of_the_config_is_in_the_matrix(setting, never):
     section, name = setting.split(".")
     annotation = fields.Config.model_fields[section].annotation
-    found = [cls.model_fields[name] for cls in typing.get_args(annotation) or [annotation] if name in cls.model_fields]
+    found = [
+        cls.model_fields[name]
+        for cls in typing.get_args(annotation) or [annotation]
+        if name in cls.model_fields
+    ]
     choices = {choice for field in found for choice in typing.get_args(field.annotation)} - {"auto"}
     tried = {{**matrix.BASE, **case.settings}.get(setting, found[0].default) for case in CASES}
     assert tried >= choices - never
@@ -62,15 +68,32 @@ def test_every_topology_file_is_in_the_matrix_or_left_out_with_a_reason():
 
 
 def test_every_topology_trains_by_every_method_beside_the_plain_process():
-    for topology in ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload"):
+    for topology in (
+        "single",
+        "ddp",
+        "fsdp2",
+        "fsdp2_offload",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero3_offload",
+    ):
         found = {case.name: case.beside for case in CASES if case.topology == topology}
-        assert found.items() >= {f"{topology}-{method}": f"plain-{method}" for method in matrix.METHODS}.items()
+        assert (
+            found.items()
+            >= {f"{topology}-{method}": f"plain-{method}" for method in matrix.METHODS}.items()
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_is_a_run_that_starts(case, tmp_path):
     """Its config is valid, and its topology takes it: what is refused would show nothing."""
-    values = {"run.name": case.name, "model.path": "base", "data.train": "rows.jsonl", "data.max_length": 256}
+    values = {
+        "run.name": case.name,
+        "model.path": "base",
+        "data.train": "rows.jsonl",
+        "data.max_length": 256,
+    }
     config = configs.from_dict(correctness.sections({**values, **matrix.BASE, **case.settings}))
     for topology in (case.topology, case.then):
         kind, _, more = (topology or "single").partition("_")
@@ -88,11 +111,15 @@ def test_every_comparison_has_a_reference_and_a_reason():
         assert case.beside is None or case.beside in names
         assert case.within is None or case.within.why
     places = {name: place for place, name in enumerate(names)}
-    assert all(places[case.beside] < places[case.name] for case in CASES if case.beside), "references run first"
+    assert all(places[case.beside] < places[case.name] for case in CASES if case.beside), (
+        "references run first"
+    )
 
 
 def test_the_most_important_cases_run_first():
-    """Of every method, every kind of topology, half precision, compiled and resumed: what four cores have time for."""
+    """Of every method, every kind of topology, half precision, compiled and resumed: what four
+    cores have time for.
+    """
     first = CASES[: len(matrix.FIRST)]
     assert {case.name for case in first} == set(matrix.FIRST)
     assert {case.topology for case in first} >= {None, "single", "ddp", "fsdp2", "zero2", "zero3"}
@@ -102,7 +129,9 @@ def test_the_most_important_cases_run_first():
 def test_resumed_means_the_same_in_docs_tests_and_matrix():
     """What `replay` calls the same on a GPU, for losses and for gradient norms."""
     resumed = [case for case in CASES if case.is_interrupted]
-    assert {(case.within.loss, case.within.norm) for case in resumed} == {(TOLERANCE["fp32"], NORM * TOLERANCE["fp32"])}
+    assert {(case.within.loss, case.within.norm) for case in resumed} == {
+        (TOLERANCE["fp32"], NORM * TOLERANCE["fp32"])
+    }
     assert {case.settings["train.precision"] for case in resumed} == {"fp32"}
     said = re.sub(r"\s+", " ", (ROOT / "docs/spot.md").read_text())
     assert f"{TOLERANCE['bf16']:.0%} (float32: {TOLERANCE['fp32']:.1%})" in said
@@ -134,7 +163,9 @@ def test_what_a_case_needs_follows_from_its_settings():
 
 
 def test_planning_needs_no_torch():
-    code = "import sys; sys.path.insert(0, 'benchmarks'); import gpu; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; sys.path.insert(0, 'benchmarks'); import gpu; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -161,7 +192,10 @@ def test_a_run_like_its_reference_is_right():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"losses": [5.1, *curves().losses[1:]]}, "losses differ by 2.0e-02 from other, more than 1.0e-03 (why)"),
+        (
+            {"losses": [5.1, *curves().losses[1:]]},
+            "losses differ by 2.0e-02 from other, more than 1.0e-03 (why)",
+        ),
         ({"evals": [3.0, 2.1]}, "losses differ"),
         ({"opened": 2.6}, "losses differ"),
         ({"norms": [2.0] * 8}, "gradient norms differ"),
@@ -184,20 +218,32 @@ def test_a_run_unlike_its_reference_is_wrong(changes, reason):
 
 
 def test_a_reference_that_failed_proves_nothing():
-    assert "did not end well: ended with 1" in correctness.judge(NEAR, curves(), curves(code=1)).reason
+    assert (
+        "did not end well: ended with 1" in correctness.judge(NEAR, curves(), curves(code=1)).reason
+    )
     nan = correctness.judge(NEAR, curves(), curves(losses=[float("nan")] * 8))
     assert (nan.status, "not finite" in nan.reason) == ("wrong", True)
 
 
-@pytest.mark.parametrize("other", [None, curves(code=None, was_out_of_turn=True)], ids=["not begun", "cut off"])
+@pytest.mark.parametrize(
+    "other", [None, curves(code=None, was_out_of_turn=True)], ids=["not begun", "cut off"]
+)
 def test_a_reference_without_a_turn_leaves_its_rows_without_one(other):
     row = correctness.judge(NEAR, curves(), other)
-    assert (row.status, "before other, which it is compared with" in row.reason) == ("no turn", True)
-    assert correctness.judge(NEAR, curves(code=1), other).status == "wrong", "that it does by itself"
+    assert (row.status, "before other, which it is compared with" in row.reason) == (
+        "no turn",
+        True,
+    )
+    assert correctness.judge(NEAR, curves(code=1), other).status == "wrong", (
+        "that it does by itself"
+    )
 
 
 def test_a_run_that_the_deadline_ended_is_not_wrong():
-    assert correctness.judge(NEAR, curves(code=None, was_out_of_turn=True), curves()).status == "no turn"
+    assert (
+        correctness.judge(NEAR, curves(code=None, was_out_of_turn=True), curves()).status
+        == "no turn"
+    )
 
 
 def test_steps_that_fp16_skipped_are_read_without_their_norms(tmp_path):
@@ -211,7 +257,9 @@ def test_steps_that_fp16_skipped_are_read_without_their_norms(tmp_path):
     assert (own.skipped, own.norms, own.losses) == ([1], [1.0] * 7, curves().losses)
 
 
-FP16 = Case("fp16", {"train.precision": "fp16"}, beside="other", within=Tolerance(1e-3, 1e-2, "why"))
+FP16 = Case(
+    "fp16", {"train.precision": "fp16"}, beside="other", within=Tolerance(1e-3, 1e-2, "why")
+)
 
 
 def in_turns(monkeypatch, cases, runs, only=""):
@@ -241,20 +289,36 @@ def in_turns(monkeypatch, cases, runs, only=""):
         ({"opened": 0.1}, "losses differ"),
     ],
 )
-def test_a_run_that_skipped_is_compared_with_one_that_left_out_the_same_steps(monkeypatch, changes, reason):
-    """From the skip on it has moved once less than the reference: only with the same steps left out must the two agree."""
+def test_a_run_that_skipped_is_compared_with_one_that_left_out_the_same_steps(
+    monkeypatch, changes, reason
+):
+    """From the skip on it has moved once less than the reference: only with the same steps left out
+    must the two agree.
+    """
     skipped = {"losses": [5.0, 5.0, 3.5, 2.9, 2.4, 2.0, 1.7, 1.6], "skipped": [1]}
     other = curves(losses=skipped["losses"], norms=[7.0, *[1.0] * 7])
-    runs = {"other": curves(), "fp16": curves(**{**skipped, "norms": [1.0] * 7, **changes}), "other-without-1": other}
+    runs = {
+        "other": curves(),
+        "fp16": curves(**{**skipped, "norms": [1.0] * 7, **changes}),
+        "other-without-1": other,
+    }
     found, began = in_turns(monkeypatch, [Case("other"), FP16], runs)
     assert began == [("other", ()), ("fp16", ()), ("other-without-1", (1,))]
     row = found["fp16"]
-    assert (row.status, row.values["skipped"], row.values["compared"]) == ("wrong" if reason else "right", 1, "all")
+    assert (row.status, row.values["skipped"], row.values["compared"]) == (
+        "wrong" if reason else "right",
+        1,
+        "all",
+    )
     assert reason in row.reason
 
 
 def test_a_reference_without_the_skipped_steps_runs_once(monkeypatch):
-    runs = {"other": curves(), "other-without-1": curves(), **dict.fromkeys("ab", curves(skipped=[1], norms=[1.0] * 7))}
+    runs = {
+        "other": curves(),
+        "other-without-1": curves(),
+        **dict.fromkeys("ab", curves(skipped=[1], norms=[1.0] * 7)),
+    }
     cases = [Case("other"), *(replace(FP16, name=name) for name in "ab")]
     found, began = in_turns(monkeypatch, cases, runs)
     assert [name for name, _ in began] == ["other", "a", "other-without-1", "b"]
@@ -262,7 +326,9 @@ def test_a_reference_without_the_skipped_steps_runs_once(monkeypatch):
 
 
 def test_without_time_the_less_important_cases_are_left_out(monkeypatch):
-    """A case whose like takes longer than what is left does not start, and does not count as a failure; one of the first, or asked for, is tried."""
+    """A case whose like takes longer than what is left does not start, and does not count as a
+    failure; one of the first, or asked for, is tried.
+    """
     cases = [Case("plain-full"), Case("other"), Case("plain-lora")]
     runs = dict.fromkeys((case.name for case in cases), curves(seconds=50.0))
     found, began = in_turns(monkeypatch, cases, runs)
@@ -283,7 +349,9 @@ def test_what_is_compared_with_a_case_that_needs_more_is_left_out(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_can_leave_out_steps_as_fp16_does(workshop, monkeypatch):
-    """A step that is left out has its loss and norm; the next has its own examples, and weights that did not move."""
+    """A step that is left out has its loss and norm; the next has its own examples, and weights
+    that did not move.
+    """
     from on_gpu import skipping
 
     from finetune import loop
@@ -313,7 +381,10 @@ def test_a_row_says_what_was_compared():
 
 def test_where_methods_differ_only_the_first_loss_is_compared():
     case = Case("own", beside="other", within=Tolerance(1e-3, 1e-2, "why"), only_first=True)
-    assert correctness.judge(case, curves(losses=[5.0, *[1.0] * 7], norms=[9.0] * 8), curves()).status == "right"
+    assert (
+        correctness.judge(case, curves(losses=[5.0, *[1.0] * 7], norms=[9.0] * 8), curves()).status
+        == "right"
+    )
     assert correctness.judge(case, curves(losses=[5.1, *[1.0] * 7]), curves()).status == "wrong"
 
 
@@ -325,8 +396,11 @@ def test_forecasts_are_right_within_bounds():
 
 def test_each_test_of_pytest_is_a_row():
     found = correctness.tests_in(
-        '<testsuites><testsuite><testcase name="a" time="1.5"><properties><property name="waits" value="9"/></properties></testcase><testcase name="b" time="0"><skipped type="pytest.skip" message="no GPU"/></testcase>'
-        '<testcase name="c"><skipped type="pytest.xfail" message="of old"/></testcase><testcase name="d"><failure message="assert 1 == 2"/></testcase></testsuite></testsuites>'
+        '<testsuites><testsuite><testcase name="a" time="1.5"><properties><property name="waits" '
+        'value="9"/></properties></testcase><testcase name="b" time="0"><skipped '
+        'type="pytest.skip" message="no GPU"/></testcase>'
+        '<testcase name="c"><skipped type="pytest.xfail" message="of old"/></testcase><testcase '
+        'name="d"><failure message="assert 1 == 2"/></testcase></testsuite></testsuites>'
     )
     found = list(found)
     assert [row.values for row in found] == [{"waits": "9"}, {}, {}, {}]
@@ -360,7 +434,12 @@ def test_the_exit_code_says_whether_everything_was_proved(states, part, code):
 
 
 def test_the_table_names_what_did_not_run_and_why(tmp_path):
-    facts = {"versions": {"torch": "2.11.0"}, "gpu": "NVIDIA H200", "memory_gb": 150.0, "driver": "580"}
+    facts = {
+        "versions": {"torch": "2.11.0"},
+        "gpu": "NVIDIA H200",
+        "memory_gb": 150.0,
+        "driver": "580",
+    }
     found = [
         Row("correctness", "a", "right", "", 3.0, {"loss": 1.5e-7, "tokens/s": 23600.0}),
         Row("correctness", "b", "wrong", "1 | 2", 4.0),
@@ -378,14 +457,22 @@ def test_the_table_names_what_did_not_run_and_why(tmp_path):
         "1 right, 1 wrong, 1 known failure, 2 left out, 1 no turn",
     ]  # fmt: skip
     assert (tmp_path / "correctness.md").read_text() == text + "\n"
-    assert [row["name"] for row in json.loads((tmp_path / "correctness.json").read_text())["rows"]] == list("abcdef")
+    assert [
+        row["name"] for row in json.loads((tmp_path / "correctness.json").read_text())["rows"]
+    ] == list("abcdef")
 
 
 # --------------------------------------------------------------------------- processes and time
 
 
 def started(folder, code, **changes):
-    values = {"env": dict(os.environ), "log": folder / "log", "limit": 20.0, "clock": Clock(60), **changes}
+    values = {
+        "env": dict(os.environ),
+        "log": folder / "log",
+        "limit": 20.0,
+        "clock": Clock(60),
+        **changes,
+    }
     return runner.run([sys.executable, "-c", code], **values)
 
 
@@ -441,7 +528,9 @@ def test_after_the_deadline_nothing_starts():
         time.sleep(0.3)
         return Row("speed", name, "right")
 
-    found = runner.side_by_side(1, ["a", "b"], do, clock, lambda name: Row("speed", name, "no turn"))
+    found = runner.side_by_side(
+        1, ["a", "b"], do, clock, lambda name: Row("speed", name, "no turn")
+    )
     assert began == ["a"]
     assert [row.status for row in found] == ["right", "no turn"]
 
@@ -460,7 +549,9 @@ def test_a_signal_before_the_first_case_ends_the_tests_that_run_beside(tmp_path,
 
     monkeypatch.setattr(correctness, "run_pytest", run_pytest)
     monkeypatch.setattr(correctness, "make", make)
-    lab = correctness.Lab(tmp_path, tmp_path, {}, {}, {"left_out": {}}, None, Clock(60), True, print)
+    lab = correctness.Lab(
+        tmp_path, tmp_path, {}, {}, {"left_out": {}}, None, Clock(60), True, print
+    )
     began = time.monotonic()
     with pytest.raises(SystemExit):
         list(correctness.rows(lab, 1, ""))
@@ -468,7 +559,9 @@ def test_a_signal_before_the_first_case_ends_the_tests_that_run_beside(tmp_path,
 
 
 def test_a_request_that_ended_badly_does_not_spoil_the_next(tmp_path, monkeypatch):
-    """A helper that is late, or that a library killed, is replaced; a late answer would be taken for the next one's."""
+    """A helper that is late, or that a library killed, is replaced; a late answer would be taken
+    for the next one's.
+    """
     (tmp_path / "helper.py").write_text(
         "import json, os, sys, time\n"
         "for line in sys.stdin:\n"
@@ -509,10 +602,19 @@ def test_processes_see_one_gpu_and_no_launcher(tmp_path, monkeypatch):
 
 
 def test_rounds_of_speed_end_when_the_longest_no_longer_fits(monkeypatch):
-    """One clock for all: a case whose last round would not fit gets no more of them, and says how many it had."""
+    """One clock for all: a case whose last round would not fit gets no more of them, and says how
+    many it had.
+    """
     clock = Clock(0.5)
     lab = memory.Lab(
-        ROOT, ROOT, {}, {"left_out": {}, "compiler": True, "gpu": "x"}, None, clock, False, lambda line: None
+        ROOT,
+        ROOT,
+        {},
+        {"left_out": {}, "compiler": True, "gpu": "x"},
+        None,
+        clock,
+        False,
+        lambda line: None,
     )
 
     def one_round(lab, name, topology, settings, own):
@@ -532,7 +634,9 @@ def test_rounds_of_speed_end_when_the_longest_no_longer_fits(monkeypatch):
 
 def gpu(*arguments, **environment):
     command = ["make", "gpu", f"PYTHON={sys.executable}", *arguments]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | {"CUDA_VISIBLE_DEVICES": "-1"}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | {
+        "CUDA_VISIBLE_DEVICES": "-1"
+    }
     return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=False, timeout=280)  # fmt: skip
 
 
@@ -540,8 +644,13 @@ def gpu(*arguments, **environment):
 def test_a_rehearsal_without_a_gpu_runs_interrupts_resumes_and_compares(tmp_path):
     done = gpu("PART=correctness", "CPU=1", "ONLY=^resumed-lora$", f"OUT={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {row["name"]: row for row in json.loads((tmp_path / "correctness.json").read_text())["rows"]}
-    assert {name: row["status"] for name, row in found.items()} == {"long-lora": "right", "resumed-lora": "right"}
+    found = {
+        row["name"]: row for row in json.loads((tmp_path / "correctness.json").read_text())["rows"]
+    }
+    assert {name: row["status"] for name, row in found.items()} == {
+        "long-lora": "right",
+        "resumed-lora": "right",
+    }
     assert found["resumed-lora"]["values"]["loss"] == 0.0, "on a CPU to the bit"
     assert "preempted: " in (tmp_path / "correctness/resumed-lora.log").read_text()
     assert "| resumed-lora | right |" in done.stdout
@@ -559,11 +668,14 @@ def test_what_cannot_start_ends_at_once_and_says_why(tmp_path):
 
 
 def test_plugins_of_other_projects_do_not_end_the_tests(tmp_path):
-    """They warn about themselves, in words that pytest gives them, while pytest starts; a library's warning is still an error."""
+    """They warn about themselves, in words that pytest gives them, while pytest starts; a library's
+    warning is still an error.
+    """
     plugin = "import pytest, warnings\nclass Own(pytest.PytestWarning): pass\ndef pytest_configure(config): warnings.warn(Own('mine'))\n"
     (tmp_path / "theirs.py").write_text(plugin)
     (tmp_path / "test_it.py").write_text(
-        "import warnings\ndef test_quiet(): pass\ndef test_loud(): warnings.warn('old', DeprecationWarning)\n"
+        "import warnings\ndef test_quiet(): pass\ndef test_loud(): warnings.warn('old', "
+        "DeprecationWarning)\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "theirs", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), str(tmp_path)]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)  # fmt: skip
@@ -573,4 +685,7 @@ def test_plugins_of_other_projects_do_not_end_the_tests(tmp_path):
 
 def test_settings_become_sections():
     nested = correctness.sections({"train.precision": "bf16", "train.epochs": 2, "run.name": "x"})
-    assert yaml.safe_load(yaml.safe_dump(nested)) == {"train": {"precision": "bf16", "epochs": 2}, "run": {"name": "x"}}
+    assert yaml.safe_load(yaml.safe_dump(nested)) == {
+        "train": {"precision": "bf16", "epochs": 2},
+        "run": {"name": "x"},
+    }

@@ -1,4 +1,6 @@
-"""Every method and optimizer: it learns, moves only what it should, exports what it trained, and resumes to the bit."""
+"""Every method and optimizer: it learns, moves only what it should, exports what it trained, and
+resumes to the bit.
+"""
 
 import hashlib
 import json
@@ -40,10 +42,25 @@ METHODS = {
     "qlora, LoftQ": {"adapter__kind": "qlora", "adapter__init": "loftq"},
     "qlora, DoRA": {"adapter__kind": "qlora", "adapter__dora": True},
 }  # fmt: skip
-OPTIMIZERS = ["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion", "lion_8bit", "adafactor", "muon"]
+OPTIMIZERS = [
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion",
+    "lion_8bit",
+    "adafactor",
+    "muon",
+]
 RATES = {"lion": 1e-3, "lion_8bit": 1e-3, "adafactor": 3e-2}
-TEN = {"train__max_steps": 10, "train__epochs": 9, "checkpoint__every_steps": 5, "checkpoint__keep_last": 9}
-# Variants of a method that has its own line, and 8 bits in other packages' optimizers on adapters: make proofs.
+TEN = {
+    "train__max_steps": 10,
+    "train__epochs": 9,
+    "checkpoint__every_steps": 5,
+    "checkpoint__keep_last": 9,
+}
+# Variants of a method that has its own line, and 8 bits in other packages' optimizers on adapters:
+# make proofs.
 WIDE = {
     "lora, some layers",
     "lora, patterns",
@@ -57,14 +74,25 @@ WIDE = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """A model with biases on its projections, trained a little, so that there are main directions to find."""
+    """A model with biases on its projections, trained a little, so that there are main directions
+    to find.
+    """
     workshop = Workshop(tmp_path_factory.mktemp("base"))
-    config = workshop.config()["model"]["config"] | {"attention_bias": True, "mlp_bias": True, "hidden_size": 64}
+    config = workshop.config()["model"]["config"] | {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "hidden_size": 64,
+    }
     return str(workshop.train("base", model__config=config) / "model")
 
 
 def on(base: str) -> dict:
-    return {"model__init": "pretrained", "model__path": base, "model__config": None, "model__tokenizer": None}
+    return {
+        "model__init": "pretrained",
+        "model__path": base,
+        "model__config": None,
+        "model__tokenizer": None,
+    }
 
 
 def pairs_of_method_and_optimizer():
@@ -73,12 +101,16 @@ def pairs_of_method_and_optimizer():
             if not (optimizer in ("muon", "adafactor") and "adapter__kind" in METHODS[method]):
                 is_wide = method in WIDE or (optimizer != "adamw" and method != "full")
                 name = f"{method} with {optimizer}"
-                yield pytest.param(method, optimizer, id=name, marks=pytest.mark.proof if is_wide else ())
+                yield pytest.param(
+                    method, optimizer, id=name, marks=pytest.mark.proof if is_wide else ()
+                )
 
 
 @pytest.mark.parametrize(("method", "optimizer"), list(pairs_of_method_and_optimizer()))
 def test_it_learns_exports_and_resumes_to_the_bit(workshop, base, method, optimizer):
-    """That only what should moves, and that the export agrees, is checked by every run itself before it is complete."""
+    """That only what should moves, and that the export agrees, is checked by every run itself
+    before it is complete.
+    """
     settings = {
         **on(base),
         **METHODS[method],
@@ -113,7 +145,9 @@ WIDER = {"lora, rsLoRA", "lora, norms", "lora, biases", "qlora, int8"}
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.proof) if name in WIDER else name for name in MERGED])  # fmt: skip
 def test_merged_is_base_plus_adapter(workshop, base, method):
-    """Into the unquantised base for QLoRA, with what that changes measured; LoftQ's stay on what quantisation left."""
+    """Into the unquantised base for QLoRA, with what that changes measured; LoftQ's stay on what
+    quantisation left.
+    """
     run = workshop.train(**on(base), **METHODS[method])
     merged = merge([run / "model"], workshop.folder / "merged")
     assert merged.rounding < 1e-4
@@ -126,7 +160,8 @@ def test_merged_is_base_plus_adapter(workshop, base, method):
 
 def test_several_adapters_of_one_base_are_added_up(workshop, base):
     runs = [
-        workshop.train(name, **on(base), adapter__kind="lora", run__seed=seed) for name, seed in (("a", 1), ("b", 2))
+        workshop.train(name, **on(base), adapter__kind="lora", run__seed=seed)
+        for name, seed in (("a", 1), ("b", 2))
     ]
     merge([run / "model" for run in runs], workshop.folder / "merged")
     name = "model.layers.0.self_attn.q_proj"
@@ -135,12 +170,17 @@ def test_several_adapters_of_one_base_are_added_up(workshop, base):
         adapter = exported(run)
         a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         wanted = wanted + 2 * b @ a  # alpha 32, r 16
-    assert torch.allclose(load_file(workshop.folder / "merged/model.safetensors")[f"{name}.weight"], wanted, atol=1e-6)
+    assert torch.allclose(
+        load_file(workshop.folder / "merged/model.safetensors")[f"{name}.weight"], wanted, atol=1e-6
+    )
 
 
 def test_adapters_of_different_bases_are_not_merged(workshop, base):
     other = workshop.train("other") / "model"
-    runs = [workshop.train(n, **on(b), adapter__kind="lora") for n, b in (("a", base), ("b", str(other)))]
+    runs = [
+        workshop.train(n, **on(b), adapter__kind="lora")
+        for n, b in (("a", base), ("b", str(other)))
+    ]
     with pytest.raises(ModelError, match="adapters of different bases"):
         merge([run / "model" for run in runs], workshop.folder / "merged")
 
@@ -174,7 +214,9 @@ SIXTEEN = {
 @pytest.mark.parametrize("method", SIXTEEN)
 @pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.proof)])
 def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, method, monkeypatch):
-    """A norm is 1.0: in bfloat16 the next value below is 1/256 away, and steps of 2e-4 would all be lost."""
+    """A norm is 1.0: in bfloat16 the next value below is 1/256 away, and steps of 2e-4 would all be
+    lost.
+    """
     from finetune import loop
 
     states, moments, finish = [], [], loop.finish
@@ -186,12 +228,22 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
         return finish(run, *more)
 
     monkeypatch.setattr(loop, "finish", looked_at)
-    settings = {**on(base), **SIXTEEN[method], "adapter__kind": kind, "train__precision": "bf16", "optimizer__lr": 2e-4}
+    settings = {
+        **on(base),
+        **SIXTEEN[method],
+        "adapter__kind": kind,
+        "train__precision": "bf16",
+        "optimizer__lr": 2e-4,
+    }
     if (kind, method) == ("qlora", "biases"):
-        with pytest.raises(ConfigError, match="adapter.bias: adapter.kind is qlora; it belongs to lora"):
+        with pytest.raises(
+            ConfigError, match="adapter.bias: adapter.kind is qlora; it belongs to lora"
+        ):
             workshop.train(**settings)
         return
-    run = workshop.train(**settings, **TEN, evaluation__sample_prompts=["hi"], evaluation__sample_max_new_tokens=3)
+    run = workshop.train(
+        **settings, **TEN, evaluation__sample_prompts=["hi"], evaluation__sample_max_new_tokens=3
+    )
     assert set(moments) == {torch.float32}
     assert torch.bfloat16 in states[0]
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
@@ -200,7 +252,9 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
     before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
     if method == "norms":
         name = "model.layers.0.input_layernorm"
-        now = dict(model.named_parameters())[f"base_model.model.{name}.modules_to_save.default.weight"]
+        now = dict(model.named_parameters())[
+            f"base_model.model.{name}.modules_to_save.default.weight"
+        ]
         assert not torch.equal(now, before[f"{name}.weight"])
 
 
@@ -219,16 +273,26 @@ def test_an_adapter_is_not_gone_on_from_in_another_form(workshop, base, first, t
     """Already known before weights load."""
     path = workshop.train("first", **on(base), **({"adapter__kind": "lora"} | first)) / "model"
     with pytest.raises(ModelError, match=why):
-        workshop.check("then", **on(base), **({"adapter__kind": "lora"} | then), adapter__path=str(path))
+        workshop.check(
+            "then", **on(base), **({"adapter__kind": "lora"} | then), adapter__path=str(path)
+        )
 
 
 def test_an_adapter_in_another_precision_still_knows_its_base(workshop, base):
     first = workshop.train("first", **on(base), adapter__kind="lora") / "model"
-    workshop.train("bf16", **on(base), adapter__kind="lora", adapter__path=str(first), train__precision="bf16")
+    workshop.train(
+        "bf16", **on(base), adapter__kind="lora", adapter__path=str(first), train__precision="bf16"
+    )
     config = TINY_LLAMA | {"attention_bias": True, "mlp_bias": True, "hidden_size": 64}
     other = workshop.train("other", run__seed=5, model__config=config) / "model"
     with pytest.raises(ModelError, match="has changed since the adapter was trained"):
-        workshop.train("no", **on(str(other)), adapter__kind="lora", adapter__path=str(first), train__precision="bf16")
+        workshop.train(
+            "no",
+            **on(str(other)),
+            adapter__kind="lora",
+            adapter__path=str(first),
+            train__precision="bf16",
+        )
 
 
 def test_what_loftq_began_stays_marked(workshop, base):
@@ -239,11 +303,15 @@ def test_what_loftq_began_stays_marked(workshop, base):
 
 
 def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, capfd):
-    first = workshop.train("first", **on(base), adapter__kind="lora", adapter__init="pissa") / "model"
+    first = (
+        workshop.train("first", **on(base), adapter__kind="lora", adapter__init="pissa") / "model"
+    )
     capfd.readouterr()
     workshop.check("second", **on(base), adapter__kind="lora", adapter__path=str(first))
     assert " 0 of them train" not in capfd.readouterr().out
-    with pytest.raises(ConfigError, match=r"is a run directory; its adapter is in .*/model: give that folder"):
+    with pytest.raises(
+        ConfigError, match=r"is a run directory; its adapter is in .*/model: give that folder"
+    ):
         workshop.check("third", **on(base), adapter__kind="lora", adapter__path=str(first.parent))
 
 
@@ -259,7 +327,9 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
         ({"model__new_tokens": [""]}, ConfigError, "model.new_tokens: '' is empty"),
     ],
 )  # fmt: skip
-def test_what_would_have_no_effect_is_refused_before_weights_load(workshop, base, changes, error, why):
+def test_what_would_have_no_effect_is_refused_before_weights_load(
+    workshop, base, changes, error, why
+):
     with pytest.raises(error, match=why):
         workshop.check(**on(base), **({"adapter__kind": "lora"} | changes))
 
@@ -282,19 +352,24 @@ def test_loftq_is_refused_for_layers_that_are_not_linear(workshop, kind):
 
 def test_an_adapter_is_gone_on_from(workshop, base):
     first = workshop.train("first", **on(base), adapter__kind="lora", adapter__r=4)
-    second = workshop.train("second", **on(base), adapter__kind="lora", adapter__path=str(first / "model"))
+    second = workshop.train(
+        "second", **on(base), adapter__kind="lora", adapter__path=str(first / "model")
+    )
     assert losses(second)[0] < losses(first)[0], "it begins where the first has ended"
     assert exported(second).keys() == exported(first).keys()
     other = (
         workshop.train(
             "base",
             run__seed=5,
-            model__config=TINY_LLAMA | {"attention_bias": True, "mlp_bias": True, "hidden_size": 64},
+            model__config=TINY_LLAMA
+            | {"attention_bias": True, "mlp_bias": True, "hidden_size": 64},
         )
         / "model"
     )
     with pytest.raises(ModelError, match="has changed since the adapter was trained"):
-        workshop.train("third", **on(str(other)), adapter__kind="lora", adapter__path=str(first / "model"))
+        workshop.train(
+            "third", **on(str(other)), adapter__kind="lora", adapter__path=str(first / "model")
+        )
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
@@ -342,7 +417,12 @@ def test_llama_2_7b_with_rank_64_on_q_and_v_trains_33_554_432():
 
 def test_a_square_layer_of_1000_with_rank_2_trains_4_000():
     """r (d + k) = 2 x 2,000, of 1,000,000."""
-    sizes = {"hidden_size": 1000, "num_attention_heads": 10, "num_key_value_heads": 10, "num_hidden_layers": 1}
+    sizes = {
+        "hidden_size": 1000,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 10,
+        "num_hidden_layers": 1,
+    }
     assert counted(Adapter(kind="lora", r=2, target_modules=["q_proj"]), **sizes) == 4_000
 
 
@@ -361,7 +441,9 @@ def scaled(adapter: Adapter):
     )
 
 
-@pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 4), (True, 6 / 2)], ids=["alpha / r", "alpha / sqrt(r)"])
+@pytest.mark.parametrize(
+    ("rslora", "scale"), [(False, 6 / 4), (True, 6 / 2)], ids=["alpha / r", "alpha / sqrt(r)"]
+)
 def test_lora_is_its_formula(rslora, scale):
     layer, w, a, b = scaled(Adapter(kind="lora", r=4, alpha=6, rslora=rslora))
     x = torch.randn(3, 32)
@@ -386,7 +468,9 @@ def test_loftq_begins_closer_to_the_unquantised_model(base):
     distances = {}
     for init in ("default", "loftq"):
         adapter = QLora(kind="qlora", init=init)
-        adapted = adapters.apply(model(adapters.quantization(adapter, torch.float32)), adapter, Model(path=base))
+        adapted = adapters.apply(
+            model(adapters.quantization(adapter, torch.float32)), adapter, Model(path=base)
+        )
         if init == "loftq":
             adapter_init.initialise_from_quantization(adapted, model())
         distances[init] = (adapted(ids).logits - exact).norm().item()
@@ -402,7 +486,9 @@ def state_bytes(kind: str) -> int:
     layer(torch.ones(1, 1024)).sum().backward()
     optimizer.step()
     return sum(
-        v.numel() * v.element_size() for v in optimizer.state[layer.weight].values() if isinstance(v, torch.Tensor)
+        v.numel() * v.element_size()
+        for v in optimizer.state[layer.weight].values()
+        if isinstance(v, torch.Tensor)
     )
 
 
@@ -420,7 +506,9 @@ def test_muon_moves_hidden_matrices_as_torch_does_and_the_rest_as_adamw():
     ours, theirs = (torch.nn.ModuleDict({"m": torch.nn.Linear(8, 8)}) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     mine = optim.build(ours, Optimizer(kind="muon", lr=1e-2, weight_decay=0.1))
-    muon = torch.optim.Muon([theirs["m"].weight], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        [theirs["m"].weight], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
     adamw = torch.optim.AdamW([theirs["m"].bias], lr=1e-2, weight_decay=0.0)
     for _ in range(3):
         x = torch.randn(4, 8)
@@ -435,10 +523,17 @@ def test_muon_moves_hidden_matrices_as_torch_does_and_the_rest_as_adamw():
 
 def test_muon_leaves_what_is_no_matrix_and_what_is_looked_up_to_adamw():
     model = torch.nn.ModuleDict(
-        {"wpe": torch.nn.Embedding(8, 8), "conv": torch.nn.Conv1d(8, 8, 3), "m": torch.nn.Linear(8, 8, bias=False)}
+        {
+            "wpe": torch.nn.Embedding(8, 8),
+            "conv": torch.nn.Conv1d(8, 8, 3),
+            "m": torch.nn.Linear(8, 8, bias=False),
+        }
     )
     hidden = [
-        p for group in optim.parameter_groups(model, Optimizer(kind="muon")) if group["hidden"] for p in group["params"]
+        p
+        for group in optim.parameter_groups(model, Optimizer(kind="muon"))
+        if group["hidden"]
+        for p in group["params"]
     ]
     assert [id(p) for p in hidden] == [id(model["m"].weight)]
 
@@ -460,7 +555,9 @@ def test_groups_have_their_own_rates():
         )
         model = AutoModelForCausalLM.from_config(config)
     full = optim.parameter_groups(model, Optimizer(lr=1e-3, embedding_lr=1e-4))
-    assert {round(g["scale"], 6): len(g["params"]) for g in full if g["hidden"] or g["scale"] < 1} == {0.1: 2, 1.0: 14}
+    assert {
+        round(g["scale"], 6): len(g["params"]) for g in full if g["hidden"] or g["scale"] < 1
+    } == {0.1: 2, 1.0: 14}
     adapted = adapters.apply(model, Adapter(kind="lora"), Model(path="x"))
     plus = optim.parameter_groups(adapted, Optimizer(lr=1e-3, lora_plus_ratio=16.0))
     assert sorted((g["scale"], len(g["params"])) for g in plus) == [(1.0, 14), (16.0, 14)]

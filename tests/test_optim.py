@@ -66,7 +66,10 @@ def test_rounding_by_chance_is_right_on_average():
     ):
         stored = torch.empty(200_000, dtype=torch.bfloat16)
         optim.round_(stored, torch.full((200_000,), value), chance)
-        assert all(number == pytest.approx(below) or number == pytest.approx(above) for number in set(stored.tolist()))
+        assert all(
+            number == pytest.approx(below) or number == pytest.approx(above)
+            for number in set(stored.tolist())
+        )
         assert stored.double().mean().item() == pytest.approx(value, rel=5e-5)
 
 
@@ -74,7 +77,9 @@ def steps(dtype, count, gradient, seed=0, **settings):
     weight = nn.Parameter(torch.ones(4096, 1, dtype=dtype))
     holder = nn.Module()
     holder.weight = weight
-    optimizer = optim.build(holder, Optimizer(**settings), in_16_bits=dtype == torch.bfloat16, seed=seed)
+    optimizer = optim.build(
+        holder, Optimizer(**settings), in_16_bits=dtype == torch.bfloat16, seed=seed
+    )
     for number in range(count):
         weight.grad = torch.full_like(weight, gradient(number))
         optimizer.step()
@@ -82,7 +87,9 @@ def steps(dtype, count, gradient, seed=0, **settings):
 
 
 def test_in_16_bits_small_updates_add_up():
-    """A hundred updates of 1e-4, where a step of bfloat16 below 1 is 4e-3: rounded to the nearest, none of them moves anything."""
+    """A hundred updates of 1e-4, where a step of bfloat16 below 1 is 4e-3: rounded to the nearest,
+    none of them moves anything.
+    """
     exact, _ = steps(torch.float32, 100, lambda _: 0.5, lr=1e-4)
     rounded, _ = steps(torch.bfloat16, 100, lambda _: 0.5, lr=1e-4)
     assert exact.mean().item() == pytest.approx(0.99, abs=1e-5)
@@ -105,15 +112,28 @@ def test_in_16_bits_the_second_moment_falls_with_the_gradients():
 
 def test_in_16_bits_a_step_is_adamws_but_for_rounding():
     for decay in (0.0, 0.1):
-        exact, _ = steps(torch.float32, 5, lambda number: 0.3 * number - 0.5, lr=0.05, weight_decay=decay)
-        rounded, _ = steps(torch.bfloat16, 5, lambda number: 0.3 * number - 0.5, lr=0.05, weight_decay=decay)
-        assert rounded.double().mean().item() == pytest.approx(exact.double().mean().item(), rel=2e-3)
+        exact, _ = steps(
+            torch.float32, 5, lambda number: 0.3 * number - 0.5, lr=0.05, weight_decay=decay
+        )
+        rounded, _ = steps(
+            torch.bfloat16, 5, lambda number: 0.3 * number - 0.5, lr=0.05, weight_decay=decay
+        )
+        assert rounded.double().mean().item() == pytest.approx(
+            exact.double().mean().item(), rel=2e-3
+        )
 
 
 def test_in_16_bits_another_seed_rounds_otherwise():
-    """Seeds that differ above 32 bits, or step and seed swapped, count too; one seed always rounds alike."""
-    rounded = {seed: steps(torch.bfloat16, 2, lambda _: 0.5, seed=seed, lr=1e-4)[0] for seed in (0, 1, 2, 2**30)}
+    """Seeds that differ above 32 bits, or step and seed swapped, count too; one seed always rounds
+    alike.
+    """
+    rounded = {
+        seed: steps(torch.bfloat16, 2, lambda _: 0.5, seed=seed, lr=1e-4)[0]
+        for seed in (0, 1, 2, 2**30)
+    }
     again, _ = steps(torch.bfloat16, 2, lambda _: 0.5, seed=1, lr=1e-4)
     assert torch.equal(again, rounded[1])
     assert len({tuple(weight.flatten().tolist()) for weight in rounded.values()}) == 4
-    assert len({optim._mixed(seed, step) % 2**32 for seed in range(50) for step in range(50)}) == 2500
+    assert (
+        len({optim._mixed(seed, step) % 2**32 for seed in range(50) for step in range(50)}) == 2500
+    )

@@ -13,7 +13,15 @@ from finetune import config as configs
 from finetune import export, files, loop
 from finetune.engine import rundir
 from finetune.engine.rundir import RunDirectory
-from finetune.errors import DataError, DirectoryInUse, ModelError, Outage, OutOfMemory, Preempted, RunDirectoryError
+from finetune.errors import (
+    DataError,
+    DirectoryInUse,
+    ModelError,
+    Outage,
+    OutOfMemory,
+    Preempted,
+    RunDirectoryError,
+)
 from finetune.models import attention_probe, build, head, load, parameters
 
 
@@ -68,7 +76,9 @@ def test_failure_before_the_first_step_leaves_an_outcome(workshop, owner, name):
     fails(workshop, RuntimeError, owner, name, BUG)
     assert outcome(workshop) == ("failed", 0, "RuntimeError: shapes do not fit")
     assert not (workshop.run_dir() / "config.yaml").exists()
-    workshop.train(train__max_steps=4)  # the directory belongs to no run yet: it takes another config
+    workshop.train(
+        train__max_steps=4
+    )  # the directory belongs to no run yet: it takes another config
     assert outcome(workshop)[:2] == ("complete", 4)
 
 
@@ -106,7 +116,9 @@ def test_hub_that_does_not_answer_leaves_an_outcome_in_a_new_directory(workshop,
 
 
 def test_mistake_of_the_user_leaves_no_new_directory(workshop):
-    fails(workshop, ModelError, attention_probe, "check", ModelError("model.attention: does not fit"))
+    fails(
+        workshop, ModelError, attention_probe, "check", ModelError("model.attention: does not fit")
+    )
     assert not workshop.run_dir().exists()
 
 
@@ -126,7 +138,9 @@ def test_refused_attempt_changes_nothing_of_the_other_run(workshop):
 def test_failed_attempt_beside_a_running_one_says_nothing(workshop):
     preempted_after(workshop, 3)
     before = outcome(workshop)
-    first = RunDirectory(configs.from_dict(yaml.safe_load((workshop.run_dir() / "config.yaml").read_text())))
+    first = RunDirectory(
+        configs.from_dict(yaml.safe_load((workshop.run_dir() / "config.yaml").read_text()))
+    )
     first.lock(0)
     fails(workshop, RuntimeError, attention_probe, "check", BUG, checkpoint__every_steps=1)
     with pytest.raises(DirectoryInUse):
@@ -156,17 +170,30 @@ def test_next_start_says_that_the_attempt_before_ended_without_an_outcome(worksh
     assert "the attempt before" not in capsys.readouterr().out
 
 
-def test_launcher_learns_which_directory_is_the_runs_and_how_long_it_has_to_tell(workshop: Workshop, monkeypatch):
+def test_launcher_learns_which_directory_is_the_runs_and_how_long_it_has_to_tell(
+    workshop: Workshop, monkeypatch
+):
     note, seen = workshop.folder / "run", []
     monkeypatch.setenv("FINETUNE_BEATS", str(workshop.folder))
     check = attention_probe.check
-    monkeypatch.setattr(attention_probe, "check", lambda *arguments: seen.append(note.read_text()) or check(*arguments))
+    monkeypatch.setattr(
+        attention_probe,
+        "check",
+        lambda *arguments: seen.append(note.read_text()) or check(*arguments),
+    )
     workshop.check()
     assert seen == []
     workshop.train()
     assert seen == [str(workshop.run_dir())]
     assert not note.exists(), "the outcome is complete"
-    fails(workshop, RuntimeError, attention_probe, "check", BUG, run__dir=str(workshop.folder / "other"))
+    fails(
+        workshop,
+        RuntimeError,
+        attention_probe,
+        "check",
+        BUG,
+        run__dir=str(workshop.folder / "other"),
+    )
     assert not note.exists(), "the outcome is failed"
 
 
@@ -211,7 +238,11 @@ def test_an_outcome_that_is_overwritten_is_json_at_every_moment(tmp_path, monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["save", "verify"])
 def test_an_export_that_fills_the_disk_is_named_and_gives_the_space_back(workshop, name):
-    error = fails(workshop, Outage, export, name, SafetensorError("No space left on device (os error 28)"))
-    assert str(error).startswith(f"{workshop.run_dir() / 'model'} cannot be written now: the disk is full; free space")
+    error = fails(
+        workshop, Outage, export, name, SafetensorError("No space left on device (os error 28)")
+    )
+    assert str(error).startswith(
+        f"{workshop.run_dir() / 'model'} cannot be written now: the disk is full; free space"
+    )
     assert not list(workshop.run_dir().glob(".writing-*"))
     assert outcome(workshop) == ("failed", 5, str(error))

@@ -1,4 +1,6 @@
-"""A base that brings its own Python code: that code is part of the run's identity, and of what it exports."""
+"""A base that brings its own Python code: that code is part of the run's identity, and of what it
+exports.
+"""
 
 import json
 import shutil
@@ -13,7 +15,9 @@ from finetune.models import base_identity
 
 pytestmark = pytest.mark.slow
 
-CONFIG = "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+CONFIG = (
+    "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+)
 MODEL = """
 from transformers import LlamaForCausalLM
 from .configuration_own import OwnConfig
@@ -58,7 +62,9 @@ def settings(workshop, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["full", "lora", "merged"])
 def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
-    """Folders of code, and files that only the class of a tokenizer names, which an adapter has to hold too."""
+    """Folders of code, and files that only the class of a tokenizer names, which an adapter has to
+    hold too.
+    """
     base = Path(settings["model__path"])
     files = {
         "custom_generate/generate.py": "def generate(model): ...", "custom_generate/requirements.txt": "torch\n", "kernels/fast/own.py": "", "own.words": "a b",
@@ -69,9 +75,15 @@ def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text(text)
     path = base / "tokenizer_config.json"
-    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    own = {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    }
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
-    folder = workshop.train("tuned", **settings, adapter__kind="full" if kind == "full" else "lora") / "model"
+    folder = (
+        workshop.train("tuned", **settings, adapter__kind="full" if kind == "full" else "lora")
+        / "model"
+    )
     if kind == "merged":
         merge([folder], workshop.folder / "merged", trust_remote_code=True)
         folder = workshop.folder / "merged"
@@ -83,7 +95,9 @@ def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
 
 def test_code_comes_along_and_is_part_of_the_identity(workshop, settings):
     run = workshop.train("whole", **settings)
-    assert {"configuration_own.py", "modeling_own.py", "helper_own.py"} <= {p.name for p in (run / "model").iterdir()}
+    assert {"configuration_own.py", "modeling_own.py", "helper_own.py"} <= {
+        p.name for p in (run / "model").iterdir()
+    }
     exported = load(run / "model", trust_remote_code=True)
     assert type(exported).__name__ == "OwnForCausalLM"
     manifest = json.loads((run / "checkpoints/step-00000005/manifest.json").read_text())

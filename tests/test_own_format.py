@@ -18,7 +18,10 @@ def rows(row):
         return None
     return {"question": row["Patient"].strip(), "answer": row["Doctor"]}
 """
-ROWS = [{"Patient": f" is {n} even ", "Doctor": "yes" if n % 2 == 0 else "no", "votes": n % 4} for n in range(40)]
+ROWS = [
+    {"Patient": f" is {n} even ", "Doctor": "yes" if n % 2 == 0 else "no", "votes": n % 4}
+    for n in range(40)
+]
 
 
 @pytest.fixture
@@ -40,7 +43,9 @@ def conversations(workshop, source: str, raw: list, problems: rows.Problems | No
     own_code.read(name)
     path = write_jsonl(workshop.folder / "raw.jsonl", raw)
     return list(
-        rows.conversations([str(path)], name, {}, "line", None, rows.Problems() if problems is None else problems)
+        rows.conversations(
+            [str(path)], name, {}, "line", None, rows.Problems() if problems is None else problems
+        )
     )
 
 
@@ -52,7 +57,9 @@ def test_a_function_reads_rows_and_skips_some(workshop, own, capsys):
     assert "own code    " in said
     assert "| is 2 even\n" in said
     identity = workshop.receipt()["identity"]
-    assert identity["code of data.format: own.py:rows"] == own_code.sha256(f"{workshop.folder}/own.py:rows")
+    assert identity["code of data.format: own.py:rows"] == own_code.sha256(
+        f"{workshop.folder}/own.py:rows"
+    )
     assert len(read_jsonl(run / "metrics.jsonl")) == 3
 
 
@@ -61,13 +68,19 @@ def test_rows_are_given_in_their_order_with_their_places(workshop):
     assert [conversation.messages[0].content for conversation in made] == [
         f"is {n} even" for n in range(40) if n % 4 > 1
     ]
-    assert [conversation.place.line for conversation in made] == [n + 1 for n in range(40) if n % 4 > 1]
+    assert [conversation.place.line for conversation in made] == [
+        n + 1 for n in range(40) if n % 4 > 1
+    ]
 
 
 @pytest.mark.parametrize(
     ("values", "turns"),
     [
-        ("{'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}", ["a", "b"]),
+        (
+            "{'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': "
+            "'b'}]}",
+            ["a", "b"],
+        ),
         ("{'prompt': 'a', 'completion': 'b'}", ["a", "b"]),
         ("{'text': 'a'}", ["a"]),
     ],
@@ -80,20 +93,31 @@ def test_every_format_may_come_out_of_a_function(workshop, values, turns):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("return row['question']", r"raw\.jsonl:1: data\.format: .*own\.py:2: KeyError: 'question'"),
+        (
+            "return row['question']",
+            r"raw\.jsonl:1: data\.format: .*own\.py:2: KeyError: 'question'",
+        ),
         (
             "return [row]",
             r"raw\.jsonl:1: data\.format: .*own\.py:rows should return a dict with messages, or .*, got \[\{",
         ),
         ("return {1: 'a'}", r"should return a dict with messages"),
-        ("return {'Patient': 'a'}", r"gives columns \['Patient'\], which fit no format \(messages: messages; "),
-        ("return {'prompt': 'a', 'completion': 3}", r"raw\.jsonl:1: column 'completion' should be text, got 3"),
+        (
+            "return {'Patient': 'a'}",
+            r"gives columns \['Patient'\], which fit no format \(messages: messages; ",
+        ),
+        (
+            "return {'prompt': 'a', 'completion': 3}",
+            r"raw\.jsonl:1: column 'completion' should be text, got 3",
+        ),
         ("return {'prompt': 'a', 'chosen': 'b', 'completion': 'c'}", "belongs to preference rows"),
     ],
 )
 def test_a_mistake_names_the_row_and_the_line_of_the_function(workshop, body, says):
     problems = rows.Problems()
-    assert conversations(workshop, f"def rows(row):\n    {body}\n", [{"Patient": "x"}], problems) == []
+    assert (
+        conversations(workshop, f"def rows(row):\n    {body}\n", [{"Patient": "x"}], problems) == []
+    )
     with pytest.raises(DataError, match=says):
         problems.raise_if_any()
 
@@ -123,7 +147,9 @@ def test_what_a_config_may_not_say_of_it(workshop, own, settings, says):
 def test_another_function_gives_other_tokens_and_is_another_run(workshop, own):
     workshop.train(data__format=own(TURNS))
     capped = TURNS.replace("strip()", "strip().upper()")
-    with pytest.raises(RunDirectoryError, match=re.escape("code of data.format: own.py:rows: was ")):
+    with pytest.raises(
+        RunDirectoryError, match=re.escape("code of data.format: own.py:rows: was ")
+    ):
         workshop.train(data__format=own(capped))
     other = workshop.train("other", data__format=own(capped))
     first, second = (read_jsonl(run / "metrics.jsonl")[0] for run in (workshop.run_dir(), other))
@@ -138,7 +164,9 @@ def test_evaluate_reads_rows_by_the_same_function(workshop, own, capsys):
         compare.read(str(workshop.rows), name, {"question": "Patient"}, 3)
     with pytest.raises(argparse.ArgumentTypeError, match=r"defines no row; did you mean rows\?"):
         compare._format(name[:-1])
-    with pytest.raises(argparse.ArgumentTypeError, match=r"should be auto, .* or FILE.py:NAME, got 'chat'"):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match=r"should be auto, .* or FILE.py:NAME, got 'chat'"
+    ):
         compare._format("chat")
     own(TURNS.replace("votes", "likes"))
     with pytest.raises(DataError, match=r"rows\.jsonl:1: --format: .*own\.py:3: KeyError: 'likes'"):

@@ -52,7 +52,9 @@ def refusal(workshop):
 
     def refusal(kind: str, **settings) -> str:
         with pytest.raises(ConfigError) as caught:
-            configs.from_dict(workshop.config(objective__kind=kind, **settings), folder=workshop.folder)
+            configs.from_dict(
+                workshop.config(objective__kind=kind, **settings), folder=workshop.folder
+            )
         return str(caught.value).replace(f"{own_code.shown(workshop.folder)}/", "")
 
     return refusal
@@ -69,7 +71,11 @@ BATCH = Batch(
 def test_a_class_or_an_object_of_a_file_next_to_the_config_trains(workshop, own, name):
     run = workshop.train(objective__kind=own(DFT, name), objective__beta=0.5, train__max_steps=2)
     saved = yaml.safe_load((run / "config.yaml").read_text())
-    assert saved["objective"] == {"kind": f"{workshop.folder}/own.py:{name}", "beta": 0.5, "names": []}
+    assert saved["objective"] == {
+        "kind": f"{workshop.folder}/own.py:{name}",
+        "beta": 0.5,
+        "names": [],
+    }
     [code] = [
         value
         for key, value in workshop.receipt()["identity"].items()
@@ -93,18 +99,28 @@ def test_a_module_that_can_be_imported_is_named_with_dots(workshop, monkeypatch)
 def test_settings_are_checked_like_those_of_every_section(workshop, own, refusal):
     kind = own(DFT, "Dft")
     assert "objective.beta: should be" not in refusal(kind, objective__bta=1.0)
-    assert "objective.bta: unknown key; did you mean objective.beta?" in refusal(kind, objective__bta=1.0)
+    assert "objective.bta: unknown key; did you mean objective.beta?" in refusal(
+        kind, objective__bta=1.0
+    )
     assert "objective.beta: should be a valid number, got 'x'" in refusal(kind, objective__beta="x")
-    assert "objective.beta: should be greater than or equal to 0, got -1" in refusal(kind, objective__beta=-1)
-    assert "objective.label_smoothing: objective.kind is" in refusal(kind, objective__label_smoothing=0.1)
+    assert "objective.beta: should be greater than or equal to 0, got -1" in refusal(
+        kind, objective__beta=-1
+    )
+    assert "objective.label_smoothing: objective.kind is" in refusal(
+        kind, objective__label_smoothing=0.1
+    )
 
 
 def test_the_command_line_knows_its_settings(workshop, own):
     source = DFT.replace("names: list[str] = []", "names: list[str] = Field(default_factory=list)")
     path = str(workshop.write(workshop.config(objective__kind=own(source, "Dft"))))
-    config, _ = configs.parse(["--config", path, "--objective.beta", "0.25", "--objective.names=[a, b]"])
+    config, _ = configs.parse(
+        ["--config", path, "--objective.beta", "0.25", "--objective.names=[a, b]"]
+    )
     assert (config.objective.beta, config.objective.names) == (0.25, ["a", "b"])
-    with pytest.raises(ConfigError, match="--objective.bta: unknown option; did you mean objective.beta?"):
+    with pytest.raises(
+        ConfigError, match="--objective.bta: unknown option; did you mean objective.beta?"
+    ):
         configs.parse(["--config", path, "--objective.bta", "0.25"])
 
 
@@ -114,7 +130,9 @@ def test_a_file_is_found_beside_the_config_and_from_here(workshop, own, monkeypa
     monkeypatch.chdir(workshop.folder / "elsewhere")
     assert own_code.find("own.py:Dft", workshop.folder) == f"{workshop.folder}/own.py:Dft"
     Path("own.py").write_text(DFT)
-    with pytest.raises(ConfigError, match=r"own\.py is in .* and in .*elsewhere; write the full path"):
+    with pytest.raises(
+        ConfigError, match=r"own\.py is in .* and in .*elsewhere; write the full path"
+    ):
         own_code.find("own.py:Dft", workshop.folder)
     (workshop.folder / "own.py").unlink()
     assert own_code.find("own.py:Dft", workshop.folder) == f"{workshop.folder}/elsewhere/own.py:Dft"
@@ -144,7 +162,10 @@ def test_a_file_that_gives_no_objective_is_refused_with_its_line(own, refusal, s
 def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(workshop, own, refusal):
     own(DFT)
     message = refusal("onw.py:Dft")
-    assert f"objective.kind: no file onw.py in {workshop.folder} or in {Path.cwd()}; did you mean " in message
+    assert (
+        f"objective.kind: no file onw.py in {workshop.folder} or in {Path.cwd()}; did you mean "
+        in message
+    )
     assert "own.py?" in message
     assert "should be 'sft', 'clm' or FILE.py:NAME, got 'own.py'" in refusal("own.py")
     assert "no module no.such.module can be imported here" in refusal("no.such.module:Own")
@@ -157,18 +178,29 @@ def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(worksh
         ("return policy(batch, {'logits'}).nll", "own.py:4: ValueError: a policy cannot be asked for logits"),
         ("return policy(batch, {'nll'}).nll", "own.py:3: loss should return a list of terms, got the tensor"),
         ("return []", "own.py:3: loss returns no term with a weight, so there is no loss"),
-        ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens', weight=0)]", "own.py:3: loss returns no term with a weight"),
-        ("return [Term('loss', policy(batch, {'nll'}).nll, per='token')]", "own.py:3: loss term 'loss': nothing counts 'token'; per should be tokens"),
-        ("return [Term('loss', policy(batch, {'logprobs'}).logprobs, per='tokens')]", "own.py:3: loss term 'loss': sum should be a tensor of one number, got a tensor of shape ["),
-        ("return [Term('loss', 3.0, per='tokens')]", "own.py:3: loss term 'loss': sum should be a tensor of one number, got a float"),
-        ("return [Term('loss', policy(batch, {'nll'}).nll.detach(), per='tokens')]", "own.py:3: loss does not depend on what the policy answers"),
-        ("return [Term('loss', policy(batch, {'logprobs'}).logprobs.log().sum(), per='tokens')]", "own.py:3: loss term 'loss' is nan for log-probabilities"),
-        ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] * 2", "own.py:3: loss term 'loss': two terms have this name"),
-        ("return [Term('lr', policy(batch, {'nll'}).nll, per='tokens')]", "own.py:3: loss term 'lr': the logs have a column of this name"),
+        ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens', "
+         "weight=0)]", "own.py:3: loss returns no term with a weight"),
+        ("return [Term('loss', policy(batch, {'nll'}).nll, "
+         "per='token')]", "own.py:3: loss term 'loss': nothing counts 'token'; per should be tokens"),
+        ("return [Term('loss', policy(batch, {'logprobs'}).logprobs, "
+         "per='tokens')]", "own.py:3: loss term 'loss': sum should be a tensor of one number, got a tensor of shape ["),
+        ("return [Term('loss', 3.0, "
+         "per='tokens')]", "own.py:3: loss term 'loss': sum should be a tensor of one number, got a float"),
+        ("return [Term('loss', policy(batch, {'nll'}).nll.detach(), "
+         "per='tokens')]", "own.py:3: loss does not depend on what the policy answers"),
+        ("return [Term('loss', policy(batch, {'logprobs'}).logprobs.log().sum(), "
+         "per='tokens')]", "own.py:3: loss term 'loss' is nan for log-probabilities"),
+        ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] * "
+         "2", "own.py:3: loss term 'loss': two terms have this name"),
+        ("return [Term('lr', policy(batch, {'nll'}).nll, "
+         "per='tokens')]", "own.py:3: loss term 'lr': the logs have a column of this name"),
         ("policy.without_adapters()", "own.py:4: ValueError: all weights are trained"),
-        ("...\n    def prepare(self, policy, batches, settings):\n        return [1]", "own.py:5: prepare should return a dict of names and tensors"),
-        ("...\n    def prepare(self, policy, batches, settings):\n        return {'tokens': policy(batches[0], {'nll'}).nll}", "own.py:5: prepare gives 'tokens', which is counted already"),
-        ("...\n    def supervises(self, loss_on):\n        return 'nothing'", "own.py:Own: supervises should return one of completion, all, last_turn, got 'nothing'"),
+        ("...\n    def prepare(self, policy, batches, settings):\n        return "
+         "[1]", "own.py:5: prepare should return a dict of names and tensors"),
+        ("...\n    def prepare(self, policy, batches, settings):\n        return {'tokens': "
+         "policy(batches[0], {'nll'}).nll}", "own.py:5: prepare gives 'tokens', which is counted already"),
+        ("...\n    def supervises(self, loss_on):\n        return "
+         "'nothing'", "own.py:Own: supervises should return one of completion, all, last_turn, got 'nothing'"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, own, body, says):
@@ -183,7 +215,9 @@ def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, 
 
 
 def test_a_check_rehearses_the_objective(workshop, own):
-    with pytest.raises(ConfigError, match=r"objective.kind: .*own\.py:4: ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        ConfigError, match=r"objective.kind: .*own\.py:4: ZeroDivisionError: division by zero"
+    ):
         workshop.check(objective__kind=own(LOSS + "return 1 / 0"))
 
 
@@ -196,7 +230,9 @@ def test_a_mistake_that_only_a_later_batch_shows_ends_the_run_with_its_line(work
 
 def test_settings_that_are_not_plain_values_are_refused(own, refusal):
     source = DFT.replace("names: list[str] = []", "names: object = BaseModel")
-    assert "objective: these settings cannot be written to config.yaml" in refusal(own(source, "Dft"))
+    assert "objective: these settings cannot be written to config.yaml" in refusal(
+        own(source, "Dft")
+    )
 
 
 def test_a_resumption_with_another_file_is_refused_by_its_name(workshop, own):
@@ -205,7 +241,8 @@ def test_a_resumption_with_another_file_is_refused_by_its_name(workshop, own):
     workshop.train(**short)
     own(DFT.replace("logprobs.exp()", "logprobs.exp().sqrt()"))
     with pytest.raises(
-        RunDirectoryError, match=r"what differs:\n  code of objective.kind: own.py:Dft: was \w+, now \w+"
+        RunDirectoryError,
+        match=r"what differs:\n  code of objective.kind: own.py:Dft: was \w+, now \w+",
     ):
         workshop.train(**short)
     moved = workshop.folder / "moved"
@@ -219,11 +256,14 @@ def test_a_replay_executes_only_the_file_of_the_receipt(workshop, own, monkeypat
     arguments = type("Arguments", (), {"run": run, "name": None})
     monkeypatch.setattr(replay.launcher, "run", lambda environments, command: 7)
     assert replay.main(arguments) == 7
-    assert "note: this executes own.py:Dft, which has the content that" in capsys.readouterr().out.replace(
-        f"{own_code.shown(workshop.folder)}/", ""
+    assert (
+        "note: this executes own.py:Dft, which has the content that"
+        in capsys.readouterr().out.replace(f"{own_code.shown(workshop.folder)}/", "")
     )
     own("raise SystemExit('executed')")
-    with pytest.raises(RunDirectoryError, match=r"own\.py.* is not the file that .* ran with: its sha256 was"):
+    with pytest.raises(
+        RunDirectoryError, match=r"own\.py.* is not the file that .* ran with: its sha256 was"
+    ):
         replay.main(arguments)
     (workshop.folder / "own.py").unlink()
     with pytest.raises(RunDirectoryError, match=r"objective.kind: no file .*own\.py"):

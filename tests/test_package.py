@@ -17,7 +17,9 @@ from finetune.errors import ConfigError
 
 def test_every_package_is_installed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    there = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("finetune/**/*.py")}
+    there = {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("finetune/**/*.py")
+    }
     assert set(listed) == there | {"finetune.shipped"}
 
 
@@ -30,7 +32,9 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_pin_lies_in_the_range_that_pip_install_takes(name):
-    """`pip install .` must not force one torch on an environment that has another; both name the same packages."""
+    """`pip install .` must not force one torch on an environment that has another; both name the
+    same packages.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = {"": project["dependencies"], **project["optional-dependencies"]}
     given = [Requirement(line) for extra in FILES[name] for line in groups[extra]]
@@ -44,8 +48,14 @@ def test_every_pin_lies_in_the_range_that_pip_install_takes(name):
 
 
 def test_every_optional_package_has_its_extra():
-    extras_of = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = {Requirement(line).name: extra for extra in FILES["requirements.txt"][1:] for line in extras_of[extra]}
+    extras_of = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = {
+        Requirement(line).name: extra
+        for extra in FILES["requirements.txt"][1:]
+        for line in extras_of[extra]
+    }
     assert named == extras.EXTRA
 
 
@@ -59,8 +69,15 @@ def test_every_optional_package_has_its_extra():
 )  # fmt: skip
 def test_a_missing_package_is_named_with_its_extra(workshop, monkeypatch, package, settings):
     whole = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else whole(name, *more))
-    with pytest.raises(ConfigError, match=rf"needs the package {package}; pip install 'finetune\[{extras.EXTRA[package]}\]'"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == package else whole(name, *more),
+    )
+    with pytest.raises(
+        ConfigError,
+        match=rf"needs the package {package}; pip install 'finetune\[{extras.EXTRA[package]}\]'",
+    ):
         workshop.check(**settings)
 
 
@@ -78,15 +95,28 @@ def test_an_installed_package_works_from_any_folder(tmp_path):
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, tmp_path / "source" / name)
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+    ]
     subprocess.run(
-        [*pip, "--target", str(tmp_path / "site"), str(tmp_path / "source")], check=True, capture_output=True
+        [*pip, "--target", str(tmp_path / "site"), str(tmp_path / "source")],
+        check=True,
+        capture_output=True,
     )
     shutil.rmtree(tmp_path / "source")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
 
     def said(*words: str) -> str:
-        process = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        process = subprocess.run(
+            words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
         return process.stdout + process.stderr
 
     finetune = str(tmp_path / "site/bin/finetune")
@@ -103,5 +133,9 @@ def test_an_installed_package_works_from_any_folder(tmp_path):
         "--help",
     )
     assert "--optimizer.lr" in launched
-    found = said(sys.executable, "-c", "from finetune.places import found; print(found('ds_configs/zero2.json'))")
+    found = said(
+        sys.executable,
+        "-c",
+        "from finetune.places import found; print(found('ds_configs/zero2.json'))",
+    )
     assert found.strip() == str(tmp_path / "site/finetune/shipped/ds_configs/zero2.json")

@@ -75,7 +75,9 @@ def make(tmp_path, monkeypatch):
 
 
 def words_of(path) -> set[str]:
-    return {word for row in read_jsonl(path) for word in re.findall("[a-z]+", row["question"].lower())}
+    return {
+        word for row in read_jsonl(path) for word in re.findall("[a-z]+", row["question"].lower())
+    }
 
 
 def test_no_word_of_one_split_is_in_another(make):
@@ -100,7 +102,10 @@ def test_every_row_is_a_sentence_and_its_translation(make):
     for split, count in (("train", 300), ("dev", 40), ("test", 40)):
         found = read_jsonl(folder / f"{split}.jsonl")
         assert len(found) == count
-        assert all(row == {"question": row["question"], "answer": pig_latin(row["question"])} for row in found)
+        assert all(
+            row == {"question": row["question"], "answer": pig_latin(row["question"])}
+            for row in found
+        )
         assert all(row["question"][-1] in ".?!" for row in found)
 
 
@@ -116,7 +121,10 @@ def test_the_same_seed_writes_the_same_files(tmp_path):
             *SIZES,
         ]
         subprocess.run(
-            [*command, *words], check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": hash_seed}
+            [*command, *words],
+            check=True,
+            capture_output=True,
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
         )
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
@@ -150,13 +158,25 @@ def test_the_rows_are_what_the_quickstart_reads(make):
     folder = make("data")
     assert rows.detect_format([str(folder / "train.jsonl")], "line", {}) == "question_answer"
     train, dev, _ = readers.sources(str(folder / "train.jsonl"), str(folder / "dev.jsonl"))
-    assert len([rows.to_conversation(row, "question_answer", {}) for row in readers.read(next(iter(train)))]) == 300
+    assert (
+        len(
+            [
+                rows.to_conversation(row, "question_answer", {})
+                for row in readers.read(next(iter(train)))
+            ]
+        )
+        == 300
+    )
     assert len(list(readers.read(next(iter(dev))))) == 40
 
 
 def test_the_script_needs_no_package():
     """The quickstart makes its data before anything heavy is imported."""
     source = (ROOT / "data_scripts" / "pig_latin.py").read_text()
-    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
+    imported = {
+        line.split()[1].split(".")[0]
+        for line in source.splitlines()
+        if line.startswith(("import ", "from "))
+    }
     assert imported <= set(sys.stdlib_module_names)
     assert json.__name__ in imported

@@ -24,8 +24,11 @@ def test_the_installed_command_names_itself(tmp_path):
     """A console script, as pip writes it; the processes that it starts name it too."""
     script = tmp_path / "finetune"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom finetune.__main__ import main\nsys.exit(main())\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom finetune.__main__ import "
+        "main\nsys.exit(main())\n"
     )
-    done = subprocess.run([sys.executable, str(script), "launch"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), "launch"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "; finetune launch train.py --config" in done.stderr

@@ -1,4 +1,6 @@
-"""What a run will need of memory, before it starts: against published tables, against real optimizers, against real runs."""
+"""What a run will need of memory, before it starts: against published tables, against real
+optimizers, against real runs.
+"""
 
 import errno
 import json
@@ -57,27 +59,36 @@ def row(topology, said):
 
 def rehearsal(config, attention, precision="fp32"):
     model_config, tokenizer = load.load_config(config.model), load.load_tokenizer(config.model)
-    return Rehearsal(config, model_config, tokenizer, attention=attention, precision=precision, on_gpu=True)
+    return Rehearsal(
+        config, model_config, tokenizer, attention=attention, precision=precision, on_gpu=True
+    )
 
 
 def as_they_did(model, inputs, *_):
-    """All logits, in 16 bits, shifted; as transformers computed OPT's loss when the tables were made."""
+    """All logits, in 16 bits, shifted; as transformers computed OPT's loss when the tables were
+    made.
+    """
     logits = model(**inputs).logits[:, :-1].flatten(0, 1).contiguous()
     return F.cross_entropy(logits, inputs["input_ids"][:, 1:].flatten())
 
 
-# Published: Voigt Godoy, fine-tuning LLMs, 2024: OPT-350M in 16 bits, one sequence of 2,000 tokens, MB of a GPU before the
-# optimizer's first step. (recomputed, LoRA): (eager, SDPA)
+# Published: Voigt Godoy, fine-tuning LLMs, 2024: OPT-350M in 16 bits, one sequence of 2,000 tokens,
+# MB of a GPU before the optimizer's first step. (recomputed, LoRA): (eager, SDPA)
 OPT_TABLE = {(False, False): (15071, 2908), (False, True): (15266, 3109), (True, False): (2589, 1667), (True, True): (2059, 1603)}  # fmt: skip
 
 
 @pytest.mark.parametrize(("recomputed", "lora"), [(False, True), *(pytest.param(*each, marks=pytest.mark.proof) for each in OPT_TABLE if each != (False, True))])  # fmt: skip
 def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
-    """Within 18 %. OPT's own attention of that time kept the masked scores too, 2 bytes for each of L n s^2: they are added."""
+    """Within 18 %. OPT's own attention of that time kept the masked scores too, 2 bytes for each of
+    L n s^2: they are added.
+    """
     monkeypatch.setattr(trace, "_loss", as_they_did)
     adapter = {"kind": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]} if lora else {}
     config = config_of(
-        OPT_350M, model={"dtype": "bfloat16"}, adapter=adapter, train={"gradient_checkpointing": recomputed}
+        OPT_350M,
+        model={"dtype": "bfloat16"},
+        adapter=adapter,
+        train={"gradient_checkpointing": recomputed},
     )
     for attention, published in zip(("eager", "sdpa"), OPT_TABLE[recomputed, lora]):
         made = rehearsal(config, attention)
@@ -93,21 +104,38 @@ def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
     [(500, False, 12483), pytest.param(2000, True, 11511, marks=pytest.mark.proof)],
 )
 def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recomputed, published):
-    """LoRA, one sequence, flash attention; within 15 %. Published rows that were peaks of loading have no counterpart here."""
+    """LoRA, one sequence, flash attention; within 15 %. Published rows that were peaks of loading
+    have no counterpart here.
+    """
     monkeypatch.setattr(trace, "_loss", as_they_did)
-    adapter = {"kind": "qlora", "quantization": "int8", "r": 8, "target_modules": ["query_key_value"]}
+    adapter = {
+        "kind": "qlora",
+        "quantization": "int8",
+        "r": 8,
+        "target_modules": ["query_key_value"],
+    }
     config = config_of(
-        FALCON_7B, model={"dtype": "bfloat16"}, adapter=adapter, train={"gradient_checkpointing": recomputed}
+        FALCON_7B,
+        model={"dtype": "bfloat16"},
+        adapter=adapter,
+        train={"gradient_checkpointing": recomputed},
     )
     made = rehearsal(config, "sdpa")
     made.base.holds_all_logits = True
     weights = count(made.model, config, 2)
-    found = weights.stored + weights.unpacked + weights.optimizer + made.trace(Shape(1, tokens, tokens)).both
+    found = (
+        weights.stored
+        + weights.unpacked
+        + weights.optimizer
+        + made.trace(Shape(1, tokens, tokens)).both
+    )
     assert found / 1e6 == pytest.approx(published, rel=0.15)
 
 
 def test_layers_keep_what_the_known_formula_says():
-    """34 h b s + 5 n b s^2 bytes a layer (Korthikanti et al., 2022), in 16 bits with dropout; without scores the second term is gone. Within 15 %."""
+    """34 h b s + 5 n b s^2 bytes a layer (Korthikanti et al., 2022), in 16 bits with dropout;
+    without scores the second term is gone. Within 15 %.
+    """
     h, n, s = 512, 8, 512
     kept = {}
     for attention, extra in (("eager", {}), ("sdpa", {"attn_pdrop": 0.0})):
@@ -129,7 +157,9 @@ def test_layers_keep_what_the_known_formula_says():
         assert layer == pytest.approx(formula, rel=0.15), attention
 
 
-@pytest.mark.parametrize("kind", ["adamw", "paged_adamw_32bit", "lion", "adamw_8bit", "lion_8bit", "adafactor", "muon"])
+@pytest.mark.parametrize(
+    "kind", ["adamw", "paged_adamw_32bit", "lion", "adamw_8bit", "lion_8bit", "adafactor", "muon"]
+)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.proof)])
 def test_the_optimizer_holds_what_is_counted(kind, dtype):
     architecture = TINY_LLAMA | {"hidden_size": 128, "intermediate_size": 256}
@@ -143,9 +173,16 @@ def test_the_optimizer_holds_what_is_counted(kind, dtype):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    state = [value for held in optimizer.state.values() for value in held.values() if isinstance(value, torch.Tensor)]
+    state = [
+        value
+        for held in optimizer.state.values()
+        for value in held.values()
+        if isinstance(value, torch.Tensor)
+    ]
     # Maps of 256 values for 8 bits are shared by all, and counters of steps are nothing.
-    values = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state if v.numel() > 1}
+    values = {
+        v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state if v.numel() > 1
+    }
     maps = sum(size for size in values.values() if size == 1024) if kind.endswith("8bit") else 0
     assert sum(values.values()) - maps == pytest.approx(count(model, config, 2).optimizer, rel=0.02)
 
@@ -165,7 +202,8 @@ def test_quantised_weights_are_counted_as_they_are_stored(tmp_path):
             scales = [state.absmax] + ([state.state2.absmax] if double else [])
             size = stored.data.nbytes + sum(tensor.nbytes for tensor in scales)
         config = config_of(
-            TINY_LLAMA, adapter={"kind": "qlora", "quantization": quantization, "double_quantization": double}
+            TINY_LLAMA,
+            adapter={"kind": "qlora", "quantization": quantization, "double_quantization": double},
         )
         model = torch.nn.Sequential(linear.requires_grad_(False))
         model.get_output_embeddings = lambda: None
@@ -181,11 +219,20 @@ MEASURED = {
 @pytest.mark.parametrize(
     ("topology", "processes", "changes"),
     [
-        pytest.param("single", 1, {"train__micro_batch_size": 4, "train__precision": "fp32"}, marks=pytest.mark.proof),
+        pytest.param(
+            "single",
+            1,
+            {"train__micro_batch_size": 4, "train__precision": "fp32"},
+            marks=pytest.mark.proof,
+        ),
         (
             "single",
             1,
-            {"train__micro_batch_size": 1, "train__precision": "bf16", "train__gradient_checkpointing": True},
+            {
+                "train__micro_batch_size": 1,
+                "train__precision": "bf16",
+                "train__gradient_checkpointing": True,
+            },
         ),
         pytest.param(
             "fsdp2",
@@ -212,11 +259,15 @@ MEASURED = {
     ],
 )
 def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes, changes):
-    """Within 10 %, where what is freed goes back to the system; FSDP2 of torch 2.11 on a CPU held 19 % more than forecast."""
+    """Within 10 %, where what is freed goes back to the system; FSDP2 of torch 2.11 on a CPU held
+    19 % more than forecast.
+    """
     from faults.nursery import start
 
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
-    (workshop.folder / "rows.txt").write_text("".join(f"{i:04} " + "abcdefghi " * 89 + "\n" for i in range(40)))
+    (workshop.folder / "rows.txt").write_text(
+        "".join(f"{i:04} " + "abcdefghi " * 89 + "\n" for i in range(40))
+    )
     settings = {
         "model__config": MEASURED, "objective__kind": "clm", "data__train": str(workshop.folder / "rows.txt"), "data__packing": True,
         "data__max_length": 900, "train__global_batch_size": 4, "train__max_steps": 2, "checkpoint__asynchronous": False, **changes,
@@ -233,7 +284,9 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
 
 
 def test_more_at_once_never_needs_less_and_the_largest_is_the_last_that_fits():
-    config = config_of(MEASURED, train={"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"})
+    config = config_of(
+        MEASURED, train={"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"}
+    )
     chooser = Chooser(config, precision="bf16", on_gpu=True)
     peaks = [chooser.forecast(SINGLE, size).peak for size in (1, 2, 4, 8, 16, 32, 64)]
     assert peaks == sorted(peaks)
@@ -288,7 +341,12 @@ def test_the_fewest_processes_are_the_first_whose_parts_fit():
 
 def test_all_at_once_may_fit_where_parts_do_not():
     """With one micro-batch to a step no gradients wait beside its pass."""
-    train = {"global_batch_size": 8, "micro_batch_size": 4, "precision": "bf16", "gradient_checkpointing": True}
+    train = {
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "precision": "bf16",
+        "gradient_checkpointing": True,
+    }
     chooser = Chooser(config_of(FALCON_7B, train=train, data={"train": "x", "max_length": 512}), precision="bf16", on_gpu=True)  # fmt: skip
     two = ParallelConfig("fsdp2", 2)
     parts, whole = (chooser.forecast(two, size).peak for size in (1, 4))
@@ -306,13 +364,19 @@ def test_recomputing_half_the_layers_saves_half_of_it():
             "precision": "bf16",
             "gradient_checkpointing": recomputed,
         }
-        peaks.append(Chooser(config_of(MEASURED, train=train), precision="bf16", on_gpu=True).forecast(SINGLE).peak)
+        peaks.append(
+            Chooser(config_of(MEASURED, train=train), precision="bf16", on_gpu=True)
+            .forecast(SINGLE)
+            .peak
+        )
     none, half, all_ = peaks
     assert none - half == pytest.approx((none - all_) / 2, rel=0.1)
 
 
 def test_what_is_changed_first_costs_least(tmp_path):
-    config = config_of(MEASURED, train={"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16"})
+    config = config_of(
+        MEASURED, train={"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16"}
+    )
     chooser = Chooser(config, precision="bf16", on_gpu=True)
     full = chooser.forecast(SINGLE, 8).peak
     assert chooser.cheapest_change(SINGLE, full - 1) == "train.micro_batch_size: 4"
@@ -320,7 +384,8 @@ def test_what_is_changed_first_costs_least(tmp_path):
     assert chooser.cheapest_change(SINGLE, one - 1).startswith("train.gradient_checkpointing: true")
     recomputed = "train.gradient_checkpointing: true, "
     found = {
-        str(chooser.cheapest_change(SINGLE, limit)).removeprefix(recomputed) for limit in range(10**9, int(one), 10**7)
+        str(chooser.cheapest_change(SINGLE, limit)).removeprefix(recomputed)
+        for limit in range(10**9, int(one), 10**7)
     }
     assert found >= {
         "optimizer.kind: adamw_8bit, train.micro_batch_size: 1",
@@ -353,9 +418,18 @@ def test_advised_adapters_keep_the_shape_that_was_given():
 )
 def test_any_architecture_can_be_forecast(architecture):
     """benchmarks/architectures.py asks all that transformers has."""
-    config = config_of(TINY_LLAMA | architecture, model={"attention": "eager"}, data={"train": "x", "max_length": 64})
+    config = config_of(
+        TINY_LLAMA | architecture,
+        model={"attention": "eager"},
+        data={"train": "x", "max_length": 64},
+    )
     for precision, on_gpu in (("fp32", False), ("bf16", True)):
-        assert Chooser(config, precision=precision, on_gpu=on_gpu).forecast(SINGLE).device["activations"] > 0
+        assert (
+            Chooser(config, precision=precision, on_gpu=on_gpu)
+            .forecast(SINGLE)
+            .device["activations"]
+            > 0
+        )
 
 
 def test_what_cannot_be_followed_is_an_error_that_says_what_to_do(monkeypatch):
@@ -367,32 +441,56 @@ def test_what_cannot_be_followed_is_an_error_that_says_what_to_do(monkeypatch):
     made = rehearsal(config_of(TINY_LLAMA), "eager")
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     made.base.forward = forward.__get__(made.base)
-    with pytest.raises(ModelError, match="memory of llama cannot be forecast.*give train.micro_batch_size a number"):
+    with pytest.raises(
+        ModelError, match="memory of llama cannot be forecast.*give train.micro_batch_size a number"
+    ):
         made.trace(Shape(1, 8, 8))
 
 
 def test_every_part_of_a_forecast_is_what_arithmetic_says():
-    """A Llama of N weights on 8 GPUs: bytes for each weight, in float32 with Adam; what ZeRO keeps, and copies."""
-    config = config_of(MEASURED, train={"global_batch_size": 8, "precision": "bf16", "ema_decay": 0.9})
+    """A Llama of N weights on 8 GPUs: bytes for each weight, in float32 with Adam; what ZeRO keeps,
+    and copies.
+    """
+    config = config_of(
+        MEASURED, train={"global_batch_size": 8, "precision": "bf16", "ema_decay": 0.9}
+    )
     chooser = Chooser(config, precision="bf16", on_gpu=True)
     n = chooser.maker().weights.num
     zero = {"reduce_bucket_size": 5e8}
     #           weights, float32, optimizer, gradients, average, copied by a checkpoint, CUDA with NCCL
     wanted = [
         (ParallelConfig("single", 1), (4 * n, 0, 8 * n, 4 * n, 4 * n, 16 * n, 0.6e9)),
-        (ParallelConfig("ddp", 8), (4 * n, 0, 8 * n, 0, 4 * n, 2 * n, 1e9)),  # its gradients are in the buckets
+        (
+            ParallelConfig("ddp", 8),
+            (4 * n, 0, 8 * n, 0, 4 * n, 2 * n, 1e9),
+        ),  # its gradients are in the buckets
         (ParallelConfig("fsdp2", 8), (n / 2, 0, n, n / 2, n / 2, 2 * n, 1e9)),
-        (ParallelConfig("zero1", 8, deepspeed={"zero_optimization": zero}), (2 * n, n / 2, n, 2 * n, 0, 1.5 * n, 1e9)),
-        (ParallelConfig("zero2", 8, deepspeed={"zero_optimization": zero}), (2 * n, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
-        (ParallelConfig("zero3", 8, deepspeed={"zero_optimization": zero}), (n / 4, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
+        (
+            ParallelConfig("zero1", 8, deepspeed={"zero_optimization": zero}),
+            (2 * n, n / 2, n, 2 * n, 0, 1.5 * n, 1e9),
+        ),
+        (
+            ParallelConfig("zero2", 8, deepspeed={"zero_optimization": zero}),
+            (2 * n, n / 2, n, n / 4, 0, 1.5 * n, 1e9),
+        ),
+        (
+            ParallelConfig("zero3", 8, deepspeed={"zero_optimization": zero}),
+            (n / 4, n / 2, n, n / 4, 0, 1.5 * n, 1e9),
+        ),
     ]
     for parallel, parts in wanted:
         found = chooser.forecast(parallel)
         names = ("weights", "float32", "optimizer", "gradients", "average")
-        sizes = [*(found.device.get(name, 0) for name in names), found.host["checkpoint"], found.device["CUDA"]]
+        sizes = [
+            *(found.device.get(name, 0) for name in names),
+            found.host["checkpoint"],
+            found.device["CUDA"],
+        ]
         assert sizes == pytest.approx(parts), parallel.name
         moving = found.peak - sum(
-            size for name, size in found.device.items() if name in (*names[:3], "average", "CUDA", "buckets")
+            size
+            for name, size in found.device.items()
+            if name in (*names[:3], "average", "CUDA", "buckets")
         )
         assert moving > max(found.device["gradients"], found.device["activations"]), parallel.name
     buckets = chooser.forecast(ParallelConfig("ddp", 8)).device["buckets"]
@@ -404,7 +502,9 @@ def test_every_part_of_a_forecast_is_what_arithmetic_says():
 
 
 def test_zero_keeps_quantised_weights_as_they_are():
-    config = config_of(MEASURED, adapter={"kind": "qlora"}, train={"global_batch_size": 8, "precision": "bf16"})
+    config = config_of(
+        MEASURED, adapter={"kind": "qlora"}, train={"global_batch_size": 8, "precision": "bf16"}
+    )
     chooser = Chooser(config, precision="bf16", on_gpu=True)
     parallel = ParallelConfig("zero2", 8, deepspeed={"zero_optimization": {}})
     assert chooser.forecast(parallel).device["weights"] == pytest.approx(
@@ -421,9 +521,16 @@ def test_a_gpu_offers_what_is_free_on_it_and_what_this_process_has_already(monke
 
 
 def test_an_evaluation_may_need_more_than_a_step():
-    sizes = {"global_batch_size": 8, "micro_batch_size": 1, "gradient_checkpointing": True, "precision": "bf16"}
+    sizes = {
+        "global_batch_size": 8,
+        "micro_batch_size": 1,
+        "gradient_checkpointing": True,
+        "precision": "bf16",
+    }
     peaks = [
-        Chooser(config_of(MEASURED, train=sizes, evaluation=asked), precision="bf16", on_gpu=True).forecast(SINGLE).peak
+        Chooser(config_of(MEASURED, train=sizes, evaluation=asked), precision="bf16", on_gpu=True)
+        .forecast(SINGLE)
+        .peak
         for asked in ({}, {"micro_batch_size": 1}, {"micro_batch_size": 512})
     ]
     assert peaks[0] == peaks[1] < peaks[2]
@@ -460,28 +567,46 @@ def test_planning_takes_no_port(workshop, capsys, monkeypatch):
 
 def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
     """A micro-batch that does not make whole steps on that number of processes is not said to fit."""
-    path = workshop.write(workshop.config("plan", train__global_batch_size=8, train__micro_batch_size=8))
-    ddp = ["plan", "--config", str(path), "--topology", str(ROOT / "accelerate_configs/ddp.yaml"), "--gpu-memory", "8"]
+    path = workshop.write(
+        workshop.config("plan", train__global_batch_size=8, train__micro_batch_size=8)
+    )
+    ddp = [
+        "plan",
+        "--config",
+        str(path),
+        "--topology",
+        str(ROOT / "accelerate_configs/ddp.yaml"),
+        "--gpu-memory",
+        "8",
+    ]
     assert command([*ddp, "--num-processes", "2"]) == 0
     assert row("ddp", capsys.readouterr().out).endswith("fits, with train.micro_batch_size: 4")
     assert command([*ddp, "--num-processes", "2", "--train.micro_batch_size", "4"]) == 0
     assert row("ddp", capsys.readouterr().out).endswith("fits")
     config, _ = configs.parse(["--config", str(path)])
     config = config.model_copy(
-        update={"train": config.train.model_copy(update={"micro_batch_size": 6, "global_batch_size": 12})}
+        update={
+            "train": config.train.model_copy(
+                update={"micro_batch_size": 6, "global_batch_size": 12}
+            )
+        }
     )
     said = choice.advice(config, ParallelConfig("ddp", 2), torch.device("cpu"), "fp32")
     assert said.endswith("try train.micro_batch_size: 3")
 
 
 def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
-    path = workshop.write(workshop.config("plan", train__global_batch_size=16, train__micro_batch_size="auto"))
+    path = workshop.write(
+        workshop.config("plan", train__global_batch_size=16, train__micro_batch_size="auto")
+    )
     assert command(["plan", "--config", str(path), "--gpu-memory", "24"]) == 0
     said = capsys.readouterr().out
     for file in (ROOT / "accelerate_configs").glob("*.yaml"):
         line = row(file.stem, said)
         assert "fits" in line, line
-        assert int(line.split()[2]) <= int(line.split()[1]), "the fewest are not more than were given"
+        assert int(line.split()[2]) <= int(line.split()[1]), (
+            "the fewest are not more than were given"
+        )
         assert ("for auto" in line) == ("zero" in file.stem), line
 
 
@@ -493,11 +618,15 @@ def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
     ],
 )
 def test_a_plan_begins_with_what_to_take(workshop, capsys, memory, advice):
-    path = workshop.write(workshop.config("plan", train__global_batch_size=16, data__max_length=256))
+    path = workshop.write(
+        workshop.config("plan", train__global_batch_size=16, data__max_length=256)
+    )
     assert command(["plan", "--config", str(path), "--gpu-memory", memory]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[3].startswith(advice)
-    topologies = [line.split()[0] for line in said[6:] if line.split()[1:2] and line.split()[1].isdigit()]
+    topologies = [
+        line.split()[0] for line in said[6:] if line.split()[1:2] and line.split()[1].isdigit()
+    ]
     assert topologies[0] == "single"
     assert topologies[-1].endswith("multinode")
 
@@ -518,7 +647,10 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
         (["--num-processes", "0"], "a whole number from 1"),
         (["--train.gradient_checkpoint", "true"], "did you mean train.gradient_checkpointing"),
         (["--num-proceses", "2"], "--num-proceses"),
-        (["--topology", str(ROOT / "accelerate_configs/single.yaml"), "--num-processes", "4"], "starts one"),
+        (
+            ["--topology", str(ROOT / "accelerate_configs/single.yaml"), "--num-processes", "4"],
+            "starts one",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, said):
@@ -531,7 +663,10 @@ def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monke
     """Dropout too: the attempt before the first step leaves nothing behind."""
     dropout = {"model__config": TINY_LLAMA | {"attention_dropout": 0.1}}
     config, _ = configs.parse(
-        ["--config", str(workshop.write(workshop.config(**dropout, train__micro_batch_size="auto")))]
+        [
+            "--config",
+            str(workshop.write(workshop.config(**dropout, train__micro_batch_size="auto"))),
+        ]
     )
     chooser = Chooser(config, precision="fp32", on_gpu=False)
     between = (chooser.forecast(SINGLE, 4).peak + chooser.forecast(SINGLE, 8).peak) / 2
@@ -543,7 +678,8 @@ def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monke
 
 def test_auto_with_noise_on_the_embeddings(workshop):
     found, given = (
-        workshop.train(str(size), train__micro_batch_size=size, train__neftune_alpha=5.0) for size in ("auto", 8)
+        workshop.train(str(size), train__micro_batch_size=size, train__neftune_alpha=5.0)
+        for size in ("auto", 8)
     )
     assert losses(found) == losses(given)
 
@@ -555,7 +691,11 @@ def test_auto_says_so_where_nothing_fits(workshop, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "exc", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
+    "exc",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate"),
+    ],
 )
 def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypatch, exc):
     from finetune import loop
@@ -567,7 +707,9 @@ def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypa
     config, _ = configs.parse(["--config", str(workshop.write(workshop.config()))])
     peak = Chooser(config, precision="fp32", on_gpu=False).forecast(SINGLE).peak
     monkeypatch.setattr(choice, "capacity", lambda *_: peak - 1)
-    with pytest.raises(OutOfMemory, match=r"at step 1(.|\n)*forecast: .* GB; try train.micro_batch_size: 2") as told:
+    with pytest.raises(
+        OutOfMemory, match=r"at step 1(.|\n)*forecast: .* GB; try train.micro_batch_size: 2"
+    ) as told:
         workshop.train()
     outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
     assert outcome["reason"] == str(told.value)

@@ -36,7 +36,9 @@ try:
 except BaseException:
     pass
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     said = (
         "stopped: by Ctrl-C before the first step"
         if name == "SIGINT"
@@ -61,7 +63,9 @@ def test_before_the_loop_a_signal_ends_the_run_where_it_is(name):
 
 def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved():
     stop = flag()
-    with pytest.raises(Preempted, match="by Ctrl-C before the first step of this attempt; it saved nothing") as told:
+    with pytest.raises(
+        Preempted, match="by Ctrl-C before the first step of this attempt; it saved nothing"
+    ) as told:
         send(signal.SIGINT)
     assert told.value.label == "stopped"
     assert told.value.exit_code == 75
@@ -73,7 +77,9 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved():
     assert told.value.label == "preempted"
 
 
-def test_ctrl_c_in_the_loop_says_at_once_what_happens_and_what_a_second_one_does(capfd, monkeypatch):
+def test_ctrl_c_in_the_loop_says_at_once_what_happens_and_what_a_second_one_does(
+    capfd, monkeypatch
+):
     for rank, told in ((None, True), ("0", True), ("1", False)):
         monkeypatch.delenv("RANK", raising=False)
         if rank is not None:
@@ -81,7 +87,10 @@ def test_ctrl_c_in_the_loop_says_at_once_what_happens_and_what_a_second_one_does
         stop = flag()
         stop.only_note()
         send(signal.SIGINT)
-        assert ("stopping after this step, then saving; Ctrl-C again quits at once" in capfd.readouterr().err) == told
+        assert (
+            "stopping after this step, then saving; Ctrl-C again quits at once"
+            in capfd.readouterr().err
+        ) == told
 
 
 def test_a_second_ctrl_c_quits_at_once():
@@ -94,7 +103,9 @@ stop.only_note()
 for _ in range(2):
     os.kill(os.getpid(), signal.SIGINT)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 130
     assert done.stderr.count("stopping after this step") == 1
 
@@ -156,7 +167,9 @@ def test_a_deadline_before_the_first_step_is_an_error_and_one_after_the_last_is_
     """Trying again would end in the same way; what is saved is another matter."""
     stop = flag()
     stop.configure(grace_seconds=30, max_minutes=0.2 / 60, cloud=None, log=print)
-    with pytest.raises(CheckpointError, match="checkpoint.max_minutes are over before the first step"):
+    with pytest.raises(
+        CheckpointError, match="checkpoint.max_minutes are over before the first step"
+    ):
         time.sleep(5)
     stop = flag()
     stop.configure(grace_seconds=30, max_minutes=1 / 60, cloud=None, log=print)
@@ -204,15 +217,21 @@ subprocess.Popen(command).wait()
 
 @pytest.fixture
 def launched(tmp_path):
-    """Starts a launcher by these words of its command line; gives its process and its session, in which the script is."""
+    """Starts a launcher by these words of its command line; gives its process and its session, in
+    which the script is.
+    """
     started = []
 
     def launch(*words, **environment):
         command = [sys.executable, "-c", LAUNCH, *words, SCRIPT, str(tmp_path)]
         environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
-        before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what this process ignores, its children would, too
+        before = signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # what this process ignores, its children would, too
         try:
-            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True))
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+            )
         finally:
             signal.signal(signal.SIGTERM, before)
         return started[-1]
@@ -246,7 +265,10 @@ def test_death_of_accelerate_launch_stops_the_script(launched, tmp_path, words, 
     until((tmp_path / "begun").exists)
     launcher.send_signal(number)
     launcher.wait()
-    assert until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text()) == "the launcher has died"
+    assert (
+        until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text())
+        == "the launcher has died"
+    )
 
 
 def test_death_of_accelerate_launch_while_python_starts_leaves_no_script(launched, tmp_path):
@@ -265,7 +287,9 @@ def test_death_of_accelerate_launch_while_python_starts_leaves_no_script(launche
         ended.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("words", [["bash"], ["python", "train.py", "accelerate"], ["vi", "accelerate.yaml", "launch"]])
+@pytest.mark.parametrize(
+    "words", [["bash"], ["python", "train.py", "accelerate"], ["vi", "accelerate.yaml", "launch"]]
+)
 def test_death_of_a_shell_does_not_stop_what_runs_in_its_background(launched, tmp_path, words):
     shell = launched(*words)
     until((tmp_path / "begun").exists)
@@ -274,7 +298,9 @@ def test_death_of_a_shell_does_not_stop_what_runs_in_its_background(launched, tm
     time.sleep(0.1)
     assert session(shell.pid), "it goes on"
     (tmp_path / "end").touch()
-    assert until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text()) == "None"
+    assert (
+        until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text()) == "None"
+    )
 
 
 def test_end_of_the_launchers_thread_does_not_stop_the_script(launched, tmp_path):
@@ -284,4 +310,7 @@ def test_end_of_the_launchers_thread_does_not_stop_the_script(launched, tmp_path
     assert not (tmp_path / "ended").exists()
     launcher.kill()
     launcher.wait()
-    assert until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text()) == "the launcher has died"
+    assert (
+        until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text())
+        == "the launcher has died"
+    )

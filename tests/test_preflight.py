@@ -1,4 +1,6 @@
-"""Settings that do nothing in this run, and what the model asks for in vain, are notes of the summary."""
+"""Settings that do nothing in this run, and what the model asks for in vain, are notes of the
+summary.
+"""
 
 import re
 from types import SimpleNamespace
@@ -39,7 +41,9 @@ ONE_LENGTH = {"objective__kind": "clm", "data__max_length": 8, "data__truncation
 )  # fmt: skip
 def test_a_setting_without_effect_in_this_run_is_noted(workshop, capsys, changes, note):
     workshop.check(**changes)
-    assert any(line.startswith("note  ") and note in line for line in capsys.readouterr().out.splitlines())
+    assert any(
+        line.startswith("note  ") and note in line for line in capsys.readouterr().out.splitlines()
+    )
 
 
 def test_settings_that_do_something_are_not_noted(workshop, capsys):
@@ -53,28 +57,40 @@ def test_settings_that_do_something_are_not_noted(workshop, capsys):
     assert "steps       3 steps" in said
     assert "without train.max_steps" in said
     assert [
-        line for line in said.splitlines() if line.startswith("note") and "change the model very little" not in line
+        line
+        for line in said.splitlines()
+        if line.startswith("note") and "change the model very little" not in line
     ] == []
 
 
 def test_what_is_not_read_or_empty_is_said_of_training_and_evaluation(workshop, capsys):
     held_out = "".join(f"q {n},a,x,{n}\n,,,\n" for n in range(3))
-    (workshop.folder / "t.csv").write_text("question,answer,source\n" + "".join(f"q{n},a,s\n,,\n" for n in range(8)))
+    (workshop.folder / "t.csv").write_text(
+        "question,answer,source\n" + "".join(f"q{n},a,s\n,,\n" for n in range(8))
+    )
     dev = workshop.folder / "dev.csv"
     dev.write_text("question,answer,topic,likes\n" + held_out)
-    workshop.check(data__train=str(workshop.folder / "t.csv"), data__eval=str(dev), train__max_steps=1)
+    workshop.check(
+        data__train=str(workshop.folder / "t.csv"), data__eval=str(dev), train__max_steps=1
+    )
     said = capsys.readouterr().out
     assert (
-        "not read    columns source (8 rows)\nnot read    in data.eval: columns likes (3 rows), topic (3 rows)\n"
-        in said
+        "not read    columns source (8 rows)\nnot read    in data.eval: columns likes (3 rows), "
+        "topic (3 rows)\n" in said
     )
-    assert "8 rows -> 8 examples -> 8 sequences of at most 128 tokens; 8 empty rows skipped\n" in said
+    assert (
+        "8 rows -> 8 examples -> 8 sequences of at most 128 tokens; 8 empty rows skipped\n" in said
+    )
     assert "evaluation  3 examples; 3 empty rows skipped\n" in said
 
 
 def test_the_rows_of_the_summary_add_up(workshop, capsys):
     workshop.check(
-        data__max_length=75, data__truncation="drop", data__max_rows=25, data__eval_fraction=0.2, train__max_steps=1
+        data__max_length=75,
+        data__truncation="drop",
+        data__max_rows=25,
+        data__eval_fraction=0.2,
+        train__max_steps=1,
     )
     said = capsys.readouterr().out
     [line] = [line for line in said.splitlines() if line.startswith("data  ")]
@@ -89,16 +105,22 @@ def test_rows_that_were_split_are_not_called_cut(workshop, capsys):
     text = workshop.folder / "text.txt"
     text.write_text("".join(f"line {i} {'la ' * i}\n" for i in range(40)))
     workshop.check(
-        data__train=str(text), objective__kind="clm", data__truncation="split", data__max_length=64, train__max_steps=1
+        data__train=str(text),
+        objective__kind="clm",
+        data__truncation="split",
+        data__max_length=64,
+        train__max_steps=1,
     )
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data  ")]
     assert re.match(
-        r"data        40 rows -> \d\d examples -> .* of at most 64 tokens; \d+ split into several examples$", line
+        r"data        40 rows -> \d\d examples -> .* of at most 64 tokens; \d+ split into several examples$",
+        line,
     )
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "lr"), [("adamw", "2e-05"), ("lion", "4e-06"), ("adafactor", "0.001"), ("muon", "2e-05")]
+    ("optimizer", "lr"),
+    [("adamw", "2e-05"), ("lion", "4e-06"), ("adafactor", "0.001"), ("muon", "2e-05")],
 )
 def test_a_rate_that_suits_the_method_is_taken_and_said(workshop, capsys, optimizer, lr):
     workshop.check(optimizer__lr=None, optimizer__kind=optimizer)
@@ -112,18 +134,25 @@ def test_the_first_example_is_shown_with_its_spaces():
     tokenizer = like_llama()
     ids = tokenizer("What ever is it", add_special_tokens=False)["input_ids"]
     supervised = np.array(["ever" in tokenizer.convert_ids_to_tokens(i) for i in ids])
-    example = SimpleNamespace(starts=[0], ends=[len(ids)], input_ids=np.array(ids), supervised=supervised)
+    example = SimpleNamespace(
+        starts=[0], ends=[len(ids)], input_ids=np.array(ids), supervised=supervised
+    )
     assert preflight._marked(example, tokenizer) == "  | What[[ ever]] is it"
 
 
-def test_rows_that_fit_a_template_are_trained_though_the_shortest_conversation_does_not_fit(workshop):
+def test_rows_that_fit_a_template_are_trained_though_the_shortest_conversation_does_not_fit(
+    workshop,
+):
     """As DeepSeek-R1's: the prompt opens the thoughts, and each row begins with them."""
     from test_templates import OPENS_AND_KEEPS
 
     from finetune.export.load import load, load_tokenizer
 
     (workshop.folder / "r1.jinja").write_text(OPENS_AND_KEEPS)
-    write_jsonl(workshop.rows, [{"question": f"{n}?", "answer": f"<think>\nhm\n</think>\n\n{n}"} for n in range(20)])
+    write_jsonl(
+        workshop.rows,
+        [{"question": f"{n}?", "answer": f"<think>\nhm\n</think>\n\n{n}"} for n in range(20)],
+    )
     run = workshop.train(data__template=str(workshop.folder / "r1.jinja"), train__max_steps=1)
     tokenizer, model = load_tokenizer(run / "model"), load(run / "model")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
@@ -135,4 +164,6 @@ def test_a_system_prompt_that_the_template_drops_is_refused(workshop):
     (workshop.folder / "drops.jinja").write_text(WITHOUT_SYSTEM)
     workshop.check(data__template=str(workshop.folder / "drops.jinja"))
     with pytest.raises(ConfigError, match=r"^data\.system_prompt: would be ignored"):
-        workshop.check(data__template=str(workshop.folder / "drops.jinja"), data__system_prompt="Be brief.")
+        workshop.check(
+            data__template=str(workshop.folder / "drops.jinja"), data__system_prompt="Be brief."
+        )

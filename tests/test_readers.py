@@ -1,4 +1,6 @@
-"""Every file type is read with the line of each row; what cannot be read is refused by file and line."""
+"""Every file type is read with the line of each row; what cannot be read is refused by file and
+line.
+"""
 
 import gzip
 import json
@@ -100,7 +102,11 @@ def test_empty_rows_of_a_table_are_skipped_and_counted(tmp_path):
     problems = rows.Problems()
     read = list(rows.conversations([str(path)], "auto", {}, "line", None, problems))
     assert [conversation.place.line for conversation in read] == [3]
-    assert (problems.num_rows, problems.num_empty, len(problems)) == (2, 4, 1)  # that of half a row is an error
+    assert (problems.num_rows, problems.num_empty, len(problems)) == (
+        2,
+        4,
+        1,
+    )  # that of half a row is an error
     path.write_text("question,answer\n,\n,\n")
     with pytest.raises(DataError, match="all its rows are empty"):
         rows.check([[str(path)]], "auto", {}, "line", None)
@@ -149,7 +155,10 @@ def test_lines_may_end_as_on_windows(tmp_path):
 
 def test_parquet_rows_are_numbered_from_1(parquet):
     path = parquet([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
-    assert lines_and_values(path) == [(1, {"question": "a", "answer": "b"}), (2, {"question": "c", "answer": "d"})]
+    assert lines_and_values(path) == [
+        (1, {"question": "a", "answer": "b"}),
+        (2, {"question": "c", "answer": "d"}),
+    ]
 
 
 def test_parquet_keeps_conversations(parquet):
@@ -161,7 +170,9 @@ def test_parquet_keeps_conversations(parquet):
     )
 
 
-@pytest.mark.parametrize("name", ["rows.JSONL", "rows.Json", "rows.CSV", "rows.TXT", "rows.PARQUET"])
+@pytest.mark.parametrize(
+    "name", ["rows.JSONL", "rows.Json", "rows.CSV", "rows.TXT", "rows.PARQUET"]
+)
 def test_a_file_type_may_be_written_in_capitals(tmp_path, parquet, name):
     path = tmp_path / name
     text = {".jsonl": '{"text": "a"}', ".json": '[{"text": "a"}]', ".csv": "text\na", ".txt": "a"}
@@ -175,7 +186,9 @@ def test_a_file_type_may_be_written_in_capitals(tmp_path, parquet, name):
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
     path = tmp_path / name
-    text = {".jsonl": '{"text": "é"}', ".json": '[{"text": "é"}]', ".csv": "text\né", ".txt": "é"}[path.suffix]
+    text = {".jsonl": '{"text": "é"}', ".json": '[{"text": "é"}]', ".csv": "text\né", ".txt": "é"}[
+        path.suffix
+    ]
     path.write_text("\ufeff" + text, encoding="utf-8")
     assert [values for _, values in lines_and_values(path)] == [{"text": "é"}]
 
@@ -188,7 +201,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         lambda: readers.sources(path, None),
     ):
         with pytest.raises(
-            DataError, match=re.escape(path) + ": no such file in .*.* take files, folders, globs, or Hub names"
+            DataError,
+            match=re.escape(path)
+            + ": no such file in .*.* take files, folders, globs, or Hub names",
         ):
             reading()
 
@@ -200,7 +215,9 @@ def test_an_empty_file_is_named(tmp_path, name, content):
     assert "holds no rows" in says or "should hold a list of rows" in says
 
 
-@pytest.mark.parametrize(("name", "content"), [("rows.csv", "question,answer\n"), ("rows.json", "[]")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("rows.csv", "question,answer\n"), ("rows.json", "[]")]
+)
 def test_a_file_without_rows_is_named(tmp_path, name, content):
     assert ": holds no rows" in unreadable(tmp_path / name, content)
 
@@ -214,7 +231,9 @@ def test_a_parquet_file_without_rows_is_named(parquet):
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path, datasets_cache):
-    assert "no whole Parquet file" in unreadable(tmp_path / "rows.parquet", b"PAR1 and nothing more")
+    assert "no whole Parquet file" in unreadable(
+        tmp_path / "rows.parquet", b"PAR1 and nothing more"
+    )
 
 
 @pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.jsonl.zst", "rows.parquet.gz"])
@@ -264,7 +283,11 @@ def test_json_that_python_cannot_hold_is_refused(tmp_path, line, says, ending):
         ('[\n{"a": 1},\n{"a": }\n]', ":3: ", "broken JSON: Expecting value at column 7"),
         ('[\n{"a": 1}\n{"a": 2}\n]', ":3: ", "broken JSON: Expecting ',' delimiter"),
         ('[\n{"a": 1},\n5\n]', " row 2: ", "a row should be an object like {...}, got 5"),
-        ('[\n{"a": 1}\n]\n[\n{"a": 2}\n]', ":4: ", "broken JSON: Extra data"),  # or the second list would be lost
+        (
+            '[\n{"a": 1}\n]\n[\n{"a": 2}\n]',
+            ":4: ",
+            "broken JSON: Extra data",
+        ),  # or the second list would be lost
     ],
 )
 def test_a_broken_json_file_is_refused(tmp_path, content, place, says):
@@ -276,11 +299,19 @@ def test_a_broken_json_file_is_refused(tmp_path, content, place, says):
 @pytest.mark.parametrize(
     ("content", "line", "says"),
     [
-        ("question,answer\na,b\nc\n", 3, "1 cells, but the header names 2 columns ['question', 'answer']"),
+        (
+            "question,answer\na,b\nc\n",
+            3,
+            "1 cells, but the header names 2 columns ['question', 'answer']",
+        ),
         ("question,answer\na,b,c\n", 2, "3 cells, but the header names 2 columns"),
         ('question,answer\n"a\nb",c\nd, e, f\n', 4, "3 cells"),
         ('question,answer\na,"b"c\n', 2, "broken CSV"),
-        ('question,answer\na,b\nc,"d\ne,f\ng,h\n', 3, "broken CSV"),  # the line where the quote was left open
+        (
+            'question,answer\na,b\nc,"d\ne,f\ng,h\n',
+            3,
+            "broken CSV",
+        ),  # the line where the quote was left open
         ("answer,answer\na,b\n", 1, "answer"),  # or one of them would go without a word
     ],
 )
@@ -311,7 +342,9 @@ def test_a_name_that_is_no_file_is_looked_for_on_the_hub(name):
         list(readers.read(name))
 
 
-@pytest.mark.parametrize("name", ["rows", "./folder/rows", "/folder/rows", "a/b/c", "folder/rows.jsonl", "../rows.csv"])
+@pytest.mark.parametrize(
+    "name", ["rows", "./folder/rows", "/folder/rows", "a/b/c", "folder/rows.jsonl", "../rows.csv"]
+)
 def test_a_name_that_cannot_be_on_the_hub_is_a_missing_file(name):
     with pytest.raises(DataError, match="no such file"):
         list(readers.read(name))
@@ -338,19 +371,25 @@ def test_a_device_and_a_pipe_are_named(tmp_path):
             readers.sources(name, None)
 
 
-@pytest.mark.parametrize("copied", [False, True], ids=["the same file", "a copy under another name"])
+@pytest.mark.parametrize(
+    "copied", [False, True], ids=["the same file", "a copy under another name"]
+)
 def test_the_same_rows_for_training_and_evaluation_are_refused(tmp_path, copied):
     train = write_jsonl(tmp_path / "train.jsonl", [QA])
     evaluation = write_jsonl(tmp_path / "dev.jsonl", [QA]) if copied else train
     with pytest.raises(DataError) as caught:
         readers.sources([str(train)], [str(evaluation)])
-    assert str(caught.value).startswith(f"data.eval: {evaluation} holds the same rows as data.train {train}; ")
+    assert str(caught.value).startswith(
+        f"data.eval: {evaluation} holds the same rows as data.train {train}; "
+    )
     assert "do not evaluate on training rows" in str(caught.value)
 
 
 def test_the_same_rows_given_twice_are_refused(tmp_path):
     path = str(write_jsonl(tmp_path / "train.jsonl", [QA]))
-    with pytest.raises(DataError, match=r"data\.train: .* holds the same rows as .*; .*, and list each file once"):
+    with pytest.raises(
+        DataError, match=r"data\.train: .* holds the same rows as .*; .*, and list each file once"
+    ):
         readers.sources([path, path], None)
 
 
@@ -388,7 +427,14 @@ def test_all_files_of_a_folder_are_read_or_named(tmp_path):
     for name in ("train_a.jsonl", "b.jsonl", "deep/er/c.jsonl"):
         write(tmp_path / name)
     (tmp_path / "d.csv").write_text("question,answer\na,b\n")
-    for name in ("README.md", "LICENSE", ".gitattributes", "table.xlsx", ".git/config", "changelog.txt"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        ".gitattributes",
+        "table.xlsx",
+        ".git/config",
+        "changelog.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("words")
     (tmp_path / "_SUCCESS").touch()
@@ -397,7 +443,10 @@ def test_all_files_of_a_folder_are_read_or_named(tmp_path):
     assert files == ["b.jsonl", "d.csv", "deep/er/c.jsonl", "train_a.jsonl"]
     [note] = notes
     assert f"{tmp_path}/.git/, {tmp_path}/.gitattributes (hidden)" in note
-    assert f"{tmp_path}/LICENSE, {tmp_path}/README.md, {tmp_path}/changelog.txt (describes data)" in note
+    assert (
+        f"{tmp_path}/LICENSE, {tmp_path}/README.md, {tmp_path}/changelog.txt (describes data)"
+        in note
+    )
     assert f"{tmp_path}/_SUCCESS, {tmp_path}/table.xlsx (type not known)" in note
     assert f"{tmp_path}/empty.jsonl (empty)" in note
 
@@ -427,7 +476,9 @@ def test_a_glob_that_matches_nothing_is_refused(tmp_path, name):
 
 def test_a_folder_without_rows_is_refused_with_what_it_holds(tmp_path):
     (tmp_path / "table.xlsx").write_text("words")
-    with pytest.raises(DataError, match=r"holds no file with rows; not read: .*/table\.xlsx \(type not known\)"):
+    with pytest.raises(
+        DataError, match=r"holds no file with rows; not read: .*/table\.xlsx \(type not known\)"
+    ):
         readers.sources(str(tmp_path), None)
 
 
@@ -437,7 +488,9 @@ def test_links_are_followed_once(tmp_path):
     (tmp_path / "folder/b.jsonl").symlink_to(tmp_path / "folder/a.jsonl")
     assert found(tmp_path / "folder")[0] == ["a.jsonl"]
     (tmp_path / "folder/c.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    with pytest.raises(DataError, match=r"folder/c\.jsonl: links to .*gone\.jsonl, which does not exist"):
+    with pytest.raises(
+        DataError, match=r"folder/c\.jsonl: links to .*gone\.jsonl, which does not exist"
+    ):
         found(tmp_path / "folder")
 
 
@@ -447,7 +500,8 @@ def test_links_are_followed_once(tmp_path):
         ("train.jsonl test.jsonl", "train.jsonl", "test.jsonl"),
         ("train.jsonl dev.jsonl test.jsonl", "train.jsonl", "dev.jsonl"),
         ("train-00000-of-00002.jsonl train-00001-of-00002.jsonl validation-00000-of-00001.jsonl",
-         "train-00000-of-00002.jsonl train-00001-of-00002.jsonl", "validation-00000-of-00001.jsonl"),
+         "train-00000-of-00002.jsonl "
+         "train-00001-of-00002.jsonl", "validation-00000-of-00001.jsonl"),
         ("train/a.jsonl test/a.jsonl", "train/a.jsonl", "test/a.jsonl"),
         ("extra.jsonl my_train.jsonl my_test.jsonl", "extra.jsonl my_train.jsonl", "my_test.jsonl"),
         ("latest.jsonl contest.jsonl", "latest.jsonl contest.jsonl", "latest.jsonl contest.jsonl"),
@@ -469,11 +523,16 @@ def test_a_folder_of_splits_is_read_by_split(tmp_path, names, train, evaluation)
 def test_rows_to_hold_out_are_not_trained_on_for_want_of_others(tmp_path):
     write(tmp_path / "test.jsonl")
     write(tmp_path / "questions.jsonl")
-    with pytest.raises(DataError, match=r"test\.jsonl is named as rows to hold out, .* list the files to train on, or"):
+    with pytest.raises(
+        DataError,
+        match=r"test\.jsonl is named as rows to hold out, .* list the files to train on, or",
+    ):
         found(tmp_path)
     files, notes = readers.expand(f"{tmp_path}/**/*", "data.train")
     assert len(files) == 2
-    assert notes == [f"data.train: {tmp_path}/test.jsonl is trained on, though named as rows to hold out"]
+    assert notes == [
+        f"data.train: {tmp_path}/test.jsonl is trained on, though named as rows to hold out"
+    ]
 
 
 def test_the_same_file_by_two_ways_is_found(tmp_path):
@@ -485,7 +544,9 @@ def test_the_same_file_by_two_ways_is_found(tmp_path):
         tmp_path / "link.jsonl",
         f"{tmp_path}/./folder//rows.jsonl",
     ):
-        with pytest.raises(DataError, match=r"^data\.eval: .*jsonl holds the same rows as data\.train .*jsonl; "):
+        with pytest.raises(
+            DataError, match=r"^data\.eval: .*jsonl holds the same rows as data\.train .*jsonl; "
+        ):
             readers.sources(str(path), str(other))
 
 
@@ -500,12 +561,22 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, datasets_cache):
     assert "saved/test (named as test rows)" in notes[0]
     assert lines_and_values(tmp_path / "saved/train") == [(1, QA)]
     assert found(tmp_path / "saved", "data.eval")[0] == ["test"]
-    assert readers.expand(str(tmp_path / "saved/test"), "data.train") == ([str(tmp_path / "saved/test")], [])
+    assert readers.expand(str(tmp_path / "saved/test"), "data.train") == (
+        [str(tmp_path / "saved/test")],
+        [],
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["data/train.jsonl.gz", "data/rows.tsv", "data/rows.xlsx", "data/ROWS.JSONL", "here/rows", "no/rows.zst:train"],
+    [
+        "data/train.jsonl.gz",
+        "data/rows.tsv",
+        "data/rows.xlsx",
+        "data/ROWS.JSONL",
+        "here/rows",
+        "no/rows.zst:train",
+    ],
 )
 def test_a_name_that_looks_like_a_file_is_never_looked_for_on_the_hub(tmp_path, monkeypatch, name):
     (tmp_path / "here").mkdir()
@@ -533,7 +604,9 @@ def test_a_missing_file_comes_with_what_may_have_been_meant(tmp_path, monkeypatc
 
 
 def test_without_the_hub_the_error_says_what_to_do():
-    with pytest.raises(DataError, match="give a file or a folder, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1"):
+    with pytest.raises(
+        DataError, match="give a file or a folder, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1"
+    ):
         readers.sources("owner/no-such-name", None)
 
 
@@ -561,10 +634,16 @@ def test_a_name_that_is_not_unicode_can_be_shown(tmp_path):
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_the_delimiter_of_a_csv_is_found(tmp_path, delimiter, suffix):
     path = tmp_path / f"rows.{suffix}"
-    cells = [["question", "the answer; or, so|"], ['a "word"', "one, two"], ["b", "three; four|five\tsix, seven"]]
+    cells = [
+        ["question", "the answer; or, so|"],
+        ['a "word"', "one, two"],
+        ["b", "three; four|five\tsix, seven"],
+    ]
     quoted = [['"' + cell.replace('"', '""') + '"' for cell in line] for line in cells]
     path.write_text("".join(delimiter.join(line) + "\n" for line in quoted))
-    assert lines_and_values(path) == [(n, dict(zip(cells[0], line))) for n, line in enumerate(cells[1:], 2)]
+    assert lines_and_values(path) == [
+        (n, dict(zip(cells[0], line))) for n, line in enumerate(cells[1:], 2)
+    ]
     unusual = delimiter != {"csv": ",", "tsv": "\t"}[suffix]
     assert ("separated by a" in readers.describe(str(path))) == unusual
 
@@ -573,7 +652,8 @@ def test_the_delimiter_of_a_csv_is_found(tmp_path, delimiter, suffix):
     "text",
     [
         "question;answer\nWhy, really?;Because, well.\nHow?;So, so, so.\n",
-        "question, or so;answer\na;b\nc;d\n",  # both divide the header in two, but only one the rows
+        # Both divide the header in two, but only one the rows
+        "question, or so;answer\na;b\nc;d\n",
         "\ufeffquestion;answer\na;b\n",
         "sep=;\nquestion;answer\na;b\n",
     ],
@@ -589,7 +669,8 @@ def test_a_semicolon_is_found_beside_commas(tmp_path, text):
 def test_a_blank_before_a_quote_is_named(tmp_path):
     says = unreadable(tmp_path / "rows.csv", 'question,answer\na, "b, c"\n')
     assert says.startswith(
-        ":2: 3 cells, but the header names 2 columns ['question', 'answer']; put the quote right after"
+        ":2: 3 cells, but the header names 2 columns ['question', 'answer']; put the quote right "
+        "after"
     )
 
 
@@ -608,7 +689,9 @@ def test_blanks_around_names_of_columns_are_no_part_of_them(tmp_path):
 
 @pytest.mark.parametrize("header", ["answer,question,answer", "answer, answer", '"answer",answer'])
 def test_a_column_named_twice_is_refused(tmp_path, header):
-    assert "the header names the column 'answer' twice" in unreadable(tmp_path / "rows.csv", f"{header}\na,b,c\n")
+    assert "the header names the column 'answer' twice" in unreadable(
+        tmp_path / "rows.csv", f"{header}\na,b,c\n"
+    )
 
 
 TEXTS = {
@@ -643,9 +726,11 @@ def test_gzip_is_read_with_its_lines(tmp_path, name):
 @pytest.mark.parametrize(
     ("text", "encoding", "says"),
     [
-        ("Das heißt «schön», sagt er \u2013 für 5 €\n" * 3, "cp1252", "probably cp1252; save the file as UTF-8, for example with iconv -f CP1252 -t UTF-8"),
+        ("Das heißt «schön», sagt er \u2013 für 5 "
+         "€\n" * 3, "cp1252", "probably cp1252; save the file as UTF-8, for example with iconv -f CP1252 -t UTF-8"),
         ("Ça va très bien, merci à tous.\n", "latin-1", "probably cp1252"),
-        ("Съешь же ещё этих мягких французских булок, да выпей чаю.\n" * 9, "cp1251", "probably cp1251"),
+        ("Съешь же ещё этих мягких французских булок, да выпей "
+         "чаю.\n" * 9, "cp1251", "probably cp1251"),
         ("a b c\n" * 9, "utf-16-le", "probably UTF-16 without a byte order mark; save it as UTF-8, for example with iconv -f UTF-16LE"),
         ("a b c\n" * 9, "utf-16-be", "iconv -f UTF-16BE"),
     ],
@@ -656,7 +741,9 @@ def test_an_encoding_that_is_not_read_is_named(tmp_path, text, encoding, says):
 
 def test_one_damaged_character_does_not_make_a_file_cp1252(tmp_path):
     says = unreadable(tmp_path / "rows.txt", "schön\n".encode() + b"sch\xf6n\n")
-    assert says.startswith(":2: byte 0xf6 at position 4 is not UTF-8; everything before it is UTF-8")
+    assert says.startswith(
+        ":2: byte 0xf6 at position 4 is not UTF-8; everything before it is UTF-8"
+    )
     says = unreadable(tmp_path / "rows.txt", "schön, schö".encode()[:-1])
     assert says.endswith("the file ends inside a character; create it again")
 
@@ -672,21 +759,31 @@ def test_a_file_that_is_not_text_is_named_for_what_it_is(tmp_path, content, what
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.txt"])
 def test_lines_that_end_as_on_an_old_macintosh_are_named(tmp_path, name):
     says = unreadable(tmp_path / name, b"question,answer\ra,b\rc,d\r")
-    assert says.startswith(":1: lines end in CR alone, as on an old Macintosh; convert them, for example with tr ")
+    assert says.startswith(
+        ":1: lines end in CR alone, as on an old Macintosh; convert them, for example with tr "
+    )
 
 
 def test_a_list_in_a_file_of_lines_is_named(tmp_path):
-    assert "a file that holds one list is .json" in unreadable(tmp_path / "rows.jsonl", '[\n{"a": 1}\n]')
-    assert "a file that holds one list is .json" in unreadable(tmp_path / "rows.jsonl", '[{"a": 1}]')
+    assert "a file that holds one list is .json" in unreadable(
+        tmp_path / "rows.jsonl", '[\n{"a": 1}\n]'
+    )
+    assert "a file that holds one list is .json" in unreadable(
+        tmp_path / "rows.jsonl", '[{"a": 1}]'
+    )
 
 
 def test_parquet_with_a_column_twice_is_refused(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
-    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]
+    )
     parquet.write_table(table, tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match=r"rows\.parquet: names a column twice: \['text', 'text'\]; rename one"):
+    with pytest.raises(
+        DataError, match=r"rows\.parquet: names a column twice: \['text', 'text'\]; rename one"
+    ):
         list(readers.read(str(tmp_path / "rows.parquet")))
 
 
@@ -719,7 +816,9 @@ def test_blanks_after_each_separator_are_no_part_of_the_cells(tmp_path, text, ro
     path = tmp_path / "rows.csv"
     path.write_text(text)
     assert [tuple(row.values.values()) for row in readers.read(str(path))] == rows
-    assert ("without the blanks after each separator" in readers.describe(str(path))) == (rows[0] == ("q", "a"))
+    assert ("without the blanks after each separator" in readers.describe(str(path))) == (
+        rows[0] == ("q", "a")
+    )
 
 
 def test_a_pipe_in_a_folder_is_named_as_one(tmp_path):

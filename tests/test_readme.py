@@ -24,7 +24,11 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def commands(text: str = README) -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks("bash", text) for line in block.splitlines()]
+    lines = [
+        line.split("  #")[0].strip()
+        for block in blocks("bash", text)
+        for line in block.splitlines()
+    ]
     inline = re.findall(r"`((?:pip|python) [^`]+)`", text)
     return [line for line in [*lines, *inline] if line]
 
@@ -32,14 +36,18 @@ def commands(text: str = README) -> list[str]:
 def test_the_makefile_has_every_target_that_is_named():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {
-        c.split()[1] for c in commands() + commands((ROOT / "CONTRIBUTING.md").read_text()) if c.startswith("make ")
+        c.split()[1]
+        for c in commands() + commands((ROOT / "CONTRIBUTING.md").read_text())
+        if c.startswith("make ")
     }
     assert {"install", "quickstart", "test"} <= named | {"install"} <= targets
     assert named <= targets
 
 
 def test_every_kind_of_command_is_run_by_a_test_here():
-    """A new kind of command in the README needs a test in this file; `pip install .` has test_package.py."""
+    """A new kind of command in the README needs a test in this file; `pip install .` has
+    test_package.py.
+    """
     known = ("make ", "source .venv", "python train.py --config configs/my_run.yaml", "python -m finetune chat", "accelerate launch",
              "python -m finetune plan", "python -m finetune evaluate", "python -m finetune merge", "python train.py --help", "python -m finetune launch", "pip install --no-build-isolation", "pip install .")  # fmt: skip
     assert [c for c in commands() if not c.startswith(known)] == []
@@ -47,7 +55,9 @@ def test_every_kind_of_command_is_run_by_a_test_here():
 
 @pytest.fixture(scope="module")
 def my_run(tmp_path_factory):
-    """The README's own run, typed as printed, with a two-layer model in place of the one from the Hub."""
+    """The README's own run, typed as printed, with a two-layer model in place of the one from the
+    Hub.
+    """
     from conftest import Workshop, forget_process_state
 
     folder = tmp_path_factory.mktemp("own")
@@ -97,10 +107,14 @@ def test_the_commands_of_the_readme_in_order(my_run):
     chosen = [
         c
         for c in commands()
-        if c.startswith(("python train.py --config", "python -m finetune evaluate", "python -m finetune merge"))
+        if c.startswith(
+            ("python train.py --config", "python -m finetune evaluate", "python -m finetune merge")
+        )
     ]
     assert len(chosen) == 4
-    for command in chosen:  # several of them cold would take a minute; test_launch.py and the last one here start as a user does
+    # Several of them cold would take a minute; test_launch.py and the last one here start as a user
+    # does
+    for command in chosen:
         script, *arguments = typed(command, my_run)[1:]
         if script == "-m":
             assert main(arguments[1:]) == 0, command
@@ -118,11 +132,15 @@ def test_help_names_every_setting_without_torch():
     result = launch([*typed("python train.py --help", ROOT), "all"])
     assert result.returncode == 0
     for section, classes in reader._sections().items():
-        assert all(f"--{section}.{name}" in result.stdout for cls in classes for name in cls.model_fields)
+        assert all(
+            f"--{section}.{name}" in result.stdout for cls in classes for name in cls.model_fields
+        )
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / name for name in tracked() if re.fullmatch(r"configs/.+\.yaml", name)], ids=lambda p: p.name
+    "path",
+    [ROOT / name for name in tracked() if re.fullmatch(r"configs/.+\.yaml", name)],
+    ids=lambda p: p.name,
 )
 def test_every_recipe_passes_the_config_check(path):
     config, check_only = configs.parse(["--config", str(path)])
@@ -135,7 +153,9 @@ def test_the_objective_of_contributing_learns_what_it_says(workshop):
     text = (ROOT / "CONTRIBUTING.md").read_text()
     [source], [setting] = blocks("python", text), blocks("yaml", text)
     (workshop.folder / "dft.py").write_text(source)
-    own = {f"objective__{key}": value for key, value in yaml.safe_load(setting)["objective"].items()}
+    own = {
+        f"objective__{key}": value for key, value in yaml.safe_load(setting)["objective"].items()
+    }
     base = workshop.train("base") / "model"
     held_out = write_jsonl(workshop.folder / "held_out.jsonl", pairs(60)[40:])
     run = workshop.train(
@@ -152,21 +172,29 @@ def test_the_objective_of_contributing_learns_what_it_says(workshop):
 
 
 def plain_dft(base, tokens):
-    """Dynamic fine-tuning over all rows in a folder of tokens: (mean of p * -log p with p held fixed, norm of its gradient)."""
+    """Dynamic fine-tuning over all rows in a folder of tokens: (mean of p * -log p with p held
+    fixed, norm of its gradient).
+    """
     model = AutoModelForCausalLM.from_pretrained(base)
-    ids, supervised, ends = (np.load(tokens / f"{name}.npy") for name in ("input_ids", "supervised", "ends"))
+    ids, supervised, ends = (
+        np.load(tokens / f"{name}.npy") for name in ("input_ids", "supervised", "ends")
+    )
     losses = []
     for start, end in zip([0, *ends], ends):
         row = torch.tensor(ids[start:end], dtype=torch.int64)
         logprobs = model(row[None]).logits[0, :-1].log_softmax(-1)[range(len(row) - 1), row[1:]]
-        losses.append(-(logprobs.exp().detach() * logprobs)[torch.tensor(supervised[start + 1 : end])])
+        losses.append(
+            -(logprobs.exp().detach() * logprobs)[torch.tensor(supervised[start + 1 : end])]
+        )
     mean = torch.cat(losses).mean()
     mean.backward()
     return mean.item(), torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
 
 
 def test_the_schema_is_that_of_the_config():
-    assert json.loads((ROOT / "configs/schema.json").read_text()) == configs.json_schema(), "run make schema"
+    assert json.loads((ROOT / "configs/schema.json").read_text()) == configs.json_schema(), (
+        "run make schema"
+    )
 
 
 def test_links_and_files_are_in_the_repository():

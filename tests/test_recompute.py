@@ -1,4 +1,6 @@
-"""Compiled layers: one compilation for all layers and any pack, and the numbers of those that are not compiled."""
+"""Compiled layers: one compilation for all layers and any pack, and the numbers of those that are
+not compiled.
+"""
 
 import pytest
 import torch
@@ -26,11 +28,15 @@ def nll(model, labels, inputs):
 def losses_and_gradients(model, packs):
     found = []
     for lengths in packs:
-        ids = torch.randint(300, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
+        ids = torch.randint(
+            300, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths))
+        )
         loss = nll(model, ids.roll(-1), attention_probe.inputs_of(ids, lengths, model))
         model.zero_grad()
         loss.backward()
-        found.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+        found.append(
+            (loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()})
+        )
     return found
 
 
@@ -40,7 +46,9 @@ def losses_and_gradients(model, packs):
 @pytest.mark.parametrize("recomputed", [0, 3])
 @pytest.mark.slow
 def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recomputed):
-    """More would come with every new length of a pack, for minutes each time; a cut layer is hardly faster."""
+    """More would come with every new length of a pack, for minutes each time; a cut layer is hardly
+    faster.
+    """
     packs = [[9], [3, 17, 1, 9], [5, 5], [2] * 12, [31, 2, 7], [2]]
     wanted = losses_and_gradients(build(), packs)
     model, counted = build(), []
@@ -51,7 +59,9 @@ def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recompute
 
     compile_ = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda forward, **options: compile_(forward, backend=count, fullgraph=True, **options)
+        torch,
+        "compile",
+        lambda forward, **options: compile_(forward, backend=count, fullgraph=True, **options),
     )
     torch._dynamo.reset()
     recompute.wrap(model, compiled=True, num_recomputed=recomputed)
@@ -74,14 +84,18 @@ def test_recomputed_layers_keep_their_inputs_only():
     wanted = losses_and_gradients(recomputing[0], packs)
     for count in (1, 3):
         recompute.wrap(recomputing[count], compiled=False, num_recomputed=count)
-        for (loss, grads), (wanted_loss, wanted_grads) in zip(losses_and_gradients(recomputing[count], packs), wanted):
+        for (loss, grads), (wanted_loss, wanted_grads) in zip(
+            losses_and_gradients(recomputing[count], packs), wanted
+        ):
             assert torch.equal(loss, wanted_loss)
             assert all(torch.equal(grads[name], grad) for name, grad in wanted_grads.items())
 
     def kept(model):
         sizes = []
         ids = torch.zeros(1, 64, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda _: None):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.numel()), lambda _: None
+        ):
             nll(model, ids, attention_probe.inputs_of(ids, [64], model))
         return sum(sizes)
 
@@ -94,7 +108,8 @@ def test_as_many_layers_are_recomputed_as_was_said():
     model = build()
     assert [recompute.chosen(model, wanted) for wanted in (False, True, 1, 3)] == [0, 3, 1, 3]
     with pytest.raises(
-        ModelError, match="gradient_checkpointing: 4, but LlamaForCausalLM has 3 layers; true recomputes all"
+        ModelError,
+        match="gradient_checkpointing: 4, but LlamaForCausalLM has 3 layers; true recomputes all",
     ):
         recompute.chosen(model, 4)
 
@@ -106,5 +121,8 @@ def test_a_model_whose_layers_are_unknown_is_an_error():
 
 def test_without_a_compiler_there_is_an_error_before_the_first_step(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ModelError, match="train.compile: needs a C\\+\\+ compiler, and no-such-compiler was not found"):
+    with pytest.raises(
+        ModelError,
+        match="train.compile: needs a C\\+\\+ compiler, and no-such-compiler was not found",
+    ):
         recompute.wrap(build(), compiled=True, num_recomputed=0)

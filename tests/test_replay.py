@@ -25,7 +25,10 @@ def test_a_run_comes_out_the_same(workshop, processes):
     again = replay(workshop.run_dir())
     assert again.returncode == 0, again.stderr
     assert "the same: losses and gradient norms of all 5 steps" in again.stdout
-    receipts = [json.loads((workshop.run_dir(name) / "receipt.json").read_text()) for name in ("run", "run-replay")]
+    receipts = [
+        json.loads((workshop.run_dir(name) / "receipt.json").read_text())
+        for name in ("run", "run-replay")
+    ]
     assert receipts[0]["num_processes"] == receipts[1]["num_processes"] == processes
 
 
@@ -37,7 +40,11 @@ def test_what_has_changed_since_is_named_and_nothing_is_trained(workshop):
     (run / "receipt.json").write_text(json.dumps(receipt))
     again = replay(run)
     assert again.returncode == 2
-    for key in ("versions.torch: was 2.0.0, now", "code.sha256: was 000", "train_data.fingerprint: was"):
+    for key in (
+        "versions.torch: was 2.0.0, now",
+        "code.sha256: was 000",
+        "train_data.fingerprint: was",
+    ):
         assert key in again.stderr, again.stderr
     assert not (workshop.run_dir("run-replay") / "metrics.jsonl").exists()
     assert str(ROOT) not in again.stderr
@@ -58,7 +65,9 @@ def test_a_shortened_log_is_refused_before_anything_trains(workshop):
     lines = log.read_text().splitlines(keepends=True)
     for left in (0, 1, 3, 4.5):
         log.write_text("".join(lines[: int(left)]) + lines[4][: int(40 * (left % 1))])
-        with pytest.raises(RunDirectoryError, match=f"{log} has no line for .* first is step {int(left) + 1}"):
+        with pytest.raises(
+            RunDirectoryError, match=f"{log} has no line for .* first is step {int(left) + 1}"
+        ):
             replaying.main(argparse.Namespace(run=run, name=None))
     assert not workshop.run_dir("run-replay").exists()
 
@@ -67,7 +76,12 @@ def test_a_missing_or_damaged_note_is_named(workshop):
     run = workshop.train()
     for note in (run / "receipt.json", run / "outcome.json"):
         whole = note.read_text()
-        for content in (None, "", "[1]", '{"state": 5, "step": "3", "launch": [], "num_processes": 1e999}'):
+        for content in (
+            None,
+            "",
+            "[1]",
+            '{"state": 5, "step": "3", "launch": [], "num_processes": 1e999}',
+        ):
             note.unlink() if content is None else note.write_text(content)
             what = "is missing" if content is None else "is damaged: .*"
             with pytest.raises(RunDirectoryError, match=f"{note} {what}.*put back a copy"):

@@ -35,7 +35,9 @@ def wait_for_saves() -> None:
             thread.join()
 
 
-def train_until(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, step: int, name: str, **changes) -> Path:
+def train_until(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, step: int, name: str, **changes
+) -> Path:
     """Train and die, without any goodbye, as step `step` begins."""
     from finetune import loop
 
@@ -76,7 +78,10 @@ def test_resumed_equals_uninterrupted_to_the_bit(workshop, monkeypatch, changes)
     assert [line["lr"] for line in read_jsonl(parts / "metrics.jsonl")] == [
         line["lr"] for line in read_jsonl(whole / "metrics.jsonl")
     ]
-    before, after = load_file(whole / "model/model.safetensors"), load_file(parts / "model/model.safetensors")
+    before, after = (
+        load_file(whole / "model/model.safetensors"),
+        load_file(parts / "model/model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -93,9 +98,15 @@ def test_lora_resumes_to_the_bit(workshop, monkeypatch):
     assert losses(parts) == losses(whole)
     before, after = (load_file(r / "model/adapter_model.safetensors") for r in (whole, parts))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    saved = FileSystemReader(parts / "checkpoints/step-00000006/shards").read_metadata().state_dict_metadata
+    saved = (
+        FileSystemReader(parts / "checkpoints/step-00000006/shards")
+        .read_metadata()
+        .state_dict_metadata
+    )
     assert saved
-    assert all("lora_" in name or "param_groups" in name for name in saved), "frozen weights must not be saved again"
+    assert all("lora_" in name or "param_groups" in name for name in saved), (
+        "frozen weights must not be saved again"
+    )
 
 
 def test_what_a_preempted_run_had_no_time_to_look_at_is_made_up_for(workshop, monkeypatch):
@@ -119,7 +130,9 @@ def test_what_a_preempted_run_had_no_time_to_look_at_is_made_up_for(workshop, mo
     parts = workshop.train("parts", **settings)
     assert read_jsonl(parts / "eval.jsonl") == read_jsonl(whole / "eval.jsonl")
     assert (parts / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    assert torch.equal(*(load_file(run / "model/model.safetensors")["model.norm.weight"] for run in (whole, parts)))
+    assert torch.equal(
+        *(load_file(run / "model/model.safetensors")["model.norm.weight"] for run in (whole, parts))
+    )
 
 
 def test_other_evaluation_rows_are_another_run(workshop, monkeypatch):
@@ -141,7 +154,9 @@ def test_a_finished_run_started_again_is_still_finished(workshop):
 
 def test_keep_last_counts_whole_checkpoints(workshop):
     run = workshop.train(checkpoint__every_steps=1, checkpoint__keep_last=3)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step-{n:08d}" for n in (3, 4, 5)]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        f"step-{n:08d}" for n in (3, 4, 5)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +172,9 @@ def test_a_run_directory_of_another_config_is_refused_with_the_keys(workshop, ch
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     with pytest.raises(RunDirectoryError, match=key):
         workshop.train(**change)
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before, "nothing on disk may change"
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before, (
+        "nothing on disk may change"
+    )
 
 
 def test_a_checkpoint_of_other_data_is_refused(workshop, monkeypatch):
@@ -169,7 +186,9 @@ def test_a_checkpoint_of_other_data_is_refused(workshop, monkeypatch):
 
 def test_what_does_not_change_the_arithmetic_may_change_on_resume(workshop, monkeypatch):
     train_until(workshop, monkeypatch, 4, "run", checkpoint__every_steps=2)
-    run = workshop.train(checkpoint__every_steps=3, train__micro_batch_size=4, tracking__log_every_steps=1)
+    run = workshop.train(
+        checkpoint__every_steps=3, train__micro_batch_size=4, tracking__log_every_steps=1
+    )
     assert losses(run) == pytest.approx(losses(workshop.train("whole")), rel=1e-5)
 
 
@@ -245,7 +264,9 @@ def test_what_a_user_keeps_beside_checkpoints_is_not_taken_for_one(workshop):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", ["[]", "null", "no progress", "no identity", "no files", "step -3", "another step"])
+@pytest.mark.parametrize(
+    "damage", ["[]", "null", "no progress", "no identity", "no files", "step -3", "another step"]
+)
 def test_an_edited_manifest_is_a_damaged_checkpoint(workshop, damage, capsys):
     run = workshop.train(checkpoint__every_steps=1)
     newest = run / "checkpoints/step-00000005"
@@ -326,7 +347,10 @@ def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeyp
 
     monkeypatch.setattr(folder, "require_space", full)
     run = workshop.train("run", **settings)
-    assert f"the evaluation of step {best} was better, but its checkpoint was not kept" in capsys.readouterr().out
+    assert (
+        f"the evaluation of step {best} was better, but its checkpoint was not kept"
+        in capsys.readouterr().out
+    )
     assert json.loads((run / "outcome.json").read_text())["exported_step"] != best
 
 
@@ -338,12 +362,17 @@ def test_processes_with_equal_weights_stage_each_tensor_once():
 
     state = {
         "model": {"embedding": torch.zeros(1000), "norm": torch.zeros(10)},
-        "optimizer": {"state": {"embedding": {"step": torch.zeros(1), "exp_avg": torch.zeros(1000)}}, "lr": 0.1},
+        "optimizer": {
+            "state": {"embedding": {"step": torch.zeros(1), "exp_avg": torch.zeros(1000)}},
+            "lr": 0.1,
+        },
     }
     shares = [share(state, rank, 2) for rank in (0, 1)]
     assert shares[0]["model"] == {"embedding": state["model"]["embedding"]}
     assert sum(Staged(each, {}, {}).num_bytes for each in shares) == 4 * 2011
-    assert [Staged(each, {}, {}).num_bytes for each in shares] == [4 * 1000, 4 * 1011], "about as much each"
+    assert [Staged(each, {}, {}).num_bytes for each in shares] == [4 * 1000, 4 * 1011], (
+        "about as much each"
+    )
     assert all(each["optimizer"]["lr"] == 0.1 for each in shares)
     assert share(state, 0, 1) == state
 
@@ -351,10 +380,15 @@ def test_processes_with_equal_weights_stage_each_tensor_once():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
     ("death", "why"),
-    [(lambda *_: None, "the thread that saves ended without a result"), (lambda *_: sys.exit(), "SystemExit")],
+    [
+        (lambda *_: None, "the thread that saves ended without a result"),
+        (lambda *_: sys.exit(), "SystemExit"),
+    ],
     ids=["returns", "exits"],
 )
-def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(workshop, monkeypatch, capsys, death, why):
+def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(
+    workshop, monkeypatch, capsys, death, why
+):
     """On a GPU the thread once died before anything could note why, and no run ended with a model."""
     from finetune.engine.checkpoint.saver import Saver
 
@@ -368,12 +402,16 @@ def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(workshop, m
     run = workshop.train("run", checkpoint__every_steps=2, checkpoint__keep_last=9)
     told = capsys.readouterr().out
     assert f"note: checkpoint of step 2 could not be saved: process 0: {why}" in told
-    assert sorted(path.name for path in (run / "checkpoints").iterdir())[0] == "step-00000004", "later saves are whole"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[0] == "step-00000004", (
+        "later saves are whole"
+    )
     assert (run / "model/model.safetensors").exists()
 
 
 def test_what_one_process_cannot_do_before_a_save_is_a_failed_save(workshop, monkeypatch, capsys):
-    """As taking its GPU: outside what all processes agree on, the others would wait for it for two hours."""
+    """As taking its GPU: outside what all processes agree on, the others would wait for it for two
+    hours.
+    """
     from finetune.engine.checkpoint.saver import Saver
 
     def broken(self):
@@ -386,7 +424,9 @@ def test_what_one_process_cannot_do_before_a_save_is_a_failed_save(workshop, mon
 
 
 def test_what_was_set_aside_is_no_reason_to_start_afresh(workshop, monkeypatch):
-    run = train_until(workshop, monkeypatch, 4, "parts", checkpoint__every_steps=2, checkpoint__keep_last=1)
+    run = train_until(
+        workshop, monkeypatch, 4, "parts", checkpoint__every_steps=2, checkpoint__keep_last=1
+    )
     newest = max((run / "checkpoints").glob("step-*"))
     (newest / "manifest.json").unlink()
     newest.rename(run / "checkpoints/damaged-step-00000004.0")
@@ -412,10 +452,14 @@ def test_a_reader_that_goes_away_does_not_end_the_run(workshop):
 
 
 def test_a_checkpoint_that_is_a_link_is_pruned_as_a_link(workshop, monkeypatch):
-    run = train_until(workshop, monkeypatch, 4, "run", checkpoint__every_steps=2, checkpoint__keep_last=1)
+    run = train_until(
+        workshop, monkeypatch, 4, "run", checkpoint__every_steps=2, checkpoint__keep_last=1
+    )
     elsewhere = workshop.folder / "elsewhere"
     old = run / "checkpoints/step-00000002"
-    shutil.copytree(run / "checkpoints/step-00000004", old)  # not whole under this name, so neither counted nor removed
+    shutil.copytree(
+        run / "checkpoints/step-00000004", old
+    )  # not whole under this name, so neither counted nor removed
     shutil.move(run / "checkpoints/step-00000004", elsewhere)
     (run / "checkpoints/step-00000004").symlink_to(elsewhere)
     workshop.train("run", checkpoint__every_steps=2, checkpoint__keep_last=1, train__max_steps=5)
@@ -469,7 +513,11 @@ def interrupted(workshop, monkeypatch, base: Path, kind: str) -> tuple[Path, dic
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("rope_parameters__rope_theta", 500.0, "model: rope_parameters.rope_theta: was 10000.0, now 500.0"),
+        (
+            "rope_parameters__rope_theta",
+            500.0,
+            "model: rope_parameters.rope_theta: was 10000.0, now 500.0",
+        ),
         ("hidden_act", "gelu", "model: hidden_act: was silu, now gelu"),
         ("rms_norm_eps", 1e-3, "model: rms_norm_eps: was 1e-06, now 0.001"),
         ("num_attention_heads", 2, "model: num_attention_heads: was 4, now 2"),
@@ -478,7 +526,9 @@ def interrupted(workshop, monkeypatch, base: Path, kind: str) -> tuple[Path, dic
         ("attention_dropout", 0.5, "model: attention_dropout: was 0.0, now 0.5"),
     ],
 )
-def test_a_base_of_another_architecture_is_another_run(workshop, monkeypatch, base, field, value, says):
+def test_a_base_of_another_architecture_is_another_run(
+    workshop, monkeypatch, base, field, value, says
+):
     """Its weights fit: it would go on as another function, and say complete."""
     kind = "lora" if field in ("hidden_act", "num_attention_heads") else "full"
     folder, settings = interrupted(workshop, monkeypatch, base, kind)
@@ -490,14 +540,18 @@ def test_a_base_of_another_architecture_is_another_run(workshop, monkeypatch, ba
 
 
 @pytest.mark.parametrize("has_checkpoints", [True, False])
-def test_a_complete_run_whose_base_has_changed_is_another_run(workshop, monkeypatch, base, has_checkpoints):
+def test_a_complete_run_whose_base_has_changed_is_another_run(
+    workshop, monkeypatch, base, has_checkpoints
+):
     folder, settings = interrupted(workshop, monkeypatch, base, "lora")
     run = workshop.train(**settings)
     if not has_checkpoints:
         shutil.rmtree(run / "checkpoints")
     workshop.train(**settings)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    change_config(folder, rope_parameters__rope_theta=500.0, transformers_version="4.0.0", use_cache=False)
+    change_config(
+        folder, rope_parameters__rope_theta=500.0, transformers_version="4.0.0", use_cache=False
+    )
     with pytest.raises(RunDirectoryError) as problem:
         workshop.train(**settings)
     assert "is complete, but it is another run" in str(problem.value)
@@ -506,9 +560,17 @@ def test_a_complete_run_whose_base_has_changed_is_another_run(workshop, monkeypa
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_what_does_not_change_the_function_of_a_base_may_change(workshop, monkeypatch, base, capsys):
+def test_what_does_not_change_the_function_of_a_base_may_change(
+    workshop, monkeypatch, base, capsys
+):
     folder, settings = interrupted(workshop, monkeypatch, base, "full")
-    change_config(folder, transformers_version="4.0.0", use_cache=False, dtype="bfloat16", architectures=["Other"])
+    change_config(
+        folder,
+        transformers_version="4.0.0",
+        use_cache=False,
+        dtype="bfloat16",
+        architectures=["Other"],
+    )
     capsys.readouterr()
     run = workshop.train(**settings)
     assert f"resumed from {run}/checkpoints/step-00000002 at step 2" in capsys.readouterr().out
@@ -551,12 +613,21 @@ def test_fields_that_a_newer_transformers_knows_are_no_difference():
     from finetune.engine.checkpoint.folder import Found
 
     config = configs.from_dict(
-        {"run": {"name": "a"}, "model": {"path": "m"}, "data": {"train": "x"}, "optimizer": {"lr": 1}}
+        {
+            "run": {"name": "a"},
+            "model": {"path": "m"},
+            "data": {"train": "x"},
+            "optimizer": {"lr": 1},
+        }
     )
-    found = Found(Path("step-00000001"), {"config": config.model_dump(), "identity": {"model": {"a": 1}}})
+    found = Found(
+        Path("step-00000001"), {"config": config.model_dump(), "identity": {"model": {"a": 1}}}
+    )
     resume.require_same_run(found, config, {"model": {"a": 1, "new": 0.5}}, {"a": 2, "new": 0.5})
     with pytest.raises(RunDirectoryError, match=r"model: new: was 0.5, now 0.6"):
-        resume.require_same_run(found, config, {"model": {"a": 1, "new": 0.6}}, {"a": 2, "new": 0.5})
+        resume.require_same_run(
+            found, config, {"model": {"a": 1, "new": 0.6}}, {"a": 2, "new": 0.5}
+        )
 
 
 def test_a_checkpoint_of_another_version_is_named_and_stays(workshop):
@@ -568,6 +639,8 @@ def test_a_checkpoint_of_another_version_is_named_and_stays(workshop):
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(manifest))
     (run / "outcome.json").unlink()
-    with pytest.raises(RunDirectoryError, match=r"step-00000005 was written by another version .*format 2"):
+    with pytest.raises(
+        RunDirectoryError, match=r"step-00000005 was written by another version .*format 2"
+    ):
         workshop.train()
     assert path.exists()

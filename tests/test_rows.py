@@ -40,7 +40,9 @@ def converse(
     return conversation.messages
 
 
-def refused(values: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None) -> str:
+def refused(
+    values: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None
+) -> str:
     """What the user reads about a row; it always begins with its file and line."""
     with pytest.raises(DataError) as caught:
         converse(values, format, columns)
@@ -93,15 +95,25 @@ def test_a_row_of_every_format_becomes_a_conversation(values, messages):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("auto", [False, True], ids=["format given", "format auto"])
-def test_columns_are_read_under_the_names_they_are_given(tmp_path, bytes_tokenizer, format, values, columns, auto):
+def test_columns_are_read_under_the_names_they_are_given(
+    tmp_path, bytes_tokenizer, format, values, columns, auto
+):
     """Through the same door as a run, which finds out the format where it is not given."""
     from finetune.data import templates, tokens
     from finetune.data.examples import prepare
 
     path = write_jsonl(tmp_path / "rows.jsonl", [values])
-    options = tokens.Options("auto" if auto else format, columns, "line", None, "completion", 100, "error")
+    options = tokens.Options(
+        "auto" if auto else format, columns, "line", None, "completion", 100, "error"
+    )
     template = templates.load("plain", format, None, bytes_tokenizer.special_tokens_map, {})
-    examples = prepare(readers.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache"))
+    examples = prepare(
+        readers.sources(str(path), None)[0],
+        template,
+        bytes_tokenizer,
+        options,
+        str(tmp_path / "cache"),
+    )
     assert bytes_tokenizer.decode(examples.input_ids) == "qa<|eos|>"
 
 
@@ -114,18 +126,35 @@ def test_text_and_input_can_stand_under_other_names():
 def test_a_system_prompt_is_put_before_conversations_that_have_none():
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     own = [{"role": "system", "content": "own"}, *turns]
-    assert converse({"messages": turns}, system_prompt="s") == (system("s"), user("q"), assistant("a"))
-    assert converse({"messages": own}, system_prompt="s") == (system("own"), user("q"), assistant("a"))
+    assert converse({"messages": turns}, system_prompt="s") == (
+        system("s"),
+        user("q"),
+        assistant("a"),
+    )
+    assert converse({"messages": own}, system_prompt="s") == (
+        system("own"),
+        user("q"),
+        assistant("a"),
+    )
     assert converse(QA, system_prompt="s") == (system("s"), user("q"), assistant("a"))
 
 
 def test_only_answers_are_supervised():
-    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant")]
-    assert [m.role for m in converse({"messages": turns}) if m.supervised] == ["assistant", "assistant"]
+    turns = [
+        {"role": role, "content": role}
+        for role in ("system", "user", "assistant", "user", "assistant")
+    ]
+    assert [m.role for m in converse({"messages": turns}) if m.supervised] == [
+        "assistant",
+        "assistant",
+    ]
 
 
 def test_the_format_of_a_file_is_that_of_its_first_row(tmp_path):
-    assert rows.detect_format([str(write_jsonl(tmp_path / "a.jsonl", [QA]))], "line", {}) == "question_answer"
+    assert (
+        rows.detect_format([str(write_jsonl(tmp_path / "a.jsonl", [QA]))], "line", {})
+        == "question_answer"
+    )
     (tmp_path / "b.txt").write_text("words")
     assert rows.detect_format([str(tmp_path / "b.txt")], "line", {}) == "text"
 
@@ -143,9 +172,13 @@ def test_the_format_of_a_file_is_that_of_its_first_row(tmp_path):
 )  # fmt: skip
 def test_a_message_that_says_not_to_learn_it_or_holds_more_is_refused(key, value):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]
-    assert f"message 2 of 'messages' has {key!r}, which would be ignored" in refused({"messages": turns})
+    assert f"message 2 of 'messages' has {key!r}, which would be ignored" in refused(
+        {"messages": turns}
+    )
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", key: value}]
-    assert f"message 2 of 'conversations' has {key!r}, which would be ignored" in refused({"conversations": turns})
+    assert f"message 2 of 'conversations' has {key!r}, which would be ignored" in refused(
+        {"conversations": turns}
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,7 +221,9 @@ def test_keys_of_messages_that_are_not_read_are_counted_by_row(tmp_path):
 )  # fmt: skip
 def test_a_column_read_twice_is_refused(values, format, columns):
     """Every question would be its own answer."""
-    with pytest.raises(ConfigError, match=r"data\.columns: \w+ and \w+ would both be read from column"):
+    with pytest.raises(
+        ConfigError, match=r"data\.columns: \w+ and \w+ would both be read from column"
+    ):
         converse(values, format, columns)
 
 
@@ -200,7 +235,9 @@ def test_an_instruction_in_the_column_input_has_no_separate_input():
 
 
 def test_a_mapped_column_that_the_format_does_not_have_is_refused():
-    with pytest.raises(ConfigError, match=r"data\.columns: output is not a column of format question_answer"):
+    with pytest.raises(
+        ConfigError, match=r"data\.columns: output is not a column of format question_answer"
+    ):
         converse({"question": "q", "answer": "a", "foo": "x"}, columns={"output": "foo"})
 
 
@@ -210,11 +247,19 @@ def test_half_of_a_surrogate_pair_is_refused_at_its_line(tmp_path, bytes_tokeniz
     from finetune.data.examples import prepare
 
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "q", "answer": "a"}\n{"question": "q", "answer": "cut \\ud83d"}\n')
+    path.write_text(
+        '{"question": "q", "answer": "a"}\n{"question": "q", "answer": "cut \\ud83d"}\n'
+    )
     template = templates.load("plain", "question_answer", None, {"eos_token": "<|eos|>"}, {})
     options = tokens.Options("auto", {}, "line", None, "completion", 100, "error")
     with pytest.raises(DataError, match=re.escape(f"{path}:2: ")):
-        prepare(readers.sources(str(path), None)[0], template, bytes_tokenizer, options, str(tmp_path / "cache"))
+        prepare(
+            readers.sources(str(path), None)[0],
+            template,
+            bytes_tokenizer,
+            options,
+            str(tmp_path / "cache"),
+        )
 
 
 # Columns that are not read.
@@ -242,7 +287,9 @@ PAIRS = [
     ],
 )  # fmt: skip
 def test_a_column_that_says_good_or_bad_is_refused(column, value):
-    """KTO's rows have prompt, completion and label; without the label, bad answers would be learned as right ones."""
+    """KTO's rows have prompt, completion and label; without the label, bad answers would be learned
+    as right ones.
+    """
     for values in PAIRS:
         says = refused({**values, column: value})
         assert f"column {column!r}" in says
@@ -266,7 +313,9 @@ def test_a_column_that_says_something_else_is_left_alone(column, value):
     assert converse({**QA, column: value}) == (user("q"), assistant("a"))
 
 
-@pytest.mark.parametrize(("column", "value"), [("label", 1), ("score", 0.5), ("rating", "4"), ("chosen", "x")])
+@pytest.mark.parametrize(
+    ("column", "value"), [("label", 1), ("score", 0.5), ("rating", "4"), ("chosen", "x")]
+)
 def test_plain_text_with_a_label_stays_text(column, value):
     assert converse({"text": "t", column: value})[0].content == "t"
 
@@ -351,7 +400,11 @@ def test_a_preference_column_next_to_an_answer_is_to_be_dropped(values, advice):
 
 
 def test_columns_that_only_later_rows_have_are_counted_and_refused(tmp_path):
-    late = [QA] * 30 + [{**QA, "note": "x"}] * 3 + [{**QA, "source": "s", "note": "x", "empty": "", "null": None}]
+    late = (
+        [QA] * 30
+        + [{**QA, "note": "x"}] * 3
+        + [{**QA, "source": "s", "note": "x", "empty": "", "null": None}]
+    )
     problems, unread = rows.Problems(), Counter()
     path = str(write_jsonl(tmp_path / "r.jsonl", late))
     assert len(list(rows.conversations([path], "auto", {}, "line", None, problems, unread))) == 34
@@ -370,7 +423,9 @@ def test_the_first_rows_of_training_and_of_evaluation_are_both_checked(tmp_path)
 
 
 def test_of_a_column_and_its_alias_one_is_read(tmp_path):
-    path = str(write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p", "completion": "c", "response": "r"}]))
+    path = str(
+        write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p", "completion": "c", "response": "r"}])
+    )
     unread = Counter()
     list(rows.conversations([path], "auto", {}, "line", None, rows.Problems(), unread))
     assert unread == {"response": 1}
@@ -378,7 +433,9 @@ def test_of_a_column_and_its_alias_one_is_read(tmp_path):
 
 def test_a_mapped_column_that_no_row_has_is_refused(tmp_path):
     """The input of an instruction may be missing in some rows, but not in all."""
-    path = str(write_jsonl(tmp_path / "r.jsonl", [{"instruction": "i", "output": "o", "Context": "x"}] * 3))
+    path = str(
+        write_jsonl(tmp_path / "r.jsonl", [{"instruction": "i", "output": "o", "Context": "x"}] * 3)
+    )
     with pytest.raises(ConfigError, match=r"data\.columns: input: no row has a column 'context'"):
         rows.check([[path]], "auto", {"input": "context"}, "line", None)
     rows.check([[path]], "auto", {"input": "Context"}, "line", None)
@@ -389,7 +446,9 @@ def test_a_mapped_column_that_no_row_has_is_refused(tmp_path):
 )
 def test_a_mapped_name_that_is_misspelt_comes_with_the_nearest(theirs):
     row = rows.Row(rows.Place("rows.csv", 2), {"Customer Question": "q", "answer": "a"})
-    with pytest.raises(DataError, match="data.columns: question: no column .*; did you mean 'Customer Question'"):
+    with pytest.raises(
+        DataError, match="data.columns: question: no column .*; did you mean 'Customer Question'"
+    ):
         rows.detect(row, {"question": theirs})
 
 
@@ -547,7 +606,9 @@ def test_a_long_value_is_shown_in_short():
 )
 def test_real_rows_become_conversations(real_data, name, format, count):
     source = str(real_data / name)
-    conversations = [rows.to_conversation(row, rows.detect(row), {}) for row in readers.read(source)]
+    conversations = [
+        rows.to_conversation(row, rows.detect(row), {}) for row in readers.read(source)
+    ]
     assert rows.detect_format([source], "line", {}) == format
     assert len(conversations) == count or count is None
     assert all(conversation.messages[-1].supervised for conversation in conversations)
@@ -557,14 +618,21 @@ def test_real_rows_become_conversations(real_data, name, format, count):
 def test_a_question_that_is_not_to_be_learned_is_as_every_question(key):
     """So SlimOrca's rows say of their questions; only answers are learned anyway."""
     turns = [{"from": "human", "value": "q", key: 0}, {"from": "gpt", "value": "a", key: 1}]
-    found = rows.to_conversation(Row(Place("rows.jsonl", 1), {"conversations": turns}), "messages", {})
-    assert [(m.role, m.supervised) for m in found.messages] == [("user", False), ("assistant", True)]
+    found = rows.to_conversation(
+        Row(Place("rows.jsonl", 1), {"conversations": turns}), "messages", {}
+    )
+    assert [(m.role, m.supervised) for m in found.messages] == [
+        ("user", False),
+        ("assistant", True),
+    ]
 
 
 @pytest.mark.parametrize("sender", [["human"], {"a": 1}, None, 7])
 def test_a_sender_that_is_not_text_is_refused(sender):
     turns = [{"from": sender, "value": "q"}, {"from": "gpt", "value": "a"}]
-    with pytest.raises(DataError, match=r"^rows\.jsonl:1: message 1 of 'conversations' comes from "):
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl:1: message 1 of 'conversations' comes from "
+    ):
         rows.to_conversation(Row(Place("rows.jsonl", 1), {"conversations": turns}), "messages", {})
 
 

@@ -1,4 +1,6 @@
-"""Notes of a run that something has damaged: named, or left out and said; never a traceback, and nothing is lost."""
+"""Notes of a run that something has damaged: named, or left out and said; never a traceback, and
+nothing is lost.
+"""
 
 import argparse
 import json
@@ -25,10 +27,15 @@ JUNK = {
     "no values": b'{"step": 3}\n', "negative": b'{"step": -3, "eval_loss": 1}\n', "no number": b'{"step": 1e999, "eval_loss": "x"}\n',
 }  # fmt: skip
 SOME = ("torn", "binary", "other types")
-SETTINGS = {"data__eval_fraction": 0.2, "evaluation__every_steps": 2, "evaluation__export_best": True}
+SETTINGS = {
+    "data__eval_fraction": 0.2,
+    "evaluation__every_steps": 2,
+    "evaluation__export_best": True,
+}
 
 DATED = (
-    "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}<|{{ m.role }}|>{{ m.content "
+    "}}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -62,7 +69,9 @@ def test_damaged_notes_do_not_stop_a_run(workshop, junk, monkeypatch):
     for name in ("receipt.json", "outcome.json"):
         (ended / name).write_bytes(JUNK[junk])
     workshop.train(**settings)
-    assert json.loads((ended / "receipt.json").read_text())["template_date"] == day, "a checkpoint knows it"
+    assert json.loads((ended / "receipt.json").read_text())["template_date"] == day, (
+        "a checkpoint knows it"
+    )
     for name, content in logs.items():
         kept = [
             line
@@ -94,7 +103,9 @@ def test_a_complete_run_without_its_receipt_is_not_called_another(workshop):
         if damage is not None:
             (run / "receipt.json").write_text(damage)
         before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-        with pytest.raises(RunDirectoryError, match=r"is complete, but its receipt.json .* put it back"):
+        with pytest.raises(
+            RunDirectoryError, match=r"is complete, but its receipt.json .* put it back"
+        ):
             workshop.train()
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
         (run / "receipt.json").touch()
@@ -103,7 +114,15 @@ def test_a_complete_run_without_its_receipt_is_not_called_another(workshop):
 def test_a_folder_where_a_file_belongs_is_named(workshop):
     """And a file where a folder does."""
     run, kept = workshop.train(), workshop.folder / "kept"
-    names = ["config.yaml", "metrics.jsonl", "eval.jsonl", "outcome.json", "receipt.json", "checkpoints", "model"]
+    names = [
+        "config.yaml",
+        "metrics.jsonl",
+        "eval.jsonl",
+        "outcome.json",
+        "receipt.json",
+        "checkpoints",
+        "model",
+    ]
     for path in (run / name for name in names):
         was_there = path.exists()
         if was_there:
@@ -177,7 +196,10 @@ def test_a_file_that_changes_what_opens_in_an_export_is_named(workshop):
     for path in (run / "model" / name for name in OPENS_OTHERWISE):
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
-        with pytest.raises(RunDirectoryError, match=f"{path} was not there when the model was verified.*move it away"):
+        with pytest.raises(
+            RunDirectoryError,
+            match=f"{path} was not there when the model was verified.*move it away",
+        ):
             workshop.train()
         assert path.read_text() == "{}"
         path.unlink()
@@ -201,18 +223,25 @@ def test_a_checkpoint_that_is_no_folder_is_named_and_set_aside(workshop, capsys,
     assert (newest / "manifest.json").exists()
 
 
-def test_a_receipt_stays_what_it_was_and_other_versions_are_noted_beside_it(workshop, ended, monkeypatch, capsys):
+def test_a_receipt_stays_what_it_was_and_other_versions_are_noted_beside_it(
+    workshop, ended, monkeypatch, capsys
+):
     before = (ended / "receipt.json").read_bytes()
     monkeypatch.setattr(receipts, "versions", lambda: {"python": "3.99"})
     workshop.train(**SETTINGS)
     assert (ended / "receipt.json").read_bytes() == before
     [line] = read_jsonl(ended / "starts.jsonl")
     assert line["step"] == 4
-    assert any(each.startswith("versions.python: was 3.") and each.endswith("now 3.99") for each in line["different"])
+    assert any(
+        each.startswith("versions.python: was 3.") and each.endswith("now 3.99")
+        for each in line["different"]
+    )
     assert "versions.python" in capsys.readouterr().out
 
 
-def test_a_receipt_of_a_run_that_began_again_has_the_old_one_beside_it(workshop, ended, monkeypatch):
+def test_a_receipt_of_a_run_that_began_again_has_the_old_one_beside_it(
+    workshop, ended, monkeypatch
+):
     before = json.loads((ended / "receipt.json").read_text())
     shutil.rmtree(ended / "checkpoints")
     shutil.rmtree(ended / "model")
@@ -225,7 +254,9 @@ def test_a_receipt_of_a_run_that_began_again_has_the_old_one_beside_it(workshop,
 @pytest.mark.parametrize("attempt", ["train", "check"])
 def test_a_place_where_no_folder_can_be_made_is_refused_at_once(workshop, attempt):
     """Root may write anywhere, says os.access."""
-    with pytest.raises(RunDirectoryError, match=r"/proc/x/run cannot be written: .*; choose another run\.dir"):
+    with pytest.raises(
+        RunDirectoryError, match=r"/proc/x/run cannot be written: .*; choose another run\.dir"
+    ):
         getattr(workshop, attempt)(run__dir="/proc/x")
 
 
@@ -237,7 +268,11 @@ def test_an_undisturbed_resumption_notes_nothing(workshop, ended):
 
 
 def test_temporary_files_of_killed_attempts_go_and_those_of_a_user_stay(workshop, ended):
-    ours = [".writing-outcome.json-ab12_xyz", ".writing-metrics.jsonl-00000000", ".mode-.writing-config.yaml-abcdefgh"]
+    ours = [
+        ".writing-outcome.json-ab12_xyz",
+        ".writing-metrics.jsonl-00000000",
+        ".mode-.writing-config.yaml-abcdefgh",
+    ]
     users = [
         ".outcome.json-original",
         ".writing-notes.txt-abcdefgh",
@@ -271,7 +306,9 @@ def read_only_disk(tmp_path):
 
     def mount(folder):
         for options in (["--bind"], ["-o", "remount,ro,bind"]):
-            done = subprocess.run(["mount", *options, str(folder), str(folder)], capture_output=True, check=False)
+            done = subprocess.run(
+                ["mount", *options, str(folder), str(folder)], capture_output=True, check=False
+            )
             if done.returncode:
                 pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
             mounted.append(folder)
@@ -309,8 +346,14 @@ def test_a_damaged_config_is_named_and_stays(workshop):
     run = workshop.train()
     for content, says in BROKEN_CONFIGS:
         (run / "config.yaml").write_bytes(content)
-        for attempt in (workshop.train, lambda: replay.main(argparse.Namespace(run=run, name=None))):
-            with pytest.raises(RunDirectoryError, match=f"{run / 'config.yaml'} is damaged: {says}.*; put back a copy"):
+        for attempt in (
+            workshop.train,
+            lambda: replay.main(argparse.Namespace(run=run, name=None)),
+        ):
+            with pytest.raises(
+                RunDirectoryError,
+                match=f"{run / 'config.yaml'} is damaged: {says}.*; put back a copy",
+            ):
                 attempt()
         assert (run / "config.yaml").read_bytes() == content
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
@@ -320,7 +363,8 @@ def test_a_run_whose_config_is_gone_is_told_where_a_copy_is(workshop):
     run = workshop.train()
     (run / "config.yaml").unlink()
     with pytest.raises(
-        RunDirectoryError, match="config.yaml is missing, and .*; put back a copy of it .manifest.json of"
+        RunDirectoryError,
+        match="config.yaml is missing, and .*; put back a copy of it .manifest.json of",
     ):
         workshop.train()
     assert list(run.glob("checkpoints/step-*"))
@@ -331,7 +375,9 @@ def test_lines_that_a_log_lost_are_noted(workshop, content):
     directory = rundir.RunDirectory(configs.from_dict(workshop.config()))
     directory.path.mkdir(parents=True)
     for log in (directory.logs.metrics, directory.logs.evals):
-        log.write_text("".join(json.dumps({"step": step, "eval_loss": 1.0}) + "\n" for step in range(1, 13)))
+        log.write_text(
+            "".join(json.dumps({"step": step, "eval_loss": 1.0}) + "\n" for step in range(1, 13))
+        )
     directory.logs.rewind(10)
     assert directory.logs.missing(10, 1, 2) == []
     for log in (directory.logs.metrics, directory.logs.evals):
@@ -343,8 +389,10 @@ def test_lines_that_a_log_lost_are_noted(workshop, content):
     lost = "; evaluation.patience and evaluation.export_best judge without them"
     assert directory.logs.missing(10, 1, None) == directory.logs.missing(10, 1, 2)[:1]
     assert directory.logs.missing(10, 1, 2) == [
-        f"note: {directory.logs.metrics} lacks 10 of the 10 lines that tracking.log_every_steps: 1 asks for up to step 10: 1, 2, 3, 4, 5, ...",
-        f"note: {directory.logs.evals} lacks 4 of the 4 lines that evaluation.every_steps: 2 asks for up to step 10: 2, 4, 6, 8{lost}",
+        f"note: {directory.logs.metrics} lacks 10 of the 10 lines that tracking.log_every_steps: 1 "
+        "asks for up to step 10: 1, 2, 3, 4, 5, ...",
+        f"note: {directory.logs.evals} lacks 4 of the 4 lines that evaluation.every_steps: 2 asks "
+        f"for up to step 10: 2, 4, 6, 8{lost}",
     ]
     for log in (directory.logs.metrics, directory.logs.evals):
         kept = log.with_name(f"{log.name}.damaged")
@@ -357,7 +405,8 @@ def test_a_log_that_was_cut_in_half_is_noted_at_the_next_start(workshop, ended, 
     workshop.train(**SETTINGS)
     said = capsys.readouterr().out
     assert re.search(
-        rf"note: {log} lacks [23] of the 4 lines that tracking.log_every_steps: 1 asks for up to step 4: ", said
+        rf"note: {log} lacks [23] of the 4 lines that tracking.log_every_steps: 1 asks for up to step 4: ",
+        said,
     )
 
 
@@ -376,7 +425,10 @@ def test_a_copied_run_goes_on_beside_the_original(workshop):
     first.unlock()
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     workshop.train(**settings)
-    logs = [[line["loss"] for line in read_jsonl(folder / "metrics.jsonl")] for folder in (run, elsewhere / "run")]
+    logs = [
+        [line["loss"] for line in read_jsonl(folder / "metrics.jsonl")]
+        for folder in (run, elsewhere / "run")
+    ]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 5
     shutil.copytree(run, run.with_name("other"))

@@ -52,7 +52,11 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
         (WEIGHTS, lambda path: path.write_text(""), f"/{WEIGHTS} is empty"),
         (WEIGHTS, lambda path: path.write_text("garbage " * 99), f"/{WEIGHTS} is not .safetensors"),
         (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-9]), f"/{WEIGHTS} has "),
-        (WEIGHTS, lambda path: path.rename(path.with_suffix(".bin")), "/adapter_model.bin is not a file of PyTorch"),
+        (
+            WEIGHTS,
+            lambda path: path.rename(path.with_suffix(".bin")),
+            "/adapter_model.bin is not a file of PyTorch",
+        ),
         (SETTINGS, lambda path: path.write_text("[]"), f"/{SETTINGS}: should hold an object"),
         (SETTINGS, lambda path: path.write_text("{"), f"/{SETTINGS}: broken JSON"),
         (SETTINGS, lambda path: path.write_bytes(b"\xff\xfe{"), f"/{SETTINGS}: broken JSON"),
@@ -106,7 +110,10 @@ def test_weights_that_peft_would_leave_out_are_refused(workshop, saved, adapter)
 def test_an_adapter_that_names_no_base_needs_one(saved, adapter, capsys, known):
     change(adapter / SETTINGS, base_model_name_or_path=known)
     assert main(["chat", "--model", str(adapter), "--prompt", "a"]) == 2
-    assert f"{adapter}/{SETTINGS}: base_model_name_or_path names no base; give --base" in capsys.readouterr().err
+    assert (
+        f"{adapter}/{SETTINGS}: base_model_name_or_path names no base; give --base"
+        in capsys.readouterr().err
+    )
     load(adapter, base=str(saved[0]))
     assert moved(adapter, str(saved[0])) == str(saved[0])
 
@@ -122,7 +129,10 @@ def test_an_adapter_that_names_no_base_needs_one(saved, adapter, capsys, known):
 )  # fmt: skip
 def test_a_record_of_the_base_with_a_wrong_type_is_damaged(adapter, changes):
     change(adapter / base_identity.FILE, **changes)
-    with pytest.raises(ModelError, match=rf"{base_identity.FILE}: is damaged \({next(iter(changes))}\), so the base"):
+    with pytest.raises(
+        ModelError,
+        match=rf"{base_identity.FILE}: is damaged \({next(iter(changes))}\), so the base",
+    ):
         base_identity.read(adapter)
 
 
@@ -135,12 +145,17 @@ def test_the_base_of_an_adapter_is_looked_at_before_it_is_opened(saved, adapter,
     shutil.copytree(saved[0], tmp_path / "base")
     (tmp_path / "base/model.safetensors").write_text("")
     change(adapter / SETTINGS, base_model_name_or_path=str(tmp_path / "base"))
-    with pytest.raises(ModelError, match=f"the base of {adapter}: {tmp_path}/base/model.safetensors is empty"):
+    with pytest.raises(
+        ModelError, match=f"the base of {adapter}: {tmp_path}/base/model.safetensors is empty"
+    ):
         load(adapter)
 
 
 def test_a_broken_chat_template_is_not_merged(adapter, tmp_path, capsys):
     (adapter / "chat_template.jinja").write_text("{% if %}")
-    assert main(["export", "--merge", "--model", str(adapter), "--output", str(tmp_path / "merged")]) == 2
+    assert (
+        main(["export", "--merge", "--model", str(adapter), "--output", str(tmp_path / "merged")])
+        == 2
+    )
     assert "chat_template.jinja) cannot be used" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()

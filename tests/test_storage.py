@@ -1,4 +1,6 @@
-"""The twin in an object store: whole or not there, verified on the way back, never two writers, errors that say what to do."""
+"""The twin in an object store: whole or not there, verified on the way back, never two writers,
+errors that say what to do.
+"""
 
 import json
 import logging
@@ -83,7 +85,11 @@ def server():
 @pytest.fixture(scope="module")
 def client(server):
     """For what users and accidents do there."""
-    keys = {"aws_access_key_id": "AKIDEXAMPLE", "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
+    keys = {
+        "aws_access_key_id": "AKIDEXAMPLE",
+        "aws_secret_access_key": SECRET,
+        "region_name": "us-east-1",
+    }
     client = boto3.client("s3", endpoint_url=server, **keys)
     yield client
     client.close()
@@ -124,9 +130,16 @@ def checkpoint(root: Path, step: int, files: dict[str, bytes] | None = None) -> 
         (writing / name).write_bytes(content + str(step).encode() if content else b"")
     progress = {**Progress().to_dict(), "step": step}
     names = folder.files(writing)
-    about = {"config": {"optimizer": {"kind": "adamw"}}, "identity": {}, "topology": "single", "num_processes": 1}
+    about = {
+        "config": {"optimizer": {"kind": "adamw"}},
+        "identity": {},
+        "topology": "single",
+        "num_processes": 1,
+    }
     files = folder.described(writing, names)
-    return folder.commit(writing, {"format": folder.FORMAT, "progress": progress, "files": files, **about})
+    return folder.commit(
+        writing, {"format": folder.FORMAT, "progress": progress, "files": files, **about}
+    )
 
 
 FILES = {
@@ -136,7 +149,9 @@ FILES = {
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
 
 
 def run_directory(path: Path) -> Path:
@@ -179,7 +194,9 @@ def test_a_run_goes_there_and_back(s3, tmp_path):
     back = tmp_path / "there/run"
     assert Storage(s3_url(tmp_path), "run").restore(back)
     wanted = contents(run)
-    assert contents(back) == {n: c for n, c in wanted.items() if n != ".lock" and not n.startswith("checkpoints")}
+    assert contents(back) == {
+        n: c for n, c in wanted.items() if n != ".lock" and not n.startswith("checkpoints")
+    }
 
 
 def test_every_look_is_a_fresh_one(s3, tmp_path):
@@ -187,7 +204,9 @@ def test_every_look_is_a_fresh_one(s3, tmp_path):
     assert theirs.steps() == []
     mine.upload_checkpoint(checkpoint(tmp_path, 100))
     assert theirs.steps() == [100]
-    s3.delete_object(Bucket=bucket(tmp_path), Key="runs/run/checkpoints/step-00000100/manifest.json")
+    s3.delete_object(
+        Bucket=bucket(tmp_path), Key="runs/run/checkpoints/step-00000100/manifest.json"
+    )
     assert mine.steps() == theirs.steps() == []
 
 
@@ -210,7 +229,9 @@ def test_a_torn_upload_is_no_checkpoint_and_the_next_one_repairs_it(flaky, tmp_p
     path = checkpoint(tmp_path / "here", 100)
     name = [*folder.files(path), "manifest.json"][after]
     Flaky.fails["put", f"checkpoints/step-00000100/{name}"] = [OSError("gone")] * 3
-    with pytest.raises(CheckpointError, match=f"flaky://.*/run: uploading .*{name}.* failed: OSError: gone"):
+    with pytest.raises(
+        CheckpointError, match=f"flaky://.*/run: uploading .*{name}.* failed: OSError: gone"
+    ):
         flaky.upload_checkpoint(path)
     assert flaky.steps() == []
     flaky.upload_checkpoint(path)
@@ -242,7 +263,9 @@ def test_what_arrived_short_gets_no_manifest(flaky, tmp_path, monkeypatch):
         self.pipe_file(rpath, Path(lpath).read_bytes()[:5])
 
     monkeypatch.setattr(Flaky, "put_file", cut)
-    with pytest.raises(CheckpointError, match="step-00000100: shards/.metadata has 5 bytes instead of 103"):
+    with pytest.raises(
+        CheckpointError, match="step-00000100: shards/.metadata has 5 bytes instead of 103"
+    ):
         flaky.upload_checkpoint(checkpoint(tmp_path, 100))
     assert flaky.steps() == []
 
@@ -263,9 +286,17 @@ def spoiled(content: bytes) -> bytes:
     ("name", "spoil", "problem"),
     [
         ("shards/__0_0.distcp", spoiled, "shards/__0_0.distcp is corrupt"),
-        ("shards/__0_0.distcp", lambda content: content[:-1], "shards/__0_0.distcp has 12802 bytes instead of 12803"),
+        (
+            "shards/__0_0.distcp",
+            lambda content: content[:-1],
+            "shards/__0_0.distcp has 12802 bytes instead of 12803",
+        ),
         ("shards/__0_0.distcp", None, "shards/__0_0.distcp is missing"),
-        ("manifest.json", lambda content: content.replace(b'"epoch": 0', b'"epoch": 1'), "manifest.json is corrupt"),
+        (
+            "manifest.json",
+            lambda content: content.replace(b'"epoch": 0', b'"epoch": 1'),
+            "manifest.json is corrupt",
+        ),
         ("manifest.json", lambda content: content[:-9], "manifest.json is damaged"),
         ("manifest.json", lambda content: b"[]", "manifest.json is damaged"),
         ("manifest.json", None, "manifest.json is missing"),
@@ -289,8 +320,12 @@ def test_a_manifest_cannot_write_elsewhere(flaky, tmp_path):
     flaky.upload_checkpoint(checkpoint(tmp_path, 100))
     for name in ("../../escaped", "/escaped"):
         manifest = json.dumps({"files": {name: {"bytes": 1}}}).encode()
-        fsspec.filesystem("flaky").pipe_file(f"{flaky.url}/checkpoints/step-00000100/manifest.json", manifest)
-        with pytest.raises(CheckpointError, match=f"names {name}, which is not in the checkpoint's folder"):
+        fsspec.filesystem("flaky").pipe_file(
+            f"{flaky.url}/checkpoints/step-00000100/manifest.json", manifest
+        )
+        with pytest.raises(
+            CheckpointError, match=f"names {name}, which is not in the checkpoint's folder"
+        ):
             flaky.fetch(100, tmp_path / "there")
 
 
@@ -326,7 +361,14 @@ def test_pruning_takes_the_manifest_first_and_only_what_it_may(flaky, tmp_path):
     assert removed[len(FILES)] == "step-00000200/manifest.json"
     assert flaky.steps() == [400, 300]
     kept = {name.split("/checkpoints/")[1].split("/")[0] for name in store.find(root)}
-    assert kept == {"step-00000300", "step-00000400", "step-00000500", "mine", "damaged-step-00000100.0", "note"}
+    assert kept == {
+        "step-00000300",
+        "step-00000400",
+        "step-00000500",
+        "mine",
+        "damaged-step-00000100.0",
+        "note",
+    }
 
 
 def test_pruning_that_was_cut_short_is_finished_by_the_next(flaky, tmp_path):
@@ -334,7 +376,8 @@ def test_pruning_that_was_cut_short_is_finished_by_the_next(flaky, tmp_path):
         flaky.upload_checkpoint(checkpoint(tmp_path, step))
     Flaky.fails["rm", "checkpoints/step-00000100/process-0000.json"] = [PermissionError("denied")]
     with pytest.raises(
-        CheckpointError, match="removing checkpoints/step-00000100/process-0000.json failed: PermissionError"
+        CheckpointError,
+        match="removing checkpoints/step-00000100/process-0000.json failed: PermissionError",
     ):
         flaky.prune(1, set())
     assert flaky.steps() == [200]
@@ -352,7 +395,9 @@ def test_pruning_never_takes_the_last_one_to_go_on_from(flaky, tmp_path, protect
 
 
 def test_pruning_counts_what_is_there_not_what_is_here(flaky, tmp_path):
-    """A machine that has only just come has one checkpoint on its disk, and keeps as many there as it was told to."""
+    """A machine that has only just come has one checkpoint on its disk, and keeps as many there as
+    it was told to.
+    """
     for step in (100, 200, 300):
         flaky.upload_checkpoint(checkpoint(tmp_path, step))
     flaky.prune(2, set())
@@ -385,7 +430,9 @@ def test_config_yaml_comes_last_and_says_that_the_rest_is_there(flaky, tmp_path)
     assert not (back / "config.yaml").exists()
     assert flaky.restore(back)
     assert [name for action, name in Flaky.done if action == "get"][-1] == "config.yaml"
-    assert contents(back) == {name: content for name, content in contents(run).items() if name != ".lock"}
+    assert contents(back) == {
+        name: content for name, content in contents(run).items() if name != ".lock"
+    }
 
 
 def test_no_file_of_an_older_model_stays(flaky, tmp_path):
@@ -413,7 +460,9 @@ def test_the_last_to_start_wins_and_the_other_writes_nothing_more(s3, tmp_path):
             write()
     assert s3.list_objects_v2(Bucket=bucket(tmp_path))["Contents"] == before
     second.upload_checkpoint(path)
-    assert not Storage(s3_url(tmp_path), "run").restore(tmp_path / "there")  # a claim alone is not a run
+    assert not Storage(s3_url(tmp_path), "run").restore(
+        tmp_path / "there"
+    )  # a claim alone is not a run
     s3.delete_object(Bucket=bucket(tmp_path), Key="runs/run/writer.json")
     with pytest.raises(TakenOver, match="writer.json is gone"):
         second.require_claim()
@@ -462,7 +511,9 @@ def test_no_such_bucket_is_said(s3):
 def test_missing_credentials_are_said(s3, tmp_path, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert "give credentials through the environment (S3: AWS_ACCESS_KEY_ID" in refusal(s3_url(tmp_path))
+    assert "give credentials through the environment (S3: AWS_ACCESS_KEY_ID" in refusal(
+        s3_url(tmp_path)
+    )
 
 
 def test_wrong_credentials_are_said(s3, server, tmp_path):
@@ -472,7 +523,10 @@ def test_wrong_credentials_are_said(s3, server, tmp_path):
         message = refusal(s3_url(tmp_path))
     finally:
         requests.post(require_signatures_after, data="inf", timeout=10)
-    assert "cannot be written to (PermissionError: The AWS Access Key Id you provided does not exist" in message
+    assert (
+        "cannot be written to (PermissionError: The AWS Access Key Id you provided does not exist"
+        in message
+    )
     assert "may they list, read, write and delete there" in message
 
 
@@ -487,7 +541,9 @@ def test_a_store_that_does_not_answer_is_said_in_time(s3, tmp_path, monkeypatch)
     monkeypatch.setattr(storage, "CHECK_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        assert "cannot be written to (TimeoutError: no answer within 1 s)" in refusal(s3_url(tmp_path), CheckpointError)
+        assert "cannot be written to (TimeoutError: no answer within 1 s)" in refusal(
+            s3_url(tmp_path), CheckpointError
+        )
 
 
 @pytest.mark.parametrize(
@@ -498,7 +554,10 @@ def test_a_store_that_does_not_answer_is_said_in_time(s3, tmp_path, monkeypatch)
         ("s3://", "names no bucket or folder"),
         ("nosuch://bucket", "got 'nosuch://bucket', whose protocol is not known"),
         ("simplecache::s3://bucket", "protocol is not known"),
-        ("gs://bucket/runs", f"gs:// needs a package that is missing: pip install gcsfs=={fsspec.__version__}"),
+        (
+            "gs://bucket/runs",
+            f"gs:// needs a package that is missing: pip install gcsfs=={fsspec.__version__}",
+        ),
         (
             "abfs://files@account.dfs.core.windows.net/runs",
             "abfs:// needs a package that is missing: pip install adlfs",
@@ -506,7 +565,10 @@ def test_a_store_that_does_not_answer_is_said_in_time(s3, tmp_path, monkeypatch)
         (f"s3://AKID:{SECRET}@bucket/runs", "holds a user name, a password or a key"),
         (f"s3://AKID:ab/{SECRET}@bucket/runs", "holds a user name, a password or a key"),
         (f"s3://AKID:{SECRET}/runs", "holds a user name, a password or a key"),
-        (f"abfs://files:{SECRET}@account.dfs.core.windows.net/runs", "holds a user name, a password or a key"),
+        (
+            f"abfs://files:{SECRET}@account.dfs.core.windows.net/runs",
+            "holds a user name, a password or a key",
+        ),
         (f"AKID:{SECRET}@bucket/runs", "holds a user name, a password or a key"),
         (f"abfs://files@account.dfs.core.windows.net/runs?sig={SECRET}", "has a query string"),
         (f"{SECRET}://bucket@x?", "holds a user name"),
@@ -518,8 +580,16 @@ def test_a_url_that_cannot_be_is_refused_without_repeating_secrets(url, problem)
 
 def test_a_passing_failure_passes(flaky, tmp_path):
     path = checkpoint(tmp_path / "here", 100)
-    manifest, shard = (f"checkpoints/step-00000100/{name}" for name in ("manifest.json", "shards/__0_0.distcp"))
-    for action, name in (("put", shard), ("put", manifest), ("get", shard), ("ls", "checkpoints"), ("rm", manifest)):
+    manifest, shard = (
+        f"checkpoints/step-00000100/{name}" for name in ("manifest.json", "shards/__0_0.distcp")
+    )
+    for action, name in (
+        ("put", shard),
+        ("put", manifest),
+        ("get", shard),
+        ("ls", "checkpoints"),
+        ("rm", manifest),
+    ):
         Flaky.fails[action, name] = [OSError("slow down"), TimeoutError()]
     flaky.upload_checkpoint(path)
     assert flaky.steps() == [100]
@@ -533,9 +603,14 @@ def test_a_passing_failure_passes(flaky, tmp_path):
 def test_an_outage_is_no_empty_store(flaky, tmp_path):
     flaky.upload_checkpoint(checkpoint(tmp_path, 100))
     flaky.upload_notes(run_directory(tmp_path / "here/run"))
-    for look, name in ((flaky.steps, "checkpoints"), (lambda: flaky.restore(tmp_path / "there"), "run")):
+    for look, name in (
+        (flaky.steps, "checkpoints"),
+        (lambda: flaky.restore(tmp_path / "there"), "run"),
+    ):
         Flaky.fails["ls", name] = [OSError("no route")] * 3
-        with pytest.raises(CheckpointError, match="flaky://.*/run: listing .*failed: OSError: no route"):
+        with pytest.raises(
+            CheckpointError, match="flaky://.*/run: listing .*failed: OSError: no route"
+        ):
             look()
 
 
@@ -543,13 +618,18 @@ def test_a_bucket_that_has_gone_is_said(s3, tmp_path):
     store = claimed(s3_url(tmp_path))
     s3.delete_object(Bucket=bucket(tmp_path), Key="runs/run/writer.json")
     s3.delete_bucket(Bucket=bucket(tmp_path))
-    with pytest.raises(CheckpointError, match="s3://.*/run: writing writer.json failed: FileNotFoundError: .*bucket"):
+    with pytest.raises(
+        CheckpointError,
+        match="s3://.*/run: writing writer.json failed: FileNotFoundError: .*bucket",
+    ):
         store.claim()
 
 
 @pytest.mark.slow
 def test_any_thread_may_call(s3, tmp_path):
-    """Uploads come from a thread beside the training, and the training itself looks and fetches meanwhile."""
+    """Uploads come from a thread beside the training, and the training itself looks and fetches
+    meanwhile.
+    """
     store, failures = claimed(s3_url(tmp_path)), []
     paths = [checkpoint(tmp_path / "here", step) for step in range(1, 7)]
 
@@ -588,7 +668,9 @@ print(sent, tracemalloc.get_traced_memory()[1])
 
 @pytest.mark.slow
 def test_a_big_file_is_never_whole_in_memory(s3, tmp_path):
-    """Nor does memory grow with it: of parts of 8 MiB, twice 4. In a process of its own, since the server is in this one."""
+    """Nor does memory grow with it: of parts of 8 MiB, twice 4. In a process of its own, since the
+    server is in this one.
+    """
     content = os.urandom(2**20) * 88
     path = checkpoint(tmp_path / "here", 100, {"shards/__0_0.distcp": content})
     process = subprocess.run(
@@ -597,6 +679,8 @@ def test_a_big_file_is_never_whole_in_memory(s3, tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "there/step-00000100/shards/__0_0.distcp").read_bytes() == content + b"100"
-    head = s3.head_object(Bucket=bucket(tmp_path), Key="runs/run/checkpoints/step-00000100/shards/__0_0.distcp")
+    head = s3.head_object(
+        Bucket=bucket(tmp_path), Key="runs/run/checkpoints/step-00000100/shards/__0_0.distcp"
+    )
     assert head["ETag"].endswith('-12"')  # in 12 parts: 11 of 8 MiB, and three bytes
     assert all(int(peak) < 80 * 2**20 for peak in process.stdout.split())

@@ -10,7 +10,14 @@ from finetune.data.templates import Template
 from finetune.errors import ConfigError, DataError, UserError
 
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
-VOCABULARY = {"<|im_start|>": 1, "<|im_end|>": 2, "<|eot|>": 3, "<start_of_turn>": 4, "<end_of_turn>": 5, "word": 6}
+VOCABULARY = {
+    "<|im_start|>": 1,
+    "<|im_end|>": 2,
+    "<|eot|>": 3,
+    "<start_of_turn>": 4,
+    "<end_of_turn>": 5,
+    "word": 6,
+}
 
 # Chat templates as tokenizers bring them along, each with a habit of its own.
 CHAT = {
@@ -50,8 +57,13 @@ ANSWERS = {
 
 def conversation(*said: str, system: str | None = None) -> Conversation:
     """Turns of user and assistant in turn, after a system message where there is one."""
-    messages = [Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1) for i, text in enumerate(said)]
-    return Conversation(tuple([Message("system", system)] * (system is not None) + messages), Place("rows.jsonl", 3))
+    messages = [
+        Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1)
+        for i, text in enumerate(said)
+    ]
+    return Conversation(
+        tuple([Message("system", system)] * (system is not None) + messages), Place("rows.jsonl", 3)
+    )
 
 
 CONVERSATIONS = {
@@ -59,10 +71,16 @@ CONVERSATIONS = {
     "several turns": conversation("Hi", "Hello", "And you?", "Fine.\nThanks", "Bye", "Bye"),
     "system": conversation("Hi", "Hello", system="Be brief."),
     "system, several turns": conversation("Hi", "Hello", "Hi", "Hello", system="Be brief."),
-    "the answer stands in the question": conversation("Say: Hello", "Hello", "Again: Hello", "Hello"),
+    "the answer stands in the question": conversation(
+        "Say: Hello", "Hello", "Again: Hello", "Hello"
+    ),
     "spaces and lines at the ends": conversation(" Hi \n", "\n Hello  \n", "And? ", " Fine "),
-    "text of no template": conversation("{{ messages }} {% if %}", "{# no #} ### Answer:\n[INST] é🙂"),
-    "the prompt of an answer": conversation("Hi", "### Answer:\n### Response:\n", "Hi", "assistant: [assistant]"),
+    "text of no template": conversation(
+        "{{ messages }} {% if %}", "{# no #} ### Answer:\n[INST] é🙂"
+    ),
+    "the prompt of an answer": conversation(
+        "Hi", "### Answer:\n### Response:\n", "Hi", "assistant: [assistant]"
+    ),
 }
 
 
@@ -77,19 +95,31 @@ def chat(source: str) -> Template:
     return templates.load("chat", "messages", source, SPECIAL, VOCABULARY)
 
 
-def supervised(template: Template, conversation: Conversation, loss_on: str = "completion") -> list[str]:
-    return [segment.text for segment in template.segments(conversation, loss_on) if segment.supervised]
+def supervised(
+    template: Template, conversation: Conversation, loss_on: str = "completion"
+) -> list[str]:
+    return [
+        segment.text for segment in template.segments(conversation, loss_on) if segment.supervised
+    ]
 
 
 def rendered(template: Template, conversation: Conversation) -> str:
     return "".join(segment.text for segment in template.segments(conversation))
 
 
-def as_inference_renders(tokenizer, template: Template, messages, add_generation_prompt: bool = False) -> str:
+def as_inference_renders(
+    tokenizer, template: Template, messages, add_generation_prompt: bool = False
+) -> str:
     """The same messages through the tokenizer, as a user of the exported model will do it."""
-    turns = [{"role": m.role, "content": m.content, **({"context": m.context} if m.context else {})} for m in messages]
+    turns = [
+        {"role": m.role, "content": m.content, **({"context": m.context} if m.context else {})}
+        for m in messages
+    ]
     return tokenizer.apply_chat_template(
-        turns, chat_template=template.source, tokenize=False, add_generation_prompt=add_generation_prompt
+        turns,
+        chat_template=template.source,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
     )
 
 
@@ -109,24 +139,36 @@ def test_the_segments_together_are_the_text_that_inference_renders(each_template
 
 
 def test_every_prompt_is_what_stands_before_its_answer(each_template, bytes_tokenizer):
-    """At inference the model sees the prompt; in training the supervised text begins right after it."""
+    """At inference the model sees the prompt; in training the supervised text begins right after
+    it.
+    """
     for name, each in CONVERSATIONS.items():
         segments = each_template.segments(each)
-        starts = [len("".join(s.text for s in segments[:i])) for i, s in enumerate(segments) if s.supervised]
-        turns = [number for number, message in enumerate(each.messages) if message.role == "assistant"]
+        starts = [
+            len("".join(s.text for s in segments[:i]))
+            for i, s in enumerate(segments)
+            if s.supervised
+        ]
+        turns = [
+            number for number, message in enumerate(each.messages) if message.role == "assistant"
+        ]
         assert len(starts) == len(turns), name
         for turn, start in zip(turns, starts):
             before = each.messages[:turn]
             prompt = each_template.prompt(before)
             assert prompt == rendered(each_template, each)[:start], name
-            assert prompt == as_inference_renders(bytes_tokenizer, each_template, before, add_generation_prompt=True)
+            assert prompt == as_inference_renders(
+                bytes_tokenizer, each_template, before, add_generation_prompt=True
+            )
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_exactly_the_answers_and_the_ends_of_their_turns_are_learned(name):
     for each in CONVERSATIONS.values():
         answers = [message.content for message in each.messages if message.supervised]
-        assert supervised(template(name), each) == [ANSWERS[name].format(answer) for answer in answers]
+        assert supervised(template(name), each) == [
+            ANSWERS[name].format(answer) for answer in answers
+        ]
 
 
 @pytest.mark.parametrize(
@@ -182,13 +224,15 @@ def test_a_system_prompt_stands_once_and_first(name, expected):
 
 def instruction(context: str) -> Conversation:
     return Conversation(
-        (Message("user", "Add.", context=context), Message("assistant", "3", supervised=True)), Place("r", 1)
+        (Message("user", "Add.", context=context), Message("assistant", "3", supervised=True)),
+        Place("r", 1),
     )
 
 
 def test_alpaca_gives_the_input_of_an_instruction_a_place_of_its_own():
     assert rendered(template("alpaca"), instruction("1 + 2")) == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n1 + 2\n\n### Response:\n3<|eos|>"
     )
@@ -209,7 +253,12 @@ def test_an_input_is_rendered_as_inference_renders_it(bytes_tokenizer):
 
 
 def test_alpaca_introduces_itself_once():
-    assert rendered(template("alpaca"), CONVERSATIONS["several turns"]).count("Below is an instruction") == 1
+    assert (
+        rendered(template("alpaca"), CONVERSATIONS["several turns"]).count(
+            "Below is an instruction"
+        )
+        == 1
+    )
 
 
 def test_plain_text_is_left_as_it_is():
@@ -226,7 +275,12 @@ def test_plain_text_has_no_answer_to_learn(loss_on):
 
 @pytest.mark.parametrize(
     ("name", "token"),
-    [("plain", "<|eos|>"), ("llama2", "<|eos|>"), ("chatml", "<|im_end|>"), *((name, "<|eot|>") for name in CHAT)],
+    [
+        ("plain", "<|eos|>"),
+        ("llama2", "<|eos|>"),
+        ("chatml", "<|im_end|>"),
+        *((name, "<|eot|>") for name in CHAT),
+    ],
 )
 def test_the_token_that_ends_an_answer_is_known(name, token):
     assert template(name).stop_token() == token
@@ -241,7 +295,9 @@ ENDS_IN_TEXT = {
 
 @pytest.mark.parametrize("source", ENDS_IN_TEXT.values(), ids=ENDS_IN_TEXT)
 def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
-    """The EOS comes behind it: the model can reach it, and its answers hold no text of the template."""
+    """The EOS comes behind it: the model can reach it, and its answers hold no text of the
+    template.
+    """
     own, whole = chat(source), conversation("Hi", "Hello", "And?", "Fine")
     assert own.stop_token() is None
     assert supervised(own, conversation("Hi", "Hello")) == ["Hello"]
@@ -249,7 +305,8 @@ def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
     asked, learned = own.segments(whole, "last_turn")
     assert (asked.text, learned.text) == (own.prompt(whole.messages[:3]), "Fine")
     with pytest.raises(
-        DataError, match=r"^rows\.jsonl:3: data\.template 'chat' .* set data\.loss_on: last_turn, or use a template"
+        DataError,
+        match=r"^rows\.jsonl:3: data\.template 'chat' .* set data\.loss_on: last_turn, or use a template",
     ):
         own.segments(whole)
 
@@ -258,26 +315,35 @@ def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
 
 
 def test_marks_decide_what_is_learned_of_what_the_model_writes():
-    """The header is inside the marks, as SmolLM3 has it, but the prompt ends with it; the line after the turn is inside too."""
+    """The header is inside the marks, as SmolLM3 has it, but the prompt ends with it; the line
+    after the turn is inside too.
+    """
     source = (
         "{%- for m in messages %}{% if m.role == 'assistant' %}"
-        "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
+        "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% "
+        "endgeneration %}"
         "{% else %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     answers = ["Hello<|im_end|>\n", "Fine<|im_end|>\n"]
     assert supervised(chat(source), conversation("Hi", "Hello")) == answers[:1]
     assert supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine")) == answers
-    assert supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine"), "last_turn") == answers[1:]
+    assert (
+        supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine"), "last_turn")
+        == answers[1:]
+    )
     assert chat(source).stop_token() == "<|im_end|>"
 
 
 @pytest.mark.parametrize(
     ("source", "marked"),
     [
-        ("{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}", 1),
-        ("{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}", 1),
-        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", 4),
+        ("{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration "
+         "%}", 1),
+        ("{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration "
+         "%}{% else %}{{ m.content }}{% endif %}{% endfor %}", 1),
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor "
+         "%}", 4),
     ],
 )  # fmt: skip
 def test_marks_that_are_not_one_around_each_answer_are_refused(source, marked):
@@ -296,9 +362,7 @@ def test_marks_may_trim_on_both_sides():
 
 
 DROPS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-DROPS_EARLIER = (
-    "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content + '<|eot|>' }}{% endif %}{% endfor %}"
-)
+DROPS_EARLIER = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content + '<|eot|>' }}{% endif %}{% endfor %}"
 SHOUTS = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
 HIDES_THOUGHTS = """\
 {%- for m in messages %}{% if m.role == 'assistant' and not loop.last %}{{ 'assistant: ' + m.content.split('</think>')[-1] }}
@@ -306,9 +370,7 @@ HIDES_THOUGHTS = """\
 POINTS_AT_THE_LAST = """\
 {%- for m in messages %}{{ ('(now) ' if loop.last else '') + m.role + ': ' + m.content + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
-WRITES_TWICE = (
-    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}<|eot|>{% endfor %}"
-)
+WRITES_TWICE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}<|eot|>{% endfor %}"
 MARKS_THE_SECOND = WRITES_TWICE.replace(
     "%}{{ m.content }}{% endif", "%}{% generation %}{{ m.content }}{% endgeneration %}{% endif"
 )
@@ -349,12 +411,22 @@ CUTS_QUESTIONS = "{% for m in messages %}{{ m.content[:2] if m.role == 'user' el
 @pytest.mark.parametrize(
     ("source", "whole", "says"),
     [
-        (WITHOUT_SYSTEM, conversation("Hi", "Hello", system="Be brief."), "the system message 1 ('Be brief.')"),
-        (CUTS_QUESTIONS, conversation("Hi", "Hello", "And?", "Fine"), "the user message 3 ('And?')"),
+        (
+            WITHOUT_SYSTEM,
+            conversation("Hi", "Hello", system="Be brief."),
+            "the system message 1 ('Be brief.')",
+        ),
+        (
+            CUTS_QUESTIONS,
+            conversation("Hi", "Hello", "And?", "Fine"),
+            "the user message 3 ('And?')",
+        ),
     ],
 )
 def test_a_template_that_loses_a_part_of_the_prompt_is_refused(source, whole, says, loss_on):
-    with pytest.raises(DataError, match=r"^rows\.jsonl:3: data\.template 'chat' drops or changes ") as caught:
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl:3: data\.template 'chat' drops or changes "
+    ) as caught:
         chat(source).segments(whole, loss_on)
     assert says in str(caught.value)
 
@@ -365,9 +437,7 @@ def test_an_earlier_answer_that_goes_is_missed_where_only_the_last_is_learned():
 
 
 def test_a_lost_input_of_an_instruction_is_missed():
-    source = (
-        "{% for m in messages %}{{ m.content }}{% if m.context == '1' %}{{ m.context }}{% endif %}<|eot|>{% endfor %}"
-    )
+    source = "{% for m in messages %}{{ m.content }}{% if m.context == '1' %}{{ m.context }}{% endif %}<|eot|>{% endfor %}"
     own = chat(
         source.replace("m.context", "message.context")
         .replace("for m ", "for message ")
@@ -380,14 +450,18 @@ def test_a_lost_input_of_an_instruction_is_missed():
 
 @pytest.mark.parametrize(
     ("source", "says"),
-    [(WITHOUT_SYSTEM, "would be ignored: "), ("REFUSES", "takes no system message: TemplateError: no system role; ")],
+    [
+        (WITHOUT_SYSTEM, "would be ignored: "),
+        ("REFUSES", "takes no system message: TemplateError: no system role; "),
+    ],
 )
 def test_a_system_prompt_that_the_template_does_not_take_is_a_mistake_of_the_setting(source, says):
     system = Message("system", "Be brief.", from_setting=True)
     whole = Conversation((system, *conversation("Hi", "Hello").messages), Place("rows.jsonl", 3))
     own = chat(REFUSES if source == "REFUSES" else source)
     with pytest.raises(
-        ConfigError, match=rf"^data\.system_prompt: .*{says}.*remove the setting, or use another data\.template"
+        ConfigError,
+        match=rf"^data\.system_prompt: .*{says}.*remove the setting, or use another data\.template",
     ):
         own.segments(whole)
 
@@ -398,7 +472,10 @@ def test_thoughts_of_earlier_turns_may_be_hidden_where_only_the_last_is_learned(
 
 
 def test_a_prompt_that_cannot_be_rendered_is_refused():
-    with pytest.raises(DataError, match=r"^the prompt:1: data\.template 'chat' fails: TemplateError: one message only"):
+    with pytest.raises(
+        DataError,
+        match=r"^the prompt:1: data\.template 'chat' fails: TemplateError: one message only",
+    ):
         chat(RAISES).prompt(conversation("Hi", "Hello").messages)
 
 
@@ -440,7 +517,8 @@ def test_chatml_needs_its_tokens(name, vocabulary, missing):
 
 def test_chat_needs_a_chat_template():
     with pytest.raises(
-        DataError, match=r"data\.template: chat, but the tokenizer has no chat template; use one of plain"
+        DataError,
+        match=r"data\.template: chat, but the tokenizer has no chat template; use one of plain",
     ):
         templates.load("chat", "messages", None, SPECIAL, VOCABULARY)
 
@@ -448,8 +526,9 @@ def test_chat_needs_a_chat_template():
 def test_an_unknown_template_is_told_the_known_ones():
     with pytest.raises(DataError) as caught:
         templates.load("vicuna", "messages", None, SPECIAL, VOCABULARY)
-    assert "data.template: 'vicuna' is none of auto, chat, plain, question_answer, alpaca, llama2, chatml" in str(
-        caught.value
+    assert (
+        "data.template: 'vicuna' is none of auto, chat, plain, question_answer, alpaca, llama2, "
+        "chatml" in str(caught.value)
     )
 
 
@@ -489,7 +568,12 @@ def real_template(real_data, name: str) -> Template:
     return templates.load("chat", "messages", source, SPECIAL, VOCABULARY)
 
 
-REAL = {"qwen2.5": "<|im_end|>", "qwen3": "<|im_end|>", "gemma-3": "<end_of_turn>", "smollm3": "<|im_end|>"}
+REAL = {
+    "qwen2.5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "gemma-3": "<end_of_turn>",
+    "smollm3": "<|im_end|>",
+}
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -525,7 +609,9 @@ def test_qwen3_is_asked_with_empty_thoughts_where_rows_have_none(real_data):
     own, whole = real_template(real_data, "qwen3"), conversation("Hi", "Hello", "And?", "Fine")
     assert own.prompt(whole.messages[:3]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert supervised(own, whole, "last_turn") == ["Fine<|im_end|>"]
-    assert supervised(own, conversation("Hi", "<think>hm</think>Hello")) == ["<think>\nhm\n</think>\n\nHello<|im_end|>"]
+    assert supervised(own, conversation("Hi", "<think>hm</think>Hello")) == [
+        "<think>\nhm\n</think>\n\nHello<|im_end|>"
+    ]
 
 
 def test_smollm3_asked_not_to_think_has_empty_thoughts_in_every_prompt(real_data):
@@ -536,7 +622,9 @@ def test_smollm3_asked_not_to_think_has_empty_thoughts_in_every_prompt(real_data
 
 
 def test_qwen3_hides_earlier_thoughts_so_only_the_last_turn_can_be_learned(real_data):
-    whole = conversation("Hi", "<think>\nhm\n</think>\n\nHello", "And?", "<think>\nso\n</think>\n\nFine")
+    whole = conversation(
+        "Hi", "<think>\nhm\n</think>\n\nHello", "And?", "<think>\nso\n</think>\n\nFine"
+    )
     with pytest.raises(DataError, match=r"rows\.jsonl:3: .*data\.loss_on: last_turn"):
         real_template(real_data, "qwen3").segments(whole)
     assert supervised(real_template(real_data, "qwen3"), whole, "last_turn") == [
@@ -550,7 +638,11 @@ def test_phi3_ends_a_turn_and_then_the_text(real_data):
 
     tokenizer = load_tokenizer(Model(path=str(real_data / "tokenizers" / "phi-3-mini")))
     own = templates.load(
-        "auto", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+        "auto",
+        "messages",
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizer.get_added_vocab(),
     )
     whole = conversation("Hi", "Hello", "And?", "Fine")
     assert own.name == "chat"
@@ -562,11 +654,14 @@ def test_phi3_ends_a_turn_and_then_the_text(real_data):
 def test_generation_marks_do_not_hide_a_prompt_that_is_not_trained():
     """Asked with empty thoughts before the answer, trained without: two different models."""
     source = (
-        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ "
+        "m.content }}{{ eos_token }}"
         "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:<think></think>{% endif %}"
     )
-    with pytest.raises(DataError, match="renders the prompt of message 2 differently once the answer is there"):
+    with pytest.raises(
+        DataError, match="renders the prompt of message 2 differently once the answer is there"
+    ):
         chat(source).segments(conversation("Hi", "Hello"))
 
 
@@ -599,13 +694,20 @@ def test_text_of_the_template_before_an_answer_ends_the_prompt(source, opening, 
     own, whole = chat(source), conversation("Hi", "Fine")
     assert own.opening == opening
     assert own.prompt(whole.messages[:1]) == "<|im_start|>user\nHi<|im_end|>\n" + prompt
-    assert [s.text for s in own.segments(whole)] == [own.prompt(whole.messages[:1]), "Fine<|im_end|>", "\n"]
+    assert [s.text for s in own.segments(whole)] == [
+        own.prompt(whole.messages[:1]),
+        "Fine<|im_end|>",
+        "\n",
+    ]
     assert not own.opens_itself(own.segments(whole))
 
 
 @pytest.mark.parametrize(
     ("source", "learned"),
-    [(THINKS_LAST, "<think>\nhm\n</think>\n\nFine<|im_end|>"), (OPENS_THOUGHTS, "hm\n</think>\n\nFine<|im_end|>")],
+    [
+        (THINKS_LAST, "<think>\nhm\n</think>\n\nFine<|im_end|>"),
+        (OPENS_THOUGHTS, "hm\n</think>\n\nFine<|im_end|>"),
+    ],
 )
 def test_thoughts_of_a_row_are_learned_after_the_prompt_without_empty_ones(source, learned):
     whole = conversation("Hi", "<think>\nhm\n</think>\n\nFine")
@@ -620,12 +722,18 @@ def test_where_some_rows_have_thoughts_the_others_learn_to_have_none():
 
 
 @pytest.mark.parametrize("learn_opening", [False, True])
-@pytest.mark.parametrize("source", [THINKS_LAST, THINKS_LAST.replace("loop.last", "loop.index > 2")])
+@pytest.mark.parametrize(
+    "source", [THINKS_LAST, THINKS_LAST.replace("loop.last", "loop.index > 2")]
+)
 def test_an_earlier_answer_without_what_the_last_has_before_it_is_refused(source, learn_opening):
-    own, whole = replace(chat(source), learn_opening=learn_opening), conversation("Hi", "Hello", "And?", "Fine")
+    own, whole = (
+        replace(chat(source), learn_opening=learn_opening),
+        conversation("Hi", "Hello", "And?", "Fine"),
+    )
     if "loop.last" in source:
         with pytest.raises(
-            DataError, match=r"message 2 differently once later turns are there.* data\.loss_on: last_turn"
+            DataError,
+            match=r"message 2 differently once later turns are there.* data\.loss_on: last_turn",
         ):
             own.segments(whole)
         assert len(supervised(own, whole, "last_turn")) == 1
@@ -642,10 +750,14 @@ def test_an_end_of_turn_that_only_the_last_answer_has_is_refused():
 def test_white_space_before_an_answer_stays_with_the_answer():
     """Llama-2's own template; tokenizers join the space with the first word."""
     own = chat(
-        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} <|eot|>{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} "
+        "{{ m.content }} <|eot|>{% endif %}{% endfor %}"
     )
     assert own.opening == ""
-    assert supervised(own, conversation("Hi", "Hello", "And?", "Fine")) == [" Hello <|eot|>", " Fine <|eot|>"]
+    assert supervised(own, conversation("Hi", "Hello", "And?", "Fine")) == [
+        " Hello <|eot|>",
+        " Fine <|eot|>",
+    ]
 
 
 # Rows that fit, where the shortest conversation does not
@@ -694,7 +806,10 @@ def test_a_template_refuses_only_the_rows_that_do_not_fit_it(source, fits):
 
 @pytest.mark.parametrize("half", [r"{{ '\ud83d' }}", r"{{ messages[0].content ~ '\ude00' }}"])
 def test_a_template_that_writes_half_a_character_is_named(half):
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: data\.template 'chat' writes '\\ud...', half of a character"):
+    with pytest.raises(
+        DataError,
+        match=r"rows\.jsonl:3: data\.template 'chat' writes '\\ud...', half of a character",
+    ):
         chat(half + templates.BUILT_IN["question_answer"]).segments(conversation("Hi", "Hello"))
 
 
@@ -704,7 +819,9 @@ def test_a_template_that_holds_half_a_character_is_named():
 
 
 def test_a_template_that_cannot_be_parsed_is_told_with_its_line():
-    with pytest.raises(templates.BrokenTemplate, match=r"rows\.jsonl:3: .* \(line 2 of the template\)"):
+    with pytest.raises(
+        templates.BrokenTemplate, match=r"rows\.jsonl:3: .* \(line 2 of the template\)"
+    ):
         chat("\n{{ messages | no_such_filter }}").segments(conversation("Hi", "Hello"))
 
 
@@ -721,7 +838,8 @@ def test_a_template_is_given_one_date():
 
 def test_a_template_without_a_date_does_not_depend_on_the_day():
     days = [
-        templates.load("chatml", "messages", None, SPECIAL, VOCABULARY, day) for day in ("2001-02-03", "2001-02-04")
+        templates.load("chatml", "messages", None, SPECIAL, VOCABULARY, day)
+        for day in ("2001-02-03", "2001-02-04")
     ]
     assert days[0].fingerprint == days[1].fingerprint
     assert days[0].date is None
@@ -751,16 +869,21 @@ def test_of_several_chat_templates_the_default_is_taken():
 
 def test_chat_templates_without_a_default_are_named():
     named = {"rag": "{{ x }}", "tool_use": "{{ tools }}"}
-    with pytest.raises(DataError, match="has the chat templates rag, tool_use, but none called default"):
+    with pytest.raises(
+        DataError, match="has the chat templates rag, tool_use, but none called default"
+    ):
         templates.load("chat", "messages", named, SPECIAL, VOCABULARY)
     assert templates.load("chatml", "messages", named, SPECIAL, VOCABULARY).name == "chatml"
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ 1 / 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"], ids=["zero", "endless"]
+    "source",
+    ["{{ 1 / 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"],
+    ids=["zero", "endless"],
 )
 def test_a_template_that_breaks_down_is_named(source):
     with pytest.raises(
-        DataError, match=r"rows\.jsonl:3: data\.template 'chat' fails: (ZeroDivisionError|RecursionError)"
+        DataError,
+        match=r"rows\.jsonl:3: data\.template 'chat' fails: (ZeroDivisionError|RecursionError)",
     ):
         chat(source).segments(conversation("Hi", "Hello"))

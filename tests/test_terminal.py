@@ -1,4 +1,6 @@
-"""What a person sees of a run: lines on standard output, one bar on a terminal, errors apart, the commands that come next."""
+"""What a person sees of a run: lines on standard output, one bar on a terminal, errors apart, the
+commands that come next.
+"""
 
 import fcntl
 import logging
@@ -65,7 +67,9 @@ def test_a_complete_run_names_the_commands_that_come_next(workshop, capsys):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A terminal of 80 columns: a call gives what was written there, and first puts the named streams on it."""
+    """A terminal of 80 columns: a call gives what was written there, and first puts the named
+    streams on it.
+    """
     ours, theirs = pty.openpty()
     stream = os.fdopen(theirs, "w")
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -175,7 +179,8 @@ def test_a_hub_that_does_not_answer_is_told_once_with_what_to_do(caplog):
     logger = logging.getLogger("huggingface_hub.utils._http")
     for _ in range(3):
         logger.warning(
-            "'no name' thrown while requesting HEAD https://huggingface.co/a/b/resolve/main/config.json"
+            "'no name' thrown while requesting HEAD "
+            "https://huggingface.co/a/b/resolve/main/config.json"
         )
         logger.warning("Retrying in 1s [Retry 1/5].")
     [record] = caplog.records

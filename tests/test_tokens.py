@@ -41,7 +41,9 @@ TEXTS = [
 
 
 def adds_bos(tokenizer: Any) -> Any:
-    """The same tokenizer with a BOS before every text, as the tokenizers of Llama and Gemma have it."""
+    """The same tokenizer with a BOS before every text, as the tokenizers of Llama and Gemma have
+    it.
+    """
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos[0]} $A", special_tokens=[bos]
@@ -52,7 +54,9 @@ def adds_bos(tokenizer: Any) -> Any:
 def byte_pairs(*merges: tuple[str, str]) -> Any:
     """Bytes, and these merges; like GPT-2 it has one token for BOS and EOS, here for padding too."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: number for number, symbol in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    vocabulary = {
+        symbol: number for number, symbol in enumerate([*alphabet, *(a + b for a, b in merges)])
+    }
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -69,7 +73,8 @@ def like_gpt2() -> Any:
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        TEXTS * 4, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+        TEXTS * 4,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|eos|>", eos_token="<|eos|>", pad_token="<|eos|>",
@@ -78,17 +83,41 @@ def like_gpt2() -> Any:
 
 
 def like_llama(swallows_lines: bool = False) -> Any:
-    """BPE whose spaces are \u2581, put before every text too; bytes for what it does not know; adds a BOS.
+    """BPE whose spaces are \u2581, put before every text too; bytes for what it does not know; adds
+    a BOS.
 
     The control tokens of Phi-3 swallow the white space after them.
     """
-    merges = [("\u2581", "W"), ("e", "v"), ("t", "ev"), ("e", "r"), ("ev", "er"), ("\u2581", "ever")]
-    symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
-    vocabulary = {symbol: number for number, symbol in enumerate([*symbols, *(a + b for a, b in merges)])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    merges = [
+        ("\u2581", "W"),
+        ("e", "v"),
+        ("t", "ev"),
+        ("e", "r"),
+        ("ev", "er"),
+        ("\u2581", "ever"),
+    ]
+    symbols = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *map(chr, range(33, 127)),
+    ]
+    vocabulary = {
+        symbol: number for number, symbol in enumerate([*symbols, *(a + b for a, b in merges)])
+    }
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="\u2581", prepend_scheme="first", split=False
+    )
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return adds_bos(
         PreTrainedTokenizerFast(
@@ -113,11 +142,15 @@ def each_tokenizer(request):
 
 
 def template_for(tokenizer: Any, name: str, format: str = "question_answer") -> templates.Template:
-    return templates.load(name, format, None, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+    return templates.load(
+        name, format, None, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+    )
 
 
 def chat_for(tokenizer: Any, source: str) -> templates.Template:
-    return templates.load("chat", "messages", source, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+    return templates.load(
+        "chat", "messages", source, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+    )
 
 
 def options(**changes: Any) -> tokens.Options:
@@ -134,11 +167,19 @@ class Desk:
         return str(write_jsonl(self.folder / name, values))
 
     def prepare(
-        self, values: Sequence[Any], tokenizer: Any, template: str | templates.Template = "plain", **changes: Any
+        self,
+        values: Sequence[Any],
+        tokenizer: Any,
+        template: str | templates.Template = "plain",
+        **changes: Any,
     ) -> Examples:
         template = template_for(tokenizer, template) if isinstance(template, str) else template
         return stored.prepare(
-            readers.sources(self.write(values), None)[0], template, tokenizer, options(**changes), str(self.cache)
+            readers.sources(self.write(values), None)[0],
+            template,
+            tokenizer,
+            options(**changes),
+            str(self.cache),
         )
 
     def refused(self, *arguments: Any, **changes: Any) -> str:
@@ -168,7 +209,9 @@ def of(examples: Examples, number: int = 0) -> tuple[list[int], list[bool]]:
 
 
 def learned(tokenizer: Any, ids: list[int], supervised: list[bool]) -> list[str]:
-    """The text of every run of learned tokens, as the model would write it after what stands before."""
+    """The text of every run of learned tokens, as the model would write it after what stands
+    before.
+    """
     edges = np.flatnonzero(np.diff([False, *supervised, False]))
     return [
         tokenizer.decode(ids[:end]).removeprefix(tokenizer.decode(ids[:start]))
@@ -202,15 +245,21 @@ WRITES_BOS_EACH_TIME = "{% for m in messages %}{% if m.role == 'user' %}{{ bos_t
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
 def test_a_template_that_writes_the_bos_gives_no_second_one(desk, tokenizer):
     tokenizer = TOKENIZERS[tokenizer]()
-    ids, _ = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, WRITES_BOS)))
+    ids, _ = of(
+        desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, WRITES_BOS))
+    )
     assert tokenizer.decode(ids) == "<|bos|>user:q<|eos|>assistant:a<|eos|>"
 
 
 def test_a_bos_before_every_question_is_taken_as_the_template_has_it(desk):
     """As Llama 2's own chat template."""
     tokenizer = adds_bos(bytes_tokenizer())
-    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("qarb")]
-    ids, supervised = of(desk.prepare([{"messages": turns}], tokenizer, chat_for(tokenizer, WRITES_BOS_EACH_TIME)))
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("qarb")
+    ]
+    ids, supervised = of(
+        desk.prepare([{"messages": turns}], tokenizer, chat_for(tokenizer, WRITES_BOS_EACH_TIME))
+    )
     assert tokenizer.decode(ids) == "<|bos|>[INST]q[/INST]a<|eos|><|bos|>[INST]r[/INST]b<|eos|>"
     assert learned(tokenizer, ids, supervised) == ["a<|eos|>", "b<|eos|>"]
 
@@ -222,7 +271,8 @@ def test_a_template_that_begins_with_two_bos_is_refused(desk, name, between):
     own = chat_for(tokenizer, "{{ bos_token }}" + f"{{{{ '{between}' }}}}" + WRITES_BOS_EACH_TIME)
     says = desk.refused([{"question": "q", "answer": "a"}], tokenizer, own)
     assert says == (
-        "data.template 'chat' begins with more than one BOS '<|bos|>'; write it once, or leave it to the tokenizer"
+        "data.template 'chat' begins with more than one BOS '<|bos|>'; write it once, or leave it "
+        "to the tokenizer"
     )
 
 
@@ -245,7 +295,10 @@ def test_where_one_token_is_bos_and_eos_both_are_there(desk, name):
 )  # fmt: skip
 def test_a_bos_written_in_a_row_is_refused(desk, row):
     says = desk.refused([row], adds_bos(bytes_tokenizer()))
-    assert says == "the text contains '<|bos|>', a BOS that the tokenizer adds itself; remove it from the row"
+    assert (
+        says
+        == "the text contains '<|bos|>', a BOS that the tokenizer adds itself; remove it from the row"
+    )
 
 
 @pytest.mark.parametrize("token", ["<|eos|>", "<|im_end|>", "<|im_start|>"])
@@ -253,7 +306,10 @@ def test_a_bos_written_in_a_row_is_refused(desk, row):
 def test_a_control_token_written_in_a_row_is_refused(desk, token, column):
     row = {"question": "q", "answer": "a"} | {column: f"some{token}thing"}
     says = desk.refused([{"question": "q", "answer": "a"}, row], bytes_tokenizer(), "chatml")
-    assert says == f"the text contains {token!r}, a control token of the tokenizer; remove it from the row"
+    assert (
+        says
+        == f"the text contains {token!r}, a control token of the tokenizer; remove it from the row"
+    )
 
 
 def test_an_eos_written_in_plain_text_is_refused(desk):
@@ -276,7 +332,10 @@ def test_exactly_the_answer_and_the_token_that_stops_are_learned(desk, each_toke
 def test_stopping_is_learned_where_padding_is_the_eos(desk):
     tokenizer = byte_pairs()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    for values, changes in (([{"question": "q", "answer": "a"}], {}), ([{"text": "a"}], {"loss_on": "all"})):
+    for values, changes in (
+        ([{"question": "q", "answer": "a"}], {}),
+        ([{"text": "a"}], {"loss_on": "all"}),
+    ):
         ids, supervised = of(desk.prepare(values, tokenizer, **changes))
         assert (ids[-1], supervised[-1]) == (tokenizer.eos_token_id, True)
 
@@ -289,22 +348,25 @@ def test_of_several_turns_those_that_are_asked_for_are_learned(desk, loss_on, ex
     said = ["Hi", "Hello", "And?", "Fine"]
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     tokenizer = bytes_tokenizer()
-    assert learned(tokenizer, *of(desk.prepare([{"messages": turns}], tokenizer, loss_on=loss_on))) == expected
+    assert (
+        learned(tokenizer, *of(desk.prepare([{"messages": turns}], tokenizer, loss_on=loss_on)))
+        == expected
+    )
 
 
 def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(desk):
     tokenizer = bytes_tokenizer()
     source = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    ids, supervised = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)))
+    ids, supervised = of(
+        desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source))
+    )
     assert tokenizer.decode(ids) == "user: q\nassistant: a<|eos|>"
     assert learned(tokenizer, ids, supervised) == ["a<|eos|>"]
 
 
 def test_whether_an_eos_is_missing_is_seen_row_by_row(desk):
     tokenizer = bytes_tokenizer()
-    source = (
-        "{% for m in messages %}{{ m.content }}{% if m.content != 'a' %}<|im_end|>{% else %}!{% endif %}{% endfor %}"
-    )
+    source = "{% for m in messages %}{{ m.content }}{% if m.content != 'a' %}<|im_end|>{% else %}!{% endif %}{% endfor %}"
     rows = [{"question": "q", "answer": answer} for answer in ("b", "a")]
     examples = desk.prepare(rows, tokenizer, chat_for(tokenizer, source))
     assert [learned(tokenizer, *of(examples, n)) for n in (0, 1)] == [["b<|im_end|>"], ["a<|eos|>"]]
@@ -318,7 +380,9 @@ def test_a_turn_that_its_marks_end_gets_no_second_end(desk):
         "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
         "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     )
-    ids, _ = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)))
+    ids, _ = of(
+        desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source))
+    )
     assert tokenizer.decode(ids) == "q<|im_end|>\na<|im_end|>\n"
 
 
@@ -338,7 +402,9 @@ MEETINGS = [("What", "ever"), ("What: ", "ever"), ("What:\n\n", "ever"), ("What\
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(desk, each_tokenizer, name):
     for prompt, answer in MEETINGS:
-        ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
+        ids, supervised = of(
+            desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name)
+        )
         text = template_for(each_tokenizer, name).prompt([Message("user", prompt)])
         asked = tokens.encode_prompt(text, each_tokenizer)
         assert ids[: len(asked)] == asked, (prompt, answer)
@@ -350,13 +416,22 @@ SAID = ["Hi", "Hello there", "And?", "Fine", "Bye", "Bye"]
 
 
 def check_every_prompt(desk: Desk, tokenizer: Any, template: templates.Template) -> None:
-    """Every turn of a conversation is asked at inference with the tokens that stand before its answer in training."""
-    messages = [Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1) for i, text in enumerate(SAID)]
-    values = [{"messages": [{"role": message.role, "content": message.content} for message in messages]}]
+    """Every turn of a conversation is asked at inference with the tokens that stand before its
+    answer in training.
+    """
+    messages = [
+        Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1)
+        for i, text in enumerate(SAID)
+    ]
+    values = [
+        {"messages": [{"role": message.role, "content": message.content} for message in messages]}
+    ]
     ids, supervised = of(desk.prepare(values, tokenizer, template))
     for turn in (1, 3, 5):
         asked = tokens.encode_prompt(template.prompt(messages[:turn]), tokenizer)
-        assert tokenizer.convert_ids_to_tokens(ids[: len(asked)]) == tokenizer.convert_ids_to_tokens(asked)
+        assert tokenizer.convert_ids_to_tokens(
+            ids[: len(asked)]
+        ) == tokenizer.convert_ids_to_tokens(asked)
         assert (supervised[len(asked) - 1], supervised[len(asked)]) == (False, True)
 
 
@@ -376,9 +451,13 @@ def test_the_tokens_of_an_example_are_its_text(desk, each_tokenizer, name):
     for prompt, answer in MEETINGS:
         ids, _ = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
         messages = (Message("user", prompt), Message("assistant", answer, supervised=True))
-        segments = template_for(each_tokenizer, name).segments(rows.Conversation(messages, rows.Place("r", 1)))
+        segments = template_for(each_tokenizer, name).segments(
+            rows.Conversation(messages, rows.Place("r", 1))
+        )
         bos = each_tokenizer.bos_token if tokens.uses_bos(each_tokenizer) else ""
-        assert each_tokenizer.decode(ids).removeprefix(bos).lstrip(" ") == "".join(s.text for s in segments)
+        assert each_tokenizer.decode(ids).removeprefix(bos).lstrip(" ") == "".join(
+            s.text for s in segments
+        )
 
 
 @pytest.mark.parametrize(
@@ -394,7 +473,9 @@ def test_no_token_reaches_from_a_prompt_into_its_answer(desk, merge, prompt, ans
     tokenizer = byte_pairs(merge)
     whole = tokenizer(prompt + answer)["input_ids"]
     apart = tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"]
-    assert len(whole) < len(apart), "the merge must reach over the boundary, or this test shows nothing"
+    assert len(whole) < len(apart), (
+        "the merge must reach over the boundary, or this test shows nothing"
+    )
     ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], tokenizer))
     assert ids == [*apart, tokenizer.eos_token_id]
     assert learned(tokenizer, ids, supervised) == [f"{answer}<|eos|>"]
@@ -403,7 +484,10 @@ def test_no_token_reaches_from_a_prompt_into_its_answer(desk, merge, prompt, ans
 def test_a_prompt_gets_one_bos_whether_or_not_its_template_writes_it():
     tokenizer = adds_bos(bytes_tokenizer())
     for text in ("a", "<|bos|>a"):
-        assert tokenizer.convert_ids_to_tokens(tokens.encode_prompt(text, tokenizer)) == ["<|bos|>", "a"]
+        assert tokenizer.convert_ids_to_tokens(tokens.encode_prompt(text, tokenizer)) == [
+            "<|bos|>",
+            "a",
+        ]
     assert tokenizer.convert_ids_to_tokens(tokens.encode_prompt("a", bytes_tokenizer())) == ["a"]
 
 
@@ -448,8 +532,12 @@ def test_a_long_text_has_the_same_tokens_in_windows(each_tokenizer, monkeypatch,
 
 
 def test_windows_that_do_not_agree_are_made_longer(monkeypatch):
-    """Pairs of line ends: which two are a token is decided where the run begins, far before the window."""
-    tokenizer = byte_pairs(("\u010a", "\u010a"), ("a", "b"))  # how GPT-2 writes the byte of a line end
+    """Pairs of line ends: which two are a token is decided where the run begins, far before the
+    window.
+    """
+    tokenizer = byte_pairs(
+        ("\u010a", "\u010a"), ("a", "b")
+    )  # how GPT-2 writes the byte of a line end
     text = "xx" + "ab " * 1_501 + "\n" * 5_001 + "cd " * 1_501
     [(ids, _)] = tokens.encode([[templates.Segment(text, True)]], tokenizer)
     assert len(ids) == 2 + 2 * 1_501 + 2_501 + 3 * 1_501
@@ -463,7 +551,9 @@ def test_windows_that_do_not_agree_are_made_longer(monkeypatch):
 def test_no_more_characters_are_tokenised_at_once_than_memory_holds(desk, monkeypatch):
     monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 100)
     recorder = Recorder(bytes_tokenizer())
-    examples = desk.prepare([{"question": "q" * 30, "answer": "a"}] * 50, recorder, template="question_answer")
+    examples = desk.prepare(
+        [{"question": "q" * 30, "answer": "a"}] * 50, recorder, template="question_answer"
+    )
     assert len(examples) == 50
     assert recorder.most < 500
 
@@ -491,15 +581,24 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 @pytest.mark.slow
 def test_a_row_of_50_megabytes_is_named_and_costs_little_memory(tmp_path):
     book = "A word. " * 6_250_000
-    write_jsonl(tmp_path / "long.jsonl", [{"question": "q", "answer": "a"}, {"question": "q", "answer": book}])
+    write_jsonl(
+        tmp_path / "long.jsonl",
+        [{"question": "q", "answer": "a"}, {"question": "q", "answer": book}],
+    )
     (tmp_path / "broken.jsonl").write_text('{"question": "q", "answer": "' + book)
     (tmp_path / "cell.csv").write_text(f"question,answer\n{book},a,b\n")
     (tmp_path / "header.csv").write_text(book)
     names = ["long.jsonl", "broken.jsonl", "cell.csv", "header.csv"]
     said = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path), *names], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, str(tmp_path), *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
-    assert said[0].startswith(f"{tmp_path}/long.jsonl:2: 50,000,001 characters, over data.max_length 1000; ")
+    assert said[0].startswith(
+        f"{tmp_path}/long.jsonl:2: 50,000,001 characters, over data.max_length 1000; "
+    )
     assert said[1].startswith(f"{tmp_path}/broken.jsonl:1: broken JSON: Unterminated string")
     assert said[2].startswith(f"{tmp_path}/cell.csv:2: 3 cells, but the header names 2 columns")
     assert said[3].startswith(f"{tmp_path}/header.csv: holds no rows")
@@ -508,7 +607,9 @@ def test_a_row_of_50_megabytes_is_named_and_costs_little_memory(tmp_path):
 
 def test_a_row_over_max_length_is_refused_by_default(desk):
     says = desk.refused([{"question": "q", "answer": "a"}, {"question": "q", "answer": "a" * 30}], bytes_tokenizer(), max_length=20)  # fmt: skip
-    assert says.startswith("32 tokens, over data.max_length 20; set data.max_length: 64, or data.truncation to ")
+    assert says.startswith(
+        "32 tokens, over data.max_length 20; set data.max_length: 64, or data.truncation to "
+    )
 
 
 @pytest.mark.parametrize(
@@ -523,15 +624,26 @@ def test_a_row_over_max_length_is_refused_by_default(desk):
 def test_no_length_is_advised_that_the_model_cannot_have(desk, limit, positions, advice):
     values = [{"question": "q", "answer": "a" * 30}]
     assert desk.refused(values, bytes_tokenizer(), max_length=limit, positions=positions).partition("; ")[2].startswith(advice)  # fmt: skip
-    says = desk.refused_all(values * 20, bytes_tokenizer(), max_length=limit, positions=positions)[1]
+    says = desk.refused_all(values * 20, bytes_tokenizer(), max_length=limit, positions=positions)[
+        1
+    ]
     assert "the longest has 32 tokens" in says
     assert advice in says
     [most] = set(re.findall(r"data.max_length: (\d+)", says)) or {limit}
     cut = "right" if int(most) < 32 else "error"
-    assert len(desk.prepare(values, bytes_tokenizer(), max_length=int(most), truncation=cut, positions=positions)) == 1
+    assert (
+        len(
+            desk.prepare(
+                values, bytes_tokenizer(), max_length=int(most), truncation=cut, positions=positions
+            )
+        )
+        == 1
+    )
 
 
-def test_a_row_that_a_cut_leaves_nothing_to_learn_of_is_not_to_be_given_positions_that_the_model_lacks(desk):
+def test_a_row_that_a_cut_leaves_nothing_to_learn_of_is_not_to_be_given_positions_that_the_model_lacks(
+    desk,
+):
     values = [{"question": "q" * 40, "answer": "a"}]
     assert "; set data.truncation to drop" in desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right", positions=20)  # fmt: skip
     assert "; raise data.max_length, or set" in desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right", positions=30)  # fmt: skip
@@ -540,9 +652,17 @@ def test_a_row_that_a_cut_leaves_nothing_to_learn_of_is_not_to_be_given_position
 def test_a_row_of_exactly_max_length_is_kept_whole(desk):
     for truncation in ("error", "right", "left", "drop", "split"):
         examples = desk.prepare(
-            [{"text": "a" * 9}], bytes_tokenizer(), loss_on="all", max_length=10, truncation=truncation
+            [{"text": "a" * 9}],
+            bytes_tokenizer(),
+            loss_on="all",
+            max_length=10,
+            truncation=truncation,
         )
-        assert (examples.lengths.tolist(), examples.num_truncated, examples.num_dropped) == ([10], 0, 0)
+        assert (examples.lengths.tolist(), examples.num_truncated, examples.num_dropped) == (
+            [10],
+            0,
+            0,
+        )
 
 
 @pytest.mark.parametrize(
@@ -555,15 +675,24 @@ def test_a_row_of_exactly_max_length_is_kept_whole(desk):
 )
 def test_a_row_over_max_length_is_cut_and_keeps_its_bos(desk, truncation, expected):
     tokenizer = adds_bos(bytes_tokenizer())
-    examples = desk.prepare([{"text": "abcdefgh"}], tokenizer, loss_on="all", max_length=5, truncation=truncation)
-    assert [tokenizer.decode(of(examples, number)[0]) for number in range(len(examples))] == expected
-    assert all(of(examples, number)[1] == [False] + [True] * (n - 1) for number, n in enumerate(examples.lengths))
+    examples = desk.prepare(
+        [{"text": "abcdefgh"}], tokenizer, loss_on="all", max_length=5, truncation=truncation
+    )
+    assert [
+        tokenizer.decode(of(examples, number)[0]) for number in range(len(examples))
+    ] == expected
+    assert all(
+        of(examples, number)[1] == [False] + [True] * (n - 1)
+        for number, n in enumerate(examples.lengths)
+    )
     assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (1, 1, 0)
 
 
 def test_what_is_cut_from_the_left_of_a_row_is_not_its_answer(desk):
     tokenizer = bytes_tokenizer()
-    examples = desk.prepare([{"question": "q" * 50, "answer": "abc"}], tokenizer, max_length=10, truncation="left")
+    examples = desk.prepare(
+        [{"question": "q" * 50, "answer": "abc"}], tokenizer, max_length=10, truncation="left"
+    )
     assert tokenizer.decode(of(examples)[0]) == "qqqqqqabc<|eos|>"
     assert learned(tokenizer, *of(examples)) == ["abc<|eos|>"]
 
@@ -573,7 +702,11 @@ def test_what_is_cut_from_the_left_of_a_row_is_not_its_answer(desk):
 def test_splitting_loses_no_token_not_even_the_last(desk, tokenizer, max_length):
     tokenizer = TOKENIZERS[tokenizer]()
     examples = desk.prepare(
-        [{"text": "abcdefghijkl"}], tokenizer, loss_on="all", max_length=max_length, truncation="split"
+        [{"text": "abcdefghijkl"}],
+        tokenizer,
+        loss_on="all",
+        max_length=max_length,
+        truncation="split",
     )
     pieces = [of(examples, number)[0] for number in range(len(examples))]
     assert all(2 <= len(piece) <= max_length for piece in pieces)
@@ -583,15 +716,25 @@ def test_splitting_loses_no_token_not_even_the_last(desk, tokenizer, max_length)
 
 def test_rows_over_max_length_are_dropped_and_counted(desk):
     values = [{"text": "a" * n} for n in (3, 50, 4, 60, 70)]
-    examples = desk.prepare(values, bytes_tokenizer(), loss_on="all", max_length=10, truncation="drop")
+    examples = desk.prepare(
+        values, bytes_tokenizer(), loss_on="all", max_length=10, truncation="drop"
+    )
     assert examples.lengths.tolist() == [4, 5]
     assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (5, 0, 3)
     assert examples.receipt()["dropped"] == 3
 
 
 def test_where_every_row_is_dropped_it_is_said(desk):
-    with pytest.raises(DataError, match=r"rows\.jsonl: all 2 rows are over data\.max_length 10 and dropped"):
-        desk.prepare([{"text": "a" * 50}] * 2, bytes_tokenizer(), loss_on="all", max_length=10, truncation="drop")
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl: all 2 rows are over data\.max_length 10 and dropped"
+    ):
+        desk.prepare(
+            [{"text": "a" * 50}] * 2,
+            bytes_tokenizer(),
+            loss_on="all",
+            max_length=10,
+            truncation="drop",
+        )
 
 
 def test_a_cut_that_leaves_nothing_to_learn_is_refused(desk):
@@ -602,8 +745,12 @@ def test_a_cut_that_leaves_nothing_to_learn_is_refused(desk):
 
 
 def test_the_only_learned_token_may_not_be_the_first(desk):
-    """The first token of a sequence is predicted by none, so labels on it alone would train nothing."""
-    says = desk.refused([{"text": "ab"}], bytes_tokenizer(), loss_on="all", max_length=1, truncation="right")
+    """The first token of a sequence is predicted by none, so labels on it alone would train
+    nothing.
+    """
+    says = desk.refused(
+        [{"text": "ab"}], bytes_tokenizer(), loss_on="all", max_length=1, truncation="right"
+    )
     assert says.startswith("no supervised token is left")
 
 
@@ -627,7 +774,16 @@ def test_an_example_knows_file_and_line_after_drops_splits_and_blank_lines(tmp_p
         return [examples.place(number) for number in range(len(examples))]
 
     assert places("drop") == [f"{a}:1", f"{a}:4", f"{b}:2", f"{b}:5"]
-    assert places("split") == [f"{a}:1", f"{a}:3", f"{a}:3", f"{a}:4", f"{b}:2", f"{b}:4", f"{b}:4", f"{b}:5"]
+    assert places("split") == [
+        f"{a}:1",
+        f"{a}:3",
+        f"{a}:3",
+        f"{a}:4",
+        f"{b}:2",
+        f"{b}:4",
+        f"{b}:4",
+        f"{b}:5",
+    ]
 
 
 def test_rows_stay_in_order_however_many_are_tokenised_at_once(desk):
@@ -641,7 +797,9 @@ def test_rows_stay_in_order_however_many_are_tokenised_at_once(desk):
 
 
 def test_the_counts_are_those_of_the_tokens(desk):
-    examples = desk.prepare([{"question": "ab", "answer": "cd"}, {"question": "e", "answer": "f"}], bytes_tokenizer())
+    examples = desk.prepare(
+        [{"question": "ab", "answer": "cd"}, {"question": "e", "answer": "f"}], bytes_tokenizer()
+    )
     assert examples.receipt() | {"sources": 0, "fingerprint": 0} == {
         "sources": 0, "fingerprint": 0, "rows": 2, "examples": 2, "truncated": 0, "dropped": 0, "tokens": 8,
     }  # fmt: skip
@@ -650,7 +808,9 @@ def test_the_counts_are_those_of_the_tokens(desk):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
 def test_a_token_that_none_predicts_is_not_counted_as_learned(desk, tokenizer):
-    examples = desk.prepare([{"text": "abc"}, {"text": "de"}], TOKENIZERS[tokenizer](), loss_on="all")
+    examples = desk.prepare(
+        [{"text": "abc"}, {"text": "de"}], TOKENIZERS[tokenizer](), loss_on="all"
+    )
     assert examples.num_supervised_tokens == (7 if tokenizer == "bytes and BOS" else 5)
 
 
@@ -699,7 +859,9 @@ def test_a_text_may_hold_what_some_vocabularies_call_special(desk):
 
 
 def test_equal_rows_are_never_on_both_sides(desk):
-    examples = desk.prepare([{"text": f"row {n % 10}"} for n in range(40)], bytes_tokenizer(), loss_on="all")
+    examples = desk.prepare(
+        [{"text": f"row {n % 10}"} for n in range(40)], bytes_tokenizer(), loss_on="all"
+    )
     rest, part = stored.hold_out(examples, 0.3, seed=0)
     assert (len(rest), len(part)) == (28, 12)
     assert stored.num_trained_on(part, rest) == 0
@@ -722,9 +884,13 @@ def test_every_bad_row_is_told_at_once(desk):
 
 
 def test_many_bad_rows_are_counted_by_kind(desk):
-    """Whatever is found first: empty answers while rows are read, control tokens while they are tokenised."""
+    """Whatever is found first: empty answers while rows are read, control tokens while they are
+    tokenised.
+    """
     empty, control = {"question": "q", "answer": ""}, {"question": "q", "answer": "<|eos|>"}
-    says = desk.refused_all([empty, control, BASE[0]] * 20, bytes_tokenizer(), format="question_answer")
+    says = desk.refused_all(
+        [empty, control, BASE[0]] * 20, bytes_tokenizer(), format="question_answer"
+    )
     assert says[0] == "40 of 60 rows are wrong:"
     assert len(says) == 3
     assert "rows.jsonl:1: column 'answer' is empty; fill it or remove the row (19 more like it: 4, 7, 10, 13, 16, 19, 22, 25, 28, ...)" in says[1]  # fmt: skip
@@ -736,7 +902,8 @@ def test_lengths_of_rows_that_are_too_long_are_summed_up(desk):
     says = desk.refused_all(values, bytes_tokenizer(), max_length=50)
     assert says[0] == "52 of 100 rows are wrong:"  # q, the answer, EOS
     assert says[1:] == [
-        "  52 rows are longer than data.max_length 50; of all 100 the longest has 102 tokens and 95% have at most 98: "
+        "  52 rows are longer than data.max_length 50; of all 100 the longest has 102 tokens and "
+        "95% have at most 98: "
         "set data.max_length: 128, or data.truncation to right, left, drop or (clm) split"
     ]
 
@@ -746,7 +913,8 @@ def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(desk, monk
     values = [{"question": "q", "answer": "a" * n} for n in (10, *[60] * 12, 100_000)]
     says = desk.refused_all(values, bytes_tokenizer(), max_length=50)
     assert says[1:] == [
-        "  13 rows are longer than data.max_length 50, some by far: remove them, or set data.truncation to right, left, drop or (clm) split"
+        "  13 rows are longer than data.max_length 50, some by far: remove them, or set "
+        "data.truncation to right, left, drop or (clm) split"
     ]
 
 
@@ -767,14 +935,18 @@ def test_a_file_that_changes_while_it_is_read_is_refused(desk, tmp_path, monkeyp
 
 
 def test_the_rest_of_an_answer_whose_prompt_was_cut_off_is_not_learned(desk):
-    says = desk.refused([{"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=20, truncation="left")
+    says = desk.refused(
+        [{"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=20, truncation="left"
+    )
     assert says.startswith("no supervised token is left")
 
 
 @pytest.mark.parametrize("token", ["[INST]", "<tool_call>", "<|pad|>"])
 def test_a_special_token_in_a_row_is_refused(desk, token):
     tokenizer = bytes_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [token]}) if token != "<|pad|>" else None
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [token]}
+    ) if token != "<|pad|>" else None
     assert "a control token" in desk.refused([{"question": f"q {token}", "answer": "a"}], tokenizer)
 
 
@@ -801,7 +973,10 @@ def test_what_is_held_out_follows_from_the_seed(forty):
 
 
 def test_holding_out_everything_is_refused(forty):
-    with pytest.raises(DataError, match=r"data\.eval_fraction: 0\.99 of 40 different rows leaves nothing to train on"):
+    with pytest.raises(
+        DataError,
+        match=r"data\.eval_fraction: 0\.99 of 40 different rows leaves nothing to train on",
+    ):
         stored.hold_out(forty, 0.99, 0)
 
 
@@ -810,7 +985,9 @@ def test_holding_out_everything_is_refused(forty):
 
 def entries(desk: Desk) -> dict[str, int]:
     """Folder of the cache -> identity of its tokens on disk, which a rebuild would change."""
-    return {path.parent.name: path.stat().st_ino for path in desk.cache.glob("tokens/*/input_ids.npy")}
+    return {
+        path.parent.name: path.stat().st_ino for path in desk.cache.glob("tokens/*/input_ids.npy")
+    }
 
 
 BASE = [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}]
@@ -864,9 +1041,12 @@ def test_a_changed_template_file_is_not_served_from_the_cache(desk, tmp_path):
     seen = []
     for word in ("Q", "R"):
         path.write_text(
-            f"{{% for m in messages %}}{word}{{{{ m.content + eos_token }}}}{{% endfor %}}{{% if add_generation_prompt %}}{word}{{% endif %}}"
+            f"{{% for m in messages %}}{word}{{{{ m.content + eos_token }}}}{{% endfor %}}{{% if "
+            f"add_generation_prompt %}}{word}{{% endif %}}"
         )
-        own = templates.load(str(path), "messages", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+        own = templates.load(
+            str(path), "messages", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+        )
         seen.append(tokenizer.decode(of(desk.prepare(BASE, tokenizer, own))[0]))
     assert seen == ["Qq<|eos|>Qa<|eos|>", "Rq<|eos|>Ra<|eos|>"]
 
@@ -874,7 +1054,9 @@ def test_a_changed_template_file_is_not_served_from_the_cache(desk, tmp_path):
 def test_a_failure_leaves_nothing_in_the_cache(desk):
     desk.refused([*BASE, {"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=10)
     assert entries(desk) == {}
-    assert [path.name for path in (desk.cache / "tokens").iterdir() if not path.name.endswith(".lock")] == []
+    assert [
+        path.name for path in (desk.cache / "tokens").iterdir() if not path.name.endswith(".lock")
+    ] == []
 
 
 def flip(folder: Path, name: str, at: int = -1) -> None:
@@ -912,7 +1094,10 @@ def replace_by_a_file(folder: Path) -> None:
 
 
 DAMAGES = {
-    **{f"a bit of {name}": lambda folder, name=name: flip(folder, f"{name}.npy") for name in stored.ARRAYS},
+    **{
+        f"a bit of {name}": lambda folder, name=name: flip(folder, f"{name}.npy")
+        for name in stored.ARRAYS
+    },
     "a count": count_differently,
     "a count more": count_more,
     "no meta": lambda folder: (folder / "meta.json").unlink(),
@@ -933,10 +1118,16 @@ def test_damaged_tokens_are_made_anew_with_a_note(desk, capsys, damage):
     again = desk.prepare(BASE, bytes_tokenizer())
     assert [(of(again, n), again.place(n)) for n in range(2)] == right
     assert (again.num_rows, len(again)) == (2, 2)
-    assert f"note: the token cache {folder} is damaged and will be built again: " in capsys.readouterr().err
+    assert (
+        f"note: the token cache {folder} is damaged and will be built again: "
+        in capsys.readouterr().err
+    )
     desk.prepare(BASE, bytes_tokenizer())
     assert capsys.readouterr().err == ""
-    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [
+        folder.name,
+        f"{folder.name}.lock",
+    ]
 
 
 def test_tokens_of_other_rows_in_the_place_of_these_are_made_anew(desk):
@@ -1016,10 +1207,18 @@ def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
         path.chmod(0o555)
 
     def prepare(**changes: Any) -> Examples:
-        return stored.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(**changes), str(desk.cache))
+        return stored.prepare(
+            sources,
+            template_for(tokenizer, "plain"),
+            tokenizer,
+            options(**changes),
+            str(desk.cache),
+        )
 
     def is_refused() -> None:
-        with pytest.raises(DataError, match=r"data\.cache_dir: .*: cannot be written: .*Permission denied"):
+        with pytest.raises(
+            DataError, match=r"data\.cache_dir: .*: cannot be written: .*Permission denied"
+        ):
             prepare(max_length=999)
 
     assert as_another_user(prepare) == 0
@@ -1037,7 +1236,9 @@ def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
     sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
     assert (
         as_another_user(
-            lambda: stored.prepare(sources, template_for(tokenizer, "plain"), tokenizer, options(), str(desk.cache))
+            lambda: stored.prepare(
+                sources, template_for(tokenizer, "plain"), tokenizer, options(), str(desk.cache)
+            )
         )
         == 0
     )
@@ -1049,13 +1250,21 @@ def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(desk):
     folder = desk.cache / "tokens" / first.fingerprint
     sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
     made = stored._make(
-        folder, sources, template_for(bytes_tokenizer(), "plain"), bytes_tokenizer(), options(), "cache"
+        folder,
+        sources,
+        template_for(bytes_tokenizer(), "plain"),
+        bytes_tokenizer(),
+        options(),
+        "cache",
     )
     assert of(first) == of(made)
 
 
 def test_a_full_disk_is_called_full():
-    with pytest.raises(Outage, match=r"data\.cache_dir: /cache: .*No space left"), stored._writable("/cache"):
+    with (
+        pytest.raises(Outage, match=r"data\.cache_dir: /cache: .*No space left"),
+        stored._writable("/cache"),
+    ):
         stored._write(Path("/dev/full"), np.zeros(5000))
 
 
@@ -1069,7 +1278,9 @@ def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
     assert not examples.learn_opening
     assert learned(tokenizer, *of(examples)) == ["a<|im_end|>"]
     for _ in range(2):  # the second time from the cache
-        examples = desk.prepare([*without, {"question": "q", "answer": "<think>hm</think>a"}], tokenizer, own)
+        examples = desk.prepare(
+            [*without, {"question": "q", "answer": "<think>hm</think>a"}], tokenizer, own
+        )
         assert examples.learn_opening
         assert learned(tokenizer, *of(examples)) == ["<think>\n\n</think>\n\na<|im_end|>"]
         assert learned(tokenizer, *of(examples, len(without))) == ["<think>hm</think>a<|im_end|>"]
@@ -1077,16 +1288,20 @@ def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
 
 def test_a_template_that_cannot_be_parsed_is_told_once(desk):
     with pytest.raises(
-        UserError, match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$"
+        UserError,
+        match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$",
     ):
-        desk.prepare(BASE, bytes_tokenizer(), chat_for(bytes_tokenizer(), "{% for m in messages %}"))
+        desk.prepare(
+            BASE, bytes_tokenizer(), chat_for(bytes_tokenizer(), "{% for m in messages %}")
+        )
 
 
 def test_a_cache_that_cannot_be_written_is_named(desk, tmp_path):
     (tmp_path / "file").write_text("in the way")
     desk.cache = tmp_path / "file" / "cache"
     with pytest.raises(
-        DataError, match=r"data\.cache_dir: .*file/cache: cannot be written: .*; choose another data\.cache_dir$"
+        DataError,
+        match=r"data\.cache_dir: .*file/cache: cannot be written: .*; choose another data\.cache_dir$",
     ):
         desk.prepare(BASE, bytes_tokenizer())
 
@@ -1144,14 +1359,19 @@ def test_a_real_tokenizer_learns_every_answer_and_to_stop(real_data, real_tokeni
     own = templates.load(
         name, "question_answer", real_tokenizer.chat_template, real_tokenizer.special_tokens_map, real_tokenizer.get_added_vocab()
     )  # fmt: skip
-    values = [json.loads(line) for line in (real_data / "gsm8k" / "test.jsonl").read_text().splitlines()[:100]]
+    values = [
+        json.loads(line)
+        for line in (real_data / "gsm8k" / "test.jsonl").read_text().splitlines()[:100]
+    ]
     examples = desk.prepare(values, real_tokenizer, own)
     for number, row in enumerate(values):
         ids, supervised = of(examples, number)
         asked = tokens.encode_prompt(own.prompt([Message("user", row["question"])]), real_tokenizer)
         end = int(np.flatnonzero(supervised)[-1]) + 1
         assert ids[: len(asked)] == asked
-        assert supervised == [False] * len(asked) + [True] * (end - len(asked)) + [False] * (len(ids) - end)
+        assert supervised == [False] * len(asked) + [True] * (end - len(asked)) + [False] * (
+            len(ids) - end
+        )
         assert ids[end - 1] == real_tokenizer.convert_tokens_to_ids(own.stop_token())
         assert real_tokenizer.decode(ids[len(asked) : end - 1]).strip() == row["answer"]
 
@@ -1171,7 +1391,9 @@ def test_every_turn_of_phi3_is_asked_with_the_tokens_of_training(real_data, desk
 
 
 def test_a_tokenizer_that_splits_special_tokens_is_another_one():
-    """It gives other tokens for the same text, and neither cache nor resumption may take one for the other."""
+    """It gives other tokens for the same text, and neither cache nor resumption may take one for
+    the other.
+    """
     plain, splits = bytes_tokenizer(), bytes_tokenizer()
     splits.split_special_tokens = True
     assert tokens.tokenizer_fingerprint(plain) != tokens.tokenizer_fingerprint(splits)

@@ -18,7 +18,11 @@ PARALLEL = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
 def deepspeed(folder, **values):
     file = folder / "zero.json"
     file.write_text(json.dumps(values))
-    return {"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    return {
+        "WORLD_SIZE": "4",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
+    }
 
 
 @pytest.mark.parametrize(
@@ -32,10 +36,19 @@ def deepspeed(folder, **values):
         ({**PARALLEL, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}, "is 2, but there are 4 processes"),
         ({**PARALLEL, "PARALLELISM_CONFIG_TP_SIZE": "4"}, "tp_size: 4 is not supported"),
         ({**PARALLEL, "PARALLELISM_CONFIG_SP_SIZE": "4"}, "use parallelism_config_cp_size"),
-        ({"WORLD_SIZE": "4", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "needs distributed_type: FSDP"),
+        (
+            {"WORLD_SIZE": "4", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+            "needs distributed_type: FSDP",
+        ),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "has no deepspeed_config_file"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no.json"}, "no.json cannot be read"),
-        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "cpu"}, "fsdp_offload_params: cpu; it must be true or false"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no.json"},
+            "no.json cannot be read",
+        ),
+        (
+            {**FSDP, "FSDP_OFFLOAD_PARAMS": "cpu"},
+            "fsdp_offload_params: cpu; it must be true or false",
+        ),
         (
             {**PARALLEL, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "-1"},
             "dp_replicate_size: -1; it must be a whole number",
@@ -49,9 +62,15 @@ def deepspeed(folder, **values):
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: INDUCTOR"),
         ({"ACCELERATE_USE_CPU": "true"}, "one process and ignores num_processes"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, "accumulation follows from"),
-        ({"WORLD_SIZE": "2", "RANK": ""}, "RANK: '' in the environment; it must be a whole number from 0"),
+        (
+            {"WORLD_SIZE": "2", "RANK": ""},
+            "RANK: '' in the environment; it must be a whole number from 0",
+        ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' in the environment"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' in the environment; it must be a whole number from 1"),
+        (
+            {"WORLD_SIZE": "0"},
+            "WORLD_SIZE: '0' in the environment; it must be a whole number from 1",
+        ),
     ],
 )
 def test_wishes_that_would_be_dropped_are_errors(environment, message):
@@ -84,11 +103,19 @@ def test_a_deepspeed_file_may_not_decide_what_the_run_config_does(tmp_path, valu
 
 def test_wishes_are_read(tmp_path):
     assert launch.read({}).name == "single"
-    assert launch.read({"MASTER_PORT": "tcp://10.0.0.1:80", "LOCAL_RANK": "-1"}).name == "single", "not ours to read"
+    assert launch.read({"MASTER_PORT": "tcp://10.0.0.1:80", "LOCAL_RANK": "-1"}).name == "single", (
+        "not ours to read"
+    )
     assert launch.read({"WORLD_SIZE": "2"}).name == "ddp"
-    assert launch.read({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}) == launch.ParallelConfig("fsdp2", 4, offload=True)
+    assert launch.read({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}) == launch.ParallelConfig(
+        "fsdp2", 4, offload=True
+    )
     hybrid = launch.read(
-        {**PARALLEL, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+        {
+            **PARALLEL,
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+        }
     )
     assert (hybrid.name, hybrid.num_replicas) == ("fsdp2_hybrid", 2)
     stage = {"stage": 3, "offload_param": {"device": "cpu"}}
@@ -129,10 +156,14 @@ USES = {
 COLUMNS = ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload")
 
 
-@pytest.mark.parametrize("feature", [f for f in support.FEATURES if f.refused], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "feature", [f for f in support.FEATURES if f.refused], ids=lambda f: f.name
+)
 def test_what_cannot_be_is_an_error_that_says_what_to_take(feature):
     for topology in COLUMNS:
-        parallel = launch.ParallelConfig(topology.removesuffix("_offload"), 2, offload=topology.endswith("_offload"))
+        parallel = launch.ParallelConfig(
+            topology.removesuffix("_offload"), 2, offload=topology.endswith("_offload")
+        )
         found = list(support.conflicts(run_config(**USES[feature.name]), parallel))
         why = feature.reason(topology)
         assert found == ([f"{feature.setting}: not with {topology}: {why}"] if why else [])
@@ -146,7 +177,9 @@ def test_the_table_of_the_docs_is_that_of_the_errors():
         rows.append([name, *("no" if feature.reason(column) else "yes" for column in COLUMNS)])
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
     text = (ROOT / "docs/topologies.md").read_text()
-    assert f"<!-- support: begin -->\n{table}<!-- support: end -->" in text, f"the table should be:\n{table}"
+    assert f"<!-- support: begin -->\n{table}<!-- support: end -->" in text, (
+        f"the table should be:\n{table}"
+    )
 
 
 def test_the_launcher_and_the_run_config_must_agree_on_precision(workshop, monkeypatch):
@@ -156,7 +189,9 @@ def test_the_launcher_and_the_run_config_must_agree_on_precision(workshop, monke
 
 
 def test_the_device_of_a_single_process_has_an_index(monkeypatch):
-    """Accelerate calls it "cuda", and `torch.cuda.set_device`, in the thread that saves, refuses that."""
+    """Accelerate calls it "cuda", and `torch.cuda.set_device`, in the thread that saves, refuses
+    that.
+    """
     import torch
 
     from finetune.engine.topology import start
@@ -168,7 +203,9 @@ def test_the_device_of_a_single_process_has_an_index(monkeypatch):
 
 
 def test_a_topology_on_a_gpu_has_what_a_gpu_needs(monkeypatch):
-    """Its device has an index, gradients lie in DDP's buckets, buffers are sent once, NCCL ends a process that it lost."""
+    """Its device has an index, gradients lie in DDP's buckets, buffers are sent once, NCCL ends a
+    process that it lost.
+    """
     import torch
     from accelerate import Accelerator
 
@@ -195,7 +232,9 @@ def group_of_one():
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_fsdp2_gathers_layers_and_an_untied_head_in_16_bits_and_the_embedding_in_float32(group_of_one, tied):
+def test_fsdp2_gathers_layers_and_an_untied_head_in_16_bits_and_the_embedding_in_float32(
+    group_of_one, tied
+):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -203,7 +242,12 @@ def test_fsdp2_gathers_layers_and_an_untied_head_in_16_bits_and_the_embedding_in
 
     described = AutoConfig.for_model(**TINY_LLAMA, vocab_size=64, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(described)
-    sharing = Fsdp2(launch.ParallelConfig("fsdp2", 1), torch.device("cpu"), torch.bfloat16, lambda action: action())
+    sharing = Fsdp2(
+        launch.ParallelConfig("fsdp2", 1),
+        torch.device("cpu"),
+        torch.bfloat16,
+        lambda action: action(),
+    )
     sharing.prepare(model, lambda shared: None)
 
     def policy(module):
@@ -224,8 +268,12 @@ def test_fsdp2_keeps_the_bits_of_weights_in_4_bits_under_a_float_dtype():
 
     from finetune.engine.topology.fsdp import Fsdp2
 
-    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    layer.weight = bitsandbytes.nn.Params4bit(torch.randn(32, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    layer = bitsandbytes.nn.Linear4bit(
+        64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        torch.randn(32, 64), requires_grad=False, quant_type="nf4"
+    ).to("cpu")
     layer.quant_state = layer.weight.quant_state
     packed = layer.weight.detach().reshape(-1).view(torch.uint8).clone()
     for dtype in (torch.bfloat16, None):

@@ -11,7 +11,17 @@ from finetune import torch_versions
 
 
 def varlen_2_11(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
 ):
     """The signature of torch 2.11."""
 
@@ -59,7 +69,9 @@ def test_host_copies_are_made_as_often_as_asked_and_outlive_the_next_step():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_quantised_bytes_keep_their_bits_under_a_float_dtype(dtype):
-    packed = torch.arange(256, dtype=torch.uint8).repeat(4)[:, None]  # every byte: NaN and infinities among them
+    packed = torch.arange(256, dtype=torch.uint8).repeat(4)[
+        :, None
+    ]  # every byte: NaN and infinities among them
     stored = torch_versions.as_floats(packed, dtype)
     assert stored.dtype == dtype
     assert stored.shape == (1024 // dtype.itemsize, 1)
@@ -77,5 +89,7 @@ dist.init_process_group("gloo", store=dist.FileStore(tempfile.mktemp()), rank=0,
 torch_versions.set_timeout(datetime.timedelta(seconds=77))
 print(dist.group.WORLD._get_backend(__import__("torch").device("cpu")).options._timeout)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.stdout, done.returncode) == ("0:01:17\n", 0), done.stderr

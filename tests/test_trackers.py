@@ -26,7 +26,9 @@ def no_keys(monkeypatch, tmp_path):
 
 
 def wandb_ids(run):
-    return [re.sub(".*-", "", folder.name) for folder in sorted((run / "wandb").glob("offline-run-*"))]
+    return [
+        re.sub(".*-", "", folder.name) for folder in sorted((run / "wandb").glob("offline-run-*"))
+    ]
 
 
 def tensorboard_scalars(run):
@@ -63,7 +65,9 @@ def test_an_unknown_or_missing_tracker_is_an_error(workshop, monkeypatch):
     with pytest.raises(ConfigError, match=r"tracking.project: W&B takes no /"):
         workshop.check(**OFFLINE, tracking__project="mine/yours")
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(ConfigError, match="trackio needs the package trackio; pip install 'finetune\[tracking\]'"):
+    with pytest.raises(
+        ConfigError, match="trackio needs the package trackio; pip install 'finetune\[tracking\]'"
+    ):
         workshop.check(tracking__trackers=["trackio"])
 
 
@@ -81,7 +85,9 @@ def test_a_resumed_run_is_the_same_run_of_its_tracker(workshop):
     assert (
         first
         == second
-        == json.loads((run / "checkpoints/step-00000005/manifest.json").read_text())["progress"]["run_id"]
+        == json.loads((run / "checkpoints/step-00000005/manifest.json").read_text())["progress"][
+            "run_id"
+        ]
     )
     newest = max((run / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime)
     [log] = newest.glob("*.wandb")
@@ -98,9 +104,12 @@ def test_tensorboard_has_every_number_the_config_and_the_receipt(workshop):
     events = tensorboard_scalars(run)
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses(run), rel=1e-6)
     assert [e.step for e in events.Scalars("grad_norm")] == [1, 2, 3, 4]
-    assert events.Scalars("eval_loss")[0].value == pytest.approx(read_jsonl(run / "eval.jsonl")[0]["eval_loss"])
+    assert events.Scalars("eval_loss")[0].value == pytest.approx(
+        read_jsonl(run / "eval.jsonl")[0]["eval_loss"]
+    )
     texts = {
-        name: events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0] for name in ("config", "receipt")
+        name: events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0]
+        for name in ("config", "receipt")
     }
     assert b'"global_batch_size": 8' in texts["config"]
     assert b'"seed"' in texts["receipt"]
@@ -108,7 +117,11 @@ def test_tensorboard_has_every_number_the_config_and_the_receipt(workshop):
 
 @pytest.mark.slow
 def test_a_resumed_run_has_every_step_once_in_tensorboard(workshop):
-    settings = {"tracking__trackers": ["tensorboard"], "checkpoint__every_steps": 2, "checkpoint__keep_last": 9}
+    settings = {
+        "tracking__trackers": ["tensorboard"],
+        "checkpoint__every_steps": 2,
+        "checkpoint__keep_last": 9,
+    }
     run = workshop.train(**settings)
     for step in (4, 5):
         folder = run / "checkpoints" / f"step-{step:08d}"
@@ -168,13 +181,24 @@ def test_a_tracker_that_breaks_later_is_left_out_too(workshop, monkeypatch, capf
 def test_secrets_of_the_environment_are_in_nothing_that_leaves(workshop, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setenv("USE_TOKENS", "yes")
-    told = {"path": "https://user:hf_verysecret@host/rows", "deep": [{"a": "yes hf_verysecret"}], "lr": 0.1}
-    assert redacted(told) == {"path": "https://user:$HF_TOKEN@host/rows", "deep": [{"a": "yes $HF_TOKEN"}], "lr": 0.1}
+    told = {
+        "path": "https://user:hf_verysecret@host/rows",
+        "deep": [{"a": "yes hf_verysecret"}],
+        "lr": 0.1,
+    }
+    assert redacted(told) == {
+        "path": "https://user:$HF_TOKEN@host/rows",
+        "deep": [{"a": "yes $HF_TOKEN"}],
+        "lr": 0.1,
+    }
     run = workshop.train(
-        **(OFFLINE | {"tracking__trackers": ["wandb", "tensorboard", "trackio"]}), data__system_prompt="hf_verysecret"
+        **(OFFLINE | {"tracking__trackers": ["wandb", "tensorboard", "trackio"]}),
+        data__system_prompt="hf_verysecret",
     )
     trackers = [
-        p for folder in (run / "wandb", run / "tensorboard", workshop.folder / "trackio") for p in folder.rglob("*")
+        p
+        for folder in (run / "wandb", run / "tensorboard", workshop.folder / "trackio")
+        for p in folder.rglob("*")
     ]
     files = [path for path in trackers if path.is_file()]
     assert len(files) > 5

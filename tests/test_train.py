@@ -61,7 +61,9 @@ def test_a_run_leaves_everything_its_contract_names(workshop):
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(workshop):
-    one, same, other = (workshop.train(name, run__seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    one, same, other = (
+        workshop.train(name, run__seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
     assert losses(one) == losses(same)
     assert losses(one) != losses(other)
 
@@ -69,9 +71,15 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(workshop):
 @pytest.mark.slow
 def test_clm_learns_every_token_of_text(workshop):
     text = workshop.folder / "text.txt"
-    text.write_text("".join(f"line {i} of a text that goes on and on {'la ' * (i % 40)}\n" for i in range(60)))
+    text.write_text(
+        "".join(f"line {i} of a text that goes on and on {'la ' * (i % 40)}\n" for i in range(60))
+    )
     run = workshop.train(
-        data__train=str(text), objective__kind="clm", data__packing=True, data__truncation="split", data__max_length=64
+        data__train=str(text),
+        objective__kind="clm",
+        data__packing=True,
+        data__truncation="split",
+        data__max_length=64,
     )
     receipt = json.loads((run / "receipt.json").read_text())
     assert receipt["train_data"]["examples"] > 60, "long lines are split, not cut"
@@ -90,7 +98,11 @@ def test_check_tells_what_would_be_trained_and_writes_nothing(workshop):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"num_key_value_heads": 3}, {"hidden_size": 30}, {"num_attention_heads": 3, "num_key_value_heads": 2}],
+    [
+        {"num_key_value_heads": 3},
+        {"hidden_size": 30},
+        {"num_attention_heads": 3, "num_key_value_heads": 2},
+    ],
     ids=str,
 )
 def test_an_architecture_that_no_token_can_pass_is_refused_before_weights_exist(workshop, sizes):
@@ -100,20 +112,25 @@ def test_an_architecture_that_no_token_can_pass_is_refused_before_weights_exist(
 
 
 @pytest.mark.parametrize(
-    ("kind", "attention"), [("bert", "auto"), ("bert", "sdpa"), ("electra", "auto"), ("gemma3_text", "auto")]
+    ("kind", "attention"),
+    [("bert", "auto"), ("bert", "sdpa"), ("electra", "auto"), ("gemma3_text", "auto")],
 )
 def test_a_model_whose_tokens_see_those_after_them_is_refused(workshop, kind, attention):
     """It would learn to copy the answer it is shown."""
     config = {**TINY_LLAMA, "model_type": kind}
     config |= {"use_bidirectional_attention": True, "head_dim": 8} if kind == "gemma3_text" else {}
-    config = {k: v for k, v in config.items() if kind == "gemma3_text" or k != "num_key_value_heads"}
+    config = {
+        k: v for k, v in config.items() if kind == "gemma3_text" or k != "num_key_value_heads"
+    }
     with pytest.raises(ModelError, match="not a causal language model"):
         workshop.train(model__config=config, model__attention=attention)
     assert not workshop.run_dir().exists()
 
 
 def test_a_misspelt_setting_of_the_architecture_is_refused(workshop):
-    with pytest.raises(ModelError, match="llama has no setting 'num_hiden_layers'; did you mean num_hidden_layers"):
+    with pytest.raises(
+        ModelError, match="llama has no setting 'num_hiden_layers'; did you mean num_hidden_layers"
+    ):
         workshop.train(model__config={**TINY_LLAMA, "num_hiden_layers": 9})
 
 
@@ -121,8 +138,12 @@ def test_a_misspelt_setting_of_the_architecture_is_refused(workshop):
 def test_a_config_with_fewer_layers_than_its_weights_is_refused(workshop):
     model = workshop.train("base") / "model"
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
-    with pytest.raises(ModelError, match="its config has fewer layers than its weights: 9 of them would be dropped"):
+    (model / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 1, "layer_types": None})
+    )
+    with pytest.raises(
+        ModelError, match="its config has fewer layers than its weights: 9 of them would be dropped"
+    ):
         workshop.train(**from_folder(model))
 
 
@@ -134,12 +155,19 @@ def test_weights_that_are_no_numbers_are_refused(workshop):
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 of its weights hold NaN or infinity, such as model\.norm\.weight"):
+    with pytest.raises(
+        ModelError, match=r"1 of its weights hold NaN or infinity, such as model\.norm\.weight"
+    ):
         workshop.train(**from_folder(model))
 
 
 def from_folder(model):
-    return {"model__init": "pretrained", "model__path": str(model), "model__config": None, "model__tokenizer": None}
+    return {
+        "model__init": "pretrained",
+        "model__path": str(model),
+        "model__config": None,
+        "model__tokenizer": None,
+    }
 
 
 @pytest.mark.slow
@@ -165,7 +193,11 @@ def test_a_generation_config_that_forgot_to_sample_does_not_spoil_the_export(wor
 @pytest.mark.parametrize("copied", ["all rows", "three rows"])
 def test_evaluating_on_training_rows_is_refused_or_told(workshop, capsys, copied):
     rows = pairs()
-    evals = rows if copied == "all rows" else [*rows[:3], *({"question": f"{n}?", "answer": "new"} for n in range(40))]
+    evals = (
+        rows
+        if copied == "all rows"
+        else [*rows[:3], *({"question": f"{n}?", "answer": "new"} for n in range(40))]
+    )
     path = write_jsonl(workshop.folder / "eval.jsonl", evals)
     path.write_text(path.read_text() + "\n")
     if copied == "all rows":
@@ -181,16 +213,22 @@ def test_the_summary_says_what_is_read_what_is_not_and_what_will_teach_nothing(w
     folder = workshop.folder / "folder"
     folder.mkdir()
     values = pairs(20)
-    write_jsonl(folder / "train.jsonl", [*values[:15], *(row | {"category": "c"} for row in values[15:])])
+    write_jsonl(
+        folder / "train.jsonl", [*values[:15], *(row | {"category": "c"} for row in values[15:])]
+    )
     (folder / "more.csv").write_text("question;answer\nwhy;because\n")
     write_jsonl(folder / "test.jsonl", [{"question": "new", "answer": "new"}])
     workshop.train(data__train=str(folder), data__eval=str(folder / "test.jsonl"))
     says = capsys.readouterr().out
     assert "data        21 rows -> " in says
-    assert f"files       {folder}/more.csv (separated by a semicolon), {folder}/train.jsonl\n" in says
+    assert (
+        f"files       {folder}/more.csv (separated by a semicolon), {folder}/train.jsonl\n" in says
+    )
     assert f"eval files  {folder}/test.jsonl\n" in says
     assert "not read    columns category (5 rows)\n" in says
-    assert f"note        data.train does not read {folder}/test.jsonl (named as test rows)\n" in says
+    assert (
+        f"note        data.train does not read {folder}/test.jsonl (named as test rows)\n" in says
+    )
     assert "3 steps will change the model very little" in says
 
 
@@ -199,11 +237,15 @@ def test_text_unit_is_for_the_text_files_of_a_folder(workshop):
     folder = workshop.folder / "folder"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep/a.txt").write_text("one\ntwo\n\nthree " * 5)
-    run = workshop.train(data__train=str(folder), data__text_unit="file", objective__kind="clm", train__max_steps=1)
+    run = workshop.train(
+        data__train=str(folder), data__text_unit="file", objective__kind="clm", train__max_steps=1
+    )
     assert json.loads((run / "receipt.json").read_text())["train_data"]["rows"] == 1
     write_jsonl(folder / "deep/rows.jsonl", [{"text": "x"}])
     (folder / "deep/a.txt").unlink()
-    with pytest.raises(ConfigError, match="data.text_unit: would be ignored: no source is a .txt file"):
+    with pytest.raises(
+        ConfigError, match="data.text_unit: would be ignored: no source is a .txt file"
+    ):
         workshop.check(data__train=str(folder), data__text_unit="file", objective__kind="clm")
 
 
@@ -225,8 +267,10 @@ def test_rows_are_looked_at_before_anything_is_fetched(workshop):
 
 THINKS = (  # as Qwen3, with the date of Llama 3
     "{{ 'Today: ' + strftime_now('%d %b %Y') }}\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content "
+    "}}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not "
+    "enable_thinking %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}\n"
 )
 
@@ -247,8 +291,12 @@ def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkey
     with on_the_day_of("AAA12", monkeypatch):
         first = workshop.train(data__template=str(template))
     day = json.loads((first / "receipt.json").read_text())["template_date"]
-    assert f"the template writes the date: {day}, that of the first start" in capsys.readouterr().out
-    with on_the_day_of("BBB-14", monkeypatch):  # 26 hours later in local time, so never the same day
+    assert (
+        f"the template writes the date: {day}, that of the first start" in capsys.readouterr().out
+    )
+    with on_the_day_of(
+        "BBB-14", monkeypatch
+    ):  # 26 hours later in local time, so never the same day
         (first / "outcome.json").unlink()
         workshop.train(data__template=str(template))
         assert "resumed from" in capsys.readouterr().out
@@ -262,14 +310,18 @@ def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkey
 
 @pytest.mark.slow
 def test_the_export_is_asked_as_training_asked(workshop):
-    """The text that the template puts before an answer ends the prompt of every caller, unless he says how to think."""
+    """The text that the template puts before an answer ends the prompt of every caller, unless he
+    says how to think.
+    """
     template = workshop.folder / "thinks.jinja"
     template.write_text(THINKS)
     tokenizer = load_tokenizer(workshop.train(data__template=str(template)) / "model")
 
     def asked(**arguments):
         question = [{"role": "user", "content": "q"}]
-        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **arguments)
+        text = tokenizer.apply_chat_template(
+            question, tokenize=False, add_generation_prompt=True, **arguments
+        )
         return text.rpartition("q<|im_end|>\n")[2]
 
     empty = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -285,7 +337,9 @@ def test_rows_with_thoughts_leave_the_export_free_to_think(workshop):
     rows = [*pairs(), {"question": "why", "answer": "<think>hm</think>so"}]
     path = write_jsonl(workshop.folder / "thoughts.jsonl", rows)
     run = workshop.train(data__template=str(template), data__train=str(path))
-    assert generate.chat_prompt(load_tokenizer(run / "model"), [Message("user", "q")]).endswith("assistant\n")
+    assert generate.chat_prompt(load_tokenizer(run / "model"), [Message("user", "q")]).endswith(
+        "assistant\n"
+    )
     with pytest.raises(DataError, match=r"data\.eval: some of its answers do not begin with"):
         workshop.check("other", data__template=str(template), data__eval=str(path))
 
@@ -326,7 +380,8 @@ def test_a_real_tokenizer_and_its_template_train(real_data, workshop, name):
 @pytest.mark.parametrize(
     "wrong",
     [
-        "{% for m in messages %}{{ m.content }}", "{{ messages | nofilter }}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}",
+        "{% for m in messages %}{{ m.content "
+        "}}", "{{ messages | nofilter }}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}",
         "{{ nothing.at_all }}", "{{ messages[9].content }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ datetime.now() }}",
     ],
 )  # fmt: skip
@@ -340,11 +395,21 @@ def test_a_template_that_fails_is_told_with_a_row(workshop, wrong):
 @pytest.mark.slow
 def test_a_template_that_takes_the_rows_but_not_a_sample_prompt_is_told_before_training(workshop):
     template = workshop.folder / "own.jinja"
-    template.write_text("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + THINKS)
-    rows = [{"messages": [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]}] * 8
-    given = {"data__template": str(template), "data__train": str(write_jsonl(workshop.folder / "rows2.jsonl", rows))}
+    template.write_text(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + THINKS
+    )
+    rows = [
+        {"messages": [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]}
+    ] * 8
+    given = {
+        "data__template": str(template),
+        "data__train": str(write_jsonl(workshop.folder / "rows2.jsonl", rows)),
+    }
     workshop.train(**given)
-    with pytest.raises(DataError, match=r"evaluation\.sample_prompts:1: data\.template .* no system"):
+    with pytest.raises(
+        DataError, match=r"evaluation\.sample_prompts:1: data\.template .* no system"
+    ):
         workshop.check("other", **given, evaluation__sample_prompts=["hi"])
 
 
@@ -387,14 +452,22 @@ def test_check_of_an_existing_run_looks_at_the_data_first(workshop):
 @pytest.mark.slow
 def test_a_model_with_attention_sinks_trains_in_padded_batches(workshop):
     """gpt-oss adds a learned logit to every softmax, which neither packs nor SDPA know."""
-    config = {**TINY_LLAMA, "model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = {
+        **TINY_LLAMA,
+        "model_type": "gpt_oss",
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    }
     run = workshop.train(model__config=config)
     assert json.loads((run / "receipt.json").read_text())["attention"] == "eager"
 
 
 @pytest.mark.slow
 def test_wrong_config_is_exit_2_with_every_problem(workshop):
-    result = workshop.launch(arguments=["--optimizer.learning_rate", "1"], train__epochs=0, model__pth="x")
+    result = workshop.launch(
+        arguments=["--optimizer.learning_rate", "1"], train__epochs=0, model__pth="x"
+    )
     assert result.returncode == 2
     assert "3 problems" in result.stderr
     for part in ("--optimizer.learning_rate: unknown option; did you mean optimizer.lr?", "train.epochs", "model.pth: unknown key; did you mean model.path?"):  # fmt: skip
@@ -453,13 +526,19 @@ def pretrained_of(workshop, **changes):
 @pytest.mark.slow
 def test_an_unknown_target_module_is_named_with_the_nearest(workshop):
     with pytest.raises(ModelError, match="no linear layer is called 'q_prj'.*did you mean q_proj?"):
-        workshop.train(**pretrained_of(workshop), adapter__kind="lora", adapter__target_modules=["q_prj", "v_proj"])
+        workshop.train(
+            **pretrained_of(workshop),
+            adapter__kind="lora",
+            adapter__target_modules=["q_prj", "v_proj"],
+        )
 
 
 @pytest.mark.slow
 def test_a_target_pattern_that_matches_nothing_is_an_error(workshop):
     with pytest.raises(ModelError, match=r"adapter.target_modules: '\.\*nothing'"):
-        workshop.train(**pretrained_of(workshop), adapter__kind="lora", adapter__target_modules=".*nothing")
+        workshop.train(
+            **pretrained_of(workshop), adapter__kind="lora", adapter__target_modules=".*nothing"
+        )
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_an_error(workshop):
@@ -470,7 +549,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error(workshop):
 def test_a_model_that_is_not_there_is_an_error(workshop):
     with pytest.raises(ModelError, match="model.path: /no/such/folder: no such folder"):
         workshop.train(
-            model__init="pretrained", model__path="/no/such/folder", model__config=None, model__tokenizer=None
+            model__init="pretrained",
+            model__path="/no/such/folder",
+            model__config=None,
+            model__tokenizer=None,
         )
 
 
@@ -484,7 +566,8 @@ def test_weights_that_are_missing_are_an_error_not_random(workshop):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(
-        ModelError, match="1 weights are missing .*model.layers.1.mlp.up_proj.weight; they would be random"
+        ModelError,
+        match="1 weights are missing .*model.layers.1.mlp.up_proj.weight; they would be random",
     ):
         workshop.train(**settings)
 
@@ -506,7 +589,9 @@ def test_where_a_gpu_must_be_seen_nothing_trains_on_the_cpu(workshop, monkeypatc
     with pytest.raises(UserError, match="FINETUNE_NEEDS_GPU: true; it must be 1, or 0"):
         workshop.train()
     monkeypatch.setenv("FINETUNE_NEEDS_GPU", "1")
-    with pytest.raises(TopologyError, match="FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here"):
+    with pytest.raises(
+        TopologyError, match="FINETUNE_NEEDS_GPU is 1, and PyTorch sees no GPU here"
+    ):
         workshop.train()
     assert not (workshop.run_dir() / "config.yaml").exists()
     assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "failed"
@@ -528,7 +613,9 @@ def test_a_model_that_leaks_between_documents_fails_before_the_first_step(worksh
 
     def leaking(module, query, key, value, mask, cu_seq_lens_q=None, **keywords):
         whole = torch.tensor([0, query.shape[2]], dtype=torch.int32)
-        return attention.attend_within_documents(module, query, key, value, mask, cu_seq_lens_q=whole, **keywords)
+        return attention.attend_within_documents(
+            module, query, key, value, mask, cu_seq_lens_q=whole, **keywords
+        )
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "documents", leaking)
     with pytest.raises(ModelError, match="lets a document see the one before it"):
@@ -586,9 +673,14 @@ def test_stopping_is_learned_when_pad_is_eos(workshop, bytes_tokenizer):
     folder = workshop.folder / "tokenizer"
     bytes_tokenizer.pad_token = bytes_tokenizer.eos_token
     bytes_tokenizer.save_pretrained(folder)
-    write_jsonl(workshop.rows, [{"question": q, "answer": "ok"} for q in ("a", "bb", "c c c", "dd dd dd dd")])
+    write_jsonl(
+        workshop.rows,
+        [{"question": q, "answer": "ok"} for q in ("a", "bb", "c c c", "dd dd dd dd")],
+    )
     run = workshop.train(model__tokenizer=str(folder), model__attention="sdpa", train__global_batch_size=4, train__micro_batch_size=4, train__epochs=60, train__max_steps=60)  # fmt: skip
-    model, tokenizer = (c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer)
+    )
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "bb"}], tokenize=False, add_generation_prompt=True
     )
@@ -611,13 +703,17 @@ def test_a_finished_run_without_its_model_is_not_finished(workshop):
 def test_a_finished_run_of_other_data_is_not_this_run(workshop):
     workshop.train()
     workshop.rows.write_text(workshop.rows.read_text().replace("three", "four"))
-    with pytest.raises(RunDirectoryError, match="complete, but it is another run; .*\n  training data: was"):
+    with pytest.raises(
+        RunDirectoryError, match="complete, but it is another run; .*\n  training data: was"
+    ):
         workshop.train()
 
 
 def test_files_of_different_formats_are_an_error(workshop):
     other = write_jsonl(workshop.folder / "other.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(DataError, match="rows of different formats .*question_answer.*prompt_completion"):
+    with pytest.raises(
+        DataError, match="rows of different formats .*question_answer.*prompt_completion"
+    ):
         workshop.train(data__train=[str(workshop.rows), str(other)])
 
 
@@ -637,13 +733,19 @@ def test_a_warmup_longer_than_the_run_is_an_error(workshop):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "the launcher sets gradient_accumulation_steps to 4"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "4",
+            "the launcher sets gradient_accumulation_steps to 4",
+        ),
         ("ACCELERATE_USE_FSDP", "true", "asks for FSDP 1; set fsdp_version: 2"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "the topology file has no deepspeed_config_file"),
         ("ACCELERATE_USE_CPU", "true", "one process and ignores num_processes"),
     ],
 )
-def test_what_the_launcher_would_drop_or_change_in_silence_is_an_error(workshop, monkeypatch, name, value, message):
+def test_what_the_launcher_would_drop_or_change_in_silence_is_an_error(
+    workshop, monkeypatch, name, value, message
+):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         workshop.train()
@@ -659,7 +761,9 @@ def test_what_the_launcher_would_drop_or_change_in_silence_is_an_error(workshop,
     ids=["mixtral", "qwen3_moe"],
 )
 def test_a_mixture_of_experts_trains_packed(workshop, architecture):
-    """Other tokens in one document change how many each expert gets, and so the rounding in the other; no leak."""
+    """Other tokens in one document change how many each expert gets, and so the rounding in the
+    other; no leak.
+    """
     config = {**TINY_LLAMA, **architecture, "num_experts_per_tok": 2}
     run = workshop.train(model__config=config, data__packing=True, train__epochs=3)
     assert losses(run)[-1] < losses(run)[0]
@@ -667,7 +771,9 @@ def test_a_mixture_of_experts_trains_packed(workshop, architecture):
 
 @pytest.mark.slow
 def test_chunked_attention_is_not_taken_for_full(workshop):
-    """Llama 4's chunks are a mask, which the fast path does not have: padded batches with its own attention instead."""
+    """Llama 4's chunks are a mask, which the fast path does not have: padded batches with its own
+    attention instead.
+    """
     config = {**TINY_LLAMA, "model_type": "llama4_text", "attention_chunk_size": 16, "head_dim": 8, "num_local_experts": 2,
               "intermediate_size_mlp": 64}  # fmt: skip
     run = workshop.train(model__config=config)
@@ -678,14 +784,22 @@ def test_metrics_are_json_also_where_a_number_is_infinite(tmp_path):
     from finetune.engine.logs import Log
 
     Log(tmp_path / "m.jsonl", print).add({"step": 1, "grad_norm": math.inf})
-    assert json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=lambda c: pytest.fail(c)) == {
+    assert json.loads(
+        (tmp_path / "m.jsonl").read_text(), parse_constant=lambda c: pytest.fail(c)
+    ) == {
         "step": 1,
         "grad_norm": None,
     }
 
 
 EVALUATED = {"data__eval_fraction": 0.2, "evaluation__every_steps": 1, "checkpoint__keep_last": 1}
-OVERFITS = {**EVALUATED, "optimizer__lr": 1.0, "schedule__kind": "constant", "train__max_steps": 12, "train__epochs": 9}
+OVERFITS = {
+    **EVALUATED,
+    "optimizer__lr": 1.0,
+    "schedule__kind": "constant",
+    "train__max_steps": 12,
+    "train__epochs": 9,
+}
 
 
 def eval_losses(run):
@@ -701,13 +815,22 @@ def test_the_best_weights_are_exported_where_that_is_asked_for(workshop):
     found = eval_losses(run)
     best = min(found, key=found.get)
     assert best < 12
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {f"step-{best:08d}", "step-00000012"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {
+        f"step-{best:08d}",
+        "step-00000012",
+    }
     assert json.loads((run / "outcome.json").read_text())["exported_step"] == best
     until = workshop.train("until", **(OVERFITS | {"train__max_steps": 12}))
-    assert not torch.equal(*(load_file(r / "model/model.safetensors")["model.norm.weight"] for r in (run, until)))
+    assert not torch.equal(
+        *(load_file(r / "model/model.safetensors")["model.norm.weight"] for r in (run, until))
+    )
     (run / "outcome.json").unlink()
-    again = load_file(workshop.train(**OVERFITS, evaluation__export_best=True) / "model/model.safetensors")
-    assert all(torch.equal(t, again[n]) for n, t in load_file(run / "model/model.safetensors").items())
+    again = load_file(
+        workshop.train(**OVERFITS, evaluation__export_best=True) / "model/model.safetensors"
+    )
+    assert all(
+        torch.equal(t, again[n]) for n, t in load_file(run / "model/model.safetensors").items()
+    )
 
 
 @pytest.mark.slow
@@ -723,18 +846,26 @@ def test_a_damaged_best_checkpoint_is_no_dead_end(workshop):
     (run / "outcome.json").unlink()
     [shard] = (run / "checkpoints" / f"step-{best:08d}").rglob("*.distcp")
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"the best evaluation, cannot be loaded.*--evaluation.export_best false"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"the best evaluation, cannot be loaded.*--evaluation.export_best false",
+    ):
         workshop.train(**OVERFITS, evaluation__export_best=True)
     workshop.train(**OVERFITS)
     assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
 
 
 @pytest.mark.slow
-def test_a_best_evaluation_that_was_not_kept_is_reported_and_the_best_of_the_others_exported(workshop, capsys):
+def test_a_best_evaluation_that_was_not_kept_is_reported_and_the_best_of_the_others_exported(
+    workshop, capsys
+):
     run = workshop.train(**OVERFITS)
     (run / "outcome.json").unlink()
     workshop.train(**OVERFITS, evaluation__export_best=True)
-    assert "the evaluation of step 1 was better, but its checkpoint was not kept" in capsys.readouterr().out
+    assert (
+        "the evaluation of step 1 was better, but its checkpoint was not kept"
+        in capsys.readouterr().out
+    )
     assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
 
 
@@ -756,7 +887,10 @@ def test_a_run_stops_when_its_patience_is_out(workshop):
 def test_samples_change_nothing_but_their_file(workshop, adapter):
     settings = {"train__max_steps": 4, "data__packing": True, "train__global_batch_size": 2, "train__micro_batch_size": 2, "train__epochs": 9}  # fmt: skip
     if adapter:
-        settings |= from_folder(workshop.train("base") / "model") | {"adapter__kind": "lora", "adapter__dropout": 0.1}
+        settings |= from_folder(workshop.train("base") / "model") | {
+            "adapter__kind": "lora",
+            "adapter__dropout": 0.1,
+        }
     plain = workshop.train("plain", **settings)
     sampled = workshop.train("sampled", **settings, evaluation__sample_prompts=["what is 2 times three", "hi"], evaluation__sample_every_steps=2, evaluation__sample_max_new_tokens=5)  # fmt: skip
     assert losses(sampled) == losses(plain)
@@ -764,11 +898,15 @@ def test_samples_change_nothing_but_their_file(workshop, adapter):
     assert [(line["step"], line["prompt"]) for line in lines] == [
         (2, "what is 2 times three"), (2, "hi"), (4, "what is 2 times three"), (4, "hi"),
     ]  # fmt: skip
-    config = [json.loads((run / "model/generation_config.json").read_text()) for run in (plain, sampled)]
+    config = [
+        json.loads((run / "model/generation_config.json").read_text()) for run in (plain, sampled)
+    ]
     assert config[0] == config[1]
 
 
-@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", None])
+@pytest.mark.parametrize(
+    "own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", None]
+)
 def test_the_gpus_allocator_grows_its_blocks_unless_the_user_set_it(monkeypatch, own):
     import train
 
@@ -778,4 +916,6 @@ def test_the_gpus_allocator_grows_its_blocks_unless_the_user_set_it(monkeypatch,
         monkeypatch.setenv(own, "max_split_size_mb:64")
     train.grow_segments()
     set_now = {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")}
-    assert set_now == ({own: "max_split_size_mb:64"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+    assert set_now == (
+        {own: "max_split_size_mb:64"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    )

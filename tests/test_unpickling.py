@@ -1,4 +1,6 @@
-"""Anyone who can write to a run directory may write a pickle and its hash, too: nothing of a checkpoint is executed."""
+"""Anyone who can write to a run directory may write a pickle and its hash, too: nothing of a
+checkpoint is executed.
+"""
 
 import hashlib
 import json
@@ -52,7 +54,11 @@ def forge(checkpoint: Path) -> None:
 def replace_entry(shards: Path, kind: type, content: bytes, where: str | None = None) -> None:
     """Let an entry of dcp's metadata point at other bytes, or at another file."""
     metadata = pickle.loads((shards / ".metadata").read_bytes())
-    index = next(key for key in metadata.storage_data if isinstance(metadata.state_dict_metadata[key.fqn], kind))
+    index = next(
+        key
+        for key in metadata.storage_data
+        if isinstance(metadata.state_dict_metadata[key.fqn], kind)
+    )
     path = shards / metadata.storage_data[index].relative_path
     begin = path.stat().st_size
     with path.open("ab") as file:
@@ -67,12 +73,18 @@ def metadata(folder: Path, value: object) -> Reader:
 
 
 def test_metadata_is_read_as_every_python_writes_it(tmp_path, monkeypatch):
-    """3.11.2, which Debian 12 has, writes an enum's member as a call of getattr; later ones write its value."""
-    written = Metadata({"weight": TensorStorageMetadata(TensorProperties(), torch.Size([2]), [])}, storage_data={})
+    """3.11.2, which Debian 12 has, writes an enum's member as a call of getattr; later ones write
+    its value.
+    """
+    written = Metadata(
+        {"weight": TensorStorageMetadata(TensorProperties(), torch.Size([2]), [])}, storage_data={}
+    )
     for by_name in (False, True):
         with monkeypatch.context() as patch:
             if by_name:
-                patch.setattr(Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+                patch.setattr(
+                    Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name))
+                )
             reader = metadata(tmp_path, written)
         assert b"getattr" in (tmp_path / ".metadata").read_bytes() or not by_name
         assert reader.read_metadata() == written
@@ -91,11 +103,15 @@ class Attribute:
 def test_files_of_torch_are_read_as_every_python_writes_them(tmp_path, monkeypatch):
     """DeepSpeed saves members of its enums with torch.save."""
     path, classes = tmp_path / "a.pt", [_MEM_FORMAT_ENCODING]
-    monkeypatch.setattr(Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+    monkeypatch.setattr(
+        Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name))
+    )
     torch.save({"kind": _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST}, path)
     require_tensors([path], classes)
     with weights_only(classes):
-        assert torch.load(path, weights_only=False) == {"kind": _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST}
+        assert torch.load(path, weights_only=False) == {
+            "kind": _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+        }
     torch.save(Attribute(_MEM_FORMAT_ENCODING, "mro"), path)
     with weights_only(classes), pytest.raises(pickle.UnpicklingError, match="nothing was executed"):
         torch.load(path, weights_only=False)
@@ -120,10 +136,14 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed(workshop, where):
     elif where == "another folder":
         replace_entry(shards, BytesStorageMetadata, evil, "../../../../evil.pt")
     else:
-        replace_entry(shards, BytesStorageMetadata if where == "a number" else TensorStorageMetadata, evil)
+        replace_entry(
+            shards, BytesStorageMetadata if where == "a number" else TensorStorageMetadata, evil
+        )
     forge(newest(run))
     (run / "outcome.json").unlink()
-    with pytest.raises(LostCheckpoints, match="nothing was executed|eights.only|not in the checkpoint's folder"):
+    with pytest.raises(
+        LostCheckpoints, match="nothing was executed|eights.only|not in the checkpoint's folder"
+    ):
         workshop.train(**settings)
     assert not marker.exists()
     assert shards.exists(), "it stays as it is"
@@ -132,7 +152,10 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed(workshop, where):
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["zero1", "zero3"])
 def test_code_in_the_files_of_deepspeed_is_refused_and_not_executed(workshop, topology):
-    config, marker = workshop.write(workshop.config(train__max_steps=1)), workshop.folder / "executed"
+    config, marker = (
+        workshop.write(workshop.config(train__max_steps=1)),
+        workshop.folder / "executed",
+    )
     launch = start(config, topology, 1)
     assert launch.codes() == [0], launch.said()
     run = workshop.run_dir()

@@ -27,10 +27,13 @@ SHAPE = {
 }  # fmt: skip
 TINY = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 CASE_SECONDS, COMPILED_SECONDS, PYTEST_SECONDS = 100.0, 170.0, 240.0
-USUAL_SECONDS, USUAL_COMPILED_SECONDS = 25.0, 90.0  # of a case on few cores, as long as none has ended
-ENDS_WELL_WITHIN = (
-    1.5  # times the longest so far: a case that does not start is left out, one that is killed proves nothing
-)
+USUAL_SECONDS, USUAL_COMPILED_SECONDS = (
+    25.0,
+    90.0,
+)  # of a case on few cores, as long as none has ended
+# Times the longest so far: a case that does not start is left out, one that is killed proves
+# nothing
+ENDS_WELL_WITHIN = 1.5
 REHEARSED = 5  # times as long: a laptop has other things to do
 SIGNAL_AT = 3
 
@@ -89,7 +92,9 @@ def rows(lab: Lab, jobs: int, only: str) -> Iterator[Row]:
         make(lab)
         can = [case for case in found if not lab.missing(case)]
         turns = Turns(lab, jobs, can, is_asked_for=bool(only))
-        timed = {row.name: row for row in side_by_side(jobs, can, turns.take, lab.clock, turns.none)}
+        timed = {
+            row.name: row for row in side_by_side(jobs, can, turns.take, lab.clock, turns.none)
+        }
         without = {case.name: LEFT_OUT for case in found if lab.missing(case)}
         without |= {row.name: row.status for row in timed.values() if row.status}
         for case in found:
@@ -100,7 +105,10 @@ def rows(lab: Lab, jobs: int, only: str) -> Iterator[Row]:
             own = turns.curves[case.name]
             row = judge(case, own, turns.curves.get(reference(case, own)))
             if row.status == NO_TURN and case.beside in without:
-                row.status, row.reason = without[case.beside], f"{case.beside}, which it is compared with, has not run"
+                row.status, row.reason = (
+                    without[case.beside],
+                    f"{case.beside}, which it is compared with, has not run",
+                )
             yield row
         if not only:
             for topology, why in matrix.LEFT_OUT.items():
@@ -110,7 +118,9 @@ def rows(lab: Lab, jobs: int, only: str) -> Iterator[Row]:
 
 
 class Turns:
-    """Which cases run in the time of a part: those of matrix.FIRST and those asked for in any case, others as long as they fit."""
+    """Which cases run in the time of a part: those of matrix.FIRST and those asked for in any case,
+    others as long as they fit.
+    """
 
     def __init__(self, lab: Lab, jobs: int, cases: Sequence[Case], is_asked_for: bool) -> None:
         self._lab, self._jobs, self._is_asked_for = lab, jobs, is_asked_for
@@ -123,7 +133,11 @@ class Turns:
             return self.none(case)
         own = self._run(case, case.name)
         name = reference(case, own)
-        if own.code == 0 and case.beside in self._cases and 0 < len(own.skipped) <= _steps(case) // 2:
+        if (
+            own.code == 0
+            and case.beside in self._cases
+            and 0 < len(own.skipped) <= _steps(case) // 2
+        ):
             with self._again:
                 if name not in self.curves:
                     self._run(self._cases[case.beside], name, own.skipped)
@@ -132,16 +146,25 @@ class Turns:
     def none(self, case: Case) -> Row:
         """Give the row of a case that has not started."""
         if self._must(case):
-            return Row(PART, case.name, NO_TURN, "the time of this part was up; MINUTES=9 gives more")
+            return Row(
+                PART, case.name, NO_TURN, "the time of this part was up; MINUTES=9 gives more"
+            )
         return Row(PART, case.name, LEFT_OUT)
 
     def why_left_out(self) -> str:
-        """With the minutes that should be enough for all, if the others take as long as those that ran."""
+        """With the minutes that should be enough for all, if the others take as long as those that
+        ran.
+        """
         ran = [own.seconds for own in self.curves.values()]
         usual = sum(ran) / len(ran) if ran else USUAL_SECONDS
         late = [case for name, case in self._cases.items() if name not in self.curves]
-        more = sum(max(usual, USUAL_COMPILED_SECONDS) if "compiler" in case.needs else usual for case in late)
-        minutes = math.ceil((self._lab.clock.used() + ENDS_WELL_WITHIN * more / self._jobs) / 60) + 1
+        more = sum(
+            max(usual, USUAL_COMPILED_SECONDS) if "compiler" in case.needs else usual
+            for case in late
+        )
+        minutes = (
+            math.ceil((self._lab.clock.used() + ENDS_WELL_WITHIN * more / self._jobs) / 60) + 1
+        )
         return f"no time for it, {self._jobs} at once; MINUTES={minutes} should be enough for all"
 
     def _run(self, case: Case, name: str, without: Sequence[int] = ()) -> Curves:
@@ -153,18 +176,26 @@ class Turns:
         return self._is_asked_for or case.name in matrix.FIRST
 
     def _longest(self, case: Case) -> float:
-        """Seconds of the longest case of its kind so far; twice that if its reference may have to run again."""
+        """Seconds of the longest case of its kind so far; twice that if its reference may have to
+        run again.
+        """
         is_compiled = "compiler" in case.needs
-        alike = [own.seconds for name, own in list(self.curves.items()) if name.startswith("compiled") == is_compiled]
+        alike = [
+            own.seconds
+            for name, own in list(self.curves.items())
+            if name.startswith("compiled") == is_compiled
+        ]
         usual = max(alike, default=USUAL_COMPILED_SECONDS if is_compiled else USUAL_SECONDS)
         return 2 * usual if case.settings.get("train.precision") == "fp16" else usual
 
 
 def reference(case: Case, own: Curves) -> str:
-    """The run that it is compared with: that of `beside`, or the same without the steps that fp16 skipped.
+    """The run that it is compared with: that of `beside`, or the same without the steps that fp16
+    skipped.
 
-    After a skip every loss is of weights that moved once less, by other examples than the reference had seen by then: neither
-    step by step nor shifted can the two runs agree. With the same steps left out they must.
+    After a skip every loss is of weights that moved once less, by other examples than the reference
+    had seen by then: neither step by step nor shifted can the two runs agree. With the same steps
+    left out they must.
     """
     without = own.skipped if not case.only_first else []
     return "-".join([case.beside or "", *(["without", *map(str, without)] if without else [])])
@@ -173,8 +204,12 @@ def reference(case: Case, own: Curves) -> str:
 def make(lab: Lab) -> None:
     """The base model and the rows that all cases share."""
     shape = TINY if lab.is_tiny else SHAPE
-    lab.helper.ask("make_base", lab.clock.left(), folder=str(lab.work / "base"), shape=shape, dtype="float32")
-    lab.helper.ask("make_rows", 60, path=str(lab.work / "rows.jsonl"), number=200, kind="questions", length=0)
+    lab.helper.ask(
+        "make_base", lab.clock.left(), folder=str(lab.work / "base"), shape=shape, dtype="float32"
+    )
+    lab.helper.ask(
+        "make_rows", 60, path=str(lab.work / "rows.jsonl"), number=200, kind="questions", length=0
+    )
 
 
 def config(case: Case, name: str, lab: Lab) -> Path:
@@ -203,13 +238,17 @@ def command(topology: str | None, path: Path) -> list[str]:
     script = ["train.py", "--config", str(path)]
     if topology is None:
         return [sys.executable, *script]
-    several = [] if topology == "single" else ["--num_processes", "1", *matrix.SIZES.get(topology, ())]
+    several = (
+        [] if topology == "single" else ["--num_processes", "1", *matrix.SIZES.get(topology, ())]
+    )
     file = f"accelerate_configs/{topology}.yaml"
     return [sys.executable, "-m", "finetune", "launch", "--config_file", file, *several, *script]
 
 
 def run_case(case: Case, lab: Lab, without: Sequence[int], name: str) -> Curves:
-    """Run it, interrupted if it is to be, and open what it exported. `without`: steps to leave out; `name`: of the run."""
+    """Run it, interrupted if it is to be, and open what it exported. `without`: steps to leave out;
+    `name`: of the run.
+    """
     path, folder, log = config(case, name, lab), lab.work / "runs" / name, lab.logs / f"{name}.log"
     limit = COMPILED_SECONDS if "compiler" in case.needs else CASE_SECONDS
     limit *= REHEARSED if lab.is_tiny else 1
@@ -238,7 +277,9 @@ def run_case(case: Case, lab: Lab, without: Sequence[int], name: str) -> Curves:
     if found.code == 0 and not found.problem:
         try:
             with lab.asking:
-                found.opened = lab.helper.ask("open_export", lab.clock.left(), folder=str(folder / "model"))
+                found.opened = lab.helper.ask(
+                    "open_export", lab.clock.left(), folder=str(folder / "model")
+                )
         except RuntimeError as exc:
             found.problem, found.was_out_of_turn = f"the export: {exc}", lab.clock.left() <= 0
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -256,12 +297,18 @@ def interrupt(process: subprocess.Popen[bytes], folder: Path) -> bool:
 def lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a file that may still grow."""
     with contextlib.suppress(OSError):
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [
+            json.loads(line)
+            for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
     return []
 
 
 def read(folder: Path, ended: Ended, seconds: float) -> Curves:
-    metrics, evals, saves = (lines(folder / f"{name}.jsonl") for name in ("metrics", "eval", "saves"))
+    metrics, evals, saves = (
+        lines(folder / f"{name}.jsonl") for name in ("metrics", "eval", "saves")
+    )
     return Curves(
         ended.code, ended.said, ended.was_out_of_turn, seconds,
         losses=[_number(line["loss"]) for line in metrics], norms=[_number(line["grad_norm"]) for line in metrics if not line.get("skipped")],
@@ -275,7 +322,9 @@ def _number(value: float | None) -> float:
 
 
 def judge(case: Case, own: Curves, other: Curves | None) -> Row:
-    """Whether a run did what it must, by itself and compared with its reference, which left out the same steps."""
+    """Whether a run did what it must, by itself and compared with its reference, which left out the
+    same steps.
+    """
     row = Row(PART, case.name, WRONG, seconds=own.seconds)
     if own.was_out_of_turn:
         row.status, row.reason = NO_TURN, "the time of this part was up while it ran"
@@ -311,12 +360,12 @@ def compare(row: Row, case: Case, within: Tolerance, own: Curves, other: Curves)
     """Write into `row` how far two runs differ, and whether that is within the tolerance."""
     found = differences(own, other, case.only_first)
     row.values |= (
-        {"loss": found["loss"], "compared": "the first loss"} if case.only_first else {**found, "compared": "all"}
+        {"loss": found["loss"], "compared": "the first loss"}
+        if case.only_first
+        else {**found, "compared": "all"}
     )
     if not found["loss"] <= within.loss:
-        row.reason = (
-            f"losses differ by {found['loss']:.1e} from {case.beside}, more than {within.loss:.1e} ({within.why})"
-        )
+        row.reason = f"losses differ by {found['loss']:.1e} from {case.beside}, more than {within.loss:.1e} ({within.why})"
     elif not found["norm"] <= within.norm:
         row.reason = f"gradient norms differ by {found['norm']:.1e} from {case.beside}, more than {within.norm:.1e}"
     else:
@@ -342,14 +391,18 @@ def wrong_by_itself(own: Curves, steps: int) -> str:
     if len(own.evals) < 2:
         return f"{len(own.evals)} evaluations are on record, and at least 2 were due"
     if own.evals[-1] >= own.evals[0]:
-        return f"the loss of held-out rows did not fall: {own.evals[0]:.5f} became {own.evals[-1]:.5f}"
+        return (
+            f"the loss of held-out rows did not fall: {own.evals[0]:.5f} became {own.evals[-1]:.5f}"
+        )
     if own.opened is None or not math.isfinite(own.opened):
         return "the opened export gives no finite loss"
     return ""
 
 
 def differences(own: Curves, other: Curves, only_first: bool = False) -> dict[str, float]:
-    """Largest relative difference of losses (steps, evaluations, export) and of gradient norms; inf if there are not as many."""
+    """Largest relative difference of losses (steps, evaluations, export) and of gradient norms; inf
+    if there are not as many.
+    """
     if only_first:
         return {"loss": _relative(own.losses[:1], other.losses[:1]), "norm": 0.0}
     parts = [
@@ -366,7 +419,12 @@ def _relative(own: Sequence[float | None], other: Sequence[float | None]) -> flo
     if len(own) != len(other) or None in (*own, *other):
         return math.inf
     return max(
-        (abs(a - b) / max(abs(b), 1e-12) for a, b in zip(own, other) if a is not None and b is not None), default=0.0
+        (
+            abs(a - b) / max(abs(b), 1e-12)
+            for a, b in zip(own, other)
+            if a is not None and b is not None
+        ),
+        default=0.0,
     )
 
 
@@ -385,7 +443,9 @@ def run_pytest(lab: Lab) -> list[Row]:
         "no:cacheprovider",
         f"--junitxml={results}",
     ]
-    ended = run(asked, env=lab.env, log=lab.logs / "pytest.log", limit=PYTEST_SECONDS, clock=lab.clock)
+    ended = run(
+        asked, env=lab.env, log=lab.logs / "pytest.log", limit=PYTEST_SECONDS, clock=lab.clock
+    )
     if not results.exists():
         status, why = WRONG, f"ended with {ended.code}: {last_words(ended.said)}"
         if ended.was_out_of_turn:
@@ -397,11 +457,16 @@ def run_pytest(lab: Lab) -> list[Row]:
 def tests_in(junit: str) -> Iterator[Row]:
     """A row for each test of a report in JUnit's format."""
     for case in ElementTree.fromstring(junit).iter("testcase"):
-        row = Row(PART, f"test_gpu.py::{case.get('name')}", RIGHT, seconds=float(case.get("time", 0)))
+        row = Row(
+            PART, f"test_gpu.py::{case.get('name')}", RIGHT, seconds=float(case.get("time", 0))
+        )
         row.values = {each.get("name", ""): each.get("value") for each in case.iter("property")}
         for kind, status in (("failure", WRONG), ("error", WRONG), ("skipped", LEFT_OUT)):
             if (found := case.find(kind)) is not None:
-                row.status, row.reason = status, (found.get("message") or kind).splitlines()[0][:300]
+                row.status, row.reason = (
+                    status,
+                    (found.get("message") or kind).splitlines()[0][:300],
+                )
                 if found.get("type") == "pytest.xfail":
                     row.status = KNOWN
         yield row

@@ -1,4 +1,5 @@
-"""What `make gpu` needs torch for, in a process of its own: one request in JSON a line, one answer a line.
+"""What `make gpu` needs torch for, in a process of its own: one request in JSON a line, one answer
+a line.
 
 An answer is [problem or null, result]. Whatever libraries print goes to standard error.
 """
@@ -30,7 +31,9 @@ OLDEST_TORCH = (2, 11)
 
 
 def facts() -> dict[str, Any]:
-    """Versions of what can be imported, what cannot and why, and the GPU. An import is what counts, not a list of packages."""
+    """Versions of what can be imported, what cannot and why, and the GPU. An import is what counts,
+    not a list of packages.
+    """
     versions, missing, left_out = {"python": platform.python_version()}, {}, {}
     for module, name in REQUIRED.items():
         try:
@@ -49,11 +52,18 @@ def facts() -> dict[str, Any]:
         missing["torch"] = f"{versions['torch']} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     for module, use in OPTIONAL.items() if not missing else ():
         try:
-            if module not in ("trl", "liger_kernel", "pytest"):  # heavy, and only used in processes of their own
+            if module not in (
+                "trl",
+                "liger_kernel",
+                "pytest",
+            ):  # heavy, and only used in processes of their own
                 importlib.import_module(module)
             versions[module] = _version(module)
         except Exception as exc:
-            left_out[module] = f"{module}, for {use} ({type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:120]})"
+            left_out[module] = (
+                f"{module}, for {use} ({type(exc).__name__}: "
+                f"{(str(exc).splitlines() or [''])[0][:120]})"
+            )
     return {
         "versions": versions,
         "missing": missing,
@@ -90,20 +100,26 @@ def _machine() -> dict[str, Any]:
 def _driver() -> str:
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
 
 
 def make_base(folder: str, shape: dict[str, Any], dtype: str) -> int:
-    """A model of random weights with the tokenizer of bytes -> its number of parameters. Made on the GPU, if there is one."""
+    """A model of random weights with the tokenizer of bytes -> its number of parameters. Made on
+    the GPU, if there is one.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from finetune.models.load import bytes_tokenizer
 
     tokenizer, values = bytes_tokenizer(), dict(shape)
-    config = AutoConfig.for_model(values.pop("model_type"), **{"vocab_size": len(tokenizer), **values})
+    config = AutoConfig.for_model(
+        values.pop("model_type"), **{"vocab_size": len(tokenizer), **values}
+    )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -117,13 +133,18 @@ def make_base(folder: str, shape: dict[str, Any], dtype: str) -> int:
 
 
 def make_rows(path: str, number: int, kind: str, length: int) -> None:
-    """Questions whose answers differ in length, or texts of about `length` bytes, which are its tokens."""
+    """Questions whose answers differ in length, or texts of about `length` bytes, which are its
+    tokens.
+    """
     draw = random.Random(0)
     rows: list[dict[str, str]] = []
     for i in range(number):
         if kind == "questions":
             rows.append(
-                {"question": f"what is {i} times three and why", "answer": f"{'so ' * (i * 7 % 37)}it is {3 * i}"}
+                {
+                    "question": f"what is {i} times three and why",
+                    "answer": f"{'so ' * (i * 7 % 37)}it is {3 * i}",
+                }
             )
         else:
             rows.append({"text": "".join(draw.choices("abcdefghij klmnopq rstuvwxyz", k=length))})
@@ -131,7 +152,9 @@ def make_rows(path: str, number: int, kind: str, length: int) -> None:
 
 
 def open_export(folder: str) -> float:
-    """The loss of one fixed text by an exported model, opened with plain transformers or peft, in float32."""
+    """The loss of one fixed text by an exported model, opened with plain transformers or peft, in
+    float32.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -150,13 +173,17 @@ def open_export(folder: str) -> float:
 
 
 def forecast(config: str, on_gpu: bool) -> dict[str, float]:
-    """Bytes that `plan` forecasts for one process, and those of them that PyTorch's allocator does not count."""
+    """Bytes that `plan` forecasts for one process, and those of them that PyTorch's allocator does
+    not count.
+    """
     from finetune import config as configs
     from finetune.engine.topology.launch import ParallelConfig
     from finetune.forecast.choice import Chooser
 
     parsed, _ = configs.parse(["--config", config])
-    found = Chooser(parsed, precision=parsed.train.precision, on_gpu=on_gpu).forecast(ParallelConfig("single", 1))
+    found = Chooser(parsed, precision=parsed.train.precision, on_gpu=on_gpu).forecast(
+        ParallelConfig("single", 1)
+    )
     return {"peak": found.peak, "outside": found.device.get("CUDA", 0.0)}
 
 

@@ -1,7 +1,9 @@
-"""The cases of `make gpu PART=correctness`: what runs, and what each run must agree with. Needs no torch.
+"""The cases of `make gpu PART=correctness`: what runs, and what each run must agree with. Needs no
+torch.
 
-A case is one real run of train.py with at least two saves. `beside` names the case whose losses, gradient norms,
-evaluations and exported model it must have, within a tolerance that comes with its reason.
+A case is one real run of train.py with at least two saves. `beside` names the case whose losses,
+gradient norms, evaluations and exported model it must have, within a tolerance that comes with its
+reason.
 """
 
 import re
@@ -10,40 +12,70 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 STEPS = 8
-LONG = 40  # steps of runs that a signal interrupts: a signal that comes at step 3 must find them running
+# Steps of runs that a signal interrupts: a signal that comes at step 3 must find them running
+LONG = 40
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest relative differences of losses (of steps, of evaluations, of the opened export) and of gradient norms."""
+    """Largest relative differences of losses (of steps, of evaluations, of the opened export) and
+    of gradient norms.
+    """
 
     loss: float
     norm: float
     why: str
 
 
-# Seen on an H200 over 8 steps: 1.5e-7 in float32, 8e-5 with LoRA, 4e-3 for all weights in bf16 under ZeRO. Norms are compared
-# because Adam divides a wrong factor out of the losses again; they differ about ten times as much as losses do.
-FLOAT32 = Tolerance(1e-5, 1e-3, "float32 adds up in another order: 1.5e-7 was seen, and Adam's division lets it grow")
+# Seen on an H200 over 8 steps: 1.5e-7 in float32, 8e-5 with LoRA, 4e-3 for all weights in bf16
+# under ZeRO. Norms are compared because Adam divides a wrong factor out of the losses again; they
+# differ about ten times as much as losses do.
+FLOAT32 = Tolerance(
+    1e-5,
+    1e-3,
+    "float32 adds up in another order: 1.5e-7 was seen, and Adam's division lets it grow",
+)
 ADAPTERS = Tolerance(
-    1e-3, 2e-2, "the base is the same bf16 numbers, only adapters move: 8e-5 was seen, under ZeRO as well"
+    1e-3,
+    2e-2,
+    "the base is the same bf16 numbers, only adapters move: 8e-5 was seen, under ZeRO as well",
 )
 BF16 = Tolerance(
-    6e-3, 5e-2, "bf16 keeps 8 bits (one rounding is 3.9e-3); CUDA adds up gradients of attention in no fixed order"
+    6e-3,
+    5e-2,
+    "bf16 keeps 8 bits (one rounding is 3.9e-3); CUDA adds up gradients of attention in no fixed "
+    "order",
 )
-ZERO_BF16 = Tolerance(1.2e-2, 1e-1, "ZeRO starts from rounded weights and computes norms in bf16: 4e-3 was seen")
-COMPILED = Tolerance(1.2e-2, 1e-1, "a fused kernel keeps float32 where single operators round to bf16")
+ZERO_BF16 = Tolerance(
+    1.2e-2, 1e-1, "ZeRO starts from rounded weights and computes norms in bf16: 4e-3 was seen"
+)
+COMPILED = Tolerance(
+    1.2e-2, 1e-1, "a fused kernel keeps float32 where single operators round to bf16"
+)
 COMPILED_ADAPTERS = Tolerance(4e-3, 5e-2, "as compiled, but only adapters move")
-LAYOUT = Tolerance(2e-2, 1e-1, "another kernel, shape of the products or precision, so every rounding to bf16 differs")
-HALF = Tolerance(1e-2, 1e-1, "fp16 keeps 11 bits, bf16 autocast has no part in it; compared with float32")
+LAYOUT = Tolerance(
+    2e-2,
+    1e-1,
+    "another kernel, shape of the products or precision, so every rounding to bf16 differs",
+)
+HALF = Tolerance(
+    1e-2, 1e-1, "fp16 keeps 11 bits, bf16 autocast has no part in it; compared with float32"
+)
 CPU = Tolerance(
     1e-3,
     2e-2,
-    "float32 by other kernels: Adam and Lion divide small gradients by themselves, so that roundings become steps",
+    "float32 by other kernels: Adam and Lion divide small gradients by themselves, so that "
+    "roundings become steps",
 )
-EIGHT_BITS = Tolerance(1e-2, 5e-2, "8-bit state: a last bit of a gradient moves a value to the next of 256 codes")
-IN_BF16_BY_DESIGN = Tolerance(1e-2, 5e-2, "Muon's matrix products are in bf16 by design, on either device")
-SAME_START = Tolerance(2e-2, 1.0, "this start changes nothing of the function: the first loss is that of the base")
+EIGHT_BITS = Tolerance(
+    1e-2, 5e-2, "8-bit state: a last bit of a gradient moves a value to the next of 256 codes"
+)
+IN_BF16_BY_DESIGN = Tolerance(
+    1e-2, 5e-2, "Muon's matrix products are in bf16 by design, on either device"
+)
+SAME_START = Tolerance(
+    2e-2, 1.0, "this start changes nothing of the function: the first loss is that of the base"
+)
 NEAR_START = Tolerance(1e-1, 1.0, "quantisation moves the first loss, but little")
 
 
@@ -69,7 +101,8 @@ class Case:
     """Packages, or "gpu", "compiler": left out where they are missing."""
 
 
-# Files for several nodes are those for one with an address in front; with one process they are the same code.
+# Files for several nodes are those for one with an address in front; with one process they are the
+# same code.
 LEFT_OUT = {
     "cpu_debug": "for CPU processes",
     "ddp_multinode": "needs several nodes; one process of it is ddp",
@@ -79,8 +112,18 @@ LEFT_OUT = {
 }
 # With one process: what these files need besides --num_processes 1.
 SIZES = {
-    "fsdp2_hybrid": ["--parallelism_config_dp_replicate_size", "1", "--parallelism_config_dp_shard_size", "1"],
-    "fsdp2_context": ["--parallelism_config_cp_size", "1", "--parallelism_config_dp_shard_size", "1"],
+    "fsdp2_hybrid": [
+        "--parallelism_config_dp_replicate_size",
+        "1",
+        "--parallelism_config_dp_shard_size",
+        "1",
+    ],
+    "fsdp2_context": [
+        "--parallelism_config_cp_size",
+        "1",
+        "--parallelism_config_dp_shard_size",
+        "1",
+    ],
 }
 TOPOLOGIES = ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload")
 
@@ -109,8 +152,9 @@ STARTS = {
 QUANTIZATIONS = {"nf4": SAME_START, "fp4": NEAR_START, "int8": NEAR_START}
 
 
-# Of each topology, method, precision and of what is compiled or resumed, one, and what these are compared with: about what
-# four cores have time for. What has no turn among these ends with 1; the others are left out where time is short.
+# Of each topology, method, precision and of what is compiled or resumed, one, and what these are
+# compared with: about what four cores have time for. What has no turn among these ends with 1; the
+# others are left out where time is short.
 FIRST = (
     "plain-full", "compiled-full", "plain-lora", "plain-qlora", "cpu-adamw", "optimizer-adamw", "fp16", "long-full", "resumed-single",
     "ddp-full", "fsdp2-full", "zero2-full", "zero3-full", "fsdp2-lora", "fsdp2-qlora",
@@ -118,7 +162,9 @@ FIRST = (
 
 
 def cases() -> list[Case]:
-    """All of them, in the order of importance, each after what it is compared with: a lack of time takes away the least."""
+    """All of them, in the order of importance, each after what it is compared with: a lack of time
+    takes away the least.
+    """
     found = [
         *_methods(),
         *_precisions(),
@@ -149,13 +195,19 @@ def chosen(found: list[Case], pattern: str) -> list[Case]:
 
 
 def _methods() -> Iterable[Case]:
-    """Every topology with one process, every method, compared with `python train.py`; all weights in float32 as well."""
+    """Every topology with one process, every method, compared with `python train.py`; all weights
+    in float32 as well.
+    """
     for method, settings in METHODS.items():
         yield Case(f"plain-{method}", settings)
         for topology in TOPOLOGIES:
             full = ZERO_BF16 if topology.startswith("zero") else BF16
             yield Case(
-                f"{topology}-{method}", settings, topology, f"plain-{method}", full if method == "full" else ADAPTERS
+                f"{topology}-{method}",
+                settings,
+                topology,
+                f"plain-{method}",
+                full if method == "full" else ADAPTERS,
             )
     for topology in TOPOLOGIES[1:]:
         yield Case(f"{topology}-fp32", FP32, topology, "optimizer-adamw", FLOAT32)
@@ -166,13 +218,21 @@ def _methods() -> Iterable[Case]:
 def _compiled() -> Iterable[Case]:
     yield Case("compiled-full", COMPILE, None, "plain-full", COMPILED)
     yield Case("compiled-recomputed", COMPILE | RECOMPUTED, None, "plain-full", COMPILED)
-    yield Case("compiled-lora-recomputed", LORA | COMPILE | RECOMPUTED, None, "plain-lora", COMPILED_ADAPTERS)
+    yield Case(
+        "compiled-lora-recomputed",
+        LORA | COMPILE | RECOMPUTED,
+        None,
+        "plain-lora",
+        COMPILED_ADAPTERS,
+    )
     yield Case("compiled-qlora", QLORA | COMPILE, None, "plain-qlora", COMPILED_ADAPTERS)
     yield Case("compiled-ddp", COMPILE, "ddp", "plain-full", COMPILED)
     yield Case("compiled-fsdp2", COMPILE, "fsdp2", "plain-full", COMPILED)
     yield Case("compiled-zero2", COMPILE, "zero2", "plain-full", COMPILED)
     yield Case("recomputed", RECOMPUTED, None, "plain-full", BF16)
-    yield Case("recomputed-one-layer", {"train.gradient_checkpointing": 1}, None, "plain-full", BF16)
+    yield Case(
+        "recomputed-one-layer", {"train.gradient_checkpointing": 1}, None, "plain-full", BF16
+    )
     yield Case("recomputed-lora", LORA | RECOMPUTED, None, "plain-lora", ADAPTERS)
 
 
@@ -187,11 +247,17 @@ def _precisions() -> Iterable[Case]:
 
 
 def resumed() -> Tolerance:
-    """What the project states of a resumption in float32 on a GPU. Imported late: gpu.py names packages that are missing first."""
+    """What the project states of a resumption in float32 on a GPU. Imported late: gpu.py names
+    packages that are missing first.
+    """
     from finetune.replay import NORM, TOLERANCE
 
     part = TOLERANCE["fp32"]
-    return Tolerance(part, NORM * part, "as docs/spot.md states; CUDA adds up in no fixed order, so not to the bit")
+    return Tolerance(
+        part,
+        NORM * part,
+        "as docs/spot.md states; CUDA adds up in no fixed order, so not to the bit",
+    )
 
 
 def _resumed() -> Iterable[Case]:
@@ -200,7 +266,9 @@ def _resumed() -> Iterable[Case]:
     yield Case("long-full", long)
     for topology in ("single", "ddp", "fsdp2", "zero2", "zero3"):
         yield Case(f"resumed-{topology}", long, topology, "long-full", within, is_interrupted=True)
-    yield Case("resumed-elsewhere", long, "single", "long-full", within, is_interrupted=True, then="fsdp2")
+    yield Case(
+        "resumed-elsewhere", long, "single", "long-full", within, is_interrupted=True, then="fsdp2"
+    )
     yield Case("long-lora", LORA | long)
     yield Case("resumed-lora", LORA | long, None, "long-lora", within, is_interrupted=True)
     yield Case("long-qlora", QLORA | long)
@@ -211,44 +279,84 @@ def _optimizers() -> Iterable[Case]:
     """Each in float32, compared with the same on the CPU, where everything else was proved."""
     for kind, lr in OPTIMIZERS.items():
         settings = FP32 | {"optimizer.kind": kind, "optimizer.lr": lr}
-        within = EIGHT_BITS if kind.endswith("8bit") else IN_BF16_BY_DESIGN if kind == "muon" else CPU
+        within = (
+            EIGHT_BITS if kind.endswith("8bit") else IN_BF16_BY_DESIGN if kind == "muon" else CPU
+        )
         yield Case(f"cpu-{kind}", settings, on_cpu=True)
         yield Case(f"optimizer-{kind}", settings, None, f"cpu-{kind}", within)
 
 
 def _adapters() -> Iterable[Case]:
-    """Adapters start from random numbers of their own device, so losses are compared at the first step."""
+    """Adapters start from random numbers of their own device, so losses are compared at the first
+    step.
+    """
     for init, (method, within) in STARTS.items():
         if init != "default":  # that is plain-lora
             settings = method | {"adapter.init": init}
-            yield Case(f"init-{init}", settings, None, "plain-lora" if within else None, within, only_first=True)
+            yield Case(
+                f"init-{init}",
+                settings,
+                None,
+                "plain-lora" if within else None,
+                within,
+                only_first=True,
+            )
     for quantization, within in QUANTIZATIONS.items():
         if quantization != "nf4":  # that is plain-qlora
             settings = QLORA | {"adapter.quantization": quantization}
-            yield Case(f"qlora-{quantization}", settings, None, "plain-lora", within, only_first=True)
-    yield Case("dora", LORA | {"adapter.dora": True}, None, "plain-lora", SAME_START, only_first=True)
-    yield Case("qlora-dora", QLORA | {"adapter.dora": True}, None, "plain-qlora", SAME_START, only_first=True)
-    yield Case("rslora", LORA | {"adapter.rslora": True}, None, "plain-lora", SAME_START, only_first=True)
+            yield Case(
+                f"qlora-{quantization}", settings, None, "plain-lora", within, only_first=True
+            )
+    yield Case(
+        "dora", LORA | {"adapter.dora": True}, None, "plain-lora", SAME_START, only_first=True
+    )
+    yield Case(
+        "qlora-dora",
+        QLORA | {"adapter.dora": True},
+        None,
+        "plain-qlora",
+        SAME_START,
+        only_first=True,
+    )
+    yield Case(
+        "rslora", LORA | {"adapter.rslora": True}, None, "plain-lora", SAME_START, only_first=True
+    )
     whole = {"adapter.modules_to_save": ["input_layernorm", "lm_head"]}
     yield Case("lora-whole-modules", LORA | whole, None, "plain-lora", SAME_START, only_first=True)
     yield Case(
-        "lora-new-tokens", LORA | {"model.new_tokens": ["<|a|>"]}, None, "plain-lora", SAME_START, only_first=True
+        "lora-new-tokens",
+        LORA | {"model.new_tokens": ["<|a|>"]},
+        None,
+        "plain-lora",
+        SAME_START,
+        only_first=True,
     )
-    yield Case("dropout", LORA | {"adapter.dropout": 0.1}, None, "plain-lora", SAME_START, only_first=True)
+    yield Case(
+        "dropout", LORA | {"adapter.dropout": 0.1}, None, "plain-lora", SAME_START, only_first=True
+    )
 
 
 def _layouts() -> Iterable[Case]:
-    """The same examples in the same steps, padded or end to end. Packs hold other examples, so they cannot serve as a reference."""
+    """The same examples in the same steps, padded or end to end. Packs hold other examples, so they
+    cannot serve as a reference.
+    """
     yield Case("unpacked", UNPACKED)
     yield Case("padded-sdpa", UNPACKED | {"model.attention": "sdpa"}, None, "unpacked", LAYOUT)
     yield Case("padded-eager", UNPACKED | {"model.attention": "eager"}, None, "unpacked", LAYOUT)
-    yield Case("grouped-by-length", UNPACKED | {"data.group_by_length": True, "model.attention": "sdpa"})
+    yield Case(
+        "grouped-by-length", UNPACKED | {"data.group_by_length": True, "model.attention": "sdpa"}
+    )
     yield Case("one-at-a-time", {"train.micro_batch_size": 1}, None, "plain-full", BF16)
     yield Case("as-many-as-fit", {"train.micro_batch_size": "auto"}, None, "plain-full", BF16)
     with_flash = frozenset({"flash_attn", "gpu"})  # without it `auto` is `documents`
     for attention in ("flash_attention_2", "documents"):
         yield Case(
-            f"attention-{attention}", {"model.attention": attention}, None, "plain-full", LAYOUT, needs=with_flash
+            f"attention-{attention}",
+            {"model.attention": attention},
+            None,
+            "plain-full",
+            LAYOUT,
+            needs=with_flash,
         )
 
 
@@ -258,8 +366,16 @@ def _extras() -> Iterable[Case]:
     yield Case("ema", {"train.ema_decay": 0.9}, None, "plain-full", BF16, only_first=True)
     yield Case("neftune", {"train.neftune_alpha": 5.0})
     yield Case("label-smoothing", {"objective.label_smoothing": 0.1})
-    yield Case("export-best", {"evaluation.export_best": True, "checkpoint.every_steps": 2}, None, "plain-full", BF16)
-    yield Case("saves-in-the-foreground", {"checkpoint.asynchronous": False}, None, "plain-full", BF16)
+    yield Case(
+        "export-best",
+        {"evaluation.export_best": True, "checkpoint.every_steps": 2},
+        None,
+        "plain-full",
+        BF16,
+    )
+    yield Case(
+        "saves-in-the-foreground", {"checkpoint.asynchronous": False}, None, "plain-full", BF16
+    )
 
 
 def _with_needs(case: Case) -> Case:
@@ -273,7 +389,9 @@ def needs(settings: Mapping[str, Any]) -> set[str]:
     """What a run with these settings needs besides what every run does."""
     found = set()
     quantizes = settings.get("adapter.kind") == "qlora" or settings.get("adapter.init") == "loftq"
-    if quantizes or any(word in settings.get("optimizer.kind", "") for word in ("8bit", "paged", "lion")):
+    if quantizes or any(
+        word in settings.get("optimizer.kind", "") for word in ("8bit", "paged", "lion")
+    ):
         found.add("bitsandbytes")
     if settings.get("train.compile"):
         found.add("compiler")

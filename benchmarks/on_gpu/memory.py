@@ -1,4 +1,6 @@
-"""What `plan` forecasts compared with what PyTorch's allocator has at its peak: layers of an 8B model, but two of them."""
+"""What `plan` forecasts compared with what PyTorch's allocator has at its peak: layers of an 8B
+model, but two of them.
+"""
 
 import re
 import shutil
@@ -43,8 +45,9 @@ CASES: dict[str, dict[str, Any]] = {
     "full, 8-bit AdamW": {"optimizer.kind": "adamw_8bit"},
 }
 CASE_SECONDS, FORECAST_SECONDS = 75.0, 60.0
-# Forecast / measured. Below, a run that was said to fit ends without memory; on an H200 0.92 and 1.02 were seen. Compiled
-# layers keep less than the same layers uncompiled, which is what is forecast. A CPU's processes hold their libraries as well.
+# Forecast / measured. Below, a run that was said to fit ends without memory; on an H200 0.92 and
+# 1.02 were seen. Compiled layers keep less than the same layers uncompiled, which is what is
+# forecast. A CPU's processes hold their libraries as well.
 RATIO, COMPILED_RATIO, CPU_RATIO = (0.9, 1.25), (0.9, 2.0), (0.3, 3.0)
 
 
@@ -72,8 +75,12 @@ class Lab:
         path.write_text(yaml.safe_dump(correctness.sections(values)))
         return path
 
-    def train(self, path: Path, limit: float, topology: str | None = None) -> tuple[Ended, list[dict[str, Any]]]:
-        """(how it ended, its metrics); its directory is gone then, as checkpoints and models are large."""
+    def train(
+        self, path: Path, limit: float, topology: str | None = None
+    ) -> tuple[Ended, list[dict[str, Any]]]:
+        """(how it ended, its metrics); its directory is gone then, as checkpoints and models are
+        large.
+        """
         name = path.stem
         ended = run(correctness.command(topology, path), env=self.env, log=self.logs / f"{name}.log", limit=limit, clock=self.clock)  # fmt: skip
         metrics = correctness.lines(self.work / "runs" / name / "metrics.jsonl")
@@ -89,21 +96,33 @@ def rows(lab: Lab, only: str) -> Iterator[Row]:
     """One run after the other; the next forecast is made meanwhile."""
     base, texts, length = lab.work / "base", lab.work / "rows.jsonl", 256 if lab.is_tiny else 4096
     lab.helper.ask(
-        "make_base", lab.clock.left(), folder=str(base), shape=TINY if lab.is_tiny else SHAPE, dtype="bfloat16"
+        "make_base",
+        lab.clock.left(),
+        folder=str(base),
+        shape=TINY if lab.is_tiny else SHAPE,
+        dtype="bfloat16",
     )
     lab.helper.ask("make_rows", 60, path=str(texts), number=12, kind="texts", length=length - 2)
     chosen = {name: settings for name, settings in CASES.items() if re.search(only, name)}
     paths = {
         name: lab.config(
             f"memory-{number}",
-            {"model.path": str(base), "data.train": str(texts), "data.max_length": length, **BASE, **settings},
+            {
+                "model.path": str(base),
+                "data.train": str(texts),
+                "data.max_length": length,
+                **BASE,
+                **settings,
+            },
         )
         for number, (name, settings) in enumerate(chosen.items())
     }
     with threads(1, lab.clock) as thread:
         on_gpu = not lab.is_tiny
         forecasts = {
-            name: thread.submit(lab.helper.ask, "forecast", FORECAST_SECONDS, config=str(path), on_gpu=on_gpu)
+            name: thread.submit(
+                lab.helper.ask, "forecast", FORECAST_SECONDS, config=str(path), on_gpu=on_gpu
+            )
             for name, path in paths.items()
             if not lab.missing(chosen[name])
         }
@@ -118,18 +137,30 @@ def rows(lab: Lab, only: str) -> Iterator[Row]:
                 lab.say(f"{name}: done at {lab.clock.used():.0f} s")
 
 
-def measure(name: str, settings: Mapping[str, Any], path: Path, forecast: "Future[dict[str, float]]", lab: Lab) -> Row:
+def measure(
+    name: str,
+    settings: Mapping[str, Any],
+    path: Path,
+    forecast: "Future[dict[str, float]]",
+    lab: Lab,
+) -> Row:
     row = Row(PART, name, WRONG)
     try:
         expected = forecast.result(timeout=max(lab.clock.left(), 1.0))
     except (RuntimeError, TimeoutError) as exc:
         row.reason = f"the forecast: {exc}"
         if lab.clock.left() <= 0:
-            row.status, row.reason = NO_TURN, "the time of this part was up before its forecast was made"
+            row.status, row.reason = (
+                NO_TURN,
+                "the time of this part was up before its forecast was made",
+            )
         return row
     peak = expected["peak"] / 1e9
     if lab.facts.get("gpu") and peak > 0.95 * lab.facts["free_gb"]:
-        row.status, row.reason = LEFT_OUT, f"needs {peak:.0f} GB, and {lab.facts['free_gb']:.0f} are free"
+        row.status, row.reason = (
+            LEFT_OUT,
+            f"needs {peak:.0f} GB, and {lab.facts['free_gb']:.0f} are free",
+        )
         return row
     ended, metrics = lab.train(path, CASE_SECONDS)
     row.seconds = ended.seconds
@@ -145,7 +176,9 @@ def measure(name: str, settings: Mapping[str, Any], path: Path, forecast: "Futur
     return row
 
 
-def verdict(forecast: float, measured: float, allowed: tuple[float, float]) -> tuple[str, str, dict[str, float]]:
+def verdict(
+    forecast: float, measured: float, allowed: tuple[float, float]
+) -> tuple[str, str, dict[str, float]]:
     """(status, reason, cells) of a forecast in GB and what was measured."""
     ratio = forecast / measured
     cells = {
@@ -155,4 +188,8 @@ def verdict(forecast: float, measured: float, allowed: tuple[float, float]) -> t
     }
     if allowed[0] <= ratio <= allowed[1]:
         return RIGHT, "", cells
-    return WRONG, f"forecast / measured is {ratio:.3f}, not from {allowed[0]} to {allowed[1]}", cells
+    return (
+        WRONG,
+        f"forecast / measured is {ratio:.3f}, not from {allowed[0]} to {allowed[1]}",
+        cells,
+    )

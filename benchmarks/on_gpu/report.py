@@ -28,16 +28,26 @@ class Log:
 
 
 def exit_code(rows: Sequence[Row]) -> int:
-    """1 if anything is wrong, nothing was right or measured, or correctness was cut short: what had no turn is not proved. Else 0."""
+    """1 if anything is wrong, nothing was right or measured, or correctness was cut short: what had
+    no turn is not proved. Else 0.
+    """
     cut_short = any(row.part == "correctness" and row.status == NO_TURN for row in rows)
-    is_wrong = any(row.status == WRONG for row in rows) or not any(row.status in (RIGHT, MEASURED) for row in rows)
+    is_wrong = any(row.status == WRONG for row in rows) or not any(
+        row.status in (RIGHT, MEASURED) for row in rows
+    )
     return int(is_wrong or cut_short)
 
 
 def about(facts: dict[str, Any]) -> str:
     """One line: hardware and versions."""
-    gpu = f"{facts['gpu']}, {facts['memory_gb']:.0f} GB, driver {facts['driver']}" if facts.get("gpu") else "no GPU"
-    return f"{gpu}; " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    gpu = (
+        f"{facts['gpu']}, {facts['memory_gb']:.0f} GB, driver {facts['driver']}"
+        if facts.get("gpu")
+        else "no GPU"
+    )
+    return f"{gpu}; " + ", ".join(
+        f"{name} {version}" for name, version in facts["versions"].items()
+    )
 
 
 def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
@@ -51,7 +61,14 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         for row in ran:
             status = row.status if row.status != WRONG else f"**{row.status}**: {row.reason}"
             lines.append(
-                _line([row.name, status, *(shown(row.values.get(key)) for key in columns), f"{row.seconds:.0f}"])
+                _line(
+                    [
+                        row.name,
+                        status,
+                        *(shown(row.values.get(key)) for key in columns),
+                        f"{row.seconds:.0f}",
+                    ]
+                )
             )
     for status in (KNOWN, LEFT_OUT, NO_TURN):
         reasons: dict[str, list[str]] = {}
@@ -59,7 +76,12 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
             if row.status == status:
                 reasons.setdefault(row.reason, []).append(row.name)
         lines += (
-            ["", *(f"- {status}: {', '.join(names)}: {reason}" for reason, names in reasons.items())] if reasons else []
+            [
+                "",
+                *(f"- {status}: {', '.join(names)}: {reason}" for reason, names in reasons.items()),
+            ]
+            if reasons
+            else []
         )
     counts = Counter(row.status for row in rows)
     shown_always = (RIGHT, WRONG, LEFT_OUT, NO_TURN)
@@ -90,11 +112,18 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def write(folder: Path, part: str, rows: Sequence[Row], facts: dict[str, Any], seconds: float) -> str:
+def write(
+    folder: Path, part: str, rows: Sequence[Row], facts: dict[str, Any], seconds: float
+) -> str:
     """Write `part`.md and `part`.json; give the table."""
     text = table(rows, facts)
     (folder / f"{part}.md").write_text(text + "\n")
-    whole = {"part": part, "seconds": round(seconds, 1), "machine": facts, "rows": [asdict(row) for row in rows]}
+    whole = {
+        "part": part,
+        "seconds": round(seconds, 1),
+        "machine": facts,
+        "rows": [asdict(row) for row in rows],
+    }
     (folder / f"{part}.json").write_text(json.dumps(whole, indent=1) + "\n")
     return text
 

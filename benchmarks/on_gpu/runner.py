@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
 MARK = "MAKE_GPU_PROCESS"
-"""A variable that every process of one start inherits: processes that have it are killed, whatever their parent or session has become."""
+"""A variable that every process of one start inherits: processes that have it are killed, whatever
+their parent or session has become.
+"""
 # What a cluster's or another launcher's environment would tell our processes about themselves.
 OTHERS = (
     "RANK",
@@ -72,14 +74,18 @@ class Row:
     part: str
     name: str
     status: str
-    """right, measured (nothing to compare with), wrong, known failure, left out (something is missing here, or time was short) or no turn (time was up)."""
+    """right, measured (nothing to compare with), wrong, known failure, left out (something is
+    missing here, or time was short) or no turn (time was up).
+    """
     reason: str = ""
     seconds: float = 0.0
     values: dict[str, Any] = field(default_factory=dict)
 
 
 def environment(work: Path, threads: int, on_cpu: bool) -> dict[str, str]:
-    """For every process that is started: no network, no one else's launcher, few threads, nothing outside `work`."""
+    """For every process that is started: no network, no one else's launcher, few threads, nothing
+    outside `work`.
+    """
     kept = {
         k: v
         for k, v in os.environ.items()
@@ -90,7 +96,9 @@ def environment(work: Path, threads: int, on_cpu: bool) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }  # fmt: skip
     # One GPU, even where there are more; -1 hides them all.
-    kept["CUDA_VISIBLE_DEVICES"] = "-1" if on_cpu else kept.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    kept["CUDA_VISIBLE_DEVICES"] = (
+        "-1" if on_cpu else kept.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    )
     return kept
 
 
@@ -98,7 +106,8 @@ def run(
     command: Sequence[str], *, env: dict[str, str], log: Path, limit: float, clock: Clock,
     meanwhile: Callable[[subprocess.Popen[bytes]], bool] = lambda process: True,
 ) -> Ended:  # fmt: skip
-    """Run until it ends or its time is up; then it and all that it started are killed. What it says is appended to `log`.
+    """Run until it ends or its time is up; then it and all that it started are killed. What it says
+    is appended to `log`.
 
     `meanwhile` is called every twentieth of a second until it answers True.
     """
@@ -125,9 +134,11 @@ def run(
 
 
 def kill(process: subprocess.Popen[bytes], mark: str) -> None:
-    """Kill everything that it started and that still runs, also if the process itself has ended, and in sessions of its own.
+    """Kill everything that it started and that still runs, also if the process itself has ended,
+    and in sessions of its own.
 
-    A worker that outlives its launcher would keep its memory of the GPU, and the next cases would fail for want of it.
+    A worker that outlives its launcher would keep its memory of the GPU, and the next cases would
+    fail for want of it.
     """
     if process.poll() is None:
         process.kill()
@@ -143,7 +154,9 @@ def kill(process: subprocess.Popen[bytes], mark: str) -> None:
 
 
 def _marked(mark: str) -> list[int]:
-    """Processes that have this mark in their environment, by Linux's /proc; those that have ended have none."""
+    """Processes that have this mark in their environment, by Linux's /proc; those that have ended
+    have none.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -154,7 +167,9 @@ def _marked(mark: str) -> list[int]:
 
 @contextlib.contextmanager
 def threads(number: int, clock: Clock) -> Iterator[ThreadPoolExecutor]:
-    """Threads that are waited for; where a signal or an error interrupts, what they run is killed and what waits never starts."""
+    """Threads that are waited for; where a signal or an error interrupts, what they run is killed
+    and what waits never starts.
+    """
     pool = ThreadPoolExecutor(number)
     try:
         yield pool
@@ -166,7 +181,9 @@ def threads(number: int, clock: Clock) -> Iterator[ThreadPoolExecutor]:
 
 
 def side_by_side(jobs: int, work: Iterable[T], do: Callable[[T], Row], clock: Clock, out_of_turn: Callable[[T], Row]) -> list[Row]:  # fmt: skip
-    """Rows of all, `jobs` at once, in the order of `work`. What would start after the deadline gets no turn."""
+    """Rows of all, `jobs` at once, in the order of `work`. What would start after the deadline gets
+    no turn.
+    """
 
     def one(item: T) -> Row:
         return do(item) if clock.left() > 0 else out_of_turn(item)
@@ -176,9 +193,11 @@ def side_by_side(jobs: int, work: Iterable[T], do: Callable[[T], Row], clock: Cl
 
 
 class Helper:
-    """A process that has torch, so that this one need not: helper.py answers one request after the other.
+    """A process that has torch, so that this one need not: helper.py answers one request after the
+    other.
 
-    One that ended, or did not answer in time, is replaced at the next request: a late answer would be taken for the next one's.
+    One that ended, or did not answer in time, is replaced at the next request: a late answer would
+    be taken for the next one's.
     """
 
     def __init__(self, env: dict[str, str], log: Path, clock: Clock) -> None:
@@ -197,7 +216,9 @@ class Helper:
             until = time.monotonic() + min(limit, self._clock.left())
             while not select.select([process.stdout], [], [], 0.2)[0]:
                 if time.monotonic() > until or self._clock.left() <= 0:
-                    raise RuntimeError(f"the helper did not answer to {what} in {max(limit, 0):.0f} s")
+                    raise RuntimeError(
+                        f"the helper did not answer to {what} in {max(limit, 0):.0f} s"
+                    )
             if not (line := process.stdout.readline()):
                 raise RuntimeError(f"the helper ended while it did {what}; see {self._log.name}")
             problem, answer = json.loads(line)
@@ -236,6 +257,8 @@ def last_words(said: str) -> str:
     """What a log says that went wrong: the last line of an error, in at most 300 characters."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     telling = [
-        line for line in lines if any(word in line for word in ("rror:", "failed:", "out of memory", "preempted:"))
+        line
+        for line in lines
+        if any(word in line for word in ("rror:", "failed:", "out of memory", "preempted:"))
     ]
     return (telling or lines or ["it said nothing"])[-1][:300]

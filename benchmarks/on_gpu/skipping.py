@@ -1,8 +1,10 @@
-"""train.py that leaves some steps out, as fp16 does where gradients overflow: what an fp16 run that skipped is compared with.
+"""train.py that leaves some steps out, as fp16 does where gradients overflow: what an fp16 run that
+skipped is compared with.
 
     python benchmarks/on_gpu/skipping.py 1,2 --config run.yaml
 
-A skipped step counts: the next one has its own examples and its own learning rate. Only weights and optimizer stay as they were.
+A skipped step counts: the next one has its own examples and its own learning rate. Only weights and
+optimizer stay as they were.
 """
 
 import sys
@@ -19,7 +21,9 @@ def skip(left_out: set[int]) -> None:
     """Let no optimizer move in these steps; the first is 1."""
     train_step, done = loop.train_step, 0
 
-    def skipping(topology: Any, model: Any, optimizer: Any, *arguments: Any, **keywords: Any) -> StepResult:
+    def skipping(
+        topology: Any, model: Any, optimizer: Any, *arguments: Any, **keywords: Any
+    ) -> StepResult:
         nonlocal done
         done += 1
         if done in left_out:

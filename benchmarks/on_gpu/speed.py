@@ -1,9 +1,12 @@
-"""Tokens a second, memory and utilisation of train.py, and of TRL on the same rows and weights where it is installed.
+"""Tokens a second, memory and utilisation of train.py, and of TRL on the same rows and weights
+where it is installed.
 
-Rounds alternate between the cases until the time is up, in the order of importance, which is that of CASES: at 25 to 30
-seconds a case, five minutes are enough for about ten. The table has medians and says of how many rounds. 8B: eight layers of Llama-3.1-8B's shape (2.8B parameters), documents of 8,192 tokens, one a step, all layers
-recomputed: what kernels do is that of all 32 layers, and a run takes half a minute. 1B: Llama-3.2-1B, packs of 2,048 tokens,
-four at once. Every process reads random weights, trains STEPS steps, and the first WARM are left out.
+Rounds alternate between the cases until the time is up, in the order of importance, which is that
+of CASES: at 25 to 30 seconds a case, five minutes are enough for about ten. The table has medians
+and says of how many rounds. 8B: eight layers of Llama-3.1-8B's shape (2.8B parameters), documents
+of 8,192 tokens, one a step, all layers recomputed: what kernels do is that of all 32 layers, and a
+run takes half a minute. 1B: Llama-3.2-1B, packs of 2,048 tokens, four at once. Every process reads
+random weights, trains STEPS steps, and the first WARM are left out.
 """
 
 import json
@@ -35,7 +38,8 @@ RECOMPUTED = {"train.gradient_checkpointing": True}
 COMPILE = {"train.compile": True}
 BF16 = {"model.dtype": "bfloat16"}
 TRL = "trl"
-# name -> (topology, or TRL, or None for `python train.py`; settings). In the order of what matters most.
+# name -> (topology, or TRL, or None for `python train.py`; settings). In the order of what matters
+# most.
 CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "8B lora r 16": (None, LORA | RECOMPUTED),
     "8B lora r 16, TRL": (TRL, LORA | RECOMPUTED),
@@ -81,7 +85,10 @@ class Found:
 def rows(lab: memory.Lab, only: str) -> Iterator[Row]:
     """Round after round, as long as a case's last round fits what is left."""
     chosen = {name: case for name, case in CASES.items() if re.search(only, name)}
-    found, left_out = {name: Found() for name in chosen}, {name: missing(lab, *case) for name, case in chosen.items()}
+    found, left_out = (
+        {name: Found() for name in chosen},
+        {name: missing(lab, *case) for name, case in chosen.items()},
+    )
     for number in range(1 if lab.is_tiny else ROUNDS):
         for name, (topology, settings) in chosen.items():
             own = found[name]
@@ -90,8 +97,12 @@ def rows(lab: memory.Lab, only: str) -> Iterator[Row]:
                 one_round(lab, name, topology, settings, own)
                 own.seconds = max(own.seconds, time.monotonic() - started)
                 if own.speeds:
-                    lab.say(f"round {number + 1}: {name}: {own.speeds[-1]:,.0f} tokens/s, at {lab.clock.used():.0f} s")
-    # What a token costs in arithmetic is alike for TRL: its utilisation follows from ours at the same method.
+                    lab.say(
+                        f"round {number + 1}: {name}: {own.speeds[-1]:,.0f} tokens/s, at "
+                        f"{lab.clock.used():.0f} s"
+                    )
+    # What a token costs in arithmetic is alike for TRL: its utilisation follows from ours at the
+    # same method.
     for name, (topology, _) in chosen.items():
         ours = found.get(name.removesuffix(", TRL"))
         if topology == TRL and ours and ours.mfu and ours.speeds:
@@ -109,7 +120,12 @@ def rows(lab: memory.Lab, only: str) -> Iterator[Row]:
         elif own.problem:
             yield Row(PART, name, WRONG, own.problem, own.seconds)
         else:
-            yield Row(PART, name, NO_TURN, "the time of this part was up; ONLY= picks cases, MINUTES=15 gives more")
+            yield Row(
+                PART,
+                name,
+                NO_TURN,
+                "the time of this part was up; ONLY= picks cases, MINUTES=15 gives more",
+            )
 
 
 def missing(lab: memory.Lab, topology: str | None, settings: dict[str, Any]) -> str:
@@ -123,7 +139,9 @@ def missing(lab: memory.Lab, topology: str | None, settings: dict[str, Any]) -> 
     return lab.missing(settings)
 
 
-def one_round(lab: memory.Lab, name: str, topology: str | None, settings: dict[str, Any], own: Found) -> None:
+def one_round(
+    lab: memory.Lab, name: str, topology: str | None, settings: dict[str, Any], own: Found
+) -> None:
     """Run once and add to `own`; a run that its time cuts off adds nothing."""
     size = name.split()[0]
     length, at_once = (256, 1) if lab.is_tiny else PACKS[size]
@@ -140,14 +158,20 @@ def one_round(lab: memory.Lab, name: str, topology: str | None, settings: dict[s
         "data.max_length": length, "train.global_batch_size": at_once, "train.micro_batch_size": at_once, "train.max_steps": STEPS,
         "train.precision": "bf16", "optimizer.lr": 1e-5, **settings,
     }  # fmt: skip
-    ended, metrics = lab.train(lab.config(re.sub(r"[^a-z0-9_]+", "-", name.lower()), values), CASE_SECONDS, topology)
+    ended, metrics = lab.train(
+        lab.config(re.sub(r"[^a-z0-9_]+", "-", name.lower()), values), CASE_SECONDS, topology
+    )
     if ended.was_out_of_turn and len(metrics) < STEPS:
         return
     if len(metrics) < STEPS or (ended.code != 0 and not ended.was_out_of_turn):
         own.problem = f"ended with {ended.code}: {last_words(ended.said)}"
         return
     own.speeds.append(median([line["tokens_per_second"] for line in metrics[WARM:]]) or 0.0)
-    own.mfu += [value] if (value := median([line["mfu"] for line in metrics[WARM:] if "mfu" in line])) else []
+    own.mfu += (
+        [value]
+        if (value := median([line["mfu"] for line in metrics[WARM:] if "mfu" in line]))
+        else []
+    )
     own.memory_gb, own.last_loss = max(own.memory_gb, metrics[-1]["memory_gb"]), metrics[-1]["loss"]
 
 
@@ -156,13 +180,23 @@ def prepared(lab: memory.Lab, size: str, length: int) -> tuple[Path, Path]:
     base, texts = lab.work / size, lab.work / f"rows-{length}.jsonl"
     if not texts.exists():
         shape = memory.TINY if lab.is_tiny else SHAPES[size]
-        lab.helper.ask("make_base", lab.clock.left(), folder=str(base), shape=shape, dtype="bfloat16")
-        lab.helper.ask("make_rows", 60, path=str(texts), number=5 * STEPS, kind="texts", length=length - 2)
+        lab.helper.ask(
+            "make_base", lab.clock.left(), folder=str(base), shape=shape, dtype="bfloat16"
+        )
+        lab.helper.ask(
+            "make_rows", 60, path=str(texts), number=5 * STEPS, kind="texts", length=length - 2
+        )
     return base, texts
 
 
 def trl_round(
-    lab: memory.Lab, base: Path, texts: Path, length: int, at_once: int, settings: dict[str, Any], own: Found
+    lab: memory.Lab,
+    base: Path,
+    texts: Path,
+    length: int,
+    at_once: int,
+    settings: dict[str, Any],
+    own: Found,
 ) -> None:
     """The same by TRL's SFTTrainer, at its best settings: Liger's kernels where they are installed."""
     out = lab.work / "trl"
@@ -183,6 +217,8 @@ def trl_round(
         own.problem = f"TRL ended with {ended.code}: {last_words(ended.said)}"
         return
     answer = json.loads(measured.read_text())
-    own.speeds.append(median([tokens / seconds for tokens, seconds in answer["steps"][WARM:]]) or 0.0)
+    own.speeds.append(
+        median([tokens / seconds for tokens, seconds in answer["steps"][WARM:]]) or 0.0
+    )
     own.memory_gb, own.last_loss = max(own.memory_gb, answer["gpu_gb"]), answer.get("last_loss")
     shutil.rmtree(out, ignore_errors=True)

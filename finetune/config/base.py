@@ -1,4 +1,6 @@
-"""What a model says of itself, by its folder and its config.json, checked before anything is loaded. No torch."""
+"""What a model says of itself, by its folder and its config.json, checked before anything is
+loaded. No torch.
+"""
 
 import fnmatch
 import json
@@ -24,10 +26,20 @@ WEIGHTS = (
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # as peft looks for them
 LFS_POINTER = b"version https://git-lfs"
 MOST_HEADER = 100_000_000  # bytes; the most that safetensors itself reads
-SMALL = 1 << 16  # bytes; a tokenizer.json of this size takes a millisecond to parse, and real ones are larger
+SMALL = (
+    1 << 16
+)  # bytes; a tokenizer.json of this size takes a millisecond to parse, and real ones are larger
 AGAIN = "download it again"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-# Files that decide what transformers, peft or a server opens in a folder, so that one more makes it another model.
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+# Files that decide what transformers, peft or a server opens in a folder, so that one more makes it
+# another model.
 OPENED = (
     "config.json", "adapter_config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin", "adapter_model.bin",
     "generation_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -49,7 +61,10 @@ BALANCE = (
 )  # fmt: skip
 # What configs call the number of their layers.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-PICKLES = (b"PK", b"\x80")  # how a file of torch.save begins: a zip archive, or in the format before torch 1.6 a pickle
+PICKLES = (
+    b"PK",
+    b"\x80",
+)  # how a file of torch.save begins: a zip archive, or in the format before torch 1.6 a pickle
 
 
 def kind_of_folder(path: str) -> str:
@@ -61,9 +76,9 @@ def kind_of_folder(path: str) -> str:
         return "model"
     if is_adapter(folder):
         return "adapter"
-    if ((folder / "config.yaml").exists() and (folder / "outcome.json").exists()) or is_model_or_adapter(
-        folder / "model"
-    ):
+    if (
+        (folder / "config.yaml").exists() and (folder / "outcome.json").exists()
+    ) or is_model_or_adapter(folder / "model"):
         return "run"
     names = [entry.name for entry in folder.iterdir()]
     if not names:
@@ -83,15 +98,22 @@ def kind_of_folder(path: str) -> str:
 
 
 def decides_what_opens(name: str) -> bool:
-    """Whether a file, by its path within a folder, decides which model or tokenizer programs open there."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in OPENED if "/" in pattern or "/" not in name)
+    """Whether a file, by its path within a folder, decides which model or tokenizer programs open
+    there.
+    """
+    return any(
+        fnmatch.fnmatch(name, pattern) for pattern in OPENED if "/" in pattern or "/" not in name
+    )
 
 
 def mixed_problem(folder: Path) -> str | None:
-    """Why a folder may be a whole model to one program and an adapter to another; None if it is one of them."""
+    """Why a folder may be a whole model to one program and an adapter to another; None if it is one
+    of them.
+    """
     if (folder / "config.json").exists() and is_adapter(folder):
         return (
-            f"{folder} holds config.json of a whole model and adapter_config.json of an adapter, and programs differ in which they "
+            f"{folder} holds config.json of a whole model and adapter_config.json of an adapter, "
+            "and programs differ in which they "
             "open; move away the one that does not belong there"
         )
     return None
@@ -117,7 +139,8 @@ def folder_problem(path: str, needs_weights: bool) -> str | None:
         named = recorded_base(path)
         base = f"model.path: {named}" if named else "its base in model.path"
         return (
-            f"{path} is an adapter, not a model; to train it further give {base} and adapter.path: {path}; to train on "
+            f"{path} is an adapter, not a model; to train it further give {base} and adapter.path: "
+            f"{path}; to train on "
             f"top of it, merge it first: {places.command()} export --merge"
         )
     if kind == "run":
@@ -143,7 +166,9 @@ def config_problem(folder: Path) -> str | None:
 
 
 def values_problem(where: str, values: Mapping[str, Any]) -> str | None:
-    """Why the values of a config cannot be used; None if they may be. `where`: the file that holds them."""
+    """Why the values of a config cannot be used; None if they may be. `where`: the file that holds
+    them.
+    """
     nested = values.get("text_config")
     if nested is not None and not isinstance(nested, Mapping):
         return f"{where}: text_config should be a mapping, got {allowed.short(nested)}; correct it"
@@ -157,10 +182,14 @@ def values_problem(where: str, values: Mapping[str, Any]) -> str | None:
 
 
 def _quantization_problem(where: str, found: Any) -> str | None:
-    """Why a quantization_config cannot be used; None if it may be, though the model may be one that cannot be trained."""
+    """Why a quantization_config cannot be used; None if it may be, though the model may be one that
+    cannot be trained.
+    """
     remedy = "correct it, or remove it if the weights are not quantised"
     if not isinstance(found, Mapping):
-        return f"{where} should be a mapping with quant_method, got {allowed.short(found)}; {remedy}"
+        return (
+            f"{where} should be a mapping with quant_method, got {allowed.short(found)}; {remedy}"
+        )
     bits = [name for name in allowed.BITS if found.get(name)]
     method = _method(found)
     if not method and not bits and (not found or any(name in found for name in allowed.BITS)):
@@ -175,35 +204,47 @@ def _quantization_problem(where: str, found: Any) -> str | None:
 
 
 def weights_problem(folder: Path) -> str | None:
-    """Why the weights of a folder cannot be loaded, from indices, headers and sizes; None if they may be. Takes milliseconds."""
+    """Why the weights of a folder cannot be loaded, from indices, headers and sizes; None if they
+    may be. Takes milliseconds.
+    """
     tensors, problem = _weights_in(folder)
     return problem or (None if tensors is None else _packing_problem(folder, tensors))
 
 
 def shapes(path: str) -> dict[str, list[int]] | None:
-    """Names and shapes of the weights in a folder; None where they are not in .safetensors, or not in order."""
+    """Names and shapes of the weights in a folder; None where they are not in .safetensors, or not
+    in order.
+    """
     return _weights_in(Path(path))[0] if os.path.isdir(path) else None
 
 
 def _packing_problem(folder: Path, tensors: Iterable[str]) -> str | None:
-    """Why the weights are not packed as config.json says; None if they are, or another library than bitsandbytes did it."""
+    """Why the weights are not packed as config.json says; None if they are, or another library than
+    bitsandbytes did it.
+    """
     found = quantization(said_by(str(folder)))
     form = form_of(found) if found else None
     if found and form is None:
         return None
     file = folder / "config.json"
-    types = {match[1] for name in tensors if (match := re.search(r"\.quant_state\.bitsandbytes__(\w+)$", name))}
+    types = {
+        match[1]
+        for name in tensors
+        if (match := re.search(r"\.quant_state\.bitsandbytes__(\w+)$", name))
+    }
     types |= {"int8" for name in tensors if name.endswith(".SCB")}
     if form is None:
         listed = ", ".join(sorted(types))
         return (
-            f"{file}: has no quantization_config, but bitsandbytes has quantised the weights ({listed}); {AGAIN}"
+            f"{file}: has no quantization_config, but bitsandbytes has quantised the weights "
+            f"({listed}); {AGAIN}"
             if types
             else None
         )
     if not types:
         return (
-            f"{file}: quantization_config says {name_of(found or {})}, but the weights are not quantised; remove it from config.json "
+            f"{file}: quantization_config says {name_of(found or {})}, but the weights are not "
+            "quantised; remove it from config.json "
             "(adapter.kind: qlora quantises them itself)"
         )
     if form["quantization"] not in types:
@@ -212,7 +253,9 @@ def _packing_problem(folder: Path, tensors: Iterable[str]) -> str | None:
 
 
 def _weights_in(folder: Path) -> tuple[dict[str, list[int]] | None, str | None]:
-    """(names and shapes of the weights, or None where they are not in .safetensors; what is wrong with their files)."""
+    """(names and shapes of the weights, or None where they are not in .safetensors; what is wrong
+    with their files).
+    """
     names = sorted(os.listdir(folder))
     if object_in(folder / "config.json")[0].get("transformers_weights"):
         return None, None  # names a file of its own
@@ -225,16 +268,26 @@ def _weights_in(folder: Path) -> tuple[dict[str, list[int]] | None, str | None]:
     if problem:
         return None, problem
     parts = index.get("weight_map")
-    if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
+    if (
+        not isinstance(parts, dict)
+        or not parts
+        or not all(isinstance(part, str) for part in parts.values())
+    ):
         return None, f"{folder / first}: has no weight_map, so it is not an index; {AGAIN}"
     tensors: dict[str, list[int]] = {}
     for part in sorted(set(parts.values())):
         held, problem = tensors_in(folder / part)
         if problem is not None:
             return None, problem
-        absent = sorted(name for name in parts if parts[name] == part and held is not None and name not in held)
+        absent = sorted(
+            name for name in parts if parts[name] == part and held is not None and name not in held
+        )
         if absent:
-            return None, f"{folder / part}: lacks {absent[0]}, which {first} says is in it; download both again"
+            return (
+                None,
+                f"{folder / part}: lacks {absent[0]}, which {first} says is in it; download both "
+                "again",
+            )
         tensors |= held or {}
     return tensors or None, None
 
@@ -245,7 +298,11 @@ def _absence(folder: Path, names: list[str]) -> str:
     if shards:
         missing = WEIGHTS[3] if shards[0].endswith(".bin") else WEIGHTS[1]
         return f"{folder} has weights in parts ({shards[0]}), but not their index, {missing}; download it too"
-    others = [name for name in names if name.endswith((".safetensors", ".bin")) and name != "training_args.bin"]
+    others = [
+        name
+        for name in names
+        if name.endswith((".safetensors", ".bin")) and name != "training_args.bin"
+    ]
     if others:
         return f"{folder} has no model.safetensors, and transformers does not look for {others[0]}; rename it, or download the model again"
     return f"{folder} has no weights (.safetensors)" + (
@@ -256,7 +313,9 @@ def _absence(folder: Path, names: list[str]) -> str:
 
 
 def tensors_in(path: Path) -> tuple[dict[str, list[int]] | None, str | None]:
-    """(names and shapes of the tensors in a file of weights, or None where it is not .safetensors; what is wrong with it)."""
+    """(names and shapes of the tensors in a file of weights, or None where it is not .safetensors;
+    what is wrong with it).
+    """
     start, size, problem = _start_of(path)
     if problem:
         return None, problem
@@ -280,7 +339,11 @@ def tensors_in(path: Path) -> tuple[dict[str, list[int]] | None, str | None]:
         found = {name: list(values["shape"]) for name, values in tensors.items()}
         whole = 8 + length + end
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
-        return None, f"{path}: its header cannot be read ({type(exc).__name__}), so it is not .safetensors; {AGAIN}"
+        return (
+            None,
+            f"{path}: its header cannot be read ({type(exc).__name__}), so it is not .safetensors; "
+            f"{AGAIN}",
+        )
     if size != whole:
         return None, f"{path} has {size:,} bytes, and should have {whole:,}; {AGAIN}"
     return found, None
@@ -324,7 +387,9 @@ def object_in(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def name_problem(name: str | None) -> str | None:
-    """Why a name is neither a folder or file that is here nor the form of a Hub id; None if it is one of them."""
+    """Why a name is neither a folder or file that is here nor the form of a Hub id; None if it is
+    one of them.
+    """
     if not name or not name.strip():
         return "is empty; give a folder, or a Hub id as owner/name"
     if not os.path.exists(name) and paths.is_local(name):
@@ -341,7 +406,9 @@ def adapter_problem(path: str) -> str | None:
     kind, inside = kind_of_folder(path), os.path.join(path, "model")
     if kind == "run":
         return f"{path} is a run directory; " + (
-            f"its adapter is in {inside}: give that folder" if is_adapter(inside) else "it has no adapter in model/"
+            f"its adapter is in {inside}: give that folder"
+            if is_adapter(inside)
+            else "it has no adapter in model/"
         )
     if kind == "model":
         return f"{path} is a whole model, not an adapter; give it as model.path"
@@ -349,7 +416,9 @@ def adapter_problem(path: str) -> str | None:
 
 
 def _adapter_files_problem(folder: Path) -> str | None:
-    """Why settings or weights of an adapter cannot be used; None if they may be. Takes milliseconds."""
+    """Why settings or weights of an adapter cannot be used; None if they may be. Takes
+    milliseconds.
+    """
     file = folder / "adapter_config.json"
     settings, problem = object_in(file)
     if problem:
@@ -360,22 +429,32 @@ def _adapter_files_problem(folder: Path) -> str | None:
         return problem
     weights = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).exists()), None)
     if weights is None:
-        return f"{folder} has no {ADAPTER_WEIGHTS[0]}, the weights of the adapter; copy it there too"
+        return (
+            f"{folder} has no {ADAPTER_WEIGHTS[0]}, the weights of the adapter; copy it there too"
+        )
     tensors, problem = tensors_in(weights)
-    return problem or (_ranks_problem(file, settings, weights, tensors) if tensors is not None else None)
+    return problem or (
+        _ranks_problem(file, settings, weights, tensors) if tensors is not None else None
+    )
 
 
-def _ranks_problem(file: Path, settings: dict[str, Any], weights: Path, tensors: dict[str, list[int]]) -> str | None:
+def _ranks_problem(
+    file: Path, settings: dict[str, Any], weights: Path, tensors: dict[str, list[int]]
+) -> str | None:
     """Why the weights of an adapter are not those of its settings; None if they may be."""
     ranks = {
-        name: shape[0] for name, shape in tensors.items() if re.search(r"\.lora_(embedding_)?A(\.|$)", name) and shape
+        name: shape[0]
+        for name, shape in tensors.items()
+        if re.search(r"\.lora_(embedding_)?A(\.|$)", name) and shape
     }
     if not ranks:
         return f"{weights} holds no weights of LoRA (lora_A); {AGAIN}"
     r = settings.get("r", 8)  # peft's default
     known = {r, *(settings.get("rank_pattern") or {}).values()}
     for name, rank in ranks.items():
-        if rank not in known and not settings.get("target_parameters"):  # those have r rows for each expert
+        if rank not in known and not settings.get(
+            "target_parameters"
+        ):  # those have r rows for each expert
             return f"{file}: r is {r}, but {name} in {weights.name} has rank {rank}; put back the adapter_config.json that belongs to it"
     if bool(settings.get("use_dora")) != any("lora_magnitude_vector" in name for name in tensors):
         return f"{file}: use_dora is {allowed.short(settings.get('use_dora'))}, and {weights.name} does not agree; put back the adapter_config.json that belongs to it"
@@ -387,16 +466,21 @@ def tokenizer_problem(path: str) -> str | None:
     if not os.path.isdir(path):
         return f"{path} is a file; give the folder it is in"
     if not any(os.path.exists(os.path.join(path, name)) for name in TOKENIZER) and not any(
-        name.endswith((".model", ".tiktoken")) or name.startswith("tokenization_") for name in os.listdir(path)
+        name.endswith((".model", ".tiktoken")) or name.startswith("tokenization_")
+        for name in os.listdir(path)
     ):
         return f"{path} has no tokenizer ({TOKENIZER[0]}); give the one that belongs to the model as model.tokenizer"
-    for file in (Path(path) / name for name in TOKENIZER if os.path.lexists(os.path.join(path, name))):
+    for file in (
+        Path(path) / name for name in TOKENIZER if os.path.lexists(os.path.join(path, name))
+    ):
         _, size, problem = _start_of(file)
         if file.suffix == ".json" and size < SMALL and not problem:
             values, problem = object_in(file)
             if file.name == TOKENIZER[0] and not problem and "model" not in values:
                 problem = f"{file} has no vocabulary (model); {AGAIN}"
-            problem = problem or allowed.problem(str(file), values, allowed.OF_TOKENIZER.get(file.name, {}))
+            problem = problem or allowed.problem(
+                str(file), values, allowed.OF_TOKENIZER.get(file.name, {})
+            )
         if problem:
             return problem
     return _templates_problem(Path(path))
@@ -404,7 +488,10 @@ def tokenizer_problem(path: str) -> str | None:
 
 def _templates_problem(folder: Path) -> str | None:
     """Why the chat templates of a folder cannot be read; None if they can."""
-    for file in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
+    for file in (
+        folder / "chat_template.jinja",
+        *sorted((folder / "additional_chat_templates").glob("*.jinja")),
+    ):
         if file.exists():
             try:
                 file.read_text("utf-8")
@@ -418,7 +505,11 @@ def _templates_problem(folder: Path) -> str | None:
 def model_in(path: str) -> str:
     """The model of a run directory; any other path or name as it is."""
     inside = os.path.join(path, "model")
-    return inside if os.path.isdir(path) and kind_of_folder(path) == "run" and os.path.isdir(inside) else path
+    return (
+        inside
+        if os.path.isdir(path) and kind_of_folder(path) == "run" and os.path.isdir(inside)
+        else path
+    )
 
 
 def said_by(path: str) -> dict[str, Any]:
@@ -447,19 +538,25 @@ def quantization(said: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_off(found: Mapping[str, Any]) -> bool:
-    """Whether bitsandbytes is named with neither 4 nor 8 bits: transformers loads such weights as they are."""
+    """Whether bitsandbytes is named with neither 4 nor 8 bits: transformers loads such weights as
+    they are.
+    """
     return _method(found) == "bitsandbytes" and not any(found.get(name) for name in allowed.BITS)
 
 
 def _method(found: Mapping[str, Any]) -> str:
-    """quant_method, which is an enum in a config that transformers has opened; empty if there is none."""
+    """quant_method, which is an enum in a config that transformers has opened; empty if there is
+    none.
+    """
     method = found.get("quant_method")
     return str(getattr(method, "value", method) or "")
 
 
 def form_of(found: Mapping[str, Any]) -> dict[str, Any] | None:
     """A quantisation of bitsandbytes in the words of `adapter`; None for any other."""
-    method = _method(found) or ("bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else "")
+    method = _method(found) or (
+        "bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else ""
+    )
     if method.removesuffix("_4bit").removesuffix("_8bit") != "bitsandbytes":
         return None
     if found.get("load_in_8bit", found.get("_load_in_8bit")):
@@ -497,7 +594,9 @@ def quantized_problem(name: str, said: Mapping[str, Any], adapter_kind: str) -> 
 
 
 def architecture_problem(name: str, said: Mapping[str, Any]) -> str | None:
-    """Why a model is none that continues text; None if it may be. `said`: its config, from the file or with all defaults."""
+    """Why a model is none that continues text; None if it may be. `said`: its config, from the file
+    or with all defaults.
+    """
     named = said.get("architectures")
     architecture = str(named[-1]) if isinstance(named, list) and named else ""
     is_one = architecture or f"a {said.get('model_type')}"
@@ -506,14 +605,24 @@ def architecture_problem(name: str, said: Mapping[str, Any]) -> str | None:
     for ending, what in OTHER_HEADS.items():
         if architecture.endswith(ending):
             return f"{name} is {what} ({architecture}), not a model that continues text; give the causal language model it was made from"
-    if architecture.endswith("Model") and "LMHead" not in architecture and said.get("tie_word_embeddings") is False:
+    if (
+        architecture.endswith("Model")
+        and "LMHead" not in architecture
+        and said.get("tie_word_embeddings") is False
+    ):
         return f"{name} has no head ({architecture}: an embedding model, or only the body); give the causal language model it was made from"
     return None
 
 
 def forgotten_losses(said: Mapping[str, Any]) -> str | None:
-    """Losses other than the next token's that a config asks for, and that are not added; None if there are none."""
-    nested = [values for values in (said.get("text_config"), said.get("ffn_config")) if isinstance(values, Mapping)]
+    """Losses other than the next token's that a config asks for, and that are not added; None if
+    there are none.
+    """
+    nested = [
+        values
+        for values in (said.get("text_config"), said.get("ffn_config"))
+        if isinstance(values, Mapping)
+    ]
     for values in (said, *nested):
         asked = [f"{name} {values[name]}" for name in BALANCE if values.get(name)]
         if values.get("output_router_logits"):
@@ -526,7 +635,9 @@ def forgotten_losses(said: Mapping[str, Any]) -> str | None:
 
 
 def settled(config: "Config", said: Mapping[str, Any]) -> tuple["Config", list[str]]:
-    """The config with adapter.quantization as its quantised base has it, and what the base makes impossible."""
+    """The config with adapter.quantization as its quantised base has it, and what the base makes
+    impossible.
+    """
     name, found = str(config.model.path), quantization(said)
     problems = [f"model.path: {problem}"] if (problem := architecture_problem(name, said)) else []
     if config.model.init == "random" or found is None:
@@ -548,12 +659,16 @@ def _against(form: dict[str, Any], adapter: Any, name: str) -> Iterator[str]:
 
 
 def model_argument(text: str) -> str:
-    """A model on a command line, for argparse: a folder, a run directory (its model is taken), or a Hub id."""
+    """A model on a command line, for argparse: a folder, a run directory (its model is taken), or a
+    Hub id.
+    """
     return model_in(paths.argument(text))
 
 
 def require_model(name: str, option: str) -> None:
-    """Raise ModelError at once for a name that can only be a folder here, and is not there or holds neither model nor adapter."""
+    """Raise ModelError at once for a name that can only be a folder here, and is not there or holds
+    neither model nor adapter.
+    """
     problem = name_problem(name)
     if problem is None and os.path.exists(name):
         is_one = kind_of_folder(name) == "adapter"

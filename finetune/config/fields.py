@@ -26,8 +26,21 @@ else:
 Positive = Annotated[int, Field(gt=0)]
 BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 # What a format can call a column; the formats themselves are in data/rows.py.
-COLUMNS = ("text", "question", "answer", "prompt", "completion", "instruction", "input", "output", "messages")
-PADDED_ATTENTION = ("sdpa", "eager")  # they train padded rectangles; the others take sequences end to end in one row
+COLUMNS = (
+    "text",
+    "question",
+    "answer",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "messages",
+)
+PADDED_ATTENTION = (
+    "sdpa",
+    "eager",
+)  # they train padded rectangles; the others take sequences end to end in one row
 OwnName = Annotated[str, Field(pattern=own_code.FORM, title=own_code.EXPECTED)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -35,7 +48,9 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 class Section(BaseModel):
     """Refuse unknown keys and wrong types; values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
 
 
 class Run(Section):
@@ -62,13 +77,22 @@ class Model(Section):
     config: dict[str, Any] | None = None
     """Architecture for init: random, as in config.json; needs model_type."""
     tokenizer: Annotated[str | None, ExpandedPath] = None
-    """Folder or Hub id of the tokenizer, or "bytes" for the built-in byte-level one; null: the model's own."""
+    """Folder or Hub id of the tokenizer, or "bytes" for the built-in byte-level one; null: the
+    model's own.
+    """
     new_tokens: list[str] = []
-    """Special tokens to add, such as [<|im_start|>, <|im_end|>]; their embeddings start from the mean and train."""
+    """Special tokens to add, such as [<|im_start|>, <|im_end|>]; their embeddings start from the
+    mean and train.
+    """
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the weights; auto: float32 for trained weights and the dtype of train.precision for frozen ones. bfloat16 halves the memory of trained weights and rounds their updates stochastically."""
+    """Dtype of the weights; auto: float32 for trained weights and the dtype of train.precision for
+    frozen ones. bfloat16 halves the memory of trained weights and rounds their updates
+    stochastically.
+    """
     attention: Literal["auto", "documents", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """Attention kernel; documents and flash_attention_2 need no padding, sdpa and eager train padded batches."""
+    """Attention kernel; documents and flash_attention_2 need no padding, sdpa and eager train
+    padded batches.
+    """
     trust_remote_code: bool = False
     """Run Python code from the model's Hub repository."""
 
@@ -95,13 +119,22 @@ class Adapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the inputs of adapters."""
     target_modules: str | list[str] = "all-linear"
-    """Modules that get an adapter: names or suffixes, a regular expression, or all-linear (all but the head)."""
+    """Modules that get an adapter: names or suffixes, a regular expression, or all-linear (all but
+    the head).
+    """
     rslora: bool = False
-    """Scale updates by alpha / sqrt(r), which keeps their size the same at high ranks (Kalajdzievski, 2023)."""
+    """Scale updates by alpha / sqrt(r), which keeps their size the same at high ranks
+    (Kalajdzievski, 2023).
+    """
     dora: bool = False
-    """Learn the magnitude of weights separately from their direction (DoRA; Liu et al., 2024): better at low ranks, slower."""
+    """Learn the magnitude of weights separately from their direction (DoRA; Liu et al., 2024):
+    better at low ranks, slower.
+    """
     init: AdapterInit = "default"
-    """How to initialise adapters. default, gaussian: leave the model unchanged; random: make B random too, for tests; pissa: principal directions of the weights; eva: principal directions of the data; loftq: correct the error of 4-bit quantisation."""
+    """How to initialise adapters. default, gaussian: leave the model unchanged; random: make B
+    random too, for tests; pissa: principal directions of the weights; eva: principal directions of
+    the data; loftq: correct the error of 4-bit quantisation.
+    """
     train_norms: bool = False
     """Train all weights of the norms."""
     modules_to_save: list[str] = []
@@ -114,7 +147,9 @@ class Lora(Adapter):
     kind: Literal["lora"]
     """Train low-rank adapters."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases to train. This changes the base: switching the adapter off does not give the original model back."""
+    """Biases to train. This changes the base: switching the adapter off does not give the original
+    model back.
+    """
 
 
 class QLora(Adapter):
@@ -127,24 +162,31 @@ class QLora(Adapter):
     double_quantization: bool = True
     """4 bits: quantise the scales too; saves 0.4 bits per weight."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """4 bits: dtype that weights are dequantised to for matrix products; auto: the dtype of the other base weights."""
+    """4 bits: dtype that weights are dequantised to for matrix products; auto: the dtype of the
+    other base weights.
+    """
 
 
 class Data(Section):
     """The rows, and how they become sequences."""
 
     train: Annotated[str | list[str], ExpandedPath]
-    """Training rows: files (.jsonl .json .csv .tsv .parquet .txt), folders, globs, or Hub names as owner/name[:split]."""
+    """Training rows: files (.jsonl .json .csv .tsv .parquet .txt), folders, globs, or Hub names as
+    owner/name[:split].
+    """
     max_rows: Positive | None = None
     """Train on this many rows, drawn at random with run.seed; null: all rows."""
     eval: Annotated[str | list[str] | None, ExpandedPath] = None
     """Evaluation rows, in the same forms as data.train."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the training rows to hold out for evaluation, if data.eval is not given."""
-    format: Literal["auto", "text", "prompt_completion", "question_answer", "instruction", "messages"] | OwnName = (
-        "auto"
-    )
-    """Format of the rows; auto: detect it from the columns of the first row; FILE.py:NAME: a function of your own (docs/data.md)."""
+    format: (
+        Literal["auto", "text", "prompt_completion", "question_answer", "instruction", "messages"]
+        | OwnName
+    ) = "auto"
+    """Format of the rows; auto: detect it from the columns of the first row; FILE.py:NAME: a
+    function of your own (docs/data.md).
+    """
     columns: dict[str, str] = {}
     """Map columns with other names, as {question: Patient, answer: Doctor}."""
     text_unit: Literal["line", "paragraph", "file"] = "line"
@@ -152,19 +194,29 @@ class Data(Section):
     system_prompt: str | None = None
     """System message for every conversation that has none."""
     template: PathString = "auto"
-    """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file; auto: chat if the tokenizer has one, else the usual template of the format."""
+    """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file;
+    auto: chat if the tokenizer has one, else the usual template of the format.
+    """
     loss_on: Literal["completion", "all", "last_turn"] = "completion"
-    """Train on every answer (completion), on every token (all), or on the last answer only (last_turn)."""
+    """Train on every answer (completion), on every token (all), or on the last answer only
+    (last_turn).
+    """
     max_length: Annotated[int, Field(gt=1)] = 1024
     """Maximum number of tokens in a sequence."""
     truncation: Literal["error", "right", "left", "drop", "split"] = "error"
-    """What to do with a row longer than max_length: stop with an error, cut its right or left end, drop it, or (clm) split it."""
+    """What to do with a row longer than max_length: stop with an error, cut its right or left end,
+    drop it, or (clm) split it.
+    """
     packing: bool = False
-    """Pack several examples into one sequence of at most max_length tokens; attention does not cross examples."""
+    """Pack several examples into one sequence of at most max_length tokens; attention does not
+    cross examples.
+    """
     group_by_length: bool = False
     """Put examples of similar length into the same step, to reduce padding."""
     cache_dir: str = paths.DEFAULT_CACHE
-    """Folder for tokenised data, keyed by a hash of its content; run.dir/.cache if the home directory is not writable."""
+    """Folder for tokenised data, keyed by a hash of its content; run.dir/.cache if the home
+    directory is not writable.
+    """
 
 
 class CrossEntropy(Section):
@@ -265,18 +317,28 @@ class Optimizer(Section):
     """The optimizer and its learning rate."""
 
     kind: OptimizerKind = "adamw"
-    """Optimizer. 8-bit optimizers store their state in 8 bits, paged ones can move it to host memory; lion needs half the state of adamw, adafactor almost none; muon works with adapter.kind: full only."""
+    """Optimizer. 8-bit optimizers store their state in 8 bits, paged ones can move it to host
+    memory; lion needs half the state of adamw, adafactor almost none; muon works with adapter.kind:
+    full only.
+    """
     lr: Annotated[
         float,
         Field(gt=0, allow_inf_nan=False),
         WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]}),
     ] = Field(default=None)  # type: ignore[assignment]  # Config makes it a number before it is checked
-    """Peak learning rate; null: 2e-4 for adapters and 2e-5 for all weights, a fifth of that for lion, 1e-3 for adafactor."""
+    """Peak learning rate; null: 2e-4 for adapters and 2e-5 for all weights, a fifth of that for
+    lion, 1e-3 for adafactor.
+    """
     embedding_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Peak learning rate of embeddings and head; null: optimizer.lr."""
     lora_plus_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """LoRA+ (Hayou et al., 2024): learning rate of B matrices divided by that of A matrices; null: 1."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = None
+    """LoRA+ (Hayou et al., 2024): learning rate of B matrices divided by that of A matrices; null:
+    1.
+    """
+    betas: (
+        Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+        | None
+    ) = None
     """Decay rates of the running averages; null: [0.9, 0.999], or [0.9, 0.99] for lion."""
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Term added to Adam's denominator."""
@@ -307,21 +369,33 @@ class Train(Section):
     global_batch_size: BatchSize = 8
     """Sequences per optimizer step, summed over all processes."""
     micro_batch_size: BatchSize | Literal["auto"] = 1
-    """Sequences per forward pass of one process; auto: forecast the largest size that fits, and try it before training."""
+    """Sequences per forward pass of one process; auto: forecast the largest size that fits, and try
+    it before training.
+    """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the arithmetic; auto: bf16 on GPUs that support it, else fp32."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
     """Clip gradients to this norm; null: do not clip."""
     neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """NEFTune: add noise of up to alpha / sqrt(tokens x width) to the embeddings during training; null: add none."""
+    """NEFTune: add noise of up to alpha / sqrt(tokens x width) to the embeddings during training;
+    null: add none.
+    """
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay rate of an exponential moving average of the weights, which is then evaluated, sampled and exported; null: keep no average."""
+    """Decay rate of an exponential moving average of the weights, which is then evaluated, sampled
+    and exported; null: keep no average.
+    """
     gradient_checkpointing: bool | Positive = False
-    """Recompute activations in the backward pass: less memory, about a third more time. A number: only in the first N layers."""
+    """Recompute activations in the backward pass: less memory, about a third more time. A number:
+    only in the first N layers.
+    """
     compile: bool = False
-    """Compile the layers with torch.compile: faster steps after a first one of a minute or two; needs a C++ compiler."""
+    """Compile the layers with torch.compile: faster steps after a first one of a minute or two;
+    needs a C++ compiler.
+    """
     hang_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
-    """End all processes if one does not answer, or a micro-batch does not finish, within this many minutes; null: no limit."""
+    """End all processes if one does not answer, or a micro-batch does not finish, within this many
+    minutes; null: no limit.
+    """
 
 
 class Checkpoint(Section):
@@ -332,19 +406,31 @@ class Checkpoint(Section):
     every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 15.0
     """Save every N minutes; null: do not save by time."""
     keep_last: Positive = 2
-    """Number of checkpoints to keep, in addition to the best one and the one this attempt resumed from."""
+    """Number of checkpoints to keep, in addition to the best one and the one this attempt resumed
+    from.
+    """
     asynchronous: bool = True
-    """Write checkpoints in the background; training waits only for a copy to host memory. false: wait for the write, which saves that memory."""
+    """Write checkpoints in the background; training waits only for a copy to host memory. false:
+    wait for the write, which saves that memory.
+    """
     storage: Annotated[str | None, ExpandedPath] = None
-    """Object store to copy checkpoints, logs and the model to, as s3://bucket/folder; a machine with an empty disk resumes from it."""
+    """Object store to copy checkpoints, logs and the model to, as s3://bucket/folder; a machine
+    with an empty disk resumes from it.
+    """
     grace_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
-    """Seconds between SIGTERM and SIGKILL on your cluster. The run warns if saves take longer, and waits this long at the start for a process that still holds the run directory."""
+    """Seconds between SIGTERM and SIGKILL on your cluster. The run warns if saves take longer, and
+    waits this long at the start for a process that still holds the run directory.
+    """
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Save and end with exit code 75 after this many minutes, for queues that kill at a deadline; leave time for a step and a save."""
+    """Save and end with exit code 75 after this many minutes, for queues that kill at a deadline;
+    leave time for a step and a save.
+    """
     notices: Literal["aws", "gcp", "azure"] | None = None
     """Poll this cloud for preemption notices; in Kubernetes rely on SIGTERM instead."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: resume from the newest valid checkpoint; never: refuse to start if the run has checkpoints."""
+    """auto: resume from the newest valid checkpoint; never: refuse to start if the run has
+    checkpoints.
+    """
 
 
 class Evaluation(Section):
@@ -376,7 +462,9 @@ class Tracking(Section):
     project: str = "finetune"
     """Project name in wandb and trackio."""
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
-    """offline: write into the run directory, for `wandb sync`; disabled: send nothing; null: use WANDB_MODE, else online."""
+    """offline: write into the run directory, for `wandb sync`; disabled: send nothing; null: use
+    WANDB_MODE, else online.
+    """
 
 
 class Config(Section):
@@ -387,7 +475,9 @@ class Config(Section):
     adapter: Annotated[Full | Lora | QLora, kinds.by_kind(Full, Lora, QLora)] = Full()
     """What trains: all weights, or low-rank adapters on top of frozen weights."""
     data: Data
-    objective: Annotated[SerializeAsAny[Clm | Sft | OwnObjective], kinds.by_kind(Sft, Clm, own=own_objective)] = Sft()
+    objective: Annotated[
+        SerializeAsAny[Clm | Sft | OwnObjective], kinds.by_kind(Sft, Clm, own=own_objective)
+    ] = Sft()
     """The loss."""
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -405,7 +495,9 @@ class Config(Section):
             return values
         adapter = values.get("adapter")
         kind = adapter.get("kind", "full") if isinstance(adapter, dict) else "full"
-        return values | {"optimizer": optimizer | {"lr": usual_lr(optimizer.get("kind", "adamw"), kind)}}
+        return values | {
+            "optimizer": optimizer | {"lr": usual_lr(optimizer.get("kind", "adamw"), kind)}
+        }
 
     @property
     def cache_dir(self) -> str:
@@ -431,18 +523,26 @@ class Config(Section):
 
 def usual_lr(optimizer: Any, adapter: Any) -> float:
     """optimizer.lr where none is given, of an optimizer.kind and an adapter.kind that may be wrong."""
-    kind = OPTIMIZERS[optimizer] if isinstance(optimizer, str) and optimizer in OPTIMIZERS else OPTIMIZERS["adamw"]
+    kind = (
+        OPTIMIZERS[optimizer]
+        if isinstance(optimizer, str) and optimizer in OPTIMIZERS
+        else OPTIMIZERS["adamw"]
+    )
     return kind.lr[0 if adapter == "full" else 1]
 
 
 def accumulation_steps(config: Config, num_processes: int) -> int:
-    """Micro-batches of one process in one step: global / (micro x processes). Raises ConfigError if not whole."""
+    """Micro-batches of one process in one step: global / (micro x processes). Raises ConfigError if
+    not whole.
+    """
     train = config.train
     at_once = config.micro_batch_size * num_processes
     if train.global_batch_size % at_once:
         raise ConfigError(
-            f"train.global_batch_size: {train.global_batch_size} cannot be split over {num_processes} processes of "
+            f"train.global_batch_size: {train.global_batch_size} cannot be split over "
+            f"{num_processes} processes of "
             f"train.micro_batch_size {train.micro_batch_size}; it must be a multiple of {at_once}, "
-            f"for example {math.ceil(train.global_batch_size / at_once) * at_once}; for the same steps lower train.micro_batch_size"
+            f"for example {math.ceil(train.global_batch_size / at_once) * at_once}; for the same "
+            "steps lower train.micro_batch_size"
         )
     return train.global_batch_size // at_once

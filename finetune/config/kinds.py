@@ -9,7 +9,9 @@ from pydantic_core import InitErrorDetails
 from finetune import own_code
 
 
-def by_kind(*classes: type[BaseModel], own: Callable[[str], type[BaseModel]] | None = None) -> WrapValidator:
+def by_kind(
+    *classes: type[BaseModel], own: Callable[[str], type[BaseModel]] | None = None
+) -> WrapValidator:
     """Validate a section by the class of its `kind`, the first where none is given.
 
     `own`: gives the class for a kind that names a user's own code.
@@ -39,6 +41,8 @@ def name_of(cls: type[BaseModel]) -> str:
     return str(options[0]) if options else own_code.EXPECTED
 
 
-def _error(problem: str, place: tuple[str, ...], got: Any, context: dict[str, Any]) -> ValidationError:
+def _error(
+    problem: str, place: tuple[str, ...], got: Any, context: dict[str, Any]
+) -> ValidationError:
     details = InitErrorDetails(type=problem, loc=place, input=got, ctx=context)
     return ValidationError.from_exception_data("section", [details])

@@ -87,11 +87,18 @@ ELSEWHERE = {
     "rl": "preference tuning and reinforcement learning are not yet supported; objective.kind is clm or sft",
 }  # fmt: skip
 
-# Settings that the last version had: the default that its config.yaml holds, which asks for nothing, and what to use instead.
+# Settings that the last version had: the default that its config.yaml holds, which asks for
+# nothing, and what to use instead.
 REMOVED: dict[str, tuple[object, str]] = {
     "run.replay_of": (None, "finetune replay RUN repeats a run and compares the two"),
-    "adapter.layers": (None, r"name the layers in adapter.target_modules, as '.*\.layers\.(30|31)\..*_proj'"),
-    "adapter.rank_pattern": ({}, "adapter.r is the rank of all modules; name those to adapt in adapter.target_modules"),
+    "adapter.layers": (
+        None,
+        r"name the layers in adapter.target_modules, as '.*\.layers\.(30|31)\..*_proj'",
+    ),
+    "adapter.rank_pattern": (
+        {},
+        "adapter.r is the rank of all modules; name those to adapt in adapter.target_modules",
+    ),
     "adapter.alpha_pattern": (
         {},
         "adapter.alpha is that of all modules; name those to adapt in adapter.target_modules",
@@ -116,7 +123,8 @@ NOT_YET = {
         "mlflow": "MLflow is not yet supported; take tensorboard, or log metrics.jsonl and eval.jsonl of the run directory to it: "
         "mlflow.log_metrics(line, step=line['step'])",
         **dict.fromkeys(("comet_ml", "clearml", "neptune", "aim", "dvclive", "swanlab"), "{} is not yet supported; take wandb, "
-        "tensorboard or trackio, or send it the lines of metrics.jsonl and eval.jsonl of the run directory"),
+        "tensorboard or trackio, or send it the lines of metrics.jsonl and eval.jsonl of the run "
+        "directory"),
         "none": "write [] for none", "all": "name those that you want: wandb, tensorboard, trackio",
     },
     "adapter.kind": {

@@ -1,4 +1,6 @@
-"""Paths as users write them: `~`, half characters, and what is a folder here rather than a name on the Hub. No torch."""
+"""Paths as users write them: `~`, half characters, and what is a folder here rather than a name on
+the Hub. No torch.
+"""
 
 import glob
 import os
@@ -12,7 +14,9 @@ DEFAULT_CACHE = "~/.cache/finetune"
 
 
 def expanded(path: Any) -> Any:
-    """A path, or each of a list, with the home directory in place of `~`. Raises ValueError where there is none."""
+    """A path, or each of a list, with the home directory in place of `~`. Raises ValueError where
+    there is none.
+    """
     if isinstance(path, list):
         return [expanded(each) for each in path]
     if not isinstance(path, str):
@@ -24,10 +28,15 @@ def expanded(path: Any) -> Any:
         return path
     user = bare.split("/")[0]
     if user == "~" and not has_home():
-        raise ValueError("begins with ~, but this machine has no home directory; set HOME, or write the full path")
+        raise ValueError(
+            "begins with ~, but this machine has no home directory; set HOME, or write the full "
+            "path"
+        )
     whole = os.path.expanduser(bare)
     if whole == bare and user != "~":
-        raise ValueError(f"begins with {user}, but this machine has no such user; write the full path")
+        raise ValueError(
+            f"begins with {user}, but this machine has no such user; write the full path"
+        )
     return scheme + whole
 
 
@@ -37,19 +46,28 @@ PathString = Annotated[str, ExpandedPath]
 
 
 def beside_config(value: Any, folder: str) -> Any:
-    """A path of a config, or each of a list: as it is if it is there, else in the config's folder if it is there.
+    """A path of a config, or each of a list: as it is if it is there, else in the config's folder
+    if it is there.
 
     Raises ValueError if both are there and differ: either could be meant.
     """
     if isinstance(value, list):
         return [beside_config(each, folder) for each in value]
-    if not isinstance(value, str) or not value or "\0" in value or "://" in value or value[0] in "/~":
+    if (
+        not isinstance(value, str)
+        or not value
+        or "\0" in value
+        or "://" in value
+        or value[0] in "/~"
+    ):
         return value
     beside = os.path.join(folder, value)
     if not _is_there(beside) or os.path.realpath(beside) == os.path.realpath(value):
         return value
     if _is_there(value):
-        raise ValueError(f"{value} is in {os.getcwd()} and in {os.path.abspath(folder)}; write the full path")
+        raise ValueError(
+            f"{value} is in {os.getcwd()} and in {os.path.abspath(folder)}; write the full path"
+        )
     return beside
 
 
@@ -68,7 +86,9 @@ def argument(text: str) -> str:
 
 
 def cache_dir(given: str, run_dir: str) -> str:
-    """data.cache_dir without `~`; the default becomes a folder next to the runs if the home directory cannot be written."""
+    """data.cache_dir without `~`; the default becomes a folder next to the runs if the home
+    directory cannot be written.
+    """
     home = os.path.expanduser("~")
     if given == DEFAULT_CACHE and not (
         has_home() and (os.path.isdir(given_to := home + given[1:]) or _writable(given_to))
@@ -94,7 +114,8 @@ def has_home() -> bool:
 
 
 def give_home() -> None:
-    """Let libraries that ask for a home directory and a user name find some: containers run under user ids that have neither.
+    """Let libraries that ask for a home directory and a user name find some: containers run under
+    user ids that have neither.
 
     Without, huggingface_hub writes into a folder called `~`, and torch.compile ends in a KeyError.
     """
@@ -110,13 +131,19 @@ def give_home() -> None:
             os.mkdir(home, mode=0o700)
         except OSError:  # it is there, and should be ours alone, or there is nowhere to write
             with_owner = os.lstat(home) if os.path.lexists(home) else None
-            if with_owner is None or not stat.S_ISDIR(with_owner.st_mode) or with_owner.st_uid != os.getuid():
+            if (
+                with_owner is None
+                or not stat.S_ISDIR(with_owner.st_mode)
+                or with_owner.st_uid != os.getuid()
+            ):
                 return
         os.environ["HOME"] = home
 
 
 def is_local(name: str) -> bool:
-    """Whether a name can only be a path here: it exists, has the form of a path, or its first folder is here. Else it is one of the Hub."""
+    """Whether a name can only be a path here: it exists, has the form of a path, or its first
+    folder is here. Else it is one of the Hub.
+    """
     return (
         os.path.exists(name)
         or name.startswith((".", "/", "~"))
@@ -141,7 +168,9 @@ def half_characters(value: Any, key: str = "") -> list[str]:
             )
         ]
     if isinstance(value, list):
-        return list(dict.fromkeys(found for inner in value for found in half_characters(inner, key)))
+        return list(
+            dict.fromkeys(found for inner in value for found in half_characters(inner, key))
+        )
     return []
 
 

@@ -24,7 +24,14 @@ from finetune.errors import ConfigError, RunDirectoryError
 # What may differ between a run and its resumption: it changes neither the data nor the arithmetic
 # of a step (micro_batch_size and checkpointing only reorder the same float operations).
 # Inputs: looked for in the working directory, and beside the config. What a run writes is in the working directory.
-BESIDE_CONFIG = ("model.path", "model.tokenizer", "adapter.path", "data.train", "data.eval", "data.template")
+BESIDE_CONFIG = (
+    "model.path",
+    "model.tokenizer",
+    "adapter.path",
+    "data.train",
+    "data.eval",
+    "data.template",
+)
 RESUME_MAY_CHANGE = (
     "run.dir", "data.cache_dir", "model.attention", "train.micro_batch_size", "train.gradient_checkpointing", "train.compile", "train.hang_minutes",
     "checkpoint.*", "evaluation.*", "tracking.*",
@@ -44,7 +51,9 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         print(help.text(parser, asked), end="")
         raise SystemExit(0)
     if not argv:
-        raise ConfigError("nothing to do: give the path of a config, such as configs/quickstart.yaml; see --help")
+        raise ConfigError(
+            "nothing to do: give the path of a config, such as configs/quickstart.yaml; see --help"
+        )
     known, unknown = parser.parse_known_args(argv)
     overrides = vars(known)
     path, check = overrides.pop("config", None), overrides.pop("check", False)
@@ -52,7 +61,9 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         path = unknown.pop(0)  # train.py configs/my_run.yaml
     taken = _taken_configs(path, overrides)
     if taken and path is None:  # without the config every required setting would be missing
-        raise ConfigError(_listed(_problems_of_words(path, unknown, sections) + taken, "the command line"))
+        raise ConfigError(
+            _listed(_problems_of_words(path, unknown, sections) + taken, "the command line")
+        )
     values = read_yaml(path) if path else {}
     folder = Path(paths.expanded(path)).parent if path else None
     places.note_config_folder(folder)
@@ -73,9 +84,15 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
             try:
                 values[section][name] = _from_command_line(_field(key, sections).annotation, raw)
             except (yaml.YAMLError, ValueError, RecursionError) as exc:
-                why = "" if isinstance(exc, yaml.MarkedYAMLError) else f" ({failures.parsing_reason(exc)})"
+                why = (
+                    ""
+                    if isinstance(exc, yaml.MarkedYAMLError)
+                    else f" ({failures.parsing_reason(exc)})"
+                )
                 shown = _shown(raw if len(raw) <= 100 else f"{raw[:100]}...")
-                problems.append(f"{key}: {shown} cannot be read{why}; write lists as [a, b] and mappings as {{a: b}}")
+                problems.append(
+                    f"{key}: {shown} cannot be read{why}; write lists as [a, b] and mappings as {{a: b}}"
+                )
     where = _where(path, bool(overrides or unknown))
     return from_dict(values, where=where, problems=problems, folder=folder), check
 
@@ -113,12 +130,18 @@ def _parser(sections: "Sections") -> "_Parser":
         argument_default=argparse.SUPPRESS,
     )
     note_repeats(parser)
-    parser.add_argument("--config", metavar="FILE", help="YAML run config; its path alone will do as well")
     parser.add_argument(
-        "--check", action="store_true", help="check settings, rows and model without loading weights, and end"
+        "--config", metavar="FILE", help="YAML run config; its path alone will do as well"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check settings, rows and model without loading weights, and end",
     )
     for section, classes in sections.items():
-        group = parser.add_argument_group(section, Config.model_fields[section].description or classes[0].__doc__)
+        group = parser.add_argument_group(
+            section, Config.model_fields[section].description or classes[0].__doc__
+        )
         for name in _names(classes):
             options = _options(_field(f"{section}.{name}", sections).annotation)
             metavar, text = _help(classes, name)
@@ -135,7 +158,10 @@ def _help(classes: tuple[type[Section], ...], name: str) -> tuple[str, str]:
     names_of_kinds = [kinds.name_of(cls) for cls in having] if len(classes) > 1 else []
     if names_of_kinds and name == "kind":
         described = zip(names_of_kinds, (str(cls.model_fields[name].description) for cls in having))
-        metavar, text = "|".join(names_of_kinds), " ".join(f"{kind}: {what}" for kind, what in described)
+        metavar, text = (
+            "|".join(names_of_kinds),
+            " ".join(f"{kind}: {what}" for kind, what in described),
+        )
     elif 0 < len(names_of_kinds) < len(classes):
         text = f"{', '.join(names_of_kinds)}: {text}"
     value = field.get_default(call_default_factory=True, validated_data={})
@@ -150,14 +176,17 @@ def _problems_of_words(path: str | None, unknown: list[str], sections: "Sections
     """What is wrong with words that are not options, and with the environment."""
     options = {"--config", "--check", *(f"--{key}" for key in _keys(sections))}
     after = [word for word in unknown if word.split("=")[0] in options]
-    problems = [f"{word}: stands after --, so it was not read as an option; remove the --" for word in after]
+    problems = [
+        f"{word}: stands after --, so it was not read as an option; remove the --" for word in after
+    ]
     rest = [word for word in unknown if word != "--" and word not in after]
     problems += [_unknown_argument(word, sections) for word in rest if word.startswith("-")]
     problems += [f"{_shown(word)}: unexpected word on the command line; {_beside(path, word)}" for word in rest[:1] if not word.startswith("-")]  # fmt: skip
     return problems + [
         f"{name} in the environment: contains half a character, or bytes that are not UTF-8; set it again"
         for name, value in os.environ.items()
-        if name.startswith(("FINETUNE_", "ACCELERATE_", "WANDB_")) and paths.half_characters(value, name)
+        if name.startswith(("FINETUNE_", "ACCELERATE_", "WANDB_"))
+        and paths.half_characters(value, name)
     ]
 
 
@@ -171,12 +200,16 @@ def _taken_configs(path: str | None, overrides: dict[str, str]) -> list[str]:
             continue
         config = "" if path else f"--config {_shown(raw)[1:-1]} "
         value = "true" if bool in options else "VALUE"
-        problems.append(f"{key}: took the YAML file {_shown(raw)} as its value; write {config}--{key} {value}")
+        problems.append(
+            f"{key}: took the YAML file {_shown(raw)} as its value; write {config}--{key} {value}"
+        )
     return problems
 
 
 def _where(path: str | None, overridden: bool) -> str:
-    return " and ".join([*([path] if path else []), *(["the command line"] if overridden or not path else [])])
+    return " and ".join(
+        [*([path] if path else []), *(["the command line"] if overridden or not path else [])]
+    )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -189,7 +222,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = _text_of(Path(paths.expanded(str(path))))
     except (OSError, ValueError) as exc:
         if isinstance(exc, FileNotFoundError):
-            raise ConfigError(f"{path}: no such file{_meant(os.path.expanduser(str(path)))}") from exc
+            raise ConfigError(
+                f"{path}: no such file{_meant(os.path.expanduser(str(path)))}"
+            ) from exc
         why = (
             "it is a folder; name a file in it"
             if isinstance(exc, IsADirectoryError)
@@ -198,10 +233,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot read the config: {why}") from exc
     try:
         values = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # a number of 5,000 digits, 1,000 brackets
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as exc:  # a number of 5,000 digits, 1,000 brackets
         raise ConfigError(f"{path}: not valid YAML: {failures.parsing_reason(exc)}") from exc
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected sections such as run: and data:, got {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: expected sections such as run: and data:, got {type(values).__name__}"
+        )
     return values
 
 
@@ -230,14 +271,18 @@ def _text_of(path: Path) -> str:
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise _NoText(f"it is larger than {MOST_BYTES // 10**6} MB, and a config is not; name another file")
+        raise _NoText(
+            f"it is larger than {MOST_BYTES // 10**6} MB, and a config is not; name another file"
+        )
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise _NoText("it is UTF-16 (or UTF-32); save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         line = content.count(b"\n", 0, exc.start) + 1
-        raise _NoText(f"byte {content[exc.start]:#04x} in line {line} is not UTF-8; save it as UTF-8") from exc
+        raise _NoText(
+            f"byte {content[exc.start]:#04x} in line {line} is not UTF-8; save it as UTF-8"
+        ) from exc
 
 
 def read_resolved(path: Path) -> dict[str, Any]:
@@ -247,14 +292,18 @@ def read_resolved(path: Path) -> dict[str, Any]:
         values = read_yaml(path)
     except ConfigError as exc:
         if isinstance(cause := exc.__cause__, OSError):
-            raise RunDirectoryError(f"{path} cannot be read: {cause.strerror}; give the directory of a run") from exc
+            raise RunDirectoryError(
+                f"{path} cannot be read: {cause.strerror}; give the directory of a run"
+            ) from exc
         is_text = not isinstance(cause, _NoText)
         problem = "it is not YAML with sections such as run: and data:" if is_text else str(cause)
     else:
         wrong = [name for name in _sections() if not isinstance(values.get(name), dict)]
         problem = f"its section {wrong[0]} is missing, or cut off" if wrong else None
     if problem:
-        raise RunDirectoryError(f"{path} is damaged: {problem}; {PUT_BACK}, or choose another run.name")
+        raise RunDirectoryError(
+            f"{path} is damaged: {problem}; {PUT_BACK}, or choose another run.name"
+        )
     return _of_their_kinds(values)
 
 
@@ -264,7 +313,10 @@ def from_yaml(text: str) -> Any:
 
 
 def from_dict(
-    values: dict[str, Any], where: str = "config", problems: list[str] | None = None, folder: Path | None = None
+    values: dict[str, Any],
+    where: str = "config",
+    problems: list[str] | None = None,
+    folder: Path | None = None,
 ) -> Config:
     """Validate a nested mapping. Raises ConfigError that lists every problem.
 
@@ -275,7 +327,9 @@ def from_dict(
         f"{key}: contains half a character (a lone surrogate), or bytes that are not UTF-8; write it again"
         for key in dict.fromkeys(paths.half_characters(values))
     ]
-    if problems and any("half a character" in problem for problem in problems):  # nothing could print it
+    if problems and any(
+        "half a character" in problem for problem in problems
+    ):  # nothing could print it
         raise ConfigError(_listed(problems, where))
     config = None
     values, of_code = _with_own_code(_with_lists(values), folder)
@@ -291,7 +345,9 @@ def from_dict(
         errors = exc.errors()
         problems += _joined(dict.fromkeys(_describe(error, values) for error in errors))
         config = _without(values, errors)
-    if config is not None and not any(problem.startswith("objective.kind: ") for problem in of_code):
+    if config is not None and not any(
+        problem.startswith("objective.kind: ") for problem in of_code
+    ):
         config, of_base = _beside_base(config)
         problems += of_base
         named = {problem.split(":")[0] for problem in problems}
@@ -304,7 +360,10 @@ def from_dict(
 def _with_own_code(values: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], list[str]]:
     """The values with full paths of the user's own code, which is read, and what is wrong with it."""
     problems = []
-    for section, name, read in (("objective", "kind", own_objective), ("data", "format", own_format)):
+    for section, name, read in (
+        ("objective", "kind", own_objective),
+        ("data", "format", own_format),
+    ):
         given = values.get(section)
         if not isinstance(given, dict) or not own_code.is_own(given.get(name)):
             continue
@@ -314,7 +373,11 @@ def _with_own_code(values: dict[str, Any], folder: Path | None) -> tuple[dict[st
             given = given | {name: found}
         except ConfigError as exc:
             problems.append(f"{section}.{name}: {exc}")
-            given = {} if name == "kind" else {key: value for key, value in given.items() if key != name}
+            given = (
+                {}
+                if name == "kind"
+                else {key: value for key, value in given.items() if key != name}
+            )
         values = values | {section: given}
     return values, problems
 
@@ -326,17 +389,26 @@ def _listed(problems: list[str], where: str) -> str:
 
 def _beside_base(config: Config) -> tuple[Config, list[str]]:
     """The config as its base, where that is a folder here, lets it be, and what is wrong with that folder."""
-    path, adapter = config.model.path, None if config.adapter.kind == "full" else config.adapter.path
+    path, adapter = (
+        config.model.path,
+        None if config.adapter.kind == "full" else config.adapter.path,
+    )
     of_adapter = []
     if adapter is not None and os.path.exists(adapter):
-        of_adapter = [f"adapter.path: {problem}"] if (problem := base.adapter_problem(adapter)) else []
+        of_adapter = (
+            [f"adapter.path: {problem}"] if (problem := base.adapter_problem(adapter)) else []
+        )
     if path is None or not os.path.exists(path):
         return config, of_adapter
     if problem := base.folder_problem(path, needs_weights=False):
         return config, [f"model.path: {problem}", *of_adapter]
     settled, problems = base.settled(config, base.said_by(path))
     # What a model is comes before what its files lack: a quantised one need not be downloaded again.
-    if config.model.init == "pretrained" and not problems and (problem := base.weights_problem(Path(path))):
+    if (
+        config.model.init == "pretrained"
+        and not problems
+        and (problem := base.weights_problem(Path(path)))
+    ):
         problems = [f"model.path: {problem}"]
     return settled, problems + of_adapter
 
@@ -350,7 +422,8 @@ def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(given, dict):
             listed[section] = {
                 name: [value]
-                if isinstance(value, str | int | float) and _takes_only_lists(_field(f"{section}.{name}", sections))
+                if isinstance(value, str | int | float)
+                and _takes_only_lists(_field(f"{section}.{name}", sections))
                 else value
                 for name, value in given.items()
                 if not _is_removed_default(f"{section}.{name}", value)
@@ -364,7 +437,9 @@ def _is_removed_default(key: str, value: Any) -> bool:
 
 
 def _takes_only_lists(field: Any) -> bool:
-    return field is not None and {get_origin(option) or option for option in _options(field.annotation)} <= {
+    return field is not None and {
+        get_origin(option) or option for option in _options(field.annotation)
+    } <= {
         list,
         type(None),
     }
@@ -377,11 +452,16 @@ def note_repeats(parser: argparse.ArgumentParser) -> None:
     """
 
     class Last(argparse._StoreAction):
-        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        def __call__(
+            self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+        ) -> None:
             given = parser.__dict__.setdefault("_given", {})
             if option_string and given.setdefault(self.dest, values) != values:
                 dropped, kept = _shown(str(given[self.dest])), _shown(str(values))
-                print(f"note: {option_string} is given twice: {kept} counts, not {dropped}", file=sys.stderr)
+                print(
+                    f"note: {option_string} is given twice: {kept} counts, not {dropped}",
+                    file=sys.stderr,
+                )
                 given[self.dest] = values
             super().__call__(parser, namespace, values, option_string)
 
@@ -395,7 +475,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         name, _, what = message.removeprefix("argument ").partition(": ")
         if what == "expected one argument":
-            raise ConfigError(f"{name}: has no value; write {name} {'FILE' if name == '--config' else 'VALUE'}")
+            raise ConfigError(
+                f"{name}: has no value; write {name} {'FILE' if name == '--config' else 'VALUE'}"
+            )
         raise ConfigError(message.removeprefix("argument "))
 
 
@@ -416,15 +498,27 @@ def to_yaml(config: Config) -> str:
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
     """{"run": {"name": "a"}} -> {"run.name": "a"}; two levels, as the config has."""
-    return {f"{section}.{name}": value for section, fields in values.items() for name, value in fields.items()}
+    return {
+        f"{section}.{name}": value
+        for section, fields in values.items()
+        for name, value in fields.items()
+    }
 
 
 def differences(old: dict[str, Any], new: Config) -> list[str]:
     """What of a saved resolved config differs so that its checkpoints are not this run's."""
-    before = {name: value for name, value in flatten(_of_their_kinds(old)).items() if not _is_removed_default(name, value)}
+    before = {
+        name: value
+        for name, value in flatten(_of_their_kinds(old)).items()
+        if not _is_removed_default(name, value)
+    }
     now = flatten(new.model_dump())
     for values in (before, now):
-        values |= {key: own_code.without_folder(values[key]) for key in OWN_CODE if own_code.is_own(values.get(key))}
+        values |= {
+            key: own_code.without_folder(values[key])
+            for key in OWN_CODE
+            if own_code.is_own(values.get(key))
+        }
     free = tuple(pattern.removesuffix("*") for pattern in RESUME_MAY_CHANGE)
     return [
         f"{key}: was {_yaml(before.get(key))}, now {_yaml(now.get(key))}"
@@ -526,27 +620,45 @@ def _names(classes: tuple[type[Section], ...]) -> list[str]:
 def _field(key: str, sections: Sections) -> Any:
     """A setting, of the first kind that has it; None if there is none of this name."""
     section, _, name = key.partition(".")
-    return next((cls.model_fields[name] for cls in sections[section] if name in cls.model_fields), None)
+    return next(
+        (cls.model_fields[name] for cls in sections[section] if name in cls.model_fields), None
+    )
 
 
 def _keys(sections: Sections) -> list[str]:
-    return [f"{section}.{name}" for section, classes in sections.items() for name in _names(classes)]
+    return [
+        f"{section}.{name}" for section, classes in sections.items() for name in _names(classes)
+    ]
 
 
 def _kind_of(section: str, values: dict[str, Any]) -> Any:
     """The kind that a section is given, or has by default."""
-    given, default = values.get(section), getattr(Config.model_fields[section].default, "kind", None)
+    given, default = (
+        values.get(section),
+        getattr(Config.model_fields[section].default, "kind", None),
+    )
     return given.get("kind", default) if isinstance(given, dict) else default
 
 
 def _kinds_with(section: str, name: str) -> list[str]:
     """The kinds that have a setting, where a section has several."""
     classes = _sections().get(section, ())
-    return [kinds.name_of(cls) for cls in classes if name in cls.model_fields] if len(classes) > 1 else []
+    return (
+        [kinds.name_of(cls) for cls in classes if name in cls.model_fields]
+        if len(classes) > 1
+        else []
+    )
 
 
 def _yaml(value: Any, flow: bool = True) -> str:
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=10_000)
+    text = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        default_flow_style=flow,
+        sort_keys=False,
+        allow_unicode=True,
+        width=10_000,
+    )
     return text.removesuffix("\n").removesuffix("\n...") if flow else text
 
 
@@ -559,7 +671,9 @@ def _type_name(annotation: Any) -> str:
         title = getattr(options[1], "title", None)
         return str(title) if title else _type_name(options[0])
     if origin in (UnionType, Union):
-        return " or ".join(dict.fromkeys(_type_name(option) for option in options if option is not type(None)))
+        return " or ".join(
+            dict.fromkeys(_type_name(option) for option in options if option is not type(None))
+        )
     if origin is list:
         return f"LIST of {_type_name(options[0])}"
     return "MAP" if origin is dict or annotation is dict else annotation.__name__.upper()
@@ -594,7 +708,9 @@ def _nearest(key: str, known_sections: Sections) -> str:
     same_leaf = difflib.get_close_matches(
         key, [k for k in _keys(known_sections) if k.split(".")[1] == leaf], n=1, cutoff=0
     )
-    sections = difflib.get_close_matches(key, known_sections, n=1, cutoff=0.75) if "." not in key else []
+    sections = (
+        difflib.get_close_matches(key, known_sections, n=1, cutoff=0.75) if "." not in key else []
+    )
     inside = [
         k
         for k in _keys(known_sections)
@@ -603,7 +719,9 @@ def _nearest(key: str, known_sections: Sections) -> str:
     near = same_leaf or sections or difflib.get_close_matches(key, inside, n=1, cutoff=0)
     near = near or difflib.get_close_matches(key, _keys(known_sections), n=1, cutoff=0.7)
     if not near:
-        leaves = difflib.get_close_matches(leaf, [k.split(".")[1] for k in _keys(known_sections)], n=1, cutoff=0.75)
+        leaves = difflib.get_close_matches(
+            leaf, [k.split(".")[1] for k in _keys(known_sections)], n=1, cutoff=0.75
+        )
         near = [k for k in _keys(known_sections) if leaves and k.split(".")[1] == leaves[0]]
     if near:
         return f"did you mean {near[0]}?"
@@ -626,10 +744,14 @@ def _unknown_argument(word: str, sections: Sections) -> str:
 
 
 def _describe(error: Any, values: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("list[", "function")))
+    key = ".".join(
+        str(part) for part in error["loc"] if not str(part).startswith(("list[", "function"))
+    )
     kind, got, sections = error["type"], error["input"], _sections_of(values)
     if kind == "extra_forbidden":
-        if key in error["loc"] and key in _keys(sections):  # written with a dot, as on the command line
+        if key in error["loc"] and key in _keys(
+            sections
+        ):  # written with a dot, as on the command line
             section, name = key.split(".")
             return f"{key}: unknown key; nest it: {_yaml({section: {name: got}}).removeprefix('{').removesuffix('}')}"
         section, _, name = key.partition(".")
@@ -642,7 +764,9 @@ def _describe(error: Any, values: dict[str, Any]) -> str:
         return f"{key}: is required" + ("" if "." in key else f" (section {key}:)")
     if kind == "model_type":
         return f"{key}: a section with keys of its own, got {_yaml(got)}"
-    key = ".".join(key.split(".")[:2])  # inside a union or a list the rest of the path names pydantic's branches
+    key = ".".join(
+        key.split(".")[:2]
+    )  # inside a union or a list the rest of the path names pydantic's branches
     options = _options(_field(key, sections).annotation) if key in _keys(sections) else ()
     advice = names.not_yet(key, got)
     if kind.endswith("_type") and str in options:
@@ -677,7 +801,10 @@ def _without(values: dict[str, Any], errors: Any) -> Config | None:
             kept.pop(section, None)
         else:
             kept[section].pop(rest[0], None)
-    for section, name in (("run", "name"), ("data", "train")):  # required: any value lets the rest be checked
+    for section, name in (
+        ("run", "name"),
+        ("data", "train"),
+    ):  # required: any value lets the rest be checked
         if isinstance(kept.setdefault(section, {}), dict):
             kept[section].setdefault(name, "missing")
     try:

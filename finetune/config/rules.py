@@ -46,9 +46,13 @@ def conflicts(config: Config) -> Iterator[str]:
         )
     trackers = config.tracking.trackers
     if not {"wandb", "trackio"} & set(trackers):
-        yield from _ignored(config.tracking, "tracking", ("project",), "only wandb and trackio have projects")
+        yield from _ignored(
+            config.tracking, "tracking", ("project",), "only wandb and trackio have projects"
+        )
     if "wandb" not in trackers:
-        yield from _ignored(config.tracking, "tracking", ("wandb_mode",), "wandb is not among tracking.trackers")
+        yield from _ignored(
+            config.tracking, "tracking", ("wandb_mode",), "wandb is not among tracking.trackers"
+        )
     if len(set(trackers)) < len(trackers):
         yield "tracking.trackers: names one twice"
     if "wandb" in trackers and (bad := set(project) & set("/\\#?%:")):
@@ -73,7 +77,9 @@ def _model_conflicts(model: Model, adapter: Full | Adapter) -> Iterator[str]:
     if model.config is not None and "model_type" not in model.config:
         yield "model.config: needs model_type, for example llama"
     if model.config is not None and model.tokenizer == "bytes":
-        yield from _ignored(model, "model", ("revision", "trust_remote_code"), "nothing is loaded from the Hub")
+        yield from _ignored(
+            model, "model", ("revision", "trust_remote_code"), "nothing is loaded from the Hub"
+        )
     if model.path is not None and os.path.isdir(model.path):
         yield from _ignored(model, "model", ("revision",), "model.path is a folder")
     if model.init == "random" and adapter.kind != "full":
@@ -87,13 +93,20 @@ def _model_conflicts(model: Model, adapter: Full | Adapter) -> Iterator[str]:
 def _data_conflicts(config: Config) -> Iterator[str]:
     model, data, objective = config.model, config.data, config.objective
     own = objective.objective if isinstance(objective, OwnObjective) else None
-    name, has_turns = own_code.without_folder(objective.kind), own.has_turns if own else objective.kind == "sft"
+    name, has_turns = (
+        own_code.without_folder(objective.kind),
+        own.has_turns if own else objective.kind == "sft",
+    )
     if own.supervises("completion") == "all" if own else objective.kind == "clm":
-        yield from _ignored(data, "data", ("loss_on",), f"objective.kind: {name} learns every token")
+        yield from _ignored(
+            data, "data", ("loss_on",), f"objective.kind: {name} learns every token"
+        )
     elif data.truncation == "split":
         yield "data.truncation: split would cut answers from their prompts; use it with objective.kind: clm"
     if data.format == "text":
-        yield from _ignored(data, "data", ("template", "system_prompt"), "rows of text have no turns")
+        yield from _ignored(
+            data, "data", ("template", "system_prompt"), "rows of text have no turns"
+        )
         if has_turns:
             yield f"objective.kind: {name} needs prompts and answers, but data.format is text; use clm"
     if own_code.is_own(data.format):
@@ -119,9 +132,16 @@ def _data_conflicts(config: Config) -> Iterator[str]:
 
 def _schedule_conflicts(schedule: Schedule) -> Iterator[str]:
     if schedule.kind in ("constant", "inverse_sqrt"):
-        yield from _ignored(schedule, "schedule", ("min_lr_fraction",), f"schedule.kind: {schedule.kind} ends nowhere")
+        yield from _ignored(
+            schedule,
+            "schedule",
+            ("min_lr_fraction",),
+            f"schedule.kind: {schedule.kind} ends nowhere",
+        )
     if schedule.kind != "wsd":
-        yield from _ignored(schedule, "schedule", ("decay_fraction",), "it belongs to schedule.kind: wsd")
+        yield from _ignored(
+            schedule, "schedule", ("decay_fraction",), "it belongs to schedule.kind: wsd"
+        )
     if schedule.kind == "inverse_sqrt" and schedule.warmup_steps == 0:
         yield "schedule.warmup_steps: inverse_sqrt falls as sqrt(warmup_steps / step), so it needs some"
 
@@ -154,9 +174,13 @@ SHAPE = (
 def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
     has_eight_bits = isinstance(adapter, QLora) and QUANTIZATIONS[adapter.quantization].bits == 8
     if has_eight_bits:
-        yield from _ignored(adapter, "adapter", ("double_quantization", "compute_dtype"), "it is for 4 bits")
+        yield from _ignored(
+            adapter, "adapter", ("double_quantization", "compute_dtype"), "it is for 4 bits"
+        )
     if adapter.path is not None:
-        yield from _ignored(adapter, "adapter", SHAPE, "the adapter in adapter.path has its own shape")
+        yield from _ignored(
+            adapter, "adapter", SHAPE, "the adapter in adapter.path has its own shape"
+        )
         return
     if adapter.kind == "qlora" and adapter.init == "pissa":
         yield "adapter.init: pissa rewrites the base weights, which qlora has quantised before; use loftq, or kind: lora"
@@ -182,7 +206,9 @@ def _optimizer_conflicts(config: Config) -> Iterator[str]:
     if config.adapter.kind != "full" and row.not_for_adapters:
         yield f"optimizer.kind: {row.not_for_adapters}"
     if config.adapter.kind == "full":
-        yield from _ignored(optimizer, "optimizer", ("lora_plus_ratio",), "adapter.kind: full has no adapter")
+        yield from _ignored(
+            optimizer, "optimizer", ("lora_plus_ratio",), "adapter.kind: full has no adapter"
+        )
 
 
 def _may_hold_text(source: str) -> bool:
@@ -199,7 +225,8 @@ def _ignored(values: Section, section: str, names: tuple[str, ...], why: str) ->
     fields, given = type(values).model_fields, values.model_fields_set
     for name in names:
         default = fields[name].default
-        # A default that is written out means something, too, but in a config.yaml, where the program writes all of them.
+        # A default that is written out means something, too, but in a config.yaml, where the
+        # program writes all of them.
         meant = name in given and default not in NOTHING and len(given) < len(fields)
         if meant or getattr(values, name) != default:
             yield f"{section}.{name}: would be ignored: {why}; remove it"

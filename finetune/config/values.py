@@ -1,4 +1,6 @@
-"""What may stand in files that other programs write: quantisations, adapters and tokenizers. No torch."""
+"""What may stand in files that other programs write: quantisations, adapters and tokenizers. No
+torch.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -37,7 +39,9 @@ def _dtype_in(names: tuple[str, ...]) -> Callable[[Any], bool]:
     return _or_null(lambda value: str(value).removeprefix("torch.") in names)
 
 
-Rules = Mapping[str, tuple[Callable[[Any], bool], str]]  # key -> (whether a value may stand there, what may)
+Rules = Mapping[
+    str, tuple[Callable[[Any], bool], str]
+]  # key -> (whether a value may stand there, what may)
 BITS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
 SWITCH, OPTIONAL_SWITCH = (is_switch, "true or false"), (_or_null(is_switch), "true or false")
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
@@ -50,7 +54,10 @@ OF_BITSANDBYTES: Rules = {
     "llm_int8_skip_modules": (_or_null(are_words), "a list of names"),
     "llm_int8_enable_fp32_cpu_offload": SWITCH, "llm_int8_has_fp16_weight": SWITCH,
 }  # fmt: skip
-NAMES = (_or_null(lambda value: _is_text(value) or are_words(value)), "a list of names, or an expression")
+NAMES = (
+    _or_null(lambda value: _is_text(value) or are_words(value)),
+    "a list of names, or an expression",
+)
 NUMBERS = (_or_null(lambda value: is_object(value) and all(map(_is_number, value.values()))), "a mapping of names to numbers")  # fmt: skip
 OF_LORA: Rules = {
     "peft_type": (lambda value: value == "LORA", "LORA, the one kind of adapter that can be opened here"),

@@ -1,9 +1,9 @@
 """Tokenised examples in memory-mapped arrays, cached by content.
 
-The cache key is a hash of everything that decides the tokens: bytes of the rows, tokenizer, template
-and options. An entry says the sha256 of what it holds, and each process checks what it opens: hashing
-takes about 4 s for a billion tokens (5 bytes each, at 1.3 GB/s), and processes of a node hash side by
-side from the same page cache.
+The cache key is a hash of everything that decides the tokens: bytes of the rows, tokenizer,
+template and options. An entry says the sha256 of what it holds, and each process checks what it
+opens: hashing takes about 4 s for a billion tokens (5 bytes each, at 1.3 GB/s), and processes of a
+node hash side by side from the same page cache.
 """
 
 import fcntl
@@ -40,9 +40,9 @@ class Examples:
     """Tokenised rows in memory-mapped arrays.
 
     input_ids: int32 [all tokens]; supervised: bool [all tokens]; starts, ends: int64 [documents],
-    where each document lies in them; source, line, row: int64 [examples], where the row of an example stands in the
-    user's files. example_ends: int64 [examples], the number of documents of all examples up to each; None: each example
-    is one document.
+    where each document lies in them; source, line, row: int64 [examples], where the row of an
+    example stands in the user's files. example_ends: int64 [examples], the number of documents of
+    all examples up to each; None: each example is one document.
     """
 
     input_ids: np.ndarray
@@ -65,7 +65,9 @@ class Examples:
     """Rows that a function of the user's own skips; `num_rows` is without them."""
     example_ends: np.ndarray | None = None
     learn_opening: bool = False
-    """Whether `templates.Template.learn_opening` holds, as answers of some rows begin in their own way."""
+    """Whether `templates.Template.learn_opening` holds, as answers of some rows begin in their own
+    way.
+    """
 
     def __len__(self) -> int:
         return len(self.source)
@@ -88,8 +90,12 @@ class Examples:
 
     @functools.cached_property
     def num_supervised(self) -> np.ndarray:
-        """Tokens of each example that are supervised and follow another token of their document, int64 [examples]."""
-        counts = (np.count_nonzero(self.supervised[s + 1 : e]) for s, e in zip(self.starts, self.ends))
+        """Tokens of each example that are supervised and follow another token of their document,
+        int64 [examples].
+        """
+        counts = (
+            np.count_nonzero(self.supervised[s + 1 : e]) for s, e in zip(self.starts, self.ends)
+        )
         return self._per_example(np.fromiter(counts, np.int64, len(self.starts)))
 
     @property
@@ -117,7 +123,11 @@ class Examples:
 
     def place(self, example: int) -> str:
         """file:line of the row an example came from."""
-        return str(Place(self.sources[self.source[example]], int(self.line[example]), int(self.row[example])))
+        return str(
+            Place(
+                self.sources[self.source[example]], int(self.line[example]), int(self.row[example])
+            )
+        )
 
     def digests(self) -> list[bytes]:
         """A hash of the token ids of each example, to compare examples by."""
@@ -143,7 +153,8 @@ class Examples:
 def prepare(
     sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options, cache_dir: str
 ) -> Examples:
-    """Tokenised rows of all sources (name -> hash of its content), from the cache if they are there.
+    """Tokenised rows of all sources (name -> hash of its content), from the cache if they are
+    there.
 
     Every process may call this at once: the first builds, the others wait on a file lock, so no
     collective can time out. Raises DataError naming file and line.
@@ -172,9 +183,16 @@ def prepare(
 
 
 def _make(
-    folder: Path, sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options, cache_dir: str
+    folder: Path,
+    sources: Mapping[str, str],
+    template: Template,
+    tokenizer: Any,
+    options: Options,
+    cache_dir: str,
 ) -> Examples:
-    """Build an entry of the cache next to its place, and move it there once it is whole. Raises DataError, or Outage for a full disk."""
+    """Build an entry of the cache next to its place, and move it there once it is whole. Raises
+    DataError, or Outage for a full disk.
+    """
     names, root, fingerprint = list(sources), folder.parent, folder.name
     build = root / f".building-{fingerprint}-{secrets.token_hex(4)}"
     with _writable(cache_dir):
@@ -182,7 +200,10 @@ def _make(
     try:
         _build(build, names, template, tokenizer, options, cache_dir)
         if changed := [name for name in names if readers.fingerprint(name) != sources[name]]:
-            raise DataError(f"{readers.printable(changed[0])}: changed while being read; start again once it is whole")
+            raise DataError(
+                f"{readers.printable(changed[0])}: changed while being read; start again once it "
+                "is whole"
+            )
         with _writable(cache_dir):
             if os.path.lexists(folder):  # a rename does not replace a folder that holds something
                 os.rename(folder, root / build.name.replace(".building-", ".removing-"))
@@ -196,7 +217,9 @@ def _make(
     finally:
         shutil.rmtree(build, ignore_errors=True)
     if made is None:
-        raise Outage(f"data.cache_dir: {folder}: data written there reads back differently; check the disk")
+        raise Outage(
+            f"data.cache_dir: {folder}: data written there reads back differently; check the disk"
+        )
     return made
 
 
@@ -204,7 +227,8 @@ def _make(
 def _locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file, which the kernel releases when the process ends, however it ends.
 
-    False, and no wait, on a file system without locks; where not `wait`, also while another process holds it.
+    False, and no wait, on a file system without locks; where not `wait`, also while another process
+    holds it.
     """
     with _writable(cache_dir):
         try:
@@ -212,7 +236,9 @@ def _locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
         except PermissionError:
             if not path.exists():
                 raise
-            descriptor = os.open(path, os.O_RDONLY)  # another user's file, which can still be locked
+            descriptor = os.open(
+                path, os.O_RDONLY
+            )  # another user's file, which can still be locked
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -225,10 +251,14 @@ def _locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
 
 
 def _sweep(root: Path, cache_dir: str) -> None:
-    """Remove what killed runs left: replaced entries, and half built ones whose lock no process holds."""
+    """Remove what killed runs left: replaced entries, and half built ones whose lock no process
+    holds.
+    """
     with suppress(OSError, DataError, Outage):
         for left in root.glob(".removing-*"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
+            shutil.rmtree(
+                left, ignore_errors=True
+            ) if left.is_dir() and not left.is_symlink() else left.unlink()
         for left in root.glob(".building-*"):
             lock = root / f"{left.name.split('-')[1]}.lock"
             with _locked(lock, cache_dir, wait=False) as held:
@@ -240,7 +270,11 @@ def _sweep(root: Path, cache_dir: str) -> None:
 def _writable(cache_dir: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as exc:  # a path with a NUL; ~ without a home directory
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as exc:  # a path with a NUL; ~ without a home directory
         failures.reraise(exc, f"data.cache_dir: {cache_dir}: cannot be written now")
         raise DataError(
             f"data.cache_dir: {cache_dir}: cannot be written: {exc}; choose another data.cache_dir"
@@ -263,7 +297,10 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     order = np.random.default_rng([seed, 0x5E1]).permutation(group.max() + 1)
     count = max(1, round(fraction * len(order)))
     if count >= len(order):
-        raise DataError(f"data.eval_fraction: {fraction} of {len(order)} different rows leaves nothing to train on")
+        raise DataError(
+            f"data.eval_fraction: {fraction} of {len(order)} different rows leaves nothing to "
+            "train on"
+        )
     held = np.isin(group, order[:count])
     return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
 
@@ -283,7 +320,12 @@ def num_trained_on(evals: Examples, train: Examples) -> int:
 
 
 def _build(
-    folder: Path, sources: Sequence[str], template: Template, tokenizer: Any, options: Options, cache_dir: str
+    folder: Path,
+    sources: Sequence[str],
+    template: Template,
+    tokenizer: Any,
+    options: Options,
+    cache_dir: str,
 ) -> None:
     made = tokens.tokenise(sources, template, tokenizer, options)
     arrays = {
@@ -310,18 +352,28 @@ def _write(path: Path, content: np.ndarray | bytes) -> None:
     """All of it, on the disk. Not by np.save: where the disk is full, its OSError does not say so."""
     with path.open("wb") as file:
         if isinstance(content, np.ndarray):
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(content))
+            np.lib.format.write_array_header_1_0(
+                file, np.lib.format.header_data_from_array_1_0(content)
+            )
         file.write(content.data if isinstance(content, np.ndarray) else content)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _described(array: np.ndarray) -> dict[str, Any]:
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": hashlib.sha256(array.data).hexdigest()}
+    return {
+        "dtype": array.dtype.str,
+        "shape": list(array.shape),
+        "sha256": hashlib.sha256(array.data).hexdigest(),
+    }
 
 
-def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False) -> Examples | None:
-    """An entry of the cache that is, bit for bit, what was written; None if there is none. `note`: say what is wrong with it."""
+def _open(
+    folder: Path, sources: list[str], fingerprint: str, note: bool = False
+) -> Examples | None:
+    """An entry of the cache that is, bit for bit, what was written; None if there is none. `note`:
+    say what is wrong with it.
+    """
     if not os.path.lexists(folder):
         return None
     try:
@@ -341,7 +393,8 @@ def _open(folder: Path, sources: list[str], fingerprint: str, note: bool = False
     except Exception as exc:  # any damage: it can be built again
         if note:
             tqdm.write(
-                f"note: the token cache {folder} is damaged and will be built again: {type(exc).__name__}: {exc}",
+                f"note: the token cache {folder} is damaged and will be built again: "
+                f"{type(exc).__name__}: {exc}",
                 file=sys.stderr,
             )
         return None

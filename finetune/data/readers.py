@@ -1,4 +1,5 @@
-"""Find the files that data.train and data.eval mean, and read their rows. Knows the file and line of every row.
+"""Find the files that data.train and data.eval mean, and read their rows. Knows the file and line
+of every row.
 
 JSON Lines, JSON, CSV and text are read record by record with the standard library, because an
 error must name its line and "42" in a CSV must stay text. Parquet is read by pyarrow; what
@@ -29,8 +30,10 @@ from finetune.files import sha256
 
 # Types that other tools read. A name with such an ending is a file, also where no file has it.
 OTHER_TYPES = (
-    ".7z .arrow .avro .bin .bz2 .db .doc .docx .epub .feather .gz .h5 .hdf5 .htm .html .jl .jsonlines .log .lz4 .md .ndjson .npy .npz .ods .orc "
-    ".pdf .pkl .psv .pt .rar .rtf .sql .sqlite .tar .tex .text .tgz .xls .xlsx .xml .xz .yaml .yml .zip .zst"
+    ".7z .arrow .avro .bin .bz2 .db .doc .docx .epub .feather .gz .h5 .hdf5 .htm .html .jl "
+    ".jsonlines .log .lz4 .md .ndjson .npy .npz .ods .orc "
+    ".pdf .pkl .psv .pt .rar .rtf .sql .sqlite .tar .tex .text .tgz .xls .xlsx .xml .xz .yaml .yml "
+    ".zip .zst"
 ).split()
 # Files that describe data, by name and ending.
 DESCRIPTIONS = {
@@ -41,7 +44,10 @@ TRAIN_WORDS = {"train", "training"}
 VALIDATION_WORDS = {"validation", "valid", "val", "dev", "eval", "evaluation", "held", "heldout"}
 TEST_WORDS = {"test", "testing"}
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
-SNIFFED_LINES, SNIFFED_CHARACTERS = 100, 1 << 16  # of a CSV, and of each line, to find its delimiter
+SNIFFED_LINES, SNIFFED_CHARACTERS = (
+    100,
+    1 << 16,
+)  # of a CSV, and of each line, to find its delimiter
 PARQUET_BYTES = 64 << 20  # read at once: a row may be a book
 # First bytes of files that are not text, under any name.
 SIGNATURES = {
@@ -65,7 +71,11 @@ class Place:
     row: int = 0
 
     def __str__(self) -> str:
-        return f"{printable(self.source)} row {self.row}" if self.row else f"{printable(self.source)}:{self.line}"
+        return (
+            f"{printable(self.source)} row {self.row}"
+            if self.row
+            else f"{printable(self.source)}:{self.line}"
+        )
 
 
 @dataclass(frozen=True)
@@ -95,10 +105,16 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sourc
     if not train_names:
         raise DataError("data.train: the list is empty; name at least one file")
     if evaluation is not None and not eval_names:
-        raise DataError("data.eval: the list is empty; name at least one file, or remove it to have no evaluation")
+        raise DataError(
+            "data.eval: the list is empty; name at least one file, or remove it to have no "
+            "evaluation"
+        )
     known: dict[str, str] = {}
     found = Sources({}, {}, [])
-    for own, key, names in ((found.train, "data.train", train_names), (found.eval, "data.eval", eval_names)):
+    for own, key, names in (
+        (found.train, "data.train", train_names),
+        (found.eval, "data.eval", eval_names),
+    ):
         for name in names:
             files, notes = expand(name, key)
             found.notes.extend(note for note in notes if note not in found.notes)
@@ -106,7 +122,8 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sourc
                 content = fingerprint(file)
                 if content in known:
                     raise DataError(
-                        f"{key}: {printable(file)} holds the same rows as {known[content]}; do not evaluate on training rows, and list each file once"
+                        f"{key}: {printable(file)} holds the same rows as {known[content]}; do not "
+                        "evaluate on training rows, and list each file once"
                     )
                 known[content] = f"{key} {printable(file)}"
                 own[file] = content
@@ -126,7 +143,8 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
         raise _absent(name, key)
     if not pattern and not os.path.isfile(path) and not os.path.isdir(path):
         raise DataError(
-            f"{key}: {printable(name)} is a device or a pipe, which cannot be read twice; write its rows into a file"
+            f"{key}: {printable(name)} is a device or a pipe, which cannot be read twice; write "
+            "its rows into a file"
         )
     if not pattern and (not os.path.isdir(path) or _is_saved(path)):
         return [path], []
@@ -138,26 +156,38 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
             for match in sorted(glob.glob(path, recursive=True)):
                 _collect(match, seen, files, left_out)
             if not files and not left_out:
-                raise DataError(f"{key}: {printable(name)} matches no file; searched in {printable(places.looked_in())}")
+                raise DataError(
+                    f"{key}: {printable(name)} matches no file; searched in "
+                    f"{printable(places.looked_in())}"
+                )
         else:
             _collect(path, set(), files, left_out)
     literal = re.split(r"[*?[]", path)[0] if pattern else path + "/"
     notes: list[str] = []
-    wanted = _of_split(name, literal[: literal.rfind("/") + 1], files, left_out, key, pattern, notes)
+    wanted = _of_split(
+        name, literal[: literal.rfind("/") + 1], files, left_out, key, pattern, notes
+    )
     if not wanted:
-        raise DataError(f"{key}: {printable(name)} holds no file with rows{_listed_reasons(left_out, '; not read: ')}")
+        raise DataError(
+            f"{key}: {printable(name)} holds no file with "
+            f"rows{_listed_reasons(left_out, '; not read: ')}"
+        )
     if left_out:
         notes.append(f"{key} does not read {_listed_reasons(left_out)}")
     return wanted, notes
 
 
 def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[str, str]]) -> None:
-    """Add a file, or all files in a folder, in the order of their names; once, also where links lead to it again."""
+    """Add a file, or all files in a folder, in the order of their names; once, also where links
+    lead to it again.
+    """
     real = os.path.realpath(path)
     if real in seen:
         return
     name, _, ending = os.path.basename(path.rstrip("/")).lower().partition(".")
-    if os.path.isdir(path) or _type(path) in READERS:  # a link with another ending does not stand for its file
+    if (
+        os.path.isdir(path) or _type(path) in READERS
+    ):  # a link with another ending does not stand for its file
         seen.add(real)
     if os.path.isdir(path) and not _is_saved(path):
         for entry in sorted(os.listdir(path)):
@@ -168,7 +198,8 @@ def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[s
                 _collect(inside, seen, files, left_out)
     elif not os.path.exists(path):
         raise DataError(
-            f"{printable(path)}: links to {printable(real)}, which does not exist; restore the file or remove the link"
+            f"{printable(path)}: links to {printable(real)}, which does not exist; restore the "
+            "file or remove the link"
         )
     elif os.path.isdir(path):
         files.append(path)
@@ -185,9 +216,17 @@ def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[s
 
 
 def _of_split(
-    name: str, root: str, files: list[str], left_out: list[tuple[str, str]], key: str, pattern: bool, notes: list[str]
+    name: str,
+    root: str,
+    files: list[str],
+    left_out: list[tuple[str, str]],
+    key: str,
+    pattern: bool,
+    notes: list[str],
 ) -> list[str]:
-    """Of the files that a folder or glob means, those to train or to evaluate on, where their names say so."""
+    """Of the files that a folder or glob means, those to train or to evaluate on, where their names
+    say so.
+    """
     splits = {file: _split(file.removeprefix(root)) for file in files}
     held_out = [file for file in files if splits[file] in ("validation", "test")]
     held = f"{some(held_out)} {'is' if len(held_out) == 1 else 'are'}"
@@ -201,7 +240,8 @@ def _of_split(
         elif held_out:
             everything = printable(os.path.join(name, "**", "*"))
             raise DataError(
-                f"data.train: {held} named as rows to hold out, and no file of {printable(name)} is named as training rows; "
+                f"data.train: {held} named as rows to hold out, and no file of {printable(name)} "
+                "is named as training rows; "
                 f"list the files to train on, or write {everything} to train on all of them"
             )
     elif held_out and has_train:
@@ -217,7 +257,11 @@ def _split(path: str) -> str | None:
         words = {word.removesuffix("set") for word in re.findall(r"[a-z]+", part.lower())}
         said = {
             split
-            for split, known in (("train", TRAIN_WORDS), ("validation", VALIDATION_WORDS), ("test", TEST_WORDS))
+            for split, known in (
+                ("train", TRAIN_WORDS),
+                ("validation", VALIDATION_WORDS),
+                ("test", TEST_WORDS),
+            )
             if words & known
         }
         if said:
@@ -241,7 +285,9 @@ def _listed_reasons(left_out: list[tuple[str, str]], before: str = "") -> str:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name can only mean a data set on the Hub: owner/name[:split], and not a file that is missing."""
+    """Whether a name can only mean a data set on the Hub: owner/name[:split], and not a file that
+    is missing.
+    """
     if os.path.lexists(name) or not _HUB_NAME.fullmatch(name):
         return False
     owner, _, rest = name.partition(":")[0].partition("/")
@@ -265,7 +311,8 @@ def _absent(name: str, key: str = "data.train") -> DataError:
     elif _HUB_NAME.fullmatch(name):
         hint = f"; it was not searched on the Hub, because {printable(folder)} is a local folder"
     return DataError(
-        f"{printable(name) or '(empty name)'}: no such file in {printable(places.looked_in())}{hint}; "
+        f"{printable(name) or '(empty name)'}: no such file in "
+        f"{printable(places.looked_in())}{hint}; "
         f"{takes} files, folders, globs, or Hub names as owner/name[:split]"
     )
 
@@ -278,7 +325,9 @@ def fingerprint(source: str) -> str:
         if os.path.isdir(source):
             digest = hashlib.sha256()
             for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
-                digest.update(os.fsencode(path.relative_to(source)) + f" {fingerprint(str(path))}\n".encode())
+                digest.update(
+                    os.fsencode(path.relative_to(source)) + f" {fingerprint(str(path))}\n".encode()
+                )
             return digest.hexdigest()
     if is_hub_name(source):
         return str(_load_dataset(source)._fingerprint)
@@ -312,7 +361,9 @@ def read(source: str, text_unit: str = "line") -> Iterator[Row]:
     elif not os.path.exists(source):
         raise _absent(source)
     elif _type(source) not in READERS:
-        raise DataError(f"{printable(source)}: unknown file type {_type(source)!r}; use one of {known_types()}")
+        raise DataError(
+            f"{printable(source)}: unknown file type {_type(source)!r}; use one of {known_types()}"
+        )
     elif _type(source) == ".txt":
         rows = _read_text(source, text_unit)
     else:
@@ -331,7 +382,9 @@ def _readable(source: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
-        raise DataError(f"{printable(source)}: damaged or incomplete: {exc}; create it again") from exc
+        raise DataError(
+            f"{printable(source)}: damaged or incomplete: {exc}; create it again"
+        ) from exc
     except OSError as exc:
         failures.reraise(exc, f"{printable(source)}: cannot be read now")
         raise DataError(f"{printable(source)}: cannot be read: {exc.strerror or exc}") from exc
@@ -342,7 +395,9 @@ def _type(source: str) -> str:
     name = os.path.basename(source).lower()
     inner = name.removesuffix(".gz")
     suffix = Path(inner).suffix
-    return suffix if inner == name or suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt") else ".gz"
+    return (
+        suffix if inner == name or suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt") else ".gz"
+    )
 
 
 def is_text(source: str) -> bool:
@@ -377,8 +432,8 @@ def _lines(source: str) -> Iterator[tuple[int, str]]:
                 line = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
             except UnicodeDecodeError as exc:
                 raise DataError(
-                    f"{printable(source)}:{number}: byte {raw[exc.start]:#04x} at position {exc.start + 1} is not UTF-8; "
-                    + _remedy(source, raw, exc, saw_utf8)
+                    f"{printable(source)}:{number}: byte {raw[exc.start]:#04x} at position "
+                    f"{exc.start + 1} is not UTF-8; " + _remedy(source, raw, exc, saw_utf8)
                 ) from exc
             saw_utf8 = saw_utf8 or not line.isascii()
             yield number, line
@@ -392,7 +447,8 @@ def _marked_lines(source: str, file: IO[bytes], encoding: str) -> Iterator[tuple
                 yield number, line
     except UnicodeError as exc:
         raise DataError(
-            f"{printable(source)}:{number + 1}: broken {encoding.upper()}: {exc.args[-1]}; is the file whole? Save it as UTF-8"
+            f"{printable(source)}:{number + 1}: broken {encoding.upper()}: {exc.args[-1]}; is the "
+            "file whole? Save it as UTF-8"
         ) from exc
 
 
@@ -401,11 +457,13 @@ def _require_text(source: str, start: bytes) -> None:
     for signature, what in SIGNATURES.items():
         if start.startswith(signature):
             raise DataError(
-                f"{printable(source)}: this file is {what}, not {_type(source)}; export it as one of {known_types()}"
+                f"{printable(source)}: this file is {what}, not {_type(source)}; export it as one "
+                f"of {known_types()}"
             )
     if b"\r" in start[:-1] and b"\n" not in start:
         raise DataError(
-            f"{printable(source)}:1: lines end in CR alone, as on an old Macintosh; convert them, for example with "
+            f"{printable(source)}:1: lines end in CR alone, as on an old Macintosh; convert them, "
+            "for example with "
             f"tr '\\r' '\\n' < {printable(source)} > {_converted(source)}"
         )
     if b"\0" in start:
@@ -423,7 +481,9 @@ def _remedy(source: str, raw: bytes, exc: UnicodeDecodeError, saw_utf8: bool) ->
     if saw_utf8 or any(byte >= 0x80 for byte in raw[: exc.start]):
         return "everything before it is UTF-8; correct this character, or save the file as UTF-8"
     with _opened(source) as file:
-        guess = _probable_encoding(file.read(1 << 16) + raw[max(0, exc.start - 1000) : exc.start + 1000])
+        guess = _probable_encoding(
+            file.read(1 << 16) + raw[max(0, exc.start - 1000) : exc.start + 1000]
+        )
     if guess is None:
         return "save the file as UTF-8"
     return f"the file is probably {guess}; save the file as UTF-8, for example with {_iconv(source, guess)}"
@@ -439,7 +499,9 @@ def _converted(source: str) -> str:
 
 
 def _probable_encoding(sample: bytes) -> str | None:
-    """cp1252 (and Latin-1, a part of it) where few letters are outside ASCII; else what the statistics of bytes say."""
+    """cp1252 (and Latin-1, a part of it) where few letters are outside ASCII; else what the
+    statistics of bytes say.
+    """
     letters = [byte for byte in sample if byte >= 0x80 or chr(byte).isalpha()]
     if sum(byte >= 0x80 for byte in letters) < 0.4 * len(letters):
         return "cp1252"
@@ -453,8 +515,14 @@ def _probable_encoding(sample: bytes) -> str | None:
 
 def _record(place: Place, value: Any) -> Row:
     if not isinstance(value, dict):
-        hint = "; a file that holds one list is .json" if isinstance(value, list) and place.row == 0 else ""
-        raise DataError(f"{place}: a row should be an object like {{...}}, got {short(value)}{hint}")
+        hint = (
+            "; a file that holds one list is .json"
+            if isinstance(value, list) and place.row == 0
+            else ""
+        )
+        raise DataError(
+            f"{place}: a row should be an object like {{...}}, got {short(value)}{hint}"
+        )
     return Row(place, value)
 
 
@@ -463,7 +531,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{short(next(name for name in names if names.count(name) > 1))!r} is given twice")
+        raise ValueError(
+            f"{short(next(name for name in names if names.count(name) > 1))!r} is given twice"
+        )
     return values
 
 
@@ -479,8 +549,13 @@ def _read_jsonl(source: str) -> Iterator[Row]:
                     else failures.parsing_reason(exc)
                 )
                 raise DataError(
-                    f"{Place(source, number)}: broken JSON: {why}: {short(line.strip())}; correct or remove it"
-                    + ("; a file that holds one list is .json" if line.lstrip().startswith("[") else "")
+                    f"{Place(source, number)}: broken JSON: {why}: {short(line.strip())}; correct "
+                    "or remove it"
+                    + (
+                        "; a file that holds one list is .json"
+                        if line.lstrip().startswith("[")
+                        else ""
+                    )
                 ) from exc
             yield _record(Place(source, number), value)
 
@@ -490,7 +565,8 @@ def _read_json(source: str) -> Iterator[Row]:
     text = "".join(line for _, line in _lines(source))
     if not text.lstrip().startswith("["):
         raise DataError(
-            f"{printable(source)}: a .json file should hold a list of rows, [ {{...}}, ... ]; one object per line is .jsonl"
+            f"{printable(source)}: a .json file should hold a list of rows, [ {{...}}, ... ]; one "
+            "object per line is .jsonl"
         )
     try:
         values = json.loads(text, object_pairs_hook=_object)
@@ -510,7 +586,8 @@ class _Dialect(NamedTuple):
     skipped: int
     """Lines before the header."""
     has_blanks: bool
-    """Whether blanks follow the delimiter, as in the header `question, answer`; they belong to it."""
+    """Whether blanks follow the delimiter, as in the header `question, answer`; they belong to it.
+    """
 
 
 def _dialect(source: str) -> _Dialect:
@@ -551,7 +628,9 @@ def _read_csv(source: str) -> Iterator[Row]:
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=has_blanks, strict=True)
     start = skipped + 1
     try:
-        cells = next((cells for cells in reader if any(map(str.strip, cells))), None)  # Excel exports empty rows, too
+        cells = next(
+            (cells for cells in reader if any(map(str.strip, cells))), None
+        )  # Excel exports empty rows, too
         if not cells:
             return
         header = _header(Place(source, reader.line_num + skipped), cells)
@@ -561,35 +640,47 @@ def _read_csv(source: str) -> Iterator[Row]:
             if cells and not any(map(str.strip, cells)):
                 cells = [""] * len(header)  # as many separators as a spreadsheet likes
             if list(map(str.strip, cells)) == names:
-                raise DataError(f"{Place(source, start)}: repeats the header; were files joined? Remove this line")
+                raise DataError(
+                    f"{Place(source, start)}: repeats the header; were files joined? Remove this "
+                    "line"
+                )
             if cells and len(cells) != len(header):
                 hint = f"put quotes around cells that hold {DELIMITERS.get(delimiter, repr(delimiter))}"
                 if any(cell.startswith(' "') for cell in cells):
                     hint = "put the quote right after the separator, without a space"
                 raise DataError(
-                    f"{Place(source, start)}: {len(cells)} cells, but the header names {len(header)} columns {list_columns(header)}; {hint}"
+                    f"{Place(source, start)}: {len(cells)} cells, but the header names "
+                    f"{len(header)} columns {list_columns(header)}; {hint}"
                 )
             if cells:
                 yield Row(Place(source, start), dict(zip(header, cells)))
             start = reader.line_num + skipped + 1
     except csv.Error as exc:
         raise DataError(
-            f"{Place(source, start)}: broken CSV: {exc}; check the quotes of the row that begins here"
+            f"{Place(source, start)}: broken CSV: {exc}; check the quotes of the row that begins "
+            "here"
         ) from exc
 
 
 def is_empty(row: Row) -> bool:
-    """Whether a row of a table has nothing in it, as spreadsheets export them. Where columns are written out, that is a mistake."""
-    return _type(row.place.source) in (".csv", ".tsv") and not any(map(str.strip, row.values.values()))
+    """Whether a row of a table has nothing in it, as spreadsheets export them. Where columns are
+    written out, that is a mistake.
+    """
+    return _type(row.place.source) in (".csv", ".tsv") and not any(
+        map(str.strip, row.values.values())
+    )
 
 
 def _header(place: Place, cells: list[str]) -> list[str]:
-    """Names of the columns, without blanks around them; those without a name are called by their number."""
+    """Names of the columns, without blanks around them; those without a name are called by their
+    number.
+    """
     header = [cell.strip() for cell in cells]
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice:
         raise DataError(
-            f"{place}: the header names the column {short(twice)!r} twice: {list_columns(header)}; rename one"
+            f"{place}: the header names the column {short(twice)!r} twice: {list_columns(header)}; "
+            "rename one"
         )
     return [name or f"(column {number})" for number, name in enumerate(header, 1)]
 
@@ -615,11 +706,15 @@ def _read_parquet(source: str) -> Iterator[Row]:
         file = parquet.ParquetFile(source)
         columns = file.schema_arrow.names
         if len(set(columns)) < len(columns):
-            raise DataError(f"{printable(source)}: names a column twice: {list_columns(columns)}; rename one")
+            raise DataError(
+                f"{printable(source)}: names a column twice: {list_columns(columns)}; rename one"
+            )
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         size = sum(group.total_byte_size for group in groups) // max(1, file.metadata.num_rows)
         number = 0
-        for batch in file.iter_batches(batch_size=min(1_000, max(1, PARQUET_BYTES // max(1, size)))):
+        for batch in file.iter_batches(
+            batch_size=min(1_000, max(1, PARQUET_BYTES // max(1, size)))
+        ):
             for values in batch.to_pylist():
                 number += 1
                 yield Row(Place(source, number), values)
@@ -639,7 +734,9 @@ READERS: dict[str, Callable[[str], Iterator[Row]]] = {
 
 def _is_saved(path: str) -> bool:
     """Whether a folder is what datasets.Dataset.save_to_disk writes."""
-    return all(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_info.json"))
+    return all(
+        os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_info.json")
+    )
 
 
 def _read_with_datasets(source: str) -> Iterator[Row]:
@@ -657,11 +754,17 @@ def _load_dataset(source: str) -> Any:
         if _is_saved(source):
             return datasets.load_from_disk(source)
         return datasets.load_dataset(name, split=split or "train")
-    except Exception as exc:  # datasets raises a dozen kinds, many of them plain ValueError and OSError
+    except (
+        Exception
+    ) as exc:  # datasets raises a dozen kinds, many of them plain ValueError and OSError
         if _is_saved(source):
-            raise DataError(f"{printable(source)}: damaged: {type(exc).__name__}: {short(str(exc))}") from exc
+            raise DataError(
+                f"{printable(source)}: damaged: {type(exc).__name__}: {short(str(exc))}"
+            ) from exc
         failures.reraise(exc, f"{source}: datasets cannot load it now, {NO_HUB}")
-        raise DataError(f"{source}: datasets cannot load it: {type(exc).__name__}: {exc}; {NO_HUB}") from exc
+        raise DataError(
+            f"{source}: datasets cannot load it: {type(exc).__name__}: {exc}; {NO_HUB}"
+        ) from exc
 
 
 NO_HUB = "without the Hub give a file or a folder, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use what was downloaded before"
@@ -671,7 +774,9 @@ NO_HUB = "without the Hub give a file or a folder, set HF_ENDPOINT to a mirror, 
 
 
 def printable(text: str) -> str:
-    """Text that any stream can write: bytes of a file name that are not UTF-8, and halves of characters, as escapes."""
+    """Text that any stream can write: bytes of a file name that are not UTF-8, and halves of
+    characters, as escapes.
+    """
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -25,7 +25,8 @@ class Message:
     supervised: bool = False
     context: str = ""
     from_setting: bool = field(default=False, compare=False)
-    """Whether data.system_prompt put it there, so that messages name the setting and not the row."""
+    """Whether data.system_prompt put it there, so that messages name the setting and not the row.
+    """
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,25 @@ SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "assistant": "assistant", "system": "system",
 }  # fmt: skip
-# Words in the name of a column that says whether this answer is good or bad, where its values are numbers, yes or no.
-# Not words for what many data sets carry along, where the good and the bad have been sorted out or the value is about
-# something else: likes, votes, views, stars, rank, weight, quality, correctness, toxic, valid, flagged, best.
+# Words in the name of a column that says whether this answer is good or bad, where its values are
+# numbers, yes or no. Not words for what many data sets carry along, where the good and the bad have
+# been sorted out or the value is about something else: likes, votes, views, stars, rank, weight,
+# quality, correctness, toxic, valid, flagged, best.
 VERDICTS = set(
-    "accepted approved bad chosen correct desirable dislike disliked downvoted fail failed feedback good grade hallucinated hallucination "
-    "harmful harmless helpful helpfulness incorrect kto label labels liked margin ok pass passed preference preferred rating ratings "
-    "rejected reward rewards safe score scores thumb thumbs unsafe upvoted verdict win winner won wrong".split()
+    "accepted approved bad chosen correct desirable dislike disliked downvoted fail failed "
+    "feedback good grade hallucinated hallucination "
+    "harmful harmless helpful helpfulness incorrect kto label labels liked margin ok pass passed "
+    "preference preferred rating ratings "
+    "rejected reward rewards safe score scores thumb thumbs unsafe upvoted verdict win winner won "
+    "wrong".split()
 )
 # Words next to them that make the name one of something else: label_id, search_score, reward_date.
 OTHER_MEANINGS = set("at count date id ids index page path position search time url zip".split())
 VERDICT_VALUES = set(
-    "true false t f yes no y n good bad great poor excellent terrible better worse best worst high medium low positive negative neutral "
-    "desirable undesirable correct incorrect right wrong valid invalid ok pass passed fail failed accepted approved rejected chosen preferred safe unsafe toxic "
+    "true false t f yes no y n good bad great poor excellent terrible better worse best worst high "
+    "medium low positive negative neutral "
+    "desirable undesirable correct incorrect right wrong valid invalid ok pass passed fail failed "
+    "accepted approved rejected chosen preferred safe unsafe toxic "
     "harmful harmless helpful unhelpful win won loss lost tie up down 👍 👎".split()
 )
 _NUMBER = r"[+-]?\d*[.,]?\d+(e[+-]?\d+)?"
@@ -73,7 +80,9 @@ _VERDICT_TEXT = re.compile(
     rf"{_NUMBER}\s*(%|stars?|points?|(/|of|out of)\s*{_NUMBER}( stars?| points?)?)?"
 )  # 3, 4/5, 5 stars
 _LETTER = re.compile(r"[a-f][+-]?")  # a grade, or which of two answers is better
-LETTERS_OF = set("grade preference preferred rating ratings score scores verdict win winner".split())
+LETTERS_OF = set(
+    "grade preference preferred rating ratings score scores verdict win winner".split()
+)
 # Which of several models gave the better answer: model_a, assistant 2, gpt-4, tie (bothbad).
 _MODEL = re.compile(
     r"(model|assistant|response|answer|candidate|option|system)[ _-]?([a-f]|\d+)|tie \(.*\)|both[ _-]?(good|bad)"
@@ -84,37 +93,60 @@ CHOSEN = frozenset({"chosen"})
 # Words in the names of columns that hold the worse of two answers, whatever their values are.
 REJECTED = frozenset({"rejected", "reject", "loser", "worse", "dispreferred"})
 # Words in the keys of messages by which other tools say whether a turn is learned.
-LEARNING = set("learn learnable loss mask masked supervised train trainable training weight".split())
+LEARNING = set(
+    "learn learnable loss mask masked supervised train trainable training weight".split()
+)
 LEARNED: tuple[Any, ...] = (None, [], "", 1, 1.0, True)
-MASKS = {"mask", "masked"}  # some tools mean what is learned by it, and some what is not: no value says "learned"
+MASKS = {
+    "mask",
+    "masked",
+}  # some tools mean what is learned by it, and some what is not: no value says "learned"
 # Keys of a message that hold a part of it, which would be lost here.
-PARTS = ("function_call", "reasoning", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
+PARTS = (
+    "function_call",
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+    "tool_call_id",
+    "tool_calls",
+)
 READ_KEYS = {"role", "content", "from", "value"}
 MOST_PROBLEMS = 10  # shown one by one; more are summed up by kind
 MOST_CHECKED = 10_000  # rows: reading takes 0.1 ms a row, and every start reads them again
 
 
 def detect_format(
-    sources: list[str], text_unit: str, columns: Mapping[str, str], learned: bool = True, format: str = "auto"
+    sources: list[str],
+    text_unit: str,
+    columns: Mapping[str, str],
+    learned: bool = True,
+    format: str = "auto",
 ) -> str:
-    """The one format of all sources, each from its first row. Raises DataError if they differ: a template fits one.
+    """The one format of all sources, each from its first row. Raises DataError if they differ: a
+    template fits one.
 
     `format`: auto, or a function of the user's own, which gives the rows whose format it is.
     """
     found: dict[str, list[str]] = {}
     for source in sources:
-        rows = (row for row in readers.read(source, text_unit) if format == "auto" or not readers.is_empty(row))
+        rows = (
+            row
+            for row in readers.read(source, text_unit)
+            if format == "auto" or not readers.is_empty(row)
+        )
         row = next((row for row in (formatted(row, format) for row in rows) if row), None)
         if row:
             found.setdefault(detect(row, columns, learned), []).append(source)
     if not found:
         raise DataError(
-            f"{readers.some(sources)}: {_own(format)} returns None for every row, so nothing is left to learn"
+            f"{readers.some(sources)}: {_own(format)} returns None for every row, so nothing is "
+            "left to learn"
         )
     if len(found) > 1:
         listed = "; ".join(f"{format}: {readers.some(files)}" for format, files in found.items())
         raise DataError(
-            f"the files hold rows of different formats ({listed}); convert them to one format, or list the files to read"
+            f"the files hold rows of different formats ({listed}); convert them to one format, or "
+            "list the files to read"
         )
     return next(iter(found))
 
@@ -122,7 +154,8 @@ def detect_format(
 def formatted(row: Row, format: str) -> Row | None:
     """The row as a function of the user's own gives it, None where that skips it.
 
-    For any other format, the row as it is. Raises DataError that names the row, and the line of the function.
+    For any other format, the row as it is. Raises DataError that names the row, and the line of the
+    function.
     """
     if not own_code.is_own(format):
         return row
@@ -152,8 +185,12 @@ def _own(format: str) -> str:
     return str(own_code.get(format)) if own_code.is_own(format) else format
 
 
-def detect(row: Row, columns: Mapping[str, str] = MappingProxyType({}), learned: bool = True) -> str:
-    """Format of the rows, from the columns of the first one. `columns` maps our name to the file's; `learned`: see `conversations`."""
+def detect(
+    row: Row, columns: Mapping[str, str] = MappingProxyType({}), learned: bool = True
+) -> str:
+    """Format of the rows, from the columns of the first one. `columns` maps our name to the file's;
+    `learned`: see `conversations`.
+    """
     if name := _fitting(row, columns):
         return name
     for ours, theirs in columns.items():
@@ -180,7 +217,9 @@ def _fitting(row: Row, columns: Mapping[str, str]) -> str | None:
 def _by_other_case(row: Row) -> str | None:
     """data.columns for columns that fit a format but for capitals and blanks around them."""
     known = {name.strip().lower(): name for name in row.values if len(name) <= 200}
-    known = {ours: theirs for alias, theirs in known.items() for ours in ALIASES.get(alias, ())} | known
+    known = {
+        ours: theirs for alias, theirs in known.items() for ours in ALIASES.get(alias, ())
+    } | known
     for needed in FORMATS.values():
         if known.keys() >= set(needed):
             listed = ", ".join(f"{ours}: {known[ours]}" for ours in needed if known[ours] != ours)
@@ -189,9 +228,14 @@ def _by_other_case(row: Row) -> str | None:
 
 
 def to_conversation(
-    row: Row, format: str, columns: Mapping[str, str], system_prompt: str | None = None, learned: bool = True
+    row: Row,
+    format: str,
+    columns: Mapping[str, str],
+    system_prompt: str | None = None,
+    learned: bool = True,
 ) -> Conversation:
-    """One row -> Conversation. `columns` maps our name to the file's; `learned`: see `conversations`.
+    """One row -> Conversation. `columns` maps our name to the file's; `learned`: see
+    `conversations`.
 
     Raises DataError naming row and column.
     """
@@ -202,13 +246,15 @@ def to_conversation(
     known = _columns_of(format)
     if unused := [name for name in columns if name not in known]:
         raise ConfigError(
-            f"data.columns: {unused[0]} is not a column of format {format}, which has {', '.join(known)}; remove it"
+            f"data.columns: {unused[0]} is not a column of format {format}, which has "
+            f"{', '.join(known)}; remove it"
         )
     taken = _taken(row, format, columns)
     for ours, theirs in taken.items():
         if twice := [other for other in taken if other != ours and taken[other] == theirs]:
             raise ConfigError(
-                f"data.columns: {ours} and {twice[0]} would both be read from column {short(theirs)!r}; name another column for one of them"
+                f"data.columns: {ours} and {twice[0]} would both be read from column "
+                f"{short(theirs)!r}; name another column for one of them"
             )
     if learned and (format != "text" or _preference_columns(tuple(row.values), REJECTED)):
         _require_no_verdict(row, taken)
@@ -220,14 +266,19 @@ def to_conversation(
         user, answer = FORMATS[format]
         has_input = "input" in taken and row.values.get(taken["input"]) is not None
         context = cell("input", may_be_empty=True) if has_input else ""
-        messages = [Message("user", cell(user), context=context), Message("assistant", cell(answer), supervised=True)]
+        messages = [
+            Message("user", cell(user), context=context),
+            Message("assistant", cell(answer), supervised=True),
+        ]
     if system_prompt is not None and messages[0].role != "system":
         messages.insert(0, Message("system", system_prompt, from_setting=True))
     return Conversation(tuple(messages), row.place)
 
 
 class Problems:
-    """What is wrong with rows. All are read before anything is said, so that one start shows every kind of mistake."""
+    """What is wrong with rows. All are read before anything is said, so that one start shows every
+    kind of mistake.
+    """
 
     def __init__(self) -> None:
         self.num_rows = 0
@@ -252,9 +303,13 @@ class Problems:
             self.note(str(exc))
 
     def note(self, message: str, kind: str | None = None) -> None:
-        """`message` begins with the place. Its kind is by default the message without place, numbers and values."""
+        """`message` begins with the place. Its kind is by default the message without place,
+        numbers and values.
+        """
         kind = kind or re.sub(
-            r"\d+", "#", re.split(r", got |; this row has |: it renders ", message.partition(": ")[2])[0]
+            r"\d+",
+            "#",
+            re.split(r", got |; this row has |: it renders ", message.partition(": ")[2])[0],
         )
         self._counts[kind] += 1
         for kept in (self._first, self._kinds.setdefault(kind, [])):
@@ -265,7 +320,9 @@ class Problems:
         return self._counts[kind]
 
     def raise_if_any(self, sums: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Raise DataError if anything was noted: each row, or if there are many, each kind. `sums`: what to say of a kind."""
+        """Raise DataError if anything was noted: each row, or if there are many, each kind. `sums`:
+        what to say of a kind.
+        """
         if not self:
             return
         if len(self) == 1:
@@ -273,11 +330,15 @@ class Problems:
         lines = self._first
         if len(self) > MOST_PROBLEMS:
             kinds = self._counts.most_common()
-            lines = [sums.get(kind) or self._sum(kind, count) for kind, count in kinds[:MOST_PROBLEMS]]
+            lines = [
+                sums.get(kind) or self._sum(kind, count) for kind, count in kinds[:MOST_PROBLEMS]
+            ]
             if len(kinds) > MOST_PROBLEMS:
                 lines.append(f"and {len(kinds) - MOST_PROBLEMS:,} more kinds of problems")
         listed = "".join(f"\n  {line}" for line in lines)
-        raise DataError(f"{len(self):,} of {max(len(self), self.num_rows):,} rows are wrong:{listed}")
+        raise DataError(
+            f"{len(self):,} of {max(len(self), self.num_rows):,} rows are wrong:{listed}"
+        )
 
     def _sum(self, kind: str, count: int) -> str:
         first, *others = self._kinds[kind]
@@ -298,11 +359,12 @@ def conversations(
     unread: "Counter[str] | None" = None,
     learned: bool = True,
 ) -> Iterator[Conversation]:
-    """Rows of all sources as conversations; `format` may be auto, or name a function of the user's own.
+    """Rows of all sources as conversations; `format` may be auto, or name a function of the user's
+    own.
 
-    What is wrong with rows goes into `problems`, and into `unread` how many rows have a column that is not read.
-    `learned`: a column that says how good an answer is makes a row wrong, as training would learn bad answers, too.
-    Raises ConfigError if no row has a column that `columns` names.
+    What is wrong with rows goes into `problems`, and into `unread` how many rows have a column that
+    is not read. `learned`: a column that says how good an answer is makes a row wrong, as training
+    would learn bad answers, too. Raises ConfigError if no row has a column that `columns` names.
     """
     missing = dict(columns)
     for source in sources:
@@ -331,11 +393,14 @@ def conversations(
                 if conversation:
                     yield conversation
             if problems.num_rows == before:
-                raise DataError(f"{printable(source)}: all its rows are empty; is it the right file?")
+                raise DataError(
+                    f"{printable(source)}: all its rows are empty; is it the right file?"
+                )
     if missing and not problems:
         ours, theirs = next(iter(missing.items()))
         raise ConfigError(
-            f"data.columns: {ours}: no row has a column {short(theirs)!r}; correct the name, or remove it"
+            f"data.columns: {ours}: no row has a column {short(theirs)!r}; correct the name, or "
+            "remove it"
         )
 
 
@@ -347,10 +412,11 @@ def check(
     system_prompt: str | None,
     most: int = MOST_CHECKED,
 ) -> None:
-    """Raise DataError for rows that are wrong with any tokenizer, so that users can mend them before anything is fetched.
+    """Raise DataError for rows that are wrong with any tokenizer, so that users can mend them
+    before anything is fetched.
 
-    `groups`: the files of data.train, and those of data.eval. Reads the first `most` rows of each, and all of them once one
-    is wrong; tokenising checks the rest.
+    `groups`: the files of data.train, and those of data.eval. Reads the first `most` rows of each,
+    and all of them once one is wrong; tokenising checks the rest.
     """
     problems = Problems()
     for sources in groups:
@@ -367,7 +433,9 @@ def _columns_of(format: str) -> tuple[str, ...]:
 
 def _taken(row: Row, format: str, columns: Mapping[str, str]) -> dict[str, str]:
     """The columns that a format reads -> the row's own names of them."""
-    taken = {name: columns[name] if name in columns else _present(row, name) for name in FORMATS[format]}
+    taken = {
+        name: columns[name] if name in columns else _present(row, name) for name in FORMATS[format]
+    }
     if format == "instruction" and ("input" in columns or "input" not in taken.values()):
         taken["input"] = columns.get("input", "input")
     return taken
@@ -375,7 +443,9 @@ def _taken(row: Row, format: str, columns: Mapping[str, str]) -> dict[str, str]:
 
 def _unread(row: Row, read: Set[str]) -> Iterator[str]:
     """What a row says and nothing reads: columns, and keys of messages as `messages[].name`."""
-    yield from (name for name, value in row.values.items() if name not in read and value not in (None, ""))
+    yield from (
+        name for name, value in row.values.items() if name not in read and value not in (None, "")
+    )
     for column in read:
         turns = row.values.get(column)
         turns = turns if isinstance(turns, list) else []
@@ -389,7 +459,8 @@ def _unread(row: Row, read: Set[str]) -> Iterator[str]:
 
 
 def _require_no_verdict(row: Row, taken: Mapping[str, str]) -> None:
-    """Raise DataError for a column that says how good the answer is: without it bad answers are learned as right ones.
+    """Raise DataError for a column that says how good the answer is: without it bad answers are
+    learned as right ones.
 
     `taken`: our names of the columns that are read -> the row's own.
     """
@@ -400,14 +471,17 @@ def _require_no_verdict(row: Row, taken: Mapping[str, str]) -> None:
     for column in (*rejected, *chosen):
         if row.values[column] is not None:
             raise DataError(
-                f"{row.place}: column {short(column)!r} belongs to preference rows (DPO, reward models), which are not supported yet; "
+                f"{row.place}: column {short(column)!r} belongs to preference rows (DPO, reward "
+                "models), which are not supported yet; "
                 f"{_to_train_on_chosen(row, column, taken, chosen, rejected)}"
             )
     for column in _verdict_columns(names):
         if column not in read and _is_verdict(row.values[column], column):
             raise DataError(
-                f"{row.place}: column {column!r} ({short(row.values[column])}) says how good an answer is, but training would learn every answer "
-                "as a good one; preference, KTO and reward training are not supported yet: keep the good rows and "
+                f"{row.place}: column {column!r} ({short(row.values[column])}) says how good an "
+                "answer is, but training would learn every answer "
+                "as a good one; preference, KTO and reward training are not supported yet: keep "
+                "the good rows and "
                 f"drop the column, or rename it to '_{column}' if it means something else"
             )
 
@@ -433,22 +507,36 @@ def _to_train_on_chosen(
         if isinstance(turns, list) and turns:
             if _role(turns[-1]) == "assistant":
                 return f"{aim}{drop}: {short(name)!r} has an answer of its own"
-            what = short(best) if not isinstance(answer, str) else f"{short(best)}, as a message of the assistant,"
+            what = (
+                short(best)
+                if not isinstance(answer, str)
+                else f"{short(best)}, as a message of the assistant,"
+            )
             rename = ", and rename it to 'messages'" if name == "prompt" else ""
             return f"{aim}append {what} to {short(name)}{rename}; then {drop}"
     if not isinstance(answer, str):
         return f"{aim}write them as text into a column that is called completion; then {drop}"
     fits = _fitting(row, taken) not in (None, "text")
-    return f"{aim}write data.columns: {_mapping(row, best, taken, rejected)}" + (f", or {drop}" if fits else "")
+    return f"{aim}write data.columns: {_mapping(row, best, taken, rejected)}" + (
+        f", or {drop}" if fits else ""
+    )
 
 
 def _mapping(row: Row, best: str, taken: Mapping[str, str], rejected: Sequence[str]) -> str:
     """data.columns for a row whose column `best` holds the text of the answer."""
-    for ours, answer in (("question", "answer"), ("prompt", "completion"), ("instruction", "output")):
+    for ours, answer in (
+        ("question", "answer"),
+        ("prompt", "completion"),
+        ("instruction", "output"),
+    ):
         theirs = taken.get(ours, ours)
         if isinstance(row.values.get(theirs), str):
             return f"{{{'' if theirs == ours else f'{ours}: {short(theirs)}, '}{answer}: {short(best)}}}"
-    others = [name for name, value in row.values.items() if isinstance(value, str) and name not in (best, *rejected)]
+    others = [
+        name
+        for name, value in row.values.items()
+        if isinstance(value, str) and name not in (best, *rejected)
+    ]
     if not others:
         return f"{{text: {short(best)}}}, which learns all of the text"
     asked = short(others[0]) if len(others) == 1 else "NAME"
@@ -479,12 +567,20 @@ def _preference_columns(columns: tuple[str, ...], words: frozenset[str]) -> list
 
 @functools.lru_cache(1_000)
 def _verdict_columns(columns: tuple[str, ...]) -> list[str]:
-    """Columns whose name holds a word of VERDICTS, as is_good, rewardScore, score_2; not those that begin with _."""
-    return [column for column in columns if _words(column) & VERDICTS and not _words(column) & OTHER_MEANINGS]
+    """Columns whose name holds a word of VERDICTS, as is_good, rewardScore, score_2; not those that
+    begin with _.
+    """
+    return [
+        column
+        for column in columns
+        if _words(column) & VERDICTS and not _words(column) & OTHER_MEANINGS
+    ]
 
 
 def _is_verdict(value: Any, column: str) -> bool:
-    """Whether all that a value holds are numbers, yes, no and the like; a list or a mapping of them too."""
+    """Whether all that a value holds are numbers, yes, no and the like; a list or a mapping of them
+    too.
+    """
     leaves, inside = [], [value]
     while inside:
         value = inside.pop()
@@ -528,7 +624,10 @@ def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
         raise DataError(f"{row.place}: {_no_column(row, column)}")
     value = row.values[column]
     if not isinstance(value, str):
-        raise DataError(f"{row.place}: column {column!r} should be text, got {short(value)}; write it as a string")
+        raise DataError(
+            f"{row.place}: column {column!r} should be text, got {short(value)}; write it as a "
+            "string"
+        )
     _require_unicode(f"{row.place}: column {column!r}", value)
     if not may_be_empty and not value.strip():
         raise DataError(f"{row.place}: column {column!r} is empty; fill it or remove the row")
@@ -539,7 +638,9 @@ def _require_unicode(where: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as exc:
-        raise DataError(f"{where} holds {text[exc.start]!a}, half of a character; remove it") from exc
+        raise DataError(
+            f"{where} holds {text[exc.start]!a}, half of a character; remove it"
+        ) from exc
 
 
 def _messages(row: Row, column: str, learned: bool) -> list[Message]:
@@ -548,14 +649,21 @@ def _messages(row: Row, column: str, learned: bool) -> list[Message]:
         raise DataError(f"{row.place}: {_no_column(row, column)}")
     turns = row.values[column]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.place}: column {column!r} should be a list of messages, got {short(turns)}")
+        raise DataError(
+            f"{row.place}: column {column!r} should be a list of messages, got {short(turns)}"
+        )
     messages = []
     for number, turn in enumerate(turns, 1):
         where = f"{row.place}: message {number} of {column!r}"
-        if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and not {"role", "content"} & turn.keys():
+        if (
+            isinstance(turn, dict)
+            and {"from", "value"} <= turn.keys()
+            and not {"role", "content"} & turn.keys()
+        ):
             if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
                 raise DataError(
-                    f"{where} comes from {short(turn['from'])!r}; ShareGPT's names are {', '.join(SHAREGPT_ROLES)}"
+                    f"{where} comes from {short(turn['from'])!r}; ShareGPT's names are "
+                    f"{', '.join(SHAREGPT_ROLES)}"
                 )
             turn = {**turn, "role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
@@ -570,7 +678,10 @@ def _messages(row: Row, column: str, learned: bool) -> list[Message]:
         messages.append(Message(role, content, supervised=role == "assistant"))
     spoken = [message.role for message in messages if message.role != "system"]
     if any(message.role == "system" for message in messages[1:]):
-        raise DataError(f"{row.place}: a system message stands after the first message; it can only be the first")
+        raise DataError(
+            f"{row.place}: a system message stands after the first message; it can only be the "
+            "first"
+        )
     if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
         ends = (
             "the conversation ends with the user, so it has no last answer to learn; "
@@ -578,28 +689,42 @@ def _messages(row: Row, column: str, learned: bool) -> list[Message]:
             else ""
         )
         raise DataError(
-            f"{row.place}: {ends}roles should be user, assistant, user, assistant, ..., got {short(', '.join(spoken)) or 'none'}"
+            f"{row.place}: {ends}roles should be user, assistant, user, assistant, ..., got "
+            f"{short(', '.join(spoken)) or 'none'}"
         )
     return messages
 
 
 def _require_nothing_lost(where: str, turn: dict[str, Any], learned: bool) -> None:
-    """Raise DataError for a key of a message that says whether, or how well, it is to be learned, or holds a part of it."""
+    """Raise DataError for a key of a message that says whether, or how well, it is to be learned,
+    or holds a part of it.
+    """
     extra = tuple(sorted(turn.keys() - READ_KEYS))
     for key in extra:
         value, words = turn[key], _words(key)
         if key in PARTS and value not in LEARNED:
-            raise DataError(f"{where} has {key!r}, which would be ignored; remove it, or write it into the content")
+            raise DataError(
+                f"{where} has {key!r}, which would be ignored; remove it, or write it into the "
+                "content"
+            )
         if turn["role"] != "assistant" and value in (0, False):
             continue  # it says what holds anyway: only answers are learned
-        if learned and words & LEARNING and value not in (LEARNED[:3] if words & MASKS else LEARNED):
+        if (
+            learned
+            and words & LEARNING
+            and value not in (LEARNED[:3] if words & MASKS else LEARNED)
+        ):
             raise DataError(
-                f"{where} has {key!r}, which would be ignored ({short(value)}), and training would learn every answer; remove what "
-                f"should not be learned, and the key with it; if it means something else, rename it to '_{key}'"
+                f"{where} has {key!r}, which would be ignored ({short(value)}), and training would "
+                "learn every answer; remove what "
+                "should not be learned, and the key with it; if it means something else, rename "
+                f"it to '_{key}'"
             )
     for key in _verdict_columns(extra) if learned and turn["role"] == "assistant" else ():
         if not _words(key) & LEARNING and _is_verdict(turn[key], key):
             raise DataError(
-                f"{where} has {key!r}, which would be ignored ({short(turn[key])}): it says how good the answer is, but training would learn "
-                f"every answer as a good one; keep the good ones and remove the key, or rename it to '_{key}' if it means something else"
+                f"{where} has {key!r}, which would be ignored ({short(turn[key])}): it says how "
+                "good the answer is, but training would learn "
+                "every answer as a good one; keep the good ones and remove the key, or rename it "
+                f"to '_{key}' if it means something else"
             )

@@ -129,7 +129,11 @@ class Template:
 
     @property
     def fingerprint(self) -> str:
-        parts = [self.source, *sorted(f"{k}={v}" for k, v in self.special_tokens.items()), *self.turn_ends]
+        parts = [
+            self.source,
+            *sorted(f"{k}={v}" for k, v in self.special_tokens.items()),
+            *self.turn_ends,
+        ]
         parts += [f"date={self.date}"] * self.writes_date + ["learn_opening"] * self.learn_opening
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -147,7 +151,9 @@ class Template:
         for messages in tried:
             try:
                 self._render(Conversation(messages, PROMPT), add_generation_prompt=True)
-                self._render(Conversation((*messages, Message("assistant", "b", supervised=True)), PROMPT))
+                self._render(
+                    Conversation((*messages, Message("assistant", "b", supervised=True)), PROMPT)
+                )
                 return messages
             except DataError as exc:
                 found = found or exc
@@ -193,7 +199,10 @@ class Template:
         if loss_on == "last_turn":
             answers = answers[-1:]
         marked = self._marked_spans(conversation, answers)
-        spans = [self._span(conversation, text, turn, mark) for turn, mark in zip(answers, marked, strict=True)]
+        spans = [
+            self._span(conversation, text, turn, mark)
+            for turn, mark in zip(answers, marked, strict=True)
+        ]
         self._require_all(conversation, text)
         if loss_on == "all":
             return [Segment(text, True)]
@@ -229,7 +238,9 @@ class Template:
         """
         conversation = conversation or self.example
         if conversation is None:
-            conversation = Conversation((*self.probe, Message("assistant", "b", supervised=True)), PROMPT)
+            conversation = Conversation(
+                (*self.probe, Message("assistant", "b", supervised=True)), PROMPT
+            )
         return self.stop_of(self.segments(conversation, "last_turn"))
 
     def stop_of(self, segments: Sequence[Segment]) -> str | None:
@@ -237,7 +248,9 @@ class Template:
         answer = [segment.text for segment in segments if segment.supervised][-1]
         return next((token for token in self.turn_ends if answer.rstrip().endswith(token)), None)
 
-    def _span(self, conversation: Conversation, text: str, turn: int, mark: tuple[int, int] | None) -> tuple[int, int]:
+    def _span(
+        self, conversation: Conversation, text: str, turn: int, mark: tuple[int, int] | None
+    ) -> tuple[int, int]:
         """Where answer `turn` begins and ends in the rendered text, its end-of-turn token included.
 
         `mark`: where its {% generation %} block does, in templates that have them.
@@ -266,7 +279,10 @@ class Template:
 
         `alone`: the rendered text without the messages after `turn`.
         """
-        asked = self._render(Conversation(conversation.messages[:turn], conversation.place), add_generation_prompt=True)
+        asked = self._render(
+            Conversation(conversation.messages[:turn], conversation.place),
+            add_generation_prompt=True,
+        )
         if not text.startswith(asked):
             raise DataError(
                 f"{conversation.place}: data.template {self.name!r} renders the prompt of message {turn + 1} differently once the "
@@ -292,7 +308,9 @@ class Template:
     def _end(self, conversation: Conversation, text: str, start: int, turn: int) -> int:
         messages = conversation.messages
         marked = Message("assistant", messages[turn].content.rstrip() + _MARK, supervised=True)
-        moved = self._render(Conversation((*messages[:turn], marked, *messages[turn + 1 :]), conversation.place))
+        moved = self._render(
+            Conversation((*messages[:turn], marked, *messages[turn + 1 :]), conversation.place)
+        )
         end = moved.find(_MARK)
         if end < start:
             raise DataError(
@@ -310,17 +328,25 @@ class Template:
         """Move the end of an answer past the token that ends its turn, if one follows and none is inside."""
         if text[:end].rstrip().endswith(tuple(self.turn_ends)):
             return end
-        stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.turn_ends)) + ")") if self.turn_ends else None
+        stop = (
+            re.compile(r"\s*(?:" + "|".join(map(re.escape, self.turn_ends)) + ")")
+            if self.turn_ends
+            else None
+        )
         match = stop.match(text, end) if stop else None
         return match.end() if match else end
 
-    def _marked_spans(self, conversation: Conversation, answers: list[int]) -> Sequence[tuple[int, int] | None]:
+    def _marked_spans(
+        self, conversation: Conversation, answers: list[int]
+    ) -> Sequence[tuple[int, int] | None]:
         """The span of the {% generation %} block of each answer, None for templates without these blocks."""
         if not _GENERATION.search(self.source):
             return [None] * len(answers)
         spans: list[tuple[int, int]] = []
         self._render(conversation, spans=spans)
-        assistants = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+        assistants = [
+            i for i, message in enumerate(conversation.messages) if message.role == "assistant"
+        ]
         if len(spans) != len(assistants):
             raise DataError(
                 f"{conversation.place}: data.template {self.name!r} marks {len(spans)} {{% generation %}} blocks "
@@ -332,15 +358,21 @@ class Template:
     def _may_go(self) -> re.Pattern[str]:
         """What a template may take out of a message: white space around thoughts, and commands to itself, as /no_think."""
         commands = sorted(set(re.findall(r"['\"](/\w+)['\"]", self.source)), key=len, reverse=True)
-        return re.compile("|".join([_THINKING.pattern, *(rf"\s*{re.escape(command)}\s*" for command in commands)]))
+        return re.compile(
+            "|".join([_THINKING.pattern, *(rf"\s*{re.escape(command)}\s*" for command in commands)])
+        )
 
     def _require_all(self, conversation: Conversation, text: str) -> None:
         """Raise DataError if the rendered text lacks what a message says. Earlier thoughts may go."""
-        for number, (message, turn) in enumerate(zip(conversation.messages, self._plain(conversation)), 1):
+        for number, (message, turn) in enumerate(
+            zip(conversation.messages, self._plain(conversation)), 1
+        ):
             says = turn["content"]
             if message.supervised:  # whether its thoughts are there too, `_span` sees
                 says = _END_OF_THINKING.split(says)[-1]
-            if _holds(text, says, self._may_go) and _holds(text, turn.get("context", ""), self._may_go):
+            if _holds(text, says, self._may_go) and _holds(
+                text, turn.get("context", ""), self._may_go
+            ):
                 continue
             if message.from_setting:
                 raise ConfigError(
@@ -390,7 +422,9 @@ class Template:
             fails = f"{conversation.place}: data.template {self.name!r} fails: {type(exc).__name__}: {exc}"
             if isinstance(exc, TemplateSyntaxError):
                 raise BrokenTemplate(f"{fails} (line {exc.lineno} of the template)") from exc
-            if conversation.messages[0].from_setting and self._takes(conversation.messages[1:], add_generation_prompt):
+            if conversation.messages[0].from_setting and self._takes(
+                conversation.messages[1:], add_generation_prompt
+            ):
                 raise ConfigError(
                     f"data.system_prompt: data.template {self.name!r} takes no system message: {type(exc).__name__}: {exc}; "
                     "remove the setting, or use another data.template"
@@ -398,7 +432,10 @@ class Template:
             raise DataError(fails + self._remedy(conversation, add_generation_prompt)) from exc
 
     def _jinja(
-        self, conversation: Conversation, add_generation_prompt: bool, spans: list[tuple[int, int]] | None = None
+        self,
+        conversation: Conversation,
+        add_generation_prompt: bool,
+        spans: list[tuple[int, int]] | None = None,
     ) -> str:
         from transformers.utils import chat_template_utils
 
@@ -427,9 +464,15 @@ class Template:
         messages, is_row = conversation.messages, conversation.place != PROMPT
         if messages[0].role != "system":
             if self._takes([Message("system", "a"), *messages], add_generation_prompt):
-                return "; it needs a system message" + ": set data.system_prompt, or put one into the row" * is_row
+                return (
+                    "; it needs a system message"
+                    + ": set data.system_prompt, or put one into the row" * is_row
+                )
         elif len(messages) > 1 and self._takes(messages[1:], add_generation_prompt):
-            return "; it takes no system message" + ": take it out, or use another data.template" * is_row
+            return (
+                "; it takes no system message"
+                + ": take it out, or use another data.template" * is_row
+            )
         return ""
 
 
@@ -457,7 +500,9 @@ def load(
     """
     found = _find(name, format, chat_template, special_tokens, vocabulary)
     if not _is_text(found.source):
-        raise DataError(f"data.template: {found.name}: holds half of a character; correct the template")
+        raise DataError(
+            f"data.template: {found.name}: holds half of a character; correct the template"
+        )
     if _is_random(found):
         raise DataError(
             f"data.template: {found.name}: uses chance (random, lipsum), so each start would train other text; use another template"
@@ -479,7 +524,9 @@ def _find(
             name = "plain"
         else:
             name = "chat" if chat_template else USUAL[format]
-    turn_ends = tuple(dict.fromkeys([*special_tokens.values(), *(t for t in vocabulary if _looks_special(t))]))
+    turn_ends = tuple(
+        dict.fromkeys([*special_tokens.values(), *(t for t in vocabulary if _looks_special(t))])
+    )
     if name == "chat":
         if not chat_template:
             raise DataError(
@@ -494,7 +541,11 @@ def _find(
             chat_template = chat_template["default"]
         return Template(name, chat_template, special_tokens, turn_ends)
     if name in BUILT_IN:
-        missing = [token for token in ("<|im_start|>", "<|im_end|>") if name == "chatml" and token not in vocabulary]
+        missing = [
+            token
+            for token in ("<|im_start|>", "<|im_end|>")
+            if name == "chatml" and token not in vocabulary
+        ]
         if missing:
             raise DataError(
                 f"data.template: chatml ends turns with the token <|im_end|>, but the tokenizer has no {' and '.join(missing)}; "
@@ -503,15 +554,21 @@ def _find(
         return Template(name, BUILT_IN[name], special_tokens, turn_ends)
     if name.endswith(".jinja"):
         try:
-            return Template(name, Path(name).read_text(encoding="utf-8-sig"), special_tokens, turn_ends)
+            return Template(
+                name, Path(name).read_text(encoding="utf-8-sig"), special_tokens, turn_ends
+            )
         except (OSError, UnicodeDecodeError) as exc:
             raise DataError(f"data.template: {name}: cannot be read: {exc}") from exc
-    raise DataError(f"data.template: {name!r} is none of auto, chat, {', '.join(BUILT_IN)}, and no .jinja file")
+    raise DataError(
+        f"data.template: {name!r} is none of auto, chat, {', '.join(BUILT_IN)}, and no .jinja file"
+    )
 
 
 def sample_prompt(template: Template | None, prompt: str, system_prompt: str | None) -> str:
     """The text that the model goes on from after one of evaluation.sample_prompts; without a template the prompt itself."""
-    system = [Message("system", system_prompt, from_setting=True)] if system_prompt is not None else []
+    system = (
+        [Message("system", system_prompt, from_setting=True)] if system_prompt is not None else []
+    )
     place = Place("evaluation.sample_prompts", 1)
     return template.prompt([*system, Message("user", prompt)], place) if template else prompt
 
@@ -521,9 +578,18 @@ def _writes_time(template: Template) -> bool:
     if not template.writes_date:
         return False
     with contextlib.suppress(DataError):  # said with the first row
-        clocks = [replace(template, date=f"2001-02-03T{time}") for time in ("04:05:06.000007", "17:38:49.500000")]
+        clocks = [
+            replace(template, date=f"2001-02-03T{time}")
+            for time in ("04:05:06.000007", "17:38:49.500000")
+        ]
         return (
-            len({clock._render(Conversation(clock.probe, PROMPT), add_generation_prompt=True) for clock in clocks}) > 1
+            len(
+                {
+                    clock._render(Conversation(clock.probe, PROMPT), add_generation_prompt=True)
+                    for clock in clocks
+                }
+            )
+            > 1
         )
     return False
 
@@ -536,15 +602,21 @@ def _is_random(template: Template) -> bool:
     from transformers.utils import chat_template_utils
 
     try:
-        parsed = chat_template_utils._compile_jinja_template(template.source).environment.parse(template.source)
+        parsed = chat_template_utils._compile_jinja_template(template.source).environment.parse(
+            template.source
+        )
     except TemplateSyntaxError:
         return False  # said with the first row
     filters, names = parsed.find_all(nodes.Filter), parsed.find_all(nodes.Name)
-    return any(each.name == "random" for each in filters) or any(each.name == "lipsum" for each in names)
+    return any(each.name == "random" for each in filters) or any(
+        each.name == "lipsum" for each in names
+    )
 
 
 def _looks_special(token: str) -> bool:
-    return (token.startswith("<|") and token.endswith("|>")) or (token.startswith("<") and token.endswith("_of_turn>"))
+    return (token.startswith("<|") and token.endswith("|>")) or (
+        token.startswith("<") and token.endswith("_of_turn>")
+    )
 
 
 def _holds(rendered: str, message: str, may_go: re.Pattern[str] = _THINKING) -> bool:

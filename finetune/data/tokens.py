@@ -24,7 +24,8 @@ from finetune.data.templates import Segment, Template
 from finetune.errors import DataError, ModelError
 
 ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
-# The tokenizer takes up to 300 bytes of memory for a character: 1 GB for this many at once, 15 GB for a row of 50 MB.
+# The tokenizer takes up to 300 bytes of memory for a character: 1 GB for this many at once, 15 GB
+# for a row of 50 MB.
 CHARACTERS_AT_ONCE = 1 << 21
 WINDOW = 1 << 20  # characters of a longer text that are tokenised together
 OVERLAP = 1 << 14  # by which two windows overlap
@@ -34,7 +35,9 @@ TOO_LONG = "too long"  # a kind of problem
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the tokens besides rows, tokenizer and template; `positions` are for messages only."""
+    """What decides the tokens besides rows, tokenizer and template; `positions` are for messages
+    only.
+    """
 
     format: str
     columns: dict[str, str]
@@ -56,7 +59,9 @@ class Options:
 
 @dataclass
 class Tokenised:
-    """The pieces of all rows, in order: their tokens, which of these are supervised, and where their rows stand."""
+    """The pieces of all rows, in order: their tokens, which of these are supervised, and where
+    their rows stand.
+    """
 
     ids: list[np.ndarray] = field(default_factory=list)
     """int32 [tokens] of each piece."""
@@ -68,10 +73,17 @@ class Tokenised:
     """What an `Examples` says of all rows, by the names of its fields."""
 
 
-def first_that_fits(sources: Mapping[str, str], template: Template, options: Options) -> Conversation | None:
+def first_that_fits(
+    sources: Mapping[str, str], template: Template, options: Options
+) -> Conversation | None:
     """The first row that the template takes; None for rows of text."""
     for conversation in rows.conversations(
-        list(sources), options.format, options.columns, options.text_unit, options.system_prompt, Problems()
+        list(sources),
+        options.format,
+        options.columns,
+        options.text_unit,
+        options.system_prompt,
+        Problems(),
     ):
         if conversation.messages[0].role == "text":
             return None
@@ -81,15 +93,24 @@ def first_that_fits(sources: Mapping[str, str], template: Template, options: Opt
     return None
 
 
-def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def encode(
+    texts: Sequence[Sequence[Segment]], tokenizer: Any
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Segments of several rows -> (input_ids int32 [T], supervised bool [T]) of each."""
     if not texts:
         return []
     whole = ["".join(segment.text for segment in segments) for segments in texts]
     bounds = [np.cumsum([0] + [len(segment.text) for segment in segments]) for segments in texts]
-    answers = [[n for n, segment in enumerate(segments) if n and segment.supervised] for segments in texts]
+    answers = [
+        [n for n, segment in enumerate(segments) if n and segment.supervised] for segments in texts
+    ]
     encoded = _tokenise(whole, tokenizer)
-    asked = iter(_ids([text[: b[n]] for text, b, turns in zip(whole, bounds, answers) for n in turns], tokenizer))
+    asked = iter(
+        _ids(
+            [text[: b[n]] for text, b, turns in zip(whole, bounds, answers) for n in turns],
+            tokenizer,
+        )
+    )
     results = []
     for (ids, starts), bound, segments, turns in zip(encoded, bounds, texts, answers):
         owner = np.searchsorted(bound.astype(starts.dtype), starts, side="right")
@@ -101,13 +122,17 @@ def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[tuple[np.
             or (owner[len(prompt) :] < n).any()
             for n, prompt in zip(turns, [next(asked) for _ in turns])
         ):
-            # At inference a prompt is tokenised alone, and here that gives other tokens than before its
-            # answer: one would reach over the boundary. So the boundary is one of tokens in training too.
+            # At inference a prompt is tokenised alone, and here that gives other tokens than before
+            # its answer: one would reach over the boundary. So the boundary is one of tokens in
+            # training too.
             parts = [
                 _continue(segment.text, tokenizer) if n else _ids([segment.text], tokenizer)[0]
                 for n, segment in enumerate(segments)
             ]
-            ids, owner = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+            ids, owner = (
+                np.concatenate(parts),
+                np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+            )
         learned = np.array([segment.supervised for segment in segments], bool)
         results.append((ids, learned[owner]))
     return results
@@ -120,27 +145,38 @@ def _ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
 def _tokenise(
     texts: list[str], tokenizer: Any, offsets: bool = True, most: int | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids int32 [T], first character of each token [T]) of each text; without `offsets` the ids alone are right."""
+    """(ids int32 [T], first character of each token [T]) of each text; without `offsets` the ids
+    alone are right.
+    """
     most = most or WINDOW
     usual = [text for text in texts if len(text) <= most]
     encoded = (
         tokenizer(
-            usual, add_special_tokens=False, return_offsets_mapping=offsets, return_attention_mask=False, verbose=False
+            usual,
+            add_special_tokens=False,
+            return_offsets_mapping=offsets,
+            return_attention_mask=False,
+            verbose=False,
         )
         if usual
         else {"input_ids": []}
     )
     ids = (np.array(ids, np.int32) for ids in encoded["input_ids"])
-    starts = (np.array([start for start, _ in pairs], np.int64) for pairs in encoded.get("offset_mapping", repeat(())))
+    starts = (
+        np.array([start for start, _ in pairs], np.int64)
+        for pairs in encoded.get("offset_mapping", repeat(()))
+    )
     short = zip(ids, starts)
     return [next(short) if len(text) <= most else _tokenise_long(text, tokenizer) for text in texts]
 
 
 def _tokenise_long(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The same for a text of any length, in windows that overlap, so that memory grows with a window and not with the text.
+    """The same for a text of any length, in windows that overlap, so that memory grows with a
+    window and not with the text.
 
-    Two windows are joined inside their overlap, where AGREED tokens in a row are the same in both: what is far away does not
-    change a token. Where they do not agree, the first is made longer, in the end as long as the text.
+    Two windows are joined inside their overlap, where AGREED tokens in a row are the same in both:
+    what is far away does not change a token. Where they do not agree, the first is made longer, in
+    the end as long as the text.
     """
 
     def window(begin: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -163,23 +199,31 @@ def _tokenise_long(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
             ids, starts = next_ids[j:], next_starts[j:]
             begin, size, joint = following, WINDOW, int(starts[0])
     parts.append((ids, starts))
-    return np.concatenate([ids for ids, _ in parts]), np.concatenate([starts for _, starts in parts])
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate(
+        [starts for _, starts in parts]
+    )
 
 
 def _joint(
     ids: np.ndarray, starts: np.ndarray, next_ids: np.ndarray, next_starts: np.ndarray
 ) -> tuple[int, int] | None:
-    """A token of one window, and the same in the next, from which on AGREED tokens are equal; None if there are none."""
+    """A token of one window, and the same in the next, from which on AGREED tokens are equal; None
+    if there are none.
+    """
     for i in range(int(np.searchsorted(starts, next_starts[0])), len(ids) - AGREED + 1):
         j = int(np.searchsorted(next_starts, starts[i]))
         here, there = slice(i, i + AGREED), slice(j, j + AGREED)
-        if np.array_equal(ids[here], next_ids[there]) and np.array_equal(starts[here], next_starts[there]):
+        if np.array_equal(ids[here], next_ids[there]) and np.array_equal(
+            starts[here], next_starts[there]
+        ):
             return i, j
     return None
 
 
 def _continue(text: str, tokenizer: Any) -> np.ndarray:
-    """Tokens of a text that goes on after another: Llama's tokenizer puts a space before what stands alone."""
+    """Tokens of a text that goes on after another: Llama's tokenizer puts a space before what
+    stands alone.
+    """
     for before in ("\n", tokenizer.eos_token or "\n"):
         head, ids = _ids([before, before + text], tokenizer)
         if np.array_equal(ids[: len(head)], head):
@@ -197,13 +241,20 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
 
 def uses_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts a BOS before a text by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of vocabulary, merges, normalisation and special tokens, and of what tokenizer_config.json changes at each call."""
+    """Hash of vocabulary, merges, normalisation and special tokens, and of what
+    tokenizer_config.json changes at each call.
+    """
     switches = [uses_bos(tokenizer), bool(getattr(tokenizer, "split_special_tokens", False))]
-    parts = [tokenizer.backend_tokenizer.to_str(), json.dumps([tokenizer.special_tokens_map, switches], sort_keys=True)]
+    parts = [
+        tokenizer.backend_tokenizer.to_str(),
+        json.dumps([tokenizer.special_tokens_map, switches], sort_keys=True),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -224,25 +275,41 @@ def _characters(conversation: Conversation) -> int:
     return sum(len(message.content) + len(message.context) for message in conversation.messages)
 
 
-def tokenise(sources: Sequence[str], template: Template, tokenizer: Any, options: Options) -> Tokenised:
+def tokenise(
+    sources: Sequence[str], template: Template, tokenizer: Any, options: Options
+) -> Tokenised:
     """Tokenise all rows of all sources. Raises DataError that names file and line of what is wrong."""
     made = Tokenised()
-    made.counts = {"num_rows": 0, "num_truncated": 0, "num_dropped": 0, "learn_opening": template.learn_opening}
+    made.counts = {
+        "num_rows": 0,
+        "num_truncated": 0,
+        "num_dropped": 0,
+        "learn_opening": template.learn_opening,
+    }
     finish, control = _Finisher(template, tokenizer), ControlTokens(tokenizer, template.turn_ends)
     index = {source: number for number, source in enumerate(sources)}
     bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
     problems, unread = Problems(), Counter[str]()
     lengths: list[int] = []
     stream = rows.conversations(
-        sources, options.format, options.columns, options.text_unit, options.system_prompt, problems, unread
+        sources,
+        options.format,
+        options.columns,
+        options.text_unit,
+        options.system_prompt,
+        problems,
+        unread,
     )
-    # A longer row always has more than max_length tokens, so it is not tokenised, which would take a minute for 50 MB.
+    # A longer row always has more than max_length tokens, so it is not tokenised, which would take
+    # a minute for 50 MB.
     most = max(WINDOW, options.max_length * max(map(len, tokenizer.get_vocab())))
     for batch in _batches(stream):
         rendered = _rendered(batch, template, control, options, most, problems, made.counts)
         if len(problems) > problems.count(TOO_LONG):
             continue  # the rest is read to count what is wrong; tokens are of no use any more
-        if not template.learn_opening and any(template.opens_itself(segments) for _, segments in rendered):
+        if not template.learn_opening and any(
+            template.opens_itself(segments) for _, segments in rendered
+        ):
             bar.close()
             return tokenise(sources, replace(template, learn_opening=True), tokenizer, options)
         encoded = encode([segments for _, segments in rendered], tokenizer)
@@ -252,7 +319,9 @@ def tokenise(sources: Sequence[str], template: Template, tokenizer: Any, options
             with problems.noted():
                 ids, supervised = finish(conversation, segments, ids, supervised)
                 lengths.append(len(ids))
-                pieces = _pieces(ids, supervised, options, finish.bos_id, place, problems, made.counts)
+                pieces = _pieces(
+                    ids, supervised, options, finish.bos_id, place, problems, made.counts
+                )
             for piece_ids, piece_supervised in pieces:
                 made.ids.append(piece_ids)
                 made.supervised.append(piece_supervised)
@@ -261,12 +330,20 @@ def tokenise(sources: Sequence[str], template: Template, tokenizer: Any, options
     bar.close()
     problems.raise_if_any({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
     if not made.ids and not made.counts["num_rows"]:
-        raise DataError(f"{readers.some(list(sources), most=1)}: data.format skips all {problems.num_skipped:,} rows")
+        raise DataError(
+            f"{readers.some(list(sources), most=1)}: data.format skips all "
+            f"{problems.num_skipped:,} rows"
+        )
     if not made.ids:
         raise DataError(
-            f"{readers.some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over data.max_length {options.max_length} and dropped"
+            f"{readers.some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over "
+            f"data.max_length {options.max_length} and dropped"
         )
-    made.counts |= {"num_empty": problems.num_empty, "num_skipped": problems.num_skipped, "unread": unread}
+    made.counts |= {
+        "num_empty": problems.num_empty,
+        "num_skipped": problems.num_skipped,
+        "unread": unread,
+    }
     return made
 
 
@@ -277,11 +354,19 @@ def _rendered(
     """Conversations with their segments; rows over `most` characters are dropped or noted."""
     rendered = []
     for conversation in batch:
-        if options.truncation in ("error", "drop") and (characters := _characters(conversation)) > most:
+        if (
+            options.truncation in ("error", "drop")
+            and (characters := _characters(conversation)) > most
+        ):
             if options.truncation == "drop":
-                counts["num_rows"], counts["num_dropped"] = counts["num_rows"] + 1, counts["num_dropped"] + 1
+                counts["num_rows"], counts["num_dropped"] = (
+                    counts["num_rows"] + 1,
+                    counts["num_dropped"] + 1,
+                )
             else:
-                problems.note(_over(conversation.place, f"{characters:,} characters", options, None), TOO_LONG)
+                problems.note(
+                    _over(conversation.place, f"{characters:,} characters", options, None), TOO_LONG
+                )
             continue
         with problems.noted():
             control.refuse(conversation)
@@ -293,7 +378,9 @@ def _pieces(
     ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None, place: Place, problems: Problems,
     counts: dict[str, int],
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """A row cut to max_length: one piece, several, or none. Raises DataError if a piece teaches nothing."""
+    """A row cut to max_length: one piece, several, or none. Raises DataError if a piece teaches
+    nothing.
+    """
     is_long = len(ids) > options.max_length
     if options.truncation == "error" and is_long:
         problems.note(_over(place, f"{len(ids)} tokens", options, len(ids)), TOO_LONG)
@@ -302,7 +389,8 @@ def _pieces(
     if not all(learned[1:].any() for _, learned in pieces):
         can_rise = options.positions is None or options.max_length < options.positions
         raise DataError(
-            f"{place}: no supervised token is left in {len(ids)} tokens cut to {options.max_length}; "
+            f"{place}: no supervised token is left in {len(ids)} tokens cut to "
+            f"{options.max_length}; "
             + ("raise data.max_length, or set" if can_rise else "set")
             + " data.truncation to drop"
         )
@@ -316,15 +404,23 @@ class ControlTokens:
 
     def __init__(self, tokenizer: Any, turn_ends: Sequence[str]) -> None:
         self._bos = tokenizer.bos_token
-        bos, eos, unk, pad = (getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad"))
-        ends = (set(turn_ends) | {eos, pad} | ({bos} if uses_bos(tokenizer) else set())) - {None, unk}
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {unk}
+        bos, eos, unk, pad = (
+            getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")
+        )
+        ends = (set(turn_ends) | {eos, pad} | ({bos} if uses_bos(tokenizer) else set())) - {
+            None,
+            unk,
+        }
+        special = {
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        } - {unk}
         self._of_text, self._of_turns = _any_of(ends), _any_of(ends | special)
 
     def refuse(self, conversation: Conversation) -> None:
         """Raise DataError if a row's text would be tokenised to one of them."""
         for message in conversation.messages:
-            # A text has no turns to forge, and code is full of what some vocabularies call special, as <filename>.
+            # A text has no turns to forge, and code is full of what some vocabularies call special,
+            # as <filename>.
             control = self._of_text if message.role == "text" else self._of_turns
             if found := control.search(message.content + message.context):
                 what = (
@@ -332,7 +428,10 @@ class ControlTokens:
                     if found[0] == self._bos
                     else "a control token of the tokenizer"
                 )
-                raise DataError(f"{conversation.place}: the text contains {found[0]!r}, {what}; remove it from the row")
+                raise DataError(
+                    f"{conversation.place}: the text contains {found[0]!r}, {what}; remove it from "
+                    "the row"
+                )
 
 
 class _Finisher:
@@ -345,7 +444,11 @@ class _Finisher:
         self.template = template
 
     def __call__(
-        self, conversation: Conversation, segments: Sequence[Segment], ids: np.ndarray, supervised: np.ndarray
+        self,
+        conversation: Conversation,
+        segments: Sequence[Segment],
+        ids: np.ndarray,
+        supervised: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.bos_id is not None and (ids.size == 0 or ids[0] != self.bos_id):
             ids, supervised = np.insert(ids, 0, self.bos_id), np.insert(supervised, 0, False)
@@ -355,13 +458,15 @@ class _Finisher:
         again = np.flatnonzero(ids[1:] == bos_id)
         if begins and again.size and not self.tokenizer.decode(ids[1 : 1 + again[0]]).strip():
             raise DataError(
-                f"{conversation.place}: data.template {self.template.name!r} begins with more than one BOS "
+                f"{conversation.place}: data.template {self.template.name!r} begins with more than "
+                "one BOS "
                 f"{self.tokenizer.bos_token!r}; write it once, or leave it to the tokenizer"
             )
         if is_text or self.template.stop_of(segments) is None:
             if self.eos_id is None:
                 raise ModelError(
-                    "the tokenizer has no EOS token and the template ends no turn, so stopping cannot be learned; set eos_token"
+                    "the tokenizer has no EOS token and the template ends no turn, so stopping "
+                    "cannot be learned; set eos_token"
                 )
             ids, supervised = np.append(ids, np.int32(self.eos_id)), np.append(supervised, True)
         return ids, supervised
@@ -372,17 +477,25 @@ CUT = "data.truncation to right, left, drop or (clm) split"
 
 def _over(place: Place, size: str, options: Options, length: int | None) -> str:
     """That a row is too long. `length`: its tokens; None if there are too many to count."""
-    fits = f"remove it, or set {CUT}" if length is None else fitting(length, options.max_length, options.positions)
+    fits = (
+        f"remove it, or set {CUT}"
+        if length is None
+        else fitting(length, options.max_length, options.positions)
+    )
     return f"{place}: {size}, over data.max_length {options.max_length}; {fits}"
 
 
 def fitting(longest: int, limit: int, positions: int | None) -> str:
-    """What to do about rows of up to `longest` tokens where data.max_length is `limit`: no length that the model cannot have."""
+    """What to do about rows of up to `longest` tokens where data.max_length is `limit`: no length
+    that the model cannot have.
+    """
     if positions is not None and longest > positions:
         lower = f"data.max_length: {positions} and " if limit != positions else ""
         return f"data.max_length can be at most {positions}, as the model has no more positions: set {lower}{CUT}"
     enough = -(-longest // 64) * 64
-    return f"set data.max_length: {enough if positions is None else min(enough, positions)}, or {CUT}"
+    return (
+        f"set data.max_length: {enough if positions is None else min(enough, positions)}, or {CUT}"
+    )
 
 
 def _lengths(lengths: list[int], too_long: int, options: Options) -> str:
@@ -390,11 +503,14 @@ def _lengths(lengths: list[int], too_long: int, options: Options) -> str:
     limit = options.max_length
     if not lengths:
         return f"{too_long:,} rows are longer than data.max_length {limit}"
-    if len(lengths) < too_long + sum(length <= limit for length in lengths):  # some were not even tokenised
+    if len(lengths) < too_long + sum(
+        length <= limit for length in lengths
+    ):  # some were not even tokenised
         return f"{too_long:,} rows are longer than data.max_length {limit}, some by far: remove them, or set {CUT}"
     longest, usual = max(lengths), int(np.percentile(lengths, 95, method="higher"))
     return (
-        f"{too_long:,} rows are longer than data.max_length {limit}; of all {len(lengths):,} the longest has {longest:,} tokens and 95% "
+        f"{too_long:,} rows are longer than data.max_length {limit}; of all {len(lengths):,} the "
+        f"longest has {longest:,} tokens and 95% "
         f"have at most {usual:,}: {fitting(longest, limit, options.positions)}"
     )
 
@@ -421,14 +537,22 @@ def _shorten(
             ids = np.concatenate([ids[:head], ids[head + over :]])
             supervised = np.concatenate([supervised[:head], supervised[head + over :]])
             if has_prompt:  # the rest of an answer whose prompt is gone is read, but not learned
-                rest = len(ids) if supervised[head:].all() else head + int(np.argmin(supervised[head:]))
+                rest = (
+                    len(ids)
+                    if supervised[head:].all()
+                    else head + int(np.argmin(supervised[head:]))
+                )
                 supervised[head:rest] = False
         return [(ids, supervised)]
     pieces = []
-    # Without a BOS to begin with, a piece begins with the last token of the one before, so that each is predicted once.
+    # Without a BOS to begin with, a piece begins with the last token of the one before, so that
+    # each is predicted once.
     for start in range(head, len(ids) - (1 - head), limit - 1):
         piece = slice(start, start + limit - head)
         pieces.append(
-            (np.concatenate([ids[:head], ids[piece]]), np.concatenate([supervised[:head], supervised[piece]]))
+            (
+                np.concatenate([ids[:head], ids[piece]]),
+                np.concatenate([supervised[:head], supervised[piece]]),
+            )
         )
     return pieces

@@ -8,14 +8,17 @@ from torch import nn
 
 
 class Ema:
-    """Float32 averages next to the weights, 4 bytes for each; evaluated, sampled and exported in their place.
+    """Float32 averages next to the weights, 4 bytes for each; evaluated, sampled and exported in
+    their place.
 
     After step t: average = d x average + (1 - d) x weight, with d = min(decay, (1 + t) / (10 + t)),
     so that the first steps forget where they started (as in TensorFlow's ExponentialMovingAverage).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """`model`: bare, as it is shared between processes; the averages are of its own part of each weight."""
+        """`model`: bare, as it is shared between processes; the averages are of its own part of
+        each weight.
+        """
         self.decay = decay
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: p.detach().float().clone() for name, p in self.parameters.items()}

@@ -16,8 +16,9 @@ from finetune.engine.rundir import RunDirectory
 from finetune.engine.step import StepResult
 from finetune.engine.trackers import Trackers
 
-# Peak dense rate of products of 16-bit numbers in FLOP/s, from the vendors' data sheets: words of a GPU's name -> rate. The
-# first line whose words are all in the name; what has no line has no utilisation.
+# Peak dense rate of products of 16-bit numbers in FLOP/s, from the vendors' data sheets: words of a
+# GPU's name -> rate. The first line whose words are all in the name; what has no line has no
+# utilisation.
 PEAK_16_BITS = {
     ("GB300",): 2500e12, ("B300",): 2250e12, ("GB200",): 2500e12, ("B200",): 2250e12, ("GH200",): 989e12, ("H200", "NVL"): 835e12,
     ("H200",): 989e12, ("H100", "NVL"): 835e12, ("H100", "PCIe"): 756e12, ("H100",): 989e12, ("H800",): 989e12, ("H20",): 148e12,
@@ -42,14 +43,18 @@ def peak_rate(gpu: str) -> float | None:
 def utilisation(
     tokens_per_second: float, flops_per_token: float, peak: float | None, num_processes: int
 ) -> float | None:
-    """Model FLOPs utilisation: the arithmetic that the model needs over what the GPUs could do in 16 bits. None if unknown."""
+    """Model FLOPs utilisation: the arithmetic that the model needs over what the GPUs could do in
+    16 bits. None if unknown.
+    """
     if not peak or not flops_per_token:
         return None
     return round(tokens_per_second * flops_per_token / (peak * num_processes), 4)
 
 
 def log(message: str) -> None:
-    """One line for a person, past any progress bar, on standard output; errors go to standard error."""
+    """One line for a person, past any progress bar, on standard output; errors go to standard
+    error.
+    """
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()  # a file or a pipe would keep it back
 
@@ -71,15 +76,24 @@ class Metrics:
         # Not if one of them is a pipe: tee would write its lines into the bar.
         shows_bar = is_main and sys.stderr.isatty() and sys.stdout.isatty()
         self.bar = tqdm(
-            total=num_steps, initial=start, bar_format=BAR, disable=not shows_bar, dynamic_ncols=True, leave=False
+            total=num_steps,
+            initial=start,
+            bar_format=BAR,
+            disable=not shows_bar,
+            dynamic_ncols=True,
+            leave=False,
         )
         self.started = self.last_line = self.mark = time.monotonic()
         self.tokens = 0
         self.first = start
         self.unwritten: dict[str, Any] | None = None
 
-    def step(self, progress: Progress, result: StepResult, *, lr: float, epoch: float, memory_gb: float) -> None:
-        """After each step. `tokens` and `supervised_tokens` of a line are totals since the start of the run."""
+    def step(
+        self, progress: Progress, result: StepResult, *, lr: float, epoch: float, memory_gb: float
+    ) -> None:
+        """After each step. `tokens` and `supervised_tokens` of a line are totals since the start of
+        the run.
+        """
         if not self.is_main:
             return
         self.tokens += result.tokens
@@ -103,7 +117,8 @@ class Metrics:
         if now - self.last_line > LINE_SECONDS or last or step == self.first + 1:
             left = (now - self.started) / (step - self.first) * (self.num_steps - step)
             log(
-                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f}  lr {lr:.2e}  "
+                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f}  lr "
+                f"{lr:.2e}  "
                 f"{rate:,.0f} tokens/s  {memory_gb:.1f} GB  {_duration(left)} left"
             )
             self.last_line = now
@@ -119,15 +134,25 @@ class Metrics:
             self._record(self.evals, {"step": step, **values})
             own, entropy = values["eval_loss"], values["cross_entropy"]
             beside = "" if own == entropy else f"cross-entropy {entropy:.4f}  "
-            log(f"step {step}/{self.num_steps}  eval loss {own:.4f}  {beside}perplexity {values['perplexity']:.2f}")
+            log(
+                f"step {step}/{self.num_steps}  eval loss {own:.4f}  {beside}perplexity "
+                f"{values['perplexity']:.2f}"
+            )
 
     def saved(self, facts: dict[str, Any]) -> None:
-        """After a checkpoint: its step, how long training waited for it, how long it took, its size."""
+        """After a checkpoint: its step, how long training waited for it, how long it took, its
+        size.
+        """
         if self.is_main:
             self.saves.add(facts)
-            uploaded = f", {facts['upload_seconds']:.3g} s of that for the upload" if "upload_seconds" in facts else ""
+            uploaded = (
+                f", {facts['upload_seconds']:.3g} s of that for the upload"
+                if "upload_seconds" in facts
+                else ""
+            )
             log(
-                f"saved step {facts['step']}: {facts['bytes'] / 1e9:.3g} GB, training waited {facts['stall_seconds']:.3g} s, "
+                f"saved step {facts['step']}: {facts['bytes'] / 1e9:.3g} GB, training waited "
+                f"{facts['stall_seconds']:.3g} s, "
                 f"safe after {facts['seconds']:.3g} s{uploaded}"
             )
 
@@ -136,12 +161,17 @@ class Metrics:
             for prompt, answer in zip(prompts, answers):
                 self.samples.add({"step": step, "prompt": prompt, "answer": answer})
             for prompt, answer in list(zip(prompts, answers))[:SHOWN_SAMPLES]:
-                log(f"step {step}/{self.num_steps}  sample  {_line(prompt)}  ->  {_line(answer) or '(nothing)'}")
+                log(
+                    f"step {step}/{self.num_steps}  sample  {_line(prompt)}  ->  "
+                    f"{_line(answer) or '(nothing)'}"
+                )
             if (more := len(prompts) - SHOWN_SAMPLES) > 0:
                 log(f"step {step}/{self.num_steps}  {more} more in {self.samples.path}")
 
     def sync(self) -> None:
-        """Everything that was told is on the disk. Raises OSError: a checkpoint must find its past there."""
+        """Everything that was told is on the disk. Raises OSError: a checkpoint must find its past
+        there.
+        """
         for log in (self.steps, self.evals, self.samples):
             log.sync()
 

@@ -23,13 +23,17 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     `hidden` marks the matrices that are neither embeddings nor head, which muon turns.
     """
     ends = {id(p) for module in _ends(model) for p in module.parameters()}
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # positions, too
+    looked_up = {
+        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)
+    }  # positions, too
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_end, is_matrix = id(parameter) in ends, parameter.ndim >= 2
             hidden = parameter.ndim == 2 and id(parameter) not in looked_up and not is_end
-            scale = optimizer.embedding_lr / optimizer.lr if is_end and optimizer.embedding_lr else 1.0
+            scale = (
+                optimizer.embedding_lr / optimizer.lr if is_end and optimizer.embedding_lr else 1.0
+            )
             if "lora_B" in name or "lora_embedding_B" in name:
                 scale = optimizer.lora_plus_ratio or 1.0
             key = (optimizer.weight_decay if is_matrix else 0.0, scale, hidden)
@@ -40,11 +44,13 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     ]
 
 
-def build(model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False, seed: int = 0) -> torch.optim.Optimizer:
+def build(
+    model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False, seed: int = 0
+) -> torch.optim.Optimizer:
     """The optimizer over `parameter_groups`, at learning rate optimizer.lr x scale.
 
-    `in_16_bits`: the weights that train are bfloat16, with no float32 copy of them anywhere; `seed` decides
-    which of them are rounded up.
+    `in_16_bits`: the weights that train are bfloat16, with no float32 copy of them anywhere; `seed`
+    decides which of them are rounded up.
     """
     groups = parameter_groups(model, optimizer)
     for group in groups:
@@ -63,7 +69,9 @@ def build(model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False, seed
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    """Rare tokens move rarely and far: 8 bits are too few for them (Dettmers et al., 2022, section 3)."""
+    """Rare tokens move rarely and far: 8 bits are too few for them (Dettmers et al., 2022, section
+    3).
+    """
     import bitsandbytes.optim as bnb
 
     overrides = bnb.GlobalOptimManager.get_instance()
@@ -71,7 +79,9 @@ def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             overrides.register_module_override(module, "weight", {"optim_bits": 32})
-    warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")  # there, all memory is the host's
+    warnings.filterwarnings(
+        "ignore", "Paged optimizers are not supported on CPU"
+    )  # there, all memory is the host's
 
 
 def needs_bitsandbytes(kind: str) -> bool:
@@ -80,15 +90,19 @@ def needs_bitsandbytes(kind: str) -> bool:
 
 
 class RoundedAdamW(torch.optim.Optimizer):
-    """AdamW on bfloat16 weights, 8 bytes for each with gradient and averages, computed in float32 and rounded stochastically.
+    """AdamW on bfloat16 weights, 8 bytes for each with gradient and averages, computed in float32
+    and rounded stochastically.
 
-    bfloat16 has steps of 1/256 to 1/128 of a value. Rounded to the nearest, an update below half a step is lost each
-    time, and 0.999 v is v again, so that the second moment never falls. Rounded up or down by chance, with the odds
-    of how near each is, all are right on average (Gupta et al., 2015; Zamirai et al., 2020). The chance is a function of
-    (seed, step), so a resumed run draws the same numbers and a run of another seed draws others.
+    bfloat16 has steps of 1/256 to 1/128 of a value. Rounded to the nearest, an update below half a
+    step is lost each time, and 0.999 v is v again, so that the second moment never falls. Rounded
+    up or down by chance, with the odds of how near each is, all are right on average (Gupta et al.,
+    2015; Zamirai et al., 2020). The chance is a function of (seed, step), so a resumed run draws
+    the same numbers and a run of another seed draws others.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, seed: int) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, seed: int
+    ) -> None:
         super().__init__(groups, {"betas": betas, "eps": eps})
         self.seed = seed
 
@@ -102,10 +116,15 @@ class RoundedAdamW(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.tensor(0.0)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                    state["exp_avg"], state["exp_avg_sq"] = (
+                        torch.zeros_like(parameter),
+                        torch.zeros_like(parameter),
+                    )
                 state["step"] += 1
                 number = int(state["step"].item())
-                chance = chance or torch.Generator(parameter.device).manual_seed(_mixed(self.seed, number))
+                chance = chance or torch.Generator(parameter.device).manual_seed(
+                    _mixed(self.seed, number)
+                )
                 tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
                 slices = (_own_part(tensor).view(-1).split(SLICE) for tensor in tensors)
                 for weight, grad, first, second in zip(*slices):
@@ -120,25 +139,33 @@ def _adamw_(
     mean = first.float().lerp_(exact, 1 - beta1)
     square = second.float().mul_(beta2).addcmul_(exact, exact, value=1 - beta2)
     moved = weight.float().mul_(1 - lr * group["weight_decay"])
-    moved.addcdiv_(mean, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-lr / (1 - beta1**step))
+    moved.addcdiv_(
+        mean, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-lr / (1 - beta1**step)
+    )
     for stored, value in ((weight, moved), (first, mean), (second, square)):
         round_(stored, value, chance)
 
 
 def _mixed(seed: int, step: int) -> int:
-    """A seed from two numbers: PyTorch's generator on a CPU heeds 32 bits only, so each must reach all of them."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest(), "little")
+    """A seed from two numbers: PyTorch's generator on a CPU heeds 32 bits only, so each must reach
+    all of them.
+    """
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest(), "little"
+    )
 
 
 def round_(stored: torch.Tensor, value: torch.Tensor, chance: torch.Generator) -> None:
     """float32 `value` into bfloat16 `stored`: up or down, with the odds of how near each is.
 
-    bfloat16 is the upper half of float32: a number from 0 to 65,535 added to the lower half carries into the upper one
-    as often as the lower half says.
+    bfloat16 is the upper half of float32: a number from 0 to 65,535 added to the lower half carries
+    into the upper one as often as the lower half says.
     """
     if stored.dtype == torch.bfloat16:
         bits = value.view(torch.int32)
-        bits += torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=chance)
+        bits += torch.randint(
+            1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=chance
+        )
         bits &= -(1 << 16)
     stored.copy_(value)
 
@@ -155,11 +182,14 @@ class Muon(torch.optim.Optimizer):
     means the same for both.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float
+    ) -> None:
         super().__init__(groups, {})
         matrices = [group for group in self.param_groups if group["hidden"]]
         others = [group for group in self.param_groups if not group["hidden"]]
-        # Their groups are made of ours, so that a rate set here is theirs; state is one mapping from parameter to state.
+        # Their groups are made of ours, so that a rate set here is theirs; state is one mapping
+        # from parameter to state.
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
@@ -169,7 +199,9 @@ class Muon(torch.optim.Optimizer):
 
     def _share(self) -> None:
         for part in self.parts:
-            part.param_groups = [g for g in self.param_groups if g["hidden"] == isinstance(part, torch.optim.Muon)]
+            part.param_groups = [
+                g for g in self.param_groups if g["hidden"] == isinstance(part, torch.optim.Muon)
+            ]
             part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -185,7 +217,8 @@ def lr_at(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
     """Learning rate of step `step` (from 0) of `num_steps`.
 
     Warm-up rises linearly and reaches the peak at step warmup_steps. After it linear, cosine and
-    wsd reach min_lr_fraction x peak after the last step; inverse_sqrt is peak x sqrt(warmup / step).
+    wsd reach min_lr_fraction x peak after the last step; inverse_sqrt is peak x sqrt(warmup /
+    step).
     """
     warmup, floor = schedule.warmup_steps, schedule.min_lr_fraction
     if step < warmup:
@@ -203,13 +236,19 @@ def lr_at(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
 
 
 def page_again(optimizer: torch.optim.Optimizer) -> None:
-    """After a resumption: state of paged optimizers back into memory that the GPU may page out; bitsandbytes loads it into its own."""
+    """After a resumption: state of paged optimizers back into memory that the GPU may page out;
+    bitsandbytes loads it into its own.
+    """
     if not getattr(optimizer, "is_paged", False):
         return
     for parameter, state in optimizer.state.items():
         for name in ("state1", "state2"):
             loaded = state.get(name)
-            if isinstance(loaded, torch.Tensor) and loaded.is_cuda and not getattr(loaded, "is_paged", False):
+            if (
+                isinstance(loaded, torch.Tensor)
+                and loaded.is_cuda
+                and not getattr(loaded, "is_paged", False)
+            ):
                 state[name] = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
                 state[name].copy_(loaded)
 
@@ -223,6 +262,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def _ends(model: nn.Module) -> list[nn.Module]:
     """Embedding and head."""
     found = [
-        getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings") if hasattr(model, name)
+        getattr(model, name)()
+        for name in ("get_input_embeddings", "get_output_embeddings")
+        if hasattr(model, name)
     ]
     return [module for module in found if module is not None]

@@ -1,4 +1,6 @@
-"""The receipt: what was run on what, so that it can be run again, or be refused with what has changed since."""
+"""The receipt: what was run on what, so that it can be run again, or be refused with what has
+changed since.
+"""
 
 import contextlib
 import hashlib
@@ -33,7 +35,9 @@ def compose(**facts: Any) -> dict[str, Any]:
 
 
 def refusal(what: str, different: list[str], instead: str) -> RunDirectoryError:
-    """The error for a run that is another than the one that is here: what it is, what differs, what to do instead."""
+    """The error for a run that is another than the one that is here: what it is, what differs, what
+    to do instead.
+    """
     return RunDirectoryError("\n  ".join([f"{what}; what differs:", *different]) + f"\n{instead}")
 
 
@@ -47,11 +51,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def identity_differences(old: dict[str, Any], new: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+def identity_differences(
+    old: dict[str, Any], new: dict[str, Any], usual: dict[str, Any]
+) -> list[str]:
     """What differs in what a config only points at.
 
-    Both map a name to a fingerprint, such as that of the training data, or to fields, such as those of the model's config.
-    `usual`: what a field is where it is not given, as another version of transformers may know more fields.
+    Both map a name to a fingerprint, such as that of the training data, or to fields, such as those
+    of the model's config. `usual`: what a field is where it is not given, as another version of
+    transformers may know more fields.
     """
     different = []
     for name, now in new.items():
@@ -68,7 +75,11 @@ def identity_differences(old: dict[str, Any], new: dict[str, Any], usual: dict[s
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
     return flat
 
 
@@ -84,7 +95,10 @@ def code_fingerprint() -> dict[str, Any]:
     """Git revision, whether the tree was changed, and a hash of the package's own sources."""
     package = Path(__file__).resolve().parents[1]
     sources = hashlib.sha256()
-    for path in [*sorted(path for path in package.rglob("*.py") if "shipped" not in path.parts), TRAIN]:
+    for path in [
+        *sorted(path for path in package.rglob("*.py") if "shipped" not in path.parts),
+        TRAIN,
+    ]:
         sources.update(path.read_bytes())
 
     def git(*arguments: str) -> str | None:
@@ -92,7 +106,11 @@ def code_fingerprint() -> dict[str, Any]:
             return None
         try:
             return subprocess.run(
-                ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
+                ["git", "-C", str(package), *arguments],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
             ).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None

@@ -31,10 +31,12 @@ from finetune.places import BEATS, REPLAY_OF, RUN
 LOCK = ".lock"
 OUTCOME = "outcome.json"
 STATES = ("running", "complete", "preempted", "failed")
-# What `files.write_synced` leaves when its process is killed; `.mode-`: the probe of `files.follow_umask`.
+# What `files.write_synced` leaves when its process is killed; `.mode-`: the probe of
+# `files.follow_umask`.
 TEMPORARY = re.compile(r"(\.mode-)?\.writing-[a-z]+\.(json|jsonl|yaml)-[a-z0-9_]{8}")
 MOST_REASON = 1_000  # letters, where outcome.json must fit into the block that it has
-# The directory belongs to another run or process: its outcome does not describe how this attempt ended.
+# The directory belongs to another run or process: its outcome does not describe how this attempt
+# ended.
 REFUSED = (RunDirectoryError, DirectoryInUse, TakenOver)
 
 
@@ -64,50 +66,64 @@ class RunDirectory:
         if os.path.exists(saved):
             different = configs.differences(configs.read_resolved(saved), config)
             if different:
-                instead = (
-                    "give this run another run.name, go back to those values, or remove the directory to start over"
-                )
+                instead = "give this run another run.name, go back to those values, or remove the directory to start over"
                 raise refusal(f"{self.path} holds another run", different, instead)
         elif os.path.exists(self.path) and (
-            not self.path.is_dir() or any(p.name[0] != "." and p.name != OUTCOME for p in self.path.iterdir())
+            not self.path.is_dir()
+            or any(p.name[0] != "." and p.name != OUTCOME for p in self.path.iterdir())
         ):
             if not any(self.path.glob(f"checkpoints/*step-*/{MANIFEST}")):
                 raise RunDirectoryError(
-                    f"{self.path} exists and is not a run directory (no config.yaml); choose another run.name or run.dir"
+                    f"{self.path} exists and is not a run directory (no config.yaml); choose "
+                    "another run.name or run.dir"
                 )
             raise RunDirectoryError(
-                f"{saved} is missing, and {self.checkpoints} holds checkpoints; {configs.PUT_BACK}, or choose another run.name"
+                f"{saved} is missing, and {self.checkpoints} holds checkpoints; "
+                f"{configs.PUT_BACK}, or choose another run.name"
             )
         self._require_kinds()
         if config.checkpoint.resume == "never" and any(self.checkpoints.glob("step-*")):
             raise RunDirectoryError(
-                f"{self.path} has checkpoints, and checkpoint.resume is never; set it to auto, or choose another run.name"
+                f"{self.path} has checkpoints, and checkpoint.resume is never; set it to auto, or "
+                "choose another run.name"
             )
         if self.outcome().get("state") != "complete":  # a complete run is reported from any disk
             self.require_writable()
 
     def require_writable(self) -> None:
-        """Raise Outage for a disk that cannot be written now, RunDirectoryError for files or folders that forbid it."""
-        nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if os.path.exists(parent))
+        """Raise Outage for a disk that cannot be written now, RunDirectoryError for files or
+        folders that forbid it.
+        """
+        nearest = next(
+            parent
+            for parent in (self.path, *self.path.absolute().parents)
+            if os.path.exists(parent)
+        )
         if nearest.is_dir() and os.statvfs(nearest).f_flag & os.ST_RDONLY:
             raise Outage(
-                f"{self.path} cannot be written now: {nearest} is on a disk that is mounted read-only; mount it to be written, "
+                f"{self.path} cannot be written now: {nearest} is on a disk that is mounted "
+                "read-only; mount it to be written, "
                 "or choose another run.dir"
             )
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             why = "no permission in" if nearest.is_dir() else "there is a file called"
-            raise RunDirectoryError(f"{self.path} cannot be written: {why} {nearest}; choose another run.dir")
+            raise RunDirectoryError(
+                f"{self.path} cannot be written: {why} {nearest}; choose another run.dir"
+            )
         if nearest != self.path:
             with self._writing():
                 files.probe_folder(nearest)
         for path in self._files():
             if path.exists() and not os.access(path, os.W_OK):
-                raise RunDirectoryError(f"{path} cannot be written: no permission; correct its mode or its owner")
+                raise RunDirectoryError(
+                    f"{path} cannot be written: no permission; correct its mode or its owner"
+                )
 
     def lock(self, seconds: float) -> None:
         """Make the directory and keep others from running in it, as long as this process lives.
 
-        One that is about to end, as when a machine is replaced, is waited for. Raises DirectoryInUse, RunDirectoryError.
+        One that is about to end, as when a machine is replaced, is waited for. Raises
+        DirectoryInUse, RunDirectoryError.
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -116,18 +132,22 @@ class RunDirectory:
                 lock.acquire(timeout=seconds)
             except Timeout:
                 raise DirectoryInUse(
-                    f"{self.path} is still in use by another process after {seconds:g} s; wait for it, or choose another run.name"
+                    f"{self.path} is still in use by another process after {seconds:g} s; wait for "
+                    "it, or choose another run.name"
                 ) from None
             self._lock = lock
 
     def unlock(self) -> None:
         if self._lock:
-            self._lock.release()  # the file stays: who removed it could take it from under the next one's feet
+            # The file stays: who removed it could take it from under the next one's feet
+            self._lock.release()
 
     def create(self, config: Config) -> None:
         """Make the directory and write the resolved config. Raises RunDirectoryError."""
         with self._writing():
-            files.write_synced(self.path / "config.yaml", configs.to_yaml(config))  # first: it makes it a run directory
+            files.write_synced(
+                self.path / "config.yaml", configs.to_yaml(config)
+            )  # first: it makes it a run directory
             self.checkpoints.mkdir(exist_ok=True)
             self._sweep()
             self.is_open = True
@@ -144,16 +164,20 @@ class RunDirectory:
             ) from exc
 
     def _sweep(self) -> None:
-        """Remove what `files.write_synced` has left of attempts that were killed. Under the lock: no other process writes here."""
+        """Remove what `files.write_synced` has left of attempts that were killed. Under the lock:
+        no other process writes here.
+        """
         for path in self.path.iterdir():
             if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink()
 
     def write_receipt(self, receipt: dict[str, Any], step: int) -> str | None:
-        """Write what this start runs on, at the step that it goes on from; what to tell a person, if anything.
+        """Write what this start runs on, at the step that it goes on from; what to tell a person,
+        if anything.
 
-        A receipt is that of the attempt that began at step 0. One that goes on never changes it: other facts are noted in
-        starts.jsonl. One that finds no checkpoint begins at step 0 again and replaces it; starts.jsonl keeps the old one.
+        A receipt is that of the attempt that began at step 0. One that goes on never changes it:
+        other facts are noted in starts.jsonl. One that finds no checkpoint begins at step 0 again
+        and replaces it; starts.jsonl keeps the old one.
         """
         old, problem = self._read_receipt()
         path, made = self.path / "receipt.json", {"written": _now(), **receipt}
@@ -167,49 +191,74 @@ class RunDirectory:
         if os.path.lexists(path) and problem is not None:
             os.replace(path, files.free_name(path))
         files.write_synced(path, json.dumps(made, indent=2))
-        return f"note: {path} {problem}; it says from now on what step {step} went on with" if step else None
+        return (
+            f"note: {path} {problem}; it says from now on what step {step} went on with"
+            if step
+            else None
+        )
 
     def _note_start(self, facts: dict[str, Any]) -> None:
         kept = [line for line in lines(self.starts) if line]
         files.write_synced(self.starts, "".join(line + "\n" for line in [*kept, json.dumps(facts)]))
 
     def require_same_receipt(self, receipt: dict[str, Any]) -> None:
-        """Raise RunDirectoryError with what differs between this run's receipt and that of the run which `replay` repeats."""
+        """Raise RunDirectoryError with what differs between this run's receipt and that of the run
+        which `replay` repeats.
+        """
         if other := os.environ.get(REPLAY_OF):
             old, _ = files.read_note(Path(other) / "receipt.json")
             if different := differences(old, receipt):
-                raise refusal(f"this would not repeat the run {other}", different, "restore these to repeat the run")
+                raise refusal(
+                    f"this would not repeat the run {other}",
+                    different,
+                    "restore these to repeat the run",
+                )
 
     def template_date(self) -> str:
-        """The day that a template was given at the first start of this run, or of the run it repeats; else today.
+        """The day that a template was given at the first start of this run, or of the run it
+        repeats; else today.
 
         Where the receipt is damaged, the newest checkpoint says it.
         """
         of = Path(os.environ.get(REPLAY_OF, self.path))
         receipt, _ = files.read_note(of / "receipt.json")
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged receipt is said elsewhere
+        with contextlib.suppress(
+            ValueError, LookupError, TypeError
+        ):  # a damaged receipt is said elsewhere
             return str(date.fromisoformat(receipt["template_date"]))
         for path in steps(of / "checkpoints"):
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # damaged, or of an older version
-                return str(date.fromisoformat(read_manifest(path)["identity"]["date in the template"]))
+            with contextlib.suppress(
+                OSError, ValueError, LookupError, TypeError
+            ):  # damaged, or of an older version
+                return str(
+                    date.fromisoformat(read_manifest(path)["identity"]["date in the template"])
+                )
         return str(date.today())
 
     def receipt(self) -> dict[str, Any]:
         return files.read_note(self.path / "receipt.json")[0]
 
-    def write_outcome(self, state: str, step: int, reason: str, exported: Sequence[str] = (), **facts: Any) -> None:
-        """state: one of STATES. `exported`: the files of the model of a complete run, not a user's own."""
+    def write_outcome(
+        self, state: str, step: int, reason: str, exported: Sequence[str] = (), **facts: Any
+    ) -> None:
+        """state: one of STATES. `exported`: the files of the model of a complete run, not a user's
+        own.
+        """
         outcome = {"state": state, "step": step, "reason": reason, **facts, "written": _now()}
         if state == "complete":
             outcome["model"] = described(self.model, list(exported))
         _write_outcome(self.path / OUTCOME, outcome)
 
-    def note_end(self, error: BaseException, step: int | None = None, may_create: bool = False) -> None:
-        """Write that and why this attempt ends before its time. The first call counts, as it is nearest to the cause.
+    def note_end(
+        self, error: BaseException, step: int | None = None, may_create: bool = False
+    ) -> None:
+        """Write that and why this attempt ends before its time. The first call counts, as it is
+        nearest to the cause.
 
-        Before `create` that is written only where no other run or process is at home, and never over a complete outcome.
-        `may_create`: a directory is made for it, but not for a mistake of the user, who then starts with a clean one.
-        Never raises: a full disk must not hide the reason.
+        Before `create` that is written only where no other run or process is at home, and never
+        over a complete outcome. `may_create`: a directory is made for it, but not for a mistake of
+        the user, who then starts with a clean one. Never raises: a full disk must not hide the
+        reason.
         """
         if self.has_ended:
             return
@@ -225,13 +274,17 @@ class RunDirectory:
                 elif not isinstance(error, REFUSED):
                     self.check(self._config)
                     is_new = not (self.path / "config.yaml").exists()
-                    if not is_new or (may_create and getattr(error, "exit_code", EXIT_FAILED) == EXIT_FAILED):
+                    if not is_new or (
+                        may_create and getattr(error, "exit_code", EXIT_FAILED) == EXIT_FAILED
+                    ):
                         self.unlock()
                         note_end_of(self.path, state, reason)
         self.withdraw()
 
     def announce(self) -> None:
-        """Tell the launcher that this directory is the run's: it writes the outcome of a process that dies without one."""
+        """Tell the launcher that this directory is the run's: it writes the outcome of a process
+        that dies without one.
+        """
         if self._may_note and (folder := os.environ.get(BEATS)):
             with contextlib.suppress(OSError):
                 self._announced = Path(folder) / RUN
@@ -247,60 +300,85 @@ class RunDirectory:
         """How the last attempt ended; empty if there was none."""
         return files.read_note(self.path / OUTCOME)[0]
 
-    def completion(self, identity: dict[str, Any], usual: dict[str, Any]) -> tuple[bool, str | None]:
-        """(whether a run has ended here and every file of its model is what was verified then, a note for a person).
+    def completion(
+        self, identity: dict[str, Any], usual: dict[str, Any]
+    ) -> tuple[bool, str | None]:
+        """(whether a run has ended here and every file of its model is what was verified then, a
+        note for a person).
 
-        Raises RunDirectoryError if it was of other data or another base, or if that cannot be known. `identity`, `usual`:
-        as in `receipt.identity_differences`. A base's weights are not compared, as they are not loaded yet.
+        Raises RunDirectoryError if it was of other data or another base, or if that cannot be
+        known. `identity`, `usual`: as in `receipt.identity_differences`. A base's weights are not
+        compared, as they are not loaded yet.
         """
         outcome, problem = files.read_note(self.path / OUTCOME)
         if problem is None and outcome.get("state") not in STATES:
             problem = "is damaged: it names no state"
         if problem is not None and os.path.lexists(self.path / OUTCOME):
-            return False, f"note: {self.path / OUTCOME} {problem}; it is unknown how the run ended, so it continues"
+            return (
+                False,
+                f"note: {self.path / OUTCOME} {problem}; it is unknown how the run ended, so it "
+                "continues",
+            )
         if outcome.get("state") != "complete":
             return False, None
         if isinstance(outcome.get("model"), dict) and outcome["model"]:
             self._require_no_other_model(outcome["model"])
         if damaged := self._damaged_model(outcome.get("model")):
-            return False, f"note: {self.path} was complete, but {damaged}: the model is exported again"
+            return (
+                False,
+                f"note: {self.path} was complete, but {damaged}: the model is exported again",
+            )
         receipt, problem = self._read_receipt()
         if problem is not None:
             raise RunDirectoryError(
-                f"{self.path} is complete, but its receipt.json {problem}, so it is unclear whether it is this run; "
+                f"{self.path} is complete, but its receipt.json {problem}, so it is unclear "
+                "whether it is this run; "
                 f"put it back, or give this run another run.name. Its model is whole: {self.model}"
             )
         known = receipt.get("identity")
-        if not isinstance(known, dict):  # of an older version: it knows the rows, tokenizer and template alone
+        if not isinstance(
+            known, dict
+        ):  # of an older version: it knows the rows, tokenizer and template alone
             known = {"training data": receipt["train_data"]["fingerprint"]}
-        if different := identity_differences(known, {n: v for n, v in identity.items() if n in known}, usual):
+        if different := identity_differences(
+            known, {n: v for n, v in identity.items() if n in known}, usual
+        ):
             instead = "give this run another run.name, or put those back"
             raise refusal(f"{self.path} is complete, but it is another run", different, instead)
         return True, None
 
     def require_no_model(self) -> None:
-        """Raise RunDirectoryError if a run without a checkpoint would train again, and replace a model that is here."""
+        """Raise RunDirectoryError if a run without a checkpoint would train again, and replace a
+        model that is here.
+        """
         if any(self.model.glob("*")):
             raise RunDirectoryError(
-                f"{self.path} holds a model, but no checkpoint from which it could be exported again, and training would start "
+                f"{self.path} holds a model, but no checkpoint from which it could be exported "
+                "again, and training would start "
                 f"over and replace it; restore {self.model}, or move it away to train again"
             )
 
     def _require_no_other_model(self, known: dict[str, Any]) -> None:
-        """Raise RunDirectoryError for a file in the export that was not verified with it and changes what opens there.
+        """Raise RunDirectoryError for a file in the export that was not verified with it and
+        changes what opens there.
 
         A user's own files stay, and count for nothing.
         """
         names = {path.relative_to(self.model).as_posix() for path in self.model.rglob("*")}
-        others = [name for name in sorted(names) if name not in known and base.decides_what_opens(name)]
+        others = [
+            name for name in sorted(names) if name not in known and base.decides_what_opens(name)
+        ]
         if others:
             raise RunDirectoryError(
-                f"{self.model / others[0]} was not there when the model was verified, and changes what programs open in this "
+                f"{self.model / others[0]} was not there when the model was verified, and changes "
+                "what programs open in this "
                 "folder; move it away, and start again to verify the rest"
             )
 
     def _damaged_model(self, known: Any) -> str | None:
-        """The first file of the export that is not what `outcome.json` says, and how; None if all are."""
+        """The first file of the export that is not what `outcome.json` says, and how; None if all
+        are.
+        """
         if not isinstance(known, dict) or not known:
             return "outcome.json does not name the files of its model"
         for name, wanted in known.items():
@@ -315,11 +393,14 @@ class RunDirectory:
         return None
 
     def _require_kinds(self) -> None:
-        """Raise RunDirectoryError for a file where a folder belongs, a folder where a file does, or one that cannot be read."""
+        """Raise RunDirectoryError for a file where a folder belongs, a folder where a file does, or
+        one that cannot be read.
+        """
         for path in (self.checkpoints, self.model):
             if os.path.lexists(path) and not path.is_dir():
                 raise RunDirectoryError(
-                    f"{path} should be a folder, but is not; move it away, or choose another run.name"
+                    f"{path} should be a folder, but is not; move it away, or choose another "
+                    "run.name"
                 )
         for path in self._files():
             if not os.path.lexists(path):
@@ -329,7 +410,9 @@ class RunDirectory:
                     f"{path} should be a file, but is not; move it away, or choose another run.name"
                 )
             if not os.access(path, os.R_OK):
-                raise RunDirectoryError(f"{path} cannot be read: no permission; correct its mode or its owner")
+                raise RunDirectoryError(
+                    f"{path} cannot be read: no permission; correct its mode or its owner"
+                )
 
     def _files(self) -> list[Path]:
         """What this program writes at the top of the directory."""
@@ -342,13 +425,16 @@ class RunDirectory:
     def _read_receipt(self) -> tuple[dict[str, Any], str | None]:
         receipt, problem = files.read_note(self.path / "receipt.json")
         trained = receipt.get("train_data")
-        if problem is None and not (isinstance(trained, dict) and isinstance(trained.get("fingerprint"), str)):
+        if problem is None and not (
+            isinstance(trained, dict) and isinstance(trained.get("fingerprint"), str)
+        ):
             problem = "does not say which data was trained"
         return receipt, problem
 
 
 def note_end_of(path: Path, state: str, reason: str) -> None:
-    """Write how an attempt ended that does not hold the lock of the run directory `path` any more, or never did.
+    """Write how an attempt ended that does not hold the lock of the run directory `path` any more,
+    or never did.
 
     Nothing is written where another process runs, and over a complete outcome. Raises OSError.
     """
@@ -366,7 +452,9 @@ def note_end_of(path: Path, state: str, reason: str) -> None:
 
 
 def _write_outcome(path: Path, outcome: dict[str, Any]) -> None:
-    """Write how a run stands; on a disk without room for another file over what is there, as long as that is small."""
+    """Write how a run stands; on a disk without room for another file over what is there, as long
+    as that is small.
+    """
     text = json.dumps(outcome, indent=2)
     try:
         files.write_synced(path, text)
@@ -378,9 +466,11 @@ def _write_outcome(path: Path, outcome: dict[str, Any]) -> None:
 
 
 def _overwrite(path: Path, outcome: dict[str, Any], room: int) -> None:
-    """Write JSON into a file of `room` bytes without asking the disk for more than its last block holds.
+    """Write JSON into a file of `room` bytes without asking the disk for more than its last block
+    holds.
 
-    One write, and blanks over the rest of what was there, so that the file is JSON even if the process dies now.
+    One write, and blanks over the rest of what was there, so that the file is JSON even if the
+    process dies now.
     """
     text = json.dumps(outcome, indent=2).encode()
     with path.open("r+b", buffering=0) as file:

@@ -17,7 +17,9 @@ from finetune.errors import ConfigError
 SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 SHORTEST_SECRET = 8  # shorter values (true, 1, info) are not secrets and occur everywhere
 WANDB_INIT_SECONDS = 30  # of its 90 by default, with every process waiting
-WANDB_FINISH_SECONDS = 30  # an upload that hangs must not outlast the machine; `wandb sync` sends what is left
+WANDB_FINISH_SECONDS = (
+    30  # an upload that hangs must not outlast the machine; `wandb sync` sends what is left
+)
 
 
 def check(names: Sequence[str], wandb_mode: str | None) -> None:
@@ -32,14 +34,18 @@ def check(names: Sequence[str], wandb_mode: str | None) -> None:
 
 
 def redacted(value: Any) -> Any:
-    """`value` with what secret environment variables (by their names) hold replaced by their names, at any depth."""
+    """`value` with what secret environment variables (by their names) hold replaced by their names,
+    at any depth.
+    """
     if isinstance(value, dict):
         return {key: redacted(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [redacted(inner) for inner in value]
     if isinstance(value, str):
         for name, secret in os.environ.items():
-            if len(secret) >= SHORTEST_SECRET and any(part in name.upper() for part in SECRET_NAMES):
+            if len(secret) >= SHORTEST_SECRET and any(
+                part in name.upper() for part in SECRET_NAMES
+            ):
                 value = value.replace(secret, f"${name}")
     return value
 
@@ -51,14 +57,18 @@ class Trackers:
         self, names: Sequence[str], *, project: str, run_name: str, run_id: str, directory: Path, first_step: int,
         wandb_mode: str | None, about: dict[str, Any], history: list[dict[str, Any]], log: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """`about`: config and receipt, stored with the run. `history`: what earlier attempts logged, up to before `first_step`."""
+        """`about`: config and receipt, stored with the run. `history`: what earlier attempts
+        logged, up to before `first_step`.
+        """
         self.log = log
         self.running: dict[str, Any] = {}
         about = redacted(about)
 
         def start(name: str) -> None:
             if name == "wandb":
-                self.running[name] = _start_wandb(project, run_name, run_id, directory, _mode(wandb_mode), about)
+                self.running[name] = _start_wandb(
+                    project, run_name, run_id, directory, _mode(wandb_mode), about
+                )
             elif name == "tensorboard":
                 self.running[name] = _start_tensorboard(directory, first_step, about)
             else:
@@ -67,7 +77,9 @@ class Trackers:
         for name in names:
             self._guarded(name, start, name)
         if _mode(wandb_mode) == "offline" and "wandb" in self.running:
-            for line in history:  # the newest offline folder replaces the earlier ones when it is synced
+            for (
+                line
+            ) in history:  # the newest offline folder replaces the earlier ones when it is synced
                 self._guarded("wandb", self.running["wandb"].log, _numbers(line))
 
     def record(self, values: dict[str, Any]) -> None:
@@ -75,7 +87,9 @@ class Trackers:
         numbers = _numbers(values)
         step = numbers.pop("step")
         for name, tracker in list(self.running.items()):
-            if name == "wandb":  # its own steps only rise; on an axis of ours, a resumed run may go over steps again
+            if (
+                name == "wandb"
+            ):  # its own steps only rise; on an axis of ours, a resumed run may go over steps again
                 self._guarded(name, tracker.log, {"step": step, **numbers})
             else:
                 self._guarded(name, tracker.log, numbers, step)
@@ -91,15 +105,24 @@ class Trackers:
         except Exception as exc:  # an error of theirs must not end a run
             self.running.pop(name, None)
             self.log(
-                redacted(f"note: tracker {name} failed; the run continues without it: {type(exc).__name__}: {exc}")
+                redacted(
+                    f"note: tracker {name} failed; the run continues without it: "
+                    f"{type(exc).__name__}: {exc}"
+                )
             )
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
-def _start_wandb(project: str, run_name: str, run_id: str, directory: Path, mode: str, about: dict[str, Any]) -> Any:
+def _start_wandb(
+    project: str, run_name: str, run_id: str, directory: Path, mode: str, about: dict[str, Any]
+) -> Any:
     """One W&B run over all attempts: `run_id` is kept with the checkpoints."""
     from accelerate.tracking import WandBTracker
 
@@ -121,7 +144,10 @@ def _start_tensorboard(directory: Path, first_step: int, about: dict[str, Any]) 
 
     tracker = TensorBoardTracker("tensorboard", logging_dir=directory, purge_step=first_step)
     tracker.start()
-    tracker.log({name: f"```\n{json.dumps(values, indent=2)}\n```" for name, values in about.items()}, step=first_step)
+    tracker.log(
+        {name: f"```\n{json.dumps(values, indent=2)}\n```" for name, values in about.items()},
+        step=first_step,
+    )
     return tracker
 
 

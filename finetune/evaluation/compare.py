@@ -41,7 +41,10 @@ ANSWERS = re.compile(rb'\{"row": "(?:[^"\\]|\\.)*", "(?:prompt": \[|wanted": ")'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--base", required=True, type=model_argument, help="folder or Hub id of the model before tuning"
+        "--base",
+        required=True,
+        type=model_argument,
+        help="folder or Hub id of the model before tuning",
     )
     parser.add_argument(
         "--tuned",
@@ -50,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model after tuning, as runs/<name> or runs/<name>/model",
     )
     parser.add_argument(
-        "--data", required=True, type=paths.argument, help="held-out rows, in any format that training reads"
+        "--data",
+        required=True,
+        type=paths.argument,
+        help="held-out rows, in any format that training reads",
     )
     parser.add_argument(
         "--format",
@@ -60,20 +66,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="format of the rows; auto: from the columns of the first; FILE.py:NAME: a function of your own, as data.format",
     )
     parser.add_argument(
-        "--columns", type=_mapping, default={}, help="map columns with other names, as data.columns does"
+        "--columns",
+        type=_mapping,
+        default={},
+        help="map columns with other names, as data.columns does",
     )
-    parser.add_argument("--limit", type=generate.at_least(1), default=None, help="use only the first N rows")
-    parser.add_argument("--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer")
     parser.add_argument(
-        "--batch-size", type=generate.at_least(1), default=64, help="number of answers to generate at once"
+        "--limit", type=generate.at_least(1), default=None, help="use only the first N rows"
     )
-    parser.add_argument("--examples", type=generate.at_least(0), default=5, help="rows printed in full")
+    parser.add_argument(
+        "--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=generate.at_least(1),
+        default=64,
+        help="number of answers to generate at once",
+    )
+    parser.add_argument(
+        "--examples", type=generate.at_least(0), default=5, help="rows printed in full"
+    )
     parser.add_argument(
         "--output",
         default=None,
         type=paths.argument,
         help="also write to this .jsonl file, for each row, what it was (row: file and line; prompt, wanted), the answers (base, "
-        "tuned), whether --max-new-tokens cut them (base_cut, tuned_cut), and the scores (exact_match_base and so on, from 0 to 1)",
+        "tuned), whether --max-new-tokens cut them (base_cut, tuned_cut), and the scores "
+        "(exact_match_base and so on, from 0 to 1)",
     )
     trust_remote_code_argument(parser)
 
@@ -96,7 +115,10 @@ def main(arguments: argparse.Namespace) -> None:
     given: dict[str, list[Answer]] = {}
     of_base = load_tokenizer(arguments.base, arguments.trust_remote_code)
     of_base.chat_template = tokenizer.chat_template
-    for name, path, own in (("base", arguments.base, of_base), ("tuned", arguments.tuned, tokenizer)):
+    for name, path, own in (
+        ("base", arguments.base, of_base),
+        ("tuned", arguments.tuned, tokenizer),
+    ):
         prompts = [generate.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
         model = load(
             path,
@@ -107,34 +129,53 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"note: {note}", file=sys.stderr)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         answers = generate.answers(
-            model, own, prompts, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name
+            model,
+            own,
+            prompts,
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+            title=name,
         )
         texts = generate.without_opening(own, [answer.text for answer in answers])
         given[name] = [replace(answer, text=text) for answer, text in zip(answers, texts)]
     results = {
-        score: {name: [rule(a.text, w) for a, w in zip(answers, wanted)] for name, answers in given.items()}
+        score: {
+            name: [rule(a.text, w) for a, w in zip(answers, wanted)]
+            for name, answers in given.items()
+        }
         for score, rule in scores.SCORES.items()
     }
-    print(report(conversations, wanted, given, results, arguments.examples, arguments.max_new_tokens))
+    print(
+        report(conversations, wanted, given, results, arguments.examples, arguments.max_new_tokens)
+    )
     if arguments.output:
         try:
-            files.write_whole(Path(arguments.output), as_lines(conversations, wanted, given, results))
+            files.write_whole(
+                Path(arguments.output), as_lines(conversations, wanted, given, results)
+            )
         except OSError as exc:
             raise Outage(
-                f"--output: {arguments.output}: cannot be written: {exc.strerror}; only the table was printed"
+                f"--output: {arguments.output}: cannot be written: {exc.strerror}; only the table "
+                "was printed"
             ) from exc
 
 
 def require_output(output: Path, data: str) -> None:
-    """Raise UserError for a file that is read, that holds something else than answers, or that cannot be written."""
+    """Raise UserError for a file that is read, that holds something else than answers, or that
+    cannot be written.
+    """
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output: {output}: its folder does not exist")
     if output.is_dir():
-        raise UserError(f"--output: {output} is a folder; name a file, such as {output / 'answers.jsonl'}")
+        raise UserError(
+            f"--output: {output} is a folder; name a file, such as {output / 'answers.jsonl'}"
+        )
     for source in map(Path, readers.expand(data, "--data")[0]):
         is_same = output.exists() and source.exists() and output.samefile(source)
         if is_same or (source.is_dir() and source.resolve() in output.resolve().parents):
-            raise UserError(f"--output: {output} is a part of --data, which would be lost; choose another name")
+            raise UserError(
+                f"--output: {output} is a part of --data, which would be lost; choose another name"
+            )
     try:
         files.require_writable(output)
         start = b""
@@ -143,16 +184,23 @@ def require_output(output: Path, data: str) -> None:
                 start = file.read(1 << 16)
     except OSError as exc:
         failures.reraise(exc, f"--output: {output}: cannot be written now")
-        raise UserError(f"--output: {output}: cannot be written: {exc.strerror}; choose another place") from exc
+        raise UserError(
+            f"--output: {output}: cannot be written: {exc.strerror}; choose another place"
+        ) from exc
     if start and not ANSWERS.match(start):
         raise UserError(
-            f"--output: {output} exists, and evaluate did not write it, so it is not replaced; choose another name, or remove it"
+            f"--output: {output} exists, and evaluate did not write it, so it is not replaced; "
+            "choose another name, or remove it"
         )
 
 
 def same_model(one: str, other: str) -> bool:
     """Whether two names are one model: the same folder, or one name on the Hub."""
-    return os.path.samefile(one, other) if os.path.exists(one) and os.path.exists(other) else one == other
+    return (
+        os.path.samefile(one, other)
+        if os.path.exists(one) and os.path.exists(other)
+        else one == other
+    )
 
 
 def _mapping(text: str) -> dict[str, str]:
@@ -162,7 +210,9 @@ def _mapping(text: str) -> dict[str, str]:
     except yaml.YAMLError as exc:
         raise argparse.ArgumentTypeError(f"cannot be read: {text!r}: {exc}") from exc
     if not isinstance(values, dict):
-        raise argparse.ArgumentTypeError(f"should be like '{{question: Patient, answer: Doctor}}', got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"should be like '{{question: Patient, answer: Doctor}}', got {text!r}"
+        )
     return values
 
 
@@ -172,37 +222,54 @@ def _format(text: str) -> str:
     if text in known:
         return text
     if not own_code.is_own(text):
-        raise argparse.ArgumentTypeError(f"should be {', '.join(known)} or {own_code.EXPECTED}, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"should be {', '.join(known)} or {own_code.EXPECTED}, got {text!r}"
+        )
     try:
         return own_format(own_code.find(text)).name
     except ConfigError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
-def read(source: str, format: str, columns: dict[str, str], limit: int | None) -> list[Conversation]:
-    """Rows that end with an answer, of a file, folder, glob or Hub name. Raises DataError with all that is wrong."""
+def read(
+    source: str, format: str, columns: dict[str, str], limit: int | None
+) -> list[Conversation]:
+    """Rows that end with an answer, of a file, folder, glob or Hub name. Raises DataError with all
+    that is wrong.
+    """
     found, notes = readers.expand(source, "--data")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     problems, unread = rows.Problems(), Counter[str]()
     if columns and own_code.is_own(format):
-        raise UserError("--columns: would be ignored: the function of --format reads the columns itself; remove it")
+        raise UserError(
+            "--columns: would be ignored: the function of --format reads the columns itself; "
+            "remove it"
+        )
     try:
         if format == "auto":
             format = rows.detect_format(found, "line", columns, learned=False)
-        stream = rows.conversations(found, format, columns, "line", None, problems, unread, learned=False)
+        stream = rows.conversations(
+            found, format, columns, "line", None, problems, unread, learned=False
+        )
         read = list(islice(stream, limit))
         problems.raise_if_any()
     except UserError as exc:  # which speaks of the run config
-        raise type(exc)(str(exc).replace("data.columns", "--columns").replace("data.format", "--format")) from exc
+        raise type(exc)(
+            str(exc).replace("data.columns", "--columns").replace("data.format", "--format")
+        ) from exc
     if problems.num_empty:
         skipped = "1 empty row" if problems.num_empty == 1 else f"{problems.num_empty:,} empty rows"
         print(f"note: {skipped} skipped", file=sys.stderr)
     if problems.num_skipped:
-        print(f"note: --format skips {problems.num_skipped:,} of {problems.num_rows:,} rows", file=sys.stderr)
+        print(
+            f"note: --format skips {problems.num_skipped:,} of {problems.num_rows:,} rows",
+            file=sys.stderr,
+        )
     if unread:
         print(
-            f"note: not read: columns {readers.list_columns(sorted(unread))}; every answer counts as correct",
+            f"note: not read: columns {readers.list_columns(sorted(unread))}; every answer counts "
+            "as correct",
             file=sys.stderr,
         )
     if without := next((c for c in read if c.messages[-1].role != "assistant"), None):
@@ -233,10 +300,13 @@ def report(
     cut = {name: sum(answer.is_cut for answer in answers) for name, answers in given.items()}
     if any(cut.values()):
         lines.append(
-            f"{'cut':<16}{cut['base']:>8}{cut['tuned']:>8}   answers not ended after {max_new_tokens} tokens, "
+            f"{'cut':<16}{cut['base']:>8}{cut['tuned']:>8}   answers not ended after "
+            f"{max_new_tokens} tokens, "
             "and scored as they are; raise --max-new-tokens"
         )
-    for conversation, right, base, tuned in list(zip(conversations, wanted, given["base"], given["tuned"]))[:shown]:
+    for conversation, right, base, tuned in list(
+        zip(conversations, wanted, given["base"], given["tuned"])
+    )[:shown]:
         lines += [
             "",
             f"prompt  {_line(conversation.messages[-2].content)}",
@@ -259,7 +329,11 @@ def as_lines(
         line = {
             "row": str(conversation.place),
             "prompt": [
-                {"role": m.role, "content": m.content, **({"context": m.context} if m.context else {})}
+                {
+                    "role": m.role,
+                    "content": m.content,
+                    **({"context": m.context} if m.context else {}),
+                }
                 for m in conversation.messages[:-1]
             ],
             "wanted": wanted[i],

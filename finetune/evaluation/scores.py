@@ -7,7 +7,9 @@ import numpy as np
 from finetune import extras
 
 FEWEST_ROWS = 30
-"""Below, drawing rows again cannot show what other rows would have been: the bootstrap's intervals are too narrow."""
+"""Below, drawing rows again cannot show what other rows would have been: the bootstrap's intervals
+are too narrow.
+"""
 
 
 def exact_match(answer: str, wanted: str) -> float:
@@ -16,7 +18,9 @@ def exact_match(answer: str, wanted: str) -> float:
 
 
 def word_accuracy(answer: str, wanted: str) -> float:
-    """Part of the wanted words that stand at the same place of the answer; words too many count as wrong."""
+    """Part of the wanted words that stand at the same place of the answer; words too many count as
+    wrong.
+    """
     given, words = answer.split(), wanted.split()
     right = sum(a == b for a, b in zip(given, words))
     return right / max(len(given), len(words), 1)
@@ -25,12 +29,16 @@ def word_accuracy(answer: str, wanted: str) -> float:
 SCORES = {"exact match": exact_match, "word accuracy": word_accuracy}
 
 
-def paired_interval(before: Sequence[float], after: Sequence[float], draws: int = 10_000) -> tuple[float, float] | None:
-    """95% interval of mean(after) - mean(before) over the same rows; None for fewer than FEWEST_ROWS graded scores.
+def paired_interval(
+    before: Sequence[float], after: Sequence[float], draws: int = 10_000
+) -> tuple[float, float] | None:
+    """95% interval of mean(after) - mean(before) over the same rows; None for fewer than
+    FEWEST_ROWS graded scores.
 
-    Scores of 0 and 1: Tango's score interval, Wilson's for pairs, which is right for few rows and for none that changed.
-    Others: the paired bootstrap, rows drawn again with replacement `draws` times, each with both its scores (Efron and
-    Tibshirani, 1993); the seed is fixed, so the same scores give the same interval.
+    Scores of 0 and 1: Tango's score interval, Wilson's for pairs, which is right for few rows and
+    for none that changed. Others: the paired bootstrap, rows drawn again with replacement `draws`
+    times, each with both its scores (Efron and Tibshirani, 1993); the seed is fixed, so the same
+    scores give the same interval.
     """
     gain = np.asarray(after, float) - np.asarray(before, float)
     if set(before) | set(after) <= {0.0, 1.0}:
@@ -44,15 +52,18 @@ def paired_interval(before: Sequence[float], after: Sequence[float], draws: int 
 
 
 def _tango(up: int, down: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of (up - down) / n for paired proportions (Tango, Statistics in Medicine 17, 1998)."""
+    """Score interval of (up - down) / n for paired proportions (Tango, Statistics in Medicine 17,
+    1998).
+    """
     extras.require("scipy", "evaluate")
     from scipy.optimize import brentq
-
 
     def distance(delta: float) -> float:
         """Of what was seen from a true difference `delta`, in standard deviations, less `z`."""
         b, c = -up - down + (2 * n - up + down) * delta, -down * delta * (1 - delta)
-        falls = ((b * b - 8 * n * c) ** 0.5 - b) / (4 * n)  # the likeliest part of rows that go down, given delta
+        falls = ((b * b - 8 * n * c) ** 0.5 - b) / (
+            4 * n
+        )  # the likeliest part of rows that go down, given delta
         deviation = (n * (2 * falls + delta * (1 - delta))) ** 0.5
         return abs(up - down - n * delta) / max(deviation, 1e-12) - z
 

@@ -27,16 +27,21 @@ def load(
     path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, quantized: bool = True,
     base: str | None = None, device: torch.device | None = None,
 ) -> Any:  # fmt: skip
-    """Full weights, or an adapter on its base, quantised as it was trained unless not `quantized`. Raises ModelError.
+    """Full weights, or an adapter on its base, quantised as it was trained unless not `quantized`.
+    Raises ModelError.
 
-    `base`: where the base of an adapter is now, if it has moved since the training. Every value of its weights must be the
-    same, except for quantised ones. `device`: the CPU, for a quantised base that would else open on the GPU.
+    `base`: where the base of an adapter is now, if it has moved since the training. Every value of
+    its weights must be the same, except for quantised ones. `device`: the CPU, for a quantised base
+    that would else open on the GPU.
     """
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
         if not is_adapter(folder):
             opened, info = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                str(path),
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
             refuse_lost(str(path), opened, info)
             return opened
@@ -46,7 +51,11 @@ def load(
         adapter = PeftConfig.from_pretrained(str(folder))
         record = base_identity.read(folder)
         where, revision = base_of(folder, adapter, base)
-        if base is None and os.path.isdir(where) and (problem := folder_problem(where, needs_weights=True)):
+        if (
+            base is None
+            and os.path.isdir(where)
+            and (problem := folder_problem(where, needs_weights=True))
+        ):
             raise ModelError(f"the base of {folder}: {problem}")
         quantization = (record.get("quantization") or None) if quantized else None
         if quantization and dtype == "auto":
@@ -54,9 +63,13 @@ def load(
         on_cpu = quantization is not None and device is not None and device.type == "cpu"
         with translated(f"--base: {where!r}") if base is not None else nullcontext():
             model = _load_base(where, revision, dtype, trust_remote_code, quantization, on_cpu)
-            if not quantized and getattr(model, "is_quantized", False):  # it has no other weights than those
+            if not quantized and getattr(
+                model, "is_quantized", False
+            ):  # it has no other weights than those
                 model = model.dequantize(dtype=model.dtype)
-                model._weight_conversions = None  # of transformers 5.23, which would quantise again while saving
+                model._weight_conversions = (
+                    None  # of transformers 5.23, which would quantise again while saving
+                )
         keep_layout(model)
         if record.get("new_token_ids"):
             embeddings.extend(model, record["new_token_ids"])
@@ -76,7 +89,9 @@ def _load_base(
     quantization: dict[str, Any] | None, on_cpu: bool,
 ) -> Any:  # fmt: skip
     """The base of an adapter, with all its weights. Raises ModelError if some are lost."""
-    config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        where, revision=revision, trust_remote_code=trust_remote_code
+    )
     model, info = AutoModelForCausalLM.from_pretrained(
         where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True,
         **quantized_as(config, quantization), **({"device_map": {"": "cpu"}} if on_cpu else {}),
@@ -93,17 +108,21 @@ def require_adapter(folder: Path) -> None:
 
 
 def base_of(folder: Path, adapter: Any, given: str | None) -> tuple[str, str | None]:
-    """(folder or Hub id, revision) of an adapter's base. Raises ModelError if it was a folder that is not there any more."""
+    """(folder or Hub id, revision) of an adapter's base. Raises ModelError if it was a folder that
+    is not there any more.
+    """
     known = adapter.base_model_name_or_path
     if given is not None:
         return given, None
     if not known:
         raise ModelError(
-            f"{folder / 'adapter_config.json'}: base_model_name_or_path names no base; give --base with the folder of the base"
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path names no base; give --base "
+            "with the folder of the base"
         )
     if os.path.isabs(known) and not os.path.isdir(known):
         raise ModelError(
-            f"{folder} is an adapter, and its base is not in {known} any more; give --base with the folder where it is now"
+            f"{folder} is an adapter, and its base is not in {known} any more; give --base with "
+            "the folder where it is now"
         )
     return known, adapter.revision
 
@@ -114,11 +133,15 @@ def require_base(base: str | None) -> None:
         return
     require_model(base, "--base")
     if is_adapter(base):
-        raise ModelError(f"--base: {base} is an adapter itself; give the whole model that it lies on")
+        raise ModelError(
+            f"--base: {base} is an adapter itself; give the whole model that it lies on"
+        )
 
 
 def moved(path: str | Path, base: str) -> str | None:
-    """`base`, if `path` is an adapter that names no base of its own, or one that is not where it was."""
+    """`base`, if `path` is an adapter that names no base of its own, or one that is not where it
+    was.
+    """
     if not is_adapter(path):
         return None
     known = recorded_base(path)
@@ -126,7 +149,9 @@ def moved(path: str | Path, base: str) -> str | None:
 
 
 def other_base(tuned: str, base: Any) -> str | None:
-    """In words, how a loaded base differs from that of an adapter; None if it does not, or the adapter does not know its own."""
+    """In words, how a loaded base differs from that of an adapter; None if it does not, or the
+    adapter does not know its own.
+    """
     record = base_identity.read(Path(tuned)) if is_adapter(tuned) else {}
     if not record.get("weights") or adapters.are_in(base):
         return None
@@ -134,7 +159,8 @@ def other_base(tuned: str, base: Any) -> str | None:
     if not others:
         return None
     return (
-        f"{tuned} was trained on another base ({recorded_base(tuned)}): {len(others)} weights of --base differ, such as "
+        f"{tuned} was trained on another base ({recorded_base(tuned)}): {len(others)} weights of "
+        "--base differ, such as "
         f"{others[0]}; the gain does not come from training alone"
     )
 
@@ -152,7 +178,8 @@ def load_chat_tokenizer(path: str, trust_remote_code: bool) -> Any:
     tokenizer = load_tokenizer(path, trust_remote_code)
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{path}: its tokenizer has no chat template, so it cannot be asked; models tuned with objective.kind: sft have one"
+            f"{path}: its tokenizer has no chat template, so it cannot be asked; models tuned with "
+            "objective.kind: sft have one"
         )
     return tokenizer
 
@@ -167,5 +194,7 @@ def base_argument(parser: argparse.ArgumentParser) -> None:
 
 def trust_remote_code_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code from the model's Hub repository"
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code from the model's Hub repository",
     )

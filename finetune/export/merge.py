@@ -47,14 +47,19 @@ class Merged:
 
 
 def merge(
-    sources: Sequence[Path], target: Path, dtype: str = "auto", trust_remote_code: bool = False, base: str | None = None
+    sources: Sequence[Path],
+    target: Path,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    base: str | None = None,
 ) -> Merged:
-    """Add one or several adapters of the same base into it, W + sum of (alpha / r) B A, and save full weights.
+    """Add one or several adapters of the same base into it, W + sum of (alpha / r) B A, and save
+    full weights.
 
     A base that was quantised for training is taken whole, except for adapters that LoftQ began:
-    theirs make up for the quantisation, so they belong on what it left. `base`: see `load`. Raises ModelError if a
-    source is not an adapter or `target` exists, ExportError if logits differ by more than rounding;
-    then nothing is left at `target` or next to it.
+    theirs make up for the quantisation, so they belong on what it left. `base`: see `load`. Raises
+    ModelError if a source is not an adapter or `target` exists, ExportError if logits differ by
+    more than rounding; then nothing is left at `target` or next to it.
     """
     _require_output(sources, target)
     require_mergeable(sources)
@@ -62,7 +67,12 @@ def merge(
     tokenizer = load_tokenizer(first, trust_remote_code)
     _require_template(first, tokenizer)
     # float16 has fewer exponents than the others: adding comes first, rounding last.
-    adding = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}[dtype]
+    adding = {
+        "auto": "auto",
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float32,
+        "float32": torch.float32,
+    }[dtype]
     model = load(first, adding, trust_remote_code, quantized=False, base=base)
     names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
     for name, source in zip(names[1:], sources[1:]):
@@ -81,7 +91,9 @@ def merge(
         weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
         with failures.writing(target):
             save(merged, weights, tokenizer, None, folder, base=origin)
-        tolerance = TOLERANCE[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[merged.dtype]]
+        tolerance = TOLERANCE[
+            {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[merged.dtype]
+        ]
         del merged
         reloaded = opened(lambda: load(folder, "auto", trust_remote_code))
         require_weights(folder, reloaded, weights)
@@ -90,25 +102,35 @@ def merge(
             raise ExportError(f"{target}: {why} once the adapter is merged; nothing was written")
         publish(folder, target)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gone if it was published; else of no use, and as large as the model
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # gone if it was published; else of no use, and as large as the model
     rounding = _relative_difference(after, before)
-    return Merged(rounding, _relative_difference(after, trained) if trained is not None and alone else None)
+    return Merged(
+        rounding, _relative_difference(after, trained) if trained is not None and alone else None
+    )
 
 
 def _require_template(source: Path, tokenizer: Any) -> None:
-    """Raise ModelError for a chat template with an error in its syntax, which would be copied into the merged model."""
+    """Raise ModelError for a chat template with an error in its syntax, which would be copied into
+    the merged model.
+    """
     own = tokenizer.chat_template or {}
     for template in own.values() if isinstance(own, dict) else [own]:
         try:
             chat_template_utils._compile_jinja_template(template)
         except Exception as exc:  # a template is a program
             raise ModelError(
-                f"{source}: the chat template of its tokenizer (chat_template.jinja) cannot be used: {exc}; correct it, or remove the file"
+                f"{source}: the chat template of its tokenizer (chat_template.jinja) cannot be "
+                f"used: {exc}; correct it, or remove the file"
             ) from exc
 
 
-def _beside_quantized_base(source: Path, whole: Any, trust_remote_code: bool, base: str | None) -> torch.Tensor | None:
-    """`probe_logits` of an adapter on its base as that was quantised for training; None if it was not.
+def _beside_quantized_base(
+    source: Path, whole: Any, trust_remote_code: bool, base: str | None
+) -> torch.Tensor | None:
+    """`probe_logits` of an adapter on its base as that was quantised for training; None if it was
+    not.
 
     LoftQ's adapters belong on what quantisation left: the base of `whole` becomes that.
     """
@@ -126,7 +148,8 @@ def _require_output(sources: Sequence[Path], target: Path) -> None:
     for source in sources:
         if not is_adapter(source):
             raise ModelError(
-                f"{source}: no adapter_config.json, so there is nothing to merge; give the model folder of a LoRA run"
+                f"{source}: no adapter_config.json, so there is nothing to merge; give the model "
+                "folder of a LoRA run"
             )
         require_adapter(source)
     if os.path.lexists(target):
@@ -151,28 +174,42 @@ def _problem_of_parent(target: Path) -> str | None:
 
 
 def require_mergeable(sources: Sequence[Path]) -> None:
-    """Raise ModelError if adapters cannot simply be added: W + the sum of their changes must be what each of them meant."""
+    """Raise ModelError if adapters cannot simply be added: W + the sum of their changes must be
+    what each of them meant.
+    """
     if len(sources) == 1:
         return
     from peft import PeftConfig
 
     configs = [PeftConfig.from_pretrained(str(source)) for source in sources]
-    records = [{k: v for k, v in base_identity.read(source).items() if k != "dtype"} for source in sources]
+    records = [
+        {k: v for k, v in base_identity.read(source).items() if k != "dtype"} for source in sources
+    ]
     for source, config, record in zip(sources, configs, records):
-        if str(config.base_model_name_or_path) != str(configs[0].base_model_name_or_path) or record != records[0]:
+        if (
+            str(config.base_model_name_or_path) != str(configs[0].base_model_name_or_path)
+            or record != records[0]
+        ):
             raise ModelError(
-                f"{source} and {sources[0]} are adapters of different bases: they cannot be merged together"
+                f"{source} and {sources[0]} are adapters of different bases: they cannot be merged "
+                "together"
             )
         if config.init_lora_weights in ("pissa", "olora", "corda") or record.get("loftq"):
             raise ModelError(
-                f"{source} was begun from the weights of its base, which it changes (adapter.init); merge it alone"
+                f"{source} was begun from the weights of its base, which it changes "
+                "(adapter.init); merge it alone"
             )
         if config.modules_to_save or config.bias != "none":
-            raise ModelError(f"{source} holds whole modules or biases, and two of one cannot be added; merge it alone")
+            raise ModelError(
+                f"{source} holds whole modules or biases, and two of one cannot be added; merge it "
+                "alone"
+            )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--merge", action="store_true", required=True, help="add adapters into their base")
+    parser.add_argument(
+        "--merge", action="store_true", required=True, help="add adapters into their base"
+    )
     parser.add_argument(
         "--model",
         required=True,
@@ -198,10 +235,14 @@ def main(arguments: argparse.Namespace) -> None:
     sources, target = list(map(Path, arguments.model)), Path(arguments.output)
     merged = merge(sources, target, arguments.dtype, arguments.trust_remote_code, arguments.base)
     print(
-        f"{arguments.output}: merged; logits differ from base plus adapter by at most {merged.rounding:.2g} of the largest one"
+        f"{arguments.output}: merged; logits differ from base plus adapter by at most "
+        f"{merged.rounding:.2g} of the largest one"
     )
     if merged.quantization is not None:
-        print(f"and by {merged.quantization:.2g} from the quantised base plus adapter, which is what was trained")
+        print(
+            f"and by {merged.quantization:.2g} from the quantised base plus adapter, which is what "
+            "was trained"
+        )
 
 
 def _relative_difference(logits: torch.Tensor, wanted: torch.Tensor) -> float:

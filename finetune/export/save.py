@@ -1,4 +1,6 @@
-"""A trained model -> a folder: weights, tokenizer with its template, and what of the base belongs beside them."""
+"""A trained model -> a folder: weights, tokenizer with its template, and what of the base belongs
+beside them.
+"""
 
 import copy
 import json
@@ -26,7 +28,9 @@ from finetune.models import adapters, base_identity
 
 @dataclass(frozen=True)
 class Base:
-    """Where a model came from: what its folder holds in addition to the weights goes into the export."""
+    """Where a model came from: what its folder holds in addition to the weights goes into the
+    export.
+    """
 
     path: str | None
     revision: str | None = None
@@ -37,24 +41,35 @@ def save(
     model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None, folder: Path,
     system_prompt: str | None = None, base: Base | None = None,
 ) -> None:  # fmt: skip
-    """Write model (`weights` whole, on the CPU) and tokenizer into a fresh `folder`. What it is given stays as it is.
+    """Write model (`weights` whole, on the CPU) and tokenizer into a fresh `folder`. What it is
+    given stays as it is.
 
     The tokenizer carries the template as its chat template, and the generation config every token
     that ends an answer. What else `base` has that a user of the model needs comes along.
     """
     shutil.rmtree(folder, ignore_errors=True)
     is_adapter = adapters.are_in(model)
-    # Resized embeddings are saved because they train (modules_to_save), not because peft finds them to be of another size.
+    # Resized embeddings are saved because they train (modules_to_save), not because peft finds them
+    # to be of another size.
     own = {"save_embedding_layers": False} if is_adapter else {}
-    before, model.generation_config = model.generation_config, generation(model, tokenizer, template)
+    before, model.generation_config = (
+        model.generation_config,
+        generation(model, tokenizer, template),
+    )
     try:
-        model.save_pretrained(folder, state_dict=dict(weights), **own)  # a copy: transformers empties the mapping
-        model.generation_config.save_pretrained(folder)  # peft leaves it out, and with it the token that ends an answer
+        model.save_pretrained(
+            folder, state_dict=dict(weights), **own
+        )  # a copy: transformers empties the mapping
+        model.generation_config.save_pretrained(
+            folder
+        )  # peft leaves it out, and with it the token that ends an answer
     finally:
         model.generation_config = before
     if not is_adapter:
         config = copy.deepcopy(model.config)
-        config.dtype = embedding_dtype(model, weights)  # an engine may have trained on 16-bit copies of what is saved
+        config.dtype = embedding_dtype(
+            model, weights
+        )  # an engine may have trained on 16-bit copies of what is saved
         if not _may_be_tied(model, weights):
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
@@ -72,8 +87,8 @@ def save(
             os.fsync(handle.fileno())
 
 
-# What a base may have in addition to weights, config and tokenizer: how to prepare pictures and sounds, and on which terms it was
-# given. Its README describes the base, not what it has become.
+# What a base may have in addition to weights, config and tokenizer: how to prepare pictures and
+# sounds, and on which terms it was given. Its README describes the base, not what it has become.
 SETTINGS = re.compile(r"[^/]*processor_config\.json")
 TERMS = re.compile(
     r"(^|.*[-_. ])((un)?licen[sc]es?|copying|copyright|(third[-_. ]?party[-_. ]?)?notices?|((acceptable|prohibited)[-_. ]?)?use[-_. ]?policy"
@@ -83,23 +98,39 @@ TERMS = re.compile(
 CODE = re.compile(r".*\.py|custom_generate/.*")  # what model.trust_remote_code allows
 # Never terms, whatever they are called, and too large to be fetched by mistake.
 NO_TERMS = re.compile(
-    r".*\.(py|json|jsonl|csv|tsv|safetensors|bin|gguf|onnx|pth?|ckpt|h5|msgpack|parquet|zip|tar|gz)", re.IGNORECASE
+    r".*\.(py|json|jsonl|csv|tsv|safetensors|bin|gguf|onnx|pth?|ckpt|h5|msgpack|parquet|zip|tar|gz)",
+    re.IGNORECASE,
 )
 # As globs, for the Hub, which fetches a little more than comes along.
 TO_FETCH = [
     "*processor_config.json", "*.py", "custom_generate/*",
     *("*" + "".join(f"[{c}{c.upper()}]" for c in word) + "*" for word in ("licen", "copy", "notice", "policy", "terms", "patents")),
 ]  # fmt: skip
-NOT_TO_FETCH = ["*.safetensors", "*.bin", "*.gguf", "*.onnx", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.parquet"]
+NOT_TO_FETCH = [
+    "*.safetensors",
+    "*.bin",
+    "*.gguf",
+    "*.onnx",
+    "*.pt",
+    "*.pth",
+    "*.h5",
+    "*.msgpack",
+    "*.parquet",
+]
 
 
 def _comes_along(name: str, trust_remote_code: bool) -> bool:
-    """Whether a file of a base, by its path within the folder, belongs into an export. Hidden ones never do."""
+    """Whether a file of a base, by its path within the folder, belongs into an export. Hidden ones
+    never do.
+    """
     if re.search(r"(^|/)\.", name):
         return False
     if CODE.fullmatch(name):
         return trust_remote_code
-    return bool(SETTINGS.fullmatch(name) or (TERMS.fullmatch(name.split("/")[0]) and not NO_TERMS.fullmatch(name)))
+    return bool(
+        SETTINGS.fullmatch(name)
+        or (TERMS.fullmatch(name.split("/")[0]) and not NO_TERMS.fullmatch(name))
+    )
 
 
 def _bring_along(base: Base, folder: Path) -> None:
@@ -108,7 +139,11 @@ def _bring_along(base: Base, folder: Path) -> None:
         return
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source).as_posix()
-        wanted = _comes_along(name, base.trust_remote_code) and path.is_file() and not (folder / name).exists()
+        wanted = (
+            _comes_along(name, base.trust_remote_code)
+            and path.is_file()
+            and not (folder / name).exists()
+        )
         inner = [parent for parent in path.parents if source in parent.parents]
         if wanted and not any(
             is_model_or_adapter(parent) for parent in inner
@@ -118,7 +153,9 @@ def _bring_along(base: Base, folder: Path) -> None:
 
 
 def fetched_folder(base: Base, local_files_only: bool) -> Path | None:
-    """The folder of a base; of one on the Hub the small files of it, fetched unless `local_files_only`. None where there is none."""
+    """The folder of a base; of one on the Hub the small files of it, fetched unless
+    `local_files_only`. None where there is none.
+    """
     if base.path is None or os.path.isdir(base.path):
         return Path(base.path) if base.path else None
     from huggingface_hub import snapshot_download
@@ -133,16 +170,24 @@ def fetched_folder(base: Base, local_files_only: bool) -> Path | None:
                 local_files_only=local_files_only,
             )
         )
-    except Exception:  # a Hub that does not answer: weights and tokenizer, which are needed, say so by themselves
+    except (
+        Exception
+    ):  # a Hub that does not answer: weights and tokenizer, which are needed, say so by themselves
         return None
 
 
 def save_tokenizer(tokenizer: Any, folder: Path | str, base: Base | None) -> None:
-    """Save a tokenizer with every file of a vocabulary that its class names: classes of a base's own may not write all of theirs."""
+    """Save a tokenizer with every file of a vocabulary that its class names: classes of a base's
+    own may not write all of theirs.
+    """
     tokenizer.save_pretrained(folder)
     source = str(tokenizer.name_or_path or "")
     revision = base.revision if base and source == base.path else None
-    for name in sorted({name for name in type(tokenizer).vocab_files_names.values() if name}) if source else ():
+    for name in (
+        sorted({name for name in type(tokenizer).vocab_files_names.values() if name})
+        if source
+        else ()
+    ):
         target = Path(folder, name)
         if not target.exists() and (found := _held(source, name, revision)):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +195,9 @@ def save_tokenizer(tokenizer: Any, folder: Path | str, base: Base | None) -> Non
 
 
 def _held(source: str, name: str, revision: str | None) -> str | None:
-    """The path of a file of a folder, or of a repository of the Hub that was read before; None where it has no such file."""
+    """The path of a file of a folder, or of a repository of the Hub that was read before; None
+    where it has no such file.
+    """
     try:
         found: str | None = cached_file(source, name, revision=revision, local_files_only=True)
     except OSError:
@@ -159,7 +206,9 @@ def _held(source: str, name: str, revision: str | None) -> str | None:
 
 
 def _may_be_tied(model: Any, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether embedding and head hold the same values, so that what the config says of them can be true."""
+    """Whether embedding and head hold the same values, so that what the config says of them can be
+    true.
+    """
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     found = [weights.get(names.get(id(getattr(end, "weight", None)), "")) for end in ends]
@@ -167,7 +216,9 @@ def _may_be_tied(model: Any, weights: dict[str, torch.Tensor]) -> bool:
 
 
 def with_template(tokenizer: Any, template: Template | None, system_prompt: str | None) -> Any:
-    """A copy of the tokenizer with the template as its chat template; others that it has by name stay."""
+    """A copy of the tokenizer with the template as its chat template; others that it has by name
+    stay.
+    """
     exported = copy.deepcopy(tokenizer)
     if template is not None:
         source, named = chat_template(template, tokenizer, system_prompt), exported.chat_template
@@ -182,10 +233,11 @@ def embedding_dtype(model: Any, weights: dict[str, torch.Tensor]) -> torch.dtype
 
 
 def chat_template(template: Template, tokenizer: Any, system_prompt: str | None = None) -> str:
-    """The Jinja source to save, which renders what training put before answers and the template does not.
+    """The Jinja source to save, which renders what training put before answers and the template
+    does not.
 
-    These are the BOS, the system prompt, and the opening of answers. Callers that pass `enable_thinking` get the opening
-    that the template itself has for it.
+    These are the BOS, the system prompt, and the opening of answers. Callers that pass
+    `enable_thinking` get the opening that the template itself has for it.
     """
     source = template.source
     system = [Message("system", system_prompt)] if system_prompt is not None else []
@@ -200,14 +252,17 @@ def chat_template(template: Template, tokenizer: Any, system_prompt: str | None 
     if system_prompt is not None:
         message = json.dumps({"role": "system", "content": system_prompt}, ensure_ascii=False)
         source = (
-            "{% if messages and messages[0]['role'] != 'system' %}{% set messages = [" + message + "] + messages %}{% endif %}"
+            "{% if messages and messages[0]['role'] != 'system' %}{% set messages = "
+            "[" + message + "] + messages %}{% endif %}"
             + source
         )  # fmt: skip
     return source
 
 
 def generation(model: Any, tokenizer: Any, template: Template | None) -> GenerationConfig:
-    """The generation config to save: it stops at EOS and at the token that ends a turn, and pads with the pad token."""
+    """The generation config to save: it stops at EOS and at the token that ends a turn, and pads
+    with the pad token.
+    """
     config: GenerationConfig = copy.deepcopy(model.generation_config)
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     stop = template.stop_token() if template is not None else None
@@ -220,7 +275,9 @@ def generation(model: Any, tokenizer: Any, template: Template | None) -> Generat
 
 
 def require_generation_config(path: str, model_config: Any) -> None:
-    """Raise ModelError for a generation config that cannot be saved again, or whose end tokens are not ids of the vocabulary."""
+    """Raise ModelError for a generation config that cannot be saved again, or whose end tokens are
+    not ids of the vocabulary.
+    """
     try:
         config = GenerationConfig.from_pretrained(path)
         _sample_if_it_says_how(config)
@@ -229,16 +286,23 @@ def require_generation_config(path: str, model_config: Any) -> None:
         size, given = model_config.get_text_config().vocab_size, config.eos_token_id
         for token in given if isinstance(given, list) else [] if given is None else [given]:
             if type(token) is not int or not 0 <= token < size:
-                raise ValueError(f"eos_token_id is {given!r}, and ids are whole numbers from 0 to {size - 1}")
-    except Exception as exc:  # any error here would otherwise stop the export, after all the training
+                raise ValueError(
+                    f"eos_token_id is {given!r}, and ids are whole numbers from 0 to {size - 1}"
+                )
+    except (
+        Exception
+    ) as exc:  # any error here would otherwise stop the export, after all the training
         reason = " ".join(str(exc).split())[:200]
         raise ModelError(
-            f"model {path!r}: its generation_config.json cannot be saved again: {reason}; correct it"
+            f"model {path!r}: its generation_config.json cannot be saved again: {reason}; correct "
+            "it"
         ) from exc
 
 
 def _sample_if_it_says_how(config: GenerationConfig) -> None:
-    """Published models give a temperature and forget do_sample; transformers saves no such config that was changed."""
+    """Published models give a temperature and forget do_sample; transformers saves no such config
+    that was changed.
+    """
     try:
         config.validate(strict=True)
     except ValueError:

@@ -22,9 +22,11 @@ SLACK = 0.05
 
 
 def capacity(device: torch.device, processes_here: int = 1) -> float:
-    """Bytes that a process may use: of its GPU, or its share of this machine or of the container it is in.
+    """Bytes that a process may use: of its GPU, or its share of this machine or of the container it
+    is in.
 
-    Of a GPU what is free now: others may be at work on it. What this process holds already counts as free.
+    Of a GPU what is free now: others may be at work on it. What this process holds already counts
+    as free.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -50,16 +52,28 @@ def shape(config: Config, micro_batch_size: int | None = None) -> Shape:
 
 
 class Chooser:
-    """Answers for one run config; forecasters, of it and of what it could be changed to, are made once."""
+    """Answers for one run config; forecasters, of it and of what it could be changed to, are made
+    once.
+    """
 
     def __init__(self, config: Config, *, precision: str, on_gpu: bool) -> None:
         """Raises ModelError for a model that cannot be."""
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
-        self.model_config, self.tokenizer = load.load_config(config.model), load.load_tokenizer(config.model)
-        # Flash attention holds what attention over documents does, and is not to be had without a GPU.
-        wanted = attention.NAME if config.model.attention == "flash_attention_2" else config.model.attention
+        self.model_config, self.tokenizer = (
+            load.load_config(config.model),
+            load.load_tokenizer(config.model),
+        )
+        # Flash attention holds what attention over documents does, and is not to be had without a
+        # GPU.
+        wanted = (
+            attention.NAME
+            if config.model.attention == "flash_attention_2"
+            else config.model.attention
+        )
         kind = load.model_class(self.model_config)
-        self.attention = attention.choose(wanted, kind, self.model_config, torch.device("cpu"), precision)
+        self.attention = attention.choose(
+            wanted, kind, self.model_config, torch.device("cpu"), precision
+        )
         self.maker = functools.cache(self._maker)
 
     def _maker(self, change: str | None = None) -> Forecaster:
@@ -71,7 +85,9 @@ class Chooser:
     def forecast(self, parallel: ParallelConfig, micro_batch_size: int | None = None) -> Forecast:
         return self.maker().of(parallel, shape(self.config, micro_batch_size))
 
-    def largest_micro_batch(self, parallel: ParallelConfig, limit: float, change: str | None = None) -> int | None:
+    def largest_micro_batch(
+        self, parallel: ParallelConfig, limit: float, change: str | None = None
+    ) -> int | None:
         """Of those that divide the sequences of a step, the largest that fits; None if none does."""
         sizes = micro_batches(self.config, parallel)
 
@@ -79,23 +95,33 @@ class Chooser:
             return self.maker(change).of(parallel, shape(self.config, size))
 
         found = _largest(sizes, lambda size: forecast(size).peak <= limit)
-        if found is None and sizes:  # all at once may need less than parts do, as no gradients wait next to a pass
+        if (
+            found is None and sizes
+        ):  # all at once may need less than parts do, as no gradients wait next to a pass
             one, whole = forecast(1), sizes[-1]
             if one.peak - one.device["gradients"] <= limit and forecast(whole).peak <= limit:
                 return whole
         return found
 
     def fewest_processes(self, parallel: ParallelConfig, limit: float) -> int | None:
-        """Of those that make whole steps, the fewest whose memory it fits, at some micro-batch; None if none does."""
-        groups = [1] if parallel.kind == "single" else _divisors(self.config.train.global_batch_size)
-        for number in (group * parallel.num_context for group in groups if group % parallel.num_replicas == 0):
+        """Of those that make whole steps, the fewest whose memory it fits, at some micro-batch;
+        None if none does.
+        """
+        groups = (
+            [1] if parallel.kind == "single" else _divisors(self.config.train.global_batch_size)
+        )
+        for number in (
+            group * parallel.num_context for group in groups if group % parallel.num_replicas == 0
+        ):
             kind = "single" if parallel.kind == "ddp" and number == 1 else parallel.kind
             if self.largest_micro_batch(replace(parallel, kind=kind, num_processes=number), limit):
                 return number
         return None
 
     def cheapest_change(self, parallel: ParallelConfig, limit: float) -> str | None:
-        """Settings with which it fits, from what costs nothing to what learns less; None if there are none."""
+        """Settings with which it fits, from what costs nothing to what learns less; None if there
+        are none.
+        """
         if size := self.largest_micro_batch(parallel, limit):
             return f"train.micro_batch_size: {size}"
         for name, config in self._changes():
@@ -104,7 +130,9 @@ class Chooser:
                 size := self.largest_micro_batch(parallel, limit, name)
             ):
                 return name + (
-                    "" if size == self.config.train.micro_batch_size else f", train.micro_batch_size: {size}"
+                    ""
+                    if size == self.config.train.micro_batch_size
+                    else f", train.micro_batch_size: {size}"
                 )
         return None
 
@@ -114,27 +142,40 @@ class Chooser:
         recomputed = _with(config, "train", gradient_checkpointing=True)
         if config.train.gradient_checkpointing is not True:
             yield "train.gradient_checkpointing: true", recomputed
-        before = "" if config.train.gradient_checkpointing is True else "train.gradient_checkpointing: true, "
+        before = (
+            ""
+            if config.train.gradient_checkpointing is True
+            else "train.gradient_checkpointing: true, "
+        )
         if kind == "full" and config.optimizer.kind == "adamw":
-            yield before + "optimizer.kind: adamw_8bit", _with(recomputed, "optimizer", kind="adamw_8bit")
+            yield (
+                before + "optimizer.kind: adamw_8bit",
+                _with(recomputed, "optimizer", kind="adamw_8bit"),
+            )
             if config.model.dtype != "bfloat16":
                 yield before + "model.dtype: bfloat16", _with(recomputed, "model", dtype="bfloat16")
         shape = {} if isinstance(adapter, Full) else adapter.model_dump(exclude={"kind"})
         for cls, other in (Lora, "lora"), (QLora, "qlora"):
             if config.model.init != "random" and kind not in (other, "qlora"):
                 changed = cls.model_validate({"kind": other, **shape})
-                yield before + f"adapter.kind: {other}", recomputed.model_copy(update={"adapter": changed})
+                yield (
+                    before + f"adapter.kind: {other}",
+                    recomputed.model_copy(update={"adapter": changed}),
+                )
 
 
 def micro_batches(config: Config, parallel: ParallelConfig) -> list[int]:
     """Those that make whole steps: the divisors of a process's share of one."""
-    return _divisors(config.train.global_batch_size * parallel.num_context // parallel.num_processes)
+    return _divisors(
+        config.train.global_batch_size * parallel.num_context // parallel.num_processes
+    )
 
 
 def automatic(
     config: Config, parallel: ParallelConfig, device: torch.device, precision: str, limit: float
 ) -> tuple[int, int, str]:
-    """(micro-batch, bytes of optimizer state and averages on the device, why), for processes that are running.
+    """(micro-batch, bytes of optimizer state and averages on the device, why), for processes that
+    are running.
 
     `limit`: bytes that the process with the least may use. Raises ConfigError if none fits.
     """
@@ -145,7 +186,8 @@ def automatic(
     if size is None:
         other = chooser.cheapest_change(parallel, limit)
         raise ConfigError(
-            f"train.micro_batch_size: auto found no size that fits: a single sequence of {config.data.max_length:,} tokens needs {said}; "
+            "train.micro_batch_size: auto found no size that fits: a single sequence of "
+            f"{config.data.max_length:,} tokens needs {said}; "
             + (f"take {other}" if other else "take more processes, or shorter sequences") + "; see docs/performance.md"
         )  # fmt: skip
     beside = forecast.device.get("optimizer", 0.0) + forecast.device.get("average", 0.0)
@@ -154,15 +196,24 @@ def automatic(
 
 def advice(config: Config, parallel: ParallelConfig, device: torch.device, precision: str) -> str:
     """What was forecast for a process that ran out of memory, and the next setting to try."""
-    chooser, limit = Chooser(config, precision=precision, on_gpu=device.type == "cuda"), capacity_here(device)
+    chooser, limit = (
+        Chooser(config, precision=precision, on_gpu=device.type == "cuda"),
+        capacity_here(device),
+    )
     size = config.micro_batch_size
     forecast = chooser.forecast(parallel)
     said = f"forecast: {forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
     if forecast.peak <= limit and size > 1:  # something else takes memory, or the forecast is wrong
         smaller = max(other for other in micro_batches(config, parallel) if other < size)
         return f"{said}, which should fit: check what else uses the memory, or try train.micro_batch_size: {smaller}"
-    other = chooser.cheapest_change(parallel, limit if forecast.peak > limit else 0.95 * forecast.peak)
-    return f"{said}; try {other}" if other else f"{said}; take more processes, or shorter sequences (data.max_length)"
+    other = chooser.cheapest_change(
+        parallel, limit if forecast.peak > limit else 0.95 * forecast.peak
+    )
+    return (
+        f"{said}; try {other}"
+        if other
+        else f"{said}; take more processes, or shorter sequences (data.max_length)"
+    )
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:
@@ -174,7 +225,9 @@ def _divisors(number: int) -> list[int]:
 
 
 def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
-    """The last of rising sizes that fits. From the smallest in leaps, then by halves: large ones take long to try."""
+    """The last of rising sizes that fits. From the smallest in leaps, then by halves: large ones
+    take long to try.
+    """
     low, high, leap = -1, len(sizes), 1
     place = 0
     while low < place < high:

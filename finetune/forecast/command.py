@@ -1,4 +1,6 @@
-"""python -m finetune plan: does it fit, how much is left, what is the most that does, and what to change. No weights are loaded."""
+"""python -m finetune plan: does it fit, how much is left, what is the most that does, and what to
+change. No weights are loaded.
+"""
 
 import argparse
 import math
@@ -31,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show one topology file in detail; default: all of accelerate_configs/",
     )
     parser.add_argument(
-        "--num-processes", type=int, metavar="N", help="number of processes; default: from the topology files"
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="number of processes; default: from the topology files",
     )
     parser.add_argument(
         "--gpu-memory", type=float, metavar="GB",
@@ -48,13 +53,17 @@ def main(arguments: argparse.Namespace) -> None:
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
     if arguments.num_processes is not None and arguments.num_processes < 1:
-        raise ConfigError(f"--num-processes {arguments.num_processes}: it must be a whole number from 1")
+        raise ConfigError(
+            f"--num-processes {arguments.num_processes}: it must be a whole number from 1"
+        )
     files = (
         [Path(found(arguments.topology))]
         if arguments.topology
         else sorted((SHIPPED / "accelerate_configs").glob("*.yaml"), key=_simplest_first)
     )
-    asked = {file.stem: _wish(file, arguments.num_processes, required=len(files) == 1) for file in files}
+    asked = {
+        file.stem: _wish(file, arguments.num_processes, required=len(files) == 1) for file in files
+    }
     topologies = {name: parallel for name, parallel in asked.items() if parallel}
     chooser = Chooser(config, precision=precision, on_gpu=on_gpu)
     print(_about(config, chooser), flush=True)
@@ -67,7 +76,10 @@ def main(arguments: argparse.Namespace) -> None:
         rows.append([name, str(parallel.num_processes), *_row(chooser, parallel, limit)])
     _progress("")
     if arguments.topology and micro_batches(config, parallel):
-        print("\n" + _parts(chooser.forecast(parallel, _micro_batch(chooser, parallel, limit)), on_gpu))
+        print(
+            "\n"
+            + _parts(chooser.forecast(parallel, _micro_batch(chooser, parallel, limit)), on_gpu)
+        )
     print("\n" + _advice(rows, on_gpu))
     print("\n" + _table(rows))
     print("\n" + "\n".join(_legend(on_gpu)))
@@ -76,12 +88,16 @@ def main(arguments: argparse.Namespace) -> None:
 def _simplest_first(file: Path) -> tuple[bool, int, str]:
     """One process, one node, several nodes; of each DDP before what shares the model out."""
     kinds = ("single", "cpu_debug", "ddp", "zero1", "zero2", "fsdp2", "zero3")
-    kind = next((place for place, name in enumerate(kinds) if file.stem.startswith(name)), len(kinds))
+    kind = next(
+        (place for place, name in enumerate(kinds) if file.stem.startswith(name)), len(kinds)
+    )
     return "multinode" in file.stem, kind, file.stem
 
 
 def _advice(rows: list[list[str]], on_gpu: bool) -> str:
-    """What to take, in one line: the first topology that fits, or the first change that makes one fit."""
+    """What to take, in one line: the first topology that fits, or the first change that makes one
+    fit.
+    """
     heads, *found = rows
     left = heads.index("left")
     possible = [row for row in found if row[left]]  # the others cannot take this config at all
@@ -96,7 +112,8 @@ def _advice(rows: list[list[str]], on_gpu: bool) -> str:
         name, processes, *_, verdict = fits
         how = verdict.removeprefix("fits").removeprefix(", ")
         advice.append(
-            f"{'as it is ' if advice and not how else ''}it fits on {_gpus(processes, on_gpu)} with accelerate_configs/{name}.yaml"
+            f"{'as it is ' if advice and not how else ''}it fits on {_gpus(processes, on_gpu)} "
+            f"with accelerate_configs/{name}.yaml"
             + (f" {how.replace('with ', 'and ', 1)}" if how else "")
             + f"; {fits[left].removeprefix('+')} GB are left"
         )
@@ -121,12 +138,19 @@ def _progress(text: str) -> None:
 
 
 def _wish(file: Path, num_processes: int | None, required: bool) -> ParallelConfig | None:
-    """What the file asks for, by Accelerate's own reading; None, unless it is required, if it cannot have that number of processes."""
+    """What the file asks for, by Accelerate's own reading; None, unless it is required, if it
+    cannot have that number of processes.
+    """
     options = ["--config_file", str(file.resolve())]
     if num_processes and (required or file.stem != "single"):
         options += ["--num_processes", str(num_processes)]
     if "multinode" in file.stem:
-        options += ["--main_process_ip", "127.0.0.1", "--machine_rank", "1"]  # on node 0 Accelerate looks at the port
+        options += [
+            "--main_process_ip",
+            "127.0.0.1",
+            "--machine_rank",
+            "1",
+        ]  # on node 0 Accelerate looks at the port
     try:
         environments, _ = launcher.read([*options, str(TRAIN)])
         return launch.read(environments[0])
@@ -137,7 +161,9 @@ def _wish(file: Path, num_processes: int | None, required: bool) -> ParallelConf
 
 
 def _micro_batch(chooser: Chooser, parallel: ParallelConfig, limit: float) -> int:
-    """That of the config; else the largest below it that makes whole steps; for auto the largest that fits, or 1."""
+    """That of the config; else the largest below it that makes whole steps; for auto the largest
+    that fits, or 1.
+    """
     given = chooser.config.train.micro_batch_size
     if given == "auto":
         return chooser.largest_micro_batch(parallel, limit) or 1
@@ -152,7 +178,10 @@ def _row(chooser: Chooser, parallel: ParallelConfig, limit: float) -> list[str]:
         return [*nothing, others[0]]
     if config.train.global_batch_size % data:
         return [*nothing, f"train.global_batch_size: a multiple of {data}"]
-    most, micro = chooser.largest_micro_batch(parallel, limit), _micro_batch(chooser, parallel, limit)
+    most, micro = (
+        chooser.largest_micro_batch(parallel, limit),
+        _micro_batch(chooser, parallel, limit),
+    )
     forecast = chooser.forecast(parallel, micro)
     verdict = "fits"
     if forecast.peak > limit:
@@ -179,9 +208,12 @@ def _about(config: Config, chooser: Chooser) -> str:
     micro, train = config.train.micro_batch_size, config.train
     return "\n".join(
         [
-            f"model  {name}: {weights.num:,} parameters, {weights.num_trained:,} of them train ({config.adapter.kind})",
-            f"step   {train.global_batch_size} sequences of {config.data.max_length:,} tokens, {micro} at once in a process; {chooser.precision}, "
-            f"attention {chooser.attention}, layers {_kept(train.gradient_checkpointing)}, {config.optimizer.kind}",
+            f"model  {name}: {weights.num:,} parameters, {weights.num_trained:,} of them train "
+            f"({config.adapter.kind})",
+            f"step   {train.global_batch_size} sequences of {config.data.max_length:,} tokens, "
+            f"{micro} at once in a process; {chooser.precision}, "
+            f"attention {chooser.attention}, layers {_kept(train.gradient_checkpointing)}, "
+            f"{config.optimizer.kind}",
         ]
     )
 
@@ -207,7 +239,9 @@ def _table(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if place in (0, len(row) - 1 if len(row) > 2 else -1) else cell.rjust(width)
+            cell.ljust(width)
+            if place in (0, len(row) - 1 if len(row) > 2 else -1)
+            else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
         for row in rows

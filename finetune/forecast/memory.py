@@ -1,7 +1,7 @@
 """Bytes that one process will need, of its device and of its host, under any topology.
 
-What a pass holds is traced; weights, gradients and optimizer state are counted; what processes share
-is divided, and what they gather to compute with is added.
+What a pass holds is traced; weights, gradients and optimizer state are counted; what processes
+share is divided, and what they gather to compute with is added.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,17 +15,20 @@ from finetune.forecast.trace import Rehearsal, Shape, Trace
 from finetune.forecast.weights import count
 from finetune.models.attention import is_padded
 
-# A process of train.py with all its libraries and no model: measured with torch 2.13 for CPUs on Linux. Builds for GPUs, which pip
-# installs by default, touch 0.2 GB more (2.11.0+cu130, on a CPU).
+# A process of train.py with all its libraries and no model: measured with torch 2.13 for CPUs on
+# Linux. Builds for GPUs, which pip installs by default, touch 0.2 GB more (2.11.0+cu130, on a CPU).
 PROCESS = 525e6 if torch.version.cuda is None and torch.version.hip is None else 725e6
-# CUDA's own context, and NCCL's buffers where there are several: what is usual; no GPU was there to measure it.
+# CUDA's own context, and NCCL's buffers where there are several: what is usual; no GPU was there to
+# measure it.
 CONTEXT, CHANNELS = 0.6e9, 0.4e9
 WHOLE = "whole model, at the start and the end"
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes of one process at its peak; parts are named for what they are, and need not be there at once."""
+    """Bytes of one process at its peak; parts are named for what they are, and need not be there at
+    once.
+    """
 
     device: dict[str, float]
     peak: float
@@ -55,7 +58,9 @@ class _Held:
 
 
 class Forecaster:
-    """For one run config, any topology, any micro-batch: the model is built, and each kind of pass traced, once."""
+    """For one run config, any topology, any micro-batch: the model is built, and each kind of pass
+    traced, once.
+    """
 
     def __init__(
         self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str, on_gpu: bool
@@ -89,7 +94,9 @@ class Forecaster:
         }  # fmt: skip
         copied = {"checkpoint": self._copied(held, parallel)}
         if self.on_gpu:
-            w = self.weights  # all weights are read by one process, and exported from a copy that is opened next to it
+            # All weights are read by one process, and exported from a copy that is opened next to
+            # it
+            w = self.weights
             whole = 2 * w.stored if w.num == w.num_trained else w.stored
             host = {"process": PROCESS, **held.waiting, **copied, WHOLE: whole}
             device["CUDA"] = CONTEXT + (CHANNELS if parallel.num_processes > 1 else 0.0)
@@ -106,7 +113,9 @@ class Forecaster:
     def _trace(self, parallel: ParallelConfig, shape: Shape, learns: bool = True) -> Trace:
         halved = parallel.is_sharded and self.precision != "fp32"
         part = replace(
-            shape, length=-(-shape.length // parallel.num_context), learned=-(-shape.learned // parallel.num_context)
+            shape,
+            length=-(-shape.length // parallel.num_context),
+            learned=-(-shape.learned // parallel.num_context),
         )
         if not is_padded(self._about[2]):  # sequences lie end to end: only their tokens count
             part = Shape(1, part.num_sequences * part.length, part.num_sequences * part.learned)
@@ -135,9 +144,13 @@ class Forecaster:
         if self.weights.unpacked:
             held.passing["unpacked"] = self.weights.unpacked
         if parallel.offload:
-            stays = parallel.is_zero and "offload_param" not in parallel.deepspeed["zero_optimization"]
+            stays = (
+                parallel.is_zero and "offload_param" not in parallel.deepspeed["zero_optimization"]
+            )
             names = [name for name in held.staying if name != "weights" or not stays]
-            held.waiting = {name: held.staying.pop(name) for name in names} | {"gradients": held.gradients}
+            held.waiting = {name: held.staying.pop(name) for name in names} | {
+                "gradients": held.gradients
+            }
             held.gradients = 0.0
         return held
 
@@ -155,10 +168,12 @@ class Forecaster:
             {name: value / parts for name, value in staying.items()},
             w.trained / parts,
             {
-                # The layer at work and the next one; embedding, last norm and head as they are stored: of an untied
-                # head in 16 bits it is half, but its memory is not there for others at once (measured).
+                # The layer at work and the next one; embedding, last norm and head as they are
+                # stored: of an untied head in 16 bits it is half, but its memory is not there for
+                # others at once (measured).
                 "gathered": 2 * w.layer + w.ends_stored,
-                # Gradients of a layer, and in float32 on their way; those around the layers wait for the end.
+                # Gradients of a layer, and in float32 on their way; those around the layers wait
+                # for the end.
                 "reduced": (half + 4) * w.layer_trained + 2 * w.ends_trained,
             },
         )
@@ -166,7 +181,10 @@ class Forecaster:
     def _by_deepspeed(self, parallel: ParallelConfig) -> _Held:
         w, half, parts = self.weights, self._half, parallel.num_processes
         shares_weights, shares_gradients = parallel.kind == "zero3", parallel.kind != "zero1"
-        bucket = min(float(parallel.deepspeed["zero_optimization"].get("reduce_bucket_size", 5e8)), w.num_trained)
+        bucket = min(
+            float(parallel.deepspeed["zero_optimization"].get("reduce_bucket_size", 5e8)),
+            w.num_trained,
+        )
         # Gradients as they are made, laid end to end, and in float32 on their way.
         reduced = (half + 4 + (half if shares_gradients else 0)) * bucket
         return _Held(
@@ -181,10 +199,16 @@ class Forecaster:
         )
 
     def _average(self) -> dict[str, float]:
-        return {} if self.config.train.ema_decay is None else {"average": 4.0 * self.weights.num_trained}
+        return (
+            {}
+            if self.config.train.ema_decay is None
+            else {"average": 4.0 * self.weights.num_trained}
+        )
 
     def _copied(self, held: _Held, parallel: ParallelConfig) -> float:
-        """What a checkpoint copies before it is written while the next steps run: of equal weights each process its share."""
+        """What a checkpoint copies before it is written while the next steps run: of equal weights
+        each process its share.
+        """
         if not self.config.checkpoint.asynchronous:
             return 0.0
         everything = held.staying | held.waiting

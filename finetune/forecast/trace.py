@@ -1,4 +1,5 @@
-"""One step of the real model on tensors that have shapes and no memory, and a ledger of what it would have held.
+"""One step of the real model on tensors that have shapes and no memory, and a ledger of what it
+would have held.
 
 Nothing is estimated from a formula: the model's own forward, with its adapters, its attention, its
 recomputation and its loss, runs under PyTorch's FakeTensorMode. So no architecture needs a formula,
@@ -24,7 +25,9 @@ from finetune.models.build import build
 
 @dataclass(frozen=True)
 class Shape:
-    """What a forward pass gets: the number of sequences, their tokens, and how many of these are learned."""
+    """What a forward pass gets: the number of sequences, their tokens, and how many of these are
+    learned.
+    """
 
     num_sequences: int
     length: int
@@ -36,7 +39,9 @@ class Trace:
     """Bytes of a forward and backward pass, besides the weights."""
 
     passing: int
-    """Most that was there at once except gradients of weights: activations, weights in 16 bits, logits of a chunk."""
+    """Most that was there at once except gradients of weights: activations, weights in 16 bits,
+    logits of a chunk.
+    """
     both: int
     """Most of that and of gradients of weights, which stay, together."""
     gradients: int
@@ -85,10 +90,14 @@ class Ledger(TorchDispatchMode):
         else:
             self.passing -= size
 
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
         if function is torch.ops.aten._grouped_mm.default and arguments[0].dtype != torch.bfloat16:
             # Experts: kernels take other numbers, only what stands for them in a trace does not.
-            out = function(*(a.bfloat16() for a in arguments[:2]), *arguments[2:], **(keywords or {}))
+            out = function(
+                *(a.bfloat16() for a in arguments[:2]), *arguments[2:], **(keywords or {})
+            )
             out = out.to(arguments[0].dtype)
         else:
             out = function(*arguments, **(keywords or {}))
@@ -105,8 +114,12 @@ class Rehearsal:
         self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str, halved: bool = False,
         on_gpu: bool = False,
     ) -> None:  # fmt: skip
-        """`precision` of the arithmetic; `halved`: all weights are in it, as ZeRO keeps them and FSDP2 gathers them."""
-        plain = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
+        """`precision` of the arithmetic; `halved`: all weights are in it, as ZeRO keeps them and
+        FSDP2 gathers them.
+        """
+        plain = config.model_copy(
+            update={"train": config.train.model_copy(update={"compile": False})}
+        )
         self.attention, self.on_gpu = attention, on_gpu
         self.dtype = None if precision == "fp32" else torch.bfloat16
         self.model, self.base = build(
@@ -125,21 +138,26 @@ class Rehearsal:
             _without_attention_dropout(self.model)
 
     def trace(self, shape: Shape, learns: bool = True) -> Trace:
-        """Of a pass forth and back, or, if nothing is learned from it, forth. Raises ModelError if the model cannot be followed."""
+        """Of a pass forth and back, or, if nothing is learned from it, forth. Raises ModelError if
+        the model cannot be followed.
+        """
         try:
             return self._trace(shape, learns)
         except Exception as exc:  # code of any author, on tensors without values
             failures.reraise(exc)
             kind = self.base.config.model_type
             raise ModelError(
-                f"the memory of {kind} cannot be forecast: {type(exc).__name__}: {' '.join(str(exc).split())[:200]}; "
+                f"the memory of {kind} cannot be forecast: {type(exc).__name__}: "
+                f"{' '.join(str(exc).split())[:200]}; "
                 "give train.micro_batch_size a number, and try it"
             ) from exc
 
     def _trace(self, shape: Shape, learns: bool) -> Trace:
         ledger = Ledger()
         rows, documents_of_row = (
-            (shape.num_sequences, 1) if attention.is_padded(self.attention) else (1, shape.num_sequences)
+            (shape.num_sequences, 1)
+            if attention.is_padded(self.attention)
+            else (1, shape.num_sequences)
         )
         block_bytes = cross_entropy.block_bytes("cuda" if self.on_gpu else "cpu")
         hooks = []
@@ -156,7 +174,10 @@ class Rehearsal:
             supervised = torch.zeros(shape.num_sequences * shape.learned, dtype=torch.long)
             with ledger, torch.set_grad_enabled(learns):
                 with torch.autocast(
-                    "cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None, cache_enabled=False
+                    "cpu",
+                    self.dtype or torch.bfloat16,
+                    enabled=self.dtype is not None,
+                    cache_enabled=False,
                 ):
                     loss = _loss(self.model, inputs, supervised, block_bytes)
                 kept = ledger.passing
@@ -171,7 +192,9 @@ class Rehearsal:
         return found
 
 
-def _loss(model: Any, inputs: dict[str, Any], supervised: torch.Tensor, block_bytes: int) -> torch.Tensor:
+def _loss(
+    model: Any, inputs: dict[str, Any], supervised: torch.Tensor, block_bytes: int
+) -> torch.Tensor:
     """supervised: int64 zeros, as many as tokens that are predicted; which ones does not matter."""
     question = head.Question(supervised, supervised, frozenset({"nll"}), block_bytes=block_bytes)
     loss: torch.Tensor = model(**inputs, question=question)["nll"]

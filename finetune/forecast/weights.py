@@ -40,15 +40,24 @@ class Weights:
 
 
 def count(model: nn.Module, config: Config, width: int) -> Weights:
-    """Of the model as it will be, from one that has shapes only. `width`: bytes of a number of the arithmetic."""
+    """Of the model as it will be, from one that has shapes only. `width`: bytes of a number of the
+    arithmetic.
+    """
     quantized = set(_quantized(model, config))
     adapter, packed = config.adapter, 0.0
     if adapter.kind == "qlora":
         form = QUANTIZATIONS[adapter.quantization]
-        packed = (form.bits + (form.double_scale_bits if adapter.double_quantization else form.scale_bits)) / 8
+        packed = (
+            form.bits + (form.double_scale_bits if adapter.double_quantization else form.scale_bits)
+        ) / 8
     named = dict(model.named_parameters())
-    stored = {name: p.numel() * (packed if name in quantized else p.element_size()) for name, p in named.items()}
-    used = {name: stored[name] if name in quantized else width * p.numel() for name, p in named.items()}
+    stored = {
+        name: p.numel() * (packed if name in quantized else p.element_size())
+        for name, p in named.items()
+    }
+    used = {
+        name: stored[name] if name in quantized else width * p.numel() for name, p in named.items()
+    }
     trains = {name for name, p in named.items() if p.requires_grad}
     names = recompute.classes(model)
     inside = [
@@ -71,12 +80,18 @@ def count(model: nn.Module, config: Config, width: int) -> Weights:
 
 
 def _quantized(model: nn.Module, config: Config) -> Iterator[str]:
-    """Names of frozen matrices that transformers lets bitsandbytes store: all linear ones but the head."""
+    """Names of frozen matrices that transformers lets bitsandbytes store: all linear ones but the
+    head.
+    """
     if config.adapter.kind == "qlora":
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         head = base.get_output_embeddings()
         for path, module in model.named_modules():
-            if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad:
+            if (
+                isinstance(module, nn.Linear)
+                and module is not head
+                and not module.weight.requires_grad
+            ):
                 yield f"{path}.weight"
 
 
@@ -87,7 +102,9 @@ def _states(model: nn.Module, config: Config) -> Iterator[float]:
     groups = optim.parameter_groups(model, config.optimizer)
     for p, hidden in ((p, group["hidden"]) for group in groups for p in group["params"]):
         if kind.moments is None:
-            values = p.numel() if p.ndim < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]
+            values = (
+                p.numel() if p.ndim < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]
+            )
             yield values * p.element_size()
             continue
         moments = kind.hidden_moments or kind.moments if hidden else kind.moments

@@ -27,7 +27,9 @@ def at_least(minimum: int) -> Callable[[str], int]:
         with suppress(ValueError):
             if (value := int(text)) >= minimum:
                 return value
-        raise argparse.ArgumentTypeError(f"should be a whole number of at least {minimum}, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"should be a whole number of at least {minimum}, got {text!r}"
+        )
 
     return number
 
@@ -41,7 +43,9 @@ def log(message: str) -> None:
 class Answer:
     text: str
     is_cut: bool
-    """Whether it was not ended by the model, but by the limit on new tokens, or the end of its context."""
+    """Whether it was not ended by the model, but by the limit on new tokens, or the end of its
+    context.
+    """
 
 
 def answers(
@@ -60,24 +64,29 @@ def answers(
     """The model's answer to each prompt, without the token that ended it; temperature 0 is greedy.
 
     Prompts are tokenised as in training, sorted by length and padded on the left. Where prompt and
-    answer do not fit the model's context together, the prompt keeps at least half of it, BOS and end, and `say` says so.
-    `together`: processes that share the weights call this at once, and none may stop before the
-    others, as each pass gathers weights from all. `streamer`: of transformers; gets the tokens of a single prompt as they come.
+    answer do not fit the model's context together, the prompt keeps at least half of it, BOS and
+    end, and `say` says so. `together`: processes that share the weights call this at once, and none
+    may stop before the others, as each pass gathers weights from all. `streamer`: of transformers;
+    gets the tokens of a single prompt as they come.
     """
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     most = max(context - max_new_tokens, context // 2)
     if long := sum(len(ids) > most for ids in encoded):
         log(
-            f"note: {long} of {len(encoded)} prompts are over {most} tokens, what the model's {context} positions leave next to "
+            f"note: {long} of {len(encoded)} prompts are over {most} tokens, what the model's "
+            f"{context} positions leave next to "
             f"answers of {max_new_tokens}; their beginnings are cut off"
         )
     encoded = [_cut(ids, most, tokenizer) for ids in encoded]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     results = [Answer("", True)] * len(encoded)
-    choice = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    choice = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    # Not the model's own: a repetition penalty or a sampling default in it would decode base and tuned by other rules.
+    # Not the model's own: a repetition penalty or a sampling default in it would decode base and
+    # tuned by other rules.
     ends = model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad, **choice)
@@ -89,8 +98,13 @@ def answers(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         longest = max(len(encoded[i]) for i in chosen)
-        ids = torch.tensor([[pad] * (longest - len(encoded[i])) + encoded[i] for i in chosen], device=device)
-        mask = torch.tensor([[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=device)
+        ids = torch.tensor(
+            [[pad] * (longest - len(encoded[i])) + encoded[i] for i in chosen], device=device
+        )
+        mask = torch.tensor(
+            [[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen],
+            device=device,
+        )
         with torch.no_grad():
             out = model.generate(
                 input_ids=ids,
@@ -100,7 +114,9 @@ def answers(
                 streamer=streamer,
             )
         for i, row in zip(chosen, out[:, longest:], strict=True):
-            text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = tokenizer.decode(
+                row, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
             results[i] = Answer(text, is_cut=stops.isdisjoint(row.tolist()))
         bar.update(len(chosen))
         if bar.disable and not streamer and time.monotonic() - last_line > LINE_SECONDS:
@@ -122,7 +138,8 @@ def while_training(
     model: Any, tokenizer: Any, template: Template | None, prompts: Sequence[str], *, system_prompt: str | None,
     max_new_tokens: int, together: bool, log: Callable[[str], None],
 ) -> list[str]:  # fmt: skip
-    """Greedy answers of a model in training, as it will answer once exported; afterwards all is as it was.
+    """Greedy answers of a model in training, as it will answer once exported; afterwards all is as
+    it was.
 
     `template` None: prompts are plain text to go on from. `together`: as in `answers`.
     """
@@ -133,7 +150,13 @@ def while_training(
     inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
     try:
         found = answers(
-            model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts), together=together, log=log
+            model,
+            tokenizer,
+            texts,
+            max_new_tokens=max_new_tokens,
+            batch_size=len(texts),
+            together=together,
+            log=log,
         )
         return [answer.text for answer in found]
     finally:
@@ -143,15 +166,25 @@ def while_training(
         model.train(was_training)
 
 
-def chat_prompt(tokenizer: Any, messages: Sequence[Message], place: Place = templates.PROMPT) -> str:
-    """The text of a conversation up to the next answer, as the tokenizer's chat template gives it to every caller."""
+def chat_prompt(
+    tokenizer: Any, messages: Sequence[Message], place: Place = templates.PROMPT
+) -> str:
+    """The text of a conversation up to the next answer, as the tokenizer's chat template gives it
+    to every caller.
+    """
     return replace(_own_template(tokenizer), learn_opening=True).prompt(messages, place)
 
 
 def refuse_control_tokens(tokenizer: Any, conversations: Sequence[Conversation]) -> None:
-    """Raise DataError for rows whose text holds tokens that training refuses: they would forge turns in a prompt."""
+    """Raise DataError for rows whose text holds tokens that training refuses: they would forge
+    turns in a prompt.
+    """
     template = templates.load(
-        "chat", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_vocab()
+        "chat",
+        "messages",
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizer.get_vocab(),
     )
     control, problems = ControlTokens(tokenizer, template.turn_ends), Problems()
     for conversation in conversations:
@@ -162,11 +195,17 @@ def refuse_control_tokens(tokenizer: Any, conversations: Sequence[Conversation])
 
 
 def without_opening(tokenizer: Any, answers: Sequence[str]) -> list[str]:
-    """Answers without what the chat template itself would write before them, such as an empty thinking block."""
+    """Answers without what the chat template itself would write before them, such as an empty
+    thinking block.
+    """
     ids = tokenizer(_own_template(tokenizer).opening, add_special_tokens=False)["input_ids"]
-    opening = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+    opening = tokenizer.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    ).strip()
     return [answer.lstrip().removeprefix(opening) if opening else answer for answer in answers]
 
 
 def _own_template(tokenizer: Any) -> Template:
-    return templates.load("chat", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, {})
+    return templates.load(
+        "chat", "messages", tokenizer.chat_template, tokenizer.special_tokens_map, {}
+    )

@@ -1,4 +1,6 @@
-"""What adapters start from, where that takes more than random numbers: the data, or what quantisation lost."""
+"""What adapters start from, where that takes more than random numbers: the data, or what
+quantisation lost.
+"""
 
 import warnings
 from collections.abc import Iterable
@@ -14,9 +16,11 @@ QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers
 
 
 def initialise_from_data(model: "PeftModel", batches: Iterable[dict[str, Any]]) -> None:
-    """EVA (Paischer et al., 2024): A from the main directions of what each layer is given. `batches`: model inputs.
+    """EVA (Paischer et al., 2024): A from the main directions of what each layer is given.
+    `batches`: model inputs.
 
-    Every layer keeps its rank (rho is 1): ranks that followed the data would change with the number of processes.
+    Every layer keeps its rank (rho is 1): ranks that followed the data would change with the number
+    of processes.
     """
     from peft import initialize_lora_eva_weights
 
@@ -31,7 +35,8 @@ def initialise_from_data(model: "PeftModel", batches: Iterable[dict[str, Any]]) 
 
 
 def initialise_from_quantization(model: "PeftModel", original: nn.Module) -> None:
-    """LoftQ (Li et al., 2023), one iteration: B A = the best rank-r part of W - Q, of original and quantised weights.
+    """LoftQ (Li et al., 2023), one iteration: B A = the best rank-r part of W - Q, of original and
+    quantised weights.
 
     peft's own function needs a CUDA device and leaves the scale alpha / r out.
     """
@@ -40,10 +45,15 @@ def initialise_from_quantization(model: "PeftModel", original: nn.Module) -> Non
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
             quantized = layer.get_base_layer()
-            if type(quantized).__name__ not in QUANTIZED:  # nothing was lost: it starts as every adapter does
+            if (
+                type(quantized).__name__ not in QUANTIZED
+            ):  # nothing was lost: it starts as every adapter does
                 continue
             weight = original.get_submodule(name.removeprefix("base_model.model.")).weight
-            lost = weight.to(quantized.weight.device).float() - dequantize_bnb_weight(quantized.weight).float()
+            lost = (
+                weight.to(quantized.weight.device).float()
+                - dequantize_bnb_weight(quantized.weight).float()
+            )
             rank, scale = layer.r["default"], layer.scaling["default"]
             u, s, v = torch.svd_lowrank(lost, q=min(rank + 8, *lost.shape), niter=4)
             root = s[:rank].sqrt()

@@ -19,14 +19,20 @@ from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
 from finetune.errors import ModelError
 from finetune.models import adapter_init, base_identity, load
 
-if TYPE_CHECKING:  # peft brings bitsandbytes, and this the compiler: seconds that a run of all weights need not wait
+# Peft brings bitsandbytes, and this the compiler: seconds that a run of all weights need not wait
+if TYPE_CHECKING:
     from peft import PeftModel
 
 
 def apply(
-    model: Any, adapter: Full | Adapter, base: Model, dtype: torch.dtype = torch.float32, new_token_ids: Sequence[int] = ()
+    model: Any,
+    adapter: Full | Adapter,
+    base: Model,
+    dtype: torch.dtype = torch.float32,
+    new_token_ids: Sequence[int] = (),
 ) -> Any:
-    """The model with what trains unfrozen: itself (full), or a PeftModel around it. Raises ModelError.
+    """The model with what trains unfrozen: itself (full), or a PeftModel around it. Raises
+    ModelError.
 
     A PeftModel gets an attribute `base_record`: what is needed to know its base again. It is taken
     here, because some initialisations rewrite the base. Where there are new tokens, embedding and
@@ -35,44 +41,70 @@ def apply(
     if isinstance(adapter, Full):
         model = _freeze(model, adapter.freeze)
         if new_token_ids and not model.get_input_embeddings().weight.requires_grad:
-            raise ModelError("adapter.freeze: freezes the embedding, so model.new_tokens would never be learned")
+            raise ModelError(
+                "adapter.freeze: freezes the embedding, so model.new_tokens would never be learned"
+            )
         return model
     form = quantization(adapter, dtype)
     record = base_identity.record(
-        model, dtype, form, loftq=adapter.init == "loftq", new_tokens=base.new_tokens, new_token_ids=new_token_ids
+        model,
+        dtype,
+        form,
+        loftq=adapter.init == "loftq",
+        new_tokens=base.new_tokens,
+        new_token_ids=new_token_ids,
     )
     if adapter.path and (known := base_identity.read(Path(adapter.path))):
         base_identity.require_same(record, known, Path(adapter.path))
         base_identity.require_architecture(model, known, Path(adapter.path))
         record["loftq"] = known["loftq"]
     ends = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
-    adapted = _continued(model, adapter.path) if adapter.path else _fresh(model, adapter, bool(new_token_ids))
-    touched = [name for name, m in adapted.named_modules() if hasattr(m, "lora_A") and id(m.get_base_layer()) in ends]
+    adapted = (
+        _continued(model, adapter.path)
+        if adapter.path
+        else _fresh(model, adapter, bool(new_token_ids))
+    )
+    touched = [
+        name
+        for name, m in adapted.named_modules()
+        if hasattr(m, "lora_A") and id(m.get_base_layer()) in ends
+    ]
     if touched and model.config.get_text_config().tie_word_embeddings:
         raise ModelError(
-            f"adapter.target_modules: {touched[0].removeprefix('base_model.model.')} shares its weights between head and "
+            f"adapter.target_modules: {touched[0].removeprefix('base_model.model.')} shares its "
+            "weights between head and "
             "embedding in this model, so an adapter on it could not be merged; leave it out"
         )
-    # peft notes the base as it was given; a relative folder would be looked for on the Hub from anywhere else.
+    # peft notes the base as it was given; a relative folder would be looked for on the Hub from
+    # anywhere else.
     saved = adapted.peft_config["default"]
-    saved.base_model_name_or_path = os.path.abspath(base.path) if base.path and os.path.isdir(base.path) else base.path
+    saved.base_model_name_or_path = (
+        os.path.abspath(base.path) if base.path and os.path.isdir(base.path) else base.path
+    )
     saved.revision = base.revision
     adapted.base_record = record
     adapted.start_rewrites_base = ADAPTER_INITS[adapter.init].rewrites_base and not adapter.path
-    for parameter in adapted.parameters():  # 16 bits would lose most steps of a norm, a bias or an embedding
+    for (
+        parameter
+    ) in adapted.parameters():  # 16 bits would lose most steps of a norm, a bias or an embedding
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     _require_directions(adapted, adapter)
-    trains_biases = any(p.requires_grad and n.endswith("bias") for n, p in adapted.named_parameters())
+    trains_biases = any(
+        p.requires_grad and n.endswith("bias") for n, p in adapted.named_parameters()
+    )
     if isinstance(adapter, Lora) and adapter.bias != "none" and not trains_biases:
-        raise ModelError(f"adapter.bias: {adapter.bias}, but this model has no bias; set it to none")
+        raise ModelError(
+            f"adapter.bias: {adapter.bias}, but this model has no bias; set it to none"
+        )
     return adapted
 
 
 def quantization(adapter: Full | Adapter, dtype: torch.dtype) -> dict[str, Any] | None:
     """Arguments of transformers' BitsAndBytesConfig, in words; None if nothing is quantised.
 
-    4 bits: Dettmers et al., 2023. Blocks of 64 weights with a scale; NF4's 16 values are the quantiles of a normal distribution.
+    4 bits: Dettmers et al., 2023. Blocks of 64 weights with a scale; NF4's 16 values are the
+    quantiles of a normal distribution.
     """
     if not isinstance(adapter, QLora):
         return None
@@ -85,15 +117,21 @@ def quantization(adapter: Full | Adapter, dtype: torch.dtype) -> dict[str, Any] 
 
 
 def _freeze(model: Any, patterns: list[str]) -> Any:
-    """Weights whose name holds one of the patterns do not train. Raises ModelError if one holds none, or all do."""
+    """Weights whose name holds one of the patterns do not train. Raises ModelError if one holds
+    none, or all do.
+    """
     for pattern in patterns:
         try:
             found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         except re.error as exc:
-            raise ModelError(f"adapter.freeze: {pattern!r} is not a valid regular expression: {exc}") from exc
+            raise ModelError(
+                f"adapter.freeze: {pattern!r} is not a valid regular expression: {exc}"
+            ) from exc
         if not found:
             some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
-            raise ModelError(f"adapter.freeze: no weight has {pattern!r} in its name; there are {some}, ...")
+            raise ModelError(
+                f"adapter.freeze: no weight has {pattern!r} in its name; there are {some}, ..."
+            )
         for parameter in found:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
@@ -108,8 +146,13 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
     whole = _trained_whole(model, adapter, has_new_tokens)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    # A model that also sees has linear layers that no text ever reaches: their adapters would stay dead.
-    elsewhere = rf"(?!{re.escape(prefix)}\.).*" if prefix and adapter.target_modules == "all-linear" else None
+    # A model that also sees has linear layers that no text ever reaches: their adapters would stay
+    # dead.
+    elsewhere = (
+        rf"(?!{re.escape(prefix)}\.).*"
+        if prefix and adapter.target_modules == "all-linear"
+        else None
+    )
     on_meta = next(model.parameters()).is_meta  # there, only shapes count
     config = LoraConfig(
         r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=adapter.target_modules, exclude_modules=elsewhere,
@@ -121,8 +164,12 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
     )  # fmt: skip
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # refused by `apply`
-            warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
+            warnings.filterwarnings(
+                "ignore", "Model has `tie_word_embeddings=True`"
+            )  # refused by `apply`
+            warnings.filterwarnings(
+                "ignore", "lora with eva initialization used with low_cpu_mem_usage=False"
+            )
             adapted = get_peft_model(model, config)
     except (ValueError, ImportError, re.error) as exc:
         raise ModelError(f"adapter.target_modules: {adapter.target_modules!r}: {exc}") from exc
@@ -132,13 +179,25 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
 
 
 def _trained_whole(model: Any, adapter: Adapter, has_new_tokens: bool) -> list[str]:
-    """Names of the modules that train without an adapter. Raises ModelError if adapter.modules_to_save names none of the model."""
+    """Names of the modules that train without an adapter. Raises ModelError if
+    adapter.modules_to_save names none of the model.
+    """
     whole = list(adapter.modules_to_save)
     if has_new_tokens:
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        whole += [name.split(".")[-1] for name, module in model.named_modules() if any(module is end for end in ends)]
+        whole += [
+            name.split(".")[-1]
+            for name, module in model.named_modules()
+            if any(module is end for end in ends)
+        ]
     if adapter.train_norms:
-        whole += sorted({n.split(".")[-1] for n, m in model.named_modules() if "norm" in type(m).__name__.lower()})
+        whole += sorted(
+            {
+                n.split(".")[-1]
+                for n, m in model.named_modules()
+                if "norm" in type(m).__name__.lower()
+            }
+        )
     names = {name.split(".")[-1] for name, _ in model.named_modules()}
     for name in adapter.modules_to_save:
         if name.split(".")[-1] not in names:
@@ -151,15 +210,19 @@ def _trained_whole(model: Any, adapter: Adapter, has_new_tokens: bool) -> list[s
 
 
 def _keep_tied(model: "PeftModel", whole: list[str]) -> None:
-    """Embedding and head that share their weights must keep doing so, here and when the adapter is opened. Raises ModelError.
+    """Embedding and head that share their weights must keep doing so, here and when the adapter is
+    opened. Raises ModelError.
 
     peft knows such modules by their names, and forgets the head's when it saves.
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    parameters = [next((p for p in module.parameters() if p.requires_grad), None) for module in ends]
+    parameters = [
+        next((p for p in module.parameters() if p.requires_grad), None) for module in ends
+    ]
     if parameters[0] is not parameters[1]:
         raise ModelError(
-            f"adapter.modules_to_save: peft cannot keep embedding and head of {model.config.model_type} tied, which share their "
+            "adapter.modules_to_save: peft cannot keep embedding and head of "
+            f"{model.config.model_type} tied, which share their "
             "weights; use adapter.kind: full, or leave embedding and new tokens out"
         )
     model.peft_config["default"].modules_to_save = whole
@@ -184,13 +247,16 @@ def _continued(model: Any, path: str) -> "PeftModel":
                 adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
         require_whole(adapted, path)
         return adapted
-    except Exception as exc:  # a folder that is not there, another shape, a broken file: each in its own family
+    except (
+        Exception
+    ) as exc:  # a folder that is not there, another shape, a broken file: each in its own family
         failures.reraise(exc, f"adapter.path: {path}: cannot be loaded now")
         raise ModelError(f"adapter.path: {path}: cannot be continued: {exc}") from exc
 
 
 def require_whole(model: "PeftModel", path: str, adapter: str = "default") -> None:
-    """Raise ModelError unless the adapter in `model` has just the weights that are saved in `path`, in their shapes.
+    """Raise ModelError unless the adapter in `model` has just the weights that are saved in `path`,
+    in their shapes.
 
     peft only warns of weights that are missing, and says nothing of those that it leaves out.
     """
@@ -208,8 +274,10 @@ def require_whole(model: "PeftModel", path: str, adapter: str = "default") -> No
     other += [name for name in held if "lora_" in name and name not in wanted]
     if other:
         raise ModelError(
-            f"{path}: {len(other)} of its weights do not fit its adapter_config.json and this base, such as {other[0]}; put back "
-            "the adapter_config.json that belongs to them, or give the base that they were trained on"
+            f"{path}: {len(other)} of its weights do not fit its adapter_config.json and this "
+            f"base, such as {other[0]}; put back "
+            "the adapter_config.json that belongs to them, or give the base that they were trained "
+            "on"
         )
 
 
@@ -223,25 +291,35 @@ def _require_directions(model: "PeftModel", adapter: Adapter) -> None:
         inner = layer.get_base_layer()
         if not isinstance(inner, nn.Linear if adapter.init == "loftq" else (nn.Linear, Conv1D)):
             raise ModelError(
-                f"adapter.init: {adapter.init} is for linear layers, and {name} is {type(inner).__name__}; name others in "
+                f"adapter.init: {adapter.init} is for linear layers, and {name} is "
+                f"{type(inner).__name__}; name others in "
                 "adapter.target_modules, or use default"
             )
-        sizes = inner.weight.shape if isinstance(inner, Conv1D) else (inner.in_features, inner.out_features)
+        sizes = (
+            inner.weight.shape
+            if isinstance(inner, Conv1D)
+            else (inner.in_features, inner.out_features)
+        )
         if layer.r["default"] > min(sizes):
             raise ModelError(
-                f"adapter.r: {layer.r['default']} is more than the {min(sizes)} directions of {name}, from which {adapter.init} starts"
+                f"adapter.r: {layer.r['default']} is more than the {min(sizes)} directions of "
+                f"{name}, from which {adapter.init} starts"
             )
 
 
 def round_to_base(model: "PeftModel") -> None:
-    """Give trained norms, biases and whole modules values that the base's dtype holds: a program that opens the adapter has them in it."""
+    """Give trained norms, biases and whole modules values that the base's dtype holds: a program
+    that opens the adapter has them in it.
+    """
     for _, parameter in _whole_parts(model):
         with torch.no_grad():
             parameter.copy_(parameter.to(getattr(torch, model.base_record["dtype"])))
 
 
 def in_base_dtype(model: "PeftModel", weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`weights` as they are saved: all but adapters in the dtype of the base, after `round_to_base`."""
+    """`weights` as they are saved: all but adapters in the dtype of the base, after
+    `round_to_base`.
+    """
     dtype = getattr(torch, model.base_record["dtype"])
     whole = {name for name, _ in _whole_parts(model)}
     return {name: weight.to(dtype) if name in whole else weight for name, weight in weights.items()}
@@ -253,33 +331,42 @@ def _whole_parts(model: "PeftModel") -> list[tuple[str, nn.Parameter]]:
 
 
 def starts_at_zero(adapter: Adapter) -> bool:
-    """Whether one factor of each fresh adapter is 0, so that the first gradient of the other is 0, too."""
+    """Whether one factor of each fresh adapter is 0, so that the first gradient of the other is 0,
+    too.
+    """
     return adapter.path is None and ADAPTER_INITS[adapter.init].leaves_model
 
 
 def waits_for_other_factor(name: str) -> bool:
-    """Whether a weight, by its name, is the factor that cannot move in the first step if `starts_at_zero`."""
+    """Whether a weight, by its name, is the factor that cannot move in the first step if
+    `starts_at_zero`.
+    """
     return "lora_A" in name or "lora_embedding_B" in name
 
 
 def trains_embedding_and_head(model: nn.Module) -> bool:
     """Whether any weight of embedding or head trains."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return any(p.requires_grad for module in ends if module is not None for p in module.parameters())
+    return any(
+        p.requires_grad for module in ends if module is not None for p in module.parameters()
+    )
 
 
 def check_targets(model: nn.Module, targets: str | list[str]) -> None:
     """Raise ModelError if a target names no linear layer of the model."""
     if isinstance(targets, str):  # all-linear, or a regular expression that peft matches whole
         return
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    ]
     leaves = sorted({name.split(".")[-1] for name in linear})
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
             near = difflib.get_close_matches(target, leaves, n=1)
             hint = f"did you mean {near[0]}?" if near else "use all-linear for all of them"
             raise ModelError(
-                f"adapter.target_modules: no linear layer is called {target!r}; there are {', '.join(leaves)}; {hint}"
+                f"adapter.target_modules: no linear layer is called {target!r}; there are "
+                f"{', '.join(leaves)}; {hint}"
             )
 
 

@@ -22,8 +22,12 @@ from finetune.errors import ModelError
 FILE = "base_weights.json"  # next to an adapter
 # What bitsandbytes saves next to the bytes of a quantised weight.
 SCALES = re.compile(r"\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)$")
-COMPARED = torch.bfloat16  # what values are rounded to before they are hashed: a base may be loaded in another dtype
-CHUNK = 1 << 24  # values hashed at once; an embedding of 128,000 x 4,096 would need a copy of 1 GB for each thread
+COMPARED = (
+    torch.bfloat16
+)  # what values are rounded to before they are hashed: a base may be loaded in another dtype
+CHUNK = (
+    1 << 24
+)  # values hashed at once; an embedding of 128,000 x 4,096 would need a copy of 1 GB for each thread
 
 
 def record(
@@ -41,29 +45,43 @@ def record(
 def _known_whole(base: nn.Module, with_new_tokens: bool) -> set[str]:
     """Names of the weights whose every value tells a base from another.
 
-    Quantised ones are left out, as how they are packed may depend on the device; beside new tokens also embedding and
-    head, as the adapter brings its own.
+    Quantised ones are left out, as how they are packed may depend on the device; beside new tokens
+    also embedding and head, as the adapter brings its own.
     """
     ends = (base.get_input_embeddings(), base.get_output_embeddings()) if with_new_tokens else ()
     replaced = {id(getattr(end, "weight", None)) for end in ends}
-    return {name for name, p in base.named_parameters() if p.is_floating_point() and id(p) not in replaced}
+    return {
+        name
+        for name, p in base.named_parameters()
+        if p.is_floating_point() and id(p) not in replaced
+    }
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What an adapter knows of its base; empty for adapters from elsewhere. Raises ModelError for a damaged record."""
+    """What an adapter knows of its base; empty for adapters from elsewhere. Raises ModelError for a
+    damaged record.
+    """
     path = folder / FILE
     if not path.exists():
         return {}
     found, problem = object_in(path)
     found = OLDER | found
-    wrong = next((name for name, is_right in FIELDS.items() if name not in found or not is_right(found[name])), None)
+    wrong = next(
+        (
+            name
+            for name, is_right in FIELDS.items()
+            if name not in found or not is_right(found[name])
+        ),
+        None,
+    )
     if problem:
         wrong = "no JSON object"
     elif wrong is None and len(found["new_tokens"]) != len(found["new_token_ids"]):
         wrong = "new_token_ids"
     if wrong:
         raise ModelError(
-            f"{path}: is damaged ({wrong}), so the base of this adapter cannot be checked; restore it, or export the run again"
+            f"{path}: is damaged ({wrong}), so the base of this adapter cannot be checked; restore "
+            "it, or export the run again"
         )
     return found
 
@@ -94,86 +112,114 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "new_tokens": allowed.are_words,
     "new_token_ids": lambda value: isinstance(value, list) and all(type(number) is int and number >= 0 for number in value),
 }  # fmt: skip
-OLDER: dict[str, Any] = {"loftq": False, "architecture": {}, "values": {}}  # what records of older versions lack
+OLDER: dict[str, Any] = {
+    "loftq": False,
+    "architecture": {},
+    "values": {},
+}  # what records of older versions lack
 
 
 def _function(base: nn.Module) -> dict[str, Any]:
     """`architecture` without how weights are stored."""
     return {
-        name: value for name, value in architecture(base.config).items() if not name.startswith("quantization_config")
+        name: value
+        for name, value in architecture(base.config).items()
+        if not name.startswith("quantization_config")
     }
 
 
-def require_architecture(base: nn.Module, known: dict[str, Any], folder: Path, given: str | None = None) -> None:
-    """Raise ModelError if a base calculates with its weights in another way than the one that an adapter was trained on.
+def require_architecture(
+    base: nn.Module, known: dict[str, Any], folder: Path, given: str | None = None
+) -> None:
+    """Raise ModelError if a base calculates with its weights in another way than the one that an
+    adapter was trained on.
 
     `given`: what --base names, if it does.
     """
     now = _function(base)
-    others = [name for name, value in known["architecture"].items() if name in now and now[name] != value]
+    others = [
+        name for name, value in known["architecture"].items() if name in now and now[name] != value
+    ]
     if others:
         name = "model_type" if "model_type" in others else others[0]  # the rest follows from it
         if given is not None:
             raise ModelError(
-                f"--base: {given} is not the base of {folder}: {name} was {known['architecture'][name]} there, and is "
+                f"--base: {given} is not the base of {folder}: {name} was "
+                f"{known['architecture'][name]} there, and is "
                 f"{now[name]} here; give the folder of the base that the adapter was trained on"
             )
         raise ModelError(
             f"{folder}: its base has another config than when the adapter was trained: {name} was "
-            f"{known['architecture'][name]}, now {now[name]}; put the old config.json back, or train again"
+            f"{known['architecture'][name]}, now {now[name]}; put the old config.json back, or "
+            "train again"
         )
 
 
 def require_same(now: dict[str, Any], known: dict[str, Any], folder: Path) -> None:
-    """Raise ModelError if an adapter was trained on another base, or on this one in another form. `now`: its `record`."""
+    """Raise ModelError if an adapter was trained on another base, or on this one in another form.
+    `now`: its `record`.
+    """
     if now["new_tokens"] != known["new_tokens"]:
         raise ModelError(
-            f"model.new_tokens: {now['new_tokens']}, but the adapter {folder} was trained with {known['new_tokens']}; "
+            f"model.new_tokens: {now['new_tokens']}, but the adapter {folder} was trained with "
+            f"{known['new_tokens']}; "
             "set them alike"
         )
     forms = [describe(each["quantization"]) for each in (now, known)]
     if forms[0] != forms[1]:
         raise ModelError(
-            f"adapter.kind: the base would be {forms[0]}, but the adapter {folder} was trained on one that was {forms[1]}; "
+            f"adapter.kind: the base would be {forms[0]}, but the adapter {folder} was trained on "
+            f"one that was {forms[1]}; "
             "set adapter.kind and adapter.quantization to that"
         )
     if now["weights"]:
         _require_hashes(now["weights"], known["weights"], folder)
 
 
-def require_weights(base: nn.Module, known: dict[str, Any], folder: Path, given: str | None = None) -> None:
+def require_weights(
+    base: nn.Module, known: dict[str, Any], folder: Path, given: str | None = None
+) -> None:
     """Raise ModelError if the weights of a base are not those of a record.
 
-    Where --base names it (`given`), every value is compared; where it is in its old place a sample of them, so that an
-    adapter opens as fast as its base.
+    Where --base names it (`given`), every value is compared; where it is in its old place a sample
+    of them, so that an adapter opens as fast as its base.
     """
-    dtype = getattr(torch, known["dtype"])  # float16 has fewer exponents, so what passed through it is other numbers
+    dtype = getattr(
+        torch, known["dtype"]
+    )  # float16 has fewer exponents, so what passed through it is other numbers
     _require_hashes(hashes(base, dtype), known["weights"], folder, given)
     if given is not None:
         _require_hashes(values(base, set(known["values"]), dtype), known["values"], folder, given)
 
 
-def _require_hashes(found: dict[str, str], known: dict[str, str], folder: Path, given: str | None = None) -> None:
+def _require_hashes(
+    found: dict[str, str], known: dict[str, str], folder: Path, given: str | None = None
+) -> None:
     others = [name for name, wanted in known.items() if found.get(name) != wanted]
     if others and given is not None:
         raise ModelError(
-            f"--base: {given} is not the base of {folder}: {len(others)} of {len(known)} weights differ, such as "
+            f"--base: {given} is not the base of {folder}: {len(others)} of {len(known)} weights "
+            "differ, such as "
             f"{others[0]}; give the folder of the base that the adapter was trained on"
         )
     if others:
         raise ModelError(
             f"{folder}: its base has changed since the adapter was trained on it: {len(others)} of "
-            f"{len(known)} weights differ, such as {others[0]}; put the old base back, or train again"
+            f"{len(known)} weights differ, such as {others[0]}; put the old base back, or train "
+            "again"
         )
 
 
 def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
-    """Names of the weights of a loaded base that differ from those of a record, of all that both hold in one form.
+    """Names of the weights of a loaded base that differ from those of a record, of all that both
+    hold in one form.
 
-    Quantisation packs matrices, though not the embedding, and new tokens lengthen embedding and head.
+    Quantisation packs matrices, though not the embedding, and new tokens lengthen embedding and
+    head.
     """
     embedding, head = (
-        getattr(end, "weight", None) for end in (base.get_input_embeddings(), base.get_output_embeddings())
+        getattr(end, "weight", None)
+        for end in (base.get_input_embeddings(), base.get_output_embeddings())
     )
     packed = known["quantization"] or getattr(base, "is_quantized", False)
 
@@ -183,24 +229,41 @@ def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
         return weight.dim() == 1 or not packed
 
     alike = {name for name, weight in base.named_parameters() if is_alike(weight)}
-    return [name for name, found in hashes(base).items() if name in alike and found != known["weights"].get(name)]
+    return [
+        name
+        for name, found in hashes(base).items()
+        if name in alike and found != known["weights"].get(name)
+    ]
 
 
 def describe(quantization: dict[str, Any] | None) -> str:
     """How weights are stored, in words; without the dtype they are unpacked to for a product."""
-    return "not quantised" if quantization is None else name_of(quantization).removeprefix("bitsandbytes ")
+    return (
+        "not quantised"
+        if quantization is None
+        else name_of(quantization).removeprefix("bitsandbytes ")
+    )
 
 
 def hashes(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
-    """Name -> hash of the shape and up to 64 values of each weight, rounded to `dtype`, where given, and then to bfloat16."""
+    """Name -> hash of the shape and up to 64 values of each weight, rounded to `dtype`, where
+    given, and then to bfloat16.
+    """
     found = {}
     for name, weight in model.named_parameters():
         if not weight.is_meta:
             flat = weight.detach().flatten()
             sample = (
-                flat[:: max(1, flat.numel() // 64)][:64].to(dtype or weight.dtype).to(COMPARED).float().cpu().numpy()
+                flat[:: max(1, flat.numel() // 64)][:64]
+                .to(dtype or weight.dtype)
+                .to(COMPARED)
+                .float()
+                .cpu()
+                .numpy()
             )
-            found[name] = hashlib.sha256(f"{tuple(weight.shape)} ".encode() + sample.tobytes()).hexdigest()[:16]
+            found[name] = hashlib.sha256(
+                f"{tuple(weight.shape)} ".encode() + sample.tobytes()
+            ).hexdigest()[:16]
     return found
 
 
@@ -210,7 +273,11 @@ def values(model: nn.Module, names: set[str], dtype: torch.dtype | None = None) 
     def digest(weight: torch.Tensor) -> str:
         found = hashlib.sha256(f"{tuple(weight.shape)} ".encode())
         for part in weight.detach().reshape(-1).split(CHUNK):
-            found.update(memoryview(part.to(dtype or part.dtype).to(COMPARED).cpu().view(torch.uint8).numpy()))
+            found.update(
+                memoryview(
+                    part.to(dtype or part.dtype).to(COMPARED).cpu().view(torch.uint8).numpy()
+                )
+            )
         return found.hexdigest()[:32]
 
     weights = {name: p for name, p in model.named_parameters() if name in names and not p.is_meta}
@@ -219,17 +286,26 @@ def values(model: nn.Module, names: set[str], dtype: torch.dtype | None = None) 
 
 
 def fingerprints(model: nn.Module) -> tuple[str, str]:
-    """(of the weights that do not train, of all): every byte of every tensor that the model would save.
+    """(of the weights that do not train, of all): every byte of every tensor that the model would
+    save.
 
-    Scales of quantised weights are left out: bitsandbytes takes a mean over them, whose last bit depends on the GPU. Where
-    weights were quantised here, the saved values count and not the codes that this device made of them: bitsandbytes
-    divides by the scale in fast arithmetic on a GPU, so a value halfway between two codes may get either. Where
-    a start of adapters has rewritten the base, by a decomposition whose last bits depend on the number of threads, the base
-    counts as it was before. Threads hash at once, as an 8B model in 16 bits has 16 GB: seconds on the cores of such a machine.
+    Scales of quantised weights are left out: bitsandbytes takes a mean over them, whose last bit
+    depends on the GPU. Where weights were quantised here, the saved values count and not the codes
+    that this device made of them: bitsandbytes divides by the scale in fast arithmetic on a GPU, so
+    a value halfway between two codes may get either. Where a start of adapters has rewritten the
+    base, by a decomposition whose last bits depend on the number of threads, the base counts as it
+    was before. Threads hash at once, as an 8B model in 16 bits has 16 GB: seconds on the cores of
+    such a machine.
     """
-    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    trained = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
     saved = model.state_dict().items()
-    tensors = {name: value for name, value in saved if isinstance(value, torch.Tensor) and not SCALES.search(name)}
+    tensors = {
+        name: value
+        for name, value in saved
+        if isinstance(value, torch.Tensor) and not SCALES.search(name)
+    }
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     sources: list[Path] = []
     if getattr(base, "hf_quantizer", None) is not None and not base.hf_quantizer.pre_quantized:
@@ -247,7 +323,9 @@ def fingerprints(model: nn.Module) -> tuple[str, str]:
 
 def _is_code(name: str, value: torch.Tensor) -> bool:
     """Whether a tensor is what bitsandbytes made of a weight, or stands beside it in 8 bits."""
-    return name.endswith((".SCB", ".weight_format")) or (name.endswith(".weight") and not value.is_floating_point())
+    return name.endswith((".SCB", ".weight_format")) or (
+        name.endswith(".weight") and not value.is_floating_point()
+    )
 
 
 def _files(name: str, commit: str | None) -> list[Path]:
@@ -269,7 +347,9 @@ def _files(name: str, commit: str | None) -> list[Path]:
 
 
 def _saved_digests(path: Path, pool: ThreadPoolExecutor) -> dict[str, str]:
-    """Name -> hash of every tensor in a file of weights, however many files there are; of a pickle the hash of the file."""
+    """Name -> hash of every tensor in a file of weights, however many files there are; of a pickle
+    the hash of the file.
+    """
     if path.suffix != ".safetensors":
         with path.open("rb") as file:
             return {f"saved {path.name}": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -290,7 +370,8 @@ def _digest(tensor: torch.Tensor) -> str:
 
 # ------------------------------------------------------------------------------------- identity
 
-# Fields of a config that say how it was saved, or how answers are generated, and not which function the model is.
+# Fields of a config that say how it was saved, or how answers are generated, and not which function
+# the model is.
 NO_FUNCTION = frozenset(
     {
         "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict", "return_dict_in_generate",
@@ -301,7 +382,9 @@ NO_FUNCTION = frozenset(
 
 
 def architecture(config: Any) -> dict[str, Any]:
-    """Every field of a model's config that can change its function, by its path, such as `rope_parameters.rope_theta`."""
+    """Every field of a model's config that can change its function, by its path, such as
+    `rope_parameters.rope_theta`.
+    """
     return dict(fields(json.loads(json.dumps(config.to_dict(), default=str))))
 
 
@@ -325,9 +408,15 @@ def fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def code(model: nn.Module) -> str:
-    """Hash of the Python files that a model brought along; "none" if it is one of transformers' own."""
+    """Hash of the Python files that a model brought along; "none" if it is one of transformers'
+    own.
+    """
     module = inspect.getmodule(type(model))
-    if module is None or not module.__name__.startswith("transformers_modules.") or not module.__file__:
+    if (
+        module is None
+        or not module.__name__.startswith("transformers_modules.")
+        or not module.__file__
+    ):
         return "none"
     digest = hashlib.sha256()
     for path in sorted(Path(module.__file__).parent.glob("*.py")):

@@ -85,7 +85,8 @@ def nll_in_chunks(
     """Sum of the losses of hidden [S, H] and labels int64 [S], float32; where the weights of `head`
     are whole.
 
-    `project`: its own forward. `weights`: float32 [S], what each loss is multiplied by. `most_bytes`: as `block_bytes`.
+    `project`: its own forward. `weights`: float32 [S], what each loss is multiplied by.
+    `most_bytes`: as `block_bytes`.
     """
     linear = _active(head)
     if type(linear) is nn.Linear:
@@ -95,7 +96,12 @@ def nll_in_chunks(
         ):  # evaluation: inside, a weight that trains would still ask for its gradient
             tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
         total: torch.Tensor = _ThroughMatrix.apply(
-            *tensors, labels, weights, finish, smoothing, most_bytes or block_bytes(hidden.device.type)
+            *tensors,
+            labels,
+            weights,
+            finish,
+            smoothing,
+            most_bytes or block_bytes(hidden.device.type),
         )
         return total
 

@@ -30,11 +30,11 @@ from finetune.models.cross_entropy import (
 class Question:
     """What a forward pass is asked about some of its tokens.
 
-    labels int64 [S] are the tokens that should come next, positions int64 [S] where in the flattened
-    hidden states [B * T, H] they are to be predicted. want: any of WANTS. weights float32 [S]:
-    factors of the losses in nll. label_smoothing: the part of each label in nll that is spread
-    over the vocabulary (Szegedy et al., 2016). block_bytes: bytes of logits that nll holds in float32
-    at once; None: what suits the device.
+    labels int64 [S] are the tokens that should come next, positions int64 [S] where in the
+    flattened hidden states [B * T, H] they are to be predicted. want: any of WANTS. weights float32
+    [S]: factors of the losses in nll. label_smoothing: the part of each label in nll that is spread
+    over the vocabulary (Szegedy et al., 2016). block_bytes: bytes of logits that nll holds in
+    float32 at once; None: what suits the device.
     """
 
     labels: torch.Tensor

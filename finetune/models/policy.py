@@ -44,7 +44,9 @@ class Policy:
         All that is needed of a batch is asked for at once: processes that share the weights gather
         them once a pass.
         """
-        question = Question(batch.labels, batch.positions, self.known(want), batch.weights, label_smoothing)
+        question = Question(
+            batch.labels, batch.positions, self.known(want), batch.weights, label_smoothing
+        )
         return Answers(**self.model(**batch.inputs, question=question))
 
     @staticmethod

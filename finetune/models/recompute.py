@@ -15,7 +15,11 @@ from finetune.errors import ModelError
 
 def classes(model: nn.Module) -> set[str]:
     """Names of classes that transformers says must not be split."""
-    return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return {
+        name
+        for module in model.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
 
 
 def chosen(model: nn.Module, wanted: bool | int) -> int:
@@ -23,25 +27,31 @@ def chosen(model: nn.Module, wanted: bool | int) -> int:
     count = len(_layers(model)) if wanted else 0
     if wanted is not True and wanted > count:
         raise ModelError(
-            f"train.gradient_checkpointing: {wanted}, but {type(model).__name__} has {count} layers; true recomputes all of them"
+            f"train.gradient_checkpointing: {wanted}, but {type(model).__name__} has {count} "
+            "layers; true recomputes all of them"
         )
     return count if wanted is True else wanted
 
 
 def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
-    """Give layers a forward that is compiled, or, for the first N, recomputed in the backward pass, or both. Raises ModelError.
+    """Give layers a forward that is compiled, or, for the first N, recomputed in the backward pass,
+    or both. Raises ModelError.
 
-    What hangs on a layer (sharding, hooks) stays outside. Layers are alike, so one compilation serves
-    all, for any number of tokens: a start takes as long for 8 layers as for 80. Only in training: checks,
-    evaluations and samples would each ask for compilations of their own, until the compiler gives up.
+    What hangs on a layer (sharding, hooks) stays outside. Layers are alike, so one compilation
+    serves all, for any number of tokens: a start takes as long for 8 layers as for 80. Only in
+    training: checks, evaluations and samples would each ask for compilations of their own, until
+    the compiler gives up.
     """
     if compiled:
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             raise ModelError(
-                f"train.compile: needs a C++ compiler, and {compiler} was not found; install one, or name another in CXX, or set it to false"
+                f"train.compile: needs a C++ compiler, and {compiler} was not found; install one, "
+                "or name another in CXX, or set it to false"
             )
-        torch._dynamo.config.specialize_float = True  # scales and epsilons are constants; else all is compiled twice
+        torch._dynamo.config.specialize_float = (
+            True  # scales and epsilons are constants; else all is compiled twice
+        )
     for number, layer in enumerate(_layers(model)):
         trained: Any = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
         if number < num_recomputed:  # only the inputs are kept (Chen et al., 2016)
@@ -53,7 +63,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     found = list(_outermost(model, classes(model)))
     if not found:
         raise ModelError(
-            f"train.gradient_checkpointing, train.compile: transformers does not say what the layers of {type(model).__name__} are; leave them out"
+            "train.gradient_checkpointing, train.compile: transformers does not say what the "
+            f"layers of {type(model).__name__} are; leave them out"
         )
     return found
 

@@ -17,7 +17,8 @@ from finetune.models.policy import Policy
 
 @dataclass(frozen=True)
 class Term:
-    """sum: float32 scalar. per: `tokens` (supervised ones), `documents`, `examples`, or a name that the objective's `prepare` gave.
+    """sum: float32 scalar. per: `tokens` (supervised ones), `documents`, `examples`, or a name that
+    the objective's `prepare` gave.
 
     weight: factor in the loss; 0: a metric only.
     """
@@ -45,16 +46,26 @@ class Objective:
         """Which part of a row is learned: what data.loss_on says, unless an objective knows better."""
         return loss_on
 
-    def prepare(self, policy: Policy, batches: Sequence[Batch], settings: Any) -> dict[str, torch.Tensor]:
-        """What is known only of a whole step and is no sum of terms: called without gradient, then summed over processes."""
+    def prepare(
+        self, policy: Policy, batches: Sequence[Batch], settings: Any
+    ) -> dict[str, torch.Tensor]:
+        """What is known only of a whole step and is no sum of terms: called without gradient, then
+        summed over processes.
+        """
         return {}
 
-    def loss(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
+    def loss(
+        self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
+    ) -> list[Term]:
         """The terms of one micro-batch, whose sum is the loss."""
         raise NotImplementedError("an objective needs a method loss")
 
-    def evaluate(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
-        """The terms of held-out rows, without gradient: those of `loss`, unless an objective says otherwise."""
+    def evaluate(
+        self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
+    ) -> list[Term]:
+        """The terms of held-out rows, without gradient: those of `loss`, unless an objective says
+        otherwise.
+        """
         return self.loss(policy, batch, settings, prepared)
 
 

@@ -16,12 +16,16 @@ class Sft(Objective):
 
     Settings = CrossEntropy
 
-    def loss(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
+    def loss(
+        self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
+    ) -> list[Term]:
         nll = policy(batch, {"nll"}, label_smoothing=settings.label_smoothing).nll
         assert nll is not None
         return [Term("loss", nll, per="tokens")]
 
-    def evaluate(self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]) -> list[Term]:
+    def evaluate(
+        self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
+    ) -> list[Term]:
         """Without label smoothing, so that it can be compared between runs: cross-entropy itself."""
         nll = policy(batch, {"nll"}).nll
         assert nll is not None

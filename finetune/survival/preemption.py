@@ -1,4 +1,6 @@
-"""What ends a run before its time -> one flag, which every step reads: signals, a cloud's notice, a deadline."""
+"""What ends a run before its time -> one flag, which every step reads: signals, a cloud's notice, a
+deadline.
+"""
 
 import ctypes
 import os
@@ -14,7 +16,8 @@ from finetune.places import LAUNCHER
 from finetune.survival.notices import Notice, Watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# What the kernel sends when the launcher dies: not SIGTERM, as it also sends it when only the launcher's thread has ended.
+# What the kernel sends when the launcher dies: not SIGTERM, as it also sends it when only the
+# launcher's thread has ended.
 LAUNCHER_DIED = getattr(signal, "SIGRTMIN", signal.SIGUSR1)  # only Linux has it, and the request
 PR_SET_PDEATHSIG = 1
 LAUNCHERS = {
@@ -26,30 +29,42 @@ DEADLINE = "checkpoint.max_minutes are over"
 
 
 class StopFlag:
-    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup ignores it), the launcher's death, what a cloud says, and checkpoint.max_minutes.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup ignores it), the launcher's death, what a
+    cloud says, and checkpoint.max_minutes.
 
-    At first, while torch is being imported, they end the process, as there is nothing to save: code in C swallows what a
-    handler raises, or aborts. After `raises` they raise Preempted. After `only_note` they set the
-    flag, and what is under way is finished and saved; a second SIGINT quits at once.
+    At first, while torch is being imported, they end the process, as there is nothing to save: code
+    in C swallows what a handler raises, or aborts. After `raises` they raise Preempted. After
+    `only_note` they set the flag, and what is under way is finished and saved; a second SIGINT
+    quits at once.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.wants_save = False
         """A cloud has warned that it may take the machine."""
-        self._began = time.monotonic()  # of the process, near enough: this is the first that train.py makes
+        self._began = (
+            time.monotonic()
+        )  # of the process, near enough: this is the first that train.py makes
         self._grace_seconds = 0.0
         self._goes: float | None = None
-        self._is_importing, self._at_once, self._has_begun, self._interrupted = True, True, False, False
+        self._is_importing, self._at_once, self._has_begun, self._interrupted = (
+            True,
+            True,
+            False,
+            False,
+        )
         self._watch: Watch | None = None
         self._timer: threading.Timer | None = None
         self._launcher = 0
-        self._signals = [number for number in SIGNALS if number != signal.SIGHUP or not _is_ignored(number)]
+        self._signals = [
+            number for number in SIGNALS if number != signal.SIGHUP or not _is_ignored(number)
+        ]
         for number in self._signals:
             signal.signal(number, self._handle)
 
     def follow_launcher(self) -> None:
-        """Stop when the launcher that started this process dies: ours, `accelerate launch` or torchrun. It may not live to pass a signal on.
+        """Stop when the launcher that started this process dies: ours, `accelerate launch` or
+        torchrun. It may not live to pass a signal on.
 
         Linux only. No other parent counts: a shell may end, and what it has started goes on.
         """
@@ -70,7 +85,12 @@ class StopFlag:
             self._handle(LAUNCHER_DIED, None)
 
     def configure(
-        self, *, grace_seconds: float, max_minutes: float | None, cloud: str | None, log: Callable[[str], None]
+        self,
+        *,
+        grace_seconds: float,
+        max_minutes: float | None,
+        cloud: str | None,
+        log: Callable[[str], None],
     ) -> None:
         """`cloud`: whose notices to ask for, on this machine."""
         self._grace_seconds = grace_seconds
@@ -132,7 +152,8 @@ class StopFlag:
         if self._at_once:
             if self.reason == DEADLINE and not self._has_begun:
                 raise CheckpointError(
-                    f"{DEADLINE} before the first step of this attempt, and would be every time; raise them"
+                    f"{DEADLINE} before the first step of this attempt, and would be every time; "
+                    "raise them"
                 )
             if not self._has_begun:
                 raise _preempted(self.reason, self.reason)
@@ -141,7 +162,9 @@ class StopFlag:
             if self._interrupted:
                 os._exit(128 + number)
             self._interrupted = True
-            if os.environ.get("RANK", "0") == "0":  # print may be what the signal has interrupted, and would fail
+            if (
+                os.environ.get("RANK", "0") == "0"
+            ):  # print may be what the signal has interrupted, and would fail
                 os.write(2, STOPPING)
 
     def _heard(self, notice: Notice) -> None:
@@ -180,7 +203,9 @@ def _is_launcher(pid: int) -> bool:
 
 
 def _has_other_parent() -> bool:
-    """Whether the process that started this one has gone: a session is inherited, and this one's is not the parent's."""
+    """Whether the process that started this one has gone: a session is inherited, and this one's is
+    not the parent's.
+    """
     try:
         return os.getsid(0) not in (os.getpid(), os.getsid(os.getppid()))
     except (OSError, ValueError):  # PID 1 of a container has no parent that it could see

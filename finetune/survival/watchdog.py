@@ -2,7 +2,8 @@
 
 A process that waits in a collective for one that has gone would wait for hours. So each tells a
 store, once a second, that it is there and how far its main thread has come; the main process reads
-what all of them say, and the others what the main process says: N messages a second for N processes.
+what all of them say, and the others what the main process says: N messages a second for N
+processes.
 """
 
 import json
@@ -17,7 +18,8 @@ from torch.distributed import TCPStore
 
 from finetune.places import BEATS
 
-SOON_SECONDS = 3.0  # of silence, after which a process is taken for the one that has gone once a connection has broken
+# Of silence, after which a process is taken for the one that has gone once a connection has broken
+SOON_SECONDS = 3.0
 
 
 class Watchdog:
@@ -27,7 +29,9 @@ class Watchdog:
         self._ticks, self._ticked, self._moves = 0, time.monotonic(), False
         self._waiting: Callable[[], float] | None = None
         self._store: TCPStore | None = None
-        self._heard: dict[int, tuple[dict[str, Any], float]] = {}  # what each said last, and when that was new
+        self._heard: dict[
+            int, tuple[dict[str, Any], float]
+        ] = {}  # what each said last, and when that was new
         self._verdict: str | None = None
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -35,22 +39,31 @@ class Watchdog:
         self._file = Path(folder) / str(rank) if folder else None
 
     def start(
-        self, bound_seconds: float | None, end: Callable[[str], None], hurries: Callable[[], bool] = lambda: False
+        self,
+        bound_seconds: float | None,
+        end: Callable[[str], None],
+        hurries: Callable[[], bool] = lambda: False,
     ) -> None:
-        """From now on call `end` with a sentence, in a thread, when a process is silent or all stand still for so long.
+        """From now on call `end` with a sentence, in a thread, when a process is silent or all
+        stand still for so long.
 
-        None: never. `hurries`: whether the machine goes away soon; then a save in which all wait for one another ends the
-        run after SOON_SECONDS.
+        None: never. `hurries`: whether the machine goes away soon; then a save in which all wait
+        for one another ends the run after SOON_SECONDS.
         """
         self._bound, self._end, self._hurries = bound_seconds, end, hurries
         self._interval = min(1.0, (bound_seconds or 10.0) / 10)
-        if self.number > 1:  # a connection of its own to the store by which the processes have found each other
+        if (
+            self.number > 1
+        ):  # a connection of its own to the store by which the processes have found each other
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._store = TCPStore(address, port, is_master=False, wait_for_workers=False)
             self._heard = {rank: ({}, time.monotonic()) for rank in self._others()}
-        # Asking a store whose process was stopped never returns: what asks cannot be what watches the clock.
+        # Asking a store whose process was stopped never returns: what asks cannot be what watches
+        # the clock.
         for work in (self._exchange, self._watch):
-            self._threads.append(threading.Thread(target=work, name=f"watchdog{work.__name__}", daemon=True))
+            self._threads.append(
+                threading.Thread(target=work, name=f"watchdog{work.__name__}", daemon=True)
+            )
             self._threads[-1].start()
 
     def stop(self) -> None:
@@ -59,7 +72,9 @@ class Watchdog:
             thread.join(self._interval)
 
     def heartbeat(self, at: str | None = None) -> None:
-        """The main thread has come further. From here until `rest`, no beat means that it stands still."""
+        """The main thread has come further. From here until `rest`, no beat means that it stands
+        still.
+        """
         self._ticks, self._ticked = self._ticks + 1, time.monotonic()
         self.at, self._moves, self._waiting = at or self.at, True, None
         if at and at.startswith("step "):
@@ -68,16 +83,22 @@ class Watchdog:
     def pause(self, at: str, waiting: Callable[[], float] | None = None) -> None:
         """What comes now may take as long as it likes.
 
-        `waiting`: for a save, how many seconds this process has waited for the others: not even a save may keep
-        every process waiting, as then one of them has gone without a word.
+        `waiting`: for a save, how many seconds this process has waited for the others: not even a
+        save may keep every process waiting, as then one of them has gone without a word.
         """
         self.at, self._waiting, self._moves = at, waiting, False
 
     def silent(self) -> list[int]:
-        """Other processes that have said nothing for SOON_SECONDS: who has gone, once a connection has broken."""
+        """Other processes that have said nothing for SOON_SECONDS: who has gone, once a connection
+        has broken.
+        """
         time.sleep(SOON_SECONDS)
         now = time.monotonic()
-        return [rank for rank, (_, since) in self._heard.items() if now - since >= SOON_SECONDS - self._interval]
+        return [
+            rank
+            for rank, (_, since) in self._heard.items()
+            if now - since >= SOON_SECONDS - self._interval
+        ]
 
     def _others(self) -> Iterable[int]:
         return range(1, self.number) if self.rank == 0 else [0]
@@ -98,7 +119,9 @@ class Watchdog:
                         said = json.loads(self._store.get(f"beat/{rank}"))
                         if said != self._heard[rank][0]:
                             self._heard[rank] = (said, time.monotonic())
-            except Exception:  # it lived with the main process, or its launcher; their silence is what counts now
+            except (
+                Exception
+            ):  # it lived with the main process, or its launcher; their silence is what counts now
                 self._store = None
 
     def _watch(self) -> None:
@@ -113,7 +136,12 @@ class Watchdog:
         """Where this process is, and for how many seconds it has stood still there."""
         moves, waiting = self._moves, self._waiting
         still = time.monotonic() - self._ticked if moves else waiting() if waiting else 0.0
-        return {"at": self.at, "ticks": self._ticks, "still": still, "saves": not moves and waiting is not None}
+        return {
+            "at": self.at,
+            "ticks": self._ticks,
+            "still": still,
+            "saves": not moves and waiting is not None,
+        }
 
     def _problem(self) -> str | None:
         now, bound = time.monotonic(), self._bound
@@ -125,7 +153,10 @@ class Watchdog:
                 return f"process {rank} has not answered for {bound:.3g} s, last at {where}"
         if self.rank > 0:
             return None
-        heartbeats = {0: self._own(), **{rank: said for rank, (said, _) in self._heard.items() if said}}
+        heartbeats = {
+            0: self._own(),
+            **{rank: said for rank, (said, _) in self._heard.items() if said},
+        }
         if all(heartbeat["saves"] for heartbeat in heartbeats.values()) and self._hurries():
             bound = SOON_SECONDS if bound is None else min(bound, SOON_SECONDS)
         if (
@@ -136,8 +167,14 @@ class Watchdog:
             return None
         # All wait, for the one that has come least far.
         least = min(heartbeats.values(), key=lambda heartbeat: heartbeat["ticks"])
-        behind = [rank for rank, heartbeat in heartbeats.items() if heartbeat["ticks"] == least["ticks"]]
-        who = "every process" if len(behind) == self.number else f"process {', '.join(map(str, behind))}"
+        behind = [
+            rank for rank, heartbeat in heartbeats.items() if heartbeat["ticks"] == least["ticks"]
+        ]
+        who = (
+            "every process"
+            if len(behind) == self.number
+            else f"process {', '.join(map(str, behind))}"
+        )
         return f"{who} has made no progress for {bound:.3g} s at {least['at']}"
 
     def _note(self) -> None:

@@ -1,4 +1,5 @@
-"""train.py on two processes, of which the thread that saves dies on process 1, as DIES says; with MUTE without a trace.
+"""train.py on two processes, of which the thread that saves dies on process 1, as DIES says; with
+MUTE without a trace.
 
 DIES: how `Saver._write` ends there at its first save.
 """

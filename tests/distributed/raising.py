@@ -1,4 +1,6 @@
-"""Errors on one of two processes, and what each of the two gets: one line of JSON for each case and process."""
+"""Errors on one of two processes, and what each of the two gets: one line of JSON for each case and
+process.
+"""
 
 import json
 import os
@@ -28,7 +30,11 @@ def main() -> None:
 
         log("on_main", kind, lambda: processes.on_main(where_it_happened))
         log("on_every", kind, lambda: processes.on_every(lambda: where_it_happened(always=False)))
-    log("both", UserError, lambda: processes.on_every(lambda: fail(TopologyError if rank == 0 else UserError)))
+    log(
+        "both",
+        UserError,
+        lambda: processes.on_every(lambda: fail(TopologyError if rank == 0 else UserError)),
+    )
     assert processes.on_main(lambda: rank) == 0
     assert processes.on_every(lambda: rank) == rank
     torch.distributed.destroy_process_group()

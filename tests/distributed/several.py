@@ -1,4 +1,5 @@
-"""Several runs one after the other in the processes of one launch, each through train.py's own `run`.
+"""Several runs one after the other in the processes of one launch, each through train.py's own
+`run`.
 
     accelerate launch tests/distributed/several.py A.yaml B.yaml forget:runs/b:3 B.yaml break:one_shard C.yaml
 
@@ -31,7 +32,9 @@ from finetune.survival.preemption import StopFlag
 
 def main() -> None:
     asked_by_launcher = dict(os.environ)
-    Topology.close = lambda self: self.accelerator.free_memory()  # the processes stay together for the next run
+    Topology.close = lambda self: (
+        self.accelerator.free_memory()
+    )  # the processes stay together for the next run
     mend, compiler = lambda: None, torch.compile
     for argument in sys.argv[1:]:
         if argument.startswith("forget:"):
@@ -43,10 +46,18 @@ def main() -> None:
             mend = BREAKS[argument.removeprefix("break:")]()
         elif argument == "pair":
             mend = objectives.pair()
-        elif argument.startswith("compiler:"):  # "aot_eager" captures the same graphs, and generates no code
-            instead(torch, "compile", functools.partial(compiler, backend=argument.removeprefix("compiler:")))
+        elif argument.startswith(
+            "compiler:"
+        ):  # "aot_eager" captures the same graphs, and generates no code
+            instead(
+                torch,
+                "compile",
+                functools.partial(compiler, backend=argument.removeprefix("compiler:")),
+            )
         elif argument.startswith("topology:"):
-            asked_by_launcher = environment_of(argument.removeprefix("topology:"), asked_by_launcher)
+            asked_by_launcher = environment_of(
+                argument.removeprefix("topology:"), asked_by_launcher
+            )
         else:
             for name in [name for name in os.environ if name.startswith(OF_A_TOPOLOGY)]:
                 del os.environ[name]
@@ -62,8 +73,15 @@ OF_A_TOPOLOGY = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 
 def environment_of(topology: str, asked_by_launcher: dict[str, str]) -> dict[str, str]:
-    """What the launcher would give this process for another topology; where the processes meet stays."""
-    file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", os.environ["WORLD_SIZE"]]
+    """What the launcher would give this process for another topology; where the processes meet
+    stays.
+    """
+    file = [
+        "--config_file",
+        f"accelerate_configs/{topology}.yaml",
+        "--num_processes",
+        os.environ["WORLD_SIZE"],
+    ]
     planned = launcher.read([*file, "train.py"])[0][int(os.environ["RANK"])]
     mine = {name: value for name, value in planned.items() if name.startswith(OF_A_TOPOLOGY)}
     return {n: v for n, v in asked_by_launcher.items() if not n.startswith(OF_A_TOPOLOGY)} | mine
@@ -103,7 +121,11 @@ def mean_of_means() -> functools.partial:
         class Wrong(Sft):
             def loss(self, policy, batch, settings, prepared):
                 [term] = super().loss(policy, batch, settings, prepared)
-                return [dataclasses.replace(term, sum=term.sum * everyone / max(own, 1) / topology.num_processes)]
+                return [
+                    dataclasses.replace(
+                        term, sum=term.sum * everyone / max(own, 1) / topology.num_processes
+                    )
+                ]
 
         return right(topology, policy, optimizer, Wrong(), settings, batches, totals, **keywords)
 

@@ -20,7 +20,11 @@ TWO = ["--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"]
 
 def start(launcher, *arguments):
     return subprocess.Popen(
-        [*launcher, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*launcher, *map(str, arguments)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -35,7 +39,9 @@ def ended(process, within=240):
 
 def long_run(workshop, launcher, *topology):
     """A run that has made some of very many steps."""
-    config = workshop.write(workshop.config(train__epochs=600, train__max_steps=3000, checkpoint__every_minutes=None))
+    config = workshop.write(
+        workshop.config(train__epochs=600, train__max_steps=3000, checkpoint__every_minutes=None)
+    )
     process = start(launcher, *topology, "train.py", "--config", config)
     deadline = time.monotonic() + 180
     while workshop.num_lines() <= 5:
@@ -46,7 +52,10 @@ def long_run(workshop, launcher, *topology):
 
 
 def children(process):
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
 
 
 def test_sigterm_in_mid_training_is_exit_code_75(workshop):
@@ -62,7 +71,9 @@ def test_sigterm_in_mid_training_is_exit_code_75(workshop):
 def test_sigkill_of_one_process_ends_the_other(workshop):
     process = long_run(workshop, LAUNCH, *TWO)
     workers = children(process)
-    second = next(pid for pid in workers if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    second = next(
+        pid for pid in workers if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")
+    )
     os.kill(second, signal.SIGKILL)
     code, error = ended(process, within=60)
     assert code == 1
@@ -81,7 +92,9 @@ def test_process_that_aborts_leaves_an_outcome(workshop):
     outcome = workshop.outcome()
     assert outcome["state"] == "failed"
     # What it was at is noted once a second.
-    assert re.fullmatch(r"process 0 was killed by SIGABRT (in step \d+|at the start)", outcome["reason"])
+    assert re.fullmatch(
+        r"process 0 was killed by SIGABRT (in step \d+|at the start)", outcome["reason"]
+    )
     assert outcome["step"] > 5
 
 

@@ -27,17 +27,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def node(rank, topology, port, *arguments, each=1, extra=(), address="127.0.0.1", wait="60", join="1"):
+def node(
+    rank, topology, port, *arguments, each=1, extra=(), address="127.0.0.1", wait="60", join="1"
+):
     """One node's launcher, as a cluster would start it."""
     line = (
-        f"{sys.executable} -m accelerate.commands.launch --config_file accelerate_configs/{topology}.yaml --num_machines $PET_NNODES "
-        f"--num_processes $(({each} * PET_NNODES)) --machine_rank $PET_NODE_RANK --main_process_ip $PET_MASTER_ADDR "
-        f"--main_process_port {port} --rdzv_conf timeout={wait} {' '.join(extra)} train.py {' '.join(map(str, arguments))}"
+        f"{sys.executable} -m accelerate.commands.launch --config_file "
+        f"accelerate_configs/{topology}.yaml --num_machines $PET_NNODES "
+        f"--num_processes $(({each} * PET_NNODES)) --machine_rank $PET_NODE_RANK --main_process_ip "
+        "$PET_MASTER_ADDR "
+        f"--main_process_port {port} --rdzv_conf timeout={wait} {' '.join(extra)} train.py "
+        f"{' '.join(map(str, arguments))}"
     )
     cluster = {"PET_NNODES": "2", "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": address}
     environment = {**os.environ, **cluster, "FINETUNE_JOIN_MINUTES": join}
     return subprocess.Popen(
-        ["bash", "-c", line], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ["bash", "-c", line],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -84,7 +94,9 @@ def two_nodes(workshop, *arguments, join="1"):
 
 def test_another_config_on_one_node_ends_all_and_is_named(workshop):
     config = str(workshop.write(workshop.config()))
-    launch = two_nodes(workshop, *(["--config", config, "--optimizer.lr", str(0.1 + rank)] for rank in (0, 1)))
+    launch = two_nodes(
+        workshop, *(["--config", config, "--optimizer.lr", str(0.1 + rank)] for rank in (0, 1))
+    )
     assert all(launch.codes(90))
     says = "process 1 was started with another optimizer.lr: 1.1, process 0 has 0.1"
     assert all(says in log.read_text() for log in launch.said_to)
@@ -93,7 +105,9 @@ def test_another_config_on_one_node_ends_all_and_is_named(workshop):
 
 def test_a_node_whose_process_fails_before_it_joins_is_waited_for_only_so_long(workshop):
     config = str(workshop.write(workshop.config()))
-    launch = two_nodes(workshop, ["--config", config], ["--config", "no_such_file.yaml"], join="0.05")
+    launch = two_nodes(
+        workshop, ["--config", config], ["--config", "no_such_file.yaml"], join="0.05"
+    )
     assert all(launch.codes(90))
     assert "no_such_file.yaml" in launch.said_to[1].read_text()
     assert "did not find each other at 127.0.0.1" in launch.said_to[0].read_text()

@@ -1,7 +1,9 @@
-"""Two pods of the manifests for several nodes, as the kubelet would start them, in namespaces of this machine; and one that is lost.
+"""Two pods of the manifests for several nodes, as the kubelet would start them, in namespaces of
+this machine; and one that is lost.
 
-Each has processes of its own, whose first is the launcher, and finds the other by the name that the manifest gives. What
-the controllers do after a pod has ended is tests/manifests.py's reading of their rules.
+Each has processes of its own, whose first is the launcher, and finds the other by the name that the
+manifest gives. What the controllers do after a pod has ended is tests/manifests.py's reading of
+their rules.
 """
 
 import contextlib
@@ -19,7 +21,8 @@ from manifests import Work, environment, expanded, fate, render, work
 
 # A network and names of its own, as the port is the manifest's.
 NETWORK = ["unshare", "--net", "--mount", "--propagation", "private"]
-LO_UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 0x49))"  # SIOCSIFFLAGS: UP, LOOPBACK, RUNNING
+# SIOCSIFFLAGS: UP, LOOPBACK, RUNNING
+LO_UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 0x49))"
 
 
 def can_try() -> bool:
@@ -32,21 +35,23 @@ def can_try() -> bool:
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(not can_try(), reason="needs kubectl, and root for namespaces of networks and mounts"),
+    pytest.mark.skipif(
+        not can_try(), reason="needs kubectl, and root for namespaces of networks and mounts"
+    ),
 ]
 
 
 class Cluster:
-    """The nodes, the names in their network, and the kubelet that starts pods and tells how they ended."""
+    """The nodes, the names in their network, and the kubelet that starts pods and tells how they
+    ended.
+    """
 
     def __init__(self, found: Work, folder: Path, config: Path) -> None:
         self.found, self.folder, self.config = found, folder, config
         self.pods: dict[int, subprocess.Popen[bytes]] = {}
         hosts = folder / "hosts"
         hosts.write_text(f"127.0.0.1 localhost {found.first_node}\n")
-        script = (
-            f'mount --bind {hosts} /etc/hosts && {sys.executable} -c "{LO_UP}" && echo ready && exec sleep infinity'
-        )
+        script = f'mount --bind {hosts} /etc/hosts && {sys.executable} -c "{LO_UP}" && echo ready && exec sleep infinity'
         self.network = subprocess.Popen([*NETWORK, "bash", "-c", script], stdout=subprocess.PIPE)
         assert self.network.stdout
         assert self.network.stdout.readline() == b"ready\n"
@@ -66,7 +71,12 @@ class Cluster:
             ]  # fmt: skip
             with (self.folder / f"pod{rank}.log").open("ab") as said:
                 self.pods[rank] = subprocess.Popen(
-                    command, cwd=ROOT, env={**os.environ, **given}, stdout=said, stderr=said, start_new_session=True
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **given},
+                    stdout=said,
+                    stderr=said,
+                    start_new_session=True,
                 )
 
     def preempt(self, rank: int) -> None:
@@ -106,7 +116,8 @@ def test_two_pods_train_as_one_process_and_lose_one_on_the_way(workshop, tmp_pat
         wait_for(workshop.run_dir("two") / "checkpoints/step-00000010/manifest.json", both)
         both.preempt(1)
         lost = both.codes()
-        # A machine that vanishes is noticed minutes later: what is seen first is the peer, which has crashed.
+        # A machine that vanishes is noticed minutes later: what is seen first is the peer, which
+        # has crashed.
         assert fate(both.found, lost[0], disrupted=False) == "counted", both.said()
         both.start(0, 1)
         assert both.codes() == {0: 0, 1: 0}, both.said()
@@ -116,9 +127,13 @@ def test_two_pods_train_as_one_process_and_lose_one_on_the_way(workshop, tmp_pat
 
 
 def test_every_kind_starts_the_same_command():
-    found = {overlay: work(render(ROOT / "k8s/overlays" / overlay)) for overlay in ("multi-node", "jobset", "trainjob")}
+    found = {
+        overlay: work(render(ROOT / "k8s/overlays" / overlay))
+        for overlay in ("multi-node", "jobset", "trainjob")
+    }
     said = {
-        name: [expanded(word, environment(each, each.node, 1)) for word in each.args] for name, each in found.items()
+        name: [expanded(word, environment(each, each.node, 1)) for word in each.args]
+        for name, each in found.items()
     }
     assert said["jobset"] == said["multi-node"] == said["trainjob"]
 

@@ -1,4 +1,6 @@
-"""The thread that saves dies on one of two processes: the save fails on both, in time, and the run goes on, or ends."""
+"""The thread that saves dies on one of two processes: the save fails on both, in time, and the run
+goes on, or ends.
+"""
 
 import signal
 import time
@@ -24,7 +26,12 @@ def started(workshop, changes, **environment):
     [
         ("exits", 1, "process 1: SystemExit: 3"),
         pytest.param("exits", 0, "process 0: SystemExit: 3", marks=pytest.mark.fault),
-        pytest.param("returns", 1, "process 1: the thread that saves ended without a result", marks=pytest.mark.fault),
+        pytest.param(
+            "returns",
+            1,
+            "process 1: the thread that saves ended without a result",
+            marks=pytest.mark.fault,
+        ),
         pytest.param("is interrupted", 1, "process 1: KeyboardInterrupt", marks=pytest.mark.fault),
         ("does not start", 1, "can't start new thread"),
     ],
@@ -42,11 +49,18 @@ def test_a_death_that_no_process_reports_ends_the_run(workshop):
     assert launch.codes(within=30) == [1, 1], launch.said()
     assert "has made no progress for 3 s at the" in launch.said()
     outcome = workshop.outcome()
-    assert (outcome["state"], "the save of step 2" in outcome["reason"]) == ("failed", True), outcome
+    assert (outcome["state"], "the save of step 2" in outcome["reason"]) == ("failed", True), (
+        outcome
+    )
 
 
 def test_a_signal_ends_a_run_whose_save_waits_for_a_dead_process(workshop):
-    launch = started(workshop, {"train__hang_minutes": None, "checkpoint__grace_seconds": 6.0}, DIES="exits", MUTE="1")
+    launch = started(
+        workshop,
+        {"train__hang_minutes": None, "checkpoint__grace_seconds": 6.0},
+        DIES="exits",
+        MUTE="1",
+    )
     wait_for(lambda: workshop.num_lines() > 1)
     time.sleep(1)
     launch.kill([0, 1], signal.SIGTERM)

@@ -29,23 +29,33 @@ from safetensors.torch import load_file
 from finetune.survival import launcher
 
 PROTOCOL = {
-    str(ROOT / "finetune/engine/checkpoint" / name) for name in ("finding.py", "folder.py", "saver.py", "shards.py")
+    str(ROOT / "finetune/engine/checkpoint" / name)
+    for name in ("finding.py", "folder.py", "saver.py", "shards.py")
 }
 
 
 @dataclass(frozen=True)
 class Death:
-    """Die by SIGKILL before a line of the protocol of checkpoints, such as "folder.py:77", is executed for the n-th time."""
+    """Die by SIGKILL before a line of the protocol of checkpoints, such as "folder.py:77", is
+    executed for the n-th time.
+    """
 
     line: str
     time: int
 
 
 def child(
-    rank: int, script: str, arguments: list[str], environment: dict[str, str], said: str, death: Death | None
+    rank: int,
+    script: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    said: str,
+    death: Death | None,
 ) -> None:
     """In the forked process: a script as its own command line would run it."""
-    assert "faults.preloaded" in sys.modules, "python -c 'import faults.preloaded' says which import has failed"
+    assert "faults.preloaded" in sys.modules, (
+        "python -c 'import faults.preloaded' says which import has failed"
+    )
     os.environ.update(environment)
     with open(said, "a") as file:
         os.dup2(file.fileno(), 2)
@@ -66,7 +76,9 @@ def child(
 
 
 def stand_still(rank: int, step: int) -> None:
-    """The main thread of one process does nothing any more from a step on, as one does that waits for a dead disk."""
+    """The main thread of one process does nothing any more from a step on, as one does that waits
+    for a dead disk.
+    """
     from finetune.data.batches import Batches
 
     at = Batches.at
@@ -80,7 +92,9 @@ def stand_still(rank: int, step: int) -> None:
 
 
 def trace(death: Death | None) -> dict[str, int]:
-    """How often each line of the protocol was executed, in any thread; and death before the one that is meant."""
+    """How often each line of the protocol was executed, in any thread; and death before the one
+    that is meant.
+    """
     counted: dict[str, int] = {}
 
     def line(frame: Any, event: str, argument: Any) -> Any:
@@ -93,7 +107,11 @@ def trace(death: Death | None) -> dict[str, int]:
 
     def call(frame: Any, event: str, argument: Any) -> Any:
         code = frame.f_code
-        return line if code.co_filename in PROTOCOL and code.co_name not in ("is_time", "has_ended") else None
+        return (
+            line
+            if code.co_filename in PROTOCOL and code.co_name not in ("is_time", "has_ended")
+            else None
+        )
 
     sys.settrace(call)
     threading.settrace(call)
@@ -102,7 +120,9 @@ def trace(death: Death | None) -> dict[str, int]:
 
 KILLS = int(os.environ.get("FINETUNE_KILLS", "6"))  # make faults: 201
 in_the_long_form = pytest.mark.fault
-os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # the server finds what it is to import by this alone
+os.environ["PYTHONPATH"] = (
+    f"{ROOT}:{ROOT / 'tests'}"  # the server finds what it is to import by this alone
+)
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["faults.preloaded"])
 
@@ -121,7 +141,9 @@ class Launch:
                 os.kill(self.processes[rank].pid, number)
 
     def codes(self, within: float = 120.0) -> list[int]:
-        """Exit code of each, -9 for one that was killed; all must have ended within `within` seconds."""
+        """Exit code of each, -9 for one that was killed; all must have ended within `within`
+        seconds.
+        """
         end = time.monotonic() + within
         for process in self.processes:
             process.join(max(0.01, end - time.monotonic()))
@@ -141,18 +163,27 @@ def start(
     """One launch of train.py, or of a script that runs it. `dies`: the process that `death` is for."""
     told = {"FINETUNE_JOIN_MINUTES": "0.3", **environment}
     said = [config.with_suffix(f".{rank}.log") for rank in range(processes)]
-    return fork(script, ["--config", str(config), *arguments], topology, said, told, death=death, dies=dies)
+    return fork(
+        script, ["--config", str(config), *arguments], topology, said, told, death=death, dies=dies
+    )
 
 
 def fork(
     script: str, arguments: list[str], topology: str, said: list[Path], environment: dict[str, str], extra: Sequence[str] = (),
     nodes: int = 1, death: Death | None = None, dies: int = 0, each: Sequence[list[str]] = (),
 ) -> Launch:  # fmt: skip
-    """Every process of a script under a topology file, with the environment that the launcher gives it; each has a file to say in.
+    """Every process of a script under a topology file, with the environment that the launcher gives
+    it; each has a file to say in.
 
     `each`: further arguments of each process.
     """
-    file = ["--config_file", f"accelerate_configs/{topology}.yaml", "--num_processes", str(len(said)), *extra]
+    file = [
+        "--config_file",
+        f"accelerate_configs/{topology}.yaml",
+        "--num_processes",
+        str(len(said)),
+        *extra,
+    ]
     options = [
         [*file, *(["--num_machines", str(nodes), "--machine_rank", str(node)] if nodes > 1 else [])]
         for node in range(nodes)
@@ -165,9 +196,21 @@ def fork(
     for rank, given in enumerate(planned):
         said[rank].unlink(missing_ok=True)
         mine = death if rank == dies else None
-        own = {name: value for name, value in (given | environment).items() if os.environ.get(name) != value}
+        own = {
+            name: value
+            for name, value in (given | environment).items()
+            if os.environ.get(name) != value
+        }
         process = _forks.Process(
-            target=child, args=(rank, script, [*arguments, *(each[rank] if each else [])], own, str(said[rank]), mine)
+            target=child,
+            args=(
+                rank,
+                script,
+                [*arguments, *(each[rank] if each else [])],
+                own,
+                str(said[rank]),
+                mine,
+            ),
         )
         process.start()
         started.append(process)
@@ -193,7 +236,9 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     raise AssertionError(f"waited {seconds:.0f} s in vain")
 
 
-def to_the_end(config: Path, topology: str = "single", processes: int = 1, attempts: int = 3) -> None:
+def to_the_end(
+    config: Path, topology: str = "single", processes: int = 1, attempts: int = 3
+) -> None:
     """Start again, as a cluster would, until the run is complete."""
     for _ in range(attempts):
         launch = start(config, topology, processes)
@@ -203,15 +248,21 @@ def to_the_end(config: Path, topology: str = "single", processes: int = 1, attem
 
 
 def same_end(run: Path, undisturbed: Path) -> None:
-    """Every step is on record once, with the loss and the weights of a run that nothing happened to."""
+    """Every step is on record once, with the loss and the weights of a run that nothing happened
+    to.
+    """
     lines, wanted = (read_jsonl(each / "metrics.jsonl") for each in (run, undisturbed))
     assert [line["step"] for line in lines] == [line["step"] for line in wanted]
     for name in ("loss", "grad_norm", "lr", "tokens", "supervised_tokens"):
         assert [line[name] for line in lines] == [line[name] for line in wanted], name
-    own, other = (load_file(next((each / "model").glob("*.safetensors"))) for each in (run, undisturbed))
+    own, other = (
+        load_file(next((each / "model").glob("*.safetensors"))) for each in (run, undisturbed)
+    )
     assert own.keys() == other.keys()
     assert all(torch.equal(own[name], other[name]) for name in own)
-    assert not [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")], "torn writes are swept away"
+    assert not [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")], (
+        "torn writes are swept away"
+    )
 
 
 @dataclass
@@ -248,7 +299,9 @@ class Scene:
         return [json.loads(Path(f"{counts}.{rank}").read_text()) for rank in range(self.processes)]
 
     def survives(self, name: str, kills: Sequence[Callable[[Path], Launch]]) -> list[list[int]]:
-        """Start and be killed, as often as there are kills, go on to the end, and compare. The exit codes of what was killed."""
+        """Start and be killed, as often as there are kills, go on to the end, and compare. The exit
+        codes of what was killed.
+        """
         config = self.config(name)
         codes = [kill(config).codes() for kill in kills]
         to_the_end(config, self.topology, self.processes)
@@ -256,7 +309,11 @@ class Scene:
         return codes
 
     def at_a_line(
-        self, config: Path, dice: random.Random, lines: list[dict[str, int]], line: str | None = None
+        self,
+        config: Path,
+        dice: random.Random,
+        lines: list[dict[str, int]],
+        line: str | None = None,
     ) -> Launch:
         """SIGKILL before a line of the protocol; of one process, whose loss ends the others."""
         rank = dice.randrange(self.processes) if line is None else 0
@@ -268,7 +325,9 @@ class Scene:
         """SIGKILL at any moment, of one process or of all."""
         launch = start(config, self.topology, self.processes)
         time.sleep(dice.uniform(0.0, self.seconds))
-        launch.kill(list(range(self.processes)) if dice.random() < 0.5 else [dice.randrange(self.processes)])
+        launch.kill(
+            list(range(self.processes)) if dice.random() < 0.5 else [dice.randrange(self.processes)]
+        )
         return launch
 
 

@@ -1,4 +1,6 @@
-"""What the server of tests/faults/nursery.py imports once for all its children. Nothing here may start a thread."""
+"""What the server of tests/faults/nursery.py imports once for all its children. Nothing here may
+start a thread.
+"""
 
 import gc
 import os
@@ -8,7 +10,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import conftest  # noqa: F401
 import deepspeed.checkpoint.ds_to_universal
 import deepspeed.module_inject.auto_ep_layer
-import deepspeed.runtime.zero.muon.muon_optimizer  # with the compiler: 2 s of each process that shares by ZeRO
+
+# With the compiler: 2 s of each process that shares by ZeRO
+import deepspeed.runtime.zero.muon.muon_optimizer
 import peft  # noqa: F401
 import torch.distributed.algorithms.join  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401

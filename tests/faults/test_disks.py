@@ -1,4 +1,6 @@
-"""What disks do: they fill up, forbid, flip bits and lose ends. What was saved before stays, and the run says what happened."""
+"""What disks do: they fill up, forbid, flip bits and lose ends. What was saved before stays, and
+the run says what happened.
+"""
 
 import contextlib
 import shutil
@@ -22,7 +24,9 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
@@ -33,17 +37,27 @@ def small_disk(tmp_path):
 def fill(folder: Path, leave_bytes: int) -> Path:
     """A file that leaves only this many bytes free."""
     ballast = folder / "ballast"
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:  # the run writes, too
+    with (
+        contextlib.suppress(OSError),
+        ballast.open("wb", buffering=0) as file,
+    ):  # the run writes, too
         file.write(b"\0" * max(0, shutil.disk_usage(folder).free - leave_bytes))
     return ballast
 
 
 @pytest.mark.parametrize(
-    ("leave", "says"), [pytest.param(60_000, "GB are needed", marks=in_the_long_form), (470_000, "the disk is full")]
+    ("leave", "says"),
+    [pytest.param(60_000, "GB are needed", marks=in_the_long_form), (470_000, "the disk is full")],
 )
-def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure(workshop, small_disk, leave, says):
+def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure(
+    workshop, small_disk, leave, says
+):
     """Known before anything is written, or found out in the middle."""
-    settings = SETTINGS | {"train__max_steps": 100, "train__epochs": 99, "run__dir": str(small_disk)}
+    settings = SETTINGS | {
+        "train__max_steps": 100,
+        "train__epochs": 99,
+        "run__dir": str(small_disk),
+    }
     config = workshop.write(workshop.config(**settings))
     launch = start(config)
     run = small_disk / "run"
@@ -70,7 +84,11 @@ def test_a_disk_that_is_full_at_the_start_is_no_error_of_the_config(workshop, sm
 
 
 def test_a_disk_that_was_full_for_a_while_costs_nothing_but_a_checkpoint(workshop, small_disk):
-    settings = SETTINGS | {"train__max_steps": 120, "train__epochs": 99, "checkpoint__every_steps": 25}
+    settings = SETTINGS | {
+        "train__max_steps": 120,
+        "train__epochs": 99,
+        "checkpoint__every_steps": 25,
+    }
     whole = workshop.write(workshop.config("whole", **settings))
     to_the_end(whole)
     config = workshop.write(workshop.config(**settings, run__dir=str(small_disk)))
@@ -93,7 +111,10 @@ DAMAGES = {
 }  # fmt: skip
 KINDS = {
     "single": ["manifest.json", "process-0000.json", "shards/.metadata", "shards/__0_0.distcp"],
-    "zero2": ["shards/engine/mp_rank_00_model_states.pt", "shards/engine/zero_pp_rank_1_mp_rank_00_optim_states.pt"],
+    "zero2": [
+        "shards/engine/mp_rank_00_model_states.pt",
+        "shards/engine/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    ],
 }
 
 
@@ -101,7 +122,11 @@ KINDS = {
 def saved(request, tmp_path_factory) -> tuple[Workshop, str, int]:
     workshop = Workshop(tmp_path_factory.mktemp("saved"))
     processes = 1 if request.param == "single" else 2
-    to_the_end(workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9)), request.param, processes)
+    to_the_end(
+        workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9)),
+        request.param,
+        processes,
+    )
     return workshop, request.param, processes
 
 
@@ -133,7 +158,9 @@ def assert_passed_over(said: str, newest: Path, kind: str, is_missing: bool) -> 
 
 
 def test_damage_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path, capfd):
-    """Every kind of file in every way, in this process; for two that share, each kind in launches of their own."""
+    """Every kind of file in every way, in this process; for two that share, each kind in launches
+    of their own.
+    """
     workshop, topology, processes = saved
     ways = [*DAMAGES, "missing"] if topology == "single" else ["cut short"]
     for kind in KINDS[topology]:

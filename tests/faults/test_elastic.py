@@ -16,7 +16,12 @@ SETTINGS = {
 }  # fmt: skip
 METHODS = {
     "full": {},
-    "lora": {"adapter__kind": "lora", "model__init": "pretrained", "model__config": None, "model__tokenizer": None},
+    "lora": {
+        "adapter__kind": "lora",
+        "model__init": "pretrained",
+        "model__config": None,
+        "model__tokenizer": None,
+    },
     "lion": {"optimizer__kind": "lion", "optimizer__lr": 1e-3},
     "averaged": {"train__ema_decay": 0.9},
 }
@@ -46,7 +51,9 @@ def shop(tmp_path_factory) -> Workshop:
     return workshop
 
 
-def launched(workshop: Workshop, name: str, where: tuple[str, int], settings: dict, *arguments: str) -> Launch:
+def launched(
+    workshop: Workshop, name: str, where: tuple[str, int], settings: dict, *arguments: str
+) -> Launch:
     launch = start(workshop.write(workshop.config(name, **settings)), *where, *arguments)
     assert launch.codes() == [0] * where[1], launch.said()
     return launch
@@ -73,9 +80,17 @@ def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
     assert "at step 4" in launch.said()
     one, other = (read_jsonl(run / "metrics.jsonl") for run in (shop.run_dir(name), moved))
     assert [line["step"] for line in other] == list(range(1, 9))
-    for what, part in (("loss", 1e-5), ("grad_norm", 1e-4)):  # sums in another order, as in tests/invariants
-        assert [line[what] for line in other] == pytest.approx([line[what] for line in one], rel=part)
-    whole, parts = (load_file(next((run / "model").glob("*.safetensors"))) for run in (shop.run_dir(name), moved))
+    for what, part in (
+        ("loss", 1e-5),
+        ("grad_norm", 1e-4),
+    ):  # sums in another order, as in tests/invariants
+        assert [line[what] for line in other] == pytest.approx(
+            [line[what] for line in one], rel=part
+        )
+    whole, parts = (
+        load_file(next((run / "model").glob("*.safetensors")))
+        for run in (shop.run_dir(name), moved)
+    )
     assert max(float((whole[n] - parts[n]).abs().max()) for n in whole) < 1e-4
 
 
@@ -84,7 +99,9 @@ def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
     [("zero2", "ddp", "full", "was saved by zero2, and this is ddp"), pytest.param("fsdp2", "zero3", "full", "was saved by fsdp2, and this is zero3", marks=in_the_long_form),
      pytest.param("zero3", "zero2", "full", "was saved by zero3, and this is zero2", marks=in_the_long_form), ("zero2", "zero1", "lion", "state of adamw only, not of lion")],
 )  # fmt: skip
-def test_what_a_topology_cannot_read_is_refused_and_stays(shop, tmp_path, before, after, method, says):
+def test_what_a_topology_cannot_read_is_refused_and_stays(
+    shop, tmp_path, before, after, method, says
+):
     settings, name = SETTINGS | METHODS[method], f"{method}-{before}-2"
     if not shop.run_dir(name).exists():
         launched(shop, name, (before, 2), settings)

@@ -34,8 +34,12 @@ def test_a_process_that_dies_ends_the_other_and_is_named(workshop, topology, ran
     assert codes[rank] == -9
     assert codes[1 - rank] == 1, launch.said()
     assert time.monotonic() - began < BOUND + 10
-    assert re.search(rf"process {rank} has (gone|not answered for 3 s, last) at step \d+", launch.said()), launch.said()
-    assert workshop.outcome()["state"] == ("failed" if rank else "running"), "only the main process writes it"
+    assert re.search(
+        rf"process {rank} has (gone|not answered for 3 s, last) at step \d+", launch.said()
+    ), launch.said()
+    assert workshop.outcome()["state"] == ("failed" if rank else "running"), (
+        "only the main process writes it"
+    )
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=in_the_long_form), 1])
@@ -46,14 +50,17 @@ def test_a_process_that_is_stopped_ends_the_other_and_is_named(workshop, rank):
     launch.processes[1 - rank].join(30)
     assert launch.processes[1 - rank].exitcode == 1, launch.said()
     assert time.monotonic() - began < BOUND + 10
-    assert re.search(rf"failed: process {rank} has not answered for 3 s, last at step \d+", launch.said()), (
-        launch.said()
-    )
+    assert re.search(
+        rf"failed: process {rank} has not answered for 3 s, last at step \d+", launch.said()
+    ), launch.said()
     launch.kill([rank], signal.SIGCONT)
     assert launch.codes(within=30)[rank] == 1, "it ends, too, once it can again"
 
 
-@pytest.mark.parametrize(("topology", "processes", "rank"), [pytest.param("single", 1, 0, marks=in_the_long_form), ("ddp", 2, 1)])
+@pytest.mark.parametrize(
+    ("topology", "processes", "rank"),
+    [pytest.param("single", 1, 0, marks=in_the_long_form), ("ddp", 2, 1)],
+)
 def test_a_process_that_stands_still_ends_all_and_is_named(workshop, topology, processes, rank):
     launch = begun(workshop, topology, processes, STANDS_STILL=f"{rank}:7")
     assert launch.codes(within=40) == [1] * processes, launch.said()

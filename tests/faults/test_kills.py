@@ -25,7 +25,9 @@ def scene(request, tmp_path_factory) -> Scene:
 
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
-    """Until that many processes have died: at any moment, at a line of the protocol, and in the attempt that goes on, too."""
+    """Until that many processes have died: at any moment, at a line of the protocol, and in the
+    attempt that goes on, too.
+    """
     dice = random.Random(SEED)
     killed, number = 0, 0
     kills = [
@@ -35,7 +37,9 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
     ]
     ways = [kills[1:], kills[:1], kills[1:2]]
     while killed < KILLS // len(SCENES):
-        codes = scene.survives(f"run{number}", ways[number] if number < len(ways) else dice.choice(ways))
+        codes = scene.survives(
+            f"run{number}", ways[number] if number < len(ways) else dice.choice(ways)
+        )
         number += 1
         killed += sum(-9 in each for each in codes)
         assert number < 2 * KILLS, "hardly any kill hits"
@@ -49,7 +53,8 @@ def test_death_before_any_line_of_the_protocol_is_survived(scene):
     dice = random.Random(SEED)
     for line in sorted(scene.lines[0]):
         codes = scene.survives(
-            line.replace(":", "-"), [lambda config, line=line: scene.at_a_line(config, dice, scene.lines, line)]
+            line.replace(":", "-"),
+            [lambda config, line=line: scene.at_a_line(config, dice, scene.lines, line)],
         )
         assert codes == [[-9]], line
     only = scene.lines_of_a_resumption[0].keys() - scene.lines[0].keys()

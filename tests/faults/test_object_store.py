@@ -23,7 +23,11 @@ def store():
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     client = boto3.client(
         "s3",
         endpoint_url=f"http://{host}:{port}",
@@ -49,11 +53,15 @@ def objects(client, folder: str) -> list[str]:
     return [each["Key"].removeprefix(folder) for each in listed]
 
 
-@pytest.mark.parametrize(("topology", "processes"), [("single", 1), pytest.param("fsdp2", 2, marks=in_the_long_form)])
+@pytest.mark.parametrize(
+    ("topology", "processes"), [("single", 1), pytest.param("fsdp2", 2, marks=in_the_long_form)]
+)
 def test_a_machine_with_an_empty_disk_goes_on(workshop, undisturbed, store, topology, processes):
     environment, client = store
     folder = f"machines/{topology}/"
-    config = workshop.write(workshop.config(topology, **SETTINGS, checkpoint__storage="s3://bucket/machines"))
+    config = workshop.write(
+        workshop.config(topology, **SETTINGS, checkpoint__storage="s3://bucket/machines")
+    )
     run = workshop.run_dir(topology)
     launch = start(config, topology, processes, **environment)
     wait_for(lambda: "checkpoints/step-00000006/manifest.json" in objects(client, folder))
@@ -69,7 +77,9 @@ def test_a_machine_with_an_empty_disk_goes_on(workshop, undisturbed, store, topo
     same_end(run, undisturbed.run_dir(topology))
     there = objects(client, folder)
     steps = {name.split("/")[1] for name in there if name.startswith("checkpoints/")}
-    assert steps == {p.name for p in (run / "checkpoints").iterdir()}, "what is pruned here is pruned there"
+    assert steps == {p.name for p in (run / "checkpoints").iterdir()}, (
+        "what is pruned here is pruned there"
+    )
     assert "model/model.safetensors" in there
 
     shutil.rmtree(run)
@@ -82,7 +92,11 @@ def test_a_machine_with_an_empty_disk_goes_on(workshop, undisturbed, store, topo
 
 def test_a_newest_checkpoint_that_arrived_damaged_is_passed_over(workshop, undisturbed, store):
     environment, client = store
-    settings = {**SETTINGS, "checkpoint__storage": "s3://bucket/damaged", "checkpoint__keep_last": 9}
+    settings = {
+        **SETTINGS,
+        "checkpoint__storage": "s3://bucket/damaged",
+        "checkpoint__keep_last": 9,
+    }
     config = workshop.write(workshop.config("single", **settings))
     to_the_end_of(start(config, **environment))
     shutil.rmtree(workshop.run_dir("single"))
@@ -108,18 +122,26 @@ def test_a_run_that_another_machine_has_taken_over_stops(workshop, tmp_path, sto
     first = start(config, **environment)
     wait_for(lambda: list((workshop.run_dir() / "checkpoints").glob("step-*")))
     other = tmp_path / "other"
-    second = start(config.rename(tmp_path / "other.yaml"), "single", 1, "--run.dir", str(other), **environment)
+    second = start(
+        config.rename(tmp_path / "other.yaml"), "single", 1, "--run.dir", str(other), **environment
+    )
     wait_for(lambda: "resumed from" in second.said())
-    assert first.codes(within=60) == [2], "started again, the two would take turns without end: " + first.said()
+    assert first.codes(within=60) == [2], (
+        "started again, the two would take turns without end: " + first.said()
+    )
     assert "has taken s3://bucket/taken/run over" in first.said()
     assert second.processes[0].is_alive()
 
 
-def test_an_older_disk_beside_a_newer_store_goes_on_from_the_store_with_its_logs(workshop, undisturbed, store):
+def test_an_older_disk_beside_a_newer_store_goes_on_from_the_store_with_its_logs(
+    workshop, undisturbed, store
+):
     """Machine A, then B, then A again with what its disk still has."""
     environment, client = store
     config = workshop.write(
-        workshop.config("single", **SETTINGS, checkpoint__storage="s3://bucket/again", checkpoint__keep_last=9)
+        workshop.config(
+            "single", **SETTINGS, checkpoint__storage="s3://bucket/again", checkpoint__keep_last=9
+        )
     )
     run = workshop.run_dir("single")
     launch = start(config, **environment)
@@ -138,21 +160,35 @@ def test_an_older_disk_beside_a_newer_store_goes_on_from_the_store_with_its_logs
     old.rename(run)
     to_the_end_of(start(config, **environment))
     same_end(run, undisturbed.run_dir("single"))
-    assert read_jsonl(run / "eval.jsonl") == read_jsonl(undisturbed.run_dir("single") / "eval.jsonl")
-    steps = {name.split("/")[1] for name in objects(client, "again/single/") if name.startswith("checkpoints/")}
-    assert steps == {f"step-{n:08d}" for n in (3, 6, 9, 12)}, "what keep_last keeps stays there, for any state here"
+    assert read_jsonl(run / "eval.jsonl") == read_jsonl(
+        undisturbed.run_dir("single") / "eval.jsonl"
+    )
+    steps = {
+        name.split("/")[1]
+        for name in objects(client, "again/single/")
+        if name.startswith("checkpoints/")
+    }
+    assert steps == {f"step-{n:08d}" for n in (3, 6, 9, 12)}, (
+        "what keep_last keeps stays there, for any state here"
+    )
 
 
 def test_another_run_of_that_name_in_the_store_is_refused_and_the_disk_stays(workshop, store):
     environment, _ = store
     to_the_end_of(
-        start(workshop.write(workshop.config(**SETTINGS, checkpoint__storage="s3://bucket/two")), **environment)
+        start(
+            workshop.write(workshop.config(**SETTINGS, checkpoint__storage="s3://bucket/two")),
+            **environment,
+        )
     )
     shutil.rmtree(workshop.run_dir())
     mine = {**SETTINGS, "optimizer__lr": 0.02}
     to_the_end(workshop.write(workshop.config(**mine)))
     files = {p: p.read_bytes() for p in workshop.run_dir().rglob("*") if p.is_file()}
-    launch = start(workshop.write(workshop.config(**mine, checkpoint__storage="s3://bucket/two")), **environment)
+    launch = start(
+        workshop.write(workshop.config(**mine, checkpoint__storage="s3://bucket/two")),
+        **environment,
+    )
     assert launch.codes() == [2], launch.said()
     assert "s3://bucket/two/run holds another run" in launch.said()
     assert "optimizer.lr: was 0.01, now 0.02" in launch.said()

@@ -1,4 +1,6 @@
-"""`accelerate launch` of one process is killed, at any moment: the script that it started saves and ends, every time."""
+"""`accelerate launch` of one process is killed, at any moment: the script that it started saves and
+ends, every time.
+"""
 
 import os
 import random
@@ -16,7 +18,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), in_the_long_form]
 @pytest.mark.parametrize("trial", range(KILLS // 8))
 def test_death_of_accelerate_launch_leaves_no_script(workshop, trial):
     dice = random.Random(trial)
-    settings = {"train__epochs": 99_999, "train__max_steps": 99_999, "checkpoint__every_minutes": None}
+    settings = {
+        "train__epochs": 99_999,
+        "train__max_steps": 99_999,
+        "checkpoint__every_minutes": None,
+    }
     config = workshop.write(workshop.config(**settings))
     process = subprocess.Popen(
         [*launcher("single", 1), "train.py", "--config", str(config)], cwd=ROOT, env=dict(os.environ), start_new_session=True

@@ -1,4 +1,6 @@
-"""The machine is being taken away: what is under way is saved, exit code 75, and the run goes on elsewhere."""
+"""The machine is being taken away: what is under way is saved, exit code 75, and the run goes on
+elsewhere.
+"""
 
 import signal
 import threading
@@ -38,7 +40,9 @@ def test_a_signal_saves_the_step_and_asks_to_be_run_again(workshop, undisturbed,
     assert saved["state"] == "preempted"
     assert number.name in saved["reason"]
     assert 5 < saved["step"] < 90
-    assert workshop.num_lines() == saved["step"], "the step under way was finished, and no other begun"
+    assert workshop.num_lines() == saved["step"], (
+        "the step under way was finished, and no other begun"
+    )
     to_the_end(config)
     same_end(workshop.run_dir(), undisturbed.run_dir())
 
@@ -61,7 +65,9 @@ def many(workshop: Workshop):
 
 
 def test_a_signal_is_heeded_in_the_middle_of_an_evaluation(workshop):
-    config = workshop.write(workshop.config(**LONG, data__eval=str(many(workshop)), evaluation__every_steps=3))
+    config = workshop.write(
+        workshop.config(**LONG, data__eval=str(many(workshop)), evaluation__every_steps=3)
+    )
     launch = start(config)
     wait_for(lambda: workshop.num_lines() == 3)
     launch.kill([0], signal.SIGTERM)
@@ -83,7 +89,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(workshop, undistu
 
 
 def test_a_signal_during_a_save_waits_for_it_and_saves_the_latest_step_too(workshop, undisturbed):
-    config = workshop.write(workshop.config(**LONG, checkpoint__every_steps=4, checkpoint__keep_last=99))
+    config = workshop.write(
+        workshop.config(**LONG, checkpoint__every_steps=4, checkpoint__keep_last=99)
+    )
     launch = start(config)
     wait_for(lambda: list((workshop.run_dir() / "checkpoints").glob(".writing-*")))
     launch.kill([0], signal.SIGTERM)
@@ -95,7 +103,9 @@ def test_a_signal_during_a_save_waits_for_it_and_saves_the_latest_step_too(works
     same_end(workshop.run_dir(), undisturbed.run_dir())
 
 
-@pytest.mark.parametrize("part", [0.02, *(pytest.param(part, marks=in_the_long_form) for part in (0.1, 0.2, 0.3, 0.4))])
+@pytest.mark.parametrize(
+    "part", [0.02, *(pytest.param(part, marks=in_the_long_form) for part in (0.1, 0.2, 0.3, 0.4))]
+)
 def test_a_signal_before_the_first_step_ends_at_once(workshop, part):
     """While modules, rows and weights are loaded there is nothing to save."""
     config = workshop.write(workshop.config(**LONG))
@@ -116,14 +126,20 @@ def test_a_deadline_stops_the_run_saved(workshop):
 
 
 def test_when_less_is_left_than_a_save_takes_the_run_says_so_and_saves_first(workshop):
-    config = workshop.write(workshop.config(**LONG, checkpoint__every_steps=3, checkpoint__grace_seconds=0.001))
+    config = workshop.write(
+        workshop.config(**LONG, checkpoint__every_steps=3, checkpoint__grace_seconds=0.001)
+    )
     launch = start(config)
     wait_for(lambda: workshop.num_lines() > 5)
     launch.kill([0], signal.SIGTERM)
     assert launch.codes() == [75], launch.said()
-    assert "longer than checkpoint.grace_seconds (0.001)" in launch.said(), "when there was still time to change it"
+    assert "longer than checkpoint.grace_seconds (0.001)" in launch.said(), (
+        "when there was still time to change it"
+    )
     assert "note: the last save took" in launch.said()
-    assert (workshop.run_dir() / f"checkpoints/step-{workshop.outcome()['step']:08d}/manifest.json").exists()
+    assert (
+        workshop.run_dir() / f"checkpoints/step-{workshop.outcome()['step']:08d}/manifest.json"
+    ).exists()
 
 
 def test_a_deadline_before_the_first_step_is_a_failure_and_not_for_ever_another_attempt(workshop):
@@ -140,7 +156,8 @@ def metadata():
 
 
 @pytest.mark.parametrize(
-    "cloud", [pytest.param(cloud, marks=in_the_long_form if cloud != "gcp" else ()) for cloud in CLOUDS]
+    "cloud",
+    [pytest.param(cloud, marks=in_the_long_form if cloud != "gcp" else ()) for cloud in CLOUDS],
 )
 def test_a_clouds_notice_saves_and_stops(workshop, metadata, cloud):
     config = workshop.write(workshop.config(**FOR_EVER, checkpoint__notices=cloud))
@@ -150,7 +167,9 @@ def test_a_clouds_notice_saves_and_stops(workshop, metadata, cloud):
     metadata.says(ASKED_FOR[cloud], answer)
     assert launch.codes(within=30) == [75], launch.said()
     assert reason in workshop.outcome()["reason"]
-    assert (workshop.run_dir() / f"checkpoints/step-{workshop.outcome()['step']:08d}/manifest.json").exists()
+    assert (
+        workshop.run_dir() / f"checkpoints/step-{workshop.outcome()['step']:08d}/manifest.json"
+    ).exists()
 
 
 def test_a_clouds_warning_saves_and_goes_on(workshop, metadata):
@@ -163,4 +182,6 @@ def test_a_clouds_warning_saves_and_goes_on(workshop, metadata):
     assert launch.processes[0].is_alive(), "a warning does not stop the run"
     launch.kill([0], signal.SIGTERM)
     assert launch.codes() == [75], launch.said()
-    assert len(read_jsonl(workshop.run_dir() / "saves.jsonl")) == 2, "one for the warning, one for the end"
+    assert len(read_jsonl(workshop.run_dir() / "saves.jsonl")) == 2, (
+        "one for the warning, one for the end"
+    )

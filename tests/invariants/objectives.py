@@ -1,4 +1,6 @@
-"""Three objectives as a user would write them, each with something that cross-entropy does not have."""
+"""Three objectives as a user would write them, each with something that cross-entropy does not
+have.
+"""
 
 from dataclasses import replace
 
@@ -19,7 +21,9 @@ class Dft(Objective):
 
 
 class Unlikelihood(Objective):
-    """Pushes down what the model is sure of, and divides by how many tokens these are, which only a whole step knows."""
+    """Pushes down what the model is sure of, and divides by how many tokens these are, which only a
+    whole step knows.
+    """
 
     def prepare(self, policy, batches, settings):
         sure = [(policy(batch, {"logprobs"}).logprobs > SURE).sum() for batch in batches]
@@ -66,7 +70,9 @@ def pair():
     from finetune import preflight
 
     prepare = preflight.examples.prepare
-    preflight.examples.prepare = lambda *arguments, **keywords: paired(prepare(*arguments, **keywords))
+    preflight.examples.prepare = lambda *arguments, **keywords: paired(
+        prepare(*arguments, **keywords)
+    )
 
     def restore() -> None:
         preflight.examples.prepare = prepare

@@ -25,7 +25,9 @@ def weights(run):
 
 
 def assert_same_weights(one, other, tolerance=2e-4):
-    """Adam divides by the root of the second moment, so a gradient near zero turns a reordering into a visible step."""
+    """Adam divides by the root of the second moment, so a gradient near zero turns a reordering
+    into a visible step.
+    """
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
     for name in one:
@@ -38,7 +40,11 @@ def test_accumulation_1x8_equals_8x1(workshop, tied):
     config = {**TINY_LLAMA, "tie_word_embeddings": tied}
     runs = [
         workshop.train(
-            f"micro{size}", model__config=config, train__micro_batch_size=size, train__max_steps=10, train__epochs=2
+            f"micro{size}",
+            model__config=config,
+            train__micro_batch_size=size,
+            train__max_steps=10,
+            train__epochs=2,
         )
         for size in (8, 2, 1)
     ]
@@ -52,13 +58,17 @@ def test_accumulation_by_a_mean_of_means_would_be_caught(workshop, monkeypatch):
     right = workshop.train("right", train__micro_batch_size=1)
     whole = loop.train_step
 
-    def mean_of_means(topology, policy, optimizer, objective, settings, batches, totals, **keywords):
+    def mean_of_means(
+        topology, policy, optimizer, objective, settings, batches, totals, **keywords
+    ):
         supervised = totals["tokens"]
 
         class Wrong(Sft):
             def loss(self, policy, batch, settings, prepared):
                 [term] = super().loss(policy, batch, settings, prepared)
-                return [replace(term, sum=term.sum / batch.counts["tokens"] * supervised / len(batches))]
+                return [
+                    replace(term, sum=term.sum / batch.counts["tokens"] * supervised / len(batches))
+                ]
 
         return whole(topology, policy, optimizer, Wrong(), settings, batches, totals, **keywords)
 
@@ -87,7 +97,9 @@ def tiny_model(**changes):
     values = {**TINY_LLAMA, "vocab_size": 261, **changes}
     torch.manual_seed(0)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=values.get("attention", "documents")).eval()
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation=values.get("attention", "documents")
+    ).eval()
 
 
 def token_losses(model, batch):
@@ -106,15 +118,21 @@ def token_losses(model, batch):
     ],
     ids=lambda a: a.get("model_type", "llama"),
 )  # fmt: skip
-def test_packed_and_unpacked_give_the_same_loss_for_every_token(tmp_path, bytes_tokenizer, architecture):
+def test_packed_and_unpacked_give_the_same_loss_for_every_token(
+    tmp_path, bytes_tokenizer, architecture
+):
     """Also with sliding windows shorter than the documents."""
     from finetune.data import templates
     from finetune.models import attention  # noqa: F401  registers "documents"
 
-    template = templates.load("question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {})
+    template = templates.load(
+        "question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {}
+    )
     options = Options("question_answer", {}, "line", None, "completion", 256, "error")
     rows = write_jsonl(tmp_path / "rows.jsonl", pairs(12))
-    examples = prepare(sources(str(rows), None).train, template, bytes_tokenizer, options, str(tmp_path / "cache"))
+    examples = prepare(
+        sources(str(rows), None).train, template, bytes_tokenizer, options, str(tmp_path / "cache")
+    )
     model = tiny_model(**architecture)
 
     def losses_by_example(packing):
@@ -136,11 +154,17 @@ def test_packed_and_unpacked_give_the_same_loss_for_every_token(tmp_path, bytes_
 
 
 def test_packing_keeps_the_loss_of_an_epoch(workshop):
-    """The mean over all supervised tokens of untouched weights is a fact of the data, packed or not."""
+    """The mean over all supervised tokens of untouched weights is a fact of the data, packed or
+    not.
+    """
     evaluated = [
         read_jsonl(
             workshop.train(
-                name, data__packing=packing, data__eval_fraction=0.5, optimizer__lr=1e-12, train__max_steps=1
+                name,
+                data__packing=packing,
+                data__eval_fraction=0.5,
+                optimizer__lr=1e-12,
+                train__max_steps=1,
             )
             / "eval.jsonl"
         )[-1]
@@ -151,7 +175,9 @@ def test_packing_keeps_the_loss_of_an_epoch(workshop):
 
 
 def test_merged_equals_adapter(workshop):
-    """W + (alpha / r) B A, computed by hand, is the merged weight; logits agree; and training moved them."""
+    """W + (alpha / r) B A, computed by hand, is the merged weight; logits agree; and training moved
+    them.
+    """
     from finetune.export.merge import merge
 
     base = workshop.train("base")
@@ -167,7 +193,9 @@ def test_merged_equals_adapter(workshop):
     before = weights(base)
     name = "model.layers.1.mlp.down_proj"
     a, b = (adapter[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
-    torch.testing.assert_close(merged[f"{name}.weight"], before[f"{name}.weight"] + 10.0 / 4 * b @ a)
+    torch.testing.assert_close(
+        merged[f"{name}.weight"], before[f"{name}.weight"] + 10.0 / 4 * b @ a
+    )
     assert not torch.equal(merged[f"{name}.weight"], before[f"{name}.weight"])
     assert difference.rounding < 1e-4
     assert difference.quantization is None
@@ -189,16 +217,30 @@ def test_only_adapters_train_and_the_base_stays(workshop):
 
 
 def test_reported_loss_is_sum_over_count(workshop):
-    """Recomputed by hand from the exported initial weights: the first step's loss is sum / count over its rows."""
-    run = workshop.train(optimizer__lr=1e-9, train__max_steps=1, train__global_batch_size=40, train__micro_batch_size=1)
+    """Recomputed by hand from the exported initial weights: the first step's loss is sum / count
+    over its rows.
+    """
+    run = workshop.train(
+        optimizer__lr=1e-9,
+        train__max_steps=1,
+        train__global_batch_size=40,
+        train__micro_batch_size=1,
+    )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = (c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer)
+    )
     total, count = 0.0, 0
     for row in pairs():
-        messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        messages = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["answer"]},
+        ]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            messages[:1], tokenize=False, add_generation_prompt=True
+        )
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         start = len(tokenizer(prompt)["input_ids"])
         logits = model(ids).logits[0, start - 1 : -1]

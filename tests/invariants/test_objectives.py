@@ -28,7 +28,10 @@ def curves(run):
     """Every number of its logs that comes from the model."""
     kept = ("loss", "grad_norm", "unlikelihood", "margin", "eval_loss", "cross_entropy")
     lines = [
-        line for name in ("metrics.jsonl", "eval.jsonl") if (run / name).exists() for line in read_jsonl(run / name)
+        line
+        for name in ("metrics.jsonl", "eval.jsonl")
+        if (run / name).exists()
+        for line in read_jsonl(run / name)
     ]
     return [line[name] for line in lines for name in kept if name in line]
 
@@ -42,7 +45,9 @@ def test_how_a_step_is_cut_up_or_laid_out_changes_nothing(workshop, objective):
         assert curves(run) == pytest.approx(curves(runs[0]), rel=1e-4)
     assert losses(runs[0])[-1] != losses(runs[0])[0]
     line = read_jsonl(runs[0] / "metrics.jsonl")[-1]
-    assert {"Dft": set(), "Unlikelihood": {"unlikelihood"}, "Pairwise": {"margin"}}[objective] <= line.keys()
+    assert {"Dft": set(), "Unlikelihood": {"unlikelihood"}, "Pairwise": {"margin"}}[
+        objective
+    ] <= line.keys()
 
 
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
@@ -87,7 +92,9 @@ def test_several_processes_learn_what_one_learns(tmp_path, topologies, processes
             config = workshop.config(f"{topology}_{name}", **settings, objective__kind=kind)
             arguments += [*(["pair"] if name == "Pairwise" else []), str(workshop.write(config))]
     logs = [tmp_path / f"{rank}.log" for rank in range(processes)]
-    launch = fork("distributed.several", arguments, topologies[0], logs, {}, FOUR.get(topologies[0], []))
+    launch = fork(
+        "distributed.several", arguments, topologies[0], logs, {}, FOUR.get(topologies[0], [])
+    )
     assert launch.codes(280) == [0] * processes, launch.said()
     for topology in topologies:
         for name in objectives.OBJECTIVES:

@@ -17,13 +17,19 @@ from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-# float32: sums in another order; over 20 steps they grew to 1.4e-6 of the loss and 1.5e-5 of the gradient norm.
-# Gradient norms are compared as well, since Adam divides a wrong factor out again.
+# float32: sums in another order; over 20 steps they grew to 1.4e-6 of the loss and 1.5e-5 of the
+# gradient norm. Gradient norms are compared as well, since Adam divides a wrong factor out again.
 LOSS, NORM, WSIX = 1e-5, 1e-4, 1e-4
-# bf16 keeps 8 bits, in which DeepSpeed computes norms and residuals, too, where autocast leaves float32: 2.6e-3 of the
-# gradient norm over four seeds. At ten times the learning rate roundings grow into other runs, by up to a quarter.
+# bf16 keeps 8 bits, in which DeepSpeed computes norms and residuals, too, where autocast leaves
+# float32: 2.6e-3 of the gradient norm over four seeds. At ten times the learning rate roundings
+# grow into other runs, by up to a quarter.
 HALF, SLOWLY = 6e-3, {"optimizer__lr": 1e-3}
-SIX = {"train__max_steps": 6, "train__epochs": 9, "train__micro_batch_size": 2, "data__eval_fraction": 0.2}
+SIX = {
+    "train__max_steps": 6,
+    "train__epochs": 9,
+    "train__micro_batch_size": 2,
+    "data__eval_fraction": 0.2,
+}
 CASES = {
     "untied": {},
     "tied": {"model__config": {**TINY_LLAMA, "tie_word_embeddings": True}},
@@ -49,8 +55,9 @@ CASES = {
 }
 NOT_ZERO = ["weights_in_bf16", "as_many_as_fit"]
 ALL, PLAIN = [case for case in CASES if case not in NOT_ZERO], ["untied", "tied"]
-# Of each launch: processes, and topologies one after the other, with their cases. Each case runs under one of each kind of
-# sharing; tests/invariants/test_trajectories.py has tied, packed, adapters and quantised bases under each.
+# Of each launch: processes, and topologies one after the other, with their cases. Each case runs
+# under one of each kind of sharing; tests/invariants/test_trajectories.py has tied, packed,
+# adapters and quantised bases under each.
 SHORT = {
     "two": (2, {
         "ddp": ["untied", "compiled"],
@@ -71,8 +78,18 @@ LONG = {
 LAUNCHES = SHORT | LONG
 RESUMED = {"ddp", "fsdp2", "zero2", "zero3"}
 FOUR = {
-    "fsdp2_hybrid": ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"],
-    "fsdp2_context": ["--parallelism_config_cp_size", "2", "--parallelism_config_dp_shard_size", "2"],
+    "fsdp2_hybrid": [
+        "--parallelism_config_dp_replicate_size",
+        "2",
+        "--parallelism_config_dp_shard_size",
+        "2",
+    ],
+    "fsdp2_context": [
+        "--parallelism_config_cp_size",
+        "2",
+        "--parallelism_config_dp_shard_size",
+        "2",
+    ],
 }
 
 
@@ -92,29 +109,44 @@ def settings(workshop: Workshop, case: str) -> dict:
     changes = {**SIX, **CASES[case]}
     if "adapter__kind" in changes:  # on the tied model, trained before
         path = str(workshop.run_dir("tied") / "model")
-        changes |= {"model__init": "pretrained", "model__path": path, "model__config": None, "model__tokenizer": None}
+        changes |= {
+            "model__init": "pretrained",
+            "model__path": path,
+            "model__config": None,
+            "model__tokenizer": None,
+        }
     return changes
 
 
 def several(folder: Path, topology: str, processes: int, *arguments: object) -> Launch:
-    """tests/distributed/several.py, once it has ended, in processes with the environment that the launcher gives them."""
+    """tests/distributed/several.py, once it has ended, in processes with the environment that the
+    launcher gives them.
+    """
     said = [folder / f"{rank}.log" for rank in range(processes)]
-    launch = fork("distributed.several", [*map(str, arguments)], topology, said, {}, FOUR.get(topology, []))
+    launch = fork(
+        "distributed.several", [*map(str, arguments)], topology, said, {}, FOUR.get(topology, [])
+    )
     launch.codes(500)
     return launch
 
 
 def difference(run, reference) -> dict[str, float]:
-    """Largest difference of losses and gradient norms (as parts of them), of weights, and of the last evaluation."""
+    """Largest difference of losses and gradient norms (as parts of them), of weights, and of the
+    last evaluation.
+    """
     found = {}
     for name in ("loss", "grad_norm"):
         pairs = [
             (one[name], other[name])
-            for one, other in zip(*(read_jsonl(r / "metrics.jsonl") for r in (reference, run)), strict=True)
+            for one, other in zip(
+                *(read_jsonl(r / "metrics.jsonl") for r in (reference, run)), strict=True
+            )
         ]
         found[name] = max(abs(one - other) / one for one, other in pairs)
     one, other = (load_file(next((r / "model").glob("*.safetensors"))) for r in (reference, run))
-    assert {n: (w.shape, w.dtype) for n, w in one.items()} == {n: (w.shape, w.dtype) for n, w in other.items()}
+    assert {n: (w.shape, w.dtype) for n, w in one.items()} == {
+        n: (w.shape, w.dtype) for n, w in other.items()
+    }
     found["weight"] = max(float((one[name] - other[name]).abs().max()) for name in one)
     one, other = (read_jsonl(r / "eval.jsonl")[-1]["eval_loss"] for r in (reference, run))
     found["eval"] = abs(one - other) / one
@@ -124,11 +156,19 @@ def difference(run, reference) -> dict[str, float]:
 def agree(found: dict[str, float], half: bool = False) -> bool:
     if half:
         return max(found["loss"], found["eval"], found["grad_norm"]) <= HALF
-    return max(found["loss"], found["eval"]) <= LOSS and found["grad_norm"] <= NORM and found["weight"] <= WSIX
+    return (
+        max(found["loss"], found["eval"]) <= LOSS
+        and found["grad_norm"] <= NORM
+        and found["weight"] <= WSIX
+    )
 
 
-def files_of(workshop: Workshop, alone: Workshop, topology: str, cases: list[str], is_resumed: bool) -> list[object]:
-    """What several.py is to run under one topology: each case, and a run that goes on from its fourth step."""
+def files_of(
+    workshop: Workshop, alone: Workshop, topology: str, cases: list[str], is_resumed: bool
+) -> list[object]:
+    """What several.py is to run under one topology: each case, and a run that goes on from its
+    fourth step.
+    """
     files: list[object] = [f"topology:{topology}"]
     for case in cases:
         config = workshop.config(case, **settings(alone, case))
@@ -168,7 +208,9 @@ def test_every_topology_is_one_process(alone, workshop, launched):
         whole, parts = (workshop.folder / topology / name for name in ("whole", "parts"))
         assert f"{parts}/checkpoints/step-00000004 at step 4" in launch.said()
         assert losses(parts) == losses(whole)
-        one, other = (load_file(next((run / "model").glob("*.safetensors"))) for run in (whole, parts))
+        one, other = (
+            load_file(next((run / "model").glob("*.safetensors"))) for run in (whole, parts)
+        )
         assert all(bool((one[name] == other[name]).all()) for name in one)
     for topology, cases in topologies.items():
         receipt = json.loads((workshop.folder / topology / cases[0] / "receipt.json").read_text())
@@ -177,7 +219,9 @@ def test_every_topology_is_one_process(alone, workshop, launched):
 
 
 def test_what_is_broken_on_purpose_is_seen(alone, workshop):
-    """The tests above can fail: by a wrong factor, by wrong means; and one process's part is never exported as the whole."""
+    """The tests above can fail: by a wrong factor, by wrong means; and one process's part is never
+    exported as the whole.
+    """
     names = ["forgotten_factor", "mean_of_means", "one_shard"]
     files = []
     for name in names:
@@ -193,9 +237,13 @@ def test_what_is_broken_on_purpose_is_seen(alone, workshop):
 
 
 def test_every_topology_file_is_launched_by_a_test():
-    launched = {f"{topology}.yaml" for _, topologies in LAUNCHES.values() for topology in topologies}
+    launched = {
+        f"{topology}.yaml" for _, topologies in LAUNCHES.values() for topology in topologies
+    }
     launched |= {f"{topology}.yaml" for topology in ON_NODES}
     files = {path.name: path.read_text() for path in (ROOT / "accelerate_configs").iterdir()}
     assert launched == set(files)
-    named = {name for text in files.values() for name in re.findall(r"ds_configs/(\w+\.json)", text)}
+    named = {
+        name for text in files.values() for name in re.findall(r"ds_configs/(\w+\.json)", text)
+    }
     assert named == {path.name for path in (ROOT / "ds_configs").iterdir()}

@@ -14,7 +14,11 @@ def assert_as_recorded(found):
     assert {
         name: differs
         for name, trajectory in found.items()
-        if (differs := trajectories.differences(trajectory, expected[name], exact, trajectories.WIDER.get(name, 1)))
+        if (
+            differs := trajectories.differences(
+                trajectory, expected[name], exact, trajectories.WIDER.get(name, 1)
+            )
+        )
     } == {}
 
 
@@ -31,7 +35,9 @@ SHORT = {
 LONG = dict.fromkeys(trajectories.TOPOLOGIES, trajectories.SHARED)
 
 
-@pytest.mark.parametrize("cases", [SHORT, pytest.param(LONG, marks=pytest.mark.proof)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "cases", [SHORT, pytest.param(LONG, marks=pytest.mark.proof)], ids=["some", "all"]
+)
 def test_two_processes_compute_what_they_computed(tmp_path, cases):
     assert_as_recorded(trajectories.shared(tmp_path, cases))
 
@@ -42,11 +48,15 @@ def test_two_processes_computed_what_one_did(topology, case):
     """The records themselves: sums in another order, with the bounds of test_topologies.py."""
     recorded = trajectories.references()[1]
     for name, bound in (("loss", 1e-5), ("grad_norm", 1e-4), ("weights", 1e-5)):
-        assert recorded[f"{topology}/{case}"][name] == pytest.approx(recorded[case][name], rel=bound)
+        assert recorded[f"{topology}/{case}"][name] == pytest.approx(
+            recorded[case][name], rel=bound
+        )
 
 
 def test_every_case_is_recorded():
-    shared = [f"{topology}/{name}" for topology in trajectories.TOPOLOGIES for name in trajectories.SHARED]
+    shared = [
+        f"{topology}/{name}" for topology in trajectories.TOPOLOGIES for name in trajectories.SHARED
+    ]
     assert sorted(trajectories.references()[1]) == sorted([*trajectories.CASES, *shared])
 
 
@@ -60,11 +70,16 @@ def test_every_case_is_recorded():
     ],
 )  # fmt: skip
 def test_a_changed_computation_is_seen(exact, factor, message):
-    """A last digit on the recorded machine; elsewhere one step too far off, all steps a little to one side, a missing step."""
+    """A last digit on the recorded machine; elsewhere one step too far off, all steps a little to
+    one side, a missing step.
+    """
     reference = trajectories.references()[1]["untied"]
     changed = copy.deepcopy(reference)
     changed["loss"] = [loss * by for loss, by in zip(reference["loss"], factor)]
     assert message in "; ".join(trajectories.differences(changed, reference, exact))
     assert trajectories.differences(reference, reference, exact) == []
-    wobbling = {**reference, "loss": [loss * (1 + 5e-7 * (-1) ** step) for step, loss in enumerate(reference["loss"])]}
+    wobbling = {
+        **reference,
+        "loss": [loss * (1 + 5e-7 * (-1) ** step) for step, loss in enumerate(reference["loss"])],
+    }
     assert trajectories.differences(wobbling, reference, exact=False) == []

@@ -23,10 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import TINY_LLAMA, Workshop, read_jsonl
 
 FILE = Path(__file__).with_suffix(".json")
-# Float32 sums in another order, as parts of the value. AVX2 instead of AVX-512: losses moved by up to 6.5e-8, norms by
-# 2.2e-7, the mean of the signed differences of losses by 1.1e-8. Muon's Newton-Schulz is in bfloat16: 5.1e-7, 4.5e-6, 1.8e-7.
+# Float32 sums in another order, as parts of the value. AVX2 instead of AVX-512: losses moved by up
+# to 6.5e-8, norms by 2.2e-7, the mean of the signed differences of losses by 1.1e-8. Muon's
+# Newton-Schulz is in bfloat16: 5.1e-7, 4.5e-6, 1.8e-7.
 NEAR, ONE_SIDED = 1e-6, 5e-8
-WIDER = {"muon": 10, "bf16": 6000}  # how many times; bf16: as tests/invariants/test_topologies.py has it
+WIDER = {
+    "muon": 10,
+    "bf16": 6000,
+}  # how many times; bf16: as tests/invariants/test_topologies.py has it
 
 SMALL = {
     "optimizer__lr": 1e-3,
@@ -37,7 +41,15 @@ SMALL = {
 }
 TIED = {"model__config": {**TINY_LLAMA, "tie_word_embeddings": True}}
 LORA: dict[str, Any] = {"adapter__kind": "lora", "adapter__r": 4}
-OPTIMIZERS = ["adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion", "lion_8bit", "adafactor", "muon"]
+OPTIMIZERS = [
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion",
+    "lion_8bit",
+    "adafactor",
+    "muon",
+]
 CASES: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": TIED,
@@ -75,7 +87,9 @@ def settings(case: str, base: Path) -> dict[str, Any]:
 
 
 def of(run: Path) -> dict[str, Any]:
-    """The trajectory of a run directory: losses and gradient norms by step, a hash and the norm of what it exported."""
+    """The trajectory of a run directory: losses and gradient norms by step, a hash and the norm of
+    what it exported.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -94,21 +108,34 @@ def of(run: Path) -> dict[str, Any]:
     }
 
 
-def differences(run: dict[str, Any], reference: dict[str, Any], exact: bool, wider: int = 1) -> list[str]:
-    """What sets a trajectory apart from its reference; nothing if they are equal, or as near as rounding allows."""
+def differences(
+    run: dict[str, Any], reference: dict[str, Any], exact: bool, wider: int = 1
+) -> list[str]:
+    """What sets a trajectory apart from its reference; nothing if they are equal, or as near as
+    rounding allows.
+    """
     if exact:
         return [name for name in reference if run[name] != reference[name]]
     found = []
     for name in ("loss", "grad_norm", "weights"):
         if len(run[name]) != len(reference[name]):
             return [f"{name}: {len(run[name])} steps instead of {len(reference[name])}"]
-        relative = [(one - other) / abs(other) for one, other in zip(run[name], reference[name], strict=True)]
+        relative = [
+            (one - other) / abs(other)
+            for one, other in zip(run[name], reference[name], strict=True)
+        ]
         worst = max(range(len(relative)), key=lambda step: abs(relative[step]))
         if not abs(relative[worst]) <= NEAR * wider:
-            found.append(f"{name} of step {worst + 1}: {relative[worst]:+.1e} of it, more than {NEAR * wider:.0e}")
+            found.append(
+                f"{name} of step {worst + 1}: {relative[worst]:+.1e} of it, more than "
+                f"{NEAR * wider:.0e}"
+            )
         mean = sum(relative) / len(relative)
         if name == "loss" and not abs(mean) <= ONE_SIDED * wider:
-            found.append(f"loss drifts to one side: {mean:+.1e} of it on average, more than {ONE_SIDED * wider:.0e}")
+            found.append(
+                f"loss drifts to one side: {mean:+.1e} of it on average, more than "
+                f"{ONE_SIDED * wider:.0e}"
+            )
     return found
 
 
@@ -135,7 +162,10 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
     """Every case by one process, in this one."""
     workshop = Workshop(folder)
     names = sorted(CASES, key=lambda name: name != "tied")  # first what adapters train on
-    return {name: of(workshop.train(name, **settings(name, workshop.run_dir("tied") / "model"))) for name in names}
+    return {
+        name: of(workshop.train(name, **settings(name, workshop.run_dir("tied") / "model")))
+        for name in names
+    }
 
 
 def shared(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
@@ -148,21 +178,33 @@ def shared(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any
     for topology, names in cases.items():
         arguments.append(f"topology:{topology}")
         for name in names:
-            arguments.append(str(workshop.write(workshop.config(f"{topology}-{name}", **settings(name, base)))))
+            arguments.append(
+                str(workshop.write(workshop.config(f"{topology}-{name}", **settings(name, base))))
+            )
     logs = [folder / f"{rank}.log" for rank in range(2)]
     launch = fork("distributed.several", arguments, "ddp", logs, {}, [])
     assert launch.codes(300) == [0, 0], launch.said()
-    return {f"{where}/{name}": of(workshop.run_dir(f"{where}-{name}")) for where in cases for name in cases[where]}
+    return {
+        f"{where}/{name}": of(workshop.run_dir(f"{where}-{name}"))
+        for where in cases
+        for name in cases[where]
+    }
 
 
 def record(trajectories: dict[str, Any]) -> None:
     """One line for each case, so that a diff shows which have changed."""
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in trajectories.items())
-    FILE.write_text(f'{{\n  "machine": {json.dumps(machine())},\n  "trajectories": {{\n{lines}\n  }}\n}}\n')
+    lines = ",\n".join(
+        f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in trajectories.items()
+    )
+    FILE.write_text(
+        f'{{\n  "machine": {json.dumps(machine())},\n  "trajectories": {{\n{lines}\n  }}\n}}\n'
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--record", action="store_true", help="replace the references")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +217,9 @@ def main() -> int:
     recorded_on, expected = references()
     exact, wrong = machine() == recorded_on, 0
     print(
-        "equal to the bit is asked" if exact else f"recorded on {recorded_on}, this is {machine()}: nearness is asked"
+        "equal to the bit is asked"
+        if exact
+        else f"recorded on {recorded_on}, this is {machine()}: nearness is asked"
     )
     for name, trajectory in found.items():
         differs = differences(trajectory, expected[name], exact, WIDER.get(name, 1))

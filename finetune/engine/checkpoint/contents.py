@@ -62,7 +62,8 @@ class Staged:
 def stage(topology: Topology, state: TrainState, copied: Callable[[Any], Any]) -> Staged:
     """Take this process's part of a state, which is all that training has to wait for. Collective.
 
-    `copied` copies a tree of tensors into host memory, or returns it as it is where training waits for the whole save.
+    `copied` copies a tree of tensors into host memory, or returns it as it is where training waits
+    for the whole save.
     """
     own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
     if topology.parallel.is_zero:
@@ -72,10 +73,12 @@ def stage(topology: Topology, state: TrainState, copied: Callable[[Any], Any]) -
 
 
 def share(tensors: dict[str, Any], rank: int, number: int) -> dict[str, Any]:
-    """Of tensors that several processes hold alike, those that this one stages: about as many bytes each.
+    """Of tensors that several processes hold alike, those that this one stages: about as many bytes
+    each.
 
     Otherwise each of 8 processes under DDP would copy the 96 GB of an 8B model with AdamW, of which
-    dcp writes one. Every process decides alike, as all see the same names and sizes in the same order.
+    dcp writes one. Every process decides alike, as all see the same names and sizes in the same
+    order.
     """
     loads: dict[int, list[int]] = {}
 
@@ -106,7 +109,9 @@ def _replica(tensor: Any, rank: int, number: int) -> tuple[int, int]:
     if not hasattr(tensor, "placements"):
         return rank, number
     own, copies = 0, 1
-    for dimension, placement in enumerate(tensor.placements):  # a DTensor: replicated over some dimensions of its mesh
+    for dimension, placement in enumerate(
+        tensor.placements
+    ):  # a DTensor: replicated over some dimensions of its mesh
         if placement.is_replicate():
             size = tensor.device_mesh.size(dimension)
             own, copies = own * size + tensor.device_mesh.get_local_rank(dimension), copies * size
@@ -119,7 +124,9 @@ def _local(tensor: Any) -> torch.Tensor:
 
 
 def write(writing: Path, staged: Staged, processes: Processes) -> None:
-    """Write every process's part into a directory that is there. Collective; raises on every process if one fails."""
+    """Write every process's part into a directory that is there. Collective; raises on every
+    process if one fails.
+    """
 
     def write_own() -> None:
         folder.write_json(writing / _own_name(processes.rank), staged.own)
@@ -152,7 +159,9 @@ def written(writing: Path, staged: Staged, rank: int) -> set[str]:
 
 
 def read(found: Found, topology: Topology, state: TrainState) -> None:
-    """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises LostCheckpoints."""
+    """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises
+    LostCheckpoints.
+    """
     try:
         if topology.parallel.is_zero:
             _read_engine(found, topology)
@@ -162,7 +171,9 @@ def read(found: Found, topology: Topology, state: TrainState) -> None:
     except Exception as exc:  # dcp raises many kinds for a checkpoint that does not fit the model
         if not isinstance(exc, CheckpointError):
             failures.reraise(exc)
-        raise LostCheckpoints(f"checkpoint {found.path} cannot be loaded: {why(exc)}; {_instead(found)}") from exc
+        raise LostCheckpoints(
+            f"checkpoint {found.path} cannot be loaded: {why(exc)}; {_instead(found)}"
+        ) from exc
     state.progress.restore(found.manifest["progress"])
 
 
@@ -179,11 +190,11 @@ def why(exc: Exception) -> str:
 def _instead(found: Found) -> str:
     """What a user can do about a checkpoint that cannot be loaded."""
     root = found.path.parent
-    older = next((p for p in folder.steps(root) if p.name < found.path.name and folder.looks_whole(p)), None)
+    older = next(
+        (p for p in folder.steps(root) if p.name < found.path.name and folder.looks_whole(p)), None
+    )
     if older is None:
-        return (
-            f"put back a copy of it, or move {root} away (and checkpoint.storage, where that is set) to start at step 1"
-        )
+        return f"put back a copy of it, or move {root} away (and checkpoint.storage, where that is set) to start at step 1"
     return f"move it away (from checkpoint.storage too, where that is set) to go on from {older}"
 
 
@@ -195,10 +206,18 @@ def _read_own(found: Found, topology: Topology) -> None:
             _restore_random_state(json.loads(path.read_text())["random"], topology)
         else:  # a process that was not there before draws new random numbers
             torch.manual_seed(hash((torch.initial_seed(), found.step)) % 2**63)
-        # One scaler for all: processes that are new have none saved, and must scale as the others do.
+        # One scaler for all: processes that are new have none saved, and must scale as the others
+        # do.
         path = found.path / _own_name(0)
         topology.restore_scaler(json.loads(path.read_text())["scaler"])
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as exc:
         raise DamagedCheckpoint(f"{path} is damaged ({type(exc).__name__}: {exc})") from exc
 
 
@@ -212,8 +231,13 @@ def read_weights(found: Found, topology: Topology, state: TrainState) -> None:
 
 
 def _read_engine(found: Found, topology: Topology) -> None:
-    """DeepSpeed's files fit the topology that wrote them; for another they are converted first, and that is thrown away again."""
-    if (found.manifest["topology"], found.manifest["num_processes"]) == (topology.name, topology.num_processes):
+    """DeepSpeed's files fit the topology that wrote them; for another they are converted first, and
+    that is thrown away again.
+    """
+    if (found.manifest["topology"], found.manifest["num_processes"]) == (
+        topology.name,
+        topology.num_processes,
+    ):
         topology.load_engine(found.path / SHARDS)
         return
     converted = found.path.with_name(f".converting-{found.path.name}")
@@ -231,7 +255,9 @@ def _read_engine(found: Found, topology: Topology) -> None:
 def _read_shards(found: Found, topology: Topology, state: TrainState) -> None:
     tensors = _tensors(topology, state)
     _load(found, tensors, topology)
-    set_optimizer_state_dict(state.model, _bare(state.optimizer), tensors["optimizer"], options=_options())
+    set_optimizer_state_dict(
+        state.model, _bare(state.optimizer), tensors["optimizer"], options=_options()
+    )
     optim.page_again(_bare(state.optimizer))
 
 
@@ -248,26 +274,42 @@ def _load(found: Found, tensors: dict[str, Any], topology: Topology) -> None:
 
 
 def _tensors(topology: Topology, state: TrainState) -> dict[str, Any]:
-    """Weights that train, their averages and the optimizer's state, under the names of the bare model."""
+    """Weights that train, their averages and the optimizer's state, under the names of the bare
+    model.
+    """
     moments = get_optimizer_state_dict(state.model, _bare(state.optimizer), options=_options())
     return {**_weights(topology, state), "optimizer": moments}
 
 
 def _weights(topology: Topology, state: TrainState) -> dict[str, Any]:
-    trained = {name: p.detach() for name, p in topology.unwrap(state.model).named_parameters() if p.requires_grad}
+    trained = {
+        name: p.detach()
+        for name, p in topology.unwrap(state.model).named_parameters()
+        if p.requires_grad
+    }
     return {"model": trained, "ema": state.ema.weights} if state.ema else {"model": trained}
 
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """dcp's own exception is none that `except Exception` catches, and carries every process's traceback in its text."""
+    """dcp's own exception is none that `except Exception` catches, and carries every process's
+    traceback in its text.
+    """
     try:
         yield
     except CheckpointException as exc:
-        for one, _ in exc.failures.values():  # a disk that fails may be well again: the checkpoint is not lost
+        for (
+            one,
+            _,
+        ) in (
+            exc.failures.values()
+        ):  # a disk that fails may be well again: the checkpoint is not lost
             if error := failures.translate(one):
                 raise error from exc
-        reasons = "; ".join(f"process {rank}: {type(one).__name__}: {one}" for rank, (one, _) in exc.failures.items())
+        reasons = "; ".join(
+            f"process {rank}: {type(one).__name__}: {one}"
+            for rank, (one, _) in exc.failures.items()
+        )
         raise CheckpointError(reasons) from exc
 
 
@@ -286,7 +328,11 @@ def _own_name(rank: int) -> str:
 
 def _random_state(topology: Topology) -> dict[str, Any]:
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    cuda = torch.cuda.get_rng_state(topology.device).tolist() if topology.device.type == "cuda" else None
+    cuda = (
+        torch.cuda.get_rng_state(topology.device).tolist()
+        if topology.device.type == "cuda"
+        else None
+    )
     return {
         "python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
         "torch": torch.get_rng_state().numpy().tobytes().hex(), "cuda": cuda,

@@ -1,4 +1,6 @@
-"""Where a run goes on: the newest checkpoint that is whole and its own, here or in the object store."""
+"""Where a run goes on: the newest checkpoint that is whole and its own, here or in the object
+store.
+"""
 
 import contextlib
 import re
@@ -18,11 +20,15 @@ if TYPE_CHECKING:
     from finetune.engine.checkpoint.storage import Storage
 
 
-def find(root: Path, storage: "Storage | None", num_steps: int | None = None) -> tuple[Found | None, dict[Path, str]]:
-    """The newest valid checkpoint, fetched if it is only in the store, and what is wrong with each newer one.
+def find(
+    root: Path, storage: "Storage | None", num_steps: int | None = None
+) -> tuple[Found | None, dict[Path, str]]:
+    """The newest valid checkpoint, fetched if it is only in the store, and what is wrong with each
+    newer one.
 
     Raises LostCheckpoints if there are checkpoints but none is valid: starting afresh would hide
-    that work was lost. So does a store that does not answer: an older one would be as bad. `num_steps`: of the run.
+    that work was lost. So does a store that does not answer: an older one would be as bad.
+    `num_steps`: of the run.
     """
     found, damaged = folder.find_newest(root, num_steps)
     for step in storage.steps() if storage else []:
@@ -50,21 +56,28 @@ def find(root: Path, storage: "Storage | None", num_steps: int | None = None) ->
 
 
 def _is_of_disk(problem: str) -> bool:
-    """Whether a checkpoint could not be read because its disk fails, which the next attempt may find well."""
+    """Whether a checkpoint could not be read because its disk fails, which the next attempt may
+    find well.
+    """
     number = re.match(r"\[Errno (\d+)\]", problem)
     return number is not None and int(number[1]) in failures.DISK
 
 
 def newest(root: Path) -> Found | None:
-    """The newest checkpoint whose manifest can be read, its files not looked at: to refuse another run early."""
+    """The newest checkpoint whose manifest can be read, its files not looked at: to refuse another
+    run early.
+    """
     for path in folder.steps(root):
         with contextlib.suppress(OSError, ValueError):
             return Found(path, folder.read_manifest(path))
     return None
 
 
-def require_same_run(found: Found, config: Config, identity: dict[str, Any], usual: dict[str, Any]) -> None:
-    """Raise RunDirectoryError with what differs if a checkpoint belongs to another config, or to other data or weights.
+def require_same_run(
+    found: Found, config: Config, identity: dict[str, Any], usual: dict[str, Any]
+) -> None:
+    """Raise RunDirectoryError with what differs if a checkpoint belongs to another config, or to
+    other data or weights.
 
     `identity`, `usual`: as in `receipt.identity_differences`.
     """
@@ -85,8 +98,10 @@ def require_readable(found: Found, topology: Topology) -> None:
     instead = "launch it so, or give this run another run.name"
     if _family(saved) != _family(topology.name):
         raise RunDirectoryError(
-            f"{found.path} was saved by {saved}, and this is {topology.name}; what ZeRO-1 and ZeRO-2 save is read by these two, "
-            f"what ZeRO-3 saves by ZeRO-3, what others save by others, on any number of processes; {instead}"
+            f"{found.path} was saved by {saved}, and this is {topology.name}; what ZeRO-1 and "
+            "ZeRO-2 save is read by these two, "
+            "what ZeRO-3 saves by ZeRO-3, what others save by others, on any number of processes; "
+            f"{instead}"
         )
     if (
         topology.parallel.is_zero
@@ -94,19 +109,27 @@ def require_readable(found: Found, topology: Topology) -> None:
         and optimizer != "adamw"
     ):
         raise RunDirectoryError(
-            f"{found.path} was saved by {saved} on {number} processes, and this is {topology.name} on {topology.num_processes}; "
+            f"{found.path} was saved by {saved} on {number} processes, and this is {topology.name} "
+            f"on {topology.num_processes}; "
             f"DeepSpeed converts the state of adamw only, not of {optimizer}; {instead}"
         )
 
 
 def _family(topology: str) -> str:
     """Topologies whose checkpoints are alike."""
-    return {"zero1": "zero1 or zero2", "zero2": "zero1 or zero2", "zero3": "zero3"}.get(topology[:5], "the others")
+    return {"zero1": "zero1 or zero2", "zero2": "zero1 or zero2", "zero3": "zero3"}.get(
+        topology[:5], "the others"
+    )
 
 
 def bring(root: Path, step: int | None, storage: "Storage | None") -> None:
     """The checkpoint of a step, if the store has it and this disk has not. Raises CheckpointError."""
-    if storage and step is not None and not (root / folder.step_name(step)).exists() and step in storage.steps():
+    if (
+        storage
+        and step is not None
+        and not (root / folder.step_name(step)).exists()
+        and step in storage.steps()
+    ):
         storage.fetch(step, root)
 
 
@@ -116,7 +139,9 @@ def kept(root: Path) -> set[int]:
 
 
 def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) -> None:
-    """Put back the weights (and their averages), and nothing else, of one checkpoint. Collective. Raises LostCheckpoints."""
+    """Put back the weights (and their averages), and nothing else, of one checkpoint. Collective.
+    Raises LostCheckpoints.
+    """
     path = root / folder.step_name(step)
     try:
         manifest: dict[str, Any] = topology.on_main(lambda: folder.verified(path))

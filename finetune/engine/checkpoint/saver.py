@@ -1,4 +1,6 @@
-"""When checkpoints are saved, and by whom: one at a time, in a thread of its own, while training goes on."""
+"""When checkpoints are saved, and by whom: one at a time, in a thread of its own, while training
+goes on.
+"""
 
 import shutil
 import threading
@@ -37,11 +39,17 @@ class Saver:
         becomes valid, and may raise.
         """
         self.root, self.storage, self.about = root, storage, about
-        self.every_minutes, self.keep_last, self.asynchronous = every_minutes, keep_last, asynchronous
+        self.every_minutes, self.keep_last, self.asynchronous = (
+            every_minutes,
+            keep_last,
+            asynchronous,
+        )
         self.grace_seconds = grace_seconds
         self.resumed_from, self.log, self.record, self.before = resumed_from, log, record, before
         self.topology, self.background = topology, topology.processes.apart()
-        self._copied = torch_versions.host_copier(topology.device) if asynchronous else lambda tensors: tensors
+        self._copied = (
+            torch_versions.host_copier(topology.device) if asynchronous else lambda tensors: tensors
+        )
         self.saved_at = time.monotonic()
         self.last_seconds = 0.0
         """From the beginning of the last save to its end."""
@@ -54,28 +62,41 @@ class Saver:
 
     def is_time(self) -> bool:
         """Whether checkpoint.every_minutes have passed on this process's clock."""
-        return self.every_minutes is not None and time.monotonic() - self.saved_at > 60 * self.every_minutes
+        return (
+            self.every_minutes is not None
+            and time.monotonic() - self.saved_at > 60 * self.every_minutes
+        )
 
     def has_ended(self) -> bool:
-        """Whether a save under way has come to its end on this process; `settle` then learns how, on all of them."""
+        """Whether a save under way has come to its end on this process; `settle` then learns how,
+        on all of them.
+        """
         return self._thread is not None and not self._thread.is_alive()
 
-    def save(self, state: TrainState, best: int | None = None, seconds_left: float | None = None) -> None:
-        """Write checkpoint `step-<progress.step>` and prune older ones, but not that of step `best`. Collective.
+    def save(
+        self, state: TrainState, best: int | None = None, seconds_left: float | None = None
+    ) -> None:
+        """Write checkpoint `step-<progress.step>` and prune older ones, but not that of step
+        `best`. Collective.
 
-        Returns when the state is copied. A save that fails leaves the older ones as they are and
-        is reported; the third in a row raises CheckpointError. `seconds_left`: until the machine goes; None: it stays.
+        Returns when the state is copied. A save that fails leaves the older ones as they are and is
+        reported; the third in a row raises CheckpointError. `seconds_left`: until the machine goes;
+        None: it stays.
         """
         if seconds_left is not None and self.last_seconds > max(0.0, seconds_left):
             self.log(
-                f"note: the last save took {self.last_seconds:.3g} s, and about {max(0.0, seconds_left):.3g} s are left: "
-                f"a save that is under way is finished first, then step {state.progress.step} is saved if there is time"
+                f"note: the last save took {self.last_seconds:.3g} s, and about "
+                f"{max(0.0, seconds_left):.3g} s are left: "
+                f"a save that is under way is finished first, then step {state.progress.step} is "
+                "saved if there is time"
             )
         began, progress = time.monotonic(), state.progress.to_dict()
         self.settle()
         self.saved_at = began
         try:
-            staged = self.topology.on_every(lambda: contents.stage(self.topology, state, self._copied))
+            staged = self.topology.on_every(
+                lambda: contents.stage(self.topology, state, self._copied)
+            )
         except Exception as exc:
             self._failed(progress["step"], exc)
             return
@@ -98,7 +119,9 @@ class Saver:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the save under way, and tell how it went. Collective in effect: it ended alike everywhere."""
+        """Wait for the save under way, and tell how it went. Collective in effect: it ended alike
+        everywhere.
+        """
         if self._thread is None:
             return
         self._wait()
@@ -113,13 +136,17 @@ class Saver:
         if self.last_seconds > self.grace_seconds and not self._is_warned:
             self._is_warned = True
             self.log(
-                f"note: the save of step {step} took {self.last_seconds:.3g} s, longer than checkpoint.grace_seconds ({self.grace_seconds:g}): "
-                "a machine that goes away may go before it is done; save more often, or get more grace"
+                f"note: the save of step {step} took {self.last_seconds:.3g} s, longer than "
+                f"checkpoint.grace_seconds ({self.grace_seconds:g}): "
+                "a machine that goes away may go before it is done; save more often, or get more "
+                "grace"
             )
         self.record(self._facts)
 
     def abandon(self) -> None:
-        """The run fails for another reason: what is under way is still finished, unless it hangs, too."""
+        """The run fails for another reason: what is under way is still finished, unless it hangs,
+        too.
+        """
         if self._thread and self._thread.is_alive():
             self._thread.join(ABANDON_SECONDS)
 
@@ -130,20 +157,26 @@ class Saver:
 
     def _wait(self) -> None:
         assert self._thread is not None
-        self.topology.watchdog.pause(f"the save of step {self._facts['step']}", self.background.waiting)
+        self.topology.watchdog.pause(
+            f"the save of step {self._facts['step']}", self.background.waiting
+        )
         if self._thread.is_alive():
             self._thread.join()
 
     def _ended(self) -> tuple[FinetuneError | None, bool]:
-        """(why the save failed on one of the processes, whether the checkpoint is whole all the same): alike on all of them.
+        """(why the save failed on one of the processes, whether the checkpoint is whole all the
+        same): alike on all of them.
 
-        A thread may end at any line, for a reason that no code of ours sees, while those of other processes wait for it. So
-        a process whose thread did not come to its end leaves their group, which ends the others' waiting.
+        A thread may end at any line, for a reason that no code of ours sees, while those of other
+        processes wait for it. So a process whose thread did not come to its end leaves their group,
+        which ends the others' waiting.
         """
         own, self._problem = self._problem, None
         processes, watchdog = self.topology.processes, self.topology.watchdog
         if own is None and "seconds" not in self._facts:
-            own = CheckpointError(f"process {processes.rank}: the thread that saves ended without a result")
+            own = CheckpointError(
+                f"process {processes.rank}: the thread that saves ended without a result"
+            )
         if own is not None:
             self.background.leave()
         watchdog.pause(f"the end of the save of step {self._facts['step']}", processes.waiting)
@@ -158,7 +191,9 @@ class Saver:
         return errors[first], is_whole
 
     def _words(self, exc: BaseException) -> FinetuneError:
-        """An exception without its traceback, whose frames would keep the group of `background` alive."""
+        """An exception without its traceback, whose frames would keep the group of `background`
+        alive.
+        """
         if not isinstance(exc, Exception):
             return CheckpointError(f"process {self.topology.rank}: {type(exc).__name__}: {exc}")
         known = failures.translate(exc)
@@ -168,7 +203,8 @@ class Saver:
         """Raise CheckpointError if this step is not safe."""
         if self.last_step != step:
             raise CheckpointError(
-                f"step {step} could not be saved before the end; the newest checkpoint is of step {self.last_step}"
+                f"step {step} could not be saved before the end; the newest checkpoint is of step "
+                f"{self.last_step}"
             )
 
     def _failed(self, step: int, problem: Exception) -> None:
@@ -182,21 +218,32 @@ class Saver:
         )
         what = "could not be saved"
         if self.last_step == step:
-            what = "is not in the store" if self.storage else "is saved, but older ones could not be removed"
+            what = (
+                "is not in the store"
+                if self.storage
+                else "is saved, but older ones could not be removed"
+            )
         text = f"checkpoint of step {step} {what}: {problem}"
         if self._failures == MOST_FAILURES:
-            raise CheckpointError(f"{text}; {MOST_FAILURES} saves in a row have failed, and {newest}") from problem
+            raise CheckpointError(
+                f"{text}; {MOST_FAILURES} saves in a row have failed, and {newest}"
+            ) from problem
         self.log(
-            f"note: {text}; {newest}, and training continues ({self._failures} of {MOST_FAILURES} failures in a row)"
+            f"note: {text}; {newest}, and training continues ({self._failures} of {MOST_FAILURES} "
+            "failures in a row)"
         )
 
-    def _run(self, staged: contents.Staged, manifest: dict[str, Any], best: int | None, began: float) -> None:
+    def _run(
+        self, staged: contents.Staged, manifest: dict[str, Any], best: int | None, began: float
+    ) -> None:
         """Do all of the thread's work: what ends it waits for `settle`."""
         try:
             self._write(staged, manifest, best)
             if "bytes" in self._facts:
                 self._facts["seconds"] = round(time.monotonic() - began, 3)
-        except BaseException as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
+        except (
+            BaseException
+        ) as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
             self._problem = self._words(exc)
 
     def _use_own_gpu(self) -> None:
@@ -205,7 +252,8 @@ class Saver:
             torch.cuda.set_device(self.topology.device)
 
     def _write(self, staged: contents.Staged, manifest: dict[str, Any], best: int | None) -> None:
-        # Where one process alone fails outside `on_every` or `on_main`, the others wait until `_ended` ends it.
+        # Where one process alone fails outside `on_every` or `on_main`, the others wait until
+        # `_ended` ends it.
         processes, root, step = self.background, self.root, manifest["progress"]["step"]
         processes.on_every(self._use_own_gpu)
         total = sum(processes.gather(staged.num_bytes))
@@ -217,13 +265,19 @@ class Saver:
         writing: Path = processes.on_main(begin)
         try:
             contents.write(writing, staged, processes)
-            wrote = processes.gather(processes.on_every(lambda: contents.written(writing, staged, processes.rank)))
+            wrote = processes.gather(
+                processes.on_every(lambda: contents.written(writing, staged, processes.rank))
+            )
             names: list[str] = processes.on_main(lambda: self._all_there(writing, wrote))
             mine = names[processes.rank :: processes.number]
-            described = processes.gather(processes.on_every(lambda: folder.described(writing, mine)))
+            described = processes.gather(
+                processes.on_every(lambda: folder.described(writing, mine))
+            )
             files = {name: each[name] for name in names for each in described if name in each}
             processes.on_main(self.before)
-            final: Path = processes.on_main(lambda: folder.commit(writing, {**manifest, "files": files}))
+            final: Path = processes.on_main(
+                lambda: folder.commit(writing, {**manifest, "files": files})
+            )
         except BaseException as exc:
             if processes.is_main:
                 is_full = shutil.disk_usage(root).free < total
@@ -235,22 +289,29 @@ class Saver:
         processes.on_main(lambda: self._tidy(final, step, best))
 
     def _all_there(self, writing: Path, wrote: list[set[str]]) -> list[str]:
-        """Every file; raises CheckpointError if the main process does not see what another one wrote."""
+        """Every file; raises CheckpointError if the main process does not see what another one
+        wrote.
+        """
         names = folder.files(writing)
         if missing := sorted(set().union(*wrote) - set(names)):
             raise CheckpointError(
-                f"{missing[0]}, which another process wrote, is not in {writing} as process 0 sees it; "
+                f"{missing[0]}, which another process wrote, is not in {writing} as process 0 sees "
+                "it; "
                 "run.dir must be on storage that all nodes share"
             )
         return names
 
     def _tidy(self, final: Path, step: int, best: int | None) -> None:
         """Older ones may go; and what is here goes to the store."""
-        protected = {folder.step_name(each) for each in (step, best, self.resumed_from) if each is not None}
+        protected = {
+            folder.step_name(each) for each in (step, best, self.resumed_from) if each is not None
+        }
         folder.prune(self.root, self.keep_last, protected)
         if self.storage:
             began = time.monotonic()
-            self.storage.upload_notes(self.root.parent)  # first: what is whole there must find its past there
+            self.storage.upload_notes(
+                self.root.parent
+            )  # first: what is whole there must find its past there
             self.storage.upload_checkpoint(final)
             self.storage.prune(self.keep_last, protected)
             self._facts["upload_seconds"] = round(time.monotonic() - began, 3)

@@ -1,8 +1,10 @@
-"""A run directory's twin in an object store, so that a machine with an empty disk can go on. No torch.
+"""A run directory's twin in an object store, so that a machine with an empty disk can go on. No
+torch.
 
-`<url>/<run name>/` holds the names that `runs/<run name>/` has. An object store knows no rename, so order
-takes its place: what says that the rest is there (a checkpoint's manifest.json, the run's config.yaml)
-arrives last and goes first. Credentials come from the environment alone: URLs end in logs and receipts.
+`<url>/<run name>/` holds the names that `runs/<run name>/` has. An object store knows no rename, so
+order takes its place: what says that the rest is there (a checkpoint's manifest.json, the run's
+config.yaml) arrives last and goes first. Credentials come from the environment alone: URLs end in
+logs and receipts.
 """
 
 import contextlib
@@ -33,11 +35,19 @@ from finetune.errors import CheckpointError, ConfigError, DamagedCheckpoint, Tak
 CONFIG, CLAIM = "config.yaml", "writer.json"
 CHECK_SECONDS = 30.0
 WAITS_SECONDS = (1.0, 3.0)  # before the second and the third attempt
-CANNOT_HELP = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
-# 4 files of 4 parts of 8 MiB at once, which takes 256 MiB (s3fs keeps a part until its next one has gone). Left to
-# itself it would take 128 files of 10 parts of 50 MiB.
+CANNOT_HELP = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+)
+# 4 files of 4 parts of 8 MiB at once, which takes 256 MiB (s3fs keeps a part until its next one has
+# gone). Left to itself it would take 128 files of 10 parts of 50 MiB.
 FILES_AT_ONCE, PARTS_AT_ONCE, PART_BYTES = 4, 4, 8 * 2**20
-MAX_PARTS = 10_000  # of an object in S3; s3fs heeds it only where it chooses the size of parts itself
+MAX_PARTS = (
+    10_000  # of an object in S3; s3fs heeds it only where it chooses the size of parts itself
+)
 S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss")
 PACKAGES = {  # s3fs and gcsfs are released together with fsspec, and each works with its own release only
     **dict.fromkeys(S3, f"s3fs=={fsspec.__version__}"),
@@ -47,7 +57,9 @@ PACKAGES = {  # s3fs and gcsfs are released together with fsspec, and each works
 
 
 class Storage:
-    """`<url>/<run name>/`. Remembers nothing that it has seen there; may be called from any thread, not after a fork."""
+    """`<url>/<run name>/`. Remembers nothing that it has seen there; may be called from any thread,
+    not after a fork.
+    """
 
     def __init__(self, url: str, run_name: str) -> None:
         self._fs, root = _opened(url)
@@ -79,13 +91,17 @@ class Storage:
                 _within(deadline - time.monotonic(), attempt)
             except Exception as exc:
                 kind = CheckpointError if _may_pass(exc) else ConfigError
-                raise kind(f"checkpoint.storage: {self.url} cannot be {verb} ({_plain(exc)}); {_advice(exc)}") from exc
+                raise kind(
+                    f"checkpoint.storage: {self.url} cannot be {verb} ({_plain(exc)}); "
+                    f"{_advice(exc)}"
+                ) from exc
 
     def restore(self, directory: Path, over: bool = False) -> bool:
-        """Fetch everything but checkpoints into a run directory, config.yaml last: its presence says that all is there.
+        """Fetch everything but checkpoints into a run directory, config.yaml last: its presence
+        says that all is there.
 
-        False, and nothing touched, if the store has no run of this name, or the directory has a config.yaml and is not to
-        be written `over`, as when the store is further.
+        False, and nothing touched, if the store has no run of this name, or the directory has a
+        config.yaml and is not to be written `over`, as when the store is further.
         """
         names = [n for n in self._listing("", below=False) if n[0] != "." and n != CLAIM]
         if ((directory / CONFIG).exists() and not over) or CONFIG not in names:
@@ -95,14 +111,18 @@ class Storage:
             final = directory / name
             arriving = final.with_name(f".restoring-{final.name}")
             final.parent.mkdir(parents=True, exist_ok=True)
-            self._attempt(f"fetching {name}", self._fs.get, [f"{self._root}/{name}"], [str(arriving)])
+            self._attempt(
+                f"fetching {name}", self._fs.get, [f"{self._root}/{name}"], [str(arriving)]
+            )
             files.flush(arriving)
             os.rename(arriving, final)
             files.flush(final.parent)
         return True
 
     def config(self) -> dict[str, Any] | None:
-        """The resolved config of the run that is there; None if there is none. Raises CheckpointError."""
+        """The resolved config of the run that is there; None if there is none. Raises
+        CheckpointError.
+        """
         content = self._content(CONFIG)
         try:
             return dict(yaml.safe_load(content)) if content else None
@@ -120,10 +140,11 @@ class Storage:
         return sorted((step for step in found if step is not None), reverse=True)
 
     def fetch(self, step: int, root: Path) -> Path:
-        """Checkpoint `root/step-...`: verified, on the disk. One that is there and whole is not fetched, a damaged one set aside.
+        """Checkpoint `root/step-...`: verified, on the disk. One that is there and whole is not
+        fetched, a damaged one set aside.
 
-        Raises DamagedCheckpoint that names the object and its problem, CheckpointError if the store does not answer; then
-        nothing is left behind.
+        Raises DamagedCheckpoint that names the object and its problem, CheckpointError if the store
+        does not answer; then nothing is left behind.
         """
         name = folder.step_name(step)
         remote, final, arriving = f"checkpoints/{name}", root / name, root / f".fetching-{name}"
@@ -157,7 +178,9 @@ class Storage:
         return final
 
     def upload_checkpoint(self, path: Path) -> None:
-        """All files of a committed checkpoint, then its manifest. What was there under its name is overwritten."""
+        """All files of a committed checkpoint, then its manifest. What was there under its name is
+        overwritten.
+        """
         self.require_claim()
         remote = f"checkpoints/{path.name}"
         if not folder.looks_whole(path):
@@ -170,14 +193,18 @@ class Storage:
         self._transfer("uploading", self._put, path, remote, [MANIFEST])
 
     def upload_notes(self, directory: Path) -> None:
-        """The files at the top of a run directory; config.yaml last, which makes it a run that can be restored."""
+        """The files at the top of a run directory; config.yaml last, which makes it a run that can
+        be restored.
+        """
         self.require_claim()
         names = {p.name for p in directory.iterdir() if p.is_file() and p.name[0] != "."}
         self._transfer("uploading", self._put, directory, "", sorted(names - {CONFIG, CLAIM}))
         self._transfer("uploading", self._put, directory, "", [CONFIG])
 
     def upload_model(self, model: Path) -> None:
-        """The export, and away with what an older one left there. Before the outcome.json that calls the run complete."""
+        """The export, and away with what an older one left there. Before the outcome.json that
+        calls the run complete.
+        """
         self.require_claim()
         names = {p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()}
         self._transfer("uploading", self._put, model, "model", sorted(names))
@@ -185,30 +212,41 @@ class Storage:
             self._remove(f"model/{name}")
 
     def prune(self, keep_last: int, protected: set[str]) -> None:
-        """Keep the newest whole checkpoints and those `protected`; of the others the manifest goes first, so that no half
-        is taken for a whole.
+        """Keep the newest whole checkpoints and those `protected`; of the others the manifest goes
+        first, so that no half is taken for a whole.
 
-        Torn uploads go too, unless newer than every whole checkpoint: such a one may be arriving right now, and goes
-        once a newer one is whole.
+        Torn uploads go too, unless newer than every whole checkpoint: such a one may be arriving
+        right now, and goes once a newer one is whole.
         """
         self.require_claim()
         found: dict[str, list[str]] = {}
         for name in self._listing("checkpoints"):
             if folder.step_of(name.split("/")[0]) is not None:
                 found.setdefault(name.split("/")[0], []).append(name)
-        whole = {checkpoint for checkpoint, names in found.items() if f"{checkpoint}/{MANIFEST}" in names}
+        whole = {
+            checkpoint for checkpoint, names in found.items() if f"{checkpoint}/{MANIFEST}" in names
+        }
         keep = {*sorted(whole, reverse=True)[:keep_last], *protected}
         if whole:
             for checkpoint in sorted(found.keys() - keep):
                 if checkpoint in whole or checkpoint < max(whole):
-                    for name in sorted(found[checkpoint], key=lambda name: PurePosixPath(name).name != MANIFEST):
+                    for name in sorted(
+                        found[checkpoint], key=lambda name: PurePosixPath(name).name != MANIFEST
+                    ):
                         self._remove(f"checkpoints/{name}")
 
     def claim(self) -> None:
-        """This process writes the run from now on; the one that did stops at its next write. The last to start wins."""
+        """This process writes the run from now on; the one that did stops at its next write. The
+        last to start wins.
+        """
         token, now = secrets.token_hex(16), datetime.now(UTC).isoformat(timespec="seconds")
         writer = {"host": socket.gethostname(), "pid": os.getpid(), "time": now, "token": token}
-        self._attempt(f"writing {CLAIM}", self._fs.pipe_file, f"{self._root}/{CLAIM}", json.dumps(writer).encode())
+        self._attempt(
+            f"writing {CLAIM}",
+            self._fs.pipe_file,
+            f"{self._root}/{CLAIM}",
+            json.dumps(writer).encode(),
+        )
         self._token = token
 
     def require_claim(self) -> None:
@@ -216,26 +254,34 @@ class Storage:
         assert self._token, "claim() comes before the first write"
         content = self._content(CLAIM)
         if not content:
-            raise TakenOver(f"{self.url}/{CLAIM} is gone: someone has removed this run there; this one stops")
+            raise TakenOver(
+                f"{self.url}/{CLAIM} is gone: someone has removed this run there; this one stops"
+            )
         try:
             writer = dict(json.loads(content))
         except (ValueError, TypeError):
             writer = {}
         if writer.get("token") != self._token:
             raise TakenOver(
-                f"another machine, {writer.get('host')} (process {writer.get('pid')}), has taken {self.url} over "
+                f"another machine, {writer.get('host')} (process {writer.get('pid')}), has taken "
+                f"{self.url} over "
                 f"at {writer.get('time')}; this one stops"
             )
 
     def _listing(self, name: str, below: bool = True) -> dict[str, int]:
         """Every object in `name`, and in what is below it: its path in there and its size in bytes.
 
-        Level by level: `find` is one request on S3, but elsewhere it takes an error for an empty folder.
+        Level by level: `find` is one request on S3, but elsewhere it takes an error for an empty
+        folder.
         """
         path, found = f"{self._root}/{name}".rstrip("/"), {}
-        for entry in self._attempt(f"listing {name}", self._fs.ls, path, True, missing_ok=True) or []:
+        for entry in (
+            self._attempt(f"listing {name}", self._fs.ls, path, True, missing_ok=True) or []
+        ):
             base = entry["name"].removeprefix(f"{path}/")
-            if entry["type"] == "file" and base:  # consoles keep a folder as an object with an empty name in it
+            if (
+                entry["type"] == "file" and base
+            ):  # consoles keep a folder as an object with an empty name in it
                 found[base] = int(entry["size"])
             elif entry["type"] == "directory" and below and entry["name"].rstrip("/") != path:
                 inside = self._listing(f"{name}/{base}".strip("/"))
@@ -244,10 +290,17 @@ class Storage:
 
     def _content(self, name: str) -> bytes:
         """A small object; empty if it is not there."""
-        return self._attempt(f"reading {name}", self._fs.cat_file, f"{self._root}/{name}", missing_ok=True) or b""
+        return (
+            self._attempt(
+                f"reading {name}", self._fs.cat_file, f"{self._root}/{name}", missing_ok=True
+            )
+            or b""
+        )
 
     def _remove(self, name: str) -> None:
-        """One at a time: s3fs removes many in one request, and then is silent on those that it may not remove."""
+        """One at a time: s3fs removes many in one request, and then is silent on those that it may
+        not remove.
+        """
         self._attempt(f"removing {name}", self._fs.rm_file, f"{self._root}/{name}", missing_ok=True)
 
     def _require_sizes(self, remote: str, sizes: dict[str, int]) -> None:
@@ -255,28 +308,46 @@ class Storage:
         there = self._listing(remote)
         for name, size in sizes.items():
             if there.get(name) != size:
-                problem = f"has {there[name]} bytes instead of {size}" if name in there else "is missing"
+                problem = (
+                    f"has {there[name]} bytes instead of {size}" if name in there else "is missing"
+                )
                 raise DamagedCheckpoint(f"{self.url}/{remote}: {name} {problem}")
 
     def _transfer(
-        self, doing: str, call: Callable[[list[str], list[str]], None], local: Path, remote: str, names: list[str]
+        self,
+        doing: str,
+        call: Callable[[list[str], list[str]], None],
+        local: Path,
+        remote: str,
+        names: list[str],
     ) -> None:
         for start in range(0, len(names), FILES_AT_ONCE):
             some = names[start : start + FILES_AT_ONCE]
             objects = [f"{remote}/{name}".lstrip("/") for name in some]
-            here, there = [str(local / name) for name in some], [f"{self._root}/{name}" for name in objects]
+            here, there = (
+                [str(local / name) for name in some],
+                [f"{self._root}/{name}" for name in objects],
+            )
             self._attempt(f"{doing} {', '.join(objects)}", call, here, there)
 
     def _put(self, here: list[str], there: list[str]) -> None:
         largest = max(os.path.getsize(path) for path in here)
-        parts = {"chunksize": max(PART_BYTES, math.ceil(largest / MAX_PARTS))} if "s3" in self._fs.protocol else {}
+        parts = (
+            {"chunksize": max(PART_BYTES, math.ceil(largest / MAX_PARTS))}
+            if "s3" in self._fs.protocol
+            else {}
+        )
         self._fs.put(here, there, **parts)
 
     def _get(self, here: list[str], there: list[str]) -> None:
         self._fs.get(there, here)
 
-    def _attempt(self, doing: str, call: Callable[..., Any], *arguments: Any, missing_ok: bool = False) -> Any:
-        """Where failures of a store become ours, after three attempts; None for what is not there, if that is expected."""
+    def _attempt(
+        self, doing: str, call: Callable[..., Any], *arguments: Any, missing_ok: bool = False
+    ) -> Any:
+        """Where failures of a store become ours, after three attempts; None for what is not there,
+        if that is expected.
+        """
         for wait in (*WAITS_SECONDS, None):
             try:
                 return call(*arguments)
@@ -298,32 +369,56 @@ def _opened(url: str) -> tuple[Any, str]:
     protocol, separator, rest = url.partition("://")
     host = rest.split("/")[0]  # a bucket; for Azure it may be container@account
     in_host = ":" in host and protocol in PACKAGES and not host.startswith("arn:")
-    if in_host or ("@" in url and not (protocol in AZURE and re.fullmatch(r"[\w-]+@[\w.-]+(/[^@]*)?", rest))):
+    if in_host or (
+        "@" in url and not (protocol in AZURE and re.fullmatch(r"[\w-]+@[\w.-]+(/[^@]*)?", rest))
+    ):
         raise refused(
-            "the URL holds a user name, a password or a key (not repeated here); write protocol://bucket/folder, "
+            "the URL holds a user name, a password or a key (not repeated here); write "
+            "protocol://bucket/folder, "
             "and give credentials through the environment"
         )
     if "?" in rest:
-        raise refused("the URL has a query string (not repeated here); write protocol://bucket/folder")
+        raise refused(
+            "the URL has a query string (not repeated here); write protocol://bucket/folder"
+        )
     if not separator:
-        raise refused(f"got {url!r}, which has no protocol such as s3:// or gs://; run.dir is for a folder")
+        raise refused(
+            f"got {url!r}, which has no protocol such as s3:// or gs://; run.dir is for a folder"
+        )
     if not rest.strip("/"):
         raise refused(f"got {url!r}, which names no bucket or folder")
     if protocol == "memory":
         raise refused("memory:// ends with the process; take a store that does not")
     if protocol in ("file", "local") and not rest.startswith("/"):
-        raise refused(f"got {url!r}; give the whole path, as file:///mnt/store, or the next start may look elsewhere")
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}  # others write there, too
+        raise refused(
+            f"got {url!r}; give the whole path, as file:///mnt/store, or the next start may look "
+            "elsewhere"
+        )
+    options: dict[str, Any] = {
+        "use_listings_cache": False,
+        "skip_instance_cache": True,
+    }  # others write there, too
     if protocol in S3:
         retries = {"total_max_attempts": 3, "mode": "standard"}
-        network = {"connect_timeout": 5, "read_timeout": 60, "retries": retries, "max_pool_connections": 16}
-        options |= {"max_concurrency": PARTS_AT_ONCE, "default_block_size": PART_BYTES, "config_kwargs": network}
+        network = {
+            "connect_timeout": 5,
+            "read_timeout": 60,
+            "retries": retries,
+            "max_pool_connections": 16,
+        }
+        options |= {
+            "max_concurrency": PARTS_AT_ONCE,
+            "default_block_size": PART_BYTES,
+            "config_kwargs": network,
+        }
     elif protocol in ("file", "local"):
         options["auto_mkdir"] = True
     try:
         fsspec.get_filesystem_class(protocol)
     except ValueError:
-        raise refused(f"got {url!r}, whose protocol is not known; try s3://, gs:// or az://") from None
+        raise refused(
+            f"got {url!r}, whose protocol is not known; try s3://, gs:// or az://"
+        ) from None
     except ImportError as exc:
         install = f"pip install {PACKAGES[protocol]}" if protocol in PACKAGES else str(exc)
         raise refused(f"{protocol}:// needs a package that is missing: {install}") from exc
@@ -333,7 +428,9 @@ def _opened(url: str) -> tuple[Any, str]:
         failures.reraise(exc, f"checkpoint.storage: {url} cannot be opened now")
         raise refused(f"{url} cannot be opened ({_plain(exc)}); {_advice(exc)}") from exc
     if protocol in S3:
-        fs.retries = 1  # its own, which would multiply with botocore's: a dead endpoint would be reported after minutes
+        # Its own, which would multiply with botocore's: a dead endpoint would be reported after
+        # minutes
+        fs.retries = 1
     return fs, root
 
 
@@ -345,7 +442,9 @@ def _sizes(manifest: bytes) -> dict[str, int]:
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:
-    """Call in a thread that is left alone if it takes longer: what libraries wait and retry has no common bound."""
+    """Call in a thread that is left alone if it takes longer: what libraries wait and retry has no
+    common bound.
+    """
     outcome: Future[None] = Future()
 
     def run() -> None:
@@ -371,7 +470,9 @@ def _plain(exc: Exception) -> str:
 def _may_pass(exc: Exception) -> bool:
     """A network that is not up yet, a server that is busy: nothing of the user's."""
     name, busy = type(exc).__name__, (errno.EBUSY, errno.EIO, errno.EAGAIN)
-    unreachable = isinstance(exc, (ConnectionError, TimeoutError)) or "Connect" in name or "Timeout" in name
+    unreachable = (
+        isinstance(exc, (ConnectionError, TimeoutError)) or "Connect" in name or "Timeout" in name
+    )
     return unreachable or (isinstance(exc, OSError) and exc.errno in busy)
 
 

@@ -1,8 +1,8 @@
 """Read a checkpoint's pickles without executing what they name.
 
 Anyone who can write to a run directory or its object store can also write a manifest with the right
-hashes, so a hash does not make a file safe. A pickle is a program; what is read here may only name the
-classes that a checkpoint consists of.
+hashes, so a hash does not make a file safe. A pickle is a program; what is read here may only name
+the classes that a checkpoint consists of.
 """
 
 import os
@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 
 from finetune import failures
 from finetune.errors import DamagedCheckpoint
@@ -37,12 +41,16 @@ class _Foreign(pickle.UnpicklingError):
 
 
 def _needless(what: str) -> _Foreign:
-    return _Foreign(f"holds more than tensors: it {what}, which checkpoints do not need; nothing was executed")
+    return _Foreign(
+        f"holds more than tensors: it {what}, which checkpoints do not need; nothing was executed"
+    )
 
 
 @contextmanager
 def _reading(path: Any) -> Iterator[None]:
-    """Raise DamagedCheckpoint that names the file for whatever the block raises: a damaged pickle, as a program, may fail at anything."""
+    """Raise DamagedCheckpoint that names the file for whatever the block raises: a damaged pickle,
+    as a program, may fail at anything.
+    """
     try:
         yield
     except _Foreign as exc:
@@ -55,14 +63,18 @@ def _reading(path: Any) -> Iterator[None]:
 def _member(kind: Any, name: str) -> Enum:
     """An enum's member by name: all that `getattr` may do here.
 
-    Python 3.11.2, which Debian 12 has, pickles a member as `getattr(kind, name)`; 3.11.7 as `kind(value)`.
+    Python 3.11.2, which Debian 12 has, pickles a member as `getattr(kind, name)`; 3.11.7 as
+    `kind(value)`.
     """
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
         raise _needless(f"calls getattr({kind!r}, {name!r})")
     return kind[name]
 
 
-MEMBER = (_member, "builtins.getattr")  # for torch.serialization.safe_globals: which function stands for which name
+MEMBER = (
+    _member,
+    "builtins.getattr",
+)  # for torch.serialization.safe_globals: which function stands for which name
 
 
 class _Unpickler(pickle.Unpickler):
@@ -91,19 +103,24 @@ class Reader(FileSystemReader):
 
 
 def _require_parts(metadata: Any) -> None:
-    """Raise _Foreign, AttributeError or TypeError unless this is what dcp writes, of files in the checkpoint's own folder."""
+    """Raise _Foreign, AttributeError or TypeError unless this is what dcp writes, of files in the
+    checkpoint's own folder.
+    """
     if not isinstance(metadata, Metadata):
         raise _Foreign(f"is damaged: it holds a {type(metadata).__name__}")
     for entry in metadata.state_dict_metadata.values():
         if not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
-            raise _Foreign(f"holds more than tensors: a {type(entry).__name__}; nothing was executed")
+            raise _Foreign(
+                f"holds more than tensors: a {type(entry).__name__}; nothing was executed"
+            )
     for info in (metadata.storage_data or {}).values():
         if os.path.basename(info.relative_path) != info.relative_path:
             raise _Foreign(f"names {info.relative_path}, which is not in the checkpoint's folder")
 
 
 def require_tensors(paths: Iterable[Path], classes: Sequence[type]) -> None:
-    """Raise DamagedCheckpoint that names the first of torch.save's files which names another class than `classes`.
+    """Raise DamagedCheckpoint that names the first of torch.save's files which names another class
+    than `classes`.
 
     Only the list of what is in a file is read, so this takes no time next to loading it.
     """
@@ -115,12 +132,17 @@ def require_tensors(paths: Iterable[Path], classes: Sequence[type]) -> None:
 
 @contextmanager
 def weights_only(classes: Sequence[type] = ()) -> Iterator[None]:
-    """Inside, every `torch.load` of this process is `weights_only`, even if a library asks for more.
+    """Inside, every `torch.load` of this process is `weights_only`, even if a library asks for
+    more.
 
-    dcp reads objects, and DeepSpeed reads all its files, with `weights_only=False`. torch obeys this
-    variable above that argument. `classes`: what files may hold besides tensors and Python's own types.
+    dcp reads objects, and DeepSpeed reads all its files, with `weights_only=False`. torch obeys
+    this variable above that argument. `classes`: what files may hold besides tensors and Python's
+    own types.
     """
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # both set is an error of torch
+    names = (
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
+    )  # both set is an error of torch
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[0]] = "1"
     try:

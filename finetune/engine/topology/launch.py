@@ -1,4 +1,6 @@
-"""What the launcher asks for: the environment that `accelerate launch` makes of a topology file -> ParallelConfig. No torch."""
+"""What the launcher asks for: the environment that `accelerate launch` makes of a topology file ->
+ParallelConfig. No torch.
+"""
 
 import json
 import os
@@ -28,9 +30,13 @@ class ParallelConfig:
     kind: str = "single"
     num_processes: int = 1
     offload: bool = False
-    """Weights and optimizer wait in host memory (FSDP2), or the optimizer and, for ZeRO-3, the weights."""
+    """Weights and optimizer wait in host memory (FSDP2), or the optimizer and, for ZeRO-3, the
+    weights.
+    """
     num_replicas: int = 1
-    """FSDP2, hybrid: shards lie on num_processes / num_replicas processes, and num_replicas such groups hold the same."""
+    """FSDP2, hybrid: shards lie on num_processes / num_replicas processes, and num_replicas such
+    groups hold the same.
+    """
     num_context: int = 1
     """FSDP2: the number of processes that share one sequence."""
     layer_classes: tuple[str, ...] = ()
@@ -54,7 +60,9 @@ class ParallelConfig:
 
     @property
     def generates_together(self) -> bool:
-        """Whether each process needs the others for every token that it generates, even when its own answers have ended."""
+        """Whether each process needs the others for every token that it generates, even when its
+        own answers have ended.
+        """
         return self.is_sharded and self.num_processes > 1
 
     @property
@@ -63,36 +71,51 @@ class ParallelConfig:
 
 
 def read(environment: Mapping[str, str] = os.environ) -> ParallelConfig:
-    """Raises ConfigError for wishes that would be dropped, or would change the arithmetic, in silence."""
+    """Raises ConfigError for wishes that would be dropped, or would change the arithmetic, in
+    silence.
+    """
     number = _whole(environment, "WORLD_SIZE", 1)
     if number > 1:
         for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
             _whole(environment, name, 0)
     if _is_on(environment, "ACCELERATE_USE_CPU") and "WORLD_SIZE" not in environment:
         raise ConfigError(
-            "use_cpu: true makes accelerate launch start one process and ignores num_processes; set it to false "
-            "(without a GPU train.py takes the CPU by itself), as in accelerate_configs/cpu_debug.yaml"
+            "use_cpu: true makes accelerate launch start one process and ignores num_processes; "
+            "set it to false "
+            "(without a GPU train.py takes the CPU by itself), as in "
+            "accelerate_configs/cpu_debug.yaml"
         )
     if (steps := environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
         raise ConfigError(
-            f"the launcher sets gradient_accumulation_steps to {steps}; remove it there: accumulation follows from "
+            f"the launcher sets gradient_accumulation_steps to {steps}; remove it there: "
+            "accumulation follows from "
             "train.global_batch_size and train.micro_batch_size"
         )
-    if (clipping := environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")).lower() not in ("none", "auto"):
+    if (clipping := environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")).lower() not in (
+        "none",
+        "auto",
+    ):
         raise ConfigError(
-            f"the launcher sets gradient_clipping to {clipping}; remove it there: train.max_grad_norm decides"
+            f"the launcher sets gradient_clipping to {clipping}; remove it there: "
+            "train.max_grad_norm decides"
         )
     for name, feature in (("MEGATRON_LM", "Megatron-LM"), ("FP8", "fp8"), ("TPU", "TPUs")):
         if _is_on(environment, f"ACCELERATE_USE_{name}"):
-            raise ConfigError(f"the topology file asks for {feature}, which is not supported; see docs/topologies.md")
+            raise ConfigError(
+                f"the topology file asks for {feature}, which is not supported; see "
+                "docs/topologies.md"
+            )
     if (compiler := environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
-        raise ConfigError(f"the topology file sets dynamo_backend: {compiler}; remove it: train.compile decides")
+        raise ConfigError(
+            f"the topology file sets dynamo_backend: {compiler}; remove it: train.compile decides"
+        )
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if _is_on(environment, "ACCELERATE_USE_FSDP"):
         return _fsdp(environment, number, precision)
     if _is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise ConfigError(
-            "parallelism_config needs distributed_type: FSDP and fsdp_version: 2, as in accelerate_configs/fsdp2_hybrid.yaml"
+            "parallelism_config needs distributed_type: FSDP and fsdp_version: 2, as in "
+            "accelerate_configs/fsdp2_hybrid.yaml"
         )
     if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed(environment, number, precision)
@@ -105,7 +128,9 @@ def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def is_recorded(name: str) -> bool:
-    """Whether a receipt holds this variable. `replay` sets no other: a receipt may come from anyone."""
+    """Whether a receipt holds this variable. `replay` sets no other: a receipt may come from
+    anyone.
+    """
     return name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE") or name.startswith(
         ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
     )
@@ -125,36 +150,54 @@ def join_minutes(environment: Mapping[str, str] = os.environ) -> float:
 
 def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> ParallelConfig:
     if environment.get("FSDP_VERSION", "1") != "2":
-        raise ConfigError("the topology file asks for FSDP 1; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml")
+        raise ConfigError(
+            "the topology file asks for FSDP 1; set fsdp_version: 2, as in "
+            "accelerate_configs/fsdp2.yaml"
+        )
     if _is_on(environment, "FSDP_ACTIVATION_CHECKPOINTING"):
         raise ConfigError(
-            "fsdp_activation_checkpointing: set it to false: train.gradient_checkpointing decides, under every topology"
+            "fsdp_activation_checkpointing: set it to false: train.gradient_checkpointing decides, "
+            "under every topology"
         )
-    if (reshard := environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()) not in ("true", "full_shard"):
+    if (reshard := environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()) not in (
+        "true",
+        "full_shard",
+    ):
         raise ConfigError(
-            f"fsdp_reshard_after_forward: {reshard}; set it to true: after an evaluation layers would stay whole, and go stale; "
+            f"fsdp_reshard_after_forward: {reshard}; set it to true: after an evaluation layers "
+            "would stay whole, and go stale; "
             "weights that stay whole are what accelerate_configs/zero2.yaml has"
         )
-    if (policy := environment.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")) != "TRANSFORMER_BASED_WRAP":
+    if (
+        policy := environment.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    ) != "TRANSFORMER_BASED_WRAP":
         raise ConfigError(
-            f"fsdp_auto_wrap_policy: {policy}; set TRANSFORMER_BASED_WRAP: every layer is sharded by itself"
+            f"fsdp_auto_wrap_policy: {policy}; set TRANSFORMER_BASED_WRAP: every layer is sharded "
+            "by itself"
         )
     if modules := environment.get("FSDP_IGNORED_MODULES"):
         raise ConfigError(f"fsdp_ignored_modules: {modules}; remove it: every weight is sharded")
     sizes = {
-        name: _whole(environment, f"PARALLELISM_CONFIG_{name}_SIZE", 1, f"parallelism_config_{name.lower()}_size")
+        name: _whole(
+            environment,
+            f"PARALLELISM_CONFIG_{name}_SIZE",
+            1,
+            f"parallelism_config_{name.lower()}_size",
+        )
         for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
     }
     for name, instead in (("TP", "dp_shard_size"), ("SP", "cp_size")):
         if sizes[name] > 1:
             raise ConfigError(
-                f"parallelism_config_{name.lower()}_size: {sizes[name]} is not supported, see docs/topologies.md; use parallelism_config_{instead}"
+                f"parallelism_config_{name.lower()}_size: {sizes[name]} is not supported, see "
+                f"docs/topologies.md; use parallelism_config_{instead}"
             )
     if _is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         product = sizes["DP_REPLICATE"] * sizes["DP_SHARD"] * sizes["CP"]
         if product != number:
             raise ConfigError(
-                f"parallelism_config: dp_replicate_size {sizes['DP_REPLICATE']} x dp_shard_size {sizes['DP_SHARD']} x cp_size {sizes['CP']} "
+                f"parallelism_config: dp_replicate_size {sizes['DP_REPLICATE']} x dp_shard_size "
+                f"{sizes['DP_SHARD']} x cp_size {sizes['CP']} "
                 f"is {product}, but there are {number} processes; make them equal"
             )
     classes = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
@@ -168,35 +211,47 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Parall
 def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> ParallelConfig:
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file.lower() == "none":
-        raise ConfigError("the topology file has no deepspeed_config_file; point it at a file as those in ds_configs/")
+        raise ConfigError(
+            "the topology file has no deepspeed_config_file; point it at a file as those in "
+            "ds_configs/"
+        )
     try:
         values = json.loads(Path(found(file)).read_text())
     except (OSError, ValueError) as exc:
-        raise ConfigError(f"deepspeed_config_file: {file} cannot be read from {os.getcwd()}: {exc}") from exc
+        raise ConfigError(
+            f"deepspeed_config_file: {file} cannot be read from {os.getcwd()}: {exc}"
+        ) from exc
     if not isinstance(values, dict):
-        raise ConfigError(f"{file} holds no settings, but a {type(values).__name__}; see ds_configs/")
+        raise ConfigError(
+            f"{file} holds no settings, but a {type(values).__name__}; see ds_configs/"
+        )
     for key, owner in OWNED.items():
         if values.get(key, "auto") != "auto":
             raise ConfigError(f"{file}: {key} is decided by {owner} of the run config; remove it")
     if unknown := [key for key in values if key not in (*KEYS, *OWNED)]:
         raise ConfigError(
-            f"{file}: {unknown[0]} is untested; remove it: a file holds zero_optimization, {', '.join(KEYS[1:])}"
+            f"{file}: {unknown[0]} is untested; remove it: a file holds zero_optimization, "
+            f"{', '.join(KEYS[1:])}"
         )
     zero = values.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if type(stage) is not int or stage not in (1, 2, 3):
         raise ConfigError(
-            f"{file}: zero_optimization.stage is {stage}; take 1, 2 or 3, or accelerate_configs/ddp.yaml for none"
+            f"{file}: zero_optimization.stage is {stage}; take 1, 2 or 3, or "
+            "accelerate_configs/ddp.yaml for none"
         )
     devices = {}
     for name in ("offload_optimizer", "offload_param"):
         setting = zero.get(name) or {}
-        device = devices[name] = setting.get("device", "none") if isinstance(setting, dict) else setting
+        device = devices[name] = (
+            setting.get("device", "none") if isinstance(setting, dict) else setting
+        )
         if device not in ("none", "cpu"):
             raise ConfigError(f"{file}: {name}.device is {device}; only cpu and none are tested")
         if device == "cpu" and stage != 3:
             raise ConfigError(
-                f"{file}: {name} with stage {stage} is untested; take accelerate_configs/zero3_offload.yaml"
+                f"{file}: {name} with stage {stage} is untested; take "
+                "accelerate_configs/zero3_offload.yaml"
             )
     return ParallelConfig(
         f"zero{stage}", number, offload="cpu" in devices.values(), mixed_precision=precision,

@@ -1,4 +1,6 @@
-"""What works under which topology: the one list that errors and the table of docs/topologies.md are made from. No torch."""
+"""What works under which topology: the one list that errors and the table of docs/topologies.md are
+made from. No torch.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ class Feature:
     refused: dict[str, str]
 
     def reason(self, topology: str) -> str | None:
-        return next((why for pattern, why in self.refused.items() if fnmatch(topology, pattern)), None)
+        return next(
+            (why for pattern, why in self.refused.items() if fnmatch(topology, pattern)), None
+        )
 
 
 def _optimizer(*kinds: str) -> Callable[[Config], bool]:
@@ -31,7 +35,9 @@ def _quantized(*kinds: str) -> Callable[[Config], bool]:
 
 def _trains_whole_modules(config: Config) -> bool:
     adapter = config.adapter
-    return adapter.kind != "full" and bool(adapter.modules_to_save or adapter.train_norms or config.model.new_tokens)
+    return adapter.kind != "full" and bool(
+        adapter.modules_to_save or adapter.train_norms or config.model.new_tokens
+    )
 
 
 FLAT = "ZeRO lays all weights end to end, and"
@@ -119,7 +125,8 @@ FEATURES = [
         },
     ),
     Feature(
-        "largest micro-batch that fits", "train.micro_batch_size: auto", lambda c: c.train.micro_batch_size == "auto",
+        "largest micro-batch that "
+        "fits", "train.micro_batch_size: auto", lambda c: c.train.micro_batch_size == "auto",
         {"zero*": "a pass cannot be tried without DeepSpeed counting it; take the number that `python -m finetune plan` finds"},
     ),
     Feature("samples while training", "evaluation.sample_prompts", lambda c: bool(c.evaluation.sample_prompts), {}),

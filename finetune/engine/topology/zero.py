@@ -254,8 +254,7 @@ def _deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as exc:
         raise ConfigError(
-            f"ZeRO needs deepspeed, which cannot be imported: {exc}; "
-            "pip install 'finetune[gpu]'"
+            f"ZeRO needs deepspeed, which cannot be imported: {exc}; pip install 'finetune[gpu]'"
         ) from exc
     torch_versions.ignore_new_names()
     if device.type == "cpu":

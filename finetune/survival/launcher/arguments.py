@@ -1,4 +1,6 @@
-"""The arguments of `accelerate launch`, by Accelerate's own parser -> the environments of this node's processes, and what each runs."""
+"""The arguments of `accelerate launch`, by Accelerate's own parser -> the environments of this
+node's processes, and what each runs.
+"""
 
 import argparse
 import json
@@ -29,14 +31,20 @@ def read(argv: list[str]) -> tuple[list[dict[str, str]], list[str]]:
     """Environments of this node's processes, and what each runs."""
     if not argv:
         raise ConfigError(
-            f"launch was given no script; {places.command()} launch train.py --config configs/my_run.yaml"
+            f"launch was given no script; {places.command()} launch train.py --config "
+            "configs/my_run.yaml"
         )
     if not argv[0].startswith("-"):  # without Accelerate, whose import takes seconds
         return [dict(os.environ)], _command(argv[0], argv[1:])
     from accelerate.commands import launch
 
     arguments = _parse(argv)
-    command = _command(arguments.training_script, arguments.training_script_args, arguments.module, arguments.no_python)
+    command = _command(
+        arguments.training_script,
+        arguments.training_script_args,
+        arguments.module,
+        arguments.no_python,
+    )
     if arguments.config_file:
         arguments.config_file = found(arguments.config_file)
     where = arguments.config_file or "launch"
@@ -45,7 +53,9 @@ def read(argv: list[str]) -> tuple[list[dict[str, str]], list[str]]:
     elif arguments.num_processes is None:
         arguments.num_processes = 1
     elif arguments.num_processes > 1 and not _paradigm(arguments):
-        arguments.multi_gpu = True  # Accelerate, without GPUs, would start one process and not say so
+        arguments.multi_gpu = (
+            True  # Accelerate, without GPUs, would start one process and not say so
+        )
     launch.default_config_file = ""  # ignore what `accelerate config` has left in ~/.cache
     logging.getLogger(launch.__name__).setLevel(logging.ERROR)  # what it says of defaults
     try:
@@ -62,19 +72,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     from accelerate.commands import launch
 
     def wrong(message: str) -> NoReturn:
-        raise ConfigError(f"launch: {message}; {places.command()} launch --help lists the options before the script")
+        raise ConfigError(
+            f"launch: {message}; {places.command()} launch --help lists the options before the "
+            "script"
+        )
 
     parser = launch.launch_command_parser()
     parser.prog, parser.error = f"{places.command()} launch", wrong
     arguments: argparse.Namespace = parser.parse_args(argv)
     given = [name for name in IGNORED if name in getattr(arguments, "nondefault", ())]
     if given:
-        instead = "; FINETUNE_JOIN_MINUTES bounds the waiting for other nodes" if "rdzv_conf" in given else ""
+        instead = (
+            "; FINETUNE_JOIN_MINUTES bounds the waiting for other nodes"
+            if "rdzv_conf" in given
+            else ""
+        )
         log(f"ignored, as launch starts the processes itself: --{', --'.join(given)}{instead}")
     return arguments
 
 
-def _command(script: str, arguments: list[str], module: bool = False, no_python: bool = False) -> list[str]:
+def _command(
+    script: str, arguments: list[str], module: bool = False, no_python: bool = False
+) -> list[str]:
     if module and no_python:
         raise ConfigError("launch: --module and --no_python exclude each other; give one of them")
     if no_python:
@@ -86,7 +105,8 @@ def _command(script: str, arguments: list[str], module: bool = False, no_python:
     script = found(script)
     if not Path(script).is_file():
         raise ConfigError(
-            f"no script {script} in {os.getcwd()}; what follows the launcher's options is the script and its own options"
+            f"no script {script} in {os.getcwd()}; what follows the launcher's options is the "
+            "script and its own options"
         )
     return [sys.executable, script, *arguments]
 
@@ -99,74 +119,117 @@ def _check_file(path: str) -> None:
     except (OSError, ValueError, yaml.YAMLError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else _one_line(exc)
         raise ConfigError(
-            f"--config_file {path} cannot be read from {os.getcwd()}: {why}; see accelerate_configs/"
+            f"--config_file {path} cannot be read from {os.getcwd()}: {why}; see "
+            "accelerate_configs/"
         ) from exc
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no settings, but a {type(values).__name__}; see accelerate_configs/")
+        raise ConfigError(
+            f"{path} holds no settings, but a {type(values).__name__}; see accelerate_configs/"
+        )
     if (machine := values.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
-        raise ConfigError(f"{path}: compute_environment is {machine}; take LOCAL_MACHINE, as in accelerate_configs/")
+        raise ConfigError(
+            f"{path}: compute_environment is {machine}; take LOCAL_MACHINE, as in "
+            "accelerate_configs/"
+        )
     for key, value in values.items():
         if str(key).endswith("_config") and not isinstance(value, dict | None):
-            raise ConfigError(f"{path}: {key} is {value!r}; it must hold settings, as in accelerate_configs/")
+            raise ConfigError(
+                f"{path}: {key} is {value!r}; it must hold settings, as in accelerate_configs/"
+            )
 
 
 def _paradigm(arguments: argparse.Namespace) -> bool:
-    names = ("cpu", "multi_gpu", "tpu", "tpu_use_cluster", "use_deepspeed", "use_fsdp", "use_megatron_lm")
+    names = (
+        "cpu",
+        "multi_gpu",
+        "tpu",
+        "tpu_use_cluster",
+        "use_deepspeed",
+        "use_fsdp",
+        "use_megatron_lm",
+    )
     return any(getattr(arguments, name) for name in names)
 
 
 def _check(arguments: argparse.Namespace, where: str) -> None:
-    """Numbers of processes and nodes; Accelerate rounds down what does not divide, and takes text for some."""
-    arguments.num_machines, arguments.machine_rank = arguments.num_machines or 1, arguments.machine_rank or 0
+    """Numbers of processes and nodes; Accelerate rounds down what does not divide, and takes text
+    for some.
+    """
+    arguments.num_machines, arguments.machine_rank = (
+        arguments.num_machines or 1,
+        arguments.machine_rank or 0,
+    )
     smallest = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
     for name, least in smallest.items():
         value = getattr(arguments, name)
         if (value is not None or least) and (type(value) is not int or value < least):
-            raise ConfigError(f"{where}: {name} is {value!r}; it must be a whole number from {least}")
+            raise ConfigError(
+                f"{where}: {name} is {value!r}; it must be a whole number from {least}"
+            )
     processes, nodes = arguments.num_processes, arguments.num_machines
     if processes % nodes:
         raise ConfigError(
-            f"{where}: num_processes counts those of all nodes: {processes} cannot be shared out to num_machines: {nodes}; "
+            f"{where}: num_processes counts those of all nodes: {processes} cannot be shared out "
+            f"to num_machines: {nodes}; "
             f"give --num_processes $(({nodes} * GPUs of a node))"
         )
     if arguments.machine_rank >= nodes:
         raise ConfigError(
-            f"{where}: machine_rank is {arguments.machine_rank}, but there are {nodes} nodes; ranks start at 0"
+            f"{where}: machine_rank is {arguments.machine_rank}, but there are {nodes} nodes; "
+            "ranks start at 0"
         )
     if nodes > 1 and not (arguments.main_process_ip and arguments.main_process_port != 0):
         raise ConfigError(
-            f"{where}: {nodes} nodes need the address of the first one: give --main_process_ip, and, where {PORT} is not free, "
+            f"{where}: {nodes} nodes need the address of the first one: give --main_process_ip, "
+            f"and, where {PORT} is not free, "
             "the same --main_process_port on all"
         )
     if not isinstance(arguments.mixed_precision, str):  # a `no` without quotes is YAML's false
         raise ConfigError(
-            f"{where}: mixed_precision is {arguments.mixed_precision!r}; remove it: train.precision of the run config decides"
+            f"{where}: mixed_precision is {arguments.mixed_precision!r}; remove it: "
+            "train.precision of the run config decides"
         )
     if arguments.tpu or arguments.tpu_use_cluster or arguments.mpirun_hostfile:
-        raise ConfigError(f"{where}: asks for TPUs or mpirun, which is not supported; see docs/topologies.md")
+        raise ConfigError(
+            f"{where}: asks for TPUs or mpirun, which is not supported; see docs/topologies.md"
+        )
 
 
-def _environments(arguments: argparse.Namespace, defaults: Any, from_file: bool, where: str) -> list[dict[str, str]]:
-    """Accelerate's, in the order in which its `launch_command` looks, and the ranks, which torchrun would add."""
+def _environments(
+    arguments: argparse.Namespace, defaults: Any, from_file: bool, where: str
+) -> list[dict[str, str]]:
+    """Accelerate's, in the order in which its `launch_command` looks, and the ranks, which torchrun
+    would add.
+    """
     from accelerate import utils
     from accelerate.utils import launch
 
     zero = arguments.use_deepspeed and not arguments.cpu
     if not zero and (arguments.cpu or not _paradigm(arguments)):
-        if arguments.num_processes > 1 and not (arguments.cpu or arguments.use_cpu):  # those train.py explains
+        if arguments.num_processes > 1 and not (
+            arguments.cpu or arguments.use_cpu
+        ):  # those train.py explains
             raise ConfigError(
-                f"{where}: {arguments.num_processes} processes, but this distributed_type starts one; "
-                "take distributed_type: MULTI_GPU, as in accelerate_configs/ddp.yaml, also without a GPU"
+                f"{where}: {arguments.num_processes} processes, but this distributed_type starts "
+                "one; "
+                "take distributed_type: MULTI_GPU, as in accelerate_configs/ddp.yaml, also without "
+                "a GPU"
             )
         _, environment = launch.prepare_simple_launcher_cmd_env(arguments)
         return [environment]
     address = arguments.main_process_ip
     if arguments.num_machines == 1:
-        address, arguments.main_process_port = "127.0.0.1", free_port(arguments.main_process_port or 0)
+        address, arguments.main_process_port = (
+            "127.0.0.1",
+            free_port(arguments.main_process_port or 0),
+        )
     arguments.main_process_port = arguments.main_process_port or PORT
     if zero:
         arguments.deepspeed_multinode_launcher = "standard"  # only our own node's processes
-        fields = [*(defaults.deepspeed_config if defaults else ()), *(["mixed_precision"] if from_file else ())]
+        fields = [
+            *(defaults.deepspeed_config if defaults else ()),
+            *(["mixed_precision"] if from_file else ()),
+        ]
         arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
         _, environment = launch.prepare_deepspeed_cmd_env(arguments)
     else:
@@ -185,7 +248,10 @@ def _environments(arguments: argparse.Namespace, defaults: Any, from_file: bool,
 
 def ranked(environment: dict[str, str], number: int, first: int = 0) -> list[dict[str, str]]:
     """The environments of a node's processes; `first`: the rank of the first one."""
-    return [{**environment, "RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(number)]
+    return [
+        {**environment, "RANK": str(first + local), "LOCAL_RANK": str(local)}
+        for local in range(number)
+    ]
 
 
 def free_port(wanted: int = 0) -> int:
@@ -201,4 +267,8 @@ def free_port(wanted: int = 0) -> int:
 
 def _one_line(exc: Exception) -> str:
     text = " ".join(str(exc).split()) or "no reason given"
-    return text.rstrip(".") if isinstance(exc, ValueError | yaml.YAMLError) else f"{type(exc).__name__}: {text}"
+    return (
+        text.rstrip(".")
+        if isinstance(exc, ValueError | yaml.YAMLError)
+        else f"{type(exc).__name__}: {text}"
+    )
