@@ -222,7 +222,7 @@ def _packing_problem(folder: Path, tensors: Iterable[str]) -> str | None:
     """Why the weights are not packed as config.json says; None if they are, or another library than
     bitsandbytes did it.
     """
-    found = quantization(said_by(str(folder)))
+    found = quantization(config_of(str(folder)))
     form = form_of(found) if found else None
     if found and form is None:
         return None
@@ -512,7 +512,7 @@ def model_in(path: str) -> str:
     )
 
 
-def said_by(path: str) -> dict[str, Any]:
+def config_of(path: str) -> dict[str, Any]:
     """config.json of a folder; empty if there is none that can be read."""
     values, _ = object_in(Path(path) / "config.json")
     for file, method in (
