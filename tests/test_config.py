@@ -476,9 +476,9 @@ def test_a_home_that_cannot_be_written_is_not_taken_for_the_cache(monkeypatch):
         ("objective.kind", "KTO", "preference tuning (KTO) is not yet supported"),
         ("objective.kind", "reward", "reward models are not yet supported"),
         ("objective.kind", "grpo", "reinforcement learning (grpo) is not yet supported"),
-        ("tracking.trackers", "mlflow", "MLflow is not yet supported; take tensorboard"),
+        ("tracking.trackers", "mlflow", "MLflow is not yet supported; use tensorboard"),
         ("tracking.trackers", ["wandb", "mlflow"], "MLflow is not yet supported"),
-        ("train.precision", "mps", "Apple GPUs (mps) are not yet used"),
+        ("train.precision", "mps", "Apple GPUs (mps) are not yet supported"),
     ],
 )
 def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
@@ -492,7 +492,7 @@ def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
     [
         ("use_peft", "adapter.kind"), ("val_split", "data.eval_fraction"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
         ("gradient_checkpointing", "train.gradient_checkpointing"), ("report_to", "tracking.trackers"), ("system", "data.system_prompt"),
-        ("lorra", "the sections are"), ("deepspeed", "the topology file decides"), ("device", "(mps) are not yet used"), ("xyzzy", "the sections are"),
+        ("lorra", "the sections are"), ("deepspeed", "the topology file decides"), ("device", "(mps) are not yet supported"), ("xyzzy", "the sections are"),
     ],
 )  # fmt: skip
 def test_names_of_other_tools_lead_to_the_setting_here(refusal, word, setting):

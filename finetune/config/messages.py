@@ -74,7 +74,7 @@ def _unknown_key(key: str, location: tuple[Any, ...], got: Any, values: dict[str
 
 
 def joined(problems: Iterable[str]) -> list[str]:
-    """Join what pydantic reports for each type of a setting into one line: should be this or that."""
+    """Join problems that pydantic reports for each type of a setting: should be this or that."""
     messages: dict[tuple[str, str], str] = {}
     for problem in problems:
         should, _, got = problem.partition(", got ")

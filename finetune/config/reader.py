@@ -100,7 +100,7 @@ def _beside_base(config: Config) -> tuple[Config, list[str]]:
     if problem := base.folder_problem(path, needs_weights=False):
         return config, [f"model.path: {problem}", *of_adapter]
     settled, problems = base.settled(config, base.config_of(path))
-    # What a model is comes before what its files lack: a quantised one need not be downloaded again.
+    # Files are checked last: a model that cannot be trained need not be downloaded again.
     if not problems and config.model.init == "pretrained":
         problem = base.weights_problem(Path(path))
         problems = [f"model.path: {problem}"] if problem else []
@@ -108,7 +108,7 @@ def _beside_base(config: Config) -> tuple[Config, list[str]]:
 
 
 def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
-    """Put a word where a list is expected into a list; drop removed settings left at their default."""
+    """Put a word into a list where a list is expected; drop removed settings at their default."""
     sections = sections_of_config()
     result = dict(values)
     for section in sections:

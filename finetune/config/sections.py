@@ -1,4 +1,4 @@
-"""The sections of a config: their classes, one for each kind, and the settings in them. No torch."""
+"""The sections of a config: their classes, one for each kind, and their settings. No torch."""
 
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
