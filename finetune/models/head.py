@@ -17,13 +17,8 @@ from torch import nn
 
 from finetune import failures
 from finetune.models import attention_probe
-from finetune.models.cross_entropy import (
-    LogitTransform,
-    cross_entropy_sum,
-    logprobs_and_entropy,
-    logprobs_in_chunks,
-    nll_in_chunks,
-)
+from finetune.models.cross_entropy import logprobs_in_chunks, nll_in_chunks
+from finetune.models.logits import LogitTransform, cross_entropy_sum, logprobs_and_entropy
 
 
 @dataclass(frozen=True)
