@@ -135,7 +135,7 @@ class Batches:
         return self.sequences.examples.fingerprint
 
     def of_step(self, step: int) -> np.ndarray:
-        """Return the sequences of a step over all processes; the last of an epoch may have fewer."""
+        """Return a step's sequences over all processes; the last of an epoch may have fewer."""
         epoch, number = divmod(step, self.steps_per_epoch)
         size, lengths = self.global_batch_size, self.sequences.lengths
         known = self._order  # one read: a thread that makes batches ahead may be in the next epoch
@@ -158,7 +158,7 @@ class Batches:
         return [self._collated(micro[micro >= 0]) for micro in mine]
 
     def totals(self, step: int) -> Counts:
-        """Count what a step is divided by, over all processes: on the host, from the order alone."""
+        """Count what a step is divided by, over all processes: from the order alone."""
         return self.sequences.examples.counts(self._members(step))
 
     def all_totals(self) -> Counts:
@@ -193,7 +193,7 @@ def _lay_end_to_end(documents: list[Document], pad_id: int) -> Batch:
 
 
 def _pad(documents: list[Document], pad_id: int) -> Batch:
-    """Put one document into each row, padded on the right; masked by position, never by token id."""
+    """Put a document into each row, padded on the right; masked by position, never by token id."""
     rows = [document.ids for document in documents] or [_filler(pad_id)]
     lengths = tuple(map(len, rows))
     shape = (len(rows), max(lengths))

@@ -63,7 +63,7 @@ class Processes:
         there = [number for number, value in enumerate(values) if isinstance(value, torch.Tensor)]
         # Scalars of the device join those of the host in one tensor, which is sent and read at once
         if there:
-            total[there] = torch.stack([values[number].double() for number in there])  # type: ignore[union-attr]
+            total[there] = torch.stack([values[n].double() for n in there])  # type: ignore[union-attr]
         if self.number > 1:
             with self._waits():
                 torch.distributed.all_reduce(total, group=self.group)

@@ -167,9 +167,9 @@ class Topology(Process):
         return files
 
     def load_engine(self, folder: Path) -> None:
-        """Restore what the same topology saved, or what `universal` made of another's. Collective.
+        """Restore what the same topology saved, or what `universal` made of another's files.
 
-        ZeRO only.
+        ZeRO only; collective.
         """
         self.sharing.load(folder)
 
