@@ -1,4 +1,4 @@
-"""What all processes of a run add up, agree on, and do for one another. Every verb is collective."""
+"""What the processes of a run add up and agree on. Every verb is collective."""
 
 import gc
 import time
@@ -63,7 +63,8 @@ class Processes:
         there = [number for number, value in enumerate(values) if isinstance(value, torch.Tensor)]
         # Scalars of the device join those of the host in one tensor, which is sent and read at once
         if there:
-            total[there] = torch.stack([values[n].double() for n in there])  # type: ignore[union-attr]
+            on_device = [values[number].double() for number in there]  # type: ignore[union-attr]
+            total[there] = torch.stack(on_device)
         if self.number > 1:
             with self._waits():
                 torch.distributed.all_reduce(total, group=self.group)

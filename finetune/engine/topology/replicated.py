@@ -30,7 +30,7 @@ class Replicated:
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         **_: Any,
     ) -> tuple[nn.Module, Any]:
-        """Let DDP send the main process's weights; send buffers, which it would at each pass, once."""
+        """Let DDP send the main process's weights; send buffers once, not at each pass."""
         if self.num_processes > 1:
             buffers = self.on_main(lambda: meta.buffers_of(model))
             if meta.is_empty(model):

@@ -162,7 +162,7 @@ class Topology(Process):
         return shard
 
     def engine_files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
-        """Copy what ZeRO keeps here: {name of DeepSpeed's file: weights or optimizer}. Collective."""
+        """Copy what ZeRO keeps here, by the names of DeepSpeed's files. Collective."""
         files: dict[str, Any] = self.sharing.files(copied)
         return files
 
