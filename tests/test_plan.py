@@ -99,9 +99,11 @@ def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
         assert found / 1e6 == pytest.approx(published, rel=0.18)
 
 
+@pytest.mark.proof
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("tokens", "recomputed", "published"),
-    [(500, False, 12483), pytest.param(2000, True, 11511, marks=pytest.mark.proof)],
+    [(500, False, 12483), (2000, True, 11511)],
 )
 def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recomputed, published):
     """LoRA, one sequence, flash attention; within 15 %. Published rows that were peaks of loading
@@ -284,6 +286,7 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.25 if is_old else 0.1), found
 
 
+@pytest.mark.proof
 def test_more_at_once_never_needs_less_and_the_largest_is_the_last_that_fits():
     config = config_of(
         MEASURED, train={"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"}
@@ -375,6 +378,7 @@ def test_recomputing_half_the_layers_saves_half_of_it():
     assert none - half == pytest.approx((none - all_) / 2, rel=0.1)
 
 
+@pytest.mark.proof
 def test_what_is_changed_first_costs_least(tmp_path):
     config = config_of(
         MEASURED, train={"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16"}
