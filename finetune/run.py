@@ -230,8 +230,8 @@ class Run:
             unchanged = [name for name in unchanged if not adapters.waits_for_other_factor(name)]
         if unchanged:
             self.log(
-                f"note: {len(unchanged)} of {num_trained} weight tensors did not change, such as "
-                f"{unchanged[0]}"
+                f"note: {len(unchanged)} of {num_trained} weight tensors did not change, "
+                f"such as {unchanged[0]}"
             )
 
     def save_export(self) -> Writing:
@@ -403,8 +403,7 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
     if config.train.global_batch_size % topology.num_data:
         raise ConfigError(
             f"train.global_batch_size: {config.train.global_batch_size} sequences cannot be split "
-            f"evenly over {topology.num_data} processes; "
-            f"take a multiple of {topology.num_data}"
+            f"evenly over {topology.num_data} processes; take a multiple of {topology.num_data}"
         )
     from finetune.forecast import choice
 
@@ -493,8 +492,8 @@ def reach(
         there = storage.steps()
         if there and config.checkpoint.resume == "never":
             raise RunDirectoryError(
-                f"{storage.url} has checkpoints, and checkpoint.resume is never; set it to auto, "
-                "or choose another run.name"
+                f"{storage.url} has checkpoints, and checkpoint.resume is never; "
+                "set it to auto, or choose another run.name"
             )
         known = storage.config()
         if known is not None and (different := differences(known, config)):
@@ -510,8 +509,8 @@ def reach(
             and storage.run_id(there[0]) != folder.run_id((here[0] / folder.MANIFEST).read_bytes())
         ):
             raise RunDirectoryError(
-                f"{storage.url} and {directory.path} are two different runs with one name; give "
-                "this one another run.name or checkpoint.storage"
+                f"{storage.url} and {directory.path} are two different runs with one name; "
+                "give this one another run.name or checkpoint.storage"
             )
         if storage.restore(directory.path, over=further):
             log(f"restored from {storage.url}, which is ahead of this disk")

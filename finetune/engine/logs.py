@@ -120,8 +120,8 @@ class Logs:
                 beside = files.free_name(log)
                 shutil.copyfile(log, beside)
                 notes.append(
-                    f"note: {log}: damaged lines are left out: {len(damaged)}, "
-                    f"from line {damaged[0]} on; the file as it was is {beside}"
+                    f"note: {log}: damaged lines are left out: "
+                    f"{len(damaged)}, from line {damaged[0]} on; the file as it was is {beside}"
                 )
             files.write_synced(log, "".join(line + "\n" for line in kept))
         return notes
@@ -148,8 +148,8 @@ def _missing(log: Path, due: range, found: set[int], key: str, step: int) -> lis
         return []
     listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
     return [
-        f"note: {log} lacks {len(absent)} of the {len(due)} lines that {key} asks for "
-        f"up to step {step}: {listed}"
+        f"note: {log} lacks {len(absent)} of the "
+        f"{len(due)} lines that {key} asks for up to step {step}: {listed}"
     ]
 
 

@@ -117,9 +117,8 @@ class Metrics:
         if now - self.last_line > LINE_SECONDS or last or step == self.first + 1:
             left = (now - self.started) / (step - self.first) * (self.num_steps - step)
             log(
-                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f}  lr "
-                f"{lr:.2e}  "
-                f"{rate:,.0f} tokens/s  {memory_gb:.1f} GB  {_duration(left)} left"
+                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f} "
+                f" lr {lr:.2e}  {rate:,.0f} tokens/s  {memory_gb:.1f} GB  {_duration(left)} left"
             )
             self.last_line = now
 
@@ -135,8 +134,8 @@ class Metrics:
             own, entropy = values["eval_loss"], values["cross_entropy"]
             beside = "" if own == entropy else f"cross-entropy {entropy:.4f}  "
             log(
-                f"step {step}/{self.num_steps}  eval loss {own:.4f}  {beside}perplexity "
-                f"{values['perplexity']:.2f}"
+                f"step {step}/{self.num_steps}  eval "
+                f"loss {own:.4f}  {beside}perplexity {values['perplexity']:.2f}"
             )
 
     def saved(self, facts: dict[str, Any]) -> None:
@@ -152,8 +151,7 @@ class Metrics:
             )
             log(
                 f"saved step {facts['step']}: {facts['bytes'] / 1e9:.3g} GB, training waited "
-                f"{facts['stall_seconds']:.3g} s, "
-                f"safe after {facts['seconds']:.3g} s{uploaded}"
+                f"{facts['stall_seconds']:.3g} s, safe after {facts['seconds']:.3g} s{uploaded}"
             )
 
     def sampled(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
@@ -162,8 +160,8 @@ class Metrics:
                 self.samples.add({"step": step, "prompt": prompt, "answer": answer})
             for prompt, answer in list(zip(prompts, answers))[:SHOWN_SAMPLES]:
                 log(
-                    f"step {step}/{self.num_steps}  sample  {_line(prompt)}  ->  "
-                    f"{_line(answer) or '(nothing)'}"
+                    f"step {step}/{self.num_steps}  sample "
+                    f" {_line(prompt)}  ->  {_line(answer) or '(nothing)'}"
                 )
             if (more := len(prompts) - SHOWN_SAMPLES) > 0:
                 log(f"step {step}/{self.num_steps}  {more} more in {self.samples.path}")

@@ -74,8 +74,8 @@ class RunDirectory:
         ):
             if not any(self.path.glob(f"checkpoints/*step-*/{MANIFEST}")):
                 raise RunDirectoryError(
-                    f"{self.path} exists and is not a run directory (no config.yaml); choose "
-                    "another run.name or run.dir"
+                    f"{self.path} exists and is not a run directory (no config.yaml); "
+                    "choose another run.name or run.dir"
                 )
             raise RunDirectoryError(
                 f"{saved} is missing, and {self.checkpoints} holds checkpoints; "
@@ -84,8 +84,8 @@ class RunDirectory:
         self._require_kinds()
         if config.checkpoint.resume == "never" and any(self.checkpoints.glob("step-*")):
             raise RunDirectoryError(
-                f"{self.path} has checkpoints, and checkpoint.resume is never; set it to auto, or "
-                "choose another run.name"
+                f"{self.path} has checkpoints, and checkpoint.resume is never; "
+                "set it to auto, or choose another run.name"
             )
         if self.outcome().get("state") != "complete":  # a complete run is reported from any disk
             self.require_writable()
@@ -101,9 +101,8 @@ class RunDirectory:
         )
         if nearest.is_dir() and os.statvfs(nearest).f_flag & os.ST_RDONLY:
             raise Outage(
-                f"{self.path} cannot be written now: {nearest} is on a disk that is mounted "
-                "read-only; mount it to be written, "
-                "or choose another run.dir"
+                f"{self.path} cannot be written now: {nearest} is on a "
+                "disk that is mounted read-only; mount it to be written, or choose another run.dir"
             )
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             why = "no permission in" if nearest.is_dir() else "there is a file called"
@@ -132,8 +131,8 @@ class RunDirectory:
                 lock.acquire(timeout=seconds)
             except Timeout:
                 raise DirectoryInUse(
-                    f"{self.path} is still in use by another process after {seconds:g} s; wait for "
-                    "it, or choose another run.name"
+                    f"{self.path} is still in use by another process after {seconds:g} s; "
+                    "wait for it, or choose another run.name"
                 ) from None
             self._lock = lock
 
@@ -316,8 +315,8 @@ class RunDirectory:
         if problem is not None and os.path.lexists(self.path / OUTCOME):
             return (
                 False,
-                f"note: {self.path / OUTCOME} {problem}; it is unknown how the run ended, so it "
-                "continues",
+                f"note: {self.path / OUTCOME} {problem}; "
+                "it is unknown how the run ended, so it continues",
             )
         if outcome.get("state") != "complete":
             return False, None
@@ -331,8 +330,8 @@ class RunDirectory:
         receipt, problem = self._read_receipt()
         if problem is not None:
             raise RunDirectoryError(
-                f"{self.path} is complete, but its receipt.json {problem}, so it is unclear "
-                "whether it is this run; "
+                f"{self.path} is complete, but its receipt.json {problem}, "
+                "so it is unclear whether it is this run; "
                 f"put it back, or give this run another run.name. Its model is whole: {self.model}"
             )
         known = receipt.get("identity")
@@ -353,9 +352,9 @@ class RunDirectory:
         """
         if any(self.model.glob("*")):
             raise RunDirectoryError(
-                f"{self.path} holds a model, but no checkpoint from which it could be exported "
-                "again, and training would start "
-                f"over and replace it; restore {self.model}, or move it away to train again"
+                f"{self.path} holds a model, but no checkpoint from "
+                "which it could be exported again, and training would start over and replace it; "
+                f"restore {self.model}, or move it away to train again"
             )
 
     def _require_no_other_model(self, known: dict[str, Any]) -> None:
@@ -370,9 +369,9 @@ class RunDirectory:
         ]
         if others:
             raise RunDirectoryError(
-                f"{self.model / others[0]} was not there when the model was verified, and changes "
-                "what programs open in this "
-                "folder; move it away, and start again to verify the rest"
+                f"{self.model / others[0]} was not there when the model was verified, "
+                "and changes what programs open in this folder; "
+                "move it away, and start again to verify the rest"
             )
 
     def _damaged_model(self, known: Any) -> str | None:
@@ -399,8 +398,8 @@ class RunDirectory:
         for path in (self.checkpoints, self.model):
             if os.path.lexists(path) and not path.is_dir():
                 raise RunDirectoryError(
-                    f"{path} should be a folder, but is not; move it away, or choose another "
-                    "run.name"
+                    f"{path} should be a folder, but is not; "
+                    "move it away, or choose another run.name"
                 )
         for path in self._files():
             if not os.path.lexists(path):

@@ -28,8 +28,8 @@ def check(names: Sequence[str], wandb_mode: str | None) -> None:
         extras.require(name, f"tracking.trackers: {name}")
     if "wandb" in names and _mode(wandb_mode) == "online" and not _has_wandb_key():
         raise ConfigError(
-            "tracking.trackers: wandb has no key; set WANDB_API_KEY, or call `wandb login` once, "
-            "or set tracking.wandb_mode to offline"
+            "tracking.trackers: wandb has no key; "
+            "set WANDB_API_KEY, or call `wandb login` once, or set tracking.wandb_mode to offline"
         )
 
 

@@ -113,8 +113,8 @@ class _Service:
         """One line about a service that gives no notices; what it sent is cut and printable."""
         why = re.sub("[^ -~]+", " ", f"{self._question}: {type(exc).__name__}: {exc}")[:300]
         return (
-            f"note: {self.name} gives no spot notices: {why}. The run keeps asking; until then "
-            f"only SIGTERM stops the run before the machine goes. {self.hint}"
+            f"note: {self.name} gives no spot notices: {why}. The run keeps asking; "
+            f"until then only SIGTERM stops the run before the machine goes. {self.hint}"
         )
 
     def _ask(self, path: str, headers: dict[str, str], method: str = "GET") -> tuple[str, Message]:

@@ -152,8 +152,8 @@ class StopFlag:
         if self._at_once:
             if self.reason == DEADLINE and not self._has_begun:
                 raise CheckpointError(
-                    f"{DEADLINE} before the first step of this attempt, and would be every time; "
-                    "raise them"
+                    f"{DEADLINE} before the first step of this attempt, "
+                    "and would be every time; raise them"
                 )
             if not self._has_begun:
                 raise _preempted(self.reason, self.reason)

@@ -244,10 +244,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is corrupt: its sha256 differs from what it says")
     if type(format := manifest.get("format")) is int and format != FORMAT:
         raise OtherFormat(
-            f"{path} was written by another version of this program (format {format}, this one "
-            f"reads {FORMAT}), which this "
-            "version cannot check; finish the run with that version, or give this one another "
-            "run.name"
+            f"{path} was written by another version of this program (format {format}, "
+            f"this one reads {FORMAT}), which this version cannot check; "
+            "finish the run with that version, or give this one another run.name"
         )
     _require_shape(manifest)
     if manifest["progress"]["step"] != step_of(path.name.removeprefix(".fetching-")):

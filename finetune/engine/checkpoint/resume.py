@@ -98,10 +98,9 @@ def require_readable(found: Found, topology: Topology) -> None:
     instead = "launch it so, or give this run another run.name"
     if _family(saved) != _family(topology.name):
         raise RunDirectoryError(
-            f"{found.path} was saved by {saved}, and this is {topology.name}; what ZeRO-1 and "
-            "ZeRO-2 save is read by these two, "
-            "what ZeRO-3 saves by ZeRO-3, what others save by others, on any number of processes; "
-            f"{instead}"
+            f"{found.path} was saved by {saved}, and this is {topology.name}; "
+            "what ZeRO-1 and ZeRO-2 save is read by these two, what ZeRO-3 saves by ZeRO-3, "
+            f"what others save by others, on any number of processes; {instead}"
         )
     if (
         topology.parallel.is_zero
@@ -109,8 +108,8 @@ def require_readable(found: Found, topology: Topology) -> None:
         and optimizer != "adamw"
     ):
         raise RunDirectoryError(
-            f"{found.path} was saved by {saved} on {number} processes, and this is {topology.name} "
-            f"on {topology.num_processes}; "
+            f"{found.path} was saved by {saved} on {number} processes, "
+            f"and this is {topology.name} on {topology.num_processes}; "
             f"DeepSpeed converts the state of adamw only, not of {optimizer}; {instead}"
         )
 
@@ -150,6 +149,6 @@ def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) 
         if not isinstance(exc, CheckpointError):
             failures.reraise(exc)
         raise LostCheckpoints(
-            f"checkpoint {path}, the best evaluation, cannot be loaded: {contents.why(exc)}; "
-            "to export the last weights, give --evaluation.export_best false"
+            f"checkpoint {path}, the best evaluation, cannot be loaded: "
+            f"{contents.why(exc)}; to export the last weights, give --evaluation.export_best false"
         ) from exc

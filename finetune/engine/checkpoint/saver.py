@@ -85,10 +85,9 @@ class Saver:
         """
         if seconds_left is not None and self.last_seconds > max(0.0, seconds_left):
             self.log(
-                f"note: the last save took {self.last_seconds:.3g} s, and about "
-                f"{max(0.0, seconds_left):.3g} s are left: "
-                f"a save that is under way is finished first, then step {state.progress.step} is "
-                "saved if there is time"
+                f"note: the last save took {self.last_seconds:.3g} s, "
+                f"and about {max(0.0, seconds_left):.3g} s are left: a save that is under "
+                f"way is finished first, then step {state.progress.step} is saved if there is time"
             )
         began, progress = time.monotonic(), state.progress.to_dict()
         self.settle()
@@ -136,10 +135,9 @@ class Saver:
         if self.last_seconds > self.grace_seconds and not self._is_warned:
             self._is_warned = True
             self.log(
-                f"note: the save of step {step} took {self.last_seconds:.3g} s, longer than "
-                f"checkpoint.grace_seconds ({self.grace_seconds:g}): "
-                "a machine that goes away may go before it is done; save more often, or get more "
-                "grace"
+                f"note: the save of step {step} took {self.last_seconds:.3g} s, "
+                f"longer than checkpoint.grace_seconds ({self.grace_seconds:g}): a machine "
+                "that goes away may go before it is done; save more often, or get more grace"
             )
         self.record(self._facts)
 
@@ -203,8 +201,8 @@ class Saver:
         """Raise CheckpointError if this step is not safe."""
         if self.last_step != step:
             raise CheckpointError(
-                f"step {step} could not be saved before the end; the newest checkpoint is of step "
-                f"{self.last_step}"
+                f"step {step} could not be saved before the end; "
+                f"the newest checkpoint is of step {self.last_step}"
             )
 
     def _failed(self, step: int, problem: Exception) -> None:
@@ -229,8 +227,8 @@ class Saver:
                 f"{text}; {MOST_FAILURES} saves in a row have failed, and {newest}"
             ) from problem
         self.log(
-            f"note: {text}; {newest}, and training continues ({self._failures} of {MOST_FAILURES} "
-            "failures in a row)"
+            f"note: {text}; {newest}, and training "
+            f"continues ({self._failures} of {MOST_FAILURES} failures in a row)"
         )
 
     def _run(
@@ -295,9 +293,8 @@ class Saver:
         names = folder.files(writing)
         if missing := sorted(set().union(*wrote) - set(names)):
             raise CheckpointError(
-                f"{missing[0]}, which another process wrote, is not in {writing} as process 0 sees "
-                "it; "
-                "run.dir must be on storage that all nodes share"
+                f"{missing[0]}, which another process wrote, is not in "
+                f"{writing} as process 0 sees it; run.dir must be on storage that all nodes share"
             )
         return names
 

@@ -92,8 +92,8 @@ class Storage:
             except Exception as exc:
                 kind = CheckpointError if _may_pass(exc) else ConfigError
                 raise kind(
-                    f"checkpoint.storage: {self.url} cannot be {verb} ({_plain(exc)}); "
-                    f"{_advice(exc)}"
+                    "checkpoint.storage: "
+                    f"{self.url} cannot be {verb} ({_plain(exc)}); {_advice(exc)}"
                 ) from exc
 
     def restore(self, directory: Path, over: bool = False) -> bool:
@@ -263,9 +263,8 @@ class Storage:
             writer = {}
         if writer.get("token") != self._token:
             raise TakenOver(
-                f"another machine, {writer.get('host')} (process {writer.get('pid')}), has taken "
-                f"{self.url} over "
-                f"at {writer.get('time')}; this one stops"
+                f"another machine, {writer.get('host')} (process {writer.get('pid')}), "
+                f"has taken {self.url} over at {writer.get('time')}; this one stops"
             )
 
     def _listing(self, name: str, below: bool = True) -> dict[str, int]:
@@ -373,9 +372,8 @@ def _opened(url: str) -> tuple[Any, str]:
         "@" in url and not (protocol in AZURE and re.fullmatch(r"[\w-]+@[\w.-]+(/[^@]*)?", rest))
     ):
         raise refused(
-            "the URL holds a user name, a password or a key (not repeated here); write "
-            "protocol://bucket/folder, "
-            "and give credentials through the environment"
+            "the URL holds a user name, a password or a key (not repeated here); "
+            "write protocol://bucket/folder, and give credentials through the environment"
         )
     if "?" in rest:
         raise refused(
@@ -391,8 +389,8 @@ def _opened(url: str) -> tuple[Any, str]:
         raise refused("memory:// ends with the process; take a store that does not")
     if protocol in ("file", "local") and not rest.startswith("/"):
         raise refused(
-            f"got {url!r}; give the whole path, as file:///mnt/store, or the next start may look "
-            "elsewhere"
+            f"got {url!r}; give the whole path, "
+            "as file:///mnt/store, or the next start may look elsewhere"
         )
     options: dict[str, Any] = {
         "use_listings_cache": False,

@@ -155,8 +155,8 @@ class Fsdp2:
         if not found or wrong or any(layer is model for layer in found):
             raise ConfigError(
                 "fsdp_transformer_layer_cls_to_wrap: "
-                f"{' or '.join(wrong or classes) or '(none is known)'} is not a layer class of "
-                "this model; "
+                f"{' or '.join(wrong or classes) or '(none is known)'} "
+                "is not a layer class of this model; "
                 f"use one of {', '.join(sorted({type(m).__name__ for m in model.modules()}))}"
             )
         return found
@@ -176,8 +176,8 @@ class Fsdp2:
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor) or parameter.device_mesh != self.mesh:
                 raise ConfigError(
-                    f"FSDP2 was asked for, but {name} is not sharded; this model needs ddp.yaml or "
-                    "zero3.yaml"
+                    f"FSDP2 was asked for, but {name} is not sharded; "
+                    "this model needs ddp.yaml or zero3.yaml"
                 )
             share = math.ceil(parameter.shape[0] / shards) * parameter.shape[1:].numel()
             if parameter.to_local().numel() > share:

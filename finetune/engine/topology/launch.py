@@ -81,29 +81,27 @@ def read(environment: Mapping[str, str] = os.environ) -> ParallelConfig:
     if _is_on(environment, "ACCELERATE_USE_CPU") and "WORLD_SIZE" not in environment:
         raise ConfigError(
             "use_cpu: true makes accelerate launch start one process and ignores num_processes; "
-            "set it to false "
-            "(without a GPU train.py takes the CPU by itself), as in "
-            "accelerate_configs/cpu_debug.yaml"
+            "set it to false (without a GPU train.py takes the CPU by itself), "
+            "as in accelerate_configs/cpu_debug.yaml"
         )
     if (steps := environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
         raise ConfigError(
             f"the launcher sets gradient_accumulation_steps to {steps}; remove it there: "
-            "accumulation follows from "
-            "train.global_batch_size and train.micro_batch_size"
+            "accumulation follows from train.global_batch_size and train.micro_batch_size"
         )
     if (clipping := environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")).lower() not in (
         "none",
         "auto",
     ):
         raise ConfigError(
-            f"the launcher sets gradient_clipping to {clipping}; remove it there: "
-            "train.max_grad_norm decides"
+            f"the launcher sets gradient_clipping to {clipping}; "
+            "remove it there: train.max_grad_norm decides"
         )
     for name, feature in (("MEGATRON_LM", "Megatron-LM"), ("FP8", "fp8"), ("TPU", "TPUs")):
         if _is_on(environment, f"ACCELERATE_USE_{name}"):
             raise ConfigError(
-                f"the topology file asks for {feature}, which is not supported; see "
-                "docs/topologies.md"
+                f"the topology file asks for {feature}, which is not supported; "
+                "see docs/topologies.md"
             )
     if (compiler := environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
         raise ConfigError(
@@ -114,8 +112,8 @@ def read(environment: Mapping[str, str] = os.environ) -> ParallelConfig:
         return _fsdp(environment, number, precision)
     if _is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise ConfigError(
-            "parallelism_config needs distributed_type: FSDP and fsdp_version: 2, as in "
-            "accelerate_configs/fsdp2_hybrid.yaml"
+            "parallelism_config needs distributed_type: "
+            "FSDP and fsdp_version: 2, as in accelerate_configs/fsdp2_hybrid.yaml"
         )
     if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed(environment, number, precision)
@@ -151,29 +149,29 @@ def join_minutes(environment: Mapping[str, str] = os.environ) -> float:
 def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> ParallelConfig:
     if environment.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
-            "the topology file asks for FSDP 1; set fsdp_version: 2, as in "
-            "accelerate_configs/fsdp2.yaml"
+            "the topology file asks for FSDP 1; "
+            "set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml"
         )
     if _is_on(environment, "FSDP_ACTIVATION_CHECKPOINTING"):
         raise ConfigError(
-            "fsdp_activation_checkpointing: set it to false: train.gradient_checkpointing decides, "
-            "under every topology"
+            "fsdp_activation_checkpointing: set it to false: "
+            "train.gradient_checkpointing decides, under every topology"
         )
     if (reshard := environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()) not in (
         "true",
         "full_shard",
     ):
         raise ConfigError(
-            f"fsdp_reshard_after_forward: {reshard}; set it to true: after an evaluation layers "
-            "would stay whole, and go stale; "
+            f"fsdp_reshard_after_forward: {reshard}; "
+            "set it to true: after an evaluation layers would stay whole, and go stale; "
             "weights that stay whole are what accelerate_configs/zero2.yaml has"
         )
     if (
         policy := environment.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     ) != "TRANSFORMER_BASED_WRAP":
         raise ConfigError(
-            f"fsdp_auto_wrap_policy: {policy}; set TRANSFORMER_BASED_WRAP: every layer is sharded "
-            "by itself"
+            f"fsdp_auto_wrap_policy: {policy}; set TRANSFORMER_BASED_WRAP: "
+            "every layer is sharded by itself"
         )
     if modules := environment.get("FSDP_IGNORED_MODULES"):
         raise ConfigError(f"fsdp_ignored_modules: {modules}; remove it: every weight is sharded")
@@ -189,16 +187,16 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Parall
     for name, instead in (("TP", "dp_shard_size"), ("SP", "cp_size")):
         if sizes[name] > 1:
             raise ConfigError(
-                f"parallelism_config_{name.lower()}_size: {sizes[name]} is not supported, see "
-                f"docs/topologies.md; use parallelism_config_{instead}"
+                f"parallelism_config_{name.lower()}_size: {sizes[name]} is not supported, "
+                f"see docs/topologies.md; use parallelism_config_{instead}"
             )
     if _is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         product = sizes["DP_REPLICATE"] * sizes["DP_SHARD"] * sizes["CP"]
         if product != number:
             raise ConfigError(
-                f"parallelism_config: dp_replicate_size {sizes['DP_REPLICATE']} x dp_shard_size "
-                f"{sizes['DP_SHARD']} x cp_size {sizes['CP']} "
-                f"is {product}, but there are {number} processes; make them equal"
+                f"parallelism_config: dp_replicate_size {sizes['DP_REPLICATE']} "
+                f"x dp_shard_size {sizes['DP_SHARD']} x cp_size {sizes['CP']} is {product}, "
+                f"but there are {number} processes; make them equal"
             )
     classes = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     return ParallelConfig(
@@ -212,8 +210,8 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> P
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file.lower() == "none":
         raise ConfigError(
-            "the topology file has no deepspeed_config_file; point it at a file as those in "
-            "ds_configs/"
+            "the topology file has no deepspeed_config_file; "
+            "point it at a file as those in ds_configs/"
         )
     try:
         values = json.loads(Path(found(file)).read_text())
@@ -230,15 +228,15 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> P
             raise ConfigError(f"{file}: {key} is decided by {owner} of the run config; remove it")
     if unknown := [key for key in values if key not in (*KEYS, *OWNED)]:
         raise ConfigError(
-            f"{file}: {unknown[0]} is untested; remove it: a file holds zero_optimization, "
-            f"{', '.join(KEYS[1:])}"
+            f"{file}: {unknown[0]} is untested; "
+            f"remove it: a file holds zero_optimization, {', '.join(KEYS[1:])}"
         )
     zero = values.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if type(stage) is not int or stage not in (1, 2, 3):
         raise ConfigError(
-            f"{file}: zero_optimization.stage is {stage}; take 1, 2 or 3, or "
-            "accelerate_configs/ddp.yaml for none"
+            f"{file}: zero_optimization.stage is {stage}; "
+            "take 1, 2 or 3, or accelerate_configs/ddp.yaml for none"
         )
     devices = {}
     for name in ("offload_optimizer", "offload_param"):
@@ -250,8 +248,8 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> P
             raise ConfigError(f"{file}: {name}.device is {device}; only cpu and none are tested")
         if device == "cpu" and stage != 3:
             raise ConfigError(
-                f"{file}: {name} with stage {stage} is untested; take "
-                "accelerate_configs/zero3_offload.yaml"
+                f"{file}: {name} with stage {stage} is untested; "
+                "take accelerate_configs/zero3_offload.yaml"
             )
     return ParallelConfig(
         f"zero{stage}", number, offload="cpu" in devices.values(), mixed_precision=precision,

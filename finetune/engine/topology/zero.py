@@ -49,8 +49,8 @@ class Zero:
             {"cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory"} & set(settings)
         ):
             raise ConfigError(
-                f"zero_optimization.{old[0]}: write offload_optimizer and offload_param, as in "
-                "ds_configs/zero3_offload.json"
+                f"zero_optimization.{old[0]}: write offload_optimizer and offload_param, "
+                "as in ds_configs/zero3_offload.json"
             )
 
     def prepare(

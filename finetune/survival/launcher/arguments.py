@@ -31,8 +31,8 @@ def read(argv: list[str]) -> tuple[list[dict[str, str]], list[str]]:
     """Environments of this node's processes, and what each runs."""
     if not argv:
         raise ConfigError(
-            f"launch was given no script; {places.command()} launch train.py --config "
-            "configs/my_run.yaml"
+            "launch was given no script; "
+            f"{places.command()} launch train.py --config configs/my_run.yaml"
         )
     if not argv[0].startswith("-"):  # without Accelerate, whose import takes seconds
         return [dict(os.environ)], _command(argv[0], argv[1:])
@@ -73,8 +73,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     def wrong(message: str) -> NoReturn:
         raise ConfigError(
-            f"launch: {message}; {places.command()} launch --help lists the options before the "
-            "script"
+            "launch: "
+            f"{message}; {places.command()} launch --help lists the options before the script"
         )
 
     parser = launch.launch_command_parser()
@@ -105,8 +105,8 @@ def _command(
     script = found(script)
     if not Path(script).is_file():
         raise ConfigError(
-            f"no script {script} in {os.getcwd()}; what follows the launcher's options is the "
-            "script and its own options"
+            f"no script {script} in {os.getcwd()}; "
+            "what follows the launcher's options is the script and its own options"
         )
     return [sys.executable, script, *arguments]
 
@@ -119,8 +119,8 @@ def _check_file(path: str) -> None:
     except (OSError, ValueError, yaml.YAMLError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else _one_line(exc)
         raise ConfigError(
-            f"--config_file {path} cannot be read from {os.getcwd()}: {why}; see "
-            "accelerate_configs/"
+            f"--config_file {path} cannot be read from {os.getcwd()}: "
+            f"{why}; see accelerate_configs/"
         ) from exc
     if not isinstance(values, dict):
         raise ConfigError(
@@ -128,8 +128,8 @@ def _check_file(path: str) -> None:
         )
     if (machine := values.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
         raise ConfigError(
-            f"{path}: compute_environment is {machine}; take LOCAL_MACHINE, as in "
-            "accelerate_configs/"
+            f"{path}: compute_environment is {machine}; "
+            "take LOCAL_MACHINE, as in accelerate_configs/"
         )
     for key, value in values.items():
         if str(key).endswith("_config") and not isinstance(value, dict | None):
@@ -169,25 +169,23 @@ def _check(arguments: argparse.Namespace, where: str) -> None:
     processes, nodes = arguments.num_processes, arguments.num_machines
     if processes % nodes:
         raise ConfigError(
-            f"{where}: num_processes counts those of all nodes: {processes} cannot be shared out "
-            f"to num_machines: {nodes}; "
-            f"give --num_processes $(({nodes} * GPUs of a node))"
+            f"{where}: num_processes counts those of all nodes: {processes} cannot be shared "
+            f"out to num_machines: {nodes}; give --num_processes $(({nodes} * GPUs of a node))"
         )
     if arguments.machine_rank >= nodes:
         raise ConfigError(
-            f"{where}: machine_rank is {arguments.machine_rank}, but there are {nodes} nodes; "
-            "ranks start at 0"
+            f"{where}: machine_rank is {arguments.machine_rank}, "
+            f"but there are {nodes} nodes; ranks start at 0"
         )
     if nodes > 1 and not (arguments.main_process_ip and arguments.main_process_port != 0):
         raise ConfigError(
             f"{where}: {nodes} nodes need the address of the first one: give --main_process_ip, "
-            f"and, where {PORT} is not free, "
-            "the same --main_process_port on all"
+            f"and, where {PORT} is not free, the same --main_process_port on all"
         )
     if not isinstance(arguments.mixed_precision, str):  # a `no` without quotes is YAML's false
         raise ConfigError(
-            f"{where}: mixed_precision is {arguments.mixed_precision!r}; remove it: "
-            "train.precision of the run config decides"
+            f"{where}: mixed_precision is {arguments.mixed_precision!r}; "
+            "remove it: train.precision of the run config decides"
         )
     if arguments.tpu or arguments.tpu_use_cluster or arguments.mpirun_hostfile:
         raise ConfigError(
@@ -210,10 +208,9 @@ def _environments(
             arguments.cpu or arguments.use_cpu
         ):  # those train.py explains
             raise ConfigError(
-                f"{where}: {arguments.num_processes} processes, but this distributed_type starts "
-                "one; "
-                "take distributed_type: MULTI_GPU, as in accelerate_configs/ddp.yaml, also without "
-                "a GPU"
+                f"{where}: {arguments.num_processes} processes, "
+                "but this distributed_type starts one; take distributed_type: "
+                "MULTI_GPU, as in accelerate_configs/ddp.yaml, also without a GPU"
             )
         _, environment = launch.prepare_simple_launcher_cmd_env(arguments)
         return [environment]
