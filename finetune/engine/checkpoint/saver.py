@@ -91,9 +91,12 @@ class Saver:
             self._failed(progress["step"], exc)
             return
         manifest = {
-            "format": folder.FORMAT, "progress": progress, "num_processes": self.topology.num_processes,
-            "topology": self.topology.name, **self.about,
-        }  # fmt: skip
+            "format": folder.FORMAT,
+            "progress": progress,
+            "num_processes": self.topology.num_processes,
+            "topology": self.topology.name,
+            **self.about,
+        }
         self._facts = {"step": progress["step"]}
         self._thread = threading.Thread(
             target=self._run, args=(staged, manifest, best, began), name="checkpoint", daemon=True
