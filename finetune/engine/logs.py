@@ -118,8 +118,8 @@ class Logs:
                 beside = files.free_name(log)
                 shutil.copyfile(log, beside)
                 notes.append(
-                    f"note: {log}: damaged lines are left out: "
-                    f"{len(damaged)}, from line {damaged[0]} on; the file as it was is {beside}"
+                    f"note: {log}: damaged lines are left out: {len(damaged)}, "
+                    f"from line {damaged[0]} on; the file as it was is {beside}"
                 )
             files.write_synced(log, "".join(line + "\n" for line in kept))
         return notes

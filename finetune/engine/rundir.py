@@ -65,8 +65,8 @@ class RunDirectory:
             different = configs.differences(configs.read_resolved(saved), config)
             if different:
                 instead = (
-                    "give this run another run.name, go back to those values, "
-                    "or remove the directory to start over"
+                    "give this run another run.name, "
+                    "go back to those values, or remove the directory to start over"
                 )
                 raise refusal(f"{self.path} holds another run", different, instead)
         elif os.path.exists(self.path) and (
@@ -92,7 +92,7 @@ class RunDirectory:
             self.require_writable()
 
     def require_writable(self) -> None:
-        """Raise Outage if the disk cannot be written now, RunDirectoryError if permissions forbid."""
+        """Raise Outage if the disk is not writable now, RunDirectoryError if permissions forbid."""
         parents = (self.path, *self.path.absolute().parents)
         nearest = next(parent for parent in parents if os.path.exists(parent))
         if nearest.is_dir() and os.statvfs(nearest).f_flag & os.ST_RDONLY:
@@ -158,13 +158,13 @@ class RunDirectory:
             ) from exc
 
     def _sweep(self) -> None:
-        """Remove temporary files of killed attempts; under the lock no other process writes here."""
+        """Remove temporary files of killed attempts; the lock keeps other writers away."""
         for path in self.path.iterdir():
             if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink()
 
     def write_receipt(self, receipt: dict[str, Any], step: int) -> str | None:
-        """Write the receipt of an attempt that starts at `step`; return a note for the user, if any.
+        """Write the receipt of an attempt that starts at `step`; return a note for the user or None.
 
         The receipt describes the attempt that began at step 0. Resuming never changes it: other
         facts go to starts.jsonl. An attempt that finds no checkpoint begins at step 0 again and
@@ -225,7 +225,7 @@ class RunDirectory:
     def write_outcome(
         self, state: str, step: int, reason: str, exported: Sequence[str] = (), **facts: Any
     ) -> None:
-        """Write outcome.json; `state`: one of STATES, `exported`: files of a complete run's model."""
+        """Write outcome.json; `state`: one of STATES; `exported`: files of a complete model."""
         outcome = {"state": state, "step": step, "reason": reason, **facts, "written": _now()}
         if state == "complete":
             outcome["model"] = described(self.model, list(exported))
@@ -234,7 +234,7 @@ class RunDirectory:
     def note_end(
         self, error: BaseException, step: int | None = None, may_create: bool = False
     ) -> None:
-        """Write why this attempt ends early. Only the first call counts: it is nearest to the cause.
+        """Write why this attempt ends early. The first call counts, being nearest to the cause.
 
         Before `create`, writes only where no other run or process works, and never over a complete
         outcome. `may_create`: make a directory for it, except for a mistake of the user, who then
@@ -281,7 +281,7 @@ class RunDirectory:
     def completion(
         self, identity: dict[str, Any], usual: dict[str, Any]
     ) -> tuple[bool, str | None]:
-        """Return (whether the run is complete and its model's files unchanged, a note for the user).
+        """Return (whether the run is complete with its model unchanged, a note for the user).
 
         Raises RunDirectoryError if it had other data or another base, or if that is unknown.
         `identity`, `usual`: as in `receipt.identity_differences`. The base's weights are not
@@ -329,7 +329,7 @@ class RunDirectory:
             )
 
     def _require_no_other_model(self, known: dict[str, Any]) -> None:
-        """Raise RunDirectoryError for an unverified file in the export that changes what opens there.
+        """Raise RunDirectoryError for an unverified file that changes what programs open there.
 
         Other files of the user do no harm.
         """
@@ -360,7 +360,7 @@ class RunDirectory:
         return None
 
     def _require_kinds(self) -> None:
-        """Raise RunDirectoryError for a file in place of a folder, the reverse, or no permission."""
+        """Raise RunDirectoryError for files in place of folders, the reverse, or no permission."""
         for path in (self.checkpoints, self.model):
             if os.path.lexists(path) and not path.is_dir():
                 raise RunDirectoryError(

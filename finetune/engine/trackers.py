@@ -54,7 +54,7 @@ class Trackers:
         first_step: int, wandb_mode: str | None, about: dict[str, Any],
         history: list[dict[str, Any]], log: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """`about`: config and receipt, stored with the run; `history`: lines before `first_step`."""
+        """`about`: config and receipt, to store; `history`: logged lines before `first_step`."""
         self.log = log
         self.running: dict[str, Any] = {}
         about = redacted(about)

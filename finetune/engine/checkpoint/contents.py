@@ -189,8 +189,8 @@ def _instead(found: Found) -> str:
     )
     if older is None:
         return (
-            f"put back a copy of it, or move {root} away "
-            "(and checkpoint.storage, where that is set) to start at step 1"
+            f"put back a copy of it, or move {root} away (and checkpoint.storage, "
+            "where that is set) to start at step 1"
         )
     return f"move it away (from checkpoint.storage too, where that is set) to go on from {older}"
 

@@ -87,9 +87,9 @@ def require_readable(found: Found, topology: Topology) -> None:
     instead = "launch it so, or give this run another run.name"
     if _family(saved) != _family(topology.name):
         raise RunDirectoryError(
-            f"{found.path} was saved by {saved}, and this is {topology.name}; ZeRO-1 and ZeRO-2 "
-            "read each other's checkpoints, ZeRO-3 only its own, the others those of the others, "
-            f"on any number of processes; {instead}"
+            f"{found.path} was saved by {saved}, and this is {topology.name}; "
+            "ZeRO-1 and ZeRO-2 read each other's checkpoints, ZeRO-3 only its own, "
+            f"the others those of the others, on any number of processes; {instead}"
         )
     if (
         topology.parallel.is_zero
@@ -133,6 +133,6 @@ def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) 
         if not isinstance(exc, CheckpointError):
             failures.reraise(exc)
         raise LostCheckpoints(
-            f"checkpoint {path}, the best evaluation, cannot be loaded: "
-            f"{contents.why(exc)}; to export the last weights, give --evaluation.export_best false"
+            f"checkpoint {path}, the best evaluation, cannot be loaded: {contents.why(exc)}; "
+            "to export the last weights, give --evaluation.export_best false"
         ) from exc

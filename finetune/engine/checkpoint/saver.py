@@ -77,8 +77,8 @@ class Saver:
         if seconds_left is not None and self.last_seconds > max(0.0, seconds_left):
             self.log(
                 f"note: the last save took {self.last_seconds:.3g} s, "
-                f"and about {max(0.0, seconds_left):.3g} s are left: a save under way finishes "
-                f"first, then step {state.progress.step} is saved if there is time"
+                f"and about {max(0.0, seconds_left):.3g} s are left: a save under "
+                f"way finishes first, then step {state.progress.step} is saved if there is time"
             )
         began, progress = time.monotonic(), state.progress.to_dict()
         self.settle()
@@ -210,8 +210,8 @@ class Saver:
                 f"{text}; {MOST_FAILURES} saves in a row have failed, and {newest}"
             ) from problem
         self.log(
-            f"note: {text}; {newest}, and training continues "
-            f"({self._failures} of {MOST_FAILURES} failures in a row)"
+            f"note: {text}; {newest}, and training "
+            f"continues ({self._failures} of {MOST_FAILURES} failures in a row)"
         )
 
     def _run(

@@ -26,8 +26,8 @@ from finetune.errors import DamagedCheckpoint
 
 # All names in dcp's `.metadata`, the same in torch 2.11, 2.13 and 2.14.
 _METADATA = (
-    "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
-    "TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING"
+    "BytesStorageMetadata ChunkStorageMetadata Metadata "
+    "MetadataIndex StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING"
 )
 DCP = frozenset(
     {

@@ -1,6 +1,4 @@
-"""What the launcher asks for: the environment that `accelerate launch` makes of a topology file ->
-ParallelConfig. No torch.
-"""
+"""Read a ParallelConfig from the environment that `accelerate launch` sets. No torch."""
 
 import json
 import os
@@ -12,35 +10,38 @@ from typing import Any
 from finetune.errors import ConfigError
 from finetune.places import found
 
-# What a DeepSpeed file may hold: sharding, and what only tells.
+# What a DeepSpeed file may hold: sharding and logging.
 KEYS = ("zero_optimization", "wall_clock_breakdown", "comms_logger", "dump_state")
-# What a DeepSpeed file may not decide, and which setting of the run config does.
+# Keys that a DeepSpeed file may not set -> the setting of the run config that decides instead.
 OWNED = {
-    "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size", "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "optimizer.kind", "scheduler": "schedule.kind", "bf16": "train.precision", "fp16": "train.precision", "amp": "train.precision",
-    "torch_autocast": "train.precision", "activation_checkpointing": "train.gradient_checkpointing",
-}  # fmt: skip
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "optimizer.kind",
+    "scheduler": "schedule.kind",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "train.gradient_checkpointing",
+}
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How processes are to share the model. `kind`: single, ddp, fsdp2, zero1, zero2 or zero3."""
+    """How processes share the model; `kind`: single, ddp, fsdp2, zero1, zero2 or zero3."""
 
     kind: str = "single"
     num_processes: int = 1
     offload: bool = False
-    """Weights and optimizer wait in host memory (FSDP2), or the optimizer and, for ZeRO-3, the
-    weights.
-    """
+    """Keep weights and optimizer state in host memory; under ZeRO, what the file names."""
     num_replicas: int = 1
-    """FSDP2, hybrid: shards lie on num_processes / num_replicas processes, and num_replicas such
-    groups hold the same.
-    """
+    """FSDP2, hybrid: num_replicas groups of num_processes / num_replicas processes each shard."""
     num_context: int = 1
     """FSDP2: the number of processes that share one sequence."""
     layer_classes: tuple[str, ...] = ()
-    """FSDP2: what is sharded as one; empty: what transformers says of the model."""
+    """FSDP2: classes of the layers to shard as units; empty: those that transformers names."""
     mixed_precision: str = "no"
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """ZeRO: the file that deepspeed_config_file names."""
@@ -60,9 +61,7 @@ class ParallelConfig:
 
     @property
     def generates_together(self) -> bool:
-        """Whether each process needs the others for every token that it generates, even when its
-        own answers have ended.
-        """
+        """Whether all processes must take part in every token, even after their answers end."""
         return self.is_sharded and self.num_processes > 1
 
     @property
@@ -71,9 +70,7 @@ class ParallelConfig:
 
 
 def read(environment: Mapping[str, str] = os.environ) -> ParallelConfig:
-    """Raises ConfigError for wishes that would be dropped, or would change the arithmetic, in
-    silence.
-    """
+    """Read the environment. Raises ConfigError for settings that would silently be ignored."""
     number = _whole(environment, "WORLD_SIZE", 1)
     if number > 1:
         for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
@@ -112,8 +109,8 @@ def read(environment: Mapping[str, str] = os.environ) -> ParallelConfig:
         return _fsdp(environment, number, precision)
     if _is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise ConfigError(
-            "parallelism_config needs distributed_type: "
-            "FSDP and fsdp_version: 2, as in accelerate_configs/fsdp2_hybrid.yaml"
+            "parallelism_config needs distributed_type: FSDP and fsdp_version: 2, "
+            "as in accelerate_configs/fsdp2_hybrid.yaml"
         )
     if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed(environment, number, precision)
@@ -121,21 +118,19 @@ def read(environment: Mapping[str, str] = os.environ) -> ParallelConfig:
 
 
 def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What the launcher has set, for the receipt: with it, the same processes can be started again."""
+    """Return what the launcher has set, for the receipt: `replay` starts the same processes."""
     return {name: value for name, value in sorted(environment.items()) if is_recorded(name)}
 
 
 def is_recorded(name: str) -> bool:
-    """Whether a receipt holds this variable. `replay` sets no other: a receipt may come from
-    anyone.
-    """
+    """Return whether a receipt holds this variable; `replay` sets no other, for safety."""
     return name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE") or name.startswith(
         ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
     )
 
 
 def join_minutes(environment: Mapping[str, str] = os.environ) -> float:
-    """How long processes wait for one another at the start."""
+    """Return how long processes wait for each other at the start."""
     value = environment.get("FINETUNE_JOIN_MINUTES", "5")
     try:
         minutes = float(value)
@@ -175,6 +170,22 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Parall
         )
     if modules := environment.get("FSDP_IGNORED_MODULES"):
         raise ConfigError(f"fsdp_ignored_modules: {modules}; remove it: every weight is sharded")
+    sizes = _parallelism(environment, number)
+    classes = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    names = [] if classes == "None" else [name.strip() for name in classes.split(",")]
+    return ParallelConfig(
+        "fsdp2",
+        number,
+        offload=_is_on(environment, "FSDP_OFFLOAD_PARAMS"),
+        num_replicas=sizes["DP_REPLICATE"],
+        num_context=sizes["CP"],
+        mixed_precision=precision,
+        layer_classes=tuple(name for name in names if name),
+    )
+
+
+def _parallelism(environment: Mapping[str, str], number: int) -> dict[str, int]:
+    """Return the sizes of parallelism_config. Raises ConfigError for those that do not fit."""
     sizes = {
         name: _whole(
             environment,
@@ -198,12 +209,7 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Parall
                 f"x dp_shard_size {sizes['DP_SHARD']} x cp_size {sizes['CP']} is {product}, "
                 f"but there are {number} processes; make them equal"
             )
-    classes = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
-    return ParallelConfig(
-        "fsdp2", number, offload=_is_on(environment, "FSDP_OFFLOAD_PARAMS"),
-        num_replicas=sizes["DP_REPLICATE"], num_context=sizes["CP"], mixed_precision=precision,
-        layer_classes=tuple(name.strip() for name in classes.split(",") if name.strip() and classes != "None"),
-    )  # fmt: skip
+    return sizes
 
 
 def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> ParallelConfig:
@@ -265,7 +271,7 @@ def _is_on(environment: Mapping[str, str], name: str) -> bool:
 
 
 def _whole(environment: Mapping[str, str], name: str, least: int, setting: str = "") -> int:
-    """`setting`: what a topology file calls it."""
+    """Return a whole number of at least `least`; `setting`: its name in a topology file."""
     value = environment.get(name, str(least))
     if not value.isdecimal() or int(value) < least:
         found = f"{setting}: {value}" if setting else f"{name}: {value!r} in the environment"

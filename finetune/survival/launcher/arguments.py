@@ -73,8 +73,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     def wrong(message: str) -> NoReturn:
         raise ConfigError(
-            "launch: "
-            f"{message}; {places.command()} launch --help lists the options before the script"
+            f"launch: {message}; "
+            f"{places.command()} launch --help lists the options before the script"
         )
 
     parser = launch.launch_command_parser()
@@ -119,8 +119,8 @@ def _check_file(path: str) -> None:
     except (OSError, ValueError, yaml.YAMLError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else _one_line(exc)
         raise ConfigError(
-            f"--config_file {path} cannot be read from {os.getcwd()}: "
-            f"{why}; see accelerate_configs/"
+            f"--config_file {path} cannot be read from {os.getcwd()}: {why}; "
+            "see accelerate_configs/"
         ) from exc
     if not isinstance(values, dict):
         raise ConfigError(
@@ -209,8 +209,8 @@ def _environments(
         ):  # those train.py explains
             raise ConfigError(
                 f"{where}: {arguments.num_processes} processes, "
-                "but this distributed_type starts one; take distributed_type: "
-                "MULTI_GPU, as in accelerate_configs/ddp.yaml, also without a GPU"
+                "but this distributed_type starts one; take distributed_type: MULTI_GPU, "
+                "as in accelerate_configs/ddp.yaml, also without a GPU"
             )
         _, environment = launch.prepare_simple_launcher_cmd_env(arguments)
         return [environment]
