@@ -164,7 +164,7 @@ class RunDirectory:
                 path.unlink()
 
     def write_receipt(self, receipt: dict[str, Any], step: int) -> str | None:
-        """Write the receipt of an attempt that starts at `step`; return a note for the user or None.
+        """Write the receipt of an attempt that starts at `step`; return a note, or None.
 
         The receipt describes the attempt that began at step 0. Resuming never changes it: other
         facts go to starts.jsonl. An attempt that finds no checkpoint begins at step 0 again and

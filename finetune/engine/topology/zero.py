@@ -165,7 +165,7 @@ class Zero:
         return own
 
     def files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
-        """Return file name -> what DeepSpeed would save for this process, `copied`; write nothing."""
+        """Return file name -> what DeepSpeed would save for this process, `copied`."""
         files: dict[str, Any] = {}
 
         def keep(state_dict: Any, path: str) -> None:
