@@ -179,7 +179,7 @@ def test_checkpoint_that_cannot_be_loaded_names_its_file_and_an_older_one(worksh
         assert says in said, said
         assert name.split("/")[0] in said, said
         assert said.endswith(
-            f"move it away (from checkpoint.storage too, where that is set) to go on from {older}"
+            f"move it away (from checkpoint.storage too, where that is set) to resume from {older}"
         )
         assert "\n" not in said
         shutil.rmtree(newest)

@@ -291,11 +291,8 @@ class RunDirectory:
         if problem is None and outcome.get("state") not in STATES:
             problem = "is damaged: it names no state"
         if problem is not None and os.path.lexists(self.path / OUTCOME):
-            return (
-                False,
-                f"note: {self.path / OUTCOME} {problem}; "
-                "it is unknown how the run ended, so it continues",
-            )
+            unknown = "how the run ended is unknown, so it continues"
+            return False, f"note: {self.path / OUTCOME} {problem}; {unknown}"
         if outcome.get("state") != "complete":
             return False, None
         if isinstance(outcome.get("model"), dict) and outcome["model"]:

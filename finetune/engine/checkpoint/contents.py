@@ -37,6 +37,10 @@ from finetune.errors import CheckpointError, DamagedCheckpoint, LostCheckpoints
 from finetune.failures import MOST_LETTERS
 
 SHARDS = "shards"
+# What reading a process's damaged JSON can raise.
+MALFORMED = (
+    ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
 # dcp warns when it saves in a single process, which is what we want.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
@@ -189,10 +193,10 @@ def _instead(found: Found) -> str:
     )
     if older is None:
         return (
-            f"put back a copy of it, or move {root} away (and checkpoint.storage, "
-            "where that is set) to start at step 1"
+            f"restore a copy of it, or move {root} away "
+            "(and checkpoint.storage, where that is set) to start at step 1"
         )
-    return f"move it away (from checkpoint.storage too, where that is set) to go on from {older}"
+    return f"move it away (from checkpoint.storage too, where that is set) to resume from {older}"
 
 
 def _read_own(found: Found, topology: Topology) -> None:
@@ -206,14 +210,7 @@ def _read_own(found: Found, topology: Topology) -> None:
         # New processes have saved no scale, and all must use the same: that of process 0.
         path = found.path / _own_name(0)
         topology.restore_scaler(json.loads(path.read_text())["scaler"])
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as exc:
+    except MALFORMED as exc:
         raise DamagedCheckpoint(f"{path} is damaged ({type(exc).__name__}: {exc})") from exc
 
 

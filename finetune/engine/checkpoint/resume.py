@@ -91,11 +91,8 @@ def require_readable(found: Found, topology: Topology) -> None:
             "ZeRO-1 and ZeRO-2 read each other's checkpoints, ZeRO-3 only its own, "
             f"the others those of the others, on any number of processes; {instead}"
         )
-    if (
-        topology.parallel.is_zero
-        and (saved, number) != (topology.name, topology.num_processes)
-        and optimizer != "adamw"
-    ):
+    is_other = (saved, number) != (topology.name, topology.num_processes)
+    if topology.parallel.is_zero and is_other and optimizer != "adamw":
         raise RunDirectoryError(
             f"{found.path} was saved by {saved} on {number} processes, "
             f"and this is {topology.name} on {topology.num_processes}; "

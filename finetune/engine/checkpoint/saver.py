@@ -134,7 +134,7 @@ class Saver:
         self.record(self._facts)
 
     def abandon(self) -> None:
-        """When the run fails for another reason, let a save under way finish, unless it hangs."""
+        """Let a save under way finish, unless it hangs, when the run fails for another reason."""
         if self._thread and self._thread.is_alive():
             self._thread.join(ABANDON_SECONDS)
 
@@ -227,7 +227,7 @@ class Saver:
             self._problem = self._words(exc)
 
     def _use_own_gpu(self) -> None:
-        """A new thread starts on the first GPU, not on the process's own."""
+        """Switch to the process's GPU: a new thread starts on the first one."""
         if self.topology.device.type == "cuda":
             torch.cuda.set_device(self.topology.device)
 

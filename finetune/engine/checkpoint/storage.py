@@ -458,12 +458,12 @@ def _advice(exc: Exception) -> str:
         return "create the bucket, or correct its name or the endpoint"
     if "Credential" in name:
         return (
-            "give credentials through the environment (S3: "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
+            "give credentials through the environment "
+            "(S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
         )
     if _may_pass(exc):
         return (
-            "is the network up, the server well, "
-            "and (S3) AWS_ENDPOINT_URL right? Trying again may help"
+            "check that the network and the server are up and, for S3, "
+            "that AWS_ENDPOINT_URL is right; trying again may help"
         )
-    return "are these the right credentials, and may they list, read, write and delete there?"
+    return "check the credentials, and that they may list, read, write and delete there"

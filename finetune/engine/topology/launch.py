@@ -152,18 +152,15 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Parall
             "fsdp_activation_checkpointing: set it to false: "
             "train.gradient_checkpointing decides, under every topology"
         )
-    if (reshard := environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()) not in (
-        "true",
-        "full_shard",
-    ):
+    reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
+    if reshard not in ("true", "full_shard"):
         raise ConfigError(
             f"fsdp_reshard_after_forward: {reshard}; "
-            "set it to true: after an evaluation layers would stay whole, and go stale; "
-            "weights that stay whole are what accelerate_configs/zero2.yaml has"
+            "set it to true: after an evaluation layers would stay unsharded, and go stale; "
+            "to keep whole weights on every process, take accelerate_configs/zero2.yaml"
         )
-    if (
-        policy := environment.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
-    ) != "TRANSFORMER_BASED_WRAP":
+    by_layer = "TRANSFORMER_BASED_WRAP"
+    if (policy := environment.get("FSDP_AUTO_WRAP_POLICY", by_layer)) != by_layer:
         raise ConfigError(
             f"fsdp_auto_wrap_policy: {policy}; set TRANSFORMER_BASED_WRAP: "
             "every layer is sharded by itself"
