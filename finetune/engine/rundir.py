@@ -98,7 +98,7 @@ class RunDirectory:
         if nearest.is_dir() and os.statvfs(nearest).f_flag & os.ST_RDONLY:
             raise Outage(
                 f"{self.path} cannot be written now: {nearest} is on a "
-                "disk that is mounted read-only; mount it to be written, or choose another run.dir"
+                "disk that is mounted read-only; remount it read-write, or choose another run.dir"
             )
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             why = "no permission in" if nearest.is_dir() else "there is a file called"
@@ -304,8 +304,8 @@ class RunDirectory:
         if problem is not None:
             raise RunDirectoryError(
                 f"{self.path} is complete, but its receipt.json {problem}, "
-                "so it is unclear whether it is this run; "
-                f"put it back, or give this run another run.name. Its model is whole: {self.model}"
+                "so it may be another run; put it back, "
+                f"or give this run another run.name. Its model is complete: {self.model}"
             )
         known = receipt.get("identity")
         if not isinstance(known, dict):  # an older version had only rows, tokenizer and template

@@ -148,7 +148,7 @@ class StopFlag:
             if self.reason == DEADLINE and not self._has_begun:
                 raise CheckpointError(
                     f"{DEADLINE} before the first step of this attempt, "
-                    "and would be every time; raise them"
+                    "and would be over at every start; raise them"
                 )
             if not self._has_begun:
                 raise _preempted(self.reason, self.reason)

@@ -193,8 +193,8 @@ def _instead(found: Found) -> str:
     )
     if older is None:
         return (
-            f"restore a copy of it, or move {root} away "
-            "(and checkpoint.storage, where that is set) to start at step 1"
+            f"restore a copy of it, or move {root} away (and checkpoint.storage, "
+            "where that is set) to start at step 1"
         )
     return f"move it away (from checkpoint.storage too, where that is set) to resume from {older}"
 

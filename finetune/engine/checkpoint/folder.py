@@ -178,7 +178,7 @@ def require_step(path: Path, num_steps: int | None) -> None:
     """Raise ValueError if a checkpoint is beyond the run's last step, which would export it."""
     step = step_of(path.name)
     if step is not None and num_steps is not None and step > num_steps:
-        raise ValueError(f"it says step {step}, and the run has {num_steps} steps")
+        raise ValueError(f"it is of step {step}, but the run has {num_steps} steps")
 
 
 def verified(path: Path) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     if manifest.pop("sha256", None) != json_sha256(manifest):
-        raise ValueError(f"{MANIFEST} is corrupt: its sha256 differs from what it says")
+        raise ValueError(f"{MANIFEST} is corrupt: its content does not match its sha256")
     if type(format := manifest.get("format")) is int and format != FORMAT:
         raise OtherFormat(
             f"{path} was written by another version of this program (format {format}, "
@@ -242,7 +242,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     _require_shape(manifest)
     if manifest["progress"]["step"] != step_of(path.name.removeprefix(".fetching-")):
-        raise ValueError(f"{MANIFEST} is not that of {path.name}")
+        raise ValueError(f"{MANIFEST} belongs to another step than {path.name}")
     return manifest
 
 

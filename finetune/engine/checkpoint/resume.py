@@ -89,7 +89,7 @@ def require_readable(found: Found, topology: Topology) -> None:
         raise RunDirectoryError(
             f"{found.path} was saved by {saved}, and this is {topology.name}; "
             "ZeRO-1 and ZeRO-2 read each other's checkpoints, ZeRO-3 only its own, "
-            f"the others those of the others, on any number of processes; {instead}"
+            f"the other topologies each other's, on any number of processes; {instead}"
         )
     is_other = (saved, number) != (topology.name, topology.num_processes)
     if topology.parallel.is_zero and is_other and optimizer != "adamw":

@@ -360,7 +360,7 @@ def _require_url(url: str) -> str:
     if not rest.strip("/"):
         raise _refused(f"got {url!r}, which names no bucket or folder")
     if protocol == "memory":
-        raise _refused("memory:// ends with the process; take a store that does not")
+        raise _refused("memory:// vanishes with the process; take a lasting store, such as s3://")
     if protocol in ("file", "local") and not rest.startswith("/"):
         raise _refused(
             f"got {url!r}; give the whole path, "
@@ -458,12 +458,12 @@ def _advice(exc: Exception) -> str:
         return "create the bucket, or correct its name or the endpoint"
     if "Credential" in name:
         return (
-            "give credentials through the environment "
-            "(S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
+            "give credentials through the environment (S3: "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
         )
     if _may_pass(exc):
         return (
-            "check that the network and the server are up and, for S3, "
-            "that AWS_ENDPOINT_URL is right; trying again may help"
+            "check that the network and the server are up and, "
+            "for S3, that AWS_ENDPOINT_URL is right; trying again may help"
         )
     return "check the credentials, and that they may list, read, write and delete there"

@@ -155,7 +155,7 @@ class Fsdp2:
                 )
             share = math.ceil(parameter.shape[0] / shards) * parameter.shape[1:].numel()
             if parameter.to_local().numel() > share:
-                raise ConfigError(f"FSDP2 was asked for, but {name} lies whole on every process")
+                raise ConfigError(f"FSDP2 was asked for, but {name} is whole on every process")
         if not isinstance(root, FSDPModule):
             raise ConfigError("FSDP2 was asked for, but the model was not wrapped")
 

@@ -78,7 +78,7 @@ def read(environment: Mapping[str, str] = os.environ) -> ParallelConfig:
     if _is_on(environment, "ACCELERATE_USE_CPU") and "WORLD_SIZE" not in environment:
         raise ConfigError(
             "use_cpu: true makes accelerate launch start one process and ignores num_processes; "
-            "set it to false (without a GPU train.py takes the CPU by itself), "
+            "set it to false (without a GPU train.py uses the CPU by itself), "
             "as in accelerate_configs/cpu_debug.yaml"
         )
     if (steps := environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
@@ -214,7 +214,7 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> P
     if file.lower() == "none":
         raise ConfigError(
             "the topology file has no deepspeed_config_file; "
-            "point it at a file as those in ds_configs/"
+            "point it at a file like those in ds_configs/"
         )
     try:
         values = json.loads(Path(found(file)).read_text())
@@ -224,7 +224,7 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> P
         ) from exc
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{file} holds no settings, but a {type(values).__name__}; see ds_configs/"
+            f"{file} holds a {type(values).__name__} instead of settings; see ds_configs/"
         )
     for key, owner in OWNED.items():
         if values.get(key, "auto") != "auto":
@@ -232,7 +232,7 @@ def _deepspeed(environment: Mapping[str, str], number: int, precision: str) -> P
     if unknown := [key for key in values if key not in (*KEYS, *OWNED)]:
         raise ConfigError(
             f"{file}: {unknown[0]} is untested; "
-            f"remove it: a file holds zero_optimization, {', '.join(KEYS[1:])}"
+            f"remove it: a file may hold only zero_optimization, {', '.join(KEYS[1:])}"
         )
     zero = values.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero

@@ -30,8 +30,8 @@ def read(argv: list[str]) -> tuple[list[dict[str, str]], list[str]]:
     """Return the environments of this node's processes, and the command that each runs."""
     if not argv:
         raise ConfigError(
-            "launch was given no script; "
-            f"{places.command()} launch train.py --config configs/my_run.yaml"
+            f"launch needs a script: {places.command()} "
+            "launch train.py --config configs/my_run.yaml"
         )
     if not argv[0].startswith("-"):  # without Accelerate, whose import takes seconds
         return [dict(os.environ)], _command(argv[0], argv[1:])
@@ -101,8 +101,8 @@ def _command(
     script = found(script)
     if not Path(script).is_file():
         raise ConfigError(
-            f"no script {script} in {os.getcwd()}; "
-            "what follows the launcher's options is the script and its own options"
+            f"found no script {script} in {os.getcwd()}; "
+            "give the script and its options after the launcher's options"
         )
     return [sys.executable, script, *arguments]
 
@@ -120,7 +120,7 @@ def _check_file(path: str) -> None:
         ) from exc
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path} holds no settings, but a {type(values).__name__}; see accelerate_configs/"
+            f"{path} holds a {type(values).__name__} instead of settings; see accelerate_configs/"
         )
     if (machine := values.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
         raise ConfigError(
@@ -154,8 +154,8 @@ def _check(arguments: argparse.Namespace, where: str) -> None:
     processes, nodes = arguments.num_processes, arguments.num_machines
     if processes % nodes:
         raise ConfigError(
-            f"{where}: num_processes counts those of all nodes: {processes} cannot be shared "
-            f"out to num_machines: {nodes}; give --num_processes $(({nodes} * GPUs of a node))"
+            f"{where}: num_processes counts those of all nodes: {processes} cannot be "
+            f"divided by num_machines: {nodes}; give --num_processes $(({nodes} * GPUs of a node))"
         )
     if arguments.machine_rank >= nodes:
         raise ConfigError(
