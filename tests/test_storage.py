@@ -527,7 +527,7 @@ def test_wrong_credentials_are_said(s3, server, tmp_path):
         "cannot be written to (PermissionError: The AWS Access Key Id you provided does not exist"
         in message
     )
-    assert "may they list, read, write and delete there" in message
+    assert "that they may list, read, write and delete there" in message
 
 
 @pytest.mark.slow

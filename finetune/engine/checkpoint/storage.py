@@ -210,28 +210,21 @@ class Storage:
         for name in self._listing("checkpoints"):
             if folder.step_of(name.split("/")[0]) is not None:
                 found.setdefault(name.split("/")[0], []).append(name)
-        whole = {
-            checkpoint for checkpoint, names in found.items() if f"{checkpoint}/{MANIFEST}" in names
-        }
+        whole = {name for name, objects in found.items() if f"{name}/{MANIFEST}" in objects}
         keep = {*sorted(whole, reverse=True)[:keep_last], *protected}
         if whole:
             for checkpoint in sorted(found.keys() - keep):
                 if checkpoint in whole or checkpoint < max(whole):
-                    for name in sorted(
-                        found[checkpoint], key=lambda name: PurePosixPath(name).name != MANIFEST
-                    ):
+                    names = found[checkpoint]
+                    for name in sorted(names, key=lambda n: PurePosixPath(n).name != MANIFEST):
                         self._remove(f"checkpoints/{name}")
 
     def claim(self) -> None:
         """Make this process the run's writer; the previous one stops at its next write."""
         token, now = secrets.token_hex(16), datetime.now(UTC).isoformat(timespec="seconds")
         writer = {"host": socket.gethostname(), "pid": os.getpid(), "time": now, "token": token}
-        self._attempt(
-            f"writing {CLAIM}",
-            self._fs.pipe_file,
-            f"{self._root}/{CLAIM}",
-            json.dumps(writer).encode(),
-        )
+        path, content = f"{self._root}/{CLAIM}", json.dumps(writer).encode()
+        self._attempt(f"writing {CLAIM}", self._fs.pipe_file, path, content)
         self._token = token
 
     def require_claim(self) -> None:
@@ -342,9 +335,8 @@ def _require_url(url: str) -> str:
     protocol, separator, rest = url.partition("://")
     host = rest.split("/")[0]  # a bucket; for Azure it may be container@account
     in_host = ":" in host and protocol in PACKAGES and not host.startswith("arn:")
-    if in_host or (
-        "@" in url and not (protocol in AZURE and re.fullmatch(r"[\w-]+@[\w.-]+(/[^@]*)?", rest))
-    ):
+    is_account = protocol in AZURE and re.fullmatch(r"[\w-]+@[\w.-]+(/[^@]*)?", rest)
+    if in_host or ("@" in url and not is_account):
         raise _refused(
             "the URL holds a user name, a password or a key (not repeated here); "
             "write protocol://bucket/folder, and give credentials through the environment"
@@ -446,10 +438,9 @@ def _plain(exc: Exception) -> str:
 def _may_pass(exc: Exception) -> bool:
     """Return whether an error may pass by itself: the network is down or the server is busy."""
     name, busy = type(exc).__name__, (errno.EBUSY, errno.EIO, errno.EAGAIN)
-    unreachable = (
-        isinstance(exc, (ConnectionError, TimeoutError)) or "Connect" in name or "Timeout" in name
-    )
-    return unreachable or (isinstance(exc, OSError) and exc.errno in busy)
+    if isinstance(exc, (ConnectionError, TimeoutError)) or "Connect" in name or "Timeout" in name:
+        return True
+    return isinstance(exc, OSError) and exc.errno in busy
 
 
 def _advice(exc: Exception) -> str:
