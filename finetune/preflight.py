@@ -621,7 +621,7 @@ def _quartiles(lengths: np.ndarray) -> str:
 
 def _marked(examples: Any, tokenizer: Any) -> str:
     """The first example decoded, its supervised runs in double brackets."""
-    part = slice(examples.starts[0], examples.ends[0])
+    part = slice(examples.document_starts[0], examples.document_ends[0])
     ids, supervised = np.asarray(examples.input_ids[part]), np.asarray(examples.supervised[part])
     cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1), len(ids)]
     # Not run by run: some tokenizers take a space from the beginning of what they decode.

@@ -135,7 +135,10 @@ def test_the_first_example_is_shown_with_its_spaces():
     ids = tokenizer("What ever is it", add_special_tokens=False)["input_ids"]
     supervised = np.array(["ever" in tokenizer.convert_ids_to_tokens(i) for i in ids])
     example = SimpleNamespace(
-        starts=[0], ends=[len(ids)], input_ids=np.array(ids), supervised=supervised
+        document_starts=[0],
+        document_ends=[len(ids)],
+        input_ids=np.array(ids),
+        supervised=supervised,
     )
     assert preflight._marked(example, tokenizer) == "  | What[[ ever]] is it"
 

@@ -204,7 +204,7 @@ def desk(tmp_path):
 
 def of(examples: Examples, number: int = 0) -> tuple[list[int], list[bool]]:
     """Token ids of one example, and which of them are learned."""
-    part = slice(examples.starts[number], examples.ends[number])
+    part = slice(examples.document_starts[number], examples.document_ends[number])
     return examples.input_ids[part].tolist(), examples.supervised[part].tolist()
 
 

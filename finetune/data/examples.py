@@ -39,7 +39,7 @@ ARRAYS = ("input_ids", "supervised", "ends", "places")
 class Examples:
     """Tokenised rows in memory-mapped arrays.
 
-    input_ids: int32 [all tokens]; supervised: bool [all tokens]; starts, ends: int64 [documents],
+    input_ids: int32 [all tokens]; supervised: bool [all tokens]; document_starts, document_ends: int64 [documents],
     where each document lies in them; source, line, row: int64 [examples], where the row of an
     example stands in the user's files. example_ends: int64 [examples], the number of documents of
     all examples up to each; None: each example is one document.
@@ -47,8 +47,8 @@ class Examples:
 
     input_ids: np.ndarray
     supervised: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
+    document_starts: np.ndarray
+    document_ends: np.ndarray
     source: np.ndarray
     line: np.ndarray
     row: np.ndarray
@@ -86,7 +86,7 @@ class Examples:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64 [examples]."""
-        return self._per_example(self.ends - self.starts)
+        return self._per_example(self.document_ends - self.document_starts)
 
     @functools.cached_property
     def num_supervised(self) -> np.ndarray:
@@ -94,9 +94,10 @@ class Examples:
         int64 [examples].
         """
         counts = (
-            np.count_nonzero(self.supervised[s + 1 : e]) for s, e in zip(self.starts, self.ends)
+            np.count_nonzero(self.supervised[s + 1 : e])
+            for s, e in zip(self.document_starts, self.document_ends)
         )
-        return self._per_example(np.fromiter(counts, np.int64, len(self.starts)))
+        return self._per_example(np.fromiter(counts, np.int64, len(self.document_starts)))
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -135,7 +136,11 @@ class Examples:
         for example in range(len(self)):
             digest = hashlib.blake2b(digest_size=16)
             for number in self.documents(example):
-                digest.update(self.input_ids[self.starts[number] : self.ends[number]].tobytes())
+                digest.update(
+                    self.input_ids[
+                        self.document_starts[number] : self.document_ends[number]
+                    ].tobytes()
+                )
             found.append(digest.digest())
         return found
 
@@ -145,7 +150,7 @@ class Examples:
             members = [self.documents(example) for example in chosen]
             documents, ends = np.concatenate(members), np.cumsum([len(each) for each in members])
         return replace(
-            self, starts=self.starts[documents], ends=self.ends[documents], source=self.source[chosen],
+            self, document_starts=self.document_starts[documents], document_ends=self.document_ends[documents], source=self.source[chosen],
             line=self.line[chosen], row=self.row[chosen], example_ends=ends,
         )  # fmt: skip
 
