@@ -123,8 +123,7 @@ def _receipt(run: Path) -> dict[str, Any]:
     if number > on_this_node:
         raise RunDirectoryError(
             f"{run} ran on {number} processes of several nodes; give each node its launcher line "
-            "again, with another --run.name "
-            f"and {REPLAY_OF}={run} in its environment"
+            f"again, with another --run.name and {REPLAY_OF}={run} in its environment"
         )
     return receipt
 
@@ -158,8 +157,8 @@ def _require_metrics(run: Path, every: int) -> None:
     ]:
         raise RunDirectoryError(
             f"{run / 'metrics.jsonl'} has no line for {len(missing)} of the {last} steps, the "
-            f"first is step {missing[0]}, so there is "
-            "nothing to compare with; put back a copy of it"
+            f"first is step {missing[0]}, so there is nothing to compare with; put back a copy of "
+            "it"
         )
 
 
@@ -191,8 +190,7 @@ def _compare(run: Path, again: Path, part: float) -> int:
         step = different[0]
         print(
             f"not the same {how}: {len(different)} of {len(one)} steps differ, the first is step "
-            f"{step}: "
-            f"(loss, gradient norm) was {one.get(step)}, now {other.get(step)}"
+            f"{step}: (loss, gradient norm) was {one.get(step)}, now {other.get(step)}"
         )
         return EXIT_FAILED
     print(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY_LLAMA, write_jsonl
 
-from finetune import preflight
+from finetune import summary
 from finetune.errors import ConfigError
 
 MIXTRAL = {**TINY_LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -140,7 +140,7 @@ def test_the_first_example_is_shown_with_its_spaces():
         input_ids=np.array(ids),
         supervised=supervised,
     )
-    assert preflight._marked(example, tokenizer) == "  | What[[ ever]] is it"
+    assert summary._marked(example, tokenizer) == "  | What[[ ever]] is it"
 
 
 def test_rows_that_fit_a_template_are_trained_though_the_shortest_conversation_does_not_fit(

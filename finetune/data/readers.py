@@ -31,9 +31,8 @@ from finetune.files import sha256
 # Types that other tools read. A name with such an ending is a file, also where no file has it.
 OTHER_TYPES = (
     ".7z .arrow .avro .bin .bz2 .db .doc .docx .epub .feather .gz .h5 .hdf5 .htm .html .jl "
-    ".jsonlines .log .lz4 .md .ndjson .npy .npz .ods .orc "
-    ".pdf .pkl .psv .pt .rar .rtf .sql .sqlite .tar .tex .text .tgz .xls .xlsx .xml .xz .yaml .yml "
-    ".zip .zst"
+    ".jsonlines .log .lz4 .md .ndjson .npy .npz .ods .orc .pdf .pkl .psv .pt .rar .rtf .sql "
+    ".sqlite .tar .tex .text .tgz .xls .xlsx .xml .xz .yaml .yml .zip .zst"
 ).split()
 # Files that describe data, by name and ending.
 DESCRIPTIONS = {
@@ -241,8 +240,8 @@ def _of_split(
             everything = printable(os.path.join(name, "**", "*"))
             raise DataError(
                 f"data.train: {held} named as rows to hold out, and no file of {printable(name)} "
-                "is named as training rows; "
-                f"list the files to train on, or write {everything} to train on all of them"
+                f"is named as training rows; list the files to train on, or write {everything} to "
+                "train on all of them"
             )
     elif held_out and has_train:
         best = "validation" if "validation" in splits.values() else "test"
@@ -312,8 +311,8 @@ def _absent(name: str, key: str = "data.train") -> DataError:
         hint = f"; it was not searched on the Hub, because {printable(folder)} is a local folder"
     return DataError(
         f"{printable(name) or '(empty name)'}: no such file in "
-        f"{printable(places.looked_in())}{hint}; "
-        f"{takes} files, folders, globs, or Hub names as owner/name[:split]"
+        f"{printable(places.looked_in())}{hint}; {takes} files, folders, globs, or Hub names as "
+        "owner/name[:split]"
     )
 
 
@@ -463,8 +462,7 @@ def _require_text(source: str, start: bytes) -> None:
     if b"\r" in start[:-1] and b"\n" not in start:
         raise DataError(
             f"{printable(source)}:1: lines end in CR alone, as on an old Macintosh; convert them, "
-            "for example with "
-            f"tr '\\r' '\\n' < {printable(source)} > {_converted(source)}"
+            f"for example with tr '\\r' '\\n' < {printable(source)} > {_converted(source)}"
         )
     if b"\0" in start:
         even, odd = start[::2].count(0), start[1::2].count(0)

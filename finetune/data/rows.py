@@ -60,19 +60,18 @@ SHAREGPT_ROLES = {
 # quality, correctness, toxic, valid, flagged, best.
 VERDICTS = set(
     "accepted approved bad chosen correct desirable dislike disliked downvoted fail failed "
-    "feedback good grade hallucinated hallucination "
-    "harmful harmless helpful helpfulness incorrect kto label labels liked margin ok pass passed "
-    "preference preferred rating ratings "
-    "rejected reward rewards safe score scores thumb thumbs unsafe upvoted verdict win winner won "
+    "feedback good grade hallucinated hallucination harmful harmless helpful helpfulness incorrect "
+    "kto label labels liked margin ok pass passed preference preferred rating ratings rejected "
+    "reward rewards safe score scores thumb thumbs unsafe upvoted verdict win winner won "
     "wrong".split()
 )
 # Words next to them that make the name one of something else: label_id, search_score, reward_date.
 OTHER_MEANINGS = set("at count date id ids index page path position search time url zip".split())
 VERDICT_VALUES = set(
     "true false t f yes no y n good bad great poor excellent terrible better worse best worst high "
-    "medium low positive negative neutral "
-    "desirable undesirable correct incorrect right wrong valid invalid ok pass passed fail failed "
-    "accepted approved rejected chosen preferred safe unsafe toxic "
+    "medium low positive negative neutral desirable undesirable correct incorrect right wrong "
+    "valid invalid ok pass passed fail failed accepted approved rejected chosen preferred safe "
+    "unsafe toxic "
     "harmful harmless helpful unhelpful win won loss lost tie up down 👍 👎".split()
 )
 _NUMBER = r"[+-]?\d*[.,]?\d+(e[+-]?\d+)?"
@@ -175,8 +174,8 @@ def formatted(row: Row, format: str) -> Row | None:
     made = Row(row.place, values)
     if _fitting(made, {}) is None:
         raise DataError(
-            f"{row.place}: data.format: {code} gives columns {list_columns(sorted(values))}, "
-            f"which fit no format ({SHAPES})"
+            f"{row.place}: data.format: {code} gives columns {list_columns(sorted(values))}, which "
+            f"fit no format ({SHAPES})"
         )
     return made
 
@@ -479,10 +478,9 @@ def _require_no_verdict(row: Row, taken: Mapping[str, str]) -> None:
         if column not in read and _is_verdict(row.values[column], column):
             raise DataError(
                 f"{row.place}: column {column!r} ({short(row.values[column])}) says how good an "
-                "answer is, but training would learn every answer "
-                "as a good one; preference, KTO and reward training are not supported yet: keep "
-                "the good rows and "
-                f"drop the column, or rename it to '_{column}' if it means something else"
+                "answer is, but training would learn every answer as a good one; preference, KTO "
+                "and reward training are not supported yet: keep the good rows and drop the "
+                f"column, or rename it to '_{column}' if it means something else"
             )
 
 
@@ -716,15 +714,13 @@ def _require_nothing_lost(where: str, turn: dict[str, Any], learned: bool) -> No
         ):
             raise DataError(
                 f"{where} has {key!r}, which would be ignored ({short(value)}), and training would "
-                "learn every answer; remove what "
-                "should not be learned, and the key with it; if it means something else, rename "
-                f"it to '_{key}'"
+                "learn every answer; remove what should not be learned, and the key with it; if it "
+                f"means something else, rename it to '_{key}'"
             )
     for key in _verdict_columns(extra) if learned and turn["role"] == "assistant" else ():
         if not _words(key) & LEARNING and _is_verdict(turn[key], key):
             raise DataError(
                 f"{where} has {key!r}, which would be ignored ({short(turn[key])}): it says how "
-                "good the answer is, but training would learn "
-                "every answer as a good one; keep the good ones and remove the key, or rename it "
-                f"to '_{key}' if it means something else"
+                "good the answer is, but training would learn every answer as a good one; keep the "
+                f"good ones and remove the key, or rename it to '_{key}' if it means something else"
             )

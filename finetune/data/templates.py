@@ -190,8 +190,8 @@ class Template:
         if messages[0].role == "text":
             if loss_on != "all":
                 raise DataError(
-                    f"{conversation.place}: is plain text without an answer, but objective.kind: sft learns answers; "
-                    "use objective.kind: clm, or rows with prompts and answers"
+                    f"{conversation.place}: is plain text without an answer, but objective.kind: "
+                    "sft learns answers; use objective.kind: clm, or rows with prompts and answers"
                 )
             return [Segment(messages[0].content, True)]
         text = self._render(conversation)
@@ -269,8 +269,9 @@ class Template:
             raise self._differs(conversation, turn)
         if not _holds(text[start:end], messages[turn].content):
             raise DataError(
-                f"{place}: data.template {self.name!r} drops or rewrites the answer {_short(messages[turn].content)}: "
-                f"it renders {_short(text[start:end])}; use another data.template, or data.loss_on: last_turn"
+                f"{place}: data.template {self.name!r} drops or rewrites the answer "
+                f"{_short(messages[turn].content)}: it renders {_short(text[start:end])}; use "
+                "another data.template, or data.loss_on: last_turn"
             )
         return start, end
 
@@ -285,9 +286,10 @@ class Template:
         )
         if not text.startswith(asked):
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} renders the prompt of message {turn + 1} differently once the "
-                "answer is there, so what is trained would not be what is asked; use data.loss_on: last_turn, or a template "
-                "whose add_generation_prompt gives what stands before the answer"
+                f"{conversation.place}: data.template {self.name!r} renders the prompt of message "
+                f"{turn + 1} differently once the answer is there, so what is trained would not be "
+                "what is asked; use data.loss_on: last_turn, or a template whose "
+                "add_generation_prompt gives what stands before the answer"
             )
         if self.learn_opening or asked.endswith(self.opening):
             return asked
@@ -300,9 +302,10 @@ class Template:
 
     def _differs(self, conversation: Conversation, turn: int) -> DataError:
         return DataError(
-            f"{conversation.place}: data.template {self.name!r} renders the answer in message {turn + 1} differently once later "
-            "turns are there, so what is trained would not be what is asked; use data.loss_on: last_turn, or make a row of "
-            "each answer with the turns before it"
+            f"{conversation.place}: data.template {self.name!r} renders the answer in message "
+            f"{turn + 1} differently once later turns are there, so what is trained would not be "
+            "what is asked; use data.loss_on: last_turn, or make a row of each answer with the "
+            "turns before it"
         )
 
     def _end(self, conversation: Conversation, text: str, start: int, turn: int) -> int:
@@ -314,13 +317,14 @@ class Template:
         end = moved.find(_MARK)
         if end < start:
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} drops the answer in message {turn + 1} "
-                f"({_short(messages[turn].content)}); use another data.template"
+                f"{conversation.place}: data.template {self.name!r} drops the answer in message "
+                f"{turn + 1} ({_short(messages[turn].content)}); use another data.template"
             )
         if moved.count(_MARK) > 1:
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} writes the answer in message {turn + 1} more than once "
-                f"({_short(messages[turn].content)}); correct the template, or use another data.template"
+                f"{conversation.place}: data.template {self.name!r} writes the answer in message "
+                f"{turn + 1} more than once ({_short(messages[turn].content)}); correct the "
+                "template, or use another data.template"
             )
         return self._with_turn_end(text, end)
 
@@ -349,8 +353,9 @@ class Template:
         ]
         if len(spans) != len(assistants):
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} marks {len(spans)} {{% generation %}} blocks "
-                f"for {len(assistants)} assistant messages; there should be one around each"
+                f"{conversation.place}: data.template {self.name!r} marks {len(spans)} {{% "
+                f"generation %}} blocks for {len(assistants)} assistant messages; there should be "
+                "one around each"
             )
         return [spans[assistants.index(turn)] for turn in answers]
 
@@ -376,12 +381,12 @@ class Template:
                 continue
             if message.from_setting:
                 raise ConfigError(
-                    f"data.system_prompt: would be ignored: data.template {self.name!r} drops or changes system messages; "
-                    "remove the setting, or use another data.template"
+                    f"data.system_prompt: would be ignored: data.template {self.name!r} drops or "
+                    "changes system messages; remove the setting, or use another data.template"
                 )
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} drops or changes the {message.role} message {number} "
-                f"({_short(says)}); use another data.template"
+                f"{conversation.place}: data.template {self.name!r} drops or changes the "
+                f"{message.role} message {number} ({_short(says)}); use another data.template"
             )
 
     def _plain(self, conversation: Conversation) -> list[dict[str, str]]:
@@ -415,8 +420,9 @@ class Template:
             return text
         except UnicodeEncodeError as exc:
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} writes {exc.object[exc.start]!a}, half of a character, "
-                "which no tokenizer can read; correct the template"
+                f"{conversation.place}: data.template {self.name!r} writes "
+                f"{exc.object[exc.start]!a}, half of a character, which no tokenizer can read; "
+                "correct the template"
             ) from exc
         except Exception as exc:  # a template is a program: it can divide by zero, or never end
             fails = f"{conversation.place}: data.template {self.name!r} fails: {type(exc).__name__}: {exc}"
@@ -426,8 +432,8 @@ class Template:
                 conversation.messages[1:], add_generation_prompt
             ):
                 raise ConfigError(
-                    f"data.system_prompt: data.template {self.name!r} takes no system message: {type(exc).__name__}: {exc}; "
-                    "remove the setting, or use another data.template"
+                    f"data.system_prompt: data.template {self.name!r} takes no system message: "
+                    f"{type(exc).__name__}: {exc}; remove the setting, or use another data.template"
                 ) from exc
             raise DataError(fails + self._remedy(conversation, add_generation_prompt)) from exc
 
@@ -505,12 +511,13 @@ def load(
         )
     if _is_random(found):
         raise DataError(
-            f"data.template: {found.name}: uses chance (random, lipsum), so each start would train other text; use another template"
+            f"data.template: {found.name}: uses chance (random, lipsum), so each start would train "
+            "other text; use another template"
         )
     if date is not None and _writes_time(found):
         raise DataError(
-            f"data.template: {found.name}: writes the time, so each prompt would differ from those of training; take it out of "
-            "the template (the date alone may stay)"
+            f"data.template: {found.name}: writes the time, so each prompt would differ from those "
+            "of training; take it out of the template (the date alone may stay)"
         )
     return replace(found, date=date if found.writes_date else None)
 
@@ -530,13 +537,15 @@ def _find(
     if name == "chat":
         if not chat_template:
             raise DataError(
-                f"data.template: chat, but the tokenizer has no chat template; use one of {', '.join(BUILT_IN)}, or a .jinja file"
+                "data.template: chat, but the tokenizer has no chat template; use one of "
+                f"{', '.join(BUILT_IN)}, or a .jinja file"
             )
         if not isinstance(chat_template, str):
             if "default" not in chat_template:
                 raise DataError(
-                    f"data.template: the tokenizer has the chat templates {', '.join(chat_template)}, but none called default; "
-                    "write the one you want into a .jinja file and give that"
+                    "data.template: the tokenizer has the chat templates "
+                    f"{', '.join(chat_template)}, but none called default; write the one you want "
+                    "into a .jinja file and give that"
                 )
             chat_template = chat_template["default"]
         return Template(name, chat_template, special_tokens, turn_ends)
@@ -548,8 +557,9 @@ def _find(
         ]
         if missing:
             raise DataError(
-                f"data.template: chatml ends turns with the token <|im_end|>, but the tokenizer has no {' and '.join(missing)}; "
-                f"add them with model.new_tokens: [{', '.join(missing)}], or use question_answer, alpaca or llama2"
+                "data.template: chatml ends turns with the token <|im_end|>, but the tokenizer has "
+                f"no {' and '.join(missing)}; add them with model.new_tokens: "
+                f"[{', '.join(missing)}], or use question_answer, alpaca or llama2"
             )
         return Template(name, BUILT_IN[name], special_tokens, turn_ends)
     if name.endswith(".jinja"):

@@ -459,8 +459,7 @@ class _Finisher:
         if begins and again.size and not self.tokenizer.decode(ids[1 : 1 + again[0]]).strip():
             raise DataError(
                 f"{conversation.place}: data.template {self.template.name!r} begins with more than "
-                "one BOS "
-                f"{self.tokenizer.bos_token!r}; write it once, or leave it to the tokenizer"
+                f"one BOS {self.tokenizer.bos_token!r}; write it once, or leave it to the tokenizer"
             )
         if is_text or self.template.stop_of(segments) is None:
             if self.eos_id is None:
@@ -510,8 +509,8 @@ def _lengths(lengths: list[int], too_long: int, options: Options) -> str:
     longest, usual = max(lengths), int(np.percentile(lengths, 95, method="higher"))
     return (
         f"{too_long:,} rows are longer than data.max_length {limit}; of all {len(lengths):,} the "
-        f"longest has {longest:,} tokens and 95% "
-        f"have at most {usual:,}: {fitting(longest, limit, options.positions)}"
+        f"longest has {longest:,} tokens and 95% have at most {usual:,}: "
+        f"{fitting(longest, limit, options.positions)}"
     )
 
 

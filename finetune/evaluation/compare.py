@@ -301,8 +301,7 @@ def report(
     if any(cut.values()):
         lines.append(
             f"{'cut':<16}{cut['base']:>8}{cut['tuned']:>8}   answers not ended after "
-            f"{max_new_tokens} tokens, "
-            "and scored as they are; raise --max-new-tokens"
+            f"{max_new_tokens} tokens, and scored as they are; raise --max-new-tokens"
         )
     for conversation, right, base, tuned in list(
         zip(conversations, wanted, given["base"], given["tuned"])

@@ -75,8 +75,8 @@ def answers(
     if long := sum(len(ids) > most for ids in encoded):
         log(
             f"note: {long} of {len(encoded)} prompts are over {most} tokens, what the model's "
-            f"{context} positions leave next to "
-            f"answers of {max_new_tokens}; their beginnings are cut off"
+            f"{context} positions leave next to answers of {max_new_tokens}; their beginnings are "
+            "cut off"
         )
     encoded = [_cut(ids, most, tokenizer) for ids in encoded]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
