@@ -248,9 +248,9 @@ def read(
         )
     try:
         if format == "auto":
-            format = rows.detect_format(found, "line", columns, learned=False)
+            format = rows.detect_format(found, "line", columns, for_training=False)
         stream = rows.conversations(
-            found, format, columns, "line", None, problems, unread, learned=False
+            found, format, columns, "line", None, problems, unread, for_training=False
         )
         read = list(islice(stream, limit))
         problems.raise_if_any()
