@@ -527,7 +527,7 @@ def test_an_unknown_template_is_told_the_known_ones():
     with pytest.raises(DataError) as caught:
         templates.load("vicuna", "messages", None, SPECIAL, VOCABULARY)
     assert (
-        "data.template: 'vicuna' is none of auto, chat, plain, question_answer, alpaca, llama2, "
+        "data.template: 'vicuna' is not one of auto, chat, plain, question_answer, alpaca, llama2, "
         "chatml" in str(caught.value)
     )
 

@@ -161,8 +161,8 @@ def prepare(
 ) -> Examples:
     """Return the tokenised rows of all sources (name -> hash of its content), cached.
 
-    Every process may call this at once: the first builds and the others wait on a file lock, so that
-    no collective can time out. Raises DataError that names file and line.
+    Every process may call this at once: the first builds and the others wait on a file lock, so
+    that no collective can time out. Raises DataError that names file and line.
     """
     names = list(sources)
     identity = {
@@ -303,7 +303,7 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
 
 
 def draw(examples: Examples, max_rows: int, seed: int) -> Examples:
-    """Return the examples of at most `max_rows` rows drawn at random, the same for the same seed."""
+    """Draw the examples of at most `max_rows` rows at random, the same for the same seed."""
     places = np.stack([examples.source, examples.line, examples.row])
     row = np.unique(places, axis=1, return_inverse=True)[1]
     chosen = np.random.default_rng([seed, 0xD4A]).permutation(row.max() + 1)[:max_rows]

@@ -408,7 +408,7 @@ def check(
     system_prompt: str | None,
     most: int = MOST_CHECKED,
 ) -> None:
-    """Raise DataError for rows that no tokenizer can mend, before anything is fetched.
+    """Raise DataError for rows that are wrong with any tokenizer, before anything is fetched.
 
     `groups`: the files of data.train, and those of data.eval. Reads the first `most` rows of each,
     and all of them once one is wrong; tokenising checks the rest.
