@@ -281,8 +281,8 @@ def tokenise(
         rendered = _rendered(batch, template, control, options, most, problems, made.counts)
         if len(problems) > problems.count(TOO_LONG):
             continue  # read the rest only to count wrong rows
-        opens_itself = any(template.opens_itself(segments) for _, segments in rendered)
-        if opens_itself and not template.learn_opening:
+        opened = (template.opens_itself(segments) for _, segments in rendered)
+        if not template.learn_opening and any(opened):
             bar.close()
             return tokenise(sources, replace(template, learn_opening=True), tokenizer, options)
         encoded = encode([segments for _, segments in rendered], tokenizer)
