@@ -33,10 +33,10 @@ def paired_interval(
 ) -> tuple[float, float] | None:
     """Return the 95% interval of mean(after) - mean(before) over the same rows.
 
-    None for fewer than FEWEST_ROWS graded scores. Scores of 0 and 1: Tango's score interval, Wilson's
-    for pairs, which is right for few rows and if none changed. Others: the paired bootstrap, which
-    draws rows with replacement `draws` times, each with both its scores (Efron and Tibshirani, 1993);
-    the seed is fixed, so the same scores give the same interval.
+    None for fewer than FEWEST_ROWS graded scores. Scores of 0 and 1: Tango's score interval,
+    Wilson's for pairs, which is right for few rows and if none changed. Others: the paired
+    bootstrap, which draws rows with replacement `draws` times, each with both its scores (Efron and
+    Tibshirani, 1993); the seed is fixed, so the same scores give the same interval.
     """
     gain = np.asarray(after, float) - np.asarray(before, float)
     if set(before) | set(after) <= {0.0, 1.0}:

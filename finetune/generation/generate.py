@@ -142,8 +142,8 @@ def while_training(
 ) -> list[str]:  # fmt: skip
     """Return greedy answers of a model in training, as it will answer once exported.
 
-    Leaves the model as it was. `template` None: prompts are plain text to continue. `together`: as in
-    `answers`.
+    Leaves the model unchanged. `template` None: prompts are plain text to continue. `together`: as
+    in `answers`.
     """
     texts = [templates.sample_prompt(template, prompt, system_prompt) for prompt in prompts]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
