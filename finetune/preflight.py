@@ -36,9 +36,7 @@ class Data:
     num_eval_known: int
     """Evaluation examples that are also trained on."""
     identity: dict[str, Any]
-    """What must be the same on resume: fingerprints, and fields of `model_config` that change the
-    model's function.
-    """
+    """What must not change on resume: fingerprints, and what decides the model's function."""
     format: str
     num_rows: int
     """All training rows; data.max_rows may select fewer."""
@@ -96,12 +94,10 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     identity = {
         "training data": plan.fingerprint,
         "evaluation data": eval_plan.fingerprint if eval_plan else "none",
-        "tokenizer": tokens.tokenizer_fingerprint(tokenizer),
-        "template": template.fingerprint,
-        "date in the template": template.date or "none",
-        "model": architecture,
+        "tokenizer": tokens.tokenizer_fingerprint(tokenizer), "template": template.fingerprint,
+        "date in the template": template.date or "none", "model": architecture,
         **code_identity(config),
-    }
+    }  # fmt: skip
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     return Data(
         tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources,

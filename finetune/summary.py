@@ -231,7 +231,7 @@ def _stops_without_effect(config: Config, data: Data) -> Iterator[str]:
     """
     train, checkpoint, evaluation = config.train, config.checkpoint, config.evaluation
     steps, natural = data.num_steps, _natural_steps(config, data)
-    here = f"of {_counted(steps, 'step')}"
+    here = f"in a run of {_counted(steps, 'step')}"
     if train.max_steps is not None and train.max_steps > natural:
         yield (
             f"train.max_steps: {train.max_steps:,} has no effect: train.epochs: {train.epochs} "
@@ -248,8 +248,8 @@ def _stops_without_effect(config: Config, data: Data) -> Iterator[str]:
         first = (evaluation.patience + 1) * every
         if first >= steps:
             yield (
-                f"evaluation.patience: {evaluation.patience:,} can stop nothing {here}: the first "
-                f"time would be after step {first:,}; lower it or evaluation.every_steps"
+                f"evaluation.patience: {evaluation.patience:,} has no effect {here}: the first "
+                f"stop would be after step {first:,}; lower it or evaluation.every_steps"
             )
     sampled = evaluation.sample_every_steps
     if sampled is not None and sampled >= steps:

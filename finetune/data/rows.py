@@ -75,9 +75,9 @@ VERDICT_VALUES = set(
     "unsafe toxic harmful harmless helpful unhelpful win won loss lost tie up down 👍 👎".split()
 )
 _NUMBER = r"[+-]?\d*[.,]?\d+(e[+-]?\d+)?"
-_VERDICT_TEXT = re.compile(
+_VERDICT_TEXT = re.compile(  # 3, 4/5, 5 stars
     rf"{_NUMBER}\s*(%|stars?|points?|(/|of|out of)\s*{_NUMBER}( stars?| points?)?)?"
-)  # 3, 4/5, 5 stars
+)
 _LETTER = re.compile(r"[a-f][+-]?")  # a grade, or which of two answers is better
 LETTERS_OF = set(
     "grade preference preferred rating ratings score scores verdict win winner".split()
@@ -209,10 +209,11 @@ def _fitting(row: Row, columns: Mapping[str, str]) -> str | None:
 
 def _by_other_case(row: Row) -> str | None:
     """Return data.columns for columns that fit a format except for case and spaces, or None."""
-    known = {name.strip().lower(): name for name in row.values if len(name) <= 200}
-    known = {
-        ours: theirs for alias, theirs in known.items() for ours in ALIASES.get(alias, ())
-    } | known
+    known: dict[str, str] = {}
+    for name in (name for name in row.values if len(name) <= 200):
+        known[name.strip().lower()] = name
+        for ours in ALIASES.get(name.strip().lower(), ()):
+            known.setdefault(ours, name)
     for needed in FORMATS.values():
         if known.keys() >= set(needed):
             listed = ", ".join(f"{ours}: {known[ours]}" for ours in needed if known[ours] != ours)
@@ -320,9 +321,8 @@ class Problems:
         lines = self._first
         if len(self) > MOST_PROBLEMS:
             kinds = self._counts.most_common()
-            lines = [
-                sums.get(kind) or self._sum(kind, count) for kind, count in kinds[:MOST_PROBLEMS]
-            ]
+            shown = kinds[:MOST_PROBLEMS]
+            lines = [sums.get(kind) or self._sum(kind, count) for kind, count in shown]
             if len(kinds) > MOST_PROBLEMS:
                 lines.append(f"and {len(kinds) - MOST_PROBLEMS:,} more kinds of problems")
         listed = "".join(f"\n  {line}" for line in lines)
@@ -438,19 +438,16 @@ def _taken(row: Row, format: str, columns: Mapping[str, str]) -> dict[str, str]:
 
 def _unread(row: Row, read: Set[str]) -> Iterator[str]:
     """Yield the filled columns that are not read, and keys of messages, as `messages[].name`."""
-    yield from (
-        name for name, value in row.values.items() if name not in read and value not in (None, "")
-    )
+    for name, value in row.values.items():
+        if name not in read and value not in (None, ""):
+            yield name
     for column in read:
         turns = row.values.get(column)
-        turns = turns if isinstance(turns, list) else []
-        yield from {
-            f"{column}[].{key}"
-            for turn in turns
-            if isinstance(turn, dict)
-            for key in turn.keys() - READ_KEYS
-            if turn[key] not in (None, "")
-        }
+        keys: set[str] = set()
+        for turn in turns if isinstance(turns, list) else []:
+            if isinstance(turn, dict):
+                keys |= {key for key in turn.keys() - READ_KEYS if turn[key] not in (None, "")}
+        yield from (f"{column}[].{key}" for key in keys)
 
 
 def _require_no_verdict(row: Row, taken: Mapping[str, str]) -> None:
@@ -503,10 +500,8 @@ def _to_train_on_chosen(
             return f"{aim}append {what} to {short(name)}{rename}; then {drop}"
     if not isinstance(answer, str):
         return f"{aim}write them as text into a column named completion; then {drop}"
-    fits = _fitting(row, taken) not in (None, "text")
-    return f"{aim}write data.columns: {_mapping(row, best, taken, rejected)}" + (
-        f", or {drop}" if fits else ""
-    )
+    otherwise = f", or {drop}" if _fitting(row, taken) not in (None, "text") else ""
+    return f"{aim}write data.columns: {_mapping(row, best, taken, rejected)}{otherwise}"
 
 
 def _mapping(row: Row, best: str, taken: Mapping[str, str], rejected: Sequence[str]) -> str:
@@ -516,17 +511,14 @@ def _mapping(row: Row, best: str, taken: Mapping[str, str], rejected: Sequence[s
         if isinstance(row.values.get(theirs), str):
             asked = "" if theirs == ours else f"{ours}: {short(theirs)}, "
             return f"{{{asked}{answer}: {short(best)}}}"
-    others = [
-        name
-        for name, value in row.values.items()
-        if isinstance(value, str) and name not in (best, *rejected)
-    ]
+    answers = (best, *rejected)
+    texts = [name for name, value in row.values.items() if isinstance(value, str)]
+    others = [name for name in texts if name not in answers]
     if not others:
         return f"{{text: {short(best)}}}, which learns all of the text"
-    asked = short(others[0]) if len(others) == 1 else "NAME"
-    return f"{{prompt: {asked}, completion: {short(best)}}}" + (
-        ", with the NAME of the column that asks" if len(others) > 1 else ""
-    )
+    if len(others) == 1:
+        return f"{{prompt: {short(others[0])}, completion: {short(best)}}}"
+    return f"{{prompt: NAME, completion: {short(best)}}}, with the NAME of the column that asks"
 
 
 def _role(turn: Any) -> str | None:
@@ -555,11 +547,8 @@ def _verdict_columns(columns: tuple[str, ...]) -> list[str]:
 
     A name that begins with _ never does.
     """
-    return [
-        column
-        for column in columns
-        if _words(column) & VERDICTS and not _words(column) & OTHER_MEANINGS
-    ]
+    found = [column for column in columns if _words(column) & VERDICTS]
+    return [column for column in found if not _words(column) & OTHER_MEANINGS]
 
 
 def _is_verdict(value: Any, column: str) -> bool:
@@ -638,11 +627,8 @@ def _messages(row: Row, column: str, for_training: bool) -> list[Message]:
     messages = []
     for number, turn in enumerate(turns, 1):
         where = f"{row.place}: message {number} of {column!r}"
-        if (
-            isinstance(turn, dict)
-            and {"from", "value"} <= turn.keys()
-            and not {"role", "content"} & turn.keys()
-        ):
+        keys = turn.keys() if isinstance(turn, dict) else set()
+        if {"from", "value"} <= keys and not {"role", "content"} & keys:
             if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
                 raise DataError(
                     f"{where} comes from {short(turn['from'])!r}; ShareGPT's names are "

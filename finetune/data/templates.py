@@ -374,9 +374,8 @@ class Template:
 
     def _require_all(self, conversation: Conversation, text: str) -> None:
         """Raise DataError if the rendered text lacks a message. Earlier thoughts may go."""
-        for number, (message, turn) in enumerate(
-            zip(conversation.messages, self._plain(conversation)), 1
-        ):
+        turns = zip(conversation.messages, self._plain(conversation))
+        for number, (message, turn) in enumerate(turns, 1):
             content, context = turn["content"], turn.get("context", "")
             if message.supervised:  # `_span` checks that its thoughts are there, too
                 content = _END_OF_THINKING.split(content)[-1]
@@ -436,9 +435,8 @@ class Template:
             fails = f"{conversation.place}: data.template {self.name!r} fails: {why}"
             if isinstance(exc, TemplateSyntaxError):
                 raise BrokenTemplate(f"{fails} (line {exc.lineno} of the template)") from exc
-            if conversation.messages[0].from_setting and self._takes(
-                conversation.messages[1:], add_generation_prompt
-            ):
+            first, *others = conversation.messages
+            if first.from_setting and self._takes(others, add_generation_prompt):
                 raise ConfigError(
                     f"data.system_prompt: data.template {self.name!r} takes no system message: "
                     f"{type(exc).__name__}: {exc}; remove the setting, or use another data.template"

@@ -29,16 +29,13 @@ ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
 CHARACTERS_AT_ONCE = 1 << 21
 WINDOW = 1 << 20  # characters of a longer text that are tokenised together
 OVERLAP = 1 << 14  # characters that two windows share
-AGREED = 32  # tokens that two windows must have in common where they are joined
-TOO_LONG = "too long"  # a kind of problem
+AGREED = 32  # equal tokens that join two windows
+TOO_LONG = "too long"  # a kind of `Problems`
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the tokens besides rows, tokenizer and template.
-
-    `positions` matter to messages only.
-    """
+    """What decides the tokens besides rows, tokenizer and template."""
 
     format: str
     columns: dict[str, str]
@@ -48,7 +45,7 @@ class Options:
     max_length: int
     truncation: str
     positions: int | None = None
-    """How many tokens of a sequence the model can place; None: any number."""
+    """How many tokens a sequence may have in the model; None: any number. For messages only."""
 
     def conversations(
         self, sources: Sequence[str], problems: Problems, unread: "Counter[str] | None" = None
@@ -115,12 +112,8 @@ def encode(
         owner = np.searchsorted(bound.astype(starts.dtype), starts, side="right")
         owner -= 1
         np.minimum(owner, len(segments) - 1, out=owner)
-        if any(
-            not np.array_equal(ids[: len(prompt)], prompt)
-            or (owner[: len(prompt)] >= n).any()
-            or (owner[len(prompt) :] < n).any()
-            for n, prompt in zip(turns, [next(asked) for _ in turns])
-        ):
+        prompts_alone = [(n, next(asked)) for n in turns]
+        if not all(_begins_with(ids, owner, prompt, n) for n, prompt in prompts_alone):
             # Inference tokenises a prompt alone, and here that gives other tokens than before its
             # answer: one token would reach over the boundary. So training cuts there, too.
             parts = [
@@ -132,6 +125,16 @@ def encode(
         supervised = np.array([segment.supervised for segment in segments], bool)
         results.append((ids, supervised[owner]))
     return results
+
+
+def _begins_with(ids: np.ndarray, owner: np.ndarray, prompt: np.ndarray, turn: int) -> bool:
+    """Return whether a row begins with the tokens of its prompt, and only those precede `turn`.
+
+    owner: the segment of each token; turn: the segment behind the prompt.
+    """
+    length = len(prompt)
+    is_apart = (owner[:length] < turn).all() and (owner[length:] >= turn).all()
+    return bool(is_apart and np.array_equal(ids[:length], prompt))
 
 
 def _ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
