@@ -13,7 +13,15 @@ from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.export.publish import rehearse
 from finetune.export.save import Base
-from finetune.models import adapters, attention, base_identity, head, load, parameters, recompute
+from finetune.models import (
+    adapters,
+    attention_choice,
+    base_identity,
+    head,
+    load,
+    parameters,
+    recompute,
+)
 from finetune.objectives import Own, chosen
 
 # Share of the evaluation rows that may also be training rows: common data sets have a few.
@@ -82,7 +90,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     of_base = Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
-    padded, pad_id = attention.is_padded(kernel), tokenizer.pad_token_id or 0
+    padded, pad_id = attention_choice.is_padded(kernel), tokenizer.pad_token_id or 0
     plan, eval_plan = _planned(config, topology, train, evals, padded, pad_id)
     num_steps = plan.steps_per_epoch * config.train.epochs
     num_steps = min(num_steps, config.train.max_steps or sys.maxsize)
@@ -136,11 +144,11 @@ def _attention(config: Config, model_config: Any, topology: Topology) -> str:
     # Only a base on the Hub can fail here: a folder's config was checked with the run's config.
     for problem in base.settled(config, model_config.to_dict())[1]:
         raise ModelError(problem)
-    kernel = attention.choose(
+    kernel = attention_choice.choose(
         config.model.attention, load.model_class(model_config), model_config, topology.device,
         topology.precision, topology.parallel.num_context,
     )  # fmt: skip
-    if config.data.packing and attention.is_padded(kernel):
+    if config.data.packing and attention_choice.is_padded(kernel):
         raise ConfigError(
             f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); "
             "set it to false"
@@ -255,7 +263,9 @@ def check_model(config: Config, data: Data) -> ModelFacts:
     Raises ModelError if architecture, vocabulary and adapters do not fit each other, and
     ConfigError for learning rates that would have no effect.
     """
-    kernel = data.attention if attention.is_padded(data.attention) else attention.NAME
+    kernel = (
+        data.attention if attention_choice.is_padded(data.attention) else attention_choice.DOCUMENTS
+    )
     skeleton = load.skeleton(config.model, data.model_config, data.tokenizer, kernel)
     load.check_shapes(skeleton)
     load.check_weights(skeleton, config.model)
