@@ -65,7 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Answer --prompt, or the lines that the user types."""
     if arguments.model is None:
         raise ModelError(
-            f"no model is given: {places.command()} chat runs/my_run, or a folder, or a Hub id"
+            f"name a model: {places.command()} chat runs/my_run, or a folder, or a Hub id"
         )
     require_model(arguments.model, "--model")
     if arguments.base is not None and not is_adapter(arguments.model):

@@ -94,7 +94,7 @@ def _receipt(run: Path) -> dict[str, Any]:
             raise ValueError("launch holds an entry that is not an environment variable")
         for name in launch:
             if not launching.is_recorded(name) or not name.replace("_", "").isalnum():
-                raise ValueError(f"launch sets {name}, which no receipt of this program does")
+                raise ValueError(f"launch sets {name}, which this program never records")
         if number < 1:
             raise ValueError("num_processes is less than 1")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
@@ -135,8 +135,7 @@ def _require_metrics(run: Path, every: int) -> None:
     last = _read(run / "outcome.json").get("step")
     if type(last) is not int or last < 1:
         raise RunDirectoryError(
-            f"{run / 'outcome.json'} is damaged: it does not say the last step; put back a copy of "
-            "it"
+            f"{run / 'outcome.json'} is damaged: it lacks the last step; put back a copy of it"
         )
     known = _steps(run / "metrics.jsonl")
     logged = (step for step in range(1, last + 1) if step % every == 0 or step == last)

@@ -690,7 +690,9 @@ def _read_parquet(source: str) -> Iterator[Row]:
                 number += 1
                 yield Row(Place(source, number), values)
     except ArrowException as exc:
-        raise DataError(f"{printable(source)}: not a whole Parquet file: {exc}") from exc
+        raise DataError(
+            f"{printable(source)}: not a whole Parquet file: {exc}; create it again"
+        ) from exc
 
 
 READERS: dict[str, Callable[[str], Iterator[Row]]] = {

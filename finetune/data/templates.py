@@ -194,8 +194,9 @@ class Template:
         if messages[0].role == "text":
             if loss_on != "all":
                 raise DataError(
-                    f"{conversation.place}: is plain text without an answer, but objective.kind: "
-                    "sft learns answers; use objective.kind: clm, or rows with prompts and answers"
+                    f"{conversation.place}: the row is plain text without an answer, but "
+                    "objective.kind: sft learns answers; use objective.kind: clm, or rows with "
+                    "prompts and answers"
                 )
             return [Segment(messages[0].content, True)]
         text = self._render(conversation)
@@ -549,7 +550,7 @@ def _find(
             if "default" not in chat_template:
                 raise DataError(
                     "data.template: the tokenizer has the chat templates "
-                    f"{', '.join(chat_template)}, but none called default; write the one you want "
+                    f"{', '.join(chat_template)}, but none named default; write the one you want "
                     "into a .jinja file and give that"
                 )
             chat_template = chat_template["default"]

@@ -319,11 +319,11 @@ def _require_any(made: Tokenised, sources: Sequence[str], options: Options) -> N
     if not made.counts["num_rows"]:
         raise DataError(
             f"{readers.some(list(sources), most=1)}: data.format skips all "
-            f"{made.counts['num_skipped']:,} rows"
+            f"{made.counts['num_skipped']:,} rows; correct the function"
         )
     raise DataError(
         f"{readers.some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over "
-        f"data.max_length {options.max_length} and dropped"
+        f"data.max_length {options.max_length} and dropped; raise it"
     )
 
 
@@ -434,8 +434,8 @@ class _Finisher:
         if is_text or self.template.stop_of(segments) is None:
             if self.eos_id is None:
                 raise ModelError(
-                    "the tokenizer has no EOS token and the template ends no turn, so stopping "
-                    "cannot be learned; set eos_token"
+                    "the tokenizer has no EOS token and the template does not end turns, so the "
+                    "model cannot learn to stop; set eos_token"
                 )
             ids, supervised = np.append(ids, np.int32(self.eos_id)), np.append(supervised, True)
         return ids, supervised

@@ -135,7 +135,7 @@ def _answers(
 def require_output(output: Path, data: str) -> None:
     """Raise UserError for an output that is an input, holds something else, or is not writable."""
     if not output.absolute().parent.is_dir():
-        raise UserError(f"--output: {output}: its folder does not exist")
+        raise UserError(f"--output: {output}: its folder does not exist; create it")
     if output.is_dir():
         raise UserError(
             f"--output: {output} is a folder; name a file, such as {output / 'answers.jsonl'}"
@@ -144,7 +144,8 @@ def require_output(output: Path, data: str) -> None:
         is_same = output.exists() and source.exists() and output.samefile(source)
         if is_same or (source.is_dir() and source.resolve() in output.resolve().parents):
             raise UserError(
-                f"--output: {output} is a part of --data, which would be lost; choose another name"
+                f"--output: {output} is a part of --data, which it would overwrite; choose another "
+                "name"
             )
     try:
         files.require_writable(output)
