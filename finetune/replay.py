@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _require_metrics(run: Path, every: int) -> None:
     """Raise RunDirectoryError if metrics.jsonl lacks a line that the repetition will have.
 
-    Before anything trains. `every`: tracking.log_every_steps of the run.
+    This saves a training that could not be compared. `every`: tracking.log_every_steps of the run.
     """
     last = _read(run / "outcome.json").get("step")
     if type(last) is not int or last < 1:

@@ -180,7 +180,7 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
 
 
 def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[str, str]]) -> None:
-    """Add a file, or the files of a folder by name; a file that several links lead to once."""
+    """Add a file, or a folder's files in order of name. A file with several links counts once."""
     real = os.path.realpath(path)
     if real in seen:
         return
