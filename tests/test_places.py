@@ -31,4 +31,4 @@ def test_the_installed_command_names_itself(tmp_path):
         [sys.executable, str(script), "launch"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "; finetune launch train.py --config" in done.stderr
+    assert "launch needs a script: finetune launch train.py --config" in done.stderr

@@ -146,8 +146,8 @@ OPTIMIZERS = {
 }  # fmt: skip
 # Starts of adapters: (settings, whether the first loss must be that of the base).
 STARTS = {
-    "default": ({}, SAME_START), "pissa": (LORA, SAME_START), "eva": (LORA, SAME_START),
-    "loftq": (QLORA, NEAR_START),
+    "default": ({}, SAME_START), "gaussian": (LORA, SAME_START), "pissa": (LORA, SAME_START),
+    "eva": (LORA, SAME_START), "loftq": (QLORA, NEAR_START), "random": (LORA, None),
 }  # fmt: skip
 QUANTIZATIONS = {"nf4": SAME_START, "fp4": NEAR_START, "int8": NEAR_START}
 
@@ -321,7 +321,7 @@ def _adapters() -> Iterable[Case]:
     yield Case(
         "rslora", LORA | {"adapter.rslora": True}, None, "plain-lora", SAME_START, only_first=True
     )
-    whole = {"adapter.modules_to_save": ["input_layernorm", "lm_head"]}
+    whole = {"adapter.train_norms": True, "adapter.modules_to_save": ["lm_head"]}
     yield Case("lora-whole-modules", LORA | whole, None, "plain-lora", SAME_START, only_first=True)
     yield Case(
         "lora-new-tokens",
