@@ -26,7 +26,7 @@ from on_gpu.runner import ROOT, Clock, Helper, Row, cores, environment
 
 PARTS = ("correctness", "memory", "speed")
 ORDER = {
-    "correctness": "the most important cases first, as many as the time allows (MINUTES= gives more)",
+    "correctness": "the most important cases first, until the time is up (MINUTES= gives more)",
     "memory": "one case after the other",
     "speed": "the most important cases first; five minutes allow about ten (MINUTES=15 for all)",
 }
@@ -132,7 +132,7 @@ def start(
 
 
 def parallel(facts: dict[str, Any]) -> int:
-    """Return how many small runs to do at once: one a core, except one, each with 2 GB of the GPU."""
+    """Return how many runs to do at once: one per core but one, each with 2 GB of the GPU."""
     by_memory = int(facts["free_gb"] // 2) if facts.get("gpu") else 2
     return max(1, min(8, max(2, facts["cpus"] - 1), by_memory))
 
