@@ -49,7 +49,8 @@ def measure(
     many = [] if topology == "single" else ["--num_processes", str(processes)]
     command = [
         sys.executable, "-m", "finetune", "launch",
-        "--config_file", f"accelerate_configs/{topology}.yaml", *many, "train.py", "--config", str(config),
+        "--config_file", f"accelerate_configs/{topology}.yaml", *many,
+        "train.py", "--config", str(config),
     ]  # fmt: skip
     done = subprocess.run(
         command,

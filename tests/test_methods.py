@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY_LLAMA, Workshop, losses
+from conftest import TINY_LLAMA, Workshop, losses, short
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -69,6 +69,9 @@ WIDE = {
     "qlora, FP4",
     "qlora, LoftQ of int8",
     "qlora, DoRA",
+    "lora, rsLoRA",
+    "lora, random",
+    "lora, biases",
 }
 
 
@@ -99,7 +102,8 @@ def pairs_of_method_and_optimizer():
     for method in METHODS:
         for optimizer in OPTIMIZERS if method in ("full", "lora", "qlora, NF4") else OPTIMIZERS[:2]:
             if not (optimizer in ("muon", "adafactor") and "adapter__kind" in METHODS[method]):
-                is_wide = method in WIDE or (optimizer != "adamw" and method != "full")
+                is_wide = method in WIDE or optimizer in ("paged_adamw_32bit", "lion")
+                is_wide |= optimizer != "adamw" and method != "full"
                 name = f"{method} with {optimizer}"
                 yield pytest.param(
                     method, optimizer, id=name, marks=pytest.mark.proof if is_wide else ()
@@ -211,7 +215,7 @@ SIXTEEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", SIXTEEN)
+@pytest.mark.parametrize("method", short([*SIXTEEN], "norms"))
 @pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.proof)])
 def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, method, monkeypatch):
     """A norm is 1.0: in bfloat16 the next value below is 1/256 away, and steps of 2e-4 would all be
@@ -241,8 +245,10 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
         ):
             workshop.train(**settings)
         return
+    # Ten steps, whose rate falls, move a norm by less than bfloat16 shows.
+    settings |= TEN | {"train__max_steps": 20, "checkpoint__every_steps": 20}
     run = workshop.train(
-        **settings, **TEN, evaluation__sample_prompts=["hi"], evaluation__sample_max_new_tokens=3
+        **settings, evaluation__sample_prompts=["hi"], evaluation__sample_max_new_tokens=3
     )
     assert set(moments) == {torch.float32}
     assert torch.bfloat16 in states[0]

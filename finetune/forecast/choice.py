@@ -15,7 +15,7 @@ from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError
 from finetune.forecast.memory import Forecast, Forecaster
 from finetune.forecast.trace import Shape
-from finetune.models import attention, load
+from finetune.models import attention_choice, load
 
 # Share of memory to leave free: on a GPU for fragmentation, on a machine for other processes.
 SLACK = 0.05
@@ -60,9 +60,9 @@ class Chooser:
         self.tokenizer = load.load_tokenizer(config.model)
         wanted: str = config.model.attention
         if wanted == "flash_attention_2":  # holds as much, and runs only on a GPU
-            wanted = attention.NAME
+            wanted = attention_choice.DOCUMENTS
         kind = load.model_class(self.model_config)
-        self.attention = attention.choose(
+        self.attention = attention_choice.choose(
             wanted, kind, self.model_config, torch.device("cpu"), precision
         )
         self.forecaster = functools.cache(self._forecaster)

@@ -17,7 +17,7 @@ from finetune import failures
 from finetune.config import Config
 from finetune.engine.topology import meta
 from finetune.errors import ModelError
-from finetune.models import attention, attention_probe, cross_entropy, head
+from finetune.models import attention_choice, attention_probe, cross_entropy, head
 from finetune.models.build import build
 
 
@@ -157,7 +157,7 @@ class Rehearsal:
 
     def _trace(self, shape: Shape, backward: bool) -> Trace:
         ledger = Ledger()
-        is_padded = attention.is_padded(self.attention)
+        is_padded = attention_choice.is_padded(self.attention)
         rows, documents_of_row = (shape.num_sequences, 1) if is_padded else (1, shape.num_sequences)
         block_bytes = cross_entropy.block_bytes("cuda" if self.on_gpu else "cpu")
         hooks = []

@@ -29,6 +29,7 @@ from transformers import (
 from finetune import failures, places
 from finetune.config import Model, base
 from finetune.errors import ModelError
+from finetune.models import attention as attention  # registers the kernel for documents
 from finetune.models import base_identity, embeddings
 
 # Pad tokens that vocabularies contain without declaring them.
@@ -97,7 +98,7 @@ def load_config(model: Model) -> Any:
             raise ModelError(problem)
         return config
     _require_folder_or_hub("model.path", model.path)
-    with translated(f"model {model.path!r}: its config.json", base.said_by(str(model.path))):
+    with translated(f"model {model.path!r}: its config.json", base.config_of(str(model.path))):
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
