@@ -650,7 +650,7 @@ def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
     }[command]
     if command != "evaluate":  # it has --base in any case
         assert main(arguments) == 2
-        assert "its base is not in" in (said := capsys.readouterr().err)
+        assert "its base is no longer in" in (said := capsys.readouterr().err)
         assert "give --base" in said
     assert main([*arguments, "--base", other]) == 2
     assert (
