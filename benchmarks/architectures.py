@@ -1,9 +1,8 @@
-"""Every causal language model that transformers builds: is its head followed, and can its memory be
-forecast?
+"""Check for every causal LM of transformers that its head is followed and its memory forecast.
 
-    python benchmarks/architectures.py          five minutes on a CPU; names those that are not
+    python benchmarks/architectures.py          five minutes on a CPU; prints those that fail
 
-Each with the sizes that its config has by itself, but two layers; no weights are made.
+Each has the default sizes of its config, but two layers and no weights.
 """
 
 import signal
@@ -37,16 +36,14 @@ def main() -> None:
             config = shallow(name)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
-        except (
-            Exception
-        ):  # needs what is not installed, or other sizes than its config has by itself
+        except Exception:  # needs a package that is missing, or sizes other than the defaults
             continue
         built += 1
         try:
             finish, why = head.probe(model)
             followed += finish is not None
             if why:
-                print(f"{name}: all logits are held, as {why}", flush=True)
+                print(f"{name}: holds all logits, as {why}", flush=True)
             trace(name, config)
             forecast += 1
         except Exception as exc:
@@ -70,13 +67,11 @@ def shallow(name: str) -> Any:
 
 
 def trace(name: str, model_config: Any) -> None:
-    config = Config.model_validate(
-        {"run": {"name": "x"}, "data": {"train": "x"}, "model": {"init": "random", "tokenizer": "bytes", "config": {"model_type": name}}}
-    )  # fmt: skip
+    model = {"init": "random", "tokenizer": "bytes", "config": {"model_type": name}}
+    config = Config.model_validate({"run": {"name": "x"}, "data": {"train": "x"}, "model": model})
     tokenizer = load.load_tokenizer(config.model)
-    Rehearsal(config, model_config, tokenizer, attention="eager", precision="bf16").trace(
-        Shape(1, 16, 16)
-    )
+    rehearsal = Rehearsal(config, model_config, tokenizer, attention="eager", precision="bf16")
+    rehearsal.trace(Shape(1, 16, 16))
 
 
 def too_long(*_: Any) -> NoReturn:

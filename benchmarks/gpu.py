@@ -1,16 +1,16 @@
-"""What only a GPU can show, in three parts of under five minutes each: `make gpu PART=correctness`,
-`memory` or `speed`.
+"""Check on a GPU what only a GPU can show: `make gpu PART=correctness`, `memory` or `speed`.
 
-    python benchmarks/gpu.py correctness                    tests/test_gpu.py, and every topology, method, precision, optimizer
-    python benchmarks/gpu.py memory                         forecasts of `plan` compared with the allocator's peaks
-    python benchmarks/gpu.py speed --only "8B|qlora"        tokens a second, compared with TRL where it is installed
+    python benchmarks/gpu.py correctness     tests/test_gpu.py; topologies, methods, optimizers, ...
+    python benchmarks/gpu.py memory          forecasts of `plan` and the allocator's peaks
+    python benchmarks/gpu.py speed           tokens a second; also of TRL, where it is installed
+    python benchmarks/gpu.py speed --only "8B|qlora"        cases by regular expression
     python benchmarks/gpu.py correctness --cpu --only lora  a rehearsal on tiny models, anywhere
 
-One GPU, no network, with the packages of this Python as they are; what is missing is named, and
-what needs it is left out. Each part runs in the order of importance as long as it has time: few
-cores run fewer cases, and the table names what is left out. The table, all rows as JSON, the log
-and the logs of all runs are in the folder --out. Ends with 0 if everything is right, 1 if anything
-is wrong, 2 if it cannot start.
+Each part takes under five minutes on one GPU, without a network, with the packages of this Python;
+it names missing packages and leaves out the cases that need them. It runs the most important cases
+first until its time is up, so few cores run fewer cases, and the table lists those left out. The
+folder --out receives the table, all rows as JSON, the log and the logs of all runs. Exits with 0 if
+everything is right, 1 if anything is wrong, 2 if it cannot start.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from on_gpu.runner import ROOT, Clock, Helper, Row, cores, environment
 
 PARTS = ("correctness", "memory", "speed")
 ORDER = {
-    "correctness": "the most important cases first; what does not fit into the time is left out (MINUTES= gives more)",
+    "correctness": "the most important cases first, until the time is up (MINUTES= gives more)",
     "memory": "one case after the other",
-    "speed": "the most important cases first; about ten have a turn in five minutes (MINUTES=15 for all)",
+    "speed": "the most important cases first; five minutes allow about ten (MINUTES=15 for all)",
 }
-MINUTES = 4.75  # and a quarter for what a deadline kills, and the table
+MINUTES = 4.75  # of five: killing what runs at the deadline and the table take the rest
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         default="",
-        help="regular expression: cases whose names match it, and what they are compared with",
+        help="run cases whose names match this regular expression, and their references",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("gpu-results"), help="folder for tables, JSON and logs"
@@ -65,9 +65,9 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="rehearse on tiny models without a GPU")
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what runs is killed
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda *_: sys.exit(1))
-    sys.path.append(str(ROOT))  # for the tolerances that the project states
+    sys.path.append(str(ROOT))  # for the project's tolerances
     minutes = arguments.minutes or (600.0 if arguments.cpu else MINUTES)
     parts = PARTS if arguments.part == "all" else (arguments.part,)
     return max([run_part(part, arguments, Clock(60 * minutes)) for part in parts])
@@ -78,22 +78,22 @@ def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
     logs = out / part
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
-    say = report.Log(out / f"{part}.log")
+    log = report.Log(out / f"{part}.log")
     work = Path(tempfile.mkdtemp(prefix="finetune-gpu-"))
     env = environment(work, threads=max(1, cores() // 8), on_cpu=arguments.cpu)
     helper = Helper(env, logs / "helper.log", clock)
     try:
         facts = helper.ask("facts", min(120.0, clock.left()))
-        say(report.about(facts) if not facts["missing"] else "")
+        log(report.about(facts) if not facts["missing"] else "")
         if facts["missing"]:
             for name, why in facts["missing"].items():
-                say(f"missing: {name}: {why}")
-            say("nothing is run: train.py needs these; see requirements.txt")
+                log(f"missing: {name}: {why}")
+            log("nothing is run: train.py needs these; see requirements.txt")
             return 2
         for why in facts["left_out"].values():
-            say(f"left out: {why}")
+            log(f"left out: {why}")
         if not facts["gpu"] and not arguments.cpu:
-            say(
+            log(
                 "no GPU: PyTorch sees no CUDA device here; --cpu (make gpu CPU=1) rehearses on "
                 "tiny models"
             )
@@ -101,16 +101,16 @@ def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
         facts["cpus"] = cores()
         jobs = arguments.jobs or parallel(facts)
         at_once = f", {jobs} at once on {facts['cpus']} cores" if part == "correctness" else ""
-        say(f"{part}: {clock.seconds / 60:.3g} minutes{at_once}, {ORDER[part]}; results in {out}")
+        log(f"{part}: {clock.seconds / 60:.3g} minutes{at_once}, {ORDER[part]}; results in {out}")
         rows: list[Row] = []
-        for row in start(part, work, logs, env, facts, helper, clock, jobs, arguments, say):
+        for row in start(part, work, logs, env, facts, helper, clock, jobs, arguments, log):
             rows.append(row)
-        say("\n" + report.write(out, part, rows, facts, clock.used()))
+        log("\n" + report.write(out, part, rows, facts, clock.used()))
         return report.exit_code(rows)
     except RuntimeError as exc:
-        say(f"failed: {exc}")
+        log(f"failed: {exc}")
         return 1
-    except BaseException:  # what runs in threads ends with this, wherever a signal came
+    except BaseException:  # a signal: end the runs in threads too
         clock.stop()
         raise
     finally:
@@ -119,23 +119,20 @@ def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
 
 
 def start(
-    part: str, work: Path, logs: Path, env: dict[str, str], facts: dict[str, Any], helper: Helper, clock: Clock, jobs: int,
-    arguments: argparse.Namespace, say: report.Log,
+    part: str, work: Path, logs: Path, env: dict[str, str], facts: dict[str, Any], helper: Helper,
+    clock: Clock, jobs: int, arguments: argparse.Namespace, log: report.Log,
 ) -> Any:  # fmt: skip
     only, is_tiny = arguments.only, arguments.cpu
     if part == "correctness":
         on_cpu = {**env, "CUDA_VISIBLE_DEVICES": "-1"}
-        return correctness.rows(
-            correctness.Lab(work, logs, env, on_cpu, facts, helper, clock, is_tiny, say), jobs, only
-        )
-    lab = memory.Lab(work, logs, env, facts, helper, clock, is_tiny, say)
+        lab = correctness.Lab(work, logs, env, on_cpu, facts, helper, clock, is_tiny, log)
+        return correctness.rows(lab, jobs, only)
+    lab = memory.Lab(work, logs, env, facts, helper, clock, is_tiny, log)
     return memory.rows(lab, only) if part == "memory" else speed.rows(lab, only)
 
 
 def parallel(facts: dict[str, Any]) -> int:
-    """Runs of small models at once: one for each core but one, at least two, and 2 GB of the GPU
-    for each.
-    """
+    """Return how many runs to do at once: one per core but one, each with 2 GB of the GPU."""
     by_memory = int(facts["free_gb"] // 2) if facts.get("gpu") else 2
     return max(1, min(8, max(2, facts["cpus"] - 1), by_memory))
 

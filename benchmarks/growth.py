@@ -1,12 +1,10 @@
-"""What a run costs as it grows: tokens a second and memory over length, pack, vocabulary, rank,
-size and processes.
+"""Measure speed and memory over length, pack, vocabulary, rank, size and processes.
 
-    python benchmarks/growth.py --plot docs/growth.png       the table of docs/performance.md, on a CPU
-    python benchmarks/growth.py --only vocabulary            a regular expression
+    python benchmarks/growth.py --plot docs/growth.png    the table of docs/performance.md, on a CPU
+    python benchmarks/growth.py --only vocabulary         a regular expression
 
-One thing changes at a time from a Llama of 16M parameters, all weights, bf16, packs of 512 tokens,
-2,048 tokens a step, of which all are learned. Rounds alternate over all cases; medians of the
-rounds.
+Changes one thing at a time from a Llama of 16M parameters: full weights, bf16, packs of 512 tokens,
+2,048 tokens a step, all supervised. Rounds alternate over all cases; prints their medians.
 """
 
 import argparse
@@ -21,8 +19,9 @@ from runs import ROOT, Measured, measure
 
 TOKENS, STEPS, WARM = 2048, 8, 2
 SHAPE = {
-    "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "vocab_size": 8000, "max_position_embeddings": 4096,
+    "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024,
+    "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "vocab_size": 8000, "max_position_embeddings": 4096,
 }  # fmt: skip
 LORA = {"model.init": "pretrained", "adapter.kind": "lora"}
 
@@ -44,7 +43,7 @@ def wide(factor: int) -> dict[str, Any]:
     )
 
 
-# What grows -> its value -> settings that are not those of the rest.
+# What grows -> its value -> settings that differ from the others.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "length of documents": {
         str(n): packed(max(n, 512), n) for n in (64, 128, 256, 512, 1024, 2048)
@@ -96,28 +95,27 @@ def one(folder: Path, changes: dict[str, Any]) -> Measured:
     document, processes = changes.pop("document", 512), changes.pop("processes", 1)
     topology = changes.pop("topology", "single")
     rows = folder / f"rows{document}.txt"
-    if not rows.exists():  # a byte is a token; two more mark the ends
-        rows.write_text("".join(f"{i:06} ".ljust(document - 2, "abcdefgh"[i % 8]) + "\n" for i in range(20000 // (document // 64))))  # fmt: skip
+    if not rows.exists():  # a byte is a token; BOS and EOS are two more
+        numbers = range(20000 // (document // 64))
+        texts = (f"{i:06} ".ljust(document - 2, "abcdefgh"[i % 8]) for i in numbers)
+        rows.write_text("".join(f"{text}\n" for text in texts))
     length = changes.get("data.max_length", 512)
     at_once = TOKENS // length
     settings = {
-        "model.init": "random", "model.tokenizer": "bytes", "model.config": SHAPE, "objective.kind": "clm",
-        "data.train": str(rows), "data.packing": True, "data.max_length": length, "optimizer.lr": 1e-4, "checkpoint.asynchronous": False,
-        "train.precision": "bf16", "train.global_batch_size": at_once, "train.micro_batch_size": at_once // processes,
-        "train.max_steps": STEPS, **changes,
+        "model.init": "random", "model.tokenizer": "bytes", "model.config": SHAPE,
+        "objective.kind": "clm", "data.train": str(rows), "data.packing": True,
+        "data.max_length": length, "optimizer.lr": 1e-4, "checkpoint.asynchronous": False,
+        "train.precision": "bf16", "train.global_batch_size": at_once,
+        "train.micro_batch_size": at_once // processes, "train.max_steps": STEPS, **changes,
     }  # fmt: skip
     if settings["model.init"] == "pretrained":
-        settings = {
-            key: value
-            for key, value in settings.items()
-            if key not in ("model.tokenizer", "model.config")
-        }
+        del settings["model.tokenizer"], settings["model.config"]
         settings["model.path"] = str(saved(folder / "base"))
     return measure(folder, settings, warm=WARM, topology=topology, processes=processes)
 
 
 def saved(folder: Path) -> Path:
-    """The model of random weights as a base, which adapters are put on."""
+    """Save the model of random weights, once, as a base for adapters; return its folder."""
     if not folder.exists():
         sys.path.insert(0, str(ROOT))
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,9 +131,8 @@ def saved(folder: Path) -> Path:
 
 
 def middle(runs: list[Measured]) -> tuple[float, float]:
-    return statistics.median(run.tokens_per_second for run in runs), statistics.median(
-        run.memory_gb for run in runs
-    )
+    speeds, memories = zip(*((run.tokens_per_second, run.memory_gb) for run in runs))
+    return statistics.median(speeds), statistics.median(memories)
 
 
 def plot(medians: dict[tuple[str, str], tuple[float, float]], path: Path) -> None:

@@ -1,12 +1,11 @@
-"""Loss and gradients of the output projection: ours compared with PyTorch's and others', on a GPU
-or a CPU.
+"""Compare loss and gradients of the output projection with PyTorch's and others'.
 
-    python benchmarks/head.py                                            # 1,000 tokens, width 1,024, vocabulary 32,000
+    python benchmarks/head.py                  # 1,000 tokens, width 1,024, vocabulary 32,000
     python benchmarks/head.py --tokens 16384 --width 4096 --vocabulary 128256
 
-Each is asked for the sum of the losses and the gradients of hidden states and weights, under bf16
-autocast, as a step asks. They take turns in one process, so that noise falls on all; peak memory
-comes from one process each. Errors are those of the gradients against float64.
+Runs on a GPU if there is one. Each computes the sum of the losses and the gradients of hidden
+states and weights under bf16 autocast, as in a step. They alternate in one process, to share its
+noise; peak memory is measured in one process each. Errors are of gradients against float64.
 """
 
 import argparse
@@ -25,9 +24,8 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetune.models import cross_entropy, logits
 
-Loss = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
-]  # hidden [S, H], weight [V, H], targets [S]
+# (hidden [S, H], weight [V, H], labels [S]) -> loss
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 CHUNK = 256
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,28 +41,26 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=ways(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = arguments.tokens, arguments.width, arguments.vocabulary
-    hidden, weight, targets = made(*sizes)
+    hidden, weight, labels = made(*sizes)
     if arguments.memory_of:
         before = peak_bytes()
-        once(ways()[arguments.memory_of], hidden, weight, targets)
+        once(ways()[arguments.memory_of], hidden, weight, labels)
         print(peak_bytes() - before)
         return
-    named = (
-        torch.cuda.get_device_name()
-        if DEVICE == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if DEVICE == "cuda":
+        device = torch.cuda.get_device_name()
     print(
-        f"{named}; torch {torch.__version__}; {sizes[0]} tokens, width {sizes[1]}, vocabulary "
+        f"{device}; torch {torch.__version__}; {sizes[0]} tokens, width {sizes[1]}, vocabulary "
         f"{sizes[2]}\n"
     )
     seconds: dict[str, list[float]] = {name: [] for name in ways()}
     for turn in range(arguments.rounds + 1):
         for name, way in ways().items():
-            took = once(way, hidden, weight, targets)
-            if turn:  # the first compiles
+            took = once(way, hidden, weight, labels)
+            if turn:  # the first one compiles
                 seconds[name].append(took)
-    exact = gradients(plain, hidden.double(), weight.double(), targets, autocast=False)
+    exact = gradients(plain, hidden.double(), weight.double(), labels, autocast=False)
     fastest = statistics.median(seconds["ours"])
     print(
         "| | ms | ours is faster by | memory | error of hidden's | of weight's gradient |\n"
@@ -72,7 +68,7 @@ def main() -> None:
         + "|"
     )
     for name, way in ways().items():
-        found = gradients(way, hidden, weight, targets)
+        found = gradients(way, hidden, weight, labels)
         errors = [
             ((got.double() - right).norm() / right.norm()).item()
             for got, right in zip(found, exact)
@@ -91,7 +87,7 @@ def ways() -> dict[str, Loss]:
         "compiled chunks": compiled,
         "torch, chunked": chunked,
     }
-    if DEVICE == "cuda":  # Triton's
+    if DEVICE == "cuda":  # Triton kernels
         try:
             import liger_kernel  # noqa: F401
 
@@ -101,51 +97,52 @@ def ways() -> dict[str, Loss]:
     return found
 
 
-def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def plain(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits = F.linear(hidden, weight)
     return F.cross_entropy(
-        logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="sum"
+        logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="sum"
     )
 
 
-def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def ours(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     head = torch.nn.Linear(1, 1, bias=False)
     head.weight = (
         torch.nn.Parameter(weight) if not isinstance(weight, torch.nn.Parameter) else weight
     )
     return cross_entropy.nll_in_chunks(
-        head, head.forward, hidden, targets, len(weight), logits.LogitTransform()
+        head, head.forward, hidden, labels, len(weight), logits.LogitTransform()
     )
 
 
 _compiled = torch.compile(plain, dynamic=False)
 
 
-def compiled(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """What a compiler makes of the plain loss, a chunk at a time, done again for the gradient."""
-    parts = zip(hidden.split(CHUNK), targets.split(CHUNK))
+def compiled(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Compile the plain loss of a chunk, and recompute it for the gradient."""
+    parts = zip(hidden.split(CHUNK), labels.split(CHUNK))
     return torch.stack(
         [checkpoint(_compiled, part, weight, of, use_reentrant=False) for part, of in parts]
     ).sum()
 
 
-def chunked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """PyTorch's own, from 2.13, at the best settings found; it heeds no autocast, and its loss is
-    in 16 bits.
+def chunked(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Use PyTorch's own, from 2.13 on, at the best settings found.
+
+    It ignores autocast, and its loss has 16 bits.
     """
     options = torch.nn.LinearCrossEntropyOptions(acc_policy="balanced", batch_chunk_size=CHUNK)
     dtype = torch.get_autocast_dtype(DEVICE) if torch.is_autocast_enabled(DEVICE) else hidden.dtype
     loss = F.linear_cross_entropy(
-        hidden.to(dtype), weight.to(dtype), targets, reduction="sum", options=options
+        hidden.to(dtype), weight.to(dtype), labels, reduction="sum", options=options
     )
     return loss.float()
 
 
-def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss: torch.Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum")(
-        weight.bfloat16(), hidden.bfloat16(), targets
+        weight.bfloat16(), hidden.bfloat16(), labels
     )
     return loss
 
@@ -163,24 +160,24 @@ def gradients(
     way: Loss,
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    targets: torch.Tensor,
+    labels: torch.Tensor,
     *,
     autocast: bool = True,
 ) -> list[torch.Tensor]:
     leaves = [hidden.detach().clone().requires_grad_(), torch.nn.Parameter(weight.detach().clone())]
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-        loss = way(*leaves, targets)
+        loss = way(*leaves, labels)
     return list(torch.autograd.grad(loss, leaves))
 
 
-def once(way: Loss, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> float:
-    """Seconds."""
+def once(way: Loss, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the seconds of loss and gradients."""
     leaf = hidden.detach().requires_grad_()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     with torch.autocast(DEVICE, torch.bfloat16):
-        loss = way(leaf, weight, targets)
+        loss = way(leaf, weight, labels)
     torch.autograd.grad(loss, [leaf, weight])
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -188,7 +185,7 @@ def once(way: Loss, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.T
 
 
 def memory_of(name: str) -> float:
-    """Bytes that one pass adds, in a process of its own."""
+    """Return the bytes that one pass adds, measured in its own process."""
     done = subprocess.run(
         [sys.executable, *sys.argv, "--memory-of", name], capture_output=True, text=True, check=True
     )
@@ -198,7 +195,7 @@ def memory_of(name: str) -> float:
 def peak_bytes() -> int:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
-    # ru_maxrss would be that of the process before it became this one.
+    # ru_maxrss includes the process that forked this one.
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 

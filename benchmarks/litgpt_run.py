@@ -1,8 +1,8 @@
-"""One run of LitGPT's full fine-tuning for benchmarks/peers.py: python benchmarks/litgpt_run.py
-'{"rows": ..., "model": ...}'
+"""Run LitGPT's full fine-tuning once, for benchmarks/peers.py.
 
-LitGPT needs packages older than ours, and so an environment of its own. It has no tied embeddings
-here: its copy of them trains apart.
+    python benchmarks/litgpt_run.py '{"rows": ..., "model": ...}'
+
+LitGPT needs older packages than ours, in its own environment. It trains untied embeddings here.
 """
 
 import csv
@@ -43,21 +43,29 @@ def main() -> None:
         return loss(logits, targets, *arguments, **keywords)
 
     full.chunked_cross_entropy = counted
-    # The rate stands still as in the other runs: its own always rises and falls.
+    # A constant learning rate, as in the other runs; LitGPT always warms up and decays.
     full.get_lr_scheduler = lambda optimizer, **_: torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda _: 1.0
     )
-    full.save_hyperparameters = lambda *_: None  # it would read its own command line
+    full.save_hyperparameters = lambda *_: None  # it would parse the command line
+    size = wanted["settings"]["batch_size"]
+    adamw = {"lr": 1e-3, "weight_decay": 0.0, "fused": True}
     full.setup(
-        base, out_dir=out.parent / "lit", precision="bf16-mixed" if wanted["precision"] == "bf16" else "32-true",
+        base,
+        out_dir=out.parent / "lit",
+        precision="bf16-mixed" if wanted["precision"] == "bf16" else "32-true",
         data=JSON(base, mask_prompt=True, prompt_style=Default(), num_workers=0),
         train=TrainArgs(
-            global_batch_size=wanted["settings"]["batch_size"], micro_batch_size=wanted["settings"]["batch_size"], max_steps=wanted["steps"],
-            epochs=9, max_seq_length=wanted["max_length"], lr_warmup_steps=1,
+            global_batch_size=size,
+            micro_batch_size=size,
+            max_steps=wanted["steps"],
+            epochs=9,
+            max_seq_length=wanted["max_length"],
+            lr_warmup_steps=1,
         ),
         eval=EvalArgs(interval=10**6, max_new_tokens=1, final_validation=False),
-        optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.0, "fused": True}},
-    )  # fmt: skip
+        optimizer={"class_path": "torch.optim.AdamW", "init_args": adamw},
+    )
     steps, before = [], 0
     with next((out.parent / "lit").rglob("metrics.csv")).open() as lines:
         for line in csv.DictReader(lines):
@@ -83,14 +91,26 @@ def main() -> None:
 
 
 def convert(model: Path, base: Path, shape: dict[str, Any]) -> None:
-    """A Llama as transformers saves it, as LitGPT reads it."""
+    """Convert a Llama from the format of transformers to that of LitGPT."""
     base.mkdir()
     config = Config(
-        name="Llama", block_size=shape["max_position_embeddings"], vocab_size=shape["vocab_size"], padded_vocab_size=shape["vocab_size"],
-        n_layer=shape["num_hidden_layers"], n_head=shape["num_attention_heads"], n_embd=shape["hidden_size"], n_query_groups=shape["num_key_value_heads"],
-        rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm", norm_eps=shape["rms_norm_eps"],
-        mlp_class_name="LLaMAMLP", intermediate_size=shape["intermediate_size"], rope_base=shape["rope_parameters"]["rope_theta"],
-    )  # fmt: skip
+        name="Llama",
+        block_size=shape["max_position_embeddings"],
+        vocab_size=shape["vocab_size"],
+        padded_vocab_size=shape["vocab_size"],
+        n_layer=shape["num_hidden_layers"],
+        n_head=shape["num_attention_heads"],
+        n_embd=shape["hidden_size"],
+        n_query_groups=shape["num_key_value_heads"],
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        norm_eps=shape["rms_norm_eps"],
+        mlp_class_name="LLaMAMLP",
+        intermediate_size=shape["intermediate_size"],
+        rope_base=shape["rope_parameters"]["rope_theta"],
+    )
     save_config(config, base)
     weights: dict[str, torch.Tensor] = {}
     copy_weights_hf_llama(config, {}, weights, load_file(model / "model.safetensors"))

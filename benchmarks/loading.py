@@ -1,12 +1,10 @@
-"""Host memory of each process while a model is loaded and shared out. Writes the table of
-docs/topologies.md.
+"""Measure host memory while a model is loaded and sharded: the table of docs/topologies.md.
 
-    python benchmarks/loading.py --layers 24 --width 1024          # a Llama of 0.4B parameters, 1.6 GB in float32
+    python benchmarks/loading.py --layers 24 --width 1024    # a Llama of 0.4B parameters, 1.6 GB
 
-Each topology is launched with two processes on a CPU; a process notes its peak memory (ru_maxrss)
-before the model, and once it is shared out. Parts, and what ZeRO keeps next to them, lie in host
-memory, as this runs without a GPU. The main process's peak holds the file it reads, too, which the
-system can take back.
+Launches each topology with two processes on a CPU; each records its peak memory (ru_maxrss) before
+the model is loaded and after it is sharded. Without a GPU, shards and what ZeRO keeps next to them
+are in host memory. The main process's peak includes the file it reads, which the system can drop.
 """
 
 import argparse
@@ -46,35 +44,33 @@ def main() -> None:
 
 
 def make_model(folder: Path, layers: int, width: int) -> int:
-    """Bytes of a Llama of random weights, saved with the tokenizer of bytes."""
+    """Save a Llama of random weights with the tokenizer of bytes; return its size in bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sys.path.insert(0, str(ROOT))
     from finetune.models.load import bytes_tokenizer
 
-    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": 16, "vocab_size": 32000}  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**shape))
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=16, vocab_size=32000))
     model.save_pretrained(folder)
     bytes_tokenizer().save_pretrained(folder)
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def measure(topology: str, processes: int, folder: Path) -> list[int]:
-    """Growth of each process's peak memory, in bytes, from before the model to when it is shared
-    out.
-    """
+    """Return by how many bytes loading and sharding raise each process's peak memory."""
     rows = folder / "rows.jsonl"
     rows.write_text(
         "".join(json.dumps({"question": f"{i}", "answer": f"{i}"}) + "\n" for i in range(8))
     )
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"),
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"),
         "--num_processes", str(processes), "--main_process_port", "0", str(Path(__file__)),
     ]  # fmt: skip
     environment = {**os.environ, "LOADING_FOLDER": str(folder), "PYTHONPATH": str(ROOT)}
-    environment["MALLOC_MMAP_THRESHOLD_"] = (
-        "1000000"  # what is freed goes back to the system, and is not counted twice
-    )
+    # Freed blocks return to the system, and do not count twice.
+    environment["MALLOC_MMAP_THRESHOLD_"] = "1000000"
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -84,7 +80,7 @@ def measure(topology: str, processes: int, folder: Path) -> list[int]:
 
 
 def build_and_note(folder: Path) -> None:
-    """One process of a launch: a run's own build, its memory noted before and after."""
+    """Build the model as a run does, in one process, and record its memory before and after."""
     from finetune import config as configs
     from finetune import loop, preflight
     from finetune.engine.rundir import RunDirectory
@@ -93,11 +89,11 @@ def build_and_note(folder: Path) -> None:
     from finetune.run import Run
     from finetune.survival.preemption import StopFlag
 
-    attention_probe.check = head.check = lambda *_: (
-        None
-    )  # the first pass through the model gathers layers; it does not belong to loading
+    # The first pass through the model gathers layers and is no part of loading.
+    attention_probe.check = head.check = lambda *_: None
     config = configs.from_dict({
-        "run": {"name": "loading", "dir": str(folder / "runs")}, "model": {"path": str(folder / "model")},
+        "run": {"name": "loading", "dir": str(folder / "runs")},
+        "model": {"path": str(folder / "model")},
         "data": {"train": str(folder / "rows.jsonl"), "cache_dir": str(folder / "cache")},
         "train": {"global_batch_size": 8, "micro_batch_size": 1},
     })  # fmt: skip
@@ -111,7 +107,7 @@ def build_and_note(folder: Path) -> None:
         preflight.prepare(config, topology),
         StopFlag(),
     )
-    topology.sum([0.0])  # what talking to the others takes is not the model's
+    topology.sum([0.0])  # allocates what communication needs, before measuring
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     loop.build(run)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

@@ -1,10 +1,10 @@
-"""Forecasts of memory compared with what runs take: one process and two, each topology, on a CPU.
+"""Compare forecasts of memory with real runs: one and two processes, each topology, on a CPU.
 
-    python benchmarks/memory.py                                 the table of docs/performance.md, about ten minutes
-    python benchmarks/memory.py --allocator libtcmalloc.so.4    also what each costs with another allocator
+    python benchmarks/memory.py                    the table of docs/performance.md, ten minutes
+    python benchmarks/memory.py --allocator libtcmalloc.so.4    also with another allocator
 
-What lives is forecast; glibc keeps freed blocks between it. So that both can be seen, each run is
-done with glibc giving back all blocks of 1 MB and more, and once more as it is.
+The forecast counts live blocks, but glibc also keeps freed ones. So each run is done twice: with
+glibc returning all blocks of 1 MB and more, and with glibc's defaults.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SHAPE = {
-    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "vocab_size": 32000,
+    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32000,
 }  # fmt: skip
 STEPS = 3
 CASES: list[tuple[str, int, dict[str, Any]]] = [
@@ -29,7 +29,8 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("single", 1, {"micro_batch_size": 4, "gradient_checkpointing": True}),
     ("single", 1, {"micro_batch_size": 2, "precision": "fp32"}),
     *((topology, 2, {"micro_batch_size": 2}) for topology in ("ddp", "fsdp2", "zero2")),
-    *((topology, 2, {"micro_batch_size": 1, "gradient_checkpointing": True}) for topology in ("fsdp2", "zero1", "zero2", "zero3")),
+    *((topology, 2, {"micro_batch_size": 1, "gradient_checkpointing": True})
+      for topology in ("fsdp2", "zero1", "zero2", "zero3")),
 ]  # fmt: skip
 
 
@@ -72,9 +73,10 @@ def write(folder: Path, train: dict[str, Any]) -> Path:
     config = {
         "run": {"name": "memory", "dir": str(folder / "runs")},
         "model": {"init": "random", "tokenizer": "bytes", "config": SHAPE},
-        # Its copy does not belong to a step
-        "objective": {"kind": "clm"}, "optimizer": {"lr": 1e-4}, "checkpoint": {"asynchronous": False},
-        "data": {"train": str(folder / "rows.txt"), "packing": True, "max_length": 1003, "cache_dir": str(folder / "cache")},
+        "objective": {"kind": "clm"}, "optimizer": {"lr": 1e-4},
+        "checkpoint": {"asynchronous": False},  # its copy is no part of a step
+        "data": {"train": str(folder / "rows.txt"), "packing": True, "max_length": 1003,
+                 "cache_dir": str(folder / "cache")},
         "train": {"global_batch_size": 4, "max_steps": STEPS, "precision": "bf16", **train},
     }  # fmt: skip
     path = folder / "memory.yaml"
@@ -83,7 +85,7 @@ def write(folder: Path, train: dict[str, Any]) -> Path:
 
 
 def forecast(path: Path, topology: str, processes: int) -> float:
-    """GB. In a process of its own, as models and libraries stay."""
+    """Return GB, from a new process, as models and libraries stay in memory."""
     code = (
         "import json, sys; from finetune import config as configs; from "
         "finetune.engine.topology.launch import ParallelConfig\n"
@@ -97,21 +99,22 @@ def forecast(path: Path, topology: str, processes: int) -> float:
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(path), topology, str(processes)]
-    said = subprocess.run(
+    done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    return float(said.split()[-1])
+    )
+    return float(done.stdout.split()[-1])
 
 
 def run(
     path: Path, topology: str, processes: int, environment: dict[str, str]
 ) -> tuple[float, float]:
-    """(peak of the first process in GB, tokens a second)"""
+    """Return (peak of the first process in GB, tokens a second)."""
     folder = path.parent / "runs/memory"
     subprocess.run(["rm", "-rf", str(folder)], check=True)
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     command = [
-        sys.executable, "-m", "finetune", "launch", "--config_file", f"accelerate_configs/{topology}.yaml",
+        sys.executable, "-m", "finetune", "launch",
+        "--config_file", f"accelerate_configs/{topology}.yaml",
         "--num_processes", str(processes), "train.py", "--config", str(path),
     ]  # fmt: skip
     done = subprocess.run(

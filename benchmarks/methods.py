@@ -1,13 +1,13 @@
-"""Compare all tuning methods: what it learns, what it costs. Writes the table of docs/methods.md.
+"""Compare the loss and the cost of all tuning methods: the table of docs/methods.md.
 
-    python benchmarks/methods.py learn                  # loss of each method after the same steps
-    python benchmarks/methods.py cost                   # memory and speed of each, one at a time, alternating
-    python benchmarks/methods.py table                  # the table, from what has been measured
+    python benchmarks/methods.py learn      # loss of each method after the same steps
+    python benchmarks/methods.py cost       # memory and speed of each, one at a time, alternating
+    python benchmarks/methods.py table      # write the table from what has been measured
 
-Both measure by starting train.py as a user does; a run that is complete is not repeated, so both
-can be stopped and started again. `learn`: a byte-level Llama of 1.8M parameters, pre-trained on
-the sentences of the quickstart, learns to translate them. `cost`: a Llama of random weights; on a
-CPU 47M parameters, on a GPU Llama-2-7B's shape (--shape).
+`learn` and `cost` start train.py as a user does and skip completed runs, so both can be interrupted
+and started again. `learn`: a byte-level Llama of 1.8M parameters, pre-trained on the sentences of
+the quickstart, learns to translate them. `cost`: a Llama of random weights; 47M parameters on a
+CPU, the shape of Llama-2-7B on a GPU (--shape).
 """
 
 import argparse
@@ -32,8 +32,14 @@ BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 PRETRAIN_STEPS, LEARN_STEPS = 150, 150
 COST_STEPS, ROUNDS, WARM_STEPS = 6, 2, 2
 SHAPES: dict[str, dict[str, Any]] = {
-    "47M": {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 9, "num_attention_heads": 10, "num_key_value_heads": 10},
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "47M": {
+        "hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 9,
+        "num_attention_heads": 10, "num_key_value_heads": 10,
+    },
+    "7B": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32,
+    },
 }  # fmt: skip
 
 
@@ -43,7 +49,7 @@ class Method:
     settings: dict[str, Any]
     lrs: tuple[float, ...]
     when: str
-    costs: bool = field(default=True)  # False: as another row of the table
+    costs: bool = field(default=True)  # False: costs as much as another row of the table
 
 
 def full(kind: str, lrs: tuple[float, ...], when: str) -> Method:
@@ -67,20 +73,29 @@ METHODS = [
     full("lion_8bit", LION, "an eighth of the state"),
     full("adafactor", (3e-3, 1e-2, 3e-2), "next to no state"),
     full("muon", ADAM, "fewest steps to a loss, where all weights train"),
-    Method("all weights, lower half frozen", {"adapter.freeze": "LOWER_HALF"}, ADAM, "keep what lower layers know, save gradients"),
-    Method("all weights, gradient checkpointing", {"train.gradient_checkpointing": True}, ADAM[:1], "activations do not fit", True),
-    Method("all weights, ema 0.98", {"train.ema_decay": 0.98}, ADAM, "smooth the end of a run", True),
-    Method("all weights, neftune 5", {"train.neftune_alpha": 5}, ADAM, "few instructions; noise against overfitting", False),
+    Method("all weights, lower half frozen", {"adapter.freeze": "LOWER_HALF"}, ADAM,
+           "keep what lower layers know, save gradients"),
+    Method("all weights, gradient checkpointing", {"train.gradient_checkpointing": True}, ADAM[:1],
+           "activations do not fit"),
+    Method("all weights, ema 0.98", {"train.ema_decay": 0.98}, ADAM, "smooth the end of a run"),
+    Method("all weights, neftune 5", {"train.neftune_alpha": 5}, ADAM,
+           "few instructions; noise against overfitting", False),
     adapter("lora r 16", {}, "the first thing to try"),
-    adapter("lora r 16, rslora", {"adapter.rslora": True}, "high ranks: alpha / sqrt(r)", costs=False),
-    adapter("lora r 16, lora+ 8", {"optimizer.lora_plus_ratio": 8}, "B eight times faster", costs=False),
+    adapter("lora r 16, rslora", {"adapter.rslora": True}, "high ranks: alpha / sqrt(r)",
+            costs=False),
+    adapter("lora r 16, lora+ 8", {"optimizer.lora_plus_ratio": 8}, "B eight times faster",
+            costs=False),
     adapter("lora r 16, dora", {"adapter.dora": True}, "nearer to full at low ranks; slower"),
-    adapter("lora r 16, pissa", {"adapter.init": "pissa"}, "starts from the largest singular values", costs=False),
-    adapter("lora r 16, eva", {"adapter.init": "eva"}, "starts from the data's directions", costs=False),
+    adapter("lora r 16, pissa", {"adapter.init": "pissa"},
+            "starts from the largest singular values", costs=False),
+    adapter("lora r 16, eva", {"adapter.init": "eva"}, "starts from the data's directions",
+            costs=False),
     adapter("qlora nf4", {}, "a base that does not fit unquantised", "qlora"),
-    adapter("qlora nf4, loftq", {"adapter.init": "loftq"}, "adapters begin by repairing the quantisation", "qlora", False),
+    adapter("qlora nf4, loftq", {"adapter.init": "loftq"},
+            "adapters begin by repairing the quantisation", "qlora", False),
     adapter("qlora fp4", {"adapter.quantization": "fp4"}, "prefer nf4", "qlora"),
-    adapter("qlora int8", {"adapter.quantization": "int8"}, "closer to the base than 4 bits, twice the memory", "qlora"),
+    adapter("qlora int8", {"adapter.quantization": "int8"},
+            "closer to the base than 4 bits, twice the memory", "qlora"),
 ]  # fmt: skip
 
 
@@ -103,7 +118,7 @@ def main() -> None:
 
 
 def learn(methods: list[Method], jobs: int) -> None:
-    """Pre-train once, then each method at each of its rates for the same steps."""
+    """Pre-train once, then run each method at each of its learning rates for the same steps."""
     if not (ROOT / "data/pig_latin/train.jsonl").exists():
         subprocess.run(
             [sys.executable, "data_scripts/pig_latin.py", "--output", "data/pig_latin"],
@@ -116,9 +131,10 @@ def learn(methods: list[Method], jobs: int) -> None:
     def one(run: tuple[Method, float]) -> None:
         method, lr = run
         settings = {
-            "model.path": str(WORK / "base/model"), "optimizer.lr": lr, "train.max_steps": LEARN_STEPS,
-            "train.global_batch_size": 16, "train.micro_batch_size": 16, "checkpoint.every_steps": None, "evaluation.every_steps": None,
-            **resolved(method, num_layers=4),
+            "model.path": str(WORK / "base/model"), "optimizer.lr": lr,
+            "train.max_steps": LEARN_STEPS, "train.global_batch_size": 16,
+            "train.micro_batch_size": 16, "checkpoint.every_steps": None,
+            "evaluation.every_steps": None, **resolved(method, num_layers=4),
         }  # fmt: skip
         train("configs/quickstart.yaml", f"{slug(method)}_{lr:g}", settings)
         print(f"{method.name}, lr {lr:g}: {eval_loss(method, lr):.3f}", flush=True)
@@ -128,20 +144,20 @@ def learn(methods: list[Method], jobs: int) -> None:
 
 
 def cost(methods: list[Method], shape: str) -> None:
-    """A few steps of each, all of them ROUNDS times over, so that a slow minute hits no method
-    alone.
-    """
+    """Run a few steps of each, in ROUNDS rounds, so that a slow minute affects all methods."""
     base = {
-        "model.init": "random", "model.path": None, "model.tokenizer": "bytes", "data.train": "data/pig_latin/sentences.txt",
-        "model.config": {"model_type": "llama", "max_position_embeddings": 4096, **SHAPES[shape]}, "train.max_steps": 1,
-        "data.max_length": 512, "train.global_batch_size": 1, "train.micro_batch_size": 1, "schedule.warmup_steps": 0,
+        "model.init": "random", "model.path": None, "model.tokenizer": "bytes",
+        "model.config": {"model_type": "llama", "max_position_embeddings": 4096, **SHAPES[shape]},
+        "data.train": "data/pig_latin/sentences.txt", "data.max_length": 512, "train.max_steps": 1,
+        "train.global_batch_size": 1, "train.micro_batch_size": 1, "schedule.warmup_steps": 0,
     }  # fmt: skip
     train("configs/quickstart_pretrain.yaml", f"shape_{shape}", base)
     for round_, method in itertools.product(range(ROUNDS), [m for m in methods if m.costs]):
         settings = {
-            "model.path": str(WORK / f"shape_{shape}/model"), "data.packing": True, "data.max_length": 512,
-            "train.max_steps": COST_STEPS, "train.global_batch_size": 2, "train.micro_batch_size": 2, "schedule.warmup_steps": 1,
-            "data.eval": None, "evaluation.every_steps": None, "checkpoint.every_steps": None, "optimizer.lr": 1e-5,
+            "model.path": str(WORK / f"shape_{shape}/model"), "data.packing": True,
+            "data.max_length": 512, "train.max_steps": COST_STEPS, "train.global_batch_size": 2,
+            "train.micro_batch_size": 2, "schedule.warmup_steps": 1, "data.eval": None,
+            "evaluation.every_steps": None, "checkpoint.every_steps": None, "optimizer.lr": 1e-5,
             **resolved(method, num_layers=SHAPES[shape]["num_hidden_layers"]),
         }  # fmt: skip
         name = f"cost_{shape}_{round_}_{slug(method)}"
@@ -153,19 +169,19 @@ def cost(methods: list[Method], shape: str) -> None:
 
 
 def write_table() -> None:
-    """The table into docs/methods.md, from the runs that are there."""
+    """Write the table into docs/methods.md, from the runs done so far."""
     shapes = [shape for shape in SHAPES if any(WORK.glob(f"cost_{shape}_*/outcome.json"))]
     head = ["method", "when", "trains", f"loss after {LEARN_STEPS} steps (its lr)"]
     head += [title for shape in shapes for title in (f"memory, {shape}", f"speed, {shape}")]
     rows = [head, ["---"] * len(head)]
     reference = {shape: speeds(METHODS[0], shape) for shape in shapes}
     for method in METHODS:
-        learned = [
+        losses = [
             (eval_loss(method, lr), lr)
             for lr in method.lrs
             if (WORK / f"{slug(method)}_{lr:g}/model").exists()
         ]
-        best = "{:.3f} ({:g})".format(*min(learned)) if learned else "not measured"
+        best = "{:.3f} ({:g})".format(*min(losses)) if losses else "not measured"
         row = [method.name, method.when, trainable(method), best]
         for shape in shapes:
             names = sorted(path.name for path in WORK.glob(f"cost_{shape}_*_{slug(method)}"))
@@ -183,24 +199,15 @@ def write_table() -> None:
 
 
 def train(config: str, name: str, settings: dict[str, Any]) -> None:
-    """train.py with a config and settings on top. A complete run is left as it is; raises if it
-    fails.
-    """
-    arguments = [
-        f"--{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix('...').strip()}"
-        for key, value in settings.items()
-    ]
-    command = [
-        sys.executable,
-        "train.py",
-        "--config",
-        config,
-        "--run.dir",
-        str(WORK),
-        "--run.name",
-        name,
-        *arguments,
-    ]
+    """Run train.py with settings on top of a config, unless it is complete. Exits if it fails."""
+
+    def text(value: Any) -> str:
+        line = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+        return line.removesuffix("...").strip()
+
+    command = [sys.executable, "train.py", "--config", config]
+    command += ["--run.dir", str(WORK), "--run.name", name]
+    command += [f"--{key}={text(value)}" for key, value in settings.items()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -226,7 +233,7 @@ def eval_loss(method: Method, lr: float) -> float:
 
 
 def measured(name: str) -> tuple[list[float], float]:
-    """(tokens/s of each warm step, peak memory in GB)"""
+    """Return (tokens/s of each step after the first ones, peak memory in GB)."""
     found = list(lines(name, "metrics.jsonl"))
     return [line["tokens_per_second"] for line in found[WARM_STEPS:]], found[-1]["memory_gb"]
 
@@ -237,7 +244,7 @@ def speeds(method: Method, shape: str) -> list[float]:
 
 
 def trainable(method: Method) -> str:
-    """Part of the 1.8M parameters that trains, from the receipt of a run."""
+    """Return the share of the 1.8M parameters that trains, from the receipt of a run."""
     for lr in method.lrs:
         path = WORK / f"{slug(method)}_{lr:g}" / "receipt.json"
         if path.exists():

@@ -1,18 +1,17 @@
-"""Ours, TRL and LitGPT on the same rows, model, tokens and precision, in turn: `make bench`.
+"""Compare ours, TRL and LitGPT on the same rows, model, tokens and precision: `make bench`.
 
-    python benchmarks/peers.py                                       a Llama of 25M parameters, invented rows
-    python benchmarks/peers.py --rows my.jsonl --model my_model      your own: rows with prompt and completion
-    python benchmarks/peers.py --only "trl packed|ours"              a regular expression
-    python benchmarks/peers.py --preload libtcmalloc_minimal.so.4    another allocator, for all of them
+    python benchmarks/peers.py                                   a Llama of 25M, invented rows
+    python benchmarks/peers.py --rows my.jsonl --model my_model  rows with prompt and completion
+    python benchmarks/peers.py --only "trl packed|ours"          a regular expression
+    python benchmarks/peers.py --preload libtcmalloc_minimal.so.4    another allocator, for all
 
-Each trains for N steps in a process of its own, by its own trainer, at the fastest settings it has
-on this machine; rounds alternate. Tokens a second do not count padding, and are medians over the
-steps after the first ones; memory is the peak of the process, or of its GPU. Useful arithmetic is 6
-operations for each weight that a token needs, and for the output projection only tokens that are
-learned; it is compared with what matrix products of 2,048 x 2,048 x 2,048 reach, measured between
-the runs. What was learned is proved by one judge: the loss of the saved model on held-out rows.
-TRL: pip install trl==1.16.0. LitGPT needs older packages, so an environment of its own: --litgpt
-its/bin/python, with litgpt==0.5.13
+Each trains N steps in its own process with its own trainer, at its fastest settings on this
+machine; rounds alternate. Tokens a second exclude padding, and are medians over the steps after the
+first ones; memory is the peak of the process, or of its GPU. Useful arithmetic is 6 operations for
+each weight that a token needs, in the output projection only for supervised tokens; it is compared
+with the rate of matrix products of 2,048 x 2,048 x 2,048, measured between the runs. All saved
+models are evaluated alike: by their loss on held-out rows. TRL: pip install trl==1.16.0. LitGPT
+needs older packages, and so its own environment: --litgpt its/bin/python, with litgpt==0.5.13
 """
 
 import argparse
@@ -33,11 +32,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {
-    "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "max_position_embeddings": 2048, "tie_word_embeddings": True, "vocab_size": 32000,
+    "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+    "tie_word_embeddings": True, "vocab_size": 32000,
 }  # fmt: skip
 MAX_LENGTH, WARM = 512, 5
-TOKENS = 2048  # of a step, about
+TOKENS = 2048  # per step, about
 HELD_OUT = 100
 
 
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 class Work:
-    """Model, rows and what to do with them, the same for all."""
+    """The model, the rows and the settings, the same for all."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         self.folder, self.steps, self.precision = folder, arguments.steps, arguments.precision
@@ -94,15 +94,16 @@ class Work:
         rows = read_rows(arguments.rows) if arguments.rows else invent_rows()
         self.model = arguments.model or make_model(folder / "model", rows, arguments.tokenizer)
         rows = short(rows, self.model)
-        self.held_out, learned = rows[:HELD_OUT], rows[HELD_OUT:]
+        self.held_out, trained = rows[:HELD_OUT], rows[HELD_OUT:]
         self.rows = folder / "rows.jsonl"
-        self.rows.write_text("".join(json.dumps(row) + "\n" for row in learned))
+        self.rows.write_text("".join(json.dumps(row) + "\n" for row in trained))
         self.runs = 0
         self.layers, self.head = weights_of(self.model)
 
     def operations(self, tokens: int, supervised: int) -> int:
-        """Of a step forth and back: 2 for each weight and token forward, 4 backward. Those of
-        attention's scores are left out.
+        """Return the operations of forward and backward: 2 and 4 for each weight and token.
+
+        Without those of attention's scores.
         """
         return 6 * (self.layers * tokens + self.head * supervised)
 
@@ -122,7 +123,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def short(rows: list[dict[str, str]], model: Path) -> list[dict[str, str]]:
-    """Rows that fit a pack: what is cut differs between trainers."""
+    """Return the rows that fit a pack, as trainers truncate others differently."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -134,9 +135,7 @@ def short(rows: list[dict[str, str]], model: Path) -> list[dict[str, str]]:
 
 
 def invent_rows() -> list[dict[str, str]]:
-    """Rows of words as long as those of a school book's problems: 30 to 90 words asked, 40 to 200
-    answered.
-    """
+    """Return rows as long as school maths problems: 30 to 90 words asked, 40 to 200 answered."""
     dice = random.Random(0)
     syllables = "ba con de fi ga ho in ju ka lo mer no per ra so tu ver wi".split()
     words = ["".join(dice.choices(syllables, k=dice.randint(1, 4))) for _ in range(6000)]
@@ -152,7 +151,7 @@ def invent_rows() -> list[dict[str, str]]:
 
 
 def make_model(folder: Path, rows: list[dict[str, str]], tokenizer: Path | None) -> Path:
-    """Random weights, saved; the tokenizer is given, or trained on the rows."""
+    """Save random weights with a tokenizer, or with one trained on the rows; return the folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -183,16 +182,19 @@ def make_model(folder: Path, rows: list[dict[str, str]], tokenizer: Path | None)
     return folder
 
 
-# ---------------------------------------------------------------------------------------- contenders
+# --------------------------------------------------------------------------------- contenders
 
 
 def ours(work: Work, **changes: Any) -> dict[str, Any]:
     folder = work.fresh()
     sections: dict[str, dict[str, Any]] = {
         "run": {"name": "run", "dir": str(folder)}, "model": {"path": str(work.model)},
-        "data": {"train": str(work.rows), "template": "plain", "packing": True, "max_length": MAX_LENGTH, "cache_dir": str(work.folder / "cache")},
+        "data": {"train": str(work.rows), "template": "plain", "packing": True,
+                 "max_length": MAX_LENGTH, "cache_dir": str(work.folder / "cache")},
         "optimizer": {"lr": 1e-3}, "schedule": {"kind": "constant"},
-        "train": {"global_batch_size": TOKENS // MAX_LENGTH, "micro_batch_size": TOKENS // MAX_LENGTH, "max_steps": work.steps, "precision": work.precision, "epochs": 9},
+        "train": {"global_batch_size": TOKENS // MAX_LENGTH,
+                  "micro_batch_size": TOKENS // MAX_LENGTH, "max_steps": work.steps,
+                  "precision": work.precision, "epochs": 9},
     }  # fmt: skip
     for key, value in changes.items():
         section, field = key.split("__")
@@ -206,24 +208,23 @@ def ours(work: Work, **changes: Any) -> dict[str, Any]:
         (after - before, line["seconds"]) for before, after, line in zip(totals, totals[1:], lines)
     ]
     on_gpu = lines[-1]["memory_gb"] if "mfu" in lines[-1] else None
-    return judged(
-        work, folder / "run/model", measured, on_gpu or memory, lines[-1]["supervised_tokens"]
-    )
+    supervised = lines[-1]["supervised_tokens"]
+    return result(work, folder / "run/model", measured, on_gpu or memory, supervised)
 
 
 def peer(work: Work, python: Path | str, script: str, **settings: Any) -> dict[str, Any]:
-    """A run by a script next to this one, which leaves a model and measured.json."""
+    """Run a script next to this one, which writes a model and measured.json."""
     folder = work.fresh()
     folder.mkdir()
     wanted = {
-        "rows": str(work.rows), "model": str(work.model), "steps": work.steps, "precision": work.precision,
-        "max_length": MAX_LENGTH, "out": str(folder / "model"), "settings": settings,
+        "rows": str(work.rows), "model": str(work.model), "steps": work.steps,
+        "precision": work.precision, "max_length": MAX_LENGTH, "out": str(folder / "model"),
+        "settings": settings,
     }  # fmt: skip
     memory = peak(work, [str(python), f"benchmarks/{script}", json.dumps(wanted)])
     done = json.loads((folder / "model/measured.json").read_text())
-    return judged(
-        work, folder / "model", done["steps"], done["gpu_gb"] or memory, done["supervised"]
-    )
+    memory = done["gpu_gb"] or memory
+    return result(work, folder / "model", done["steps"], memory, done["supervised"])
 
 
 def trl(work: Work, **settings: Any) -> dict[str, Any]:
@@ -248,26 +249,20 @@ CONTENDERS: dict[str, Callable[[Work], dict[str, Any]]] = {
 
 
 def peak(work: Work, command: list[str]) -> float:
-    """Run a command; the peak memory of its process in GB. Raises RuntimeError with the end of what
-    it said.
-    """
-    preload = {"LD_PRELOAD": work.preload} if work.preload else {}
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=said,
-            stderr=said,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"} | preload,
-        )
+    """Run a command and return its peak memory in GB. Raises RuntimeError with its last output."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if work.preload:
+        env["LD_PRELOAD"] = work.preload
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=env)
         _, status, used = os.wait4(process.pid, 0)
-        said.seek(0)
+        output.seek(0)
         if status:
-            raise RuntimeError(f"{command[1]} failed:\n{said.read().decode()[-3000:]}")
+            raise RuntimeError(f"{command[1]} failed:\n{output.read().decode()[-3000:]}")
     return used.ru_maxrss * 1024 / 1e9
 
 
-def judged(
+def result(
     work: Work, model: Path, steps: list[tuple[int, float]], memory: float, supervised: int
 ) -> dict[str, Any]:
     speed = statistics.median(tokens / seconds for tokens, seconds in steps[WARM:])
@@ -279,7 +274,7 @@ def judged(
 
 
 def weights_of(model: Path) -> tuple[int, int]:
-    """(weights in the layers' matrices, in the output projection)"""
+    """Return the numbers of weights (in the layers' matrices, in the output projection)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -295,7 +290,7 @@ def weights_of(model: Path) -> tuple[int, int]:
 
 
 def product_rate(precision: str) -> float:
-    """Operations a second in matrix products of this machine, now."""
+    """Return the operations a second that matrix products reach on this machine now."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -311,30 +306,26 @@ def product_rate(precision: str) -> float:
 
 
 def held_out_loss(work: Work, model: Path) -> float:
-    """Nats per answer token, by transformers alone."""
+    """Return nats per answer token, computed with transformers only."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, loaded = (
-        AutoTokenizer.from_pretrained(work.model),
-        AutoModelForCausalLM.from_pretrained(model).eval(),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
     total, count = 0.0, 0
     with torch.no_grad():
         for row in work.held_out:
             asked = tokenizer(row["prompt"]).input_ids
-            ids = (asked + tokenizer(row["completion"], add_special_tokens=False).input_ids)[
-                :MAX_LENGTH
-            ]
-            logits = loaded(torch.tensor([ids])).logits[0, len(asked) - 1 : -1].float()
-            total += torch.nn.functional.cross_entropy(
-                logits, torch.tensor(ids[len(asked) :]), reduction="sum"
-            ).item()
+            answer = tokenizer(row["completion"], add_special_tokens=False).input_ids
+            ids = torch.tensor((asked + answer)[:MAX_LENGTH])
+            logits = loaded(ids[None]).logits[0, len(asked) - 1 : -1].float()
+            labels = ids[len(asked) :]
+            total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             count += len(ids) - len(asked)
     return total / count
 
 
-# -------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------ results
 
 
 def table(work: Work, results: dict[str, list[dict[str, Any]]], rate: float) -> None:
@@ -344,7 +335,7 @@ def table(work: Work, results: dict[str, list[dict[str, Any]]], rate: float) -> 
     print(
         f"{os.cpu_count()} cores; torch {torch.__version__}, transformers "
         f"{transformers.__version__}; {work.steps} steps, {work.precision}; "
-        f"products of matrices at {rate / 1e9:,.0f} billion operations a second\n"
+        f"matrix products at {rate / 1e9:,.0f} billion operations a second\n"
     )
     print(
         "| | tokens/s | our fastest by | useful arithmetic, of the products' rate | peak memory | "

@@ -1,4 +1,4 @@
-"""One short run of train.py for a benchmark: settings in, what its metrics say out."""
+"""Run train.py briefly for a benchmark, and return its metrics."""
 
 import json
 import os
@@ -18,9 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians over the steps after the first ones, of all processes together; memory of the first
-    one, at its peak.
-    """
+    """Medians of all processes over the steps after the first ones; peak memory of the first."""
 
     tokens_per_second: float
     memory_gb: float
@@ -36,7 +34,7 @@ def measure(
     topology: str = "single",
     processes: int = 1,
 ) -> Measured:
-    """`settings`: section.field -> value. Raises RuntimeError with the error of a run that failed."""
+    """Run with `settings`, section.field -> value. Raises RuntimeError with the run's error."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
         section, field = key.split(".")
@@ -50,7 +48,8 @@ def measure(
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     many = [] if topology == "single" else ["--num_processes", str(processes)]
     command = [
-        sys.executable, "-m", "finetune", "launch", "--config_file", f"accelerate_configs/{topology}.yaml", *many,
+        sys.executable, "-m", "finetune", "launch",
+        "--config_file", f"accelerate_configs/{topology}.yaml", *many,
         "train.py", "--config", str(config),
     ]  # fmt: skip
     done = subprocess.run(
@@ -67,7 +66,7 @@ def measure(
             for line in done.stderr.splitlines()
             if re.search(r"[Ee]rror\b.*:|out of memory", line)
         ]
-        raise RuntimeError((wrong or done.stderr.splitlines()[-1:] or ["it said nothing"])[0][:200])
+        raise RuntimeError((wrong or done.stderr.splitlines()[-1:] or ["no output"])[0][:200])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = lines[-1]
     return Measured(

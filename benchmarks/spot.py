@@ -1,11 +1,10 @@
-"""What being ready to vanish costs: the figures of docs/spot.md.
+"""Measure what checkpoints and resuming cost: the figures of docs/spot.md.
 
-    python benchmarks/spot.py                      # a Llama of 25M parameters, all weights: checkpoints of 0.3 GB
+    python benchmarks/spot.py         # a Llama of 25M, full weights: checkpoints of 0.3 GB
     python benchmarks/spot.py --width 1024 --layers 24 --rounds 1
 
-Runs with checkpoints written in the background and runs that wait for them take turns. Each is
-started by the launcher, saves every two steps, is sent SIGTERM in mid-training, and is started
-again.
+Alternates runs that write checkpoints in the background with runs that wait for them. The launcher
+starts each; it saves every two steps, gets SIGTERM during training, and starts again.
 """
 
 import argparse
@@ -24,8 +23,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVED = 4  # checkpoints before the signal
-PLACES = {"one process": [], "fsdp2, 2 processes": ["--config_file", "accelerate_configs/fsdp2.yaml", "--num_processes", "2"],
-          "zero2, 2 processes": ["--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"]}  # fmt: skip
+TWO = ["--num_processes", "2", "--config_file"]
+PLACES = {
+    "one process": [],
+    "fsdp2, 2 processes": [*TWO, "accelerate_configs/fsdp2.yaml"],
+    "zero2, 2 processes": [*TWO, "accelerate_configs/zero2.yaml"],
+}
 
 
 def main() -> None:
@@ -67,8 +70,11 @@ def write_config(folder: Path, width: int, layers: int, asynchronous: bool) -> P
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"{i} " * 30}) + "\n" for i in range(400)))
     name = f"run{len(list(folder.glob('*.yaml')))}"
-    shape = {"model_type": "llama", "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-             "num_attention_heads": 8, "vocab_size": 32000, "tie_word_embeddings": True}  # fmt: skip
+    shape = {
+        "model_type": "llama", "hidden_size": width, "intermediate_size": 4 * width,
+        "num_hidden_layers": layers, "num_attention_heads": 8, "vocab_size": 32000,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
     config: dict[str, Any] = {
         "run": {"name": name, "dir": str(folder / "runs")},
         "model": {"init": "random", "tokenizer": "bytes", "config": shape},
@@ -88,8 +94,10 @@ def write_config(folder: Path, width: int, layers: int, asynchronous: bool) -> P
 
 
 def measure(config: Path, launcher: list[str]) -> dict[str, float]:
-    """Seconds: median stall of a save, median time until it is safe, from SIGTERM to exit 75, from
-    start to the first step.
+    """Return the size of a save in GB, and seconds.
+
+    stall and safe: median wait for a save, and until it is safe; exit: from SIGTERM to exit 75;
+    resumed: from the second start to its first step.
     """
     run = config.parent / "runs" / config.stem
     process = start(config, launcher)
@@ -120,16 +128,8 @@ def measure(config: Path, launcher: list[str]) -> dict[str, float]:
 
 
 def start(config: Path, launcher: list[str]) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "finetune",
-        "launch",
-        *launcher,
-        "train.py",
-        "--config",
-        str(config),
-    ]
+    command = [sys.executable, "-m", "finetune", "launch", *launcher]
+    command += ["train.py", "--config", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
 

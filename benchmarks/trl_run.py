@@ -1,5 +1,6 @@
-"""One run of TRL's SFTTrainer for benchmarks/peers.py and gpu.py: python benchmarks/trl_run.py
-'{"rows": ..., "model": ...}'
+"""Run TRL's SFTTrainer once, for benchmarks/peers.py and gpu.py.
+
+python benchmarks/trl_run.py '{"rows": ..., "model": ...}'
 """
 
 import json
@@ -15,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class Clock(TrainerCallback):
-    """(tokens without padding, seconds) of every step."""
+    """Record (tokens without padding, seconds) of every step."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, float]] = []
@@ -30,7 +31,7 @@ class Clock(TrainerCallback):
 
 
 def now() -> float:
-    """Seconds, when the GPU has done what it was given."""
+    """Return the time in seconds, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -40,11 +41,26 @@ def main() -> None:
     wanted = json.loads(sys.argv[1])
     out = Path(wanted["out"])
     settings = {"gradient_checkpointing": False, "attn_implementation": "sdpa"} | wanted["settings"]
+    model = {
+        "attn_implementation": settings.pop("attn_implementation"),
+        "dtype": wanted.get("dtype", "float32"),
+    }
     config = SFTConfig(
-        output_dir=str(out), max_steps=wanted["steps"], max_length=wanted["max_length"], bf16=wanted["precision"] == "bf16", use_cpu=not torch.cuda.is_available(),
-        learning_rate=settings.pop("learning_rate", 1e-3), lr_scheduler_type="constant", report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
-        dataloader_pin_memory=False, model_init_kwargs={"attn_implementation": settings.pop("attn_implementation"), "dtype": wanted.get("dtype", "float32")}, **settings,
-    )  # fmt: skip
+        output_dir=str(out),
+        max_steps=wanted["steps"],
+        max_length=wanted["max_length"],
+        bf16=wanted["precision"] == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        learning_rate=settings.pop("learning_rate", 1e-3),
+        lr_scheduler_type="constant",
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        model_init_kwargs=model,
+        **settings,
+    )
     clock = Clock()
     rows = load_dataset(
         "json", data_files=wanted["rows"], split="train", cache_dir=str(out.parent / "cache")
@@ -74,9 +90,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     measured = {
-        "steps": clock.steps, "supervised": clock.supervised, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "steps": clock.steps,
+        "supervised": clock.supervised,
+        "gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
         "last_loss": losses[-1] if losses else None,
-    }  # fmt: skip
+    }
     (out / "measured.json").write_text(json.dumps(measured))
 
 

@@ -251,7 +251,7 @@ def test_a_base_is_checked_as_a_model_is(workshop, capsys, command):
     )
     for model, given, says in (
         (adapter, "./zz", "error: --base: ./zz: no such folder"), (adapter, workshop.folder, "error: --base: "),
-        (adapter, adapter, "is an adapter itself"), (base, base, "remove --base" if command == "chat" else "nothing to merge"),
+        (adapter, adapter, "is itself an adapter"), (base, base, "remove --base" if command == "chat" else "nothing to merge"),
     ):  # fmt: skip
         assert main([*whole, "--model", str(model), "--base", str(given)]) == 2
         assert says in capsys.readouterr().err

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import ExportError, ModelError, Outage
 from finetune.export.load import load, load_tokenizer
 from finetune.export.merge import _relative_difference, merge
-from finetune.export.save import NOT_TO_FETCH, TO_FETCH, Base, _bring_along, save
+from finetune.export.save import NOT_TO_FETCH, TO_FETCH, Base, _copy_files_of, save
 from finetune.export.verify import TOLERANCE, disagreement, probe_logits, verify
 from finetune.models import attention_probe
 
@@ -90,7 +90,7 @@ def test_half_a_saved_model_is_never_complete(workshop, monkeypatch):
 
     monkeypatch.setattr("finetune.export.publish.save", tamper(half))
     with pytest.raises(
-        ExportError, match="weight model.layers.0.mlp.up_proj.weight is other than trained"
+        ExportError, match="weight model.layers.0.mlp.up_proj.weight differs from training"
     ):
         workshop.train()
     assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "failed"
@@ -553,7 +553,7 @@ def test_terms_come_along_however_they_are_spelt(tmp_path):
         (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "base" / name).write_text(name)
     (tmp_path / "out").mkdir()
-    _bring_along(Base(str(tmp_path / "base")), tmp_path / "out")
+    _copy_files_of(Base(str(tmp_path / "base")), tmp_path / "out")
     found = {
         path.relative_to(tmp_path / "out").as_posix()
         for path in (tmp_path / "out").rglob("*")
@@ -650,7 +650,7 @@ def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
     }[command]
     if command != "evaluate":  # it has --base in any case
         assert main(arguments) == 2
-        assert "its base is not in" in (said := capsys.readouterr().err)
+        assert "its base is no longer in" in (said := capsys.readouterr().err)
         assert "give --base" in said
     assert main([*arguments, "--base", other]) == 2
     assert (
@@ -686,7 +686,7 @@ def test_a_base_in_another_place_is_compared_in_every_value(moved):
     [
         ("another architecture", "is not the base of {adapter}: model_type was llama there, and is gpt2 here; give the folder of"),
         ("a Hub name", "--base: 'owner/name' cannot be loaded: We couldn't connect"),
-        ("an adapter", "--base: {adapter} is an adapter itself; give the whole model"),
+        ("an adapter", "--base: {adapter} is itself an adapter; give the model"),
         ("both", "--base: {base} holds config.json of a whole model and adapter_config.json of an adapter"),
         ("nowhere", "--base: {base}/nowhere: no such folder"),
     ],

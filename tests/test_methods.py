@@ -197,7 +197,7 @@ def test_adapters_that_cannot_be_added_are_not_merged(workshop, base):
 
     plain = trained("plain")
     for name, changes, why in (
-        ("pissa", {"adapter__init": "pissa"}, "begun from the weights of its base"),
+        ("pissa", {"adapter__init": "pissa"}, "initialised from the weights of its base"),
         ("norms", METHODS["lora, norms"], "holds whole modules or biases"),
         ("biases", METHODS["lora, biases"], "holds whole modules or biases"),
         ("loftq", {"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapters of different bases"),
@@ -341,7 +341,7 @@ def test_what_would_have_no_effect_is_refused_before_weights_load(
 
 
 def test_what_the_whole_model_cannot_have_is_refused(workshop, base):
-    with pytest.raises(ModelError, match=r"model.new_tokens would never be learned"):
+    with pytest.raises(ModelError, match=r"model.new_tokens could not be trained"):
         workshop.check(**on(base), model__new_tokens=["<a>"], adapter__freeze=["embed"])
     with pytest.raises(ConfigError, match=r"adafactor never steps by more than 1 / sqrt\(step\)"):
         workshop.check(**on(base), optimizer__kind="adafactor", optimizer__lr=0.9)
@@ -467,7 +467,7 @@ def test_dora_keeps_length_apart_from_direction():
 
 def test_loftq_begins_closer_to_the_unquantised_model(base):
     def model(quantization=None):
-        return loading.load_model(Model(path=base), AutoConfig.from_pretrained(base), loading.bytes_tokenizer(), attention="sdpa", dtype=torch.float32, quantization=quantization)  # fmt: skip
+        return loading.load_model(Model(path=base), AutoConfig.from_pretrained(base), loading.bytes_tokenizer(), "sdpa", torch.float32, quantization)  # fmt: skip
 
     ids = torch.arange(64)[None]
     exact = model()(ids).logits

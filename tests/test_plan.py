@@ -461,7 +461,7 @@ def test_every_part_of_a_forecast_is_what_arithmetic_says():
         MEASURED, train={"global_batch_size": 8, "precision": "bf16", "ema_decay": 0.9}
     )
     chooser = Chooser(config, precision="bf16", on_gpu=True)
-    n = chooser.maker().weights.num
+    n = chooser.forecaster().weights.num
     zero = {"reduce_bucket_size": 5e8}
     #           weights, float32, optimizer, gradients, average, copied by a checkpoint, CUDA with NCCL
     wanted = [

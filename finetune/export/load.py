@@ -1,4 +1,4 @@
-"""Open an exported model, an adapter on its base, and their tokenizer."""
+"""Load an exported model, or an adapter on its base, and the tokenizer."""
 
 import argparse
 import os
@@ -20,85 +20,96 @@ from finetune.config.base import (
 )
 from finetune.errors import ModelError
 from finetune.models import adapters, base_identity, embeddings
-from finetune.models.load import keep_layout, quantized_as, refuse_lost, translated
+from finetune.models.load import keep_layout, quantized_as, require_all_weights, translated
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, quantized: bool = True,
-    base: str | None = None, device: torch.device | None = None,
-) -> Any:  # fmt: skip
-    """Full weights, or an adapter on its base, quantised as it was trained unless not `quantized`.
-    Raises ModelError.
+    path: str | Path,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    quantized: bool = True,
+    base: str | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """Load full weights, or an adapter on its base, quantised as in training. Raises ModelError.
 
-    `base`: where the base of an adapter is now, if it has moved since the training. Every value of
-    its weights must be the same, except for quantised ones. `device`: the CPU, for a quantised base
-    that would else open on the GPU.
+    `quantized`: False loads the base of a QLoRA adapter unquantised. `base`: where the base of an
+    adapter is now, if it has moved since training; every value of its weights must be the same,
+    except for quantised ones. `device`: the CPU keeps a quantised base off the GPU.
     """
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
         if not is_adapter(folder):
-            opened, info = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 str(path),
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-            refuse_lost(str(path), opened, info)
-            return opened
-        from peft import PeftConfig, PeftModel
+            require_all_weights(str(path), model, info)
+            return model
+        return _load_adapter(folder, dtype, trust_remote_code, quantized, base, device)
 
-        require_adapter(folder)
-        adapter = PeftConfig.from_pretrained(str(folder))
-        record = base_identity.read(folder)
-        where, revision = base_of(folder, adapter, base)
-        if (
-            base is None
-            and os.path.isdir(where)
-            and (problem := folder_problem(where, needs_weights=True))
-        ):
-            raise ModelError(f"the base of {folder}: {problem}")
-        quantization = (record.get("quantization") or None) if quantized else None
-        if quantization and dtype == "auto":
-            dtype = getattr(torch, record["dtype"])
-        on_cpu = quantization is not None and device is not None and device.type == "cpu"
-        with translated(f"--base: {where!r}") if base is not None else nullcontext():
-            model = _load_base(where, revision, dtype, trust_remote_code, quantization, on_cpu)
-            if not quantized and getattr(
-                model, "is_quantized", False
-            ):  # it has no other weights than those
-                model = model.dequantize(dtype=model.dtype)
-                model._weight_conversions = (
-                    None  # of transformers 5.23, which would quantise again while saving
-                )
-        keep_layout(model)
-        if record.get("new_token_ids"):
-            embeddings.extend(model, record["new_token_ids"])
-        if record:
-            base_identity.require_architecture(model, record, folder, base)
-            if quantization or not record["quantization"]:
-                base_identity.require_weights(model, record, folder, base)
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        adapted = PeftModel.from_pretrained(model, str(folder))
-        adapters.require_whole(adapted, str(folder))
-        return adapted
+
+def _load_adapter(
+    folder: Path,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    quantized: bool,
+    base: str | None,
+    device: torch.device | None,
+) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    require_adapter(folder)
+    adapter = PeftConfig.from_pretrained(str(folder))
+    record = base_identity.read(folder)
+    where, revision = base_of(folder, adapter, base)
+    is_unmoved = base is None and os.path.isdir(where)
+    if is_unmoved and (problem := folder_problem(where, needs_weights=True)):
+        raise ModelError(f"the base of {folder}: {problem}")
+    quantization = (record.get("quantization") or None) if quantized else None
+    if quantization and dtype == "auto":
+        dtype = getattr(torch, record["dtype"])
+    on_cpu = quantization is not None and device is not None and device.type == "cpu"
+    with translated(f"--base: {where!r}") if base is not None else nullcontext():
+        model = _load_base(where, revision, dtype, trust_remote_code, quantization, on_cpu)
+        if not quantized and getattr(model, "is_quantized", False):  # it was saved so
+            model = model.dequantize(dtype=model.dtype)
+            model._weight_conversions = None  # transformers 5.23 would quantise again on saving
+    keep_layout(model)
+    if record.get("new_token_ids"):
+        embeddings.extend(model, record["new_token_ids"])
+    if record:
+        base_identity.require_architecture(model, record, folder, base)
+        if quantization or not record["quantization"]:
+            base_identity.require_weights(model, record, folder, base)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    adapters.require_whole(adapted, str(folder))
+    return adapted
 
 
 def _load_base(
-    where: str, revision: str | None, dtype: torch.dtype | str, trust_remote_code: bool,
-    quantization: dict[str, Any] | None, on_cpu: bool,
-) -> Any:  # fmt: skip
-    """The base of an adapter, with all its weights. Raises ModelError if some are lost."""
-    config = AutoConfig.from_pretrained(
-        where, revision=revision, trust_remote_code=trust_remote_code
-    )
-    model, info = AutoModelForCausalLM.from_pretrained(
-        where, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True,
-        **quantized_as(config, quantization), **({"device_map": {"": "cpu"}} if on_cpu else {}),
-    )  # fmt: skip
-    refuse_lost(where, model, info)
+    where: str,
+    revision: str | None,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    quantization: dict[str, Any] | None,
+    on_cpu: bool,
+) -> Any:
+    """Return the base of an adapter. Raises ModelError if weights are missing."""
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= quantized_as(AutoConfig.from_pretrained(where, **options), quantization)
     if on_cpu:
-        vars(model).pop("hf_device_map", None)  # peft would spread over the GPUs again what has it
+        options["device_map"] = {"": "cpu"}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        where, dtype=dtype, output_loading_info=True, **options
+    )
+    require_all_weights(where, model, info)
+    if on_cpu:
+        vars(model).pop("hf_device_map", None)  # with it, peft would move the base to the GPUs
     return model
 
 
@@ -108,8 +119,9 @@ def require_adapter(folder: Path) -> None:
 
 
 def base_of(folder: Path, adapter: Any, given: str | None) -> tuple[str, str | None]:
-    """(folder or Hub id, revision) of an adapter's base. Raises ModelError if it was a folder that
-    is not there any more.
+    """Return (folder or Hub id, revision) of an adapter's base. Raises ModelError if it is gone.
+
+    `given`: the value of --base, if there is one.
     """
     known = adapter.base_model_name_or_path
     if given is not None:
@@ -121,27 +133,25 @@ def base_of(folder: Path, adapter: Any, given: str | None) -> tuple[str, str | N
         )
     if os.path.isabs(known) and not os.path.isdir(known):
         raise ModelError(
-            f"{folder} is an adapter, and its base is not in {known} any more; give --base with "
-            "the folder where it is now"
+            f"{folder} is an adapter, and its base is no longer in {known}; give --base with the "
+            "folder where it is now"
         )
     return known, adapter.revision
 
 
 def require_base(base: str | None) -> None:
-    """Raise ModelError at once for a --base that does not exist, or that is not a whole model."""
+    """Raise ModelError for a --base that does not exist or is itself an adapter."""
     if base is None:
         return
     require_model(base, "--base")
     if is_adapter(base):
         raise ModelError(
-            f"--base: {base} is an adapter itself; give the whole model that it lies on"
+            f"--base: {base} is itself an adapter; give the model that it was trained on"
         )
 
 
 def moved(path: str | Path, base: str) -> str | None:
-    """`base`, if `path` is an adapter that names no base of its own, or one that is not where it
-    was.
-    """
+    """Return `base` if `path` is an adapter whose recorded base is missing; otherwise None."""
     if not is_adapter(path):
         return None
     known = recorded_base(path)
@@ -149,8 +159,9 @@ def moved(path: str | Path, base: str) -> str | None:
 
 
 def other_base(tuned: str, base: Any) -> str | None:
-    """In words, how a loaded base differs from that of an adapter; None if it does not, or the
-    adapter does not know its own.
+    """Return a message if a loaded base is not that of an adapter.
+
+    None if it is, or if the adapter has no record of its base.
     """
     record = base_identity.read(Path(tuned)) if is_adapter(tuned) else {}
     if not record.get("weights") or adapters.are_in(base):
@@ -160,13 +171,12 @@ def other_base(tuned: str, base: Any) -> str | None:
         return None
     return (
         f"{tuned} was trained on another base ({recorded_base(tuned)}): {len(others)} weights of "
-        "--base differ, such as "
-        f"{others[0]}; the gain does not come from training alone"
+        f"--base differ, such as {others[0]}; the gain does not come from training alone"
     )
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of an exported model. Raises ModelError."""
+    """Return the tokenizer of an exported model. Raises ModelError."""
     if os.path.exists(path) and (problem := tokenizer_problem(str(path))):
         raise ModelError(problem)
     with translated(f"the tokenizer of {str(path)!r}"):
@@ -174,11 +184,11 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_chat_tokenizer(path: str, trust_remote_code: bool) -> Any:
-    """As `load_tokenizer`. Raises ModelError for one without a chat template."""
+    """Return the same as `load_tokenizer`. Raises ModelError without a chat template."""
     tokenizer = load_tokenizer(path, trust_remote_code)
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{path}: its tokenizer has no chat template, so it cannot be asked; models tuned with "
+            f"{path}: its tokenizer has no chat template, which chat needs; models tuned with "
             "objective.kind: sft have one"
         )
     return tokenizer
@@ -188,7 +198,8 @@ def base_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         type=model_argument,
-        help="folder of the adapter's base, if you moved it after training; every value of its weights is compared",
+        help="folder of the adapter's base, if you moved it after training; every value of its "
+        "weights is compared",
     )
 
 

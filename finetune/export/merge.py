@@ -1,4 +1,4 @@
-"""Add adapters into their base and save full weights: `finetune export --merge`."""
+"""Merge adapters into their base and save full weights: `finetune export --merge`."""
 
 import argparse
 import os
@@ -13,11 +13,7 @@ from transformers.utils import chat_template_utils
 
 from finetune import failures, files
 from finetune.config import paths
-from finetune.config.base import (
-    is_adapter,
-    model_argument,
-    require_model,
-)
+from finetune.config.base import is_adapter, model_argument, require_model
 from finetune.errors import ExportError, ModelError
 from finetune.export.load import (
     base_argument,
@@ -36,14 +32,12 @@ from finetune.models import adapters, attention_probe, base_identity
 
 @dataclass(frozen=True)
 class Merged:
-    """Largest differences of logits that merging made, as a part of the largest logit.
-
-    rounding: from the same base with the adapters on top; quantization: from the quantised base
-    that they were trained on, None if there was none.
-    """
+    """The largest difference of logits after merging, relative to the largest logit."""
 
     rounding: float
+    """From the adapters on the same base."""
     quantization: float | None
+    """From the adapters on the quantised base of training; None if there was none."""
 
 
 def merge(
@@ -53,27 +47,22 @@ def merge(
     trust_remote_code: bool = False,
     base: str | None = None,
 ) -> Merged:
-    """Add one or several adapters of the same base into it, W + sum of (alpha / r) B A, and save
-    full weights.
+    """Save W + sum of (alpha / r) B A, of one or several adapters of the same base.
 
-    A base that was quantised for training is taken whole, except for adapters that LoftQ began:
-    theirs make up for the quantisation, so they belong on what it left. `base`: see `load`. Raises
+    Uses the unquantised weights of a base that was quantised for training; with LoftQ, whose
+    adapters make up for the quantisation, the dequantised ones. `base`: see `load`. Raises
     ModelError if a source is not an adapter or `target` exists, ExportError if logits differ by
     more than rounding; then nothing is left at `target` or next to it.
     """
     _require_output(sources, target)
     require_mergeable(sources)
-    first, alone = sources[0], len(sources) == 1
+    first = sources[0]
     tokenizer = load_tokenizer(first, trust_remote_code)
     _require_template(first, tokenizer)
-    # float16 has fewer exponents than the others: adding comes first, rounding last.
-    adding = {
-        "auto": "auto",
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float32,
-        "float32": torch.float32,
-    }[dtype]
-    model = load(first, adding, trust_remote_code, quantized=False, base=base)
+    # float16 has a smaller range than the others: add in float32 and round last.
+    adding = {"float16": "float32"}.get(dtype, dtype)
+    wanted = adding if adding == "auto" else getattr(torch, adding)
+    model = load(first, wanted, trust_remote_code, quantized=False, base=base)
     names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
     for name, source in zip(names[1:], sources[1:]):
         model.load_adapter(str(source), name)
@@ -91,30 +80,26 @@ def merge(
         weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
         with failures.writing(target):
             save(merged, weights, tokenizer, None, folder, base=origin)
-        tolerance = TOLERANCE[
-            {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[merged.dtype]
-        ]
+        names_of = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        tolerance = TOLERANCE[names_of[merged.dtype]]
         del merged
         reloaded = opened(lambda: load(folder, "auto", trust_remote_code))
         require_weights(folder, reloaded, weights)
         after = probe_logits(reloaded)
         if why := disagreement(after, before, tolerance, attention_probe.has_experts(reloaded)):
-            raise ExportError(f"{target}: {why} once the adapter is merged; nothing was written")
+            raise ExportError(f"{target}: {why} after merging; nothing was written")
         publish(folder, target)
     finally:
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # gone if it was published; else of no use, and as large as the model
-    rounding = _relative_difference(after, before)
+        shutil.rmtree(folder, ignore_errors=True)  # `publish` has moved it, if it succeeded
+    is_comparable = trained is not None and len(sources) == 1
     return Merged(
-        rounding, _relative_difference(after, trained) if trained is not None and alone else None
+        rounding=_relative_difference(after, before),
+        quantization=_relative_difference(after, trained) if is_comparable else None,
     )
 
 
 def _require_template(source: Path, tokenizer: Any) -> None:
-    """Raise ModelError for a chat template with an error in its syntax, which would be copied into
-    the merged model.
-    """
+    """Raise ModelError if the chat template, which the merged model copies, has a syntax error."""
     own = tokenizer.chat_template or {}
     for template in own.values() if isinstance(own, dict) else [own]:
         try:
@@ -129,10 +114,9 @@ def _require_template(source: Path, tokenizer: Any) -> None:
 def _beside_quantized_base(
     source: Path, whole: Any, trust_remote_code: bool, base: str | None
 ) -> torch.Tensor | None:
-    """`probe_logits` of an adapter on its base as that was quantised for training; None if it was
-    not.
+    """Return `probe_logits` of an adapter on the quantised base of training; None without one.
 
-    LoftQ's adapters belong on what quantisation left: the base of `whole` becomes that.
+    For LoftQ, sets the weights of `whole`, the unquantised base, to the dequantised ones.
     """
     record = base_identity.read(source)
     if not record.get("quantization"):
@@ -144,7 +128,7 @@ def _beside_quantized_base(
 
 
 def _require_output(sources: Sequence[Path], target: Path) -> None:
-    """Raise ModelError for a source that is not an adapter, and for a target that cannot be made."""
+    """Raise ModelError if a source is not an adapter, or `target` cannot be created."""
     for source in sources:
         if not is_adapter(source):
             raise ModelError(
@@ -161,7 +145,7 @@ def _require_output(sources: Sequence[Path], target: Path) -> None:
 
 
 def _problem_of_parent(target: Path) -> str | None:
-    """Why a new folder cannot be made there, found before models are loaded."""
+    """Return why the folder cannot be created, before models are loaded; None if it can."""
     above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
         return f"{above} is not a folder"
@@ -174,55 +158,52 @@ def _problem_of_parent(target: Path) -> str | None:
 
 
 def require_mergeable(sources: Sequence[Path]) -> None:
-    """Raise ModelError if adapters cannot simply be added: W + the sum of their changes must be
-    what each of them meant.
-    """
+    """Raise ModelError if several adapters cannot be added to one base."""
     if len(sources) == 1:
         return
     from peft import PeftConfig
 
     configs = [PeftConfig.from_pretrained(str(source)) for source in sources]
-    records = [
-        {k: v for k, v in base_identity.read(source).items() if k != "dtype"} for source in sources
+    records = [base_identity.read(source) for source in sources]
+    bases = [
+        (str(config.base_model_name_or_path), {**record, "dtype": None})
+        for config, record in zip(configs, records)
     ]
-    for source, config, record in zip(sources, configs, records):
-        if (
-            str(config.base_model_name_or_path) != str(configs[0].base_model_name_or_path)
-            or record != records[0]
-        ):
+    for source, config, record, base in zip(sources, configs, records, bases):
+        if base != bases[0]:
             raise ModelError(
                 f"{source} and {sources[0]} are adapters of different bases: they cannot be merged "
                 "together"
             )
         if config.init_lora_weights in ("pissa", "olora", "corda") or record.get("loftq"):
             raise ModelError(
-                f"{source} was begun from the weights of its base, which it changes "
-                "(adapter.init); merge it alone"
+                f"{source} was initialised from the weights of its base, which adapter.init "
+                "changed; merge it alone"
             )
         if config.modules_to_save or config.bias != "none":
             raise ModelError(
-                f"{source} holds whole modules or biases, and two of one cannot be added; merge it "
-                "alone"
+                f"{source} holds whole modules or biases, which cannot be added to those of "
+                "another adapter; merge it alone"
             )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--merge", action="store_true", required=True, help="add adapters into their base"
+        "--merge", action="store_true", required=True, help="merge adapters into their base"
     )
     parser.add_argument(
         "--model",
         required=True,
         type=model_argument,
         nargs="+",
-        help="adapter, as runs/<name> or runs/<name>/model; or several of one base",
+        help="adapter, as runs/<name> or runs/<name>/model, or several of one base",
     )
     parser.add_argument("--output", required=True, type=paths.argument, help="folder to write")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights; auto: the base's own",
+        help="dtype of the weights; auto: that of the base",
     )
     base_argument(parser)
     trust_remote_code_argument(parser)
@@ -239,10 +220,7 @@ def main(arguments: argparse.Namespace) -> None:
         f"{merged.rounding:.2g} of the largest one"
     )
     if merged.quantization is not None:
-        print(
-            f"and by {merged.quantization:.2g} from the quantised base plus adapter, which is what "
-            "was trained"
-        )
+        print(f"and by {merged.quantization:.2g} from the quantised base plus adapter, as trained")
 
 
 def _relative_difference(logits: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Save, verify, and only then replace what was there; and the rehearsal of it before training."""
+"""Save and verify an export, then put it in place; rehearse this before training."""
 
 import os
 import shutil
@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from finetune import failures
-from finetune.config.base import (
-    decides_what_opens,
-)
+from finetune.config.base import decides_what_opens
 from finetune.data.templates import Template
 from finetune.data.tokens import tokenizer_fingerprint
 from finetune.errors import ExportError, ModelError, Outage
@@ -30,57 +28,68 @@ from finetune.export.verify import trained, verify, verify_prompt
 
 
 class Writing:
-    """A model on its way to `target`: saved next to it, verified, and only then put there; what was
-    there before stays until then.
+    """Save a model next to `target`, then verify it and replace `target`.
 
-    Two calls, so that between them the model that was trained, its optimizer and its gradients can
-    go: opening the export takes their room, on a GPU too, where a quantised base is opened.
+    `save` and `publish` are two calls, so that the caller frees the trained model, its optimizer
+    and its gradients in between: opening the export needs their memory, also on a GPU if the base
+    is quantised.
     """
 
     def __init__(
         self, target: Path, template: Template | None, system_prompt: str | None, base: Base
     ) -> None:
-        self.target, self.template, self.system_prompt, self.base = (
-            target,
-            template,
-            system_prompt,
-            base,
-        )
+        self.target, self.template = target, template
+        self.system_prompt, self.base = system_prompt, base
         self.folder = target.with_name(f".writing-{target.name}")
 
     def save(
-        self, model: Any, weights: dict[str, torch.Tensor], logits: torch.Tensor, tokenizer: Any, *,
-        precision: str, device: torch.device, probe_dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        weights: dict[str, torch.Tensor],
+        logits: torch.Tensor,
+        tokenizer: Any,
+        *,
+        precision: str,
+        device: torch.device,
+        probe_dtype: torch.dtype | None,
+    ) -> None:
         with self._writing():
             save(
                 model, weights, tokenizer, self.template, self.folder, self.system_prompt, self.base
             )
-        self._was = trained(
-            model, weights, logits, tokenizer, self.template, system_prompt=self.system_prompt,
-            precision=precision, device=device, probe_dtype=probe_dtype,
-        )  # fmt: skip
+        self._trained = trained(
+            model,
+            weights,
+            logits,
+            tokenizer,
+            self.template,
+            system_prompt=self.system_prompt,
+            precision=precision,
+            device=device,
+            probe_dtype=probe_dtype,
+        )
 
     def publish(self) -> list[str]:
-        """The files of the export, verified and in their place. Raises ExportError; what was saved
-        then stays next to the target.
+        """Verify the export, put it in place and return its files.
+
+        Raises ExportError; the saved folder then stays next to the target.
         """
         with self._writing():
             verify(
-                self.folder, self._was, self.template,
-                trust_remote_code=self.base.trust_remote_code, system_prompt=self.system_prompt,
-            )  # fmt: skip
-            names = sorted(
-                p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()
+                self.folder,
+                self._trained,
+                self.template,
+                trust_remote_code=self.base.trust_remote_code,
+                system_prompt=self.system_prompt,
             )
+            saved = [path for path in self.folder.rglob("*") if path.is_file()]
+            names = sorted(path.relative_to(self.folder).as_posix() for path in saved)
             publish(self.folder, self.target)
         return names
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Give back the space of what is half written: outcome.json needs some to tell of it.
-        Raises Outage.
-        """
+        """On an Outage, delete what is half written: outcome.json needs the space."""
         try:
             with failures.writing(self.target):
                 yield
@@ -90,9 +99,7 @@ class Writing:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Put a verified folder in its place, at once; what was there is replaced only now, but for
-    what a user had added.
-    """
+    """Rename a verified folder to `target`, and keep the files that a user had added there."""
     old = target.with_name(f".old-{target.name}")
     if target.exists():
         _move_additions(old, target)
@@ -104,16 +111,11 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def _move_additions(old: Path, new: Path) -> None:
-    """Move the files of one folder into another that has none of their names; those that would
-    change what opens stay.
-    """
+    """Move the files that `new` lacks from `old`, except those that would change what opens."""
     for path in sorted(old.rglob("*")):
         name = path.relative_to(old).as_posix()
-        if (
-            not decides_what_opens(name)
-            and (path.is_file() or path.is_symlink())
-            and not os.path.lexists(new / name)
-        ):
+        is_addition = not decides_what_opens(name) and not os.path.lexists(new / name)
+        if is_addition and (path.is_file() or path.is_symlink()):
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             os.rename(path, new / name)
 
@@ -125,11 +127,9 @@ def rehearse(
     template: Template | None,
     system_prompt: str | None,
 ) -> None:
-    """Raise ModelError for what would let the export fail after all the training: tokenizer,
-    template or generation config.
+    """Raise ModelError if tokenizer, template or generation config would make the export fail.
 
-    What a base on the Hub has in addition to its weights is fetched now: in days the Hub may not
-    answer.
+    Downloads now what the export copies from a base on the Hub, which may not answer days later.
     """
     fetched_folder(base, local_files_only=False)
     with tempfile.TemporaryDirectory() as name:
@@ -145,9 +145,8 @@ def rehearse(
         if tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer):
             raise ModelError(
                 f"model.tokenizer: saved with a model of type {model_config.model_type} it opens "
-                f"as {type(again).__name__}, "
-                "which gives other tokens; take the tokenizer of a model of this type, or another "
-                "model_type"
+                f"as {type(again).__name__}, which gives other tokens; take the tokenizer of a "
+                "model of this type, or another model_type"
             )
     if base.path and os.path.lexists(os.path.join(base.path, "generation_config.json")):
         require_generation_config(base.path, model_config)

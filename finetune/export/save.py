@@ -1,6 +1,4 @@
-"""A trained model -> a folder: weights, tokenizer with its template, and what of the base belongs
-beside them.
-"""
+"""Save a trained model: weights, tokenizer with its template, and files of the base."""
 
 import copy
 import json
@@ -16,9 +14,7 @@ from transformers import GenerationConfig
 from transformers.utils import cached_file
 
 from finetune import files
-from finetune.config.base import (
-    is_model_or_adapter,
-)
+from finetune.config.base import is_model_or_adapter
 from finetune.data.rows import Message
 from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import uses_bos
@@ -28,9 +24,7 @@ from finetune.models import adapters, base_identity
 
 @dataclass(frozen=True)
 class Base:
-    """Where a model came from: what its folder holds in addition to the weights goes into the
-    export.
-    """
+    """Where a model was loaded from, whose further files go into the export."""
 
     path: str | None
     revision: str | None = None
@@ -38,38 +32,35 @@ class Base:
 
 
 def save(
-    model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None, folder: Path,
-    system_prompt: str | None = None, base: Base | None = None,
-) -> None:  # fmt: skip
-    """Write model (`weights` whole, on the CPU) and tokenizer into a fresh `folder`. What it is
-    given stays as it is.
+    model: Any,
+    weights: dict[str, torch.Tensor],
+    tokenizer: Any,
+    template: Template | None,
+    folder: Path,
+    system_prompt: str | None = None,
+    base: Base | None = None,
+) -> None:
+    """Write model and tokenizer into a fresh `folder`, without changing the arguments.
 
-    The tokenizer carries the template as its chat template, and the generation config every token
-    that ends an answer. What else `base` has that a user of the model needs comes along.
+    `weights`: whole, on the CPU. The template becomes the tokenizer's chat template, and the
+    generation config gets every token that ends an answer. Copies what a user needs of `base`.
     """
     shutil.rmtree(folder, ignore_errors=True)
     is_adapter = adapters.are_in(model)
-    # Resized embeddings are saved because they train (modules_to_save), not because peft finds them
-    # to be of another size.
+    # Extended embeddings are in modules_to_save; peft would save them a second time for their size.
     own = {"save_embedding_layers": False} if is_adapter else {}
-    before, model.generation_config = (
-        model.generation_config,
-        generation(model, tokenizer, template),
-    )
+    before = model.generation_config
+    model.generation_config = generation(model, tokenizer, template)
     try:
-        model.save_pretrained(
-            folder, state_dict=dict(weights), **own
-        )  # a copy: transformers empties the mapping
-        model.generation_config.save_pretrained(
-            folder
-        )  # peft leaves it out, and with it the token that ends an answer
+        # A copy of the dict, which transformers empties.
+        model.save_pretrained(folder, state_dict=dict(weights), **own)
+        # peft omits it, and with it the token that ends an answer.
+        model.generation_config.save_pretrained(folder)
     finally:
         model.generation_config = before
     if not is_adapter:
         config = copy.deepcopy(model.config)
-        config.dtype = embedding_dtype(
-            model, weights
-        )  # an engine may have trained on 16-bit copies of what is saved
+        config.dtype = embedding_dtype(model, weights)  # the model may hold 16-bit copies
         if not _may_be_tied(model, weights):
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
@@ -77,9 +68,9 @@ def save(
     save_tokenizer(with_template(tokenizer, template, system_prompt), folder, base)
     if is_adapter:
         (folder / base_identity.FILE).write_text(json.dumps(model.base_record, indent=1))
-        (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
     elif base is not None:
-        _bring_along(base, folder)
+        _copy_files_of(base, folder)
     written = [path for path in folder.rglob("*") if path.is_file()]
     files.follow_umask(*written)
     for path in written:
@@ -87,74 +78,59 @@ def save(
             os.fsync(handle.fileno())
 
 
-# What a base may have in addition to weights, config and tokenizer: how to prepare pictures and
-# sounds, and on which terms it was given. Its README describes the base, not what it has become.
+# Files copied from a base besides weights, config and tokenizer: settings for images and audio, and
+# the terms of use. Its README describes the base and not the tuned model.
 SETTINGS = re.compile(r"[^/]*processor_config\.json")
 TERMS = re.compile(
-    r"(^|.*[-_. ])((un)?licen[sc]es?|copying|copyright|(third[-_. ]?party[-_. ]?)?notices?|((acceptable|prohibited)[-_. ]?)?use[-_. ]?policy"
-    r"|terms([-_. ]of[-_. ]use)?|patents)([-_. ].*|$)",
+    r"(^|.*[-_. ])((un)?licen[sc]es?|copying|copyright|(third[-_. ]?party[-_. ]?)?notices?"
+    r"|((acceptable|prohibited)[-_. ]?)?use[-_. ]?policy|terms([-_. ]of[-_. ]use)?|patents)"
+    r"([-_. ].*|$)",
     re.IGNORECASE,
 )
-CODE = re.compile(r".*\.py|custom_generate/.*")  # what model.trust_remote_code allows
-# Never terms, whatever they are called, and too large to be fetched by mistake.
+CODE = re.compile(r".*\.py|custom_generate/.*")  # copied only with model.trust_remote_code
+# Never terms of use, whatever their name, and too large to download by mistake.
 NO_TERMS = re.compile(
-    r".*\.(py|json|jsonl|csv|tsv|safetensors|bin|gguf|onnx|pth?|ckpt|h5|msgpack|parquet|zip|tar|gz)",
+    r".*\.(py|json|jsonl|csv|tsv|safetensors|bin|gguf|onnx|pth?|ckpt|h5|msgpack|parquet"
+    r"|zip|tar|gz)",
     re.IGNORECASE,
 )
-# As globs, for the Hub, which fetches a little more than comes along.
-TO_FETCH = [
-    "*processor_config.json", "*.py", "custom_generate/*",
-    *("*" + "".join(f"[{c}{c.upper()}]" for c in word) + "*" for word in ("licen", "copy", "notice", "policy", "terms", "patents")),
-]  # fmt: skip
-NOT_TO_FETCH = [
-    "*.safetensors",
-    "*.bin",
-    "*.gguf",
-    "*.onnx",
-    "*.pt",
-    "*.pth",
-    "*.h5",
-    "*.msgpack",
-    "*.parquet",
-]
+# The same as globs, for downloads from the Hub, which match a few more files.
+_WORDS = ("licen", "copy", "notice", "policy", "terms", "patents")
+TO_FETCH = ["*processor_config.json", "*.py", "custom_generate/*"]
+TO_FETCH += ["*" + "".join(f"[{c}{c.upper()}]" for c in word) + "*" for word in _WORDS]
+_LARGE = ("safetensors", "bin", "gguf", "onnx", "pt", "pth", "h5", "msgpack", "parquet")
+NOT_TO_FETCH = [f"*.{ending}" for ending in _LARGE]
 
 
-def _comes_along(name: str, trust_remote_code: bool) -> bool:
-    """Whether a file of a base, by its path within the folder, belongs into an export. Hidden ones
-    never do.
-    """
-    if re.search(r"(^|/)\.", name):
+def _is_copied(name: str, trust_remote_code: bool) -> bool:
+    """Return whether a file of a base, by its path in the folder, is copied into an export."""
+    if re.search(r"(^|/)\.", name):  # hidden
         return False
     if CODE.fullmatch(name):
         return trust_remote_code
-    return bool(
-        SETTINGS.fullmatch(name)
-        or (TERMS.fullmatch(name.split("/")[0]) and not NO_TERMS.fullmatch(name))
-    )
+    has_terms = TERMS.fullmatch(name.split("/")[0]) and not NO_TERMS.fullmatch(name)
+    return bool(SETTINGS.fullmatch(name) or has_terms)
 
 
-def _bring_along(base: Base, folder: Path) -> None:
+def _copy_files_of(base: Base, folder: Path) -> None:
     source = fetched_folder(base, local_files_only=True)
     if source is None:
         return
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source).as_posix()
-        wanted = (
-            _comes_along(name, base.trust_remote_code)
-            and path.is_file()
-            and not (folder / name).exists()
-        )
+        if not _is_copied(name, base.trust_remote_code) or not path.is_file():
+            continue
         inner = [parent for parent in path.parents if source in parent.parents]
-        if wanted and not any(
-            is_model_or_adapter(parent) for parent in inner
-        ):  # such as runs in the folder of their base
+        is_of_another = any(is_model_or_adapter(parent) for parent in inner)  # a run in its base
+        if not is_of_another and not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
 
 
 def fetched_folder(base: Base, local_files_only: bool) -> Path | None:
-    """The folder of a base; of one on the Hub the small files of it, fetched unless
-    `local_files_only`. None where there is none.
+    """Return the folder of a base; of one on the Hub a folder of its small files, or None.
+
+    Downloads them unless `local_files_only`.
     """
     if base.path is None or os.path.isdir(base.path):
         return Path(base.path) if base.path else None
@@ -170,34 +146,29 @@ def fetched_folder(base: Base, local_files_only: bool) -> Path | None:
                 local_files_only=local_files_only,
             )
         )
-    except (
-        Exception
-    ):  # a Hub that does not answer: weights and tokenizer, which are needed, say so by themselves
+    except Exception:  # without the Hub; loading weights and tokenizer reports that
         return None
 
 
 def save_tokenizer(tokenizer: Any, folder: Path | str, base: Base | None) -> None:
-    """Save a tokenizer with every file of a vocabulary that its class names: classes of a base's
-    own may not write all of theirs.
+    """Save a tokenizer with all vocabulary files that its class names.
+
+    Classes with code from the Hub may not write all of theirs.
     """
     tokenizer.save_pretrained(folder)
     source = str(tokenizer.name_or_path or "")
+    if not source:
+        return
     revision = base.revision if base and source == base.path else None
-    for name in (
-        sorted({name for name in type(tokenizer).vocab_files_names.values() if name})
-        if source
-        else ()
-    ):
+    for name in sorted({name for name in type(tokenizer).vocab_files_names.values() if name}):
         target = Path(folder, name)
-        if not target.exists() and (found := _held(source, name, revision)):
+        if not target.exists() and (found := _local(source, name, revision)):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(found, target)
 
 
-def _held(source: str, name: str, revision: str | None) -> str | None:
-    """The path of a file of a folder, or of a repository of the Hub that was read before; None
-    where it has no such file.
-    """
+def _local(source: str, name: str, revision: str | None) -> str | None:
+    """Return the path of a file in a folder or in the Hub's cache; None if it is missing."""
     try:
         found: str | None = cached_file(source, name, revision=revision, local_files_only=True)
     except OSError:
@@ -206,19 +177,17 @@ def _held(source: str, name: str, revision: str | None) -> str | None:
 
 
 def _may_be_tied(model: Any, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether embedding and head hold the same values, so that what the config says of them can be
-    true.
-    """
+    """Return whether embedding and head hold the same values, as a config that ties them says."""
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    found = [weights.get(names.get(id(getattr(end, "weight", None)), "")) for end in ends]
-    return found[0] is None or found[1] is None or torch.equal(found[0], found[1])
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding, head = (
+        weights.get(names.get(id(getattr(module, "weight", None)), "")) for module in modules
+    )
+    return embedding is None or head is None or torch.equal(embedding, head)
 
 
 def with_template(tokenizer: Any, template: Template | None, system_prompt: str | None) -> Any:
-    """A copy of the tokenizer with the template as its chat template; others that it has by name
-    stay.
-    """
+    """Return a copy of the tokenizer with the template as its chat template; named ones stay."""
     exported = copy.deepcopy(tokenizer)
     if template is not None:
         source, named = chat_template(template, tokenizer, system_prompt), exported.chat_template
@@ -227,17 +196,16 @@ def with_template(tokenizer: Any, template: Template | None, system_prompt: str 
 
 
 def embedding_dtype(model: Any, weights: dict[str, torch.Tensor]) -> torch.dtype:
-    """The dtype of the embedding in `weights`, which that of all others follows."""
+    """Return the dtype of the embedding in `weights`, which stands for that of all weights."""
     embedding = model.get_input_embeddings().weight
     return next(weights[name].dtype for name, p in model.named_parameters() if p is embedding)
 
 
 def chat_template(template: Template, tokenizer: Any, system_prompt: str | None = None) -> str:
-    """The Jinja source to save, which renders what training put before answers and the template
-    does not.
+    """Return the Jinja source to save: the template and all that training put before answers.
 
-    These are the BOS, the system prompt, and the opening of answers. Callers that pass
-    `enable_thinking` get the opening that the template itself has for it.
+    It adds BOS, the system prompt, and the opening of answers. Callers that pass `enable_thinking`
+    get the template's own opening instead.
     """
     source = template.source
     system = [Message("system", system_prompt)] if system_prompt is not None else []
@@ -246,23 +214,23 @@ def chat_template(template: Template, tokenizer: Any, system_prompt: str | None 
         source = "{{ bos_token }}" + source
     if template.opening and not template.learn_opening:
         source = (
-            "{% set own_opening = enable_thinking is defined %}{{ '' }}" + source.removesuffix("\n")
-            + "{%+ if add_generation_prompt and not own_opening %}{{ " + json.dumps(template.opening) + " }}{% endif %}"
-        )  # fmt: skip
+            "{% set own_opening = enable_thinking is defined %}{{ '' }}"
+            + source.removesuffix("\n")
+            + "{%+ if add_generation_prompt and not own_opening %}{{ "
+            + json.dumps(template.opening)
+            + " }}{% endif %}"
+        )
     if system_prompt is not None:
         message = json.dumps({"role": "system", "content": system_prompt}, ensure_ascii=False)
         source = (
             "{% if messages and messages[0]['role'] != 'system' %}{% set messages = "
-            "[" + message + "] + messages %}{% endif %}"
-            + source
-        )  # fmt: skip
+            "[" + message + "] + messages %}{% endif %}" + source
+        )
     return source
 
 
 def generation(model: Any, tokenizer: Any, template: Template | None) -> GenerationConfig:
-    """The generation config to save: it stops at EOS and at the token that ends a turn, and pads
-    with the pad token.
-    """
+    """Return the generation config to save: it stops at EOS and at the token that ends a turn."""
     config: GenerationConfig = copy.deepcopy(model.generation_config)
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     stop = template.stop_token() if template is not None else None
@@ -270,39 +238,33 @@ def generation(model: Any, tokenizer: Any, template: Template | None) -> Generat
     ends = list(dict.fromkeys(token for token in ends if token is not None))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends
     config.pad_token_id = tokenizer.pad_token_id
-    _sample_if_it_says_how(config)
+    _enable_sampling_if_needed(config)
     return config
 
 
 def require_generation_config(path: str, model_config: Any) -> None:
-    """Raise ModelError for a generation config that cannot be saved again, or whose end tokens are
-    not ids of the vocabulary.
-    """
+    """Raise ModelError if a generation config cannot be saved again, or EOS is not an id."""
     try:
         config = GenerationConfig.from_pretrained(path)
-        _sample_if_it_says_how(config)
+        _enable_sampling_if_needed(config)
         config.validate(strict=True)
-        # Only those that end an answer: the pad token is replaced anyway.
+        # Only the tokens that end an answer: the pad token is replaced anyway.
         size, given = model_config.get_text_config().vocab_size, config.eos_token_id
         for token in given if isinstance(given, list) else [] if given is None else [given]:
             if type(token) is not int or not 0 <= token < size:
                 raise ValueError(
                     f"eos_token_id is {given!r}, and ids are whole numbers from 0 to {size - 1}"
                 )
-    except (
-        Exception
-    ) as exc:  # any error here would otherwise stop the export, after all the training
+    except Exception as exc:  # any error would otherwise stop the export, after training
         reason = " ".join(str(exc).split())[:200]
         raise ModelError(
             f"model {path!r}: its generation_config.json cannot be saved again: {reason}; correct "
-            "it"
+            "that file"
         ) from exc
 
 
-def _sample_if_it_says_how(config: GenerationConfig) -> None:
-    """Published models give a temperature and forget do_sample; transformers saves no such config
-    that was changed.
-    """
+def _enable_sampling_if_needed(config: GenerationConfig) -> None:
+    """Set do_sample where a temperature lacks it: transformers refuses to save such configs."""
     try:
         config.validate(strict=True)
     except ValueError:

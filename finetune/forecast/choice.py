@@ -1,4 +1,4 @@
-"""What fits: the largest micro-batch, and the cheapest change of a config that does not."""
+"""Find the largest micro-batch that fits, and the cheapest change of a config that does not."""
 
 import functools
 import os
@@ -17,16 +17,15 @@ from finetune.forecast.memory import Forecast, Forecaster
 from finetune.forecast.trace import Shape
 from finetune.models import attention_choice, load
 
-# Of a GPU: what its allocator rounds up and cannot join again. Of a machine: what else runs on it.
+# Share of memory to leave free: on a GPU for fragmentation, on a machine for other processes.
 SLACK = 0.05
+SMALLER = "more processes, or shorter sequences (data.max_length)"
 
 
 def capacity(device: torch.device, processes_here: int = 1) -> float:
-    """Bytes that a process may use: of its GPU, or its share of this machine or of the container it
-    is in.
+    """Return the bytes that a process may use: of its GPU, or its share of machine or container.
 
-    Of a GPU what is free now: others may be at work on it. What this process holds already counts
-    as free.
+    On a GPU only what is free now, as others may use it; what this process holds counts as free.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -41,179 +40,156 @@ def capacity(device: torch.device, processes_here: int = 1) -> float:
 
 
 def capacity_here(device: torch.device) -> float:
-    """As `capacity`, of a process that the launcher has started."""
+    """Return `capacity` for a process that the launcher has started."""
     return capacity(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def shape(config: Config, micro_batch_size: int | None = None) -> Shape:
-    """The largest micro-batch there can be: sequences of data.max_length, all of which is learned."""
+    """Return the worst case: sequences of data.max_length in which all tokens are supervised."""
     given, length = config.train.micro_batch_size, config.data.max_length
     return Shape(micro_batch_size or (1 if given == "auto" else given), length, length)
 
 
 class Chooser:
-    """Answers for one run config; forecasters, of it and of what it could be changed to, are made
-    once.
-    """
+    """Answer for one run config. Makes each forecaster, of it and of its changes, once."""
 
     def __init__(self, config: Config, *, precision: str, on_gpu: bool) -> None:
-        """Raises ModelError for a model that cannot be."""
+        """Raises ModelError if the model cannot be built."""
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
-        self.model_config, self.tokenizer = (
-            load.load_config(config.model),
-            load.load_tokenizer(config.model),
-        )
-        # Flash attention holds what attention over documents does, and is not to be had without a
-        # GPU.
-        wanted = (
-            attention_choice.DOCUMENTS
-            if config.model.attention == "flash_attention_2"
-            else config.model.attention
-        )
+        self.model_config = load.load_config(config.model)
+        self.tokenizer = load.load_tokenizer(config.model)
+        wanted: str = config.model.attention
+        if wanted == "flash_attention_2":  # holds as much, and runs only on a GPU
+            wanted = attention_choice.DOCUMENTS
         kind = load.model_class(self.model_config)
         self.attention = attention_choice.choose(
             wanted, kind, self.model_config, torch.device("cpu"), precision
         )
-        self.maker = functools.cache(self._maker)
+        self.forecaster = functools.cache(self._forecaster)
 
-    def _maker(self, change: str | None = None) -> Forecaster:
+    def _forecaster(self, change: str | None = None) -> Forecaster:
         return Forecaster(
-            self.config if change is None else dict(self._changes())[change], self.model_config, self.tokenizer,
-            attention=self.attention, precision=self.precision, on_gpu=self.on_gpu,
-        )  # fmt: skip
+            self.config if change is None else dict(self._changes())[change],
+            self.model_config,
+            self.tokenizer,
+            attention=self.attention,
+            precision=self.precision,
+            on_gpu=self.on_gpu,
+        )
 
     def forecast(self, parallel: ParallelConfig, micro_batch_size: int | None = None) -> Forecast:
-        return self.maker().of(parallel, shape(self.config, micro_batch_size))
+        return self.forecaster().of(parallel, shape(self.config, micro_batch_size))
 
     def largest_micro_batch(
         self, parallel: ParallelConfig, limit: float, change: str | None = None
     ) -> int | None:
-        """Of those that divide the sequences of a step, the largest that fits; None if none does."""
+        """Return the largest micro-batch that fits and makes whole steps; None if none does."""
         sizes = micro_batches(self.config, parallel)
 
         def forecast(size: int) -> Forecast:
-            return self.maker(change).of(parallel, shape(self.config, size))
+            return self.forecaster(change).of(parallel, shape(self.config, size))
 
         found = _largest(sizes, lambda size: forecast(size).peak <= limit)
-        if (
-            found is None and sizes
-        ):  # all at once may need less than parts do, as no gradients wait next to a pass
+        if found is None and sizes:
+            # A single micro-batch may need less, as no gradients accumulate during its pass.
             one, whole = forecast(1), sizes[-1]
             if one.peak - one.device["gradients"] <= limit and forecast(whole).peak <= limit:
                 return whole
         return found
 
     def fewest_processes(self, parallel: ParallelConfig, limit: float) -> int | None:
-        """Of those that make whole steps, the fewest whose memory it fits, at some micro-batch;
-        None if none does.
-        """
-        groups = (
-            [1] if parallel.kind == "single" else _divisors(self.config.train.global_batch_size)
-        )
-        for number in (
-            group * parallel.num_context for group in groups if group % parallel.num_replicas == 0
-        ):
+        """Return the fewest processes that fit and make whole steps; None if none do."""
+        is_single = parallel.kind == "single"
+        for group in [1] if is_single else _divisors(self.config.train.global_batch_size):
+            if group % parallel.num_replicas:
+                continue
+            number = group * parallel.num_context
             kind = "single" if parallel.kind == "ddp" and number == 1 else parallel.kind
             if self.largest_micro_batch(replace(parallel, kind=kind, num_processes=number), limit):
                 return number
         return None
 
     def cheapest_change(self, parallel: ParallelConfig, limit: float) -> str | None:
-        """Settings with which it fits, from what costs nothing to what learns less; None if there
-        are none.
+        """Return the cheapest settings with which it fits; None if there are none.
+
+        First changes that keep the result, then those that train less.
         """
         if size := self.largest_micro_batch(parallel, limit):
             return f"train.micro_batch_size: {size}"
         for name, config in self._changes():
             sized = _with(config, "train", micro_batch_size=1)  # auto is a number by then
-            if not any(support.conflicts(sized, parallel)) and (
-                size := self.largest_micro_batch(parallel, limit, name)
-            ):
-                return name + (
-                    ""
-                    if size == self.config.train.micro_batch_size
-                    else f", train.micro_batch_size: {size}"
-                )
+            if any(support.conflicts(sized, parallel)):
+                continue
+            if size := self.largest_micro_batch(parallel, limit, name):
+                is_given = size == self.config.train.micro_batch_size
+                return name if is_given else f"{name}, train.micro_batch_size: {size}"
         return None
 
     def _changes(self) -> Iterator[tuple[str, Config]]:
-        """Each on top of recomputed layers, whose price is a quarter of the speed."""
+        """Yield changes, each on top of recomputed layers, which cost a quarter of the speed."""
         config, adapter, kind = self.config, self.config.adapter, self.config.adapter.kind
-        recomputed = _with(config, "train", gradient_checkpointing=True)
+        recomputed, before = _with(config, "train", gradient_checkpointing=True), ""
         if config.train.gradient_checkpointing is not True:
             yield "train.gradient_checkpointing: true", recomputed
-        before = (
-            ""
-            if config.train.gradient_checkpointing is True
-            else "train.gradient_checkpointing: true, "
-        )
+            before = "train.gradient_checkpointing: true, "
         if kind == "full" and config.optimizer.kind == "adamw":
-            yield (
-                before + "optimizer.kind: adamw_8bit",
-                _with(recomputed, "optimizer", kind="adamw_8bit"),
-            )
+            eight_bit = _with(recomputed, "optimizer", kind="adamw_8bit")
+            yield f"{before}optimizer.kind: adamw_8bit", eight_bit
             if config.model.dtype != "bfloat16":
-                yield before + "model.dtype: bfloat16", _with(recomputed, "model", dtype="bfloat16")
-        shape = {} if isinstance(adapter, Full) else adapter.model_dump(exclude={"kind"})
+                halved = _with(recomputed, "model", dtype="bfloat16")
+                yield f"{before}model.dtype: bfloat16", halved
+        if config.model.init == "random":
+            return
+        settings = {} if isinstance(adapter, Full) else adapter.model_dump(exclude={"kind"})
         for cls, other in (Lora, "lora"), (QLora, "qlora"):
-            if config.model.init != "random" and kind not in (other, "qlora"):
-                changed = cls.model_validate({"kind": other, **shape})
-                yield (
-                    before + f"adapter.kind: {other}",
-                    recomputed.model_copy(update={"adapter": changed}),
-                )
+            if kind not in (other, "qlora"):
+                changed = cls.model_validate({"kind": other, **settings})
+                with_adapter = recomputed.model_copy(update={"adapter": changed})
+                yield f"{before}adapter.kind: {other}", with_adapter
 
 
 def micro_batches(config: Config, parallel: ParallelConfig) -> list[int]:
-    """Those that make whole steps: the divisors of a process's share of one."""
-    return _divisors(
-        config.train.global_batch_size * parallel.num_context // parallel.num_processes
-    )
+    """Return the sizes that make whole steps: the divisors of a process's share of one."""
+    num_groups = parallel.num_processes // parallel.num_context
+    return _divisors(config.train.global_batch_size // num_groups)
 
 
 def automatic(
     config: Config, parallel: ParallelConfig, device: torch.device, precision: str, limit: float
 ) -> tuple[int, int, str]:
-    """(micro-batch, bytes of optimizer state and averages on the device, why), for processes that
-    are running.
+    """Return (micro-batch, bytes of optimizer state and averages on the device, message).
 
-    `limit`: bytes that the process with the least may use. Raises ConfigError if none fits.
+    For running processes; `limit`: bytes that the one with the least memory may use. Raises
+    ConfigError if none fits.
     """
     chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
     size = chooser.largest_micro_batch(parallel, limit)
     forecast = chooser.forecast(parallel, size or 1)
-    said = f"{forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB by forecast"
+    needs = f"{forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB by forecast"
     if size is None:
-        other = chooser.cheapest_change(parallel, limit)
+        other = chooser.cheapest_change(parallel, limit) or SMALLER
         raise ConfigError(
             "train.micro_batch_size: auto found no size that fits: a single sequence of "
-            f"{config.data.max_length:,} tokens needs {said}; "
-            + (f"take {other}" if other else "take more processes, or shorter sequences") + "; see docs/performance.md"
-        )  # fmt: skip
-    beside = forecast.device.get("optimizer", 0.0) + forecast.device.get("average", 0.0)
-    return size, int(beside), f"train.micro_batch_size: auto is {size}: {said}"
+            f"{config.data.max_length:,} tokens needs {needs}; use {other}; see docs/performance.md"
+        )
+    reserved = forecast.device.get("optimizer", 0.0) + forecast.device.get("average", 0.0)
+    return size, int(reserved), f"train.micro_batch_size: auto is {size}: {needs}"
 
 
 def advice(config: Config, parallel: ParallelConfig, device: torch.device, precision: str) -> str:
-    """What was forecast for a process that ran out of memory, and the next setting to try."""
-    chooser, limit = (
-        Chooser(config, precision=precision, on_gpu=device.type == "cuda"),
-        capacity_here(device),
-    )
-    size = config.micro_batch_size
-    forecast = chooser.forecast(parallel)
-    said = f"forecast: {forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
-    if forecast.peak <= limit and size > 1:  # something else takes memory, or the forecast is wrong
+    """Return the forecast for a process that ran out of memory, and the next setting to try."""
+    chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
+    limit, size = capacity_here(device), config.micro_batch_size
+    peak = chooser.forecast(parallel).peak
+    forecast = f"forecast: {peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
+    if peak <= limit and size > 1:  # something else takes memory, or the forecast is wrong
         smaller = max(other for other in micro_batches(config, parallel) if other < size)
-        return f"{said}, which should fit: check what else uses the memory, or try train.micro_batch_size: {smaller}"
-    other = chooser.cheapest_change(
-        parallel, limit if forecast.peak > limit else 0.95 * forecast.peak
-    )
-    return (
-        f"{said}; try {other}"
-        if other
-        else f"{said}; take more processes, or shorter sequences (data.max_length)"
-    )
+        return (
+            f"{forecast}, which should fit: check what else uses the memory, or try "
+            f"train.micro_batch_size: {smaller}"
+        )
+    other = chooser.cheapest_change(parallel, limit if peak > limit else 0.95 * peak) or SMALLER
+    return f"{forecast}; try {other}"
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:
@@ -225,8 +201,9 @@ def _divisors(number: int) -> list[int]:
 
 
 def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
-    """The last of rising sizes that fits. From the smallest in leaps, then by halves: large ones
-    take long to try.
+    """Return the last of rising sizes that fits, None if none does.
+
+    Doubles the place from the smallest, then bisects: large sizes take long to try.
     """
     low, high, leap = -1, len(sizes), 1
     place = 0

@@ -1,6 +1,4 @@
-"""python -m finetune plan: does it fit, how much is left, what is the most that does, and what to
-change. No weights are loaded.
-"""
+"""`finetune plan`: forecast whether a config fits, and what to change. Loads no weights."""
 
 import argparse
 import math
@@ -39,32 +37,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of processes; default: from the topology files",
     )
     parser.add_argument(
-        "--gpu-memory", type=float, metavar="GB",
-        help="memory of each GPU in GB (10^9 bytes); default: the GPUs of this machine, or its main memory without GPUs",
-    )  # fmt: skip
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="memory of each GPU in GB (10^9 bytes); default: the GPUs of this machine, or its "
+        "main memory without GPUs",
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
     config, _ = configs.parse(["--config", arguments.config, *arguments.settings])
     memory, cuda = arguments.gpu_memory, torch.cuda.is_available()
     if memory is not None and not 0 < memory < math.inf:
-        raise ConfigError(f"--gpu-memory {memory:g}: it must be a number of GB above 0")
+        raise ConfigError(f"--gpu-memory {memory:g}: must be a number of GB above 0")
     on_gpu, precision = memory is not None or cuda, config.train.precision
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
     if arguments.num_processes is not None and arguments.num_processes < 1:
         raise ConfigError(
-            f"--num-processes {arguments.num_processes}: it must be a whole number from 1"
+            f"--num-processes {arguments.num_processes}: must be a whole number from 1"
         )
-    files = (
-        [Path(found(arguments.topology))]
-        if arguments.topology
-        else sorted((SHIPPED / "accelerate_configs").glob("*.yaml"), key=_simplest_first)
-    )
-    asked = {
-        file.stem: _wish(file, arguments.num_processes, required=len(files) == 1) for file in files
-    }
-    topologies = {name: parallel for name, parallel in asked.items() if parallel}
+    topologies = _topologies(arguments.topology, arguments.num_processes)
     chooser = Chooser(config, precision=precision, on_gpu=on_gpu)
     print(_about(config, chooser), flush=True)
     sizes = ["fewest", "GPU GB"] if on_gpu else ["GB"]
@@ -76,33 +69,27 @@ def main(arguments: argparse.Namespace) -> None:
         rows.append([name, str(parallel.num_processes), *_row(chooser, parallel, limit)])
     _progress("")
     if arguments.topology and micro_batches(config, parallel):
-        print(
-            "\n"
-            + _parts(chooser.forecast(parallel, _micro_batch(chooser, parallel, limit)), on_gpu)
-        )
+        forecast = chooser.forecast(parallel, _micro_batch(chooser, parallel, limit))
+        print("\n" + _parts(forecast, on_gpu))
     print("\n" + _advice(rows, on_gpu))
     print("\n" + _table(rows))
     print("\n" + "\n".join(_legend(on_gpu)))
 
 
 def _simplest_first(file: Path) -> tuple[bool, int, str]:
-    """One process, one node, several nodes; of each DDP before what shares the model out."""
+    """Return the key to sort by: one node before several, then DDP before sharding."""
     kinds = ("single", "cpu_debug", "ddp", "zero1", "zero2", "fsdp2", "zero3")
-    kind = next(
-        (place for place, name in enumerate(kinds) if file.stem.startswith(name)), len(kinds)
-    )
-    return "multinode" in file.stem, kind, file.stem
+    places = (place for place, name in enumerate(kinds) if file.stem.startswith(name))
+    return "multinode" in file.stem, next(places, len(kinds)), file.stem
 
 
 def _advice(rows: list[list[str]], on_gpu: bool) -> str:
-    """What to take, in one line: the first topology that fits, or the first change that makes one
-    fit.
-    """
+    """Return the first topology that fits, and the change that the first one needs, in one line."""
     heads, *found = rows
     left = heads.index("left")
-    possible = [row for row in found if row[left]]  # the others cannot take this config at all
+    possible = [row for row in found if row[left]]  # the others do not support this config
     if not possible:
-        return f"advice  none can take this config: {found[0][0]}: {found[0][-1]}"
+        return f"advice  no topology supports this config: {found[0][0]}: {found[0][-1]}"
     fits = next((row for row in possible if row[-1].startswith("fits")), None)
     advice = []
     if possible[0] is not fits:
@@ -111,11 +98,11 @@ def _advice(rows: list[list[str]], on_gpu: bool) -> str:
     if fits:
         name, processes, *_, verdict = fits
         how = verdict.removeprefix("fits").removeprefix(", ")
+        unchanged = "as it is " if advice and not how else ""
+        also = f" {how.replace('with ', 'and ', 1)}" if how else ""
         advice.append(
-            f"{'as it is ' if advice and not how else ''}it fits on {_gpus(processes, on_gpu)} "
-            f"with accelerate_configs/{name}.yaml"
-            + (f" {how.replace('with ', 'and ', 1)}" if how else "")
-            + f"; {fits[left].removeprefix('+')} GB are left"
+            f"{unchanged}it fits on {_gpus(processes, on_gpu)} with "
+            f"accelerate_configs/{name}.yaml{also}; {fits[left].removeprefix('+')} GB are left"
         )
     return "advice  " + "; ".join(advice)
 
@@ -126,10 +113,11 @@ def _gpus(processes: str, on_gpu: bool) -> str:
 
 
 def _legend(on_gpu: bool) -> Iterator[str]:
-    yield f"GB are 10^9 bytes of one process; left: of {'a GPU' if on_gpu else 'its share of this machine'}, less {SLACK:.0%}."
+    memory = "a GPU" if on_gpu else "its share of this machine"
+    yield f"GB are 10^9 bytes of one process; left: of {memory}, less {SLACK:.0%}."
     if on_gpu:
-        yield "fewest: the smallest number of GPUs on which it fits, by their memory alone, in whole steps."
-    yield "micro-batch: the largest that fits, of those that make whole steps."
+        yield "fewest: the smallest number of GPUs that fits by memory and makes whole steps."
+    yield "micro-batch: the largest that fits and makes whole steps."
 
 
 def _progress(text: str) -> None:
@@ -137,20 +125,27 @@ def _progress(text: str) -> None:
         print(f"\r{text:<50}\r", end="", file=sys.stderr, flush=True)
 
 
-def _wish(file: Path, num_processes: int | None, required: bool) -> ParallelConfig | None:
-    """What the file asks for, by Accelerate's own reading; None, unless it is required, if it
-    cannot have that number of processes.
+def _topologies(file: str | None, num_processes: int | None) -> dict[str, ParallelConfig]:
+    """Return the topologies by name: of one file, or of all that allow this number of processes."""
+    if file:
+        files = [Path(found(file))]
+    else:
+        files = sorted((SHIPPED / "accelerate_configs").glob("*.yaml"), key=_simplest_first)
+    read = {path.stem: _parallel(path, num_processes, required=len(files) == 1) for path in files}
+    return {name: parallel for name, parallel in read.items() if parallel}
+
+
+def _parallel(file: Path, num_processes: int | None, required: bool) -> ParallelConfig | None:
+    """Return the topology of a file, as Accelerate reads it.
+
+    If it does not allow that number of processes: raise UserError if `required`, or return None.
     """
     options = ["--config_file", str(file.resolve())]
     if num_processes and (required or file.stem != "single"):
         options += ["--num_processes", str(num_processes)]
     if "multinode" in file.stem:
-        options += [
-            "--main_process_ip",
-            "127.0.0.1",
-            "--machine_rank",
-            "1",
-        ]  # on node 0 Accelerate looks at the port
+        # As node 1: on node 0 Accelerate checks the port.
+        options += ["--main_process_ip", "127.0.0.1", "--machine_rank", "1"]
     try:
         environments, _ = launcher.read([*options, str(TRAIN)])
         return launch.read(environments[0])
@@ -161,8 +156,9 @@ def _wish(file: Path, num_processes: int | None, required: bool) -> ParallelConf
 
 
 def _micro_batch(chooser: Chooser, parallel: ParallelConfig, limit: float) -> int:
-    """That of the config; else the largest below it that makes whole steps; for auto the largest
-    that fits, or 1.
+    """Return the config's micro-batch, or the largest below it that makes whole steps.
+
+    For auto the largest that fits, or 1.
     """
     given = chooser.config.train.micro_batch_size
     if given == "auto":
@@ -178,24 +174,20 @@ def _row(chooser: Chooser, parallel: ParallelConfig, limit: float) -> list[str]:
         return [*nothing, others[0]]
     if config.train.global_batch_size % data:
         return [*nothing, f"train.global_batch_size: a multiple of {data}"]
-    most, micro = (
-        chooser.largest_micro_batch(parallel, limit),
-        _micro_batch(chooser, parallel, limit),
-    )
+    most = chooser.largest_micro_batch(parallel, limit)
+    micro = _micro_batch(chooser, parallel, limit)
     forecast = chooser.forecast(parallel, micro)
     verdict = "fits"
     if forecast.peak > limit:
-        verdict = chooser.cheapest_change(parallel, limit) or (
-            "more processes, another topology, or shorter sequences (data.max_length)"
-        )
+        smaller = "more processes, another topology, or shorter sequences (data.max_length)"
+        verdict = chooser.cheapest_change(parallel, limit) or smaller
     elif problems or config.train.micro_batch_size not in ("auto", micro):
         verdict = f"fits, with train.micro_batch_size: {micro}" + (" for auto" if problems else "")
     # On a CPU more processes only divide the same memory.
     fewest = [_number(chooser.fewest_processes(parallel, limit))] if chooser.on_gpu else []
-    return [
-        *fewest, f"{forecast.peak / GB:.1f}", f"{forecast.host_peak / GB:.1f}" if forecast.host else "",
-        f"{(limit - forecast.peak) / GB:+.1f}", _number(most), verdict,
-    ]  # fmt: skip
+    host = f"{forecast.host_peak / GB:.1f}" if forecast.host else ""
+    left = f"{(limit - forecast.peak) / GB:+.1f}"
+    return [*fewest, f"{forecast.peak / GB:.1f}", host, left, _number(most), verdict]
 
 
 def _number(value: int | None) -> str:
@@ -203,18 +195,16 @@ def _number(value: int | None) -> str:
 
 
 def _about(config: Config, chooser: Chooser) -> str:
-    weights = chooser.maker().weights
+    weights = chooser.forecaster().weights
     name = config.model.path or f"{chooser.model_config.model_type} from random weights"
     micro, train = config.train.micro_batch_size, config.train
-    return "\n".join(
-        [
-            f"model  {name}: {weights.num:,} parameters, {weights.num_trained:,} of them train "
-            f"({config.adapter.kind})",
-            f"step   {train.global_batch_size} sequences of {config.data.max_length:,} tokens, "
-            f"{micro} at once in a process; {chooser.precision}, "
-            f"attention {chooser.attention}, layers {_kept(train.gradient_checkpointing)}, "
-            f"{config.optimizer.kind}",
-        ]
+    return (
+        f"model  {name}: {weights.num:,} parameters, {weights.num_trained:,} of them train "
+        f"({config.adapter.kind})\n"
+        f"step   {train.global_batch_size} sequences of {config.data.max_length:,} tokens, "
+        f"{micro} at once in a process; {chooser.precision}, "
+        f"attention {chooser.attention}, layers {_kept(train.gradient_checkpointing)}, "
+        f"{config.optimizer.kind}"
     )
 
 
@@ -225,24 +215,23 @@ def _kept(recomputed: bool | int) -> str:
 
 
 def _parts(forecast: Forecast, on_gpu: bool) -> str:
-    lines = [[f"one process, {'its GPU' if on_gpu else 'memory'}", "GB"]]
-    lines += [[f"  {name}", f"{size / GB:.2f}"] for name, size in forecast.device.items() if size]
-    lines += [["  at its peak, as not all is there at once", f"{forecast.peak / GB:.2f}"]]
+    def lines(parts: dict[str, float]) -> list[list[str]]:
+        return [[f"  {name}", f"{size / GB:.2f}"] for name, size in parts.items() if size]
+
+    rows = [[f"one process, {'its GPU' if on_gpu else 'memory'}", "GB"], *lines(forecast.device)]
+    rows.append(["  at its peak, as not all is there at once", f"{forecast.peak / GB:.2f}"])
     if forecast.host:
-        lines += [["and of its host", ""]] + [
-            [f"  {name}", f"{size / GB:.2f}"] for name, size in forecast.host.items() if size
-        ]
-    return _table(lines)
+        rows += [["and of its host", ""], *lines(forecast.host)]
+    return _table(rows)
 
 
 def _table(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width)
-            if place in (0, len(row) - 1 if len(row) > 2 else -1)
-            else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    )
+    # The first column is text; so is the last one of more than two.
+    left = {0} if len(widths) == 2 else {0, len(widths) - 1}
+
+    def line(row: list[str]) -> str:
+        cells = enumerate(zip(row, widths))
+        return "  ".join(c.ljust(w) if place in left else c.rjust(w) for place, (c, w) in cells)
+
+    return "\n".join(line(row).rstrip() for row in rows)

@@ -1,7 +1,7 @@
-"""Bytes that one process will need, of its device and of its host, under any topology.
+"""Forecast the bytes that one process needs, of its device and its host, under any topology.
 
-What a pass holds is traced; weights, gradients and optimizer state are counted; what processes
-share is divided, and what they gather to compute with is added.
+Traces what a pass holds; counts weights, gradients and optimizer state; divides what is sharded,
+and adds what is gathered to compute with.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,20 +15,17 @@ from finetune.forecast.trace import Rehearsal, Shape, Trace
 from finetune.forecast.weights import count
 from finetune.models.attention_choice import is_padded
 
-# A process of train.py with all its libraries and no model: measured with torch 2.13 for CPUs on
-# Linux. Builds for GPUs, which pip installs by default, touch 0.2 GB more (2.11.0+cu130, on a CPU).
+# A process of train.py with all its libraries but no model: measured with torch 2.13 for CPUs on
+# Linux. Builds for GPUs, pip's default, need 0.2 GB more (2.11.0+cu130, on a CPU).
 PROCESS = 525e6 if torch.version.cuda is None and torch.version.hip is None else 725e6
-# CUDA's own context, and NCCL's buffers where there are several: what is usual; no GPU was there to
-# measure it.
+# CUDA's context, and NCCL's buffers with several processes: usual values, not measured here.
 CONTEXT, CHANNELS = 0.6e9, 0.4e9
 WHOLE = "whole model, at the start and the end"
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes of one process at its peak; parts are named for what they are, and need not be there at
-    once.
-    """
+    """Bytes of one process: parts by name, which need not exist at once, and the peak."""
 
     device: dict[str, float]
     peak: float
@@ -36,66 +33,74 @@ class Forecast:
 
     @property
     def host_peak(self) -> float:
-        """While it trains, or, of the first process, while the whole model is read and exported."""
+        """The larger of training and of reading or exporting the whole model, in one process."""
         training = {name: size for name, size in self.host.items() if name != WHOLE}
         return max(sum(training.values()), PROCESS + self.host.get(WHOLE, 0.0))
 
 
 @dataclass
 class _Held:
-    """What one kind of sharing makes a process hold, besides what a pass was traced to hold."""
+    """Bytes that a process holds under one kind of sharding, besides what a pass was traced for."""
 
     staying: dict[str, float]
-    """The whole step long."""
+    """During the whole step."""
     gradients: float
-    """From the end of a pass to the next."""
+    """From one pass to the next."""
     passing: dict[str, float] = field(default_factory=dict)
-    """While a pass goes on."""
+    """During a pass."""
     at_end: float = 0.0
-    """When it is over, or the optimizer steps, and its activations are gone."""
+    """After a pass or in the optimizer's step, when activations are freed."""
     waiting: dict[str, float] = field(default_factory=dict)
     """In host memory."""
 
 
 class Forecaster:
-    """For one run config, any topology, any micro-batch: the model is built, and each kind of pass
-    traced, once.
+    """Forecast one run config for any topology and micro-batch.
+
+    Builds the model, and traces each kind of pass, once.
     """
 
     def __init__(
-        self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str, on_gpu: bool
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        model_config: Any,
+        tokenizer: Any,
+        *,
+        attention: str,
+        precision: str,
+        on_gpu: bool,
+    ) -> None:
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
         self._about = (model_config, tokenizer, attention)
         self._rehearsals: dict[bool, Rehearsal] = {}
         self._traces: dict[tuple[bool, Shape, bool], Trace] = {}
-        self._half = 4 if precision == "fp32" else 2  # bytes of a number that is calculated with
+        self._half = 4 if precision == "fp32" else 2  # bytes of a number in the arithmetic
         self.weights = count(self._rehearsal(False).model, config, self._half)
 
     def of(self, parallel: ParallelConfig, shape: Shape) -> Forecast:
-        """Of a whole step in micro-batches of `shape`, as many as global_batch_size asks for."""
+        """Return the forecast of a whole step in micro-batches of `shape`."""
         held, traced = self._held(parallel), self._trace(parallel, shape)
         at_once = shape.num_sequences * parallel.num_processes // parallel.num_context
         accumulates = self.config.train.global_batch_size > at_once
-        if (
-            parallel.kind == "ddp"
-        ):  # its buckets are there from the start; in the first step what accumulates lies next to them
+        if parallel.kind == "ddp":
+            # Buckets exist from the start; in the first step gradients accumulate next to them.
             held.staying["buckets"] = self.weights.trained
             held.gradients = held.gradients if accumulates else 0.0
         pass_itself = traced.passing + (held.gradients if accumulates else 0.0)
         if parallel.kind == "single" and not accumulates:
             pass_itself = traced.both  # gradients grow while activations go
         moving = max(sum(held.passing.values()) + pass_itself, held.gradients + held.at_end)
-        looking = self._looking(parallel, shape) if self.config.evaluation.micro_batch_size else 0.0
-        peak = sum(held.staying.values()) + max(moving, sum(held.passing.values()) + looking)
-        device = {
-            **held.staying, "gradients": held.gradients, **held.passing,
-            "activations": traced.kept, "work": traced.passing - traced.kept, **({"step": held.at_end} if held.at_end else {}),
-        }  # fmt: skip
+        evaluating = 0.0
+        if self.config.evaluation.micro_batch_size:
+            evaluating = self._evaluation(parallel, shape)
+        peak = sum(held.staying.values()) + max(moving, sum(held.passing.values()) + evaluating)
+        device = {**held.staying, "gradients": held.gradients, **held.passing}
+        device |= {"activations": traced.kept, "work": traced.passing - traced.kept}
+        if held.at_end:
+            device["step"] = held.at_end
         copied = {"checkpoint": self._copied(held, parallel)}
         if self.on_gpu:
-            # All weights are read by one process, and exported from a copy that is opened next to
-            # it
+            # One process reads all weights, and opens the export next to its own copy.
             w = self.weights
             whole = 2 * w.stored if w.num == w.num_trained else w.stored
             host = {"process": PROCESS, **held.waiting, **copied, WHOLE: whole}
@@ -104,88 +109,90 @@ class Forecaster:
         peak += sum(held.waiting.values()) + copied["checkpoint"]
         return Forecast({**device, **held.waiting, **copied, "process": PROCESS}, peak + PROCESS)
 
-    def _looking(self, parallel: ParallelConfig, shape: Shape) -> float:
-        """Bytes of an evaluation's pass, at its own micro-batch."""
+    def _evaluation(self, parallel: ParallelConfig, shape: Shape) -> float:
+        """Return the bytes of an evaluation's pass, at its own micro-batch."""
         size = self.config.evaluation.micro_batch_size
         assert size is not None
-        return self._trace(parallel, replace(shape, num_sequences=size), learns=False).passing
+        return self._trace(parallel, replace(shape, num_sequences=size), backward=False).passing
 
-    def _trace(self, parallel: ParallelConfig, shape: Shape, learns: bool = True) -> Trace:
+    def _trace(self, parallel: ParallelConfig, shape: Shape, backward: bool = True) -> Trace:
         halved = parallel.is_sharded and self.precision != "fp32"
         part = replace(
             shape,
             length=-(-shape.length // parallel.num_context),
-            learned=-(-shape.learned // parallel.num_context),
+            supervised=-(-shape.supervised // parallel.num_context),
         )
-        if not is_padded(self._about[2]):  # sequences lie end to end: only their tokens count
-            part = Shape(1, part.num_sequences * part.length, part.num_sequences * part.learned)
-        key = halved, part, learns
+        if not is_padded(self._about[2]):  # without padding only the number of tokens counts
+            number = part.num_sequences
+            part = Shape(1, number * part.length, number * part.supervised)
+        key = halved, part, backward
         if key not in self._traces:
-            self._traces[key] = self._rehearsal(halved).trace(part, learns)
+            self._traces[key] = self._rehearsal(halved).trace(part, backward)
         return self._traces[key]
 
     def _rehearsal(self, halved: bool) -> Rehearsal:
         if halved not in self._rehearsals:
             model_config, tokenizer, attention = self._about
             self._rehearsals[halved] = Rehearsal(
-                self.config, model_config, tokenizer, attention=attention, precision=self.precision,
-                halved=halved, on_gpu=self.on_gpu,
-            )  # fmt: skip
+                self.config,
+                model_config,
+                tokenizer,
+                attention=attention,
+                precision=self.precision,
+                halved=halved,
+                on_gpu=self.on_gpu,
+            )
         return self._rehearsals[halved]
 
     def _held(self, parallel: ParallelConfig) -> _Held:
-        held = (
-            self._in_parts(parallel)
-            if parallel.kind == "fsdp2"
-            else self._by_deepspeed(parallel)
-            if parallel.is_zero
-            else self._whole(parallel)
-        )
+        if parallel.kind == "fsdp2":
+            held = self._fsdp2(parallel)
+        elif parallel.is_zero:
+            held = self._deepspeed(parallel)
+        else:
+            held = self._unsharded()
         if self.weights.unpacked:
             held.passing["unpacked"] = self.weights.unpacked
         if parallel.offload:
-            stays = (
-                parallel.is_zero and "offload_param" not in parallel.deepspeed["zero_optimization"]
-            )
-            names = [name for name in held.staying if name != "weights" or not stays]
-            held.waiting = {name: held.staying.pop(name) for name in names} | {
-                "gradients": held.gradients
-            }
+            zero = parallel.deepspeed["zero_optimization"] if parallel.is_zero else None
+            kept = {"weights"} if zero is not None and "offload_param" not in zero else set()
+            names = [name for name in held.staying if name not in kept]
+            held.waiting = {name: held.staying.pop(name) for name in names}
+            held.waiting["gradients"] = held.gradients
             held.gradients = 0.0
         return held
 
-    def _whole(self, parallel: ParallelConfig) -> _Held:
+    def _unsharded(self) -> _Held:
         w = self.weights
-        # On a GPU PyTorch's adafactor makes the updates of all weights at once.
+        # On a GPU PyTorch's adafactor computes the updates of all weights at once.
         updates = w.trained if self.on_gpu and self.config.optimizer.kind == "adafactor" else 0.0
         staying = {"weights": w.stored, "optimizer": w.optimizer, **self._average()}
         return _Held(staying, w.trained, at_end=updates)
 
-    def _in_parts(self, parallel: ParallelConfig) -> _Held:
+    def _fsdp2(self, parallel: ParallelConfig) -> _Held:
         w, half, parts = self.weights, self._half, parallel.num_processes // parallel.num_replicas
         staying = {"weights": w.stored, "optimizer": w.optimizer, **self._average()}
         return _Held(
             {name: value / parts for name, value in staying.items()},
             w.trained / parts,
             {
-                # The layer at work and the next one; embedding, last norm and head as they are
-                # stored: of an untied head in 16 bits it is half, but its memory is not there for
-                # others at once (measured).
-                "gathered": 2 * w.layer + w.ends_stored,
-                # Gradients of a layer, and in float32 on their way; those around the layers wait
-                # for the end.
-                "reduced": (half + 4) * w.layer_trained + 2 * w.ends_trained,
+                # The current layer and the next one; embedding, last norm and head as stored. An
+                # untied head in 16 bits takes half, but frees its memory late (measured).
+                "gathered": 2 * w.layer + w.outside_stored,
+                # Gradients of a layer, and their float32 copies to reduce; those outside the layers
+                # wait for the end.
+                "reduced": (half + 4) * w.layer_trained + 2 * w.outside_trained,
             },
         )
 
-    def _by_deepspeed(self, parallel: ParallelConfig) -> _Held:
+    def _deepspeed(self, parallel: ParallelConfig) -> _Held:
         w, half, parts = self.weights, self._half, parallel.num_processes
         shares_weights, shares_gradients = parallel.kind == "zero3", parallel.kind != "zero1"
         bucket = min(
             float(parallel.deepspeed["zero_optimization"].get("reduce_bucket_size", 5e8)),
             w.num_trained,
         )
-        # Gradients as they are made, laid end to end, and in float32 on their way.
+        # Gradients as computed, concatenated, and as float32 copies to reduce.
         reduced = (half + 4 + (half if shares_gradients else 0)) * bucket
         return _Held(
             {
@@ -194,21 +201,17 @@ class Forecaster:
                 "optimizer": w.optimizer / parts,
             },
             half * w.num_trained / (parts if shares_gradients else 1),
-            {"reduced": reduced, "gathered": 2 * w.layer + w.ends} if shares_weights else {},
+            {"reduced": reduced, "gathered": 2 * w.layer + w.outside} if shares_weights else {},
             at_end=max(0.0 if shares_weights else reduced, 4.0 * w.num_trained / parts),
         )
 
     def _average(self) -> dict[str, float]:
-        return (
-            {}
-            if self.config.train.ema_decay is None
-            else {"average": 4.0 * self.weights.num_trained}
-        )
+        if self.config.train.ema_decay is None:
+            return {}
+        return {"average": 4.0 * self.weights.num_trained}
 
     def _copied(self, held: _Held, parallel: ParallelConfig) -> float:
-        """What a checkpoint copies before it is written while the next steps run: of equal weights
-        each process its share.
-        """
+        """Return the bytes that an asynchronous checkpoint copies; of replicas each its share."""
         if not self.config.checkpoint.asynchronous:
             return 0.0
         everything = held.staying | held.waiting

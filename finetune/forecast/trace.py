@@ -1,9 +1,7 @@
-"""One step of the real model on tensors that have shapes and no memory, and a ledger of what it
-would have held.
+"""Trace a step of the real model on tensors without memory, and add up what it would hold.
 
-Nothing is estimated from a formula: the model's own forward, with its adapters, its attention, its
-recomputation and its loss, runs under PyTorch's FakeTensorMode. So no architecture needs a formula,
-and a change of the code changes the forecast.
+The model's own forward, with adapters, attention, recomputation and loss, runs under PyTorch's
+FakeTensorMode. So no architecture needs a formula, and a change of the code changes the forecast.
 """
 
 import weakref
@@ -25,13 +23,11 @@ from finetune.models.build import build
 
 @dataclass(frozen=True)
 class Shape:
-    """What a forward pass gets: the number of sequences, their tokens, and how many of these are
-    learned.
-    """
+    """The input of a forward pass: sequences, and the tokens and supervised tokens of each."""
 
     num_sequences: int
     length: int
-    learned: int
+    supervised: int
 
 
 @dataclass(frozen=True)
@@ -39,40 +35,38 @@ class Trace:
     """Bytes of a forward and backward pass, besides the weights."""
 
     passing: int
-    """Most that was there at once except gradients of weights: activations, weights in 16 bits,
-    logits of a chunk.
-    """
+    """Peak without gradients of weights: activations, weights in 16 bits, a chunk of logits."""
     both: int
-    """Most of that and of gradients of weights, which stay, together."""
+    """Peak including gradients of weights."""
     gradients: int
-    """When the pass is over."""
+    """After the pass."""
     kept: int
-    """Of passing, what the forward pass left for the backward pass."""
+    """The part of `passing` that forward keeps for backward."""
 
 
 class Ledger(TorchDispatchMode):
-    """Count every storage from the operator that makes it until the last reference to it is gone."""
+    """Count every storage from the operator that creates it until its last reference is gone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.passing = self.gradients = self.most_passing = self.most = 0
-        self._staying: set[int] = set()
+        self._gradients: set[int] = set()
         self._known: set[int] = set()
 
     def ignore(self, tensor: torch.Tensor) -> None:
-        """Weights are counted elsewhere."""
+        """Do not count a weight, which is counted elsewhere."""
         self._known.add(tensor.untyped_storage()._cdata)
 
-    def stays(self, parameter: torch.Tensor) -> None:
-        """The gradient of a weight has its final place."""
+    def count_gradient(self, parameter: torch.Tensor) -> None:
+        """Count the finished gradient of a weight apart."""
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
-        if storage._cdata in self._known and storage._cdata not in self._staying:
-            self._staying.add(storage._cdata)
+        if storage._cdata in self._known and storage._cdata not in self._gradients:
+            self._gradients.add(storage._cdata)
             self.passing -= storage.nbytes()
             self.gradients += storage.nbytes()
 
-    def _book(self, tensor: torch.Tensor) -> None:
+    def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
@@ -80,12 +74,12 @@ class Ledger(TorchDispatchMode):
             self.passing += size
             self.most_passing = max(self.most_passing, self.passing)
             self.most = max(self.most, self.passing + self.gradients)
-            weakref.finalize(storage, self._let_go, key, size)
+            weakref.finalize(storage, self._remove, key, size)
 
-    def _let_go(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
-        if key in self._staying:
-            self._staying.discard(key)
+        if key in self._gradients:
+            self._gradients.discard(key)
             self.gradients -= size
         else:
             self.passing -= size
@@ -94,39 +88,51 @@ class Ledger(TorchDispatchMode):
         self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
     ) -> Any:
         if function is torch.ops.aten._grouped_mm.default and arguments[0].dtype != torch.bfloat16:
-            # Experts: kernels take other numbers, only what stands for them in a trace does not.
-            out = function(
-                *(a.bfloat16() for a in arguments[:2]), *arguments[2:], **(keywords or {})
-            )
-            out = out.to(arguments[0].dtype)
+            # The fake kernel for experts takes only bfloat16; the real ones take other dtypes too.
+            first, second, *others = arguments
+            out = function(first.bfloat16(), second.bfloat16(), *others, **(keywords or {}))
+            out = out.to(first.dtype)
         else:
             out = function(*arguments, **(keywords or {}))
         for value in tree_leaves(out):
             if isinstance(value, torch.Tensor):
-                self._book(value)
+                self._add(value)
         return out
 
 
 class Rehearsal:
-    """The model of a run, without memory, to be traced with any number of tokens."""
+    """The model of a run without memory, to trace with any number of tokens."""
 
     def __init__(
-        self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str, halved: bool = False,
+        self,
+        config: Config,
+        model_config: Any,
+        tokenizer: Any,
+        *,
+        attention: str,
+        precision: str,
+        halved: bool = False,
         on_gpu: bool = False,
-    ) -> None:  # fmt: skip
-        """`precision` of the arithmetic; `halved`: all weights are in it, as ZeRO keeps them and
-        FSDP2 gathers them.
+    ) -> None:
+        """Build the model. `precision`: of the arithmetic; `halved`: of all weights too.
+
+        ZeRO keeps weights halved, and FSDP2 gathers them so.
         """
-        plain = config.model_copy(
-            update={"train": config.train.model_copy(update={"compile": False})}
-        )
+        train = config.train.model_copy(update={"compile": False})
+        uncompiled = config.model_copy(update={"train": train})
         self.attention, self.on_gpu = attention, on_gpu
         self.dtype = None if precision == "fp32" else torch.bfloat16
         self.model, self.base = build(
-            plain, model_config, tokenizer, attention=attention, precision=precision,
+            uncompiled,
+            model_config,
+            tokenizer,
+            attention=attention,
+            precision=precision,
             new_token_ids=tokenizer.convert_tokens_to_ids(config.model.new_tokens),
-            device=torch.device("cpu"), first_inputs=list, with_weights=False,
-        )  # fmt: skip
+            device=torch.device("cpu"),
+            first_inputs=list,
+            with_weights=False,
+        )
         if halved and self.dtype:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.to(self.dtype)
@@ -135,30 +141,24 @@ class Rehearsal:
             meta.move(self.model, "cpu")
         self.model.train()
         if on_gpu and attention != "eager":
-            _without_attention_dropout(self.model)
+            _disable_attention_dropout(self.model)
 
-    def trace(self, shape: Shape, learns: bool = True) -> Trace:
-        """Of a pass forth and back, or, if nothing is learned from it, forth. Raises ModelError if
-        the model cannot be followed.
-        """
+    def trace(self, shape: Shape, backward: bool = True) -> Trace:
+        """Trace forward and, unless it is False, backward. Raises ModelError if that fails."""
         try:
-            return self._trace(shape, learns)
+            return self._trace(shape, backward)
         except Exception as exc:  # code of any author, on tensors without values
             failures.reraise(exc)
             kind = self.base.config.model_type
             raise ModelError(
                 f"the memory of {kind} cannot be forecast: {type(exc).__name__}: "
-                f"{' '.join(str(exc).split())[:200]}; "
-                "give train.micro_batch_size a number, and try it"
+                f"{' '.join(str(exc).split())[:200]}; set train.micro_batch_size to a number"
             ) from exc
 
-    def _trace(self, shape: Shape, learns: bool) -> Trace:
+    def _trace(self, shape: Shape, backward: bool) -> Trace:
         ledger = Ledger()
-        rows, documents_of_row = (
-            (shape.num_sequences, 1)
-            if attention_choice.is_padded(self.attention)
-            else (1, shape.num_sequences)
-        )
+        is_padded = attention_choice.is_padded(self.attention)
+        rows, documents_of_row = (shape.num_sequences, 1) if is_padded else (1, shape.num_sequences)
         block_bytes = cross_entropy.block_bytes("cuda" if self.on_gpu else "cpu")
         hooks = []
         with self.mode:
@@ -166,22 +166,20 @@ class Rehearsal:
                 parameter.grad = None
                 ledger.ignore(parameter)
                 if parameter.requires_grad:
-                    hooks.append(parameter.register_post_accumulate_grad_hook(ledger.stays))
+                    hooks.append(
+                        parameter.register_post_accumulate_grad_hook(ledger.count_gradient)
+                    )
             for buffer in self.model.buffers():
                 ledger.ignore(buffer)
             ids = torch.zeros(rows, documents_of_row * shape.length, dtype=torch.long)
             inputs = attention_probe.inputs_of(ids, [shape.length] * documents_of_row, self.base)
-            supervised = torch.zeros(shape.num_sequences * shape.learned, dtype=torch.long)
-            with ledger, torch.set_grad_enabled(learns):
-                with torch.autocast(
-                    "cpu",
-                    self.dtype or torch.bfloat16,
-                    enabled=self.dtype is not None,
-                    cache_enabled=False,
-                ):
+            supervised = torch.zeros(shape.num_sequences * shape.supervised, dtype=torch.long)
+            is_half, dtype = self.dtype is not None, self.dtype or torch.bfloat16
+            with ledger, torch.set_grad_enabled(backward):
+                with torch.autocast("cpu", dtype, enabled=is_half, cache_enabled=False):
                     loss = _loss(self.model, inputs, supervised, block_bytes)
                 kept = ledger.passing
-                if learns:
+                if backward:
                     loss.backward()
                 del loss
             found = Trace(ledger.most_passing, ledger.most, ledger.gradients, kept)
@@ -195,14 +193,14 @@ class Rehearsal:
 def _loss(
     model: Any, inputs: dict[str, Any], supervised: torch.Tensor, block_bytes: int
 ) -> torch.Tensor:
-    """supervised: int64 zeros, as many as tokens that are predicted; which ones does not matter."""
+    """Return the loss; `supervised`: int64 [S] of zeros, as only their number matters."""
     question = head.Question(supervised, supervised, frozenset({"nll"}), block_bytes=block_bytes)
     loss: torch.Tensor = model(**inputs, question=question)["nll"]
     return loss
 
 
-def _without_attention_dropout(model: Any) -> None:
-    """A CPU keeps all scores for it; a GPU's kernels make the same random numbers again."""
+def _disable_attention_dropout(model: Any) -> None:
+    """Disable it, as a CPU keeps all scores for it, but a GPU's kernels repeat random numbers."""
     for module in model.modules():
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0

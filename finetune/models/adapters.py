@@ -1,4 +1,4 @@
-"""What trains: all weights, or LoRA adapters. Merging."""
+"""Choose what trains: all weights or LoRA adapters. Merge adapters."""
 
 import difflib
 import os
@@ -19,7 +19,7 @@ from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
 from finetune.errors import ModelError
 from finetune.models import adapter_init, base_identity, load
 
-# Peft brings bitsandbytes, and this the compiler: seconds that a run of all weights need not wait
+# peft imports bitsandbytes, and that the compiler: a run of full weights saves these seconds.
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -31,95 +31,88 @@ def apply(
     dtype: torch.dtype = torch.float32,
     new_token_ids: Sequence[int] = (),
 ) -> Any:
-    """The model with what trains unfrozen: itself (full), or a PeftModel around it. Raises
-    ModelError.
+    """Freeze what does not train and return the model (full), or a PeftModel around it.
 
-    A PeftModel gets an attribute `base_record`: what is needed to know its base again. It is taken
-    here, because some initialisations rewrite the base. Where there are new tokens, embedding and
-    head train whole and are saved with the adapter.
+    A PeftModel gets an attribute `base_record`, which identifies its base. It is recorded here,
+    because some initialisations rewrite the base. With new tokens, embedding and head train whole
+    and are saved with the adapter. Raises ModelError.
     """
     if isinstance(adapter, Full):
         model = _freeze(model, adapter.freeze)
         if new_token_ids and not model.get_input_embeddings().weight.requires_grad:
             raise ModelError(
-                "adapter.freeze: freezes the embedding, so model.new_tokens would never be learned"
+                "adapter.freeze: freezes the embedding, so model.new_tokens could not be trained"
             )
         return model
     form = quantization(adapter, dtype)
     record = base_identity.record(
-        model,
-        dtype,
-        form,
-        loftq=adapter.init == "loftq",
-        new_tokens=base.new_tokens,
-        new_token_ids=new_token_ids,
+        model, dtype, form, adapter.init == "loftq", base.new_tokens, new_token_ids
     )
     if adapter.path and (known := base_identity.read(Path(adapter.path))):
         base_identity.require_same(record, known, Path(adapter.path))
         base_identity.require_architecture(model, known, Path(adapter.path))
         record["loftq"] = known["loftq"]
-    ends = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
-    adapted = (
-        _continued(model, adapter.path)
-        if adapter.path
-        else _fresh(model, adapter, bool(new_token_ids))
-    )
-    touched = [
-        name
-        for name, m in adapted.named_modules()
-        if hasattr(m, "lora_A") and id(m.get_base_layer()) in ends
-    ]
-    if touched and model.config.get_text_config().tie_word_embeddings:
-        raise ModelError(
-            f"adapter.target_modules: {touched[0].removeprefix('base_model.model.')} shares its "
-            "weights between head and "
-            "embedding in this model, so an adapter on it could not be merged; leave it out"
-        )
-    # peft notes the base as it was given; a relative folder would be looked for on the Hub from
-    # anywhere else.
+    embedding_and_head = {id(module) for module in _embedding_and_head(model)}
+    if adapter.path:
+        adapted = _continued(model, adapter.path)
+    else:
+        adapted = _fresh(model, adapter, bool(new_token_ids))
+    for name, layer in adapted.named_modules():
+        is_adapted = hasattr(layer, "lora_A") and id(layer.get_base_layer()) in embedding_and_head
+        if is_adapted and model.config.get_text_config().tie_word_embeddings:
+            raise ModelError(
+                f"adapter.target_modules: {name.removeprefix('base_model.model.')} shares its "
+                "weights between head and embedding in this model, so an adapter on it could not "
+                "be merged; leave it out"
+            )
+    # An absolute path: from another directory peft would look for a relative one on the Hub.
     saved = adapted.peft_config["default"]
-    saved.base_model_name_or_path = (
-        os.path.abspath(base.path) if base.path and os.path.isdir(base.path) else base.path
-    )
+    saved.base_model_name_or_path = base.path
+    if base.path and os.path.isdir(base.path):
+        saved.base_model_name_or_path = os.path.abspath(base.path)
     saved.revision = base.revision
     adapted.base_record = record
     adapted.start_rewrites_base = ADAPTER_INITS[adapter.init].rewrites_base and not adapter.path
-    for (
-        parameter
-    ) in adapted.parameters():  # 16 bits would lose most steps of a norm, a bias or an embedding
-        if parameter.requires_grad:
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # in 16 bits, most steps of a norm or an embedding round away
             parameter.data = parameter.data.float()
     _require_directions(adapted, adapter)
-    trains_biases = any(
-        p.requires_grad and n.endswith("bias") for n, p in adapted.named_parameters()
-    )
-    if isinstance(adapter, Lora) and adapter.bias != "none" and not trains_biases:
-        raise ModelError(
-            f"adapter.bias: {adapter.bias}, but this model has no bias; set it to none"
-        )
+    if isinstance(adapter, Lora) and adapter.bias != "none":
+        trained = (name for name, p in adapted.named_parameters() if p.requires_grad)
+        if not any(name.endswith("bias") for name in trained):
+            raise ModelError(
+                f"adapter.bias: {adapter.bias}, but this model has no bias; set it to none"
+            )
     return adapted
 
 
-def quantization(adapter: Full | Adapter, dtype: torch.dtype) -> dict[str, Any] | None:
-    """Arguments of transformers' BitsAndBytesConfig, in words; None if nothing is quantised.
+def _embedding_and_head(model: Any) -> tuple[Any, Any]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
 
-    4 bits: Dettmers et al., 2023. Blocks of 64 weights with a scale; NF4's 16 values are the
+
+def quantization(adapter: Full | Adapter, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Return the arguments of transformers' BitsAndBytesConfig; None if nothing is quantised.
+
+    4 bits: Dettmers et al., 2023. Each block of 64 weights has a scale; NF4's 16 values are
     quantiles of a normal distribution.
     """
     if not isinstance(adapter, QLora):
         return None
     if QUANTIZATIONS[adapter.quantization].bits == 8:
         return {"load_in_8bit": True}
+    compute_dtype: str = adapter.compute_dtype
+    if compute_dtype == "auto":
+        compute_dtype = str(dtype).removeprefix("torch.")
     return {
-        "load_in_4bit": True, "bnb_4bit_quant_type": adapter.quantization, "bnb_4bit_use_double_quant": adapter.double_quantization,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.") if adapter.compute_dtype == "auto" else adapter.compute_dtype,
-    }  # fmt: skip
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": adapter.quantization,
+        "bnb_4bit_use_double_quant": adapter.double_quantization,
+        "bnb_4bit_compute_dtype": compute_dtype,
+    }
 
 
 def _freeze(model: Any, patterns: list[str]) -> Any:
-    """Weights whose name holds one of the patterns do not train. Raises ModelError if one holds
-    none, or all do.
-    """
+    """Freeze the weights whose names match a pattern. Raises ModelError if none or all do."""
     for pattern in patterns:
         try:
             found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
@@ -142,63 +135,57 @@ def _freeze(model: Any, patterns: list[str]) -> Any:
 def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
     from peft import EvaConfig, LoraConfig, get_peft_model
 
-    check_targets(model, adapter.target_modules)
+    check_target_modules(model, adapter.target_modules)
     whole = _trained_whole(model, adapter, has_new_tokens)
+    keeps_tied = bool(whole) and model.config.get_text_config().tie_word_embeddings
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    # A model that also sees has linear layers that no text ever reaches: their adapters would stay
-    # dead.
-    elsewhere = (
-        rf"(?!{re.escape(prefix)}\.).*"
-        if prefix and adapter.target_modules == "all-linear"
-        else None
-    )
+    # Text never reaches the vision layers of a multimodal model: adapters there would stay zero.
+    is_everywhere = prefix and adapter.target_modules == "all-linear"
     on_meta = next(model.parameters()).is_meta  # there, only shapes count
     config = LoraConfig(
-        r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=adapter.target_modules, exclude_modules=elsewhere,
-        use_rslora=adapter.rslora, use_dora=adapter.dora,
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+        exclude_modules=rf"(?!{re.escape(prefix)}\.).*" if is_everywhere else None,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         init_lora_weights=True if on_meta else ADAPTER_INITS[adapter.init].peft,
         eva_config=EvaConfig(rho=1.0) if adapter.init == "eva" and not on_meta else None,
-        bias=adapter.bias if isinstance(adapter, Lora) else "none", modules_to_save=list(whole) or None, task_type="CAUSAL_LM",
-        ensure_weight_tying=bool(whole) and model.config.get_text_config().tie_word_embeddings,
-    )  # fmt: skip
+        bias=adapter.bias if isinstance(adapter, Lora) else "none",
+        modules_to_save=list(whole) or None,
+        task_type="CAUSAL_LM",
+        ensure_weight_tying=keeps_tied,
+    )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Model has `tie_word_embeddings=True`"
-            )  # refused by `apply`
+            # `apply` raises an error for it.
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
             warnings.filterwarnings(
                 "ignore", "lora with eva initialization used with low_cpu_mem_usage=False"
             )
             adapted = get_peft_model(model, config)
     except (ValueError, ImportError, re.error) as exc:
         raise ModelError(f"adapter.target_modules: {adapter.target_modules!r}: {exc}") from exc
-    if whole and model.config.get_text_config().tie_word_embeddings:
+    if keeps_tied:
         _keep_tied(adapted, whole)
     return adapted
 
 
 def _trained_whole(model: Any, adapter: Adapter, has_new_tokens: bool) -> list[str]:
-    """Names of the modules that train without an adapter. Raises ModelError if
-    adapter.modules_to_save names none of the model.
+    """Return the names of the modules that train without an adapter.
+
+    Raises ModelError if the model lacks one of adapter.modules_to_save.
     """
     whole = list(adapter.modules_to_save)
+    modules = [(name.split(".")[-1], module) for name, module in model.named_modules()]
     if has_new_tokens:
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        whole += [
-            name.split(".")[-1]
-            for name, module in model.named_modules()
-            if any(module is end for end in ends)
-        ]
+        ids = {id(module) for module in _embedding_and_head(model)}
+        whole += [name for name, module in modules if id(module) in ids]
     if adapter.train_norms:
-        whole += sorted(
-            {
-                n.split(".")[-1]
-                for n, m in model.named_modules()
-                if "norm" in type(m).__name__.lower()
-            }
-        )
-    names = {name.split(".")[-1] for name, _ in model.named_modules()}
+        whole += sorted({name for name, m in modules if "norm" in type(m).__name__.lower()})
+    names = {name for name, _ in modules}
     for name in adapter.modules_to_save:
         if name.split(".")[-1] not in names:
             near = difflib.get_close_matches(name, sorted(names), n=1)
@@ -210,20 +197,19 @@ def _trained_whole(model: Any, adapter: Adapter, has_new_tokens: bool) -> list[s
 
 
 def _keep_tied(model: "PeftModel", whole: list[str]) -> None:
-    """Embedding and head that share their weights must keep doing so, here and when the adapter is
-    opened. Raises ModelError.
+    """Keep embedding and head tied, here and when the adapter is opened. Raises ModelError.
 
-    peft knows such modules by their names, and forgets the head's when it saves.
+    peft knows such modules by name, and forgets the head's name when it saves.
     """
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    parameters = [
-        next((p for p in module.parameters() if p.requires_grad), None) for module in ends
-    ]
-    if parameters[0] is not parameters[1]:
+    embedding, head = (
+        next((p for p in module.parameters() if p.requires_grad), None)
+        for module in _embedding_and_head(model)
+    )
+    if embedding is not head:
         raise ModelError(
             "adapter.modules_to_save: peft cannot keep embedding and head of "
-            f"{model.config.model_type} tied, which share their "
-            "weights; use adapter.kind: full, or leave embedding and new tokens out"
+            f"{model.config.model_type} tied, which share their weights; use adapter.kind: full, "
+            "or leave embedding and new tokens out"
         )
     model.peft_config["default"].modules_to_save = whole
 
@@ -235,9 +221,8 @@ def _continued(model: Any, path: str) -> "PeftModel":
         raise ModelError(f"adapter.path: {problem}")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*base_model_name_or_path.* was renamed"
-            )  # `check_base` looks at the weights
+            # `base_identity.require_same` has compared the weights.
+            warnings.filterwarnings("ignore", ".*base_model_name_or_path.* was renamed")
             if next(model.parameters()).is_meta:
                 config = PeftConfig.from_pretrained(path)
                 config.inference_mode = False
@@ -247,18 +232,15 @@ def _continued(model: Any, path: str) -> "PeftModel":
                 adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
         require_whole(adapted, path)
         return adapted
-    except (
-        Exception
-    ) as exc:  # a folder that is not there, another shape, a broken file: each in its own family
+    except Exception as exc:  # peft raises many types: no folder, another shape, a damaged file
         failures.reraise(exc, f"adapter.path: {path}: cannot be loaded now")
         raise ModelError(f"adapter.path: {path}: cannot be continued: {exc}") from exc
 
 
 def require_whole(model: "PeftModel", path: str, adapter: str = "default") -> None:
-    """Raise ModelError unless the adapter in `model` has just the weights that are saved in `path`,
-    in their shapes.
+    """Raise ModelError unless the adapter in `model` has exactly the weights saved in `path`.
 
-    peft only warns of weights that are missing, and says nothing of those that it leaves out.
+    Compares names and shapes. peft only warns of missing weights, and ignores extra ones silently.
     """
     from peft import get_peft_model_state_dict
 
@@ -292,14 +274,10 @@ def _require_directions(model: "PeftModel", adapter: Adapter) -> None:
         if not isinstance(inner, nn.Linear if adapter.init == "loftq" else (nn.Linear, Conv1D)):
             raise ModelError(
                 f"adapter.init: {adapter.init} is for linear layers, and {name} is "
-                f"{type(inner).__name__}; name others in "
-                "adapter.target_modules, or use default"
+                f"{type(inner).__name__}; name others in adapter.target_modules, or use default"
             )
-        sizes = (
-            inner.weight.shape
-            if isinstance(inner, Conv1D)
-            else (inner.in_features, inner.out_features)
-        )
+        is_linear = isinstance(inner, nn.Linear)  # quantised ones too, whose weight is packed
+        sizes = (inner.in_features, inner.out_features) if is_linear else inner.weight.shape
         if layer.r["default"] > min(sizes):
             raise ModelError(
                 f"adapter.r: {layer.r['default']} is more than the {min(sizes)} directions of "
@@ -308,8 +286,9 @@ def _require_directions(model: "PeftModel", adapter: Adapter) -> None:
 
 
 def round_to_base(model: "PeftModel") -> None:
-    """Give trained norms, biases and whole modules values that the base's dtype holds: a program
-    that opens the adapter has them in it.
+    """Round trained norms, biases and whole modules to the dtype of the base.
+
+    A program that opens the adapter loads them in this dtype.
     """
     for _, parameter in _whole_parts(model):
         with torch.no_grad():
@@ -317,9 +296,7 @@ def round_to_base(model: "PeftModel") -> None:
 
 
 def in_base_dtype(model: "PeftModel", weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`weights` as they are saved: all but adapters in the dtype of the base, after
-    `round_to_base`.
-    """
+    """Return `weights` as saved, after `round_to_base`: all but LoRA in the base's dtype."""
     dtype = getattr(torch, model.base_record["dtype"])
     whole = {name for name, _ in _whole_parts(model)}
     return {name: weight.to(dtype) if name in whole else weight for name, weight in weights.items()}
@@ -331,62 +308,59 @@ def _whole_parts(model: "PeftModel") -> list[tuple[str, nn.Parameter]]:
 
 
 def starts_at_zero(adapter: Adapter) -> bool:
-    """Whether one factor of each fresh adapter is 0, so that the first gradient of the other is 0,
-    too.
-    """
+    """Return whether one factor of each fresh adapter is 0, so the other's first gradient is 0."""
     return adapter.path is None and ADAPTER_INITS[adapter.init].leaves_model
 
 
 def waits_for_other_factor(name: str) -> bool:
-    """Whether a weight, by its name, is the factor that cannot move in the first step if
-    `starts_at_zero`.
+    """Return whether a weight's name is of the factor that cannot move in the first step.
+
+    That holds if `starts_at_zero`.
     """
     return "lora_A" in name or "lora_embedding_B" in name
 
 
 def trains_embedding_and_head(model: nn.Module) -> bool:
-    """Whether any weight of embedding or head trains."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return any(
-        p.requires_grad for module in ends if module is not None for p in module.parameters()
-    )
+    """Return whether any weight of embedding or head trains."""
+    modules = [module for module in _embedding_and_head(model) if module is not None]
+    return any(p.requires_grad for module in modules for p in module.parameters())
 
 
-def check_targets(model: nn.Module, targets: str | list[str]) -> None:
-    """Raise ModelError if a target names no linear layer of the model."""
-    if isinstance(targets, str):  # all-linear, or a regular expression that peft matches whole
+def check_target_modules(model: nn.Module, names: str | list[str]) -> None:
+    """Raise ModelError if one of `names` is not a linear layer of the model."""
+    if isinstance(names, str):  # all-linear, or a regular expression that peft matches whole
         return
     linear = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     ]
     leaves = sorted({name.split(".")[-1] for name in linear})
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in linear):
-            near = difflib.get_close_matches(target, leaves, n=1)
+    for wanted in names:
+        if not any(name == wanted or name.endswith("." + wanted) for name in linear):
+            near = difflib.get_close_matches(wanted, leaves, n=1)
             hint = f"did you mean {near[0]}?" if near else "use all-linear for all of them"
             raise ModelError(
-                f"adapter.target_modules: no linear layer is called {target!r}; there are "
+                f"adapter.target_modules: no linear layer is called {wanted!r}; there are "
                 f"{', '.join(leaves)}; {hint}"
             )
 
 
 def are_in(model: nn.Module) -> bool:
-    """Whether it is a PeftModel; told without importing peft."""
+    """Return whether `model` is a PeftModel, without importing peft."""
     return any(kind.__name__ == "PeftModel" for kind in type(model).__mro__)
 
 
 def dead_adapters(model: nn.Module) -> list[str]:
-    """LoRA B matrices that are still zero: their adapters changed nothing."""
+    """Return the names of the LoRA B matrices that are zero: those adapters change nothing."""
     return [name for name, p in model.named_parameters() if "lora_B" in name and not p.any()]
 
 
 def merge(model: "PeftModel", names: list[str]) -> Any:
-    """The base model with adapters added in: W + sum of (alpha / r) B A."""
+    """Return the base model with adapters added: W + sum of (alpha / r) B A."""
     return model.merge_and_unload(safe_merge=True, adapter_names=names)
 
 
 def copy_dequantized(source: nn.Module, target: nn.Module) -> None:
-    """Put what quantisation has left of the weights of `source` into the same layers of `target`."""
+    """Copy the dequantised weights of `source` into the same layers of `target`."""
     from peft.utils.integrations import dequantize_bnb_weight
 
     for name, module in source.named_modules():

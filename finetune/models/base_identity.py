@@ -1,4 +1,4 @@
-"""The base under an adapter: what it was, so that the adapter is never put on another one."""
+"""Record and compare the base of an adapter, so that it is never put on another one."""
 
 import hashlib
 import inspect
@@ -22,66 +22,67 @@ from finetune.errors import ModelError
 FILE = "base_weights.json"  # next to an adapter
 # What bitsandbytes saves next to the bytes of a quantised weight.
 SCALES = re.compile(r"\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)$")
-COMPARED = (
-    torch.bfloat16
-)  # what values are rounded to before they are hashed: a base may be loaded in another dtype
-CHUNK = (
-    1 << 24
-)  # values hashed at once; an embedding of 128,000 x 4,096 would need a copy of 1 GB for each thread
+# Values are rounded to this before they are hashed: a base may be loaded in another dtype.
+COMPARED = torch.bfloat16
+# Values hashed at once: an embedding of 128,000 x 4,096 would need a copy of 1 GB in each thread.
+CHUNK = 1 << 24
 
 
 def record(
-    base: nn.Module, dtype: torch.dtype, quantization: dict[str, Any] | None, *, loftq: bool, new_tokens: Sequence[str],
+    base: nn.Module,
+    dtype: torch.dtype,
+    quantization: dict[str, Any] | None,
+    loftq: bool,
+    new_tokens: Sequence[str],
     new_token_ids: Sequence[int],
-) -> dict[str, Any]:  # fmt: skip
-    """What is needed to know this base again; without weights for a model on the meta device."""
+) -> dict[str, Any]:
+    """Return what identifies this base; without hashes for a model on the meta device."""
     return {
-        "dtype": str(dtype).removeprefix("torch."), "quantization": quantization, "loftq": loftq, "architecture": _function(base),
-        "new_tokens": list(new_tokens), "new_token_ids": list(new_token_ids), "weights": hashes(base),
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization": quantization,
+        "loftq": loftq,
+        "architecture": _function(base),
+        "new_tokens": list(new_tokens),
+        "new_token_ids": list(new_token_ids),
+        "weights": hashes(base),
         "values": values(base, _known_whole(base, bool(new_tokens))),
-    }  # fmt: skip
-
-
-def _known_whole(base: nn.Module, with_new_tokens: bool) -> set[str]:
-    """Names of the weights whose every value tells a base from another.
-
-    Quantised ones are left out, as how they are packed may depend on the device; beside new tokens
-    also embedding and head, as the adapter brings its own.
-    """
-    ends = (base.get_input_embeddings(), base.get_output_embeddings()) if with_new_tokens else ()
-    replaced = {id(getattr(end, "weight", None)) for end in ends}
-    return {
-        name
-        for name, p in base.named_parameters()
-        if p.is_floating_point() and id(p) not in replaced
     }
 
 
+def _known_whole(base: nn.Module, with_new_tokens: bool) -> set[str]:
+    """Return the names of the weights of which every value is compared.
+
+    All but quantised ones, whose packing may depend on the device, and, with new tokens, embedding
+    and head, which the adapter brings itself.
+    """
+    replaced: set[int] = set()
+    if with_new_tokens:
+        modules = (base.get_input_embeddings(), base.get_output_embeddings())
+        replaced = {id(getattr(module, "weight", None)) for module in modules}
+    named = base.named_parameters()
+    return {name for name, p in named if p.is_floating_point() and id(p) not in replaced}
+
+
 def read(folder: Path) -> dict[str, Any]:
-    """What an adapter knows of its base; empty for adapters from elsewhere. Raises ModelError for a
-    damaged record.
+    """Return the record of an adapter's base; empty for adapters from elsewhere.
+
+    Raises ModelError for a damaged record.
     """
     path = folder / FILE
     if not path.exists():
         return {}
     found, problem = object_in(path)
     found = OLDER | found
-    wrong = next(
-        (
-            name
-            for name, is_right in FIELDS.items()
-            if name not in found or not is_right(found[name])
-        ),
-        None,
-    )
+    fields = FIELDS.items()
+    wrong = [name for name, is_right in fields if name not in found or not is_right(found[name])]
     if problem:
-        wrong = "no JSON object"
-    elif wrong is None and len(found["new_tokens"]) != len(found["new_token_ids"]):
-        wrong = "new_token_ids"
+        wrong = ["no JSON object"]
+    elif not wrong and len(found["new_tokens"]) != len(found["new_token_ids"]):
+        wrong = ["new_token_ids"]
     if wrong:
         raise ModelError(
-            f"{path}: is damaged ({wrong}), so the base of this adapter cannot be checked; restore "
-            "it, or export the run again"
+            f"{path}: is damaged ({wrong[0]}), so the base of this adapter cannot be checked; "
+            "restore it, or export the run again"
         )
     return found
 
@@ -95,46 +96,49 @@ def _are_texts(values: Any) -> bool:
 
 
 def _is_form(form: Any) -> bool:
-    """Whether it is what `adapters.quantization` gives."""
+    """Return whether `form` is as `adapters.quantization` returns it."""
     if not isinstance(form, dict) or form.get("load_in_8bit") is True:
         return form is None or form == {"load_in_8bit": True}
-    return (
-        form.keys() == {"load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"}
-        and form["load_in_4bit"] is True and form["bnb_4bit_quant_type"] in ("nf4", "fp4")
-        and isinstance(form["bnb_4bit_use_double_quant"], bool) and _is_dtype(form["bnb_4bit_compute_dtype"])
-    )  # fmt: skip
+    is_right: dict[str, Callable[[Any], bool]] = {
+        "load_in_4bit": lambda value: value is True,
+        "bnb_4bit_quant_type": lambda value: value in ("nf4", "fp4"),
+        "bnb_4bit_use_double_quant": lambda value: isinstance(value, bool),
+        "bnb_4bit_compute_dtype": _is_dtype,
+    }
+    return form.keys() == is_right.keys() and all(is_right[name](form[name]) for name in form)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 # What each field of a record may hold.
 FIELDS: dict[str, Callable[[Any], bool]] = {
-    "dtype": _is_dtype, "quantization": _is_form, "loftq": allowed.is_switch,
-    "architecture": allowed.is_object, "weights": lambda value: bool(value) and _are_texts(value), "values": _are_texts,
+    "dtype": _is_dtype,
+    "quantization": _is_form,
+    "loftq": allowed.is_switch,
+    "architecture": allowed.is_object,
+    "weights": lambda value: bool(value) and _are_texts(value),
+    "values": _are_texts,
     "new_tokens": allowed.are_words,
-    "new_token_ids": lambda value: isinstance(value, list) and all(type(number) is int and number >= 0 for number in value),
-}  # fmt: skip
-OLDER: dict[str, Any] = {
-    "loftq": False,
-    "architecture": {},
-    "values": {},
-}  # what records of older versions lack
+    "new_token_ids": _are_ids,
+}
+# Fields that records of older versions lack.
+OLDER: dict[str, Any] = {"loftq": False, "architecture": {}, "values": {}}
 
 
 def _function(base: nn.Module) -> dict[str, Any]:
-    """`architecture` without how weights are stored."""
-    return {
-        name: value
-        for name, value in architecture(base.config).items()
-        if not name.startswith("quantization_config")
-    }
+    """Return `architecture` without how weights are stored."""
+    found = architecture(base.config).items()
+    return {name: value for name, value in found if not name.startswith("quantization_config")}
 
 
 def require_architecture(
     base: nn.Module, known: dict[str, Any], folder: Path, given: str | None = None
 ) -> None:
-    """Raise ModelError if a base calculates with its weights in another way than the one that an
-    adapter was trained on.
+    """Raise ModelError if the config of a base differs from that of the adapter's base.
 
-    `given`: what --base names, if it does.
+    `given`: the value of --base, if there is one.
     """
     now = _function(base)
     others = [
@@ -145,8 +149,8 @@ def require_architecture(
         if given is not None:
             raise ModelError(
                 f"--base: {given} is not the base of {folder}: {name} was "
-                f"{known['architecture'][name]} there, and is "
-                f"{now[name]} here; give the folder of the base that the adapter was trained on"
+                f"{known['architecture'][name]} there, and is {now[name]} here; give the folder of "
+                "the base that the adapter was trained on"
             )
         raise ModelError(
             f"{folder}: its base has another config than when the adapter was trained: {name} was "
@@ -156,21 +160,20 @@ def require_architecture(
 
 
 def require_same(now: dict[str, Any], known: dict[str, Any], folder: Path) -> None:
-    """Raise ModelError if an adapter was trained on another base, or on this one in another form.
-    `now`: its `record`.
+    """Raise ModelError if the adapter in `folder` was trained on another base, or in another form.
+
+    `now`: the `record` of the base at hand; `known`: that of the adapter.
     """
     if now["new_tokens"] != known["new_tokens"]:
         raise ModelError(
             f"model.new_tokens: {now['new_tokens']}, but the adapter {folder} was trained with "
-            f"{known['new_tokens']}; "
-            "set them alike"
+            f"{known['new_tokens']}; set them alike"
         )
     forms = [describe(each["quantization"]) for each in (now, known)]
     if forms[0] != forms[1]:
         raise ModelError(
             f"adapter.kind: the base would be {forms[0]}, but the adapter {folder} was trained on "
-            f"one that was {forms[1]}; "
-            "set adapter.kind and adapter.quantization to that"
+            f"one that was {forms[1]}; set adapter.kind and adapter.quantization to that"
         )
     if now["weights"]:
         _require_hashes(now["weights"], known["weights"], folder)
@@ -181,12 +184,10 @@ def require_weights(
 ) -> None:
     """Raise ModelError if the weights of a base are not those of a record.
 
-    Where --base names it (`given`), every value is compared; where it is in its old place a sample
-    of them, so that an adapter opens as fast as its base.
+    Compares every value if --base names the base (`given`), and otherwise a sample, so that an
+    adapter opens as fast as its base.
     """
-    dtype = getattr(
-        torch, known["dtype"]
-    )  # float16 has fewer exponents, so what passed through it is other numbers
+    dtype = getattr(torch, known["dtype"])  # rounding through float16 changes values in bfloat16
     _require_hashes(hashes(base, dtype), known["weights"], folder, given)
     if given is not None:
         _require_hashes(values(base, set(known["values"]), dtype), known["values"], folder, given)
@@ -199,8 +200,8 @@ def _require_hashes(
     if others and given is not None:
         raise ModelError(
             f"--base: {given} is not the base of {folder}: {len(others)} of {len(known)} weights "
-            "differ, such as "
-            f"{others[0]}; give the folder of the base that the adapter was trained on"
+            f"differ, such as {others[0]}; give the folder of the base that the adapter was "
+            "trained on"
         )
     if others:
         raise ModelError(
@@ -211,16 +212,13 @@ def _require_hashes(
 
 
 def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
-    """Names of the weights of a loaded base that differ from those of a record, of all that both
-    hold in one form.
+    """Return the names of the weights of a loaded base that differ from those of a record.
 
-    Quantisation packs matrices, though not the embedding, and new tokens lengthen embedding and
-    head.
+    Compares those that both hold in one form: quantisation packs matrices, except the embedding,
+    and new tokens add rows to embedding and head.
     """
-    embedding, head = (
-        getattr(end, "weight", None)
-        for end in (base.get_input_embeddings(), base.get_output_embeddings())
-    )
+    modules = (base.get_input_embeddings(), base.get_output_embeddings())
+    embedding, head = (getattr(module, "weight", None) for module in modules)
     packed = known["quantization"] or getattr(base, "is_quantized", False)
 
     def is_alike(weight: torch.Tensor) -> bool:
@@ -229,55 +227,41 @@ def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
         return weight.dim() == 1 or not packed
 
     alike = {name for name, weight in base.named_parameters() if is_alike(weight)}
-    return [
-        name
-        for name, found in hashes(base).items()
-        if name in alike and found != known["weights"].get(name)
-    ]
+    found = {name: digest for name, digest in hashes(base).items() if name in alike}
+    return [name for name, digest in found.items() if digest != known["weights"].get(name)]
 
 
 def describe(quantization: dict[str, Any] | None) -> str:
-    """How weights are stored, in words; without the dtype they are unpacked to for a product."""
-    return (
-        "not quantised"
-        if quantization is None
-        else name_of(quantization).removeprefix("bitsandbytes ")
-    )
+    """Return how weights are stored, for messages; without the dtype of the arithmetic."""
+    if quantization is None:
+        return "not quantised"
+    return name_of(quantization).removeprefix("bitsandbytes ")
 
 
 def hashes(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
-    """Name -> hash of the shape and up to 64 values of each weight, rounded to `dtype`, where
-    given, and then to bfloat16.
+    """Return name -> hash of each weight's shape and up to 64 of its values.
+
+    Values are rounded to `dtype`, if given, and then to bfloat16.
     """
     found = {}
     for name, weight in model.named_parameters():
-        if not weight.is_meta:
-            flat = weight.detach().flatten()
-            sample = (
-                flat[:: max(1, flat.numel() // 64)][:64]
-                .to(dtype or weight.dtype)
-                .to(COMPARED)
-                .float()
-                .cpu()
-                .numpy()
-            )
-            found[name] = hashlib.sha256(
-                f"{tuple(weight.shape)} ".encode() + sample.tobytes()
-            ).hexdigest()[:16]
+        if weight.is_meta:
+            continue
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(dtype or weight.dtype).to(COMPARED)
+        text = f"{tuple(weight.shape)} ".encode() + sample.float().cpu().numpy().tobytes()
+        found[name] = hashlib.sha256(text).hexdigest()[:16]
     return found
 
 
 def values(model: nn.Module, names: set[str], dtype: torch.dtype | None = None) -> dict[str, str]:
-    """As `hashes`, of every value of each weight in `names`. Threads hash at once."""
+    """Return the same as `hashes`, of every value of each weight in `names`, in several threads."""
 
     def digest(weight: torch.Tensor) -> str:
         found = hashlib.sha256(f"{tuple(weight.shape)} ".encode())
         for part in weight.detach().reshape(-1).split(CHUNK):
-            found.update(
-                memoryview(
-                    part.to(dtype or part.dtype).to(COMPARED).cpu().view(torch.uint8).numpy()
-                )
-            )
+            rounded = part.to(dtype or part.dtype).to(COMPARED).cpu()
+            found.update(memoryview(rounded.view(torch.uint8).numpy()))
         return found.hexdigest()[:32]
 
     weights = {name: p for name, p in model.named_parameters() if name in names and not p.is_meta}
@@ -286,16 +270,14 @@ def values(model: nn.Module, names: set[str], dtype: torch.dtype | None = None) 
 
 
 def fingerprints(model: nn.Module) -> tuple[str, str]:
-    """(of the weights that do not train, of all): every byte of every tensor that the model would
-    save.
+    """Return hashes (of the frozen weights, of all): every byte that the model would save.
 
-    Scales of quantised weights are left out: bitsandbytes takes a mean over them, whose last bit
-    depends on the GPU. Where weights were quantised here, the saved values count and not the codes
-    that this device made of them: bitsandbytes divides by the scale in fast arithmetic on a GPU, so
-    a value halfway between two codes may get either. Where a start of adapters has rewritten the
-    base, by a decomposition whose last bits depend on the number of threads, the base counts as it
-    was before. Threads hash at once, as an 8B model in 16 bits has 16 GB: seconds on the cores of
-    such a machine.
+    Three things would differ between machines. Scales of quantised weights are left out:
+    bitsandbytes takes a mean over them, whose last bit depends on the GPU. Of weights quantised
+    here, the saved values are hashed and not their codes: bitsandbytes divides by the scale in fast
+    arithmetic on a GPU, so a value halfway between two codes may get either. Of a base that the
+    start of adapters rewrote, by a decomposition whose last bits depend on the number of threads,
+    the earlier weights are hashed. Several threads hash: an 8B model in 16 bits has 16 GB.
     """
     trained = {
         name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
@@ -318,25 +300,33 @@ def fingerprints(model: nn.Module) -> tuple[str, str]:
     frozen: Any = {name: digest for name, digest in digests.items() if name not in trained}
     if getattr(model, "start_rewrites_base", False):
         frozen = model.base_record["weights"]
-    return tuple(hashlib.sha256(repr(part).encode()).hexdigest()[:32] for part in (frozen, digests))  # type: ignore[return-value]
+    return _digest_of(frozen), _digest_of(digests)
+
+
+def _digest_of(digests: dict[str, str]) -> str:
+    return hashlib.sha256(repr(digests).encode()).hexdigest()[:32]
 
 
 def _is_code(name: str, value: torch.Tensor) -> bool:
-    """Whether a tensor is what bitsandbytes made of a weight, or stands beside it in 8 bits."""
+    """Return whether bitsandbytes packed this weight, or saves the tensor next to an 8-bit one."""
     return name.endswith((".SCB", ".weight_format")) or (
         name.endswith(".weight") and not value.is_floating_point()
     )
 
 
 def _files(name: str, commit: str | None) -> list[Path]:
-    """The files of weights that a model was just loaded from: of a folder, or of the Hub's cache."""
+    """Return the files of weights that a model was loaded from: in a folder or the Hub's cache."""
 
     def found(file: str) -> Path | None:
         path = cached_file(
-            name, file, revision=commit, local_files_only=True,
-            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+            name,
+            file,
+            revision=commit,
+            local_files_only=True,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
+        )
         return None if path is None else Path(path)
 
     first = next((path for path in map(found, WEIGHTS) if path is not None), None)
@@ -347,18 +337,14 @@ def _files(name: str, commit: str | None) -> list[Path]:
 
 
 def _saved_digests(path: Path, pool: ThreadPoolExecutor) -> dict[str, str]:
-    """Name -> hash of every tensor in a file of weights, however many files there are; of a pickle
-    the hash of the file.
-    """
+    """Return name -> hash of every tensor in a file of weights; for a pickle, of the file."""
     if path.suffix != ".safetensors":
         with path.open("rb") as file:
             return {f"saved {path.name}": hashlib.file_digest(file, "sha256").hexdigest()}
     with safe_open(path, "pt") as file:
         names = sorted(file.keys())
-        return {
-            f"saved {name}": digest
-            for name, digest in zip(names, pool.map(lambda n: _digest(file.get_tensor(n)), names))
-        }
+        digests = pool.map(lambda name: _digest(file.get_tensor(name)), names)
+        return {f"saved {name}": digest for name, digest in zip(names, digests)}
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -370,34 +356,29 @@ def _digest(tensor: torch.Tensor) -> str:
 
 # ------------------------------------------------------------------------------------- identity
 
-# Fields of a config that say how it was saved, or how answers are generated, and not which function
-# the model is.
+# Fields of a config that do not change what the model computes: how it was saved, how it generates.
 NO_FUNCTION = frozenset(
-    {
-        "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict", "return_dict_in_generate",
-        "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id",
-        "sep_token_id", "decoder_start_token_id",
-    }
-)  # fmt: skip
+    "_name_or_path transformers_version architectures dtype torch_dtype use_cache return_dict "
+    "return_dict_in_generate output_attentions output_hidden_states id2label label2id problem_type "
+    "pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id".split()
+)
 
 
 def architecture(config: Any) -> dict[str, Any]:
-    """Every field of a model's config that can change its function, by its path, such as
-    `rope_parameters.rope_theta`.
-    """
+    """Return all `fields` of a model's config: those that can change what it computes."""
     return dict(fields(json.loads(json.dumps(config.to_dict(), default=str))))
 
 
 def usual(config: Any) -> dict[str, Any]:
-    """As `architecture`, with what this version of transformers takes where a config says nothing."""
+    """Return `architecture` of the defaults in this version of transformers."""
     try:
         return architecture(type(config)())
-    except Exception:  # configs from elsewhere may not be made from nothing
+    except Exception:  # a config class from elsewhere may need arguments
         return {}
 
 
 def fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each field that can change a model's function, by its path, and its value."""
+    """Yield path and value of the same fields; a path is such as `rope_parameters.rope_theta`."""
     for name, value in values.items():
         if name in NO_FUNCTION:
             continue
@@ -408,17 +389,13 @@ def fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def code(model: nn.Module) -> str:
-    """Hash of the Python files that a model brought along; "none" if it is one of transformers'
-    own.
-    """
+    """Return a hash of a model's own Python files; "none" if its code is that of transformers."""
     module = inspect.getmodule(type(model))
-    if (
-        module is None
-        or not module.__name__.startswith("transformers_modules.")
-        or not module.__file__
-    ):
+    is_own = module is not None and module.__name__.startswith("transformers_modules.")
+    file = getattr(module, "__file__", None)
+    if not is_own or not file:
         return "none"
     digest = hashlib.sha256()
-    for path in sorted(Path(module.__file__).parent.glob("*.py")):
+    for path in sorted(Path(file).parent.glob("*.py")):
         digest.update(f"{path.name} ".encode() + path.read_bytes())
     return digest.hexdigest()[:32]

@@ -1,6 +1,4 @@
-"""From config to a model that is ready to train: base, adapters, what they start from, noise,
-recomputation.
-"""
+"""Build the model that trains: base, adapters and their start, noise, recomputation."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,16 +21,22 @@ from finetune.models import (
 
 
 def build(
-    config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str, new_token_ids: list[int],
-    device: torch.device, first_inputs: Callable[[], Iterable[dict[str, Any]]], with_weights: bool = True,
-) -> tuple[Any, Any]:  # fmt: skip
-    """(model, base inside it, which answers with a loss), on the CPU. Raises ModelError.
+    config: Config,
+    model_config: Any,
+    tokenizer: Any,
+    *,
+    attention: str,
+    precision: str,
+    new_token_ids: list[int],
+    device: torch.device,
+    first_inputs: Callable[[], Iterable[dict[str, Any]]],
+    with_weights: bool = True,
+) -> tuple[Any, Any]:
+    """Return (model, base inside it, which computes the loss), on the CPU. Raises ModelError.
 
-    Without weights, all is on the meta device, to be sent what the process has that builds with
-    them.
-
-    Weights that train are float32, frozen ones under adapters have the precision of the arithmetic.
-    `first_inputs`: what the model will see first, for initialisations that look at it.
+    Without weights, both are on the meta device, for another process to send the weights.
+    Weights that train are float32; frozen ones under adapters have the dtype of the arithmetic.
+    `first_inputs`: the first inputs of training, for initialisations from the data.
     """
     dtype = load.DTYPES[precision] if config.adapter.kind != "full" else torch.float32
     if config.model.dtype != "auto":
@@ -41,12 +45,7 @@ def build(
 
     def load_base(quantization: dict[str, Any] | None) -> Any:
         return load.load_model(
-            config.model,
-            model_config,
-            tokenizer,
-            attention=attention,
-            dtype=dtype,
-            quantization=quantization,
+            config.model, model_config, tokenizer, attention, dtype, quantization
         )
 
     if with_weights:
@@ -78,7 +77,7 @@ def build(
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model before it is shared between processes and trained."""
+    """Describe a model before it is sharded and trained."""
 
     num_trainable: int
     num_parameters: int
@@ -93,7 +92,10 @@ class Facts:
 
 
 def facts(model: Any, base: Any) -> Facts:
-    """`model` and the `base` inside it, with all their weights, as `build` gives them."""
+    """Return the facts of `model` and the `base` inside it, which hold all their weights."""
     return Facts(
-        *parameters.count(model), parameters.in_products(model), *base_identity.fingerprints(model), base_identity.code(base)
-    )  # fmt: skip
+        *parameters.count(model),
+        parameters.in_products(model),
+        *base_identity.fingerprints(model),
+        base_identity.code(base),
+    )

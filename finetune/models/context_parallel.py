@@ -1,10 +1,9 @@
-"""Long sequences: several processes share one. Each has a stretch of its tokens, and for attention
-a part of the heads.
+"""Split a long sequence over several processes: by tokens, and within attention by heads.
 
-Before attention every process gives its tokens' queries, keys and values of the other processes'
-heads away, and gets those of its own heads for all tokens; after it the way back
-(DeepSpeed-Ulysses, Jacobs et al., 2023). Attention itself sees whole sequences, so packs, windows
-and kernels stay what they are, to the last bit of each head.
+Before attention, an all-to-all gives each process all tokens of its own heads; after attention,
+another one gives it all heads of its own tokens (DeepSpeed-Ulysses, Jacobs et al., 2023). Attention
+sees whole sequences, so packs, windows and kernels work unchanged, and each head's result is the
+same to the last bit.
 """
 
 from typing import Any
@@ -14,20 +13,17 @@ import torch.distributed
 
 
 def exchange(states: torch.Tensor, group: Any, cut: int, join: int) -> torch.Tensor:
-    """Own tokens of all heads [1, H, T / P, D] -> all tokens of own heads [1, H / P, T, D], with
-    cut 1 and join 2; or back.
+    """Split `states` along `cut` over the P processes of `group`; join what they send along `join`.
 
-    Pieces of dimension `cut` go to the P processes of `group`, and what comes from them is joined
-    along `join`. Differentiable: gradients travel back the same way.
+    [1, H, T / P, D] (own tokens, all heads) -> [1, H / P, T, D] (all tokens, own heads) with cut 1
+    and join 2; back with 2 and 1. Differentiable.
     """
     exchanged: torch.Tensor = _Exchange.apply(states, group, cut, join)
     return exchanged
 
 
 def sum_over(values: torch.Tensor, group: Any) -> torch.Tensor:
-    """Values summed over the processes of `group`, on each of them. Differentiable: so are their
-    gradients.
-    """
+    """Return `values` summed over the processes of `group`; backward sums the gradients alike."""
     summed: torch.Tensor = _SumOver.apply(values, group)
     return summed
 

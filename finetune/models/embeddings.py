@@ -1,4 +1,4 @@
-"""The embedding: new tokens in it, noise on it."""
+"""Add new tokens to the embedding, and noise to its output."""
 
 from typing import Any
 
@@ -6,12 +6,11 @@ import torch
 
 
 def extend(model: Any, ids: list[int]) -> None:
-    """Give new token ids a row in embedding and head, where they have none, and start them from the
-    mean of the old rows.
+    """Set the rows of new token ids in embedding and head to the mean of the old rows.
 
-    A mean row gives an unknown token the average probability, where zeros or noise would make it
-    the likeliest or break the first steps (Hewitt, 2021). Rows past the old vocabulary that a model
-    came with are padding, and are started alike.
+    Adds rows where there are too few. A mean row gives a new token the average probability; zeros
+    or noise would make it the likeliest or break the first steps (Hewitt, 2021). Rows that a model
+    has past its vocabulary are padding, and are set too.
     """
     old = min(ids)
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
@@ -19,44 +18,36 @@ def extend(model: Any, ids: list[int]) -> None:
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if module is not None and not module.weight.is_meta:
-                module.weight[ids] = (
-                    module.weight[:old].mean(0, dtype=torch.float32).to(module.weight.dtype)
-                )
+                weight = module.weight
+                weight[ids] = weight[:old].mean(0, dtype=torch.float32).to(weight.dtype)
 
 
 def add_noise(model: Any, alpha: float) -> None:
-    """NEFTune (Jain et al., 2023): uniform noise of +-alpha / sqrt(L d) on the embeddings, in
-    training only.
+    """Add uniform noise of +-alpha / sqrt(L d) in training only: NEFTune (Jain et al., 2023).
 
-    L is the length of a token's own document, also in a pack; d the width of the embedding.
+    L is the length of a token's document, also in a pack; d the width of the embedding.
     """
     lengths: list[torch.Tensor] = []
 
-    def note(module: Any, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        ids, bounds, mask = (
-            inputs["input_ids"],
-            inputs.get("cu_seq_lens_q"),
-            inputs.get("attention_mask"),
-        )
+    def store_lengths(module: Any, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        ids, bounds = inputs["input_ids"], inputs.get("cu_seq_lens_q")
+        mask = inputs.get("attention_mask")
         if bounds is not None:
             sizes = bounds.diff()
-            # Its sum is known here; else a GPU would be asked for it.
+            # With output_size, PyTorch need not wait for the GPU to sum the sizes.
             lengths[:] = [sizes.repeat_interleave(sizes, output_size=ids.shape[1])[None]]
+        elif mask is not None:
+            lengths[:] = [mask.sum(1, keepdim=True)]
         else:
-            lengths[:] = [
-                mask.sum(1, keepdim=True)
-                if mask is not None
-                else torch.full_like(ids[:, :1], ids.shape[1])
-            ]
+            lengths[:] = [torch.full_like(ids[:, :1], ids.shape[1])]
 
-    def disturb(module: Any, arguments: tuple[Any, ...], embedded: torch.Tensor) -> torch.Tensor:
+    def add(module: Any, arguments: tuple[Any, ...], embedded: torch.Tensor) -> torch.Tensor:
         if not model.training:
             return embedded
-        reach = (
-            alpha / (lengths[0][..., None].float() * embedded.shape[-1]).sqrt()
-        )  # float16 ends at 65,504
+        # In float32: L d may exceed 65,504, the largest float16.
+        reach = alpha / (lengths[0][..., None].float() * embedded.shape[-1]).sqrt()
         noise = torch.empty_like(embedded, dtype=torch.float32).uniform_(-1, 1) * reach
         return embedded + noise.to(embedded.dtype)
 
-    model.register_forward_pre_hook(note, with_kwargs=True)
-    model.get_input_embeddings().register_forward_hook(disturb)
+    model.register_forward_pre_hook(store_lengths, with_kwargs=True)
+    model.get_input_embeddings().register_forward_hook(add)

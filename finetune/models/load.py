@@ -1,5 +1,6 @@
-"""Model and tokenizer: from a folder, from the Hub, or with random weights. Errors of transformers
-are translated here.
+"""Load model and tokenizer, from a folder or the Hub, or make a model of random weights.
+
+Translates the errors of transformers.
 """
 
 import copy
@@ -31,21 +32,16 @@ from finetune.errors import ModelError
 from finetune.models import attention as attention  # registers the kernel for documents
 from finetune.models import base_identity, embeddings
 
-PADS = (
-    "<|pad|>",
-    "<pad>",
-    "[PAD]",
-    "<|finetune_right_pad_id|>",
-    "<|pad_token|>",
-)  # what vocabularies hold and forget to name
+# Pad tokens that vocabularies contain without declaring them.
+PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|pad_token|>")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_tokenizer(model: Model) -> Any:
-    """The model's tokenizer, with a pad token. Raises ModelError.
+    """Return the model's tokenizer, with a pad token. Raises ModelError.
 
-    Without a pad token one of the vocabulary stands in, if need be EOS: padding is masked by
-    position, so EOS is still learned.
+    If it declares none, a token of the vocabulary serves, at worst EOS: padding is masked by
+    position, so EOS is supervised all the same.
     """
     name = model.tokenizer or model.path or ""
     if name == "bytes":
@@ -56,15 +52,14 @@ def load_tokenizer(model: Model) -> Any:
     with translated(f"tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name,
-            revision=None
-            if model.tokenizer
-            else model.revision,  # the revision is that of the model's repository
+            # model.revision belongs to the repository of the model.
+            revision=None if model.tokenizer else model.revision,
             trust_remote_code=model.trust_remote_code,
         )
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"tokenizer {name!r} has no fast version, which training needs to map tokens to the "
-            "text"
+            f"tokenizer {name!r} has no fast version, which training needs to map tokens to text; "
+            "choose another with model.tokenizer"
         )
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
@@ -85,17 +80,16 @@ def _with_new_tokens(tokenizer: Any, new: list[str]) -> Any:
 
 
 def load_config(model: Model) -> Any:
-    """The architecture, without weights. Raises ModelError."""
+    """Return the config of the architecture. Raises ModelError."""
     if model.config is not None:
         values = dict(model.config)
         kind = values.pop("model_type")
         with translated(f"model.config with model_type {kind!r}"):
             usual, config = AutoConfig.for_model(kind), AutoConfig.for_model(kind, **values)
         source = inspect.getsource(inspect.getmodule(model_class(config)) or load_config)
+        names = [name for name in vars(usual) if not name.startswith("_")]
         for key in values:
-            near = difflib.get_close_matches(
-                key, [name for name in vars(usual) if not name.startswith("_")], n=1, cutoff=0.8
-            )
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
             if near and not hasattr(usual, key) and key not in source:
                 raise ModelError(
                     f"model.config: {kind} has no setting {key!r}; did you mean {near[0]}?"
@@ -108,29 +102,31 @@ def load_config(model: Model) -> Any:
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    said = config.to_dict()
-    if problem := base.values_problem(_where(model), said) or base.architecture_problem(
-        str(model.path), said
-    ):
+    values = config.to_dict()
+    problem = base.values_problem(_where(model), values)
+    if problem := problem or base.architecture_problem(str(model.path), values):
         raise ModelError(f"model.path: {problem}")
-    of_weights = hasattr(config, "quantization_config")
-    if of_weights and (model.init == "random" or base.quantization(vars(config)) is None):
-        del config.quantization_config  # of weights that are not used, or with neither 4 nor 8 bits
+    is_quantized = hasattr(config, "quantization_config")
+    if is_quantized and (model.init == "random" or base.quantization(vars(config)) is None):
+        del config.quantization_config  # the weights are not used, or have neither 4 nor 8 bits
     return config
 
 
 def _where(model: Model) -> str:
-    """Where the values of a config are, for messages."""
+    """Return where the values of a config are, for messages."""
     return "model.config" if model.config is not None else f"{model.path}/config.json"
 
 
 def model_class(config: Any) -> Any:
-    """The causal LM class of an architecture. Raises ModelError if it has none."""
+    """Return the causal LM class of an architecture; None if the repository brings its own code.
+
+    Raises ModelError if transformers has no such class.
+    """
     try:
         return transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
         if getattr(config, "auto_map", None):
-            return None  # code of its own, known only once it is loaded
+            return None
         raise ModelError(
             f"model_type {config.model_type!r} has no causal language model in transformers "
             f"{transformers.__version__}"
@@ -141,18 +137,15 @@ def load_model(
     model: Model,
     config: Any,
     tokenizer: Any,
-    *,
     attention: str,
     dtype: torch.dtype,
     quantization: dict[str, Any] | None = None,
 ) -> Any:
-    """The model in `dtype`, saved or random weights; on the CPU, or where quantised weights live.
-    Raises ModelError.
+    """Return the model in `dtype`, with saved or random weights. Raises ModelError.
 
-    `quantization`: arguments of BitsAndBytesConfig; embedding, head and norms stay in `dtype`.
-
-    `config` is completed from the tokenizer where it starts from nothing (model.config). A base
-    that is quantised already stays as it is, but for the dtype in which it computes.
+    It is on the CPU; if quantised, where bitsandbytes puts it. `quantization`: arguments of
+    BitsAndBytesConfig; embedding, head and norms stay in `dtype`. A saved quantisation is kept,
+    except for the dtype of its arithmetic. The tokenizer completes `config` if it is model.config.
     """
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
@@ -167,21 +160,26 @@ def load_model(
     else:
         with translated(f"model {model.path!r}"):
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                model.path, attn_implementation=attention, dtype=dtype,
-                revision=model.revision, trust_remote_code=model.trust_remote_code, output_loading_info=True,
+                model.path,
+                attn_implementation=attention,
+                dtype=dtype,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
                 **quantized_as(config, quantization),
-            )  # fmt: skip
-        refuse_lost(model.path, loaded, info)
-        _refuse_two_ends(model.path, loaded, config)
-        _refuse_zeros(model.path, loaded)
+            )
+        require_all_weights(model.path, loaded, info)
+        _require_tied_as_configured(model.path, loaded, config)
+        _require_embedding(model.path, loaded)
     return _completed(loaded, model, tokenizer)
 
 
-def refuse_lost(path: Any, model: Any, info: dict[str, Any]) -> None:
-    """Raise ModelError if loading left out saved layers, or made up weights. `info`: what
-    from_pretrained says of it.
+def require_all_weights(path: Any, model: Any, info: dict[str, Any]) -> None:
+    """Raise ModelError if loading dropped saved layers, or left weights random.
+
+    `info`: the loading info of from_pretrained.
     """
-    _refuse_lost_layers(path, model, info["unexpected_keys"])
+    _require_all_layers(path, model, info["unexpected_keys"])
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise ModelError(
@@ -190,10 +188,8 @@ def refuse_lost(path: Any, model: Any, info: dict[str, Any]) -> None:
         )
 
 
-def _refuse_zeros(path: Any, model: Any) -> None:
-    """Raise ModelError for an embedding of zeros: all tokens would be alike to the model, and no
-    gradient would reach its weights.
-    """
+def _require_embedding(path: Any, model: Any) -> None:
+    """Raise ModelError for an embedding of zeros: no gradient would reach the weights."""
     weight = model.get_input_embeddings().weight
     if not weight[:64].any() and not weight.any():  # the first rows decide for nearly every model
         raise ModelError(
@@ -202,133 +198,110 @@ def _refuse_zeros(path: Any, model: Any) -> None:
         )
 
 
-def _refuse_two_ends(path: Any, model: Any, config: Any) -> None:
-    """Raise ModelError where a config says that head and embedding are one, and they are two:
-    libraries disagree on what that is.
+def _require_tied_as_configured(path: Any, model: Any, config: Any) -> None:
+    """Raise ModelError if a config ties embedding and head, but the saved ones differ.
+
+    Libraries disagree on which of them such a model has.
     """
-    ends = [
-        getattr(end, "weight", None)
-        for end in (model.get_input_embeddings(), model.get_output_embeddings())
-    ]
-    says_tied = config.tie_word_embeddings or getattr(
-        config.get_text_config(), "tie_word_embeddings", False
-    )
-    if says_tied and ends[0] is not None and ends[1] is not None and ends[0] is not ends[1]:
+    weights = [module.weight for module in _embedding_and_head(model)]
+    text = config.get_text_config()
+    is_tied = config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False)
+    if is_tied and len(weights) == 2 and weights[0] is not weights[1]:
         raise ModelError(
             f"model {path!r}: its config.json has tie_word_embeddings: true, but embedding and "
-            "head are saved and differ; set it to "
-            "false in (a copy of) the folder to train and export both, or take one of the two "
-            "weights out"
+            "head are saved and differ; set it to false in (a copy of) the folder to train and "
+            "export both, or remove one of the two weights"
         )
 
 
 def quantized_as(config: Any, quantization: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments for from_pretrained: the config, and how to quantise; what is quantised already
-    computes as `quantization` says.
+    """Return the arguments of from_pretrained for `config` and `quantization`.
+
+    A saved quantisation is kept, with the compute dtype of `quantization`.
     """
-    own = base.quantization(vars(config))
-    if own is None or quantization is None:
-        return {
-            "config": config,
-            "quantization_config": BitsAndBytesConfig(**quantization) if quantization else None,
-        }
+    saved = base.quantization(vars(config))
+    if saved is None or quantization is None:
+        wanted = BitsAndBytesConfig(**quantization) if quantization else None
+        return {"config": config, "quantization_config": wanted}
     config = copy.deepcopy(config)
-    computing = (
-        {"bnb_4bit_compute_dtype": quantization["bnb_4bit_compute_dtype"]}
-        if "load_in_4bit" in quantization
-        else {}
-    )
-    config.quantization_config = own | computing
+    config.quantization_config = dict(saved)
+    if "load_in_4bit" in quantization:
+        dtype = quantization["bnb_4bit_compute_dtype"]
+        config.quantization_config["bnb_4bit_compute_dtype"] = dtype
     return {"config": config}
 
 
 def _completed(loaded: Any, model: Model, tokenizer: Any) -> Any:
-    """What every model gets, with weights or without."""
+    """Return the model with new tokens and checked, whether it has weights or not."""
     if model.new_tokens:
         embeddings.extend(loaded, tokenizer.convert_tokens_to_ids(model.new_tokens))
     check_vocabulary(loaded, tokenizer)
     keep_layout(loaded)
-    # With padding_idx an embedding gives its pad row no gradient. Padding here is masked by
-    # position, and where EOS serves as pad its embedding must learn like any other.
+    # padding_idx would give the pad row no gradient. Padding is masked by position, and if EOS
+    # serves as pad its embedding must train like any other.
     loaded.get_input_embeddings().padding_idx = None
     return loaded
 
 
 def keep_layout(model: Any) -> None:
-    """Keep 4-bit weights as they are in memory.
+    """Keep bitsandbytes from repacking 4-bit weights in memory.
 
-    On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks them at the first evaluation, for a product
-    in bfloat16 that has no gradient: training would go on without one, in silence.
+    On CPUs with AVX512-BF16, version 0.50 repacks them at the first evaluation, for a product in
+    bfloat16 without a gradient: training would silently continue without one.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def _refuse_lost_layers(path: Any, model: Any, unexpected: Any) -> None:
-    """Raise ModelError if saved weights would be dropped that are like others of the model: layers
-    that its config forgot.
+def _require_all_layers(path: Any, model: Any, unexpected: Any) -> None:
+    """Raise ModelError if saved layers would be dropped, as the config has fewer layers.
+
+    `unexpected`: names of saved weights that the model lacks. Those that differ only in their
+    number from names of the model belong to such layers.
     """
 
     def pattern(name: str) -> str:
         return re.sub(r"\d+", "N", name)
 
     known = {pattern(name) for name, _ in model.named_parameters()}
-    # Such as the layers of DeepSeek V3 that predict further tokens, which transformers leaves out
-    # on purpose.
-    spare = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    lost = sorted(
-        name
-        for name in unexpected
-        if pattern(name) in known
-        and re.search(r"\d", name)
-        and not any(re.search(each, name) for each in spare)
-    )
+    # transformers omits some on purpose, such as DeepSeek V3's layers that predict further tokens.
+    omitted = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    lost = sorted(name for name in unexpected if pattern(name) in known and pattern(name) != name)
+    lost = [name for name in lost if not any(re.search(each, name) for each in omitted)]
     if lost:
         raise ModelError(
             f"model {path!r}: its config has fewer layers than its weights: {len(lost)} of them "
-            "would be dropped, such as "
-            f"{lost[0]}; correct the number of layers in config.json"
+            f"would be dropped, such as {lost[0]}; correct the number of layers in config.json"
         )
 
 
 def skeleton(
     model: Model, config: Any, tokenizer: Any, attention: str, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """The model without memory for its weights (on the meta device): to count, to check, or to be
-    sent them. Raises ModelError.
-    """
+    """Return the model on the meta device, without memory for its weights. Raises ModelError."""
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
     config = copy.deepcopy(config)  # new tokens change it
-    with (
-        torch.device("meta"),
-        translated(f"{_where(model)}: architecture {config.model_type}", config.to_dict()),
-    ):
-        empty = AutoModelForCausalLM.from_config(
+    what = f"{_where(model)}: architecture {config.model_type}"
+    with torch.device("meta"), translated(what, config.to_dict()):
+        meta = AutoModelForCausalLM.from_config(
             config,
             trust_remote_code=model.trust_remote_code,
             attn_implementation=attention,
             dtype=dtype,
         )
-    return _completed(empty, model, tokenizer)
+    return _completed(meta, model, tokenizer)
 
 
 def check_shapes(skeleton: Any) -> None:
-    """Raise ModelError if tokens cannot pass through the architecture. Nothing is computed on the
-    meta device.
-    """
-    bounds = {
-        "cu_seq_lens_q": torch.tensor([0, 2]),
-        "max_length_q": 2,
-    }  # one document, for those who ask
+    """Raise ModelError if shapes in a model on the meta device do not fit each other."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 2]), "max_length_q": 2}  # one document
     try:
-        skeleton(
-            input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False, **bounds
-        )
+        skeleton(input_ids=ids, use_cache=False, **bounds)
     except RuntimeError as exc:
-        # Other errors say that the meta device cannot do it, as with the choice of experts, not
-        # that the model cannot.
+        # Other errors are of the meta device, which cannot choose experts, and not of the model.
         if re.search("size|shape|dimension", str(exc)):
             raise ModelError(
                 f"architecture {skeleton.config.model_type}: tokens cannot pass through it: "
@@ -338,11 +311,10 @@ def check_shapes(skeleton: Any) -> None:
 
 
 def check_weights(skeleton: Any, model: Model) -> None:
-    """Raise ModelError if a folder lacks weights of the architecture, or has them in other shapes.
-    Reads headers only.
+    """Raise ModelError if a folder lacks weights of the architecture, or has other shapes.
 
-    Where one saved name is not a name of the architecture, transformers may rename on loading, and
-    what is missing shows then.
+    Reads headers only. If a saved name is unknown, transformers may rename weights on loading;
+    `require_all_weights` finds then what is missing.
     """
     if model.init != "pretrained":
         return
@@ -352,41 +324,38 @@ def check_weights(skeleton: Any, model: Model) -> None:
         return
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     known = parameters.keys() | dict(skeleton.named_buffers()).keys()
-    _refuse_lost_layers(model.path, skeleton, saved.keys() - known)
-    if saved.keys() <= known:
-        held = {
-            id(parameters[name]) for name in saved.keys() & parameters.keys()
-        }  # tied weights are saved under one name
-        absent = sorted(name for name, parameter in parameters.items() if id(parameter) not in held)
-        longer = (
-            {id(end.weight) for end in _ends(skeleton)} if model.new_tokens else set()
-        )  # new tokens add rows
-        other = sorted(
-            name
-            for name in saved.keys() & parameters.keys()
-            if saved[name] != list(parameters[name].shape) and id(parameters[name]) not in longer
+    _require_all_layers(model.path, skeleton, saved.keys() - known)
+    if not saved.keys() <= known:
+        return
+    both = saved.keys() & parameters.keys()
+    held = {id(parameters[name]) for name in both}  # tied weights are saved under one name
+    absent = sorted(name for name, parameter in parameters.items() if id(parameter) not in held)
+    extended = _embedding_and_head(skeleton) if model.new_tokens else []  # new tokens add rows
+    may_differ = {id(module.weight) for module in extended}
+    compared = [name for name in both if id(parameters[name]) not in may_differ]
+    other = sorted(name for name in compared if saved[name] != list(parameters[name].shape))
+    if absent or other:
+        raise ModelError(
+            f"model {model.path!r}: {len(absent) + len(other)} weights are missing or of "
+            f"another shape, such as {(absent or other)[0]}; "
+            "they would be random; download the model again, or correct its config.json"
         )
-        if absent or other:
-            raise ModelError(
-                f"model {model.path!r}: {len(absent) + len(other)} weights are missing or of "
-                f"another shape, such as {(absent or other)[0]}; "
-                "they would be random; download the model again, or correct its config.json"
-            )
 
 
-def _ends(model: Any) -> list[Any]:
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [end for end in ends if getattr(end, "weight", None) is not None]
+def _embedding_and_head(model: Any) -> list[Any]:
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [module for module in modules if getattr(module, "weight", None) is not None]
 
 
 def shapes_of_file(file: Path) -> dict[str, list[int]] | None:
-    """Names and shapes in one file of weights; None for formats before torch 1.6."""
+    """Return names and shapes in one file of weights; None for formats before torch 1.6."""
     return shapes_of_pickle(file) if file.suffix == ".bin" else base.tensors_in(file)[0]
 
 
 def shapes_of_pickle(file: Path) -> dict[str, list[int]] | None:
-    """Names and shapes in a zip file of torch.save, of which nothing is executed and no values are
-    read; None for older formats.
+    """Return names and shapes in a zip file of torch.save; None for older formats.
+
+    Executes no code of the file and reads no values.
     """
     if not zipfile.is_zipfile(file):
         return None
@@ -394,30 +363,25 @@ def shapes_of_pickle(file: Path) -> dict[str, list[int]] | None:
         found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     if not isinstance(found, dict):
         raise ModelError(
-            f"{file}: holds {type(found).__name__}, and should hold weights by their names; "
-            f"{base.AGAIN}"
+            f"{file}: holds {type(found).__name__}, not weights by their names; {base.AGAIN}"
         )
-    return {
-        name: list(value.shape) for name, value in found.items() if isinstance(value, torch.Tensor)
-    }
+    tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_config_vocabulary(config: Any, tokenizer: Any, model: Model) -> None:
-    """Raise ModelError if a saved config has a vocabulary that is too small for the tokenizer,
-    before anything is built from it.
+    """Raise ModelError if the vocabulary of a saved config is too small for the tokenizer.
+
+    Needs no model. The tokenizer completes model.config itself, which is not checked.
     """
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    if model.config is None and isinstance(
-        rows, int
-    ):  # from scratch it is completed from the tokenizer
-        new = set(model.new_tokens)
-        _require_rows(
-            rows, max(number for token, number in tokenizer.get_vocab().items() if token not in new)
-        )
+    if model.config is None and isinstance(rows, int):
+        known = tokenizer.get_vocab().keys() - set(model.new_tokens)
+        _require_rows(rows, max(tokenizer.get_vocab()[token] for token in known))
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Raise ModelError if the tokenizer can give ids that the embedding does not have."""
+    """Raise ModelError if the embedding has too few rows for the tokenizer."""
     _require_rows(model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()))
 
 
@@ -430,9 +394,7 @@ def _require_rows(rows: int, highest: int) -> None:
 
 
 def bytes_tokenizer() -> Any:
-    """A tokenizer of 256 bytes, BOS, EOS, PAD and the two tokens of ChatML: ids 0 to 260, nothing
-    to download.
-    """
+    """Return a tokenizer of 256 bytes, BOS, EOS, PAD and ChatML's two tokens: ids 0 to 260."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[])
@@ -440,72 +402,71 @@ def bytes_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>",
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        pad_token="<|pad|>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
-    """A config from scratch takes vocabulary and special tokens from its tokenizer, unless they
-    were given.
-    """
-    facts = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for name, value in facts.items():
-        if name not in given and (
-            name == "vocab_size" or value is None or value < config.vocab_size
-        ):
+    """Set vocabulary and special tokens of model.config from the tokenizer, unless `given`."""
+    if "vocab_size" not in given:
+        config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(tokenizer, name)
+        if name not in given and (value is None or value < config.vocab_size):
             setattr(config, name, value)
     return config
 
 
 def _require_folder_or_hub(key: str, name: str | None) -> None:
-    """Raise ModelError at once for what is neither a folder that is there nor the form of a Hub id."""
+    """Raise ModelError for a name that is neither an existing folder nor formed like a Hub id."""
     if problem := base.name_problem(name):
         raise ModelError(f"{key}: {problem}")
 
 
-def _reason(exc: Exception, said: Mapping[str, Any] | None) -> str:
-    """Why something cannot be loaded, in the words of a library where they help. `said`: the values
-    of its config.
+def _reason(exc: Exception, values: Mapping[str, Any]) -> str:
+    """Return why loading failed, in the words of a library where they help.
+
+    `values`: those of the config that was loaded.
     """
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     if isinstance(exc, pickle.UnpicklingError) or "Weights only load failed" in str(exc):
-        # torch advises to load it with weights_only=False, which would execute what is in it.
+        # torch advises weights_only=False, which would run the code in the file.
         return (
             "a file in PyTorch's own format (.bin) is damaged, or holds other Python objects than "
-            "tensors, which could run code and "
-            "are never opened; give the weights as .safetensors, or download them again"
+            "tensors, which could run code and are never opened; give the weights as .safetensors, "
+            "or download them again"
         )
-    of_torch = re.search(r"module 'torch' has no attribute '(\w+)'", str(exc))  # a dtype
-    unknown = (
-        of_torch[1] if of_torch else exc.args[0] if isinstance(exc, KeyError) and exc.args else None
-    )
-    for name, value in (
-        *base_identity.fields(dict(said or {})),
-        *((name, (said or {}).get(name)) for name in ("dtype", "torch_dtype")),
-    ):
+    unknown = exc.args[0] if isinstance(exc, KeyError) and exc.args else None
+    if of_torch := re.search(r"module 'torch' has no attribute '(\w+)'", str(exc)):  # a dtype
+        unknown = of_torch[1]
+    dtypes = ((name, values.get(name)) for name in ("dtype", "torch_dtype"))
+    for name, value in (*base_identity.fields(dict(values)), *dtypes):
         if isinstance(value, str) and value == unknown:
             return f"{name} is {value!r}, which transformers does not know; correct it"
     if isinstance(exc, KeyError):
-        return f"a file of it lacks the key {exc}, or holds a word that transformers does not know; correct it, or {base.AGAIN}"
+        return (
+            f"one of its files lacks the key {exc}, or holds a word that transformers does not "
+            f"know; correct it, or {base.AGAIN}"
+        )
     return " ".join(lines[:2]) or type(exc).__name__
 
 
 @contextmanager
-def translated(what: str, said: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """What the machine did not fail at is the user's to mend: transformers and its parts raise
-    errors of many families for it.
+def translated(what: str, values: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Raise ModelError for any error that is not the machine's: transformers raises many types.
+
+    `what` cannot be loaded; `values`: those of its config, to name the wrong one.
     """
     try:
         yield
     except Exception as exc:
         failures.reraise(exc, f"{what} cannot be loaded now")
-        reason = _reason(exc, said)
+        reason = _reason(exc, values or {})
         if "huggingface.co" in reason:
             reason += f" (and no such folder in {places.looked_in()})"
         raise ModelError(f"{what} cannot be loaded: {reason}") from exc

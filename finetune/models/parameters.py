@@ -12,9 +12,7 @@ from finetune.errors import ExportError
 
 
 def count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; tied ones count once, and 4-bit ones, two to a byte, as what
-    they stand for.
-    """
+    """Return the numbers of (trainable, all) parameters; tied count once, 4-bit unpacked."""
     packed = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
     sizes = [
         (p.requires_grad, p.numel() if state is None else state.shape.numel())
@@ -24,69 +22,57 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def in_products(model: nn.Module) -> tuple[int, int]:
-    """(trained, frozen) parameters that a token is multiplied with.
+    """Return the numbers of (trained, frozen) parameters that a token is multiplied with.
 
-    Matrices only: no tables that are looked up, unless tied to the head, no norms, no biases. Of
-    experts as many as the router chooses for a token; of a module that trains next to its frozen
-    original (peft's modules_to_save) the one.
+    Counts matrices: no embeddings, unless tied to the head, no norms, no biases. Counts as many
+    experts as the router chooses for a token, and of a module that trains next to its frozen
+    original (peft's modules_to_save) only the one that trains.
     """
-    weights = [
-        (isinstance(m, nn.Embedding), id(w))
-        for m in model.modules()
-        if (w := getattr(m, "weight", None)) is not None
-    ]
-    looked_up = {key for is_table, key in weights if is_table} - {
-        key for is_table, key in weights if not is_table
-    }
+    modules = [m for m in model.modules() if getattr(m, "weight", None) is not None]
+    multiplied = {id(m.weight) for m in modules if not isinstance(m, nn.Embedding)}
+    looked_up = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)} - multiplied
     share, trained, frozen = _share_of_experts(model), 0.0, 0.0
     for name, p in model.named_parameters():
         if p.dim() < 2 or id(p) in looked_up or ".original_module." in name:
             continue
         state = getattr(p, "quant_state", None)
-        number = (p.numel() if state is None else state.shape.numel()) * (
-            share if ".experts." in name else 1.0
-        )
-        trained, frozen = (
-            (trained + number, frozen) if p.requires_grad else (trained, frozen + number)
-        )
+        number = float(p.numel() if state is None else state.shape.numel())
+        if ".experts." in name:
+            number *= share
+        if p.requires_grad:
+            trained += number
+        else:
+            frozen += number
     return round(trained), round(frozen)
 
 
 def _share_of_experts(model: nn.Module) -> float:
-    """Experts that a token meets, of all; 1 without experts."""
+    """Return the share of the experts that one token passes through; 1 without experts."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    numbers = (
-        getattr(text, name, None)
-        for name in ("num_local_experts", "num_experts", "n_routed_experts")
-    )
-    chosen, every = (
-        getattr(text, "num_experts_per_tok", None),
-        next((n for n in numbers if n), None),
-    )
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    every = next((number for name in names if (number := getattr(text, name, None))), None)
+    chosen = getattr(text, "num_experts_per_tok", None)
     return chosen / every if chosen and every else 1.0
 
 
 def attention_per_token(config: Any, lengths: Sequence[int]) -> float:
-    """Multiplications of attention's scores for a token, on average over documents of these
-    lengths: over all layers, heads x head size x tokens that it sees. A token sees half of its
-    document (causal), in a window at most the window.
+    """Return the multiplications of attention's scores for a token, averaged over documents.
+
+    Summed over all layers: heads x head size x tokens that it sees. A token sees half of its
+    document on average (causal), within a sliding window. `lengths`: tokens of each document.
     """
     text = config.get_text_config()
-    heads, number = (
-        getattr(text, "num_attention_heads", None) or 0,
-        getattr(text, "num_hidden_layers", None) or 0,
-    )
-    size = getattr(text, "head_dim", None) or (
-        getattr(text, "hidden_size", 0) // heads if heads else 0
-    )
+    heads = getattr(text, "num_attention_heads", None) or 0
+    number = getattr(text, "num_hidden_layers", None) or 0
+    size = getattr(text, "head_dim", None) or 0
+    if not size and heads:
+        size = getattr(text, "hidden_size", 0) // heads
     window = getattr(text, "sliding_window", None)
     if getattr(text, "use_sliding_window", True) is False:
         window = None
-    kinds = (
-        getattr(text, "layer_types", None)
-        or ["sliding_attention" if window else "full_attention"] * number
-    )
+    usual = "sliding_attention" if window else "full_attention"
+    kinds = getattr(text, "layer_types", None) or [usual] * number
     tokens, total = max(sum(lengths), 1), 0.0
     for kind in set(kinds) & {"full_attention", "sliding_attention"}:
         most = window if kind == "sliding_attention" else None
@@ -98,11 +84,11 @@ def attention_per_token(config: Any, lengths: Sequence[int]) -> float:
 
 
 def flops_per_token(trained: float, frozen: float, attention: float) -> float:
-    """Of training, as the field counts them (Chowdhery et al., 2022, appendix B; torchtitan).
+    """Return the FLOPs of training for a token (Chowdhery et al., 2022, appendix B; torchtitan).
 
-    For each parameter in a product 2 forward and 2 backward for its input, and 2 for itself where
-    it trains; attention has two products a score, forward once and backward twice: 12. What is
-    recomputed is not counted.
+    A parameter in a product costs 2 forward, 2 backward for the gradient of its input, and 2 for
+    its own gradient if it trains. Attention has two products a score, forward once and backward
+    twice: 12. Recomputation does not count.
     """
     return 6.0 * trained + 4.0 * frozen + 12.0 * attention
 
@@ -110,28 +96,24 @@ def flops_per_token(trained: float, frozen: float, attention: float) -> float:
 def fingerprints(
     model: nn.Module, local_shard: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, float | str]:
-    """Name -> what tells whether a weight has moved: the float64 sum of its values, or a hash of
-    quantised ones with their scales.
+    """Return name -> a value that changes when the weight does.
 
-    `own_part`: what this process holds of a weight.
+    It is the float64 sum of its values; of quantised weights a hash with their scales.
+    `local_shard`: returns the shard of a weight in this process.
     """
-    scales = {
-        id(m.weight): _scales(m)
-        for m in model.modules()
-        if type(m).__name__ in ("Linear4bit", "Linear8bitLt")
-    }
-    return {
-        name: float(local_shard(p).sum(dtype=torch.float64))
-        if id(p) not in scales
-        else _hash(local_shard(p), *scales[id(p)])
-        for name, p in model.named_parameters()
-    }
+    quantized = (m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt"))
+    scales = {id(m.weight): _scales(m) for m in quantized}
+
+    def fingerprint(p: torch.Tensor) -> float | str:
+        if id(p) in scales:
+            return _hash(local_shard(p), *scales[id(p)])
+        return float(local_shard(p).sum(dtype=torch.float64))
+
+    return {name: fingerprint(p) for name, p in model.named_parameters()}
 
 
 def _scales(layer: Any) -> list[torch.Tensor | None]:
-    """What the bytes of a layer of bitsandbytes are multiplied with. 4-bit layers keep it also
-    where their weight is a part only.
-    """
+    """Return the scales of a bitsandbytes layer; 4-bit ones keep them if the weight is sharded."""
     state = getattr(layer, "quant_state", None) or getattr(layer.weight, "quant_state", None)
     if state is None:  # 8 bits: one scale for each row
         return [getattr(layer.weight, "SCB", None)]
@@ -142,22 +124,15 @@ def _hash(*tensors: torch.Tensor | None) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         if tensor is not None:
-            digest.update(
-                tensor.detach()
-                .cpu()
-                .contiguous()
-                .view(torch.uint8)
-                .as_subclass(torch.Tensor)
-                .numpy()
-                .tobytes()
-            )
+            raw = tensor.detach().cpu().contiguous().view(torch.uint8)
+            digest.update(raw.as_subclass(torch.Tensor).numpy().tobytes())
     return digest.hexdigest()
 
 
 def unchanged(model: nn.Module, moved: set[str]) -> tuple[list[str], int]:
-    """(names of weights that train and are what they were, number of weights that train).
+    """Return (names of weights that train but have not changed, number of weights that train).
 
-    Raises ExportError if a frozen weight is among those that `moved`.
+    Raises ExportError if a frozen weight is in `moved`, the names of those that have changed.
     """
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if frozen := moved.difference(trained):
@@ -166,9 +141,6 @@ def unchanged(model: nn.Module, moved: set[str]) -> tuple[list[str], int]:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """Names of weights that hold NaN or infinity."""
-    return [
-        name
-        for name, p in model.named_parameters()
-        if p.is_floating_point() and not math.isfinite(float(p.detach().sum(dtype=torch.float64)))
-    ]
+    """Return the names of the weights that hold NaN or infinity."""
+    floats = [(name, p.detach()) for name, p in model.named_parameters() if p.is_floating_point()]
+    return [name for name, p in floats if not math.isfinite(float(p.sum(dtype=torch.float64)))]

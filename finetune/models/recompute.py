@@ -1,4 +1,4 @@
-"""The layers of a model: what is sharded, compiled and recomputed as one."""
+"""Find the layers of a model, and compile or recompute them."""
 
 import functools
 import os
@@ -14,16 +14,13 @@ from finetune.errors import ModelError
 
 
 def classes(model: nn.Module) -> set[str]:
-    """Names of classes that transformers says must not be split."""
-    return {
-        name
-        for module in model.modules()
-        for name in getattr(module, "_no_split_modules", None) or ()
-    }
+    """Return the names of the classes that transformers says must not be split."""
+    lists = [getattr(module, "_no_split_modules", None) or () for module in model.modules()]
+    return set().union(*lists)
 
 
 def chosen(model: nn.Module, wanted: bool | int) -> int:
-    """How many layers train.gradient_checkpointing means. Raises ModelError if the model has fewer."""
+    """Return the number of layers to recompute. Raises ModelError if the model has fewer."""
     count = len(_layers(model)) if wanted else 0
     if wanted is not True and wanted > count:
         raise ModelError(
@@ -34,13 +31,11 @@ def chosen(model: nn.Module, wanted: bool | int) -> int:
 
 
 def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
-    """Give layers a forward that is compiled, or, for the first N, recomputed in the backward pass,
-    or both. Raises ModelError.
+    """Compile the forward of each layer and recompute the first N in backward. Raises ModelError.
 
-    What hangs on a layer (sharding, hooks) stays outside. Layers are alike, so one compilation
-    serves all, for any number of tokens: a start takes as long for 8 layers as for 80. Only in
-    training: checks, evaluations and samples would each ask for compilations of their own, until
-    the compiler gives up.
+    Sharding and hooks of a layer stay outside. Layers are alike, so one compilation serves all, for
+    any number of tokens: compiling takes as long for 8 layers as for 80. Checks, evaluations and
+    samples run uncompiled: each would need its own compilations, until the compiler gives up.
     """
     if compiled:
         compiler = os.environ.get("CXX", "g++")
@@ -49,9 +44,8 @@ def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
                 f"train.compile: needs a C++ compiler, and {compiler} was not found; install one, "
                 "or name another in CXX, or set it to false"
             )
-        torch._dynamo.config.specialize_float = (
-            True  # scales and epsilons are constants; else all is compiled twice
-        )
+        # Treat scales and epsilons as constants; otherwise everything is compiled twice.
+        torch._dynamo.config.specialize_float = True
     for number, layer in enumerate(_layers(model)):
         trained: Any = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
         if number < num_recomputed:  # only the inputs are kept (Chen et al., 2016)
@@ -64,7 +58,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     if not found:
         raise ModelError(
             "train.gradient_checkpointing, train.compile: transformers does not say what the "
-            f"layers of {type(model).__name__} are; leave them out"
+            f"layers of {type(model).__name__} are; leave both settings out"
         )
     return found
 
@@ -78,7 +72,7 @@ def _outermost(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
 
 
 def _in_training(layer: nn.Module, trained: Callable[..., Any]) -> Callable[..., Any]:
-    """`trained` where there will be a backward pass, the layer's own forward where there is none."""
+    """Return a forward that calls `trained` in training with gradients, else the layer's own."""
     plain: Any = layer.forward
 
     @functools.wraps(plain)

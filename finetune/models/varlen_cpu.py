@@ -1,8 +1,7 @@
-"""Attention on a CPU, one document of a pack after the other: an operator of PyTorch with its
-gradient.
+"""Attention on a CPU, document by document: a PyTorch operator with its gradient.
 
-As an operator, so that compilers see one call with known shapes where there is a loop over
-documents, and so that what each document gives goes to its place at once, forward and backward.
+As an operator, the loop over documents is one call with known shapes for compilers, and each
+document's result is written directly to its place, forward and backward.
 """
 
 import math
@@ -11,26 +10,22 @@ from typing import Any
 
 import torch
 
-SHORT = 256  # tokens; scores of 12 heads in float32 are 3 MB
+SHORT = 256  # tokens; the scores of 12 heads in float32 take 3 MB
 
 
 def each(
     lengths: Sequence[int], window: int, device: torch.device
 ) -> Iterator[tuple[slice, torch.Tensor | None]]:
-    """Where each document lies, and the mask of its sliding window if that is shorter than the
-    document.
-    """
+    """Yield each document's slice and the mask of a sliding window, None if it is not shorter."""
     start = 0
     for length in lengths:
-        yield (
-            slice(start, start + length),
-            _band(length, window, device) if 0 < window < length else None,
-        )
+        band = _band(length, window, device) if 0 < window < length else None
+        yield slice(start, start + length), band
         start += length
 
 
 def lengths_of(bounds: torch.Tensor) -> list[int]:
-    """Lengths of the documents, from bounds on the CPU."""
+    """Return the lengths of the documents, from bounds on the CPU."""
     lengths: list[int] = bounds.diff().tolist()
     return lengths
 
@@ -44,8 +39,9 @@ def one_by_one(
     scale: float,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """([1, T, H, D], log-sum-exp of the scores float32 [1, H, T]): PyTorch's flash attention for
-    CPUs, a document at a time.
+    """Apply PyTorch's flash attention for CPUs to one document at a time.
+
+    Returns (output [1, T, H, D], log-sum-exp of the scores, float32 [1, H, T]).
     """
     out, sums = _shapes(query, key, value, bounds, scale, window)
     for part, band in each(lengths_of(bounds), window, query.device):
@@ -67,29 +63,33 @@ def _shapes(
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, width = query.shape
-    return query.new_empty(batch, length, heads, width), query.new_empty(
-        batch, heads, length, dtype=torch.float32
-    )
+    sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+    return query.new_empty(batch, length, heads, width), sums
 
 
 @torch.library.custom_op("finetune::one_by_one_backward", mutates_args=())
 def _backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, sums: torch.Tensor,
-    bounds: torch.Tensor, scale: float, window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    bounds: torch.Tensor,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grads = tuple(torch.empty_like(states) for states in (query, key, value))
     for part, band in each(lengths_of(bounds), window, query.device):
-        states = (
-            grad[:, part].transpose(1, 2),
-            query[:, :, part],
-            key[:, :, part],
-            value[:, :, part],
-        )
+        own_grad, own_out = (states[:, part].transpose(1, 2) for states in (grad, out))
+        inputs = query[:, :, part], key[:, :, part], value[:, :, part]
+        own_sums = sums[:, :, part]
         if query.dtype == torch.bfloat16 and part.stop - part.start <= SHORT:
-            own = _short_backward(*states, sums[:, :, part], band, scale)
+            own = _short_backward(own_grad, *inputs, own_sums, band, scale)
         else:
             own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *states, out[:, part].transpose(1, 2), sums[:, :, part], 0.0, band is None, attn_mask=_added(band, query.dtype), scale=scale
+                own_grad, *inputs, own_out, own_sums, 0.0, band is None,
+                attn_mask=_added(band, query.dtype), scale=scale,
             )  # fmt: skip
         for whole, piece in zip(grads, own):
             whole[:, :, part] = piece
@@ -97,37 +97,34 @@ def _backward(
 
 
 def _short_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sums: torch.Tensor,
-    band: torch.Tensor | None, scale: float,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """The same by plain products over all heads: faster in bf16, while the scores of a document fit
-    a CPU's cache.
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sums: torch.Tensor,
+    band: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """Compute the same gradients by plain products over all heads.
 
-    Heads of queries that share keys are laid end to end. Softmax again from its sums, by powers of
-    two, which PyTorch makes in a third of the time of exp. Its gradient is P * (dP - rowsum(dP *
-    P)), with that very sum and not rowsum(dO * O) of a rounded O: what both share must cancel.
+    Faster in bf16, while the scores of a document fit a CPU's cache. Query heads that share keys
+    are concatenated. Softmax is recomputed from its sums with powers of two, which take PyTorch a
+    third of the time of exp. Its gradient is P * (dP - rowsum(dP * P)), with this sum and not
+    rowsum(dO * O) of a rounded O, so that the common parts cancel.
     """
     _, heads, length, _ = query.shape
     shared = key.shape[1]
     grad, query = (states[0].reshape(shared, -1, states.shape[-1]) for states in (grad, query))
     key, value, sums = key[0], value[0], sums.reshape(shared, -1, 1)
-    scores = torch.baddbmm(
-        sums,
-        query.float(),
-        key.float().transpose(1, 2),
-        beta=-math.log2(math.e),
-        alpha=scale * math.log2(math.e),
-    )
-    chances = scores.exp2_().view(heads, length, length)
-    chances = (chances.tril_() if band is None else chances.masked_fill_(~band, 0.0)).view_as(
-        scores
-    )
-    d_value = torch.bmm(chances.to(grad.dtype).transpose(1, 2), grad)
-    d_chances = torch.bmm(grad.float(), value.float().transpose(1, 2))
-    torch.ops.aten._softmax_backward_data.out(
-        d_chances, chances, -1, torch.float32, grad_input=d_chances
-    )
-    d_scores = d_chances.mul_(scale).to(grad.dtype)
+    keys, log2_e = key.float().transpose(1, 2), math.log2(math.e)
+    scores = torch.baddbmm(sums, query.float(), keys, beta=-log2_e, alpha=scale * log2_e)
+    probs = scores.exp2_().view(heads, length, length)
+    probs = probs.tril_() if band is None else probs.masked_fill_(~band, 0.0)
+    probs = probs.view_as(scores)
+    d_value = torch.bmm(probs.to(grad.dtype).transpose(1, 2), grad)
+    d_probs = torch.bmm(grad.float(), value.float().transpose(1, 2))
+    torch.ops.aten._softmax_backward_data.out(d_probs, probs, -1, torch.float32, grad_input=d_probs)
+    d_scores = d_probs.mul_(scale).to(grad.dtype)
     d_query, d_key = torch.bmm(d_scores, key), torch.bmm(d_scores.transpose(1, 2), query)
     return d_query.view(1, heads, length, -1), d_key[None], d_value[None]
 
@@ -137,32 +134,30 @@ def _(grad: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_
     return tuple(torch.empty_like(states) for states in (query, key, value))
 
 
-def _remember(ctx: Any, inputs: Any, output: Any) -> None:
+def _save_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
     query, key, value, bounds, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(query, key, value, *output, bounds)
 
 
-def _go_back(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
+def _backward_of(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
     return (*_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window), None, None, None)
 
 
-one_by_one.register_autograd(_go_back, setup_context=_remember)
+one_by_one.register_autograd(_backward_of, setup_context=_save_for_backward)
 
 
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Causal mask of a sliding window, bool [length, length]: each token sees itself and window - 1
-    before it.
+    """Return the causal mask of a sliding window, bool [length, length].
+
+    Each token sees itself and window - 1 tokens before it.
     """
-    distance = (
-        torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
-    )
+    places = torch.arange(length, device=device)
+    distance = places[:, None] - places[None]
     return (distance >= 0) & (distance < window)
 
 
 def _added(band: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A mask as what is added to the scores."""
-    return (
-        None
-        if band is None
-        else torch.zeros(band.shape, dtype=dtype).masked_fill_(~band, float("-inf"))
-    )
+    """Return a mask to add to the scores: 0 where a token sees another, -infinity elsewhere."""
+    if band is None:
+        return None
+    return torch.zeros(band.shape, dtype=dtype).masked_fill_(~band, float("-inf"))

@@ -1,4 +1,4 @@
-"""An objective of a user's own, watched: a mistake in it ends the run with its file and line."""
+"""Run a user's own objective, and report mistakes in it with their file and line."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -14,16 +14,16 @@ from finetune.errors import ConfigError, FinetuneError
 from finetune.models.policy import Answers, Policy
 from finetune.objectives.base import Objective, Term, as_divisors, total
 
-# Columns of metrics.jsonl and eval.jsonl that are not of a term.
+# Columns of metrics.jsonl and eval.jsonl that terms may not use.
 TAKEN = {
     "step", "epoch", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second",
     "seconds", "memory_gb", "mfu", "skipped", "eval_loss", "perplexity", "eval_tokens",
 }  # fmt: skip
-VOCABULARY = 8  # of the rehearsal: its probabilities are neither near 0 nor near 1
+VOCABULARY = 8  # of the rehearsal, so that probabilities are neither near 0 nor near 1
 
 
 class Own(Objective):
-    """Ask the user's objective and check what it answers; ConfigError for all that goes wrong."""
+    """Call the user's objective and check what it returns. Raises ConfigError for every mistake."""
 
     def __init__(self, settings: OwnObjective) -> None:
         self.code, self.objective = settings.code, settings.objective
@@ -39,7 +39,7 @@ class Own(Objective):
 
     def prepare(
         self, policy: Policy, batches: Sequence[Batch], settings: Any
-    ) -> dict[str, torch.Tensor]:  # fmt: skip
+    ) -> dict[str, torch.Tensor]:
         with self._blamed():
             prepared = self.objective.prepare(policy, batches, settings)
         if not isinstance(prepared, dict) or not all(map(_is_number, prepared.values())):
@@ -51,20 +51,20 @@ class Own(Objective):
 
     def loss(
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
-    ) -> list[Term]:  # fmt: skip
+    ) -> list[Term]:
         with self._blamed():
             terms = self.objective.loss(policy, batch, settings, prepared)
         return self._checked("loss", terms, [*batch.counts, *prepared])
 
     def evaluate(
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
-    ) -> list[Term]:  # fmt: skip
+    ) -> list[Term]:
         with self._blamed():
             terms = self.objective.evaluate(policy, batch, settings, prepared)
         return self._checked("evaluate", terms, [*batch.counts, *prepared])
 
     def rehearse(self, batch: Batch, settings: Any, has_adapters: bool) -> None:
-        """Run once on random answers, so that most mistakes show before weights are loaded."""
+        """Run once on random answers, to find most mistakes before weights are loaded."""
         batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -133,7 +133,7 @@ def _problem(term: Term, counted: Sequence[str], before: Set[str]) -> str | None
 
 
 class _Rehearsal(Policy):
-    """Answers as a policy does, with the shapes of a batch and random numbers."""
+    """Answer with random numbers in the shapes of a batch."""
 
     def __init__(self, has_adapters: bool) -> None:
         super().__init__(model=None)
