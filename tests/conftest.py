@@ -1,4 +1,4 @@
-"""What tests share: rows, a two-layer model, and the real train.py in this process or in its own."""
+"""Fixtures and helpers of all tests: rows, a two-layer model, and runs of the real train.py."""
 
 import contextlib
 import fcntl
@@ -166,8 +166,9 @@ def spare_what_is_imported() -> None:
 def launcher(topology: str, processes: int, extra: Sequence[str] = ()) -> list[str]:
     """accelerate launch with a file of accelerate_configs/ and this many processes."""
     return [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"),
-        "--num_processes", str(processes), "--main_process_port", "0", *extra,
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        str(ROOT / f"accelerate_configs/{topology}.yaml"), "--num_processes", str(processes),
+        "--main_process_port", "0", *extra,
     ]  # fmt: skip
 
 

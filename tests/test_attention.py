@@ -147,7 +147,7 @@ def varlen_reference(
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("width", [16, 20, 100])
 def test_heads_of_any_width_fit_the_fused_kernel(monkeypatch, width, window):
-    """OpenLLaMA-3B has heads of 100: filled up to 104 with zeros, which the scale must not count."""
+    """Heads of 100, as in OpenLLaMA-3B, are padded to 104; the scale must still be that of 100."""
     monkeypatch.setattr(attention.torch_versions, "varlen_attn", varlen_reference)
     lengths = PACKS["many"]
 

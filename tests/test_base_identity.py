@@ -21,7 +21,10 @@ from finetune.export.verify import probe_logits, verify
 from finetune.models import base_identity
 
 QUANTIZATIONS = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16},
+    "nf4": {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }  # fmt: skip
@@ -63,7 +66,8 @@ def quantized(plain):
 
 def on(base, **changes):
     return {
-        "model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None, **changes,
+        "model__init": "pretrained", "model__path": str(base), "model__config": None,
+        "model__tokenizer": None, **changes,
     }  # fmt: skip
 
 
@@ -99,11 +103,26 @@ def test_an_adapter_on_a_quantised_base_is_merged_into_what_that_holds(
 @pytest.mark.parametrize(
     ("changes", "key", "says"),
     [
-        ({"adapter__kind": "full"}, "model.path", "quantised already (bitsandbytes nf4, doubly quantised)"),
-        ({"adapter__kind": "lora"}, "model.path", "set adapter.kind: qlora, or give the model before quantisation"),
-        ({"adapter__kind": "qlora", "adapter__quantization": "int8"}, "adapter.quantization", "int8, but the base is quantised already"),
-        ({"adapter__kind": "qlora", "adapter__double_quantization": False}, "adapter.double_quantization", "stays as it is"),
-        ({"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapter.init", "loftq needs the weights before quantisation"),
+        (
+            {"adapter__kind": "full"}, "model.path",
+            "quantised already (bitsandbytes nf4, doubly quantised)",
+        ),
+        (
+            {"adapter__kind": "lora"}, "model.path",
+            "set adapter.kind: qlora, or give the model before quantisation",
+        ),
+        (
+            {"adapter__kind": "qlora", "adapter__quantization": "int8"}, "adapter.quantization",
+            "int8, but the base is quantised already",
+        ),
+        (
+            {"adapter__kind": "qlora", "adapter__double_quantization": False},
+            "adapter.double_quantization", "stays as it is",
+        ),
+        (
+            {"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapter.init",
+            "loftq needs the weights before quantisation",
+        ),
     ],
 )  # fmt: skip
 def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(
@@ -161,7 +180,10 @@ def refusal(base, **adapter):
         ({"quantization_config": {"quant_method": "awq", "w_bit": 4}}, (), "awq, 4 bits"),
         ({"quantization_config": {"quant_method": "fp8"}}, (), "fp8"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, (), "mxfp4"),
-        ({"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, (), "compressed-tensors"),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, (),
+            "compressed-tensors",
+        ),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, (), "compressed-tensors"),
         ({"quantization": {"group_size": 64, "bits": 4}}, (), "MLX"),
         ({}, ("quantize_config.json",), "gptq"),
@@ -179,11 +201,26 @@ def test_every_other_quantisation_is_refused_by_its_name(tmp_path, said, files, 
 @pytest.mark.parametrize(
     ("said", "says"),
     [
-        ({"model_type": "bart", "is_encoder_decoder": True, "architectures": ["BartForConditionalGeneration"]}, "encoder-decoder"),
+        (
+            {
+                "model_type": "bart", "is_encoder_decoder": True,
+                "architectures": ["BartForConditionalGeneration"],
+            },
+            "encoder-decoder",
+        ),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "masked language model"),
-        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "classifier"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+            "classifier",
+        ),
         ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "image classifier"),
-        ({"model_type": "mistral", "architectures": ["MistralModel"], "tie_word_embeddings": False}, "has no head"),
+        (
+            {
+                "model_type": "mistral", "architectures": ["MistralModel"],
+                "tie_word_embeddings": False,
+            },
+            "has no head",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else value["model_type"],
 )  # fmt: skip
@@ -201,7 +238,10 @@ def test_a_model_that_does_not_continue_text_is_named(tmp_path, said, says):
         ({"model_type": "llama"}, (), "has no weights"),
         ({"model_type": "llama"}, ("model.gguf",), "has no weights (.safetensors), only GGUF"),
         (None, ("adapter_config.json",), "is an adapter"),
-        ({"model_type": "llama"}, ("model.safetensors", "adapter_config.json"), "holds config.json of a whole model and adapter_config.json"),
+        (
+            {"model_type": "llama"}, ("model.safetensors", "adapter_config.json"),
+            "holds config.json of a whole model and adapter_config.json",
+        ),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_model_is_named_in_one_line(tmp_path, config, files, says):
@@ -253,19 +293,37 @@ FIRST = "model-00001-of-00002.safetensors"
     [
         (lambda at: (at / FIRST).unlink(), f"/{FIRST} is missing; download it too"),
         (lambda at: (at / FIRST).write_text(""), f"/{FIRST} is empty; download it again"),
-        (lambda at: (at / FIRST).write_text(POINTER), f"/{FIRST} is a pointer of Git LFS, not the file itself; run git lfs pull"),
+        (
+            lambda at: (at / FIRST).write_text(POINTER),
+            f"/{FIRST} is a pointer of Git LFS, not the file itself; run git lfs pull",
+        ),
         (lambda at: (at / FIRST).write_text("<html>Sorry</html>"), f"/{FIRST} is not .safetensors"),
-        (lambda at: (at / FIRST).write_bytes(b"\2" + b"\0" * 7 + b"[]"), f"/{FIRST}: its header cannot be read"),
+        (
+            lambda at: (at / FIRST).write_bytes(b"\2" + b"\0" * 7 + b"[]"),
+            f"/{FIRST}: its header cannot be read",
+        ),
         (lambda at: cut(at / FIRST, 100), f"/{FIRST} is cut off in its header, at 100 bytes"),
         (lambda at: cut(at / FIRST, 20_000), f"/{FIRST} has 20,000 bytes, and should have "),
-        (lambda at: drop_one(at / FIRST), f"/{FIRST}: lacks lm_head.weight, which {INDEX} says is in it"),
-        (lambda at: (at / INDEX).unlink(), f"has weights in parts ({FIRST}), but not their index, {INDEX}"),
+        (
+            lambda at: drop_one(at / FIRST),
+            f"/{FIRST}: lacks lm_head.weight, which {INDEX} says is in it",
+        ),
+        (
+            lambda at: (at / INDEX).unlink(),
+            f"has weights in parts ({FIRST}), but not their index, {INDEX}",
+        ),
         (lambda at: (at / INDEX).write_text("{"), f"/{INDEX}: broken JSON"),
         (lambda at: (at / INDEX).write_text("{}"), f"/{INDEX}: has no weight_map"),
         (lambda at: (at / INDEX).write_text(POINTER), f"/{INDEX} is a pointer of Git LFS"),
-        (lambda at: (at / "config.json").write_text('{"model_type": '), "/config.json: broken JSON"),
+        (
+            lambda at: (at / "config.json").write_text('{"model_type": '),
+            "/config.json: broken JSON",
+        ),
         (lambda at: (at / "config.json").write_text("[]"), "/config.json: should hold an object"),
-        (lambda at: (at / "config.json").write_text('{"quantization_config": "nf4"}'), "/config.json: quantization_config should be a mapping with quant_method, got \"nf4\""),
+        (
+            lambda at: (at / "config.json").write_text('{"quantization_config": "nf4"}'),
+            "/config.json: quantization_config should be a mapping with quant_method, got \"nf4\"",
+        ),
     ],
 )  # fmt: skip
 def test_a_download_that_is_not_whole_is_named_with_its_file(parts, damage, says):
@@ -315,7 +373,11 @@ def test_a_weight_that_is_missing_is_named_before_loading(workshop, plain, tmp_p
     said = json.loads((base / "config.json").read_text())
     if tied:
         (base / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": True}))
-        save_file({name: t for name, t in tensors.items() if name != "lm_head.weight"}, base / "model.safetensors", {"format": "pt"})  # fmt: skip
+        save_file(
+            {name: t for name, t in tensors.items() if name != "lm_head.weight"},
+            base / "model.safetensors",
+            {"format": "pt"},
+        )
         workshop.check(**on(base))
         tensors.pop("lm_head.weight")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -338,7 +400,11 @@ def test_a_weight_that_is_missing_is_named_before_loading(workshop, plain, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("{}", "has no vocabulary"), ('{"model": 5}', "model should be an object"), (POINTER, "is a pointer of Git LFS"), ("", "is empty"), ("{", "broken JSON")]
+    ("content", "says"),
+    [
+        ("{}", "has no vocabulary"), ('{"model": 5}', "model should be an object"),
+        (POINTER, "is a pointer of Git LFS"), ("", "is empty"), ("{", "broken JSON"),
+    ]
 )  # fmt: skip
 def test_a_tokenizer_that_is_not_whole_is_named(workshop, plain, tmp_path, content, says):
     base = tmp_path / "base"
@@ -399,7 +465,8 @@ def test_weights_in_pytorchs_own_format_are_taken(workshop, plain, tmp_path):
 
 def test_random_weights_of_a_quantised_models_shape_are_not_quantised(workshop, quantized):
     run = workshop.train(
-        "run", model__init="random", model__path=str(quantized("nf4")), model__config=None, model__tokenizer=None, train__max_steps=1
+        "run", model__init="random", model__path=str(quantized("nf4")), model__config=None,
+        model__tokenizer=None, train__max_steps=1
     )  # fmt: skip
     assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
 
@@ -409,7 +476,10 @@ def test_a_run_directory_and_an_adapter_are_named_with_what_to_write(workshop, p
     assert f"{run} is a run directory; its model is in {run}/model: give that folder" in refusal(
         run
     )
-    assert f"{run}/model is an adapter, not a model; to train it further give model.path: {plain} and adapter.path: {run}/model" in refusal(run / "model")  # fmt: skip
+    assert (
+        f"{run}/model is an adapter, not a model; to train it further give model.path: "
+        f"{plain} and adapter.path: {run}/model" in refusal(run / "model")
+    )
     assert "give the causal language model" not in refusal(run / "model")
     message = refusal(plain, kind="lora", path=str(run))
     assert (
@@ -488,13 +558,28 @@ FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     [
         ({}, "quantization_config has no quant_method"),
         ({"load_in_4bit": False, "load_in_8bit": False}, "quantization_config has no quant_method"),
-        ({**FOUR, "bnb_4bit_quant_type": None}, "bnb_4bit_quant_type should be nf4 or fp4, got null"),
-        ({**FOUR, "bnb_4bit_quant_type": "nf5"}, 'bnb_4bit_quant_type should be nf4 or fp4, got "nf5"'),
+        (
+            {**FOUR, "bnb_4bit_quant_type": None},
+            "bnb_4bit_quant_type should be nf4 or fp4, got null",
+        ),
+        (
+            {**FOUR, "bnb_4bit_quant_type": "nf5"},
+            'bnb_4bit_quant_type should be nf4 or fp4, got "nf5"',
+        ),
         ({**FOUR, "load_in_4bit": "yes"}, 'load_in_4bit should be true or false, got "yes"'),
         ({**FOUR, "load_in_8bit": True}, "has both load_in_4bit and load_in_8bit"),
-        ({**FOUR, "bnb_4bit_use_double_quant": "x"}, "bnb_4bit_use_double_quant should be true or false"),
-        ({**FOUR, "bnb_4bit_compute_dtype": "zzz"}, "bnb_4bit_compute_dtype should be one of float32"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": "x"}, "llm_int8_threshold should be a number"),
+        (
+            {**FOUR, "bnb_4bit_use_double_quant": "x"},
+            "bnb_4bit_use_double_quant should be true or false",
+        ),
+        (
+            {**FOUR, "bnb_4bit_compute_dtype": "zzz"},
+            "bnb_4bit_compute_dtype should be one of float32",
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": "x"},
+            "llm_int8_threshold should be a number",
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
@@ -518,9 +603,18 @@ def with_config(base, target, **changes):
     ("form", "found", "says"),
     [
         (None, FOUR, "says bitsandbytes fp4, but the weights are not quantised"),
-        (None, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "says bitsandbytes int8, but the weights are not quantised"),
-        ("nf4", {**FOUR, "bnb_4bit_quant_type": "fp4"}, "says bitsandbytes fp4, but the weights are nf4"),
-        ("int8", {**FOUR, "bnb_4bit_quant_type": "nf4"}, "says bitsandbytes nf4, but the weights are int8"),
+        (
+            None, {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "says bitsandbytes int8, but the weights are not quantised",
+        ),
+        (
+            "nf4", {**FOUR, "bnb_4bit_quant_type": "fp4"},
+            "says bitsandbytes fp4, but the weights are nf4",
+        ),
+        (
+            "int8", {**FOUR, "bnb_4bit_quant_type": "nf4"},
+            "says bitsandbytes nf4, but the weights are int8",
+        ),
         ("nf4", None, "bitsandbytes has quantised the weights (nf4)"),
     ],
 )  # fmt: skip
@@ -562,11 +656,24 @@ def test_sizes_that_do_not_fit_the_weights_are_refused_by_the_check(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"dtype": "float99"}, "its config.json cannot be loaded: dtype is 'float99', which transformers does not know"),
+        (
+            {"dtype": "float99"},
+            "its config.json cannot be loaded: dtype is 'float99', "
+            "which transformers does not know",
+        ),
         ({"hidden_size": "64"}, "its config.json cannot be loaded: .*'hidden_size' expected int"),
-        ({"num_attention_heads": 5}, "its config.json cannot be loaded: .*number of attention heads"),
-        ({"hidden_act": "nope"}, "/config.json: architecture llama cannot be loaded: hidden_act is 'nope'"),
-        ({"rope_parameters": {"rope_type": "zzz", "rope_theta": 1e4}}, "rope_parameters.rope_type is 'zzz'"),
+        (
+            {"num_attention_heads": 5},
+            "its config.json cannot be loaded: .*number of attention heads",
+        ),
+        (
+            {"hidden_act": "nope"},
+            "/config.json: architecture llama cannot be loaded: hidden_act is 'nope'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "zzz", "rope_theta": 1e4}},
+            "rope_parameters.rope_type is 'zzz'",
+        ),
         ({"vocab_size": 10}, "the tokenizer has ids up to 260, but the embedding has 10 rows"),
     ],
 )  # fmt: skip

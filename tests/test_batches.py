@@ -1,4 +1,4 @@
-"""The same steps for any number of processes, every sequence once, and no target across documents."""
+"""Any number of processes makes the same steps; labels never cross documents."""
 
 from dataclasses import replace
 
@@ -28,8 +28,9 @@ def examples_of(lengths: np.ndarray) -> Examples:
         supervised.append(np.arange(length) >= max(1, length // 2))
     ends = np.cumsum(lengths)
     return Examples(
-        np.concatenate(parts), np.concatenate(supervised), ends - lengths, ends, np.arange(len(lengths)) % 2,
-        np.arange(len(lengths)) + 1, np.zeros(len(lengths), int), ["a.jsonl", "b.jsonl"], "fingerprint", len(lengths), 0, 0,
+        np.concatenate(parts), np.concatenate(supervised), ends - lengths, ends,
+        np.arange(len(lengths)) % 2, np.arange(len(lengths)) + 1, np.zeros(len(lengths), int),
+        ["a.jsonl", "b.jsonl"], "fingerprint", len(lengths), 0, 0,
     )  # fmt: skip
 
 

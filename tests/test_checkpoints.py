@@ -17,7 +17,8 @@ from finetune.errors import CheckpointError, DamagedCheckpoint
 
 def manifest_of(step: int) -> dict:
     return {
-        "format": folder.FORMAT, "progress": {**Progress().to_dict(), "step": step}, "num_processes": 1, "topology": "single",
+        "format": folder.FORMAT, "progress": {**Progress().to_dict(), "step": step},
+        "num_processes": 1, "topology": "single",
         "config": {"optimizer": {"kind": "adamw"}}, "identity": {},
     }  # fmt: skip
 
@@ -59,11 +60,18 @@ def wrong(key: str, value: object):
 WRONG = [
     *(wrong(key, value) for key in manifest_of(1) for value in (None, [1], -1.5)),
     *(wrong(key, "3") for key in manifest_of(1) if key != "topology"),
-    *(wrong(f"progress.{key}", value) for key in Progress().to_dict() for value in (None, [], True, -1)),
-    *(wrong("files", value) for value in ({}, [], "data", {"data": 5}, {"data": {}}, {"data": {"bytes": "10", "sha256": "a"}})),
-    *(wrong("files", {name: {"bytes": 1, "sha256": "a"}}) for name in ("../data", "/data", "a\0b", ".", "gone")),
-    wrong("config.optimizer", None), wrong("config.optimizer", []), wrong("config.optimizer.kind", 5), wrong("config.train", 5),
-    lambda manifest: [manifest], lambda manifest: "a", lambda manifest: 5, lambda manifest: None, lambda manifest: {},
+    *(wrong(
+        f"progress.{key}", value,
+    ) for key in Progress().to_dict() for value in (None, [], True, -1)),
+    *(wrong("files", value) for value in (
+        {}, [], "data", {"data": 5}, {"data": {}}, {"data": {"bytes": "10", "sha256": "a"}},
+    )),
+    *(wrong(
+        "files", {name: {"bytes": 1, "sha256": "a"}},
+    ) for name in ("../data", "/data", "a\0b", ".", "gone")),
+    wrong("config.optimizer", None), wrong("config.optimizer", []),
+    wrong("config.optimizer.kind", 5), wrong("config.train", 5), lambda manifest: [manifest],
+    lambda manifest: "a", lambda manifest: 5, lambda manifest: None, lambda manifest: {},
 ]  # fmt: skip
 
 
@@ -117,7 +125,8 @@ class Command:
 
 HOSTILE = {
     "a command": (pickle.dumps(Command()), "holds more than tensors: it names builtins.print"),
-    "no metadata": (pickle.dumps({"a": 1}), "is damaged"), "a torn one": (b"\x80\x04\x95", "is damaged"), "empty": (b"", "is damaged"),
+    "no metadata": (pickle.dumps({"a": 1}), "is damaged"),
+    "a torn one": (b"\x80\x04\x95", "is damaged"), "empty": (b"", "is damaged"),
     "binary": (b"\xff" * 50, "is damaged"), "text": (b"hello", "is damaged"),
 }  # fmt: skip
 
@@ -149,12 +158,18 @@ def test_files_of_deepspeed_that_name_other_classes_are_named(tmp_path, capsys):
 
 
 DAMAGES = {
-    "metadata": ("shards/.metadata", lambda old: pickle.dumps(Command()), "holds more than tensors"),
+    "metadata": (
+        "shards/.metadata", lambda old: pickle.dumps(Command()), "holds more than tensors",
+    ),
     "half of metadata": ("shards/.metadata", lambda old: old[: len(old) // 2], "is damaged"),
-    "half of the shards": ("shards/__0_0.distcp", lambda old: old[: len(old) // 2], "shards is damaged"),
+    "half of the shards": (
+        "shards/__0_0.distcp", lambda old: old[: len(old) // 2], "shards is damaged",
+    ),
     "random numbers": ("process-0000.json", lambda old: b"{}", "is damaged"),
     "a list": ("process-0000.json", lambda old: b"[1]", "is damaged"),
-    "types": ("process-0000.json", lambda old: b'{"random": {"python": 5}, "scaler": null}', "is damaged"),
+    "types": (
+        "process-0000.json", lambda old: b'{"random": {"python": 5}, "scaler": null}', "is damaged",
+    ),
 }  # fmt: skip
 
 

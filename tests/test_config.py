@@ -31,21 +31,33 @@ SECTIONS = {
 }
 EACH = [
     (f"{section}.{name}", field)
-    for section, classes in SECTIONS.items() for cls in classes for name, field in cls.model_fields.items()
+    for section, classes in SECTIONS.items() for cls in classes for name,
+    field in cls.model_fields.items()
 ]  # fmt: skip
 FIELDS = list(dict(EACH))
 EVERYTHING: dict[str, Any] = {
     "run": {"name": "all-2.5_b", "dir": "/some/where", "seed": 7},
-    "model": {"path": "some/model", "revision": "main", "tokenizer": "bytes", "dtype": "bfloat16", "attention": "sdpa", "trust_remote_code": True},
-    "adapter": {"kind": "lora", "r": 4, "alpha": 8.5, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+    "model": {
+        "path": "some/model", "revision": "main", "tokenizer": "bytes", "dtype": "bfloat16",
+        "attention": "sdpa", "trust_remote_code": True,
+    },
+    "adapter": {
+        "kind": "lora", "r": 4, "alpha": 8.5, "dropout": 0.1,
+        "target_modules": ["q_proj", "v_proj"],
+    },
     "data": {
         "train": ["a.jsonl", "owner/name:train"], "eval": ["b.jsonl"], "format": "question_answer",
-        "columns": {"question": "Patient", "answer": "Doctor"}, "system_prompt": "Bleib höflich:\n- kurz\n- \"klar\" 🙂\n",
-        "template": "alpaca", "loss_on": "last_turn", "max_length": 77, "truncation": "drop", "group_by_length": True,
+        "columns": {"question": "Patient", "answer": "Doctor"},
+        "system_prompt": "Bleib höflich:\n- kurz\n- \"klar\" 🙂\n",
+        "template": "alpaca", "loss_on": "last_turn", "max_length": 77, "truncation": "drop",
+        "group_by_length": True,
     },
     "optimizer": {"lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1},
     "schedule": {"kind": "cosine", "warmup_steps": 3, "min_lr_fraction": 0.1},
-    "train": {"epochs": 2, "max_steps": 9, "global_batch_size": 12, "micro_batch_size": 3, "precision": "bf16", "max_grad_norm": None},
+    "train": {
+        "epochs": 2, "max_steps": 9, "global_batch_size": 12, "micro_batch_size": 3,
+        "precision": "bf16", "max_grad_norm": None,
+    },
     "checkpoint": {"every_steps": 5, "every_minutes": None, "keep_last": 1, "resume": "never"},
     "evaluation": {"every_steps": 4, "micro_batch_size": 2},
     "tracking": {"log_every_steps": 2},
@@ -108,8 +120,8 @@ def test_every_problem_is_reported_at_once(refusal):
     keys = [line.split(":")[0].strip() for line in message.splitlines()[1:]]
     assert sorted(keys) == sorted(
         [
-            "run.name", "run.sed", "model.dtype", "data.train", "data.truncation", "optimizer.lr", "optimizer.betas",
-            "train.global_batch_size", "train.epochs", "--modl.path",
+            "run.name", "run.sed", "model.dtype", "data.train", "data.truncation", "optimizer.lr",
+            "optimizer.betas", "train.global_batch_size", "train.epochs", "--modl.path",
         ]
     )  # fmt: skip
     assert message.startswith("10 problems in ")
@@ -148,14 +160,20 @@ def test_a_misspelt_key_gets_the_nearest_valid_name(section, key, nearest):
     ]
 
 
-@pytest.mark.parametrize(("key", "field"), [("lr", "optimizer.lr"), ("seed", "run.seed"), ("max_length", "data.max_length")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [("lr", "optimizer.lr"), ("seed", "run.seed"), ("max_length", "data.max_length")],
+)
 def test_a_field_outside_its_section_is_told_where_it_belongs(key, field):
     assert problems_of({**COMPLETE, key: 1}) == [f"{key}: unknown key; did you mean {field}?"]
 
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("schedul", "schedule"), ("optimiser", "optimizer"), ("trian", "train"), ("adaptor", "adapter"), ("eval", "data.eval")],
+    [
+        ("schedul", "schedule"), ("optimiser", "optimizer"), ("trian", "train"),
+        ("adaptor", "adapter"), ("eval", "data.eval"),
+    ],
 )  # fmt: skip
 def test_a_misspelt_section_gets_the_nearest_section(wrong, right):
     (problem,) = problems_of({**COMPLETE, wrong: {"kind": "cosine"}})
@@ -273,7 +291,10 @@ def test_a_config_may_come_through_a_pipe(tmp_path):
 
 
 def test_a_default_that_is_written_out_and_ignored_is_refused(parse, refusal):
-    says = "evaluation.micro_batch_size: would be ignored: the run has no evaluation rows (data.eval); remove it"
+    says = (
+        "evaluation.micro_batch_size: would be ignored: "
+        "the run has no evaluation rows (data.eval); remove it"
+    )
     assert says in refusal(yaml.safe_dump(COMPLETE), "--evaluation.micro_batch_size", "1")
     config = parse(
         yaml.safe_dump(changed(adapter__kind="lora", adapter__init="default", adapter__path=None))
@@ -366,8 +387,8 @@ def test_a_text_setting_may_end_like_a_config(parse):
 
 def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):
     config = parse(
-        yaml.safe_dump(changed(tracking__trackers="trackio")), "--data.packing", "--train.gradient_checkpointing",
-        "--evaluation.sample_prompts", "hello", "--run.seed", "3",
+        yaml.safe_dump(changed(tracking__trackers="trackio")), "--data.packing",
+        "--train.gradient_checkpointing", "--evaluation.sample_prompts", "hello", "--run.seed", "3",
     )  # fmt: skip
     assert (config.data.packing, config.train.gradient_checkpointing, config.run.seed) == (
         True,
@@ -490,9 +511,12 @@ def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
 @pytest.mark.parametrize(
     ("word", "setting"),
     [
-        ("use_peft", "adapter.kind"), ("val_split", "data.eval_fraction"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
-        ("gradient_checkpointing", "train.gradient_checkpointing"), ("report_to", "tracking.trackers"), ("system", "data.system_prompt"),
-        ("lorra", "the sections are"), ("deepspeed", "the topology file decides"), ("device", "(mps) are not yet used"), ("xyzzy", "the sections are"),
+        ("use_peft", "adapter.kind"), ("val_split", "data.eval_fraction"),
+        ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"),
+        ("bf16", "train.precision"), ("gradient_checkpointing", "train.gradient_checkpointing"),
+        ("report_to", "tracking.trackers"), ("system", "data.system_prompt"),
+        ("lorra", "the sections are"), ("deepspeed", "the topology file decides"),
+        ("device", "(mps) are not yet used"), ("xyzzy", "the sections are"),
     ],
 )  # fmt: skip
 def test_names_of_other_tools_lead_to_the_setting_here(refusal, word, setting):
@@ -673,14 +697,16 @@ def test_an_option_does_not_hide_a_section_of_the_wrong_kind(refusal):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("run.name", 5), ("run.name", None), ("run.seed", "1"), ("run.seed", 1.0), ("run.seed", True),
-        ("model.path", 5), ("model.trust_remote_code", "yes"), ("model.config", "llama"),
-        ("adapter.kind", "dora"), ("adapter.r", 8.0), ("adapter.target_modules", 3),
-        ("data.train", 5), ("data.train", {"a": 1}), ("data.columns", ["a"]), ("data.columns", {"question": 5}),
-        ("data.packing", 1), ("data.format", "chat"), ("data.system_prompt", ["a"]),
-        ("optimizer.lr", "fast"), ("optimizer.lr", "1e-4"), ("optimizer.betas", 0.9), ("optimizer.betas", [0.9]),
+        ("run.name", 5), ("run.name", None), ("run.seed", "1"), ("run.seed", 1.0),
+        ("run.seed", True), ("model.path", 5), ("model.trust_remote_code", "yes"),
+        ("model.config", "llama"), ("adapter.kind", "dora"), ("adapter.r", 8.0),
+        ("adapter.target_modules", 3), ("data.train", 5), ("data.train", {"a": 1}),
+        ("data.columns", ["a"]), ("data.columns", {"question": 5}), ("data.packing", 1),
+        ("data.format", "chat"), ("data.system_prompt", ["a"]), ("optimizer.lr", "fast"),
+        ("optimizer.lr", "1e-4"), ("optimizer.betas", 0.9), ("optimizer.betas", [0.9]),
         ("optimizer.betas", [0.9, 0.99, 0.999]), ("train.epochs", 1.5), ("train.max_steps", "3"),
-        ("train.precision", "float16"), ("checkpoint.resume", True), ("evaluation.every_steps", "3"),
+        ("train.precision", "float16"), ("checkpoint.resume", True),
+        ("evaluation.every_steps", "3"),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_named_with_its_key(key, value):
@@ -702,14 +728,16 @@ def test_a_section_that_is_no_mapping_is_named(section, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("run.seed", -1), ("run.seed", 2**31), ("run.name", ""), ("run.name", "../up"), ("run.name", "a b"),
-        ("adapter.r", 0), ("adapter.alpha", 0), ("adapter.dropout", 1.0), ("adapter.dropout", -0.1),
-        ("data.eval_fraction", 1.0), ("data.eval_fraction", -0.5), ("data.max_length", 0), ("data.max_length", -8),
-        ("optimizer.lr", 0), ("optimizer.lr", -1e-4), ("optimizer.betas", [0.9, 1.0]), ("optimizer.betas", [-0.1, 0.9]),
+        ("run.seed", -1), ("run.seed", 2**31), ("run.name", ""), ("run.name", "../up"),
+        ("run.name", "a b"), ("adapter.r", 0), ("adapter.alpha", 0), ("adapter.dropout", 1.0),
+        ("adapter.dropout", -0.1), ("data.eval_fraction", 1.0), ("data.eval_fraction", -0.5),
+        ("data.max_length", 0), ("data.max_length", -8), ("optimizer.lr", 0),
+        ("optimizer.lr", -1e-4), ("optimizer.betas", [0.9, 1.0]), ("optimizer.betas", [-0.1, 0.9]),
         ("optimizer.eps", 0), ("optimizer.weight_decay", -0.1), ("schedule.warmup_steps", -1),
-        ("schedule.min_lr_fraction", 1.1), ("train.epochs", 0), ("train.max_steps", 0), ("train.global_batch_size", 0),
-        ("train.micro_batch_size", -2), ("train.max_grad_norm", 0), ("checkpoint.every_steps", 0),
-        ("checkpoint.every_minutes", 0), ("checkpoint.keep_last", 0), ("evaluation.every_steps", 0),
+        ("schedule.min_lr_fraction", 1.1), ("train.epochs", 0), ("train.max_steps", 0),
+        ("train.global_batch_size", 0), ("train.micro_batch_size", -2), ("train.max_grad_norm", 0),
+        ("checkpoint.every_steps", 0), ("checkpoint.every_minutes", 0), ("checkpoint.keep_last", 0),
+        ("evaluation.every_steps", 0),
         ("evaluation.micro_batch_size", 0), ("tracking.log_every_steps", 0),
         ("data.max_length", 1),  # a token and the one it predicts are two
     ],
@@ -833,8 +861,14 @@ def test_a_setting_that_would_be_ignored_is_an_error(changes, key):
     ("changes", "says"),
     [
         ({"adapter__r": 8}, "adapter.r: adapter.kind is full; it belongs to lora and qlora"),
-        ({"adapter__kind": "lora", "adapter__freeze": ["a"]}, "adapter.freeze: adapter.kind is lora; it belongs to full"),
-        ({"adapter__kind": "lora", "adapter__quantization": "nf4"}, "adapter.quantization: adapter.kind is lora; it belongs to qlora"),
+        (
+            {"adapter__kind": "lora", "adapter__freeze": ["a"]},
+            "adapter.freeze: adapter.kind is lora; it belongs to full",
+        ),
+        (
+            {"adapter__kind": "lora", "adapter__quantization": "nf4"},
+            "adapter.quantization: adapter.kind is lora; it belongs to qlora",
+        ),
     ],
 )  # fmt: skip
 def test_a_setting_of_another_kind_is_an_unknown_key(refusal, changes, says):
@@ -886,8 +920,13 @@ def test_the_largest_example_sets_every_section():
     "values",
     [
         COMPLETE, EVERYTHING, changed(**RANDOM),
-        *(changed(model__revision=text) for text in ("5e-5", "1e5", "08", "0x1f", "1_000", "null", "~", "yes", "1:30", "", " a ", "2024-01-01", "a: b", "#a", "é🙂", "-", "[a]", "1.", ".5", "+5")),
-        changed(run__name="5e-5"), changed(data__system_prompt="two\n\n  lines \n"), changed(data__system_prompt="from a word\u2028processor"), changed(optimizer__eps=1e-30, optimizer__lr=123456789.0),
+        *(changed(model__revision=text) for text in (
+            "5e-5", "1e5", "08", "0x1f", "1_000", "null", "~", "yes", "1:30", "", " a ",
+            "2024-01-01", "a: b", "#a", "é🙂", "-", "[a]", "1.", ".5", "+5",
+        )),
+        changed(run__name="5e-5"), changed(data__system_prompt="two\n\n  lines \n"),
+        changed(data__system_prompt="from a word\u2028processor"),
+        changed(optimizer__eps=1e-30, optimizer__lr=123456789.0),
     ],
     ids=lambda values: f"{values['run']['name']} {values['model'].get('revision')!r}",
 )  # fmt: skip
@@ -941,8 +980,9 @@ def test_what_may_change_between_a_run_and_its_resumption_is_no_difference():
     old = configs.from_dict(EVERYTHING).model_dump()
     new = changed(
         EVERYTHING, run__dir="elsewhere", data__cache_dir="elsewhere", model__attention="eager",
-        train__micro_batch_size=1, train__gradient_checkpointing=True, checkpoint__every_steps=1, checkpoint__keep_last=9,
-        checkpoint__resume="auto", evaluation__every_steps=1, evaluation__micro_batch_size=1, tracking__log_every_steps=9,
+        train__micro_batch_size=1, train__gradient_checkpointing=True, checkpoint__every_steps=1,
+        checkpoint__keep_last=9, checkpoint__resume="auto", evaluation__every_steps=1,
+        evaluation__micro_batch_size=1, tracking__log_every_steps=9,
     )  # fmt: skip
     assert configs.differences(old, configs.from_dict(new)) == []
 
@@ -1057,7 +1097,8 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     if "anyOf" in schema:
         return any(fits(value, option, root) for option in schema["anyOf"])
     types = {
-        "object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float), "null": type(None)
+        "object": dict, "array": list, "string": str, "boolean": bool, "integer": int,
+        "number": (int, float), "null": type(None)
     }  # fmt: skip
     kind = schema.get("type")
     if kind and (
@@ -1084,14 +1125,19 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return (
             value >= schema.get("minimum", value) and value <= schema.get("maximum", value)
-            and value > schema.get("exclusiveMinimum", value - 1) and value < schema.get("exclusiveMaximum", value + 1)
+            and value > schema.get(
+                "exclusiveMinimum", value - 1,
+            ) and value < schema.get("exclusiveMaximum", value + 1)
         )  # fmt: skip
     return True
 
 
 @pytest.mark.parametrize(
     "values",
-    [COMPLETE, EVERYTHING, changed(**RANDOM), configs.from_dict(COMPLETE).model_dump(), configs.from_dict(EVERYTHING).model_dump()],
+    [
+        COMPLETE, EVERYTHING, changed(**RANDOM), configs.from_dict(COMPLETE).model_dump(),
+        configs.from_dict(EVERYTHING).model_dump(),
+    ],
     ids=["complete", "everything", "random", "complete, resolved", "everything, resolved"],
 )  # fmt: skip
 def test_the_schema_accepts_what_the_config_accepts(values):
@@ -1102,9 +1148,11 @@ def test_the_schema_accepts_what_the_config_accepts(values):
 @pytest.mark.parametrize(
     "values",
     [
-        changed(run__nmae="a"), changed(data__train=...), changed(run__name="a b"), changed(run__seed="1"), changed(train__epochs=0),
-        changed(optimizer__betas=[0.9]), changed(adapter__kind="dora"), changed(adapter__dropout=1.0), {**COMPLETE, "trian": {}},
-        changed(data__train={"a": 1}), changed(run__seed=True), changed(data__columns={"question": 5}),
+        changed(run__nmae="a"), changed(data__train=...), changed(run__name="a b"),
+        changed(run__seed="1"), changed(train__epochs=0), changed(optimizer__betas=[0.9]),
+        changed(adapter__kind="dora"), changed(adapter__dropout=1.0), {**COMPLETE, "trian": {}},
+        changed(data__train={"a": 1}), changed(run__seed=True),
+        changed(data__columns={"question": 5}),
     ],
 )  # fmt: skip
 def test_the_schema_refuses_what_the_config_refuses(values):

@@ -65,7 +65,10 @@ def test_two_files_of_one_name_are_an_error(project):
     rows(folder / "project")
     with pytest.raises(
         ConfigError,
-        match=rf"data.train: rows.jsonl is in {re.escape(str(folder))}/here and in .*project; write the full path",
+        match=(
+            f"data.train: rows.jsonl is in {re.escape(str(folder))}/here and in .*project; "
+            "write the full path"
+        ),
     ):
         parse()
     os.remove(folder / "project/rows.jsonl")

@@ -58,8 +58,9 @@ class Image:
         """(what the builder said, seconds)"""
         begun = time.monotonic()
         said = self.buildah(
-            "build", "--isolation=chroot", "--network=host", "--layers", "--build-arg=BASE_IMAGE=localhost/base", *self.options,
-            "--build-arg=REVISION=0123abc", f"--file={self.context}/docker/Dockerfile", "--tag=finetune", str(self.context),
+            "build", "--isolation=chroot", "--network=host", "--layers",
+            "--build-arg=BASE_IMAGE=localhost/base", *self.options, "--build-arg=REVISION=0123abc",
+            f"--file={self.context}/docker/Dockerfile", "--tag=finetune", str(self.context),
         )  # fmt: skip
         return said, time.monotonic() - begun
 
@@ -73,7 +74,9 @@ class Image:
         self, *words: str, entrypoint: list[str] | None = None, scratch: Path, **volumes: Path
     ) -> "Container":
         self.count += 1
-        return Container(self, f"finetune-{os.getpid()}-{self.count}", (entrypoint or self.config["Entrypoint"]) + list(words or self.config["Cmd"]),
+        return Container(self, f"finetune-{os.getpid()}-{self.count}", (
+            entrypoint or self.config["Entrypoint"]
+        ) + list(words or self.config["Cmd"]),
                          {"scratch": scratch, **volumes})  # fmt: skip
 
     def run(self, *words: str, **keywords: Any) -> tuple[int, str]:
@@ -98,24 +101,41 @@ class Container:
         user, group = map(int, image.config["User"].split(":"))
         mounts = [
             {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
-            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=64m"]},
+            {
+                "destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+                "options": ["nosuid", "mode=755", "size=65536k"],
+            },
+            {
+                "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+                "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=64m"],
+            },
         ]  # fmt: skip
         for target, source in volumes.items():
-            mounts.append({"destination": f"/{target}", "type": "bind", "source": str(source), "options": ["rbind", "ro" if target == "config" else "rw"]})  # fmt: skip
+            mounts.append(
+                {
+                    "destination": f"/{target}",
+                    "type": "bind",
+                    "source": str(source),
+                    "options": ["rbind", "ro" if target == "config" else "rw"],
+                }
+            )
         config = {
             "ociVersion": "1.0.2",
             "process": {
-                "user": {"uid": user, "gid": group}, "args": words, "env": [*image.config["Env"], "OMP_NUM_THREADS=1"],
+                "user": {"uid": user, "gid": group}, "args": words,
+                "env": [*image.config["Env"], "OMP_NUM_THREADS=1"],
                 "cwd": image.config["WorkingDir"], "noNewPrivileges": True, "capabilities": {},
             },
             "root": {"path": str(image.root), "readonly": True}, "mounts": mounts,
-            "linux": {"namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network")]},
+            "linux": {
+                "namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network")]
+            },
         }  # fmt: skip
         (self.bundle / "config.json").write_text(json.dumps(config))
         with (self.bundle / "said").open("w") as said:
             self.process = subprocess.Popen(
-                self._runc("run", f"--bundle={self.bundle}", name), stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                self._runc("run", f"--bundle={self.bundle}", name), stdout=said,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
             )  # fmt: skip
 
     def _runc(self, *arguments: str) -> list[str]:
@@ -220,7 +240,8 @@ def place(image: Image) -> Callable[[], Path]:
 long = pytest.mark.timeout(1800)  # the first of them also builds
 
 TRAIN = (
-    "launch", "train.py", "--config=configs/quickstart_pretrain.yaml", "--data.train=/config/sentences.txt", "--train.max_steps=20",
+    "launch", "train.py", "--config=configs/quickstart_pretrain.yaml",
+    "--data.train=/config/sentences.txt", "--train.max_steps=20",
 )  # fmt: skip
 
 

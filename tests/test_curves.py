@@ -35,7 +35,9 @@ def test_what_is_drawn_is_what_is_on_record(run, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
         Figure, "savefig",
-        lambda figure, *_, **__: drawn.update({a.get_title(loc="left"): [line.get_xydata().tolist() for line in a.lines] for a in figure.axes}),
+        lambda figure, *_, **__: drawn.update({a.get_title(loc="left"): [
+            line.get_xydata().tolist() for line in a.lines
+        ] for a in figure.axes}),
     )  # fmt: skip
     curves.draw([run], run / "x.png")
     metrics, evals = curves.read(run / "metrics.jsonl"), curves.read(run / "eval.jsonl")

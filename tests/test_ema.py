@@ -72,8 +72,9 @@ def test_resumed_averages_are_uninterrupted_averages(workshop):
 def test_the_best_averages_are_exported(workshop):
     """At this rate the loss goes up and down: the best evaluation is not the last."""
     run = workshop.train(
-        train__ema_decay=0.5, data__eval_fraction=0.2, evaluation__every_steps=1, evaluation__export_best=True,
-        optimizer__lr=1.0, schedule__kind="constant", train__max_steps=6, train__epochs=9,
+        train__ema_decay=0.5, data__eval_fraction=0.2, evaluation__every_steps=1,
+        evaluation__export_best=True, optimizer__lr=1.0, schedule__kind="constant",
+        train__max_steps=6, train__epochs=9,
     )  # fmt: skip
     found = {line["step"]: line["eval_loss"] for line in read_jsonl(run / "eval.jsonl")}
     best = min(found, key=found.get)

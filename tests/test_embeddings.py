@@ -22,7 +22,11 @@ def plain(workshop, bytes_tokenizer):
         from transformers import PreTrainedTokenizerFast
 
         tokenizer = bytes_tokenizer.backend_tokenizer
-        bare = PreTrainedTokenizerFast(tokenizer_object=type(tokenizer).from_str(without_chatml(tokenizer)), eos_token="<|eos|>", pad_token="<|pad|>")  # fmt: skip
+        bare = PreTrainedTokenizerFast(
+            tokenizer_object=type(tokenizer).from_str(without_chatml(tokenizer)),
+            eos_token="<|eos|>",
+            pad_token="<|pad|>",
+        )
         bare.save_pretrained(workshop.folder / "tokenizer")
         config = TINY_LLAMA | {"tie_word_embeddings": tied}
         base = workshop.train(
@@ -48,7 +52,17 @@ def without_chatml(tokenizer) -> str:
     return json.dumps(state)
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("full", True), ("lora", False), *(pytest.param(*each, marks=pytest.mark.proof) for each in (("full", False), ("lora", True), ("qlora", False), ("qlora", True)))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        ("full", True),
+        ("lora", False),
+        *(
+            pytest.param(*each, marks=pytest.mark.proof)
+            for each in (("full", False), ("lora", True), ("qlora", False), ("qlora", True))
+        ),
+    ],
+)
 @pytest.mark.slow
 def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
     settings = {**plain(tied), "adapter__kind": kind, "data__template": "chatml"}
@@ -108,7 +122,11 @@ def test_noise_reaches_models_in_16_bits():
     """length x width, 64 x 4,096, is more than float16 can hold."""
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model("llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"} | {"hidden_size": 4096}, vocab_size=9)  # fmt: skip
+    config = AutoConfig.for_model(
+        "llama",
+        **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"} | {"hidden_size": 4096},
+        vocab_size=9,
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     embeddings.add_noise(model, alpha=5.0)
     ids, embedding = torch.ones(1, 64, dtype=torch.long), model.get_input_embeddings()
@@ -117,7 +135,10 @@ def test_noise_reaches_models_in_16_bits():
     assert float(noise.max()) == pytest.approx(5.0 / (64 * 4096) ** 0.5, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.proof) for kind in ("bloom", "gpt_neox"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    ["gpt2", *(pytest.param(kind, marks=pytest.mark.proof) for kind in ("bloom", "gpt_neox"))],
+)
 @pytest.mark.slow
 def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(workshop, kind):
     """peft knows tied modules by name, and these have other names; the run itself compares what it
@@ -126,7 +147,10 @@ def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(w
     sizes = {
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
         "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-        "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "tie_word_embeddings": True},
+        "gpt_neox": {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 64, "tie_word_embeddings": True,
+        },
     }  # fmt: skip
     base = workshop.train("base", model__config={"model_type": kind, **sizes[kind]}) / "model"
     run = workshop.train(

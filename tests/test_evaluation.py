@@ -81,8 +81,9 @@ def base_and_tuned(workshop):
         train__micro_batch_size=4,
     )
     tuned = workshop.train(
-        "tuned", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
-        train__global_batch_size=4, train__micro_batch_size=4, train__epochs=120, train__max_steps=120,
+        "tuned", model__init="pretrained", model__path=str(base / "model"), model__config=None,
+        model__tokenizer=None, train__global_batch_size=4, train__micro_batch_size=4,
+        train__epochs=120, train__max_steps=120,
     )  # fmt: skip
     return base / "model", tuned / "model", rows
 
@@ -171,9 +172,8 @@ def test_columns_that_are_not_read_are_told_and_a_score_is_one_of_them(tmp_path,
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
     assert len(compare.read(str(path), "auto", {}, None)) == 2
     said = capsys.readouterr().err
-    assert (
-        said
-        == "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
+    assert said == (
+        "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
     )
 
 
@@ -211,7 +211,8 @@ def test_an_adapter_of_another_base_is_told(workshop, capsys, kind):
     base = workshop.train("base", train__max_steps=1) / "model"
     other = workshop.train("other", train__max_steps=1, run__seed=1) / "model"
     tuned = workshop.train(
-        "tuned", model__init="pretrained", model__path=str(base), model__config=None, model__tokenizer=None,
+        "tuned", model__init="pretrained", model__path=str(base), model__config=None,
+        model__tokenizer=None,
         adapter__kind=kind, train__max_steps=1,
     )  # fmt: skip
     shutil.copytree(base, workshop.folder / "copy")
@@ -250,8 +251,10 @@ def test_a_base_is_checked_as_a_model_is(workshop, capsys, command):
         else ["export", "--merge", "--output", str(workshop.folder / "m")]
     )
     for model, given, says in (
-        (adapter, "./zz", "error: --base: ./zz: no such folder"), (adapter, workshop.folder, "error: --base: "),
-        (adapter, adapter, "is an adapter itself"), (base, base, "remove --base" if command == "chat" else "nothing to merge"),
+        (adapter, "./zz", "error: --base: ./zz: no such folder"),
+        (adapter, workshop.folder, "error: --base: "),
+        (adapter, adapter, "is an adapter itself"),
+        (base, base, "remove --base" if command == "chat" else "nothing to merge"),
     ):  # fmt: skip
         assert main([*whole, "--model", str(model), "--base", str(given)]) == 2
         assert says in capsys.readouterr().err
@@ -339,7 +342,13 @@ def test_a_chat_template_that_fails_is_exit_2(base_and_its_rows, capsys, argumen
 
 @pytest.mark.parametrize(
     ("refused", "arguments", "says"),
-    [("==", ["--system", "Be brief."], "--system: the model's chat template takes no system message"), ("!=", [], "--system: the model's chat template needs a system message")],
+    [
+        (
+            "==", ["--system", "Be brief."],
+            "--system: the model's chat template takes no system message",
+        ),
+        ("!=", [], "--system: the model's chat template needs a system message"),
+    ],
 )  # fmt: skip
 def test_chat_names_the_option_where_a_template_does_not_take_the_system_message(
     base_and_its_rows, capsys, refused, arguments, says
@@ -431,9 +440,12 @@ def test_a_model_that_is_not_there_is_exit_2(capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["evaluate", "--batch-size", "-1"], ["evaluate", "--batch-size", "0"], ["evaluate", "--limit", "0"],
-        ["evaluate", "--max-new-tokens", "0"], ["evaluate", "--columns", "abc"], ["evaluate", "--columns", "{a: ["], ["evaluate", "--columns", "{a: b, a: c}"],
-        ["evaluate", "--format", "bogus"], ["chat", "--temperature", "-1"], ["chat", "--temperature", "nan"], ["chat", "--max-new-tokens", "-3"],
+        ["evaluate", "--batch-size", "-1"], ["evaluate", "--batch-size", "0"],
+        ["evaluate", "--limit", "0"], ["evaluate", "--max-new-tokens", "0"],
+        ["evaluate", "--columns", "abc"], ["evaluate", "--columns", "{a: ["],
+        ["evaluate", "--columns", "{a: b, a: c}"], ["evaluate", "--format", "bogus"],
+        ["chat", "--temperature", "-1"], ["chat", "--temperature", "nan"],
+        ["chat", "--max-new-tokens", "-3"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -604,11 +616,13 @@ def test_what_cannot_be_a_model_is_told_at_once(tmp_path, capsys, monkeypatch, c
     (tmp_path / "models").mkdir()
     (tmp_path / "empty").mkdir()
     for name, says in (
-        ("models/x", "no such folder"), ("./x", "no such folder"), ("x/", "no such folder"), ("~/no/such", "no such folder"),
+        ("models/x", "no such folder"), ("./x", "no such folder"), ("x/", "no such folder"),
+        ("~/no/such", "no such folder"),
         ("empty", "is an empty folder"), ("", "is empty"),
     ):  # fmt: skip
         needed = {
-            "chat": ["--model", name, "--prompt", "a"], "export": ["--merge", "--model", name, "--output", "m"],
+            "chat": ["--model", name, "--prompt", "a"],
+            "export": ["--merge", "--model", name, "--output", "m"],
             "evaluate": ["--tuned", name, "--base", name, "--data", "rows.jsonl"],
         }  # fmt: skip
         assert main([command, *needed[command]]) == 2

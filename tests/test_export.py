@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 def as_adapter(base):
     return {
-        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None, "model__tokenizer": None,
+        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None,
+        "model__tokenizer": None,
         "adapter__kind": "lora",
     }  # fmt: skip
 
@@ -235,7 +236,17 @@ def test_an_adapter_on_tied_weights_is_refused(workshop, targets):
         workshop.train("lora", adapter__target_modules=targets, **as_adapter(base))
 
 
-@pytest.mark.parametrize(("dtype", "wanted"), [("float32", "bfloat16"), ("bfloat16", "auto"), *(pytest.param(d, w, marks=pytest.mark.proof) for d, w in itertools.product(("float32", "bfloat16"), ("float32", "float16")))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [
+        ("float32", "bfloat16"),
+        ("bfloat16", "auto"),
+        *(
+            pytest.param(d, w, marks=pytest.mark.proof)
+            for d, w in itertools.product(("float32", "bfloat16"), ("float32", "float16"))
+        ),
+    ],
+)
 def test_an_adapter_knows_its_base_in_any_dtype(workshop, dtype, wanted):
     base = workshop.train("base", model__dtype=dtype)
     run = workshop.train("lora", model__dtype="bfloat16", **as_adapter(base))
@@ -294,8 +305,8 @@ def test_the_exported_chat_template_gives_the_tokens_that_were_trained(
     bytes_tokenizer.save_pretrained(workshop.folder / "tokenizer")
     jinja = workshop.folder / "my.jinja"
     jinja.write_text(
-        (bos if own_bos else "")
-        + "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        (bos if own_bos else "") + "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     run = workshop.train(
@@ -341,7 +352,10 @@ def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monk
 
 @pytest.mark.parametrize(
     "architecture",
-    [{"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}, {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}],
+    [
+        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
+    ],
     ids=["experts in one weight", "Conv1D"],
 )  # fmt: skip
 def test_adapters_on_other_architectures_come_home(workshop, architecture):
@@ -437,7 +451,12 @@ def test_exported_files_have_the_mode_that_the_umask_says(workshop):
         private = workshop.train("private")
     finally:
         os.umask(before)
-    for folder, mode in ((base, 0o666 & ~before), (lora, 0o666 & ~before), (workshop.folder / "merged", 0o666 & ~before), (private, 0o640)):  # fmt: skip
+    for folder, mode in (
+        (base, 0o666 & ~before),
+        (lora, 0o666 & ~before),
+        (workshop.folder / "merged", 0o666 & ~before),
+        (private, 0o640),
+    ):
         modes = {
             path.name: oct(path.stat().st_mode & 0o777)
             for path in folder.rglob("*")
@@ -528,8 +547,9 @@ def test_what_a_base_has_beside_its_weights_comes_out_again(workshop, kind):
 
 
 TERMS = (
-    "license.txt", "LICENSE.md", "LICENCE", "COPYING", "COPYING.LESSER", "NOTICE", "notice.md", "USE_POLICY.md", "LICENSES/MIT.txt",
-    "licenses/a/b.txt", "LLAMA_LICENSE.txt", "ThirdPartyNotices.txt", "Acceptable-Use-Policy.pdf", "TERMS_OF_USE.md", "UNLICENSE",
+    "license.txt", "LICENSE.md", "LICENCE", "COPYING", "COPYING.LESSER", "NOTICE", "notice.md",
+    "USE_POLICY.md", "LICENSES/MIT.txt", "licenses/a/b.txt", "LLAMA_LICENSE.txt",
+    "ThirdPartyNotices.txt", "Acceptable-Use-Policy.pdf", "TERMS_OF_USE.md", "UNLICENSE",
 )  # fmt: skip
 
 
@@ -678,10 +698,18 @@ def test_a_base_in_another_place_is_compared_in_every_value(moved):
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("another architecture", "is not the base of {adapter}: model_type was llama there, and is gpt2 here; give the folder of"),
+        (
+            "another architecture",
+            "is not the base of {adapter}: model_type was llama there, and is gpt2 here; "
+            "give the folder of",
+        ),
         ("a Hub name", "--base: 'owner/name' cannot be loaded: We couldn't connect"),
         ("an adapter", "--base: {adapter} is an adapter itself; give the whole model"),
-        ("both", "--base: {base} holds config.json of a whole model and adapter_config.json of an adapter"),
+        (
+            "both",
+            "--base: {base} holds config.json of a whole model and "
+            "adapter_config.json of an adapter",
+        ),
         ("nowhere", "--base: {base}/nowhere: no such folder"),
     ],
 )  # fmt: skip
@@ -788,7 +816,15 @@ def test_an_expert_that_flips_is_no_wrong_export():
     assert "differ" in disagreement(found, wanted, TOLERANCE["fp32"], has_experts=False)
 
 
-@pytest.mark.parametrize("wrong", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_theta": 10.0, "rope_type": "default"}}, {"num_experts_per_tok": 1}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_theta": 10.0, "rope_type": "default"}},
+        {"num_experts_per_tok": 1},
+    ],
+    ids=str,
+)
 def test_a_wrong_mixture_of_experts_is_refused(wrong):
     right, other = mixture(), mixture(**wrong)
     other.load_state_dict(right.state_dict(), strict=False)

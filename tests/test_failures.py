@@ -1,4 +1,4 @@
-"""A failure of the machine ends with 1, and is tried again; what is wrong ends with 2, and is not."""
+"""Failures of the machine exit with 1 and are retried; user errors exit with 2 and are not."""
 
 import errno
 import http.server
@@ -58,7 +58,15 @@ def as_transformers_does(ask):
 
 @pytest.mark.parametrize("get", [httpx.get, requests.get], ids=["httpx", "requests"])
 def test_a_hub_that_is_not_there_is_no_error_of_the_user(get):
-    with pytest.raises(Outage, match="model a/b cannot be loaded now: We couldn't connect.*HF_HUB_OFFLINE=1.*HF_ENDPOINT"), translated("model a/b"):  # fmt: skip
+    with (
+        pytest.raises(
+            Outage,
+            match=(
+                "model a/b cannot be loaded now: We couldn't connect.*HF_HUB_OFFLINE=1.*HF_ENDPOINT"
+            ),
+        ),
+        translated("model a/b"),
+    ):
         as_transformers_does(lambda: get("http://127.0.0.1:9", timeout=1))
 
 
@@ -96,7 +104,11 @@ class SafetensorError(Exception):
         (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (Exception("No space left on device (os error 28)"), "the disk is full"),  # tokenizers
         (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), "the disk is full"),
-        (RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed writing file: No space left"), "the disk is full"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed "
+                         "writing file: No space left"),
+            "the disk is full",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (SafetensorError("I/O error: Read-only file system (os error 30)"), "the disk fails"),
         (OSError(errno.EIO, "Input/output error"), "the disk fails"),
@@ -132,20 +144,48 @@ def test_a_path_that_is_too_long_is_an_error_of_the_user(tmp_path):
 MACHINE = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemory),
     (MemoryError(), OutOfMemory),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OutOfMemory),
-    (torch.distributed.DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), OutOfMemory),
+    (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory",
+        ),
+        OutOfMemory,
+    ),
+    (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OutOfMemory,
+    ),
+    (
+        torch.distributed.DistBackendError(
+            "NCCL error\nLast error:\nCuda failure 2 'out of memory'",
+        ),
+        OutOfMemory,
+    ),
     (RuntimeError("Registering memory failed with cudaError: 2"), OutOfMemory),
     # An invalid context
     (RuntimeError("Registering memory failed with cudaError: 201"), DeviceError),
     (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), DeviceError),
     (torch.AcceleratorError("CUDA error: device-side assert triggered"), DeviceError),
     (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), DeviceError),
-    (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"), DeviceError),
+    (
+        RuntimeError(
+            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+        ),
+        DeviceError,
+    ),
     (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), DeviceError),
     (RuntimeError("device busy"), DeviceError),
-    (torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94, unhandled system error"), TopologyError),
-    (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), TopologyError),
+    (
+        torch.distributed.DistBackendError(
+            "NCCL error in: NCCLUtils.cpp:94, unhandled system error",
+        ),
+        TopologyError,
+    ),
+    (
+        RuntimeError(
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+        ),
+        TopologyError,
+    ),
     (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), TopologyError),
 ]  # fmt: skip
 

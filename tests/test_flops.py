@@ -18,7 +18,14 @@ LAYER = (
 def llama(**changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+    }
     config = AutoConfig.for_model(changes.pop("model_type", "llama"), **{**shape, **changes})
     return AutoModelForCausalLM.from_config(config)
 

@@ -86,8 +86,13 @@ def test_packed_equals_padded(workshop, precision):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_resumed_equals_uninterrupted(workshop, precision):
-    """With fp16 the gradient scaler goes on too. CUDA adds up in no fixed order, so not to the bit."""
-    settings = {"model__config": GPU_LLAMA, "train__precision": precision, "checkpoint__every_steps": 2, "checkpoint__keep_last": 9}  # fmt: skip
+    """With fp16, includes the gradient scaler. CUDA sums in any order, so not to the bit."""
+    settings = {
+        "model__config": GPU_LLAMA,
+        "train__precision": precision,
+        "checkpoint__every_steps": 2,
+        "checkpoint__keep_last": 9,
+    }
     whole = workshop.train("whole", **settings)
     workshop.train("cut", **settings)
     for path in (workshop.run_dir("cut") / "checkpoints").glob("step-*"):
@@ -107,7 +112,12 @@ def test_every_save_is_written_and_read_back(workshop, asynchronous):
     """One process without a launcher, whose device Accelerate calls `cuda`, without an index; more
     saves than a stager's first.
     """
-    settings = {"model__config": GPU_LLAMA, "train__precision": "bf16", "checkpoint__every_steps": 1, "checkpoint__asynchronous": asynchronous}  # fmt: skip
+    settings = {
+        "model__config": GPU_LLAMA,
+        "train__precision": "bf16",
+        "checkpoint__every_steps": 1,
+        "checkpoint__asynchronous": asynchronous,
+    }
     run = workshop.train(**settings)
     assert [line["step"] for line in read_jsonl(run / "saves.jsonl")] == [1, 2, 3, 4, 5]
     newest = max((run / "checkpoints").glob("step-*"))
@@ -192,7 +202,13 @@ def test_a_step_waits_for_the_gpu_once(workshop, monkeypatch, record_property):
                 return train_step(*arguments, **keywords)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-                found.append([f"{w.filename.split('site-packages/')[-1]}:{w.lineno}" for w in said if "synchronizing" in str(w.message)])  # fmt: skip
+                found.append(
+                    [
+                        f"{w.filename.split('site-packages/')[-1]}:{w.lineno}"
+                        for w in said
+                        if "synchronizing" in str(w.message)
+                    ]
+                )
 
     monkeypatch.setattr(loop, "train_step", watched)
     workshop.train(

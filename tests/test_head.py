@@ -13,8 +13,9 @@ from finetune.models import attention, cross_entropy, head
 
 VOCAB = 1009
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MODELS = {
     "llama": {},
@@ -27,11 +28,15 @@ MODELS = {
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 4.0},
     "hyperclovax": {"logits_scaling": 4.0},
-    "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "falcon_h1": {
+        "lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+        "mamba_d_state": 8,
+    },
     "mixtral": {"num_local_experts": 2},
 }  # fmt: skip
 FINISHES = {
-    "gemma2": head.LogitTransform(1.0, 3.0), "cohere": head.LogitTransform(0.25), "granite": head.LogitTransform(0.25),
+    "gemma2": head.LogitTransform(1.0, 3.0), "cohere": head.LogitTransform(0.25),
+    "granite": head.LogitTransform(0.25),
     "hyperclovax": head.LogitTransform(4.0), "falcon_h1": head.LogitTransform(0.3),
 }  # fmt: skip
 

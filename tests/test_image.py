@@ -1,4 +1,4 @@
-"""The container image: what can be known without building it; tests/test_container.py builds one."""
+"""Check the container image without building it; tests/test_container.py builds one."""
 
 import argparse
 import configparser
@@ -63,7 +63,7 @@ def arguments(text: str) -> dict[str, str]:
 
 
 def inherited(all_of_them: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The instructions of the last stage, and before them those of the stages that it is made from."""
+    """Return the instructions of the last stage, after those of the stages it builds on."""
     stages: dict[str, list[tuple[str, str]]] = {}
     for word, rest in all_of_them:
         if word == "FROM":
@@ -148,11 +148,16 @@ def test_hadolint_finds_nothing():
 # What is sent to the builder
 
 TEMPTATIONS = (
-    ".env", "hf_token", "id_rsa", "credentials.json", "data/rows.jsonl", "runs/mine/model/model.safetensors", "wandb/key",
-    "finetune/.env", "finetune/hf_token", "finetune/data/id_rsa", "finetune/token.txt", "finetune/__pycache__/config.pyc", "configs/.env", "configs/token.json",
-    "configs/mine/hidden.yaml", "data_scripts/rows.jsonl", "accelerate_configs/.netrc", ".venv/lib/x.py", "shared/data/rows.csv",
+    ".env", "hf_token", "id_rsa", "credentials.json", "data/rows.jsonl",
+    "runs/mine/model/model.safetensors", "wandb/key", "finetune/.env", "finetune/hf_token",
+    "finetune/data/id_rsa", "finetune/token.txt", "finetune/__pycache__/config.pyc", "configs/.env",
+    "configs/token.json", "configs/mine/hidden.yaml", "data_scripts/rows.jsonl",
+    "accelerate_configs/.netrc", ".venv/lib/x.py", "shared/data/rows.csv",
 )  # fmt: skip
-NEEDED = r"train\.py|LICENSE|requirements(-cuda)?\.txt|(finetune|data_scripts)/.*\.py|(configs|accelerate_configs)/\w+\.yaml|ds_configs/\w+\.json"
+NEEDED = (
+    r"train\.py|LICENSE|requirements(-cuda)?\.txt|(finetune|data_scripts)/.*\.py|"
+    r"(configs|accelerate_configs)/\w+\.yaml|ds_configs/\w+\.json"
+)
 
 
 def sent(folder: Path, patterns: str) -> set[str]:
@@ -186,8 +191,8 @@ def test_a_line_that_lets_in_more_is_noticed(tempting, line):
 # Command lines
 
 VALUES = {
-    "GPUS": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "2", "IMAGE": "registry.example.org/finetune:0.1.0", "STORAGE": "s3://bucket/folder",
-    "CONFIG": "my_run", "HOME": "/home/me", "PWD": "/home/me/work",
+    "GPUS": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "2", "IMAGE": "registry.example.org/finetune:0.1.0",
+    "STORAGE": "s3://bucket/folder", "CONFIG": "my_run", "HOME": "/home/me", "PWD": "/home/me/work",
 }  # fmt: skip
 
 
@@ -364,7 +369,7 @@ def test_the_unit_gives_the_run_the_time_that_it_counts_on(tmp_path):
 
 
 def test_systemd_understands_the_unit(tmp_path):
-    """It ends with 0 also when it has ignored a line, so its words count. Docker need not be there."""
+    """systemd exits with 0 even when it ignores a line, so check its output; needs no Docker."""
     unit = tmp_path / "finetune.service"
     unit.write_text(SERVICE.replace("/usr/bin/docker", sys.executable))
     (tmp_path / "docker.service").write_text("[Service]\nExecStart=/bin/true\n")
@@ -388,11 +393,20 @@ def test_each_file_keeps_what_is_promised(text, check):
     [
         (DOCKERFILE, complaints, r"(BASE_IMAGE=[^@]*)@\S+", r"\1", "ubuntu24.04 is not pinned"),
         (DOCKERFILE, complaints, "ARG SOURCE", "ARG HF_TOKEN", "can be read in the image"),
-        (DOCKERFILE, complaints, r"ENTRYPOINT .*", 'ENTRYPOINT ["python", "-m", "finetune"]', "PID 1 does not pass signals on"),
+        (
+            DOCKERFILE, complaints, r"ENTRYPOINT .*", 'ENTRYPOINT ["python", "-m", "finetune"]',
+            "PID 1 does not pass signals on",
+        ),
         (DOCKERFILE, complaints, "USER 10001:10001", "USER finetune", "the last USER is finetune"),
         (DOCKERFILE, complaints, " TMPDIR=/scratch", "", "written elsewhere"),
-        (DOCKERFILE, complaints, "COPY requirements.txt /opt/", "COPY . .", "installs every package again"),
-        (COMPOSE, compose_complaints, r"finetune:0\.1\.0", "finetune:latest", "not that of this version"),
+        (
+            DOCKERFILE, complaints, "COPY requirements.txt /opt/", "COPY . .",
+            "installs every package again",
+        ),
+        (
+            COMPOSE, compose_complaints, r"finetune:0\.1\.0", "finetune:latest",
+            "not that of this version",
+        ),
         (COMPOSE, compose_complaints, "read_only: true", "read_only: false", "may do more"),
         (COMPOSE, compose_complaints, "runs:/runs", "runs:/finetune/runs", "other volumes"),
         (COMPOSE, compose_complaints, "130s", "60s", "killed before the save"),

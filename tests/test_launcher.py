@@ -98,8 +98,9 @@ else:
 # Prints what it was given, in one piece.
 TELL = """
 import json, os, sys
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "OMP_NUM_THREADS")
-given = {k: v for k, v in os.environ.items() if k in names or k.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
+names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR OMP_NUM_THREADS".split()
+prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
+given = {k: v for k, v in os.environ.items() if k in names or k.startswith(prefixes)}
 os.write(1, (json.dumps([given, os.environ.get("MASTER_PORT"), sys.argv[1:]]) + "\\n").encode())
 """
 MAIN = "import sys; from finetune.survival import launcher; sys.exit(launcher.main(sys.argv[1:]))"
@@ -198,9 +199,11 @@ def let_end(worker, process):
 @pytest.mark.parametrize(
     ("behaviours", "code"),
     [
-        (["exit:0"], 0), (["exit:2"], 2), (["exit:75"], 75), (["exit:1"], 1), (["exit:3"], 1), (["exit:130"], 1), (["die"], 1),
-        (["exit:0", "exit:0"], 0), (["after:1:exit:0", "exit:2"], 2), (["exit:0", "after:0:exit:75"], 75),
-        (["exit:75", "after:0:exit:1"], 75), (["exit:1", "after:0:exit:75"], 1), (["after:1:exit:2", "die"], 1),
+        (["exit:0"], 0), (["exit:2"], 2), (["exit:75"], 75), (["exit:1"], 1), (["exit:3"], 1),
+        (["exit:130"], 1), (["die"], 1), (["exit:0", "exit:0"], 0),
+        (["after:1:exit:0", "exit:2"], 2), (["exit:0", "after:0:exit:75"], 75),
+        (["exit:75", "after:0:exit:1"], 75), (["exit:1", "after:0:exit:75"], 1),
+        (["after:1:exit:2", "die"], 1),
         (["after:1:exit:1", "after:2:exit:75", "exit:0"], 75),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
@@ -371,7 +374,10 @@ def test_processes_end_when_the_launcher_was_killed(start, worker):
 
 
 def test_a_process_whose_launcher_has_gone_while_python_started_ends_as_preempted():
-    code = "from finetune.survival.preemption import StopFlag; StopFlag().follow_launcher(); print('goes on')"
+    code = (
+        "from finetune.survival.preemption import StopFlag; StopFlag().follow_launcher(); "
+        "print('goes on')"
+    )
     environment = {**os.environ, "FINETUNE_LAUNCHER": "999999999"}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -438,7 +444,10 @@ def test_one_process_without_a_topology_file_is_what_python_would_start(log):
 
 
 def test_one_process_without_a_topology_file_needs_no_accelerate(worker):
-    code = f"{MAIN.split(';')[0]}; from finetune.survival import launcher; launcher.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = (
+        f"{MAIN.split(';')[0]}; from finetune.survival import launcher; "
+        "launcher.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    )
     command = [sys.executable, "-c", code, str(worker), "exit:0"]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
@@ -457,11 +466,13 @@ def plan(*arguments):
 
 # File -> kind, processes of this node, replicas, processes that share a sequence.
 TOPOLOGIES = {
-    "single": ("single", 1, 1, 1), "cpu_debug": ("ddp", 2, 1, 1), "ddp": ("ddp", 8, 1, 1), "ddp_multinode": ("ddp", 8, 1, 1),
-    "fsdp2": ("fsdp2", 8, 1, 1), "fsdp2_context": ("fsdp2_context", 8, 1, 4), "fsdp2_hybrid": ("fsdp2_hybrid", 8, 2, 1),
+    "single": ("single", 1, 1, 1), "cpu_debug": ("ddp", 2, 1, 1), "ddp": ("ddp", 8, 1, 1),
+    "ddp_multinode": ("ddp", 8, 1, 1), "fsdp2": ("fsdp2", 8, 1, 1),
+    "fsdp2_context": ("fsdp2_context", 8, 1, 4), "fsdp2_hybrid": ("fsdp2_hybrid", 8, 2, 1),
     "fsdp2_hybrid_multinode": ("fsdp2_hybrid", 8, 2, 1), "fsdp2_multinode": ("fsdp2", 8, 1, 1),
-    "fsdp2_offload": ("fsdp2_offload", 8, 1, 1), "zero1": ("zero1", 8, 1, 1), "zero2": ("zero2", 8, 1, 1),
-    "zero3": ("zero3", 8, 1, 1), "zero3_multinode": ("zero3", 8, 1, 1), "zero3_offload": ("zero3_offload", 8, 1, 1),
+    "fsdp2_offload": ("fsdp2_offload", 8, 1, 1), "zero1": ("zero1", 8, 1, 1),
+    "zero2": ("zero2", 8, 1, 1), "zero3": ("zero3", 8, 1, 1), "zero3_multinode": ("zero3", 8, 1, 1),
+    "zero3_offload": ("zero3_offload", 8, 1, 1),
 }  # fmt: skip
 
 
@@ -488,8 +499,15 @@ def test_every_topology_file_is_what_it_says(file, monkeypatch):
     ("topology", "extra"),
     [
         pytest.param("single", ["--num_processes", "1"], marks=pytest.mark.proof),
-        pytest.param("zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"], marks=pytest.mark.proof),
-        ("fsdp2_context", "--num_processes 2 --parallelism_config_cp_size 2 --parallelism_config_dp_shard_size 1".split()),
+        pytest.param(
+            "zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"],
+            marks=pytest.mark.proof,
+        ),
+        (
+            "fsdp2_context",
+            "--num_processes 2 --parallelism_config_cp_size 2 "
+            "--parallelism_config_dp_shard_size 1".split(),
+        ),
     ],
 )  # fmt: skip
 def test_processes_get_what_accelerate_launch_gives_them(log, monkeypatch, topology, extra):
@@ -604,11 +622,20 @@ MULTINODE = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml"
         (["--num_proceses", "2", SCRIPT], "unrecognized arguments: --num_proceses"),
         (["--num_processes", "0", SCRIPT], "num_processes is 0; it must be a whole number from 1"),
         (["--multi_gpu", "--use_fsdp", SCRIPT], "You can only use one of"),
-        (["--num_processes", "2", "--num_machines", "2", SCRIPT], "2 nodes need the address of the first one: give --main_process_ip"),
+        (
+            ["--num_processes", "2", "--num_machines", "2", SCRIPT],
+            "2 nodes need the address of the first one: give --main_process_ip",
+        ),
         ([*MULTINODE, "--num_processes", "5", SCRIPT], "5 cannot be shared out to num_machines: 2"),
-        ([*MULTINODE, "--machine_rank", "2", SCRIPT], "machine_rank is 2, but there are 2 nodes; ranks start at 0"),
+        (
+            [*MULTINODE, "--machine_rank", "2", SCRIPT],
+            "machine_rank is 2, but there are 2 nodes; ranks start at 0",
+        ),
         (["--tpu", SCRIPT], "asks for TPUs or mpirun"),
-        (["--config_file", "no_such.yaml", SCRIPT], "--config_file no_such.yaml cannot be read from"),
+        (
+            ["--config_file", "no_such.yaml", SCRIPT],
+            "--config_file no_such.yaml cannot be read from",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_told_in_one_line(capfd, arguments, message):

@@ -177,8 +177,9 @@ NEAR = Case("own", beside="other", within=Tolerance(1e-3, 1e-2, "why"))
 
 def curves(**changes):
     values = {
-        "code": 0, "said": "", "was_out_of_turn": False, "seconds": 1.0, "losses": [5.0, 4.0, 3.0, 2.5, 2.0, 1.8, 1.6, 1.5],
-        "norms": [1.0] * 8, "evals": [3.0, 2.0], "num_saves": 3, "opened": 2.5,
+        "code": 0, "said": "", "was_out_of_turn": False, "seconds": 1.0,
+        "losses": [5.0, 4.0, 3.0, 2.5, 2.0, 1.8, 1.6, 1.5], "norms": [1.0] * 8, "evals": [3.0, 2.0],
+        "num_saves": 3, "opened": 2.5,
     }  # fmt: skip
     return Curves(**{**values, **changes})
 
@@ -275,7 +276,17 @@ def in_turns(monkeypatch, cases, runs, only=""):
     monkeypatch.setattr(correctness, "run_pytest", lambda lab: [])
     monkeypatch.setattr(matrix, "cases", lambda: cases)
     monkeypatch.setattr(matrix, "LEFT_OUT", {})
-    lab = correctness.Lab(ROOT, ROOT, {}, {}, {"left_out": {"deepspeed": "why"}, "compiler": True, "gpu": "x"}, None, Clock(60), False, lambda line: None)  # fmt: skip
+    lab = correctness.Lab(
+        ROOT,
+        ROOT,
+        {},
+        {},
+        {"left_out": {"deepspeed": "why"}, "compiler": True, "gpu": "x"},
+        None,
+        Clock(60),
+        False,
+        lambda line: None,
+    )
     return {row.name: row for row in correctness.rows(lab, 1, only)}, began
 
 
@@ -404,7 +415,12 @@ def test_each_test_of_pytest_is_a_row():
     )
     found = list(found)
     assert [row.values for row in found] == [{"waits": "9"}, {}, {}, {}]
-    assert [(row.status, row.reason) for row in found] == [("right", ""), ("left out", "no GPU"), ("known failure", "of old"), ("wrong", "assert 1 == 2")]  # fmt: skip
+    assert [(row.status, row.reason) for row in found] == [
+        ("right", ""),
+        ("left out", "no GPU"),
+        ("known failure", "of old"),
+        ("wrong", "assert 1 == 2"),
+    ]
 
 
 # ------------------------------------------------------------------------------------- results
@@ -453,7 +469,8 @@ def test_the_table_names_what_did_not_run_and_why(tmp_path):
         "NVIDIA H200, 150 GB, driver 580; torch 2.11.0", "",
         "|  | result | loss | tokens/s | s |", "| --- | --- | --- | --- | --- |",
         "| a | right | 1.5e-07 | 23,600 | 3 |", "| b | **wrong**: 1 \\| 2 |  |  | 4 |", "",
-        "- known failure: f: 7 waits", "", "- left out: c, d: needs deepspeed", "", "- no turn: e: the time was up", "",
+        "- known failure: f: 7 waits", "", "- left out: c, d: needs deepspeed", "",
+        "- no turn: e: the time was up", "",
         "1 right, 1 wrong, 1 known failure, 2 left out, 1 no turn",
     ]  # fmt: skip
     assert (tmp_path / "correctness.md").read_text() == text + "\n"
@@ -478,7 +495,10 @@ def started(folder, code, **changes):
 
 def test_a_process_over_its_limit_is_killed_with_all_that_it_started(tmp_path):
     """Also what has a session of its own, as the processes of the launcher have."""
-    code = f"import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); open('{tmp_path}/pid', 'w').write(str(p.pid)); p.wait()"  # fmt: skip
+    code = (
+        "import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); "
+        f"open('{tmp_path}/pid', 'w').write(str(p.pid)); p.wait()"
+    )
     ended = started(tmp_path, code, limit=1.5)
     assert (ended.code, ended.was_out_of_turn) == (None, False)
     assert has_ended(int((tmp_path / "pid").read_text()))
@@ -486,7 +506,10 @@ def test_a_process_over_its_limit_is_killed_with_all_that_it_started(tmp_path):
 
 def test_a_worker_whose_parent_has_ended_is_killed_too(tmp_path):
     """In a session of its own, as the launcher's are; it would keep its memory of the GPU."""
-    code = f"import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); open('{tmp_path}/pid', 'w').write(str(p.pid))"  # fmt: skip
+    code = (
+        "import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); "
+        f"open('{tmp_path}/pid', 'w').write(str(p.pid))"
+    )
     assert started(tmp_path, code).code == 0
     assert has_ended(int((tmp_path / "pid").read_text()))
 
@@ -637,7 +660,15 @@ def gpu(*arguments, **environment):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | {
         "CUDA_VISIBLE_DEVICES": "-1"
     }
-    return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=False, timeout=280)  # fmt: skip
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
 
 
 @pytest.mark.slow
@@ -671,14 +702,36 @@ def test_plugins_of_other_projects_do_not_end_the_tests(tmp_path):
     """They warn about themselves, in words that pytest gives them, while pytest starts; a library's
     warning is still an error.
     """
-    plugin = "import pytest, warnings\nclass Own(pytest.PytestWarning): pass\ndef pytest_configure(config): warnings.warn(Own('mine'))\n"
+    plugin = (
+        "import pytest, warnings\nclass Own(pytest.PytestWarning): pass\n"
+        "def pytest_configure(config): warnings.warn(Own('mine'))\n"
+    )
     (tmp_path / "theirs.py").write_text(plugin)
     (tmp_path / "test_it.py").write_text(
         "import warnings\ndef test_quiet(): pass\ndef test_loud(): warnings.warn('old', "
         "DeprecationWarning)\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "theirs", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "theirs",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "DeprecationWarning: old" in done.stdout
 

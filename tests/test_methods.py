@@ -25,7 +25,9 @@ METHODS = {
     "full": {},
     "full, frozen by pattern": {"adapter__freeze": ["embed_tokens", r"layers\.0\."]},
     "lora": {"adapter__kind": "lora"},
-    "lora, some layers": {"adapter__kind": "lora", "adapter__target_modules": r".*layers\.1\..*(q_proj|up_proj)"},
+    "lora, some layers": {
+        "adapter__kind": "lora", "adapter__target_modules": r".*layers\.1\..*(q_proj|up_proj)",
+    },
     "lora, rsLoRA": {"adapter__kind": "lora", "adapter__rslora": True},
     "lora, DoRA": {"adapter__kind": "lora", "adapter__dora": True},
     "lora, PiSSA": {"adapter__kind": "lora", "adapter__init": "pissa"},
@@ -35,9 +37,14 @@ METHODS = {
     "lora, norms": {"adapter__kind": "lora", "adapter__train_norms": True},
     "lora, biases": {"adapter__kind": "lora", "adapter__bias": "all"},
     "lora, biases of adapted": {"adapter__kind": "lora", "adapter__bias": "lora_only"},
-    "lora, whole modules": {"adapter__kind": "lora", "adapter__modules_to_save": ["embed_tokens", "lm_head"]},
+    "lora, whole modules": {
+        "adapter__kind": "lora", "adapter__modules_to_save": ["embed_tokens", "lm_head"],
+    },
     "qlora, NF4": {"adapter__kind": "qlora"},
-    "qlora, FP4": {"adapter__kind": "qlora", "adapter__quantization": "fp4", "adapter__double_quantization": False},
+    "qlora, FP4": {
+        "adapter__kind": "qlora", "adapter__quantization": "fp4",
+        "adapter__double_quantization": False,
+    },
     "qlora, int8": {"adapter__kind": "qlora", "adapter__quantization": "int8"},
     "qlora, LoftQ": {"adapter__kind": "qlora", "adapter__init": "loftq"},
     "qlora, DoRA": {"adapter__kind": "qlora", "adapter__dora": True},
@@ -139,11 +146,24 @@ def exported(run):
     return load_file(path)
 
 
-MERGED = ["lora, DoRA", "lora, rsLoRA", "lora, PiSSA", "lora, norms", "lora, whole modules", "lora, biases", "qlora, NF4", "qlora, LoftQ", "qlora, int8"]  # fmt: skip
+MERGED = [
+    "lora, DoRA",
+    "lora, rsLoRA",
+    "lora, PiSSA",
+    "lora, norms",
+    "lora, whole modules",
+    "lora, biases",
+    "qlora, NF4",
+    "qlora, LoftQ",
+    "qlora, int8",
+]
 WIDER = {"lora, rsLoRA", "lora, norms", "lora, biases", "qlora, int8"}
 
 
-@pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.proof) if name in WIDER else name for name in MERGED])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=pytest.mark.proof) if name in WIDER else name for name in MERGED],
+)
 def test_merged_is_base_plus_adapter(workshop, base, method):
     """Into the unquantised base for QLoRA, with what that changes measured; LoftQ's stay on what
     quantisation left.
@@ -196,7 +216,10 @@ def test_adapters_that_cannot_be_added_are_not_merged(workshop, base):
         ("pissa", {"adapter__init": "pissa"}, "begun from the weights of its base"),
         ("norms", METHODS["lora, norms"], "holds whole modules or biases"),
         ("biases", METHODS["lora, biases"], "holds whole modules or biases"),
-        ("loftq", {"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapters of different bases"),
+        (
+            "loftq", {"adapter__kind": "qlora", "adapter__init": "loftq"},
+            "adapters of different bases",
+        ),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=why):
             merge([plain, trained(name, **changes)], workshop.folder / "merged")
@@ -206,7 +229,8 @@ def test_adapters_that_cannot_be_added_are_not_merged(workshop, base):
 
 
 SIXTEEN = {
-    "norms": {"adapter__train_norms": True}, "biases": {"adapter__bias": "all"}, "head": {"adapter__modules_to_save": ["lm_head"]},
+    "norms": {"adapter__train_norms": True}, "biases": {"adapter__bias": "all"},
+    "head": {"adapter__modules_to_save": ["lm_head"]},
     "new tokens": {"model__new_tokens": ["<a>"]},
 }  # fmt: skip
 
@@ -261,11 +285,26 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
 @pytest.mark.parametrize(
     ("first", "then", "why"),
     [
-        ({}, {"adapter__kind": "qlora"}, "the base would be nf4, doubly quantised, but .* was not quantised"),
-        ({"adapter__kind": "qlora"}, {}, "would be not quantised, but .* was nf4, doubly quantised"),
-        ({"adapter__kind": "qlora"}, {"adapter__kind": "qlora", "adapter__quantization": "int8"}, "would be int8"),
-        ({}, {"model__new_tokens": ["<a>"]}, r"model.new_tokens: \['<a>'\], but .* was trained with \[\]"),
-        ({"model__new_tokens": ["<a>"]}, {"model__new_tokens": ["<b>"]}, r"was trained with \['<a>'\]"),
+        (
+            {}, {"adapter__kind": "qlora"},
+            "the base would be nf4, doubly quantised, but .* was not quantised",
+        ),
+        (
+            {"adapter__kind": "qlora"}, {},
+            "would be not quantised, but .* was nf4, doubly quantised",
+        ),
+        (
+            {"adapter__kind": "qlora"}, {"adapter__kind": "qlora", "adapter__quantization": "int8"},
+            "would be int8",
+        ),
+        (
+            {}, {"model__new_tokens": ["<a>"]},
+            r"model.new_tokens: \['<a>'\], but .* was trained with \[\]",
+        ),
+        (
+            {"model__new_tokens": ["<a>"]}, {"model__new_tokens": ["<b>"]},
+            r"was trained with \['<a>'\]",
+        ),
     ],
     ids=["to qlora", "from qlora", "to int8", "tokens added", "other tokens"],
 )  # fmt: skip
@@ -318,12 +357,21 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
 @pytest.mark.parametrize(
     ("changes", "error", "why"),
     [
-        ({"adapter__kind": "qlora", "adapter__init": "loftq", "adapter__quantization": "int8"}, ConfigError, "adapter.init: loftq corrects"),
+        (
+            {"adapter__kind": "qlora", "adapter__init": "loftq", "adapter__quantization": "int8"},
+            ConfigError, "adapter.init: loftq corrects",
+        ),
         ({"optimizer__embedding_lr": 0.1}, ConfigError, "embedding_lr: would be ignored"),
         ({"optimizer__kind": "adafactor"}, ConfigError, "adafactor steps in proportion"),
         ({"optimizer__kind": "muon"}, ConfigError, "optimizer.kind: muon"),
-        ({"adapter__init": "eva", "adapter__r": 99}, ModelError, "adapter.r: 99 is more than the 64 directions"),
-        ({"model__new_tokens": ["<a>", "<a>"]}, ConfigError, "model.new_tokens: '<a>' is empty or repeated"),
+        (
+            {"adapter__init": "eva", "adapter__r": 99}, ModelError,
+            "adapter.r: 99 is more than the 64 directions",
+        ),
+        (
+            {"model__new_tokens": ["<a>", "<a>"]}, ConfigError,
+            "model.new_tokens: '<a>' is empty or repeated",
+        ),
         ({"model__new_tokens": [""]}, ConfigError, "model.new_tokens: '' is empty"),
     ],
 )  # fmt: skip
@@ -343,8 +391,12 @@ def test_what_the_whole_model_cannot_have_is_refused(workshop, base):
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 def test_loftq_is_refused_for_layers_that_are_not_linear(workshop, kind):
-    config = {"gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
-              "mixtral": TINY_LLAMA | {"model_type": "mixtral", "num_local_experts": 2}}[kind]  # fmt: skip
+    config = {"gpt2": {
+        "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
+    },
+              "mixtral": TINY_LLAMA | {
+                  "model_type": "mixtral", "num_local_experts": 2,
+              }}[kind]  # fmt: skip
     model = workshop.train("base", model__config=config) / "model"
     with pytest.raises(ModelError, match=r"adapter.init: loftq is for linear layers, and .* is"):
         workshop.check(**on(str(model)), adapter__kind="qlora", adapter__init="loftq")
@@ -428,7 +480,11 @@ def test_a_square_layer_of_1000_with_rank_2_trains_4_000():
 
 def scaled(adapter: Adapter):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99))  # fmt: skip
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99
+        )
+    )
     layer = adapters.apply(model, adapter, Model(path="x")).get_submodule(
         "base_model.model.model.layers.0.self_attn.q_proj"
     )
@@ -461,7 +517,14 @@ def test_dora_keeps_length_apart_from_direction():
 
 def test_loftq_begins_closer_to_the_unquantised_model(base):
     def model(quantization=None):
-        return loading.load_model(Model(path=base), AutoConfig.from_pretrained(base), loading.bytes_tokenizer(), attention="sdpa", dtype=torch.float32, quantization=quantization)  # fmt: skip
+        return loading.load_model(
+            Model(path=base),
+            AutoConfig.from_pretrained(base),
+            loading.bytes_tokenizer(),
+            attention="sdpa",
+            dtype=torch.float32,
+            quantization=quantization,
+        )
 
     ids = torch.arange(64)[None]
     exact = model()(ids).logits
@@ -494,7 +557,10 @@ def state_bytes(kind: str) -> int:
 
 @pytest.mark.parametrize(
     ("kind", "bytes_per_weight"),
-    [("adamw", 8), ("adamw_8bit", 2), ("paged_adamw_8bit", 2), ("paged_adamw_32bit", 8), ("lion", 4), ("lion_8bit", 1), ("muon", 4), ("adafactor", 0)],
+    [
+        ("adamw", 8), ("adamw_8bit", 2), ("paged_adamw_8bit", 2), ("paged_adamw_32bit", 8),
+        ("lion", 4), ("lion_8bit", 1), ("muon", 4), ("adafactor", 0),
+    ],
 )  # fmt: skip
 def test_the_state_of_an_optimizer_is_as_small_as_it_says(kind, bytes_per_weight):
     """8 bits: a byte each, a float32 scale for 256 of them and a table of 256 values."""

@@ -1,4 +1,4 @@
-"""However an attempt ends, outcome.json says so; but not where another run or process is at home."""
+"""outcome.json records how every attempt ended, but never overwrites that of another run."""
 
 import contextlib
 import json
@@ -69,7 +69,10 @@ def preempted_after(workshop, number, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(attention_probe, "check"), (head, "check"), (parameters, "fingerprints"), (RunDirectory, "lock"), (RunDirectory, "create")],
+    [
+        (attention_probe, "check"), (head, "check"), (parameters, "fingerprints"),
+        (RunDirectory, "lock"), (RunDirectory, "create"),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_failure_before_the_first_step_leaves_an_outcome(workshop, owner, name):
@@ -88,7 +91,14 @@ def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     assert outcome(workshop) == ("preempted", 3, "SIGTERM")
     fails(workshop, RuntimeError, attention_probe, "check", BUG, checkpoint__every_steps=1)
     assert outcome(workshop) == ("failed", 3, "RuntimeError: shapes do not fit")
-    told = fails(workshop, OutOfMemory, build, "build", torch.OutOfMemoryError("CUDA out of memory"), checkpoint__every_steps=1)  # fmt: skip
+    told = fails(
+        workshop,
+        OutOfMemory,
+        build,
+        "build",
+        torch.OutOfMemoryError("CUDA out of memory"),
+        checkpoint__every_steps=1,
+    )
     assert outcome(workshop) == ("failed", 3, str(told))
     assert "out of memory at the start: CUDA out of memory\n" in str(told)
     rows = workshop.rows.read_text()
@@ -105,7 +115,13 @@ def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     ("name", "settings"),
     [
         ("load_tokenizer", {}),
-        ("load_config", {"adapter__kind": "qlora", "model__init": "pretrained", "model__path": "a/b", "model__tokenizer": None, "model__config": None}),
+        (
+            "load_config",
+            {
+                "adapter__kind": "qlora", "model__init": "pretrained", "model__path": "a/b",
+                "model__tokenizer": None, "model__config": None,
+            },
+        ),
     ],
 )  # fmt: skip
 def test_hub_that_does_not_answer_leaves_an_outcome_in_a_new_directory(workshop, name, settings):

@@ -48,14 +48,18 @@ def settings(workshop, monkeypatch):
     values = json.loads((base / "config.json").read_text())
     values |= {
         "model_type": "own", "architectures": ["OwnForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+        "auto_map": {
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
     }  # fmt: skip
     (base / "config.json").write_text(json.dumps(values))
     (base / "configuration_own.py").write_text(CONFIG)
     (base / "modeling_own.py").write_text(MODEL)
     (base / "helper_own.py").write_text("SCALE = 1\n")
     return {
-        "model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None,
+        "model__init": "pretrained", "model__path": str(base), "model__config": None,
+        "model__tokenizer": None,
         "model__trust_remote_code": True, "checkpoint__every_steps": 2,
     }  # fmt: skip
 
@@ -67,7 +71,9 @@ def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
     """
     base = Path(settings["model__path"])
     files = {
-        "custom_generate/generate.py": "def generate(model): ...", "custom_generate/requirements.txt": "torch\n", "kernels/fast/own.py": "", "own.words": "a b",
+        "custom_generate/generate.py": "def generate(model): ...",
+        "custom_generate/requirements.txt": "torch\n", "kernels/fast/own.py": "",
+        "own.words": "a b",
         "tokenization_own.py": TOKENIZER,
     }  # fmt: skip
     others = {".git/hook.py": "", "runs/old/model/config.json": "{}", "runs/old/model/old.py": ""}

@@ -99,7 +99,8 @@ def test_every_format_may_come_out_of_a_function(workshop, values, turns):
         ),
         (
             "return [row]",
-            r"raw\.jsonl:1: data\.format: .*own\.py:rows should return a dict with messages, or .*, got \[\{",
+            r"raw\.jsonl:1: data\.format: .*own\.py:rows should return a dict with "
+            r"messages, or .*, got \[\{",
         ),
         ("return {1: 'a'}", r"should return a dict with messages"),
         (
@@ -130,11 +131,21 @@ def test_a_function_that_skips_every_row_is_refused(workshop, own):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"data__columns": {"question": "Patient"}}, "data.columns: would be ignored: own.py:rows reads the columns of the file itself"),
+        (
+            {"data__columns": {"question": "Patient"}},
+            "data.columns: would be ignored: own.py:rows reads the columns of the file itself",
+        ),
         ({"data__format": "own.py:row"}, "data.format: own.py defines no row; did you mean rows?"),
-        ({"data__format": "own.py:N"}, "data.format: own.py:N is of type int, not a function of a row"),
+        (
+            {"data__format": "own.py:N"},
+            "data.format: own.py:N is of type int, not a function of a row",
+        ),
         ({"data__format": "other.py:rows"}, "data.format: no file other.py in "),
-        ({"data__format": "rows"}, "data.format: should be 'auto', 'text', 'prompt_completion', 'question_answer', 'instruction' or 'messages' or FILE.py:NAME, got 'rows'"),
+        (
+            {"data__format": "rows"},
+            "data.format: should be 'auto', 'text', 'prompt_completion', 'question_answer', "
+            "'instruction' or 'messages' or FILE.py:NAME, got 'rows'",
+        ),
     ],
 )  # fmt: skip
 def test_what_a_config_may_not_say_of_it(workshop, own, settings, says):

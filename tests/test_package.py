@@ -25,7 +25,8 @@ def test_every_package_is_installed():
 
 # File of pins -> the extras of `pip install` that name the same packages; "": what every run needs.
 FILES = {
-    "requirements.txt": ["", "gpu", "tracking", "cloud", "eval"], "requirements-cuda.txt": ["flash"],
+    "requirements.txt": ["", "gpu", "tracking", "cloud", "eval"],
+    "requirements-cuda.txt": ["flash"],
     "requirements-dev.txt": ["dev"],
 }  # fmt: skip
 
@@ -62,8 +63,10 @@ def test_every_optional_package_has_its_extra():
 @pytest.mark.parametrize(
     ("package", "settings"),
     [
-        ("bitsandbytes", {"optimizer__kind": "adamw_8bit"}), ("bitsandbytes", {"optimizer__kind": "lion_8bit"}),
-        ("bitsandbytes", {"optimizer__kind": "paged_adamw_8bit"}), ("wandb", {"tracking__trackers": ["wandb"]}),
+        ("bitsandbytes", {"optimizer__kind": "adamw_8bit"}),
+        ("bitsandbytes", {"optimizer__kind": "lion_8bit"}),
+        ("bitsandbytes", {"optimizer__kind": "paged_adamw_8bit"}),
+        ("wandb", {"tracking__trackers": ["wandb"]}),
         ("trackio", {"tracking__trackers": ["trackio"]}),
     ],
 )  # fmt: skip

@@ -60,7 +60,7 @@ def test_packs_are_close_to_the_fewest_there_can_be(seed):
 
 @pytest.mark.parametrize("name", ["uniform", "short", "like answers", "ones"])
 def test_random_lengths_leave_little_room_empty(name):
-    """The sum of the lengths over the room of a pack is a lower bound; packs stay within 3 % of it."""
+    """Packs stay within 3 % of the lower bound: the sum of the lengths over the size of a pack."""
     lengths = SHAPES[name](np.random.default_rng(2), 5_000)
     assert len(pack(lengths, 100, seed=0)) <= math.ceil(1.03 * lengths.sum() / 100)
 

@@ -31,12 +31,14 @@ from finetune.models.build import build
 pytestmark = pytest.mark.slow
 
 OPT_350M = {
-    "model_type": "opt", "hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096, "num_attention_heads": 16,
-    "word_embed_proj_dim": 512, "vocab_size": 50272, "do_layer_norm_before": False,
+    "model_type": "opt", "hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096,
+    "num_attention_heads": 16, "word_embed_proj_dim": 512, "vocab_size": 50272,
+    "do_layer_norm_before": False,
 }  # fmt: skip
 FALCON_7B = {
-    "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024,
-    "alibi": False, "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "bias": False,
+    "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
+    "vocab_size": 65024, "alibi": False, "multi_query": True, "parallel_attn": True,
+    "new_decoder_architecture": False, "bias": False,
 }  # fmt: skip
 SINGLE, EIGHT = ParallelConfig(), {"kind": "fsdp2", "num_processes": 8}
 
@@ -47,7 +49,13 @@ def config_of(architecture, **changes):
         "model": {"config": architecture, "init": "random", "tokenizer": "bytes"},
         **changes,
     }  # fmt: skip
-    values["model"] = {**values["model"], **changes.get("model", {}), "config": architecture, "init": "random", "tokenizer": "bytes"}  # fmt: skip
+    values["model"] = {
+        **values["model"],
+        **changes.get("model", {}),
+        "config": architecture,
+        "init": "random",
+        "tokenizer": "bytes",
+    }
     return configs.Config.model_validate(values)
 
 
@@ -74,10 +82,25 @@ def as_they_did(model, inputs, *_):
 
 # Published: Voigt Godoy, fine-tuning LLMs, 2024: OPT-350M in 16 bits, one sequence of 2,000 tokens,
 # MB of a GPU before the optimizer's first step. (recomputed, LoRA): (eager, SDPA)
-OPT_TABLE = {(False, False): (15071, 2908), (False, True): (15266, 3109), (True, False): (2589, 1667), (True, True): (2059, 1603)}  # fmt: skip
+OPT_TABLE = {
+    (False, False): (15071, 2908),
+    (False, True): (15266, 3109),
+    (True, False): (2589, 1667),
+    (True, True): (2059, 1603),
+}
 
 
-@pytest.mark.parametrize(("recomputed", "lora"), [(False, True), *(pytest.param(*each, marks=pytest.mark.proof) for each in OPT_TABLE if each != (False, True))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recomputed", "lora"),
+    [
+        (False, True),
+        *(
+            pytest.param(*each, marks=pytest.mark.proof)
+            for each in OPT_TABLE
+            if each != (False, True)
+        ),
+    ],
+)
 def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
     """Within 18 %. OPT's own attention of that time kept the masked scores too, 2 bytes for each of
     L n s^2: they are added.
@@ -197,7 +220,12 @@ def test_quantised_weights_are_counted_as_they_are_stored(tmp_path):
             stored = bnb.nn.Int8Params(linear.weight.data, requires_grad=False).to("cpu")
             size = stored.data.nbytes
         else:
-            stored = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=double).to("cpu")  # fmt: skip
+            stored = bnb.nn.Params4bit(
+                linear.weight.data,
+                requires_grad=False,
+                quant_type="nf4",
+                compress_statistics=double,
+            ).to("cpu")
             state = stored.quant_state
             scales = [state.absmax] + ([state.state2.absmax] if double else [])
             size = stored.data.nbytes + sum(tensor.nbytes for tensor in scales)
@@ -211,8 +239,9 @@ def test_quantised_weights_are_counted_as_they_are_stored(tmp_path):
 
 
 MEASURED = {
-    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "vocab_size": 16000, "max_position_embeddings": 1024, "model_type": "llama",
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 16000, "max_position_embeddings": 1024,
+    "model_type": "llama",
 }  # fmt: skip
 
 
@@ -269,8 +298,10 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
         "".join(f"{i:04} " + "abcdefghi " * 89 + "\n" for i in range(40))
     )
     settings = {
-        "model__config": MEASURED, "objective__kind": "clm", "data__train": str(workshop.folder / "rows.txt"), "data__packing": True,
-        "data__max_length": 900, "train__global_batch_size": 4, "train__max_steps": 2, "checkpoint__asynchronous": False, **changes,
+        "model__config": MEASURED, "objective__kind": "clm",
+        "data__train": str(workshop.folder / "rows.txt"), "data__packing": True,
+        "data__max_length": 900, "train__global_batch_size": 4, "train__max_steps": 2,
+        "checkpoint__asynchronous": False, **changes,
     }  # fmt: skip
     path = workshop.write(workshop.config("measured", **settings))
     begun = start(path, topology, processes)
@@ -347,7 +378,11 @@ def test_all_at_once_may_fit_where_parts_do_not():
         "precision": "bf16",
         "gradient_checkpointing": True,
     }
-    chooser = Chooser(config_of(FALCON_7B, train=train, data={"train": "x", "max_length": 512}), precision="bf16", on_gpu=True)  # fmt: skip
+    chooser = Chooser(
+        config_of(FALCON_7B, train=train, data={"train": "x", "max_length": 512}),
+        precision="bf16",
+        on_gpu=True,
+    )
     two = ParallelConfig("fsdp2", 2)
     parts, whole = (chooser.forecast(two, size).peak for size in (1, 4))
     assert whole < parts
@@ -457,7 +492,7 @@ def test_every_part_of_a_forecast_is_what_arithmetic_says():
     chooser = Chooser(config, precision="bf16", on_gpu=True)
     n = chooser.maker().weights.num
     zero = {"reduce_bucket_size": 5e8}
-    #           weights, float32, optimizer, gradients, average, copied by a checkpoint, CUDA with NCCL
+    # weights, float32, optimizer, gradients, average, copied by a checkpoint, CUDA with NCCL
     wanted = [
         (ParallelConfig("single", 1), (4 * n, 0, 8 * n, 4 * n, 4 * n, 16 * n, 0.6e9)),
         (
@@ -566,7 +601,7 @@ def test_planning_takes_no_port(workshop, capsys, monkeypatch):
 
 
 def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
-    """A micro-batch that does not make whole steps on that number of processes is not said to fit."""
+    """Only micro-batches that divide the global batch on that number of processes can fit."""
     path = workshop.write(
         workshop.config("plan", train__global_batch_size=8, train__micro_batch_size=8)
     )
@@ -719,9 +754,14 @@ def test_a_machine_that_has_no_memory_left_is_told_apart(workshop):
     """For real: a process that may take 2.5 GB, and with gradients and optimizer wants more."""
     wide = TINY_LLAMA | {"hidden_size": 256, "intermediate_size": 65536, "num_hidden_layers": 4}
     path = workshop.write(workshop.config(model__config=wide, train__micro_batch_size=8))
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, (2500 * 10**6,) * 2); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, "
+        "(2500 * 10**6,) * 2); sys.argv = sys.argv[1:]; runpy.run_path('train.py', "
+        "run_name='__main__')"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", limited, "train.py", "--config", str(path)], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", limited, "train.py", "--config", str(path)], cwd=ROOT,
+        capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 1

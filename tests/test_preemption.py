@@ -253,7 +253,11 @@ def until(condition, seconds=30):
 
 
 WORDS = pytest.mark.parametrize(
-    "words", [["/opt/bin/accelerate", "launch", "train.py"], ["-m", "accelerate.commands.launch"], ["/opt/bin/torchrun"]],
+    "words",
+    [
+        ["/opt/bin/accelerate", "launch", "train.py"], ["-m", "accelerate.commands.launch"],
+        ["/opt/bin/torchrun"],
+    ],
     ids=" ".join,
 )  # fmt: skip
 

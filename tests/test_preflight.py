@@ -20,22 +20,64 @@ ONE_LENGTH = {"objective__kind": "clm", "data__max_length": 8, "data__truncation
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"train__max_steps": 6}, "train.max_steps: 6 has no effect: train.epochs: 1 ends after 5 steps"),
+        (
+            {"train__max_steps": 6},
+            "train.max_steps: 6 has no effect: train.epochs: 1 ends after 5 steps",
+        ),
         ({"data__max_rows": 40}, "data.max_rows: 40 has no effect: there are 40 rows"),
-        ({**WITH_EVAL, "evaluation__every_steps": 4}, "evaluation.every_steps: 4 of 4 steps: the only evaluation is at the end"),
-        ({**WITH_EVAL, "evaluation__every_steps": 9, "evaluation__export_best": True}, "evaluation.export_best has no effect"),
-        ({**WITH_EVAL, "evaluation__every_steps": 1, "evaluation__patience": 3}, "evaluation.patience: 3 can stop nothing of 4 steps"),
-        ({"evaluation__sample_prompts": ["a"], "evaluation__sample_every_steps": 5}, "evaluation.sample_every_steps: 5 of 5 steps"),
-        ({"checkpoint__every_steps": 5}, "checkpoint.every_steps: 5 of 5 steps: by steps, only the end is saved"),
-        ({"checkpoint__every_steps": 2, "checkpoint__every_minutes": None, "checkpoint__keep_last": 4}, "checkpoint.keep_last: 4 has no effect: there are 3 checkpoints"),
-        ({"tracking__log_every_steps": 6}, "tracking.log_every_steps: 6 of 5 steps: only the last step is logged"),
+        (
+            {**WITH_EVAL, "evaluation__every_steps": 4},
+            "evaluation.every_steps: 4 of 4 steps: the only evaluation is at the end",
+        ),
+        (
+            {**WITH_EVAL, "evaluation__every_steps": 9, "evaluation__export_best": True},
+            "evaluation.export_best has no effect",
+        ),
+        (
+            {**WITH_EVAL, "evaluation__every_steps": 1, "evaluation__patience": 3},
+            "evaluation.patience: 3 can stop nothing of 4 steps",
+        ),
+        (
+            {"evaluation__sample_prompts": ["a"], "evaluation__sample_every_steps": 5},
+            "evaluation.sample_every_steps: 5 of 5 steps",
+        ),
+        (
+            {"checkpoint__every_steps": 5},
+            "checkpoint.every_steps: 5 of 5 steps: by steps, only the end is saved",
+        ),
+        (
+            {
+                "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
+                "checkpoint__keep_last": 4,
+            },
+            "checkpoint.keep_last: 4 has no effect: there are 3 checkpoints",
+        ),
+        (
+            {"tracking__log_every_steps": 6},
+            "tracking.log_every_steps: 6 of 5 steps: only the last step is logged",
+        ),
         ({"data__packing": True, "data__max_length": 90}, "data.packing packs nothing"),
-        ({"data__group_by_length": True}, "data.group_by_length saves nothing: with attention documents nothing is padded"),
-        ({"data__group_by_length": True, "model__attention": "sdpa", **ONE_LENGTH}, "data.group_by_length has no effect"),
+        (
+            {"data__group_by_length": True},
+            "data.group_by_length saves nothing: with attention documents nothing is padded",
+        ),
+        (
+            {"data__group_by_length": True, "model__attention": "sdpa", **ONE_LENGTH},
+            "data.group_by_length has no effect",
+        ),
         ({"data__loss_on": "last_turn"}, "data.loss_on: last_turn is the same as completion here"),
-        ({"schedule__kind": "wsd"}, "schedule.decay_fraction: 0.1 of 5 steps is the last step alone"),
-        ({"model__config": MIXTRAL}, "asks for a router balance loss (router_aux_loss_coef 0.001); it is not yet added"),
-        ({"model__config": {**MIXTRAL, "output_router_logits": True}}, "(output_router_logits, router_aux_loss_coef 0.001)"),
+        (
+            {"schedule__kind": "wsd"},
+            "schedule.decay_fraction: 0.1 of 5 steps is the last step alone",
+        ),
+        (
+            {"model__config": MIXTRAL},
+            "asks for a router balance loss (router_aux_loss_coef 0.001); it is not yet added",
+        ),
+        (
+            {"model__config": {**MIXTRAL, "output_router_logits": True}},
+            "(output_router_logits, router_aux_loss_coef 0.001)",
+        ),
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )  # fmt: skip
@@ -49,9 +91,11 @@ def test_a_setting_without_effect_in_this_run_is_noted(workshop, capsys, changes
 def test_settings_that_do_something_are_not_noted(workshop, capsys):
     """One less, or one more, than in the cases above."""
     workshop.check(
-        train__max_steps=3, train__epochs=2, data__max_rows=39, data__eval_fraction=0.2, evaluation__every_steps=1, evaluation__patience=1,
-        evaluation__export_best=True, evaluation__sample_prompts=["a"], evaluation__sample_every_steps=2, checkpoint__every_steps=2,
-        tracking__log_every_steps=3, data__packing=True, data__max_length=256,
+        train__max_steps=3, train__epochs=2, data__max_rows=39, data__eval_fraction=0.2,
+        evaluation__every_steps=1, evaluation__patience=1, evaluation__export_best=True,
+        evaluation__sample_prompts=["a"], evaluation__sample_every_steps=2,
+        checkpoint__every_steps=2, tracking__log_every_steps=3, data__packing=True,
+        data__max_length=256,
     )  # fmt: skip
     said = capsys.readouterr().out
     assert "steps       3 steps" in said
@@ -113,7 +157,8 @@ def test_rows_that_were_split_are_not_called_cut(workshop, capsys):
     )
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data  ")]
     assert re.match(
-        r"data        40 rows -> \d\d examples -> .* of at most 64 tokens; \d+ split into several examples$",
+        r"data        40 rows -> \d\d examples -> .* of at most 64 tokens; "
+        r"\d+ split into several examples$",
         line,
     )
 

@@ -50,10 +50,8 @@ def test_the_quickstart_runs_from_rows_to_a_comparison(tmp_path):
         ]
         if "train.py" in arguments:
             arguments += ["--run.dir", f"{tmp_path}/runs", "--data.cache_dir", f"{tmp_path}/cache"]
-            arguments += [
-                "--data.train",
-                f"{tmp_path}/data/{'sentences.txt' if 'pretrain' in ' '.join(arguments) else 'train.jsonl'}",
-            ]
+            rows = "sentences.txt" if "pretrain" in " ".join(arguments) else "train.jsonl"
+            arguments += ["--data.train", f"{tmp_path}/data/{rows}"]
             if "pretrain" not in " ".join(arguments):
                 arguments += [
                     "--data.eval",

@@ -695,7 +695,8 @@ def test_a_column_named_twice_is_refused(tmp_path, header):
 
 
 TEXTS = {
-    "rows.jsonl": '{"text": "é€漢"}\n{"text": "b"}\n', "rows.json": '[{"text": "é€漢"},\r\n{"text": "b"}]',
+    "rows.jsonl": '{"text": "é€漢"}\n{"text": "b"}\n',
+    "rows.json": '[{"text": "é€漢"},\r\n{"text": "b"}]',
     "rows.csv": "text\né€漢\nb\n", "rows.tsv": "text\nb\né\n", "rows.txt": "é€漢\r\nb\n",
 }  # fmt: skip
 
@@ -727,11 +728,18 @@ def test_gzip_is_read_with_its_lines(tmp_path, name):
     ("text", "encoding", "says"),
     [
         ("Das heißt «schön», sagt er \u2013 für 5 "
-         "€\n" * 3, "cp1252", "probably cp1252; save the file as UTF-8, for example with iconv -f CP1252 -t UTF-8"),
+         "€\n" * 3, "cp1252", (
+             "probably cp1252; save the file as UTF-8, "
+             "for example with iconv -f CP1252 -t UTF-8"
+         )),
         ("Ça va très bien, merci à tous.\n", "latin-1", "probably cp1252"),
         ("Съешь же ещё этих мягких французских булок, да выпей "
          "чаю.\n" * 9, "cp1251", "probably cp1251"),
-        ("a b c\n" * 9, "utf-16-le", "probably UTF-16 without a byte order mark; save it as UTF-8, for example with iconv -f UTF-16LE"),
+        (
+            "a b c\n" * 9, "utf-16-le",
+            "probably UTF-16 without a byte order mark; save it as UTF-8, "
+            "for example with iconv -f UTF-16LE",
+        ),
         ("a b c\n" * 9, "utf-16-be", "iconv -f UTF-16BE"),
     ],
 )  # fmt: skip
@@ -750,7 +758,10 @@ def test_one_damaged_character_does_not_make_a_file_cp1252(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [(b"PK\x03\x04xl/", "a zip archive or an Excel file"), (b"PAR1\x15", "a Parquet file"), (gzip.compress(b"a", mtime=0), "compressed by gzip"), (b"%PDF-1.7", "a PDF")],
+    [
+        (b"PK\x03\x04xl/", "a zip archive or an Excel file"), (b"PAR1\x15", "a Parquet file"),
+        (gzip.compress(b"a", mtime=0), "compressed by gzip"), (b"%PDF-1.7", "a PDF"),
+    ],
 )  # fmt: skip
 def test_a_file_that_is_not_text_is_named_for_what_it_is(tmp_path, content, what):
     assert f"this file is {what}, not .csv" in unreadable(tmp_path / "rows.csv", content)
@@ -790,8 +801,9 @@ def test_parquet_with_a_column_twice_is_refused(tmp_path):
 def test_a_long_value_is_shown_in_short_wherever_it_stands(tmp_path):
     long = "word " * 100_000
     for name, text in (
-        ("a.jsonl", f'{{"text": "{long}'), ("b.jsonl", f'{{"{long}": 1, "{long}": 2}}'), ("c.jsonl", f'["{long}"]'),
-        ("d.csv", f"{long},{long}\na,b"), ("e.csv", f"a,{long}\nx"), ("f.json", f'[] "{long}"'),
+        ("a.jsonl", f'{{"text": "{long}'), ("b.jsonl", f'{{"{long}": 1, "{long}": 2}}'),
+        ("c.jsonl", f'["{long}"]'), ("d.csv", f"{long},{long}\na,b"), ("e.csv", f"a,{long}\nx"),
+        ("f.json", f'[] "{long}"'),
     ):  # fmt: skip
         assert len(unreadable(tmp_path / name, text)) < 500, name
 

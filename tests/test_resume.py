@@ -22,6 +22,10 @@ from finetune import config as configs
 from finetune.errors import CheckpointError, DirectoryInUse, RunDirectoryError
 
 pytestmark = pytest.mark.slow
+TIED_WITH_DROPOUT = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "attention_dropout": 0.1, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 class Interrupted(BaseException):  # not caught by anything, as the end of a process is not
@@ -62,8 +66,7 @@ def train_until(
     [
         {"data__packing": True},
         {"data__group_by_length": True, "schedule__kind": "cosine", "schedule__warmup_steps": 3},
-        {"model__config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                           "num_attention_heads": 4, "attention_dropout": 0.1, "tie_word_embeddings": True}},
+        {"model__config": TIED_WITH_DROPOUT},
         {"model__dtype": "bfloat16", "train__precision": "bf16", "optimizer__lr": 1e-3},
     ],
     ids=["packed", "grouped, cosine", "tied, dropout", "in 16 bits, rounded by chance"],
@@ -89,8 +92,9 @@ def test_resumed_equals_uninterrupted_to_the_bit(workshop, monkeypatch, changes)
 def test_lora_resumes_to_the_bit(workshop, monkeypatch):
     base = workshop.train("base")
     lora = {
-        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None, "model__tokenizer": None,
-        "adapter__kind": "lora", "adapter__dropout": 0.1, "train__max_steps": 6, "train__epochs": 2, "checkpoint__every_steps": 2,
+        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None,
+        "model__tokenizer": None, "adapter__kind": "lora", "adapter__dropout": 0.1,
+        "train__max_steps": 6, "train__epochs": 2, "checkpoint__every_steps": 2,
     }  # fmt: skip
     whole = workshop.train("whole", **lora)
     train_until(workshop, monkeypatch, 5, "parts", **lora)
@@ -116,9 +120,11 @@ def test_what_a_preempted_run_had_no_time_to_look_at_is_made_up_for(workshop, mo
     from finetune.survival.preemption import StopFlag
 
     settings = {
-        "data__eval_fraction": 0.2, "evaluation__every_steps": 2, "evaluation__patience": 1, "evaluation__export_best": True,
-        "evaluation__sample_prompts": ["a\u2028b"], "evaluation__sample_every_steps": 2, "evaluation__sample_max_new_tokens": 2,
-        "optimizer__lr": 1.0, "schedule__kind": "constant", "train__max_steps": 12, "train__epochs": 9,
+        "data__eval_fraction": 0.2, "evaluation__every_steps": 2, "evaluation__patience": 1,
+        "evaluation__export_best": True, "evaluation__sample_prompts": ["a\u2028b"],
+        "evaluation__sample_every_steps": 2, "evaluation__sample_max_new_tokens": 2,
+        "optimizer__lr": 1.0, "schedule__kind": "constant", "train__max_steps": 12,
+        "train__epochs": 9,
     }  # fmt: skip
     whole = workshop.train("whole", **settings)
     with monkeypatch.context() as patch:
@@ -208,7 +214,8 @@ def test_a_signal_while_rows_are_tokenised_leaves_no_half_of_a_cache(workshop):
 def test_a_lora_run_does_not_go_on_over_another_base(workshop, monkeypatch):
     base = workshop.train("base")
     lora = {
-        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None, "model__tokenizer": None,
+        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None,
+        "model__tokenizer": None,
         "adapter__kind": "lora", "checkpoint__every_steps": 2,
     }  # fmt: skip
     train_until(workshop, monkeypatch, 3, "lora", **lora)
@@ -285,7 +292,11 @@ def test_an_edited_manifest_is_a_damaged_checkpoint(workshop, damage, capsys):
 
 
 @pytest.mark.parametrize("name", ["outcome.json", "metrics.jsonl", "receipt.json"])
-@pytest.mark.parametrize("content", [b"\xff\xfe", pytest.param(b"[]\n", marks=pytest.mark.proof)], ids=["not UTF-8", "a list"])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe", pytest.param(b"[]\n", marks=pytest.mark.proof)],
+    ids=["not UTF-8", "a list"],
+)
 def test_a_damaged_note_of_a_run_does_not_stop_it(workshop, name, content):
     run = workshop.train()
     (run / "outcome.json").unlink()
@@ -332,7 +343,8 @@ def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeyp
     from finetune.engine.checkpoint import folder
 
     settings = {
-        "data__eval_fraction": 0.2, "evaluation__every_steps": 1, "evaluation__export_best": True, "train__max_steps": 8, "train__epochs": 9,
+        "data__eval_fraction": 0.2, "evaluation__every_steps": 1, "evaluation__export_best": True,
+        "train__max_steps": 8, "train__epochs": 9,
         "optimizer__lr": 1.0, "schedule__kind": "constant",
     }  # fmt: skip
     evals = read_jsonl(workshop.train("whole", **settings) / "eval.jsonl")
@@ -389,7 +401,7 @@ def test_processes_with_equal_weights_stage_each_tensor_once():
 def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(
     workshop, monkeypatch, capsys, death, why
 ):
-    """On a GPU the thread once died before anything could note why, and no run ended with a model."""
+    """On a GPU the thread once died before it could record why, and no run exported a model."""
     from finetune.engine.checkpoint.saver import Saver
 
     write, saves = Saver._write, []
@@ -491,8 +503,9 @@ def base(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     tokenizer = bytes_tokenizer()
     config = LlamaConfig(
-        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -503,8 +516,9 @@ def interrupted(workshop, monkeypatch, base: Path, kind: str) -> tuple[Path, dic
     """A copy of the base, and a run that died on it after a checkpoint."""
     shutil.copytree(base, workshop.folder / "base")
     settings = {
-        "model__init": "pretrained", "model__path": str(workshop.folder / "base"), "model__config": None, "model__tokenizer": None,
-        "adapter__kind": kind, "checkpoint__every_steps": 2, "data__template": "question_answer",
+        "model__init": "pretrained", "model__path": str(workshop.folder / "base"),
+        "model__config": None, "model__tokenizer": None, "adapter__kind": kind,
+        "checkpoint__every_steps": 2, "data__template": "question_answer",
     }  # fmt: skip
     train_until(workshop, monkeypatch, 3, "run", **settings)
     return workshop.folder / "base", settings

@@ -22,9 +22,12 @@ from finetune.errors import Outage, Preempted, RunDirectoryError
 pytestmark = pytest.mark.slow
 
 JUNK = {
-    "empty": b"", "torn": b'{"step": 3, "eva', "binary": b"\xff\xfe\x00\x01", "null": b"null\n", "a list": b"[1]\n",
-    "deep": b"[" * 100_000, "other types": b'{"step": "3", "state": 5, "train_data": [], "eval_loss": {}}\n',
-    "no values": b'{"step": 3}\n', "negative": b'{"step": -3, "eval_loss": 1}\n', "no number": b'{"step": 1e999, "eval_loss": "x"}\n',
+    "empty": b"", "torn": b'{"step": 3, "eva', "binary": b"\xff\xfe\x00\x01", "null": b"null\n",
+    "a list": b"[1]\n",
+    "deep": b"[" * 100_000,
+    "other types": b'{"step": "3", "state": 5, "train_data": [], "eval_loss": {}}\n',
+    "no values": b'{"step": 3}\n', "negative": b'{"step": -3, "eval_loss": 1}\n',
+    "no number": b'{"step": 1e999, "eval_loss": "x"}\n',
 }  # fmt: skip
 SOME = ("torn", "binary", "other types")
 SETTINGS = {
@@ -54,7 +57,9 @@ def ended(workshop):
     return run
 
 
-@pytest.mark.parametrize("junk", [pytest.param(name, marks=() if name in SOME else pytest.mark.proof) for name in JUNK])  # fmt: skip
+@pytest.mark.parametrize(
+    "junk", [pytest.param(name, marks=() if name in SOME else pytest.mark.proof) for name in JUNK]
+)
 def test_damaged_notes_do_not_stop_a_run(workshop, junk, monkeypatch):
     template = workshop.folder / "dated.jinja"
     template.write_text(DATED)
@@ -63,7 +68,11 @@ def test_damaged_notes_do_not_stop_a_run(workshop, junk, monkeypatch):
     (ended / "outcome.json").unlink()
     day = json.loads((ended / "receipt.json").read_text())["template_date"]
     monkeypatch.setattr(rundir, "date", LaterDay)
-    logs = {name: (ended / name).read_bytes() for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "saves.jsonl") if (ended / name).exists()}  # fmt: skip
+    logs = {
+        name: (ended / name).read_bytes()
+        for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "saves.jsonl")
+        if (ended / name).exists()
+    }
     for name, content in logs.items():
         (ended / name).write_bytes(JUNK[junk] + b"\n" + content)
     for name in ("receipt.json", "outcome.json"):
@@ -186,8 +195,9 @@ def test_what_a_user_adds_to_an_export_stays(workshop, end):
 
 
 OPENS_OTHERWISE = [
-    "adapter_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-    "adapter_model.bin", "quantize_config.json", "additional_chat_templates/rag.jinja",
+    "adapter_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "adapter_model.bin", "quantize_config.json",
+    "additional_chat_templates/rag.jinja",
 ]  # fmt: skip
 
 
@@ -336,8 +346,9 @@ def test_a_read_only_disk_is_an_outage_that_is_named(workshop, read_only_disk, d
 
 
 BROKEN_CONFIGS = [
-    (b"", "it is not YAML with sections"), (b"run: {a", "it is not YAML"), (b"\xff\xfe", "it is UTF-16"),
-    (b"[1]", "it is not YAML"), (b"run: {name: run}\n", "its section model is missing"), (b"[" * 100_000, "it is not YAML"),
+    (b"", "it is not YAML with sections"), (b"run: {a", "it is not YAML"),
+    (b"\xff\xfe", "it is UTF-16"), (b"[1]", "it is not YAML"),
+    (b"run: {name: run}\n", "its section model is missing"), (b"[" * 100_000, "it is not YAML"),
     (b"run: " + b"9" * 5000, "it is not YAML"),
 ]  # fmt: skip
 
@@ -405,7 +416,8 @@ def test_a_log_that_was_cut_in_half_is_noted_at_the_next_start(workshop, ended, 
     workshop.train(**SETTINGS)
     said = capsys.readouterr().out
     assert re.search(
-        rf"note: {log} lacks [23] of the 4 lines that tracking.log_every_steps: 1 asks for up to step 4: ",
+        f"note: {log} lacks [23] of the 4 lines that tracking.log_every_steps: "
+        "1 asks for up to step 4: ",
         said,
     )
 

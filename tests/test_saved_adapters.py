@@ -1,4 +1,4 @@
-"""Adapters that others wrote, or a disk damaged: named by file and key before anything is loaded."""
+"""Damaged or foreign adapters are refused by file and key before anything loads."""
 
 import json
 import shutil
@@ -31,7 +31,8 @@ def adapter(saved, tmp_path):
 
 def on(model, **changes):
     return {
-        "model__init": "pretrained", "model__path": str(model), "model__config": None, "model__tokenizer": None,
+        "model__init": "pretrained", "model__path": str(model), "model__config": None,
+        "model__tokenizer": None,
         "adapter__kind": "lora", **changes,
     }  # fmt: skip
 
@@ -72,8 +73,14 @@ def test_a_damaged_file_of_an_adapter_is_named(adapter, saved, capsys, name, dam
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path should be the folder or Hub id of the base, got 5"),
-        ({"peft_type": "ZZZ"}, 'peft_type should be LORA, the one kind of adapter that can be opened here, got "ZZZ"'),
+        (
+            {"base_model_name_or_path": 5},
+            "base_model_name_or_path should be the folder or Hub id of the base, got 5",
+        ),
+        (
+            {"peft_type": "ZZZ"},
+            'peft_type should be LORA, the one kind of adapter that can be opened here, got "ZZZ"',
+        ),
         ({"peft_type": ...}, "has no peft_type"),
         ({"r": 3}, "r is 3, but "),
         ({"r": "16"}, "r should be a whole number"),
@@ -121,9 +128,11 @@ def test_an_adapter_that_names_no_base_needs_one(saved, adapter, capsys, known):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dtype": "zzz"}, {"dtype": "nn"}, {"dtype": 5}, {"quantization": "x"}, {"quantization": {}}, {"quantization": ...},
-        {"quantization": {"load_in_4bit": True}}, {"weights": [1]}, {"weights": {}}, {"weights": {"a": 5}}, {"values": 5},
-        {"new_tokens": 5}, {"new_token_ids": ["x"]}, {"new_token_ids": [-3]}, {"new_token_ids": [300]}, {"architecture": 5}, {"loftq": "x"},
+        {"dtype": "zzz"}, {"dtype": "nn"}, {"dtype": 5}, {"quantization": "x"},
+        {"quantization": {}}, {"quantization": ...}, {"quantization": {"load_in_4bit": True}},
+        {"weights": [1]}, {"weights": {}}, {"weights": {"a": 5}}, {"values": 5}, {"new_tokens": 5},
+        {"new_token_ids": ["x"]}, {"new_token_ids": [-3]}, {"new_token_ids": [300]},
+        {"architecture": 5}, {"loftq": "x"},
     ],
     ids=str,
 )  # fmt: skip

@@ -99,9 +99,11 @@ def client(server):
 def s3(server, client, monkeypatch, tmp_path):
     """An empty bucket on that server, and the environment that a user would set."""
     for name, value in {
-        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     client.create_bucket(Bucket=bucket(tmp_path))
@@ -143,8 +145,9 @@ def checkpoint(root: Path, step: int, files: dict[str, bytes] | None = None) -> 
 
 
 FILES = {
-    "shards/.metadata": b"m" * 100, "shards/__0_0.distcp": bytes(range(256)) * 50, "shards/__1_0.distcp": b"y" * 7,
-    "process-0000.json": b"{}", "process-0001.json": b"", "config.json": b"c",
+    "shards/.metadata": b"m" * 100, "shards/__0_0.distcp": bytes(range(256)) * 50,
+    "shards/__1_0.distcp": b"y" * 7, "process-0000.json": b"{}", "process-0001.json": b"",
+    "config.json": b"c",
 }  # fmt: skip
 
 
@@ -451,7 +454,10 @@ def test_the_last_to_start_wins_and_the_other_writes_nothing_more(s3, tmp_path):
     first.require_claim()
     second = claimed(s3_url(tmp_path))
     before = s3.list_objects_v2(Bucket=bucket(tmp_path))["Contents"]
-    who = rf"another machine, {socket.gethostname()} \(process {os.getpid()}\), has taken s3://.*/run over at 20.*stops"
+    who = (
+        rf"another machine, {socket.gethostname()} \(process {os.getpid()}\), "
+        "has taken s3://.*/run over at 20.*stops"
+    )
     for write in (
         first.require_claim, lambda: first.upload_checkpoint(path), lambda: first.upload_notes(run),
         lambda: first.upload_model(run / "model"), lambda: first.prune(1, set()),

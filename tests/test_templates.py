@@ -22,26 +22,32 @@ VOCABULARY = {
 # Chat templates as tokenizers bring them along, each with a habit of its own.
 CHAT = {
     "header": """\
-{%- for message in messages %}{{ '<|start|>' + message.role + '<|sep|>\n' + message.content + '<|eot|>' }}{% endfor %}
+{%- for message in messages %}{{ '<|start|>' + message.role + '<|sep|>\n' }}
+{{- message.content + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant<|sep|>\n' }}{% endif %}""",
     "writes the BOS": """\
-{{- bos_token }}{% for message in messages %}{{ '[' + message.role + '] ' + message.content + '<|eot|>' }}{% endfor %}
+{{- bos_token }}{% for message in messages %}
+{{- '[' + message.role + '] ' + message.content + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}""",
     "trims": """\
-{%- for message in messages %}{{ message.role + ': ' + message.content | trim + '<|eot|>\n' }}{% endfor %}
+{%- for message in messages %}
+{{- message.role + ': ' + message.content | trim + '<|eot|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
     "a space before the end of the turn": """\
 {%- for message in messages %}{{ message.role + ': ' + message.content + ' <|eot|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
     "text after the last turn": """\
 {%- for message in messages %}{{ message.role + ': ' + message.content + '<|eot|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ 'The end.' + eos_token }}{% endif %}""",
+{%- if add_generation_prompt %}{{ 'assistant: ' }}
+{%- else %}{{ 'The end.' + eos_token }}{% endif %}""",
     "marks the content": """\
-{%- for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}
+{%- for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}
+{%- generation %}{{ message.content }}{% endgeneration %}
 {%- else %}{{ message.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
     "marks the turn": """\
-{%- for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|eot|>' }}{% endgeneration %}
+{%- for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}
+{%- generation %}{{ message.content + '<|eot|>' }}{% endgeneration %}
 {%- else %}{{ message.content + '<|eot|>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
 }
@@ -197,9 +203,17 @@ def test_only_the_last_answer_is_learned_where_that_is_asked(each_template):
     ("name", "expected"),
     [
         ("plain", "HiHello<|eos|>And?Fine<|eos|>"),
-        ("question_answer", "### Question:\nHi\n\n### Answer:\nHello<|eos|>\n\n### Question:\nAnd?\n\n### Answer:\nFine<|eos|>"),
+        (
+            "question_answer",
+            "### Question:\nHi\n\n### Answer:\nHello<|eos|>\n\n### Question:\nAnd?\n\n### "
+            "Answer:\nFine<|eos|>",
+        ),
         ("llama2", "[INST] Hi [/INST] Hello <|eos|>[INST] And? [/INST] Fine <|eos|>"),
-        ("chatml", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nFine<|im_end|>\n"),
+        (
+            "chatml",
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+            "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nFine<|im_end|>\n",
+        ),
     ],
 )  # fmt: skip
 def test_the_built_in_templates_are_as_their_models_know_them(name, expected):
@@ -211,9 +225,17 @@ def test_the_built_in_templates_are_as_their_models_know_them(name, expected):
     [
         ("plain", "Be brief.Hi"),
         ("question_answer", "Be brief.\n\n### Question:\nHi\n\n### Answer:\n"),
-        ("alpaca", "Be brief.\n\nBelow is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nHi\n\n### Response:\n"),
+        (
+            "alpaca",
+            "Be brief.\n\nBelow is an instruction that describes a task. Write a response that "
+            "appropriately completes the request.\n\n### Instruction:\nHi\n\n### Response:\n",
+        ),
         ("llama2", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"),
-        ("chatml", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            "chatml",
+            "<|im_start|>system\nBe "
+            "brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        ),
     ],
 )  # fmt: skip
 def test_a_system_prompt_stands_once_and_first(name, expected):
@@ -287,9 +309,18 @@ def test_the_token_that_ends_an_answer_is_known(name, token):
 
 
 ENDS_IN_TEXT = {
-    "a line": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-    "a word": "{% for m in messages %}{{ m.role }}: {{ m.content }}[END]{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-    "a header": "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}",
+    "a line": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    ),
+    "a word": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}[END]{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    ),
+    "a header": (
+        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n"
+        "{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    ),
 }
 
 
@@ -306,7 +337,10 @@ def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
     assert (asked.text, learned.text) == (own.prompt(whole.messages[:3]), "Fine")
     with pytest.raises(
         DataError,
-        match=r"^rows\.jsonl:3: data\.template 'chat' .* set data\.loss_on: last_turn, or use a template",
+        match=(
+            r"^rows\.jsonl:3: data\.template 'chat' .* set data\.loss_on: last_turn, "
+            "or use a template"
+        ),
     ):
         own.segments(whole)
 
@@ -354,7 +388,10 @@ def test_marks_that_are_not_one_around_each_answer_are_refused(source, marked):
 
 
 def test_marks_may_trim_on_both_sides():
-    source = "{% for m in messages %}{%- if m.role == 'assistant' -%}{%- generation -%}{{ m.content }}{%- endgeneration -%}{% else %}{{ m.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}"
+    source = (
+        "{% for m in messages %}{%- if m.role == 'assistant' -%}{%- generation -%}{{ m.content }}"
+        "{%- endgeneration -%}{% else %}{{ m.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}"
+    )
     assert supervised(chat(source), conversation("Hi", "Hello")) == ["Hello<|eot|>"]
 
 
@@ -362,15 +399,24 @@ def test_marks_may_trim_on_both_sides():
 
 
 DROPS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-DROPS_EARLIER = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content + '<|eot|>' }}{% endif %}{% endfor %}"
+DROPS_EARLIER = (
+    "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content + '<|eot|>' }}"
+    "{% endif %}{% endfor %}"
+)
 SHOUTS = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
 HIDES_THOUGHTS = """\
-{%- for m in messages %}{% if m.role == 'assistant' and not loop.last %}{{ 'assistant: ' + m.content.split('</think>')[-1] }}
-{%- else %}{{ m.role + ': ' + m.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+{%- for m in messages %}{% if m.role == 'assistant' and not loop.last %}
+{{- 'assistant: ' + m.content.split('</think>')[-1] }}
+{%- else %}{{ m.role + ': ' + m.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}
+{%- if add_generation_prompt %}assistant: {% endif %}"""
 POINTS_AT_THE_LAST = """\
-{%- for m in messages %}{{ ('(now) ' if loop.last else '') + m.role + ': ' + m.content + '<|eot|>' }}{% endfor %}
+{%- for m in messages %}{{ '(now) ' if loop.last else '' }}
+{{- m.role + ': ' + m.content + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
-WRITES_TWICE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}<|eot|>{% endfor %}"
+WRITES_TWICE = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}"
+    "{% endif %}<|eot|>{% endfor %}"
+)
 MARKS_THE_SECOND = WRITES_TWICE.replace(
     "%}{{ m.content }}{% endif", "%}{% generation %}{{ m.content }}{% endgeneration %}{% endif"
 )
@@ -380,21 +426,37 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
 @pytest.mark.parametrize(
     ("source", "said", "says"),
     [
-        (DROPS, ("Hi", "Hello"), "drops the answer in message 2 ('Hello'); use another data.template"),
+        (
+            DROPS, ("Hi", "Hello"),
+            "drops the answer in message 2 ('Hello'); use another data.template",
+        ),
         (DROPS_EARLIER, ("Hi", "Hello", "And?", "Fine"), "drops the answer in message 2 ('Hello')"),
         (SHOUTS, ("Hi", "Hello"), "drops or rewrites the answer 'Hello'"),
         (SHOUTS, ("Hi", "HELLO"), "drops or changes the user message 1 ('Hi')"),
         (WRITES_TWICE, ("Hi", "Hello"), "writes the answer in message 2 more than once ('Hello')"),
-        (MARKS_THE_SECOND, ("Hi", "Hello"), "writes the answer in message 2 more than once ('Hello')"),
-        (HIDES_THOUGHTS, ("Hi", "<think>hm</think>Hello", "And?", "Fine"), "renders the answer in message 2 differently once later turns are there"),
-        (POINTS_AT_THE_LAST, ("Hi", "Hello"), "renders the prompt of message 2 differently once the answer is there"),
+        (
+            MARKS_THE_SECOND, ("Hi", "Hello"),
+            "writes the answer in message 2 more than once ('Hello')",
+        ),
+        (
+            HIDES_THOUGHTS, ("Hi", "<think>hm</think>Hello", "And?", "Fine"),
+            "renders the answer in message 2 differently once later turns are there",
+        ),
+        (
+            POINTS_AT_THE_LAST, ("Hi", "Hello"),
+            "renders the prompt of message 2 differently once the answer is there",
+        ),
         (RAISES, ("Hi", "Hello"), "fails: TemplateError: one message only"),
         ("{{ messages[7].content }}", ("Hi", "Hello"), "fails: "),
         ("{% for m in messages %}", ("Hi", "Hello"), "fails: "),
         ("{{ messages | no_such_filter }}", ("Hi", "Hello"), "fails: "),
         ("{{ 1 + messages }}", ("Hi", "Hello"), "fails: "),
     ],
-    ids=["drops", "drops an earlier answer", "rewrites", "rewrites the question", "twice", "twice with marks", "hides thoughts", "prompt changes", "raises", "undefined", "syntax", "filter", "type"],
+    ids=[
+        "drops", "drops an earlier answer", "rewrites", "rewrites the question", "twice",
+        "twice with marks", "hides thoughts", "prompt changes", "raises", "undefined", "syntax",
+        "filter", "type",
+    ],
 )  # fmt: skip
 def test_a_template_that_would_train_something_else_is_refused(source, said, says):
     with pytest.raises(UserError) as caught:
@@ -403,8 +465,14 @@ def test_a_template_that_would_train_something_else_is_refused(source, said, say
     assert says in str(caught.value)
 
 
-WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-CUTS_QUESTIONS = "{% for m in messages %}{{ m.content[:2] if m.role == 'user' else m.content }}<|eot|>{% endfor %}"
+WITHOUT_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+CUTS_QUESTIONS = (
+    "{% for m in messages %}{{ m.content[:2] if m.role == 'user' else m.content }}<|eot|>"
+    "{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "last_turn", "all"])
@@ -437,7 +505,10 @@ def test_an_earlier_answer_that_goes_is_missed_where_only_the_last_is_learned():
 
 
 def test_a_lost_input_of_an_instruction_is_missed():
-    source = "{% for m in messages %}{{ m.content }}{% if m.context == '1' %}{{ m.context }}{% endif %}<|eot|>{% endfor %}"
+    source = (
+        "{% for m in messages %}{{ m.content }}{% if m.context == '1' %}{{ m.context }}"
+        "{% endif %}<|eot|>{% endfor %}"
+    )
     own = chat(
         source.replace("m.context", "message.context")
         .replace("for m ", "for message ")
@@ -669,8 +740,10 @@ def test_generation_marks_do_not_hide_a_prompt_that_is_not_trained():
 
 TURN = "<|im_start|>{{ m.role }}\n"
 ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-THINKS_LAST = (  # as Qwen3: empty thoughts before the last answer, unless it has thoughts of its own
-    "{% for m in messages %}" + TURN + "{% if m.role == 'assistant' and loop.last and '<think>' not in m.content %}"
+# As Qwen3: empty thoughts before the last answer, unless it has thoughts of its own.
+THINKS_LAST = (
+    "{% for m in messages %}" + TURN + "{% if m.role == 'assistant' and loop.last"
+    " and '<think>' not in m.content %}"
     "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + ASKS
 )  # fmt: skip
 THINKS_EACH = THINKS_LAST.replace("loop.last", "true")
@@ -742,7 +815,10 @@ def test_an_earlier_answer_without_what_the_last_has_before_it_is_refused(source
 
 
 def test_an_end_of_turn_that_only_the_last_answer_has_is_refused():
-    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|eot|>' if loop.last or m.role == 'user' else ';' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    source = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|eot|>' if loop.last or m.role "
+        "== 'user' else ';' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(DataError, match="message 2 differently once later turns are there"):
         chat(source).segments(conversation("Hi", "Hello", "And?", "Fine"))
 
@@ -799,7 +875,8 @@ def test_a_template_refuses_only_the_rows_that_do_not_fit_it(source, fits):
     with pytest.raises(
         DataError,
         match=r"^rows\.jsonl:3: data\.template 'chat' fails: TemplateError: "
-        r"(system .*; it needs a system message: set data\.system_prompt, |no system .*; it takes no system message: take it out)",
+        r"(system .*; it needs a system message: set data\.system_prompt, |no system .*; "
+        "it takes no system message: take it out)",
     ):
         own.segments(conversation("Hi", "Hello", system=other))
 

@@ -122,7 +122,7 @@ def test_on_a_terminal_lines_stand_beside_a_bar_that_is_gone_at_the_end(
 
 
 def test_a_bar_is_not_written_into_a_pipe(terminal, tmp_path, monkeypatch):
-    """As in `train.py | tee log`, where the bar would be on the terminal and the lines in the pipe."""
+    """With `train.py | tee log` the bar would reach the terminal and the lines the pipe."""
     import io
 
     terminal("stderr")

@@ -52,7 +52,7 @@ def adds_bos(tokenizer: Any) -> Any:
 
 
 def byte_pairs(*merges: tuple[str, str]) -> Any:
-    """Bytes, and these merges; like GPT-2 it has one token for BOS and EOS, here for padding too."""
+    """Return a byte tokenizer with these merges and, like GPT-2, one token for BOS and EOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {
         symbol: number for number, symbol in enumerate([*alphabet, *(a + b for a, b in merges)])
@@ -121,8 +121,11 @@ def like_llama(swallows_lines: bool = False) -> Any:
     )
     return adds_bos(
         PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>",
-            extra_special_tokens=[AddedToken(t, normalized=False, rstrip=swallows_lines) for t in CHATML],
+            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>",
+            unk_token="<unk>",
+            extra_special_tokens=[
+                AddedToken(t, normalized=False, rstrip=swallows_lines) for t in CHATML
+            ],
             clean_up_tokenization_spaces=False,
         )
     )  # fmt: skip
@@ -238,8 +241,14 @@ def test_plain_text_gets_one_bos_and_one_eos(desk):
     assert supervised == [False, True, True, True]
 
 
-WRITES_BOS = "{{ bos_token }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-WRITES_BOS_EACH_TIME = "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+WRITES_BOS = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+WRITES_BOS_EACH_TIME = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST]' + m.content + "
+    "'[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
@@ -290,14 +299,16 @@ def test_where_one_token_is_bos_and_eos_both_are_there(desk, name):
         {"question": "a <|bos|>", "answer": "b"},
         {"question": "a", "answer": "<|bos|>b"},
         {"instruction": "a", "input": "b<|bos|>", "output": "c"},
-        {"messages": [{"role": "system", "content": "<|bos|>"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [
+            {"role": "system", "content": "<|bos|>"}, {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]},
     ],
 )  # fmt: skip
 def test_a_bos_written_in_a_row_is_refused(desk, row):
     says = desk.refused([row], adds_bos(bytes_tokenizer()))
-    assert (
-        says
-        == "the text contains '<|bos|>', a BOS that the tokenizer adds itself; remove it from the row"
+    assert says == (
+        "the text contains '<|bos|>', a BOS that the tokenizer adds itself; remove it from the row"
     )
 
 
@@ -342,7 +353,10 @@ def test_stopping_is_learned_where_padding_is_the_eos(desk):
 
 @pytest.mark.parametrize(
     ("loss_on", "expected"),
-    [("completion", ["Hello<|eos|>", "Fine<|eos|>"]), ("last_turn", ["Fine<|eos|>"]), ("all", ["HiHello<|eos|>And?Fine<|eos|>"])],
+    [
+        ("completion", ["Hello<|eos|>", "Fine<|eos|>"]), ("last_turn", ["Fine<|eos|>"]),
+        ("all", ["HiHello<|eos|>And?Fine<|eos|>"]),
+    ],
 )  # fmt: skip
 def test_of_several_turns_those_that_are_asked_for_are_learned(desk, loss_on, expected):
     said = ["Hi", "Hello", "And?", "Fine"]
@@ -356,7 +370,10 @@ def test_of_several_turns_those_that_are_asked_for_are_learned(desk, loss_on, ex
 
 def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(desk):
     tokenizer = bytes_tokenizer()
-    source = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    source = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n"
+        "' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     ids, supervised = of(
         desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source))
     )
@@ -366,7 +383,10 @@ def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(desk):
 
 def test_whether_an_eos_is_missing_is_seen_row_by_row(desk):
     tokenizer = bytes_tokenizer()
-    source = "{% for m in messages %}{{ m.content }}{% if m.content != 'a' %}<|im_end|>{% else %}!{% endif %}{% endfor %}"
+    source = (
+        "{% for m in messages %}{{ m.content }}{% if m.content != 'a' %}<|im_end|>{% else %}!"
+        "{% endif %}{% endfor %}"
+    )
     rows = [{"question": "q", "answer": answer} for answer in ("b", "a")]
     examples = desk.prepare(rows, tokenizer, chat_for(tokenizer, source))
     assert [learned(tokenizer, *of(examples, n)) for n in (0, 1)] == [["b<|im_end|>"], ["a<|eos|>"]]
@@ -396,7 +416,14 @@ def test_a_tokenizer_that_cannot_stop_is_refused(desk):
 # Where prompt and answer meet
 
 
-MEETINGS = [("What", "ever"), ("What: ", "ever"), ("What:\n\n", "ever"), ("What\n", "\never"), ("Wh\u00e9", "\u00e9t"), ("What?", " ever")]  # fmt: skip
+MEETINGS = [
+    ("What", "ever"),
+    ("What: ", "ever"),
+    ("What:\n\n", "ever"),
+    ("What\n", "\never"),
+    ("Wh\u00e9", "\u00e9t"),
+    ("What?", " ever"),
+]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -567,11 +594,13 @@ from finetune.errors import DataError
 from finetune.models.load import bytes_tokenizer
 folder, before = Path(sys.argv[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tokenizer = bytes_tokenizer()
-template = templates.load("plain", "question_answer", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+special, added = tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+template = templates.load("plain", "question_answer", None, special, added)
 options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
 for name in sys.argv[2:]:
     try:
-        stored.prepare(readers.sources(str(folder / name), None)[0], template, tokenizer, options, str(folder / "cache"))
+        sources = readers.sources(str(folder / name), None)[0]
+        stored.prepare(sources, template, tokenizer, options, str(folder / "cache"))
     except DataError as exc:
         print(str(exc)[:400])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -606,7 +635,11 @@ def test_a_row_of_50_megabytes_is_named_and_costs_little_memory(tmp_path):
 
 
 def test_a_row_over_max_length_is_refused_by_default(desk):
-    says = desk.refused([{"question": "q", "answer": "a"}, {"question": "q", "answer": "a" * 30}], bytes_tokenizer(), max_length=20)  # fmt: skip
+    says = desk.refused(
+        [{"question": "q", "answer": "a"}, {"question": "q", "answer": "a" * 30}],
+        bytes_tokenizer(),
+        max_length=20,
+    )
     assert says.startswith(
         "32 tokens, over data.max_length 20; set data.max_length: 64, or data.truncation to "
     )
@@ -616,14 +649,30 @@ def test_a_row_over_max_length_is_refused_by_default(desk):
     ("limit", "positions", "advice"),
     [
         (20, 32, "set data.max_length: 32, or data.truncation to right"),
-        (20, 20, "data.max_length can be at most 20, as the model has no more positions: set data.truncation to right"),
-        (20, 24, "data.max_length can be at most 24, as the model has no more positions: set data.max_length: 24 and data.truncation to"),
-        (28, 24, "data.max_length can be at most 24, as the model has no more positions: set data.max_length: 24 and data.truncation to"),
+        (
+            20, 20,
+            "data.max_length can be at most 20, as the model has no more positions: "
+            "set data.truncation to right",
+        ),
+        (
+            20, 24,
+            "data.max_length can be at most 24, as the model has no more positions: "
+            "set data.max_length: 24 and data.truncation to",
+        ),
+        (
+            28, 24,
+            "data.max_length can be at most 24, as the model has no more positions: "
+            "set data.max_length: 24 and data.truncation to",
+        ),
     ],
 )  # fmt: skip
 def test_no_length_is_advised_that_the_model_cannot_have(desk, limit, positions, advice):
     values = [{"question": "q", "answer": "a" * 30}]
-    assert desk.refused(values, bytes_tokenizer(), max_length=limit, positions=positions).partition("; ")[2].startswith(advice)  # fmt: skip
+    assert (
+        desk.refused(values, bytes_tokenizer(), max_length=limit, positions=positions)
+        .partition("; ")[2]
+        .startswith(advice)
+    )
     says = desk.refused_all(values * 20, bytes_tokenizer(), max_length=limit, positions=positions)[
         1
     ]
@@ -641,12 +690,14 @@ def test_no_length_is_advised_that_the_model_cannot_have(desk, limit, positions,
     )
 
 
-def test_a_row_that_a_cut_leaves_nothing_to_learn_of_is_not_to_be_given_positions_that_the_model_lacks(
-    desk,
-):
+def test_no_length_beyond_the_models_positions_is_advised_for_a_cut_row(desk):
     values = [{"question": "q" * 40, "answer": "a"}]
-    assert "; set data.truncation to drop" in desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right", positions=20)  # fmt: skip
-    assert "; raise data.max_length, or set" in desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right", positions=30)  # fmt: skip
+    assert "; set data.truncation to drop" in desk.refused(
+        values, bytes_tokenizer(), max_length=20, truncation="right", positions=20
+    )
+    assert "; raise data.max_length, or set" in desk.refused(
+        values, bytes_tokenizer(), max_length=20, truncation="right", positions=30
+    )
 
 
 def test_a_row_of_exactly_max_length_is_kept_whole(desk):
@@ -801,7 +852,8 @@ def test_the_counts_are_those_of_the_tokens(desk):
         [{"question": "ab", "answer": "cd"}, {"question": "e", "answer": "f"}], bytes_tokenizer()
     )
     assert examples.receipt() | {"sources": 0, "fingerprint": 0} == {
-        "sources": 0, "fingerprint": 0, "rows": 2, "examples": 2, "truncated": 0, "dropped": 0, "tokens": 8,
+        "sources": 0, "fingerprint": 0, "rows": 2, "examples": 2, "truncated": 0, "dropped": 0,
+        "tokens": 8,
     }  # fmt: skip
     assert examples.num_supervised_tokens == 5
 
@@ -893,7 +945,10 @@ def test_many_bad_rows_are_counted_by_kind(desk):
     )
     assert says[0] == "40 of 60 rows are wrong:"
     assert len(says) == 3
-    assert "rows.jsonl:1: column 'answer' is empty; fill it or remove the row (19 more like it: 4, 7, 10, 13, 16, 19, 22, 25, 28, ...)" in says[1]  # fmt: skip
+    assert (
+        "rows.jsonl:1: column 'answer' is empty; fill it or remove the row (19 more like it: 4, 7, "
+        "10, 13, 16, 19, 22, 25, 28, ...)" in says[1]
+    )
     assert "rows.jsonl:2: the text contains '<|eos|>'" in says[2]
 
 
@@ -1301,7 +1356,10 @@ def test_a_cache_that_cannot_be_written_is_named(desk, tmp_path):
     desk.cache = tmp_path / "file" / "cache"
     with pytest.raises(
         DataError,
-        match=r"data\.cache_dir: .*file/cache: cannot be written: .*; choose another data\.cache_dir$",
+        match=(
+            r"data\.cache_dir: .*file/cache: cannot be written: .*; "
+            r"choose another data\.cache_dir$"
+        ),
     ):
         desk.prepare(BASE, bytes_tokenizer())
 
@@ -1314,12 +1372,14 @@ from finetune.data import readers, rows, templates, tokens
 from finetune.models.load import bytes_tokenizer
 folder, number = Path(sys.argv[1]), sys.argv[2]
 tokenizer = bytes_tokenizer()
-template = templates.load("plain", "question_answer", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+special, added = tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+template = templates.load("plain", "question_answer", None, special, added)
 options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
 (folder / f"ready-{number}").touch()
 while not (folder / "go").exists():
     time.sleep(0.002)
-examples = stored.prepare(readers.sources(str(folder / "rows.jsonl"), None)[0], template, tokenizer, options, str(folder / "cache"))
+sources = readers.sources(str(folder / "rows.jsonl"), None)[0]
+examples = stored.prepare(sources, template, tokenizer, options, str(folder / "cache"))
 made = folder / "cache" / "tokens" / examples.fingerprint / "input_ids.npy"
 content = hashlib.sha256(examples.input_ids.tobytes() + examples.supervised.tobytes()).hexdigest()
 print(examples.fingerprint, len(examples), content, made.stat().st_ino)
@@ -1330,7 +1390,10 @@ print(examples.fingerprint, len(examples), content, made.stat().st_ino)
 def test_of_processes_that_start_together_one_makes_the_tokens_of_all(desk, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", pairs(2000))
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(n)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path), str(n)], stdout=subprocess.PIPE,
+            text=True, cwd=ROOT,
+        )
         for n in range(2)
     ]  # fmt: skip
     deadline = time.monotonic() + 60
@@ -1357,7 +1420,8 @@ def real_tokenizer(request, real_data):
 @pytest.mark.parametrize("name", ["plain", "question_answer", "alpaca", "llama2", "auto"])
 def test_a_real_tokenizer_learns_every_answer_and_to_stop(real_data, real_tokenizer, desk, name):
     own = templates.load(
-        name, "question_answer", real_tokenizer.chat_template, real_tokenizer.special_tokens_map, real_tokenizer.get_added_vocab()
+        name, "question_answer", real_tokenizer.chat_template, real_tokenizer.special_tokens_map,
+        real_tokenizer.get_added_vocab()
     )  # fmt: skip
     values = [
         json.loads(line)

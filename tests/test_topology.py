@@ -85,15 +85,39 @@ def test_wishes_that_would_be_dropped_are_errors(environment, message):
         ({}, "stage is 0"),
         ({"zero_optimization": None}, "stage is None"),
         ({"zero_optimization": {"stage": True}}, "stage is True"),
-        ({"zero_optimization": {"stage": 3, "offload_param": True}}, "offload_param.device is True"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": True}},
+            "offload_param.device is True",
+        ),
         ({"zero_optimization": {"stage": 2}, "data_types": {}}, "data_types is untested"),
-        ({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}, "gradient_clipping is decided by train.max_grad_norm"),
-        ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}, "decided by train.global_batch_size and"),
-        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, "optimizer is decided by optimizer.kind"),
-        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "bf16 is decided by train.precision"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is nvme"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "with stage 2 is untested"),
-        ({"zero_optimization": {"stage": 2}, "prescale_gradients": True}, "prescale_gradients is untested"),
+        (
+            {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0},
+            "gradient_clipping is decided by train.max_grad_norm",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4},
+            "decided by train.global_batch_size and",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}},
+            "optimizer is decided by optimizer.kind",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+            "bf16 is decided by train.precision",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param.device is nvme",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "with stage 2 is untested",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "prescale_gradients": True},
+            "prescale_gradients is untested",
+        ),
     ],
 )  # fmt: skip
 def test_a_deepspeed_file_may_not_decide_what_the_run_config_does(tmp_path, values, message):
@@ -284,9 +308,12 @@ def test_fsdp2_keeps_the_bits_of_weights_in_4_bits_under_a_float_dtype():
         assert torch.equal(layer.weight.detach().reshape(-1).view(torch.uint8), packed)
 
 
-@pytest.mark.parametrize(("kind", "processes", "together"), [("ddp", 2, False), ("fsdp2", 2, True), ("zero3", 2, True), ("fsdp2", 1, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "processes", "together"),
+    [("ddp", 2, False), ("fsdp2", 2, True), ("zero3", 2, True), ("fsdp2", 1, False)],
+)
 def test_processes_that_share_a_model_end_their_answers_together(kind, processes, together):
-    """Else one leaves `generate` earlier than the others, which wait for its part of the weights."""
+    """Otherwise one leaves `generate` early and the others wait for its part of the weights."""
     assert launch.ParallelConfig(kind, processes).generates_together is together
 
 
@@ -305,7 +332,7 @@ def test_each_process_takes_its_own_gpu_before_it_asks_what_that_can_do(monkeypa
 
 
 def test_gradients_of_ddp_stay_in_its_buckets_from_step_to_step(group_of_one):
-    """Forgotten and made anew, they would lie next to the buckets until the last pass of each step."""
+    """New gradients would sit next to the buckets until the last backward pass of each step."""
     import torch
     from accelerate import Accelerator
 

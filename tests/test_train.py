@@ -33,12 +33,14 @@ from finetune.generation import generate
 def test_a_run_leaves_everything_its_contract_names(workshop):
     run = workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "receipt.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "outcome.json", "model", ".lock", "saves.jsonl",
+        "config.yaml", "receipt.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "outcome.json",
+        "model", ".lock", "saves.jsonl",
     }  # fmt: skip
     lines = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4], "32 of 40 rows in steps of 8"
     assert lines[0].keys() == {
-        "step", "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second", "seconds", "memory_gb",
+        "step", "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens",
+        "tokens_per_second", "seconds", "memory_gb",
     }  # fmt: skip
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert [line["step"] for line in read_jsonl(run / "eval.jsonl")] == [2, 4]
@@ -55,7 +57,9 @@ def test_a_run_leaves_everything_its_contract_names(workshop):
     newest = max((run / "checkpoints").iterdir())
     manifest = json.loads((newest / "manifest.json").read_text())
     assert {name: file["bytes"] for name, file in manifest["files"].items()} == {
-        str(p.relative_to(newest)): p.stat().st_size for p in newest.rglob("*") if p.is_file() and p.name != "manifest.json"
+        str(
+            p.relative_to(newest),
+        ): p.stat().st_size for p in newest.rglob("*") if p.is_file() and p.name != "manifest.json"
     }  # fmt: skip
 
 
@@ -358,8 +362,10 @@ REFUSED = {  # everything else trains
 def test_a_real_template_trains_or_is_refused_with_its_reason(real_data, workshop, name, kind):
     said = [{"role": role, "content": f"{role} says {n}"} for n, role in enumerate(KINDS[kind])]
     given = {
-        "data__template": str(real_data / "chat_templates" / f"{name}.jinja"), "data__max_length": 4096,
-        "data__train": str(write_jsonl(workshop.folder / "said.jsonl", [{"messages": said}] * 8)), "train__max_steps": 1,
+        "data__template": str(real_data / "chat_templates" / f"{name}.jinja"),
+        "data__max_length": 4096,
+        "data__train": str(write_jsonl(workshop.folder / "said.jsonl", [{"messages": said}] * 8)),
+        "train__max_steps": 1,
         "model__config": TINY_LLAMA | {"max_position_embeddings": 4096},
         "model__new_tokens": ["<start_of_turn>", "<end_of_turn>"],
     }  # fmt: skip
@@ -381,8 +387,9 @@ def test_a_real_tokenizer_and_its_template_train(real_data, workshop, name):
     "wrong",
     [
         "{% for m in messages %}{{ m.content "
-        "}}", "{{ messages | nofilter }}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}",
-        "{{ nothing.at_all }}", "{{ messages[9].content }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ datetime.now() }}",
+        "}}", "{{ messages | nofilter }}", "{{ raise_exception('no') }}",
+        "{{ ''.__class__.__mro__ }}", "{{ nothing.at_all }}", "{{ messages[9].content }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}", "{{ datetime.now() }}",
     ],
 )  # fmt: skip
 def test_a_template_that_fails_is_told_with_a_row(workshop, wrong):
@@ -470,7 +477,11 @@ def test_wrong_config_is_exit_2_with_every_problem(workshop):
     )
     assert result.returncode == 2
     assert "3 problems" in result.stderr
-    for part in ("--optimizer.learning_rate: unknown option; did you mean optimizer.lr?", "train.epochs", "model.pth: unknown key; did you mean model.path?"):  # fmt: skip
+    for part in (
+        "--optimizer.learning_rate: unknown option; did you mean optimizer.lr?",
+        "train.epochs",
+        "model.pth: unknown key; did you mean model.path?",
+    ):
         assert part in result.stderr
 
 
@@ -502,7 +513,10 @@ def test_divergence_stops_before_the_weights_move_and_names_step_rate_and_rows(w
     }
     with pytest.raises(
         TrainingDiverged,
-        match=r"step 1: loss .*gradient norm (inf|nan).*learning rate 0.01; .* its rows: .*rows.jsonl:\d+",
+        match=(
+            "step 1: loss .*gradient norm (inf|nan).*learning rate 0.01; .* its rows: "
+            r".*rows.jsonl:\d+"
+        ),
     ):
         workshop.train("diverged", **pretrained)
     run = workshop.run_dir("diverged")
@@ -677,7 +691,14 @@ def test_stopping_is_learned_when_pad_is_eos(workshop, bytes_tokenizer):
         workshop.rows,
         [{"question": q, "answer": "ok"} for q in ("a", "bb", "c c c", "dd dd dd dd")],
     )
-    run = workshop.train(model__tokenizer=str(folder), model__attention="sdpa", train__global_batch_size=4, train__micro_batch_size=4, train__epochs=60, train__max_steps=60)  # fmt: skip
+    run = workshop.train(
+        model__tokenizer=str(folder),
+        model__attention="sdpa",
+        train__global_batch_size=4,
+        train__micro_batch_size=4,
+        train__epochs=60,
+        train__max_steps=60,
+    )
     model, tokenizer = (
         c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer)
     )
@@ -720,7 +741,10 @@ def test_files_of_different_formats_are_an_error(workshop):
 def test_rows_longer_than_the_model_are_an_error(workshop):
     with pytest.raises(
         UserError,
-        match=r"rows.jsonl:\d+ has \d+ tokens, but the model only 32 positions .* set data.max_length: 32 and data.truncation to",
+        match=(
+            r"rows.jsonl:\d+ has \d+ tokens, but the model only 32 positions .* set "
+            "data.max_length: 32 and data.truncation to"
+        ),
     ):
         workshop.train(model__config={**TINY_LLAMA, "max_position_embeddings": 32})
 
@@ -774,8 +798,10 @@ def test_chunked_attention_is_not_taken_for_full(workshop):
     """Llama 4's chunks are a mask, which the fast path does not have: padded batches with its own
     attention instead.
     """
-    config = {**TINY_LLAMA, "model_type": "llama4_text", "attention_chunk_size": 16, "head_dim": 8, "num_local_experts": 2,
-              "intermediate_size_mlp": 64}  # fmt: skip
+    config = {
+        **TINY_LLAMA, "model_type": "llama4_text", "attention_chunk_size": 16, "head_dim": 8,
+        "num_local_experts": 2, "intermediate_size_mlp": 64,
+    }  # fmt: skip
     run = workshop.train(model__config=config)
     assert json.loads((run / "receipt.json").read_text())["attention"] in ("sdpa", "eager")
 
@@ -870,7 +896,13 @@ def test_a_best_evaluation_that_was_not_kept_is_reported_and_the_best_of_the_oth
 
 
 def test_a_run_stops_when_its_patience_is_out(workshop):
-    run = workshop.train(**OVERFITS, evaluation__patience=2, evaluation__sample_prompts=["hi"], evaluation__sample_every_steps=1, evaluation__sample_max_new_tokens=2)  # fmt: skip
+    run = workshop.train(
+        **OVERFITS,
+        evaluation__patience=2,
+        evaluation__sample_prompts=["hi"],
+        evaluation__sample_every_steps=1,
+        evaluation__sample_max_new_tokens=2,
+    )
     outcome = json.loads((run / "outcome.json").read_text())
     assert "stopped early, of 12 steps" in outcome["reason"]
     assert outcome["exported_step"] == outcome["step"] == len(eval_losses(run))
@@ -885,14 +917,26 @@ def test_a_run_stops_when_its_patience_is_out(workshop):
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_samples_change_nothing_but_their_file(workshop, adapter):
-    settings = {"train__max_steps": 4, "data__packing": True, "train__global_batch_size": 2, "train__micro_batch_size": 2, "train__epochs": 9}  # fmt: skip
+    settings = {
+        "train__max_steps": 4,
+        "data__packing": True,
+        "train__global_batch_size": 2,
+        "train__micro_batch_size": 2,
+        "train__epochs": 9,
+    }
     if adapter:
         settings |= from_folder(workshop.train("base") / "model") | {
             "adapter__kind": "lora",
             "adapter__dropout": 0.1,
         }
     plain = workshop.train("plain", **settings)
-    sampled = workshop.train("sampled", **settings, evaluation__sample_prompts=["what is 2 times three", "hi"], evaluation__sample_every_steps=2, evaluation__sample_max_new_tokens=5)  # fmt: skip
+    sampled = workshop.train(
+        "sampled",
+        **settings,
+        evaluation__sample_prompts=["what is 2 times three", "hi"],
+        evaluation__sample_every_steps=2,
+        evaluation__sample_max_new_tokens=5,
+    )
     assert losses(sampled) == losses(plain)
     lines = read_jsonl(sampled / "samples.jsonl")
     assert [(line["step"], line["prompt"]) for line in lines] == [

@@ -117,7 +117,15 @@ def test_files_of_torch_are_read_as_every_python_writes_them(tmp_path, monkeypat
         torch.load(path, weights_only=False)
 
 
-@pytest.mark.parametrize("path", [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro"), ("text", "join")])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        (Metadata, "__init__"),
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        ("text", "join"),
+    ],
+)
 def test_getattr_gives_members_of_enums_only(tmp_path, path):
     with pytest.raises(DamagedCheckpoint, match="nothing was executed"):
         metadata(tmp_path, Attribute(*path)).read_metadata()
@@ -175,7 +183,8 @@ def test_code_in_weights_that_are_a_pickle_is_refused_and_not_executed(workshop,
     """Older repositories have pytorch_model.bin and adapter_model.bin."""
     base, marker = workshop.train("base") / "model", workshop.folder / "executed"
     settings = {
-        "model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None, "adapter__kind": "lora",
+        "model__init": "pretrained", "model__path": str(base), "model__config": None,
+        "model__tokenizer": None, "adapter__kind": "lora",
     }  # fmt: skip
     if what == "base":
         (base / "model.safetensors").unlink()

@@ -1,7 +1,8 @@
 """Several runs one after the other in the processes of one launch, each through train.py's own
 `run`.
 
-    accelerate launch tests/distributed/several.py A.yaml B.yaml forget:runs/b:3 B.yaml break:one_shard C.yaml
+    accelerate launch tests/distributed/several.py A.yaml B.yaml forget:runs/b:3 B.yaml \\
+        break:one_shard C.yaml
 
 Most of a small run is the start of its processes. `forget:DIR:STEP` takes a run back to the
 checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the next run on

@@ -17,7 +17,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # File -> processes on each of two nodes, and what its numbers are for so few.
 FILES = {
     "ddp_multinode": (1, []), "fsdp2_multinode": (1, []), "zero3_multinode": (1, []),
-    "fsdp2_hybrid_multinode": (2, ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"]),
+    "fsdp2_hybrid_multinode": (
+        2,
+        ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"],
+    ),
 }  # fmt: skip
 
 

@@ -22,7 +22,10 @@ from manifests import Work, environment, expanded, fate, render, work
 # A network and names of its own, as the port is the manifest's.
 NETWORK = ["unshare", "--net", "--mount", "--propagation", "private"]
 # SIOCSIFFLAGS: UP, LOOPBACK, RUNNING
-LO_UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 0x49))"
+LO_UP = (
+    "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', "
+    "b'lo', 0x49))"
+)
 
 
 def can_try() -> bool:
@@ -51,7 +54,10 @@ class Cluster:
         self.pods: dict[int, subprocess.Popen[bytes]] = {}
         hosts = folder / "hosts"
         hosts.write_text(f"127.0.0.1 localhost {found.first_node}\n")
-        script = f'mount --bind {hosts} /etc/hosts && {sys.executable} -c "{LO_UP}" && echo ready && exec sleep infinity'
+        script = (
+            f'mount --bind {hosts} /etc/hosts && {sys.executable} -c "{LO_UP}" && echo ready && '
+            "exec sleep infinity"
+        )
         self.network = subprocess.Popen([*NETWORK, "bash", "-c", script], stdout=subprocess.PIPE)
         assert self.network.stdout
         assert self.network.stdout.readline() == b"ready\n"
@@ -66,8 +72,9 @@ class Cluster:
             here = {"/config/run.yaml": str(self.config), "16": "2"}
             words = [here.get(word, expanded(word, given)) for word in self.found.args]
             command = [
-                "nsenter", f"--target={self.network.pid}", "--net", "--mount", f"--wd={ROOT}", "unshare", "--pid", "--fork", "--kill-child=KILL",
-                sys.executable, "-m", "finetune", *words,
+                "nsenter", f"--target={self.network.pid}", "--net", "--mount", f"--wd={ROOT}",
+                "unshare", "--pid", "--fork", "--kill-child=KILL", sys.executable, "-m", "finetune",
+                *words,
             ]  # fmt: skip
             with (self.folder / f"pod{rank}.log").open("ab") as said:
                 self.pods[rank] = subprocess.Popen(
@@ -105,10 +112,18 @@ def cluster(overlay: str, folder: Path, config: Path) -> Iterator[Cluster]:
         started.close()
 
 
-@pytest.mark.parametrize("overlay", ["jobset", pytest.param("multi-node", marks=pytest.mark.fault), pytest.param("trainjob", marks=pytest.mark.fault)])  # fmt: skip
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        "jobset",
+        pytest.param("multi-node", marks=pytest.mark.fault),
+        pytest.param("trainjob", marks=pytest.mark.fault),
+    ],
+)
 def test_two_pods_train_as_one_process_and_lose_one_on_the_way(workshop, tmp_path, overlay):
     settings = {
-        "train__micro_batch_size": 2, "train__epochs": 12, "train__max_steps": 60, "checkpoint__every_steps": 10, "train__hang_minutes": 1,
+        "train__micro_batch_size": 2, "train__epochs": 12, "train__max_steps": 60,
+        "checkpoint__every_steps": 10, "train__hang_minutes": 1,
     }  # fmt: skip
     config = workshop.write(workshop.config("two", **settings))
     with cluster(overlay, tmp_path, config) as both:

@@ -12,7 +12,8 @@ from faults.nursery import start, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 SETTINGS = {
-    "train__max_steps": 6, "train__epochs": 9, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None, "train__hang_minutes": 1.0,
+    "train__max_steps": 6, "train__epochs": 9, "checkpoint__every_steps": 2,
+    "checkpoint__every_minutes": None, "train__hang_minutes": 1.0,
 }  # fmt: skip
 
 

@@ -157,10 +157,11 @@ class Launch:
 
 
 def start(
-    config: Path, topology: str = "single", processes: int = 1, *arguments: str, script: str = "train", death: Death | None = None,
+    config: Path, topology: str = "single", processes: int = 1, *arguments: str,
+    script: str = "train", death: Death | None = None,
     dies: int = 0, **environment: str,
 ) -> Launch:  # fmt: skip
-    """One launch of train.py, or of a script that runs it. `dies`: the process that `death` is for."""
+    """Start train.py, or a script that runs it; `death` is for the process of rank `dies`."""
     told = {"FINETUNE_JOIN_MINUTES": "0.3", **environment}
     said = [config.with_suffix(f".{rank}.log") for rank in range(processes)]
     return fork(
@@ -169,8 +170,9 @@ def start(
 
 
 def fork(
-    script: str, arguments: list[str], topology: str, said: list[Path], environment: dict[str, str], extra: Sequence[str] = (),
-    nodes: int = 1, death: Death | None = None, dies: int = 0, each: Sequence[list[str]] = (),
+    script: str, arguments: list[str], topology: str, said: list[Path], environment: dict[str, str],
+    extra: Sequence[str] = (), nodes: int = 1, death: Death | None = None, dies: int = 0,
+    each: Sequence[list[str]] = (),
 ) -> Launch:  # fmt: skip
     """Every process of a script under a topology file, with the environment that the launcher gives
     it; each has a file to say in.

@@ -14,7 +14,8 @@ from faults.nursery import Launch, in_the_long_form, same_end, start, to_the_end
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = {
-    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
+    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2,
+    "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
 }  # fmt: skip
 
 
@@ -105,7 +106,9 @@ def test_a_disk_that_was_full_for_a_while_costs_nothing_but_a_checkpoint(worksho
 
 
 DAMAGES = {
-    "one bit flipped": lambda content: content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :],
+    "one bit flipped": lambda content: content[: len(content) // 2] + bytes(
+        [content[len(content) // 2] ^ 1],
+    ) + content[len(content) // 2 + 1 :],
     "cut short": lambda content: content[:-1],
     "empty": lambda content: b"",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Another number of processes, another way to share the model: the run goes on, and ends the same."""
+"""A run continues on another number of processes or topology, and ends with the same weights."""
 
 import shutil
 from pathlib import Path
@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SETTINGS = {
-    "train__max_steps": 8, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9,
-    "model__config": {**TINY_LLAMA, "tie_word_embeddings": True}, "data__eval_fraction": 0.2, "optimizer__weight_decay": 0.1,
+    "train__max_steps": 8, "train__epochs": 9, "train__micro_batch_size": 2,
+    "checkpoint__every_steps": 4, "checkpoint__keep_last": 9,
+    "model__config": {**TINY_LLAMA, "tie_word_embeddings": True}, "data__eval_fraction": 0.2,
+    "optimizer__weight_decay": 0.1,
 }  # fmt: skip
 METHODS = {
     "full": {},
@@ -32,13 +34,15 @@ def around(*places: tuple[str, int]) -> list:
 
 
 SHORT = [
-    ((("single", 1), ("fsdp2", 2)), "full"), ((("fsdp2", 2), ("ddp", 2)), "lora"), ((("zero2", 2), ("zero1", 1)), "full"),
+    ((("single", 1), ("fsdp2", 2)), "full"), ((("fsdp2", 2), ("ddp", 2)), "lora"),
+    ((("zero2", 2), ("zero1", 1)), "full"),
 ]  # fmt: skip
 LONG = [
     ((("ddp", 2), ("fsdp2", 2)), "averaged"), ((("zero3", 1), ("zero3", 2)), "full"),
     *((move, "full") for move in around(("ddp", 2), ("fsdp2", 4), ("single", 1))),
     *((move, "full") for move in around(("zero1", 1), ("zero2", 2), ("zero2", 4))),
-    *((move, "full") for move in around(("zero3", 2), ("zero3", 4), ("zero3", 1))), ((("fsdp2", 2), ("single", 1)), "averaged"),
+    *((move, "full") for move in around(("zero3", 2), ("zero3", 4), ("zero3", 1))),
+    ((("fsdp2", 2), ("single", 1)), "averaged"),
     *((move, "lora") for move in [(("zero2", 2), ("zero2", 1)), (("zero3", 2), ("zero3", 1))]),
 ]  # fmt: skip
 MOVES = [*SHORT, *(pytest.param(*each, marks=in_the_long_form) for each in LONG)]
@@ -66,7 +70,11 @@ def copy_of(run: Path, folder: Path, step: int) -> Path:
     return folder / run.name
 
 
-@pytest.mark.parametrize(("move", "method"), MOVES, ids=lambda v: v if isinstance(v, str) else "-".join(f"{t}{n}" for t, n in v))  # fmt: skip
+@pytest.mark.parametrize(
+    ("move", "method"),
+    MOVES,
+    ids=lambda v: v if isinstance(v, str) else "-".join(f"{t}{n}" for t, n in v),
+)
 def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
     before, after = move
     settings = SETTINGS | METHODS[method]
@@ -96,8 +104,12 @@ def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
 
 @pytest.mark.parametrize(
     ("before", "after", "method", "says"),
-    [("zero2", "ddp", "full", "was saved by zero2, and this is ddp"), pytest.param("fsdp2", "zero3", "full", "was saved by fsdp2, and this is zero3", marks=in_the_long_form),
-     pytest.param("zero3", "zero2", "full", "was saved by zero3, and this is zero2", marks=in_the_long_form), ("zero2", "zero1", "lion", "state of adamw only, not of lion")],
+    [("zero2", "ddp", "full", "was saved by zero2, and this is ddp"), pytest.param(
+        "fsdp2", "zero3", "full", "was saved by fsdp2, and this is zero3", marks=in_the_long_form,
+    ),
+     pytest.param(
+         "zero3", "zero2", "full", "was saved by zero3, and this is zero2", marks=in_the_long_form,
+     ), ("zero2", "zero1", "lion", "state of adamw only, not of lion")],
 )  # fmt: skip
 def test_what_a_topology_cannot_read_is_refused_and_stays(
     shop, tmp_path, before, after, method, says

@@ -11,7 +11,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BOUND = 3.0
 LONG = {
-    "train__max_steps": 100_000, "train__epochs": 99_999, "train__micro_batch_size": 2, "checkpoint__every_minutes": None,
+    "train__max_steps": 100_000, "train__epochs": 99_999, "train__micro_batch_size": 2,
+    "checkpoint__every_minutes": None,
     "train__hang_minutes": BOUND / 60,
 }  # fmt: skip
 
@@ -24,7 +25,9 @@ def begun(workshop, *arguments, **environment):
 
 @pytest.mark.parametrize(
     ("topology", "rank"),
-    [("ddp", 1)] + [pytest.param(*each, marks=in_the_long_form) for each in (("ddp", 0), ("fsdp2", 0), ("fsdp2", 1), ("zero2", 0), ("zero2", 1))],
+    [("ddp", 1)] + [pytest.param(*each, marks=in_the_long_form) for each in (
+        ("ddp", 0), ("fsdp2", 0), ("fsdp2", 1), ("zero2", 0), ("zero2", 1),
+    )],
 )  # fmt: skip
 def test_a_process_that_dies_ends_the_other_and_is_named(workshop, topology, rank):
     launch = begun(workshop, topology, 2)

@@ -12,8 +12,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SEED = int(os.environ.get("FINETUNE_SEED", "0"))
 SETTINGS = {
-    "train__max_steps": 9, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
-    "checkpoint__keep_last": 3, "data__eval_fraction": 0.2, "evaluation__every_steps": 4, "train__hang_minutes": 0.3,
+    "train__max_steps": 9, "train__epochs": 9, "train__micro_batch_size": 2,
+    "checkpoint__every_steps": 2, "checkpoint__every_minutes": None, "checkpoint__keep_last": 3,
+    "data__eval_fraction": 0.2, "evaluation__every_steps": 4, "train__hang_minutes": 0.3,
 }  # fmt: skip
 SCENES = [("single", 1), ("fsdp2", 2), pytest.param(("zero2", 2), marks=in_the_long_form)]
 
@@ -47,7 +48,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
 
 @in_the_long_form
 def test_death_before_any_line_of_the_protocol_is_survived(scene):
-    """Once before every line that a save or a resumption executes, the first time or a later one."""
+    """Die once before every line that a save or a resumption executes, at a random repetition."""
     if scene.topology != "single":
         pytest.skip("lines are the same under every topology")
     dice = random.Random(SEED)
@@ -60,6 +61,10 @@ def test_death_before_any_line_of_the_protocol_is_survived(scene):
     only = scene.lines_of_a_resumption[0].keys() - scene.lines[0].keys()
     for line in sorted(only):
         at_a_save = next(each for each in scene.lines[0] if each.startswith("saver.py"))
-        first = lambda config, line=at_a_save: scene.at_a_line(config, dice, scene.lines, line)  # noqa: E731
-        second = lambda config, line=line: scene.at_a_line(config, dice, [{line: 1}], line)  # noqa: E731
-        scene.survives(line.replace(":", "-"), [first, second])
+        scene.survives(
+            line.replace(":", "-"),
+            [
+                lambda config, line=at_a_save: scene.at_a_line(config, dice, scene.lines, line),
+                lambda config, line=line: scene.at_a_line(config, dice, [{line: 1}], line),
+            ],
+        )

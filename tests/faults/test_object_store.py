@@ -12,7 +12,8 @@ from moto.server import ThreadedMotoServer
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = {
-    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 3, "checkpoint__every_minutes": None,
+    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2,
+    "checkpoint__every_steps": 3, "checkpoint__every_minutes": None,
     "data__eval_fraction": 0.2, "evaluation__every_steps": 4,
 }  # fmt: skip
 

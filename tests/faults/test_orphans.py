@@ -25,7 +25,8 @@ def test_death_of_accelerate_launch_leaves_no_script(workshop, trial):
     }
     config = workshop.write(workshop.config(**settings))
     process = subprocess.Popen(
-        [*launcher("single", 1), "train.py", "--config", str(config)], cwd=ROOT, env=dict(os.environ), start_new_session=True
+        [*launcher("single", 1), "train.py", "--config", str(config)], cwd=ROOT,
+        env=dict(os.environ), start_new_session=True
     )  # fmt: skip
     try:
         wait_for(lambda: len(session(process.pid)) > 1)

@@ -15,7 +15,8 @@ from finetune.survival.notices import CLOUDS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LONG = {
-    "train__max_steps": 90, "train__epochs": 99, "train__micro_batch_size": 2, "checkpoint__every_minutes": None, "train__global_batch_size": 4,
+    "train__max_steps": 90, "train__epochs": 99, "train__micro_batch_size": 2,
+    "checkpoint__every_minutes": None, "train__global_batch_size": 4,
     "schedule__kind": "constant",
 }  # fmt: skip
 
@@ -29,7 +30,17 @@ def undisturbed(tmp_path_factory) -> Workshop:
     return workshop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(number, marks=in_the_long_form) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1))], ids=lambda n: n.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(
+            pytest.param(number, marks=in_the_long_form)
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+        ),
+    ],
+    ids=lambda n: n.name,
+)
 def test_a_signal_saves_the_step_and_asks_to_be_run_again(workshop, undisturbed, number):
     config = workshop.write(workshop.config(**LONG))
     launch = start(config)

@@ -13,7 +13,7 @@ from finetune.objectives import Objective, Term
 
 
 class Dft(Objective):
-    """Dynamic fine-tuning (Wu et al., 2025): a cross-entropy whose weights come from the same pass."""
+    """Dynamic fine-tuning (Wu et al., 2025): cross-entropy weighted by its own probabilities."""
 
     def loss(self, policy, batch, settings, prepared):
         logprobs = policy(batch, {"logprobs"}).logprobs
@@ -60,7 +60,8 @@ def paired(examples: Examples) -> Examples:
     """Two rows an example, as rows of preferences will be."""
     count = len(examples) // 2
     return replace(
-        examples.subset(np.arange(2 * count)), source=examples.source[:count], line=examples.line[:count], row=examples.row[:count],
+        examples.subset(np.arange(2 * count)), source=examples.source[:count],
+        line=examples.line[:count], row=examples.row[:count],
         example_ends=2 * np.arange(1, count + 1),
     )  # fmt: skip
 

@@ -54,7 +54,7 @@ def test_accumulation_1x8_equals_8x1(workshop, tied):
 
 
 def test_accumulation_by_a_mean_of_means_would_be_caught(workshop, monkeypatch):
-    """The test above must be able to fail: rows here differ enough for the wrong average to show."""
+    """The test above can fail: the rows differ enough for a wrong average to show."""
     right = workshop.train("right", train__micro_batch_size=1)
     whole = loop.train_step
 
@@ -112,9 +112,15 @@ def token_losses(model, batch):
     "architecture",
     [
         {},
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+        {
+            "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16,
+            "max_window_layers": 0,
+        },
         {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
-        {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
+        {
+            "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 16,
+            "query_pre_attn_scalar": 8,
+        },
     ],
     ids=lambda a: a.get("model_type", "llama"),
 )  # fmt: skip
@@ -182,8 +188,8 @@ def test_merged_equals_adapter(workshop):
 
     base = workshop.train("base")
     run = workshop.train(
-        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
-        adapter__kind="lora", adapter__r=4, adapter__alpha=10.0,
+        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None,
+        model__tokenizer=None, adapter__kind="lora", adapter__r=4, adapter__alpha=10.0,
     )  # fmt: skip
     difference = merge([run / "model"], workshop.folder / "merged", "auto")
     adapter, merged = (
@@ -205,7 +211,8 @@ def test_only_adapters_train_and_the_base_stays(workshop):
     base = workshop.train("base")
     before = (base / "model/model.safetensors").read_bytes()
     run = workshop.train(
-        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
+        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None,
+        model__tokenizer=None,
         adapter__kind="lora",
     )  # fmt: skip
     assert (base / "model/model.safetensors").read_bytes() == before

@@ -7,7 +7,8 @@ from invariants import objectives
 from safetensors.torch import load_file
 
 SIX = {
-    "train__max_steps": 6, "train__epochs": 9, "train__global_batch_size": 4, "optimizer__lr": 1e-3, "data__max_length": 256,
+    "train__max_steps": 6, "train__epochs": 9, "train__global_batch_size": 4, "optimizer__lr": 1e-3,
+    "data__max_length": 256,
     "data__eval_fraction": 0.2,
 }  # fmt: skip
 WAYS = {

@@ -61,19 +61,26 @@ ALL, PLAIN = [case for case in CASES if case not in NOT_ZERO], ["untied", "tied"
 SHORT = {
     "two": (2, {
         "ddp": ["untied", "compiled"],
-        "fsdp2": [case for case in CASES if case not in ("tied", "qlora", "compiled", "bf16")], "fsdp2_offload": ["tied"],
+        "fsdp2": [case for case in CASES if case not in ("tied", "qlora", "compiled", "bf16")],
+        "fsdp2_offload": ["tied"],
         "zero1": ["untied"], "zero2": ["bf16"], "zero3": ["clipped", "padded", "packed_recomputed"],
     }),
     "hybrid": (4, {"fsdp2_hybrid": ["untied"]}),
     "context": (4, {"fsdp2_context": ["packed_recomputed"]}),
 }  # fmt: skip
 LONG = {
-    "single": (1, {"single": PLAIN}), "cpu_debug": (2, {"cpu_debug": PLAIN}), "ddp": (2, {"ddp": list(CASES)}),
+    "single": (1, {"single": PLAIN}), "cpu_debug": (2, {"cpu_debug": PLAIN}),
+    "ddp": (2, {"ddp": list(CASES)}),
     "fsdp2": (2, {"fsdp2": list(CASES)}), "fsdp2 of one": (1, {"fsdp2": PLAIN}),
-    "fsdp2_offload": (2, {"fsdp2_offload": [*PLAIN, "lora"]}), "hybrid in full": (4, {"fsdp2_hybrid": PLAIN}),
-    "context in full": (4, {"fsdp2_context": ["untied", "packed_recomputed"]}), "zero1": (2, {"zero1": [*PLAIN, "lora"]}), "zero1 of one": (1, {"zero1": PLAIN}), "zero2": (2, {"zero2": ALL}),
-    "zero2 of one": (1, {"zero2": PLAIN}), "zero3": (2, {"zero3": [case for case in ALL if case != "compiled"]}),
-    "zero3 of one": (1, {"zero3": PLAIN}), "zero3_offload": (2, {"zero3_offload": [*PLAIN, "lora"]}),
+    "fsdp2_offload": (2, {"fsdp2_offload": [*PLAIN, "lora"]}),
+    "hybrid in full": (4, {"fsdp2_hybrid": PLAIN}),
+    "context in full": (4, {"fsdp2_context": ["untied", "packed_recomputed"]}),
+    "zero1": (2, {"zero1": [*PLAIN, "lora"]}), "zero1 of one": (1, {"zero1": PLAIN}),
+    "zero2": (2, {"zero2": ALL}),
+    "zero2 of one": (1, {"zero2": PLAIN}),
+    "zero3": (2, {"zero3": [case for case in ALL if case != "compiled"]}),
+    "zero3 of one": (1, {"zero3": PLAIN}),
+    "zero3_offload": (2, {"zero3_offload": [*PLAIN, "lora"]}),
 }  # fmt: skip
 LAUNCHES = SHORT | LONG
 RESUMED = {"ddp", "fsdp2", "zero2", "zero3"}
@@ -177,7 +184,12 @@ def files_of(
         files.append(workshop.write(config).rename(workshop.folder / f"{topology}-{case}.yaml"))
     if is_resumed:
         method = settings(alone, "lora") if topology == "fsdp2" else SIX
-        resumed = {"train__micro_batch_size": 2, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9, "run__dir": str(workshop.folder / topology)}  # fmt: skip
+        resumed = {
+            "train__micro_batch_size": 2,
+            "checkpoint__every_steps": 4,
+            "checkpoint__keep_last": 9,
+            "run__dir": str(workshop.folder / topology),
+        }
         whole, parts = (
             workshop.write(workshop.config(name, **method | resumed)).rename(
                 workshop.folder / f"{topology}-{name}.yaml"
@@ -188,7 +200,10 @@ def files_of(
     return files
 
 
-@pytest.mark.parametrize("launched", [pytest.param(name, marks=pytest.mark.proof if name in LONG else ()) for name in LAUNCHES])  # fmt: skip
+@pytest.mark.parametrize(
+    "launched",
+    [pytest.param(name, marks=pytest.mark.proof if name in LONG else ()) for name in LAUNCHES],
+)
 def test_every_topology_is_one_process(alone, workshop, launched):
     processes, topologies = LAUNCHES[launched]
     resumed = {"fsdp2", "zero2", "zero3"} if launched == "two" else {launched} & RESUMED

@@ -63,9 +63,14 @@ CASES: dict[str, dict[str, Any]] = {
     "ema": {"train__ema_decay": 0.9},
     "recomputed": {"train__gradient_checkpointing": True},
     "bf16": {"train__precision": "bf16"},
-    "clipped": {"train__max_grad_norm": 0.1, "schedule__kind": "cosine", "schedule__warmup_steps": 3},
+    "clipped": {
+        "train__max_grad_norm": 0.1, "schedule__kind": "cosine", "schedule__warmup_steps": 3,
+    },
     "lora": LORA,
-    "lora_norms_and_tokens": {**LORA, "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"], "model__new_tokens": ["<|a|>"]},
+    "lora_norms_and_tokens": {
+        **LORA, "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"],
+        "model__new_tokens": ["<|a|>"],
+    },
     "qlora": {"adapter__kind": "qlora", "adapter__r": 4},
     **{name: {"optimizer__kind": name} for name in OPTIMIZERS},
 }  # fmt: skip
@@ -147,8 +152,10 @@ def machine() -> dict[str, str]:
 
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
-        "cpu": model[1] if model else "unknown", "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__, "bitsandbytes": bitsandbytes.__version__,
+        "cpu": model[1] if model else "unknown",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
     }  # fmt: skip
 
 
