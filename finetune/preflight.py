@@ -28,7 +28,15 @@ from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.export.publish import rehearse
 from finetune.export.save import Base
-from finetune.models import adapters, attention, base_identity, head, load, parameters, recompute
+from finetune.models import (
+    adapters,
+    attention_choice,
+    base_identity,
+    head,
+    load,
+    parameters,
+    recompute,
+)
 from finetune.objectives import Own, chosen
 
 SHOWN_CHARACTERS = 600
@@ -98,7 +106,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
     plan, eval_plan = _planned(
-        config, topology, train, evals, attention.is_padded(kernel), tokenizer.pad_token_id or 0
+        config, topology, train, evals, attention_choice.is_padded(kernel), tokenizer.pad_token_id or 0
     )
     num_steps = min(
         plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize
@@ -157,11 +165,11 @@ def _attention(config: Config, model_config: Any, topology: Topology) -> str:
     # Of a base on the Hub; a folder's own settings were checked with the config.
     for problem in base.settled(config, model_config.to_dict())[1]:
         raise ModelError(problem)
-    kernel = attention.choose(
+    kernel = attention_choice.choose(
         config.model.attention, load.model_class(model_config), model_config, topology.device, topology.precision,
         topology.parallel.num_context,
     )  # fmt: skip
-    if config.data.packing and attention.is_padded(kernel):
+    if config.data.packing and attention_choice.is_padded(kernel):
         raise ConfigError(
             f"data.packing: {model_config.model_type} can only train padded batches ({kernel}); "
             "set it to false"
@@ -254,7 +262,7 @@ def summary(config: Config, topology: Topology, data: Data) -> str:
     Raises ModelError if the architecture, its vocabulary or its adapters cannot be.
     """
     skeleton = load.skeleton(
-        config.model, data.model_config, data.tokenizer, data.attention if attention.is_padded(data.attention) else attention.NAME
+        config.model, data.model_config, data.tokenizer, data.attention if attention_choice.is_padded(data.attention) else attention_choice.DOCUMENTS
     )  # fmt: skip
     load.check_shapes(skeleton)
     load.check_weights(skeleton, config.model)

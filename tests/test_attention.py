@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.models import attention, attention_probe, varlen_cpu
+from finetune.models import attention, attention_choice, attention_probe, varlen_cpu
 
 PACKS = {
     "one document": [40],
@@ -201,7 +201,7 @@ def test_transformers_builds_no_mask_and_does_not_look_for_packs(monkeypatch):
     )
     values = TINY_LLAMA | {"vocab_size": 300}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_choice.DOCUMENTS)
     model(**attention_probe.inputs_of(torch.ones(1, 8, dtype=torch.long), [3, 5], model))
     assert not looked
 
@@ -243,13 +243,13 @@ def test_a_mixture_of_experts_that_looks_one_token_ahead_is_refused(sees):
     }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**sizes), attn_implementation=attention.NAME
+        AutoConfig.for_model(**sizes), attn_implementation=attention_choice.DOCUMENTS
     )
     model.lm_head.register_forward_hook(lambda module, inputs, out: out + out.roll(-sees, dims=1))
     with (
         pytest.raises(ModelError, match="see those after it") if sees else contextlib.nullcontext()
     ):
-        attention_probe.check(model, model, attention.NAME, torch.device("cpu"), "fp32")
+        attention_probe.check(model, model, attention_choice.DOCUMENTS, torch.device("cpu"), "fp32")
 
 
 def test_the_slow_way_is_not_compiled_anew_for_each_number_of_documents():

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.models import attention, cross_entropy, head
+from finetune.models import attention_choice, cross_entropy, head
 
 VOCAB = 1009
 SIZES = {
@@ -126,7 +126,7 @@ def test_logits_are_followed_under_every_attention_and_without_weights(name, ker
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     if (
         kernel == "documents"
-        and attention.choose("auto", kind, config, torch.device("cpu"), "fp32") != kernel
+        and attention_choice.choose("auto", kind, config, torch.device("cpu"), "fp32") != kernel
     ):
         kernel = "eager"
     with torch.device("meta"):

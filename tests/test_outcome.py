@@ -10,7 +10,7 @@ import yaml
 from conftest import Workshop
 
 from finetune import config as configs
-from finetune import export, files, loop
+from finetune import files, loop
 from finetune.engine import rundir
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import (
@@ -22,6 +22,7 @@ from finetune.errors import (
     Preempted,
     RunDirectoryError,
 )
+from finetune.export import publish
 from finetune.models import attention_probe, build, head, load, parameters
 
 
@@ -255,7 +256,7 @@ def test_an_outcome_that_is_overwritten_is_json_at_every_moment(tmp_path, monkey
 @pytest.mark.parametrize("name", ["save", "verify"])
 def test_an_export_that_fills_the_disk_is_named_and_gives_the_space_back(workshop, name):
     error = fails(
-        workshop, Outage, export, name, SafetensorError("No space left on device (os error 28)")
+        workshop, Outage, publish, name, SafetensorError("No space left on device (os error 28)")
     )
     assert str(error).startswith(
         f"{workshop.run_dir() / 'model'} cannot be written now: the disk is full; free space"

@@ -432,7 +432,7 @@ def test_what_one_process_cannot_do_before_a_save_is_a_failed_save(workshop, mon
     monkeypatch.setattr(Saver, "_use_own_gpu", broken)
     with pytest.raises(CheckpointError, match="could not be saved: Expected a torch.device"):
         workshop.train("run", checkpoint__every_steps=2)
-    assert "Expected a torch.device with a specified index" in capsys.readouterr().err
+    assert "Expected a torch.device with a specified index" in capsys.readouterr().out
 
 
 def test_what_was_set_aside_is_no_reason_to_start_afresh(workshop, monkeypatch):

@@ -66,7 +66,7 @@ def test_an_unknown_or_missing_tracker_is_an_error(workshop, monkeypatch):
         workshop.check(**OFFLINE, tracking__project="mine/yours")
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(
-        ConfigError, match="trackio needs the package trackio; pip install 'finetune\[tracking\]'"
+        ConfigError, match=r"trackio needs the package trackio; pip install 'finetune\[tracking\]'"
     ):
         workshop.check(tracking__trackers=["trackio"])
 

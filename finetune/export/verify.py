@@ -14,7 +14,7 @@ from finetune.data.tokens import encode_prompt, tokenizer_fingerprint
 from finetune.errors import ExportError, ModelError, OutOfMemory
 from finetune.export.load import load, load_tokenizer
 from finetune.export.save import embedding_dtype, generation, with_template
-from finetune.models import adapters, attention, attention_probe
+from finetune.models import adapters, attention_choice, attention_probe
 
 PROBE_TOKENS = 16
 # Largest difference of logits between the trained and the reloaded model, as a part of the largest
@@ -226,7 +226,7 @@ def probe_logits(model: Any, device: torch.device | None = None) -> torch.Tensor
     ids = probe_ids(model.config.get_text_config().vocab_size).to(device)
     model.eval()
     try:
-        with torch.no_grad(), attention.own_attention(base):
+        with torch.no_grad(), attention_choice.own_attention(base):
             return model(input_ids=ids, use_cache=False).logits.float().cpu()
     finally:
         model.train(was_training)

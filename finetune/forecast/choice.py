@@ -15,7 +15,7 @@ from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError
 from finetune.forecast.memory import Forecast, Forecaster
 from finetune.forecast.trace import Shape
-from finetune.models import attention, load
+from finetune.models import attention_choice, load
 
 # Of a GPU: what its allocator rounds up and cannot join again. Of a machine: what else runs on it.
 SLACK = 0.05
@@ -66,12 +66,12 @@ class Chooser:
         # Flash attention holds what attention over documents does, and is not to be had without a
         # GPU.
         wanted = (
-            attention.NAME
+            attention_choice.DOCUMENTS
             if config.model.attention == "flash_attention_2"
             else config.model.attention
         )
         kind = load.model_class(self.model_config)
-        self.attention = attention.choose(
+        self.attention = attention_choice.choose(
             wanted, kind, self.model_config, torch.device("cpu"), precision
         )
         self.maker = functools.cache(self._maker)

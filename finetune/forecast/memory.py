@@ -13,7 +13,7 @@ from finetune.config import Config
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.forecast.trace import Rehearsal, Shape, Trace
 from finetune.forecast.weights import count
-from finetune.models.attention import is_padded
+from finetune.models.attention_choice import is_padded
 
 # A process of train.py with all its libraries and no model: measured with torch 2.13 for CPUs on
 # Linux. Builds for GPUs, which pip installs by default, touch 0.2 GB more (2.11.0+cu130, on a CPU).

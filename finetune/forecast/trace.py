@@ -19,7 +19,7 @@ from finetune import failures
 from finetune.config import Config
 from finetune.engine.topology import meta
 from finetune.errors import ModelError
-from finetune.models import attention, attention_probe, cross_entropy, head
+from finetune.models import attention_choice, attention_probe, cross_entropy, head
 from finetune.models.build import build
 
 
@@ -156,7 +156,7 @@ class Rehearsal:
         ledger = Ledger()
         rows, documents_of_row = (
             (shape.num_sequences, 1)
-            if attention.is_padded(self.attention)
+            if attention_choice.is_padded(self.attention)
             else (1, shape.num_sequences)
         )
         block_bytes = cross_entropy.block_bytes("cuda" if self.on_gpu else "cpu")

@@ -5,9 +5,6 @@ attends to itself only, causally, without any mask tensor: T tokens in documents
 the sum of n^2, not T^2.
 """
 
-import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,124 +13,20 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from finetune import torch_versions
-from finetune.config import PADDED_ATTENTION
 from finetune.errors import ModelError
 from finetune.models import context_parallel, varlen_cpu
+from finetune.models.attention_choice import DOCUMENTS
 
-NAME = "documents"
-HEAD_UNIT, LARGEST_HEAD = (
-    8,
-    256,
-)  # what FlashAttention-2's kernel takes: multiples of 8, at most 256
-
-
-def is_padded(implementation: str) -> bool:
-    """Whether it trains padded rectangles; else sequences lie end to end."""
-    return implementation in PADDED_ATTENTION
-
-
-@contextmanager
-def own_attention(base: Any) -> Iterator[None]:
-    """Let a model attend as a user who opens it has it, for as long as the block runs. One that
-    pads does already.
-    """
-    kernel = base.config._attn_implementation
-    if is_padded(kernel):
-        yield
-        return
-    base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(kernel)
-
-
-def choose(
-    wanted: str,
-    model_class: Any,
-    config: Any,
-    device: torch.device,
-    precision: str,
-    num_context: int = 1,
-) -> str:
-    """The implementation for model.attention: auto, or the one asked for. Raises ModelError if it
-    cannot be had.
-
-    `num_context`: processes that share a sequence.
-    """
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    if wanted == "flash_attention_2" and not (
-        has_flash and device.type == "cuda" and precision != "fp32"
-    ):
-        found = (
-            "no CUDA device"
-            if device.type != "cuda"
-            else "no flash_attn package"
-            if not has_flash
-            else "train.precision: fp32"
-        )
-        raise ModelError(
-            "model.attention: flash_attention_2 needs a CUDA device, the flash-attn package and "
-            f"bf16 or fp16, found {found}; use auto"
-        )
-    layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    can_separate = (
-        getattr(model_class, "_supports_attention_backend", False)
-        and getattr(
-            model_class, "_supports_sdpa", False
-        )  # where SDPA cannot follow (sinks, soft caps), nor can we
-        and not _soft_capped(config)
-        and layers <= {"full_attention", "sliding_attention"}
-    )
-    if wanted == NAME and not can_separate:
-        raise ModelError(
-            f"model.attention: {NAME} does not support {config.model_type} (soft-capped scores, "
-            "sinks, or attention of its own); use eager"
-        )
-    if num_context > 1:
-        heads = config.get_text_config().num_attention_heads
-        if not can_separate or wanted not in ("auto", NAME) or heads % num_context:
-            raise ModelError(
-                f"sequences shared by {num_context} processes need model.attention: {NAME}, which "
-                "must be possible for the model, and "
-                f"a number of heads that they can divide; {config.model_type} has {heads}, and "
-                f"model.attention is {wanted}"
-            )
-        return NAME
-    if wanted != "auto":
-        return wanted
-    if not can_separate:
-        return (
-            "sdpa"
-            if getattr(model_class, "_supports_sdpa", False) and not _soft_capped(config)
-            else "eager"
-        )
-    half = precision != "fp32"  # the kernel knows no float32
-    if (
-        has_flash
-        and half
-        and device.type == "cuda"
-        and getattr(model_class, "_supports_flash_attn", False)
-    ):
-        return "flash_attention_2"
-    return NAME
+HEAD_UNIT, LARGEST_HEAD = 8, 256  # FlashAttention-2 takes multiples of 8, at most 256
 
 
 def attend_within_documents(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
-    document_lengths: SimpleNamespace | None = None,
-    sequence_group: Any = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
+    sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None, document_lengths: SimpleNamespace | None = None,
+    sequence_group: Any = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """query [1, H, T, D], key and value [1, KV, T, D] -> ([1, T, H, D], None).
 
     `document_lengths.values`: the bounds as the host knows them; inside an object, as a compiled
@@ -141,20 +34,14 @@ def attend_within_documents(
     sequence, T is that of the own stretch, and bounds are those of the whole. Raises ModelError for
     what it would otherwise ignore: soft caps, sinks, position biases.
     """
-    ignored = [
-        name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None
-    ]
+    unsupported = ("softcap", "s_aux", "position_bias")
+    ignored = [name for name in unsupported if kwargs.get(name) is not None]
     if not torch.compiler.is_compiling() and _is_sliding(module) and sliding_window is None:
-        ignored.append(
-            "sliding windows"
-        )  # this model leaves them to a mask, and there is none here
+        ignored.append("sliding windows")  # this model leaves them to a mask; there is none here
     if ignored or cu_seq_lens_q is None or max_length_q is None:
-        what = (
-            f"{' and '.join(ignored)} of this model"
-            if ignored
-            else "a call without document bounds"
-        )
-        raise ModelError(f"model.attention: {NAME} cannot do {what}; use eager")
+        of_model = f"{' and '.join(ignored)} of this model"
+        what = of_model if ignored else "a call without document bounds"
+        raise ModelError(f"model.attention: {DOCUMENTS} cannot do {what}; use eager")
     if torch.is_autocast_enabled(
         query.device.type
     ):  # norms of queries and keys in float32 would leave them so
@@ -162,39 +49,31 @@ def attend_within_documents(
         query, key, value = query.to(half), key.to(half), value.to(half)
     if sequence_group is not None:
         count = torch.distributed.get_world_size(sequence_group)
-        if (
-            key.shape[1] % count
-        ):  # too few heads of keys and values to go round: each head of queries gets its own
+        # Too few heads of keys and values to go round: each head of queries gets its own.
+        if key.shape[1] % count:
             key, value = _repeated(query, key), _repeated(query, value)
+        all_states = (query, key, value)
         query, key, value = (
-            context_parallel.exchange(states, sequence_group, 1, 2)
-            for states in (query, key, value)
+            context_parallel.exchange(states, sequence_group, 1, 2) for states in all_states
         )
     out = _attend(
-        query,
-        key,
-        value,
-        cu_seq_lens_q,
-        max_length_q,
-        document_lengths,
-        scaling,
-        dropout,
+        query, key, value, cu_seq_lens_q, max_length_q, document_lengths, scaling, dropout,
         sliding_window,
-    )
-    return (
-        out if sequence_group is None else context_parallel.exchange(out, sequence_group, 1, 2)
-    ), None
+    )  # fmt: skip
+    if sequence_group is not None:
+        out = context_parallel.exchange(out, sequence_group, 1, 2)
+    return out, None
 
 
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
-    lengths: SimpleNamespace | None, scaling: float | None, dropout: float, sliding_window: int | None,
+    lengths: SimpleNamespace | None, scaling: float | None, dropout: float,
+    sliding_window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """query [1, H, T, D], key and value [1, KV, T, D], bounds int32 [documents + 1] -> [1, T, H, D]"""
-    if query.shape[1] % key.shape[1]:
-        raise ModelError(
-            f"{query.shape[1]} heads cannot share {key.shape[1]} heads of keys and values evenly"
-        )
+    """query [1, H, T, D], key, value [1, KV, T, D], bounds int32 [documents + 1] -> [1, T, H, D]"""
+    heads, shared = query.shape[1], key.shape[1]
+    if heads % shared:
+        raise ModelError(f"{heads} heads cannot share {shared} heads of keys and values evenly")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = dropout == 0.0 and query.shape[-1] == value.shape[-1]
     fits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= LARGEST_HEAD
@@ -210,9 +89,7 @@ def _attend(
 
 @torch.compiler.assume_constant_result
 def _has_flash_kernels(device: torch.device) -> bool:
-    """Asked once while a layer is compiled, which `get_device_capability` would otherwise cut in
-    two.
-    """
+    """Ask once, while a layer is compiled: `get_device_capability` would cut its graph in two."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -235,23 +112,22 @@ def _varlen(
 
 @torch.compiler.disable  # a loop over lengths, which would be compiled anew for each pack
 def _one_by_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: SimpleNamespace, scale: float, dropout: float, window: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: SimpleNamespace,
+    scale: float, dropout: float, window: int,
 ) -> torch.Tensor:  # fmt: skip
-    """PyTorch's own attention, a document at a time: for float32, dropout, large heads and older
-    GPUs.
-    """
-    key, value = _repeated(query, key), _repeated(query, value)
-    outputs = [
-        F.scaled_dot_product_attention(
-            query[:, :, part], key[:, :, part], value[:, :, part], attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scale
-        ).transpose(1, 2)
-        for part, band in varlen_cpu.each(lengths.values, window, query.device)
-    ]  # fmt: skip
+    """Attend to a document at a time by SDPA: in float32, with dropout, large heads, older GPUs."""
+    all_states, outputs = (query, _repeated(query, key), _repeated(query, value)), []
+    for part, band in varlen_cpu.each(lengths.values, window, query.device):
+        q, k, v = (states[:, :, part] for states in all_states)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scale
+        )
+        outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
 
 def _repeated(query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Keys or values [1, KV, T, D] -> [1, H, T, D], each as often as heads of queries share it."""
+    """Repeat keys or values [1, KV, T, D] -> [1, H, T, D] for the heads that share them."""
     times = query.shape[1] // states.shape[1]
     return states.repeat_interleave(times, dim=1) if times > 1 else states
 
@@ -262,10 +138,6 @@ def _is_sliding(module: torch.nn.Module) -> bool:
     return types is not None and layer is not None and types[layer] == "sliding_attention"
 
 
-def _soft_capped(config: Any) -> bool:
-    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-
-
 # Without a mask function of its own: transformers then builds none, and does not look for packs in
 # the positions, for which it would wait for the GPU once a pass.
-AttentionInterface.register(NAME, attend_within_documents)
+AttentionInterface.register(DOCUMENTS, attend_within_documents)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from finetune.errors import ModelError
-from finetune.models.attention import is_padded, own_attention
+from finetune.models.attention_choice import is_padded, own_attention
 
 
 def check(

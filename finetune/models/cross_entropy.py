@@ -1,5 +1,4 @@
-"""The loss of hidden states through a projection, in chunks of tokens; and their log-probabilities,
-likewise.
+"""Cross-entropy and log-probabilities of hidden states through a projection, in chunks of tokens.
 
 The gradient of the loss is made along with it, as in Liger Kernel (Hsu et al., 2024): when the
 logits of a chunk are there, so is all that their gradient needs, and the next chunk may have their
@@ -29,9 +28,7 @@ def block_bytes(device_type: str) -> int:
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits after the projection: cap * tanh(scale * x / cap), or scale *
-    x.
-    """
+    """What a model does to logits x after the projection: scale x, or cap tanh(scale x / cap)."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -42,7 +39,7 @@ class LogitTransform:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def backward_(self, grad: torch.Tensor, finished: torch.Tensor) -> None:
-        """From the gradient of the finished logits to that of the raw ones, in place."""
+        """Turn the gradient of the finished logits into that of the raw ones, in place."""
         if self.cap is not None:
             grad.mul_(1 - (finished / self.cap) ** 2)  # tanh' = 1 - tanh^2
         if self.scale != 1.0:
@@ -55,22 +52,18 @@ def cross_entropy_sum(
     weights_S: torch.Tensor | None,
     smoothing: float,
 ) -> torch.Tensor:
-    """Sum of the losses of logits that are there, float32; each times its weight."""
-    if weights_S is None:
-        return F.cross_entropy(
-            logits_SV.float(), labels_S, reduction="sum", label_smoothing=smoothing
-        )
-    losses = F.cross_entropy(
-        logits_SV.float(), labels_S, reduction="none", label_smoothing=smoothing
-    )
-    return (losses * weights_S).sum()
+    """Sum the losses of logits that are all there, each times its weight; float32."""
+    how = "sum" if weights_S is None else "none"
+    losses = F.cross_entropy(logits_SV.float(), labels_S, reduction=how, label_smoothing=smoothing)
+    return losses if weights_S is None else (losses * weights_S).sum()
 
 
 def logprobs_and_entropy(
     logits_SV: torch.Tensor, labels_S: torch.Tensor, with_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits that are there: (log-probability of each label, entropy of each distribution or
-    nothing), float32 [S], nats.
+    """Return log-probabilities of labels and entropies of distributions, float32 [S], nats.
+
+    For logits that are all there. Without `with_entropy` the second is empty.
     """
     log_SV = torch.log_softmax(logits_SV.float(), -1)
     logprobs = log_SV.gather(1, labels_S[:, None])[:, 0]
@@ -78,30 +71,24 @@ def logprobs_and_entropy(
 
 
 def nll_in_chunks(
-    head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor,
-    vocab_size: int, finish: LogitTransform, smoothing: float = 0.0, weights: torch.Tensor | None = None,
-    most_bytes: int | None = None,
+    head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor,
+    labels: torch.Tensor, vocab_size: int, finish: LogitTransform, smoothing: float = 0.0,
+    weights: torch.Tensor | None = None, most_bytes: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Sum of the losses of hidden [S, H] and labels int64 [S], float32; where the weights of `head`
-    are whole.
+    """Sum the losses of hidden [S, H] and labels int64 [S], each times its weight, in float32.
 
-    `project`: its own forward. `weights`: float32 [S], what each loss is multiplied by.
-    `most_bytes`: as `block_bytes`.
+    Call it where the weights of `head` are whole. `project`: the head's own forward. `weights`:
+    float32 [S]. `most_bytes`: as `block_bytes`.
     """
     linear = _active(head)
     if type(linear) is nn.Linear:
         tensors = [hidden, linear.weight, linear.bias]
-        if (
-            not torch.is_grad_enabled()
-        ):  # evaluation: inside, a weight that trains would still ask for its gradient
+        # In evaluation: inside, a weight that trains would still ask for its gradient.
+        if not torch.is_grad_enabled():
             tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
+        most = most_bytes or block_bytes(hidden.device.type)
         total: torch.Tensor = _ThroughMatrix.apply(
-            *tensors,
-            labels,
-            weights,
-            finish,
-            smoothing,
-            most_bytes or block_bytes(hidden.device.type),
+            *tensors, labels, weights, finish, smoothing, most
         )
         return total
 
@@ -111,17 +98,10 @@ def nll_in_chunks(
     ) -> torch.Tensor:
         return cross_entropy_sum(finish(project(states_CH).float()), labels_C, weights_C, smoothing)
 
-    parts = _chunks(len(hidden), vocab_size * 4, CHUNK_BYTES)
-    sums = [
-        checkpoint(
-            of,
-            hidden[part],
-            labels[part],
-            None if weights is None else weights[part],
-            use_reentrant=False,
-        )
-        for part in parts
-    ]
+    sums = []
+    for part in _chunks(len(hidden), vocab_size * 4, CHUNK_BYTES):
+        of_part = None if weights is None else weights[part]
+        sums.append(checkpoint(of, hidden[part], labels[part], of_part, use_reentrant=False))
     return torch.stack(sums).sum()
 
 
@@ -129,11 +109,10 @@ def logprobs_in_chunks(
     project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor,
     vocab_size: int, finish: LogitTransform, with_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(log-probabilities, entropies or nothing) of hidden [S, H] and labels int64 [S], float32 [S],
-    in nats.
+    """Return log-probabilities and entropies (or nothing) of hidden [S, H], labels int64 [S].
 
-    The backward pass computes the logits of a chunk again, so `project` must find whole weights
-    then, too.
+    Float32 [S], in nats. The backward pass computes the logits of a chunk again, so `project` must
+    find whole weights then, too.
     """
 
     def of(states_CH: torch.Tensor, labels_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,20 +126,18 @@ def logprobs_in_chunks(
 
 
 class _ThroughMatrix(torch.autograd.Function):
-    """The gradient is made along with the loss, chunk by chunk, and waits until it is asked for."""
+    """Makes the gradient along with the loss, chunk by chunk, and keeps it until backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
-        weights: torch.Tensor | None, finish: LogitTransform, smoothing: float, most_bytes: int,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        labels: torch.Tensor, weights: torch.Tensor | None, finish: LogitTransform,
+        smoothing: float, most_bytes: int,
     ) -> torch.Tensor:  # fmt: skip
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = _arithmetic(hidden)
-        states_SH, matrix_VH, shift_V = (
-            hidden.to(dtype),
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
-        )
+        states_SH, matrix_VH = hidden.to(dtype), weight.to(dtype)
+        shift_V = None if bias is None else bias.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(states_SH) if needs_hidden else None
         d_weight, d_bias = _Sum(), _Sum()
@@ -174,13 +151,9 @@ class _ThroughMatrix(torch.autograd.Function):
             for block in _chunks(len(raw_CV), len(weight) * 4, most_bytes):
                 of_block = None if weights is None else weights[part][block]
                 total += _cross_entropy_(
-                    raw_CV[block],
-                    labels[part][block],
-                    of_block,
-                    finish,
-                    smoothing,
-                    any(ctx.needs_input_grad),
-                )
+                    raw_CV[block], labels[part][block], of_block, finish, smoothing,
+                    needs_grad=any(ctx.needs_input_grad),
+                )  # fmt: skip
             if d_hidden is not None:
                 torch.mm(raw_CV, matrix_VH, out=d_hidden[part])
             if needs_weight:
@@ -217,14 +190,15 @@ class _Sum:
         self.total = part if self.total is None else self.total.float().add_(part)
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """In the dtype of what it is the gradient of."""
+        """Return the sum in the dtype of `weight`, whose gradient it is."""
         return torch.zeros_like(weight) if self.total is None else self.total.to(weight.dtype)
 
 
 def _cross_entropy_(
-    raw_CV: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None, finish: LogitTransform, smoothing: float, needs_grad: bool
+    raw_CV: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None,
+    finish: LogitTransform, smoothing: float, needs_grad: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Sum of weighted losses in float32. What it is given becomes its gradient.
+    """Sum weighted losses in float32, and turn `raw_CV` into its gradient.
 
     The sum of exponentials is not needed: the highest probability is exp(highest logit) / sum,
     never less than 1 / V.
@@ -232,12 +206,11 @@ def _cross_entropy_(
     logits, labels = finish(raw_CV.float()), labels_C[:, None]
     chances = torch.softmax(logits, -1)
     highest = finish(raw_CV.amax(-1, keepdim=True).float())  # scales are positive, and tanh rises
-    wanted = logits.gather(1, labels)
-    losses = (highest - wanted) - chances.amax(
-        -1, keepdim=True
-    ).log()  # exact for the tokens that are known best
+    of_labels = logits.gather(1, labels)
+    # Exact for the tokens that are known best.
+    losses = (highest - of_labels) - chances.amax(-1, keepdim=True).log()
     if smoothing:
-        losses += smoothing * (wanted - logits.mean(-1, keepdim=True))
+        losses += smoothing * (of_labels - logits.mean(-1, keepdim=True))
     if needs_grad:
         if smoothing:
             chances -= smoothing / chances.shape[1]
@@ -250,7 +223,7 @@ def _cross_entropy_(
 
 
 def _chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
-    """Nearly equal parts of at most this many bytes; at least one."""
+    """Cut rows into nearly equal parts of at most `most_bytes`; at least one part."""
     count = max(1, -(-num_rows * row_bytes // most_bytes))
     rows = max(1, -(-num_rows // count))
     return [slice(start, min(start + rows, num_rows)) for start in range(0, max(num_rows, 1), rows)]
@@ -262,7 +235,7 @@ def _arithmetic(states: torch.Tensor) -> torch.dtype:
 
 
 def _active(head: nn.Module) -> nn.Module:
-    """The projection itself, where peft keeps a trained copy of it next to the old one."""
+    """Return the projection itself, where peft keeps a trained copy of it next to the old one."""
     wrapper: Any = head
     is_copied = type(head).__name__ == "ModulesToSaveWrapper"  # peft's, whose import takes long
     if is_copied and not wrapper.disable_adapters and len(wrapper.active_adapters) == 1:

@@ -28,6 +28,7 @@ from transformers import (
 from finetune import failures, places
 from finetune.config import Model, base
 from finetune.errors import ModelError
+from finetune.models import attention as attention  # registers the kernel for documents
 from finetune.models import base_identity, embeddings
 
 PADS = (

@@ -136,14 +136,14 @@ def mean_of_means() -> functools.partial:
 def one_shard() -> functools.partial:
     """What one process holds, saved as if it were all."""
 
-    def whole(self, parameters):
+    def full(self, parameters):
         for name, parameter in parameters:
             own = torch.zeros(parameter.shape, dtype=parameter.dtype)
             local = parameter.to_local().detach()
             own[: local.shape[0]] = local
             yield name, own
 
-    return instead(fsdp.Fsdp2, "whole", whole)
+    return instead(fsdp.Fsdp2, "full", full)
 
 
 BREAKS = {each.__name__: each for each in (forgotten_factor, mean_of_means, one_shard)}

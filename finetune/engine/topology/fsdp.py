@@ -208,7 +208,7 @@ class Fsdp2:
         optimizer.zero_grad()
         return norm, finite
 
-    def whole(
+    def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight, whole; collective."""

@@ -77,7 +77,7 @@ class Replicated:
         optimizer.zero_grad(set_to_none=self.num_processes == 1)
         return norm, finite
 
-    def whole(
+    def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight, whole, where it lies; on every process."""

@@ -4,7 +4,6 @@ Whatever the topology, a step sees the same few verbs: prepare, forward_backward
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +11,26 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from finetune import torch_versions
 from finetune.config import Config, accumulation_steps
 from finetune.data.batches import Batch
-from finetune.engine.topology import launch, meta, start, support
-from finetune.engine.topology.processes import WAIT, Processes
+from finetune.engine.topology import meta
 from finetune.engine.topology.replicated import Replicated
-from finetune.errors import ConfigError, TopologyError
+from finetune.engine.topology.start import HALF, Process
 from finetune.objectives import base as objectives
 from finetune.objectives.base import Term
-from finetune.survival.watchdog import Watchdog
-
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-class Topology:
-    """One process's view of all of them. Raises ConfigError if the launch is not what it claims,
-    TopologyError if others do not come.
-    """
+class Topology(Process):
+    """The model as processes share it: what a step and a checkpoint ask of it."""
 
     def __init__(self, precision: str, check_only: bool = False) -> None:
         """`check_only`: nothing will be trained, so a precision that only a GPU has is allowed."""
-        cuda = torch.cuda.is_available()
-        self.parallel, self.launched = launch.read(), launch.recorded()
-        if cuda:
-            start.take_own_gpu()
-        self.precision = (
-            "fp32"
-            if check_only and precision == "fp16" and not cuda
-            else start.resolve(precision, cuda)
-        )
-        start.require_what_was_asked(
-            self.parallel, PRECISIONS[self.precision], self.precision, cuda, check_only
-        )
-        self.accelerator = start.accelerator(self.parallel, PRECISIONS[self.precision], cuda)
-        self.device = start.with_index(self.accelerator.device)
-        self.rank: int = self.accelerator.process_index
-        self.num_processes: int = self.accelerator.num_processes
-        self.is_main: bool = self.accelerator.is_main_process
-        if self.num_processes != self.parallel.num_processes:
-            raise ConfigError(
-                f"the launcher started {self.parallel.num_processes} processes, but only "
-                f"{self.num_processes} found each other; see docs/topologies.md"
-            )
-        self.data_rank, self.num_data = (
-            self.rank // self.parallel.num_context,
-            self.num_processes // self.parallel.num_context,
-        )
-        """Of processes that get sequences of their own: those that share a sequence count as one.
-        """
-        self.is_first_of_node = start.local_rank() == 0
-        self.watchdog = Watchdog(self.rank, self.num_processes)
-        self.processes = Processes(self.rank, self.num_processes, self.device)
-        self.sum, self.any, self.union = (
-            self.processes.sum,
-            self.processes.any,
-            self.processes.union,
-        )
-        self.on_main, self.on_every = self.processes.on_main, self.processes.on_every
+        super().__init__(precision, check_only)
         self.sharing: Any = self._sharing()
         self._context = self._sequence_group()
 
     def _sharing(self) -> Any:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        dtype = HALF.get(self.precision)
         if self.parallel.kind == "fsdp2":
             from finetune.engine.topology.fsdp import Fsdp2
 
@@ -86,74 +42,25 @@ class Topology:
         return Replicated(self.accelerator, self.on_main)
 
     def _sequence_group(self) -> Any:
-        """The processes that share sequences with this one: neighbours, whose links are the
-        fastest.
-        """
+        """Return the group that shares sequences: neighbours, whose links are the fastest."""
         count = self.parallel.num_context
         if count == 1:
             return None
-        groups = [
-            list(range(first, first + count)) for first in range(0, self.num_processes, count)
-        ]
+        firsts = range(0, self.num_processes, count)
+        groups = [list(range(first, first + count)) for first in firsts]
         group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
         return group
 
     def part(self, batch: Batch) -> Batch:
-        """What this process puts through the model of a micro-batch: all of it, or its stretch."""
+        """Return what this process puts through the model of a micro-batch: all, or a stretch."""
         if self._context is None:
             return batch
-        return batch.part(
-            self.rank % self.parallel.num_context, self.parallel.num_context, self._context
-        )
-
-    def check(self, config: Config) -> None:
-        """Raise ConfigError with everything in the run config that this topology cannot do."""
-        if problems := list(support.conflicts(config, self.parallel)):
-            raise ConfigError(
-                "\n  ".join(
-                    [f"{len(problems)} settings that {self.name} does not support:", *problems]
-                    if len(problems) > 1
-                    else problems
-                )
-            )
-
-    def require_same(self, values: dict[str, Any]) -> None:
-        """Raise ConfigError on every process if one was given other values. From here on waiting
-        may take long.
-        """
-        if self.num_processes == 1:
-            return
-        try:
-            everyone = self.processes.gather(values)
-        except RuntimeError as exc:
-            raise TopologyError(start.did_not_meet(exc)) from exc
-        for rank, others in enumerate(everyone):
-            different = [key for key in values if others.get(key) != everyone[0].get(key)]
-            if different:
-                key = different[0]
-                raise ConfigError(
-                    f"process {rank} was started with another {key}: {others.get(key)!r}, process "
-                    f"0 has {everyone[0].get(key)!r}; "
-                    "give every node the same config and command line"
-                )
-        torch_versions.set_timeout(WAIT)
-
-    def lost(self) -> str:
-        """Once a connection has broken: which processes have gone, in words. Takes a few seconds."""
-        gone = self.watchdog.silent()
-        return (
-            f"process {', '.join(map(str, gone))} has gone"
-            if gone
-            else "the connection to another process broke"
-        )
-
-    @property
-    def name(self) -> str:
-        return self.parallel.name
+        count = self.parallel.num_context
+        return batch.part(self.rank % count, count, self._context)
 
     @property
     def scales_gradients(self) -> bool:
-        """fp16: gradients are scaled up, and a step whose scaled gradients overflow is skipped."""
+        """Whether gradients are scaled up (fp16), and steps whose gradients overflow skipped."""
         return self.accelerator.scaler is not None
 
     def prepare(
@@ -168,9 +75,7 @@ class Topology:
         parameters are where they will be. Raises ConfigError if what was asked for did not happen.
         """
         outline = self.on_main(lambda: meta.outline(model))
-        assert outline == meta.outline(model), (
-            f"process {self.rank} built another model than the main one"
-        )
+        assert outline == meta.outline(model), f"process {self.rank} built another model"
         max_norm = config.train.max_grad_norm
         shared: tuple[nn.Module, Any] = self.sharing.prepare(
             model,
@@ -181,27 +86,17 @@ class Topology:
         )
         return shared
 
-    def arithmetic(self) -> AbstractContextManager[None]:
-        """Passes through a bare model inside are done in the precision of the run."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        if dtype is None:
-            return nullcontext()
-        context: AbstractContextManager[None] = torch.autocast(
-            self.device.type, dtype, cache_enabled=False
-        )
-        return context
-
     def unwrap(self, model: nn.Module) -> Any:
         return self.sharing.unwrap(model)
 
     def forward_backward(
-        self, model: nn.Module, batches: Sequence[Batch], terms: Callable[[Batch], list[Term]], divisors: Mapping[str, float | torch.Tensor], *,
-        last: bool = True,
+        self, model: nn.Module, batches: Sequence[Batch], terms: Callable[[Batch], list[Term]],
+        divisors: Mapping[str, float | torch.Tensor], *, last: bool = True,
     ) -> list[Term]:  # fmt: skip
-        """Add up the gradients of a step's micro-batches. Gives the sums of their terms, on the
-        device, of this process alone.
+        """Add up the gradients of a step's micro-batches.
 
-        `last`: whether the step ends with these, so that gradients are exchanged.
+        Return the sums of their terms over this process alone, on the device. `last`: the step ends
+        with these, so processes exchange gradients.
         """
         added: dict[str, Term] = {}
         for number, batch in enumerate(batches, 1):
@@ -215,25 +110,25 @@ class Topology:
         return list(added.values())
 
     def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor | None:
-        """Clip the gradients to max_norm. Gives their norm before that, on the device; None where
-        `step` clips.
+        """Clip the gradients to max_norm.
+
+        Return their norm before that, on the device; None where `step` clips.
         """
-        norm: torch.Tensor | None = self.sharing.clip(
-            model, float("inf") if max_norm is None else max_norm
-        )
+        most = float("inf") if max_norm is None else max_norm
+        norm: torch.Tensor | None = self.sharing.clip(model, most)
         return norm
 
     def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
-        """Update the weights and forget the gradients: (their norm before clipping, whether the
-        weights moved).
+        """Update the weights and forget the gradients.
 
-        The weights stay where they are if `norm`, which `clip` gave, is not finite.
+        Return (the norm of the gradients before clipping, whether the weights moved). They stay
+        where they are if `norm`, which `clip` returned, is not finite.
         """
         moved: tuple[float, bool] = self.sharing.step(model, optimizer, norm)
         return moved
 
     def scaler_state(self) -> dict[str, Any]:
-        """State of fp16's gradient scaler, the same on every process; empty without one."""
+        """Return the state of fp16's gradient scaler, the same on every process."""
         return self.accelerator.scaler.state_dict() if self.scales_gradients else {}
 
     def restore_scaler(self, state: dict[str, Any]) -> None:
@@ -241,86 +136,63 @@ class Topology:
             self.accelerator.scaler.load_state_dict(state)
 
     def full_weights(self, model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
-        """Weights, or those that train, whole, on the CPU of the main process; empty elsewhere.
-        Collective. Tied ones under each name.
+        """Gather the weights, or those that train, on the CPU of the main process. Collective.
+
+        Tied weights stand under each of their names. Empty on other processes.
         """
-        named = list(self.unwrap(model).named_parameters(remove_duplicate=False))
-        once = {
-            id(p): (name, p) for name, p in reversed(named) if p.requires_grad or not trained_only
-        }
+        bare = self.unwrap(model)
+        named = list(bare.named_parameters(remove_duplicate=False))
+        gathered = [(name, p) for name, p in reversed(named) if p.requires_grad or not trained_only]
+        once = {id(p): (name, p) for name, p in gathered}
         found: dict[str, torch.Tensor] = {}
-        for name, weight in self.sharing.whole(list(once.values())):
+        for name, weight in self.sharing.full(list(once.values())):
             if self.is_main:
                 found[name] = weight.cpu()
         if not self.is_main:
             return {}
-        whole = {name: found[once[id(p)][0]] for name, p in named if id(p) in once}
+        full = {name: found[once[id(p)][0]] for name, p in named if id(p) in once}
         if not trained_only:
-            known = set(self.unwrap(model).state_dict())
-            whole |= {
-                name: b.detach().cpu()
-                for name, b in self.unwrap(model).named_buffers()
-                if name in known
-            }
-        return whole
+            saved = bare.state_dict().keys()
+            full |= {name: b.detach().cpu() for name, b in bare.named_buffers() if name in saved}
+        return full
 
     def local_shard(self, parameter: torch.Tensor) -> torch.Tensor:
-        """What this process holds of a weight."""
-        part: torch.Tensor = self.sharing.local_shard(parameter)
-        return part
+        """Return what this process holds of a weight."""
+        shard: torch.Tensor = self.sharing.local_shard(parameter)
+        return shard
 
     def engine_files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
-        """ZeRO: this process's weights that train and optimizer, `copied`, by the names of
-        DeepSpeed's files. Collective.
-        """
+        """Copy what ZeRO keeps here: {name of DeepSpeed's file: weights or optimizer}. Collective."""
         files: dict[str, Any] = self.sharing.files(copied)
         return files
 
     def load_engine(self, folder: Path) -> None:
-        """ZeRO: put back what was saved by the same topology, or what `universal` has made of
-        another's. Collective.
+        """Restore what the same topology saved, or what `universal` made of another's. Collective.
+
+        ZeRO only.
         """
         self.sharing.load(folder)
 
     def universal(self, folder: Path, converted: Path) -> None:
-        """ZeRO: files that any number of processes can read, from those of the processes that
-        saved. On the main process.
+        """Convert the files of the processes that saved for any number of processes.
+
+        ZeRO only, on the main process.
         """
         self.sharing.universal(folder, converted)
 
-    def memory_gb(self) -> float:
-        """Peak memory of this process in GB (1e9 bytes): of its GPU, or of the process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e9
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-    @property
-    def probe_dtype(self) -> torch.dtype | None:
-        """What weights are rounded to in a pass through the bare model; None: they are as they are."""
-        return (
-            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-            if self.parallel.is_sharded
-            else None
-        )
-
     def release(self) -> None:
-        """Let go of model and optimizer, once nothing else holds them, and give their memory back
-        to the device.
-        """
+        """Free the memory of model and optimizer, once nothing else holds them."""
         if self.parallel.is_zero:
             self.sharing.engine = None
         self.accelerator.free_memory()
-        clear_device_cache(
-            garbage_collection=True
-        )  # again: it forgets models only after it has collected
+        # Again: Accelerate forgets models only after it has collected.
+        clear_device_cache(garbage_collection=True)
 
     def close(self) -> None:
-        """Part from the others, once models and optimizers are gone.
+        """Leave the process group, once models and optimizers are gone.
 
-        A DDP model that outlives its process group ends it itself, and then waits for a thread that
-        waits for it.
+        A DDP model that outlives its group ends it itself, and then waits for a thread that waits
+        for it.
         """
         self.accelerator.free_memory()
         self.accelerator.end_training()

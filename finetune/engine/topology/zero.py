@@ -138,7 +138,7 @@ class Zero:
         found = self.engine.get_global_grad_norm()
         return (float(found) if moved and found is not None else math.nan), moved
 
-    def whole(
+    def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight, whole, in float32 if it trains; collective."""
