@@ -1,6 +1,4 @@
-"""Attention inside documents is attention under a mask that keeps them apart, in numbers and
-gradients, without the mask.
-"""
+"""Attention inside documents equals masked attention, in values and gradients, without a mask."""
 
 import contextlib
 from types import SimpleNamespace
@@ -115,9 +113,7 @@ def test_values_of_another_width_than_keys_go_the_slow_way():
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # the compiler's own
 def test_the_operator_keeps_what_it_promises_to_compilers():
-    """Shapes without values, gradients, no hidden changes of its inputs; PyTorch's own check of
-    operators.
-    """
+    """Run PyTorch's own operator check: shapes without values, gradients, no hidden mutation."""
     query, key, value = (
         tensor.detach().transpose(1, 2).requires_grad_() for tensor in states(4, 2, 40)
     )
@@ -130,9 +126,7 @@ def test_the_operator_keeps_what_it_promises_to_compilers():
 def varlen_reference(
     query, key, value, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, **grouped
 ):
-    """Stands in for PyTorch's CUDA kernel, and is as strict: query [T, H, D], key and value [T, KV,
-    D].
-    """
+    """Stand in for PyTorch's CUDA kernel: query [T, H, D], key and value [T, KV, D]."""
     assert query.shape[-1] % 8 == 0, "the kernel takes heads of multiples of 8"
     assert torch.equal(bounds_q, bounds_k)
     lengths = bounds_q.diff().tolist()
@@ -173,9 +167,7 @@ def test_a_compiled_layer_is_not_cut_where_it_asks_what_the_gpu_can(monkeypatch)
 
 
 def test_the_slow_way_does_not_ask_the_device_for_its_bounds():
-    """A GPU would have to be waited for in every layer; on the meta device bounds have no values at
-    all.
-    """
+    """Bounds on the meta device have no values; reading them on a GPU would wait in every layer."""
     lengths = PACKS["many"]
     query, key, value = (
         tensor.detach().transpose(1, 2) for tensor in states(4, 2, sum(lengths), value_width=8)
@@ -226,9 +218,7 @@ def test_one_flipped_expert_is_no_other_attention(moved, has_experts, wanted):
 
 @pytest.mark.parametrize("sees", [0, 1], ids=["itself", "the next token"])
 def test_a_mixture_of_experts_that_looks_one_token_ahead_is_refused(sees):
-    """It moves one token of the probe only, as a token that met another expert does; but that one
-    each time.
-    """
+    """Like a flipped expert it moves only one token of the probe, but the same one each time."""
     from conftest import TINY_LLAMA
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -134,7 +134,7 @@ def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(
 
 
 def test_a_setting_that_is_given_is_not_taken_for_its_default(workshop, quantized):
-    """nf4 is the default, and said of a base in 8 bits it is still wrong."""
+    """nf4 is the default, and written of a base in 8 bits it is still wrong."""
     with pytest.raises(
         ConfigError, match="adapter.quantization: nf4, but the base is quantised already"
     ):
@@ -174,7 +174,7 @@ def refusal(base, **adapter):
 
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 @pytest.mark.parametrize(
-    ("said", "files", "name"),
+    ("written", "files", "name"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, (), "gptq, 4 bits"),
         ({"quantization_config": {"quant_method": "awq", "w_bit": 4}}, (), "awq, 4 bits"),
@@ -191,15 +191,15 @@ def refusal(base, **adapter):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_every_other_quantisation_is_refused_by_its_name(tmp_path, said, files, name, kind):
-    base = folder_with(tmp_path, {"model_type": "llama", **said}, ("model.safetensors", *files))
+def test_every_other_quantisation_is_refused_by_its_name(tmp_path, written, files, name, kind):
+    base = folder_with(tmp_path, {"model_type": "llama", **written}, ("model.safetensors", *files))
     message = refusal(base, kind=kind)
     assert f"{base} is quantised already ({name})" in message
     assert "give the model before quantisation" in message
 
 
 @pytest.mark.parametrize(
-    ("said", "says"),
+    ("written", "says"),
     [
         (
             {
@@ -224,8 +224,8 @@ def test_every_other_quantisation_is_refused_by_its_name(tmp_path, said, files, 
     ],
     ids=lambda value: "" if isinstance(value, str) else value["model_type"],
 )  # fmt: skip
-def test_a_model_that_does_not_continue_text_is_named(tmp_path, said, says):
-    assert says in refusal(folder_with(tmp_path, said, ["model.safetensors"]))
+def test_a_model_that_does_not_continue_text_is_named(tmp_path, written, says):
+    assert says in refusal(folder_with(tmp_path, written, ["model.safetensors"]))
 
 
 @pytest.mark.parametrize(
@@ -370,9 +370,9 @@ def test_a_weight_that_is_missing_is_named_before_loading(workshop, plain, tmp_p
     base = tmp_path / "base"
     shutil.copytree(plain, base)
     tensors = load_file(base / "model.safetensors")
-    said = json.loads((base / "config.json").read_text())
+    written = json.loads((base / "config.json").read_text())
     if tied:
-        (base / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": True}))
+        (base / "config.json").write_text(json.dumps({**written, "tie_word_embeddings": True}))
         save_file(
             {name: t for name, t in tensors.items() if name != "lm_head.weight"},
             base / "model.safetensors",
@@ -417,9 +417,9 @@ def test_a_tokenizer_that_is_not_whole_is_named(workshop, plain, tmp_path, conte
 def test_bits_that_are_switched_off_do_not_make_a_model_quantised(workshop, plain, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(plain, base)
-    said = json.loads((base / "config.json").read_text())
+    written = json.loads((base / "config.json").read_text())
     off = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
-    (base / "config.json").write_text(json.dumps({**said, "quantization_config": off}))
+    (base / "config.json").write_text(json.dumps({**written, "quantization_config": off}))
     run = workshop.train(**on(base, train__max_steps=2))
     assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
 
@@ -592,9 +592,9 @@ def test_a_quantisation_that_cannot_be_is_named_by_its_key(tmp_path, found, says
 def with_config(base, target, **changes):
     """A copy of a base whose config.json has changed; None: without that key."""
     shutil.copytree(base, target)
-    said = json.loads((target / "config.json").read_text()) | changes
+    written = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(
-        json.dumps({key: value for key, value in said.items() if value is not None})
+        json.dumps({key: value for key, value in written.items() if value is not None})
     )
     return target
 

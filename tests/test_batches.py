@@ -16,7 +16,7 @@ LENGTHS = np.random.default_rng(0).integers(2, 30, 53)
 
 
 def examples_of(lengths: np.ndarray) -> Examples:
-    """Example i is [10 + i, random..., EOS], of which the second half is learned."""
+    """Example i is [10 + i, random..., EOS], of which the second half is supervised."""
     random = np.random.default_rng(3)
     parts, supervised = [], []
     for number, length in enumerate(lengths):
@@ -47,9 +47,7 @@ def targets_of(batch: Batch) -> torch.Tensor:
 
 
 def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, targets) of every document in a micro-batch, fillers left out, read as the model
-    would read them.
-    """
+    """Return (input_ids, labels) of every document in a micro-batch, without fillers."""
     found, inputs, whole = [], batch.inputs, targets_of(batch)
     if "attention_mask" in inputs:
         for ids, targets, mask in zip(inputs["input_ids"], whole, inputs["attention_mask"].bool()):
@@ -153,9 +151,7 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
 def test_any_number_of_processes_makes_the_same_step(
     num_processes, micro_batch_size, step, padded, packing
 ):
-    """53 examples in steps of 24: the third is incomplete. Packed there are fewer, and the steps
-    are of 12.
-    """
+    """53 examples in steps of 24: the third is incomplete. Packed, the steps are of 12."""
     size = 12 if packing else 24
     shared = {"global_batch_size": size, "padded": padded, "packing": packing}
     whole = batches_of(**shared, micro_batch_size=size)
@@ -181,9 +177,7 @@ def test_any_number_of_processes_makes_the_same_step(
 
 
 def test_an_incomplete_last_step_gives_each_process_as_many_micro_batches(padded):
-    """5 sequences for 4 processes of 2: the last has none of its own and goes through the model all
-    the same.
-    """
+    """5 sequences for 4 processes of 2: the last process runs fillers only."""
     lengths = LENGTHS[:13]
     ranks = [batches_of(lengths, rank=rank, num_processes=4, padded=padded) for rank in range(4)]
     assert [len(rank.of_step(1)) for rank in ranks] == [5] * 4

@@ -189,14 +189,14 @@ def test_checkpoint_that_cannot_be_loaded_names_its_file_and_an_older_one(worksh
         (newest / "manifest.json").write_text(rehash(manifest))
         with pytest.raises(CheckpointError) as problem:
             workshop.train(**settings)
-        said = str(problem.value)
-        assert f"checkpoint {newest} cannot be loaded: " in said, said
-        assert says in said, said
-        assert name.split("/")[0] in said, said
-        assert said.endswith(
+        message = str(problem.value)
+        assert f"checkpoint {newest} cannot be loaded: " in message, message
+        assert says in message, message
+        assert name.split("/")[0] in message, message
+        assert message.endswith(
             f"move it away (from checkpoint.storage too, where that is set) to go on from {older}"
         )
-        assert "\n" not in said
+        assert "\n" not in message
         shutil.rmtree(newest)
         shutil.copytree(kept, newest)
     shutil.rmtree(newest)

@@ -250,16 +250,16 @@ def test_an_alias_of_what_stands_before_is_taken(parse):
 
 
 def test_a_value_of_the_command_line_that_python_cannot_hold_is_refused(refusal):
-    said = refusal(yaml.safe_dump(COMPLETE), "--run.seed", "9" * 5_000)
-    assert "(a number has too many digits)" in said
-    assert len(said) < 400
+    shown = refusal(yaml.safe_dump(COMPLETE), "--run.seed", "9" * 5_000)
+    assert "(a number has too many digits)" in shown
+    assert len(shown) < 400
 
 
 def test_a_section_as_an_option_is_named(refusal):
-    said = refusal(yaml.safe_dump(COMPLETE), "--optimizer", "{lr: 1e-3}")
+    shown = refusal(yaml.safe_dump(COMPLETE), "--optimizer", "{lr: 1e-3}")
     assert (
         "--optimizer: is a section; set each of its settings by itself, as --optimizer.kind VALUE"
-        in said
+        in shown
     )
 
 
@@ -310,9 +310,7 @@ def test_a_key_like_no_other_is_shown_the_sections():
 
 
 def test_a_misspelt_column_is_refused():
-    """data.columns maps names of ours: one that no format has would leave a column unread, without
-    a word.
-    """
+    """A key of data.columns that no format knows would silently leave a column unread."""
     (problem,) = problems_of(
         changed(data__format="instruction", data__columns={"inptu": "Context"})
     )
@@ -421,9 +419,9 @@ def test_a_home_directory_is_meant_by_a_tilde_in_every_path(parse, monkeypatch, 
     assert config.checkpoint.storage == f"file://{home}/store"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(COMPLETE))
     assert configs.parse(["--config=~/run.yaml"])[0].run.name == "a"
-    assert problems_of(changed(run__dir="~nobody.of.this.name/runs")) == [
-        "run.dir: begins with ~nobody.of.this.name, but this machine has no such user; write the "
-        "full path, got '~nobody.of.this.name/runs'"
+    assert problems_of(changed(run__dir="~missing.user.name/runs")) == [
+        "run.dir: begins with ~missing.user.name, but this machine has no such user; write the "
+        "full path, got '~missing.user.name/runs'"
     ]
 
 

@@ -1,6 +1,4 @@
-"""Relative paths of a config: from the working directory or from the config's folder, never a guess
-between two.
-"""
+"""Relative paths resolve in the working directory or the config's folder, never by guess."""
 
 import os
 import re

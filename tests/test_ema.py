@@ -1,6 +1,4 @@
-"""The average of the weights: by its formula, beside the training, through checkpoints, into the
-export.
-"""
+"""The average of the weights follows its formula through training, checkpoints and export."""
 
 import pytest
 import torch

@@ -141,9 +141,7 @@ def test_noise_reaches_models_in_16_bits():
 )
 @pytest.mark.slow
 def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(workshop, kind):
-    """peft knows tied modules by name, and these have other names; the run itself compares what it
-    exported.
-    """
+    """peft knows tied modules by name, but these have others; the run verifies its own export."""
     sizes = {
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
         "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
@@ -204,9 +202,7 @@ def test_noise_is_as_large_as_its_formula_by_the_length_of_each_document(packed)
     ids=["noise", "smoothing"],
 )
 def test_noise_and_smoothing_train_and_are_not_in_evaluations(workshop, setting):
-    """The first evaluation comes before anything was learned to speak of: the same loss with and
-    without them.
-    """
+    """Both runs start at the same evaluation loss, before training could change it."""
     settings = {"data__eval_fraction": 0.2, "optimizer__lr": 1e-9, "train__max_steps": 1}
     plain = workshop.train("plain", **settings)
     noisy = workshop.train("noisy", **settings, **setting)

@@ -171,8 +171,8 @@ def test_columns_that_are_not_read_are_told_and_a_score_is_one_of_them(tmp_path,
     row = {"question": "q", "answer": "a", "input": "i", "score": 0.5, "rejected": "b"}
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
     assert len(compare.read(str(path), "auto", {}, None)) == 2
-    said = capsys.readouterr().err
-    assert said == (
+    printed = capsys.readouterr().err
+    assert printed == (
         "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
     )
 
@@ -291,17 +291,17 @@ def test_a_prompt_that_is_too_long_keeps_its_bos_and_end_and_is_told(workshop):
 
     model = load(workshop.train(train__max_steps=1) / "model")
     tokenizer = load_tokenizer(workshop.run_dir() / "model")
-    seen, said = [], []
+    seen, printed = [], []
     model.generate = lambda input_ids, **_: seen.append(input_ids) or input_ids
     prompts = ["<|bos|>" + "x" * 300 + "end", "short", "y" * 300]
-    generate.answers(model, tokenizer, prompts, max_new_tokens=56, batch_size=1, log=said.append)
+    generate.answers(model, tokenizer, prompts, max_new_tokens=56, batch_size=1, log=printed.append)
     assert [tokenizer.decode(ids[0]) for ids in seen] == [
         "short",
         "<|bos|>" + "x" * 196 + "end",
         "y" * 200,
     ]
-    assert len(said) == 1
-    assert "2 of 3 prompts are over 200 tokens" in said[0]
+    assert len(printed) == 1
+    assert "2 of 3 prompts are over 200 tokens" in printed[0]
 
 
 def test_text_of_the_template_before_an_answer_is_not_scored(bytes_tokenizer):
@@ -360,9 +360,9 @@ def test_chat_names_the_option_where_a_template_does_not_take_the_system_message
         + " 'system' %}{{ raise_exception('not so') }}{% endif %}{{ messages[-1].content }}"
     )
     assert main(["chat", "--prompt", "hi", *arguments, "--model", str(model)]) == 2
-    said = capsys.readouterr().err
-    assert says in said
-    assert "TemplateError: not so" in said
+    printed = capsys.readouterr().err
+    assert says in printed
+    assert "TemplateError: not so" in printed
 
 
 def test_of_several_chat_templates_the_default_is_asked(base_and_its_rows, capsys):
@@ -456,9 +456,9 @@ def test_a_wrong_number_on_the_command_line_is_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*arguments, *needed])
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert f"argument {arguments[1]}" in said
-    assert "invalid _" not in said
+    printed = capsys.readouterr().err
+    assert f"argument {arguments[1]}" in printed
+    assert "invalid _" not in printed
 
 
 @pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
@@ -565,9 +565,9 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_table_and_what_was_there(
         "1",
     ]
     assert main([*asked, "--max-new-tokens", "1", "--output", str(output)]) == 1
-    said = capsys.readouterr()
-    assert "exact match" in said.out
-    assert f"failed: --output: {output}: cannot be written: No space left on device" in said.err
+    printed = capsys.readouterr()
+    assert "exact match" in printed.out
+    assert f"failed: --output: {output}: cannot be written: No space left on device" in printed.err
     assert output.read_text() == '{"row": "a:1", "prompt": []}\n'
     assert list(tmp_path.glob(".writing*")) == []
 

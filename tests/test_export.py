@@ -119,9 +119,7 @@ def test_an_adapter_that_learned_nothing_is_never_complete(workshop, monkeypatch
 
 
 def test_a_run_that_moved_no_weight_is_never_complete(workshop):
-    """An update below the smallest float32 moves no weight, not even one of 0 (torch 2.11 draws
-    some for bfloat16), by no chance.
-    """
+    """An update below the smallest float32 moves no weight, not even a weight of 0."""
     with pytest.raises(
         ExportError, match=r"no weight changed in 5 steps; is optimizer.lr too small"
     ):
@@ -411,9 +409,7 @@ def test_an_adapter_opens_from_any_folder(workshop, monkeypatch, tmp_path_factor
 
 
 def test_what_was_trained_has_gone_when_the_export_is_opened(workshop, monkeypatch):
-    """Else a quantised base that filled the GPU would have to fit on it twice, beside the
-    optimizer.
-    """
+    """Otherwise the GPU would hold a quantised base twice, beside the optimizer."""
     import weakref
 
     from finetune import loop
@@ -664,8 +660,8 @@ def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
     }[command]
     if command != "evaluate":  # it has --base in any case
         assert main(arguments) == 2
-        assert "its base is not in" in (said := capsys.readouterr().err)
-        assert "give --base" in said
+        assert "its base is not in" in (printed := capsys.readouterr().err)
+        assert "give --base" in printed
     assert main([*arguments, "--base", other]) == 2
     assert (
         f"--base: {other} is not the base of {model}: 21 of 21 weights differ"
@@ -788,9 +784,7 @@ def mixture(**changes):
 
 
 def test_an_expert_that_flips_is_no_wrong_export():
-    """A router's near-tie, decided otherwise by the rounding of another kernel: one token is
-    another function's, and it is right.
-    """
+    """Another kernel may round a router's near-tie to another expert: one token may differ."""
     model = mixture()
     router, seen = model.model.layers[1].mlp.gate, []
     hook = router.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))

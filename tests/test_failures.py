@@ -127,15 +127,15 @@ def test_a_disk_that_a_library_could_not_write_to_is_named_with_the_path(tmp_pat
     "exc", [ValueError("a bug"), RuntimeError("shapes do not fit"), OutOfMemory("ours")]
 )
 def test_what_is_no_failure_of_a_disk_passes_as_it_is(tmp_path, exc):
-    with pytest.raises(type(exc)) as told, failures.writing(tmp_path):
+    with pytest.raises(type(exc)) as caught, failures.writing(tmp_path):
         raise exc
-    assert told.value is exc
+    assert caught.value is exc
 
 
 def test_a_path_that_is_too_long_is_an_error_of_the_user(tmp_path):
-    with pytest.raises(OSError) as told:
+    with pytest.raises(OSError) as caught:
         (tmp_path / ("a" * 256)).mkdir()
-    error = failures.translate(told.value)
+    error = failures.translate(caught.value)
     assert isinstance(error, UserError)
     assert str(tmp_path) in str(error)
     assert str(error).endswith("; choose a shorter one")
@@ -193,12 +193,12 @@ MACHINE = [
 @pytest.mark.parametrize(("exc", "error"), MACHINE, ids=lambda value: str(value)[:40])
 def test_failure_of_a_device_while_loading_is_not_the_users(exc, error):
     with (
-        pytest.raises(error, match="^model 'a/b' cannot be loaded now: ") as told,
+        pytest.raises(error, match="^model 'a/b' cannot be loaded now: ") as caught,
         translated("model 'a/b'"),
     ):
         raise exc
-    assert told.value.exit_code == 1
-    assert told.value.__cause__ is exc
+    assert caught.value.exit_code == 1
+    assert caught.value.__cause__ is exc
 
 
 def test_failure_of_a_device_is_found_below_what_a_library_makes_of_it():

@@ -1,6 +1,4 @@
-"""The loss without all logits is the loss with them: the same number, the same gradients, for every
-way to make logits.
-"""
+"""The chunked loss equals the loss with all logits, in value and gradients, for every head."""
 
 import pytest
 import torch
@@ -85,9 +83,7 @@ def gradients(model, loss):
 
 
 def learned_alike(model, smoothing=0.0, tolerance=1e-5):
-    """Names of the weights whose gradients are the same with chunks and without; all that have one
-    must be.
-    """
+    """Return the weights whose gradients are equal with and without chunks; all must be."""
     inputs, labels, positions = batch()
     logits = model(**inputs).logits.flatten(0, 1)[positions].float()
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
@@ -225,9 +221,7 @@ def test_no_tensor_ever_holds_all_logits(chunks_of_a_few, how):
 
 
 def test_in_16_bits_the_loss_is_summed_in_32(chunks_of_a_few):
-    """bf16 has 8 bits: a sum of a thousand would be off by 4. Each logit has them, their sum must
-    not.
-    """
+    """bf16 has 8 bits, so a sum of a thousand would be off by 4; only single logits may be bf16."""
     model = make("llama").bfloat16()
     inputs, labels, positions = batch()
     logits = model(**inputs).logits.flatten(0, 1)[positions]
@@ -245,8 +239,8 @@ def test_the_start_of_a_run_proves_the_loss_or_falls_back(monkeypatch, wrong):
     if wrong:
         monkeypatch.setattr(head, "probe", lambda base: (head.LogitTransform(1.0, 2.0), None))
     head.install(model)
-    said = head.check(model, model, torch.device("cpu"), "fp32")
-    assert bool(said) == wrong
+    message = head.check(model, model, torch.device("cpu"), "fp32")
+    assert bool(message) == wrong
     assert model.holds_all_logits == wrong
     inputs, labels, positions = batch()
     logits = model(**inputs).logits.flatten(0, 1)[positions]
@@ -255,9 +249,7 @@ def test_the_start_of_a_run_proves_the_loss_or_falls_back(monkeypatch, wrong):
 
 
 def test_in_float16_the_gradient_of_the_head_is_summed_in_float32():
-    """A thousand tokens of 100 each: a sum of about 98,000, where float16 ends at 65,504. No loss
-    scale reaches it.
-    """
+    """A thousand tokens of 100 sum to 98,000, but float16 ends at 65,504; no loss scale helps."""
     linear = torch.nn.Linear(8, 50, bias=False)
     hidden = torch.full((1000, 8), 100.0)
     targets = torch.zeros(1000, dtype=torch.long)

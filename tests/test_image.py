@@ -93,15 +93,15 @@ def complaints(text: str) -> list[str]:
             found.append(f"{word} {rest} can be read in the image")
         if word == "ADD" or re.search(r"\b(curl|wget|git clone)\b", rest):
             found.append(f"{word} {rest[:40]} brings in what no list pins")
-    said = dict(inherited(all_of_them))
-    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", said.get("USER", "")):
+    settings = dict(inherited(all_of_them))
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", settings.get("USER", "")):
         found.append(
-            f"the last USER is {said.get('USER')}: Kubernetes takes a number only as proof that it "
-            "is not root"
+            f"the last USER is {settings.get('USER')}: Kubernetes takes a number only as proof "
+            "that it is not root"
         )
-    if said.get("ENTRYPOINT") != '["tini", "--", "python", "-m", "finetune"]':
+    if settings.get("ENTRYPOINT") != '["tini", "--", "python", "-m", "finetune"]':
         found.append("PID 1 does not pass signals on, or reaps no orphans")
-    if (said.get("STOPSIGNAL"), said.get("CMD")) != ("SIGTERM", '["--help"]'):
+    if (settings.get("STOPSIGNAL"), settings.get("CMD")) != ("SIGTERM", '["--help"]'):
         found.append("what stops it, or what it says without arguments, has changed")
     written = " ".join(rest for word, rest in all_of_them if word == "ENV").split()
     if not {"HOME=/scratch", "TMPDIR=/scratch"} <= set(written):
@@ -197,16 +197,12 @@ VALUES = {
 
 
 def filled(text: str) -> str:
-    """Variables replaced, `${NAME:-default}` and `${NAME:?why}` too; a name without a value is a
-    KeyError.
-    """
+    """Replace variables, also `${NAME:-default}` and `${NAME:?why}`; raise KeyError if unset."""
     return re.sub(r"\$\{?(\w+)(?::[-?][^}]*)?\}?", lambda match: VALUES[match[1]], text)
 
 
 def started(command: str) -> tuple[set[str], list[str]]:
-    """`docker run OPTIONS IMAGE WORDS` -> (options, words). All options are --name or --name=value,
-    so the image is the first word that is none.
-    """
+    """Split `docker run OPTIONS IMAGE WORDS` into (options, words); options are --name[=value]."""
     words = shlex.split(filled(command))
     words = words[words.index("run") + 1 :]
     image = next(place for place, word in enumerate(words) if not word.startswith("--"))
@@ -239,9 +235,7 @@ def of_skypilot(text: str = SKYPILOT) -> str:
 
 
 def understood(words: list[str], folder: Path) -> Any:
-    """The run config that these words to the image give; by the launcher and the parser of
-    train.py.
-    """
+    """Return the run config that launcher and parser of train.py make of these words."""
     write_jsonl(folder / "rows.jsonl", pairs(4))
     run = {
         "run": {"name": "mine"},

@@ -1,6 +1,4 @@
-"""Every overlay renders, has no unknown field, and keeps what docs/kubernetes.md promises; each
-check is seen to fail.
-"""
+"""Every overlay renders, has only known fields and keeps what docs/kubernetes.md promises."""
 
 import copy
 import os
@@ -16,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from kubeflow_trainer_api import models
-from manifests import Manifest, Work, pod_problems, problems, render, work
+from manifest_checks import Manifest, Work, pod_problems, problems, render, work
 
 OVERLAYS = sorted(folder.name for folder in (ROOT / "k8s/overlays").iterdir())
 OLDEST, NEWEST = "1.31", "1.37"  # podFailurePolicy is stable since 1.31
@@ -511,11 +509,11 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_what_is_broken_is_seen(rendered, fault, tmp_path):
-    name, break_it, said = BROKEN[fault]
+    name, break_it, message = BROKEN[fault]
     manifests = copy.deepcopy(rendered[name])
     break_it(manifests, work(manifests))
     found = problems(manifests, tmp_path)
-    assert any(re.search(said, problem) for problem in found), found
+    assert any(re.search(message, problem) for problem in found), found
 
 
 @pytest.mark.parametrize("kind", ["Job", "JobSet", "TrainJob", "TrainingRuntime", "NetworkPolicy"])

@@ -1,6 +1,4 @@
-"""python -m finetune launch: signals reach every process, exit codes come back, and no process is
-left.
-"""
+"""The launcher passes on signals and exit codes, and leaves no process behind."""
 
 import contextlib
 import json
@@ -129,9 +127,7 @@ def log(tmp_path):
 
 @pytest.fixture
 def start(worker):
-    """A launcher in a process of its own, which heeds SIGHUP also where all of the tests run under
-    nohup.
-    """
+    """Start a launcher in its own process, which heeds SIGHUP even if the tests run under nohup."""
     started, heard = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def start(*behaviours, before=(), **keywords):
@@ -220,8 +216,8 @@ def test_processes_that_end_as_they_should_leave_no_message_and_no_folder_of_ste
 
 def test_one_that_was_killed_is_named_with_its_step_and_the_others_end_by_themselves(worker, capfd):
     assert run(worker, "after:1:exit:1", "step:die") == 1
-    said = capfd.readouterr().err.splitlines()
-    assert said == [
+    output = capfd.readouterr().err.splitlines()
+    assert output == [
         "process 1 was killed by SIGKILL in step 38",
         "process 0 ended with exit code 1",
     ]
@@ -429,7 +425,7 @@ def main(*arguments, **keywords):
     )
 
 
-def told(result):
+def printed(result):
     """What each process has printed, by rank: environment, port, arguments."""
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[{")]
@@ -438,7 +434,7 @@ def told(result):
 
 def test_one_process_without_a_topology_file_is_what_python_would_start(log):
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    assert told(main(log, "--config", "x.yaml", "--num_processes", "2", env=clean)) == [
+    assert printed(main(log, "--config", "x.yaml", "--num_processes", "2", env=clean)) == [
         [{}, None, ["--config", "x.yaml", "--num_processes", "2"]]
     ]
 
@@ -521,10 +517,10 @@ def test_processes_get_what_accelerate_launch_gives_them(log, monkeypatch, topol
         str(log),
     ]
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-    theirs = told(
+    theirs = printed(
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     )
-    ours = told(main(*arguments))
+    ours = printed(main(*arguments))
     assert [launch.read(given) for given, _, _ in ours] == [
         launch.read(given) for given, _, _ in theirs
     ]
@@ -552,7 +548,9 @@ def test_what_accelerate_config_has_left_is_not_read(log, tmp_path):
     (tmp_path / "accelerate/default_config.yaml").write_text(
         "distributed_type: MULTI_GPU\nnum_processes: 3\n"
     )
-    lines = told(main("--mixed_precision", "no", log, env={**os.environ, "HF_HOME": str(tmp_path)}))
+    lines = printed(
+        main("--mixed_precision", "no", log, env={**os.environ, "HF_HOME": str(tmp_path)})
+    )
     assert ["WORLD_SIZE" in given for given, _, _ in lines] == [False]
 
 
@@ -596,11 +594,11 @@ def test_modules_and_programs_start_too(tmp_path, capfd):
 
 def test_options_of_torchrun_are_said_to_be_ignored(capfd):
     plan("--num_processes", 2, "--rdzv_conf", "timeout=5", "--max-restarts", 3)
-    said = capfd.readouterr().err
-    assert said.startswith(
+    output = capfd.readouterr().err
+    assert output.startswith(
         "ignored, as launch starts the processes itself: --rdzv_conf, --max_restarts; "
     )
-    assert "FINETUNE_JOIN_MINUTES" in said
+    assert "FINETUNE_JOIN_MINUTES" in output
 
 
 def test_help_is_no_error(capfd):
@@ -673,7 +671,7 @@ def test_a_topology_file_that_cannot_be_used_is_told_in_one_line(tmp_path, capfd
 
 def assert_told(arguments, message, capfd):
     assert launcher.main(arguments) == 2
-    said = capfd.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1, said
-    assert re.search(message, said), said
+    output = capfd.readouterr().err
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1, output
+    assert re.search(message, output), output

@@ -1,6 +1,4 @@
-"""`make gpu`: that nothing is left out of its matrix, what it calls right and wrong, and a
-rehearsal without a GPU.
-"""
+"""`make gpu` covers its matrix, tells right from wrong, and rehearses without a GPU."""
 
 import json
 import os
@@ -117,9 +115,7 @@ def test_every_comparison_has_a_reference_and_a_reason():
 
 
 def test_the_most_important_cases_run_first():
-    """Of every method, every kind of topology, half precision, compiled and resumed: what four
-    cores have time for.
-    """
+    """Four cores have time for every method, kind of topology, precision, and a resumption."""
     first = CASES[: len(matrix.FIRST)]
     assert {case.name for case in first} == set(matrix.FIRST)
     assert {case.topology for case in first} >= {None, "single", "ddp", "fsdp2", "zero2", "zero3"}
@@ -303,9 +299,7 @@ def in_turns(monkeypatch, cases, runs, only=""):
 def test_a_run_that_skipped_is_compared_with_one_that_left_out_the_same_steps(
     monkeypatch, changes, reason
 ):
-    """From the skip on it has moved once less than the reference: only with the same steps left out
-    must the two agree.
-    """
+    """After a skip the weights have moved once less, so the reference must skip the same steps."""
     skipped = {"losses": [5.0, 5.0, 3.5, 2.9, 2.4, 2.0, 1.7, 1.6], "skipped": [1]}
     other = curves(losses=skipped["losses"], norms=[7.0, *[1.0] * 7])
     runs = {
@@ -337,9 +331,7 @@ def test_a_reference_without_the_skipped_steps_runs_once(monkeypatch):
 
 
 def test_without_time_the_less_important_cases_are_left_out(monkeypatch):
-    """A case whose like takes longer than what is left does not start, and does not count as a
-    failure; one of the first, or asked for, is tried.
-    """
+    """A case without enough time left does not start or fail; first or requested ones are tried."""
     cases = [Case("plain-full"), Case("other"), Case("plain-lora")]
     runs = dict.fromkeys((case.name for case in cases), curves(seconds=50.0))
     found, began = in_turns(monkeypatch, cases, runs)
@@ -360,9 +352,7 @@ def test_what_is_compared_with_a_case_that_needs_more_is_left_out(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_can_leave_out_steps_as_fp16_does(workshop, monkeypatch):
-    """A step that is left out has its loss and norm; the next has its own examples, and weights
-    that did not move.
-    """
+    """A skipped step logs loss and norm; the next has its own examples and unmoved weights."""
     from on_gpu import skipping
 
     from finetune import loop
@@ -559,7 +549,7 @@ def test_after_the_deadline_nothing_starts():
 
 
 def test_a_signal_before_the_first_case_ends_the_tests_that_run_beside(tmp_path, monkeypatch):
-    """They have minutes, and whoever sent the signal waits for the GPU."""
+    """They take minutes, and the sender of the signal waits for the GPU."""
     begun = threading.Event()
 
     def run_pytest(lab):
@@ -582,9 +572,7 @@ def test_a_signal_before_the_first_case_ends_the_tests_that_run_beside(tmp_path,
 
 
 def test_a_request_that_ended_badly_does_not_spoil_the_next(tmp_path, monkeypatch):
-    """A helper that is late, or that a library killed, is replaced; a late answer would be taken
-    for the next one's.
-    """
+    """A late or killed helper is replaced, so its answer cannot be taken for the next one's."""
     (tmp_path / "helper.py").write_text(
         "import json, os, sys, time\n"
         "for line in sys.stdin:\n"
@@ -625,9 +613,7 @@ def test_processes_see_one_gpu_and_no_launcher(tmp_path, monkeypatch):
 
 
 def test_rounds_of_speed_end_when_the_longest_no_longer_fits(monkeypatch):
-    """One clock for all: a case whose last round would not fit gets no more of them, and says how
-    many it had.
-    """
+    """A case stops when a round may not fit into the time of all, and reports its rounds."""
     clock = Clock(0.5)
     lab = memory.Lab(
         ROOT,
@@ -699,9 +685,7 @@ def test_what_cannot_start_ends_at_once_and_says_why(tmp_path):
 
 
 def test_plugins_of_other_projects_do_not_end_the_tests(tmp_path):
-    """They warn about themselves, in words that pytest gives them, while pytest starts; a library's
-    warning is still an error.
-    """
+    """Their warnings while pytest starts pass; a library's warning is still an error."""
     plugin = (
         "import pytest, warnings\nclass Own(pytest.PytestWarning): pass\n"
         "def pytest_configure(config): warnings.warn(Own('mine'))\n"

@@ -1,6 +1,4 @@
-"""Every method and optimizer: it learns, moves only what it should, exports what it trained, and
-resumes to the bit.
-"""
+"""Every method and optimizer trains only its own weights, exports them and resumes to the bit."""
 
 import hashlib
 import json
@@ -81,9 +79,7 @@ WIDE = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """A model with biases on its projections, trained a little, so that there are main directions
-    to find.
-    """
+    """Return a model with biases on its projections, trained a little to have main directions."""
     workshop = Workshop(tmp_path_factory.mktemp("base"))
     config = workshop.config()["model"]["config"] | {
         "attention_bias": True,
@@ -115,9 +111,7 @@ def pairs_of_method_and_optimizer():
 
 @pytest.mark.parametrize(("method", "optimizer"), list(pairs_of_method_and_optimizer()))
 def test_it_learns_exports_and_resumes_to_the_bit(workshop, base, method, optimizer):
-    """That only what should moves, and that the export agrees, is checked by every run itself
-    before it is complete.
-    """
+    """Every run itself checks that only its own weights moved and that the export agrees."""
     settings = {
         **on(base),
         **METHODS[method],
@@ -165,9 +159,7 @@ WIDER = {"lora, rsLoRA", "lora, norms", "lora, biases", "qlora, int8"}
     [pytest.param(name, marks=pytest.mark.proof) if name in WIDER else name for name in MERGED],
 )
 def test_merged_is_base_plus_adapter(workshop, base, method):
-    """Into the unquantised base for QLoRA, with what that changes measured; LoftQ's stay on what
-    quantisation left.
-    """
+    """QLoRA merges into the unquantised base and measures that change; LoftQ into its own base."""
     run = workshop.train(**on(base), **METHODS[method])
     merged = merge([run / "model"], workshop.folder / "merged")
     assert merged.rounding < 1e-4
@@ -238,9 +230,7 @@ SIXTEEN = {
 @pytest.mark.parametrize("method", SIXTEEN)
 @pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.proof)])
 def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, method, monkeypatch):
-    """A norm is 1.0: in bfloat16 the next value below is 1/256 away, and steps of 2e-4 would all be
-    lost.
-    """
+    """A norm is 1.0, and bfloat16's next value below is 1/256 away: steps of 2e-4 would be lost."""
     from finetune import loop
 
     states, moments, finish = [], [], loop.finish

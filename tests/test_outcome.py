@@ -46,9 +46,9 @@ def fails(workshop, error, owner, name, exc, **settings):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, fail)
-        with pytest.raises(error) as told:
+        with pytest.raises(error) as caught:
             workshop.train(**settings)
-    return told.value
+    return caught.value
 
 
 def preempted_after(workshop, number, **settings):
@@ -92,7 +92,7 @@ def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     assert outcome(workshop) == ("preempted", 3, "SIGTERM")
     fails(workshop, RuntimeError, attention_probe, "check", BUG, checkpoint__every_steps=1)
     assert outcome(workshop) == ("failed", 3, "RuntimeError: shapes do not fit")
-    told = fails(
+    caught = fails(
         workshop,
         OutOfMemory,
         build,
@@ -100,8 +100,8 @@ def test_failure_before_a_resumption_leaves_an_outcome(workshop):
         torch.OutOfMemoryError("CUDA out of memory"),
         checkpoint__every_steps=1,
     )
-    assert outcome(workshop) == ("failed", 3, str(told))
-    assert "out of memory at the start: CUDA out of memory\n" in str(told)
+    assert outcome(workshop) == ("failed", 3, str(caught))
+    assert "out of memory at the start: CUDA out of memory\n" in str(caught)
     rows = workshop.rows.read_text()
     workshop.rows.write_text('{"question": "a"}\n')
     with pytest.raises(DataError) as wrong:

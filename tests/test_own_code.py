@@ -1,6 +1,4 @@
-"""A base that brings its own Python code: that code is part of the run's identity, and of what it
-exports.
-"""
+"""A base's own Python code is part of the run's identity and of its export."""
 
 import json
 import shutil
@@ -66,9 +64,7 @@ def settings(workshop, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["full", "lora", "merged"])
 def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
-    """Folders of code, and files that only the class of a tokenizer names, which an adapter has to
-    hold too.
-    """
+    """Folders of code, and files that only a tokenizer's class names, also beside an adapter."""
     base = Path(settings["model__path"])
     files = {
         "custom_generate/generate.py": "def generate(model): ...",

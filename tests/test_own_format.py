@@ -51,11 +51,11 @@ def conversations(workshop, source: str, raw: list, problems: rows.Problems | No
 
 def test_a_function_reads_rows_and_skips_some(workshop, own, capsys):
     run = workshop.train(data__format=own(TURNS))
-    said = capsys.readouterr().out
-    assert "data        20 rows -> 20 examples" in said
-    assert "; 20 rows skipped by data.format" in said
-    assert "own code    " in said
-    assert "| is 2 even\n" in said
+    output = capsys.readouterr().out
+    assert "data        20 rows -> 20 examples" in output
+    assert "; 20 rows skipped by data.format" in output
+    assert "own code    " in output
+    assert "| is 2 even\n" in output
     identity = workshop.receipt()["identity"]
     assert identity["code of data.format: own.py:rows"] == own_code.sha256(
         f"{workshop.folder}/own.py:rows"

@@ -174,7 +174,7 @@ def test_a_file_is_found_beside_the_config_and_from_here(workshop, own, monkeypa
 def test_a_file_that_gives_no_objective_is_refused_with_its_line(own, refusal, source, name, says):
     message = refusal(own(source, name), train__max_stps=3)
     assert f"objective.kind: {says}" in message
-    assert "train.max_stps: unknown key" in message, "every problem is told at once"
+    assert "train.max_stps: unknown key" in message, "every problem is reported at once"
 
 
 def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(workshop, own, refusal):

@@ -45,9 +45,7 @@ def test_the_same_seed_makes_the_same_packs_and_another_seed_others(lengths):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_packs_are_close_to_the_fewest_there_can_be(seed):
-    """50 full packs cut into random pieces: 50 is the optimum, and 11/9 x 50 + 4 what is proved of
-    best-fit decreasing.
-    """
+    """50 full packs in random pieces: the optimum is 50, the bound of best-fit 11/9 x 50 + 4."""
     random = np.random.default_rng(seed)
     cuts = [
         np.sort(random.choice(np.arange(1, 1000), random.integers(1, 9), replace=False))

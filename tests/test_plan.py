@@ -1,6 +1,4 @@
-"""What a run will need of memory, before it starts: against published tables, against real
-optimizers, against real runs.
-"""
+"""Forecasts of memory agree with published tables, real optimizers and real runs."""
 
 import errno
 import json
@@ -59,9 +57,9 @@ def config_of(architecture, **changes):
     return configs.Config.model_validate(values)
 
 
-def row(topology, said):
+def row(topology, output):
     """Its line in the table that plan prints."""
-    (line,) = [line for line in said.splitlines() if line.split()[:1] == [topology]]
+    (line,) = [line for line in output.splitlines() if line.split()[:1] == [topology]]
     return line
 
 
@@ -73,9 +71,7 @@ def rehearsal(config, attention, precision="fp32"):
 
 
 def as_they_did(model, inputs, *_):
-    """All logits, in 16 bits, shifted; as transformers computed OPT's loss when the tables were
-    made.
-    """
+    """Compute the loss as transformers did for OPT's tables: all logits, in 16 bits, shifted."""
     logits = model(**inputs).logits[:, :-1].flatten(0, 1).contiguous()
     return F.cross_entropy(logits, inputs["input_ids"][:, 1:].flatten())
 
@@ -102,9 +98,7 @@ OPT_TABLE = {
     ],
 )
 def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
-    """Within 18 %. OPT's own attention of that time kept the masked scores too, 2 bytes for each of
-    L n s^2: they are added.
-    """
+    """Within 18 %, with OPT's masked scores of that time added: 2 bytes for each of L n s^2."""
     monkeypatch.setattr(trace, "_loss", as_they_did)
     adapter = {"kind": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]} if lora else {}
     config = config_of(
@@ -127,9 +121,7 @@ def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
     [(500, False, 12483), pytest.param(2000, True, 11511, marks=pytest.mark.proof)],
 )
 def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recomputed, published):
-    """LoRA, one sequence, flash attention; within 15 %. Published rows that were peaks of loading
-    have no counterpart here.
-    """
+    """LoRA, one sequence, flash attention: within 15 %; published peaks of loading are left out."""
     monkeypatch.setattr(trace, "_loss", as_they_did)
     adapter = {
         "kind": "qlora",
@@ -156,9 +148,7 @@ def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recom
 
 
 def test_layers_keep_what_the_known_formula_says():
-    """34 h b s + 5 n b s^2 bytes a layer (Korthikanti et al., 2022), in 16 bits with dropout;
-    without scores the second term is gone. Within 15 %.
-    """
+    """34 h b s + 5 n b s^2 bytes a layer (Korthikanti et al., 2022), within 15 %."""
     h, n, s = 512, 8, 512
     kept = {}
     for attention, extra in (("eager", {}), ("sdpa", {"attn_pdrop": 0.0})):
@@ -288,10 +278,8 @@ MEASURED = {
     ],
 )
 def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes, changes):
-    """Within 10 %, where what is freed goes back to the system; FSDP2 of torch 2.11 on a CPU held
-    19 % more than forecast.
-    """
-    from faults.nursery import start
+    """Within 10 % where freed memory returns; FSDP2 of torch 2.11 on a CPU held 19 % more."""
+    from faults.forked import start
 
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     (workshop.folder / "rows.txt").write_text(
@@ -305,7 +293,7 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
     }  # fmt: skip
     path = workshop.write(workshop.config("measured", **settings))
     begun = start(path, topology, processes)
-    assert not any(begun.codes(240)), begun.said()
+    assert not any(begun.codes(240)), begun.output()
     measured = read_jsonl(workshop.run_dir("measured") / "metrics.jsonl")[-1]["memory_gb"]
     config, _ = configs.parse(["--config", str(path)])
     parallel = ParallelConfig(topology, processes)
@@ -483,9 +471,7 @@ def test_what_cannot_be_followed_is_an_error_that_says_what_to_do(monkeypatch):
 
 
 def test_every_part_of_a_forecast_is_what_arithmetic_says():
-    """A Llama of N weights on 8 GPUs: bytes for each weight, in float32 with Adam; what ZeRO keeps,
-    and copies.
-    """
+    """A Llama of N weights on 8 GPUs with Adam in float32: the bytes per weight of every part."""
     config = config_of(
         MEASURED, train={"global_batch_size": 8, "precision": "bf16", "ema_decay": 0.9}
     )
@@ -626,8 +612,8 @@ def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
             )
         }
     )
-    said = choice.advice(config, ParallelConfig("ddp", 2), torch.device("cpu"), "fp32")
-    assert said.endswith("try train.micro_batch_size: 3")
+    output = choice.advice(config, ParallelConfig("ddp", 2), torch.device("cpu"), "fp32")
+    assert output.endswith("try train.micro_batch_size: 3")
 
 
 def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
@@ -635,9 +621,9 @@ def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
         workshop.config("plan", train__global_batch_size=16, train__micro_batch_size="auto")
     )
     assert command(["plan", "--config", str(path), "--gpu-memory", "24"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for file in (ROOT / "accelerate_configs").glob("*.yaml"):
-        line = row(file.stem, said)
+        line = row(file.stem, output)
         assert "fits" in line, line
         assert int(line.split()[2]) <= int(line.split()[1]), (
             "the fewest are not more than were given"
@@ -657,10 +643,10 @@ def test_a_plan_begins_with_what_to_take(workshop, capsys, memory, advice):
         workshop.config("plan", train__global_batch_size=16, data__max_length=256)
     )
     assert command(["plan", "--config", str(path), "--gpu-memory", memory]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[3].startswith(advice)
+    output = capsys.readouterr().out.splitlines()
+    assert output[3].startswith(advice)
     topologies = [
-        line.split()[0] for line in said[6:] if line.split()[1:2] and line.split()[1].isdigit()
+        line.split()[0] for line in output[6:] if line.split()[1:2] and line.split()[1].isdigit()
     ]
     assert topologies[0] == "single"
     assert topologies[-1].endswith("multinode")
@@ -670,13 +656,13 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
     path = workshop.write(workshop.config("plan"))
     topology = ["--topology", str(ROOT / "accelerate_configs/fsdp2.yaml"), "--num-processes", "2"]
     assert command(["plan", "--config", str(path), *topology, "--gpu-memory", "24"]) == 0
-    said = capsys.readouterr().out
-    assert "gathered" in said
-    assert "optimizer" in said
+    output = capsys.readouterr().out
+    assert "gathered" in output
+    assert "optimizer" in output
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "output"),
     [
         (["--topology", "nowhere.yaml"], "nowhere.yaml"),
         (["--num-processes", "0"], "a whole number from 1"),
@@ -688,10 +674,10 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
         ),
     ],
 )
-def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, said):
+def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, output):
     path = workshop.write(workshop.config("plan"))
     assert command(["plan", "--config", str(path), "--gpu-memory", "24", *more]) == 2
-    assert said in capsys.readouterr().err
+    assert output in capsys.readouterr().err
 
 
 def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monkeypatch, capsys):
@@ -744,10 +730,10 @@ def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypa
     monkeypatch.setattr(choice, "capacity", lambda *_: peak - 1)
     with pytest.raises(
         OutOfMemory, match=r"at step 1(.|\n)*forecast: .* GB; try train.micro_batch_size: 2"
-    ) as told:
+    ) as caught:
         workshop.train()
     outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
-    assert outcome["reason"] == str(told.value)
+    assert outcome["reason"] == str(caught.value)
 
 
 def test_a_machine_that_has_no_memory_left_is_told_apart(workshop):

@@ -39,12 +39,12 @@ except BaseException:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    said = (
+    expected = (
         "stopped: by Ctrl-C before the first step"
         if name == "SIGINT"
         else f"preempted: {name} before anything was begun"
     )
-    assert (done.returncode, done.stderr[: len(said)]) == (75, said)
+    assert (done.returncode, done.stderr[: len(expected)]) == (75, expected)
 
 
 def flag() -> StopFlag:
@@ -65,22 +65,22 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved():
     stop = flag()
     with pytest.raises(
         Preempted, match="by Ctrl-C before the first step of this attempt; it saved nothing"
-    ) as told:
+    ) as caught:
         send(signal.SIGINT)
-    assert told.value.label == "stopped"
-    assert told.value.exit_code == 75
+    assert caught.value.label == "stopped"
+    assert caught.value.exit_code == 75
     stop = flag()
     stop.only_note()
     send(signal.SIGINT)
-    with pytest.raises(Preempted, match="SIGINT; run the same command again") as told:
+    with pytest.raises(Preempted, match="SIGINT; run the same command again") as caught:
         stop.at_once()
-    assert told.value.label == "preempted"
+    assert caught.value.label == "preempted"
 
 
 def test_ctrl_c_in_the_loop_says_at_once_what_happens_and_what_a_second_one_does(
     capfd, monkeypatch
 ):
-    for rank, told in ((None, True), ("0", True), ("1", False)):
+    for rank, is_printed in ((None, True), ("0", True), ("1", False)):
         monkeypatch.delenv("RANK", raising=False)
         if rank is not None:
             monkeypatch.setenv("RANK", rank)
@@ -90,7 +90,7 @@ def test_ctrl_c_in_the_loop_says_at_once_what_happens_and_what_a_second_one_does
         assert (
             "stopping after this step, then saving; Ctrl-C again quits at once"
             in capfd.readouterr().err
-        ) == told
+        ) == is_printed
 
 
 def test_a_second_ctrl_c_quits_at_once():
@@ -217,9 +217,7 @@ subprocess.Popen(command).wait()
 
 @pytest.fixture
 def launched(tmp_path):
-    """Starts a launcher by these words of its command line; gives its process and its session, in
-    which the script is.
-    """
+    """Start a launcher by these words; yield its process and the session that holds the script."""
     started = []
 
     def launch(*words, **environment):

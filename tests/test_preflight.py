@@ -1,6 +1,4 @@
-"""Settings that do nothing in this run, and what the model asks for in vain, are notes of the
-summary.
-"""
+"""The summary notes settings without effect and requests that the model cannot meet."""
 
 import re
 from types import SimpleNamespace
@@ -97,12 +95,12 @@ def test_settings_that_do_something_are_not_noted(workshop, capsys):
         checkpoint__every_steps=2, tracking__log_every_steps=3, data__packing=True,
         data__max_length=256,
     )  # fmt: skip
-    said = capsys.readouterr().out
-    assert "steps       3 steps" in said
-    assert "without train.max_steps" in said
+    output = capsys.readouterr().out
+    assert "steps       3 steps" in output
+    assert "without train.max_steps" in output
     assert [
         line
-        for line in said.splitlines()
+        for line in output.splitlines()
         if line.startswith("note") and "change the model very little" not in line
     ] == []
 
@@ -117,15 +115,16 @@ def test_what_is_not_read_or_empty_is_said_of_training_and_evaluation(workshop, 
     workshop.check(
         data__train=str(workshop.folder / "t.csv"), data__eval=str(dev), train__max_steps=1
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         "not read    columns source (8 rows)\nnot read    in data.eval: columns likes (3 rows), "
-        "topic (3 rows)\n" in said
+        "topic (3 rows)\n" in output
     )
     assert (
-        "8 rows -> 8 examples -> 8 sequences of at most 128 tokens; 8 empty rows skipped\n" in said
+        "8 rows -> 8 examples -> 8 sequences of at most 128 tokens; 8 empty rows skipped\n"
+        in output
     )
-    assert "evaluation  3 examples; 3 empty rows skipped\n" in said
+    assert "evaluation  3 examples; 3 empty rows skipped\n" in output
 
 
 def test_the_rows_of_the_summary_add_up(workshop, capsys):
@@ -136,12 +135,12 @@ def test_the_rows_of_the_summary_add_up(workshop, capsys):
         data__eval_fraction=0.2,
         train__max_steps=1,
     )
-    said = capsys.readouterr().out
-    [line] = [line for line in said.splitlines() if line.startswith("data  ")]
+    output = capsys.readouterr().out
+    [line] = [line for line in output.splitlines() if line.startswith("data  ")]
     rows, *fates = map(int, re.findall(r"(\d+) (?:rows|dropped|left out|held out|trained)", line))
     assert len(fates) == 4
     assert rows == sum(fates) == 40
-    assert f"evaluation  {fates[2]} examples held out\n" in said
+    assert f"evaluation  {fates[2]} examples held out\n" in output
     assert f"{fates[3]} trained on -> {fates[3]} examples -> " in line
 
 

@@ -1,6 +1,4 @@
-"""Every file type is read with the line of each row; what cannot be read is refused by file and
-line.
-"""
+"""Every file type is read with line numbers; unreadable input is refused by file and line."""
 
 import gzip
 import json

@@ -45,9 +45,7 @@ def test_the_makefile_has_every_target_that_is_named():
 
 
 def test_every_kind_of_command_is_run_by_a_test_here():
-    """A new kind of command in the README needs a test in this file; `pip install .` has
-    test_package.py.
-    """
+    """New kinds of commands need a test here; test_package.py has `pip install .`."""
     known = (
         "make ", "source .venv", "accelerate launch",
         "python train.py --config configs/my_run.yaml", "python train.py --help",
@@ -60,9 +58,7 @@ def test_every_kind_of_command_is_run_by_a_test_here():
 
 @pytest.fixture(scope="module")
 def my_run(tmp_path_factory):
-    """The README's own run, typed as printed, with a two-layer model in place of the one from the
-    Hub.
-    """
+    """Train the README's own run as printed, with a two-layer model instead of the Hub's."""
     from conftest import Workshop, forget_process_state
 
     folder = tmp_path_factory.mktemp("own")
@@ -107,7 +103,7 @@ def typed(command: str, folder) -> list[str]:
 @pytest.mark.timeout(300)
 def test_the_commands_of_the_readme_in_order(my_run):
     """plan, --check, train, chat, evaluate, merge; then the same with several processes."""
-    from faults.nursery import fork
+    from faults.forked import fork
 
     [plan] = [c for c in commands() if c.startswith("python -m finetune plan")]
     assert main(typed(plan, my_run)[3:]) == 0
@@ -127,7 +123,7 @@ def test_the_commands_of_the_readme_in_order(my_run):
             assert main(arguments[1:]) == 0, command
         else:
             begun = fork("train", arguments, "single", [my_run / "train.log"], {})
-            assert begun.codes() == [0], f"{command}\n{begun.said()}"
+            assert begun.codes() == [0], f"{command}\n{begun.output()}"
     [chat] = [c for c in commands() if c.startswith("python -m finetune chat")]
     assert main(["chat", *typed(chat, my_run)[4:], "--prompt", "hi", "--max-new-tokens", "4"]) == 0
     [several] = [c for c in commands() if c.startswith("accelerate launch")]
@@ -180,9 +176,7 @@ def test_the_objective_of_contributing_learns_what_it_says(workshop):
 
 
 def plain_dft(base, tokens):
-    """Dynamic fine-tuning over all rows in a folder of tokens: (mean of p * -log p with p held
-    fixed, norm of its gradient).
-    """
+    """Return (mean of p * -log p with p held fixed, norm of its gradient) over cached tokens."""
     model = AutoModelForCausalLM.from_pretrained(base)
     ids, supervised, ends = (
         np.load(tokens / f"{name}.npy") for name in ("input_ids", "supervised", "ends")

@@ -1,6 +1,4 @@
-"""Every recipe of configs/ runs as it is, with a two-layer model of the same architecture in place
-of the real one.
-"""
+"""Every recipe of configs/ runs unchanged, with a two-layer model of the same architecture."""
 
 import json
 import re

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, Workshop, losses, read_jsonl
-from faults.nursery import start, wait_for
+from faults.forked import start, wait_for
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -206,8 +206,8 @@ def test_a_signal_while_rows_are_tokenised_leaves_no_half_of_a_cache(workshop):
     launch = start(workshop.write(workshop.config()))
     wait_for(lambda: list(workshop.folder.glob("cache/tokens/.building-*")))
     launch.kill([0], signal.SIGTERM)
-    assert launch.codes() == [75], launch.said()
-    assert "SIGTERM" in launch.said()
+    assert launch.codes() == [75], launch.output()
+    assert "SIGTERM" in launch.output()
     assert not list(workshop.folder.glob("cache/tokens/.building-*")), "half a cache must not stay"
 
 
@@ -412,8 +412,8 @@ def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(
 
     monkeypatch.setattr(Saver, "_write", once)
     run = workshop.train("run", checkpoint__every_steps=2, checkpoint__keep_last=9)
-    told = capsys.readouterr().out
-    assert f"note: checkpoint of step 2 could not be saved: process 0: {why}" in told
+    printed = capsys.readouterr().out
+    assert f"note: checkpoint of step 2 could not be saved: process 0: {why}" in printed
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[0] == "step-00000004", (
         "later saves are whole"
     )
@@ -421,9 +421,7 @@ def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(
 
 
 def test_what_one_process_cannot_do_before_a_save_is_a_failed_save(workshop, monkeypatch, capsys):
-    """As taking its GPU: outside what all processes agree on, the others would wait for it for two
-    hours.
-    """
+    """If taking the GPU fails on one process, the others must not wait for it for two hours."""
     from finetune.engine.checkpoint.saver import Saver
 
     def broken(self):

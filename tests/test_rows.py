@@ -309,9 +309,7 @@ PAIRS = [
     ],
 )  # fmt: skip
 def test_a_column_that_says_good_or_bad_is_refused(column, value):
-    """KTO's rows have prompt, completion and label; without the label, bad answers would be learned
-    as right ones.
-    """
+    """Without its label, a KTO row would train on a bad answer as on a good one."""
     for values in PAIRS:
         says = refused({**values, column: value})
         assert f"column {column!r}" in says
@@ -325,7 +323,7 @@ def test_a_column_that_says_good_or_bad_is_refused(column, value):
         ("label", "geography"), ("label", None), ("rejected", None), ("_label", False),
         ("_score", 3), ("id", 7), ("source", "good"), ("topic", 3), ("labelled_by", "Ann"),
         ("scorer", 1), ("goodness", "yes"), ("difficulty", 2), ("score", {"a": "long"}),
-        ("feedback", "Well said."), ("page_rank", 0.3), ("weight_kg", 3.5), ("label_id", 3),
+        ("feedback", "Well reply."), ("page_rank", 0.3), ("weight_kg", 3.5), ("label_id", 3),
         ("zip_label", "12345"), ("valid_until", "2027"), ("label", "A"), ("score", {}),
         ("ok", None), ("bad_answer", "Paris"), ("chosen", None), ("validity", 1), ("windows", True),
         ("quality", "grainy"), ("_chosen_response", "c"), ("likes", 7), ("upvotes", 7),
@@ -443,9 +441,9 @@ ASKED, SAID = {"from": "human", "value": "q"}, {"from": "gpt", "value": "c"}
 def test_a_chosen_answer_that_continues_a_conversation_is_to_be_appended(tmp_path, values, advice):
     assert f"to train on the chosen answers only, {advice}" in refused(values)
     asked = next(value for name, value in values.items() if name not in ("chosen", "rejected"))
-    said = SAID if "from" in asked[0] else {"role": "assistant", "content": "c"}
+    reply = SAID if "from" in asked[0] else {"role": "assistant", "content": "c"}
     name = "conversations" if "conversations" in values else "messages"
-    assert accepted(tmp_path, {name: [*asked, said]}, {}) == (user("q"), assistant("c"))
+    assert accepted(tmp_path, {name: [*asked, reply]}, {}) == (user("q"), assistant("c"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""Notes of a run that something has damaged: named, or left out and said; never a traceback, and
-nothing is lost.
-"""
+"""Damaged notes of a run are named or left out; no traceback, no loss."""
 
 import argparse
 import json
@@ -227,8 +225,8 @@ def test_a_checkpoint_that_is_no_folder_is_named_and_set_aside(workshop, capsys,
         newest.symlink_to("nowhere")
     (run / "outcome.json").unlink()
     workshop.train(**settings)
-    said = capsys.readouterr().out
-    assert f"skipped a damaged checkpoint: {newest}: it is not a folder" in said
+    output = capsys.readouterr().out
+    assert f"skipped a damaged checkpoint: {newest}: it is not a folder" in output
     assert os.path.lexists(run / "checkpoints/damaged-step-00000005.0")
     assert (newest / "manifest.json").exists()
 
@@ -414,11 +412,11 @@ def test_a_log_that_was_cut_in_half_is_noted_at_the_next_start(workshop, ended, 
     log = ended / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
     workshop.train(**SETTINGS)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert re.search(
         f"note: {log} lacks [23] of the 4 lines that tracking.log_every_steps: "
         "1 asks for up to step 4: ",
-        said,
+        output,
     )
 
 

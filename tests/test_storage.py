@@ -1,6 +1,4 @@
-"""The twin in an object store: whole or not there, verified on the way back, never two writers,
-errors that say what to do.
-"""
+"""The object store's copy is whole or absent, verified, of one writer, with clear errors."""
 
 import json
 import logging
@@ -398,9 +396,7 @@ def test_pruning_never_takes_the_last_one_to_go_on_from(flaky, tmp_path, protect
 
 
 def test_pruning_counts_what_is_there_not_what_is_here(flaky, tmp_path):
-    """A machine that has only just come has one checkpoint on its disk, and keeps as many there as
-    it was told to.
-    """
+    """A new machine has one checkpoint on its disk, yet the store keeps keep_last of them."""
     for step in (100, 200, 300):
         flaky.upload_checkpoint(checkpoint(tmp_path, step))
     flaky.prune(2, set())
@@ -633,9 +629,7 @@ def test_a_bucket_that_has_gone_is_said(s3, tmp_path):
 
 @pytest.mark.slow
 def test_any_thread_may_call(s3, tmp_path):
-    """Uploads come from a thread beside the training, and the training itself looks and fetches
-    meanwhile.
-    """
+    """A thread uploads while training itself lists and fetches."""
     store, failures = claimed(s3_url(tmp_path)), []
     paths = [checkpoint(tmp_path / "here", step) for step in range(1, 7)]
 
@@ -674,9 +668,7 @@ print(sent, tracemalloc.get_traced_memory()[1])
 
 @pytest.mark.slow
 def test_a_big_file_is_never_whole_in_memory(s3, tmp_path):
-    """Nor does memory grow with it: of parts of 8 MiB, twice 4. In a process of its own, since the
-    server is in this one.
-    """
+    """Memory holds 2 x 4 parts of 8 MiB; a process of its own leaves out this one's server."""
     content = os.urandom(2**20) * 88
     path = checkpoint(tmp_path / "here", 100, {"shards/__0_0.distcp": content})
     process = subprocess.run(

@@ -1,4 +1,4 @@
-"""What is trained on is what inference renders, and exactly the answers of it are learned."""
+"""Training sees what inference renders, and exactly its answers are supervised."""
 
 from dataclasses import replace
 
@@ -61,11 +61,11 @@ ANSWERS = {
 }
 
 
-def conversation(*said: str, system: str | None = None) -> Conversation:
+def conversation(*texts: str, system: str | None = None) -> Conversation:
     """Turns of user and assistant in turn, after a system message where there is one."""
     messages = [
         Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1)
-        for i, text in enumerate(said)
+        for i, text in enumerate(texts)
     ]
     return Conversation(
         tuple([Message("system", system)] * (system is not None) + messages), Place("rows.jsonl", 3)
@@ -145,9 +145,7 @@ def test_the_segments_together_are_the_text_that_inference_renders(each_template
 
 
 def test_every_prompt_is_what_stands_before_its_answer(each_template, bytes_tokenizer):
-    """At inference the model sees the prompt; in training the supervised text begins right after
-    it.
-    """
+    """At inference the model sees the prompt; in training supervised text begins right after it."""
     for name, each in CONVERSATIONS.items():
         segments = each_template.segments(each)
         starts = [
@@ -326,9 +324,7 @@ ENDS_IN_TEXT = {
 
 @pytest.mark.parametrize("source", ENDS_IN_TEXT.values(), ids=ENDS_IN_TEXT)
 def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
-    """The EOS comes behind it: the model can reach it, and its answers hold no text of the
-    template.
-    """
+    """The EOS follows it, so the model can reach it and answers hold no text of the template."""
     own, whole = chat(source), conversation("Hi", "Hello", "And?", "Fine")
     assert own.stop_token() is None
     assert supervised(own, conversation("Hi", "Hello")) == ["Hello"]
@@ -349,9 +345,7 @@ def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
 
 
 def test_marks_decide_what_is_learned_of_what_the_model_writes():
-    """The header is inside the marks, as SmolLM3 has it, but the prompt ends with it; the line
-    after the turn is inside too.
-    """
+    """As in SmolLM3, marks hold the header (which ends the prompt) and the line after the turn."""
     source = (
         "{%- for m in messages %}{% if m.role == 'assistant' %}"
         "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% "
@@ -424,7 +418,7 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
 
 
 @pytest.mark.parametrize(
-    ("source", "said", "says"),
+    ("source", "texts", "says"),
     [
         (
             DROPS, ("Hi", "Hello"),
@@ -458,9 +452,9 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
         "filter", "type",
     ],
 )  # fmt: skip
-def test_a_template_that_would_train_something_else_is_refused(source, said, says):
+def test_a_template_that_would_train_something_else_is_refused(source, texts, says):
     with pytest.raises(UserError) as caught:
-        chat(source).segments(conversation(*said))
+        chat(source).segments(conversation(*texts))
     assert str(caught.value).startswith("rows.jsonl:3: data.template 'chat'")
     assert says in str(caught.value)
 

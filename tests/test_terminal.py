@@ -1,6 +1,4 @@
-"""What a person sees of a run: lines on standard output, one bar on a terminal, errors apart, the
-commands that come next.
-"""
+"""A run prints lines, one bar on a terminal, errors on stderr, and the next commands."""
 
 import fcntl
 import logging
@@ -24,15 +22,15 @@ from finetune.generation import generate
 
 def test_a_run_reports_on_standard_output(workshop, capsys):
     workshop.train(evaluation__sample_prompts=["what is 3 times three"], data__eval_fraction=0.1)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     for part in (
         "model       llama",
         "step 1/5  epoch",
         "step 5/5  eval loss",
         "complete at step 5",
     ):
-        assert part in said.out
-    assert said.err == ""
+        assert part in output.out
+    assert output.err == ""
 
 
 def test_answers_to_sample_prompts_are_printed_two_of_them(workshop, capsys):
@@ -67,9 +65,7 @@ def test_a_complete_run_names_the_commands_that_come_next(workshop, capsys):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A terminal of 80 columns: a call gives what was written there, and first puts the named
-    streams on it.
-    """
+    """Return a function that redirects streams to an 80-column terminal and returns its content."""
     ours, theirs = pty.openpty()
     stream = os.fdopen(theirs, "w")
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -97,10 +93,10 @@ def metrics_of(folder):
     )
 
 
-def steps(told):
+def steps(reporter):
     for number in range(1, 4):
         result = SimpleNamespace(loss=2.5, other_terms={}, grad_norm=1.0, tokens=10, skipped=False)
-        told.step(Progress(step=number), result, lr=1e-3, epoch=number / 3, memory_gb=0.5)
+        reporter.step(Progress(step=number), result, lr=1e-3, epoch=number / 3, memory_gb=0.5)
 
 
 def test_on_a_terminal_lines_stand_beside_a_bar_that_is_gone_at_the_end(
@@ -108,15 +104,15 @@ def test_on_a_terminal_lines_stand_beside_a_bar_that_is_gone_at_the_end(
 ):
     monkeypatch.setattr(metrics, "LINE_SECONDS", -1)
     terminal("stdout", "stderr")
-    told = metrics_of(tmp_path)
-    steps(told)
+    reporter = metrics_of(tmp_path)
+    steps(reporter)
     during = terminal()
     assert re.search(r"\r *\d+%\|.{30,}\| \d/3 \[", during)
     assert [f"step {n}/3  epoch" in during for n in (1, 2, 3)] == [True] * 3
-    told.close_bar()
+    reporter.close_bar()
     metrics.log("complete")
     after = terminal()
-    told.close()
+    reporter.close()
     assert after.replace("\r", "").strip() == "complete"
     assert "|" not in after
 
@@ -127,9 +123,9 @@ def test_a_bar_is_not_written_into_a_pipe(terminal, tmp_path, monkeypatch):
 
     terminal("stderr")
     monkeypatch.setattr(sys, "stdout", pipe := io.StringIO())
-    told = metrics_of(tmp_path)
-    steps(told)
-    told.close()
+    reporter = metrics_of(tmp_path)
+    steps(reporter)
+    reporter.close()
     sys.stderr.write("end")
     assert terminal() == "end"
     assert "step 3/3" in pipe.getvalue()
@@ -164,10 +160,10 @@ def test_a_chat_writes_its_answer_as_it_comes(workshop, monkeypatch, capsys):
     monkeypatch.setattr(generate, "TextStreamer", Told)
     capsys.readouterr()
     assert main(["chat", str(run), "--prompt", "hi", "--max-new-tokens", "5"]) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert len(seen) >= 5
-    assert said.out == "".join(seen) + "\n"
-    assert "cut after 5 tokens" in said.err or not said.err
+    assert output.out == "".join(seen) + "\n"
+    assert "cut after 5 tokens" in output.err or not output.err
 
 
 def test_a_chat_without_a_model_says_how_to_name_one(capsys):

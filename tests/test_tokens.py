@@ -1,4 +1,4 @@
-"""Labels line up with tokens, stopping is learned, one BOS, and a cache that is never wrong."""
+"""Labels match tokens, stopping is supervised, there is one BOS, and the cache is never wrong."""
 
 import contextlib
 import json
@@ -41,9 +41,7 @@ TEXTS = [
 
 
 def adds_bos(tokenizer: Any) -> Any:
-    """The same tokenizer with a BOS before every text, as the tokenizers of Llama and Gemma have
-    it.
-    """
+    """Return the same tokenizer with a BOS before every text, as those of Llama and Gemma."""
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos[0]} $A", special_tokens=[bos]
@@ -83,8 +81,7 @@ def like_gpt2() -> Any:
 
 
 def like_llama(swallows_lines: bool = False) -> Any:
-    """BPE whose spaces are \u2581, put before every text too; bytes for what it does not know; adds
-    a BOS.
+    """Return a BPE tokenizer with ▁ for spaces and before texts, byte fallback and a BOS.
 
     The control tokens of Phi-3 swallow the white space after them.
     """
@@ -160,7 +157,7 @@ def options(**changes: Any) -> tokens.Options:
     return replace(tokens.Options("auto", {}, "line", None, "completion", 1000, "error"), **changes)
 
 
-class Desk:
+class Tokenizing:
     """Writes rows to a file and tokenises them through a cache of its own."""
 
     def __init__(self, folder: Path) -> None:
@@ -201,20 +198,18 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path):
-    return Desk(tmp_path)
+def tokenizing(tmp_path):
+    return Tokenizing(tmp_path)
 
 
 def of(examples: Examples, number: int = 0) -> tuple[list[int], list[bool]]:
-    """Token ids of one example, and which of them are learned."""
+    """Return the token ids of one example and which of them are supervised."""
     part = slice(examples.starts[number], examples.ends[number])
     return examples.input_ids[part].tolist(), examples.supervised[part].tolist()
 
 
 def learned(tokenizer: Any, ids: list[int], supervised: list[bool]) -> list[str]:
-    """The text of every run of learned tokens, as the model would write it after what stands
-    before.
-    """
+    """Return the text of every run of supervised tokens, as the model would write it."""
     edges = np.flatnonzero(np.diff([False, *supervised, False]))
     return [
         tokenizer.decode(ids[:end]).removeprefix(tokenizer.decode(ids[:start]))
@@ -225,18 +220,20 @@ def learned(tokenizer: Any, ids: list[int], supervised: list[bool]) -> list[str]
 # One BOS
 
 
-def test_a_bos_is_put_first_exactly_where_the_tokenizer_uses_one(desk):
+def test_a_bos_is_put_first_exactly_where_the_tokenizer_uses_one(tokenizing):
     for tokenizer, count in ((bytes_tokenizer(), 0), (adds_bos(bytes_tokenizer()), 1)):
         for name in BUILT_IN:
-            ids, supervised = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, name))
+            ids, supervised = of(
+                tokenizing.prepare([{"question": "q", "answer": "a"}], tokenizer, name)
+            )
             assert ids.count(tokenizer.bos_token_id) == count
             assert (ids[0] == tokenizer.bos_token_id) == bool(count)
             assert not supervised[0]
 
 
-def test_plain_text_gets_one_bos_and_one_eos(desk):
+def test_plain_text_gets_one_bos_and_one_eos(tokenizing):
     tokenizer = adds_bos(bytes_tokenizer())
-    ids, supervised = of(desk.prepare([{"text": "ab"}], tokenizer, loss_on="all"))
+    ids, supervised = of(tokenizing.prepare([{"text": "ab"}], tokenizer, loss_on="all"))
     assert tokenizer.decode(ids) == "<|bos|>ab<|eos|>"
     assert supervised == [False, True, True, True]
 
@@ -252,22 +249,26 @@ WRITES_BOS_EACH_TIME = (
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
-def test_a_template_that_writes_the_bos_gives_no_second_one(desk, tokenizer):
+def test_a_template_that_writes_the_bos_gives_no_second_one(tokenizing, tokenizer):
     tokenizer = TOKENIZERS[tokenizer]()
     ids, _ = of(
-        desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, WRITES_BOS))
+        tokenizing.prepare(
+            [{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, WRITES_BOS)
+        )
     )
     assert tokenizer.decode(ids) == "<|bos|>user:q<|eos|>assistant:a<|eos|>"
 
 
-def test_a_bos_before_every_question_is_taken_as_the_template_has_it(desk):
+def test_a_bos_before_every_question_is_taken_as_the_template_has_it(tokenizing):
     """As Llama 2's own chat template."""
     tokenizer = adds_bos(bytes_tokenizer())
     turns = [
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("qarb")
     ]
     ids, supervised = of(
-        desk.prepare([{"messages": turns}], tokenizer, chat_for(tokenizer, WRITES_BOS_EACH_TIME))
+        tokenizing.prepare(
+            [{"messages": turns}], tokenizer, chat_for(tokenizer, WRITES_BOS_EACH_TIME)
+        )
     )
     assert tokenizer.decode(ids) == "<|bos|>[INST]q[/INST]a<|eos|><|bos|>[INST]r[/INST]b<|eos|>"
     assert learned(tokenizer, ids, supervised) == ["a<|eos|>", "b<|eos|>"]
@@ -275,10 +276,10 @@ def test_a_bos_before_every_question_is_taken_as_the_template_has_it(desk):
 
 @pytest.mark.parametrize("between", ["", "\n"])
 @pytest.mark.parametrize("name", ["bytes", "bytes and BOS"])
-def test_a_template_that_begins_with_two_bos_is_refused(desk, name, between):
+def test_a_template_that_begins_with_two_bos_is_refused(tokenizing, name, between):
     tokenizer = TOKENIZERS[name]()
     own = chat_for(tokenizer, "{{ bos_token }}" + f"{{{{ '{between}' }}}}" + WRITES_BOS_EACH_TIME)
-    says = desk.refused([{"question": "q", "answer": "a"}], tokenizer, own)
+    says = tokenizing.refused([{"question": "q", "answer": "a"}], tokenizer, own)
     assert says == (
         "data.template 'chat' begins with more than one BOS '<|bos|>'; write it once, or leave it "
         "to the tokenizer"
@@ -286,9 +287,9 @@ def test_a_template_that_begins_with_two_bos_is_refused(desk, name, between):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_where_one_token_is_bos_and_eos_both_are_there(desk, name):
+def test_where_one_token_is_bos_and_eos_both_are_there(tokenizing, name):
     tokenizer = adds_bos(byte_pairs())
-    ids, supervised = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, name))
+    ids, supervised = of(tokenizing.prepare([{"question": "q", "answer": "a"}], tokenizer, name))
     assert ids[0] == tokenizer.bos_token_id
     assert learned(tokenizer, ids, supervised)[-1].endswith(STOPS.get(name, "<|eos|>"))
 
@@ -305,8 +306,8 @@ def test_where_one_token_is_bos_and_eos_both_are_there(desk, name):
         ]},
     ],
 )  # fmt: skip
-def test_a_bos_written_in_a_row_is_refused(desk, row):
-    says = desk.refused([row], adds_bos(bytes_tokenizer()))
+def test_a_bos_written_in_a_row_is_refused(tokenizing, row):
+    says = tokenizing.refused([row], adds_bos(bytes_tokenizer()))
     assert says == (
         "the text contains '<|bos|>', a BOS that the tokenizer adds itself; remove it from the row"
     )
@@ -314,40 +315,42 @@ def test_a_bos_written_in_a_row_is_refused(desk, row):
 
 @pytest.mark.parametrize("token", ["<|eos|>", "<|im_end|>", "<|im_start|>"])
 @pytest.mark.parametrize("column", ["question", "answer"])
-def test_a_control_token_written_in_a_row_is_refused(desk, token, column):
+def test_a_control_token_written_in_a_row_is_refused(tokenizing, token, column):
     row = {"question": "q", "answer": "a"} | {column: f"some{token}thing"}
-    says = desk.refused([{"question": "q", "answer": "a"}, row], bytes_tokenizer(), "chatml")
+    says = tokenizing.refused([{"question": "q", "answer": "a"}, row], bytes_tokenizer(), "chatml")
     assert (
         says
         == f"the text contains {token!r}, a control token of the tokenizer; remove it from the row"
     )
 
 
-def test_an_eos_written_in_plain_text_is_refused(desk):
-    assert "'<|eos|>'" in desk.refused([{"text": "a<|eos|>b"}], bytes_tokenizer(), loss_on="all")
+def test_an_eos_written_in_plain_text_is_refused(tokenizing):
+    assert "'<|eos|>'" in tokenizing.refused(
+        [{"text": "a<|eos|>b"}], bytes_tokenizer(), loss_on="all"
+    )
 
 
 # What is learned
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_exactly_the_answer_and_the_token_that_stops_are_learned(desk, each_tokenizer, name):
+def test_exactly_the_answer_and_the_token_that_stops_are_learned(tokenizing, each_tokenizer, name):
     row = {"question": "Whatever é🙂 is it?", "answer": "é🙂 so\n\nwhatever ünd 漢字!"}
-    ids, supervised = of(desk.prepare([row], each_tokenizer, name))
+    ids, supervised = of(tokenizing.prepare([row], each_tokenizer, name))
     stop = STOPS.get(name, each_tokenizer.eos_token)
     (text,) = learned(each_tokenizer, ids, supervised)
     assert text == (f" {row['answer']} {stop}" if name == "llama2" else row["answer"] + stop)
     assert ids[np.flatnonzero(supervised)[-1]] == each_tokenizer.convert_tokens_to_ids(stop)
 
 
-def test_stopping_is_learned_where_padding_is_the_eos(desk):
+def test_stopping_is_learned_where_padding_is_the_eos(tokenizing):
     tokenizer = byte_pairs()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     for values, changes in (
         ([{"question": "q", "answer": "a"}], {}),
         ([{"text": "a"}], {"loss_on": "all"}),
     ):
-        ids, supervised = of(desk.prepare(values, tokenizer, **changes))
+        ids, supervised = of(tokenizing.prepare(values, tokenizer, **changes))
         assert (ids[-1], supervised[-1]) == (tokenizer.eos_token_id, True)
 
 
@@ -358,41 +361,47 @@ def test_stopping_is_learned_where_padding_is_the_eos(desk):
         ("all", ["HiHello<|eos|>And?Fine<|eos|>"]),
     ],
 )  # fmt: skip
-def test_of_several_turns_those_that_are_asked_for_are_learned(desk, loss_on, expected):
-    said = ["Hi", "Hello", "And?", "Fine"]
-    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+def test_of_several_turns_those_that_are_asked_for_are_learned(tokenizing, loss_on, expected):
+    printed = ["Hi", "Hello", "And?", "Fine"]
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(printed)
+    ]
     tokenizer = bytes_tokenizer()
     assert (
-        learned(tokenizer, *of(desk.prepare([{"messages": turns}], tokenizer, loss_on=loss_on)))
+        learned(
+            tokenizer, *of(tokenizing.prepare([{"messages": turns}], tokenizer, loss_on=loss_on))
+        )
         == expected
     )
 
 
-def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(desk):
+def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(tokenizing):
     tokenizer = bytes_tokenizer()
     source = (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n"
         "' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     ids, supervised = of(
-        desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source))
+        tokenizing.prepare(
+            [{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)
+        )
     )
     assert tokenizer.decode(ids) == "user: q\nassistant: a<|eos|>"
     assert learned(tokenizer, ids, supervised) == ["a<|eos|>"]
 
 
-def test_whether_an_eos_is_missing_is_seen_row_by_row(desk):
+def test_whether_an_eos_is_missing_is_seen_row_by_row(tokenizing):
     tokenizer = bytes_tokenizer()
     source = (
         "{% for m in messages %}{{ m.content }}{% if m.content != 'a' %}<|im_end|>{% else %}!"
         "{% endif %}{% endfor %}"
     )
     rows = [{"question": "q", "answer": answer} for answer in ("b", "a")]
-    examples = desk.prepare(rows, tokenizer, chat_for(tokenizer, source))
+    examples = tokenizing.prepare(rows, tokenizer, chat_for(tokenizer, source))
     assert [learned(tokenizer, *of(examples, n)) for n in (0, 1)] == [["b<|im_end|>"], ["a<|eos|>"]]
 
 
-def test_a_turn_that_its_marks_end_gets_no_second_end(desk):
+def test_a_turn_that_its_marks_end_gets_no_second_end(tokenizing):
     """SmolLM3 marks an answer together with the end of its turn and the line after it."""
     tokenizer = bytes_tokenizer()
     source = (
@@ -401,16 +410,18 @@ def test_a_turn_that_its_marks_end_gets_no_second_end(desk):
         "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     )
     ids, _ = of(
-        desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source))
+        tokenizing.prepare(
+            [{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)
+        )
     )
     assert tokenizer.decode(ids) == "q<|im_end|>\na<|im_end|>\n"
 
 
-def test_a_tokenizer_that_cannot_stop_is_refused(desk):
+def test_a_tokenizer_that_cannot_stop_is_refused(tokenizing):
     tokenizer = bytes_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match=r"no EOS token .*; set eos_token"):
-        desk.prepare([{"text": "a"}], tokenizer, loss_on="all")
+        tokenizing.prepare([{"text": "a"}], tokenizer, loss_on="all")
 
 
 # Where prompt and answer meet
@@ -427,10 +438,10 @@ MEETINGS = [
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(desk, each_tokenizer, name):
+def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(tokenizing, each_tokenizer, name):
     for prompt, answer in MEETINGS:
         ids, supervised = of(
-            desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name)
+            tokenizing.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name)
         )
         text = template_for(each_tokenizer, name).prompt([Message("user", prompt)])
         asked = tokens.encode_prompt(text, each_tokenizer)
@@ -442,10 +453,10 @@ def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(desk, each_toke
 SAID = ["Hi", "Hello there", "And?", "Fine", "Bye", "Bye"]
 
 
-def check_every_prompt(desk: Desk, tokenizer: Any, template: templates.Template) -> None:
-    """Every turn of a conversation is asked at inference with the tokens that stand before its
-    answer in training.
-    """
+def check_every_prompt(
+    tokenizing: Tokenizing, tokenizer: Any, template: templates.Template
+) -> None:
+    """Check that every turn is asked with the tokens that precede its answer in training."""
     messages = [
         Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1)
         for i, text in enumerate(SAID)
@@ -453,7 +464,7 @@ def check_every_prompt(desk: Desk, tokenizer: Any, template: templates.Template)
     values = [
         {"messages": [{"role": message.role, "content": message.content} for message in messages]}
     ]
-    ids, supervised = of(desk.prepare(values, tokenizer, template))
+    ids, supervised = of(tokenizing.prepare(values, tokenizer, template))
     for turn in (1, 3, 5):
         asked = tokens.encode_prompt(template.prompt(messages[:turn]), tokenizer)
         assert tokenizer.convert_ids_to_tokens(
@@ -463,20 +474,22 @@ def check_every_prompt(desk: Desk, tokenizer: Any, template: templates.Template)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_turn_is_asked_with_the_tokens_of_training(desk, each_tokenizer, name):
-    check_every_prompt(desk, each_tokenizer, template_for(each_tokenizer, name))
+def test_every_turn_is_asked_with_the_tokens_of_training(tokenizing, each_tokenizer, name):
+    check_every_prompt(tokenizing, each_tokenizer, template_for(each_tokenizer, name))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_control_tokens_that_swallow_a_line_end_swallow_it_in_training_too(desk, name):
+def test_control_tokens_that_swallow_a_line_end_swallow_it_in_training_too(tokenizing, name):
     tokenizer = like_llama(swallows_lines=True)
-    check_every_prompt(desk, tokenizer, template_for(tokenizer, name))
+    check_every_prompt(tokenizing, tokenizer, template_for(tokenizer, name))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_tokens_of_an_example_are_its_text(desk, each_tokenizer, name):
+def test_the_tokens_of_an_example_are_its_text(tokenizing, each_tokenizer, name):
     for prompt, answer in MEETINGS:
-        ids, _ = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
+        ids, _ = of(
+            tokenizing.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name)
+        )
         messages = (Message("user", prompt), Message("assistant", answer, supervised=True))
         segments = template_for(each_tokenizer, name).segments(
             rows.Conversation(messages, rows.Place("r", 1))
@@ -496,14 +509,14 @@ def test_the_tokens_of_an_example_are_its_text(desk, each_tokenizer, name):
         (("©", "Ã"), "é", "éy"),  # the last byte of one character and the first of the next
     ],
 )
-def test_no_token_reaches_from_a_prompt_into_its_answer(desk, merge, prompt, answer):
+def test_no_token_reaches_from_a_prompt_into_its_answer(tokenizing, merge, prompt, answer):
     tokenizer = byte_pairs(merge)
     whole = tokenizer(prompt + answer)["input_ids"]
     apart = tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"]
     assert len(whole) < len(apart), (
         "the merge must reach over the boundary, or this test shows nothing"
     )
-    ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], tokenizer))
+    ids, supervised = of(tokenizing.prepare([{"prompt": prompt, "completion": answer}], tokenizer))
     assert ids == [*apart, tokenizer.eos_token_id]
     assert learned(tokenizer, ids, supervised) == [f"{answer}<|eos|>"]
 
@@ -559,9 +572,7 @@ def test_a_long_text_has_the_same_tokens_in_windows(each_tokenizer, monkeypatch,
 
 
 def test_windows_that_do_not_agree_are_made_longer(monkeypatch):
-    """Pairs of line ends: which two are a token is decided where the run begins, far before the
-    window.
-    """
+    """How line ends pair into tokens depends on the start of their run, far before the window."""
     tokenizer = byte_pairs(
         ("\u010a", "\u010a"), ("a", "b")
     )  # how GPT-2 writes the byte of a line end
@@ -575,10 +586,10 @@ def test_windows_that_do_not_agree_are_made_longer(monkeypatch):
     assert 2_000 < recorder.most < len(text) - 3_000
 
 
-def test_no_more_characters_are_tokenised_at_once_than_memory_holds(desk, monkeypatch):
+def test_no_more_characters_are_tokenised_at_once_than_memory_holds(tokenizing, monkeypatch):
     monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 100)
     recorder = Recorder(bytes_tokenizer())
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         [{"question": "q" * 30, "answer": "a"}] * 50, recorder, template="question_answer"
     )
     assert len(examples) == 50
@@ -618,24 +629,24 @@ def test_a_row_of_50_megabytes_is_named_and_costs_little_memory(tmp_path):
     (tmp_path / "cell.csv").write_text(f"question,answer\n{book},a,b\n")
     (tmp_path / "header.csv").write_text(book)
     names = ["long.jsonl", "broken.jsonl", "cell.csv", "header.csv"]
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path), *names],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert said[0].startswith(
+    assert printed[0].startswith(
         f"{tmp_path}/long.jsonl:2: 50,000,001 characters, over data.max_length 1000; "
     )
-    assert said[1].startswith(f"{tmp_path}/broken.jsonl:1: broken JSON: Unterminated string")
-    assert said[2].startswith(f"{tmp_path}/cell.csv:2: 3 cells, but the header names 2 columns")
-    assert said[3].startswith(f"{tmp_path}/header.csv: holds no rows")
-    assert int(said[4]) < 1_500
+    assert printed[1].startswith(f"{tmp_path}/broken.jsonl:1: broken JSON: Unterminated string")
+    assert printed[2].startswith(f"{tmp_path}/cell.csv:2: 3 cells, but the header names 2 columns")
+    assert printed[3].startswith(f"{tmp_path}/header.csv: holds no rows")
+    assert int(printed[4]) < 1_500
 
 
-def test_a_row_over_max_length_is_refused_by_default(desk):
-    says = desk.refused(
+def test_a_row_over_max_length_is_refused_by_default(tokenizing):
+    says = tokenizing.refused(
         [{"question": "q", "answer": "a"}, {"question": "q", "answer": "a" * 30}],
         bytes_tokenizer(),
         max_length=20,
@@ -666,23 +677,23 @@ def test_a_row_over_max_length_is_refused_by_default(desk):
         ),
     ],
 )  # fmt: skip
-def test_no_length_is_advised_that_the_model_cannot_have(desk, limit, positions, advice):
+def test_no_length_is_advised_that_the_model_cannot_have(tokenizing, limit, positions, advice):
     values = [{"question": "q", "answer": "a" * 30}]
     assert (
-        desk.refused(values, bytes_tokenizer(), max_length=limit, positions=positions)
+        tokenizing.refused(values, bytes_tokenizer(), max_length=limit, positions=positions)
         .partition("; ")[2]
         .startswith(advice)
     )
-    says = desk.refused_all(values * 20, bytes_tokenizer(), max_length=limit, positions=positions)[
-        1
-    ]
+    says = tokenizing.refused_all(
+        values * 20, bytes_tokenizer(), max_length=limit, positions=positions
+    )[1]
     assert "the longest has 32 tokens" in says
     assert advice in says
     [most] = set(re.findall(r"data.max_length: (\d+)", says)) or {limit}
     cut = "right" if int(most) < 32 else "error"
     assert (
         len(
-            desk.prepare(
+            tokenizing.prepare(
                 values, bytes_tokenizer(), max_length=int(most), truncation=cut, positions=positions
             )
         )
@@ -690,19 +701,19 @@ def test_no_length_is_advised_that_the_model_cannot_have(desk, limit, positions,
     )
 
 
-def test_no_length_beyond_the_models_positions_is_advised_for_a_cut_row(desk):
+def test_no_length_beyond_the_models_positions_is_advised_for_a_cut_row(tokenizing):
     values = [{"question": "q" * 40, "answer": "a"}]
-    assert "; set data.truncation to drop" in desk.refused(
+    assert "; set data.truncation to drop" in tokenizing.refused(
         values, bytes_tokenizer(), max_length=20, truncation="right", positions=20
     )
-    assert "; raise data.max_length, or set" in desk.refused(
+    assert "; raise data.max_length, or set" in tokenizing.refused(
         values, bytes_tokenizer(), max_length=20, truncation="right", positions=30
     )
 
 
-def test_a_row_of_exactly_max_length_is_kept_whole(desk):
+def test_a_row_of_exactly_max_length_is_kept_whole(tokenizing):
     for truncation in ("error", "right", "left", "drop", "split"):
-        examples = desk.prepare(
+        examples = tokenizing.prepare(
             [{"text": "a" * 9}],
             bytes_tokenizer(),
             loss_on="all",
@@ -724,9 +735,9 @@ def test_a_row_of_exactly_max_length_is_kept_whole(desk):
         ("split", ["<|bos|>abcd", "<|bos|>efgh", "<|bos|><|eos|>"]),
     ],
 )
-def test_a_row_over_max_length_is_cut_and_keeps_its_bos(desk, truncation, expected):
+def test_a_row_over_max_length_is_cut_and_keeps_its_bos(tokenizing, truncation, expected):
     tokenizer = adds_bos(bytes_tokenizer())
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         [{"text": "abcdefgh"}], tokenizer, loss_on="all", max_length=5, truncation=truncation
     )
     assert [
@@ -739,9 +750,9 @@ def test_a_row_over_max_length_is_cut_and_keeps_its_bos(desk, truncation, expect
     assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (1, 1, 0)
 
 
-def test_what_is_cut_from_the_left_of_a_row_is_not_its_answer(desk):
+def test_what_is_cut_from_the_left_of_a_row_is_not_its_answer(tokenizing):
     tokenizer = bytes_tokenizer()
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         [{"question": "q" * 50, "answer": "abc"}], tokenizer, max_length=10, truncation="left"
     )
     assert tokenizer.decode(of(examples)[0]) == "qqqqqqabc<|eos|>"
@@ -750,9 +761,9 @@ def test_what_is_cut_from_the_left_of_a_row_is_not_its_answer(desk):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
 @pytest.mark.parametrize("max_length", [2, 3, 4, 5, 6, 7, 8])
-def test_splitting_loses_no_token_not_even_the_last(desk, tokenizer, max_length):
+def test_splitting_loses_no_token_not_even_the_last(tokenizing, tokenizer, max_length):
     tokenizer = TOKENIZERS[tokenizer]()
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         [{"text": "abcdefghijkl"}],
         tokenizer,
         loss_on="all",
@@ -765,9 +776,9 @@ def test_splitting_loses_no_token_not_even_the_last(desk, tokenizer, max_length)
     assert tokenizer.decode(list(dict.fromkeys(without_bos))) == "abcdefghijkl<|eos|>"
 
 
-def test_rows_over_max_length_are_dropped_and_counted(desk):
+def test_rows_over_max_length_are_dropped_and_counted(tokenizing):
     values = [{"text": "a" * n} for n in (3, 50, 4, 60, 70)]
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         values, bytes_tokenizer(), loss_on="all", max_length=10, truncation="drop"
     )
     assert examples.lengths.tolist() == [4, 5]
@@ -775,11 +786,11 @@ def test_rows_over_max_length_are_dropped_and_counted(desk):
     assert examples.receipt()["dropped"] == 3
 
 
-def test_where_every_row_is_dropped_it_is_said(desk):
+def test_where_every_row_is_dropped_it_is_said(tokenizing):
     with pytest.raises(
         DataError, match=r"rows\.jsonl: all 2 rows are over data\.max_length 10 and dropped"
     ):
-        desk.prepare(
+        tokenizing.prepare(
             [{"text": "a" * 50}] * 2,
             bytes_tokenizer(),
             loss_on="all",
@@ -788,18 +799,16 @@ def test_where_every_row_is_dropped_it_is_said(desk):
         )
 
 
-def test_a_cut_that_leaves_nothing_to_learn_is_refused(desk):
+def test_a_cut_that_leaves_nothing_to_learn_is_refused(tokenizing):
     values = [{"question": "q", "answer": "a"}, {"question": "q" * 50, "answer": "a"}]
-    says = desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right")
+    says = tokenizing.refused(values, bytes_tokenizer(), max_length=20, truncation="right")
     assert says.startswith("no supervised token is left in 52 tokens cut to 20; ")
     assert "raise data.max_length, or set data.truncation to drop" in says
 
 
-def test_the_only_learned_token_may_not_be_the_first(desk):
-    """The first token of a sequence is predicted by none, so labels on it alone would train
-    nothing.
-    """
-    says = desk.refused(
+def test_the_only_learned_token_may_not_be_the_first(tokenizing):
+    """Nothing predicts the first token, so a label on it alone would train nothing."""
+    says = tokenizing.refused(
         [{"text": "ab"}], bytes_tokenizer(), loss_on="all", max_length=1, truncation="right"
     )
     assert says.startswith("no supervised token is left")
@@ -837,18 +846,20 @@ def test_an_example_knows_file_and_line_after_drops_splits_and_blank_lines(tmp_p
     ]
 
 
-def test_rows_stay_in_order_however_many_are_tokenised_at_once(desk):
+def test_rows_stay_in_order_however_many_are_tokenised_at_once(tokenizing):
     count = 2 * tokens.ROWS_AT_ONCE + 7
     tokenizer = bytes_tokenizer()
-    examples = desk.prepare([{"text": str(n)} for n in range(count)], tokenizer, loss_on="all")
+    examples = tokenizing.prepare(
+        [{"text": str(n)} for n in range(count)], tokenizer, loss_on="all"
+    )
     assert len(examples) == count
     for number in (0, tokens.ROWS_AT_ONCE - 1, tokens.ROWS_AT_ONCE, count - 1):
         assert tokenizer.decode(of(examples, number)[0]) == f"{number}<|eos|>"
         assert examples.place(number).endswith(f":{number + 1}")
 
 
-def test_the_counts_are_those_of_the_tokens(desk):
-    examples = desk.prepare(
+def test_the_counts_are_those_of_the_tokens(tokenizing):
+    examples = tokenizing.prepare(
         [{"question": "ab", "answer": "cd"}, {"question": "e", "answer": "f"}], bytes_tokenizer()
     )
     assert examples.receipt() | {"sources": 0, "fingerprint": 0} == {
@@ -859,8 +870,8 @@ def test_the_counts_are_those_of_the_tokens(desk):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
-def test_a_token_that_none_predicts_is_not_counted_as_learned(desk, tokenizer):
-    examples = desk.prepare(
+def test_a_token_that_none_predicts_is_not_counted_as_learned(tokenizing, tokenizer):
+    examples = tokenizing.prepare(
         [{"text": "abc"}, {"text": "de"}], TOKENIZERS[tokenizer](), loss_on="all"
     )
     assert examples.num_supervised_tokens == (7 if tokenizer == "bytes and BOS" else 5)
@@ -870,8 +881,10 @@ def test_a_token_that_none_predicts_is_not_counted_as_learned(desk, tokenizer):
 
 
 @pytest.fixture
-def forty(desk):
-    return desk.prepare([{"text": f"row {n}"} for n in range(40)], bytes_tokenizer(), loss_on="all")
+def forty(tokenizing):
+    return tokenizing.prepare(
+        [{"text": f"row {n}"} for n in range(40)], bytes_tokenizer(), loss_on="all"
+    )
 
 
 def lines(examples: Examples) -> list[int]:
@@ -887,7 +900,7 @@ def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(forty, fraction,
         assert of(part, number) == of(forty, line - 1)
 
 
-def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(desk, tmp_path):
+def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(tokenizing, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"text": f"row {n}"} for n in range(40)]))
     options = tokens.Options("auto", {}, "line", None, "all", 100, "error")
@@ -904,14 +917,17 @@ def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(desk, tmp_path)
     assert examples.place(7) == f"{path} row 8"
 
 
-def test_a_text_may_hold_what_some_vocabularies_call_special(desk):
+def test_a_text_may_hold_what_some_vocabularies_call_special(tokenizing):
     tokenizer = bytes_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
-    assert len(desk.prepare([{"text": "usage: cp <filename> dst"}], tokenizer, loss_on="all")) == 1
+    assert (
+        len(tokenizing.prepare([{"text": "usage: cp <filename> dst"}], tokenizer, loss_on="all"))
+        == 1
+    )
 
 
-def test_equal_rows_are_never_on_both_sides(desk):
-    examples = desk.prepare(
+def test_equal_rows_are_never_on_both_sides(tokenizing):
+    examples = tokenizing.prepare(
         [{"text": f"row {n % 10}"} for n in range(40)], bytes_tokenizer(), loss_on="all"
     )
     rest, part = stored.hold_out(examples, 0.3, seed=0)
@@ -919,7 +935,7 @@ def test_equal_rows_are_never_on_both_sides(desk):
     assert stored.num_trained_on(part, rest) == 0
 
 
-def test_every_bad_row_is_told_at_once(desk):
+def test_every_bad_row_is_told_at_once(tokenizing):
     good = {"question": "q", "answer": "a"}
     values = [
         good,
@@ -929,18 +945,16 @@ def test_every_bad_row_is_told_at_once(desk):
         {"question": "<|eos|>", "answer": "a"},
     ]
     with pytest.raises(DataError) as caught:
-        desk.prepare(values, bytes_tokenizer())
+        tokenizing.prepare(values, bytes_tokenizer())
     says = str(caught.value).splitlines()
     assert says[0] == "3 of 5 rows are wrong:"
     assert [line.split(": ")[0].rpartition(":")[2] for line in says[1:]] == ["2", "4", "5"]
 
 
-def test_many_bad_rows_are_counted_by_kind(desk):
-    """Whatever is found first: empty answers while rows are read, control tokens while they are
-    tokenised.
-    """
+def test_many_bad_rows_are_counted_by_kind(tokenizing):
+    """Reading finds empty answers, and tokenising control tokens."""
     empty, control = {"question": "q", "answer": ""}, {"question": "q", "answer": "<|eos|>"}
-    says = desk.refused_all(
+    says = tokenizing.refused_all(
         [empty, control, BASE[0]] * 20, bytes_tokenizer(), format="question_answer"
     )
     assert says[0] == "40 of 60 rows are wrong:"
@@ -952,9 +966,9 @@ def test_many_bad_rows_are_counted_by_kind(desk):
     assert "rows.jsonl:2: the text contains '<|eos|>'" in says[2]
 
 
-def test_lengths_of_rows_that_are_too_long_are_summed_up(desk):
+def test_lengths_of_rows_that_are_too_long_are_summed_up(tokenizing):
     values = [{"question": "q", "answer": "a" * n} for n in range(1, 101)]
-    says = desk.refused_all(values, bytes_tokenizer(), max_length=50)
+    says = tokenizing.refused_all(values, bytes_tokenizer(), max_length=50)
     assert says[0] == "52 of 100 rows are wrong:"  # q, the answer, EOS
     assert says[1:] == [
         "  52 rows are longer than data.max_length 50; of all 100 the longest has 102 tokens and "
@@ -963,17 +977,17 @@ def test_lengths_of_rows_that_are_too_long_are_summed_up(desk):
     ]
 
 
-def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(desk, monkeypatch):
+def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(tokenizing, monkeypatch):
     monkeypatch.setattr(tokens, "WINDOW", 1_000)
     values = [{"question": "q", "answer": "a" * n} for n in (10, *[60] * 12, 100_000)]
-    says = desk.refused_all(values, bytes_tokenizer(), max_length=50)
+    says = tokenizing.refused_all(values, bytes_tokenizer(), max_length=50)
     assert says[1:] == [
         "  13 rows are longer than data.max_length 50, some by far: remove them, or set "
         "data.truncation to right, left, drop or (clm) split"
     ]
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(desk, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_refused(tokenizing, tmp_path, monkeypatch):
     """Its rows would be kept under the hash of other rows, for every run to come."""
     whole = stored._build
 
@@ -984,30 +998,32 @@ def test_a_file_that_changes_while_it_is_read_is_refused(desk, tmp_path, monkeyp
 
     monkeypatch.setattr(stored, "_build", build)
     with pytest.raises(DataError, match="changed while being read"):
-        desk.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE, bytes_tokenizer())
     monkeypatch.undo()
-    assert len(desk.prepare(BASE, bytes_tokenizer())) == len(BASE)
+    assert len(tokenizing.prepare(BASE, bytes_tokenizer())) == len(BASE)
 
 
-def test_the_rest_of_an_answer_whose_prompt_was_cut_off_is_not_learned(desk):
-    says = desk.refused(
+def test_the_rest_of_an_answer_whose_prompt_was_cut_off_is_not_learned(tokenizing):
+    says = tokenizing.refused(
         [{"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=20, truncation="left"
     )
     assert says.startswith("no supervised token is left")
 
 
 @pytest.mark.parametrize("token", ["[INST]", "<tool_call>", "<|pad|>"])
-def test_a_special_token_in_a_row_is_refused(desk, token):
+def test_a_special_token_in_a_row_is_refused(tokenizing, token):
     tokenizer = bytes_tokenizer()
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [token]}
     ) if token != "<|pad|>" else None
-    assert "a control token" in desk.refused([{"question": f"q {token}", "answer": "a"}], tokenizer)
+    assert "a control token" in tokenizing.refused(
+        [{"question": f"q {token}", "answer": "a"}], tokenizer
+    )
 
 
-def test_the_pieces_of_a_row_are_held_out_together(desk):
+def test_the_pieces_of_a_row_are_held_out_together(tokenizing):
     """A row is evaluated on or trained on, never both, also where it was split."""
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         [{"text": f"row {n} " * 5} for n in range(20)],
         bytes_tokenizer(),
         loss_on="all",
@@ -1038,21 +1054,22 @@ def test_holding_out_everything_is_refused(forty):
 # The cache
 
 
-def entries(desk: Desk) -> dict[str, int]:
+def entries(tokenizing: Tokenizing) -> dict[str, int]:
     """Folder of the cache -> identity of its tokens on disk, which a rebuild would change."""
     return {
-        path.parent.name: path.stat().st_ino for path in desk.cache.glob("tokens/*/input_ids.npy")
+        path.parent.name: path.stat().st_ino
+        for path in tokenizing.cache.glob("tokens/*/input_ids.npy")
     }
 
 
 BASE = [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}]
 
 
-def test_tokens_are_made_once(desk):
-    first = desk.prepare(BASE, bytes_tokenizer())
-    before = entries(desk)
-    second = desk.prepare(BASE, bytes_tokenizer())
-    assert entries(desk) == before
+def test_tokens_are_made_once(tokenizing):
+    first = tokenizing.prepare(BASE, bytes_tokenizer())
+    before = entries(tokenizing)
+    second = tokenizing.prepare(BASE, bytes_tokenizer())
+    assert entries(tokenizing) == before
     assert list(before) == [first.fingerprint] == [second.fingerprint]
     assert [of(first, n) for n in range(2)] == [of(second, n) for n in range(2)]
 
@@ -1083,15 +1100,17 @@ def with_another_token() -> Any:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_tokens_are_made_anew_where_anything_that_decides_them_changes(desk, change):
-    before = desk.prepare(BASE, bytes_tokenizer())
+def test_tokens_are_made_anew_where_anything_that_decides_them_changes(tokenizing, change):
+    before = tokenizing.prepare(BASE, bytes_tokenizer())
     own = {"values": BASE, "tokenizer": bytes_tokenizer, "template": "plain"} | change
-    after = desk.prepare(own.pop("values"), own.pop("tokenizer")(), own.pop("template"), **own)
+    after = tokenizing.prepare(
+        own.pop("values"), own.pop("tokenizer")(), own.pop("template"), **own
+    )
     assert after.fingerprint != before.fingerprint
-    assert sorted(entries(desk)) == sorted([before.fingerprint, after.fingerprint])
+    assert sorted(entries(tokenizing)) == sorted([before.fingerprint, after.fingerprint])
 
 
-def test_a_changed_template_file_is_not_served_from_the_cache(desk, tmp_path):
+def test_a_changed_template_file_is_not_served_from_the_cache(tokenizing, tmp_path):
     tokenizer, path = bytes_tokenizer(), tmp_path / "own.jinja"
     seen = []
     for word in ("Q", "R"):
@@ -1102,15 +1121,19 @@ def test_a_changed_template_file_is_not_served_from_the_cache(desk, tmp_path):
         own = templates.load(
             str(path), "messages", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
         )
-        seen.append(tokenizer.decode(of(desk.prepare(BASE, tokenizer, own))[0]))
+        seen.append(tokenizer.decode(of(tokenizing.prepare(BASE, tokenizer, own))[0]))
     assert seen == ["Qq<|eos|>Qa<|eos|>", "Rq<|eos|>Ra<|eos|>"]
 
 
-def test_a_failure_leaves_nothing_in_the_cache(desk):
-    desk.refused([*BASE, {"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=10)
-    assert entries(desk) == {}
+def test_a_failure_leaves_nothing_in_the_cache(tokenizing):
+    tokenizing.refused(
+        [*BASE, {"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=10
+    )
+    assert entries(tokenizing) == {}
     assert [
-        path.name for path in (desk.cache / "tokens").iterdir() if not path.name.endswith(".lock")
+        path.name
+        for path in (tokenizing.cache / "tokens").iterdir()
+        if not path.name.endswith(".lock")
     ] == []
 
 
@@ -1165,19 +1188,19 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_tokens_are_made_anew_with_a_note(desk, capsys, damage):
-    first = desk.prepare(BASE, bytes_tokenizer())
-    folder = desk.cache / "tokens" / first.fingerprint
+def test_damaged_tokens_are_made_anew_with_a_note(tokenizing, capsys, damage):
+    first = tokenizing.prepare(BASE, bytes_tokenizer())
+    folder = tokenizing.cache / "tokens" / first.fingerprint
     right = [(of(first, n), first.place(n)) for n in range(2)]
     DAMAGES[damage](folder)
-    again = desk.prepare(BASE, bytes_tokenizer())
+    again = tokenizing.prepare(BASE, bytes_tokenizer())
     assert [(of(again, n), again.place(n)) for n in range(2)] == right
     assert (again.num_rows, len(again)) == (2, 2)
     assert (
         f"note: the token cache {folder} is damaged and will be built again: "
         in capsys.readouterr().err
     )
-    desk.prepare(BASE, bytes_tokenizer())
+    tokenizing.prepare(BASE, bytes_tokenizer())
     assert capsys.readouterr().err == ""
     assert sorted(path.name for path in folder.parent.iterdir()) == [
         folder.name,
@@ -1185,26 +1208,26 @@ def test_damaged_tokens_are_made_anew_with_a_note(desk, capsys, damage):
     ]
 
 
-def test_tokens_of_other_rows_in_the_place_of_these_are_made_anew(desk):
-    mine = desk.prepare(BASE, bytes_tokenizer())
-    others = desk.prepare([{"question": "other", "answer": "row"}] * 2, bytes_tokenizer())
-    folder = desk.cache / "tokens"
+def test_tokens_of_other_rows_in_the_place_of_these_are_made_anew(tokenizing):
+    mine = tokenizing.prepare(BASE, bytes_tokenizer())
+    others = tokenizing.prepare([{"question": "other", "answer": "row"}] * 2, bytes_tokenizer())
+    folder = tokenizing.cache / "tokens"
     shutil.rmtree(folder / mine.fingerprint)
     shutil.copytree(folder / others.fingerprint, folder / mine.fingerprint)
-    assert of(desk.prepare(BASE, bytes_tokenizer())) == of(mine)
+    assert of(tokenizing.prepare(BASE, bytes_tokenizer())) == of(mine)
 
 
-def test_what_killed_runs_left_is_removed_and_what_live_ones_build_is_not(desk):
-    root = desk.cache / "tokens"
+def test_what_killed_runs_left_is_removed_and_what_live_ones_build_is_not(tokenizing):
+    root = tokenizing.cache / "tokens"
     for name in ("dead", "alive"):
         (root / f".building-{name}-0123").mkdir(parents=True)
         (root / f"{name}.lock").touch()
     (root / ".removing-dead-0123").mkdir()
     with stored._locked(root / "alive.lock", "cache") as held:
         assert held
-        desk.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE, bytes_tokenizer())
         assert [path.name for path in root.glob(".*")] == [".building-alive-0123"]
-    desk.prepare(BASE, bytes_tokenizer())
+    tokenizing.prepare(BASE, bytes_tokenizer())
     assert list(root.glob(".*")) == []
 
 
@@ -1220,16 +1243,16 @@ def in_a_child(action: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_process_that_is_killed_while_it_builds_leaves_nothing_behind_for_long(desk):
+def test_a_process_that_is_killed_while_it_builds_leaves_nothing_behind_for_long(tokenizing):
 
     def be_killed() -> None:
         stored._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # in a child process
-        desk.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE, bytes_tokenizer())
 
     assert in_a_child(be_killed) == -signal.SIGKILL
-    root = desk.cache / "tokens"
+    root = tokenizing.cache / "tokens"
     assert len(list(root.glob(".building-*"))) == 1
-    desk.prepare(BASE, bytes_tokenizer())
+    tokenizing.prepare(BASE, bytes_tokenizer())
     assert list(root.glob(".*")) == []
 
 
@@ -1250,15 +1273,15 @@ def shared_desk():
     """In a folder that other users may enter, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
-        yield Desk(Path(name))
+        yield Tokenizing(Path(name))
 
 
 def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
-    desk, tokenizer = shared_desk, bytes_tokenizer()
-    desk.prepare(BASE, tokenizer)
-    sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
-    root = desk.cache / "tokens"
-    for path in (desk.cache, root):
+    tokenizing, tokenizer = shared_desk, bytes_tokenizer()
+    tokenizing.prepare(BASE, tokenizer)
+    sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
+    root = tokenizing.cache / "tokens"
+    for path in (tokenizing.cache, root):
         path.chmod(0o555)
 
     def prepare(**changes: Any) -> Examples:
@@ -1267,7 +1290,7 @@ def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
             template_for(tokenizer, "plain"),
             tokenizer,
             options(**changes),
-            str(desk.cache),
+            str(tokenizing.cache),
         )
 
     def is_refused() -> None:
@@ -1278,21 +1301,25 @@ def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
 
     assert as_another_user(prepare) == 0
     assert as_another_user(is_refused) == 0
-    for path in (desk.cache, root):
+    for path in (tokenizing.cache, root):
         path.chmod(0o755)
 
 
 def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
-    desk, tokenizer = shared_desk, bytes_tokenizer()
-    examples = desk.prepare(BASE, tokenizer)
-    root = desk.cache / "tokens"
+    tokenizing, tokenizer = shared_desk, bytes_tokenizer()
+    examples = tokenizing.prepare(BASE, tokenizer)
+    root = tokenizing.cache / "tokens"
     shutil.rmtree(root / examples.fingerprint)
     root.chmod(0o777)
-    sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
+    sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
     assert (
         as_another_user(
             lambda: stored.prepare(
-                sources, template_for(tokenizer, "plain"), tokenizer, options(), str(desk.cache)
+                sources,
+                template_for(tokenizer, "plain"),
+                tokenizer,
+                options(),
+                str(tokenizing.cache),
             )
         )
         == 0
@@ -1300,10 +1327,10 @@ def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
     assert (root / examples.fingerprint / "meta.json").exists()
 
 
-def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(desk):
-    first = desk.prepare(BASE, bytes_tokenizer())
-    folder = desk.cache / "tokens" / first.fingerprint
-    sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
+def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(tokenizing):
+    first = tokenizing.prepare(BASE, bytes_tokenizer())
+    folder = tokenizing.cache / "tokens" / first.fingerprint
+    sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
     made = stored._make(
         folder,
         sources,
@@ -1323,17 +1350,17 @@ def test_a_full_disk_is_called_full():
         stored._write(Path("/dev/full"), np.zeros(5000))
 
 
-def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
+def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(tokenizing):
     from test_templates import THINKS_LAST
 
     tokenizer = bytes_tokenizer()
     own = chat_for(tokenizer, THINKS_LAST)
     without = [{"question": "q", "answer": "a"}] * tokens.ROWS_AT_ONCE
-    examples = desk.prepare(without, tokenizer, own)
+    examples = tokenizing.prepare(without, tokenizer, own)
     assert not examples.learn_opening
     assert learned(tokenizer, *of(examples)) == ["a<|im_end|>"]
     for _ in range(2):  # the second time from the cache
-        examples = desk.prepare(
+        examples = tokenizing.prepare(
             [*without, {"question": "q", "answer": "<think>hm</think>a"}], tokenizer, own
         )
         assert examples.learn_opening
@@ -1341,19 +1368,19 @@ def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
         assert learned(tokenizer, *of(examples, len(without))) == ["<think>hm</think>a<|im_end|>"]
 
 
-def test_a_template_that_cannot_be_parsed_is_told_once(desk):
+def test_a_template_that_cannot_be_parsed_is_told_once(tokenizing):
     with pytest.raises(
         UserError,
         match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$",
     ):
-        desk.prepare(
+        tokenizing.prepare(
             BASE, bytes_tokenizer(), chat_for(bytes_tokenizer(), "{% for m in messages %}")
         )
 
 
-def test_a_cache_that_cannot_be_written_is_named(desk, tmp_path):
+def test_a_cache_that_cannot_be_written_is_named(tokenizing, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    desk.cache = tmp_path / "file" / "cache"
+    tokenizing.cache = tmp_path / "file" / "cache"
     with pytest.raises(
         DataError,
         match=(
@@ -1361,7 +1388,7 @@ def test_a_cache_that_cannot_be_written_is_named(desk, tmp_path):
             r"choose another data\.cache_dir$"
         ),
     ):
-        desk.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE, bytes_tokenizer())
 
 
 PROCESS = """\
@@ -1387,7 +1414,7 @@ print(examples.fingerprint, len(examples), content, made.stat().st_ino)
 
 
 @pytest.mark.slow
-def test_of_processes_that_start_together_one_makes_the_tokens_of_all(desk, tmp_path):
+def test_of_processes_that_start_together_one_makes_the_tokens_of_all(tokenizing, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", pairs(2000))
     processes = [
         subprocess.Popen(
@@ -1400,12 +1427,12 @@ def test_of_processes_that_start_together_one_makes_the_tokens_of_all(desk, tmp_
     while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     (tmp_path / "go").touch()
-    told = [process.communicate(timeout=60)[0].split() for process in processes]
+    outputs = [process.communicate(timeout=60)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert told[0] == told[1]
-    assert told[0][1] == "2000"
-    assert entries(desk) == {told[0][0]: int(told[0][3])}
-    assert not list(desk.cache.glob("tokens/.building-*"))
+    assert outputs[0] == outputs[1]
+    assert outputs[0][1] == "2000"
+    assert entries(tokenizing) == {outputs[0][0]: int(outputs[0][3])}
+    assert not list(tokenizing.cache.glob("tokens/.building-*"))
 
 
 # Real tokenizers
@@ -1418,7 +1445,9 @@ def real_tokenizer(request, real_data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "question_answer", "alpaca", "llama2", "auto"])
-def test_a_real_tokenizer_learns_every_answer_and_to_stop(real_data, real_tokenizer, desk, name):
+def test_a_real_tokenizer_learns_every_answer_and_to_stop(
+    real_data, real_tokenizer, tokenizing, name
+):
     own = templates.load(
         name, "question_answer", real_tokenizer.chat_template, real_tokenizer.special_tokens_map,
         real_tokenizer.get_added_vocab()
@@ -1427,7 +1456,7 @@ def test_a_real_tokenizer_learns_every_answer_and_to_stop(real_data, real_tokeni
         json.loads(line)
         for line in (real_data / "gsm8k" / "test.jsonl").read_text().splitlines()[:100]
     ]
-    examples = desk.prepare(values, real_tokenizer, own)
+    examples = tokenizing.prepare(values, real_tokenizer, own)
     for number, row in enumerate(values):
         ids, supervised = of(examples, number)
         asked = tokens.encode_prompt(own.prompt([Message("user", row["question"])]), real_tokenizer)
@@ -1441,23 +1470,23 @@ def test_a_real_tokenizer_learns_every_answer_and_to_stop(real_data, real_tokeni
 
 
 @pytest.mark.parametrize(("prompt", "answer"), MEETINGS)
-def test_a_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer, desk, prompt, answer):
-    ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], real_tokenizer))
+def test_a_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer, tokenizing, prompt, answer):
+    ids, supervised = of(
+        tokenizing.prepare([{"prompt": prompt, "completion": answer}], real_tokenizer)
+    )
     asked = tokens.encode_prompt(prompt, real_tokenizer)
     assert ids[: len(asked)] == asked
     assert supervised == [False] * len(asked) + [True] * (len(ids) - len(asked))
     assert real_tokenizer.decode(ids) == prompt + answer + real_tokenizer.eos_token
 
 
-def test_every_turn_of_phi3_is_asked_with_the_tokens_of_training(real_data, desk):
+def test_every_turn_of_phi3_is_asked_with_the_tokens_of_training(real_data, tokenizing):
     tokenizer = load_tokenizer(Model(path=str(real_data / "tokenizers" / "phi-3-mini")))
-    check_every_prompt(desk, tokenizer, chat_for(tokenizer, tokenizer.chat_template))
+    check_every_prompt(tokenizing, tokenizer, chat_for(tokenizer, tokenizer.chat_template))
 
 
 def test_a_tokenizer_that_splits_special_tokens_is_another_one():
-    """It gives other tokens for the same text, and neither cache nor resumption may take one for
-    the other.
-    """
+    """It tokenises differently, so neither cache nor resumption may confuse the two."""
     plain, splits = bytes_tokenizer(), bytes_tokenizer()
     splits.split_special_tokens = True
     assert tokens.tokenizer_fingerprint(plain) != tokens.tokenizer_fingerprint(splits)

@@ -213,9 +213,7 @@ def test_the_launcher_and_the_run_config_must_agree_on_precision(workshop, monke
 
 
 def test_the_device_of_a_single_process_has_an_index(monkeypatch):
-    """Accelerate calls it "cuda", and `torch.cuda.set_device`, in the thread that saves, refuses
-    that.
-    """
+    """`torch.cuda.set_device` in the saver thread refuses "cuda", as Accelerate calls it."""
     import torch
 
     from finetune.engine.topology import start
@@ -227,9 +225,7 @@ def test_the_device_of_a_single_process_has_an_index(monkeypatch):
 
 
 def test_a_topology_on_a_gpu_has_what_a_gpu_needs(monkeypatch):
-    """Its device has an index, gradients lie in DDP's buckets, buffers are sent once, NCCL ends a
-    process that it lost.
-    """
+    """An indexed device, gradients in DDP's buckets, one broadcast of buffers, NCCL timeouts."""
     import torch
     from accelerate import Accelerator
 

@@ -314,9 +314,7 @@ def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkey
 
 @pytest.mark.slow
 def test_the_export_is_asked_as_training_asked(workshop):
-    """The text that the template puts before an answer ends the prompt of every caller, unless he
-    says how to think.
-    """
+    """The template's text before an answer ends every caller's prompt, unless it sets thinking."""
     template = workshop.folder / "thinks.jinja"
     template.write_text(THINKS)
     tokenizer = load_tokenizer(workshop.train(data__template=str(template)) / "model")
@@ -360,11 +358,12 @@ REFUSED = {  # everything else trains
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "gemma-3", "smollm3"])
 def test_a_real_template_trains_or_is_refused_with_its_reason(real_data, workshop, name, kind):
-    said = [{"role": role, "content": f"{role} says {n}"} for n, role in enumerate(KINDS[kind])]
+    turns = [{"role": role, "content": f"{role} says {n}"} for n, role in enumerate(KINDS[kind])]
+    rows = write_jsonl(workshop.folder / "chats.jsonl", [{"messages": turns}] * 8)
     given = {
         "data__template": str(real_data / "chat_templates" / f"{name}.jinja"),
         "data__max_length": 4096,
-        "data__train": str(write_jsonl(workshop.folder / "said.jsonl", [{"messages": said}] * 8)),
+        "data__train": str(rows),
         "train__max_steps": 1,
         "model__config": TINY_LLAMA | {"max_position_embeddings": 4096},
         "model__new_tokens": ["<start_of_turn>", "<end_of_turn>"],
@@ -785,9 +784,7 @@ def test_what_the_launcher_would_drop_or_change_in_silence_is_an_error(
     ids=["mixtral", "qwen3_moe"],
 )
 def test_a_mixture_of_experts_trains_packed(workshop, architecture):
-    """Other tokens in one document change how many each expert gets, and so the rounding in the
-    other; no leak.
-    """
+    """Other tokens in one document change the rounding in another through experts: not a leak."""
     config = {**TINY_LLAMA, **architecture, "num_experts_per_tok": 2}
     run = workshop.train(model__config=config, data__packing=True, train__epochs=3)
     assert losses(run)[-1] < losses(run)[0]
@@ -795,9 +792,7 @@ def test_a_mixture_of_experts_trains_packed(workshop, architecture):
 
 @pytest.mark.slow
 def test_chunked_attention_is_not_taken_for_full(workshop):
-    """Llama 4's chunks are a mask, which the fast path does not have: padded batches with its own
-    attention instead.
-    """
+    """Llama 4's chunks are a mask, so it trains in padded batches with its own attention."""
     config = {
         **TINY_LLAMA, "model_type": "llama4_text", "attention_chunk_size": 16, "head_dim": 8,
         "num_local_experts": 2, "intermediate_size_mlp": 64,

@@ -1,6 +1,4 @@
-"""Anyone who can write to a run directory may write a pickle and its hash, too: nothing of a
-checkpoint is executed.
-"""
+"""Anyone who can write to a run directory can forge a pickle; checkpoints execute nothing."""
 
 import hashlib
 import json
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.nursery import start
+from faults.forked import start
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
@@ -73,9 +71,7 @@ def metadata(folder: Path, value: object) -> Reader:
 
 
 def test_metadata_is_read_as_every_python_writes_it(tmp_path, monkeypatch):
-    """3.11.2, which Debian 12 has, writes an enum's member as a call of getattr; later ones write
-    its value.
-    """
+    """3.11.2 (Debian 12) pickles an enum member as a call of getattr, later ones as its value."""
     written = Metadata(
         {"weight": TensorStorageMetadata(TensorProperties(), torch.Size([2]), [])}, storage_data={}
     )
@@ -165,7 +161,7 @@ def test_code_in_the_files_of_deepspeed_is_refused_and_not_executed(workshop, to
         workshop.folder / "executed",
     )
     launch = start(config, topology, 1)
-    assert launch.codes() == [0], launch.said()
+    assert launch.codes() == [0], launch.output()
     run = workshop.run_dir()
     for path in newest(run).glob("shards/engine/*.pt"):
         torch.save(Command(marker), path)
@@ -173,7 +169,7 @@ def test_code_in_the_files_of_deepspeed_is_refused_and_not_executed(workshop, to
     (run / "outcome.json").unlink()
     launch = start(config, topology, 1)
     assert launch.codes() == [2]
-    assert "cannot be loaded" in launch.said()
+    assert "cannot be loaded" in launch.output()
     assert not marker.exists()
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, losses
-from faults.nursery import fork
+from faults.forked import fork
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -54,7 +54,7 @@ def node(
     )
 
 
-def said(*nodes, within):
+def output_of(*nodes, within):
     """What every node says; all must have ended within `within` seconds."""
     end = time.monotonic() + within
     try:
@@ -70,10 +70,10 @@ def test_two_nodes_train_as_one_process(workshop, topology):
     """Each process with the environment that its node's launcher gives it."""
     each, extra = FILES[topology]
     config = workshop.write(workshop.config("two", train__micro_batch_size=1))
-    said = [workshop.folder / f"{rank}.log" for rank in range(2 * each)]
+    logs = [workshop.folder / f"{rank}.log" for rank in range(2 * each)]
     meet = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    launch = fork("train", ["--config", str(config)], topology, said, {}, [*meet, *extra], nodes=2)
-    assert launch.codes() == [0] * 2 * each, launch.said()
+    launch = fork("train", ["--config", str(config)], topology, logs, {}, [*meet, *extra], nodes=2)
+    assert launch.codes() == [0] * 2 * each, launch.output()
     one = workshop.train("one", train__micro_batch_size=1)
     assert losses(workshop.run_dir("two")) == pytest.approx(losses(one), rel=1e-5)
 
@@ -81,7 +81,7 @@ def test_two_nodes_train_as_one_process(workshop, topology):
 def test_two_launchers_train_as_one_process(workshop):
     config, port = workshop.write(workshop.config("two", train__micro_batch_size=1)), free_port()
     nodes = [node(rank, "ddp_multinode", port, "--config", config) for rank in (0, 1)]
-    errors = said(*nodes, within=150)
+    errors = output_of(*nodes, within=150)
     assert [each.returncode for each in nodes] == [0, 0], errors
     one = workshop.train("one", train__micro_batch_size=1)
     assert losses(workshop.run_dir("two")) == pytest.approx(losses(one), rel=1e-5)
@@ -91,8 +91,8 @@ def two_nodes(workshop, *arguments, join="1"):
     """Two nodes whose processes get arguments of their own."""
     logs = [workshop.folder / f"{rank}.log" for rank in (0, 1)]
     meet = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    told = {"FINETUNE_JOIN_MINUTES": join}
-    return fork("train", [], "ddp_multinode", logs, told, meet, nodes=2, each=arguments)
+    settings = {"FINETUNE_JOIN_MINUTES": join}
+    return fork("train", [], "ddp_multinode", logs, settings, meet, nodes=2, each=arguments)
 
 
 def test_another_config_on_one_node_ends_all_and_is_named(workshop):
@@ -102,7 +102,7 @@ def test_another_config_on_one_node_ends_all_and_is_named(workshop):
     )
     assert all(launch.codes(90))
     says = "process 1 was started with another optimizer.lr: 1.1, process 0 has 0.1"
-    assert all(says in log.read_text() for log in launch.said_to)
+    assert all(says in log.read_text() for log in launch.logs)
     assert not workshop.run_dir().exists()
 
 
@@ -112,14 +112,16 @@ def test_a_node_whose_process_fails_before_it_joins_is_waited_for_only_so_long(w
         workshop, ["--config", config], ["--config", "no_such_file.yaml"], join="0.05"
     )
     assert all(launch.codes(90))
-    assert "no_such_file.yaml" in launch.said_to[1].read_text()
-    assert "did not find each other at 127.0.0.1" in launch.said_to[0].read_text()
+    assert "no_such_file.yaml" in launch.logs[1].read_text()
+    assert "did not find each other at 127.0.0.1" in launch.logs[0].read_text()
 
 
 @pytest.mark.fault
 def test_a_node_that_never_comes_is_waited_for_only_so_long(workshop):
     config = workshop.write(workshop.config())
-    [error] = said(node(0, "ddp_multinode", free_port(), "--config", config, wait="5"), within=90)
+    [error] = output_of(
+        node(0, "ddp_multinode", free_port(), "--config", config, wait="5"), within=90
+    )
     assert "1/2 clients joined" in error
 
 
@@ -127,6 +129,6 @@ def test_a_node_that_never_comes_is_waited_for_only_so_long(workshop):
 def test_a_wrong_address_is_tried_only_so_long(workshop):
     config = workshop.write(workshop.config())
     wrong = node(1, "ddp_multinode", free_port(), "--config", config, wait="5", address="127.0.0.9")
-    [error] = said(wrong, within=90)
+    [error] = output_of(wrong, within=90)
     assert "127.0.0.9" in error
     assert wrong.returncode != 0

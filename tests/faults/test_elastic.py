@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_LLAMA, Workshop, read_jsonl
-from faults.nursery import Launch, forget, in_the_long_form, start
+from faults.forked import Launch, forget, long_form, start
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -45,7 +45,7 @@ LONG = [
     ((("fsdp2", 2), ("single", 1)), "averaged"),
     *((move, "lora") for move in [(("zero2", 2), ("zero2", 1)), (("zero3", 2), ("zero3", 1))]),
 ]  # fmt: skip
-MOVES = [*SHORT, *(pytest.param(*each, marks=in_the_long_form) for each in LONG)]
+MOVES = [*SHORT, *(pytest.param(*each, marks=long_form) for each in LONG)]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def launched(
     workshop: Workshop, name: str, where: tuple[str, int], settings: dict, *arguments: str
 ) -> Launch:
     launch = start(workshop.write(workshop.config(name, **settings)), *where, *arguments)
-    assert launch.codes() == [0] * where[1], launch.said()
+    assert launch.codes() == [0] * where[1], launch.output()
     return launch
 
 
@@ -85,7 +85,7 @@ def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
         launched(shop, name, before, settings)
     moved = copy_of(shop.run_dir(name), tmp_path, 4)
     launch = launched(shop, name, after, settings, "--run.dir", str(tmp_path))
-    assert "at step 4" in launch.said()
+    assert "at step 4" in launch.output()
     one, other = (read_jsonl(run / "metrics.jsonl") for run in (shop.run_dir(name), moved))
     assert [line["step"] for line in other] == list(range(1, 9))
     for what, part in (
@@ -105,10 +105,10 @@ def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
 @pytest.mark.parametrize(
     ("before", "after", "method", "says"),
     [("zero2", "ddp", "full", "was saved by zero2, and this is ddp"), pytest.param(
-        "fsdp2", "zero3", "full", "was saved by fsdp2, and this is zero3", marks=in_the_long_form,
+        "fsdp2", "zero3", "full", "was saved by fsdp2, and this is zero3", marks=long_form,
     ),
      pytest.param(
-         "zero3", "zero2", "full", "was saved by zero3, and this is zero2", marks=in_the_long_form,
+         "zero3", "zero2", "full", "was saved by zero3, and this is zero2", marks=long_form,
      ), ("zero2", "zero1", "lion", "state of adamw only, not of lion")],
 )  # fmt: skip
 def test_what_a_topology_cannot_read_is_refused_and_stays(
@@ -121,5 +121,5 @@ def test_what_a_topology_cannot_read_is_refused_and_stays(
     files = {p: p.read_bytes() for p in (moved / "checkpoints").rglob("*") if p.is_file()}
     launch = start(shop.write(shop.config(name, **settings)), after, 2, "--run.dir", str(tmp_path))
     assert launch.codes() == [2, 2]
-    assert says in launch.said()
+    assert says in launch.output()
     assert {p: p.read_bytes() for p in (moved / "checkpoints").rglob("*") if p.is_file()} == files

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Workshop
-from faults.nursery import KILLS, Scene, in_the_long_form
+from faults.forked import KILLS, Scene, long_form
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -16,7 +16,7 @@ SETTINGS = {
     "checkpoint__every_steps": 2, "checkpoint__every_minutes": None, "checkpoint__keep_last": 3,
     "data__eval_fraction": 0.2, "evaluation__every_steps": 4, "train__hang_minutes": 0.3,
 }  # fmt: skip
-SCENES = [("single", 1), ("fsdp2", 2), pytest.param(("zero2", 2), marks=in_the_long_form)]
+SCENES = [("single", 1), ("fsdp2", 2), pytest.param(("zero2", 2), marks=long_form)]
 
 
 @pytest.fixture(scope="module", params=SCENES, ids=lambda v: f"{v[0]}-{v[1]}")
@@ -26,9 +26,7 @@ def scene(request, tmp_path_factory) -> Scene:
 
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
-    """Until that many processes have died: at any moment, at a line of the protocol, and in the
-    attempt that goes on, too.
-    """
+    """Kill at random moments, at protocol lines and in the resumption, until KILLS have hit."""
     dice = random.Random(SEED)
     killed, number = 0, 0
     kills = [
@@ -46,7 +44,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
         assert number < 2 * KILLS, "hardly any kill hits"
 
 
-@in_the_long_form
+@long_form
 def test_death_before_any_line_of_the_protocol_is_survived(scene):
     """Die once before every line that a save or a resumption executes, at a random repetition."""
     if scene.topology != "single":

@@ -1,6 +1,4 @@
-"""`accelerate launch` of one process is killed, at any moment: the script that it started saves and
-ends, every time.
-"""
+"""When `accelerate launch` of one process is killed, its script always saves and ends."""
 
 import os
 import random
@@ -10,9 +8,9 @@ import time
 
 import pytest
 from conftest import ROOT, launcher, session
-from faults.nursery import KILLS, in_the_long_form, wait_for
+from faults.forked import KILLS, long_form, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), in_the_long_form]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), long_form]
 
 
 @pytest.mark.parametrize("trial", range(KILLS // 8))

@@ -1,6 +1,4 @@
-"""Three objectives as a user would write them, each with something that cross-entropy does not
-have.
-"""
+"""Three objectives as users would write them, each with a feature that cross-entropy lacks."""
 
 from dataclasses import replace
 
@@ -21,9 +19,7 @@ class Dft(Objective):
 
 
 class Unlikelihood(Objective):
-    """Pushes down what the model is sure of, and divides by how many tokens these are, which only a
-    whole step knows.
-    """
+    """Lowers confident predictions; divides by their number, which only a whole step knows."""
 
     def prepare(self, policy, batches, settings):
         sure = [(policy(batch, {"logprobs"}).logprobs > SURE).sum() for batch in batches]

@@ -25,9 +25,7 @@ def weights(run):
 
 
 def assert_same_weights(one, other, tolerance=2e-4):
-    """Adam divides by the root of the second moment, so a gradient near zero turns a reordering
-    into a visible step.
-    """
+    """Compare weights; Adam's root of the second moment enlarges roundings near zero."""
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
     for name in one:
@@ -160,9 +158,7 @@ def test_packed_and_unpacked_give_the_same_loss_for_every_token(
 
 
 def test_packing_keeps_the_loss_of_an_epoch(workshop):
-    """The mean over all supervised tokens of untouched weights is a fact of the data, packed or
-    not.
-    """
+    """Untouched weights have one mean loss over all supervised tokens, packed or not."""
     evaluated = [
         read_jsonl(
             workshop.train(
@@ -181,9 +177,7 @@ def test_packing_keeps_the_loss_of_an_epoch(workshop):
 
 
 def test_merged_equals_adapter(workshop):
-    """W + (alpha / r) B A, computed by hand, is the merged weight; logits agree; and training moved
-    them.
-    """
+    """The merged weight is W + (alpha / r) B A by hand; logits agree; training moved them."""
     from finetune.export.merge import merge
 
     base = workshop.train("base")
@@ -224,9 +218,7 @@ def test_only_adapters_train_and_the_base_stays(workshop):
 
 
 def test_reported_loss_is_sum_over_count(workshop):
-    """Recomputed by hand from the exported initial weights: the first step's loss is sum / count
-    over its rows.
-    """
+    """Recompute the first step's loss by hand from the exported initial weights."""
     run = workshop.train(
         optimizer__lr=1e-9,
         train__max_steps=1,

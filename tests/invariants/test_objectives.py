@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import Workshop, losses, read_jsonl
-from faults.nursery import fork
+from faults.forked import fork
 from invariants import objectives
 from safetensors.torch import load_file
 
@@ -94,9 +94,9 @@ def test_several_processes_learn_what_one_learns(tmp_path, topologies, processes
             arguments += [*(["pair"] if name == "Pairwise" else []), str(workshop.write(config))]
     logs = [tmp_path / f"{rank}.log" for rank in range(processes)]
     launch = fork(
-        "distributed.several", arguments, topologies[0], logs, {}, FOUR.get(topologies[0], [])
+        "distributed.many_runs", arguments, topologies[0], logs, {}, FOUR.get(topologies[0], [])
     )
-    assert launch.codes(280) == [0] * processes, launch.said()
+    assert launch.codes(280) == [0] * processes, launch.output()
     for topology in topologies:
         for name in objectives.OBJECTIVES:
             own, alone = workshop.run_dir(f"{topology}_{name}"), workshop.run_dir(f"{name}_alone")

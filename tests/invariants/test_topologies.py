@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_LLAMA, Workshop, losses, made_once, read_jsonl
 from distributed.test_nodes import FILES as ON_NODES
-from faults.nursery import Launch, fork
+from faults.forked import Launch, fork
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -126,21 +126,17 @@ def settings(workshop: Workshop, case: str) -> dict:
 
 
 def several(folder: Path, topology: str, processes: int, *arguments: object) -> Launch:
-    """tests/distributed/several.py, once it has ended, in processes with the environment that the
-    launcher gives them.
-    """
-    said = [folder / f"{rank}.log" for rank in range(processes)]
+    """Run many_runs.py to the end in processes with the launcher's environment."""
+    logs = [folder / f"{rank}.log" for rank in range(processes)]
     launch = fork(
-        "distributed.several", [*map(str, arguments)], topology, said, {}, FOUR.get(topology, [])
+        "distributed.many_runs", [*map(str, arguments)], topology, logs, {}, FOUR.get(topology, [])
     )
     launch.codes(500)
     return launch
 
 
 def difference(run, reference) -> dict[str, float]:
-    """Largest difference of losses and gradient norms (as parts of them), of weights, and of the
-    last evaluation.
-    """
+    """Return the largest relative difference of losses, norms, weights and evaluations."""
     found = {}
     for name in ("loss", "grad_norm"):
         pairs = [
@@ -173,9 +169,7 @@ def agree(found: dict[str, float], half: bool = False) -> bool:
 def files_of(
     workshop: Workshop, alone: Workshop, topology: str, cases: list[str], is_resumed: bool
 ) -> list[object]:
-    """What several.py is to run under one topology: each case, and a run that goes on from its
-    fourth step.
-    """
+    """List many_runs.py's arguments for one topology: each case, then its resumption at step 4."""
     files: list[object] = [f"topology:{topology}"]
     for case in cases:
         config = workshop.config(case, **settings(alone, case))
@@ -212,7 +206,7 @@ def test_every_topology_is_one_process(alone, workshop, launched):
         own = files_of(workshop, alone, topology, cases, topology in resumed)
         files += own if processes == 2 else own[1:]
     launch = several(workshop.folder, next(iter(topologies)), processes, *files)
-    assert launch.codes() == [0] * processes, launch.said()
+    assert launch.codes() == [0] * processes, launch.output()
     found = {
         (topology, case): difference(workshop.folder / topology / case, alone.run_dir(case))
         for topology, cases in topologies.items()
@@ -221,7 +215,7 @@ def test_every_topology_is_one_process(alone, workshop, launched):
     assert not {case: value for case, value in found.items() if not agree(value, "bf16" in case[1])}
     for topology in resumed:
         whole, parts = (workshop.folder / topology / name for name in ("whole", "parts"))
-        assert f"{parts}/checkpoints/step-00000004 at step 4" in launch.said()
+        assert f"{parts}/checkpoints/step-00000004 at step 4" in launch.output()
         assert losses(parts) == losses(whole)
         one, other = (
             load_file(next((run / "model").glob("*.safetensors"))) for run in (whole, parts)
@@ -234,9 +228,7 @@ def test_every_topology_is_one_process(alone, workshop, launched):
 
 
 def test_what_is_broken_on_purpose_is_seen(alone, workshop):
-    """The tests above can fail: by a wrong factor, by wrong means; and one process's part is never
-    exported as the whole.
-    """
+    """The tests above can fail: by a wrong factor, wrong means, or a part exported as the whole."""
     names = ["forgotten_factor", "mean_of_means", "one_shard"]
     files = []
     for name in names:
@@ -247,7 +239,7 @@ def test_what_is_broken_on_purpose_is_seen(alone, workshop):
     for name in names[:2]:
         assert not agree(difference(workshop.run_dir(name), alone.run_dir("untied"))), name
     assert launch.codes() != [0, 0]
-    assert re.search(r".*: logits of 100% of the tokens differ, by up to", launch.said())
+    assert re.search(r".*: logits of 100% of the tokens differ, by up to", launch.output())
     assert not (workshop.run_dir("one_shard") / "model").exists()
 
 

@@ -70,9 +70,7 @@ def test_every_case_is_recorded():
     ],
 )  # fmt: skip
 def test_a_changed_computation_is_seen(exact, factor, message):
-    """A last digit on the recorded machine; elsewhere one step too far off, all steps a little to
-    one side, a missing step.
-    """
+    """Catch a last digit here; elsewhere one step too far off, a shared drift, a missing step."""
     reference = trajectories.references()[1]["untied"]
     changed = copy.deepcopy(reference)
     changed["loss"] = [loss * by for loss, by in zip(reference["loss"], factor)]

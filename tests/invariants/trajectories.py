@@ -92,9 +92,7 @@ def settings(case: str, base: Path) -> dict[str, Any]:
 
 
 def of(run: Path) -> dict[str, Any]:
-    """The trajectory of a run directory: losses and gradient norms by step, a hash and the norm of
-    what it exported.
-    """
+    """Return losses and gradient norms by step, and hash and norm of the exported weights."""
     import torch
     from safetensors.torch import load_file
 
@@ -116,9 +114,7 @@ def of(run: Path) -> dict[str, Any]:
 def differences(
     run: dict[str, Any], reference: dict[str, Any], exact: bool, wider: int = 1
 ) -> list[str]:
-    """What sets a trajectory apart from its reference; nothing if they are equal, or as near as
-    rounding allows.
-    """
+    """Return how a trajectory differs from its reference beyond rounding."""
     if exact:
         return [name for name in reference if run[name] != reference[name]]
     found = []
@@ -177,7 +173,7 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
 
 def shared(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
     """Cases by two processes, under one topology after the other."""
-    from faults.nursery import fork
+    from faults.forked import fork
 
     workshop = Workshop(folder)
     base = workshop.train("base", **{**SMALL, **TIED}) / "model"
@@ -189,8 +185,8 @@ def shared(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any
                 str(workshop.write(workshop.config(f"{topology}-{name}", **settings(name, base))))
             )
     logs = [folder / f"{rank}.log" for rank in range(2)]
-    launch = fork("distributed.several", arguments, "ddp", logs, {}, [])
-    assert launch.codes(300) == [0, 0], launch.said()
+    launch = fork("distributed.many_runs", arguments, "ddp", logs, {}, [])
+    assert launch.codes(300) == [0, 0], launch.output()
     return {
         f"{where}/{name}": of(workshop.run_dir(f"{where}-{name}"))
         for where in cases

@@ -1,4 +1,4 @@
-"""What rendered manifests must hold beyond their schemas; each fault is a sentence.
+"""Find faults in rendered manifests beyond their schemas; each fault is a sentence.
 
 What Kubernetes does is written down here where it decides something: which rule of a policy counts,
 what it says when it ends a Job, which names it gives.
@@ -20,8 +20,8 @@ from finetune.survival import launcher
 
 Manifest = dict[str, Any]
 GPU = "nvidia.com/gpu"
-# The Pod Security Standard "restricted", with the image's user; SAYS below leaves out everything
-# else that it forbids.
+# The Pod Security Standard "restricted", with the image's user; ALLOWED_FIELDS below leaves out
+# everything else that it forbids.
 POD_SECURITY = {
     "runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001,
     "fsGroupChangePolicy": "OnRootMismatch",
@@ -48,7 +48,7 @@ MOUNTS = {
 }  # fmt: skip
 # All that a run's pods and Jobs say. What is not here was never thought of: another container never
 # ends, a probe ends what goes well, a shared process namespace takes PID 1 from tini.
-SAYS = {
+ALLOWED_FIELDS = {
     "pod": set(
         "restartPolicy terminationGracePeriodSeconds serviceAccountName "
         "automountServiceAccountToken enableServiceLinks securityContext tolerations "
@@ -88,9 +88,7 @@ class Work:
 
     @property
     def first_node(self) -> str:
-        """Where its first pod is found: by the Service that is named like the Job, or in the
-        JobSet's network.
-        """
+        """Return the name of its first pod: by the Job's Service, or in the JobSet's network."""
         network = (
             self.pod.get("subdomain") if self.kind == "Job" else self.name.removesuffix("-node-0")
         )
@@ -345,7 +343,7 @@ def _said(found: Work) -> Iterator[str]:
         *(("container", container) for container in found.containers),
     ]
     for what, spec in several:
-        if unknown := set(spec) - SAYS[what]:
+        if unknown := set(spec) - ALLOWED_FIELDS[what]:
             yield f"a {what} says {', '.join(sorted(unknown))}, which was never thought of"
     if len(found.pod["containers"]) != 1:
         yield "beside a second container a pod does not end with the run"
@@ -385,9 +383,7 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
 
 
 def fate(found: Work, code: int, disrupted: bool) -> str:
-    """What becomes of a run whose pod has ended so: it `ends`, starts `again`, or again and is
-    `counted` as a failure.
-    """
+    """Return the fate of a run whose pod ended so: it `ends`, starts `again`, or is `counted`."""
     action, message = "Count", ""
     # matchPodFailurePolicy in pkg/controller/job of Kubernetes 1.31 has the order, and the
     # messages.
@@ -504,9 +500,7 @@ def _images(found: Work) -> Iterator[str]:
 
 
 def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[str]:
-    """Every command line through the real parsers: the launcher's for each node, train.py's for the
-    rest.
-    """
+    """Parse every command line with the real parsers: the launcher's per node, train.py's else."""
     processes: set[str] = set()
     grace = found.pod["terminationGracePeriodSeconds"]
     given_gpus = int(found.node["resources"]["limits"].get(GPU, 0))
