@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from finetune.models import cross_entropy
+from finetune.models import cross_entropy, logits
 
 Loss = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
@@ -114,7 +114,7 @@ def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> t
         torch.nn.Parameter(weight) if not isinstance(weight, torch.nn.Parameter) else weight
     )
     return cross_entropy.nll_in_chunks(
-        head, head.forward, hidden, targets, len(weight), cross_entropy.LogitTransform()
+        head, head.forward, hidden, targets, len(weight), logits.LogitTransform()
     )
 
 

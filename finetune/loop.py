@@ -13,8 +13,9 @@ from finetune.engine import optim
 from finetune.engine.checkpoint import contents, folder
 from finetune.engine.checkpoint import resume as resumption
 from finetune.engine.ema import Ema
+from finetune.engine.passes import evaluate, try_pass
 from finetune.engine.state import TrainState
-from finetune.engine.step import StepResult, evaluate, train_step, try_pass
+from finetune.engine.step import StepResult, train_step
 from finetune.errors import Preempted, TrainingDiverged
 from finetune.models import attention_probe, base_identity, head, parameters
 from finetune.models import build as models

@@ -106,7 +106,12 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
     plan, eval_plan = _planned(
-        config, topology, train, evals, attention_choice.is_padded(kernel), tokenizer.pad_token_id or 0
+        config,
+        topology,
+        train,
+        evals,
+        attention_choice.is_padded(kernel),
+        tokenizer.pad_token_id or 0,
     )
     num_steps = min(
         plan.steps_per_epoch * config.train.epochs, config.train.max_steps or sys.maxsize

@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from finetune import loop, replay
 from finetune.engine import metrics
 from finetune.models.attention import attend_within_documents
-from finetune.models.cross_entropy import LogitTransform, nll_in_chunks
+from finetune.models.cross_entropy import nll_in_chunks
+from finetune.models.logits import LogitTransform
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,30 +16,25 @@ GROUP_STEPS = 50
 
 
 class Sequences:
-    """Examples, alone or packed: the unit that the plan orders and batch sizes count."""
+    """Examples, alone or packed: what the order orders and batch sizes count."""
 
     def __init__(self, examples: Examples, packing: bool, max_length: int, seed: int) -> None:
         self.examples = examples
         self._packs = pack(examples.lengths, max_length, seed) if packing else None
-        lengths = examples.lengths
-        self.lengths = (
-            np.array([lengths[members].sum() for members in self._packs])
-            if self._packs
-            else lengths
-        )
+        self.lengths = lengths = examples.lengths
+        if self._packs:
+            self.lengths = np.array([lengths[members].sum() for members in self._packs])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def members(self, sequence: int) -> np.ndarray:
-        """Examples of one sequence."""
+        """Return the examples of one sequence."""
         return self._packs[sequence] if self._packs else np.array([sequence])
 
     def documents(self, sequence: int) -> list["Document"]:
-        """Every document in a sequence."""
-        return [
-            document for example in self.members(sequence) for document in self._of_example(example)
-        ]
+        """Return every document in a sequence."""
+        return [each for example in self.members(sequence) for each in self._of_example(example)]
 
     def _of_example(self, example: int) -> Iterator["Document"]:
         for number in self.examples.documents(example):
@@ -50,9 +45,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Document:
-    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; the number of its
-    example.
-    """
+    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; its example."""
 
     ids: np.ndarray
     predicted: np.ndarray
@@ -62,7 +55,7 @@ class Document:
 def order(
     seed: int, epoch: int, lengths: np.ndarray, batch_size: int, group_by_length: bool
 ) -> np.ndarray:
-    """Order of the sequences of one epoch, int64 [sequences]: every one exactly once.
+    """Order the sequences of one epoch, int64 [sequences]: every one exactly once.
 
     With `group_by_length`, each window of GROUP_STEPS steps is sorted by length and cut into
     steps, whose order is random again; a last incomplete step stays last.

@@ -14,7 +14,8 @@ class Prefetch:
     """
 
     def __init__(
-        self, batches: Batches, num_steps: int, *, part: Callable[[Batch], Batch] = lambda batch: batch, pin: bool = False
+        self, batches: Batches, num_steps: int, *,
+        part: Callable[[Batch], Batch] = lambda batch: batch, pin: bool = False,
     ) -> None:  # fmt: skip
         """`part`: what this process has of a batch that several share."""
         self.batches, self.num_steps, self.part, self.pin = batches, num_steps, part, pin

@@ -19,7 +19,8 @@ class BestCheckpoint:
     """Every process has one, and all call the same methods after the same steps."""
 
     def __init__(
-        self, settings: fields.Evaluation, directory: RunDirectory, topology: Topology, under_way: Callable[[], set[int]] = set
+        self, settings: fields.Evaluation, directory: RunDirectory, topology: Topology,
+        under_way: Callable[[], set[int]] = set,
     ) -> None:  # fmt: skip
         """`under_way`: the steps whose checkpoints are being written now."""
         self.settings, self.directory, self.topology, self.under_way = (
@@ -34,7 +35,7 @@ class BestCheckpoint:
         """Whether the last evaluation.patience evaluations were all no better than one before."""
 
     def fetch(self, storage: "Storage | None") -> None:
-        """Bring the checkpoint of the best evaluation from the object store, if this disk lacks it."""
+        """Fetch the checkpoint of the best evaluation from the store, if this disk lacks it."""
         if self.settings.export_best:
             best = self.topology.on_main(self.directory.logs.best_step)
             self.topology.on_main(lambda: resume.bring(self.directory.checkpoints, best, storage))

@@ -1,7 +1,7 @@
-"""One optimizer step, normalised over all micro-batches and processes; one evaluation pass."""
+"""One optimizer step, normalised over all micro-batches and processes."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ from finetune.engine.optim import set_lr
 from finetune.engine.topology import Topology
 from finetune.errors import TrainingDiverged
 from finetune.models.policy import Policy
-from finetune.objectives.base import Objective, Term, add, as_divisors
-from finetune.objectives.sft import CROSS_ENTROPY
+from finetune.objectives.base import Objective, Term, as_divisors
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def train_step(
     """
     topology.watchdog.heartbeat()  # the data is there
     policy.model.train()
-    prepared = _prepared(topology, policy, objective, settings, batches)
+    prepared = prepared_over_processes(topology, policy, objective, settings, batches)
     divisors = {**totals, **as_divisors(prepared)}
 
     def terms(batch: Batch) -> list[Term]:
@@ -67,90 +66,21 @@ def train_step(
     norm = topology.clip(policy.model, max_grad_norm)
     own_norm = norm if topology.is_main and norm is not None else 0.0  # the same on all processes
     others = [own_norm, *map(float, requests())]
-    means, (grad_norm, *requested) = _means(topology, added, divisors, others)
+    means, (grad_norm, *requested) = means_over_processes(topology, added, divisors, others)
     loss, moved = sum(term.weight * means[term.name] for term in added), False
     if math.isfinite(loss):
         set_lr(optimizer, lr)
         grad_norm, moved = topology.step(policy.model, optimizer, grad_norm)
     # Overflowing fp16 gradients are no divergence: the scaler leaves the step out and scales less.
     if not math.isfinite(loss) or not (moved or topology.scales_gradients):
-        norm_now = f"gradient norm {grad_norm:.4g}, learning rate {lr:g}"
-        raise TrainingDiverged(f"loss {loss:.4g}, {norm_now}")
+        norms = f"gradient norm {grad_norm:.4g}, learning rate {lr:g}"
+        raise TrainingDiverged(f"loss {loss:.4g}, {norms}")
     made = tuple(request > 0 for request in requested)
     counts = totals["input_tokens"], totals["tokens"]
     return StepResult(loss, means, grad_norm, *counts, skipped=not moved, requests=made)
 
 
-def try_pass(
-    topology: Topology, policy: Policy, objective: Objective, settings: Any, batch: Batch,
-    reserved: int, num_passes: int,
-) -> None:  # fmt: skip
-    """Run forward and backward without updating anything: does it fit beside `reserved` bytes?
-
-    Two passes where micro-batches add up: the second runs beside all gradients. Not with DeepSpeed,
-    which counts passes.
-    """
-    policy.model.train()
-    kept = torch.empty(reserved, dtype=torch.uint8, device=topology.device)
-    devices = [topology.device] if topology.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        batches = [topology.part(batch)] * num_passes
-        prepared = _prepared(topology, policy, objective, settings, batches[:1])
-        counts = {name: max(count, 1) for name, count in batch.counts.items()}
-
-        def terms(part: Batch) -> list[Term]:
-            return objective.loss(policy, part, settings, prepared)
-
-        divisors = {**counts, **as_divisors(prepared)}
-        topology.forward_backward(policy.model, batches, terms, divisors, last=False)
-    policy.model.zero_grad()
-    del kept
-
-
-def evaluate(
-    topology: Topology, policy: Policy, objective: Objective, settings: Any,
-    batches: Iterable[Sequence[Batch]], totals: Counts, stop: Callable[[], bool] = bool,
-) -> dict[str, float] | None:  # fmt: skip
-    """Average every term over the evaluation rows, and the cross-entropy of supervised tokens.
-
-    `eval_loss` is the objective's own; `perplexity` is the exponential of cross_entropy, in nats,
-    whatever the objective. None if `stop` said so on a process: all leave after the same batch.
-    """
-    was_training = policy.model.training
-    policy.model.eval()
-    added: dict[str, Term] = {}
-    divisors: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
-        for micro_batches in batches:
-            topology.watchdog.heartbeat()
-            if topology.any(stop()):
-                policy.model.train(was_training)
-                return None
-            parts = [topology.part(batch) for batch in micro_batches]
-            prepared = _prepared(topology, policy, objective, settings, parts)
-            for name, value in prepared.items():
-                divisors[name] = divisors.get(name, 0.0) + value
-            for part in parts:
-                batch = part.to(topology.device)
-                terms = objective.evaluate(policy, batch, settings, prepared)
-                if all(term.name != CROSS_ENTROPY for term in terms):
-                    nll = policy(batch, {"nll"}).nll
-                    terms.append(Term(CROSS_ENTROPY, nll, "tokens", weight=0.0))
-                for term in terms:
-                    add(added, term)
-    policy.model.train(was_training)
-    means, _ = _means(topology, list(added.values()), {**totals, **as_divisors(divisors)}, [])
-    loss = sum(term.weight * means[term.name] for term in added.values())
-    entropy = means.pop(CROSS_ENTROPY)
-    means.pop("loss", None)
-    perplexity = math.exp(entropy) if entropy < 700 else math.inf  # e^709 overflows
-    return {
-        "eval_loss": loss, **means, CROSS_ENTROPY: entropy, "perplexity": perplexity,
-        "eval_tokens": float(totals["tokens"]),
-    }  # fmt: skip
-
-
-def _prepared(
+def prepared_over_processes(
     topology: Topology, policy: Policy, objective: Objective, settings: Any,
     batches: Sequence[Batch],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
@@ -166,7 +96,7 @@ def _prepared(
     return topology.processes.sum_on_device(own)
 
 
-def _means(
+def means_over_processes(
     topology: Topology, added: Sequence[Term], divisors: Mapping[str, float | torch.Tensor],
     others: Sequence[float | torch.Tensor],
 ) -> tuple[dict[str, float], list[float]]:  # fmt: skip

@@ -12,8 +12,7 @@ from finetune.models.attention_choice import is_padded, own_attention
 def check(
     model: torch.nn.Module, base: Any, kernel: str, device: torch.device, precision: str
 ) -> None:
-    """Raise ModelError if tokens see what they must not, before the first step. A dozen random
-    tokens show it.
+    """Raise ModelError if tokens see what they must not, as a dozen random tokens show.
 
     Other tokens in a document must not move the next document's logits, nor a later token those of
     earlier ones, and `kernel` must give what the model's own attention gives. `base` is the model
@@ -38,9 +37,8 @@ class _Probe:
     def __init__(self, model: torch.nn.Module, base: Any, device: torch.device) -> None:
         self.model, self.base, self.device = model, base, device
         self.vocab_size = base.config.get_text_config().vocab_size
-        self.ids = torch.randint(
-            self.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0)
-        )
+        random = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(self.vocab_size, (1, 12), generator=random)
         self.has_experts = has_experts(base)
         # What is not seen changes nothing, to the bit; but in a mixture of experts it changes the
         # shapes, and with them the rounding, of the matrix products that the rest takes part in.
@@ -49,12 +47,11 @@ class _Probe:
         self.scale = float(self.whole.abs().max())
 
     def logits(self, lengths: list[int], changed: slice = slice(0)) -> torch.Tensor:
-        """Logits [12, V] of the tokens in documents of these lengths, with others at `changed`."""
+        """Return logits [12, V] in documents of these lengths, with other tokens at `changed`."""
         ids = self.ids.clone()
         ids[:, changed] = (ids[:, changed] + 1) % self.vocab_size
-        logits: torch.Tensor = (
-            self.model(**inputs_of(ids.to(self.device), lengths, self.base)).logits[0].float()
-        )
+        inputs = inputs_of(ids.to(self.device), lengths, self.base)
+        logits: torch.Tensor = self.model(**inputs).logits[0].float()
         return logits
 
     def differ(self, one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
@@ -66,28 +63,23 @@ class _Probe:
         # not move each time.
         cuts = (11, 9, 7, 5) if self.has_experts else (11,)
         seen = [self.logits([12], slice(cut, 12))[:cut] for cut in cuts]
-        last, same = (
-            torch.stack([each[-1] for each in seen]),
-            torch.stack([whole[cut - 1] for cut in cuts]),
-        )
-        if self.differ(seen[0], whole[:11], self.rounding) or self.differ(
-            last, same, self.rounding
-        ):
+        last = torch.stack([each[-1] for each in seen])
+        same = torch.stack([whole[cut - 1] for cut in cuts])
+        looks_ahead = self.differ(seen[0], whole[:11], self.rounding)
+        if looks_ahead or self.differ(last, same, self.rounding):
             config = self.base.config
             raise ModelError(
                 f"{config.model_type} lets a token see those after it "
-                f"({config._attn_implementation} attention), "
-                "so it would learn to copy them; it is not a causal language model"
+                f"({config._attn_implementation} attention), so it would learn to copy them; it is "
+                "not a causal language model"
             )
 
     def require_separate(self) -> None:
-        if self.differ(
-            self.logits([5, 7])[5:], self.logits([5, 7], slice(0, 5))[5:], self.rounding
-        ):
+        second = self.logits([5, 7])[5:]
+        if self.differ(second, self.logits([5, 7], slice(0, 5))[5:], self.rounding):
             raise ModelError(
                 f"{self.base.config.model_type} lets a document see the one before it in the same "
-                "sequence; "
-                "set data.packing: false and model.attention: sdpa"
+                "sequence; set data.packing: false and model.attention: sdpa"
             )
 
     def require_like_own(self, kernel: str, tolerance: float) -> None:
@@ -97,8 +89,7 @@ class _Probe:
         if self.differ(own, self.whole, tolerance):
             raise ModelError(
                 f"{self.base.config.model_type} has an attention of its own that {kernel} does not "
-                "follow; "
-                "set data.packing: false and model.attention: eager"
+                "follow; set data.packing: false and model.attention: eager"
             )
 
 
@@ -121,14 +112,16 @@ def logits_differ(
 
 
 def inputs_of(tokens: torch.Tensor, lengths: list[int], base: Any) -> dict[str, Any]:
-    """Keyword arguments of a model for tokens int64 [1, T] in documents of these lengths, laid end
-    to end (padded attention: one document).
+    """Name the inputs of a model for tokens int64 [1, T] in documents of these lengths.
+
+    They lie end to end; with padded attention they are one document.
     """
     device = tokens.device
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     longest = max(lengths)
     of_documents = {
-        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
+        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds,
+        "max_length_q": longest, "max_length_k": longest,
         "document_lengths": SimpleNamespace(values=lengths),
     }  # fmt: skip
     separate = (

@@ -7,13 +7,13 @@ computed twice.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from finetune.models.logits import LogitTransform, cross_entropy_sum, logprobs_and_entropy
 
 # Logits at once, in the precision of the arithmetic: enough rows to keep matrix products busy.
 CHUNK_BYTES = 256 * 2**20
@@ -24,50 +24,6 @@ BLOCK_BYTES = 4 * 2**20
 def block_bytes(device_type: str) -> int:
     """Most bytes of logits that are in float32 at once."""
     return BLOCK_BYTES if device_type == "cpu" else 4 * CHUNK_BYTES
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a model does to logits x after the projection: scale x, or cap tanh(scale x / cap)."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-
-    def backward_(self, grad: torch.Tensor, finished: torch.Tensor) -> None:
-        """Turn the gradient of the finished logits into that of the raw ones, in place."""
-        if self.cap is not None:
-            grad.mul_(1 - (finished / self.cap) ** 2)  # tanh' = 1 - tanh^2
-        if self.scale != 1.0:
-            grad.mul_(self.scale)
-
-
-def cross_entropy_sum(
-    logits_SV: torch.Tensor,
-    labels_S: torch.Tensor,
-    weights_S: torch.Tensor | None,
-    smoothing: float,
-) -> torch.Tensor:
-    """Sum the losses of logits that are all there, each times its weight; float32."""
-    how = "sum" if weights_S is None else "none"
-    losses = F.cross_entropy(logits_SV.float(), labels_S, reduction=how, label_smoothing=smoothing)
-    return losses if weights_S is None else (losses * weights_S).sum()
-
-
-def logprobs_and_entropy(
-    logits_SV: torch.Tensor, labels_S: torch.Tensor, with_entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probabilities of labels and entropies of distributions, float32 [S], nats.
-
-    For logits that are all there. Without `with_entropy` the second is empty.
-    """
-    log_SV = torch.log_softmax(logits_SV.float(), -1)
-    logprobs = log_SV.gather(1, labels_S[:, None])[:, 0]
-    return logprobs, -(log_SV.exp() * log_SV).sum(-1) if with_entropy else logprobs.new_zeros(0)
 
 
 def nll_in_chunks(
@@ -164,12 +120,9 @@ class _ThroughMatrix(torch.autograd.Function):
                     d_weight.add(raw_CV.T.to(wide) @ states_CH.to(wide))
             if needs_bias:
                 d_bias.add(raw_CV.sum(0, dtype=torch.float32))
-        found = (
-            d_hidden if d_hidden is None else d_hidden.to(hidden.dtype),
-            d_weight.of(weight) if needs_weight else None,
-            d_bias.of(bias) if needs_bias else None,
-        )
-        ctx.save_for_backward(*found)
+        d_hidden = d_hidden if d_hidden is None else d_hidden.to(hidden.dtype)
+        of_weight = d_weight.of(weight) if needs_weight else None
+        ctx.save_for_backward(d_hidden, of_weight, d_bias.of(bias) if needs_bias else None)
         return total
 
     @staticmethod

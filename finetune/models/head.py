@@ -1,9 +1,11 @@
-"""The output projection that answers with losses and log-probabilities, so that all logits are
-never in memory at once.
+"""An output projection that answers with losses, so that all logits are never in memory at once.
 
-A causal LM's forward stays as its authors wrote it. Only the call of its output projection is
-answered differently while these are wanted: the hidden states of supervised tokens become answers,
-a chunk at a time. Inside that call a sharded weight is whole, however processes share it.
+A causal LM's forward stays as its authors wrote it. Only the call of its output projection returns
+something else while losses are wanted: the hidden states of supervised tokens become answers, a
+chunk at a time. Inside that call a sharded weight is whole, however processes share it.
+
+Why not `logits_to_keep` of transformers: it keeps the last tokens or a list of positions, and still
+holds a row of logits for each; and some forwards scale or cap what they return.
 """
 
 import functools
@@ -17,13 +19,8 @@ from torch import nn
 
 from finetune import failures
 from finetune.models import attention_probe
-from finetune.models.cross_entropy import (
-    LogitTransform,
-    cross_entropy_sum,
-    logprobs_and_entropy,
-    logprobs_in_chunks,
-    nll_in_chunks,
-)
+from finetune.models.cross_entropy import logprobs_in_chunks, nll_in_chunks
+from finetune.models.logits import LogitTransform, cross_entropy_sum, logprobs_and_entropy
 
 
 @dataclass(frozen=True)
@@ -49,34 +46,29 @@ WANTS = frozenset({"nll", "logprobs", "entropy"})
 
 
 def install(base: Any) -> str | None:
-    """Let the forward of a causal LM take `question`, and answer it with a dict of tensors. Without
-    one, it is as it was.
+    """Let the forward of a causal LM take a `question` and answer it with a dict of tensors.
 
-    None, or why all logits are held at once. With no tokens asked about, sums are 0 and still have
-    a gradient (of zero), so that every process takes part in every backward pass.
+    Without a question it is as it was. Return None, or why all logits are held at once. With no
+    tokens to ask about, sums are 0 and still have a gradient (of zero), so that every process takes
+    part in every backward pass.
     """
     finish, why = probe(base)
-    head, forward, vocab_size = (
-        base.get_output_embeddings(),
-        base.forward,
-        base.config.get_text_config().vocab_size,
-    )
+    head, forward = base.get_output_embeddings(), base.forward
+    vocab_size = base.config.get_text_config().vocab_size
 
     @functools.wraps(forward)
     def answering(*arguments: Any, question: Question | None = None, **keywords: Any) -> Any:
         if question is None:
             return forward(*arguments, **keywords)
         if finish is None or base.holds_all_logits:
-            return _of_logits(
-                forward(*arguments, **keywords).logits.flatten(0, 1)[question.positions], question
-            )
+            logits = forward(*arguments, **keywords).logits.flatten(0, 1)
+            return _of_logits(logits[question.positions], question)
         project, given = head.forward, []
 
         def keep(hidden: torch.Tensor) -> torch.Tensor:
             given.append(hidden.flatten(0, -2)[question.positions])
-            return hidden.new_zeros(
-                (*hidden.shape[:-1], 0)
-            )  # no logits, so that what follows costs nothing
+            # An empty tensor, so that what follows costs nothing.
+            return hidden.new_zeros((*hidden.shape[:-1], 0))
 
         with _answering(head, keep):
             forward(*arguments, **keywords)
@@ -95,20 +87,19 @@ def install(base: Any) -> str | None:
 
 
 def _of_logits(logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
-    answers = {}
+    answers, labels = {}, question.labels
     if "nll" in question.want:
-        answers["nll"] = cross_entropy_sum(
-            logits, question.labels, question.weights, question.label_smoothing
-        )
+        smoothing = question.label_smoothing
+        answers["nll"] = cross_entropy_sum(logits, labels, question.weights, smoothing)
     if question.want & {"logprobs", "entropy"}:
-        answers |= _named(
-            logprobs_and_entropy(logits, question.labels, "entropy" in question.want), question
-        )
+        found = logprobs_and_entropy(logits, labels, "entropy" in question.want)
+        answers |= _named(found, question)
     return answers
 
 
 def _of_states(
-    head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, vocab_size: int, finish: LogitTransform, question: Question
+    head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor,
+    vocab_size: int, finish: LogitTransform, question: Question,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     answers = {}
     if "nll" in question.want:
@@ -125,28 +116,22 @@ def _of_states(
 
 
 def _named(found: tuple[torch.Tensor, torch.Tensor], question: Question) -> dict[str, torch.Tensor]:
-    return {
-        name: value for name, value in zip(("logprobs", "entropy"), found) if name in question.want
-    }
+    both = zip(("logprobs", "entropy"), found)
+    return {name: value for name, value in both if name in question.want}
 
 
 def check(model: Any, base: Any, device: torch.device, precision: str) -> str | None:
-    """Let a dozen random tokens show that the loss is that of all logits; where it is not, all are
-    held from now on, and this says so.
+    """Check on a dozen random tokens that the loss in chunks is that of all logits.
 
-    `base` is the model inside its wrappers. To be called by all processes that share the model.
+    Where it is not, the model holds all logits from now on, and this returns why. `base` is the
+    model inside its wrappers. Collective where processes share the model.
     """
     if base.holds_all_logits:
         return None
-    ids = torch.randint(
-        base.config.get_text_config().vocab_size,
-        (2, 12),
-        generator=torch.Generator().manual_seed(0),
-    ).to(device)
-    inputs, positions = (
-        attention_probe.inputs_of(ids[:1], [12], base),
-        torch.arange(0, 12, 2, device=device),
-    )
+    vocab_size, random = base.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (2, 12), generator=random).to(device)
+    inputs = attention_probe.inputs_of(ids[:1], [12], base)
+    positions = torch.arange(0, 12, 2, device=device)
     question = Question(ids[1][positions], positions, frozenset({"nll"}))
     was_training = model.training
     model.eval()
@@ -157,20 +142,17 @@ def check(model: Any, base: Any, device: torch.device, precision: str) -> str | 
     model.train(was_training)
     exact = precision == "fp32" and next(model.parameters()).dtype == torch.float32
     base.holds_all_logits = not math.isclose(own, wanted, rel_tol=1e-4 if exact else 2e-2)
-    return (
-        f"the loss of {base.config.model_type} in chunks is {own:.6g} where it should be "
-        f"{wanted:.6g}"
-        if base.holds_all_logits
-        else None
-    )
+    if not base.holds_all_logits:
+        return None
+    kind = base.config.model_type
+    return f"the loss of {kind} in chunks is {own:.6g} where it should be {wanted:.6g}"
 
 
 def probe(base: Any) -> tuple[LogitTransform | None, str | None]:
-    """(what the model's own code does between projection and logits, None), or (None, why that is
-    unknown).
+    """Find out what the model's own code does between projection and logits, by running it.
 
-    Found by running that code: numbers take the place of what the projection gives. The layers are
-    passed over, so the model may be without weights.
+    Numbers take the place of what the projection returns. The layers are passed over, so the model
+    may be without weights. Return (the transform, None), or (None, why it is unknown).
     """
     head = base.get_output_embeddings()
     if head is None:
@@ -190,8 +172,10 @@ def probe(base: Any) -> tuple[LogitTransform | None, str | None]:
 def _probe(
     base: Any, head: nn.Module, layers: nn.Module
 ) -> tuple[LogitTransform | None, str | None]:
+    # A grid for the shape, then a slope near 0 and the limit far from it.
     given = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([1e-3, 1e6])])[None, None]
     device = next(base.parameters()).device
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
         states = torch.zeros(1, 1, base.config.get_text_config().hidden_size, device=device)
         with (
@@ -199,9 +183,7 @@ def _probe(
             _answering(layers, lambda *_, **__: _Outputs(states)),
             _answering(head, lambda _: given),
         ):
-            got = base(
-                input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False
-            ).logits
+            got = base(input_ids=token, use_cache=False).logits
     except Exception as exc:  # code of any author
         failures.reraise(exc)
         return None, f"its forward cannot be followed ({type(exc).__name__})"
@@ -210,11 +192,8 @@ def _probe(
     x, y = given.flatten().double(), got.flatten().double()
     slope, top = float(y[-2] / x[-2]), float(y[-1])
     for finish in (LogitTransform(_tidy(slope)), LogitTransform(_tidy(slope), _tidy(top))):
-        if (
-            finish.scale > 0
-            and finish.cap != 0
-            and torch.allclose(finish(x), y, rtol=1e-4, atol=1e-5)
-        ):
+        is_one = finish.scale > 0 and finish.cap != 0
+        if is_one and torch.allclose(finish(x), y, rtol=1e-4, atol=1e-5):
             return finish, None
     return None, "its forward does more than scale or cap the logits"
 
@@ -224,7 +203,7 @@ def _size(module: nn.Module) -> int:
 
 
 class _Outputs(dict[str, Any]):
-    """What layers answer with, for any way to ask for it."""
+    """Stands for the output of layers, for any way to ask for it."""
 
     def __init__(self, states: torch.Tensor) -> None:
         super().__init__(last_hidden_state=states)
@@ -238,7 +217,7 @@ class _Outputs(dict[str, Any]):
 
 
 class _answering:
-    """A module answers as a function does, for a while; its hooks are called as ever."""
+    """Puts a function in place of a module's forward inside the block; its hooks still run."""
 
     def __init__(self, module: nn.Module, answer: Callable[..., Any]) -> None:
         self.module, self.answer, self.before = module, answer, module.__dict__.get("forward")
@@ -254,5 +233,5 @@ class _answering:
 
 
 def _tidy(value: float) -> float:
-    """What a config says, from what float32 has made of it."""
+    """Round to what a config says, from what float32 has made of it."""
     return float(f"{value:.6g}")

@@ -1,6 +1,4 @@
-"""The model as objectives see it: one forward pass answers with losses and log-probabilities, never
-with logits.
-"""
+"""The model as objectives see it: a forward pass answers with losses, never with logits."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -16,9 +14,7 @@ from finetune.models.head import WANTS, Question
 
 @dataclass(frozen=True)
 class Answers:
-    """What was wanted of a pass; None is what was not. S: supervised tokens of the batch. Float32,
-    nats.
-    """
+    """What was wanted of a pass; the rest is None. Float32, nats; S supervised tokens."""
 
     nll: torch.Tensor | None = None
     """Sum of the cross-entropies, each times its weight; its gradient is already there."""
@@ -29,9 +25,7 @@ class Answers:
 
 
 class Policy:
-    """A model whose forward `models.head.install` has prepared, with whatever shares it between
-    processes around it.
-    """
+    """A model whose forward `head.install` has prepared, in whatever shares it among processes."""
 
     def __init__(self, model: Any, unwrap: Callable[[Any], Any] = lambda model: model) -> None:
         self.model, self._unwrap = model, unwrap
@@ -39,10 +33,10 @@ class Policy:
     def __call__(
         self, batch: Batch, want: Iterable[str], *, label_smoothing: float = 0.0
     ) -> Answers:
-        """One forward pass. `want`: any of nll, logprobs and entropy; `label_smoothing` is nll's.
+        """Run one forward pass. `want`: any of nll, logprobs, entropy; `label_smoothing` is nll's.
 
-        All that is needed of a batch is asked for at once: processes that share the weights gather
-        them once a pass.
+        Ask at once for all that you need of a batch: processes that share the weights gather them
+        once a pass.
         """
         question = Question(
             batch.labels, batch.positions, self.known(want), batch.weights, label_smoothing
@@ -51,7 +45,7 @@ class Policy:
 
     @staticmethod
     def known(want: Iterable[str]) -> frozenset[str]:
-        """What is wanted, if all of it can be answered. Raises ValueError."""
+        """Return what is wanted. Raises ValueError if a policy cannot answer all of it."""
         wanted = frozenset(want)
         if unknown := wanted - WANTS:
             raise ValueError(
@@ -61,22 +55,18 @@ class Policy:
         return wanted
 
     def per_document(self, values_S: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Sum of the values of each document's supervised tokens, [D]; differentiable.
+        """Sum the values of each document's supervised tokens, [D]; differentiable.
 
-        Where processes share a sequence, each gets the sums of whole documents, of those that it
-        `owns` alone: so every document counts once.
+        Where processes share a sequence, each gets whole sums of the documents that it owns, so
+        every document counts once.
         """
         sums = values_S.new_zeros(batch.num_documents).index_add(0, batch.document, values_S)
-        return (
-            sums
-            if batch.group is None
-            else context_parallel.sum_over(sums, batch.group)[batch.owned]
-        )
+        if batch.group is None:
+            return sums
+        return context_parallel.sum_over(sums, batch.group)[batch.owned]
 
     def without_adapters(self) -> AbstractContextManager[Any]:
-        """Inside, the model is the base that its adapters were put on. Raises ValueError if it has
-        none.
-        """
+        """Switch the adapters off inside the block. Raises ValueError if there are none."""
         bare = self._unwrap(self.model)
         if not hasattr(bare, "disable_adapter"):
             raise ValueError("all weights are trained: there is no base under adapters to ask")

@@ -14,5 +14,5 @@ __all__ = ["OBJECTIVES", "Objective", "Own", "Term", "chosen"]
 
 
 def chosen(settings: Any) -> Objective:
-    """The objective that the section `objective` of a config asks for."""
+    """Return the objective that the section `objective` of a config asks for."""
     return Own(settings) if isinstance(settings, OwnObjective) else OBJECTIVES[settings.kind]

@@ -17,10 +17,10 @@ from finetune.models.policy import Policy
 
 @dataclass(frozen=True)
 class Term:
-    """sum: float32 scalar. per: `tokens` (supervised ones), `documents`, `examples`, or a name that
-    the objective's `prepare` gave.
+    """A sum with its unit.
 
-    weight: factor in the loss; 0: a metric only.
+    sum: float32 scalar. per: what the step divides it by: `tokens` (supervised), `documents`,
+    `examples`, or a name that `prepare` returned. weight: factor in the loss; 0: a metric only.
     """
 
     name: str
@@ -30,42 +30,41 @@ class Term:
 
 
 class Objective:
-    """Base of all objectives. One of your own is a subclass with a `loss`: docs/objectives.md."""
+    """Base of all objectives. Your own is a subclass with a `loss`; see docs/objectives.md."""
 
     Settings: type[BaseModel] = BaseModel
     """Settings of the section `objective` in a config, which the methods get as `settings`."""
     has_turns = True
-    """Whether rows are conversations, whose template there is to keep with the model."""
+    """Whether rows are conversations, whose template the export keeps."""
 
     @property
     def prepares(self) -> bool:
-        """Whether `prepare` gives anything."""
+        """Whether `prepare` computes anything."""
         return type(self).prepare is not Objective.prepare
 
     def supervises(self, loss_on: str) -> str:
-        """Which part of a row is learned: what data.loss_on says, unless an objective knows better."""
+        """Return which part of a row is supervised, in the words of data.loss_on."""
         return loss_on
 
     def prepare(
         self, policy: Policy, batches: Sequence[Batch], settings: Any
     ) -> dict[str, torch.Tensor]:
-        """What is known only of a whole step and is no sum of terms: called without gradient, then
-        summed over processes.
+        """Return scalars that only a whole step knows, such as a divisor of your own.
+
+        Called without gradient before the first pass of a step, then summed over processes.
         """
         return {}
 
     def loss(
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
     ) -> list[Term]:
-        """The terms of one micro-batch, whose sum is the loss."""
+        """Return the terms of one micro-batch; their weighted sum is the loss."""
         raise NotImplementedError("an objective needs a method loss")
 
     def evaluate(
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
     ) -> list[Term]:
-        """The terms of held-out rows, without gradient: those of `loss`, unless an objective says
-        otherwise.
-        """
+        """Return the terms of held-out rows, without gradient; by default those of `loss`."""
         return self.loss(policy, batch, settings, prepared)
 
 
@@ -77,11 +76,11 @@ def add(added: dict[str, Term], term: Term) -> None:
 
 
 def as_divisors(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What an objective prepared, as divisors: a sum over nothing is 0, and so is its mean."""
+    """Turn what an objective prepared into divisors: a sum over nothing is 0, so is its mean."""
     return {name: torch.where(value == 0, 1.0, value) for name, value in prepared.items()}
 
 
 def total(terms: Sequence[Term], divisors: Mapping[str, float | torch.Tensor]) -> torch.Tensor:
-    """A micro-batch's part of the step's loss: the one division of a step."""
+    """Return a micro-batch's part of the step's loss: the one division of a step."""
     parts = [term.weight * term.sum / divisors[term.per] for term in terms if term.weight]
     return torch.stack(parts).sum() if len(parts) != 1 else parts[0]

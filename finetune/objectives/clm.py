@@ -9,5 +9,5 @@ class Clm(Sft):
     has_turns = False
 
     def supervises(self, loss_on: str) -> str:
-        """All of a row, for any data.loss_on."""
+        """Supervise all of a row, whatever data.loss_on says."""
         return "all"

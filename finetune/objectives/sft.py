@@ -26,7 +26,7 @@ class Sft(Objective):
     def evaluate(
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]
     ) -> list[Term]:
-        """Without label smoothing, so that it can be compared between runs: cross-entropy itself."""
+        """Leave out label smoothing, so that runs can be compared: cross-entropy itself."""
         nll = policy(batch, {"nll"}).nll
         assert nll is not None
         return [Term("loss", nll, per="tokens"), Term(CROSS_ENTROPY, nll, per="tokens", weight=0.0)]

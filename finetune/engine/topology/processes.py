@@ -1,6 +1,4 @@
-"""All processes of a run: what they add up, agree on, and do for one another. Every verb is
-collective.
-"""
+"""What the processes of a run add up and agree on. Every verb is collective."""
 
 import gc
 import time
@@ -14,8 +12,7 @@ import torch
 from finetune import failures
 from finetune.errors import FinetuneError, Preempted, ProcessFailed, TopologyError, UserError
 
-# The main process hashes, exports and reloads while the others wait; NCCL's 10 minutes would end
-# that.
+# The main process hashes, exports and reloads while the others wait: NCCL's 10 minutes are few.
 WAIT = timedelta(hours=2)
 
 
@@ -28,17 +25,14 @@ class Processes:
         self._waits_since: float | None = None
 
     def apart(self) -> "Processes":
-        """The same processes over a group in host memory, so that a second thread never gets into
-        this one's way.
-        """
-        group = (
-            torch.distributed.new_group(backend="gloo", timeout=WAIT) if self.number > 1 else None
-        )
+        """Return the same processes over a group in host memory, for a second thread."""
+        group = None
+        if self.number > 1:
+            group = torch.distributed.new_group(backend="gloo", timeout=WAIT)
         return Processes(self.rank, self.number, torch.device("cpu"), group)
 
     def leave(self) -> None:
-        """Give up the group that `apart` made: another process that waits in it gets an error at
-        once, not in two hours.
+        """Leave the group of `apart`: a process that waits in it fails at once, not in two hours.
 
         Gloo closes the connections of a group when its last reference goes; one may sit in a cycle
         that an exception left.
@@ -50,9 +44,7 @@ class Processes:
             gc.collect()
 
     def waiting(self) -> float:
-        """For how many seconds this process has now waited for the others in one of the verbs
-        below; 0.0 if it works.
-        """
+        """Return for how many seconds this process has waited for the others; 0.0 if it works."""
         since = self._waits_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -71,15 +63,17 @@ class Processes:
         there = [number for number, value in enumerate(values) if isinstance(value, torch.Tensor)]
         # Scalars of the device join those of the host in one tensor, which is sent and read at once
         if there:
-            total[there] = torch.stack([values[number].double() for number in there])  # type: ignore[union-attr]
+            on_device = [values[number].double() for number in there]  # type: ignore[union-attr]
+            total[there] = torch.stack(on_device)
         if self.number > 1:
             with self._waits():
                 torch.distributed.all_reduce(total, group=self.group)
         return [float(value) for value in total.tolist()]
 
     def sum_on_device(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Each scalar summed over all processes, in float64, left on the device. Every process
-        gives the same names.
+        """Add up each scalar over all processes, in float64, and leave it on the device.
+
+        Every process gives the same names.
         """
         if not values:
             return {}
@@ -90,11 +84,11 @@ class Processes:
         return dict(zip(values, total.unbind()))
 
     def any(self, request: bool) -> bool:
-        """Find out whether one of them asks for it."""
+        """Tell whether any process asks for it."""
         return self.sum([float(request)])[0] > 0 if self.number > 1 else request
 
     def gather(self, value: Any) -> list[Any]:
-        """Collect what each has, by rank."""
+        """Collect what each process has, by rank."""
         everyone: list[Any] = [value]
         if self.number > 1:
             everyone = [None] * self.number
@@ -158,23 +152,20 @@ class Processes:
         return values[0]
 
     def _raise_first(self, own: BaseException | None) -> None:
-        """Raise the error on which all agree; return if there is none, or if it is this process's
-        own.
-        """
+        """Raise the error on which all agree, unless there is none or it is this process's own."""
         errors = self.gather(None if own is None else self.portable(own))
         first = first_error(errors)
         if first is not None and first != self.rank:
             raise errors[first] from own
 
     def portable(self, exc: BaseException) -> FinetuneError:
-        """What other processes raise for an exception of this one."""
+        """Return what other processes raise for an exception of this one."""
         known = failures.translate(exc, f"process {self.rank}")
         return known or ProcessFailed(f"process {self.rank}: {type(exc).__name__}: {exc}")
 
 
 def first_error(errors: Sequence[FinetuneError | None]) -> int | None:
-    """Of the errors of all processes the rank of the one that counts: of the first mistake of the
-    user, or else of the first.
+    """Return the rank whose error counts: the first mistake of the user, or else the first error.
 
     A lost connection counts last, as it follows from what happened to the process at its other end.
     """

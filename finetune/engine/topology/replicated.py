@@ -16,6 +16,8 @@ from finetune.errors import ConfigError
 
 
 class Replicated:
+    """One process alone, or DDP."""
+
     def __init__(
         self, accelerator: Accelerator, on_main: Callable[[Callable[[], Any]], Any]
     ) -> None:
@@ -28,9 +30,7 @@ class Replicated:
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         **_: Any,
     ) -> tuple[nn.Module, Any]:
-        """DDP sends the main process's weights to the others when it is made; buffers, which it
-        would send at each pass, once.
-        """
+        """Let DDP send the main process's weights; send buffers once, not at each pass."""
         if self.num_processes > 1:
             buffers = self.on_main(lambda: meta.buffers_of(model))
             if meta.is_empty(model):
@@ -38,9 +38,8 @@ class Replicated:
             meta.put_buffers(model, buffers, self.accelerator.device)
         optimizer = make_optimizer(model)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # DDP's notes on bucket views say nothing a user could act on
+            # DDP's notes on bucket views say nothing that a user could act on.
+            warnings.simplefilter("ignore", UserWarning)
             torch_versions.ignore_new_names()
             model, optimizer = self.accelerator.prepare(model, optimizer)
         if self.num_processes > 1 and not isinstance(model, nn.parallel.DistributedDataParallel):
@@ -54,11 +53,9 @@ class Replicated:
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Gradients are exchanged in the last backward pass of a step only."""
-        context: AbstractContextManager[None] = (
-            nullcontext() if last else self.accelerator.no_sync(model)
-        )
-        return context
+        """Exchange gradients in the last backward pass of a step only."""
+        held: AbstractContextManager[None] = self.accelerator.no_sync(model)
+        return nullcontext() if last else held
 
     def backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
@@ -80,7 +77,7 @@ class Replicated:
     def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each weight, whole, where it lies; on every process."""
+        """Yield each weight, on every process."""
         for name, parameter in parameters:
             yield name, parameter.detach()
 

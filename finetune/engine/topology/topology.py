@@ -162,14 +162,14 @@ class Topology(Process):
         return shard
 
     def engine_files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
-        """Copy what ZeRO keeps here: {name of DeepSpeed's file: weights or optimizer}. Collective."""
+        """Copy what ZeRO keeps here, by the names of DeepSpeed's files. Collective."""
         files: dict[str, Any] = self.sharing.files(copied)
         return files
 
     def load_engine(self, folder: Path) -> None:
-        """Restore what the same topology saved, or what `universal` made of another's. Collective.
+        """Restore what the same topology saved, or what `universal` made of another's files.
 
-        ZeRO only.
+        ZeRO only; collective.
         """
         self.sharing.load(folder)
 

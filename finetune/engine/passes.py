@@ -1,0 +1,85 @@
+"""Passes that update nothing: an evaluation, and the trial of a micro-batch's size."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from finetune.data.batches import Batch, Counts
+from finetune.engine.step import means_over_processes, prepared_over_processes
+from finetune.engine.topology import Topology
+from finetune.models.policy import Policy
+from finetune.objectives.base import Objective, Term, add, as_divisors
+from finetune.objectives.sft import CROSS_ENTROPY
+
+
+def try_pass(
+    topology: Topology, policy: Policy, objective: Objective, settings: Any, batch: Batch,
+    reserved: int, num_passes: int,
+) -> None:  # fmt: skip
+    """Run forward and backward without updating anything: does it fit beside `reserved` bytes?
+
+    Two passes where micro-batches add up: the second runs beside all gradients. Not with DeepSpeed,
+    which counts passes.
+    """
+    policy.model.train()
+    kept = torch.empty(reserved, dtype=torch.uint8, device=topology.device)
+    devices = [topology.device] if topology.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        batches = [topology.part(batch)] * num_passes
+        prepared = prepared_over_processes(topology, policy, objective, settings, batches[:1])
+        counts = {name: max(count, 1) for name, count in batch.counts.items()}
+
+        def terms(part: Batch) -> list[Term]:
+            return objective.loss(policy, part, settings, prepared)
+
+        divisors = {**counts, **as_divisors(prepared)}
+        topology.forward_backward(policy.model, batches, terms, divisors, last=False)
+    policy.model.zero_grad()
+    del kept
+
+
+def evaluate(
+    topology: Topology, policy: Policy, objective: Objective, settings: Any,
+    batches: Iterable[Sequence[Batch]], totals: Counts, stop: Callable[[], bool] = bool,
+) -> dict[str, float] | None:  # fmt: skip
+    """Average every term over the evaluation rows, and the cross-entropy of supervised tokens.
+
+    `eval_loss` is the objective's own; `perplexity` is the exponential of cross_entropy, in nats,
+    whatever the objective. None if `stop` said so on a process: all leave after the same batch.
+    """
+    was_training = policy.model.training
+    policy.model.eval()
+    added: dict[str, Term] = {}
+    divisors: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for micro_batches in batches:
+            topology.watchdog.heartbeat()
+            if topology.any(stop()):
+                policy.model.train(was_training)
+                return None
+            parts = [topology.part(batch) for batch in micro_batches]
+            prepared = prepared_over_processes(topology, policy, objective, settings, parts)
+            for name, value in prepared.items():
+                divisors[name] = divisors.get(name, 0.0) + value
+            for part in parts:
+                batch = part.to(topology.device)
+                terms = objective.evaluate(policy, batch, settings, prepared)
+                if all(term.name != CROSS_ENTROPY for term in terms):
+                    nll = policy(batch, {"nll"}).nll
+                    terms.append(Term(CROSS_ENTROPY, nll, "tokens", weight=0.0))
+                for term in terms:
+                    add(added, term)
+    policy.model.train(was_training)
+    means, _ = means_over_processes(
+        topology, list(added.values()), {**totals, **as_divisors(divisors)}, []
+    )
+    loss = sum(term.weight * means[term.name] for term in added.values())
+    entropy = means.pop(CROSS_ENTROPY)
+    means.pop("loss", None)
+    perplexity = math.exp(entropy) if entropy < 700 else math.inf  # e^709 overflows
+    return {
+        "eval_loss": loss, **means, CROSS_ENTROPY: entropy, "perplexity": perplexity,
+        "eval_tokens": float(totals["tokens"]),
+    }  # fmt: skip
