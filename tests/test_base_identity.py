@@ -90,9 +90,7 @@ def test_qlora_trains_on_a_quantised_base_as_it_is(
     assert [record for record in caplog.records if "MatMul8bitLt" in record.msg] == []
 
 
-def test_an_adapter_on_a_quantised_base_is_merged_into_what_that_holds(
-    workshop, quantized, tmp_path
-):
+def test_an_adapter_merges_into_the_dequantised_weights_of_its_base(workshop, quantized, tmp_path):
     run = workshop.train("run", **on(quantized("nf4"), adapter__kind="qlora"))
     merged = merge([run / "model"], tmp_path / "merged")
     assert merged.rounding < 1e-2
@@ -125,7 +123,7 @@ def test_an_adapter_on_a_quantised_base_is_merged_into_what_that_holds(
         ),
     ],
 )  # fmt: skip
-def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(
+def test_unsupported_settings_of_a_quantised_base_are_config_errors(
     workshop, quantized, changes, key, says
 ):
     with pytest.raises(ConfigError, match=f"{key}: ") as caught:
@@ -133,7 +131,7 @@ def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(
     assert says in str(caught.value)
 
 
-def test_a_setting_that_is_given_is_not_taken_for_its_default(workshop, quantized):
+def test_an_explicit_setting_is_not_mistaken_for_its_default(workshop, quantized):
     """nf4 is the default, and written of a base in 8 bits it is still wrong."""
     with pytest.raises(
         ConfigError, match="adapter.quantization: nf4, but the base is quantised already"
@@ -224,7 +222,7 @@ def test_every_other_quantisation_is_refused_by_its_name(tmp_path, written, file
     ],
     ids=lambda value: "" if isinstance(value, str) else value["model_type"],
 )  # fmt: skip
-def test_a_model_that_does_not_continue_text_is_named(tmp_path, written, says):
+def test_a_model_that_is_not_causal_is_refused(tmp_path, written, says):
     assert says in refusal(folder_with(tmp_path, written, ["model.safetensors"]))
 
 
@@ -244,7 +242,7 @@ def test_a_model_that_does_not_continue_text_is_named(tmp_path, written, says):
         ),
     ],
 )  # fmt: skip
-def test_a_folder_that_is_no_model_is_named_in_one_line(tmp_path, config, files, says):
+def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path, config, files, says):
     base = folder_with(tmp_path, config, files)
     assert f"model.path: {base} {says}" in refusal(base)
     file = tmp_path / "file.bin"
@@ -326,7 +324,7 @@ FIRST = "model-00001-of-00002.safetensors"
         ),
     ],
 )  # fmt: skip
-def test_a_download_that_is_not_whole_is_named_with_its_file(parts, damage, says):
+def test_an_incomplete_download_is_refused_with_its_file(parts, damage, says):
     damage(parts)
     assert f"model.path: {parts}{says if says.startswith('/') else ' ' + says}" in refusal(parts)
 
@@ -338,13 +336,13 @@ def test_a_download_that_is_not_whole_is_named_with_its_file(parts, damage, says
         ("consolidated.safetensors", "has no model.safetensors"),
     ],
 )
-def test_weights_in_another_form_are_looked_at_too(plain, tmp_path, name, says):
+def test_incomplete_weights_of_other_formats_are_refused(plain, tmp_path, name, says):
     base = folder_with(tmp_path, {"model_type": "llama"})
     (base / name).write_bytes(b"PK\3\4 and so on")
     assert says in refusal(base)
 
 
-def test_whole_parts_are_taken(workshop, plain, parts):
+def test_complete_shards_are_accepted(workshop, plain, parts):
     workshop.check(**on(parts))
     assert base.shapes(str(parts)) == base.shapes(str(plain))
 
@@ -365,7 +363,7 @@ def test_random_weights_need_no_saved_ones(workshop, parts):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_weight_that_is_missing_is_named_before_loading(workshop, plain, tmp_path, tied):
+def test_a_missing_weight_is_reported_before_loading(workshop, plain, tmp_path, tied):
     """The file is whole; only the architecture says what should be in it."""
     base = tmp_path / "base"
     shutil.copytree(plain, base)
@@ -406,7 +404,7 @@ def test_a_weight_that_is_missing_is_named_before_loading(workshop, plain, tmp_p
         (POINTER, "is a pointer of Git LFS"), ("", "is empty"), ("{", "broken JSON"),
     ]
 )  # fmt: skip
-def test_a_tokenizer_that_is_not_whole_is_named(workshop, plain, tmp_path, content, says):
+def test_an_incomplete_tokenizer_is_refused(workshop, plain, tmp_path, content, says):
     base = tmp_path / "base"
     shutil.copytree(plain, base)
     (base / "tokenizer.json").write_text(content)
@@ -414,7 +412,7 @@ def test_a_tokenizer_that_is_not_whole_is_named(workshop, plain, tmp_path, conte
         workshop.check(**on(base))
 
 
-def test_bits_that_are_switched_off_do_not_make_a_model_quantised(workshop, plain, tmp_path):
+def test_disabled_quantisation_flags_do_not_make_a_model_quantised(workshop, plain, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(plain, base)
     written = json.loads((base / "config.json").read_text())
@@ -424,7 +422,7 @@ def test_bits_that_are_switched_off_do_not_make_a_model_quantised(workshop, plai
     assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
 
 
-def test_a_folder_of_runs_names_their_models(tmp_path):
+def test_the_error_for_a_folder_of_runs_lists_their_models(tmp_path):
     for run in ("a", "b"):
         (tmp_path / "runs" / run / "model").mkdir(parents=True)
         (tmp_path / "runs" / run / "model/config.json").write_text("{}")
@@ -435,7 +433,7 @@ def test_a_folder_of_runs_names_their_models(tmp_path):
     )
 
 
-def test_a_folder_without_tokenizer_and_a_local_name_that_is_not_there_are_named(
+def test_a_missing_tokenizer_and_a_missing_local_path_are_reported(
     workshop, plain, tmp_path, monkeypatch
 ):
     bare = tmp_path / "bare"
@@ -471,7 +469,7 @@ def test_random_weights_of_a_quantised_models_shape_are_not_quantised(workshop, 
     assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
 
 
-def test_a_run_directory_and_an_adapter_are_named_with_what_to_write(workshop, plain):
+def test_errors_for_run_directories_and_adapters_say_what_to_write(workshop, plain):
     run = workshop.train("lora", **on(plain, adapter__kind="lora", train__max_steps=1))
     assert f"{run} is a run directory; its model is in {run}/model: give that folder" in refusal(
         run
@@ -522,7 +520,7 @@ def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_how_a_device_packs_is_no_part_of_the_identity_and_what_it_packs_is(plain, tmp_path, form):
+def test_identity_depends_on_packed_values_but_not_on_the_device(plain, tmp_path, form):
     def loaded(folder):
         return AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=BitsAndBytesConfig(**QUANTIZATIONS[form])
@@ -583,7 +581,7 @@ FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
-def test_a_quantisation_that_cannot_be_is_named_by_its_key(tmp_path, found, says, kind):
+def test_an_impossible_quantisation_is_refused_by_its_key(tmp_path, found, says, kind):
     folder = folder_with(tmp_path, {"model_type": "llama", "quantization_config": found})
     assert f"model.path: {folder}/config.json: quantization_config" in refusal(folder, kind=kind)
     assert says in refusal(folder, kind=kind)
@@ -618,7 +616,7 @@ def with_config(base, target, **changes):
         ("nf4", None, "bitsandbytes has quantised the weights (nf4)"),
     ],
 )  # fmt: skip
-def test_weights_that_are_not_packed_as_the_config_says_are_refused(
+def test_weights_quantised_unlike_the_config_are_refused(
     plain, quantized, tmp_path, form, found, says
 ):
     folder = with_config(
@@ -677,7 +675,7 @@ def test_sizes_that_do_not_fit_the_weights_are_refused_by_the_check(
         ({"vocab_size": 10}, "the tokenizer has ids up to 260, but the embedding has 10 rows"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_of_the_config_is_named_as_that(workshop, plain, tmp_path, changes, says):
+def test_a_wrong_value_in_a_models_config_is_reported(workshop, plain, tmp_path, changes, says):
     folder = with_config(plain, tmp_path / "base", **changes)
     with pytest.raises(ModelError, match=says):
         workshop.check(**on(folder))
@@ -713,7 +711,7 @@ def test_a_chat_template_that_is_not_utf8_is_named(workshop, plain, tmp_path):
         workshop.check(**on(folder))
 
 
-def test_a_base_of_zeros_is_named_as_that(workshop, plain, tmp_path):
+def test_a_base_of_zeros_is_reported(workshop, plain, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(plain, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -724,7 +722,7 @@ def test_a_base_of_zeros_is_named_as_that(workshop, plain, tmp_path):
         workshop.train(**on(folder))
 
 
-def test_a_model_that_would_lose_layers_is_not_opened(plain, tmp_path):
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(plain, tmp_path):
     """As chat and evaluate open it."""
     folder = with_config(plain, tmp_path / "base", num_hidden_layers=1)
     with pytest.raises(ModelError, match="fewer layers than its weights"):

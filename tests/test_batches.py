@@ -185,7 +185,7 @@ def test_an_incomplete_last_step_gives_each_process_as_many_micro_batches(padded
     assert held == [[2], [2], [1], [0]]
 
 
-def test_a_filler_teaches_nothing(padded):
+def test_a_filler_has_no_labels(padded):
     (filler,) = batches_of(LENGTHS[:13], rank=3, num_processes=4, padded=padded).at(1)
     assert set(filler.counts.values()) == {0}
     assert len(filler.labels) == len(filler.example) == 0
@@ -216,7 +216,7 @@ def test_the_rows_of_a_step_are_named_by_file_and_line(packing):
 # Layout
 
 
-def test_targets_are_the_next_learned_tokens_and_never_cross_a_document(padded, packing):
+def test_labels_are_the_next_supervised_tokens_and_never_cross_documents(padded, packing):
     batches = batches_of(padded=padded, packing=packing)
     seen = 0
     for step in batches.epoch():
@@ -246,7 +246,7 @@ def test_targets_are_the_next_learned_tokens_and_never_cross_a_document(padded, 
     assert seen == len(LENGTHS)
 
 
-def test_padded_and_end_to_end_hold_the_same_pairs_of_token_and_target(packing):
+def test_padded_and_packed_batches_hold_the_same_pairs_of_token_and_label(packing):
     for one, other in zip(
         batches_of(packing=packing).epoch(),
         batches_of(packing=packing, padded=True).epoch(),
@@ -318,7 +318,7 @@ def test_a_batch_is_called_as_transformers_calls_it(padded):
         assert inputs["cu_seq_lens_q"][-1] == inputs["input_ids"].shape[1]
 
 
-def test_a_micro_batch_has_the_sequences_it_is_said_to_have(padded):
+def test_a_micro_batch_has_the_requested_number_of_sequences(padded):
     for batch in batches_of(micro_batch_size=4, padded=padded).at(0):
         assert len(documents(batch)) == 4
 
@@ -411,7 +411,7 @@ def test_documents_of_an_example_stay_together_and_know_it(packing, padded):
     assert seen == len(examples)
 
 
-def test_a_part_of_pairs_is_pairs(packing):
+def test_a_subset_of_pairs_keeps_pairs_together(packing):
     examples = pairs_of()
     assert examples.subset(np.array([3, 1])).digests() == [
         examples.digests()[3],

@@ -76,7 +76,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("change", WRONG)
-def test_manifest_of_another_shape_is_passed_over_and_named(tmp_path, change):
+def test_malformed_manifest_is_skipped_and_reported(tmp_path, change):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
     path = newest / "manifest.json"
     path.write_text(rehash(change(json.loads(path.read_text()))))
@@ -102,7 +102,7 @@ def test_manifest_of_another_shape_is_passed_over_and_named(tmp_path, change):
         b'{"format": ' + b"9" * 5000 + b"}",
     ],
 )
-def test_damaged_manifest_is_passed_over(tmp_path, content):
+def test_damaged_manifest_is_skipped(tmp_path, content):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
     (newest / "manifest.json").write_bytes(content)
     found, damaged = resume.find(tmp_path, None)
@@ -110,7 +110,7 @@ def test_damaged_manifest_is_passed_over(tmp_path, content):
     assert "manifest.json is damaged" in damaged[newest]
 
 
-def test_checkpoint_of_a_step_beyond_the_end_is_passed_over(tmp_path):
+def test_checkpoint_of_a_step_beyond_the_end_is_skipped(tmp_path):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 9)
     found, damaged = resume.find(tmp_path, None, num_steps=5)
     assert (found.path, damaged) == (older, {newest: "it says step 9, and the run has 5 steps"})
@@ -132,7 +132,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_metadata_that_is_not_dcps_is_named(tmp_path, hostile, capsys):
+def test_foreign_checkpoint_metadata_is_reported(tmp_path, hostile, capsys):
     content, says = HOSTILE[hostile]
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match=f"{tmp_path / '.metadata'} {says}"):
@@ -140,7 +140,7 @@ def test_metadata_that_is_not_dcps_is_named(tmp_path, hostile, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_files_of_deepspeed_that_name_other_classes_are_named(tmp_path, capsys):
+def test_deepspeed_files_with_unexpected_classes_are_reported(tmp_path, capsys):
     path = tmp_path / "a.pt"
     torch.save({"weights": torch.zeros(2)}, path)
     unpickling.require_tensors([path], [])

@@ -164,7 +164,7 @@ def test_a_misspelt_key_gets_the_nearest_valid_name(section, key, nearest):
     ("key", "field"),
     [("lr", "optimizer.lr"), ("seed", "run.seed"), ("max_length", "data.max_length")],
 )
-def test_a_field_outside_its_section_is_told_where_it_belongs(key, field):
+def test_the_error_for_a_misplaced_field_names_its_section(key, field):
     assert problems_of({**COMPLETE, key: 1}) == [f"{key}: unknown key; did you mean {field}?"]
 
 
@@ -201,11 +201,11 @@ def test_a_misspelt_option_gets_the_nearest_valid_name(refusal, word, nearest):
 @pytest.mark.parametrize(
     ("key", "nested"), [("run.seed", "run: {seed: 1}"), ("optimizer.lr", "optimizer: {lr: 1}")]
 )
-def test_a_key_with_a_dot_is_told_how_to_nest_it(key, nested):
+def test_the_error_for_a_dotted_key_shows_how_to_nest_it(key, nested):
     assert problems_of({**COMPLETE, key: 1}) == [f"{key}: unknown key; nest it: {nested}"]
 
 
-def test_options_after_two_dashes_are_named(refusal):
+def test_options_after_two_dashes_are_refused(refusal):
     message = refusal(yaml.safe_dump(COMPLETE), "--", "--check", "--run.seed=3")
     for word in ("--check", "--run.seed=3"):
         assert f"{word}: stands after --, so it was not read as an option; remove the --" in message
@@ -241,7 +241,7 @@ def test_an_alias_that_refers_to_itself_is_refused(refusal, text):
     )
 
 
-def test_an_alias_of_what_stands_before_is_taken(parse):
+def test_an_alias_of_an_earlier_anchor_is_accepted(parse):
     text = (
         yaml.safe_dump(COMPLETE)
         + "evaluation: {sample_prompts: &a [x, y]}\nadapter: {kind: full, freeze: *a}\n"
@@ -249,13 +249,13 @@ def test_an_alias_of_what_stands_before_is_taken(parse):
     assert parse(text).adapter.freeze == ["x", "y"]
 
 
-def test_a_value_of_the_command_line_that_python_cannot_hold_is_refused(refusal):
+def test_a_command_line_number_too_large_for_python_is_refused(refusal):
     shown = refusal(yaml.safe_dump(COMPLETE), "--run.seed", "9" * 5_000)
     assert "(a number has too many digits)" in shown
     assert len(shown) < 400
 
 
-def test_a_section_as_an_option_is_named(refusal):
+def test_a_section_used_as_an_option_is_refused(refusal):
     shown = refusal(yaml.safe_dump(COMPLETE), "--optimizer", "{lr: 1e-3}")
     assert (
         "--optimizer: is a section; set each of its settings by itself, as --optimizer.kind VALUE"
@@ -264,7 +264,7 @@ def test_a_section_as_an_option_is_named(refusal):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
-def test_a_config_in_another_encoding_is_named(tmp_path, encoding):
+def test_a_config_in_another_encoding_is_refused(tmp_path, encoding):
     path = tmp_path / "wide.yaml"
     path.write_text(yaml.safe_dump(COMPLETE), encoding=encoding)
     with pytest.raises(
@@ -273,7 +273,7 @@ def test_a_config_in_another_encoding_is_named(tmp_path, encoding):
         configs.read_yaml(path)
 
 
-def test_what_is_no_file_or_never_ends_is_refused_as_a_config(tmp_path):
+def test_a_config_that_is_a_folder_or_endless_device_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="it is a device or a socket; name a file"):
         configs.read_yaml("/dev/zero")
     (tmp_path / "large.yaml").write_text("# " + "a" * 1_000_000)
@@ -290,7 +290,7 @@ def test_a_config_may_come_through_a_pipe(tmp_path):
     writer.join()
 
 
-def test_a_default_that_is_written_out_and_ignored_is_refused(parse, refusal):
+def test_an_explicit_default_without_effect_is_refused(parse, refusal):
     says = (
         "evaluation.micro_batch_size: would be ignored: "
         "the run has no evaluation rows (data.eval); remove it"
@@ -304,7 +304,7 @@ def test_a_default_that_is_written_out_and_ignored_is_refused(parse, refusal):
     )
 
 
-def test_a_key_like_no_other_is_shown_the_sections():
+def test_the_error_for_an_unrecognisable_key_lists_the_sections():
     (problem,) = problems_of({**COMPLETE, "zzz": {}})
     assert all(section in problem for section in Config.model_fields)
 
@@ -327,12 +327,12 @@ def test_a_stray_word_is_refused(refusal):
     )
 
 
-def test_a_config_may_stand_without_its_option(tmp_path):
+def test_a_config_may_be_a_positional_argument(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(COMPLETE))
     assert configs.parse([str(tmp_path / "run.yaml"), "--run.seed", "4"])[0].run.seed == 4
 
 
-def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(parse, capsys):
+def test_the_last_of_repeated_options_wins_with_a_note(parse, capsys):
     assert parse(yaml.safe_dump(COMPLETE), "--run.seed", "1", "--run.seed=2").run.seed == 2
     assert capsys.readouterr().err == "note: --run.seed is given twice: '2' counts, not '1'\n"
     parse(yaml.safe_dump(COMPLETE), "--run.seed", "2", "--run.seed=2")
@@ -355,7 +355,7 @@ def test_an_option_without_its_value_is_refused_by_name(refusal):
         configs.parse(["--config", "--check"])
 
 
-def test_a_setting_that_took_the_config_as_its_value_says_so(tmp_path, refusal):
+def test_an_option_that_swallowed_the_config_path_is_reported(tmp_path, refusal):
     """A bare flag in front of a path takes it, and then every required setting would be missing."""
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(COMPLETE))
@@ -379,7 +379,7 @@ def test_a_setting_that_took_the_config_as_its_value_says_so(tmp_path, refusal):
     assert says.count("data.packing: ") == 1
 
 
-def test_a_text_setting_may_end_like_a_config(parse):
+def test_a_text_value_may_end_in_yaml(parse):
     assert parse(yaml.safe_dump(COMPLETE), "--run.name", "v1.yaml").run.name == "v1.yaml"
 
 
@@ -396,7 +396,7 @@ def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):
     assert (config.tracking.trackers, config.evaluation.sample_prompts) == (["trackio"], ["hello"])
 
 
-def test_a_home_directory_is_meant_by_a_tilde_in_every_path(parse, monkeypatch, tmp_path):
+def test_a_tilde_expands_to_the_home_directory_in_every_path(parse, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = parse(
         "run: {name: a, dir: ~/runs}\nmodel: {path: ~/m, tokenizer: ~/t}\n"
@@ -438,26 +438,26 @@ HALF = "\ud83d"
         ("{}", (f"--{HALF}.x", "1"), r"--\ud83d.x"),
     ],
 )
-def test_half_a_character_is_named(refusal, text, words, key):
+def test_a_lone_surrogate_is_refused(refusal, text, words, key):
     message = refusal(text, *words)
     message.encode()
     assert key in message
     assert "half a character" in message or "unknown option" in message
 
 
-def test_half_a_character_in_the_name_of_the_config_is_named():
+def test_a_lone_surrogate_in_the_config_path_is_refused():
     with pytest.raises(ConfigError, match="--config: .*half a character"):
         configs.parse(["--config", HALF])
 
 
-def test_half_a_character_in_the_environment_is_named(refusal, monkeypatch):
+def test_a_lone_surrogate_in_the_environment_is_refused(refusal, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "off\udce9")
     assert "WANDB_MODE in the environment: contains half a character" in refusal(
         yaml.safe_dump(COMPLETE)
     )
 
 
-def test_no_home_directory_and_no_user_name_are_no_error(monkeypatch, tmp_path):
+def test_a_missing_home_directory_or_user_name_is_accepted(monkeypatch, tmp_path):
     """OpenShift starts containers under user ids that nothing knows."""
 
     def unknown(_):
@@ -479,7 +479,7 @@ def test_no_home_directory_and_no_user_name_are_no_error(monkeypatch, tmp_path):
         assert home.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_home_that_cannot_be_written_is_not_taken_for_the_cache(monkeypatch):
+def test_the_cache_avoids_an_unwritable_home(monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null")
     assert configs.from_dict(changed(run__dir="somewhere")).cache_dir == "somewhere/.cache"
 
@@ -500,7 +500,7 @@ def test_a_home_that_cannot_be_written_is_not_taken_for_the_cache(monkeypatch):
         ("train.precision", "mps", "Apple GPUs (mps) are not yet used"),
     ],
 )
-def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
+def test_unsupported_features_are_refused_with_advice(key, value, advice):
     (problem,) = problems_of(changed(**{key.replace(".", "__"): value}))
     assert problem.startswith(f"{key}: ")
     assert advice in problem
@@ -517,13 +517,13 @@ def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
         ("device", "(mps) are not yet used"), ("xyzzy", "the sections are"),
     ],
 )  # fmt: skip
-def test_names_of_other_tools_lead_to_the_setting_here(refusal, word, setting):
+def test_setting_names_of_other_tools_get_ours_suggested(refusal, word, setting):
     (problem,) = problems_of({**COMPLETE, word: 1})
     assert setting in problem
     assert f"--{word}: unknown option; " in refusal(yaml.safe_dump(COMPLETE), f"--{word}", "1")
 
 
-def test_a_removed_setting_names_what_to_use_and_its_default_does_no_harm():
+def test_a_removed_setting_is_refused_with_advice_unless_at_its_default():
     from finetune.config import names
 
     values = configs.from_dict(changed(adapter__kind="lora")).model_dump()
@@ -537,7 +537,7 @@ def test_a_removed_setting_names_what_to_use_and_its_default_does_no_harm():
     assert configs.differences(values, now) == []
 
 
-def test_every_name_of_another_tool_leads_to_a_setting_that_exists():
+def test_every_suggested_setting_exists():
     from finetune.config import names
 
     settings = {setting for setting in names.ELSEWHERE.values() if " " not in setting}
@@ -586,20 +586,20 @@ def test_a_number_is_a_number_however_it_is_written(parse, written, number):
         ),  # a placeholder of Helm or Jinja that was never filled in
     ],
 )
-def test_a_file_that_is_no_config_is_refused_by_name(refusal, text, says):
+def test_a_file_without_a_config_is_refused_by_name(refusal, text, says):
     message = refusal(text)
     assert "run.yaml" in message
     assert says in message
 
 
-def test_a_config_that_is_not_there_is_named(tmp_path):
+def test_a_missing_config_is_reported(tmp_path):
     path = tmp_path / "absent.yaml"
     with pytest.raises(ConfigError) as caught:
         configs.parse(["--config", str(path)])
     assert str(caught.value) == f"{path}: no such file"
 
 
-def test_a_config_that_is_misspelt_or_in_configs_comes_with_the_nearest(tmp_path, monkeypatch):
+def test_the_nearest_config_path_is_suggested(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/my_run.yaml").touch()
@@ -618,7 +618,7 @@ def test_a_config_that_is_misspelt_or_in_configs_comes_with_the_nearest(tmp_path
         configs.parse(["--config", "away/other.yaml"])
 
 
-def test_a_config_that_is_not_utf8_is_named(tmp_path):
+def test_a_config_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"run: {name: caf\xe9}")
     with pytest.raises(ConfigError, match=r"latin\.yaml: cannot read the config"):
         configs.parse(["--config", str(tmp_path / "latin.yaml")])
@@ -669,7 +669,7 @@ def test_a_config_needs_no_file():
         ("optimizer.betas", "[0.8, 0.9]", [0.8, 0.9]),
     ],
 )
-def test_a_word_of_the_command_line_has_the_type_of_its_field(parse, option, word, value):
+def test_command_line_values_take_the_type_of_their_field(parse, option, word, value):
     config = parse(yaml.safe_dump(COMPLETE), f"--{option}={word}")
     assert configs.flatten(config.model_dump())[option] == value
 
@@ -715,7 +715,7 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(key, value):
 
 @pytest.mark.parametrize("section", ["run", "train", "data"])
 @pytest.mark.parametrize("value", [5, None, ["a"], "text"])
-def test_a_section_that_is_no_mapping_is_named(section, value):
+def test_a_section_that_is_not_a_mapping_is_refused(section, value):
     problems = problems_of({**COMPLETE, section: value})
     assert any(
         problem.startswith(f"{section}: a section with keys of its own, got ")
@@ -776,7 +776,7 @@ def test_batch_sizes_that_do_not_divide_are_refused(whole, micro):
     ("whole", "micro", "processes", "times"),
     [(8, 1, 1, 8), (8, 2, 1, 4), (8, 2, 4, 1), (24, 3, 2, 4)],
 )
-def test_accumulation_is_what_is_left_of_the_global_batch(whole, micro, processes, times):
+def test_accumulation_steps_follow_from_the_global_batch(whole, micro, processes, times):
     config = configs.from_dict(
         changed(train__global_batch_size=whole, train__micro_batch_size=micro)
     )
@@ -878,7 +878,7 @@ def test_a_setting_of_another_kind_is_an_unknown_key(refusal, changes, says):
     )
 
 
-def test_a_config_of_an_earlier_version_may_hold_settings_of_other_kinds(tmp_path):
+def test_an_older_config_may_hold_settings_of_other_kinds(tmp_path):
     """It wrote all of them out; a run that resumes, or is repeated, reads its own config.yaml."""
     written = configs.from_dict(COMPLETE).model_dump()
     of_before = {**written, "adapter": {**written["adapter"], "r": 16, "quantization": "nf4"}}
@@ -969,12 +969,12 @@ def test_the_shipped_configs_are_valid():
         ({"adapter__r": 5}, "adapter.r: was 4, now 5"),
     ],
 )
-def test_a_difference_that_makes_another_run_is_named_with_both_values(changes, named):
+def test_a_difference_that_makes_another_run_is_shown_with_both_values(changes, named):
     old = configs.from_dict(EVERYTHING).model_dump()
     assert configs.differences(old, configs.from_dict(changed(EVERYTHING, **changes))) == [named]
 
 
-def test_what_may_change_between_a_run_and_its_resumption_is_no_difference():
+def test_settings_that_may_change_on_resume_are_not_differences():
     old = configs.from_dict(EVERYTHING).model_dump()
     new = changed(
         EVERYTHING, run__dir="elsewhere", data__cache_dir="elsewhere", model__attention="eager",

@@ -39,7 +39,7 @@ def rows(folder):
 @pytest.mark.parametrize(
     "name", ["rows.jsonl", "./rows.jsonl", "sub/rows.jsonl", "sub", "*.jsonl", "**/*.jsonl"]
 )
-def test_what_lies_beside_the_config_is_found(project, name):
+def test_paths_beside_the_config_are_found(project, name):
     folder, parse = project
     rows(folder / "project")
     rows(folder / "project/sub")
@@ -51,7 +51,7 @@ def test_what_lies_beside_the_config_is_found(project, name):
     assert both[1] == "/tmp/x.jsonl"
 
 
-def test_the_working_directory_counts_as_before(project):
+def test_paths_in_the_working_directory_are_found(project):
     folder, parse = project
     rows(folder / "here")
     assert parse().data.train == "rows.jsonl"
@@ -98,7 +98,7 @@ def test_an_error_names_both_folders(project):
         readers.sources(config.data.train, None)
 
 
-def test_models_templates_and_evaluation_rows_are_looked_for_likewise(project):
+def test_models_templates_and_evaluation_rows_are_found_the_same_way(project):
     folder, parse = project
     rows(folder / "project")
     (folder / "project/chat.jinja").write_text("{{ messages }}")

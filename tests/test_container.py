@@ -243,7 +243,7 @@ TRAIN = (
 
 
 @long
-def test_the_image_says_what_it_can_do_and_where_it_comes_from(image, place):
+def test_the_image_has_help_and_origin_labels(image, place):
     code, output = image.run(scratch=place())
     assert code == 0
     assert "launch" in output
@@ -251,7 +251,7 @@ def test_the_image_says_what_it_can_do_and_where_it_comes_from(image, place):
 
 
 @long
-def test_nothing_that_lies_beside_the_code_is_in_the_image(image):
+def test_the_image_holds_only_the_code(image):
     """Tokens, data, runs, pip's settings; and all of it is root's."""
     code = image.root / "finetune"
     inside = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
@@ -344,7 +344,7 @@ def test_sigterm_to_pid_1_saves_and_ends_with_75_and_the_next_start_goes_on(
     "wrong",
     ["--optimizer.lr=fast", "--optimizer.learning_rate=1e-3", "--data.train=/config/nothing.txt"],
 )
-def test_what_is_wrong_ends_with_2(image, place, rows, wrong):
+def test_user_errors_exit_with_2(image, place, rows, wrong):
     code, output = image.run(*TRAIN, wrong, scratch=place(), runs=place(), config=rows)
     assert code == 2, output
     assert "error" in output
@@ -368,7 +368,7 @@ def test_layers_can_be_compiled(image, place, rows):
 
 
 @long
-def test_a_change_of_the_code_leaves_the_packages_as_they_are(image):
+def test_a_code_change_does_not_reinstall_packages(image):
     with (image.context / "train.py").open("a") as file:
         file.write("# changed\n")
     output, took = image.build()

@@ -22,7 +22,7 @@ def exported(run):
 
 
 @pytest.mark.slow
-def test_the_export_is_the_average_by_its_formula_and_training_knows_nothing_of_it(workshop):
+def test_the_exported_average_follows_its_formula_and_leaves_training_unchanged(workshop):
     plain = workshop.train("plain", **EVERY, data__eval_fraction=0.2)
     run = workshop.train(train__ema_decay=0.25, data__eval_fraction=0.2)
     assert losses(run) == losses(plain)

@@ -102,7 +102,7 @@ def test_new_rows_start_from_the_mean_of_the_old(workshop):
         assert torch.allclose(module.weight[261:], before.mean(0).expand(2, -1), atol=1e-7)
 
 
-def test_a_new_token_that_is_not_new_is_refused(workshop):
+def test_an_existing_token_given_as_new_is_refused(workshop):
     with pytest.raises(ModelError, match=r"'<\|im_end\|>' is already in the vocabulary"):
         workshop.train(model__new_tokens=["<|im_end|>"])
 
@@ -140,7 +140,7 @@ def test_noise_reaches_models_in_16_bits():
     ["gpt2", *(pytest.param(kind, marks=pytest.mark.proof) for kind in ("bloom", "gpt_neox"))],
 )
 @pytest.mark.slow
-def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(workshop, kind):
+def test_new_tokens_beside_an_adapter_with_unusual_embedding_names(workshop, kind):
     """peft knows tied modules by name, but these have others; the run verifies its own export."""
     sizes = {
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},

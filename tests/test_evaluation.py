@@ -128,9 +128,7 @@ def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, 
 
 
 @pytest.mark.slow
-def test_run_directories_are_taken_for_their_models_and_one_model_twice_is_told(
-    base_and_tuned, capsys
-):
+def test_run_directories_stand_for_their_models_and_duplicates_are_refused(base_and_tuned, capsys):
     base, _, rows = base_and_tuned
     asked = [
         "evaluate",
@@ -150,7 +148,7 @@ def test_run_directories_are_taken_for_their_models_and_one_model_twice_is_told(
     )
 
 
-def test_held_out_rows_may_be_a_folder_and_all_that_is_wrong_is_told(tmp_path, capsys):
+def test_held_out_rows_may_be_a_folder_and_every_error_is_reported(tmp_path, capsys):
     (tmp_path / "test.csv").write_text("question;answer\nwhy;because\n")
     write_jsonl(tmp_path / "train.jsonl", pairs())
     [conversation] = compare.read(str(tmp_path), "auto", {}, None)
@@ -166,7 +164,7 @@ def test_held_out_rows_may_be_a_folder_and_all_that_is_wrong_is_told(tmp_path, c
         compare.read(str(path), "auto", {}, None)
 
 
-def test_columns_that_are_not_read_are_told_and_a_score_is_one_of_them(tmp_path, capsys):
+def test_unread_columns_are_reported_including_scores(tmp_path, capsys):
     """Nothing is learned here, so bad answers cannot be."""
     row = {"question": "q", "answer": "a", "input": "i", "score": 0.5, "rejected": "b"}
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
@@ -187,7 +185,7 @@ def test_skipped_rows_are_counted_as_in_training(tmp_path, capsys):
     assert capsys.readouterr().err == "note: 1 empty row skipped\n"
 
 
-def test_what_is_wrong_with_rows_is_told_in_the_words_of_the_command(tmp_path):
+def test_row_errors_use_the_options_of_the_command(tmp_path):
     with pytest.raises(DataError, match=r"; --data takes files, folders") as caught:
         compare.read(str(tmp_path / "missing.jsonl"), "auto", {}, None)
     assert "data.train" not in str(caught.value)
@@ -207,7 +205,7 @@ def test_control_tokens_are_refused_as_in_training(base_and_its_rows, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_an_adapter_of_another_base_is_told(workshop, capsys, kind):
+def test_an_adapter_of_another_base_is_reported(workshop, capsys, kind):
     base = workshop.train("base", train__max_steps=1) / "model"
     other = workshop.train("other", train__max_steps=1, run__seed=1) / "model"
     tuned = workshop.train(
@@ -260,7 +258,7 @@ def test_a_base_is_checked_as_a_model_is(workshop, capsys, command):
         assert says in capsys.readouterr().err
 
 
-def test_a_merge_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):
+def test_an_unwritable_merge_is_refused_before_the_work(tmp_path, capsys):
     adapter, file, link = small_adapter(tmp_path / "adapter"), tmp_path / "file", tmp_path / "link"
     file.touch()
     link.symlink_to(tmp_path / "nowhere")
@@ -286,7 +284,7 @@ def test_answers_do_not_depend_on_the_batch(base_and_tuned):
     assert alone[0] == generate.Answer("AB", is_cut=False)
 
 
-def test_a_prompt_that_is_too_long_keeps_its_bos_and_end_and_is_told(workshop):
+def test_a_long_prompt_is_cut_between_bos_and_end_with_a_note(workshop):
     from finetune.export.load import load, load_tokenizer
 
     model = load(workshop.train(train__max_steps=1) / "model")
@@ -365,7 +363,7 @@ def test_chat_names_the_option_where_a_template_does_not_take_the_system_message
     assert "TemplateError: not so" in printed
 
 
-def test_of_several_chat_templates_the_default_is_asked(base_and_its_rows, capsys):
+def test_the_default_of_several_chat_templates_is_used(base_and_its_rows, capsys):
     model, rows = base_and_its_rows
     more = model / "additional_chat_templates"
     more.mkdir()
@@ -518,7 +516,7 @@ def test_an_output_that_evaluate_did_not_write_is_kept(tmp_path, capsys, held):
     assert output.read_bytes() == held
 
 
-def test_an_output_that_is_a_folder_is_told_before_the_work(tmp_path, capsys):
+def test_an_output_that_is_a_folder_is_refused_before_the_work(tmp_path, capsys):
     assert (
         main(["evaluate", "--base", "a", "--tuned", "b", "--data", "c", "--output", str(tmp_path)])
         == 2
@@ -526,7 +524,7 @@ def test_an_output_that_is_a_folder_is_told_before_the_work(tmp_path, capsys):
     assert f"--output: {tmp_path} is a folder; name a file" in capsys.readouterr().err
 
 
-def test_a_place_that_may_not_be_written_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+def test_a_read_only_output_folder_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
     """Root may write everywhere, so the answer of the system is made up."""
 
     def refused(*_, **__):
@@ -542,7 +540,7 @@ def test_a_place_that_may_not_be_written_is_told_before_the_work(tmp_path, capsy
     assert f"--output: {output}: cannot be written: Permission denied" in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_at_the_end_keeps_the_table_and_what_was_there(
+def test_a_full_disk_keeps_the_table_and_the_old_output(
     base_and_its_rows, capsys, monkeypatch, tmp_path
 ):
     model, rows = base_and_its_rows
@@ -590,7 +588,7 @@ def test_a_file_is_written_whole_through_a_link_and_keeps_its_mode(tmp_path):
     assert pipe.is_fifo()
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_work(capsys):
+def test_an_unwritable_output_is_refused_before_the_work(capsys):
     assert (
         main(
             [
@@ -611,7 +609,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(capsys):
 
 
 @pytest.mark.parametrize("command", ["chat", "evaluate", "export"])
-def test_what_cannot_be_a_model_is_told_at_once(tmp_path, capsys, monkeypatch, command):
+def test_an_invalid_model_is_refused_at_once(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "empty").mkdir()
@@ -631,12 +629,12 @@ def test_what_cannot_be_a_model_is_told_at_once(tmp_path, capsys, monkeypatch, c
         assert error.startswith("error: --")
 
 
-def test_half_a_character_on_the_command_line_is_named(capsys):
+def test_a_lone_surrogate_on_the_command_line_is_refused(capsys):
     assert main(["chat", "--model", "a", "--prompt", "\ud83d"]) == 2
     assert r"\ud83d: holds half a character" in capsys.readouterr().err
 
 
-def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(capsys):
+def test_the_last_of_repeated_options_wins_with_a_note(capsys):
     assert main(["chat", "--model", "a", "--model", "/no/such/folder", "--prompt", "x"]) == 2
     assert (
         "note: --model is given twice: '/no/such/folder' counts, not 'a'\n"

@@ -105,7 +105,7 @@ def test_a_missing_weight_is_never_complete(workshop, monkeypatch):
         workshop.train()
 
 
-def test_an_adapter_that_learned_nothing_is_never_complete(workshop, monkeypatch):
+def test_an_adapter_that_did_not_train_is_never_complete(workshop, monkeypatch):
     settings = as_adapter(workshop.train("base"))
 
     def nothing(tensors):
@@ -126,14 +126,14 @@ def test_a_run_that_moved_no_weight_is_never_complete(workshop):
         workshop.train(model__dtype="bfloat16", optimizer__lr=1e-60)
 
 
-def test_factors_that_cannot_move_in_the_first_step_are_not_named(workshop, capsys):
+def test_factors_that_cannot_move_in_the_first_step_are_not_reported(workshop, capsys):
     settings = as_adapter(workshop.train("base"))
     capsys.readouterr()
     workshop.train("lora", **settings, train__max_steps=1)
     assert "did not change" not in capsys.readouterr().out
 
 
-def test_weights_that_did_not_move_are_named(workshop, capsys):
+def test_weights_that_did_not_move_are_reported(workshop, capsys):
     # Norms are 1, where float32 steps by 6e-8: an update of 2e-8 is lost; what is near 0 takes it.
     workshop.train(optimizer__lr=2e-8)
     assert (
@@ -142,7 +142,7 @@ def test_weights_that_did_not_move_are_named(workshop, capsys):
     )
 
 
-def test_a_failed_export_is_done_again_from_the_last_checkpoint(workshop, monkeypatch):
+def test_a_failed_export_is_repeated_from_the_last_checkpoint(workshop, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             "finetune.export.publish.save",
@@ -178,7 +178,7 @@ def test_merge_command_writes_full_weights(workshop, capsys):
     assert "exists; choose another --output" in capsys.readouterr().err
 
 
-def test_a_place_where_nothing_can_be_written_is_refused_before_a_model_is_loaded(tmp_path):
+def test_an_unwritable_destination_is_refused_before_loading(tmp_path):
     """Root may write anywhere, says os.access."""
     (tmp_path / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "r": 1, "base_model_name_or_path": "base"}'
@@ -190,7 +190,7 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_a_model_is_loade
 
 
 @pytest.mark.slow
-def test_a_merge_that_fills_the_disk_is_named_and_leaves_nothing(workshop, monkeypatch):
+def test_a_merge_that_fills_the_disk_is_reported_and_cleaned_up(workshop, monkeypatch):
     run, target = (
         workshop.train("lora", **as_adapter(workshop.train("base"))),
         workshop.folder / "merged",
@@ -212,7 +212,7 @@ def test_merging_full_weights_is_an_error(workshop):
         merge([run / "model"], workshop.folder / "merged", "auto")
 
 
-def test_an_adapter_and_its_merge_know_the_token_that_ends_an_answer(workshop):
+def test_an_adapter_and_its_merge_store_the_token_that_ends_an_answer(workshop):
     """ChatML ends answers with <|im_end|>, not with EOS; peft itself saves no generation config."""
     run = workshop.train("lora", data__template="chatml", **as_adapter(workshop.train("base")))
     stop = load_tokenizer(run / "model").convert_tokens_to_ids("<|im_end|>")
@@ -356,7 +356,7 @@ def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monk
     ],
     ids=["experts in one weight", "Conv1D"],
 )  # fmt: skip
-def test_adapters_on_other_architectures_come_home(workshop, architecture):
+def test_adapters_on_other_architectures_export_correctly(workshop, architecture):
     config = TINY_LLAMA if architecture["model_type"] == "mixtral" else {}
     base = workshop.train("base", model__config={**config, **architecture})
     run = workshop.train("lora", **as_adapter(base))
@@ -371,7 +371,7 @@ def test_adapters_on_other_architectures_come_home(workshop, architecture):
     )
 
 
-def test_a_model_that_also_sees_gets_adapters_where_text_goes(workshop):
+def test_a_multimodal_model_gets_adapters_in_its_language_part(workshop):
     text = {
         **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"},
         "head_dim": 8,
@@ -408,7 +408,7 @@ def test_an_adapter_opens_from_any_folder(workshop, monkeypatch, tmp_path_factor
     assert load(run / "model")
 
 
-def test_what_was_trained_has_gone_when_the_export_is_opened(workshop, monkeypatch):
+def test_the_trained_model_is_freed_before_the_export_is_opened(workshop, monkeypatch):
     """Otherwise the GPU would hold a quantised base twice, beside the optimizer."""
     import weakref
 
@@ -461,7 +461,7 @@ def test_exported_files_have_the_mode_that_the_umask_says(workshop):
         assert set(modes.values()) == {oct(mode)}, modes
 
 
-def test_saving_leaves_what_it_is_given_as_it_was(workshop, bytes_tokenizer):
+def test_saving_does_not_modify_its_input(workshop, bytes_tokenizer):
     import copy
 
     from transformers import AutoModelForCausalLM
@@ -519,7 +519,7 @@ def add_companions(folder):
 
 
 @pytest.mark.parametrize("kind", ["full", "merged"])
-def test_what_a_base_has_beside_its_weights_comes_out_again(workshop, kind):
+def test_other_files_of_a_base_are_exported(workshop, kind):
     base = workshop.train("base")
     names = add_companions(base / "model")
     settings = as_adapter(base) | {"adapter__kind": "full" if kind == "full" else "lora"}
@@ -549,7 +549,7 @@ TERMS = (
 )  # fmt: skip
 
 
-def test_terms_come_along_however_they_are_spelt(tmp_path):
+def test_licence_files_are_exported_under_any_spelling(tmp_path):
     others = (
         "README.md",
         "noticed.txt",
@@ -572,7 +572,7 @@ def test_terms_come_along_however_they_are_spelt(tmp_path):
     assert found == set(TERMS)
 
 
-def test_the_hub_is_asked_for_all_that_comes_along():
+def test_all_files_to_export_are_fetched_from_the_hub():
     from huggingface_hub.utils import filter_repo_objects
 
     wanted = [
@@ -598,12 +598,12 @@ def two_ends(workshop):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_base_that_says_tied_and_is_not_is_refused(workshop, two_ends, kind):
+def test_a_base_wrongly_configured_as_tied_is_refused(workshop, two_ends, kind):
     with pytest.raises(ModelError, match="tie_word_embeddings: true.* are saved and differ"):
         workshop.train("run", **as_adapter(two_ends.parent) | {"adapter__kind": kind})
 
 
-def test_a_model_whose_ends_are_two_is_never_exported_as_tied(workshop, two_ends, bytes_tokenizer):
+def test_an_untied_model_is_never_exported_as_tied(workshop, two_ends, bytes_tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(two_ends)
@@ -629,7 +629,7 @@ def test_a_merge_of_tied_weights_that_train_stays_tied(workshop):
 
 
 @pytest.mark.parametrize("command", ["merge", "chat", "evaluate"])
-def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
+def test_an_adapter_finds_its_moved_base(workshop, capsys, command):
     from finetune.__main__ import main
 
     base = workshop.train("base")
@@ -678,7 +678,7 @@ def moved(workshop):
     return adapter, base.rename(workshop.folder / "moved") / "model"
 
 
-def test_a_base_in_another_place_is_compared_in_every_value(moved):
+def test_a_moved_base_is_compared_in_every_value(moved):
     adapter, base = moved
     load(adapter, base=str(base))
     tensors = load_file(base / "model.safetensors")
@@ -709,7 +709,7 @@ def test_a_base_in_another_place_is_compared_in_every_value(moved):
         ("nowhere", "--base: {base}/nowhere: no such folder"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_a_base_is_named_by_its_option(workshop, moved, capsys, kind, says):
+def test_an_invalid_base_is_refused_by_its_option(workshop, moved, capsys, kind, says):
     from finetune.__main__ import main
 
     adapter, base = moved
@@ -735,7 +735,7 @@ def test_what_cannot_be_a_base_is_named_by_its_option(workshop, moved, capsys, k
     assert says.format(adapter=adapter, base=base) in capsys.readouterr().err
 
 
-def test_a_base_that_was_rounded_to_float16_is_known_again():
+def test_a_base_rounded_to_float16_is_recognised():
     """float16 holds fewer exponents than the bfloat16 that hashes compare."""
     from finetune.models import base_identity
 
@@ -783,7 +783,7 @@ def mixture(**changes):
     return MixtralForCausalLM(config).eval()
 
 
-def test_an_expert_that_flips_is_no_wrong_export():
+def test_a_flipped_expert_passes_the_export_check():
     """Another kernel may round a router's near-tie to another expert: one token may differ."""
     model = mixture()
     router, seen = model.model.layers[1].mlp.gate, []
@@ -826,7 +826,7 @@ def test_a_wrong_mixture_of_experts_is_refused(wrong):
     assert "differ" in disagreement(found, wanted, TOLERANCE["fp32"], has_experts=True)
 
 
-def test_logits_that_are_no_numbers_never_agree():
+def test_nan_logits_never_agree():
     wanted = torch.ones(1, 4, 3)
     assert disagreement(wanted * float("nan"), wanted, 0.1, has_experts=True)
     assert disagreement(wanted, wanted, 0.1, has_experts=False) is None
@@ -857,7 +857,7 @@ def test_a_generation_config_that_cannot_be_exported_is_refused_before_training(
         workshop.check("tuned", **changes)
 
 
-def test_an_adapter_is_not_put_on_a_base_that_calculates_otherwise(workshop):
+def test_an_adapter_refuses_a_base_with_another_config(workshop):
     base = workshop.train("base") / "model"
     changes = {
         "model__path": str(base),

@@ -117,7 +117,7 @@ def test_loss_and_every_gradient_are_those_of_all_logits(chunks_of_a_few, name, 
 
 @pytest.mark.parametrize("kernel", ["documents", "eager"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_followed_under_every_attention_and_without_weights(name, kernel):
+def test_logits_are_traced_under_every_attention_and_without_weights(name, kernel):
     config = AutoConfig.for_model(name.split(",")[0], **SIZES | MODELS[name])
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     if (
@@ -145,7 +145,7 @@ ADAPTERS = {
 @pytest.mark.filterwarnings("ignore:.*ensure_weight_tying.*:UserWarning")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("how", ADAPTERS)
-def test_adapters_on_the_head_learn_the_same(chunks_of_a_few, how, tied):
+def test_adapters_on_the_head_get_the_same_gradients(chunks_of_a_few, how, tied):
     settings = ADAPTERS[how] | (
         {"ensure_weight_tying": True}
         if tied and how in ("head trained whole", "new tokens")
@@ -159,7 +159,7 @@ def test_adapters_on_the_head_learn_the_same(chunks_of_a_few, how, tied):
     assert learned_alike(model.eval()) == trains
 
 
-def test_a_forward_that_cannot_be_followed_keeps_all_logits_and_says_so():
+def test_an_untraceable_forward_keeps_all_logits_with_a_note():
     model = make("llama")
     forward = model.forward
 
@@ -176,7 +176,7 @@ def test_a_forward_that_cannot_be_followed_keeps_all_logits_and_says_so():
     assert torch.equal(nll(model, inputs, labels, positions), wanted)
 
 
-def test_where_nothing_is_learned_every_weight_still_gets_a_gradient_of_zero():
+def test_a_batch_without_labels_gives_every_weight_a_zero_gradient():
     model = make("llama")
     head.install(model)
     inputs, labels, positions = batch()

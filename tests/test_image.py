@@ -177,14 +177,14 @@ def tempting(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_builder_is_sent_what_the_image_needs_and_nothing_else(tempting):
+def test_the_build_context_holds_only_what_the_image_needs(tempting):
     assert sent(tempting, IGNORE) - {"docker/Dockerfile", ".dockerignore"} == {
         name for name in tracked() if re.fullmatch(NEEDED, name)
     }
 
 
 @pytest.mark.parametrize("line", ["!finetune/**", "!**/*.json", "!**/.env", "!data/*", "!runs"])
-def test_a_line_that_lets_in_more_is_noticed(tempting, line):
+def test_a_wider_build_context_is_noticed(tempting, line):
     assert sent(tempting, f"{IGNORE}{line}\n") & set(TEMPTATIONS)
 
 
@@ -284,7 +284,7 @@ HARDENED = {"--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"}
 @pytest.mark.parametrize(
     "command", [in_the_unit()["ExecStart"], of_skypilot()], ids=["unit", "skypilot"]
 )
-def test_a_run_on_a_machine_of_its_own_is_shut_in_but_hears_of_interruptions(command):
+def test_a_run_on_its_own_machine_is_sandboxed_but_sees_notices(command):
     """--network=host: the metadata service of AWS answers one hop away only."""
     options, _ = started(command)
     assert {*HARDENED, "--network=host", "--gpus=all", "--rm"} <= options
@@ -354,7 +354,7 @@ def unit_complaints(text: str) -> list[str]:
     return [] if again == [1, 75] else [f"starts again after {again}"]
 
 
-def test_the_unit_gives_the_run_the_time_that_it_counts_on(tmp_path):
+def test_the_unit_grants_the_configured_grace_period(tmp_path):
     service = in_the_unit()
     _, config = understood(started(service["ExecStart"])[1], tmp_path)
     assert (service["KillSignal"], service["KillMode"]) == ("SIGTERM", "mixed")
@@ -378,7 +378,7 @@ def test_systemd_understands_the_unit(tmp_path):
     [(DOCKERFILE, complaints), (COMPOSE, compose_complaints), (SERVICE, unit_complaints)],
     ids=["Dockerfile", "Compose", "unit"],
 )
-def test_each_file_keeps_what_is_promised(text, check):
+def test_each_file_keeps_its_promises(text, check):
     assert check(text) == []
 
 
@@ -418,7 +418,7 @@ def test_a_file_that_breaks_a_promise_is_noticed(text, check, old, new, complain
 # SkyPilot
 
 
-def test_skypilot_starts_again_without_limit_only_after_75():
+def test_skypilot_restarts_without_limit_only_after_75():
     values = yaml.safe_load(SKYPILOT)["resources"]
     assert values["use_spot"] is True
     assert values["job_recovery"] == {"recover_on_exit_codes": [75], "max_restarts_on_errors": 3}

@@ -120,7 +120,7 @@ def test_importing_it_needs_no_torch(module):
 
 
 @pytest.mark.proof
-def test_a_run_of_all_weights_does_not_wait_for_adapters():
+def test_full_training_does_not_import_peft():
     """peft brings bitsandbytes, and that PyTorch's compiler: half of a start."""
     code = "import sys, finetune.loop; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -151,7 +151,7 @@ def test_the_folders_of_the_documentation_render_and_fit_together(tmp_path):
         for number, name in enumerate(OVERLAYS)
     ],
 )
-def test_a_folder_of_ones_own_on_any_overlay_fits_together_too(tmp_path, name):
+def test_a_users_folder_on_any_overlay_fits_together(tmp_path, name):
     """As docs/kubernetes.md has it, with a namespace and an image of its own."""
     (tmp_path / "run.yaml").write_text(
         (ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4")
@@ -204,7 +204,7 @@ def test_components_in_another_order_are_an_error_not_another_job(tmp_path, comp
         render(overlay(tmp_path, components))
 
 
-def test_what_comes_after_an_overlay_with_a_jobset_is_an_error_too(tmp_path):
+def test_components_after_a_jobset_overlay_are_an_error(tmp_path):
     with pytest.raises(AssertionError, match="test|no matches"):
         render(overlay(tmp_path, ["spot-eks"], base="overlays/jobset"))
 
@@ -508,7 +508,7 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_what_is_broken_is_seen(rendered, fault, tmp_path):
+def test_every_broken_manifest_is_detected(rendered, fault, tmp_path):
     name, break_it, message = BROKEN[fault]
     manifests = copy.deepcopy(rendered[name])
     break_it(manifests, work(manifests))
@@ -517,7 +517,7 @@ def test_what_is_broken_is_seen(rendered, fault, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Job", "JobSet", "TrainJob", "TrainingRuntime", "NetworkPolicy"])
-def test_an_unknown_field_is_seen(rendered, kind):
+def test_an_unknown_field_is_detected(rendered, kind):
     for manifests in rendered.values():
         for manifest in copy.deepcopy([m for m in manifests if m["kind"] == kind]):
             manifest["spec"]["replicas_"] = 2

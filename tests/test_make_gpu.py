@@ -142,13 +142,13 @@ def test_fp16_beside_bf16_has_the_tolerance_of_other_roundings():
     assert within["fp16"] == within["fp16-ddp"] == matrix.HALF, "compared with float32"
 
 
-def test_chosen_cases_bring_what_they_are_compared_with():
+def test_chosen_cases_include_their_references():
     found = {case.name for case in matrix.chosen(CASES, "^zero3-fp32$")}
     assert found == {"zero3-fp32", "optimizer-adamw", "cpu-adamw"}
     assert len(matrix.chosen(CASES, "")) == len(CASES)
 
 
-def test_what_a_case_needs_follows_from_its_settings():
+def test_requirements_of_a_case_follow_from_its_settings():
     needs = {case.name: case.needs for case in CASES}
     assert needs["zero3-qlora"] == {"deepspeed", "bitsandbytes"}
     assert needs["compiled-full"] == {"compiler"}
@@ -180,7 +180,7 @@ def curves(**changes):
     return Curves(**{**values, **changes})
 
 
-def test_a_run_like_its_reference_is_right():
+def test_a_run_equal_to_its_reference_passes():
     row = correctness.judge(NEAR, curves(losses=[5.001, *curves().losses[1:]]), curves())
     assert (row.status, row.reason) == ("right", "")
     assert row.values["loss"] == pytest.approx(2e-4)
@@ -208,7 +208,7 @@ def test_a_run_like_its_reference_is_right():
         ({"skipped": [1, 2, 3, 4, 5]}, "5 of 8 steps overflowed"),
     ],
 )
-def test_a_run_unlike_its_reference_is_wrong(changes, reason):
+def test_a_run_unlike_its_reference_fails(changes, reason):
     row = correctness.judge(NEAR, curves(**changes), curves())
     assert row.status == "wrong"
     assert reason in row.reason
@@ -225,7 +225,7 @@ def test_a_reference_that_failed_proves_nothing():
 @pytest.mark.parametrize(
     "other", [None, curves(code=None, was_out_of_turn=True)], ids=["not begun", "cut off"]
 )
-def test_a_reference_without_a_turn_leaves_its_rows_without_one(other):
+def test_rows_of_a_skipped_reference_are_skipped(other):
     row = correctness.judge(NEAR, curves(), other)
     assert (row.status, "before other, which it is compared with" in row.reason) == (
         "no turn",
@@ -236,7 +236,7 @@ def test_a_reference_without_a_turn_leaves_its_rows_without_one(other):
     )
 
 
-def test_a_run_that_the_deadline_ended_is_not_wrong():
+def test_a_run_ended_by_the_deadline_does_not_fail():
     assert (
         correctness.judge(NEAR, curves(code=None, was_out_of_turn=True), curves()).status
         == "no turn"
@@ -296,7 +296,7 @@ def in_turns(monkeypatch, cases, runs, only=""):
         ({"opened": 0.1}, "losses differ"),
     ],
 )
-def test_a_run_that_skipped_is_compared_with_one_that_left_out_the_same_steps(
+def test_a_run_with_skipped_steps_is_compared_with_one_that_skips_them_too(
     monkeypatch, changes, reason
 ):
     """After a skip the weights have moved once less, so the reference must skip the same steps."""
@@ -342,7 +342,7 @@ def test_without_time_the_less_important_cases_are_left_out(monkeypatch):
     assert in_turns(monkeypatch, cases, runs, only=".")[0]["other"].status == "right"
 
 
-def test_what_is_compared_with_a_case_that_needs_more_is_left_out(monkeypatch):
+def test_cases_whose_reference_cannot_run_are_left_out(monkeypatch):
     cases = [Case("other", needs=frozenset({"deepspeed"})), NEAR]
     found, _ = in_turns(monkeypatch, cases, {"own": curves()})
     assert [row.status for row in found.values()] == ["left out", "left out"]
@@ -374,7 +374,7 @@ def test_a_run_can_leave_out_steps_as_fp16_does(workshop, monkeypatch):
         train("none", {1, 2, 3, 4})
 
 
-def test_a_row_says_what_was_compared():
+def test_a_row_shows_the_comparison():
     alone = correctness.judge(Case("own"), curves(), None)
     assert (alone.status, alone.values["compared"]) == ("right", "nothing")
     assert correctness.judge(NEAR, curves(), curves()).values["compared"] == "all"
@@ -519,12 +519,12 @@ def is_running(pid):
     return state != "Z"  # a zombie that its new parent has not reaped yet
 
 
-def test_the_deadline_of_the_part_ends_a_process_before_its_own(tmp_path):
+def test_the_deadline_of_a_part_precedes_that_of_a_process(tmp_path):
     ended = started(tmp_path, "import time; time.sleep(60)", clock=Clock(0.3))
     assert (ended.code, ended.was_out_of_turn) == (None, True)
 
 
-def test_what_a_process_says_is_its_own_part_of_the_log(tmp_path):
+def test_each_process_has_its_own_part_of_the_log(tmp_path):
     started(tmp_path, "print('first')")
     ended = started(tmp_path, "raise ValueError('second')")
     assert ended.code == 1
@@ -571,7 +571,7 @@ def test_a_signal_before_the_first_case_ends_the_tests_that_run_beside(tmp_path,
     assert time.monotonic() - began < 20
 
 
-def test_a_request_that_ended_badly_does_not_spoil_the_next(tmp_path, monkeypatch):
+def test_a_failed_request_does_not_affect_the_next(tmp_path, monkeypatch):
     """A late or killed helper is replaced, so its answer cannot be taken for the next one's."""
     (tmp_path / "helper.py").write_text(
         "import json, os, sys, time\n"
@@ -594,7 +594,7 @@ def test_a_request_that_ended_badly_does_not_spoil_the_next(tmp_path, monkeypatc
         helper.close()
 
 
-def test_a_forecast_that_the_deadline_ended_is_not_wrong(tmp_path):
+def test_a_forecast_ended_by_the_deadline_does_not_fail(tmp_path):
     lab = memory.Lab(tmp_path, tmp_path, {}, {"gpu": None}, None, Clock(0), False, print)
     late = Future()
     late.set_exception(RuntimeError("the helper did not answer to forecast in 0 s"))
@@ -674,7 +674,7 @@ def test_a_rehearsal_without_a_gpu_runs_interrupts_resumes_and_compares(tmp_path
 
 
 @pytest.mark.slow
-def test_what_cannot_start_ends_at_once_and_says_why(tmp_path):
+def test_what_cannot_start_fails_at_once_with_a_reason(tmp_path):
     done = gpu("PART=speed", f"OUT={tmp_path}")
     assert "Error 2" in done.stderr
     assert "no GPU: PyTorch sees no CUDA device here; --cpu (make gpu CPU=1)" in done.stdout

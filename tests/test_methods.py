@@ -229,7 +229,9 @@ SIXTEEN = {
 
 @pytest.mark.parametrize("method", SIXTEEN)
 @pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.proof)])
-def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, method, monkeypatch):
+def test_trained_weights_beside_a_16_bit_base_have_32_bits(
+    workshop, base, kind, method, monkeypatch
+):
     """A norm is 1.0, and bfloat16's next value below is 1/256 away: steps of 2e-4 would be lost."""
     from finetune import loop
 
@@ -300,7 +302,7 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
     ],
     ids=["to qlora", "from qlora", "to int8", "tokens added", "other tokens"],
 )  # fmt: skip
-def test_an_adapter_is_not_gone_on_from_in_another_form(workshop, base, first, then, why):
+def test_an_adapter_cannot_continue_with_another_shape(workshop, base, first, then, why):
     """Already known before weights load."""
     path = workshop.train("first", **on(base), **({"adapter__kind": "lora"} | first)) / "model"
     with pytest.raises(ModelError, match=why):
@@ -309,7 +311,7 @@ def test_an_adapter_is_not_gone_on_from_in_another_form(workshop, base, first, t
         )
 
 
-def test_an_adapter_in_another_precision_still_knows_its_base(workshop, base):
+def test_an_adapter_in_another_precision_recognises_its_base(workshop, base):
     first = workshop.train("first", **on(base), adapter__kind="lora") / "model"
     workshop.train(
         "bf16", **on(base), adapter__kind="lora", adapter__path=str(first), train__precision="bf16"
@@ -326,7 +328,7 @@ def test_an_adapter_in_another_precision_still_knows_its_base(workshop, base):
         )
 
 
-def test_what_loftq_began_stays_marked(workshop, base):
+def test_a_loftq_adapter_keeps_its_mark(workshop, base):
     kind = {"adapter__kind": "qlora"}
     first = workshop.train("first", **on(base), **kind, adapter__init="loftq") / "model"
     second = workshop.train("second", **on(base), **kind, adapter__path=str(first)) / "model"
@@ -367,14 +369,14 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
         ({"model__new_tokens": [""]}, ConfigError, "model.new_tokens: '' is empty"),
     ],
 )  # fmt: skip
-def test_what_would_have_no_effect_is_refused_before_weights_load(
+def test_settings_without_effect_are_refused_before_weights_load(
     workshop, base, changes, error, why
 ):
     with pytest.raises(error, match=why):
         workshop.check(**on(base), **({"adapter__kind": "lora"} | changes))
 
 
-def test_what_the_whole_model_cannot_have_is_refused(workshop, base):
+def test_adapter_settings_are_refused_for_full_training(workshop, base):
     with pytest.raises(ModelError, match=r"model.new_tokens would never be learned"):
         workshop.check(**on(base), model__new_tokens=["<a>"], adapter__freeze=["embed"])
     with pytest.raises(ConfigError, match=r"adafactor never steps by more than 1 / sqrt\(step\)"):
@@ -394,7 +396,7 @@ def test_loftq_is_refused_for_layers_that_are_not_linear(workshop, kind):
         workshop.check(**on(str(model)), adapter__kind="qlora", adapter__init="loftq")
 
 
-def test_an_adapter_is_gone_on_from(workshop, base):
+def test_an_adapter_can_be_trained_further(workshop, base):
     first = workshop.train("first", **on(base), adapter__kind="lora", adapter__r=4)
     second = workshop.train(
         "second", **on(base), adapter__kind="lora", adapter__path=str(first / "model")
@@ -579,7 +581,7 @@ def test_muon_moves_hidden_matrices_as_torch_does_and_the_rest_as_adamw():
     assert torch.allclose(ours["m"].bias, theirs["m"].bias)
 
 
-def test_muon_leaves_what_is_no_matrix_and_what_is_looked_up_to_adamw():
+def test_muon_leaves_embeddings_and_vectors_to_adamw():
     model = torch.nn.ModuleDict(
         {
             "wpe": torch.nn.Embedding(8, 8),

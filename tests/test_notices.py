@@ -71,7 +71,7 @@ def no_watch_runs():
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_a_notice_is_heard_once_and_then_the_watch_ends(cloud, metadata, listener):
+def test_a_notice_is_reported_once_and_ends_the_watch(cloud, metadata, listener):
     listener.watch(cloud)
     until(lambda: metadata.num_asked(ASKED_FOR[cloud]) >= 3)
     assert listener.heard == []
@@ -132,7 +132,7 @@ def test_an_event_of_azure_without_a_time_has_begun(metadata, listener):
     assert listener.heard[0].reason == "Azure takes this machine now (Preempt)"
 
 
-def test_what_azure_says_to_other_machines_or_of_other_events_is_not_heard(metadata, listener):
+def test_azure_events_of_other_machines_or_kinds_are_ignored(metadata, listener):
     others = (
         preempt("vmss_30", "vmss_1", "svmss_3")["Events"]
         + preempt("vmss_3", EventType="Reboot")["Events"]
@@ -192,7 +192,7 @@ def test_a_service_that_cannot_be_reached_is_reported(listener, metadata):
 @pytest.mark.parametrize(
     "address", ["nonsense", "https://127.0.0.1", "http://[", "http://a:b", "http://a b"]
 )
-def test_an_address_that_is_none_is_an_error(address, listener, monkeypatch):
+def test_an_invalid_address_is_an_error(address, listener, monkeypatch):
     monkeypatch.setenv("FINETUNE_METADATA_ADDRESS", address)
     with pytest.raises(
         ConfigError, match=f"FINETUNE_METADATA_ADDRESS: {re.escape(address)} is not an address"
@@ -217,9 +217,7 @@ def flood(handler):
         handler.wfile.write(b" " * 65536)
 
 
-def test_a_token_that_does_not_come_as_behind_a_hop_limit_of_one_is_reported(
-    metadata, listener, monkeypatch
-):
+def test_a_token_blocked_by_a_hop_limit_is_reported(metadata, listener, monkeypatch):
     monkeypatch.setattr(notices, "REQUEST_SECONDS", 0.1)
     metadata.says(TOKEN, hang)
     listener.watch("aws")
@@ -263,7 +261,7 @@ def test_garbage_is_never_a_notice_and_never_an_error(garbage, metadata, listene
     assert all(line.isprintable() and len(line) < 600 for line in listener.messages)
 
 
-def test_a_server_that_is_not_googles_is_not_believed(metadata, listener):
+def test_a_server_that_is_not_googles_is_ignored(metadata, listener):
     metadata.says(PREEMPTED, (200, "TRUE", {"Metadata-Flavor": "Amazon"}))
     listener.watch("gcp")
     until(lambda: listener.messages)
@@ -316,7 +314,7 @@ print('end')
     assert metadata.num_asked(PREEMPTED) == 1
 
 
-def test_nothing_is_heard_after_stop(metadata, listener):
+def test_nothing_is_reported_after_stop(metadata, listener):
     asked = threading.Event()
 
     def late(handler):

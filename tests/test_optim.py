@@ -121,7 +121,7 @@ def test_in_16_bits_a_step_is_adamws_but_for_rounding():
         )
 
 
-def test_in_16_bits_another_seed_rounds_otherwise():
+def test_in_16_bits_another_seed_rounds_differently():
     """Seeds beyond 32 bits, or swapped with the step, differ; one seed always rounds alike."""
     rounded = {
         seed: steps(torch.bfloat16, 2, lambda _: 0.5, seed=seed, lr=1e-4)[0]

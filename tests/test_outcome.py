@@ -152,7 +152,7 @@ def test_refused_attempt_changes_nothing_of_the_other_run(workshop):
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_failed_attempt_beside_a_running_one_says_nothing(workshop):
+def test_failed_attempt_beside_a_running_one_leaves_its_outcome_alone(workshop):
     preempted_after(workshop, 3)
     before = outcome(workshop)
     first = RunDirectory(
@@ -166,7 +166,7 @@ def test_failed_attempt_beside_a_running_one_says_nothing(workshop):
     first.unlock()
 
 
-def test_failure_after_a_complete_run_does_not_make_it_less(workshop):
+def test_failure_after_a_complete_run_keeps_it_complete(workshop):
     workshop.train()
     before = outcome(workshop)
     workshop.rows.write_text('{"question": "a"}\n')
@@ -187,9 +187,7 @@ def test_next_start_says_that_the_attempt_before_ended_without_an_outcome(worksh
     assert "the attempt before" not in capsys.readouterr().out
 
 
-def test_launcher_learns_which_directory_is_the_runs_and_how_long_it_has_to_tell(
-    workshop: Workshop, monkeypatch
-):
+def test_launcher_is_informed_of_run_directory_and_time_limit(workshop: Workshop, monkeypatch):
     note, seen = workshop.folder / "run", []
     monkeypatch.setenv("FINETUNE_BEATS", str(workshop.folder))
     check = attention_probe.check
@@ -228,7 +226,7 @@ def tiny_disk(tmp_path):
 
 
 @pytest.mark.parametrize("reason", ["short", "long " * 2_000])
-def test_an_outcome_is_written_where_no_block_is_free(tiny_disk, reason):
+def test_an_outcome_is_written_on_a_full_disk(tiny_disk, reason):
     rundir.note_end_of(tiny_disk, "running", "started, or started again")
     with contextlib.suppress(OSError), (tiny_disk / "ballast").open("wb", buffering=0) as file:
         while True:
@@ -254,7 +252,7 @@ def test_an_outcome_that_is_overwritten_is_json_at_every_moment(tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["save", "verify"])
-def test_an_export_that_fills_the_disk_is_named_and_gives_the_space_back(workshop, name):
+def test_an_export_that_fills_the_disk_is_reported_and_cleaned_up(workshop, name):
     error = fails(
         workshop, Outage, publish, name, SafetensorError("No space left on device (os error 28)")
     )

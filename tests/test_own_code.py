@@ -63,7 +63,7 @@ def settings(workshop, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "merged"])
-def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
+def test_all_files_of_own_code_are_exported(workshop, settings, kind):
     """Folders of code, and files that only a tokenizer's class names, also beside an adapter."""
     base = Path(settings["model__path"])
     files = {
@@ -95,7 +95,7 @@ def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
     assert load_tokenizer(folder, trust_remote_code=True).words == "a b"
 
 
-def test_code_comes_along_and_is_part_of_the_identity(workshop, settings):
+def test_code_is_exported_and_part_of_the_identity(workshop, settings):
     run = workshop.train("whole", **settings)
     assert {"configuration_own.py", "modeling_own.py", "helper_own.py"} <= {
         p.name for p in (run / "model").iterdir()

@@ -63,7 +63,7 @@ def test_a_function_reads_rows_and_skips_some(workshop, own, capsys):
     assert len(read_jsonl(run / "metrics.jsonl")) == 3
 
 
-def test_rows_are_given_in_their_order_with_their_places(workshop):
+def test_rows_keep_their_order_and_line_numbers(workshop):
     made = conversations(workshop, TURNS, ROWS)
     assert [conversation.messages[0].content for conversation in made] == [
         f"is {n} even" for n in range(40) if n % 4 > 1
@@ -148,7 +148,7 @@ def test_a_function_that_skips_every_row_is_refused(workshop, own):
         ),
     ],
 )  # fmt: skip
-def test_what_a_config_may_not_say_of_it(workshop, own, settings, says):
+def test_invalid_references_to_a_function_are_refused(workshop, own, settings, says):
     values = workshop.config(**{"data__format": own(TURNS + "N = 3\n"), **settings})
     with pytest.raises(ConfigError) as caught:
         configs.from_dict(values, folder=workshop.folder)

@@ -89,7 +89,7 @@ def test_a_class_or_an_object_of_a_file_next_to_the_config_trains(workshop, own,
     assert code == own_code.get(saved["objective"]["kind"]).sha256
 
 
-def test_a_module_that_can_be_imported_is_named_with_dots(workshop, monkeypatch):
+def test_an_importable_module_is_written_with_dots(workshop, monkeypatch):
     package = workshop.folder / "losses"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -177,7 +177,7 @@ def test_a_file_that_gives_no_objective_is_refused_with_its_line(own, refusal, s
     assert "train.max_stps: unknown key" in message, "every problem is reported at once"
 
 
-def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(workshop, own, refusal):
+def test_a_missing_file_is_refused_with_the_folders_searched(workshop, own, refusal):
     own(DFT)
     message = refusal("onw.py:Dft")
     assert (
@@ -279,7 +279,7 @@ def test_a_check_rehearses_the_objective(workshop, own):
         workshop.check(objective__kind=own(LOSS + "return 1 / 0"))
 
 
-def test_a_mistake_that_only_a_later_batch_shows_ends_the_run_with_its_line(workshop, own):
+def test_an_error_in_a_later_batch_ends_the_run_with_its_line(workshop, own):
     body = (
         "self.calls = getattr(self, 'calls', 0) + 1\n        return [Term('loss', policy(batch, "
         "{'nll'}).nll, per='tokens')] if self.calls < 7 else 1 / 0"

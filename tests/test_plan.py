@@ -321,7 +321,7 @@ def test_every_further_sequence_at_once_holds_as_much(attention):
     assert four - one == pytest.approx(3 * (two - one), rel=0.01)
 
 
-def test_parts_are_divided_by_those_who_share():
+def test_parts_are_divided_by_the_processes_that_share():
     config = config_of(MEASURED, train={"global_batch_size": 8, "precision": "bf16"})
     chooser = Chooser(config, precision="bf16", on_gpu=True)
     whole, parts = chooser.forecast(SINGLE), chooser.forecast(ParallelConfig(**EIGHT))
@@ -334,7 +334,7 @@ def test_parts_are_divided_by_those_who_share():
     assert waiting.peak < parts.peak
 
 
-def test_the_fewest_processes_are_the_first_whose_parts_fit():
+def test_the_fewest_processes_whose_parts_fit_are_found():
     config = config_of(
         FALCON_7B | {"num_hidden_layers": 8},
         train={"global_batch_size": 12, "micro_batch_size": 2, "precision": "bf16"},
@@ -358,7 +358,7 @@ def test_the_fewest_processes_are_the_first_whose_parts_fit():
     assert fewest(peak(1) / 2, 1, "single") is None
 
 
-def test_all_at_once_may_fit_where_parts_do_not():
+def test_the_sum_may_fit_where_single_parts_do_not():
     """With one micro-batch to a step no gradients wait beside its pass."""
     train = {
         "global_batch_size": 8,
@@ -396,7 +396,7 @@ def test_recomputing_half_the_layers_saves_half_of_it():
     assert none - half == pytest.approx((none - all_) / 2, rel=0.1)
 
 
-def test_what_is_changed_first_costs_least(tmp_path):
+def test_the_cheapest_change_is_advised_first(tmp_path):
     config = config_of(
         MEASURED, train={"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16"}
     )
@@ -455,7 +455,7 @@ def test_any_architecture_can_be_forecast(architecture):
         )
 
 
-def test_what_cannot_be_followed_is_an_error_that_says_what_to_do(monkeypatch):
+def test_an_untraceable_model_is_an_error_with_advice(monkeypatch):
     from transformers import LlamaForCausalLM
 
     def forward(self, input_ids, **_):
@@ -470,7 +470,7 @@ def test_what_cannot_be_followed_is_an_error_that_says_what_to_do(monkeypatch):
         made.trace(Shape(1, 8, 8))
 
 
-def test_every_part_of_a_forecast_is_what_arithmetic_says():
+def test_every_part_of_a_forecast_matches_arithmetic():
     """A Llama of N weights on 8 GPUs with Adam in float32: the bytes per weight of every part."""
     config = config_of(
         MEASURED, train={"global_batch_size": 8, "precision": "bf16", "ema_decay": 0.9}
@@ -533,7 +533,7 @@ def test_zero_keeps_quantised_weights_as_they_are():
     )
 
 
-def test_a_gpu_offers_what_is_free_on_it_and_what_this_process_has_already(monkeypatch):
+def test_available_memory_is_free_memory_plus_this_processs_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30e9, 80e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10e9)
     assert choice.capacity(torch.device("cuda", 0)) == 40e9, "others hold the other 40"
@@ -557,7 +557,7 @@ def test_an_evaluation_may_need_more_than_a_step():
     assert peaks[0] == peaks[1] < peaks[2]
 
 
-def test_dropout_in_attention_costs_a_gpu_no_scores():
+def test_attention_dropout_stores_no_scores_on_a_gpu():
     gpt = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}
     kept = [
         Chooser(
@@ -586,7 +586,7 @@ def test_planning_takes_no_port(workshop, capsys, monkeypatch):
         assert re.search(f"{file} +[0-9]+ ", capsys.readouterr().out)
 
 
-def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
+def test_proposals_of_plan_are_valid_launch_arguments(workshop, capsys):
     """Only micro-batches that divide the global batch on that number of processes can fit."""
     path = workshop.write(
         workshop.config("plan", train__global_batch_size=8, train__micro_batch_size=8)
@@ -616,7 +616,7 @@ def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
     assert output.endswith("try train.micro_batch_size: 3")
 
 
-def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
+def test_the_table_shows_what_fits_for_every_topology(workshop, capsys):
     path = workshop.write(
         workshop.config("plan", train__global_batch_size=16, train__micro_batch_size="auto")
     )
@@ -638,7 +638,7 @@ def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
         ("0.7", "advice  on 1 GPU (single) it needs a change: "),
     ],
 )
-def test_a_plan_begins_with_what_to_take(workshop, capsys, memory, advice):
+def test_a_plan_begins_with_its_advice(workshop, capsys, memory, advice):
     path = workshop.write(
         workshop.config("plan", train__global_batch_size=16, data__max_length=256)
     )
@@ -680,7 +680,7 @@ def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, output):
     assert output in capsys.readouterr().err
 
 
-def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monkeypatch, capsys):
+def test_auto_picks_what_fits_and_trains_as_if_given(workshop, monkeypatch, capsys):
     """Dropout too: the attempt before the first step leaves nothing behind."""
     dropout = {"model__config": TINY_LLAMA | {"attention_dropout": 0.1}}
     config, _ = configs.parse(
@@ -736,7 +736,7 @@ def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypa
     assert outcome["reason"] == str(caught.value)
 
 
-def test_a_machine_that_has_no_memory_left_is_told_apart(workshop):
+def test_a_machine_without_free_memory_is_reported_as_such(workshop):
     """For real: a process that may take 2.5 GB, and with gradients and optimizer wants more."""
     wide = TINY_LLAMA | {"hidden_size": 256, "intermediate_size": 65536, "num_hidden_layers": 4}
     path = workshop.write(workshop.config(model__config=wide, train__micro_batch_size=8))
@@ -755,7 +755,7 @@ def test_a_machine_that_has_no_memory_left_is_told_apart(workshop):
     assert "Traceback" not in done.stderr
 
 
-def test_the_ledger_forgets_what_is_let_go():
+def test_the_ledger_drops_freed_memory():
     ledger = trace.Ledger()
     with ledger:
         one = torch.zeros(1000)

@@ -55,7 +55,7 @@ def flag() -> StopFlag:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_before_the_loop_a_signal_ends_the_run_where_it_is(name):
+def test_a_signal_before_the_loop_ends_the_run_at_once(name):
     flag()
     with pytest.raises(Preempted, match=f"{name}; run the same command again"):
         send(signal.Signals[name])
@@ -110,7 +110,7 @@ for _ in range(2):
     assert done.stderr.count("stopping after this step") == 1
 
 
-def test_only_a_machine_that_goes_away_limits_the_last_save():
+def test_only_preemption_limits_the_time_of_the_last_save():
     for number, is_limited in ((signal.SIGTERM, True), (signal.SIGINT, False)):
         stop = flag()
         stop.configure(grace_seconds=20, max_minutes=None, cloud=None, log=print)
@@ -163,7 +163,7 @@ def test_a_first_interrupt_after_another_signal_is_not_the_second():
     assert stop.is_set
 
 
-def test_a_deadline_before_the_first_step_is_an_error_and_one_after_the_last_is_none():
+def test_only_a_deadline_before_the_first_step_is_an_error():
     """Trying again would end in the same way; what is saved is another matter."""
     stop = flag()
     stop.configure(grace_seconds=30, max_minutes=0.2 / 60, cloud=None, log=print)

@@ -28,7 +28,7 @@ def test_steps_are_those_of_the_order_from_any_first_step(packing):
         ahead.close()
 
 
-def test_the_next_step_is_made_while_this_one_is_learned(monkeypatch):
+def test_the_next_step_is_prepared_while_this_one_trains(monkeypatch):
     batches = batches_of()
     made, whole = [], batches.at
     monkeypatch.setattr(

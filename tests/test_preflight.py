@@ -105,7 +105,7 @@ def test_settings_that_do_something_are_not_noted(workshop, capsys):
     ] == []
 
 
-def test_what_is_not_read_or_empty_is_said_of_training_and_evaluation(workshop, capsys):
+def test_unread_columns_and_empty_rows_of_training_and_evaluation_are_reported(workshop, capsys):
     held_out = "".join(f"q {n},a,x,{n}\n,,,\n" for n in range(3))
     (workshop.folder / "t.csv").write_text(
         "question,answer,source\n" + "".join(f"q{n},a,s\n,,\n" for n in range(8))
@@ -166,7 +166,7 @@ def test_rows_that_were_split_are_not_called_cut(workshop, capsys):
     ("optimizer", "lr"),
     [("adamw", "2e-05"), ("lion", "4e-06"), ("adafactor", "0.001"), ("muon", "2e-05")],
 )
-def test_a_rate_that_suits_the_method_is_taken_and_said(workshop, capsys, optimizer, lr):
+def test_the_default_rate_suits_the_method_and_is_reported(workshop, capsys, optimizer, lr):
     workshop.check(optimizer__lr=None, optimizer__kind=optimizer)
     assert f"{optimizer}, lr {lr} (usual), linear" in capsys.readouterr().out
 
@@ -184,7 +184,7 @@ def test_the_first_example_is_shown_with_its_spaces():
     assert preflight._marked(example, tokenizer) == "  | What[[ ever]] is it"
 
 
-def test_rows_that_fit_a_template_are_trained_though_the_shortest_conversation_does_not_fit(
+def test_rows_train_even_if_the_template_rejects_a_minimal_conversation(
     workshop,
 ):
     """As DeepSeek-R1's: the prompt opens the thoughts, and each row begins with them."""

@@ -100,7 +100,7 @@ def test_recomputed_layers_keep_their_inputs_only():
     assert none - one == pytest.approx((none - all_) / 3, rel=0.01)
 
 
-def test_as_many_layers_are_recomputed_as_was_said():
+def test_the_requested_number_of_layers_is_recomputed():
     model = build()
     assert [recompute.chosen(model, wanted) for wanted in (False, True, 1, 3)] == [0, 3, 1, 3]
     with pytest.raises(

@@ -113,7 +113,7 @@ def test_lora_resumes_to_the_bit(workshop, monkeypatch):
     )
 
 
-def test_what_a_preempted_run_had_no_time_to_look_at_is_made_up_for(workshop, monkeypatch):
+def test_a_preempted_runs_missed_evaluation_is_made_up(workshop, monkeypatch):
     """Else it would stop at another step, and export another model, than an undisturbed one."""
     from finetune import loop
     from finetune.errors import Preempted
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_other_data_is_refused(workshop, monkeypatch):
         workshop.train(checkpoint__every_steps=2)
 
 
-def test_what_does_not_change_the_arithmetic_may_change_on_resume(workshop, monkeypatch):
+def test_settings_outside_the_arithmetic_may_change_on_resume(workshop, monkeypatch):
     train_until(workshop, monkeypatch, 4, "run", checkpoint__every_steps=2)
     run = workshop.train(
         checkpoint__every_steps=3, train__micro_batch_size=4, tracking__log_every_steps=1
@@ -211,7 +211,7 @@ def test_a_signal_while_rows_are_tokenised_leaves_no_half_of_a_cache(workshop):
     assert not list(workshop.folder.glob("cache/tokens/.building-*")), "half a cache must not stay"
 
 
-def test_a_lora_run_does_not_go_on_over_another_base(workshop, monkeypatch):
+def test_a_lora_run_does_not_resume_over_another_base(workshop, monkeypatch):
     base = workshop.train("base")
     lora = {
         "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None,
@@ -237,12 +237,12 @@ def test_a_moved_data_file_is_the_same_data(workshop, monkeypatch):
     assert losses(workshop.train(**settings)) == losses(workshop.train("whole", **settings))
 
 
-def test_a_run_that_is_going_does_not_say_it_was_preempted(workshop, monkeypatch):
+def test_a_running_run_has_no_preempted_outcome(workshop, monkeypatch):
     run = train_until(workshop, monkeypatch, 3, "run", checkpoint__every_steps=2)
     assert json.loads((run / "outcome.json").read_text())["state"] == "running"
 
 
-def test_a_run_in_progress_keeps_others_out(workshop):
+def test_a_run_in_progress_locks_its_directory(workshop):
     from finetune.engine.rundir import RunDirectory
 
     run = workshop.train()
@@ -256,7 +256,7 @@ def test_a_run_in_progress_keeps_others_out(workshop):
     workshop.train()
 
 
-def test_what_a_user_keeps_beside_checkpoints_is_not_taken_for_one(workshop):
+def test_user_files_beside_checkpoints_are_ignored(workshop):
     settings = {"checkpoint__every_steps": 1, "checkpoint__keep_last": 2}
     run = workshop.train(**settings)
     checkpoints = run / "checkpoints"
@@ -314,7 +314,7 @@ def test_a_finished_run_whose_model_is_gone_exports_it_again(workshop):
     assert (run / "model/model.safetensors").read_bytes() == before
 
 
-def test_a_save_that_takes_longer_than_the_bound_of_a_hang_is_waited_for(workshop, monkeypatch):
+def test_a_save_longer_than_the_hang_limit_is_waited_for(workshop, monkeypatch):
     """Only steps and evaluations have a bound."""
     from finetune.engine.checkpoint import folder
 
@@ -325,7 +325,7 @@ def test_a_save_that_takes_longer_than_the_bound_of_a_hang_is_waited_for(worksho
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_what_training_waits_for_is_measured(workshop, monkeypatch, asynchronous):
+def test_waiting_times_of_training_are_measured(workshop, monkeypatch, asynchronous):
     from finetune.engine.checkpoint import folder
 
     commit = folder.commit
@@ -338,7 +338,7 @@ def test_what_training_waits_for_is_measured(workshop, monkeypatch, asynchronous
         assert last["stall_seconds"] > 0.2, "the second save had to wait for the first one"
 
 
-def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeypatch, capsys):
+def test_a_failed_save_of_the_best_evaluation_does_not_stop_the_run(workshop, monkeypatch, capsys):
     """The best of those that are there is exported, and the loss is reported."""
     from finetune.engine.checkpoint import folder
 
@@ -420,7 +420,7 @@ def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(
     assert (run / "model/model.safetensors").exists()
 
 
-def test_what_one_process_cannot_do_before_a_save_is_a_failed_save(workshop, monkeypatch, capsys):
+def test_an_error_of_one_process_before_a_save_fails_the_save(workshop, monkeypatch, capsys):
     """If taking the GPU fails on one process, the others must not wait for it for two hours."""
     from finetune.engine.checkpoint.saver import Saver
 
@@ -433,7 +433,7 @@ def test_what_one_process_cannot_do_before_a_save_is_a_failed_save(workshop, mon
     assert "Expected a torch.device with a specified index" in capsys.readouterr().out
 
 
-def test_what_was_set_aside_is_no_reason_to_start_afresh(workshop, monkeypatch):
+def test_checkpoints_set_aside_do_not_restart_the_run(workshop, monkeypatch):
     run = train_until(
         workshop, monkeypatch, 4, "parts", checkpoint__every_steps=2, checkpoint__keep_last=1
     )
@@ -446,7 +446,7 @@ def test_what_was_set_aside_is_no_reason_to_start_afresh(workshop, monkeypatch):
     assert (run / "metrics.jsonl").read_text() == lines
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(workshop):
+def test_a_closed_pipe_does_not_end_the_run(workshop):
     """A terminal that was closed, a pipe that has broken."""
     config = workshop.write(workshop.config(train__max_steps=300, train__epochs=99))
     process = subprocess.Popen(
@@ -572,9 +572,7 @@ def test_a_complete_run_whose_base_has_changed_is_another_run(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_what_does_not_change_the_function_of_a_base_may_change(
-    workshop, monkeypatch, base, capsys
-):
+def test_harmless_config_changes_of_a_base_are_accepted(workshop, monkeypatch, base, capsys):
     folder, settings = interrupted(workshop, monkeypatch, base, "full")
     change_config(
         folder,
@@ -620,7 +618,7 @@ def test_another_tokenizer_or_template_is_another_run_and_named(workshop, monkey
         workshop.train(**settings)
 
 
-def test_fields_that_a_newer_transformers_knows_are_no_difference():
+def test_config_fields_added_by_newer_transformers_are_not_differences():
     from finetune.engine.checkpoint import resume
     from finetune.engine.checkpoint.folder import Found
 

@@ -183,7 +183,7 @@ def test_the_format_of_a_file_is_that_of_its_first_row(tmp_path):
         ("feedback", {"helpful": 1}),
     ],
 )  # fmt: skip
-def test_a_message_that_says_not_to_learn_it_or_holds_more_is_refused(key, value):
+def test_a_message_with_unsupported_keys_is_refused(key, value):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]
     assert f"message 2 of 'messages' has {key!r}, which would be ignored" in refused(
         {"messages": turns}
@@ -201,12 +201,12 @@ def test_a_message_that_says_not_to_learn_it_or_holds_more_is_refused(key, value
         ("rating", None), ("label", "geography"), ("_rating", -1), ("name", "Bob"), ("id", 7),
     ],
 )  # fmt: skip
-def test_a_message_whose_keys_change_nothing_is_as_good_as_one_without(key, value):
+def test_harmless_keys_of_a_message_are_accepted(key, value):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]
     assert converse({"messages": turns}) == (user("q"), assistant("a"))
 
 
-def test_a_score_of_a_question_is_left_alone():
+def test_a_score_on_a_question_is_ignored():
     turns = [{"role": "user", "content": "q", "score": 0.1}, {"role": "assistant", "content": "a"}]
     assert converse({"messages": turns}) == (user("q"), assistant("a"))
 
@@ -255,7 +255,7 @@ def test_a_mapped_column_that_the_format_does_not_have_is_refused():
         converse({"question": "q", "answer": "a", "foo": "x"}, columns={"output": "foo"})
 
 
-def test_half_of_a_surrogate_pair_is_refused_at_its_line(tmp_path, bytes_tokenizer):
+def test_a_lone_surrogate_is_refused_at_its_line(tmp_path, bytes_tokenizer):
     """What is left of an emoji that was cut in two: JSON allows it, but no encoding can hold it."""
     from finetune.data import templates, tokens
     from finetune.data.examples import prepare
@@ -308,7 +308,7 @@ PAIRS = [
         ("chosenAnswer", {"a": "c"}), ("bad_answer", True),
     ],
 )  # fmt: skip
-def test_a_column_that_says_good_or_bad_is_refused(column, value):
+def test_a_quality_column_is_refused(column, value):
     """Without its label, a KTO row would train on a bad answer as on a good one."""
     for values in PAIRS:
         says = refused({**values, column: value})
@@ -335,7 +335,7 @@ def test_a_column_that_says_good_or_bad_is_refused(column, value):
         ("margin", "wide"),
     ],
 )  # fmt: skip
-def test_a_column_that_says_something_else_is_left_alone(column, value):
+def test_a_column_unrelated_to_quality_is_ignored(column, value):
     assert converse({**QA, column: value}) == (user("q"), assistant("a"))
 
 
@@ -368,7 +368,7 @@ def test_plain_text_with_a_label_stays_text(column, value):
         ({"question": "q", "label": "4"}, {"answer": "label"}, (user("q"), assistant("4"))),
     ],
 )  # fmt: skip
-def test_the_answers_to_learn_may_be_named(values, columns, messages):
+def test_quality_columns_pass_once_answers_are_mapped(values, columns, messages):
     row = rows.Row(rows.Place("rows.jsonl", 7), values)
     assert rows.to_conversation(row, rows.detect(row, columns), columns).messages == messages
 
@@ -406,7 +406,7 @@ PAIR = {"chosen": "c", "rejected": "r"}
         ),
     ],
 )  # fmt: skip
-def test_preference_rows_come_with_a_mapping_that_works(tmp_path, values, mapping, messages):
+def test_the_error_for_preference_rows_shows_a_working_mapping(tmp_path, values, mapping, messages):
     says = refused(values)
     assert "belongs to preference rows (DPO, reward models), which are not supported yet" in says
     assert f"write data.columns: {mapping}" in says
@@ -438,7 +438,7 @@ ASKED, SAID = {"from": "human", "value": "q"}, {"from": "gpt", "value": "c"}
         ),
     ],
 )  # fmt: skip
-def test_a_chosen_answer_that_continues_a_conversation_is_to_be_appended(tmp_path, values, advice):
+def test_the_error_for_a_continuing_chosen_answer_says_to_append_it(tmp_path, values, advice):
     assert f"to train on the chosen answers only, {advice}" in refused(values)
     asked = next(value for name, value in values.items() if name not in ("chosen", "rejected"))
     reply = SAID if "from" in asked[0] else {"role": "assistant", "content": "c"}
@@ -457,7 +457,7 @@ def test_a_chosen_answer_that_continues_a_conversation_is_to_be_appended(tmp_pat
         ),
     ],
 )  # fmt: skip
-def test_a_preference_column_next_to_an_answer_is_to_be_dropped(values, advice):
+def test_the_error_for_preference_columns_beside_an_answer_says_to_drop_them(values, advice):
     assert refused(values).endswith(advice)
 
 
@@ -484,7 +484,7 @@ def test_the_first_rows_of_training_and_of_evaluation_are_both_checked(tmp_path)
         rows.check([[train], [dev]], "auto", {}, "line", None, most=10)
 
 
-def test_of_a_column_and_its_alias_one_is_read(tmp_path):
+def test_a_column_and_its_alias_together_are_refused(tmp_path):
     path = str(
         write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p", "completion": "c", "response": "r"}])
     )
@@ -506,7 +506,7 @@ def test_a_mapped_column_that_no_row_has_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "theirs", ["customer question", "Customer Questions", " Customer Question ", "CustomerQuestion"]
 )
-def test_a_mapped_name_that_is_misspelt_comes_with_the_nearest(theirs):
+def test_a_misspelt_mapped_name_gets_the_nearest(theirs):
     row = rows.Row(rows.Place("rows.csv", 2), {"Customer Question": "q", "answer": "a"})
     with pytest.raises(
         DataError, match="data.columns: question: no column .*; did you mean 'Customer Question'"
@@ -522,7 +522,7 @@ def test_sharegpt_is_read():
     assert "message 3 of 'conversations' has 'weight', which would be ignored" in refused(values)
 
 
-def test_half_of_a_character_in_the_name_of_a_column_can_be_shown(tmp_path):
+def test_a_lone_surrogate_in_a_column_name_can_be_shown(tmp_path):
     for values in ({"question": "q", "\ud83d": "a"}, {**QA, "\ud83d": "a", "answer": None}):
         refused(values, "question_answer").encode()
     with pytest.raises(DataError) as caught:
@@ -554,7 +554,7 @@ def test_long_values_are_shortened_in_messages():
         ({}, "auto"),
     ],
 )
-def test_columns_that_fit_no_format_are_told_the_formats_and_how_to_map(values, format):
+def test_the_error_for_unknown_columns_lists_formats_and_mappings(values, format):
     message = refused(values, format)
     assert str(sorted(values)) in message
     assert "question_answer: question, answer" in message
@@ -570,23 +570,23 @@ def test_columns_that_fit_no_format_are_told_the_formats_and_how_to_map(values, 
         ({"Text": "t"}, "{text: Text}"),
     ],
 )  # fmt: skip
-def test_columns_in_capitals_come_with_what_to_write(values, mapping):
+def test_the_error_for_columns_in_capitals_shows_the_mapping(values, mapping):
     assert f"map them with data.columns, which is case-sensitive: {mapping}" in refused(values)
 
 
-def test_a_table_without_a_header_is_named(tmp_path):
+def test_a_table_without_a_header_is_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("What is 1+1?,2\nWhat is 2+2?,4\n")
     with pytest.raises(DataError, match="the first line should name the columns"):
         rows.detect_format([str(tmp_path / "rows.csv")], "line", {})
 
 
 @pytest.mark.parametrize("format", rows.FORMATS)
-def test_a_column_that_is_not_there_is_named_with_those_that_are(format):
+def test_the_error_for_a_missing_column_lists_the_columns(format):
     message = refused({"other": "x"}, format)
     assert f"no column {rows.FORMATS[format][0]!r}; this row has ['other']" in message
 
 
-def test_a_mapped_column_that_is_not_there_is_named():
+def test_a_missing_mapped_column_is_refused():
     message = refused({"question": "q", "answer": "a"}, "question_answer", {"answer": "Doctor"})
     assert "no column 'Doctor'; this row has ['answer', 'question']" in message
 
@@ -603,7 +603,7 @@ def test_a_mapped_column_that_is_not_there_is_named():
         ({"text": "  "}, "text"),
     ],
 )
-def test_an_empty_cell_is_named_by_its_column(values, column):
+def test_an_empty_cell_is_refused_by_its_column(values, column):
     assert f"column {column!r} is empty; fill it or remove the row" in refused(values)
 
 
@@ -618,7 +618,7 @@ def test_an_empty_cell_is_named_by_its_column(values, column):
         ({"prompt": True, "completion": "c"}, "prompt", "true"),
     ],
 )
-def test_what_is_no_text_is_named_by_its_column_and_shown(values, column, got):
+def test_a_value_that_is_not_text_is_refused_by_its_column(values, column, got):
     assert f"column {column!r} should be text, got {got}; write it as a string" in refused(values)
 
 
@@ -684,7 +684,7 @@ def turns(*roles: str) -> dict[str, Any]:
         ),
     ],
 )  # fmt: skip
-def test_a_conversation_out_of_order_is_refused_with_what_it_should_be(values, says):
+def test_a_conversation_out_of_order_is_refused_with_the_right_order(values, says):
     assert says in refused(values)
 
 
@@ -711,7 +711,7 @@ def test_real_rows_become_conversations(real_data, name, format, count):
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "loss"])
-def test_a_question_that_is_not_to_be_learned_is_as_every_question(key):
+def test_an_unsupervised_question_is_accepted(key):
     """So SlimOrca's rows say of their questions; only answers are learned anyway."""
     turns = [{"from": "human", "value": "q", key: 0}, {"from": "gpt", "value": "a", key: 1}]
     found = rows.to_conversation(

@@ -89,7 +89,7 @@ def test_damaged_notes_do_not_stop_a_run(workshop, junk, monkeypatch):
     assert json.loads((ended / "outcome.json").read_text())["state"] == "complete"
 
 
-def test_a_line_that_cannot_be_read_is_said_and_kept_beside(workshop, ended, capsys):
+def test_an_unreadable_log_line_is_reported_and_kept_beside(workshop, ended, capsys):
     log = ended / "eval.jsonl"
     whole = log.read_text()
     log.write_text(whole + '{"step": 3}\n' + '{"step": 4, "eva')
@@ -103,7 +103,7 @@ def test_a_line_that_cannot_be_read_is_said_and_kept_beside(workshop, ended, cap
     assert log.read_text() == whole
 
 
-def test_a_complete_run_without_its_receipt_is_not_called_another(workshop):
+def test_a_complete_run_without_its_receipt_is_recognised(workshop):
     run = workshop.train()
     for damage in (None, "{", "[]", '{"train_data": null}', '{"train_data": {"fingerprint": 5}}'):
         (run / "receipt.json").unlink()
@@ -118,7 +118,7 @@ def test_a_complete_run_without_its_receipt_is_not_called_another(workshop):
         (run / "receipt.json").touch()
 
 
-def test_a_folder_where_a_file_belongs_is_named(workshop):
+def test_a_folder_in_place_of_a_file_is_reported(workshop):
     """And a file where a folder does."""
     run, kept = workshop.train(), workshop.folder / "kept"
     names = [
@@ -151,7 +151,7 @@ def test_a_folder_where_a_file_belongs_is_named(workshop):
         ("config.json", "one bit"),
     ],
 )
-def test_a_damaged_export_is_not_complete_and_is_done_again(workshop, capsys, name, damage):
+def test_a_damaged_export_is_repeated(workshop, capsys, name, damage):
     run = workshop.train()
     path = run / "model" / name
     content = path.read_bytes()
@@ -164,7 +164,7 @@ def test_a_damaged_export_is_not_complete_and_is_done_again(workshop, capsys, na
     assert path.read_bytes() == content
 
 
-def test_a_damaged_export_without_a_checkpoint_is_named_and_stays(workshop):
+def test_a_damaged_export_without_a_checkpoint_is_reported_and_kept(workshop):
     run = workshop.train()
     shutil.rmtree(run / "checkpoints")
     path = run / "model/model.safetensors"
@@ -176,7 +176,7 @@ def test_a_damaged_export_without_a_checkpoint_is_named_and_stays(workshop):
 
 
 @pytest.mark.parametrize("end", ["complete", "damaged", "torn"])
-def test_what_a_user_adds_to_an_export_stays(workshop, end):
+def test_files_a_user_adds_to_an_export_are_kept(workshop, end):
     run = workshop.train()
     model, mine = run / "model", ["NOTES.md", "quantised/model-q4.gguf"]
     (model / "quantised").mkdir()
@@ -199,7 +199,7 @@ OPENS_OTHERWISE = [
 ]  # fmt: skip
 
 
-def test_a_file_that_changes_what_opens_in_an_export_is_named(workshop):
+def test_an_added_file_that_shadows_the_export_is_reported(workshop):
     run = workshop.train()
     for path in (run / "model" / name for name in OPENS_OTHERWISE):
         path.parent.mkdir(exist_ok=True)
@@ -214,7 +214,7 @@ def test_a_file_that_changes_what_opens_in_an_export_is_named(workshop):
 
 
 @pytest.mark.parametrize("kind", ["a file", "a broken link"])
-def test_a_checkpoint_that_is_no_folder_is_named_and_set_aside(workshop, capsys, kind):
+def test_a_checkpoint_that_is_a_file_is_reported_and_set_aside(workshop, capsys, kind):
     settings = {"checkpoint__every_steps": 2}
     run = workshop.train(**settings)
     newest = run / "checkpoints/step-00000005"
@@ -247,9 +247,7 @@ def test_a_receipt_stays_what_it_was_and_other_versions_are_noted_beside_it(
     assert "versions.python" in capsys.readouterr().out
 
 
-def test_a_receipt_of_a_run_that_began_again_has_the_old_one_beside_it(
-    workshop, ended, monkeypatch
-):
+def test_a_restarted_run_keeps_its_old_receipt_beside_the_new(workshop, ended, monkeypatch):
     before = json.loads((ended / "receipt.json").read_text())
     shutil.rmtree(ended / "checkpoints")
     shutil.rmtree(ended / "model")
@@ -260,7 +258,7 @@ def test_a_receipt_of_a_run_that_began_again_has_the_old_one_beside_it(
 
 
 @pytest.mark.parametrize("attempt", ["train", "check"])
-def test_a_place_where_no_folder_can_be_made_is_refused_at_once(workshop, attempt):
+def test_an_impossible_run_directory_is_refused_at_once(workshop, attempt):
     """Root may write anywhere, says os.access."""
     with pytest.raises(
         RunDirectoryError, match=r"/proc/x/run cannot be written: .*; choose another run\.dir"
@@ -335,7 +333,7 @@ def test_a_complete_run_on_a_read_only_disk_is_complete(workshop, capsys, read_o
 
 
 @pytest.mark.parametrize("damage", ["no outcome", "no model"])
-def test_a_read_only_disk_is_an_outage_that_is_named(workshop, read_only_disk, damage):
+def test_a_read_only_disk_is_reported_as_an_outage(workshop, read_only_disk, damage):
     run = workshop.train()
     (run / ("outcome.json" if damage == "no outcome" else "model/config.json")).unlink()
     read_only_disk(run.parent)
@@ -351,7 +349,7 @@ BROKEN_CONFIGS = [
 ]  # fmt: skip
 
 
-def test_a_damaged_config_is_named_and_stays(workshop):
+def test_a_damaged_config_is_reported_and_kept(workshop):
     run = workshop.train()
     for content, says in BROKEN_CONFIGS:
         (run / "config.yaml").write_bytes(content)
@@ -368,7 +366,7 @@ def test_a_damaged_config_is_named_and_stays(workshop):
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
 
 
-def test_a_run_whose_config_is_gone_is_told_where_a_copy_is(workshop):
+def test_the_error_for_a_lost_config_names_its_copy(workshop):
     run = workshop.train()
     (run / "config.yaml").unlink()
     with pytest.raises(

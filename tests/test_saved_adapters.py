@@ -63,7 +63,7 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
         (SETTINGS, lambda path: path.write_bytes(b"\xff\xfe{"), f"/{SETTINGS}: broken JSON"),
     ],
 )
-def test_a_damaged_file_of_an_adapter_is_named(adapter, saved, capsys, name, damage, says):
+def test_a_damaged_file_of_an_adapter_is_reported(adapter, saved, capsys, name, damage, says):
     damage(adapter / name)
     assert main(["chat", "--model", str(adapter), "--prompt", "a"]) == 2
     assert f"error: --model: {adapter}{says}" in capsys.readouterr().err
@@ -92,19 +92,19 @@ def test_a_damaged_file_of_an_adapter_is_named(adapter, saved, capsys, name, dam
         ({"use_dora": True}, "use_dora is true, and"),
     ],
 )  # fmt: skip
-def test_a_wrong_setting_of_an_adapter_is_named_by_its_key(adapter, changes, says):
+def test_a_wrong_setting_of_an_adapter_is_refused_by_its_key(adapter, changes, says):
     change(adapter / SETTINGS, **changes)
     assert says in str(base.adapter_problem(str(adapter)))
     assert str(base.adapter_problem(str(adapter))).startswith(f"{adapter}/{SETTINGS}: ")
 
 
-def test_an_adapter_to_go_on_from_is_looked_at_with_the_config(workshop, saved, adapter):
+def test_an_adapter_to_continue_is_checked_with_the_config(workshop, saved, adapter):
     (adapter / WEIGHTS).unlink()
     with pytest.raises(ConfigError, match=f"adapter.path: {adapter} has no {WEIGHTS}"):
         workshop.check(**on(saved[0], adapter__path=str(adapter)))
 
 
-def test_weights_that_peft_would_leave_out_are_refused(workshop, saved, adapter):
+def test_weights_that_peft_would_ignore_are_refused(workshop, saved, adapter):
     """Without target_modules peft takes those that are usual for Llama: q and v."""
     change(adapter / SETTINGS, target_modules=None)
     with pytest.raises(ModelError, match=f"{adapter}: 20 of its weights do not fit"):
@@ -150,7 +150,7 @@ def test_a_record_of_an_older_version_is_read(adapter):
     assert base_identity.read(adapter)["loftq"] is False
 
 
-def test_the_base_of_an_adapter_is_looked_at_before_it_is_opened(saved, adapter, tmp_path):
+def test_the_base_of_an_adapter_is_checked_before_it_is_opened(saved, adapter, tmp_path):
     shutil.copytree(saved[0], tmp_path / "base")
     (tmp_path / "base/model.safetensors").write_text("")
     change(adapter / SETTINGS, base_model_name_or_path=str(tmp_path / "base"))

@@ -33,7 +33,7 @@ def test_a_run_reports_on_standard_output(workshop, capsys):
     assert output.err == ""
 
 
-def test_answers_to_sample_prompts_are_printed_two_of_them(workshop, capsys):
+def test_the_first_two_sample_answers_are_printed(workshop, capsys):
     run = workshop.train(evaluation__sample_prompts=["one", "two", "three"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 5/5  ")]
     assert [line.split("  ")[2] for line in lines if "  sample  " in line] == ["one", "two"]
@@ -99,9 +99,7 @@ def steps(reporter):
         reporter.step(Progress(step=number), result, lr=1e-3, epoch=number / 3, memory_gb=0.5)
 
 
-def test_on_a_terminal_lines_stand_beside_a_bar_that_is_gone_at_the_end(
-    terminal, tmp_path, monkeypatch
-):
+def test_a_terminal_shows_lines_and_a_bar_that_disappears(terminal, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "LINE_SECONDS", -1)
     terminal("stdout", "stderr")
     reporter = metrics_of(tmp_path)
@@ -131,7 +129,7 @@ def test_a_bar_is_not_written_into_a_pipe(terminal, tmp_path, monkeypatch):
     assert "step 3/3" in pipe.getvalue()
 
 
-def test_without_a_terminal_the_progress_of_answers_is_told(workshop, monkeypatch, capsys):
+def test_progress_of_answers_is_printed_without_a_terminal(workshop, monkeypatch, capsys):
     from finetune.export.load import load, load_tokenizer
 
     model = workshop.train("base", train__max_steps=1) / "model"
@@ -166,12 +164,12 @@ def test_a_chat_writes_its_answer_as_it_comes(workshop, monkeypatch, capsys):
     assert "cut after 5 tokens" in output.err or not output.err
 
 
-def test_a_chat_without_a_model_says_how_to_name_one(capsys):
+def test_a_chat_without_a_model_explains_the_option(capsys):
     assert main(["chat"]) == 2
     assert "chat runs/my_run" in capsys.readouterr().err
 
 
-def test_a_hub_that_does_not_answer_is_told_once_with_what_to_do(caplog):
+def test_an_unresponsive_hub_is_reported_once_with_advice(caplog):
     logger = logging.getLogger("huggingface_hub.utils._http")
     for _ in range(3):
         logger.warning(

@@ -287,7 +287,7 @@ def test_a_template_that_begins_with_two_bos_is_refused(tokenizing, name, betwee
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_where_one_token_is_bos_and_eos_both_are_there(tokenizing, name):
+def test_a_token_that_is_both_bos_and_eos_appears_twice(tokenizing, name):
     tokenizer = adds_bos(byte_pairs())
     ids, supervised = of(tokenizing.prepare([{"question": "q", "answer": "a"}], tokenizer, name))
     assert ids[0] == tokenizer.bos_token_id
@@ -334,7 +334,7 @@ def test_an_eos_written_in_plain_text_is_refused(tokenizing):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_exactly_the_answer_and_the_token_that_stops_are_learned(tokenizing, each_tokenizer, name):
+def test_exactly_the_answer_and_its_stop_token_are_supervised(tokenizing, each_tokenizer, name):
     row = {"question": "Whatever é🙂 is it?", "answer": "é🙂 so\n\nwhatever ünd 漢字!"}
     ids, supervised = of(tokenizing.prepare([row], each_tokenizer, name))
     stop = STOPS.get(name, each_tokenizer.eos_token)
@@ -343,7 +343,7 @@ def test_exactly_the_answer_and_the_token_that_stops_are_learned(tokenizing, eac
     assert ids[np.flatnonzero(supervised)[-1]] == each_tokenizer.convert_tokens_to_ids(stop)
 
 
-def test_stopping_is_learned_where_padding_is_the_eos(tokenizing):
+def test_the_eos_is_supervised_where_it_also_pads(tokenizing):
     tokenizer = byte_pairs()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     for values, changes in (
@@ -361,7 +361,7 @@ def test_stopping_is_learned_where_padding_is_the_eos(tokenizing):
         ("all", ["HiHello<|eos|>And?Fine<|eos|>"]),
     ],
 )  # fmt: skip
-def test_of_several_turns_those_that_are_asked_for_are_learned(tokenizing, loss_on, expected):
+def test_the_requested_turns_are_supervised(tokenizing, loss_on, expected):
     printed = ["Hi", "Hello", "And?", "Fine"]
     turns = [
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(printed)
@@ -390,7 +390,7 @@ def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(tokenizing):
     assert learned(tokenizer, ids, supervised) == ["a<|eos|>"]
 
 
-def test_whether_an_eos_is_missing_is_seen_row_by_row(tokenizing):
+def test_a_missing_eos_is_detected_row_by_row(tokenizing):
     tokenizer = bytes_tokenizer()
     source = (
         "{% for m in messages %}{{ m.content }}{% if m.content != 'a' %}<|im_end|>{% else %}!"
@@ -401,7 +401,7 @@ def test_whether_an_eos_is_missing_is_seen_row_by_row(tokenizing):
     assert [learned(tokenizer, *of(examples, n)) for n in (0, 1)] == [["b<|im_end|>"], ["a<|eos|>"]]
 
 
-def test_a_turn_that_its_marks_end_gets_no_second_end(tokenizing):
+def test_a_turn_ended_by_its_marks_gets_no_second_eos(tokenizing):
     """SmolLM3 marks an answer together with the end of its turn and the line after it."""
     tokenizer = bytes_tokenizer()
     source = (
@@ -571,7 +571,7 @@ def test_a_long_text_has_the_same_tokens_in_windows(each_tokenizer, monkeypatch,
     assert recorder.most <= 8_000  # spaces without end agree nowhere, and are taken together
 
 
-def test_windows_that_do_not_agree_are_made_longer(monkeypatch):
+def test_disagreeing_windows_are_lengthened(monkeypatch):
     """How line ends pair into tokens depends on the start of their run, far before the window."""
     tokenizer = byte_pairs(
         ("\u010a", "\u010a"), ("a", "b")
@@ -619,7 +619,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 @pytest.mark.slow
-def test_a_row_of_50_megabytes_is_named_and_costs_little_memory(tmp_path):
+def test_a_row_of_50_megabytes_is_refused_with_little_memory(tmp_path):
     book = "A word. " * 6_250_000
     write_jsonl(
         tmp_path / "long.jsonl",
@@ -677,7 +677,7 @@ def test_a_row_over_max_length_is_refused_by_default(tokenizing):
         ),
     ],
 )  # fmt: skip
-def test_no_length_is_advised_that_the_model_cannot_have(tokenizing, limit, positions, advice):
+def test_no_length_beyond_the_models_positions_is_advised(tokenizing, limit, positions, advice):
     values = [{"question": "q", "answer": "a" * 30}]
     assert (
         tokenizing.refused(values, bytes_tokenizer(), max_length=limit, positions=positions)
@@ -750,7 +750,7 @@ def test_a_row_over_max_length_is_cut_and_keeps_its_bos(tokenizing, truncation, 
     assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (1, 1, 0)
 
 
-def test_what_is_cut_from_the_left_of_a_row_is_not_its_answer(tokenizing):
+def test_cutting_from_the_left_keeps_the_answer(tokenizing):
     tokenizer = bytes_tokenizer()
     examples = tokenizing.prepare(
         [{"question": "q" * 50, "answer": "abc"}], tokenizer, max_length=10, truncation="left"
@@ -786,7 +786,7 @@ def test_rows_over_max_length_are_dropped_and_counted(tokenizing):
     assert examples.receipt()["dropped"] == 3
 
 
-def test_where_every_row_is_dropped_it_is_said(tokenizing):
+def test_dropping_every_row_is_reported(tokenizing):
     with pytest.raises(
         DataError, match=r"rows\.jsonl: all 2 rows are over data\.max_length 10 and dropped"
     ):
@@ -799,14 +799,14 @@ def test_where_every_row_is_dropped_it_is_said(tokenizing):
         )
 
 
-def test_a_cut_that_leaves_nothing_to_learn_is_refused(tokenizing):
+def test_a_cut_that_leaves_no_label_is_refused(tokenizing):
     values = [{"question": "q", "answer": "a"}, {"question": "q" * 50, "answer": "a"}]
     says = tokenizing.refused(values, bytes_tokenizer(), max_length=20, truncation="right")
     assert says.startswith("no supervised token is left in 52 tokens cut to 20; ")
     assert "raise data.max_length, or set data.truncation to drop" in says
 
 
-def test_the_only_learned_token_may_not_be_the_first(tokenizing):
+def test_the_only_supervised_token_may_not_be_the_first(tokenizing):
     """Nothing predicts the first token, so a label on it alone would train nothing."""
     says = tokenizing.refused(
         [{"text": "ab"}], bytes_tokenizer(), loss_on="all", max_length=1, truncation="right"
@@ -846,7 +846,7 @@ def test_an_example_knows_file_and_line_after_drops_splits_and_blank_lines(tmp_p
     ]
 
 
-def test_rows_stay_in_order_however_many_are_tokenised_at_once(tokenizing):
+def test_rows_keep_their_order_at_any_batch_size(tokenizing):
     count = 2 * tokens.ROWS_AT_ONCE + 7
     tokenizer = bytes_tokenizer()
     examples = tokenizing.prepare(
@@ -858,7 +858,7 @@ def test_rows_stay_in_order_however_many_are_tokenised_at_once(tokenizing):
         assert examples.place(number).endswith(f":{number + 1}")
 
 
-def test_the_counts_are_those_of_the_tokens(tokenizing):
+def test_counts_match_the_tokens(tokenizing):
     examples = tokenizing.prepare(
         [{"question": "ab", "answer": "cd"}, {"question": "e", "answer": "f"}], bytes_tokenizer()
     )
@@ -870,7 +870,7 @@ def test_the_counts_are_those_of_the_tokens(tokenizing):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
-def test_a_token_that_none_predicts_is_not_counted_as_learned(tokenizing, tokenizer):
+def test_the_first_token_is_not_counted_as_supervised(tokenizing, tokenizer):
     examples = tokenizing.prepare(
         [{"text": "abc"}, {"text": "de"}], TOKENIZERS[tokenizer](), loss_on="all"
     )
@@ -892,7 +892,7 @@ def lines(examples: Examples) -> list[int]:
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.1, 4), (0.5, 20), (0.001, 1), (0.97, 39)])
-def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(forty, fraction, count):
+def test_held_out_rows_are_not_trained_on_and_none_is_lost(forty, fraction, count):
     rest, part = stored.hold_out(forty, fraction, seed=3)
     assert len(part) == count
     assert sorted(lines(rest) + lines(part)) == list(range(1, 41))
@@ -935,7 +935,7 @@ def test_equal_rows_are_never_on_both_sides(tokenizing):
     assert stored.num_trained_on(part, rest) == 0
 
 
-def test_every_bad_row_is_told_at_once(tokenizing):
+def test_every_bad_row_is_reported_at_once(tokenizing):
     good = {"question": "q", "answer": "a"}
     values = [
         good,
@@ -1003,7 +1003,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tokenizing, tmp_path, m
     assert len(tokenizing.prepare(BASE, bytes_tokenizer())) == len(BASE)
 
 
-def test_the_rest_of_an_answer_whose_prompt_was_cut_off_is_not_learned(tokenizing):
+def test_the_rest_of_an_answer_without_its_prompt_is_not_supervised(tokenizing):
     says = tokenizing.refused(
         [{"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=20, truncation="left"
     )
@@ -1065,7 +1065,7 @@ def entries(tokenizing: Tokenizing) -> dict[str, int]:
 BASE = [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}]
 
 
-def test_tokens_are_made_once(tokenizing):
+def test_tokens_are_cached(tokenizing):
     first = tokenizing.prepare(BASE, bytes_tokenizer())
     before = entries(tokenizing)
     second = tokenizing.prepare(BASE, bytes_tokenizer())
@@ -1100,7 +1100,7 @@ def with_another_token() -> Any:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_tokens_are_made_anew_where_anything_that_decides_them_changes(tokenizing, change):
+def test_any_change_of_inputs_invalidates_the_cache(tokenizing, change):
     before = tokenizing.prepare(BASE, bytes_tokenizer())
     own = {"values": BASE, "tokenizer": bytes_tokenizer, "template": "plain"} | change
     after = tokenizing.prepare(
@@ -1188,7 +1188,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_tokens_are_made_anew_with_a_note(tokenizing, capsys, damage):
+def test_damaged_cached_tokens_are_rebuilt_with_a_note(tokenizing, capsys, damage):
     first = tokenizing.prepare(BASE, bytes_tokenizer())
     folder = tokenizing.cache / "tokens" / first.fingerprint
     right = [(of(first, n), first.place(n)) for n in range(2)]
@@ -1208,7 +1208,7 @@ def test_damaged_tokens_are_made_anew_with_a_note(tokenizing, capsys, damage):
     ]
 
 
-def test_tokens_of_other_rows_in_the_place_of_these_are_made_anew(tokenizing):
+def test_cached_tokens_of_other_rows_are_rebuilt(tokenizing):
     mine = tokenizing.prepare(BASE, bytes_tokenizer())
     others = tokenizing.prepare([{"question": "other", "answer": "row"}] * 2, bytes_tokenizer())
     folder = tokenizing.cache / "tokens"
@@ -1217,7 +1217,7 @@ def test_tokens_of_other_rows_in_the_place_of_these_are_made_anew(tokenizing):
     assert of(tokenizing.prepare(BASE, bytes_tokenizer())) == of(mine)
 
 
-def test_what_killed_runs_left_is_removed_and_what_live_ones_build_is_not(tokenizing):
+def test_leftovers_of_killed_runs_are_removed_but_not_of_live_ones(tokenizing):
     root = tokenizing.cache / "tokens"
     for name in ("dead", "alive"):
         (root / f".building-{name}-0123").mkdir(parents=True)
@@ -1243,7 +1243,7 @@ def in_a_child(action: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_process_that_is_killed_while_it_builds_leaves_nothing_behind_for_long(tokenizing):
+def test_a_killed_build_of_the_cache_is_cleaned_up(tokenizing):
 
     def be_killed() -> None:
         stored._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # in a child process
@@ -1276,7 +1276,7 @@ def shared_desk():
         yield Tokenizing(Path(name))
 
 
-def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
+def test_a_read_only_cache_serves_its_entries(shared_desk):
     tokenizing, tokenizer = shared_desk, bytes_tokenizer()
     tokenizing.prepare(BASE, tokenizer)
     sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
@@ -1305,7 +1305,7 @@ def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
         path.chmod(0o755)
 
 
-def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
+def test_a_lock_of_another_user_is_respected(shared_desk):
     tokenizing, tokenizer = shared_desk, bytes_tokenizer()
     examples = tokenizing.prepare(BASE, tokenizer)
     root = tokenizing.cache / "tokens"
@@ -1327,7 +1327,7 @@ def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
     assert (root / examples.fingerprint / "meta.json").exists()
 
 
-def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(tokenizing):
+def test_a_second_builder_without_locks_deletes_nothing(tokenizing):
     first = tokenizing.prepare(BASE, bytes_tokenizer())
     folder = tokenizing.cache / "tokens" / first.fingerprint
     sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
@@ -1342,7 +1342,7 @@ def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(tokenizing
     assert of(first) == of(made)
 
 
-def test_a_full_disk_is_called_full():
+def test_a_full_disk_is_reported():
     with (
         pytest.raises(Outage, match=r"data\.cache_dir: /cache: .*No space left"),
         stored._writable("/cache"),
@@ -1350,7 +1350,7 @@ def test_a_full_disk_is_called_full():
         stored._write(Path("/dev/full"), np.zeros(5000))
 
 
-def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(tokenizing):
+def test_rows_with_thoughts_make_empty_thoughts_supervised(tokenizing):
     from test_templates import THINKS_LAST
 
     tokenizer = bytes_tokenizer()
@@ -1368,7 +1368,7 @@ def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(tokenizing):
         assert learned(tokenizer, *of(examples, len(without))) == ["<think>hm</think>a<|im_end|>"]
 
 
-def test_a_template_that_cannot_be_parsed_is_told_once(tokenizing):
+def test_a_template_syntax_error_is_reported_once(tokenizing):
     with pytest.raises(
         UserError,
         match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$",
@@ -1378,7 +1378,7 @@ def test_a_template_that_cannot_be_parsed_is_told_once(tokenizing):
         )
 
 
-def test_a_cache_that_cannot_be_written_is_named(tokenizing, tmp_path):
+def test_an_unwritable_cache_is_reported(tokenizing, tmp_path):
     (tmp_path / "file").write_text("in the way")
     tokenizing.cache = tmp_path / "file" / "cache"
     with pytest.raises(
@@ -1414,7 +1414,7 @@ print(examples.fingerprint, len(examples), content, made.stat().st_ino)
 
 
 @pytest.mark.slow
-def test_of_processes_that_start_together_one_makes_the_tokens_of_all(tokenizing, tmp_path):
+def test_one_of_several_processes_tokenises_for_all(tokenizing, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", pairs(2000))
     processes = [
         subprocess.Popen(
@@ -1445,7 +1445,7 @@ def real_tokenizer(request, real_data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "question_answer", "alpaca", "llama2", "auto"])
-def test_a_real_tokenizer_learns_every_answer_and_to_stop(
+def test_a_real_tokenizer_supervises_every_answer_and_its_end(
     real_data, real_tokenizer, tokenizing, name
 ):
     own = templates.load(
@@ -1485,7 +1485,7 @@ def test_every_turn_of_phi3_is_asked_with_the_tokens_of_training(real_data, toke
     check_every_prompt(tokenizing, tokenizer, chat_for(tokenizer, tokenizer.chat_template))
 
 
-def test_a_tokenizer_that_splits_special_tokens_is_another_one():
+def test_splitting_special_tokens_changes_a_tokenizers_identity():
     """It tokenises differently, so neither cache nor resumption may confuse the two."""
     plain, splits = bytes_tokenizer(), bytes_tokenizer()
     splits.split_special_tokens = True

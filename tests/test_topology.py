@@ -73,7 +73,7 @@ def deepspeed(folder, **values):
         ),
     ],
 )
-def test_wishes_that_would_be_dropped_are_errors(environment, message):
+def test_settings_that_would_be_dropped_are_errors(environment, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         launch.read(environment)
 
@@ -125,7 +125,7 @@ def test_a_deepspeed_file_may_not_decide_what_the_run_config_does(tmp_path, valu
         launch.read(deepspeed(tmp_path, **values))
 
 
-def test_wishes_are_read(tmp_path):
+def test_parallel_settings_are_read(tmp_path):
     assert launch.read({}).name == "single"
     assert launch.read({"MASTER_PORT": "tcp://10.0.0.1:80", "LOCAL_RANK": "-1"}).name == "single", (
         "not ours to read"
@@ -183,7 +183,7 @@ COLUMNS = ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3",
 @pytest.mark.parametrize(
     "feature", [f for f in support.FEATURES if f.refused], ids=lambda f: f.name
 )
-def test_what_cannot_be_is_an_error_that_says_what_to_take(feature):
+def test_impossible_combinations_are_errors_with_advice(feature):
     for topology in COLUMNS:
         parallel = launch.ParallelConfig(
             topology.removesuffix("_offload"), 2, offload=topology.endswith("_offload")
@@ -308,12 +308,12 @@ def test_fsdp2_keeps_the_bits_of_weights_in_4_bits_under_a_float_dtype():
     ("kind", "processes", "together"),
     [("ddp", 2, False), ("fsdp2", 2, True), ("zero3", 2, True), ("fsdp2", 1, False)],
 )
-def test_processes_that_share_a_model_end_their_answers_together(kind, processes, together):
+def test_processes_that_share_a_model_stop_generating_together(kind, processes, together):
     """Otherwise one leaves `generate` early and the others wait for its part of the weights."""
     assert launch.ParallelConfig(kind, processes).generates_together is together
 
 
-def test_each_process_takes_its_own_gpu_before_it_asks_what_that_can_do(monkeypatch):
+def test_each_process_selects_its_gpu_before_querying_it(monkeypatch):
     import torch
 
     from finetune.engine.topology import start

@@ -70,7 +70,7 @@ def metadata(folder: Path, value: object) -> Reader:
     return Reader(folder)
 
 
-def test_metadata_is_read_as_every_python_writes_it(tmp_path, monkeypatch):
+def test_metadata_of_every_python_version_is_read(tmp_path, monkeypatch):
     """3.11.2 (Debian 12) pickles an enum member as a call of getattr, later ones as its value."""
     written = Metadata(
         {"weight": TensorStorageMetadata(TensorProperties(), torch.Size([2]), [])}, storage_data={}
@@ -96,7 +96,7 @@ class Attribute:
         return getattr, self.path
 
 
-def test_files_of_torch_are_read_as_every_python_writes_them(tmp_path, monkeypatch):
+def test_torch_files_of_every_python_version_are_read(tmp_path, monkeypatch):
     """DeepSpeed saves members of its enums with torch.save."""
     path, classes = tmp_path / "a.pt", [_MEM_FORMAT_ENCODING]
     monkeypatch.setattr(

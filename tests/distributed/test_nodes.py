@@ -95,7 +95,7 @@ def two_nodes(workshop, *arguments, join="1"):
     return fork("train", [], "ddp_multinode", logs, settings, meet, nodes=2, each=arguments)
 
 
-def test_another_config_on_one_node_ends_all_and_is_named(workshop):
+def test_another_config_on_one_node_ends_all_and_is_reported(workshop):
     config = str(workshop.write(workshop.config()))
     launch = two_nodes(
         workshop, *(["--config", config, "--optimizer.lr", str(0.1 + rank)] for rank in (0, 1))
@@ -106,7 +106,7 @@ def test_another_config_on_one_node_ends_all_and_is_named(workshop):
     assert not workshop.run_dir().exists()
 
 
-def test_a_node_whose_process_fails_before_it_joins_is_waited_for_only_so_long(workshop):
+def test_waiting_for_a_node_that_failed_early_is_limited(workshop):
     config = str(workshop.write(workshop.config()))
     launch = two_nodes(
         workshop, ["--config", config], ["--config", "no_such_file.yaml"], join="0.05"
@@ -117,7 +117,7 @@ def test_a_node_whose_process_fails_before_it_joins_is_waited_for_only_so_long(w
 
 
 @pytest.mark.fault
-def test_a_node_that_never_comes_is_waited_for_only_so_long(workshop):
+def test_waiting_for_a_missing_node_is_limited(workshop):
     config = workshop.write(workshop.config())
     [error] = output_of(
         node(0, "ddp_multinode", free_port(), "--config", config, wait="5"), within=90
@@ -126,7 +126,7 @@ def test_a_node_that_never_comes_is_waited_for_only_so_long(workshop):
 
 
 @pytest.mark.fault
-def test_a_wrong_address_is_tried_only_so_long(workshop):
+def test_waiting_at_a_wrong_address_is_limited(workshop):
     config = workshop.write(workshop.config())
     wrong = node(1, "ddp_multinode", free_port(), "--config", config, wait="5", address="127.0.0.9")
     [error] = output_of(wrong, within=90)

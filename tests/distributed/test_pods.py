@@ -117,7 +117,7 @@ def cluster(overlay: str, folder: Path, config: Path) -> Iterator[Cluster]:
         pytest.param("trainjob", marks=pytest.mark.fault),
     ],
 )
-def test_two_pods_train_as_one_process_and_lose_one_on_the_way(workshop, tmp_path, overlay):
+def test_two_pods_train_as_one_process_and_survive_losing_one(workshop, tmp_path, overlay):
     settings = {
         "train__micro_batch_size": 2, "train__epochs": 12, "train__max_steps": 60,
         "checkpoint__every_steps": 10, "train__hang_minutes": 1,

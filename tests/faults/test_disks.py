@@ -74,7 +74,7 @@ def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure
 
 
 @pytest.mark.parametrize("where", ["run__dir", "data__cache_dir"])
-def test_a_disk_that_is_full_at_the_start_is_no_error_of_the_config(workshop, small_disk, where):
+def test_a_full_disk_at_the_start_is_not_a_config_error(workshop, small_disk, where):
     """Exit code 1: a cluster tries again, on another node or after somebody has made room."""
     fill(small_disk, 0)
     launch = start(workshop.write(workshop.config(**{where: str(small_disk / "new")})))
@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_at_the_start_is_no_error_of_the_config(workshop, sm
     assert "No space left on device" in launch.output()
 
 
-def test_a_disk_that_was_full_for_a_while_costs_nothing_but_a_checkpoint(workshop, small_disk):
+def test_a_temporarily_full_disk_costs_only_one_checkpoint(workshop, small_disk):
     settings = SETTINGS | {
         "train__max_steps": 120,
         "train__epochs": 99,
@@ -158,7 +158,7 @@ def assert_passed_over(output: str, newest: Path, kind: str, is_missing: bool) -
     assert "at step 10" in output
 
 
-def test_damage_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path, capfd):
+def test_damage_is_reported_and_the_previous_checkpoint_used(saved, tmp_path, capfd):
     """One process tries every file and damage; two that share, each kind in its own launch."""
     workshop, topology, processes = saved
     ways = [*DAMAGES, "missing"] if topology == "single" else ["cut short"]

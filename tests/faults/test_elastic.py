@@ -75,7 +75,7 @@ def copy_of(run: Path, folder: Path, step: int) -> Path:
     MOVES,
     ids=lambda v: v if isinstance(v, str) else "-".join(f"{t}{n}" for t, n in v),
 )
-def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
+def test_a_run_resumes_under_another_topology(shop, tmp_path, move, method):
     before, after = move
     settings = SETTINGS | METHODS[method]
     if method == "lora":
@@ -111,7 +111,7 @@ def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
          "zero3", "zero2", "full", "was saved by zero3, and this is zero2", marks=long_form,
      ), ("zero2", "zero1", "lion", "state of adamw only, not of lion")],
 )  # fmt: skip
-def test_what_a_topology_cannot_read_is_refused_and_stays(
+def test_a_checkpoint_unreadable_by_a_topology_is_refused_and_kept(
     shop, tmp_path, before, after, method, says
 ):
     settings, name = SETTINGS | METHODS[method], f"{method}-{before}-2"

@@ -29,7 +29,7 @@ def begun(workshop, *arguments, **environment):
         ("ddp", 0), ("fsdp2", 0), ("fsdp2", 1), ("zero2", 0), ("zero2", 1),
     )],
 )  # fmt: skip
-def test_a_process_that_dies_ends_the_other_and_is_named(workshop, topology, rank):
+def test_a_dead_process_ends_the_other_and_is_reported(workshop, topology, rank):
     launch = begun(workshop, topology, 2)
     launch.kill([rank])
     began = time.monotonic()
@@ -46,7 +46,7 @@ def test_a_process_that_dies_ends_the_other_and_is_named(workshop, topology, ran
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=long_form), 1])
-def test_a_process_that_is_stopped_ends_the_other_and_is_named(workshop, rank):
+def test_a_stopped_process_ends_the_other_and_is_reported(workshop, rank):
     launch = begun(workshop, "ddp", 2)
     launch.kill([rank], signal.SIGSTOP)
     began = time.monotonic()
@@ -64,7 +64,7 @@ def test_a_process_that_is_stopped_ends_the_other_and_is_named(workshop, rank):
     ("topology", "processes", "rank"),
     [pytest.param("single", 1, 0, marks=long_form), ("ddp", 2, 1)],
 )
-def test_a_process_that_stands_still_ends_all_and_is_named(workshop, topology, processes, rank):
+def test_a_hung_process_ends_all_and_is_reported(workshop, topology, processes, rank):
     launch = begun(workshop, topology, processes, STANDS_STILL=f"{rank}:7")
     assert launch.codes(within=40) == [1] * processes, launch.output()
     who = "process 1" if processes == 2 else "every process"

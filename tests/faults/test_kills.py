@@ -25,7 +25,7 @@ def scene(request, tmp_path_factory) -> Scene:
     return Scene(Workshop(folder), *request.param, SETTINGS).undisturbed()
 
 
-def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
+def test_a_killed_run_ends_like_an_undisturbed_one(scene):
     """Kill at random moments, at protocol lines and in the resumption, until KILLS have hit."""
     dice = random.Random(SEED)
     killed, number = 0, 0

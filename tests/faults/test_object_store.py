@@ -57,7 +57,7 @@ def objects(client, folder: str) -> list[str]:
 @pytest.mark.parametrize(
     ("topology", "processes"), [("single", 1), pytest.param("fsdp2", 2, marks=long_form)]
 )
-def test_a_machine_with_an_empty_disk_goes_on(workshop, undisturbed, store, topology, processes):
+def test_a_machine_with_an_empty_disk_resumes(workshop, undisturbed, store, topology, processes):
     environment, client = store
     folder = f"machines/{topology}/"
     config = workshop.write(
@@ -93,7 +93,7 @@ def test_a_machine_with_an_empty_disk_goes_on(workshop, undisturbed, store, topo
     assert (run / "model/model.safetensors").exists()
 
 
-def test_a_newest_checkpoint_that_arrived_damaged_is_passed_over(workshop, undisturbed, store):
+def test_a_newest_checkpoint_that_arrived_damaged_is_skipped(workshop, undisturbed, store):
     environment, client = store
     settings = {
         **SETTINGS,
@@ -113,7 +113,7 @@ def test_a_newest_checkpoint_that_arrived_damaged_is_passed_over(workshop, undis
     assert_same_end(workshop.run_dir("single"), undisturbed.run_dir("single"))
 
 
-def test_a_run_that_another_machine_has_taken_over_stops(workshop, tmp_path, store):
+def test_a_run_taken_over_by_another_machine_stops(workshop, tmp_path, store):
     environment, _ = store
     settings = {
         **SETTINGS,
@@ -136,9 +136,7 @@ def test_a_run_that_another_machine_has_taken_over_stops(workshop, tmp_path, sto
     assert second.processes[0].is_alive()
 
 
-def test_an_older_disk_beside_a_newer_store_goes_on_from_the_store_with_its_logs(
-    workshop, undisturbed, store
-):
+def test_a_newer_store_wins_over_an_older_disk(workshop, undisturbed, store):
     """Machine A, then B, then A again with what its disk still has."""
     environment, client = store
     config = workshop.write(

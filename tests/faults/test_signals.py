@@ -39,7 +39,7 @@ def undisturbed(tmp_path_factory) -> Workshop:
     ],
     ids=lambda n: n.name,
 )
-def test_a_signal_saves_the_step_and_asks_to_be_run_again(workshop, undisturbed, number):
+def test_a_signal_saves_the_step_and_exits_with_75(workshop, undisturbed, number):
     config = workshop.write(workshop.config(**LONG))
     launch = start(config)
     wait_for(lambda: workshop.num_lines() > 5)
@@ -134,7 +134,7 @@ def test_a_deadline_stops_the_run_saved(workshop):
     assert (workshop.run_dir() / f"checkpoints/step-{workshop.outcome()['step']:08d}").exists()
 
 
-def test_when_less_is_left_than_a_save_takes_the_run_says_so_and_saves_first(workshop):
+def test_a_run_short_of_time_warns_and_saves_first(workshop):
     config = workshop.write(
         workshop.config(**LONG, checkpoint__every_steps=3, checkpoint__grace_seconds=0.001)
     )
@@ -151,7 +151,7 @@ def test_when_less_is_left_than_a_save_takes_the_run_says_so_and_saves_first(wor
     ).exists()
 
 
-def test_a_deadline_before_the_first_step_is_a_failure_and_not_for_ever_another_attempt(workshop):
+def test_a_deadline_before_the_first_step_is_a_failure(workshop):
     launch = start(workshop.write(workshop.config(**LONG, checkpoint__max_minutes=1e-4)))
     assert launch.codes() == [1], launch.output()
     assert (
@@ -183,7 +183,7 @@ def test_a_clouds_notice_saves_and_stops(workshop, metadata, cloud):
     ).exists()
 
 
-def test_a_clouds_warning_saves_and_goes_on(workshop, metadata):
+def test_a_clouds_warning_saves_and_continues(workshop, metadata):
     metadata.says(REBALANCE, REBALANCED)
     config = workshop.write(workshop.config(**FOR_EVER, checkpoint__notices="aws"))
     launch = start(config, FINETUNE_METADATA_ADDRESS=metadata.address)

@@ -39,7 +39,7 @@ def curves(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
-def test_how_a_step_is_cut_up_or_laid_out_changes_nothing(workshop, objective):
+def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
     own = {**SIX, "objective__kind": objectives.OBJECTIVES[objective]}
     runs = [workshop.train(name.replace(" ", "_"), **own, **way) for name, way in WAYS.items()]
     for run in runs[1:]:
@@ -52,7 +52,7 @@ def test_how_a_step_is_cut_up_or_laid_out_changes_nothing(workshop, objective):
 
 
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
-def test_examples_packed_together_learn_what_they_learn_alone(workshop, objective):
+def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
     """One step over all rows, so that packs hold the same examples as the steps without them."""
     whole = {
         **SIX,
@@ -78,7 +78,7 @@ CONTEXT = ["fsdp2_context"]
     [(["ddp", "zero3"], 2), pytest.param(["fsdp2"], 2, marks=pytest.mark.proof), (CONTEXT, 4)],
     ids=["two", "fsdp2", "context"],
 )
-def test_several_processes_learn_what_one_learns(tmp_path, topologies, processes):
+def test_several_processes_train_like_one(tmp_path, topologies, processes):
     from invariants.test_topologies import FOUR
 
     workshop, arguments = Workshop(tmp_path), []

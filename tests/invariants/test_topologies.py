@@ -198,7 +198,7 @@ def files_of(
     "launched",
     [pytest.param(name, marks=pytest.mark.proof if name in LONG else ()) for name in LAUNCHES],
 )
-def test_every_topology_is_one_process(alone, workshop, launched):
+def test_every_topology_trains_like_one_process(alone, workshop, launched):
     processes, topologies = LAUNCHES[launched]
     resumed = {"fsdp2", "zero2", "zero3"} if launched == "two" else {launched} & RESUMED
     files = [] if launched in LONG else ["compiler:aot_eager"]
@@ -227,7 +227,7 @@ def test_every_topology_is_one_process(alone, workshop, launched):
         assert (receipt["num_processes"], receipt["topology"]) == (processes, kind)
 
 
-def test_what_is_broken_on_purpose_is_seen(alone, workshop):
+def test_deliberate_errors_are_detected(alone, workshop):
     """The tests above can fail: by a wrong factor, wrong means, or a part exported as the whole."""
     names = ["forgotten_factor", "mean_of_means", "one_shard"]
     files = []
