@@ -273,7 +273,7 @@ def test_a_config_in_another_encoding_is_refused(tmp_path, encoding):
         configs.read_yaml(path)
 
 
-def test_a_config_that_is_a_folder_or_endless_device_is_refused(tmp_path):
+def test_a_device_or_an_oversized_file_is_refused_as_a_config(tmp_path):
     with pytest.raises(ConfigError, match="it is a device or a socket; name a file"):
         configs.read_yaml("/dev/zero")
     (tmp_path / "large.yaml").write_text("# " + "a" * 1_000_000)
@@ -290,7 +290,7 @@ def test_a_config_may_come_through_a_pipe(tmp_path):
     writer.join()
 
 
-def test_an_explicit_default_without_effect_is_refused(parse, refusal):
+def test_a_given_setting_without_effect_is_refused(parse, refusal):
     says = (
         "evaluation.micro_batch_size: would be ignored: "
         "the run has no evaluation rows (data.eval); remove it"

@@ -521,7 +521,7 @@ def test_processes_get_what_accelerate_launch_gives_them(log, monkeypatch, topol
     assert [given for given, _, _ in ours] == [given for given, _, _ in theirs]
 
 
-def test_use_cpu_is_rejected_by_the_script(tmp_path):
+def test_use_cpu_is_refused_by_the_script(tmp_path):
     file = tmp_path / "cpu.yaml"
     file.write_text('distributed_type: "NO"\nuse_cpu: true\nnum_processes: 2\n')
     [environment] = plan("--config_file", file)

@@ -376,7 +376,7 @@ def test_settings_without_effect_are_refused_before_weights_load(
         workshop.check(**on(base), **({"adapter__kind": "lora"} | changes))
 
 
-def test_adapter_settings_are_refused_for_full_training(workshop, base):
+def test_freezing_new_tokens_and_too_large_rates_are_refused(workshop, base):
     with pytest.raises(ModelError, match=r"model.new_tokens would never be learned"):
         workshop.check(**on(base), model__new_tokens=["<a>"], adapter__freeze=["embed"])
     with pytest.raises(ConfigError, match=r"adafactor never steps by more than 1 / sqrt\(step\)"):

@@ -518,7 +518,7 @@ def test_a_folder_of_splits_is_read_by_split(tmp_path, names, train, evaluation)
         assert f"{tmp_path}/{evaluation} (named as " in both.notes[0]
 
 
-def test_a_held_out_split_alone_is_not_trained_on(tmp_path):
+def test_a_folder_with_only_held_out_rows_is_refused(tmp_path):
     write(tmp_path / "test.jsonl")
     write(tmp_path / "questions.jsonl")
     with pytest.raises(
@@ -806,7 +806,7 @@ def test_long_values_are_shortened_everywhere(tmp_path):
         assert len(unreadable(tmp_path / name, text)) < 500, name
 
 
-def test_description_file_names_and_links_still_count_as_rows(tmp_path):
+def test_rows_named_like_descriptions_and_linked_files_are_read_once(tmp_path):
     write_jsonl(tmp_path / "citation.jsonl", [{"text": "a"}])
     write_jsonl(tmp_path / "z.jsonl", [{"text": "b"}])
     (tmp_path / "README.md").write_text("What these rows are.")

@@ -433,7 +433,7 @@ def test_an_error_of_one_process_before_a_save_fails_the_save(workshop, monkeypa
     assert "Expected a torch.device with a specified index" in capsys.readouterr().out
 
 
-def test_checkpoints_set_aside_do_not_restart_the_run(workshop, monkeypatch):
+def test_a_run_with_only_damaged_checkpoints_does_not_restart(workshop, monkeypatch):
     run = train_until(
         workshop, monkeypatch, 4, "parts", checkpoint__every_steps=2, checkpoint__keep_last=1
     )

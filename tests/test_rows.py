@@ -368,7 +368,7 @@ def test_plain_text_with_a_label_stays_text(column, value):
         ({"question": "q", "label": "4"}, {"answer": "label"}, (user("q"), assistant("4"))),
     ],
 )  # fmt: skip
-def test_quality_columns_pass_once_answers_are_mapped(values, columns, messages):
+def test_chosen_answers_train_once_they_are_mapped(values, columns, messages):
     row = rows.Row(rows.Place("rows.jsonl", 7), values)
     assert rows.to_conversation(row, rows.detect(row, columns), columns).messages == messages
 
@@ -484,7 +484,7 @@ def test_the_first_rows_of_training_and_of_evaluation_are_both_checked(tmp_path)
         rows.check([[train], [dev]], "auto", {}, "line", None, most=10)
 
 
-def test_a_column_and_its_alias_together_are_refused(tmp_path):
+def test_an_alias_beside_its_column_is_counted_as_unread(tmp_path):
     path = str(
         write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p", "completion": "c", "response": "r"}])
     )

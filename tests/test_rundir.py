@@ -103,7 +103,7 @@ def test_an_unreadable_log_line_is_reported_and_kept_beside(workshop, ended, cap
     assert log.read_text() == whole
 
 
-def test_a_complete_run_without_its_receipt_is_recognised(workshop):
+def test_a_complete_run_without_its_receipt_is_refused_unchanged(workshop):
     run = workshop.train()
     for damage in (None, "{", "[]", '{"train_data": null}', '{"train_data": {"fingerprint": 5}}'):
         (run / "receipt.json").unlink()

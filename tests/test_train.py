@@ -185,7 +185,7 @@ def test_settings_that_would_fail_the_export_are_errors_before_training(workshop
 
 
 @pytest.mark.slow
-def test_an_inconsistent_generation_config_is_exported(workshop):
+def test_a_generation_config_without_do_sample_is_exported(workshop):
     model = workshop.train("base") / "model"
     (model / "generation_config.json").write_text('{"temperature": 0.5}')
     run = workshop.train(**from_folder(model))
