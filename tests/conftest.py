@@ -226,6 +226,17 @@ def no_process_is_left() -> Iterator[None]:
         forked.end_all()
 
 
+def short(values: Sequence[Any], *kept: Any) -> list[Any]:
+    """Parametrize a test: `make test` runs only the kept values, `make proofs` the others."""
+    proof = pytest.mark.proof
+    return [
+        value
+        if value in kept
+        else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=proof)
+        for value in values
+    ]
+
+
 def made_once(
     tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
 ) -> Path:

@@ -116,9 +116,11 @@ def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
         assert found / 1e6 == pytest.approx(published, rel=0.18)
 
 
+@pytest.mark.proof
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("tokens", "recomputed", "published"),
-    [(500, False, 12483), pytest.param(2000, True, 11511, marks=pytest.mark.proof)],
+    [(500, False, 12483), (2000, True, 11511)],
 )
 def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recomputed, published):
     """LoRA, one sequence, flash attention: within 15 %; published peaks of loading are left out."""
@@ -244,7 +246,7 @@ MEASURED = {
             {"train__micro_batch_size": 4, "train__precision": "fp32"},
             marks=pytest.mark.proof,
         ),
-        (
+        pytest.param(
             "single",
             1,
             {
@@ -252,6 +254,7 @@ MEASURED = {
                 "train__precision": "bf16",
                 "train__gradient_checkpointing": True,
             },
+            marks=pytest.mark.proof,
         ),
         pytest.param(
             "fsdp2",
@@ -302,6 +305,7 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.25 if is_old else 0.1), found
 
 
+@pytest.mark.proof
 def test_more_at_once_never_needs_less_and_the_largest_is_the_last_that_fits():
     config = config_of(
         MEASURED, train={"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"}
@@ -366,11 +370,8 @@ def test_the_sum_may_fit_where_single_parts_do_not():
         "precision": "bf16",
         "gradient_checkpointing": True,
     }
-    chooser = Chooser(
-        config_of(FALCON_7B, train=train, data={"train": "x", "max_length": 512}),
-        precision="bf16",
-        on_gpu=True,
-    )
+    shape, data = FALCON_7B | {"num_hidden_layers": 8}, {"train": "x", "max_length": 512}
+    chooser = Chooser(config_of(shape, train=train, data=data), precision="bf16", on_gpu=True)
     two = ParallelConfig("fsdp2", 2)
     parts, whole = (chooser.forecast(two, size).peak for size in (1, 4))
     assert whole < parts
@@ -396,6 +397,7 @@ def test_recomputing_half_the_layers_saves_half_of_it():
     assert none - half == pytest.approx((none - all_) / 2, rel=0.1)
 
 
+@pytest.mark.proof
 def test_the_cheapest_change_is_advised_first(tmp_path):
     config = config_of(
         MEASURED, train={"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16"}

@@ -79,7 +79,7 @@ def test_a_damaged_file_of_an_adapter_is_reported(adapter, saved, capsys, name, 
         ),
         (
             {"peft_type": "ZZZ"},
-            'peft_type should be LORA, the one kind of adapter that can be opened here, got "ZZZ"',
+            'peft_type should be LORA, the only supported kind of adapter, got "ZZZ"',
         ),
         ({"peft_type": ...}, "has no peft_type"),
         ({"r": 3}, "r is 3, but "),

@@ -592,7 +592,7 @@ def test_the_error_for_an_unknown_template_lists_the_known_ones():
     with pytest.raises(DataError) as caught:
         templates.load("vicuna", "messages", None, SPECIAL, VOCABULARY)
     assert (
-        "data.template: 'vicuna' is none of auto, chat, plain, question_answer, alpaca, llama2, "
+        "data.template: 'vicuna' is not one of auto, chat, plain, question_answer, alpaca, llama2, "
         "chatml" in str(caught.value)
     )
 
@@ -941,7 +941,7 @@ def test_the_default_of_several_chat_templates_is_used():
 def test_several_chat_templates_without_a_default_are_refused():
     named = {"rag": "{{ x }}", "tool_use": "{{ tools }}"}
     with pytest.raises(
-        DataError, match="has the chat templates rag, tool_use, but none called default"
+        DataError, match="has the chat templates rag, tool_use, but none named default"
     ):
         templates.load("chat", "messages", named, SPECIAL, VOCABULARY)
     assert templates.load("chatml", "messages", named, SPECIAL, VOCABULARY).name == "chatml"

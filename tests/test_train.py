@@ -741,7 +741,7 @@ def test_rows_longer_than_the_model_are_an_error(workshop):
     with pytest.raises(
         UserError,
         match=(
-            r"rows.jsonl:\d+ has \d+ tokens, but the model only 32 positions .* set "
+            r"rows.jsonl:\d+ has \d+ tokens, but the model has only 32 positions .* set "
             "data.max_length: 32 and data.truncation to"
         ),
     ):

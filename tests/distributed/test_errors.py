@@ -43,7 +43,7 @@ def test_error_keeps_its_type_everywhere_and_its_traceback_where_it_happened(tmp
         ):
             for rank in (0, 1):
                 got = results[verb, kind, rank]
-                assert (got["type"], got["said"], got["code"]) == (
+                assert (got["type"], got["message"], got["code"]) == (
                     kind,
                     "why",
                     getattr(errors, kind).exit_code,
@@ -55,7 +55,7 @@ def test_error_keeps_its_type_everywhere_and_its_traceback_where_it_happened(tmp
             assert results[verb, kind, origin]["type"] == kind
             got = results[verb, kind, 1 - origin]
             assert (got["type"], got["code"]) == (elsewhere, 1)
-            assert got["said"].startswith(f"process {origin}: ")
+            assert got["message"].startswith(f"process {origin}: ")
         for (said_by, _, rank), got in results.items():
             if said_by == verb:
                 assert got["shown"] == (rank == origin)

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, losses
+from conftest import ROOT, losses, short
 from faults.forked import fork
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -65,7 +65,7 @@ def output_of(*nodes, within):
                 os.killpg(each.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("topology", FILES)
+@pytest.mark.parametrize("topology", short([*FILES], "ddp_multinode", "zero3_multinode"))
 def test_two_nodes_train_as_one_process(workshop, topology):
     """Each process with the environment that its node's launcher gives it."""
     each, extra = FILES[topology]
@@ -78,6 +78,7 @@ def test_two_nodes_train_as_one_process(workshop, topology):
     assert losses(workshop.run_dir("two")) == pytest.approx(losses(one), rel=1e-5)
 
 
+@pytest.mark.fault  # test_pods.py has two launchers, too
 def test_two_launchers_train_as_one_process(workshop):
     config, port = workshop.write(workshop.config("two", train__micro_batch_size=1)), free_port()
     nodes = [node(rank, "ddp_multinode", port, "--config", config) for rank in (0, 1)]
