@@ -17,7 +17,7 @@ from finetune.engine.passes import evaluate, try_pass
 from finetune.engine.state import TrainState
 from finetune.engine.step import StepResult, train_step
 from finetune.errors import Preempted, TrainingDiverged
-from finetune.models import attention_probe, base_identity, head, parameters
+from finetune.models import attention_probe, base_identity, head
 from finetune.models import build as models
 from finetune.run import Run
 from finetune.summary import summary
@@ -38,9 +38,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
             run.directory.check(run.config)  # last: what is wrong with the data is of more use
             return
         build(run)
-        untrained = parameters.fingerprints(
-            run.topology.unwrap(run.state.model), run.topology.local_shard
-        )
+        untrained = run.fingerprints()
         run.lock()
         resumed_from = resume(run)
         run.open_directory(resumed_from)

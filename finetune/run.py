@@ -204,6 +204,11 @@ class Run:
         """Return the model as objectives see it."""
         return Policy(model, self.topology.unwrap)
 
+    def fingerprints(self) -> dict[str, float | str]:
+        """Return a fingerprint of what this process holds of each weight, by name."""
+        model = self.topology.unwrap(self.state.model)
+        return parameters.fingerprints(model, self.topology.local_shard)
+
     def require_changed(self, untrained: dict[str, float | str]) -> None:
         """Raise ExportError if training changed no weight; log those that did not change.
 
@@ -211,7 +216,7 @@ class Run:
         """
         model = self.topology.unwrap(self.state.model)
         step, adapter = self.state.progress.step, self.config.adapter
-        now = parameters.fingerprints(model, self.topology.local_shard)
+        now = self.fingerprints()
         changed = self.topology.union({name for name in now if now[name] != untrained[name]})
         unchanged, num_trained = parameters.unchanged(model, changed)
         if len(unchanged) == num_trained:
