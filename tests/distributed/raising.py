@@ -49,7 +49,8 @@ def log(verb, kind, act):
         frames = [frame.name for frame in traceback.extract_tb(exc.__traceback__)]
         result = {
             "verb": verb, "kind": kind.__name__, "rank": int(os.environ["RANK"]),
-            "type": type(exc).__name__, "message": str(exc), "code": getattr(exc, "exit_code", None),
+            "type": type(exc).__name__, "message": str(exc),
+            "code": getattr(exc, "exit_code", None),
             "cause": repr(exc.__cause__), "shown": "where_it_happened" in frames,
         }  # fmt: skip
         print("TOLD " + json.dumps(result), flush=True)
