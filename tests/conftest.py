@@ -1,4 +1,4 @@
-"""What tests share: rows, a two-layer model, and the real train.py in this process or in its own."""
+"""Fixtures and helpers of all tests: rows, a two-layer model, and runs of the real train.py."""
 
 import contextlib
 import fcntl
@@ -48,7 +48,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def tracked() -> list[str]:
-    """Paths of the repository as everybody else has it, without what only lies in this folder."""
+    """Return the paths that git tracks, without other files of this folder."""
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -93,28 +93,26 @@ class Workshop:
         return self.folder / "runs" / name
 
     def outcome(self, name: str = "run") -> dict[str, Any]:
-        """What outcome.json says of a run."""
+        """Return outcome.json of a run."""
         found: dict[str, Any] = json.loads((self.run_dir(name) / "outcome.json").read_text())
         return found
 
     def receipt(self, name: str = "run") -> dict[str, Any]:
-        """What receipt.json says of a run."""
+        """Return receipt.json of a run."""
         found: dict[str, Any] = json.loads((self.run_dir(name) / "receipt.json").read_text())
         return found
 
     def num_lines(self, log: str = "metrics.jsonl") -> int:
-        """Whole lines that a run has written so far."""
+        """Return the number of whole lines that a run has written so far."""
         path = self.run_dir() / log
         return path.read_text().count("\n") if path.exists() else 0
 
     def train(self, name: str = "run", **changes: Any) -> Path:
-        """Train in this process; raises what train.py would turn into an exit code. Returns the run
-        directory.
-        """
+        """Train in this process and return the run directory; raise the errors of train.py."""
         return self._run([], name, changes)
 
     def check(self, name: str = "run", **changes: Any) -> Path:
-        """train.py --check in this process."""
+        """Run train.py --check in this process."""
         return self._run(["--check"], name, changes)
 
     def _run(self, arguments: list[str], name: str, changes: dict[str, Any]) -> Path:
@@ -128,21 +126,19 @@ class Workshop:
             ["--config", str(self.write(self.config(name, **changes))), *arguments]
         )
         loop.run(config, check_only, StopFlag())
-        spare_what_is_imported()
+        freeze_imports()
         return self.run_dir(name)
 
     def launch(
         self, name: str = "run", processes: int = 1, arguments: Sequence[str] = (), **changes: Any
     ) -> subprocess.CompletedProcess[str]:
-        """train.py in processes of its own, by name and arguments as on the command line; the code
-        is that of the first to fail.
-        """
-        from faults.nursery import start
+        """Run train.py in its own processes; the code is that of the first process to fail."""
+        from faults.forked import start
 
         config = self.write(self.config(name, **changes))
         begun = start(config, "single" if processes == 1 else "cpu_debug", processes, *arguments)
         code = next((code for code in begun.codes(240) if code), 0)
-        return subprocess.CompletedProcess(["train.py"], code, begun.said(), begun.said())
+        return subprocess.CompletedProcess(["train.py"], code, begun.output(), begun.output())
 
 
 @pytest.fixture(autouse=True)
@@ -155,24 +151,23 @@ def no_config_folder():
 
 
 @functools.cache
-def spare_what_is_imported() -> None:
-    """Once in a process: every run collects garbage at its end, which takes 0.3 s among all that
-    torch and transformers are.
-    """
+def freeze_imports() -> None:
+    """Freeze imported objects once, so that collecting garbage after each run saves 0.3 s."""
     gc.collect()
     gc.freeze()
 
 
 def launcher(topology: str, processes: int, extra: Sequence[str] = ()) -> list[str]:
-    """accelerate launch with a file of accelerate_configs/ and this many processes."""
+    """Return an `accelerate launch` command with a file of accelerate_configs/."""
     return [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"),
-        "--num_processes", str(processes), "--main_process_port", "0", *extra,
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        str(ROOT / f"accelerate_configs/{topology}.yaml"), "--num_processes", str(processes),
+        "--main_process_port", "0", *extra,
     ]  # fmt: skip
 
 
 def session(leader: int) -> list[int]:
-    """Processes of a session that live."""
+    """Return the living processes of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -225,14 +220,14 @@ def fresh_process_state() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[None]:
-    """Processes that tests/faults/nursery.py has started end with their test, stopped ones too."""
+    """End the processes that tests/faults/forked.py started, also stopped ones."""
     yield
-    if nursery := sys.modules.get("faults.nursery"):
-        nursery.end_all()
+    if forked := sys.modules.get("faults.forked"):
+        forked.end_all()
 
 
 def short(values: Sequence[Any], *kept: Any) -> list[Any]:
-    """Parameters of a test, of which `make test` runs only the ones kept; `make proofs` the others."""
+    """Parametrize a test: `make test` runs only the kept values, `make proofs` the others."""
     proof = pytest.mark.proof
     return [
         value
@@ -245,7 +240,7 @@ def short(values: Sequence[Any], *kept: Any) -> list[Any]:
 def made_once(
     tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
 ) -> Path:
-    """A folder that the first worker to need it fills, for all workers of pytest-xdist."""
+    """Return a folder that the first worker to need it fills for all pytest-xdist workers."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
@@ -266,7 +261,7 @@ def bytes_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Real data and tokenizers, where a machine has them."""
+    """Return the folder of real data and tokenizers, or skip the test."""
     folder = os.environ.get("FINETUNE_REAL_DATA")
     if not folder:
         pytest.skip("FINETUNE_REAL_DATA is not set: no real data on this machine")

@@ -41,9 +41,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Long forms are slow; files that take longest come first, dealt out in two halves, as two
-    workers begin with one each.
-    """
+    """Mark long forms slow, and deal the longest files out to two workers first."""
     for item in items:
         if "image" in getattr(item, "fixturenames", ()):
             item.add_marker("image")
@@ -89,9 +87,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 class Recorder:
-    """Adds up what each phase of a test costs; workers report it to the process that writes the
-    file.
-    """
+    """Adds up the cost of each phase of a test; workers report it to the process that writes it."""
 
     def __init__(self):
         self.before = cpu()
@@ -129,9 +125,7 @@ class Recorder:
 
 
 def cpu() -> float:
-    """Seconds of CPU of this process and of all that it started, as far as they or what waited for
-    them still lives.
-    """
+    """Return the seconds of CPU of this process and of those it started."""
     children, ticks = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,6 +1,4 @@
-"""Attention inside documents is attention under a mask that keeps them apart, in numbers and
-gradients, without the mask.
-"""
+"""Attention inside documents equals masked attention, in values and gradients, without a mask."""
 
 import contextlib
 from types import SimpleNamespace
@@ -72,7 +70,7 @@ def ours(query, key, value, lengths, window):
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("pack", PACKS)
-def test_it_is_masked_attention(pack, kv_heads, window):
+def test_varlen_attention_equals_masked_attention(pack, kv_heads, window):
     lengths = PACKS[pack]
     tensors = states(4, kv_heads, sum(lengths))
     for own, wanted in zip(
@@ -84,7 +82,7 @@ def test_it_is_masked_attention(pack, kv_heads, window):
 @pytest.mark.parametrize("peaked", [1, 20], ids=["even scores", "peaked scores"])
 @pytest.mark.parametrize("off", [0, 4], ids=["centred values", "values off centre"])
 @pytest.mark.parametrize("window", [None, 3])
-def test_in_16_bits_it_is_as_near_to_float32_as_pytorchs_own(window, off, peaked):
+def test_in_16_bits_it_is_as_accurate_as_pytorchs_own(window, off, peaked):
     query, key, value = (tensor.detach() for tensor in states(4, 2, 40, dtype=torch.bfloat16))
     tensors = [tensor.requires_grad_() for tensor in (query * peaked, key, value + off)]
     exact = run(
@@ -102,7 +100,7 @@ def test_in_16_bits_it_is_as_near_to_float32_as_pytorchs_own(window, off, peaked
         assert error <= (1.0 if name in ("query", "key") else 1.3) * usual, (name, error, usual)
 
 
-def test_values_of_another_width_than_keys_go_the_slow_way():
+def test_values_of_another_width_than_keys_use_the_fallback():
     """As in latent attention, where keys carry positions besides."""
     tensors = states(4, 4, 40, value_width=8)
     for own, wanted in zip(
@@ -114,10 +112,8 @@ def test_values_of_another_width_than_keys_go_the_slow_way():
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # the compiler's own
-def test_the_operator_keeps_what_it_promises_to_compilers():
-    """Shapes without values, gradients, no hidden changes of its inputs; PyTorch's own check of
-    operators.
-    """
+def test_the_operator_passes_pytorchs_operator_check():
+    """Run PyTorch's own operator check: shapes without values, gradients, no hidden mutation."""
     query, key, value = (
         tensor.detach().transpose(1, 2).requires_grad_() for tensor in states(4, 2, 40)
     )
@@ -130,9 +126,7 @@ def test_the_operator_keeps_what_it_promises_to_compilers():
 def varlen_reference(
     query, key, value, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, **grouped
 ):
-    """Stands in for PyTorch's CUDA kernel, and is as strict: query [T, H, D], key and value [T, KV,
-    D].
-    """
+    """Stand in for PyTorch's CUDA kernel: query [T, H, D], key and value [T, KV, D]."""
     assert query.shape[-1] % 8 == 0, "the kernel takes heads of multiples of 8"
     assert torch.equal(bounds_q, bounds_k)
     lengths = bounds_q.diff().tolist()
@@ -147,7 +141,7 @@ def varlen_reference(
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("width", [16, 20, 100])
 def test_heads_of_any_width_fit_the_fused_kernel(monkeypatch, width, window):
-    """OpenLLaMA-3B has heads of 100: filled up to 104 with zeros, which the scale must not count."""
+    """Heads of 100, as in OpenLLaMA-3B, are padded to 104; the scale must still be that of 100."""
     monkeypatch.setattr(attention.torch_versions, "varlen_attn", varlen_reference)
     lengths = PACKS["many"]
 
@@ -161,7 +155,7 @@ def test_heads_of_any_width_fit_the_fused_kernel(monkeypatch, width, window):
         torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_compiled_layer_is_not_cut_where_it_asks_what_the_gpu_can(monkeypatch):
+def test_asking_for_gpu_features_causes_no_graph_break(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     torch._dynamo.reset()
 
@@ -172,10 +166,8 @@ def test_a_compiled_layer_is_not_cut_where_it_asks_what_the_gpu_can(monkeypatch)
     assert layer(torch.zeros(1)).item() == 1
 
 
-def test_the_slow_way_does_not_ask_the_device_for_its_bounds():
-    """A GPU would have to be waited for in every layer; on the meta device bounds have no values at
-    all.
-    """
+def test_the_fallback_reads_no_bounds_from_the_device():
+    """Bounds on the meta device have no values; reading them on a GPU would wait in every layer."""
     lengths = PACKS["many"]
     query, key, value = (
         tensor.detach().transpose(1, 2) for tensor in states(4, 2, sum(lengths), value_width=8)
@@ -187,7 +179,7 @@ def test_the_slow_way_does_not_ask_the_device_for_its_bounds():
     torch.testing.assert_close(out, masked(query, key, value, lengths, None))
 
 
-def test_transformers_builds_no_mask_and_does_not_look_for_packs(monkeypatch):
+def test_transformers_builds_no_mask_and_detects_no_packs(monkeypatch):
     """Looking for them waits for the GPU once a pass."""
     from conftest import TINY_LLAMA
     from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
@@ -216,7 +208,7 @@ def test_transformers_builds_no_mask_and_does_not_look_for_packs(monkeypatch):
         "a leak into three tokens",
     ],
 )
-def test_one_flipped_expert_is_no_other_attention(moved, has_experts, wanted):
+def test_one_flipped_expert_passes_the_attention_check(moved, has_experts, wanted):
     logits = torch.linspace(-1, 1, 8 * 30).view(8, 30)
     other = logits + 1e-4
     other[moved] += 0.5
@@ -225,10 +217,8 @@ def test_one_flipped_expert_is_no_other_attention(moved, has_experts, wanted):
 
 
 @pytest.mark.parametrize("sees", [0, 1], ids=["itself", "the next token"])
-def test_a_mixture_of_experts_that_looks_one_token_ahead_is_refused(sees):
-    """It moves one token of the probe only, as a token that met another expert does; but that one
-    each time.
-    """
+def test_a_mixture_of_experts_that_sees_one_token_ahead_is_refused(sees):
+    """Like a flipped expert it moves only one token of the probe, but the same one each time."""
     from conftest import TINY_LLAMA
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -252,7 +242,7 @@ def test_a_mixture_of_experts_that_looks_one_token_ahead_is_refused(sees):
         attention_probe.check(model, model, attention_choice.DOCUMENTS, torch.device("cpu"), "fp32")
 
 
-def test_the_slow_way_is_not_compiled_anew_for_each_number_of_documents():
+def test_the_fallback_compiles_once_for_any_number_of_documents():
     """After eight of them PyTorch would give up, and leave the layers uncompiled."""
     torch._dynamo.reset()
     graphs = []

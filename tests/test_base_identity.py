@@ -21,7 +21,10 @@ from finetune.export.verify import probe_logits, verify
 from finetune.models import base_identity
 
 QUANTIZATIONS = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16},
+    "nf4": {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }  # fmt: skip
@@ -63,7 +66,8 @@ def quantized(plain):
 
 def on(base, **changes):
     return {
-        "model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None, **changes,
+        "model__init": "pretrained", "model__path": str(base), "model__config": None,
+        "model__tokenizer": None, **changes,
     }  # fmt: skip
 
 
@@ -86,9 +90,7 @@ def test_qlora_trains_on_a_quantised_base_as_it_is(
     assert [record for record in caplog.records if "MatMul8bitLt" in record.msg] == []
 
 
-def test_an_adapter_on_a_quantised_base_is_merged_into_what_that_holds(
-    workshop, quantized, tmp_path
-):
+def test_an_adapter_merges_into_the_dequantised_weights_of_its_base(workshop, quantized, tmp_path):
     run = workshop.train("run", **on(quantized("nf4"), adapter__kind="qlora"))
     merged = merge([run / "model"], tmp_path / "merged")
     assert merged.rounding < 1e-2
@@ -99,14 +101,29 @@ def test_an_adapter_on_a_quantised_base_is_merged_into_what_that_holds(
 @pytest.mark.parametrize(
     ("changes", "key", "says"),
     [
-        ({"adapter__kind": "full"}, "model.path", "quantised already (bitsandbytes nf4, doubly quantised)"),
-        ({"adapter__kind": "lora"}, "model.path", "set adapter.kind: qlora, or give the model before quantisation"),
-        ({"adapter__kind": "qlora", "adapter__quantization": "int8"}, "adapter.quantization", "int8, but the base is quantised already"),
-        ({"adapter__kind": "qlora", "adapter__double_quantization": False}, "adapter.double_quantization", "stays as it is"),
-        ({"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapter.init", "loftq needs the weights before quantisation"),
+        (
+            {"adapter__kind": "full"}, "model.path",
+            "quantised already (bitsandbytes nf4, doubly quantised)",
+        ),
+        (
+            {"adapter__kind": "lora"}, "model.path",
+            "set adapter.kind: qlora, or give the model before quantisation",
+        ),
+        (
+            {"adapter__kind": "qlora", "adapter__quantization": "int8"}, "adapter.quantization",
+            "int8, but the base is quantised already",
+        ),
+        (
+            {"adapter__kind": "qlora", "adapter__double_quantization": False},
+            "adapter.double_quantization", "stays as it is",
+        ),
+        (
+            {"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapter.init",
+            "loftq needs the weights before quantisation",
+        ),
     ],
 )  # fmt: skip
-def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(
+def test_unsupported_settings_of_a_quantised_base_are_config_errors(
     workshop, quantized, changes, key, says
 ):
     with pytest.raises(ConfigError, match=f"{key}: ") as caught:
@@ -114,8 +131,8 @@ def test_what_a_quantised_base_cannot_be_is_an_error_of_the_config(
     assert says in str(caught.value)
 
 
-def test_a_setting_that_is_given_is_not_taken_for_its_default(workshop, quantized):
-    """nf4 is the default, and said of a base in 8 bits it is still wrong."""
+def test_an_explicit_setting_is_not_mistaken_for_its_default(workshop, quantized):
+    """nf4 is the default, and written of a base in 8 bits it is still wrong."""
     with pytest.raises(
         ConfigError, match="adapter.quantization: nf4, but the base is quantised already"
     ):
@@ -155,13 +172,16 @@ def refusal(base, **adapter):
 
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 @pytest.mark.parametrize(
-    ("said", "files", "name"),
+    ("written", "files", "name"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, (), "gptq, 4 bits"),
         ({"quantization_config": {"quant_method": "awq", "w_bit": 4}}, (), "awq, 4 bits"),
         ({"quantization_config": {"quant_method": "fp8"}}, (), "fp8"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, (), "mxfp4"),
-        ({"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, (), "compressed-tensors"),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, (),
+            "compressed-tensors",
+        ),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, (), "compressed-tensors"),
         ({"quantization": {"group_size": 64, "bits": 4}}, (), "MLX"),
         ({}, ("quantize_config.json",), "gptq"),
@@ -169,26 +189,41 @@ def refusal(base, **adapter):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_every_other_quantisation_is_refused_by_its_name(tmp_path, said, files, name, kind):
-    base = folder_with(tmp_path, {"model_type": "llama", **said}, ("model.safetensors", *files))
+def test_every_other_quantisation_is_refused_by_its_name(tmp_path, written, files, name, kind):
+    base = folder_with(tmp_path, {"model_type": "llama", **written}, ("model.safetensors", *files))
     message = refusal(base, kind=kind)
     assert f"{base} is quantised already ({name})" in message
     assert "give the model before quantisation" in message
 
 
 @pytest.mark.parametrize(
-    ("said", "says"),
+    ("written", "says"),
     [
-        ({"model_type": "bart", "is_encoder_decoder": True, "architectures": ["BartForConditionalGeneration"]}, "encoder-decoder"),
+        (
+            {
+                "model_type": "bart", "is_encoder_decoder": True,
+                "architectures": ["BartForConditionalGeneration"],
+            },
+            "encoder-decoder",
+        ),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "masked language model"),
-        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "classifier"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+            "classifier",
+        ),
         ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "image classifier"),
-        ({"model_type": "mistral", "architectures": ["MistralModel"], "tie_word_embeddings": False}, "has no head"),
+        (
+            {
+                "model_type": "mistral", "architectures": ["MistralModel"],
+                "tie_word_embeddings": False,
+            },
+            "has no head",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else value["model_type"],
 )  # fmt: skip
-def test_a_model_that_does_not_continue_text_is_named(tmp_path, said, says):
-    assert says in refusal(folder_with(tmp_path, said, ["model.safetensors"]))
+def test_a_model_that_is_not_causal_is_refused(tmp_path, written, says):
+    assert says in refusal(folder_with(tmp_path, written, ["model.safetensors"]))
 
 
 @pytest.mark.parametrize(
@@ -201,10 +236,13 @@ def test_a_model_that_does_not_continue_text_is_named(tmp_path, said, says):
         ({"model_type": "llama"}, (), "has no weights"),
         ({"model_type": "llama"}, ("model.gguf",), "has no weights (.safetensors), only GGUF"),
         (None, ("adapter_config.json",), "is an adapter"),
-        ({"model_type": "llama"}, ("model.safetensors", "adapter_config.json"), "holds config.json of a whole model and adapter_config.json"),
+        (
+            {"model_type": "llama"}, ("model.safetensors", "adapter_config.json"),
+            "holds config.json of a whole model and adapter_config.json",
+        ),
     ],
 )  # fmt: skip
-def test_a_folder_that_is_no_model_is_named_in_one_line(tmp_path, config, files, says):
+def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path, config, files, says):
     base = folder_with(tmp_path, config, files)
     assert f"model.path: {base} {says}" in refusal(base)
     file = tmp_path / "file.bin"
@@ -253,22 +291,40 @@ FIRST = "model-00001-of-00002.safetensors"
     [
         (lambda at: (at / FIRST).unlink(), f"/{FIRST} is missing; download it too"),
         (lambda at: (at / FIRST).write_text(""), f"/{FIRST} is empty; download it again"),
-        (lambda at: (at / FIRST).write_text(POINTER), f"/{FIRST} is a pointer of Git LFS, not the file itself; run git lfs pull"),
+        (
+            lambda at: (at / FIRST).write_text(POINTER),
+            f"/{FIRST} is a pointer of Git LFS, not the file itself; run git lfs pull",
+        ),
         (lambda at: (at / FIRST).write_text("<html>Sorry</html>"), f"/{FIRST} is not .safetensors"),
-        (lambda at: (at / FIRST).write_bytes(b"\2" + b"\0" * 7 + b"[]"), f"/{FIRST}: its header cannot be read"),
+        (
+            lambda at: (at / FIRST).write_bytes(b"\2" + b"\0" * 7 + b"[]"),
+            f"/{FIRST}: its header cannot be read",
+        ),
         (lambda at: cut(at / FIRST, 100), f"/{FIRST} is cut off in its header, at 100 bytes"),
         (lambda at: cut(at / FIRST, 20_000), f"/{FIRST} has 20,000 bytes, and should have "),
-        (lambda at: drop_one(at / FIRST), f"/{FIRST}: lacks lm_head.weight, which {INDEX} says is in it"),
-        (lambda at: (at / INDEX).unlink(), f"has weights in parts ({FIRST}), but not their index, {INDEX}"),
+        (
+            lambda at: drop_one(at / FIRST),
+            f"/{FIRST}: lacks lm_head.weight, which {INDEX} says is in it",
+        ),
+        (
+            lambda at: (at / INDEX).unlink(),
+            f"has weights in parts ({FIRST}), but not their index, {INDEX}",
+        ),
         (lambda at: (at / INDEX).write_text("{"), f"/{INDEX}: broken JSON"),
         (lambda at: (at / INDEX).write_text("{}"), f"/{INDEX}: has no weight_map"),
         (lambda at: (at / INDEX).write_text(POINTER), f"/{INDEX} is a pointer of Git LFS"),
-        (lambda at: (at / "config.json").write_text('{"model_type": '), "/config.json: broken JSON"),
+        (
+            lambda at: (at / "config.json").write_text('{"model_type": '),
+            "/config.json: broken JSON",
+        ),
         (lambda at: (at / "config.json").write_text("[]"), "/config.json: should hold an object"),
-        (lambda at: (at / "config.json").write_text('{"quantization_config": "nf4"}'), "/config.json: quantization_config should be a mapping with quant_method, got \"nf4\""),
+        (
+            lambda at: (at / "config.json").write_text('{"quantization_config": "nf4"}'),
+            "/config.json: quantization_config should be a mapping with quant_method, got \"nf4\"",
+        ),
     ],
 )  # fmt: skip
-def test_a_download_that_is_not_whole_is_named_with_its_file(parts, damage, says):
+def test_an_incomplete_download_is_refused_with_its_file(parts, damage, says):
     damage(parts)
     assert f"model.path: {parts}{says if says.startswith('/') else ' ' + says}" in refusal(parts)
 
@@ -280,13 +336,13 @@ def test_a_download_that_is_not_whole_is_named_with_its_file(parts, damage, says
         ("consolidated.safetensors", "has no model.safetensors"),
     ],
 )
-def test_weights_in_another_form_are_looked_at_too(plain, tmp_path, name, says):
+def test_incomplete_weights_of_other_formats_are_refused(plain, tmp_path, name, says):
     base = folder_with(tmp_path, {"model_type": "llama"})
     (base / name).write_bytes(b"PK\3\4 and so on")
     assert says in refusal(base)
 
 
-def test_whole_parts_are_taken(workshop, plain, parts):
+def test_complete_shards_are_accepted(workshop, plain, parts):
     workshop.check(**on(parts))
     assert base.shapes(str(parts)) == base.shapes(str(plain))
 
@@ -307,15 +363,19 @@ def test_random_weights_need_no_saved_ones(workshop, parts):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_weight_that_is_missing_is_named_before_loading(workshop, plain, tmp_path, tied):
+def test_a_missing_weight_is_reported_before_loading(workshop, plain, tmp_path, tied):
     """The file is whole; only the architecture says what should be in it."""
     base = tmp_path / "base"
     shutil.copytree(plain, base)
     tensors = load_file(base / "model.safetensors")
-    said = json.loads((base / "config.json").read_text())
+    written = json.loads((base / "config.json").read_text())
     if tied:
-        (base / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": True}))
-        save_file({name: t for name, t in tensors.items() if name != "lm_head.weight"}, base / "model.safetensors", {"format": "pt"})  # fmt: skip
+        (base / "config.json").write_text(json.dumps({**written, "tie_word_embeddings": True}))
+        save_file(
+            {name: t for name, t in tensors.items() if name != "lm_head.weight"},
+            base / "model.safetensors",
+            {"format": "pt"},
+        )
         workshop.check(**on(base))
         tensors.pop("lm_head.weight")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -338,9 +398,13 @@ def test_a_weight_that_is_missing_is_named_before_loading(workshop, plain, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("{}", "has no vocabulary"), ('{"model": 5}', "model should be an object"), (POINTER, "is a pointer of Git LFS"), ("", "is empty"), ("{", "broken JSON")]
+    ("content", "says"),
+    [
+        ("{}", "has no vocabulary"), ('{"model": 5}', "model should be an object"),
+        (POINTER, "is a pointer of Git LFS"), ("", "is empty"), ("{", "broken JSON"),
+    ]
 )  # fmt: skip
-def test_a_tokenizer_that_is_not_whole_is_named(workshop, plain, tmp_path, content, says):
+def test_an_incomplete_tokenizer_is_refused(workshop, plain, tmp_path, content, says):
     base = tmp_path / "base"
     shutil.copytree(plain, base)
     (base / "tokenizer.json").write_text(content)
@@ -348,17 +412,17 @@ def test_a_tokenizer_that_is_not_whole_is_named(workshop, plain, tmp_path, conte
         workshop.check(**on(base))
 
 
-def test_bits_that_are_switched_off_do_not_make_a_model_quantised(workshop, plain, tmp_path):
+def test_disabled_quantisation_flags_do_not_make_a_model_quantised(workshop, plain, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(plain, base)
-    said = json.loads((base / "config.json").read_text())
+    written = json.loads((base / "config.json").read_text())
     off = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
-    (base / "config.json").write_text(json.dumps({**said, "quantization_config": off}))
+    (base / "config.json").write_text(json.dumps({**written, "quantization_config": off}))
     run = workshop.train(**on(base, train__max_steps=2))
     assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
 
 
-def test_a_folder_of_runs_names_their_models(tmp_path):
+def test_the_error_for_a_folder_of_runs_lists_their_models(tmp_path):
     for run in ("a", "b"):
         (tmp_path / "runs" / run / "model").mkdir(parents=True)
         (tmp_path / "runs" / run / "model/config.json").write_text("{}")
@@ -369,7 +433,7 @@ def test_a_folder_of_runs_names_their_models(tmp_path):
     )
 
 
-def test_a_folder_without_tokenizer_and_a_local_name_that_is_not_there_are_named(
+def test_a_missing_tokenizer_and_a_missing_local_path_are_reported(
     workshop, plain, tmp_path, monkeypatch
 ):
     bare = tmp_path / "bare"
@@ -399,17 +463,21 @@ def test_weights_in_pytorchs_own_format_are_taken(workshop, plain, tmp_path):
 
 def test_random_weights_of_a_quantised_models_shape_are_not_quantised(workshop, quantized):
     run = workshop.train(
-        "run", model__init="random", model__path=str(quantized("nf4")), model__config=None, model__tokenizer=None, train__max_steps=1
+        "run", model__init="random", model__path=str(quantized("nf4")), model__config=None,
+        model__tokenizer=None, train__max_steps=1
     )  # fmt: skip
     assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
 
 
-def test_a_run_directory_and_an_adapter_are_named_with_what_to_write(workshop, plain):
+def test_errors_for_run_directories_and_adapters_say_what_to_write(workshop, plain):
     run = workshop.train("lora", **on(plain, adapter__kind="lora", train__max_steps=1))
     assert f"{run} is a run directory; its model is in {run}/model: give that folder" in refusal(
         run
     )
-    assert f"{run}/model is an adapter, not a model; to train it further give model.path: {plain} and adapter.path: {run}/model" in refusal(run / "model")  # fmt: skip
+    assert (
+        f"{run}/model is an adapter, not a model; to train it further give model.path: "
+        f"{plain} and adapter.path: {run}/model" in refusal(run / "model")
+    )
     assert "give the causal language model" not in refusal(run / "model")
     message = refusal(plain, kind="lora", path=str(run))
     assert (
@@ -452,7 +520,7 @@ def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_how_a_device_packs_is_no_part_of_the_identity_and_what_it_packs_is(plain, tmp_path, form):
+def test_identity_depends_on_packed_values_but_not_on_the_device(plain, tmp_path, form):
     def loaded(folder):
         return AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=BitsAndBytesConfig(**QUANTIZATIONS[form])
@@ -488,17 +556,32 @@ FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     [
         ({}, "quantization_config has no quant_method"),
         ({"load_in_4bit": False, "load_in_8bit": False}, "quantization_config has no quant_method"),
-        ({**FOUR, "bnb_4bit_quant_type": None}, "bnb_4bit_quant_type should be nf4 or fp4, got null"),
-        ({**FOUR, "bnb_4bit_quant_type": "nf5"}, 'bnb_4bit_quant_type should be nf4 or fp4, got "nf5"'),
+        (
+            {**FOUR, "bnb_4bit_quant_type": None},
+            "bnb_4bit_quant_type should be nf4 or fp4, got null",
+        ),
+        (
+            {**FOUR, "bnb_4bit_quant_type": "nf5"},
+            'bnb_4bit_quant_type should be nf4 or fp4, got "nf5"',
+        ),
         ({**FOUR, "load_in_4bit": "yes"}, 'load_in_4bit should be true or false, got "yes"'),
         ({**FOUR, "load_in_8bit": True}, "has both load_in_4bit and load_in_8bit"),
-        ({**FOUR, "bnb_4bit_use_double_quant": "x"}, "bnb_4bit_use_double_quant should be true or false"),
-        ({**FOUR, "bnb_4bit_compute_dtype": "zzz"}, "bnb_4bit_compute_dtype should be one of float32"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": "x"}, "llm_int8_threshold should be a number"),
+        (
+            {**FOUR, "bnb_4bit_use_double_quant": "x"},
+            "bnb_4bit_use_double_quant should be true or false",
+        ),
+        (
+            {**FOUR, "bnb_4bit_compute_dtype": "zzz"},
+            "bnb_4bit_compute_dtype should be one of float32",
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": "x"},
+            "llm_int8_threshold should be a number",
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
-def test_a_quantisation_that_cannot_be_is_named_by_its_key(tmp_path, found, says, kind):
+def test_an_impossible_quantisation_is_refused_by_its_key(tmp_path, found, says, kind):
     folder = folder_with(tmp_path, {"model_type": "llama", "quantization_config": found})
     assert f"model.path: {folder}/config.json: quantization_config" in refusal(folder, kind=kind)
     assert says in refusal(folder, kind=kind)
@@ -507,9 +590,9 @@ def test_a_quantisation_that_cannot_be_is_named_by_its_key(tmp_path, found, says
 def with_config(base, target, **changes):
     """A copy of a base whose config.json has changed; None: without that key."""
     shutil.copytree(base, target)
-    said = json.loads((target / "config.json").read_text()) | changes
+    written = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(
-        json.dumps({key: value for key, value in said.items() if value is not None})
+        json.dumps({key: value for key, value in written.items() if value is not None})
     )
     return target
 
@@ -518,13 +601,22 @@ def with_config(base, target, **changes):
     ("form", "found", "says"),
     [
         (None, FOUR, "says bitsandbytes fp4, but the weights are not quantised"),
-        (None, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "says bitsandbytes int8, but the weights are not quantised"),
-        ("nf4", {**FOUR, "bnb_4bit_quant_type": "fp4"}, "says bitsandbytes fp4, but the weights are nf4"),
-        ("int8", {**FOUR, "bnb_4bit_quant_type": "nf4"}, "says bitsandbytes nf4, but the weights are int8"),
+        (
+            None, {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "says bitsandbytes int8, but the weights are not quantised",
+        ),
+        (
+            "nf4", {**FOUR, "bnb_4bit_quant_type": "fp4"},
+            "says bitsandbytes fp4, but the weights are nf4",
+        ),
+        (
+            "int8", {**FOUR, "bnb_4bit_quant_type": "nf4"},
+            "says bitsandbytes nf4, but the weights are int8",
+        ),
         ("nf4", None, "bitsandbytes has quantised the weights (nf4)"),
     ],
 )  # fmt: skip
-def test_weights_that_are_not_packed_as_the_config_says_are_refused(
+def test_weights_quantised_unlike_the_config_are_refused(
     plain, quantized, tmp_path, form, found, says
 ):
     folder = with_config(
@@ -562,15 +654,28 @@ def test_sizes_that_do_not_fit_the_weights_are_refused_by_the_check(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"dtype": "float99"}, "its config.json cannot be loaded: dtype is 'float99', which transformers does not know"),
+        (
+            {"dtype": "float99"},
+            "its config.json cannot be loaded: dtype is 'float99', "
+            "which transformers does not know",
+        ),
         ({"hidden_size": "64"}, "its config.json cannot be loaded: .*'hidden_size' expected int"),
-        ({"num_attention_heads": 5}, "its config.json cannot be loaded: .*number of attention heads"),
-        ({"hidden_act": "nope"}, "/config.json: architecture llama cannot be loaded: hidden_act is 'nope'"),
-        ({"rope_parameters": {"rope_type": "zzz", "rope_theta": 1e4}}, "rope_parameters.rope_type is 'zzz'"),
+        (
+            {"num_attention_heads": 5},
+            "its config.json cannot be loaded: .*number of attention heads",
+        ),
+        (
+            {"hidden_act": "nope"},
+            "/config.json: architecture llama cannot be loaded: hidden_act is 'nope'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "zzz", "rope_theta": 1e4}},
+            "rope_parameters.rope_type is 'zzz'",
+        ),
         ({"vocab_size": 10}, "the tokenizer has ids up to 260, but the embedding has 10 rows"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_of_the_config_is_named_as_that(workshop, plain, tmp_path, changes, says):
+def test_a_wrong_value_in_a_models_config_is_reported(workshop, plain, tmp_path, changes, says):
     folder = with_config(plain, tmp_path / "base", **changes)
     with pytest.raises(ModelError, match=says):
         workshop.check(**on(folder))
@@ -606,7 +711,7 @@ def test_a_chat_template_that_is_not_utf8_is_named(workshop, plain, tmp_path):
         workshop.check(**on(folder))
 
 
-def test_a_base_of_zeros_is_named_as_that(workshop, plain, tmp_path):
+def test_a_base_of_zeros_is_reported(workshop, plain, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(plain, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -617,7 +722,7 @@ def test_a_base_of_zeros_is_named_as_that(workshop, plain, tmp_path):
         workshop.train(**on(folder))
 
 
-def test_a_model_that_would_lose_layers_is_not_opened(plain, tmp_path):
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(plain, tmp_path):
     """As chat and evaluate open it."""
     folder = with_config(plain, tmp_path / "base", num_hidden_layers=1)
     with pytest.raises(ModelError, match="fewer layers than its weights"):

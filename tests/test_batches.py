@@ -1,4 +1,4 @@
-"""The same steps for any number of processes, every sequence once, and no target across documents."""
+"""Any number of processes makes the same steps; labels never cross documents."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ LENGTHS = np.random.default_rng(0).integers(2, 30, 53)
 
 
 def examples_of(lengths: np.ndarray) -> Examples:
-    """Example i is [10 + i, random..., EOS], of which the second half is learned."""
+    """Example i is [10 + i, random..., EOS], of which the second half is supervised."""
     random = np.random.default_rng(3)
     parts, supervised = [], []
     for number, length in enumerate(lengths):
@@ -28,8 +28,9 @@ def examples_of(lengths: np.ndarray) -> Examples:
         supervised.append(np.arange(length) >= max(1, length // 2))
     ends = np.cumsum(lengths)
     return Examples(
-        np.concatenate(parts), np.concatenate(supervised), ends - lengths, ends, np.arange(len(lengths)) % 2,
-        np.arange(len(lengths)) + 1, np.zeros(len(lengths), int), ["a.jsonl", "b.jsonl"], "fingerprint", len(lengths), 0, 0,
+        np.concatenate(parts), np.concatenate(supervised), ends - lengths, ends,
+        np.arange(len(lengths)) % 2, np.arange(len(lengths)) + 1, np.zeros(len(lengths), int),
+        ["a.jsonl", "b.jsonl"], "fingerprint", len(lengths), 0, 0,
     )  # fmt: skip
 
 
@@ -46,9 +47,7 @@ def targets_of(batch: Batch) -> torch.Tensor:
 
 
 def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, targets) of every document in a micro-batch, fillers left out, read as the model
-    would read them.
-    """
+    """Return (input_ids, labels) of every document in a micro-batch, without fillers."""
     found, inputs, whole = [], batch.inputs, targets_of(batch)
     if "attention_mask" in inputs:
         for ids, targets, mask in zip(inputs["input_ids"], whole, inputs["attention_mask"].bool()):
@@ -152,9 +151,7 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
 def test_any_number_of_processes_makes_the_same_step(
     num_processes, micro_batch_size, step, padded, packing
 ):
-    """53 examples in steps of 24: the third is incomplete. Packed there are fewer, and the steps
-    are of 12.
-    """
+    """53 examples in steps of 24: the third is incomplete. Packed, the steps are of 12."""
     size = 12 if packing else 24
     shared = {"global_batch_size": size, "padded": padded, "packing": packing}
     whole = batches_of(**shared, micro_batch_size=size)
@@ -180,9 +177,7 @@ def test_any_number_of_processes_makes_the_same_step(
 
 
 def test_an_incomplete_last_step_gives_each_process_as_many_micro_batches(padded):
-    """5 sequences for 4 processes of 2: the last has none of its own and goes through the model all
-    the same.
-    """
+    """5 sequences for 4 processes of 2: the last process runs fillers only."""
     lengths = LENGTHS[:13]
     ranks = [batches_of(lengths, rank=rank, num_processes=4, padded=padded) for rank in range(4)]
     assert [len(rank.of_step(1)) for rank in ranks] == [5] * 4
@@ -190,7 +185,7 @@ def test_an_incomplete_last_step_gives_each_process_as_many_micro_batches(padded
     assert held == [[2], [2], [1], [0]]
 
 
-def test_a_filler_teaches_nothing(padded):
+def test_a_filler_has_no_labels(padded):
     (filler,) = batches_of(LENGTHS[:13], rank=3, num_processes=4, padded=padded).at(1)
     assert set(filler.counts.values()) == {0}
     assert len(filler.labels) == len(filler.example) == 0
@@ -221,7 +216,7 @@ def test_the_rows_of_a_step_are_named_by_file_and_line(packing):
 # Layout
 
 
-def test_targets_are_the_next_learned_tokens_and_never_cross_a_document(padded, packing):
+def test_labels_are_the_next_supervised_tokens_and_never_cross_documents(padded, packing):
     batches = batches_of(padded=padded, packing=packing)
     seen = 0
     for step in batches.epoch():
@@ -251,7 +246,7 @@ def test_targets_are_the_next_learned_tokens_and_never_cross_a_document(padded, 
     assert seen == len(LENGTHS)
 
 
-def test_padded_and_end_to_end_hold_the_same_pairs_of_token_and_target(packing):
+def test_padded_and_packed_batches_hold_the_same_pairs_of_token_and_label(packing):
     for one, other in zip(
         batches_of(packing=packing).epoch(),
         batches_of(packing=packing, padded=True).epoch(),
@@ -323,7 +318,7 @@ def test_a_batch_is_called_as_transformers_calls_it(padded):
         assert inputs["cu_seq_lens_q"][-1] == inputs["input_ids"].shape[1]
 
 
-def test_a_micro_batch_has_the_sequences_it_is_said_to_have(padded):
+def test_a_micro_batch_has_the_requested_number_of_sequences(padded):
     for batch in batches_of(micro_batch_size=4, padded=padded).at(0):
         assert len(documents(batch)) == 4
 
@@ -416,7 +411,7 @@ def test_documents_of_an_example_stay_together_and_know_it(packing, padded):
     assert seen == len(examples)
 
 
-def test_a_part_of_pairs_is_pairs(packing):
+def test_a_subset_of_pairs_keeps_pairs_together(packing):
     examples = pairs_of()
     assert examples.subset(np.array([3, 1])).digests() == [
         examples.digests()[3],

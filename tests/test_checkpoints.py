@@ -17,7 +17,8 @@ from finetune.errors import CheckpointError, DamagedCheckpoint
 
 def manifest_of(step: int) -> dict:
     return {
-        "format": folder.FORMAT, "progress": {**Progress().to_dict(), "step": step}, "num_processes": 1, "topology": "single",
+        "format": folder.FORMAT, "progress": {**Progress().to_dict(), "step": step},
+        "num_processes": 1, "topology": "single",
         "config": {"optimizer": {"kind": "adamw"}}, "identity": {},
     }  # fmt: skip
 
@@ -59,16 +60,23 @@ def wrong(key: str, value: object):
 WRONG = [
     *(wrong(key, value) for key in manifest_of(1) for value in (None, [1], -1.5)),
     *(wrong(key, "3") for key in manifest_of(1) if key != "topology"),
-    *(wrong(f"progress.{key}", value) for key in Progress().to_dict() for value in (None, [], True, -1)),
-    *(wrong("files", value) for value in ({}, [], "data", {"data": 5}, {"data": {}}, {"data": {"bytes": "10", "sha256": "a"}})),
-    *(wrong("files", {name: {"bytes": 1, "sha256": "a"}}) for name in ("../data", "/data", "a\0b", ".", "gone")),
-    wrong("config.optimizer", None), wrong("config.optimizer", []), wrong("config.optimizer.kind", 5), wrong("config.train", 5),
-    lambda manifest: [manifest], lambda manifest: "a", lambda manifest: 5, lambda manifest: None, lambda manifest: {},
+    *(wrong(
+        f"progress.{key}", value,
+    ) for key in Progress().to_dict() for value in (None, [], True, -1)),
+    *(wrong("files", value) for value in (
+        {}, [], "data", {"data": 5}, {"data": {}}, {"data": {"bytes": "10", "sha256": "a"}},
+    )),
+    *(wrong(
+        "files", {name: {"bytes": 1, "sha256": "a"}},
+    ) for name in ("../data", "/data", "a\0b", ".", "gone")),
+    wrong("config.optimizer", None), wrong("config.optimizer", []),
+    wrong("config.optimizer.kind", 5), wrong("config.train", 5), lambda manifest: [manifest],
+    lambda manifest: "a", lambda manifest: 5, lambda manifest: None, lambda manifest: {},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", WRONG)
-def test_manifest_of_another_shape_is_passed_over_and_named(tmp_path, change):
+def test_malformed_manifest_is_skipped_and_reported(tmp_path, change):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
     path = newest / "manifest.json"
     path.write_text(rehash(change(json.loads(path.read_text()))))
@@ -94,7 +102,7 @@ def test_manifest_of_another_shape_is_passed_over_and_named(tmp_path, change):
         b'{"format": ' + b"9" * 5000 + b"}",
     ],
 )
-def test_damaged_manifest_is_passed_over(tmp_path, content):
+def test_damaged_manifest_is_skipped(tmp_path, content):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
     (newest / "manifest.json").write_bytes(content)
     found, damaged = resume.find(tmp_path, None)
@@ -102,7 +110,7 @@ def test_damaged_manifest_is_passed_over(tmp_path, content):
     assert "manifest.json is damaged" in damaged[newest]
 
 
-def test_checkpoint_of_a_step_beyond_the_end_is_passed_over(tmp_path):
+def test_checkpoint_of_a_step_beyond_the_end_is_skipped(tmp_path):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 9)
     found, damaged = resume.find(tmp_path, None, num_steps=5)
     assert (found.path, damaged) == (older, {newest: "it is of step 9, but the run has 5 steps"})
@@ -117,13 +125,14 @@ class Command:
 
 HOSTILE = {
     "a command": (pickle.dumps(Command()), "holds more than tensors: it names builtins.print"),
-    "no metadata": (pickle.dumps({"a": 1}), "is damaged"), "a torn one": (b"\x80\x04\x95", "is damaged"), "empty": (b"", "is damaged"),
+    "no metadata": (pickle.dumps({"a": 1}), "is damaged"),
+    "a torn one": (b"\x80\x04\x95", "is damaged"), "empty": (b"", "is damaged"),
     "binary": (b"\xff" * 50, "is damaged"), "text": (b"hello", "is damaged"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_metadata_that_is_not_dcps_is_named(tmp_path, hostile, capsys):
+def test_foreign_checkpoint_metadata_is_reported(tmp_path, hostile, capsys):
     content, says = HOSTILE[hostile]
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match=f"{tmp_path / '.metadata'} {says}"):
@@ -131,7 +140,7 @@ def test_metadata_that_is_not_dcps_is_named(tmp_path, hostile, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_files_of_deepspeed_that_name_other_classes_are_named(tmp_path, capsys):
+def test_deepspeed_files_with_unexpected_classes_are_reported(tmp_path, capsys):
     path = tmp_path / "a.pt"
     torch.save({"weights": torch.zeros(2)}, path)
     unpickling.require_tensors([path], [])
@@ -149,12 +158,18 @@ def test_files_of_deepspeed_that_name_other_classes_are_named(tmp_path, capsys):
 
 
 DAMAGES = {
-    "metadata": ("shards/.metadata", lambda old: pickle.dumps(Command()), "holds more than tensors"),
+    "metadata": (
+        "shards/.metadata", lambda old: pickle.dumps(Command()), "holds more than tensors",
+    ),
     "half of metadata": ("shards/.metadata", lambda old: old[: len(old) // 2], "is damaged"),
-    "half of the shards": ("shards/__0_0.distcp", lambda old: old[: len(old) // 2], "shards is damaged"),
+    "half of the shards": (
+        "shards/__0_0.distcp", lambda old: old[: len(old) // 2], "shards is damaged",
+    ),
     "random numbers": ("process-0000.json", lambda old: b"{}", "is damaged"),
     "a list": ("process-0000.json", lambda old: b"[1]", "is damaged"),
-    "types": ("process-0000.json", lambda old: b'{"random": {"python": 5}, "scaler": null}', "is damaged"),
+    "types": (
+        "process-0000.json", lambda old: b'{"random": {"python": 5}, "scaler": null}', "is damaged",
+    ),
 }  # fmt: skip
 
 
@@ -174,14 +189,14 @@ def test_checkpoint_that_cannot_be_loaded_names_its_file_and_an_older_one(worksh
         (newest / "manifest.json").write_text(rehash(manifest))
         with pytest.raises(CheckpointError) as problem:
             workshop.train(**settings)
-        said = str(problem.value)
-        assert f"checkpoint {newest} cannot be loaded: " in said, said
-        assert says in said, said
-        assert name.split("/")[0] in said, said
-        assert said.endswith(
+        message = str(problem.value)
+        assert f"checkpoint {newest} cannot be loaded: " in message, message
+        assert says in message, message
+        assert name.split("/")[0] in message, message
+        assert message.endswith(
             f"move it away (from checkpoint.storage too, where that is set) to resume from {older}"
         )
-        assert "\n" not in said
+        assert "\n" not in message
         shutil.rmtree(newest)
         shutil.copytree(kept, newest)
     shutil.rmtree(newest)

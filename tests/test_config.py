@@ -31,21 +31,33 @@ SECTIONS = {
 }
 EACH = [
     (f"{section}.{name}", field)
-    for section, classes in SECTIONS.items() for cls in classes for name, field in cls.model_fields.items()
+    for section, classes in SECTIONS.items() for cls in classes for name,
+    field in cls.model_fields.items()
 ]  # fmt: skip
 FIELDS = list(dict(EACH))
 EVERYTHING: dict[str, Any] = {
     "run": {"name": "all-2.5_b", "dir": "/some/where", "seed": 7},
-    "model": {"path": "some/model", "revision": "main", "tokenizer": "bytes", "dtype": "bfloat16", "attention": "sdpa", "trust_remote_code": True},
-    "adapter": {"kind": "lora", "r": 4, "alpha": 8.5, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+    "model": {
+        "path": "some/model", "revision": "main", "tokenizer": "bytes", "dtype": "bfloat16",
+        "attention": "sdpa", "trust_remote_code": True,
+    },
+    "adapter": {
+        "kind": "lora", "r": 4, "alpha": 8.5, "dropout": 0.1,
+        "target_modules": ["q_proj", "v_proj"],
+    },
     "data": {
         "train": ["a.jsonl", "owner/name:train"], "eval": ["b.jsonl"], "format": "question_answer",
-        "columns": {"question": "Patient", "answer": "Doctor"}, "system_prompt": "Bleib höflich:\n- kurz\n- \"klar\" 🙂\n",
-        "template": "alpaca", "loss_on": "last_turn", "max_length": 77, "truncation": "drop", "group_by_length": True,
+        "columns": {"question": "Patient", "answer": "Doctor"},
+        "system_prompt": "Bleib höflich:\n- kurz\n- \"klar\" 🙂\n",
+        "template": "alpaca", "loss_on": "last_turn", "max_length": 77, "truncation": "drop",
+        "group_by_length": True,
     },
     "optimizer": {"lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1},
     "schedule": {"kind": "cosine", "warmup_steps": 3, "min_lr_fraction": 0.1},
-    "train": {"epochs": 2, "max_steps": 9, "global_batch_size": 12, "micro_batch_size": 3, "precision": "bf16", "max_grad_norm": None},
+    "train": {
+        "epochs": 2, "max_steps": 9, "global_batch_size": 12, "micro_batch_size": 3,
+        "precision": "bf16", "max_grad_norm": None,
+    },
     "checkpoint": {"every_steps": 5, "every_minutes": None, "keep_last": 1, "resume": "never"},
     "evaluation": {"every_steps": 4, "micro_batch_size": 2},
     "tracking": {"log_every_steps": 2},
@@ -108,8 +120,8 @@ def test_every_problem_is_reported_at_once(refusal):
     keys = [line.split(":")[0].strip() for line in message.splitlines()[1:]]
     assert sorted(keys) == sorted(
         [
-            "run.name", "run.sed", "model.dtype", "data.train", "data.truncation", "optimizer.lr", "optimizer.betas",
-            "train.global_batch_size", "train.epochs", "--modl.path",
+            "run.name", "run.sed", "model.dtype", "data.train", "data.truncation", "optimizer.lr",
+            "optimizer.betas", "train.global_batch_size", "train.epochs", "--modl.path",
         ]
     )  # fmt: skip
     assert message.startswith("10 problems in ")
@@ -148,14 +160,20 @@ def test_a_misspelt_key_gets_the_nearest_valid_name(section, key, nearest):
     ]
 
 
-@pytest.mark.parametrize(("key", "field"), [("lr", "optimizer.lr"), ("seed", "run.seed"), ("max_length", "data.max_length")])  # fmt: skip
-def test_a_field_outside_its_section_is_told_where_it_belongs(key, field):
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [("lr", "optimizer.lr"), ("seed", "run.seed"), ("max_length", "data.max_length")],
+)
+def test_the_error_for_a_misplaced_field_names_its_section(key, field):
     assert problems_of({**COMPLETE, key: 1}) == [f"{key}: unknown key; did you mean {field}?"]
 
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("schedul", "schedule"), ("optimiser", "optimizer"), ("trian", "train"), ("adaptor", "adapter"), ("eval", "data.eval")],
+    [
+        ("schedul", "schedule"), ("optimiser", "optimizer"), ("trian", "train"),
+        ("adaptor", "adapter"), ("eval", "data.eval"),
+    ],
 )  # fmt: skip
 def test_a_misspelt_section_gets_the_nearest_section(wrong, right):
     (problem,) = problems_of({**COMPLETE, wrong: {"kind": "cosine"}})
@@ -183,11 +201,11 @@ def test_a_misspelt_option_gets_the_nearest_valid_name(refusal, word, nearest):
 @pytest.mark.parametrize(
     ("key", "nested"), [("run.seed", "run: {seed: 1}"), ("optimizer.lr", "optimizer: {lr: 1}")]
 )
-def test_a_key_with_a_dot_is_told_how_to_nest_it(key, nested):
+def test_the_error_for_a_dotted_key_shows_how_to_nest_it(key, nested):
     assert problems_of({**COMPLETE, key: 1}) == [f"{key}: unknown key; nest it: {nested}"]
 
 
-def test_options_after_two_dashes_are_named(refusal):
+def test_options_after_two_dashes_are_refused(refusal):
     message = refusal(yaml.safe_dump(COMPLETE), "--", "--check", "--run.seed=3")
     for word in ("--check", "--run.seed=3"):
         assert f"{word}: stands after --, so it was not read as an option; remove the --" in message
@@ -223,7 +241,7 @@ def test_an_alias_that_refers_to_itself_is_refused(refusal, text):
     )
 
 
-def test_an_alias_of_what_stands_before_is_taken(parse):
+def test_an_alias_of_an_earlier_anchor_is_accepted(parse):
     text = (
         yaml.safe_dump(COMPLETE)
         + "evaluation: {sample_prompts: &a [x, y]}\nadapter: {kind: full, freeze: *a}\n"
@@ -231,22 +249,22 @@ def test_an_alias_of_what_stands_before_is_taken(parse):
     assert parse(text).adapter.freeze == ["x", "y"]
 
 
-def test_a_value_of_the_command_line_that_python_cannot_hold_is_refused(refusal):
-    said = refusal(yaml.safe_dump(COMPLETE), "--run.seed", "9" * 5_000)
-    assert "(a number has too many digits)" in said
-    assert len(said) < 400
+def test_a_command_line_number_too_large_for_python_is_refused(refusal):
+    shown = refusal(yaml.safe_dump(COMPLETE), "--run.seed", "9" * 5_000)
+    assert "(a number has too many digits)" in shown
+    assert len(shown) < 400
 
 
-def test_a_section_as_an_option_is_named(refusal):
-    said = refusal(yaml.safe_dump(COMPLETE), "--optimizer", "{lr: 1e-3}")
+def test_a_section_used_as_an_option_is_refused(refusal):
+    shown = refusal(yaml.safe_dump(COMPLETE), "--optimizer", "{lr: 1e-3}")
     assert (
         "--optimizer: is a section; set each of its settings by itself, as --optimizer.kind VALUE"
-        in said
+        in shown
     )
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
-def test_a_config_in_another_encoding_is_named(tmp_path, encoding):
+def test_a_config_in_another_encoding_is_refused(tmp_path, encoding):
     path = tmp_path / "wide.yaml"
     path.write_text(yaml.safe_dump(COMPLETE), encoding=encoding)
     with pytest.raises(
@@ -255,7 +273,7 @@ def test_a_config_in_another_encoding_is_named(tmp_path, encoding):
         configs.read_yaml(path)
 
 
-def test_what_is_no_file_or_never_ends_is_refused_as_a_config(tmp_path):
+def test_a_device_or_an_oversized_file_is_refused_as_a_config(tmp_path):
     with pytest.raises(ConfigError, match="it is a device or a socket; name a file"):
         configs.read_yaml("/dev/zero")
     (tmp_path / "large.yaml").write_text("# " + "a" * 1_000_000)
@@ -272,8 +290,11 @@ def test_a_config_may_come_through_a_pipe(tmp_path):
     writer.join()
 
 
-def test_a_default_that_is_written_out_and_ignored_is_refused(parse, refusal):
-    says = "evaluation.micro_batch_size: would be ignored: the run has no evaluation rows (data.eval); remove it"
+def test_a_given_setting_without_effect_is_refused(parse, refusal):
+    says = (
+        "evaluation.micro_batch_size: would be ignored: "
+        "the run has no evaluation rows (data.eval); remove it"
+    )
     assert says in refusal(yaml.safe_dump(COMPLETE), "--evaluation.micro_batch_size", "1")
     config = parse(
         yaml.safe_dump(changed(adapter__kind="lora", adapter__init="default", adapter__path=None))
@@ -283,15 +304,13 @@ def test_a_default_that_is_written_out_and_ignored_is_refused(parse, refusal):
     )
 
 
-def test_a_key_like_no_other_is_shown_the_sections():
+def test_the_error_for_an_unrecognisable_key_lists_the_sections():
     (problem,) = problems_of({**COMPLETE, "zzz": {}})
     assert all(section in problem for section in Config.model_fields)
 
 
 def test_a_misspelt_column_is_refused():
-    """data.columns maps names of ours: one that no format has would leave a column unread, without
-    a word.
-    """
+    """A key of data.columns that no format knows would silently leave a column unread."""
     (problem,) = problems_of(
         changed(data__format="instruction", data__columns={"inptu": "Context"})
     )
@@ -308,12 +327,12 @@ def test_a_stray_word_is_refused(refusal):
     )
 
 
-def test_a_config_may_stand_without_its_option(tmp_path):
+def test_a_config_may_be_a_positional_argument(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(COMPLETE))
     assert configs.parse([str(tmp_path / "run.yaml"), "--run.seed", "4"])[0].run.seed == 4
 
 
-def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(parse, capsys):
+def test_the_last_of_repeated_options_wins_with_a_note(parse, capsys):
     assert parse(yaml.safe_dump(COMPLETE), "--run.seed", "1", "--run.seed=2").run.seed == 2
     assert capsys.readouterr().err == "note: --run.seed is given twice: '2' counts, not '1'\n"
     parse(yaml.safe_dump(COMPLETE), "--run.seed", "2", "--run.seed=2")
@@ -336,7 +355,7 @@ def test_an_option_without_its_value_is_refused_by_name(refusal):
         configs.parse(["--config", "--check"])
 
 
-def test_a_setting_that_took_the_config_as_its_value_says_so(tmp_path, refusal):
+def test_an_option_that_swallowed_the_config_path_is_reported(tmp_path, refusal):
     """A bare flag in front of a path takes it, and then every required setting would be missing."""
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(COMPLETE))
@@ -360,14 +379,14 @@ def test_a_setting_that_took_the_config_as_its_value_says_so(tmp_path, refusal):
     assert says.count("data.packing: ") == 1
 
 
-def test_a_text_setting_may_end_like_a_config(parse):
+def test_a_text_value_may_end_in_yaml(parse):
     assert parse(yaml.safe_dump(COMPLETE), "--run.name", "v1.yaml").run.name == "v1.yaml"
 
 
 def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):
     config = parse(
-        yaml.safe_dump(changed(tracking__trackers="trackio")), "--data.packing", "--train.gradient_checkpointing",
-        "--evaluation.sample_prompts", "hello", "--run.seed", "3",
+        yaml.safe_dump(changed(tracking__trackers="trackio")), "--data.packing",
+        "--train.gradient_checkpointing", "--evaluation.sample_prompts", "hello", "--run.seed", "3",
     )  # fmt: skip
     assert (config.data.packing, config.train.gradient_checkpointing, config.run.seed) == (
         True,
@@ -377,7 +396,7 @@ def test_a_bare_flag_is_true_and_one_word_is_a_list_of_one(parse):
     assert (config.tracking.trackers, config.evaluation.sample_prompts) == (["trackio"], ["hello"])
 
 
-def test_a_home_directory_is_meant_by_a_tilde_in_every_path(parse, monkeypatch, tmp_path):
+def test_a_tilde_expands_to_the_home_directory_in_every_path(parse, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = parse(
         "run: {name: a, dir: ~/runs}\nmodel: {path: ~/m, tokenizer: ~/t}\n"
@@ -400,9 +419,9 @@ def test_a_home_directory_is_meant_by_a_tilde_in_every_path(parse, monkeypatch, 
     assert config.checkpoint.storage == f"file://{home}/store"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(COMPLETE))
     assert configs.parse(["--config=~/run.yaml"])[0].run.name == "a"
-    assert problems_of(changed(run__dir="~nobody.of.this.name/runs")) == [
-        "run.dir: begins with ~nobody.of.this.name, but this machine has no such user; write the "
-        "full path, got '~nobody.of.this.name/runs'"
+    assert problems_of(changed(run__dir="~missing.user.name/runs")) == [
+        "run.dir: begins with ~missing.user.name, but this machine has no such user; write the "
+        "full path, got '~missing.user.name/runs'"
     ]
 
 
@@ -419,26 +438,26 @@ HALF = "\ud83d"
         ("{}", (f"--{HALF}.x", "1"), r"--\ud83d.x"),
     ],
 )
-def test_half_a_character_is_named(refusal, text, words, key):
+def test_a_lone_surrogate_is_refused(refusal, text, words, key):
     message = refusal(text, *words)
     message.encode()
     assert key in message
     assert "half a character" in message or "unknown option" in message
 
 
-def test_half_a_character_in_the_name_of_the_config_is_named():
+def test_a_lone_surrogate_in_the_config_path_is_refused():
     with pytest.raises(ConfigError, match="--config: .*half a character"):
         configs.parse(["--config", HALF])
 
 
-def test_half_a_character_in_the_environment_is_named(refusal, monkeypatch):
+def test_a_lone_surrogate_in_the_environment_is_refused(refusal, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "off\udce9")
     assert "WANDB_MODE in the environment: contains half a character" in refusal(
         yaml.safe_dump(COMPLETE)
     )
 
 
-def test_no_home_directory_and_no_user_name_are_no_error(monkeypatch, tmp_path):
+def test_a_missing_home_directory_or_user_name_is_accepted(monkeypatch, tmp_path):
     """OpenShift starts containers under user ids that nothing knows."""
 
     def unknown(_):
@@ -460,7 +479,7 @@ def test_no_home_directory_and_no_user_name_are_no_error(monkeypatch, tmp_path):
         assert home.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_home_that_cannot_be_written_is_not_taken_for_the_cache(monkeypatch):
+def test_the_cache_avoids_an_unwritable_home(monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null")
     assert configs.from_dict(changed(run__dir="somewhere")).cache_dir == "somewhere/.cache"
 
@@ -481,7 +500,7 @@ def test_a_home_that_cannot_be_written_is_not_taken_for_the_cache(monkeypatch):
         ("train.precision", "mps", "Apple GPUs (mps) are not yet supported"),
     ],
 )
-def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
+def test_unsupported_features_are_refused_with_advice(key, value, advice):
     (problem,) = problems_of(changed(**{key.replace(".", "__"): value}))
     assert problem.startswith(f"{key}: ")
     assert advice in problem
@@ -490,18 +509,21 @@ def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
 @pytest.mark.parametrize(
     ("word", "setting"),
     [
-        ("use_peft", "adapter.kind"), ("val_split", "data.eval_fraction"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
-        ("gradient_checkpointing", "train.gradient_checkpointing"), ("report_to", "tracking.trackers"), ("system", "data.system_prompt"),
-        ("lorra", "the sections are"), ("deepspeed", "the topology file decides"), ("device", "(mps) are not yet supported"), ("xyzzy", "the sections are"),
+        ("use_peft", "adapter.kind"), ("val_split", "data.eval_fraction"),
+        ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"),
+        ("bf16", "train.precision"), ("gradient_checkpointing", "train.gradient_checkpointing"),
+        ("report_to", "tracking.trackers"), ("system", "data.system_prompt"),
+        ("lorra", "the sections are"), ("deepspeed", "the topology file decides"),
+        ("device", "(mps) are not yet supported"), ("xyzzy", "the sections are"),
     ],
 )  # fmt: skip
-def test_names_of_other_tools_lead_to_the_setting_here(refusal, word, setting):
+def test_setting_names_of_other_tools_get_ours_suggested(refusal, word, setting):
     (problem,) = problems_of({**COMPLETE, word: 1})
     assert setting in problem
     assert f"--{word}: unknown option; " in refusal(yaml.safe_dump(COMPLETE), f"--{word}", "1")
 
 
-def test_a_removed_setting_names_what_to_use_and_its_default_does_no_harm():
+def test_a_removed_setting_is_refused_with_advice_unless_at_its_default():
     from finetune.config import names
 
     values = configs.from_dict(changed(adapter__kind="lora")).model_dump()
@@ -515,7 +537,7 @@ def test_a_removed_setting_names_what_to_use_and_its_default_does_no_harm():
     assert configs.differences(values, now) == []
 
 
-def test_every_name_of_another_tool_leads_to_a_setting_that_exists():
+def test_every_suggested_setting_exists():
     from finetune.config import names
 
     settings = {setting for setting in names.ELSEWHERE.values() if " " not in setting}
@@ -564,20 +586,20 @@ def test_a_number_is_a_number_however_it_is_written(parse, written, number):
         ),  # a placeholder of Helm or Jinja that was never filled in
     ],
 )
-def test_a_file_that_is_no_config_is_refused_by_name(refusal, text, says):
+def test_a_file_without_a_config_is_refused_by_name(refusal, text, says):
     message = refusal(text)
     assert "run.yaml" in message
     assert says in message
 
 
-def test_a_config_that_is_not_there_is_named(tmp_path):
+def test_a_missing_config_is_reported(tmp_path):
     path = tmp_path / "absent.yaml"
     with pytest.raises(ConfigError) as caught:
         configs.parse(["--config", str(path)])
     assert str(caught.value) == f"{path}: no such file"
 
 
-def test_a_config_that_is_misspelt_or_in_configs_comes_with_the_nearest(tmp_path, monkeypatch):
+def test_the_nearest_config_path_is_suggested(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/my_run.yaml").touch()
@@ -596,7 +618,7 @@ def test_a_config_that_is_misspelt_or_in_configs_comes_with_the_nearest(tmp_path
         configs.parse(["--config", "away/other.yaml"])
 
 
-def test_a_config_that_is_not_utf8_is_named(tmp_path):
+def test_a_config_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"run: {name: caf\xe9}")
     with pytest.raises(ConfigError, match=r"latin\.yaml: cannot read the config"):
         configs.parse(["--config", str(tmp_path / "latin.yaml")])
@@ -647,7 +669,7 @@ def test_a_config_needs_no_file():
         ("optimizer.betas", "[0.8, 0.9]", [0.8, 0.9]),
     ],
 )
-def test_a_word_of_the_command_line_has_the_type_of_its_field(parse, option, word, value):
+def test_command_line_values_take_the_type_of_their_field(parse, option, word, value):
     config = parse(yaml.safe_dump(COMPLETE), f"--{option}={word}")
     assert configs.flatten(config.model_dump())[option] == value
 
@@ -673,14 +695,16 @@ def test_an_option_does_not_hide_a_section_of_the_wrong_kind(refusal):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("run.name", 5), ("run.name", None), ("run.seed", "1"), ("run.seed", 1.0), ("run.seed", True),
-        ("model.path", 5), ("model.trust_remote_code", "yes"), ("model.config", "llama"),
-        ("adapter.kind", "dora"), ("adapter.r", 8.0), ("adapter.target_modules", 3),
-        ("data.train", 5), ("data.train", {"a": 1}), ("data.columns", ["a"]), ("data.columns", {"question": 5}),
-        ("data.packing", 1), ("data.format", "chat"), ("data.system_prompt", ["a"]),
-        ("optimizer.lr", "fast"), ("optimizer.lr", "1e-4"), ("optimizer.betas", 0.9), ("optimizer.betas", [0.9]),
+        ("run.name", 5), ("run.name", None), ("run.seed", "1"), ("run.seed", 1.0),
+        ("run.seed", True), ("model.path", 5), ("model.trust_remote_code", "yes"),
+        ("model.config", "llama"), ("adapter.kind", "dora"), ("adapter.r", 8.0),
+        ("adapter.target_modules", 3), ("data.train", 5), ("data.train", {"a": 1}),
+        ("data.columns", ["a"]), ("data.columns", {"question": 5}), ("data.packing", 1),
+        ("data.format", "chat"), ("data.system_prompt", ["a"]), ("optimizer.lr", "fast"),
+        ("optimizer.lr", "1e-4"), ("optimizer.betas", 0.9), ("optimizer.betas", [0.9]),
         ("optimizer.betas", [0.9, 0.99, 0.999]), ("train.epochs", 1.5), ("train.max_steps", "3"),
-        ("train.precision", "float16"), ("checkpoint.resume", True), ("evaluation.every_steps", "3"),
+        ("train.precision", "float16"), ("checkpoint.resume", True),
+        ("evaluation.every_steps", "3"),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_named_with_its_key(key, value):
@@ -691,7 +715,7 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(key, value):
 
 @pytest.mark.parametrize("section", ["run", "train", "data"])
 @pytest.mark.parametrize("value", [5, None, ["a"], "text"])
-def test_a_section_that_is_no_mapping_is_named(section, value):
+def test_a_section_that_is_not_a_mapping_is_refused(section, value):
     problems = problems_of({**COMPLETE, section: value})
     assert any(
         problem.startswith(f"{section}: a section with keys of its own, got ")
@@ -702,14 +726,16 @@ def test_a_section_that_is_no_mapping_is_named(section, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("run.seed", -1), ("run.seed", 2**31), ("run.name", ""), ("run.name", "../up"), ("run.name", "a b"),
-        ("adapter.r", 0), ("adapter.alpha", 0), ("adapter.dropout", 1.0), ("adapter.dropout", -0.1),
-        ("data.eval_fraction", 1.0), ("data.eval_fraction", -0.5), ("data.max_length", 0), ("data.max_length", -8),
-        ("optimizer.lr", 0), ("optimizer.lr", -1e-4), ("optimizer.betas", [0.9, 1.0]), ("optimizer.betas", [-0.1, 0.9]),
+        ("run.seed", -1), ("run.seed", 2**31), ("run.name", ""), ("run.name", "../up"),
+        ("run.name", "a b"), ("adapter.r", 0), ("adapter.alpha", 0), ("adapter.dropout", 1.0),
+        ("adapter.dropout", -0.1), ("data.eval_fraction", 1.0), ("data.eval_fraction", -0.5),
+        ("data.max_length", 0), ("data.max_length", -8), ("optimizer.lr", 0),
+        ("optimizer.lr", -1e-4), ("optimizer.betas", [0.9, 1.0]), ("optimizer.betas", [-0.1, 0.9]),
         ("optimizer.eps", 0), ("optimizer.weight_decay", -0.1), ("schedule.warmup_steps", -1),
-        ("schedule.min_lr_fraction", 1.1), ("train.epochs", 0), ("train.max_steps", 0), ("train.global_batch_size", 0),
-        ("train.micro_batch_size", -2), ("train.max_grad_norm", 0), ("checkpoint.every_steps", 0),
-        ("checkpoint.every_minutes", 0), ("checkpoint.keep_last", 0), ("evaluation.every_steps", 0),
+        ("schedule.min_lr_fraction", 1.1), ("train.epochs", 0), ("train.max_steps", 0),
+        ("train.global_batch_size", 0), ("train.micro_batch_size", -2), ("train.max_grad_norm", 0),
+        ("checkpoint.every_steps", 0), ("checkpoint.every_minutes", 0), ("checkpoint.keep_last", 0),
+        ("evaluation.every_steps", 0),
         ("evaluation.micro_batch_size", 0), ("tracking.log_every_steps", 0),
         ("data.max_length", 1),  # a token and the one it predicts are two
     ],
@@ -750,7 +776,7 @@ def test_batch_sizes_that_do_not_divide_are_refused(whole, micro):
     ("whole", "micro", "processes", "times"),
     [(8, 1, 1, 8), (8, 2, 1, 4), (8, 2, 4, 1), (24, 3, 2, 4)],
 )
-def test_accumulation_is_what_is_left_of_the_global_batch(whole, micro, processes, times):
+def test_accumulation_steps_follow_from_the_global_batch(whole, micro, processes, times):
     config = configs.from_dict(
         changed(train__global_batch_size=whole, train__micro_batch_size=micro)
     )
@@ -833,8 +859,14 @@ def test_a_setting_that_would_be_ignored_is_an_error(changes, key):
     ("changes", "says"),
     [
         ({"adapter__r": 8}, "adapter.r: adapter.kind is full; it belongs to lora and qlora"),
-        ({"adapter__kind": "lora", "adapter__freeze": ["a"]}, "adapter.freeze: adapter.kind is lora; it belongs to full"),
-        ({"adapter__kind": "lora", "adapter__quantization": "nf4"}, "adapter.quantization: adapter.kind is lora; it belongs to qlora"),
+        (
+            {"adapter__kind": "lora", "adapter__freeze": ["a"]},
+            "adapter.freeze: adapter.kind is lora; it belongs to full",
+        ),
+        (
+            {"adapter__kind": "lora", "adapter__quantization": "nf4"},
+            "adapter.quantization: adapter.kind is lora; it belongs to qlora",
+        ),
     ],
 )  # fmt: skip
 def test_a_setting_of_another_kind_is_an_unknown_key(refusal, changes, says):
@@ -846,7 +878,7 @@ def test_a_setting_of_another_kind_is_an_unknown_key(refusal, changes, says):
     )
 
 
-def test_a_config_of_an_earlier_version_may_hold_settings_of_other_kinds(tmp_path):
+def test_an_older_config_may_hold_settings_of_other_kinds(tmp_path):
     """It wrote all of them out; a run that resumes, or is repeated, reads its own config.yaml."""
     written = configs.from_dict(COMPLETE).model_dump()
     of_before = {**written, "adapter": {**written["adapter"], "r": 16, "quantization": "nf4"}}
@@ -886,8 +918,13 @@ def test_the_largest_example_sets_every_section():
     "values",
     [
         COMPLETE, EVERYTHING, changed(**RANDOM),
-        *(changed(model__revision=text) for text in ("5e-5", "1e5", "08", "0x1f", "1_000", "null", "~", "yes", "1:30", "", " a ", "2024-01-01", "a: b", "#a", "é🙂", "-", "[a]", "1.", ".5", "+5")),
-        changed(run__name="5e-5"), changed(data__system_prompt="two\n\n  lines \n"), changed(data__system_prompt="from a word\u2028processor"), changed(optimizer__eps=1e-30, optimizer__lr=123456789.0),
+        *(changed(model__revision=text) for text in (
+            "5e-5", "1e5", "08", "0x1f", "1_000", "null", "~", "yes", "1:30", "", " a ",
+            "2024-01-01", "a: b", "#a", "é🙂", "-", "[a]", "1.", ".5", "+5",
+        )),
+        changed(run__name="5e-5"), changed(data__system_prompt="two\n\n  lines \n"),
+        changed(data__system_prompt="from a word\u2028processor"),
+        changed(optimizer__eps=1e-30, optimizer__lr=123456789.0),
     ],
     ids=lambda values: f"{values['run']['name']} {values['model'].get('revision')!r}",
 )  # fmt: skip
@@ -932,17 +969,18 @@ def test_the_shipped_configs_are_valid():
         ({"adapter__r": 5}, "adapter.r: was 4, now 5"),
     ],
 )
-def test_a_difference_that_makes_another_run_is_named_with_both_values(changes, named):
+def test_a_difference_that_makes_another_run_is_shown_with_both_values(changes, named):
     old = configs.from_dict(EVERYTHING).model_dump()
     assert configs.differences(old, configs.from_dict(changed(EVERYTHING, **changes))) == [named]
 
 
-def test_what_may_change_between_a_run_and_its_resumption_is_no_difference():
+def test_settings_that_may_change_on_resume_are_not_differences():
     old = configs.from_dict(EVERYTHING).model_dump()
     new = changed(
         EVERYTHING, run__dir="elsewhere", data__cache_dir="elsewhere", model__attention="eager",
-        train__micro_batch_size=1, train__gradient_checkpointing=True, checkpoint__every_steps=1, checkpoint__keep_last=9,
-        checkpoint__resume="auto", evaluation__every_steps=1, evaluation__micro_batch_size=1, tracking__log_every_steps=9,
+        train__micro_batch_size=1, train__gradient_checkpointing=True, checkpoint__every_steps=1,
+        checkpoint__keep_last=9, checkpoint__resume="auto", evaluation__every_steps=1,
+        evaluation__micro_batch_size=1, tracking__log_every_steps=9,
     )  # fmt: skip
     assert configs.differences(old, configs.from_dict(new)) == []
 
@@ -1057,7 +1095,8 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     if "anyOf" in schema:
         return any(fits(value, option, root) for option in schema["anyOf"])
     types = {
-        "object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float), "null": type(None)
+        "object": dict, "array": list, "string": str, "boolean": bool, "integer": int,
+        "number": (int, float), "null": type(None)
     }  # fmt: skip
     kind = schema.get("type")
     if kind and (
@@ -1084,14 +1123,19 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return (
             value >= schema.get("minimum", value) and value <= schema.get("maximum", value)
-            and value > schema.get("exclusiveMinimum", value - 1) and value < schema.get("exclusiveMaximum", value + 1)
+            and value > schema.get(
+                "exclusiveMinimum", value - 1,
+            ) and value < schema.get("exclusiveMaximum", value + 1)
         )  # fmt: skip
     return True
 
 
 @pytest.mark.parametrize(
     "values",
-    [COMPLETE, EVERYTHING, changed(**RANDOM), configs.from_dict(COMPLETE).model_dump(), configs.from_dict(EVERYTHING).model_dump()],
+    [
+        COMPLETE, EVERYTHING, changed(**RANDOM), configs.from_dict(COMPLETE).model_dump(),
+        configs.from_dict(EVERYTHING).model_dump(),
+    ],
     ids=["complete", "everything", "random", "complete, resolved", "everything, resolved"],
 )  # fmt: skip
 def test_the_schema_accepts_what_the_config_accepts(values):
@@ -1102,9 +1146,11 @@ def test_the_schema_accepts_what_the_config_accepts(values):
 @pytest.mark.parametrize(
     "values",
     [
-        changed(run__nmae="a"), changed(data__train=...), changed(run__name="a b"), changed(run__seed="1"), changed(train__epochs=0),
-        changed(optimizer__betas=[0.9]), changed(adapter__kind="dora"), changed(adapter__dropout=1.0), {**COMPLETE, "trian": {}},
-        changed(data__train={"a": 1}), changed(run__seed=True), changed(data__columns={"question": 5}),
+        changed(run__nmae="a"), changed(data__train=...), changed(run__name="a b"),
+        changed(run__seed="1"), changed(train__epochs=0), changed(optimizer__betas=[0.9]),
+        changed(adapter__kind="dora"), changed(adapter__dropout=1.0), {**COMPLETE, "trian": {}},
+        changed(data__train={"a": 1}), changed(run__seed=True),
+        changed(data__columns={"question": 5}),
     ],
 )  # fmt: skip
 def test_the_schema_refuses_what_the_config_refuses(values):

@@ -1,6 +1,4 @@
-"""Relative paths of a config: from the working directory or from the config's folder, never a guess
-between two.
-"""
+"""Relative paths resolve in the working directory or the config's folder, never by guess."""
 
 import os
 import re
@@ -41,7 +39,7 @@ def rows(folder):
 @pytest.mark.parametrize(
     "name", ["rows.jsonl", "./rows.jsonl", "sub/rows.jsonl", "sub", "*.jsonl", "**/*.jsonl"]
 )
-def test_what_lies_beside_the_config_is_found(project, name):
+def test_paths_beside_the_config_are_found(project, name):
     folder, parse = project
     rows(folder / "project")
     rows(folder / "project/sub")
@@ -53,7 +51,7 @@ def test_what_lies_beside_the_config_is_found(project, name):
     assert both[1] == "/tmp/x.jsonl"
 
 
-def test_the_working_directory_counts_as_before(project):
+def test_paths_in_the_working_directory_are_found(project):
     folder, parse = project
     rows(folder / "here")
     assert parse().data.train == "rows.jsonl"
@@ -65,7 +63,10 @@ def test_two_files_of_one_name_are_an_error(project):
     rows(folder / "project")
     with pytest.raises(
         ConfigError,
-        match=rf"data.train: rows.jsonl is in {re.escape(str(folder))}/here and in .*project; write the full path",
+        match=(
+            f"data.train: rows.jsonl is in {re.escape(str(folder))}/here and in .*project; "
+            "write the full path"
+        ),
     ):
         parse()
     os.remove(folder / "project/rows.jsonl")
@@ -97,7 +98,7 @@ def test_an_error_names_both_folders(project):
         readers.sources(config.data.train, None)
 
 
-def test_models_templates_and_evaluation_rows_are_looked_for_likewise(project):
+def test_models_templates_and_evaluation_rows_are_found_the_same_way(project):
     folder, parse = project
     rows(folder / "project")
     (folder / "project/chat.jinja").write_text("{{ messages }}")

@@ -1,5 +1,4 @@
-"""The container image, built, started and stopped as Docker would: by runc, as user 10001, with a
-root that is read-only.
+"""The image is built, started and stopped as Docker would: runc, user 10001, read-only root.
 
 `make image-test` alone runs what uses the image.
 """
@@ -55,13 +54,14 @@ class Image:
         return result.stdout + result.stderr if arguments[0] == "build" else result.stdout
 
     def build(self) -> tuple[str, float]:
-        """(what the builder said, seconds)"""
+        """(output of the builder, seconds)"""
         begun = time.monotonic()
-        said = self.buildah(
-            "build", "--isolation=chroot", "--network=host", "--layers", "--build-arg=BASE_IMAGE=localhost/base", *self.options,
-            "--build-arg=REVISION=0123abc", f"--file={self.context}/docker/Dockerfile", "--tag=finetune", str(self.context),
+        output = self.buildah(
+            "build", "--isolation=chroot", "--network=host", "--layers",
+            "--build-arg=BASE_IMAGE=localhost/base", *self.options, "--build-arg=REVISION=0123abc",
+            f"--file={self.context}/docker/Dockerfile", "--tag=finetune", str(self.context),
         )  # fmt: skip
-        return said, time.monotonic() - begun
+        return output, time.monotonic() - begun
 
     def open(self) -> None:
         [details] = [json.loads(self.buildah("inspect", "--type=image", "localhost/finetune"))]
@@ -73,7 +73,9 @@ class Image:
         self, *words: str, entrypoint: list[str] | None = None, scratch: Path, **volumes: Path
     ) -> "Container":
         self.count += 1
-        return Container(self, f"finetune-{os.getpid()}-{self.count}", (entrypoint or self.config["Entrypoint"]) + list(words or self.config["Cmd"]),
+        return Container(self, f"finetune-{os.getpid()}-{self.count}", (
+            entrypoint or self.config["Entrypoint"]
+        ) + list(words or self.config["Cmd"]),
                          {"scratch": scratch, **volumes})  # fmt: skip
 
     def run(self, *words: str, **keywords: Any) -> tuple[int, str]:
@@ -98,24 +100,41 @@ class Container:
         user, group = map(int, image.config["User"].split(":"))
         mounts = [
             {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
-            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=64m"]},
+            {
+                "destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+                "options": ["nosuid", "mode=755", "size=65536k"],
+            },
+            {
+                "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+                "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=64m"],
+            },
         ]  # fmt: skip
         for target, source in volumes.items():
-            mounts.append({"destination": f"/{target}", "type": "bind", "source": str(source), "options": ["rbind", "ro" if target == "config" else "rw"]})  # fmt: skip
+            mounts.append(
+                {
+                    "destination": f"/{target}",
+                    "type": "bind",
+                    "source": str(source),
+                    "options": ["rbind", "ro" if target == "config" else "rw"],
+                }
+            )
         config = {
             "ociVersion": "1.0.2",
             "process": {
-                "user": {"uid": user, "gid": group}, "args": words, "env": [*image.config["Env"], "OMP_NUM_THREADS=1"],
+                "user": {"uid": user, "gid": group}, "args": words,
+                "env": [*image.config["Env"], "OMP_NUM_THREADS=1"],
                 "cwd": image.config["WorkingDir"], "noNewPrivileges": True, "capabilities": {},
             },
             "root": {"path": str(image.root), "readonly": True}, "mounts": mounts,
-            "linux": {"namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network")]},
+            "linux": {
+                "namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network")]
+            },
         }  # fmt: skip
         (self.bundle / "config.json").write_text(json.dumps(config))
-        with (self.bundle / "said").open("w") as said:
+        with (self.bundle / "output").open("w") as output:
             self.process = subprocess.Popen(
-                self._runc("run", f"--bundle={self.bundle}", name), stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                self._runc("run", f"--bundle={self.bundle}", name), stdout=output,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
             )  # fmt: skip
 
     def _runc(self, *arguments: str) -> list[str]:
@@ -125,13 +144,13 @@ class Container:
         """To its PID 1, as `docker stop` and the kubelet do."""
         subprocess.run(self._runc("kill", self.name, name), check=True)
 
-    def said(self) -> str:
-        return (self.bundle / "said").read_text()
+    def output(self) -> str:
+        return (self.bundle / "output").read_text()
 
     def end(self, timeout: float = 240) -> tuple[int, str]:
-        """(exit code, what it said)"""
+        """(exit code, output)"""
         try:
-            return self.process.wait(timeout), self.said()
+            return self.process.wait(timeout), self.output()
         finally:
             if self.process.poll() is None:
                 subprocess.run(self._runc("delete", "--force", self.name), check=False)
@@ -139,9 +158,7 @@ class Container:
 
 
 def site(folder: Path) -> list[str]:
-    """Options by which a build uses the package index of this machine, however pip finds it:
-    mirrors, folders, certificate.
-    """
+    """Return build options for this machine's package index: mirrors, folders, certificate."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
@@ -220,21 +237,22 @@ def place(image: Image) -> Callable[[], Path]:
 long = pytest.mark.timeout(1800)  # the first of them also builds
 
 TRAIN = (
-    "launch", "train.py", "--config=configs/quickstart_pretrain.yaml", "--data.train=/config/sentences.txt", "--train.max_steps=20",
+    "launch", "train.py", "--config=configs/quickstart_pretrain.yaml",
+    "--data.train=/config/sentences.txt", "--train.max_steps=20",
 )  # fmt: skip
 
 
 @long
-def test_the_image_says_what_it_can_do_and_where_it_comes_from(image, place):
-    code, said = image.run(scratch=place())
+def test_the_image_has_help_and_origin_labels(image, place):
+    code, output = image.run(scratch=place())
     assert code == 0
-    assert "launch" in said
+    assert "launch" in output
     assert image.config["Labels"]["org.opencontainers.image.revision"] == "0123abc"
 
 
 @long
-def test_nothing_that_lies_beside_the_code_is_in_the_image(image):
-    """Tokens, data, runs, what pip was told; and all of it is root's."""
+def test_the_image_holds_only_the_code(image):
+    """Tokens, data, runs, pip's settings; and all of it is root's."""
     code = image.root / "finetune"
     inside = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
     assert inside == {name for name in tracked() if re.fullmatch(NEEDED, name)}
@@ -254,23 +272,23 @@ for folder, folders, _ in os.walk("/"):
         print(folder)
         folders.clear()
 """
-    code, said = image.run("-c", look, entrypoint=["python"], scratch=place(), runs=place())
-    assert (code, said.splitlines()[0]) == (0, "10001 10001 finetune 1")
-    assert sorted(said.splitlines()[1:]) == ["/runs", "/scratch"]
+    code, output = image.run("-c", look, entrypoint=["python"], scratch=place(), runs=place())
+    assert (code, output.splitlines()[0]) == (0, "10001 10001 finetune 1")
+    assert sorted(output.splitlines()[1:]) == ["/runs", "/scratch"]
 
 
 @pytest.fixture(scope="session")
 def rows(image: Image, place: Callable[[], Path]) -> Path:
     """Made by the image's own script; for runs they are in /config, where they can be read only."""
     folder = place()
-    code, said = image.run(
+    code, output = image.run(
         "data_scripts/pig_latin.py",
         "--output=/runs",
         entrypoint=["python"],
         scratch=place(),
         runs=folder,
     )
-    assert code == 0, said
+    assert code == 0, output
     return folder
 
 
@@ -278,8 +296,8 @@ def rows(image: Image, place: Callable[[], Path]) -> Path:
 def undisturbed(image: Image, place: Callable[[], Path], rows: Path) -> Path:
     """A short run of the quickstart, from start to end."""
     runs, begun = place(), time.monotonic()
-    code, said = image.run(*TRAIN, scratch=place(), runs=runs, config=rows)
-    assert code == 0, said
+    code, output = image.run(*TRAIN, scratch=place(), runs=runs, config=rows)
+    assert code == 0, output
     print(f"\nquickstart, 20 steps: {time.monotonic() - begun:.0f} s")
     return runs / "quickstart_base"
 
@@ -299,24 +317,24 @@ def test_sigterm_to_pid_1_saves_and_ends_with_75_and_the_next_start_goes_on(
     run = volumes["runs"] / "quickstart_base"
     container = image.start(*TRAIN, scratch=place(), **volumes)
     while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
-        assert container.process.poll() is None, container.said()
+        assert container.process.poll() is None, container.output()
         time.sleep(0.1)
     begun = time.monotonic()
     container.signal("SIGTERM")
-    code, said = container.end()
+    code, output = container.end()
     took = time.monotonic() - begun
-    assert code == 75, said
+    assert code == 75, output
     assert json.loads((run / "outcome.json").read_text())["state"] == "preempted"
     [saved] = (run / "checkpoints").glob("step-*")
     done = losses(run)
     assert 3 <= len(done) < 20
     assert int(saved.name.removeprefix("step-")) == len(done)
     print(f"\nSIGTERM to exit: {took:.1f} s")
-    code, said = image.run(
+    code, output = image.run(
         *TRAIN, scratch=place(), **volumes
     )  # another machine: nothing in /scratch
-    assert code == 0, said
-    assert f"at step {len(done)}\n" in said
+    assert code == 0, output
+    assert f"at step {len(done)}\n" in output
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(1, 21))
     assert losses(run) == losses(undisturbed)
 
@@ -326,17 +344,17 @@ def test_sigterm_to_pid_1_saves_and_ends_with_75_and_the_next_start_goes_on(
     "wrong",
     ["--optimizer.lr=fast", "--optimizer.learning_rate=1e-3", "--data.train=/config/nothing.txt"],
 )
-def test_what_is_wrong_ends_with_2(image, place, rows, wrong):
-    code, said = image.run(*TRAIN, wrong, scratch=place(), runs=place(), config=rows)
-    assert code == 2, said
-    assert "error" in said
+def test_user_errors_exit_with_2(image, place, rows, wrong):
+    code, output = image.run(*TRAIN, wrong, scratch=place(), runs=place(), config=rows)
+    assert code == 2, output
+    assert "error" in output
 
 
 @long
 def test_layers_can_be_compiled(image, place, rows):
     """With the compiler and the headers of the image; what comes out is loaded from /scratch."""
     scratch = place()
-    code, said = image.run(
+    code, output = image.run(
         *TRAIN,
         "--train.compile=true",
         "--train.max_steps=2",
@@ -345,17 +363,17 @@ def test_layers_can_be_compiled(image, place, rows):
         runs=place(),
         config=rows,
     )
-    assert code == 0, said
+    assert code == 0, output
     assert list(scratch.rglob("*.so"))
 
 
 @long
-def test_a_change_of_the_code_leaves_the_packages_as_they_are(image):
+def test_a_code_change_does_not_reinstall_packages(image):
     with (image.context / "train.py").open("a") as file:
         file.write("# changed\n")
-    said, took = image.build()
+    output, took = image.build()
     print(f"\nafter a change of train.py: {took:.0f} s")
-    steps = dict(re.findall(r"STEP \d+/\d+: (.*)\n(.*)", said))
+    steps = dict(re.findall(r"STEP \d+/\d+: (.*)\n(.*)", output))
     [packages] = [step for step in steps if "--requirement /opt/requirements.txt" in step]
     assert "Using cache" in steps[packages]
     assert "Using cache" not in steps["COPY . ."]

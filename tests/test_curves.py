@@ -28,14 +28,16 @@ def test_one_run_is_drawn_into_its_directory(run, capsys):
     assert is_picture(run / "curves.png")
 
 
-def test_what_is_drawn_is_what_is_on_record(run, monkeypatch):
+def test_the_picture_shows_the_logged_values(run, monkeypatch):
     """The lines of the figure hold the numbers of the files."""
     from matplotlib.figure import Figure
 
     drawn = {}
     monkeypatch.setattr(
         Figure, "savefig",
-        lambda figure, *_, **__: drawn.update({a.get_title(loc="left"): [line.get_xydata().tolist() for line in a.lines] for a in figure.axes}),
+        lambda figure, *_, **__: drawn.update({a.get_title(loc="left"): [
+            line.get_xydata().tolist() for line in a.lines
+        ] for a in figure.axes}),
     )  # fmt: skip
     curves.draw([run], run / "x.png")
     metrics, evals = curves.read(run / "metrics.jsonl"), curves.read(run / "eval.jsonl")
@@ -80,7 +82,7 @@ def test_several_runs_stand_in_one_picture(run, workshop, tmp_path):
     assert curves.name_of(run, [run, tmp_path / "elsewhere/run"]) == str(run)
 
 
-def test_a_run_that_goes_on_is_drawn_as_far_as_it_is(run):
+def test_an_unfinished_run_is_drawn_so_far(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": null, "lr": 0.1}\n{"step": 7, "lo')
     curves.draw([run], run / "now.png")
@@ -98,7 +100,7 @@ def test_smoothing_keeps_level_and_ends_and_spikes_do_not_spread_over_gaps():
     assert holes == [1.0] * 121
 
 
-def test_what_is_no_run_is_an_error(workshop, tmp_path, capsys):
+def test_a_folder_without_a_run_is_an_error(workshop, tmp_path, capsys):
     write_jsonl(tmp_path / "rows.jsonl", pairs())
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl"):
@@ -107,7 +109,7 @@ def test_what_is_no_run_is_an_error(workshop, tmp_path, capsys):
     assert "runs/my_run" in capsys.readouterr().err
 
 
-def test_a_picture_never_replaces_what_it_is_drawn_from(run, tmp_path, capsys):
+def test_a_picture_never_overwrites_its_logs(run, tmp_path, capsys):
     link = tmp_path / "picture.png"
     link.symlink_to(run / "metrics.jsonl")
     before = link.read_bytes()

@@ -1,6 +1,4 @@
-"""The average of the weights: by its formula, beside the training, through checkpoints, into the
-export.
-"""
+"""The average of the weights follows its formula through training, checkpoints and export."""
 
 import pytest
 import torch
@@ -24,7 +22,7 @@ def exported(run):
 
 
 @pytest.mark.slow
-def test_the_export_is_the_average_by_its_formula_and_training_knows_nothing_of_it(workshop):
+def test_the_exported_average_follows_its_formula_and_leaves_training_unchanged(workshop):
     plain = workshop.train("plain", **EVERY, data__eval_fraction=0.2)
     run = workshop.train(train__ema_decay=0.25, data__eval_fraction=0.2)
     assert losses(run) == losses(plain)
@@ -72,8 +70,9 @@ def test_resumed_averages_are_uninterrupted_averages(workshop):
 def test_the_best_averages_are_exported(workshop):
     """At this rate the loss goes up and down: the best evaluation is not the last."""
     run = workshop.train(
-        train__ema_decay=0.5, data__eval_fraction=0.2, evaluation__every_steps=1, evaluation__export_best=True,
-        optimizer__lr=1.0, schedule__kind="constant", train__max_steps=6, train__epochs=9,
+        train__ema_decay=0.5, data__eval_fraction=0.2, evaluation__every_steps=1,
+        evaluation__export_best=True, optimizer__lr=1.0, schedule__kind="constant",
+        train__max_steps=6, train__epochs=9,
     )  # fmt: skip
     found = {line["step"]: line["eval_loss"] for line in read_jsonl(run / "eval.jsonl")}
     best = min(found, key=found.get)

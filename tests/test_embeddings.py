@@ -22,7 +22,11 @@ def plain(workshop, bytes_tokenizer):
         from transformers import PreTrainedTokenizerFast
 
         tokenizer = bytes_tokenizer.backend_tokenizer
-        bare = PreTrainedTokenizerFast(tokenizer_object=type(tokenizer).from_str(without_chatml(tokenizer)), eos_token="<|eos|>", pad_token="<|pad|>")  # fmt: skip
+        bare = PreTrainedTokenizerFast(
+            tokenizer_object=type(tokenizer).from_str(without_chatml(tokenizer)),
+            eos_token="<|eos|>",
+            pad_token="<|pad|>",
+        )
         bare.save_pretrained(workshop.folder / "tokenizer")
         config = TINY_LLAMA | {"tie_word_embeddings": tied}
         base = workshop.train(
@@ -48,7 +52,17 @@ def without_chatml(tokenizer) -> str:
     return json.dumps(state)
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("full", True), ("lora", False), *(pytest.param(*each, marks=pytest.mark.proof) for each in (("full", False), ("lora", True), ("qlora", False), ("qlora", True)))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        ("full", True),
+        ("lora", False),
+        *(
+            pytest.param(*each, marks=pytest.mark.proof)
+            for each in (("full", False), ("lora", True), ("qlora", False), ("qlora", True))
+        ),
+    ],
+)
 @pytest.mark.slow
 def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
     settings = {**plain(tied), "adapter__kind": kind, "data__template": "chatml"}
@@ -88,7 +102,7 @@ def test_new_rows_start_from_the_mean_of_the_old(workshop):
         assert torch.allclose(module.weight[261:], before.mean(0).expand(2, -1), atol=1e-7)
 
 
-def test_a_new_token_that_is_not_new_is_refused(workshop):
+def test_an_existing_token_given_as_new_is_refused(workshop):
     with pytest.raises(ModelError, match=r"'<\|im_end\|>' is already in the vocabulary"):
         workshop.train(model__new_tokens=["<|im_end|>"])
 
@@ -108,7 +122,11 @@ def test_noise_reaches_models_in_16_bits():
     """length x width, 64 x 4,096, is more than float16 can hold."""
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model("llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"} | {"hidden_size": 4096}, vocab_size=9)  # fmt: skip
+    config = AutoConfig.for_model(
+        "llama",
+        **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"} | {"hidden_size": 4096},
+        vocab_size=9,
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     embeddings.add_noise(model, alpha=5.0)
     ids, embedding = torch.ones(1, 64, dtype=torch.long), model.get_input_embeddings()
@@ -117,16 +135,20 @@ def test_noise_reaches_models_in_16_bits():
     assert float(noise.max()) == pytest.approx(5.0 / (64 * 4096) ** 0.5, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.proof) for kind in ("bloom", "gpt_neox"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    ["gpt2", *(pytest.param(kind, marks=pytest.mark.proof) for kind in ("bloom", "gpt_neox"))],
+)
 @pytest.mark.slow
-def test_new_tokens_beside_an_adapter_of_models_that_call_their_ends_otherwise(workshop, kind):
-    """peft knows tied modules by name, and these have other names; the run itself compares what it
-    exported.
-    """
+def test_new_tokens_beside_an_adapter_with_unusual_embedding_names(workshop, kind):
+    """peft knows tied modules by name, but these have others; the run verifies its own export."""
     sizes = {
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
         "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-        "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "tie_word_embeddings": True},
+        "gpt_neox": {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 64, "tie_word_embeddings": True,
+        },
     }  # fmt: skip
     base = workshop.train("base", model__config={"model_type": kind, **sizes[kind]}) / "model"
     run = workshop.train(
@@ -180,9 +202,7 @@ def test_noise_is_as_large_as_its_formula_by_the_length_of_each_document(packed)
     ids=["noise", "smoothing"],
 )
 def test_noise_and_smoothing_train_and_are_not_in_evaluations(workshop, setting):
-    """The first evaluation comes before anything was learned to speak of: the same loss with and
-    without them.
-    """
+    """Both runs start at the same evaluation loss, before training could change it."""
     settings = {"data__eval_fraction": 0.2, "optimizer__lr": 1e-9, "train__max_steps": 1}
     plain = workshop.train("plain", **settings)
     noisy = workshop.train("noisy", **settings, **setting)

@@ -81,8 +81,9 @@ def base_and_tuned(workshop):
         train__micro_batch_size=4,
     )
     tuned = workshop.train(
-        "tuned", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
-        train__global_batch_size=4, train__micro_batch_size=4, train__epochs=120, train__max_steps=120,
+        "tuned", model__init="pretrained", model__path=str(base / "model"), model__config=None,
+        model__tokenizer=None, train__global_batch_size=4, train__micro_batch_size=4,
+        train__epochs=120, train__max_steps=120,
     )  # fmt: skip
     return base / "model", tuned / "model", rows
 
@@ -127,9 +128,7 @@ def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, 
 
 
 @pytest.mark.slow
-def test_run_directories_are_taken_for_their_models_and_one_model_twice_is_told(
-    base_and_tuned, capsys
-):
+def test_run_directories_stand_for_their_models_and_duplicates_are_refused(base_and_tuned, capsys):
     base, _, rows = base_and_tuned
     asked = [
         "evaluate",
@@ -149,7 +148,7 @@ def test_run_directories_are_taken_for_their_models_and_one_model_twice_is_told(
     )
 
 
-def test_held_out_rows_may_be_a_folder_and_all_that_is_wrong_is_told(tmp_path, capsys):
+def test_held_out_rows_may_be_a_folder_and_every_error_is_reported(tmp_path, capsys):
     (tmp_path / "test.csv").write_text("question;answer\nwhy;because\n")
     write_jsonl(tmp_path / "train.jsonl", pairs())
     [conversation] = compare.read(str(tmp_path), "auto", {}, None)
@@ -165,15 +164,14 @@ def test_held_out_rows_may_be_a_folder_and_all_that_is_wrong_is_told(tmp_path, c
         compare.read(str(path), "auto", {}, None)
 
 
-def test_columns_that_are_not_read_are_told_and_a_score_is_one_of_them(tmp_path, capsys):
+def test_unread_columns_are_reported_including_scores(tmp_path, capsys):
     """Nothing is learned here, so bad answers cannot be."""
     row = {"question": "q", "answer": "a", "input": "i", "score": 0.5, "rejected": "b"}
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
     assert len(compare.read(str(path), "auto", {}, None)) == 2
-    said = capsys.readouterr().err
-    assert (
-        said
-        == "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
+    printed = capsys.readouterr().err
+    assert printed == (
+        "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
     )
 
 
@@ -187,7 +185,7 @@ def test_skipped_rows_are_counted_as_in_training(tmp_path, capsys):
     assert capsys.readouterr().err == "note: 1 empty row skipped\n"
 
 
-def test_what_is_wrong_with_rows_is_told_in_the_words_of_the_command(tmp_path):
+def test_row_errors_use_the_options_of_the_command(tmp_path):
     with pytest.raises(DataError, match=r"; --data takes files, folders") as caught:
         compare.read(str(tmp_path / "missing.jsonl"), "auto", {}, None)
     assert "data.train" not in str(caught.value)
@@ -207,11 +205,12 @@ def test_control_tokens_are_refused_as_in_training(base_and_its_rows, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_an_adapter_of_another_base_is_told(workshop, capsys, kind):
+def test_an_adapter_of_another_base_is_reported(workshop, capsys, kind):
     base = workshop.train("base", train__max_steps=1) / "model"
     other = workshop.train("other", train__max_steps=1, run__seed=1) / "model"
     tuned = workshop.train(
-        "tuned", model__init="pretrained", model__path=str(base), model__config=None, model__tokenizer=None,
+        "tuned", model__init="pretrained", model__path=str(base), model__config=None,
+        model__tokenizer=None,
         adapter__kind=kind, train__max_steps=1,
     )  # fmt: skip
     shutil.copytree(base, workshop.folder / "copy")
@@ -250,14 +249,16 @@ def test_a_base_is_checked_as_a_model_is(workshop, capsys, command):
         else ["export", "--merge", "--output", str(workshop.folder / "m")]
     )
     for model, given, says in (
-        (adapter, "./zz", "error: --base: ./zz: no such folder"), (adapter, workshop.folder, "error: --base: "),
-        (adapter, adapter, "is itself an adapter"), (base, base, "remove --base" if command == "chat" else "nothing to merge"),
+        (adapter, "./zz", "error: --base: ./zz: no such folder"),
+        (adapter, workshop.folder, "error: --base: "),
+        (adapter, adapter, "is itself an adapter"),
+        (base, base, "remove --base" if command == "chat" else "nothing to merge"),
     ):  # fmt: skip
         assert main([*whole, "--model", str(model), "--base", str(given)]) == 2
         assert says in capsys.readouterr().err
 
 
-def test_a_merge_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):
+def test_an_unwritable_merge_is_refused_before_the_work(tmp_path, capsys):
     adapter, file, link = small_adapter(tmp_path / "adapter"), tmp_path / "file", tmp_path / "link"
     file.touch()
     link.symlink_to(tmp_path / "nowhere")
@@ -283,22 +284,22 @@ def test_answers_do_not_depend_on_the_batch(base_and_tuned):
     assert alone[0] == generate.Answer("AB", is_cut=False)
 
 
-def test_a_prompt_that_is_too_long_keeps_its_bos_and_end_and_is_told(workshop):
+def test_a_long_prompt_is_cut_between_bos_and_end_with_a_note(workshop):
     from finetune.export.load import load, load_tokenizer
 
     model = load(workshop.train(train__max_steps=1) / "model")
     tokenizer = load_tokenizer(workshop.run_dir() / "model")
-    seen, said = [], []
+    seen, printed = [], []
     model.generate = lambda input_ids, **_: seen.append(input_ids) or input_ids
     prompts = ["<|bos|>" + "x" * 300 + "end", "short", "y" * 300]
-    generate.answers(model, tokenizer, prompts, max_new_tokens=56, batch_size=1, log=said.append)
+    generate.answers(model, tokenizer, prompts, max_new_tokens=56, batch_size=1, log=printed.append)
     assert [tokenizer.decode(ids[0]) for ids in seen] == [
         "short",
         "<|bos|>" + "x" * 196 + "end",
         "y" * 200,
     ]
-    assert len(said) == 1
-    assert "2 of 3 prompts are over 200 tokens" in said[0]
+    assert len(printed) == 1
+    assert "2 of 3 prompts are over 200 tokens" in printed[0]
 
 
 def test_text_of_the_template_before_an_answer_is_not_scored(bytes_tokenizer):
@@ -339,7 +340,13 @@ def test_a_chat_template_that_fails_is_exit_2(base_and_its_rows, capsys, argumen
 
 @pytest.mark.parametrize(
     ("refused", "arguments", "says"),
-    [("==", ["--system", "Be brief."], "--system: the model's chat template takes no system message"), ("!=", [], "--system: the model's chat template needs a system message")],
+    [
+        (
+            "==", ["--system", "Be brief."],
+            "--system: the model's chat template takes no system message",
+        ),
+        ("!=", [], "--system: the model's chat template needs a system message"),
+    ],
 )  # fmt: skip
 def test_chat_names_the_option_where_a_template_does_not_take_the_system_message(
     base_and_its_rows, capsys, refused, arguments, says
@@ -351,12 +358,12 @@ def test_chat_names_the_option_where_a_template_does_not_take_the_system_message
         + " 'system' %}{{ raise_exception('not so') }}{% endif %}{{ messages[-1].content }}"
     )
     assert main(["chat", "--prompt", "hi", *arguments, "--model", str(model)]) == 2
-    said = capsys.readouterr().err
-    assert says in said
-    assert "TemplateError: not so" in said
+    printed = capsys.readouterr().err
+    assert says in printed
+    assert "TemplateError: not so" in printed
 
 
-def test_of_several_chat_templates_the_default_is_asked(base_and_its_rows, capsys):
+def test_the_default_of_several_chat_templates_is_used(base_and_its_rows, capsys):
     model, rows = base_and_its_rows
     more = model / "additional_chat_templates"
     more.mkdir()
@@ -431,9 +438,12 @@ def test_a_model_that_is_not_there_is_exit_2(capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["evaluate", "--batch-size", "-1"], ["evaluate", "--batch-size", "0"], ["evaluate", "--limit", "0"],
-        ["evaluate", "--max-new-tokens", "0"], ["evaluate", "--columns", "abc"], ["evaluate", "--columns", "{a: ["], ["evaluate", "--columns", "{a: b, a: c}"],
-        ["evaluate", "--format", "bogus"], ["chat", "--temperature", "-1"], ["chat", "--temperature", "nan"], ["chat", "--max-new-tokens", "-3"],
+        ["evaluate", "--batch-size", "-1"], ["evaluate", "--batch-size", "0"],
+        ["evaluate", "--limit", "0"], ["evaluate", "--max-new-tokens", "0"],
+        ["evaluate", "--columns", "abc"], ["evaluate", "--columns", "{a: ["],
+        ["evaluate", "--columns", "{a: b, a: c}"], ["evaluate", "--format", "bogus"],
+        ["chat", "--temperature", "-1"], ["chat", "--temperature", "nan"],
+        ["chat", "--max-new-tokens", "-3"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -444,9 +454,9 @@ def test_a_wrong_number_on_the_command_line_is_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*arguments, *needed])
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert f"argument {arguments[1]}" in said
-    assert "invalid _" not in said
+    printed = capsys.readouterr().err
+    assert f"argument {arguments[1]}" in printed
+    assert "invalid _" not in printed
 
 
 @pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
@@ -506,7 +516,7 @@ def test_an_output_that_evaluate_did_not_write_is_kept(tmp_path, capsys, held):
     assert output.read_bytes() == held
 
 
-def test_an_output_that_is_a_folder_is_told_before_the_work(tmp_path, capsys):
+def test_an_output_that_is_a_folder_is_refused_before_the_work(tmp_path, capsys):
     assert (
         main(["evaluate", "--base", "a", "--tuned", "b", "--data", "c", "--output", str(tmp_path)])
         == 2
@@ -514,7 +524,7 @@ def test_an_output_that_is_a_folder_is_told_before_the_work(tmp_path, capsys):
     assert f"--output: {tmp_path} is a folder; name a file" in capsys.readouterr().err
 
 
-def test_a_place_that_may_not_be_written_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+def test_a_read_only_output_folder_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
     """Root may write everywhere, so the answer of the system is made up."""
 
     def refused(*_, **__):
@@ -530,7 +540,7 @@ def test_a_place_that_may_not_be_written_is_told_before_the_work(tmp_path, capsy
     assert f"--output: {output}: cannot be written: Permission denied" in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_at_the_end_keeps_the_table_and_what_was_there(
+def test_a_full_disk_keeps_the_table_and_the_old_output(
     base_and_its_rows, capsys, monkeypatch, tmp_path
 ):
     model, rows = base_and_its_rows
@@ -553,9 +563,9 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_table_and_what_was_there(
         "1",
     ]
     assert main([*asked, "--max-new-tokens", "1", "--output", str(output)]) == 1
-    said = capsys.readouterr()
-    assert "exact match" in said.out
-    assert f"failed: --output: {output}: cannot be written: No space left on device" in said.err
+    printed = capsys.readouterr()
+    assert "exact match" in printed.out
+    assert f"failed: --output: {output}: cannot be written: No space left on device" in printed.err
     assert output.read_text() == '{"row": "a:1", "prompt": []}\n'
     assert list(tmp_path.glob(".writing*")) == []
 
@@ -578,7 +588,7 @@ def test_a_file_is_written_whole_through_a_link_and_keeps_its_mode(tmp_path):
     assert pipe.is_fifo()
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_work(capsys):
+def test_an_unwritable_output_is_refused_before_the_work(capsys):
     assert (
         main(
             [
@@ -599,16 +609,18 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(capsys):
 
 
 @pytest.mark.parametrize("command", ["chat", "evaluate", "export"])
-def test_what_cannot_be_a_model_is_told_at_once(tmp_path, capsys, monkeypatch, command):
+def test_an_invalid_model_is_refused_at_once(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "empty").mkdir()
     for name, says in (
-        ("models/x", "no such folder"), ("./x", "no such folder"), ("x/", "no such folder"), ("~/no/such", "no such folder"),
+        ("models/x", "no such folder"), ("./x", "no such folder"), ("x/", "no such folder"),
+        ("~/no/such", "no such folder"),
         ("empty", "is an empty folder"), ("", "is empty"),
     ):  # fmt: skip
         needed = {
-            "chat": ["--model", name, "--prompt", "a"], "export": ["--merge", "--model", name, "--output", "m"],
+            "chat": ["--model", name, "--prompt", "a"],
+            "export": ["--merge", "--model", name, "--output", "m"],
             "evaluate": ["--tuned", name, "--base", name, "--data", "rows.jsonl"],
         }  # fmt: skip
         assert main([command, *needed[command]]) == 2
@@ -617,12 +629,12 @@ def test_what_cannot_be_a_model_is_told_at_once(tmp_path, capsys, monkeypatch, c
         assert error.startswith("error: --")
 
 
-def test_half_a_character_on_the_command_line_is_named(capsys):
+def test_a_lone_surrogate_on_the_command_line_is_refused(capsys):
     assert main(["chat", "--model", "a", "--prompt", "\ud83d"]) == 2
     assert r"\ud83d: holds half a character" in capsys.readouterr().err
 
 
-def test_of_an_option_given_twice_the_last_counts_and_that_is_noted(capsys):
+def test_the_last_of_repeated_options_wins_with_a_note(capsys):
     assert main(["chat", "--model", "a", "--model", "/no/such/folder", "--prompt", "x"]) == 2
     assert (
         "note: --model is given twice: '/no/such/folder' counts, not 'a'\n"

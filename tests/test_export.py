@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 def as_adapter(base):
     return {
-        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None, "model__tokenizer": None,
+        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None,
+        "model__tokenizer": None,
         "adapter__kind": "lora",
     }  # fmt: skip
 
@@ -104,7 +105,7 @@ def test_a_missing_weight_is_never_complete(workshop, monkeypatch):
         workshop.train()
 
 
-def test_an_adapter_that_learned_nothing_is_never_complete(workshop, monkeypatch):
+def test_an_adapter_that_did_not_train_is_never_complete(workshop, monkeypatch):
     settings = as_adapter(workshop.train("base"))
 
     def nothing(tensors):
@@ -118,23 +119,21 @@ def test_an_adapter_that_learned_nothing_is_never_complete(workshop, monkeypatch
 
 
 def test_a_run_that_moved_no_weight_is_never_complete(workshop):
-    """An update below the smallest float32 moves no weight, not even one of 0 (torch 2.11 draws
-    some for bfloat16), by no chance.
-    """
+    """An update below the smallest float32 moves no weight, not even a weight of 0."""
     with pytest.raises(
         ExportError, match=r"no weight changed in 5 steps; is optimizer.lr too small"
     ):
         workshop.train(model__dtype="bfloat16", optimizer__lr=1e-60)
 
 
-def test_factors_that_cannot_move_in_the_first_step_are_not_named(workshop, capsys):
+def test_factors_that_cannot_move_in_the_first_step_are_not_reported(workshop, capsys):
     settings = as_adapter(workshop.train("base"))
     capsys.readouterr()
     workshop.train("lora", **settings, train__max_steps=1)
     assert "did not change" not in capsys.readouterr().out
 
 
-def test_weights_that_did_not_move_are_named(workshop, capsys):
+def test_weights_that_did_not_move_are_reported(workshop, capsys):
     # Norms are 1, where float32 steps by 6e-8: an update of 2e-8 is lost; what is near 0 takes it.
     workshop.train(optimizer__lr=2e-8)
     assert (
@@ -143,7 +142,7 @@ def test_weights_that_did_not_move_are_named(workshop, capsys):
     )
 
 
-def test_a_failed_export_is_done_again_from_the_last_checkpoint(workshop, monkeypatch):
+def test_a_failed_export_is_repeated_from_the_last_checkpoint(workshop, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             "finetune.export.publish.save",
@@ -179,7 +178,7 @@ def test_merge_command_writes_full_weights(workshop, capsys):
     assert "exists; choose another --output" in capsys.readouterr().err
 
 
-def test_a_place_where_nothing_can_be_written_is_refused_before_a_model_is_loaded(tmp_path):
+def test_an_unwritable_destination_is_refused_before_loading(tmp_path):
     """Root may write anywhere, says os.access."""
     (tmp_path / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "r": 1, "base_model_name_or_path": "base"}'
@@ -191,7 +190,7 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_a_model_is_loade
 
 
 @pytest.mark.slow
-def test_a_merge_that_fills_the_disk_is_named_and_leaves_nothing(workshop, monkeypatch):
+def test_a_merge_that_fills_the_disk_is_reported_and_cleaned_up(workshop, monkeypatch):
     run, target = (
         workshop.train("lora", **as_adapter(workshop.train("base"))),
         workshop.folder / "merged",
@@ -213,7 +212,7 @@ def test_merging_full_weights_is_an_error(workshop):
         merge([run / "model"], workshop.folder / "merged", "auto")
 
 
-def test_an_adapter_and_its_merge_know_the_token_that_ends_an_answer(workshop):
+def test_an_adapter_and_its_merge_store_the_token_that_ends_an_answer(workshop):
     """ChatML ends answers with <|im_end|>, not with EOS; peft itself saves no generation config."""
     run = workshop.train("lora", data__template="chatml", **as_adapter(workshop.train("base")))
     stop = load_tokenizer(run / "model").convert_tokens_to_ids("<|im_end|>")
@@ -300,8 +299,8 @@ def test_the_exported_chat_template_gives_the_tokens_that_were_trained(
     bytes_tokenizer.save_pretrained(workshop.folder / "tokenizer")
     jinja = workshop.folder / "my.jinja"
     jinja.write_text(
-        (bos if own_bos else "")
-        + "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        (bos if own_bos else "") + "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     run = workshop.train(
@@ -347,10 +346,13 @@ def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monk
 
 @pytest.mark.parametrize(
     "architecture",
-    [{"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}, {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}],
+    [
+        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
+    ],
     ids=["experts in one weight", "Conv1D"],
 )  # fmt: skip
-def test_adapters_on_other_architectures_come_home(workshop, architecture):
+def test_adapters_on_other_architectures_export_correctly(workshop, architecture):
     config = TINY_LLAMA if architecture["model_type"] == "mixtral" else {}
     base = workshop.train("base", model__config={**config, **architecture})
     run = workshop.train("lora", **as_adapter(base))
@@ -365,7 +367,7 @@ def test_adapters_on_other_architectures_come_home(workshop, architecture):
     )
 
 
-def test_a_model_that_also_sees_gets_adapters_where_text_goes(workshop):
+def test_a_multimodal_model_gets_adapters_in_its_language_part(workshop):
     text = {
         **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"},
         "head_dim": 8,
@@ -402,10 +404,8 @@ def test_an_adapter_opens_from_any_folder(workshop, monkeypatch, tmp_path_factor
     assert load(run / "model")
 
 
-def test_what_was_trained_has_gone_when_the_export_is_opened(workshop, monkeypatch):
-    """Else a quantised base that filled the GPU would have to fit on it twice, beside the
-    optimizer.
-    """
+def test_the_trained_model_is_freed_before_the_export_is_opened(workshop, monkeypatch):
+    """Otherwise the GPU would hold a quantised base twice, beside the optimizer."""
     import weakref
 
     from finetune import loop
@@ -443,7 +443,12 @@ def test_exported_files_have_the_mode_that_the_umask_says(workshop):
         private = workshop.train("private")
     finally:
         os.umask(before)
-    for folder, mode in ((base, 0o666 & ~before), (lora, 0o666 & ~before), (workshop.folder / "merged", 0o666 & ~before), (private, 0o640)):  # fmt: skip
+    for folder, mode in (
+        (base, 0o666 & ~before),
+        (lora, 0o666 & ~before),
+        (workshop.folder / "merged", 0o666 & ~before),
+        (private, 0o640),
+    ):
         modes = {
             path.name: oct(path.stat().st_mode & 0o777)
             for path in folder.rglob("*")
@@ -452,7 +457,7 @@ def test_exported_files_have_the_mode_that_the_umask_says(workshop):
         assert set(modes.values()) == {oct(mode)}, modes
 
 
-def test_saving_leaves_what_it_is_given_as_it_was(workshop, bytes_tokenizer):
+def test_saving_does_not_modify_its_input(workshop, bytes_tokenizer):
     import copy
 
     from transformers import AutoModelForCausalLM
@@ -510,7 +515,7 @@ def add_companions(folder):
 
 
 @pytest.mark.parametrize("kind", ["full", "merged"])
-def test_what_a_base_has_beside_its_weights_comes_out_again(workshop, kind):
+def test_other_files_of_a_base_are_exported(workshop, kind):
     base = workshop.train("base")
     names = add_companions(base / "model")
     settings = as_adapter(base) | {"adapter__kind": "full" if kind == "full" else "lora"}
@@ -534,12 +539,13 @@ def test_what_a_base_has_beside_its_weights_comes_out_again(workshop, kind):
 
 
 TERMS = (
-    "license.txt", "LICENSE.md", "LICENCE", "COPYING", "COPYING.LESSER", "NOTICE", "notice.md", "USE_POLICY.md", "LICENSES/MIT.txt",
-    "licenses/a/b.txt", "LLAMA_LICENSE.txt", "ThirdPartyNotices.txt", "Acceptable-Use-Policy.pdf", "TERMS_OF_USE.md", "UNLICENSE",
+    "license.txt", "LICENSE.md", "LICENCE", "COPYING", "COPYING.LESSER", "NOTICE", "notice.md",
+    "USE_POLICY.md", "LICENSES/MIT.txt", "licenses/a/b.txt", "LLAMA_LICENSE.txt",
+    "ThirdPartyNotices.txt", "Acceptable-Use-Policy.pdf", "TERMS_OF_USE.md", "UNLICENSE",
 )  # fmt: skip
 
 
-def test_terms_come_along_however_they_are_spelt(tmp_path):
+def test_licence_files_are_exported_under_any_spelling(tmp_path):
     others = (
         "README.md",
         "noticed.txt",
@@ -562,7 +568,7 @@ def test_terms_come_along_however_they_are_spelt(tmp_path):
     assert found == set(TERMS)
 
 
-def test_the_hub_is_asked_for_all_that_comes_along():
+def test_all_files_to_export_are_fetched_from_the_hub():
     from huggingface_hub.utils import filter_repo_objects
 
     wanted = [
@@ -588,12 +594,12 @@ def two_ends(workshop):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_base_that_says_tied_and_is_not_is_refused(workshop, two_ends, kind):
+def test_a_base_wrongly_configured_as_tied_is_refused(workshop, two_ends, kind):
     with pytest.raises(ModelError, match="tie_word_embeddings: true.* are saved and differ"):
         workshop.train("run", **as_adapter(two_ends.parent) | {"adapter__kind": kind})
 
 
-def test_a_model_whose_ends_are_two_is_never_exported_as_tied(workshop, two_ends, bytes_tokenizer):
+def test_an_untied_model_is_never_exported_as_tied(workshop, two_ends, bytes_tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(two_ends)
@@ -619,7 +625,7 @@ def test_a_merge_of_tied_weights_that_train_stays_tied(workshop):
 
 
 @pytest.mark.parametrize("command", short(["merge", "chat", "evaluate"], "chat"))
-def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
+def test_an_adapter_finds_its_moved_base(workshop, capsys, command):
     from finetune.__main__ import main
 
     base = workshop.train("base")
@@ -650,8 +656,8 @@ def test_an_adapter_is_told_where_its_base_went(workshop, capsys, command):
     }[command]
     if command != "evaluate":  # it has --base in any case
         assert main(arguments) == 2
-        assert "its base is no longer in" in (said := capsys.readouterr().err)
-        assert "give --base" in said
+        assert "its base is no longer in" in (printed := capsys.readouterr().err)
+        assert "give --base" in printed
     assert main([*arguments, "--base", other]) == 2
     assert (
         f"--base: {other} is not the base of {model}: 21 of 21 weights differ"
@@ -668,7 +674,7 @@ def moved(workshop):
     return adapter, base.rename(workshop.folder / "moved") / "model"
 
 
-def test_a_base_in_another_place_is_compared_in_every_value(moved):
+def test_a_moved_base_is_compared_in_every_value(moved):
     adapter, base = moved
     load(adapter, base=str(base))
     tensors = load_file(base / "model.safetensors")
@@ -684,14 +690,22 @@ def test_a_base_in_another_place_is_compared_in_every_value(moved):
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("another architecture", "is not the base of {adapter}: model_type was llama there, and is gpt2 here; give the folder of"),
+        (
+            "another architecture",
+            "is not the base of {adapter}: model_type was llama there, and is gpt2 here; "
+            "give the folder of",
+        ),
         ("a Hub name", "--base: 'owner/name' cannot be loaded: We couldn't connect"),
         ("an adapter", "--base: {adapter} is itself an adapter; give the model"),
-        ("both", "--base: {base} holds config.json of a whole model and adapter_config.json of an adapter"),
+        (
+            "both",
+            "--base: {base} holds config.json of a whole model and "
+            "adapter_config.json of an adapter",
+        ),
         ("nowhere", "--base: {base}/nowhere: no such folder"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_a_base_is_named_by_its_option(workshop, moved, capsys, kind, says):
+def test_an_invalid_base_is_refused_by_its_option(workshop, moved, capsys, kind, says):
     from finetune.__main__ import main
 
     adapter, base = moved
@@ -717,7 +731,7 @@ def test_what_cannot_be_a_base_is_named_by_its_option(workshop, moved, capsys, k
     assert says.format(adapter=adapter, base=base) in capsys.readouterr().err
 
 
-def test_a_base_that_was_rounded_to_float16_is_known_again():
+def test_a_base_rounded_to_float16_is_recognised():
     """float16 holds fewer exponents than the bfloat16 that hashes compare."""
     from finetune.models import base_identity
 
@@ -765,10 +779,8 @@ def mixture(**changes):
     return MixtralForCausalLM(config).eval()
 
 
-def test_an_expert_that_flips_is_no_wrong_export():
-    """A router's near-tie, decided otherwise by the rounding of another kernel: one token is
-    another function's, and it is right.
-    """
+def test_a_flipped_expert_passes_the_export_check():
+    """Another kernel may round a router's near-tie to another expert: one token may differ."""
     model = mixture()
     router, seen = model.model.layers[1].mlp.gate, []
     hook = router.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
@@ -794,7 +806,15 @@ def test_an_expert_that_flips_is_no_wrong_export():
     assert "differ" in disagreement(found, wanted, TOLERANCE["fp32"], has_experts=False)
 
 
-@pytest.mark.parametrize("wrong", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_theta": 10.0, "rope_type": "default"}}, {"num_experts_per_tok": 1}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_theta": 10.0, "rope_type": "default"}},
+        {"num_experts_per_tok": 1},
+    ],
+    ids=str,
+)
 def test_a_wrong_mixture_of_experts_is_refused(wrong):
     right, other = mixture(), mixture(**wrong)
     other.load_state_dict(right.state_dict(), strict=False)
@@ -802,7 +822,7 @@ def test_a_wrong_mixture_of_experts_is_refused(wrong):
     assert "differ" in disagreement(found, wanted, TOLERANCE["fp32"], has_experts=True)
 
 
-def test_logits_that_are_no_numbers_never_agree():
+def test_nan_logits_never_agree():
     wanted = torch.ones(1, 4, 3)
     assert disagreement(wanted * float("nan"), wanted, 0.1, has_experts=True)
     assert disagreement(wanted, wanted, 0.1, has_experts=False) is None
@@ -833,7 +853,7 @@ def test_a_generation_config_that_cannot_be_exported_is_refused_before_training(
         workshop.check("tuned", **changes)
 
 
-def test_an_adapter_is_not_put_on_a_base_that_calculates_otherwise(workshop):
+def test_an_adapter_refuses_a_base_with_another_config(workshop):
     base = workshop.train("base") / "model"
     changes = {
         "model__path": str(base),

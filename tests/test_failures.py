@@ -1,4 +1,4 @@
-"""A failure of the machine ends with 1, and is tried again; what is wrong ends with 2, and is not."""
+"""Failures of the machine exit with 1 and are retried; user errors exit with 2 and are not."""
 
 import errno
 import http.server
@@ -57,20 +57,28 @@ def as_transformers_does(ask):
 
 
 @pytest.mark.parametrize("get", [httpx.get, requests.get], ids=["httpx", "requests"])
-def test_a_hub_that_is_not_there_is_no_error_of_the_user(get):
-    with pytest.raises(Outage, match="model a/b cannot be loaded now: We couldn't connect.*HF_HUB_OFFLINE=1.*HF_ENDPOINT"), translated("model a/b"):  # fmt: skip
+def test_an_unreachable_hub_is_not_a_user_error(get):
+    with (
+        pytest.raises(
+            Outage,
+            match=(
+                "model a/b cannot be loaded now: We couldn't connect.*HF_HUB_OFFLINE=1.*HF_ENDPOINT"
+            ),
+        ),
+        translated("model a/b"),
+    ):
         as_transformers_does(lambda: get("http://127.0.0.1:9", timeout=1))
 
 
 @pytest.mark.parametrize(
     ("code", "error"), [(503, Outage), (429, Outage), (404, ModelError), (401, ModelError)]
 )
-def test_a_server_that_is_overloaded_is_an_outage_and_one_that_says_no_is_not(hub, code, error):
+def test_an_overloaded_server_is_an_outage_and_a_refusal_is_not(hub, code, error):
     with pytest.raises(error), translated("model a/b"):
         as_transformers_does(lambda: httpx.get(f"{hub}/{code}").raise_for_status())
 
 
-def test_a_data_set_that_is_not_cached_while_no_network_is_wanted_is_an_error_of_the_user():
+def test_an_uncached_data_set_in_offline_mode_is_a_user_error():
     """HF_HUB_OFFLINE, which all tests set: huggingface_hub's error is a ConnectionError, too."""
     from finetune.errors import DataError
 
@@ -81,7 +89,7 @@ def test_a_data_set_that_is_not_cached_while_no_network_is_wanted_is_an_error_of
 @pytest.mark.parametrize(
     "number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS]
 )
-def test_a_disk_that_is_full_or_has_gone_is_an_outage(number):
+def test_a_full_or_missing_disk_is_an_outage(number):
     with pytest.raises(Outage, match="the cache: "):
         failures.reraise(OSError(number, "words"), "the cache")
 
@@ -96,13 +104,17 @@ class SafetensorError(Exception):
         (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (Exception("No space left on device (os error 28)"), "the disk is full"),  # tokenizers
         (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), "the disk is full"),
-        (RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed writing file: No space left"), "the disk is full"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed "
+                         "writing file: No space left"),
+            "the disk is full",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (SafetensorError("I/O error: Read-only file system (os error 30)"), "the disk fails"),
         (OSError(errno.EIO, "Input/output error"), "the disk fails"),
     ],
 )  # fmt: skip
-def test_a_disk_that_a_library_could_not_write_to_is_named_with_the_path(tmp_path, exc, why):
+def test_a_librarys_write_error_is_reported_with_the_path(tmp_path, exc, why):
     assert isinstance(failures.translate(exc), Outage)
     with (
         pytest.raises(Outage, match=f"{tmp_path} cannot be written now: {why}"),
@@ -114,16 +126,16 @@ def test_a_disk_that_a_library_could_not_write_to_is_named_with_the_path(tmp_pat
 @pytest.mark.parametrize(
     "exc", [ValueError("a bug"), RuntimeError("shapes do not fit"), OutOfMemory("ours")]
 )
-def test_what_is_no_failure_of_a_disk_passes_as_it_is(tmp_path, exc):
-    with pytest.raises(type(exc)) as told, failures.writing(tmp_path):
+def test_other_errors_pass_unchanged(tmp_path, exc):
+    with pytest.raises(type(exc)) as caught, failures.writing(tmp_path):
         raise exc
-    assert told.value is exc
+    assert caught.value is exc
 
 
-def test_a_path_that_is_too_long_is_an_error_of_the_user(tmp_path):
-    with pytest.raises(OSError) as told:
+def test_a_path_that_is_too_long_is_a_user_error(tmp_path):
+    with pytest.raises(OSError) as caught:
         (tmp_path / ("a" * 256)).mkdir()
-    error = failures.translate(told.value)
+    error = failures.translate(caught.value)
     assert isinstance(error, UserError)
     assert str(tmp_path) in str(error)
     assert str(error).endswith("; choose a shorter one")
@@ -132,20 +144,48 @@ def test_a_path_that_is_too_long_is_an_error_of_the_user(tmp_path):
 MACHINE = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemory),
     (MemoryError(), OutOfMemory),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OutOfMemory),
-    (torch.distributed.DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), OutOfMemory),
+    (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory",
+        ),
+        OutOfMemory,
+    ),
+    (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OutOfMemory,
+    ),
+    (
+        torch.distributed.DistBackendError(
+            "NCCL error\nLast error:\nCuda failure 2 'out of memory'",
+        ),
+        OutOfMemory,
+    ),
     (RuntimeError("Registering memory failed with cudaError: 2"), OutOfMemory),
     # An invalid context
     (RuntimeError("Registering memory failed with cudaError: 201"), DeviceError),
     (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), DeviceError),
     (torch.AcceleratorError("CUDA error: device-side assert triggered"), DeviceError),
     (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), DeviceError),
-    (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"), DeviceError),
+    (
+        RuntimeError(
+            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+        ),
+        DeviceError,
+    ),
     (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), DeviceError),
     (RuntimeError("device busy"), DeviceError),
-    (torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94, unhandled system error"), TopologyError),
-    (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), TopologyError),
+    (
+        torch.distributed.DistBackendError(
+            "NCCL error in: NCCLUtils.cpp:94, unhandled system error",
+        ),
+        TopologyError,
+    ),
+    (
+        RuntimeError(
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+        ),
+        TopologyError,
+    ),
     (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), TopologyError),
 ]  # fmt: skip
 
@@ -153,15 +193,15 @@ MACHINE = [
 @pytest.mark.parametrize(("exc", "error"), MACHINE, ids=lambda value: str(value)[:40])
 def test_failure_of_a_device_while_loading_is_not_the_users(exc, error):
     with (
-        pytest.raises(error, match="^model 'a/b' cannot be loaded now: ") as told,
+        pytest.raises(error, match="^model 'a/b' cannot be loaded now: ") as caught,
         translated("model 'a/b'"),
     ):
         raise exc
-    assert told.value.exit_code == 1
-    assert told.value.__cause__ is exc
+    assert caught.value.exit_code == 1
+    assert caught.value.__cause__ is exc
 
 
-def test_failure_of_a_device_is_found_below_what_a_library_makes_of_it():
+def test_device_failures_are_found_below_library_errors():
     with (
         pytest.raises(DeviceError, match="cannot be loaded now: cannot read shard 2"),
         translated("model a/b"),
@@ -189,7 +229,7 @@ def test_failure_of_a_device_is_found_below_what_a_library_makes_of_it():
     ],
     ids=str,
 )
-def test_what_another_attempt_would_meet_again_is_no_failure_of_the_machine(exc):
+def test_repeatable_errors_are_not_machine_failures(exc):
     assert failures.translate(exc) is None
     with pytest.raises(ModelError), translated("model a/b"):
         raise exc
@@ -210,9 +250,7 @@ def raising(exc):
 
 
 @pytest.mark.parametrize("place", ["adapter", "head", "forecast", "best", "launch", "rows"])
-def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(
-    monkeypatch, tmp_path, place
-):
+def test_machine_failures_are_separated_from_other_library_errors(monkeypatch, tmp_path, place):
     """Each place takes what it does not know for a mistake of the user, or works without."""
     fail = raising(torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"))
     error: type[FinetuneError] = DeviceError
@@ -273,7 +311,7 @@ def test_wherever_libraries_raise_many_kinds_the_machines_are_told_apart(
         act()
 
 
-def test_every_error_is_of_one_root_and_survives_the_way_to_another_process():
+def test_every_error_has_one_root_and_can_be_pickled():
     from finetune import errors
 
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
@@ -287,12 +325,12 @@ def test_every_error_is_of_one_root_and_survives_the_way_to_another_process():
     )
 
 
-def test_a_folder_that_forbids_is_not():
+def test_a_folder_without_permission_is_not_an_outage():
     with pytest.raises(ModelError, match="model a/b cannot be loaded: "), translated("model a/b"):
         raise PermissionError(errno.EACCES, "words")
 
 
-def test_a_run_directory_where_a_file_is_remains_an_error_of_the_user(workshop: Workshop):
+def test_a_file_in_place_of_a_run_directory_is_a_user_error(workshop: Workshop):
     from finetune import config as configs
 
     (workshop.folder / "runs").write_text("")

@@ -18,7 +18,14 @@ LAYER = (
 def llama(**changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+    }
     config = AutoConfig.for_model(changes.pop("model_type", "llama"), **{**shape, **changes})
     return AutoModelForCausalLM.from_config(config)
 
@@ -42,13 +49,13 @@ def test_frozen_and_adapted_matrices_are_apart():
     )
 
 
-def test_of_experts_a_token_meets_only_some():
+def test_only_active_experts_are_counted():
     model = llama(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
     router, attention, expert = 4 * 8, 4 * 8 * 8, 3 * 8 * 16
     assert parameters.in_products(model) == (2 * (attention + router + 2 * expert) + 800, 0)
 
 
-def test_packed_4_bit_weights_count_as_what_they_stand_for():
+def test_packed_4_bit_weights_count_as_unpacked():
     model = nn.Linear(8, 16, bias=False)
     model.weight = nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)
     model.weight.quant_state = types.SimpleNamespace(shape=torch.Size([16, 8]))

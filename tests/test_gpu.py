@@ -35,8 +35,7 @@ GPU_LLAMA = {**TINY_LLAMA, "hidden_size": 64, "intermediate_size": 128}
     "width", [32, 20, 80], ids="heads of {}".format
 )  # the kernels take multiples of 8
 def test_fused_kernel_agrees_with_float32_on_the_cpu(window, key_heads, width):
-    """The same packs, outputs and gradients, to eight roundings of bfloat16 (2^-8 each), as parts
-    of the largest value.
+    """Outputs and gradients of the same packs agree to eight roundings of bfloat16 (2^-8 each).
 
     Inputs, scores, probabilities, the output and its gradient are rounded one after the other:
     bfloat16 on the CPU comes to 2.9 roundings, a document that is a token too long to 98, a window
@@ -87,8 +86,13 @@ def test_packed_equals_padded(workshop, precision):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_resumed_equals_uninterrupted(workshop, precision):
-    """With fp16 the gradient scaler goes on too. CUDA adds up in no fixed order, so not to the bit."""
-    settings = {"model__config": GPU_LLAMA, "train__precision": precision, "checkpoint__every_steps": 2, "checkpoint__keep_last": 9}  # fmt: skip
+    """With fp16, includes the gradient scaler. CUDA sums in any order, so not to the bit."""
+    settings = {
+        "model__config": GPU_LLAMA,
+        "train__precision": precision,
+        "checkpoint__every_steps": 2,
+        "checkpoint__keep_last": 9,
+    }
     whole = workshop.train("whole", **settings)
     workshop.train("cut", **settings)
     for path in (workshop.run_dir("cut") / "checkpoints").glob("step-*"):
@@ -105,10 +109,13 @@ def test_resumed_equals_uninterrupted(workshop, precision):
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["in the background", "waited for"])
 def test_every_save_is_written_and_read_back(workshop, asynchronous):
-    """One process without a launcher, whose device Accelerate calls `cuda`, without an index; more
-    saves than a stager's first.
-    """
-    settings = {"model__config": GPU_LLAMA, "train__precision": "bf16", "checkpoint__every_steps": 1, "checkpoint__asynchronous": asynchronous}  # fmt: skip
+    """Accelerate calls the device of one process `cuda`, without an index; save more than once."""
+    settings = {
+        "model__config": GPU_LLAMA,
+        "train__precision": "bf16",
+        "checkpoint__every_steps": 1,
+        "checkpoint__asynchronous": asynchronous,
+    }
     run = workshop.train(**settings)
     assert [line["step"] for line in read_jsonl(run / "saves.jsonl")] == [1, 2, 3, 4, 5]
     newest = max((run / "checkpoints").glob("step-*"))
@@ -137,9 +144,7 @@ def test_compiled_layers_have_no_graph_break(workshop):
 
 
 def test_fp16_gradient_of_the_head_is_a_sum_in_float32():
-    """4,096 tokens of one word: their sum is over 65,504, the largest number of fp16, where no loss
-    scale reaches.
-    """
+    """The sum over 4,096 tokens of one word exceeds fp16's 65,504; no loss scale helps."""
     hidden, targets = torch.full((4096, 64), 32.0), torch.zeros(4096, dtype=torch.long)
 
     def gradient(device, context):
@@ -165,9 +170,7 @@ def test_fp16_gradient_of_the_head_is_a_sum_in_float32():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixture_of_experts_passes_its_checks(workshop, precision):
-    """A router's near-tie may choose another expert for a rounding: attention, head and export are
-    compared all the same.
-    """
+    """Attention, head and export are compared although a near-tie may choose another expert."""
     config = {
         **GPU_LLAMA,
         "model_type": "mixtral",
@@ -179,21 +182,25 @@ def test_mixture_of_experts_passes_its_checks(workshop, precision):
 
 
 def test_a_step_waits_for_the_gpu_once(workshop, monkeypatch, record_property):
-    """Each wait leaves the GPU without work until the host has caught up. Ten were counted on an
-    H200 before one was left.
-    """
+    """Each wait idles the GPU until the host catches up. An H200 showed ten before one was left."""
     train_step, found = loop.train_step, []
 
     def watched(*arguments, **keywords):
         torch.cuda.synchronize()
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 return train_step(*arguments, **keywords)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-                found.append([f"{w.filename.split('site-packages/')[-1]}:{w.lineno}" for w in said if "synchronizing" in str(w.message)])  # fmt: skip
+                found.append(
+                    [
+                        f"{w.filename.split('site-packages/')[-1]}:{w.lineno}"
+                        for w in caught
+                        if "synchronizing" in str(w.message)
+                    ]
+                )
 
     monkeypatch.setattr(loop, "train_step", watched)
     workshop.train(

@@ -1,6 +1,4 @@
-"""The loss without all logits is the loss with them: the same number, the same gradients, for every
-way to make logits.
-"""
+"""The chunked loss equals the loss with all logits, in value and gradients, for every head."""
 
 import pytest
 import torch
@@ -13,8 +11,9 @@ from finetune.models import attention_choice, cross_entropy, head
 
 VOCAB = 1009
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MODELS = {
     "llama": {},
@@ -27,11 +26,15 @@ MODELS = {
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 4.0},
     "hyperclovax": {"logits_scaling": 4.0},
-    "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "falcon_h1": {
+        "lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+        "mamba_d_state": 8,
+    },
     "mixtral": {"num_local_experts": 2},
 }  # fmt: skip
 FINISHES = {
-    "gemma2": head.LogitTransform(1.0, 3.0), "cohere": head.LogitTransform(0.25), "granite": head.LogitTransform(0.25),
+    "gemma2": head.LogitTransform(1.0, 3.0), "cohere": head.LogitTransform(0.25),
+    "granite": head.LogitTransform(0.25),
     "hyperclovax": head.LogitTransform(4.0), "falcon_h1": head.LogitTransform(0.3),
 }  # fmt: skip
 
@@ -80,9 +83,7 @@ def gradients(model, loss):
 
 
 def learned_alike(model, smoothing=0.0, tolerance=1e-5):
-    """Names of the weights whose gradients are the same with chunks and without; all that have one
-    must be.
-    """
+    """Return the weights whose gradients are equal with and without chunks; all must be."""
     inputs, labels, positions = batch()
     logits = model(**inputs).logits.flatten(0, 1)[positions].float()
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
@@ -116,7 +117,7 @@ def test_loss_and_every_gradient_are_those_of_all_logits(chunks_of_a_few, name, 
 
 @pytest.mark.parametrize("kernel", ["documents", "eager"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_followed_under_every_attention_and_without_weights(name, kernel):
+def test_logits_are_traced_under_every_attention_and_without_weights(name, kernel):
     config = AutoConfig.for_model(name.split(",")[0], **SIZES | MODELS[name])
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     if (
@@ -144,7 +145,7 @@ ADAPTERS = {
 @pytest.mark.filterwarnings("ignore:.*ensure_weight_tying.*:UserWarning")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("how", ADAPTERS)
-def test_adapters_on_the_head_learn_the_same(chunks_of_a_few, how, tied):
+def test_adapters_on_the_head_get_the_same_gradients(chunks_of_a_few, how, tied):
     settings = ADAPTERS[how] | (
         {"ensure_weight_tying": True}
         if tied and how in ("head trained whole", "new tokens")
@@ -158,7 +159,7 @@ def test_adapters_on_the_head_learn_the_same(chunks_of_a_few, how, tied):
     assert learned_alike(model.eval()) == trains
 
 
-def test_a_forward_that_cannot_be_followed_keeps_all_logits_and_says_so():
+def test_an_untraceable_forward_keeps_all_logits_with_a_note():
     model = make("llama")
     forward = model.forward
 
@@ -175,7 +176,7 @@ def test_a_forward_that_cannot_be_followed_keeps_all_logits_and_says_so():
     assert torch.equal(nll(model, inputs, labels, positions), wanted)
 
 
-def test_where_nothing_is_learned_every_weight_still_gets_a_gradient_of_zero():
+def test_a_batch_without_labels_gives_every_weight_a_zero_gradient():
     model = make("llama")
     head.install(model)
     inputs, labels, positions = batch()
@@ -220,9 +221,7 @@ def test_no_tensor_ever_holds_all_logits(chunks_of_a_few, how):
 
 
 def test_in_16_bits_the_loss_is_summed_in_32(chunks_of_a_few):
-    """bf16 has 8 bits: a sum of a thousand would be off by 4. Each logit has them, their sum must
-    not.
-    """
+    """bf16 has 8 bits, so a sum of a thousand would be off by 4; only single logits may be bf16."""
     model = make("llama").bfloat16()
     inputs, labels, positions = batch()
     logits = model(**inputs).logits.flatten(0, 1)[positions]
@@ -240,8 +239,8 @@ def test_the_start_of_a_run_proves_the_loss_or_falls_back(monkeypatch, wrong):
     if wrong:
         monkeypatch.setattr(head, "probe", lambda base: (head.LogitTransform(1.0, 2.0), None))
     head.install(model)
-    said = head.check(model, model, torch.device("cpu"), "fp32")
-    assert bool(said) == wrong
+    message = head.check(model, model, torch.device("cpu"), "fp32")
+    assert bool(message) == wrong
     assert model.holds_all_logits == wrong
     inputs, labels, positions = batch()
     logits = model(**inputs).logits.flatten(0, 1)[positions]
@@ -250,9 +249,7 @@ def test_the_start_of_a_run_proves_the_loss_or_falls_back(monkeypatch, wrong):
 
 
 def test_in_float16_the_gradient_of_the_head_is_summed_in_float32():
-    """A thousand tokens of 100 each: a sum of about 98,000, where float16 ends at 65,504. No loss
-    scale reaches it.
-    """
+    """A thousand tokens of 100 sum to 98,000, but float16 ends at 65,504; no loss scale helps."""
     linear = torch.nn.Linear(8, 50, bias=False)
     hidden = torch.full((1000, 8), 100.0)
     targets = torch.zeros(1000, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""The container image: what can be known without building it; tests/test_container.py builds one."""
+"""Check the container image without building it; tests/test_container.py builds one."""
 
 import argparse
 import configparser
@@ -63,7 +63,7 @@ def arguments(text: str) -> dict[str, str]:
 
 
 def inherited(all_of_them: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The instructions of the last stage, and before them those of the stages that it is made from."""
+    """Return the instructions of the last stage, after those of the stages it builds on."""
     stages: dict[str, list[tuple[str, str]]] = {}
     for word, rest in all_of_them:
         if word == "FROM":
@@ -93,15 +93,15 @@ def complaints(text: str) -> list[str]:
             found.append(f"{word} {rest} can be read in the image")
         if word == "ADD" or re.search(r"\b(curl|wget|git clone)\b", rest):
             found.append(f"{word} {rest[:40]} brings in what no list pins")
-    said = dict(inherited(all_of_them))
-    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", said.get("USER", "")):
+    settings = dict(inherited(all_of_them))
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", settings.get("USER", "")):
         found.append(
-            f"the last USER is {said.get('USER')}: Kubernetes takes a number only as proof that it "
-            "is not root"
+            f"the last USER is {settings.get('USER')}: Kubernetes takes a number only as proof "
+            "that it is not root"
         )
-    if said.get("ENTRYPOINT") != '["tini", "--", "python", "-m", "finetune"]':
+    if settings.get("ENTRYPOINT") != '["tini", "--", "python", "-m", "finetune"]':
         found.append("PID 1 does not pass signals on, or reaps no orphans")
-    if (said.get("STOPSIGNAL"), said.get("CMD")) != ("SIGTERM", '["--help"]'):
+    if (settings.get("STOPSIGNAL"), settings.get("CMD")) != ("SIGTERM", '["--help"]'):
         found.append("what stops it, or what it says without arguments, has changed")
     written = " ".join(rest for word, rest in all_of_them if word == "ENV").split()
     if not {"HOME=/scratch", "TMPDIR=/scratch"} <= set(written):
@@ -148,11 +148,16 @@ def test_hadolint_finds_nothing():
 # What is sent to the builder
 
 TEMPTATIONS = (
-    ".env", "hf_token", "id_rsa", "credentials.json", "data/rows.jsonl", "runs/mine/model/model.safetensors", "wandb/key",
-    "finetune/.env", "finetune/hf_token", "finetune/data/id_rsa", "finetune/token.txt", "finetune/__pycache__/config.pyc", "configs/.env", "configs/token.json",
-    "configs/mine/hidden.yaml", "data_scripts/rows.jsonl", "accelerate_configs/.netrc", ".venv/lib/x.py", "shared/data/rows.csv",
+    ".env", "hf_token", "id_rsa", "credentials.json", "data/rows.jsonl",
+    "runs/mine/model/model.safetensors", "wandb/key", "finetune/.env", "finetune/hf_token",
+    "finetune/data/id_rsa", "finetune/token.txt", "finetune/__pycache__/config.pyc", "configs/.env",
+    "configs/token.json", "configs/mine/hidden.yaml", "data_scripts/rows.jsonl",
+    "accelerate_configs/.netrc", ".venv/lib/x.py", "shared/data/rows.csv",
 )  # fmt: skip
-NEEDED = r"train\.py|LICENSE|requirements(-cuda)?\.txt|(finetune|data_scripts)/.*\.py|(configs|accelerate_configs)/\w+\.yaml|ds_configs/\w+\.json"
+NEEDED = (
+    r"train\.py|LICENSE|requirements(-cuda)?\.txt|(finetune|data_scripts)/.*\.py|"
+    r"(configs|accelerate_configs)/\w+\.yaml|ds_configs/\w+\.json"
+)
 
 
 def sent(folder: Path, patterns: str) -> set[str]:
@@ -172,36 +177,32 @@ def tempting(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_builder_is_sent_what_the_image_needs_and_nothing_else(tempting):
+def test_the_build_context_holds_only_what_the_image_needs(tempting):
     assert sent(tempting, IGNORE) - {"docker/Dockerfile", ".dockerignore"} == {
         name for name in tracked() if re.fullmatch(NEEDED, name)
     }
 
 
 @pytest.mark.parametrize("line", ["!finetune/**", "!**/*.json", "!**/.env", "!data/*", "!runs"])
-def test_a_line_that_lets_in_more_is_noticed(tempting, line):
+def test_a_wider_build_context_is_noticed(tempting, line):
     assert sent(tempting, f"{IGNORE}{line}\n") & set(TEMPTATIONS)
 
 
 # Command lines
 
 VALUES = {
-    "GPUS": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "2", "IMAGE": "registry.example.org/finetune:0.1.0", "STORAGE": "s3://bucket/folder",
-    "CONFIG": "my_run", "HOME": "/home/me", "PWD": "/home/me/work",
+    "GPUS": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "2", "IMAGE": "registry.example.org/finetune:0.1.0",
+    "STORAGE": "s3://bucket/folder", "CONFIG": "my_run", "HOME": "/home/me", "PWD": "/home/me/work",
 }  # fmt: skip
 
 
 def filled(text: str) -> str:
-    """Variables replaced, `${NAME:-default}` and `${NAME:?why}` too; a name without a value is a
-    KeyError.
-    """
+    """Replace variables, also `${NAME:-default}` and `${NAME:?why}`; raise KeyError if unset."""
     return re.sub(r"\$\{?(\w+)(?::[-?][^}]*)?\}?", lambda match: VALUES[match[1]], text)
 
 
 def started(command: str) -> tuple[set[str], list[str]]:
-    """`docker run OPTIONS IMAGE WORDS` -> (options, words). All options are --name or --name=value,
-    so the image is the first word that is none.
-    """
+    """Split `docker run OPTIONS IMAGE WORDS` into (options, words); options are --name[=value]."""
     words = shlex.split(filled(command))
     words = words[words.index("run") + 1 :]
     image = next(place for place, word in enumerate(words) if not word.startswith("--"))
@@ -234,9 +235,7 @@ def of_skypilot(text: str = SKYPILOT) -> str:
 
 
 def understood(words: list[str], folder: Path) -> Any:
-    """The run config that these words to the image give; by the launcher and the parser of
-    train.py.
-    """
+    """Return the run config that launcher and parser of train.py make of these words."""
     write_jsonl(folder / "rows.jsonl", pairs(4))
     run = {
         "run": {"name": "mine"},
@@ -285,7 +284,7 @@ HARDENED = {"--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"}
 @pytest.mark.parametrize(
     "command", [in_the_unit()["ExecStart"], of_skypilot()], ids=["unit", "skypilot"]
 )
-def test_a_run_on_a_machine_of_its_own_is_shut_in_but_hears_of_interruptions(command):
+def test_a_run_on_its_own_machine_is_sandboxed_but_sees_notices(command):
     """--network=host: the metadata service of AWS answers one hop away only."""
     options, _ = started(command)
     assert {*HARDENED, "--network=host", "--gpus=all", "--rm"} <= options
@@ -355,7 +354,7 @@ def unit_complaints(text: str) -> list[str]:
     return [] if again == [1, 75] else [f"starts again after {again}"]
 
 
-def test_the_unit_gives_the_run_the_time_that_it_counts_on(tmp_path):
+def test_the_unit_grants_the_configured_grace_period(tmp_path):
     service = in_the_unit()
     _, config = understood(started(service["ExecStart"])[1], tmp_path)
     assert (service["KillSignal"], service["KillMode"]) == ("SIGTERM", "mixed")
@@ -364,7 +363,7 @@ def test_the_unit_gives_the_run_the_time_that_it_counts_on(tmp_path):
 
 
 def test_systemd_understands_the_unit(tmp_path):
-    """It ends with 0 also when it has ignored a line, so its words count. Docker need not be there."""
+    """systemd exits with 0 even when it ignores a line, so check its output; needs no Docker."""
     unit = tmp_path / "finetune.service"
     unit.write_text(SERVICE.replace("/usr/bin/docker", sys.executable))
     (tmp_path / "docker.service").write_text("[Service]\nExecStart=/bin/true\n")
@@ -379,7 +378,7 @@ def test_systemd_understands_the_unit(tmp_path):
     [(DOCKERFILE, complaints), (COMPOSE, compose_complaints), (SERVICE, unit_complaints)],
     ids=["Dockerfile", "Compose", "unit"],
 )
-def test_each_file_keeps_what_is_promised(text, check):
+def test_each_file_keeps_its_promises(text, check):
     assert check(text) == []
 
 
@@ -388,11 +387,20 @@ def test_each_file_keeps_what_is_promised(text, check):
     [
         (DOCKERFILE, complaints, r"(BASE_IMAGE=[^@]*)@\S+", r"\1", "ubuntu24.04 is not pinned"),
         (DOCKERFILE, complaints, "ARG SOURCE", "ARG HF_TOKEN", "can be read in the image"),
-        (DOCKERFILE, complaints, r"ENTRYPOINT .*", 'ENTRYPOINT ["python", "-m", "finetune"]', "PID 1 does not pass signals on"),
+        (
+            DOCKERFILE, complaints, r"ENTRYPOINT .*", 'ENTRYPOINT ["python", "-m", "finetune"]',
+            "PID 1 does not pass signals on",
+        ),
         (DOCKERFILE, complaints, "USER 10001:10001", "USER finetune", "the last USER is finetune"),
         (DOCKERFILE, complaints, " TMPDIR=/scratch", "", "written elsewhere"),
-        (DOCKERFILE, complaints, "COPY requirements.txt /opt/", "COPY . .", "installs every package again"),
-        (COMPOSE, compose_complaints, r"finetune:0\.1\.0", "finetune:latest", "not that of this version"),
+        (
+            DOCKERFILE, complaints, "COPY requirements.txt /opt/", "COPY . .",
+            "installs every package again",
+        ),
+        (
+            COMPOSE, compose_complaints, r"finetune:0\.1\.0", "finetune:latest",
+            "not that of this version",
+        ),
         (COMPOSE, compose_complaints, "read_only: true", "read_only: false", "may do more"),
         (COMPOSE, compose_complaints, "runs:/runs", "runs:/finetune/runs", "other volumes"),
         (COMPOSE, compose_complaints, "130s", "60s", "killed before the save"),
@@ -410,7 +418,7 @@ def test_a_file_that_breaks_a_promise_is_noticed(text, check, old, new, complain
 # SkyPilot
 
 
-def test_skypilot_starts_again_without_limit_only_after_75():
+def test_skypilot_restarts_without_limit_only_after_75():
     values = yaml.safe_load(SKYPILOT)["resources"]
     assert values["use_spot"] is True
     assert values["job_recovery"] == {"recover_on_exit_codes": [75], "max_restarts_on_errors": 3}

@@ -17,8 +17,11 @@ SHARDING = (
     "accelerate",
 )
 MAY_SHARD = {
-    "finetune.engine.topology": SHARDING, "finetune.engine.checkpoint": ("torch.distributed.checkpoint",),
-    "finetune.torch_versions": ("torch.distributed.checkpoint",), "finetune.engine.trackers": ("accelerate.tracking",), "finetune.survival.launcher": ("accelerate",),
+    "finetune.engine.topology": SHARDING,
+    "finetune.engine.checkpoint": ("torch.distributed.checkpoint",),
+    "finetune.torch_versions": ("torch.distributed.checkpoint",),
+    "finetune.engine.trackers": ("accelerate.tracking",),
+    "finetune.survival.launcher": ("accelerate",),
 }  # fmt: skip
 
 
@@ -73,7 +76,11 @@ def test_arrows_point_only_where_the_architecture_says():
 
 
 def test_every_arrow_is_used():
-    used = {(module.removeprefix("finetune."), name.removeprefix("finetune.")) for module, path in modules() for name in imports(path)}  # fmt: skip
+    used = {
+        (module.removeprefix("finetune."), name.removeprefix("finetune."))
+        for module, path in modules()
+        for name in imports(path)
+    }
     for importer, imported in ALLOWED.items():
         for name in imported:
             assert any(within(a, [importer]) and within(b, [name]) for a, b in used), (
@@ -113,7 +120,7 @@ def test_importing_it_needs_no_torch(module):
 
 
 @pytest.mark.proof
-def test_a_run_of_all_weights_does_not_wait_for_adapters():
+def test_full_training_does_not_import_peft():
     """peft brings bitsandbytes, and that PyTorch's compiler: half of a start."""
     code = "import sys, finetune.loop; sys.exit(bool({'peft', 'bitsandbytes'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

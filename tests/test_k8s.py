@@ -1,6 +1,4 @@
-"""Every overlay renders, has no unknown field, and keeps what docs/kubernetes.md promises; each
-check is seen to fail.
-"""
+"""Every overlay renders, has only known fields and keeps what docs/kubernetes.md promises."""
 
 import copy
 import os
@@ -16,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from kubeflow_trainer_api import models
-from manifests import Manifest, Work, pod_problems, problems, render, work
+from manifest_checks import Manifest, Work, pod_problems, problems, render, work
 
 OVERLAYS = sorted(folder.name for folder in (ROOT / "k8s/overlays").iterdir())
 OLDEST, NEWEST = "1.31", "1.37"  # podFailurePolicy is stable since 1.31
@@ -52,7 +50,7 @@ def rendered(tmp_path_factory) -> dict[str, list[Manifest]]:
 
 
 def overlay(folder: Path, components: list[str], base: str = "base", **more: Any) -> Path:
-    """A user's own, beside the repository; a component that is not there is one of the user's, too."""
+    """Write a user's overlay beside the repository; unknown components are the user's own."""
     here = Path(os.path.relpath(ROOT / "k8s", folder.resolve()))
     known = {path.name for path in (ROOT / "k8s/components").iterdir()}
     values = {
@@ -105,7 +103,7 @@ def lost(given: Any, back: Any, where: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("name", [*OVERLAYS, *TOGETHER])
 def test_everything_fits_together(rendered, name, tmp_path):
-    """References, selectors, world sizes, command lines, policies, the restricted profile, limits."""
+    """Check references, selectors, world sizes, commands, policies, security and limits."""
     assert found_in(rendered[name], tmp_path) == []
 
 
@@ -146,15 +144,25 @@ def test_the_folders_of_the_documentation_render_and_fit_together(tmp_path):
     assert of_kind(manifests, "PersistentVolumeClaim")["spec"]["storageClassName"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.proof) if number % 4 else name for number, name in enumerate(OVERLAYS)])  # fmt: skip
-def test_a_folder_of_ones_own_on_any_overlay_fits_together_too(tmp_path, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.proof) if number % 4 else name
+        for number, name in enumerate(OVERLAYS)
+    ],
+)
+def test_a_users_folder_on_any_overlay_fits_together(tmp_path, name):
     """As docs/kubernetes.md has it, with a namespace and an image of its own."""
     (tmp_path / "run.yaml").write_text(
         (ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4")
     )
     more = {
-        "namespace": "my-run", "images": [{"name": "finetune", "newName": "registry.example/finetune", "newTag": "2.0"}],
-        "configMapGenerator": [{"name": "run", "behavior": "replace", "files": ["run.yaml"], "options": {"immutable": True}}],
+        "namespace": "my-run",
+        "images": [{"name": "finetune", "newName": "registry.example/finetune", "newTag": "2.0"}],
+        "configMapGenerator": [{
+            "name": "run", "behavior": "replace", "files": ["run.yaml"],
+            "options": {"immutable": True},
+        }],
     }  # fmt: skip
     manifests = render(overlay(tmp_path, [], base=f"overlays/{name}", **more, **FIFO))
     assert found_in(manifests, tmp_path) == []
@@ -179,11 +187,13 @@ def test_other_numbers_of_nodes_are_one_component_before_the_kind(tmp_path, kind
 @pytest.mark.parametrize(
     "components",
     [
-        ["nodes", "jobset", "spot-eks"], ["rdma", "nodes"], ["nodes", "jobset", "kueue", "trainjob"], ["indexed-job"],
+        ["nodes", "jobset", "spot-eks"], ["rdma", "nodes"],
+        ["nodes", "jobset", "kueue", "trainjob"], ["indexed-job"],
         *(pytest.param(each, marks=pytest.mark.proof) for each in (
-            ["nodes", "jobset", "rdma"], ["nodes", "jobset", "priority"], ["spot-gke", "nodes"], ["rdma", "eight-gpus"],
-            ["object-store", "nodes"], ["nodes", "object-store", "jobset"], ["kueue", "nodes", "jobset"],
-            ["nodes", "kueue", "jobset"], ["jobset"], ["nodes", "trainjob"], ["nodes", "eight-gpus"],
+            ["nodes", "jobset", "rdma"], ["nodes", "jobset", "priority"], ["spot-gke", "nodes"],
+            ["rdma", "eight-gpus"], ["object-store", "nodes"], ["nodes", "object-store", "jobset"],
+            ["kueue", "nodes", "jobset"], ["nodes", "kueue", "jobset"], ["jobset"],
+            ["nodes", "trainjob"], ["nodes", "eight-gpus"],
             ["nodes", "indexed-job", "jobset"],
         )),
     ],
@@ -194,7 +204,7 @@ def test_components_in_another_order_are_an_error_not_another_job(tmp_path, comp
         render(overlay(tmp_path, components))
 
 
-def test_what_comes_after_an_overlay_with_a_jobset_is_an_error_too(tmp_path):
+def test_components_after_a_jobset_overlay_are_an_error(tmp_path):
     with pytest.raises(AssertionError, match="test|no matches"):
         render(overlay(tmp_path, ["spot-eks"], base="overlays/jobset"))
 
@@ -260,85 +270,254 @@ def set_argument(found: Work, old: str, new: str) -> None:
 
 # What is broken -> where, how, and what the checks say of it.
 BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
-    "config map of another name": ("jobset", lambda m, w: of_kind(m, "ConfigMap")["metadata"].update(name="other"), "no ConfigMap"),
-    "secret that must be there": ("single-gpu", lambda m, w: w.pod["volumes"][1 + [v["name"] for v in w.pod["volumes"][1:]].index("tokens")]["secret"].pop("optional"), "not optional"),
-    "mount without a volume": ("single-gpu", lambda m, w: w.node["volumeMounts"].append({"name": "x", "mountPath": "/x"}), "no volumes"),
-    "runs that can only be read": ("single-gpu", lambda m, w: w.node["volumeMounts"][2].update(readOnly=True), "may not write"),
-    "tokens for all": ("single-gpu", lambda m, w: next(v for v in w.pod["volumes"] if "secret" in v)["secret"].update(defaultMode=0o444), "or others may"),
-    "tokens elsewhere": ("single-gpu", lambda m, w: next(e for e in w.node["env"] if e["name"] == "HF_TOKEN_PATH").update(value="/x"), "looked for where nothing"),
-    "a GPU that is not missed": ("spot-gke", lambda m, w: w.node["env"].pop(0), "FINETUNE_NEEDS_GPU"),
-    "not a command": ("single-gpu", lambda m, w: set_argument(w, "launch", "lauch"), "no command lauch"),
+    "config map of another name": (
+        "jobset", lambda m, w: of_kind(m, "ConfigMap")["metadata"].update(name="other"),
+        "no ConfigMap",
+    ),
+    "secret that must be there": (
+        "single-gpu",
+        lambda m, w: w.pod["volumes"][1 + [
+            v["name"] for v in w.pod["volumes"][1:]
+        ].index("tokens")]["secret"].pop("optional"),
+        "not optional"
+    ),
+    "mount without a volume": (
+        "single-gpu", lambda m, w: w.node["volumeMounts"].append({"name": "x", "mountPath": "/x"}),
+        "no volumes",
+    ),
+    "runs that can only be read": (
+        "single-gpu", lambda m, w: w.node["volumeMounts"][2].update(readOnly=True), "may not write",
+    ),
+    "tokens for all": (
+        "single-gpu",
+        lambda m, w: next(
+            v for v in w.pod["volumes"] if "secret" in v
+        )["secret"].update(defaultMode=0o444),
+        "or others may"
+    ),
+    "tokens elsewhere": (
+        "single-gpu",
+        lambda m, w: next(
+            e for e in w.node["env"] if e["name"] == "HF_TOKEN_PATH"
+        ).update(value="/x"),
+        "looked for where nothing"
+    ),
+    "a GPU that is not missed": (
+        "spot-gke", lambda m, w: w.node["env"].pop(0), "FINETUNE_NEEDS_GPU",
+    ),
+    "not a command": (
+        "single-gpu", lambda m, w: set_argument(w, "launch", "lauch"), "no command lauch",
+    ),
     "no service": ("multi-node", lambda m, w: m.remove(of_kind(m, "Service")), "no Service"),
-    "names for the ready only": ("multi-node", lambda m, w: of_kind(m, "Service")["spec"].pop("publishNotReadyAddresses"), "no names"),
-    "runtime after the job": ("trainjob", lambda m, w: m.append(m.pop(m.index(of_kind(m, "TrainingRuntime")))), "before its runtime"),
-    "no ancestor": ("trainjob", lambda m, w: child(m, "TrainingRuntime")["template"]["metadata"]["labels"].clear(), "PET_ variables"),
-    "Trainer's variables": ("trainjob", lambda m, w: w.node["env"].append({"name": "PET_NNODES", "value": "2"}), "Trainer's to give"),
-    "names elsewhere": ("jobset", lambda m, w: of_kind(m, "JobSet")["spec"]["network"].update(subdomain="x"), "by its name"),
+    "names for the ready only": (
+        "multi-node", lambda m, w: of_kind(m, "Service")["spec"].pop("publishNotReadyAddresses"),
+        "no names",
+    ),
+    "runtime after the job": (
+        "trainjob", lambda m, w: m.append(m.pop(m.index(of_kind(m, "TrainingRuntime")))),
+        "before its runtime",
+    ),
+    "no ancestor": (
+        "trainjob",
+        lambda m, w: child(m, "TrainingRuntime")["template"]["metadata"]["labels"].clear(),
+        "PET_ variables",
+    ),
+    "Trainer's variables": (
+        "trainjob", lambda m, w: w.node["env"].append({"name": "PET_NNODES", "value": "2"}),
+        "Trainer's to give",
+    ),
+    "names elsewhere": (
+        "jobset", lambda m, w: of_kind(m, "JobSet")["spec"]["network"].update(subdomain="x"),
+        "by its name",
+    ),
     "never again": ("jobset", lambda m, w: w.failure_policy.update(maxRestarts=0), "or never"),
-    "old pods beside new": ("jobset", lambda m, w: w.failure_policy.pop("restartStrategy"), "beside old ones"),
+    "old pods beside new": (
+        "jobset", lambda m, w: w.failure_policy.pop("restartStrategy"), "beside old ones",
+    ),
     "four pods of one run": ("single-gpu", lambda m, w: w.job.update(parallelism=4), "work of one"),
-    "there without end": ("jobset", lambda m, w: of_kind(m, "JobSet")["spec"].pop("ttlSecondsAfterFinished"), "nothing removes it"),
+    "there without end": (
+        "jobset", lambda m, w: of_kind(m, "JobSet")["spec"].pop("ttlSecondsAfterFinished"),
+        "nothing removes it",
+    ),
     "InfiniBand or not": ("rdma", lambda m, w: w.node["env"].pop(), "does not insist"),
     "no second try": ("single-gpu", lambda m, w: w.job.update(backoffLimit=0), "three times"),
-    "no PID 1": ("jobset", lambda m, w: w.pod.update(shareProcessNamespace=True), "says shareProcessNamespace"),
-    "a sidecar": ("single-gpu", lambda m, w: w.pod["containers"].append({**w.node, "name": "other"}), "does not end"),
-    "a config that changes": ("jobset", lambda m, w: of_kind(m, "ConfigMap").pop("immutable"), "may change"),
-    "an open namespace": ("single-gpu", lambda m, w: of_kind(m, "Namespace")["metadata"]["labels"].update({"pod-security.kubernetes.io/enforce": "privileged"}), "does not enforce"),
-    "not drained": ("spot-eks", lambda m, w: w.job["template"]["metadata"].update(annotations={"karpenter.sh/do-not-disrupt": "true"}), "not drain"),
-    "no disk": ("single-gpu", lambda m, w: w.node["resources"]["limits"].update({"ephemeral-storage": "1Gi"}), "hold more"),
-    "another namespace": ("single-gpu", lambda m, w: of_kind(m, "Job")["metadata"].update(namespace="other"), "namespaces"),
-    "service of others": ("multi-node", lambda m, w: of_kind(m, "Service")["spec"].update(selector={"app": "x"}), "selects no pod"),
+    "no PID 1": (
+        "jobset", lambda m, w: w.pod.update(shareProcessNamespace=True),
+        "says shareProcessNamespace",
+    ),
+    "a sidecar": (
+        "single-gpu", lambda m, w: w.pod["containers"].append({**w.node, "name": "other"}),
+        "does not end",
+    ),
+    "a config that changes": (
+        "jobset", lambda m, w: of_kind(m, "ConfigMap").pop("immutable"), "may change",
+    ),
+    "an open namespace": (
+        "single-gpu",
+        lambda m, w: of_kind(m, "Namespace")["metadata"]["labels"].update(
+            {"pod-security.kubernetes.io/enforce": "privileged"},
+        ),
+        "does not enforce",
+    ),
+    "not drained": (
+        "spot-eks",
+        lambda m, w: w.job["template"]["metadata"].update(
+            annotations={"karpenter.sh/do-not-disrupt": "true"},
+        ),
+        "not drain",
+    ),
+    "no disk": (
+        "single-gpu",
+        lambda m, w: w.node["resources"]["limits"].update({"ephemeral-storage": "1Gi"}),
+        "hold more",
+    ),
+    "another namespace": (
+        "single-gpu", lambda m, w: of_kind(m, "Job")["metadata"].update(namespace="other"),
+        "namespaces",
+    ),
+    "service of others": (
+        "multi-node", lambda m, w: of_kind(m, "Service")["spec"].update(selector={"app": "x"}),
+        "selects no pod",
+    ),
     "subdomain of others": ("multi-node", lambda m, w: w.pod.update(subdomain="x"), "subdomain"),
-    "open to anybody": ("one GPU, bucket", lambda m, w: of_kind(m, "NetworkPolicy")["spec"]["ingress"][0].pop("from"), "or all"),
-    "runtime of another name": ("trainjob", lambda m, w: of_kind(m, "TrainJob")["spec"]["runtimeRef"].update(name="x"), "no TrainingRuntime x"),
+    "open to anybody": (
+        "one GPU, bucket",
+        lambda m, w: of_kind(m, "NetworkPolicy")["spec"]["ingress"][0].pop("from"), "or all",
+    ),
+    "runtime of another name": (
+        "trainjob", lambda m, w: of_kind(m, "TrainJob")["spec"]["runtimeRef"].update(name="x"),
+        "no TrainingRuntime x",
+    ),
     "one pod too few": ("jobset", lambda m, w: w.job.update(parallelism=1), "say something else"),
-    "not shared": ("jobset", lambda m, w: of_kind(m, "PersistentVolumeClaim")["spec"].update(accessModes=["ReadWriteOnce"]), "share no volume"),
+    "not shared": (
+        "jobset",
+        lambda m, w: of_kind(m, "PersistentVolumeClaim")["spec"].update(
+            accessModes=["ReadWriteOnce"],
+        ),
+        "share no volume",
+    ),
     "lost with the pod": ("one GPU, bucket", lambda m, w: w.args.pop(), "outlives"),
-    "restarted in place": ("single-gpu", lambda m, w: w.pod.update(restartPolicy="OnFailure"), "restartPolicy"),
+    "restarted in place": (
+        "single-gpu", lambda m, w: w.pod.update(restartPolicy="OnFailure"), "restartPolicy",
+    ),
     "two pods at once": ("single-gpu", lambda m, w: w.job.pop("podReplacementPolicy"), "beside"),
-    "codes out of order": ("jobset", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(values=[75, 2]), "sorted"),
-    "rule for no container": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="x"), "not there"),
-    "rule for one of two runs": ("cpu-debug", lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="node"), "does not see"),
-    "exit codes before disruptions": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].reverse(), "preempted at the start (2)|preempted at the start: ends"),
-    "no rule for 2": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(1), r"wrong config \(2\): counted"),
-    "no rule for 75": ("single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(2), r"saved \(75\): counted"),
-    "a bad config again and again": ("jobset", lambda m, w: w.failure_policy["rules"].pop(0), r"wrong config \(2\): again"),
-    "preemptions counted": ("trainjob", lambda m, w: w.failure_policy["rules"].pop(1), "preempted, saved: counted"),
+    "codes out of order": (
+        "jobset",
+        lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(values=[75, 2]),
+        "sorted",
+    ),
+    "rule for no container": (
+        "single-gpu",
+        lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="x"),
+        "not there",
+    ),
+    "rule for one of two runs": (
+        "cpu-debug",
+        lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(
+            containerName="node",
+        ),
+        "does not see",
+    ),
+    "exit codes before disruptions": (
+        "single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].reverse(),
+        "preempted at the start (2)|preempted at the start: ends",
+    ),
+    "no rule for 2": (
+        "single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(1),
+        r"wrong config \(2\): counted",
+    ),
+    "no rule for 75": (
+        "single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(2),
+        r"saved \(75\): counted",
+    ),
+    "a bad config again and again": (
+        "jobset", lambda m, w: w.failure_policy["rules"].pop(0), r"wrong config \(2\): again",
+    ),
+    "preemptions counted": (
+        "trainjob", lambda m, w: w.failure_policy["rules"].pop(1), "preempted, saved: counted",
+    ),
     "one pod replaced": ("jobset", lambda m, w: w.job.update(backoffLimit=6), "others wait"),
-    "host's disk": ("jobset", lambda m, w: w.pod["volumes"].append({"name": "x", "hostPath": {"path": "/"}}), "volume x"),
+    "host's disk": (
+        "jobset", lambda m, w: w.pod["volumes"].append({"name": "x", "hostPath": {"path": "/"}}),
+        "volume x",
+    ),
     "a token": ("single-gpu", lambda m, w: w.pod.pop("automountServiceAccountToken"), "token"),
-    "writable image": ("cpu-debug", lambda m, w: w.containers[1]["securityContext"].pop("readOnlyRootFilesystem"), "container base: securityContext"),
-    "no limits": ("cpu-debug", lambda m, w: w.containers[0]["resources"].pop("limits"), "container rows asks"),
-    "memory on loan": ("single-gpu", lambda m, w: w.node["resources"]["requests"].update(memory="1Gi"), "less memory"),
-    "fewer GPUs asked than taken": ("single-gpu", lambda m, w: w.node["resources"]["requests"].update({"nvidia.com/gpu": "2"}), "GPUs of requests"),
-    "endless scratch": ("single-gpu", lambda m, w: next(v for v in w.pod["volumes"] if v["name"] == "scratch").update(emptyDir={}), "fill the node"),
-    "shared memory over the limit": ("single-gpu", lambda m, w: shared_memory(w).update(sizeLimit="1Ti"), "/dev/shm"),
-    "latest": ("single-gpu", lambda m, w: w.node.update(image="registry:5000/finetune"), "stays the same"),
+    "writable image": (
+        "cpu-debug", lambda m, w: w.containers[1]["securityContext"].pop("readOnlyRootFilesystem"),
+        "container base: securityContext",
+    ),
+    "no limits": (
+        "cpu-debug", lambda m, w: w.containers[0]["resources"].pop("limits"), "container rows asks",
+    ),
+    "memory on loan": (
+        "single-gpu", lambda m, w: w.node["resources"]["requests"].update(memory="1Gi"),
+        "less memory",
+    ),
+    "fewer GPUs asked than taken": (
+        "single-gpu", lambda m, w: w.node["resources"]["requests"].update({"nvidia.com/gpu": "2"}),
+        "GPUs of requests",
+    ),
+    "endless scratch": (
+        "single-gpu",
+        lambda m, w: next(
+            v for v in w.pod["volumes"] if v["name"] == "scratch"
+        ).update(emptyDir={}),
+        "fill the node"
+    ),
+    "shared memory over the limit": (
+        "single-gpu", lambda m, w: shared_memory(w).update(sizeLimit="1Ti"), "/dev/shm",
+    ),
+    "latest": (
+        "single-gpu", lambda m, w: w.node.update(image="registry:5000/finetune"), "stays the same",
+    ),
     "two images": ("cpu-debug", lambda m, w: w.node.update(image="finetune:2"), "several images"),
-    "grace that no cloud gives": ("spot-gke", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "gives 15"),
-    "a save longer than the grace": ("single-gpu", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "counts on 590 s"),
-    "more processes than GPUs": ("spot-eks", lambda m, w: set_argument(w, "8", "16"), "16 processes on a node of 8"),
-    "rank of no node": ("multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "$(RANK_OF_NODE)"), "nothing says"),
+    "grace that no cloud gives": (
+        "spot-gke", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60), "gives 15",
+    ),
+    "a save longer than the grace": (
+        "single-gpu", lambda m, w: w.pod.update(terminationGracePeriodSeconds=60),
+        "counts on 590 s",
+    ),
+    "more processes than GPUs": (
+        "spot-eks", lambda m, w: set_argument(w, "8", "16"), "16 processes on a node of 8",
+    ),
+    "rank of no node": (
+        "multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "$(RANK_OF_NODE)"),
+        "nothing says",
+    ),
     "first node under another "
-    "name": ("multi-node", lambda m, w: set_argument(w, "finetune-0.finetune", "finetune-0.x"), "look for finetune-0.x"),
-    "every node the first": ("multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "0"), "8 processes, where 2 nodes"),
-    "a setting that does not exist": ("spot-eks", lambda m, w: w.args.append("--train.epoch=3"), "train.epoch"),
-    "no such script": ("cpu-debug", lambda m, w: w.containers[0].update(command=["python", "data_scripts/x.py"]), "no data_scripts/x.py"),
-    "a batch that does not divide": ("jobset", lambda m, w: w.args.append("--train.global_batch_size=60"), "cannot be split"),
+    "name": (
+        "multi-node", lambda m, w: set_argument(w, "finetune-0.finetune", "finetune-0.x"),
+        "look for finetune-0.x",
+    ),
+    "every node the first": (
+        "multi-node", lambda m, w: set_argument(w, "$(JOB_COMPLETION_INDEX)", "0"),
+        "8 processes, where 2 nodes",
+    ),
+    "a setting that does not exist": (
+        "spot-eks", lambda m, w: w.args.append("--train.epoch=3"), "train.epoch",
+    ),
+    "no such script": (
+        "cpu-debug", lambda m, w: w.containers[0].update(command=["python", "data_scripts/x.py"]),
+        "no data_scripts/x.py",
+    ),
+    "a batch that does not divide": (
+        "jobset", lambda m, w: w.args.append("--train.global_batch_size=60"), "cannot be split",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_what_is_broken_is_seen(rendered, fault, tmp_path):
-    name, break_it, said = BROKEN[fault]
+def test_every_broken_manifest_is_detected(rendered, fault, tmp_path):
+    name, break_it, message = BROKEN[fault]
     manifests = copy.deepcopy(rendered[name])
     break_it(manifests, work(manifests))
     found = problems(manifests, tmp_path)
-    assert any(re.search(said, problem) for problem in found), found
+    assert any(re.search(message, problem) for problem in found), found
 
 
 @pytest.mark.parametrize("kind", ["Job", "JobSet", "TrainJob", "TrainingRuntime", "NetworkPolicy"])
-def test_an_unknown_field_is_seen(rendered, kind):
+def test_an_unknown_field_is_detected(rendered, kind):
     for manifests in rendered.values():
         for manifest in copy.deepcopy([m for m in manifests if m["kind"] == kind]):
             manifest["spec"]["replicas_"] = 2

@@ -1,6 +1,4 @@
-"""python -m finetune launch: signals reach every process, exit codes come back, and no process is
-left.
-"""
+"""The launcher passes on signals and exit codes, and leaves no process behind."""
 
 import contextlib
 import json
@@ -98,8 +96,9 @@ else:
 # Prints what it was given, in one piece.
 TELL = """
 import json, os, sys
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "OMP_NUM_THREADS")
-given = {k: v for k, v in os.environ.items() if k in names or k.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
+names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR OMP_NUM_THREADS".split()
+prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
+given = {k: v for k, v in os.environ.items() if k in names or k.startswith(prefixes)}
 os.write(1, (json.dumps([given, os.environ.get("MASTER_PORT"), sys.argv[1:]]) + "\\n").encode())
 """
 MAIN = "import sys; from finetune.survival import launcher; sys.exit(launcher.main(sys.argv[1:]))"
@@ -128,9 +127,7 @@ def log(tmp_path):
 
 @pytest.fixture
 def start(worker):
-    """A launcher in a process of its own, which heeds SIGHUP also where all of the tests run under
-    nohup.
-    """
+    """Start a launcher in its own process, which heeds SIGHUP even if the tests run under nohup."""
     started, heard = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def start(*behaviours, before=(), **keywords):
@@ -198,27 +195,29 @@ def let_end(worker, process):
 @pytest.mark.parametrize(
     ("behaviours", "code"),
     [
-        (["exit:0"], 0), (["exit:2"], 2), (["exit:75"], 75), (["exit:1"], 1), (["exit:3"], 1), (["exit:130"], 1), (["die"], 1),
-        (["exit:0", "exit:0"], 0), (["after:1:exit:0", "exit:2"], 2), (["exit:0", "after:0:exit:75"], 75),
-        (["exit:75", "after:0:exit:1"], 75), (["exit:1", "after:0:exit:75"], 1), (["after:1:exit:2", "die"], 1),
+        (["exit:0"], 0), (["exit:2"], 2), (["exit:75"], 75), (["exit:1"], 1), (["exit:3"], 1),
+        (["exit:130"], 1), (["die"], 1), (["exit:0", "exit:0"], 0),
+        (["after:1:exit:0", "exit:2"], 2), (["exit:0", "after:0:exit:75"], 75),
+        (["exit:75", "after:0:exit:1"], 75), (["exit:1", "after:0:exit:75"], 1),
+        (["after:1:exit:2", "die"], 1),
         (["after:1:exit:1", "after:2:exit:75", "exit:0"], 75),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
 )  # fmt: skip
-def test_the_exit_code_is_that_of_the_first_to_end_with_another_than_0(worker, behaviours, code):
+def test_the_exit_code_is_that_of_the_first_failure(worker, behaviours, code):
     assert run(worker, *behaviours) == code
 
 
-def test_processes_that_end_as_they_should_leave_no_message_and_no_folder_of_steps(worker, capfd):
+def test_a_clean_end_leaves_no_message_and_no_step_folder(worker, capfd):
     run(worker, "exit:75", "exit:0")
     assert capfd.readouterr() == ("", "")
     assert not Path(notes(worker, "beats")[0]).exists()
 
 
-def test_one_that_was_killed_is_named_with_its_step_and_the_others_end_by_themselves(worker, capfd):
+def test_a_killed_worker_is_reported_with_its_step_and_the_others_end(worker, capfd):
     assert run(worker, "after:1:exit:1", "step:die") == 1
-    said = capfd.readouterr().err.splitlines()
-    assert said == [
+    output = capfd.readouterr().err.splitlines()
+    assert output == [
         "process 1 was killed by SIGKILL in step 38",
         "process 0 ended with exit code 1",
     ]
@@ -232,7 +231,7 @@ def test_one_that_was_killed_is_named_with_its_step_and_the_others_end_by_themse
         ({"state": "complete", "step": 40}, ("complete", 40)),
     ],
 )
-def test_outcome_of_processes_that_died_without_one_is_written(worker, before, after):
+def test_an_outcome_is_written_for_workers_that_died_without_one(worker, before, after):
     run_dir = worker.parent / "runs/a"
     run_dir.mkdir(parents=True)
     if before:
@@ -244,7 +243,7 @@ def test_outcome_of_processes_that_died_without_one_is_written(worker, before, a
     assert before == outcome or outcome["reason"] == "process 1 was killed by SIGABRT in step 38"
 
 
-def test_outcome_of_another_process_or_of_no_known_run_is_left_alone(worker):
+def test_the_outcome_of_another_run_is_left_alone(worker):
     run_dir = worker.parent / "runs/a"
     run_dir.mkdir(parents=True)
     (run_dir / "outcome.json").write_text('{"state": "running", "step": 30}')
@@ -255,9 +254,7 @@ def test_outcome_of_another_process_or_of_no_known_run_is_left_alone(worker):
 
 
 @pytest.mark.parametrize("other", ["stop", "deaf"])
-def test_one_that_is_stopped_or_deaf_beside_one_that_fails_is_killed(
-    worker, capfd, monkeypatch, other
-):
+def test_a_stopped_or_deaf_worker_is_killed_after_a_failure(worker, capfd, monkeypatch, other):
     monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 0.3)
     assert run(worker, other, "beside:0:exit:1") == 1
     assert capfd.readouterr().err.splitlines() == [
@@ -268,7 +265,7 @@ def test_one_that_is_stopped_or_deaf_beside_one_that_fails_is_killed(
 
 
 @pytest.mark.parametrize(("first", "code"), [("exit:0", 1), ("exit:75", 75), ("exit:2", 2)])
-def test_one_that_goes_on_after_another_has_finished_gets_longer_and_is_then_killed(
+def test_a_worker_that_outlives_a_finished_one_is_killed_later(
     worker, capfd, monkeypatch, first, code
 ):
     monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 0.0)
@@ -281,9 +278,7 @@ def test_one_that_goes_on_after_another_has_finished_gets_longer_and_is_then_kil
     assert not any(map(is_alive, noted(worker, "pid")))
 
 
-def test_one_that_finishes_after_a_failure_gives_the_others_no_more_time(
-    worker, capfd, monkeypatch
-):
+def test_a_worker_finishing_after_a_failure_extends_no_deadline(worker, capfd, monkeypatch):
     monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 2.0)
     assert run(worker, "deaf", "beside:0:exit:1", "after:1:exit:0") == 1
     assert (
@@ -295,9 +290,7 @@ def test_one_that_finishes_after_a_failure_gives_the_others_no_more_time(
 @pytest.mark.parametrize(
     "behaviours", [["family:exit:0"], ["family:die"], ["family:sleep", "beside:0:exit:1"]]
 )
-def test_children_of_a_process_that_has_ended_or_is_killed_do_not_stay(
-    worker, monkeypatch, behaviours
-):
+def test_children_of_ended_or_killed_workers_are_killed(worker, monkeypatch, behaviours):
     monkeypatch.setattr(launcher.processes, "OTHERS_SECONDS", 0.1)
     run(worker, *behaviours)
     [child] = noted(worker, "child")
@@ -317,7 +310,7 @@ def test_each_signal_reaches_every_process_once(start, worker, name):
     assert [notes(worker, "heard", rank) for rank in (0, 1)] == [expected, expected]
 
 
-def test_ctrl_c_in_a_terminal_arrives_once(start, worker):
+def test_ctrl_c_in_a_terminal_reaches_workers_once(start, worker):
     """pty.spawn gives the launcher a terminal, and what is written to it."""
     terminal = [sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"]
     process = start("listen", before=terminal, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -370,8 +363,11 @@ def test_processes_end_when_the_launcher_was_killed(start, worker):
         assert notes(worker, "heard", rank) == "the launcher has died".split()
 
 
-def test_a_process_whose_launcher_has_gone_while_python_started_ends_as_preempted():
-    code = "from finetune.survival.preemption import StopFlag; StopFlag().follow_launcher(); print('goes on')"
+def test_a_worker_orphaned_while_python_starts_ends_as_preempted():
+    code = (
+        "from finetune.survival.preemption import StopFlag; StopFlag().follow_launcher(); "
+        "print('goes on')"
+    )
     environment = {**os.environ, "FINETUNE_LAUNCHER": "999999999"}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -385,7 +381,7 @@ def test_a_process_whose_launcher_has_gone_while_python_started_ends_as_preempte
     assert "the launcher has died" in done.stderr
 
 
-def test_no_process_is_left_when_not_all_can_be_started(worker):
+def test_a_failed_start_leaves_no_process(worker):
     with pytest.raises(ValueError, match="illegal environment variable name"):
         launcher.run([dict(os.environ), {"a=b": ""}], [sys.executable, str(worker), "deaf"])
     assert not any(map(is_alive, noted(worker, "pid")))
@@ -404,7 +400,7 @@ def test_unkillable_worker_is_reported(worker, capfd, monkeypatch):
     assert capfd.readouterr().err.splitlines()[-1].startswith("process 0 cannot be killed")
 
 
-def test_without_a_place_for_steps_processes_start_all_the_same(worker, monkeypatch, capfd):
+def test_processes_start_without_a_step_folder(worker, monkeypatch, capfd):
     def full(**keywords):
         raise FileNotFoundError("no usable temporary directory")
 
@@ -423,7 +419,7 @@ def main(*arguments, **keywords):
     )
 
 
-def told(result):
+def printed(result):
     """What each process has printed, by rank: environment, port, arguments."""
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[{")]
@@ -432,13 +428,16 @@ def told(result):
 
 def test_one_process_without_a_topology_file_is_what_python_would_start(log):
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    assert told(main(log, "--config", "x.yaml", "--num_processes", "2", env=clean)) == [
+    assert printed(main(log, "--config", "x.yaml", "--num_processes", "2", env=clean)) == [
         [{}, None, ["--config", "x.yaml", "--num_processes", "2"]]
     ]
 
 
 def test_one_process_without_a_topology_file_needs_no_accelerate(worker):
-    code = f"{MAIN.split(';')[0]}; from finetune.survival import launcher; launcher.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = (
+        f"{MAIN.split(';')[0]}; from finetune.survival import launcher; "
+        "launcher.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    )
     command = [sys.executable, "-c", code, str(worker), "exit:0"]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
@@ -457,18 +456,20 @@ def plan(*arguments):
 
 # File -> kind, processes of this node, replicas, processes that share a sequence.
 TOPOLOGIES = {
-    "single": ("single", 1, 1, 1), "cpu_debug": ("ddp", 2, 1, 1), "ddp": ("ddp", 8, 1, 1), "ddp_multinode": ("ddp", 8, 1, 1),
-    "fsdp2": ("fsdp2", 8, 1, 1), "fsdp2_context": ("fsdp2_context", 8, 1, 4), "fsdp2_hybrid": ("fsdp2_hybrid", 8, 2, 1),
+    "single": ("single", 1, 1, 1), "cpu_debug": ("ddp", 2, 1, 1), "ddp": ("ddp", 8, 1, 1),
+    "ddp_multinode": ("ddp", 8, 1, 1), "fsdp2": ("fsdp2", 8, 1, 1),
+    "fsdp2_context": ("fsdp2_context", 8, 1, 4), "fsdp2_hybrid": ("fsdp2_hybrid", 8, 2, 1),
     "fsdp2_hybrid_multinode": ("fsdp2_hybrid", 8, 2, 1), "fsdp2_multinode": ("fsdp2", 8, 1, 1),
-    "fsdp2_offload": ("fsdp2_offload", 8, 1, 1), "zero1": ("zero1", 8, 1, 1), "zero2": ("zero2", 8, 1, 1),
-    "zero3": ("zero3", 8, 1, 1), "zero3_multinode": ("zero3", 8, 1, 1), "zero3_offload": ("zero3_offload", 8, 1, 1),
+    "fsdp2_offload": ("fsdp2_offload", 8, 1, 1), "zero1": ("zero1", 8, 1, 1),
+    "zero2": ("zero2", 8, 1, 1), "zero3": ("zero3", 8, 1, 1), "zero3_multinode": ("zero3", 8, 1, 1),
+    "zero3_offload": ("zero3_offload", 8, 1, 1),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "file", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem
 )
-def test_every_topology_file_is_what_it_says(file, monkeypatch):
+def test_every_topology_file_gives_its_topology(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     name, number, replicas, context = TOPOLOGIES[file.stem]
     nodes = 2 if "multinode" in file.stem else 1
@@ -488,8 +489,15 @@ def test_every_topology_file_is_what_it_says(file, monkeypatch):
     ("topology", "extra"),
     [
         pytest.param("single", ["--num_processes", "1"], marks=pytest.mark.proof),
-        pytest.param("zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"], marks=pytest.mark.proof),
-        ("fsdp2_context", "--num_processes 2 --parallelism_config_cp_size 2 --parallelism_config_dp_shard_size 1".split()),
+        pytest.param(
+            "zero3_offload", ["--num_processes", "2", "--mixed_precision", "no"],
+            marks=pytest.mark.proof,
+        ),
+        (
+            "fsdp2_context",
+            "--num_processes 2 --parallelism_config_cp_size 2 "
+            "--parallelism_config_dp_shard_size 1".split(),
+        ),
     ],
 )  # fmt: skip
 def test_processes_get_what_accelerate_launch_gives_them(log, monkeypatch, topology, extra):
@@ -503,17 +511,17 @@ def test_processes_get_what_accelerate_launch_gives_them(log, monkeypatch, topol
         str(log),
     ]
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-    theirs = told(
+    theirs = printed(
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     )
-    ours = told(main(*arguments))
+    ours = printed(main(*arguments))
     assert [launch.read(given) for given, _, _ in ours] == [
         launch.read(given) for given, _, _ in theirs
     ]
     assert [given for given, _, _ in ours] == [given for given, _, _ in theirs]
 
 
-def test_use_cpu_is_left_to_the_error_of_the_script(tmp_path):
+def test_use_cpu_is_refused_by_the_script(tmp_path):
     file = tmp_path / "cpu.yaml"
     file.write_text('distributed_type: "NO"\nuse_cpu: true\nnum_processes: 2\n')
     [environment] = plan("--config_file", file)
@@ -529,16 +537,18 @@ def test_several_processes_without_a_topology_file_are_ddp():
 
 
 @pytest.mark.slow
-def test_what_accelerate_config_has_left_is_not_read(log, tmp_path):
+def test_the_accelerate_config_of_the_user_is_ignored(log, tmp_path):
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate/default_config.yaml").write_text(
         "distributed_type: MULTI_GPU\nnum_processes: 3\n"
     )
-    lines = told(main("--mixed_precision", "no", log, env={**os.environ, "HF_HOME": str(tmp_path)}))
+    lines = printed(
+        main("--mixed_precision", "no", log, env={**os.environ, "HF_HOME": str(tmp_path)})
+    )
     assert ["WORLD_SIZE" in given for given, _, _ in lines] == [False]
 
 
-def test_processes_meet_at_the_port_that_was_asked_for_or_else_at_a_free_one():
+def test_processes_meet_at_the_given_or_a_free_port():
     with socket.socket() as other:
         other.bind(("", 0))
         port = other.getsockname()[1]
@@ -549,7 +559,7 @@ def test_processes_meet_at_the_port_that_was_asked_for_or_else_at_a_free_one():
     assert len({plan("--num_processes", 2)[0]["MASTER_PORT"] for _ in range(4)}) > 1
 
 
-def test_a_taken_port_on_the_first_of_several_nodes_is_told(capfd):
+def test_a_taken_port_on_the_first_node_is_reported(capfd):
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
@@ -576,16 +586,16 @@ def test_modules_and_programs_start_too(tmp_path, capfd):
     assert capfd.readouterr().out.splitlines()[:2] == [": --two", "timed"]
 
 
-def test_options_of_torchrun_are_said_to_be_ignored(capfd):
+def test_ignored_torchrun_options_are_reported(capfd):
     plan("--num_processes", 2, "--rdzv_conf", "timeout=5", "--max-restarts", 3)
-    said = capfd.readouterr().err
-    assert said.startswith(
+    output = capfd.readouterr().err
+    assert output.startswith(
         "ignored, as launch starts the processes itself: --rdzv_conf, --max_restarts; "
     )
-    assert "FINETUNE_JOIN_MINUTES" in said
+    assert "FINETUNE_JOIN_MINUTES" in output
 
 
-def test_help_is_no_error(capfd):
+def test_help_exits_with_0(capfd):
     assert launcher.main(["--help"]) == 0
     assert "--num_processes" in capfd.readouterr().out
 
@@ -604,14 +614,23 @@ MULTINODE = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml"
         (["--num_proceses", "2", SCRIPT], "unrecognized arguments: --num_proceses"),
         (["--num_processes", "0", SCRIPT], "num_processes is 0; it must be a whole number from 1"),
         (["--multi_gpu", "--use_fsdp", SCRIPT], "You can only use one of"),
-        (["--num_processes", "2", "--num_machines", "2", SCRIPT], "2 nodes need the address of the first one: give --main_process_ip"),
+        (
+            ["--num_processes", "2", "--num_machines", "2", SCRIPT],
+            "2 nodes need the address of the first one: give --main_process_ip",
+        ),
         ([*MULTINODE, "--num_processes", "5", SCRIPT], "5 cannot be divided by num_machines: 2"),
-        ([*MULTINODE, "--machine_rank", "2", SCRIPT], "machine_rank is 2, but there are 2 nodes; ranks start at 0"),
+        (
+            [*MULTINODE, "--machine_rank", "2", SCRIPT],
+            "machine_rank is 2, but there are 2 nodes; ranks start at 0",
+        ),
         (["--tpu", SCRIPT], "asks for TPUs or mpirun"),
-        (["--config_file", "no_such.yaml", SCRIPT], "--config_file no_such.yaml cannot be read from"),
+        (
+            ["--config_file", "no_such.yaml", SCRIPT],
+            "--config_file no_such.yaml cannot be read from",
+        ),
     ],
 )  # fmt: skip
-def test_wrong_arguments_are_told_in_one_line(capfd, arguments, message):
+def test_wrong_arguments_are_reported_in_one_line(capfd, arguments, message):
     assert_told(arguments, message, capfd)
 
 
@@ -638,7 +657,7 @@ def test_wrong_arguments_are_told_in_one_line(capfd, arguments, message):
          "'NO'\n", "compute_environment is AMAZON_SAGEMAKER"),
     ],
 )  # fmt: skip
-def test_a_topology_file_that_cannot_be_used_is_told_in_one_line(tmp_path, capfd, text, message):
+def test_an_unusable_topology_file_is_reported_in_one_line(tmp_path, capfd, text, message):
     file = tmp_path / "topology.yaml"
     file.write_text(text)
     assert_told(["--config_file", str(file), SCRIPT, "--check"], message, capfd)
@@ -646,7 +665,7 @@ def test_a_topology_file_that_cannot_be_used_is_told_in_one_line(tmp_path, capfd
 
 def assert_told(arguments, message, capfd):
     assert launcher.main(arguments) == 2
-    said = capfd.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1, said
-    assert re.search(message, said), said
+    output = capfd.readouterr().err
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1, output
+    assert re.search(message, output), output

@@ -1,6 +1,4 @@
-"""`make gpu`: that nothing is left out of its matrix, what it calls right and wrong, and a
-rehearsal without a GPU.
-"""
+"""`make gpu` covers its matrix, tells right from wrong, and rehearses without a GPU."""
 
 import json
 import os
@@ -117,9 +115,7 @@ def test_every_comparison_has_a_reference_and_a_reason():
 
 
 def test_the_most_important_cases_run_first():
-    """Of every method, every kind of topology, half precision, compiled and resumed: what four
-    cores have time for.
-    """
+    """Four cores have time for every method, kind of topology, precision, and a resumption."""
     first = CASES[: len(matrix.FIRST)]
     assert {case.name for case in first} == set(matrix.FIRST)
     assert {case.topology for case in first} >= {None, "single", "ddp", "fsdp2", "zero2", "zero3"}
@@ -146,13 +142,13 @@ def test_fp16_beside_bf16_has_the_tolerance_of_other_roundings():
     assert within["fp16"] == within["fp16-ddp"] == matrix.HALF, "compared with float32"
 
 
-def test_chosen_cases_bring_what_they_are_compared_with():
+def test_chosen_cases_include_their_references():
     found = {case.name for case in matrix.chosen(CASES, "^zero3-fp32$")}
     assert found == {"zero3-fp32", "optimizer-adamw", "cpu-adamw"}
     assert len(matrix.chosen(CASES, "")) == len(CASES)
 
 
-def test_what_a_case_needs_follows_from_its_settings():
+def test_requirements_of_a_case_follow_from_its_settings():
     needs = {case.name: case.needs for case in CASES}
     assert needs["zero3-qlora"] == {"deepspeed", "bitsandbytes"}
     assert needs["compiled-full"] == {"compiler"}
@@ -177,13 +173,14 @@ NEAR = Case("own", beside="other", within=Tolerance(1e-3, 1e-2, "why"))
 
 def curves(**changes):
     values = {
-        "code": 0, "said": "", "was_out_of_turn": False, "seconds": 1.0, "losses": [5.0, 4.0, 3.0, 2.5, 2.0, 1.8, 1.6, 1.5],
-        "norms": [1.0] * 8, "evals": [3.0, 2.0], "num_saves": 3, "opened": 2.5,
+        "code": 0, "said": "", "was_out_of_turn": False, "seconds": 1.0,
+        "losses": [5.0, 4.0, 3.0, 2.5, 2.0, 1.8, 1.6, 1.5], "norms": [1.0] * 8, "evals": [3.0, 2.0],
+        "num_saves": 3, "opened": 2.5,
     }  # fmt: skip
     return Curves(**{**values, **changes})
 
 
-def test_a_run_like_its_reference_is_right():
+def test_a_run_equal_to_its_reference_passes():
     row = correctness.judge(NEAR, curves(losses=[5.001, *curves().losses[1:]]), curves())
     assert (row.status, row.reason) == ("right", "")
     assert row.values["loss"] == pytest.approx(2e-4)
@@ -211,7 +208,7 @@ def test_a_run_like_its_reference_is_right():
         ({"skipped": [1, 2, 3, 4, 5]}, "5 of 8 steps overflowed"),
     ],
 )
-def test_a_run_unlike_its_reference_is_wrong(changes, reason):
+def test_a_run_unlike_its_reference_fails(changes, reason):
     row = correctness.judge(NEAR, curves(**changes), curves())
     assert row.status == "wrong"
     assert reason in row.reason
@@ -228,7 +225,7 @@ def test_a_reference_that_failed_proves_nothing():
 @pytest.mark.parametrize(
     "other", [None, curves(code=None, was_out_of_turn=True)], ids=["not begun", "cut off"]
 )
-def test_a_reference_without_a_turn_leaves_its_rows_without_one(other):
+def test_rows_of_a_skipped_reference_are_skipped(other):
     row = correctness.judge(NEAR, curves(), other)
     assert (row.status, "before other, which it is compared with" in row.reason) == (
         "no turn",
@@ -239,7 +236,7 @@ def test_a_reference_without_a_turn_leaves_its_rows_without_one(other):
     )
 
 
-def test_a_run_that_the_deadline_ended_is_not_wrong():
+def test_a_run_ended_by_the_deadline_does_not_fail():
     assert (
         correctness.judge(NEAR, curves(code=None, was_out_of_turn=True), curves()).status
         == "no turn"
@@ -275,7 +272,17 @@ def in_turns(monkeypatch, cases, runs, only=""):
     monkeypatch.setattr(correctness, "run_pytest", lambda lab: [])
     monkeypatch.setattr(matrix, "cases", lambda: cases)
     monkeypatch.setattr(matrix, "LEFT_OUT", {})
-    lab = correctness.Lab(ROOT, ROOT, {}, {}, {"left_out": {"deepspeed": "why"}, "compiler": True, "gpu": "x"}, None, Clock(60), False, lambda line: None)  # fmt: skip
+    lab = correctness.Lab(
+        ROOT,
+        ROOT,
+        {},
+        {},
+        {"left_out": {"deepspeed": "why"}, "compiler": True, "gpu": "x"},
+        None,
+        Clock(60),
+        False,
+        lambda line: None,
+    )
     return {row.name: row for row in correctness.rows(lab, 1, only)}, began
 
 
@@ -289,12 +296,10 @@ def in_turns(monkeypatch, cases, runs, only=""):
         ({"opened": 0.1}, "losses differ"),
     ],
 )
-def test_a_run_that_skipped_is_compared_with_one_that_left_out_the_same_steps(
+def test_a_run_with_skipped_steps_is_compared_with_one_that_skips_them_too(
     monkeypatch, changes, reason
 ):
-    """From the skip on it has moved once less than the reference: only with the same steps left out
-    must the two agree.
-    """
+    """After a skip the weights have moved once less, so the reference must skip the same steps."""
     skipped = {"losses": [5.0, 5.0, 3.5, 2.9, 2.4, 2.0, 1.7, 1.6], "skipped": [1]}
     other = curves(losses=skipped["losses"], norms=[7.0, *[1.0] * 7])
     runs = {
@@ -326,9 +331,7 @@ def test_a_reference_without_the_skipped_steps_runs_once(monkeypatch):
 
 
 def test_without_time_the_less_important_cases_are_left_out(monkeypatch):
-    """A case whose like takes longer than what is left does not start, and does not count as a
-    failure; one of the first, or asked for, is tried.
-    """
+    """A case without enough time left does not start or fail; first or requested ones are tried."""
     cases = [Case("plain-full"), Case("other"), Case("plain-lora")]
     runs = dict.fromkeys((case.name for case in cases), curves(seconds=50.0))
     found, began = in_turns(monkeypatch, cases, runs)
@@ -339,7 +342,7 @@ def test_without_time_the_less_important_cases_are_left_out(monkeypatch):
     assert in_turns(monkeypatch, cases, runs, only=".")[0]["other"].status == "right"
 
 
-def test_what_is_compared_with_a_case_that_needs_more_is_left_out(monkeypatch):
+def test_cases_whose_reference_cannot_run_are_left_out(monkeypatch):
     cases = [Case("other", needs=frozenset({"deepspeed"})), NEAR]
     found, _ = in_turns(monkeypatch, cases, {"own": curves()})
     assert [row.status for row in found.values()] == ["left out", "left out"]
@@ -349,9 +352,7 @@ def test_what_is_compared_with_a_case_that_needs_more_is_left_out(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_can_leave_out_steps_as_fp16_does(workshop, monkeypatch):
-    """A step that is left out has its loss and norm; the next has its own examples, and weights
-    that did not move.
-    """
+    """A skipped step logs loss and norm; the next has its own examples and unmoved weights."""
     from on_gpu import skipping
 
     from finetune import loop
@@ -373,7 +374,7 @@ def test_a_run_can_leave_out_steps_as_fp16_does(workshop, monkeypatch):
         train("none", {1, 2, 3, 4})
 
 
-def test_a_row_says_what_was_compared():
+def test_a_row_shows_the_comparison():
     alone = correctness.judge(Case("own"), curves(), None)
     assert (alone.status, alone.values["compared"]) == ("right", "nothing")
     assert correctness.judge(NEAR, curves(), curves()).values["compared"] == "all"
@@ -404,7 +405,12 @@ def test_each_test_of_pytest_is_a_row():
     )
     found = list(found)
     assert [row.values for row in found] == [{"waits": "9"}, {}, {}, {}]
-    assert [(row.status, row.reason) for row in found] == [("right", ""), ("left out", "no GPU"), ("known failure", "of old"), ("wrong", "assert 1 == 2")]  # fmt: skip
+    assert [(row.status, row.reason) for row in found] == [
+        ("right", ""),
+        ("left out", "no GPU"),
+        ("known failure", "of old"),
+        ("wrong", "assert 1 == 2"),
+    ]
 
 
 # ------------------------------------------------------------------------------------- results
@@ -453,7 +459,8 @@ def test_the_table_names_what_did_not_run_and_why(tmp_path):
         "NVIDIA H200, 150 GB, driver 580; torch 2.11.0", "",
         "|  | result | loss | tokens/s | s |", "| --- | --- | --- | --- | --- |",
         "| a | right | 1.5e-07 | 23,600 | 3 |", "| b | **wrong**: 1 \\| 2 |  |  | 4 |", "",
-        "- known failure: f: 7 waits", "", "- left out: c, d: needs deepspeed", "", "- no turn: e: the time was up", "",
+        "- known failure: f: 7 waits", "", "- left out: c, d: needs deepspeed", "",
+        "- no turn: e: the time was up", "",
         "1 right, 1 wrong, 1 known failure, 2 left out, 1 no turn",
     ]  # fmt: skip
     assert (tmp_path / "correctness.md").read_text() == text + "\n"
@@ -478,7 +485,10 @@ def started(folder, code, **changes):
 
 def test_a_process_over_its_limit_is_killed_with_all_that_it_started(tmp_path):
     """Also what has a session of its own, as the processes of the launcher have."""
-    code = f"import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); open('{tmp_path}/pid', 'w').write(str(p.pid)); p.wait()"  # fmt: skip
+    code = (
+        "import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); "
+        f"open('{tmp_path}/pid', 'w').write(str(p.pid)); p.wait()"
+    )
     ended = started(tmp_path, code, limit=1.5)
     assert (ended.code, ended.was_out_of_turn) == (None, False)
     assert has_ended(int((tmp_path / "pid").read_text()))
@@ -486,7 +496,10 @@ def test_a_process_over_its_limit_is_killed_with_all_that_it_started(tmp_path):
 
 def test_a_worker_whose_parent_has_ended_is_killed_too(tmp_path):
     """In a session of its own, as the launcher's are; it would keep its memory of the GPU."""
-    code = f"import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); open('{tmp_path}/pid', 'w').write(str(p.pid))"  # fmt: skip
+    code = (
+        "import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); "
+        f"open('{tmp_path}/pid', 'w').write(str(p.pid))"
+    )
     assert started(tmp_path, code).code == 0
     assert has_ended(int((tmp_path / "pid").read_text()))
 
@@ -506,12 +519,12 @@ def is_running(pid):
     return state != "Z"  # a zombie that its new parent has not reaped yet
 
 
-def test_the_deadline_of_the_part_ends_a_process_before_its_own(tmp_path):
+def test_the_deadline_of_a_part_precedes_that_of_a_process(tmp_path):
     ended = started(tmp_path, "import time; time.sleep(60)", clock=Clock(0.3))
     assert (ended.code, ended.was_out_of_turn) == (None, True)
 
 
-def test_what_a_process_says_is_its_own_part_of_the_log(tmp_path):
+def test_each_process_has_its_own_part_of_the_log(tmp_path):
     started(tmp_path, "print('first')")
     ended = started(tmp_path, "raise ValueError('second')")
     assert ended.code == 1
@@ -536,7 +549,7 @@ def test_after_the_deadline_nothing_starts():
 
 
 def test_a_signal_before_the_first_case_ends_the_tests_that_run_beside(tmp_path, monkeypatch):
-    """They have minutes, and whoever sent the signal waits for the GPU."""
+    """They take minutes, and the sender of the signal waits for the GPU."""
     begun = threading.Event()
 
     def run_pytest(lab):
@@ -558,10 +571,8 @@ def test_a_signal_before_the_first_case_ends_the_tests_that_run_beside(tmp_path,
     assert time.monotonic() - began < 20
 
 
-def test_a_request_that_ended_badly_does_not_spoil_the_next(tmp_path, monkeypatch):
-    """A helper that is late, or that a library killed, is replaced; a late answer would be taken
-    for the next one's.
-    """
+def test_a_failed_request_does_not_affect_the_next(tmp_path, monkeypatch):
+    """A late or killed helper is replaced, so its answer cannot be taken for the next one's."""
     (tmp_path / "helper.py").write_text(
         "import json, os, sys, time\n"
         "for line in sys.stdin:\n"
@@ -583,7 +594,7 @@ def test_a_request_that_ended_badly_does_not_spoil_the_next(tmp_path, monkeypatc
         helper.close()
 
 
-def test_a_forecast_that_the_deadline_ended_is_not_wrong(tmp_path):
+def test_a_forecast_ended_by_the_deadline_does_not_fail(tmp_path):
     lab = memory.Lab(tmp_path, tmp_path, {}, {"gpu": None}, None, Clock(0), False, print)
     late = Future()
     late.set_exception(RuntimeError("the helper did not answer to forecast in 0 s"))
@@ -602,9 +613,7 @@ def test_processes_see_one_gpu_and_no_launcher(tmp_path, monkeypatch):
 
 
 def test_rounds_of_speed_end_when_the_longest_no_longer_fits(monkeypatch):
-    """One clock for all: a case whose last round would not fit gets no more of them, and says how
-    many it had.
-    """
+    """A case stops when a round may not fit into the time of all, and reports its rounds."""
     clock = Clock(0.5)
     lab = memory.Lab(
         ROOT,
@@ -637,7 +646,15 @@ def gpu(*arguments, **environment):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | {
         "CUDA_VISIBLE_DEVICES": "-1"
     }
-    return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=False, timeout=280)  # fmt: skip
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
 
 
 @pytest.mark.slow
@@ -657,7 +674,7 @@ def test_a_rehearsal_without_a_gpu_runs_interrupts_resumes_and_compares(tmp_path
 
 
 @pytest.mark.slow
-def test_what_cannot_start_ends_at_once_and_says_why(tmp_path):
+def test_what_cannot_start_fails_at_once_with_a_reason(tmp_path):
     done = gpu("PART=speed", f"OUT={tmp_path}")
     assert "Error 2" in done.stderr
     assert "no GPU: PyTorch sees no CUDA device here; --cpu (make gpu CPU=1)" in done.stdout
@@ -668,17 +685,37 @@ def test_what_cannot_start_ends_at_once_and_says_why(tmp_path):
 
 
 def test_plugins_of_other_projects_do_not_end_the_tests(tmp_path):
-    """They warn about themselves, in words that pytest gives them, while pytest starts; a library's
-    warning is still an error.
-    """
-    plugin = "import pytest, warnings\nclass Own(pytest.PytestWarning): pass\ndef pytest_configure(config): warnings.warn(Own('mine'))\n"
+    """Their warnings while pytest starts pass; a library's warning is still an error."""
+    plugin = (
+        "import pytest, warnings\nclass Own(pytest.PytestWarning): pass\n"
+        "def pytest_configure(config): warnings.warn(Own('mine'))\n"
+    )
     (tmp_path / "theirs.py").write_text(plugin)
     (tmp_path / "test_it.py").write_text(
         "import warnings\ndef test_quiet(): pass\ndef test_loud(): warnings.warn('old', "
         "DeprecationWarning)\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "theirs", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "theirs",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "DeprecationWarning: old" in done.stdout
 

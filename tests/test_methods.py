@@ -1,6 +1,4 @@
-"""Every method and optimizer: it learns, moves only what it should, exports what it trained, and
-resumes to the bit.
-"""
+"""Every method and optimizer trains only its own weights, exports them and resumes to the bit."""
 
 import hashlib
 import json
@@ -25,7 +23,9 @@ METHODS = {
     "full": {},
     "full, frozen by pattern": {"adapter__freeze": ["embed_tokens", r"layers\.0\."]},
     "lora": {"adapter__kind": "lora"},
-    "lora, some layers": {"adapter__kind": "lora", "adapter__target_modules": r".*layers\.1\..*(q_proj|up_proj)"},
+    "lora, some layers": {
+        "adapter__kind": "lora", "adapter__target_modules": r".*layers\.1\..*(q_proj|up_proj)",
+    },
     "lora, rsLoRA": {"adapter__kind": "lora", "adapter__rslora": True},
     "lora, DoRA": {"adapter__kind": "lora", "adapter__dora": True},
     "lora, PiSSA": {"adapter__kind": "lora", "adapter__init": "pissa"},
@@ -35,9 +35,14 @@ METHODS = {
     "lora, norms": {"adapter__kind": "lora", "adapter__train_norms": True},
     "lora, biases": {"adapter__kind": "lora", "adapter__bias": "all"},
     "lora, biases of adapted": {"adapter__kind": "lora", "adapter__bias": "lora_only"},
-    "lora, whole modules": {"adapter__kind": "lora", "adapter__modules_to_save": ["embed_tokens", "lm_head"]},
+    "lora, whole modules": {
+        "adapter__kind": "lora", "adapter__modules_to_save": ["embed_tokens", "lm_head"],
+    },
     "qlora, NF4": {"adapter__kind": "qlora"},
-    "qlora, FP4": {"adapter__kind": "qlora", "adapter__quantization": "fp4", "adapter__double_quantization": False},
+    "qlora, FP4": {
+        "adapter__kind": "qlora", "adapter__quantization": "fp4",
+        "adapter__double_quantization": False,
+    },
     "qlora, int8": {"adapter__kind": "qlora", "adapter__quantization": "int8"},
     "qlora, LoftQ": {"adapter__kind": "qlora", "adapter__init": "loftq"},
     "qlora, DoRA": {"adapter__kind": "qlora", "adapter__dora": True},
@@ -77,9 +82,7 @@ WIDE = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """A model with biases on its projections, trained a little, so that there are main directions
-    to find.
-    """
+    """Return a model with biases on its projections, trained a little to have main directions."""
     workshop = Workshop(tmp_path_factory.mktemp("base"))
     config = workshop.config()["model"]["config"] | {
         "attention_bias": True,
@@ -112,9 +115,7 @@ def pairs_of_method_and_optimizer():
 
 @pytest.mark.parametrize(("method", "optimizer"), list(pairs_of_method_and_optimizer()))
 def test_it_learns_exports_and_resumes_to_the_bit(workshop, base, method, optimizer):
-    """That only what should moves, and that the export agrees, is checked by every run itself
-    before it is complete.
-    """
+    """Every run itself checks that only its own weights moved and that the export agrees."""
     settings = {
         **on(base),
         **METHODS[method],
@@ -143,15 +144,26 @@ def exported(run):
     return load_file(path)
 
 
-MERGED = ["lora, DoRA", "lora, rsLoRA", "lora, PiSSA", "lora, norms", "lora, whole modules", "lora, biases", "qlora, NF4", "qlora, LoftQ", "qlora, int8"]  # fmt: skip
+MERGED = [
+    "lora, DoRA",
+    "lora, rsLoRA",
+    "lora, PiSSA",
+    "lora, norms",
+    "lora, whole modules",
+    "lora, biases",
+    "qlora, NF4",
+    "qlora, LoftQ",
+    "qlora, int8",
+]
 WIDER = {"lora, rsLoRA", "lora, norms", "lora, biases", "qlora, int8"}
 
 
-@pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.proof) if name in WIDER else name for name in MERGED])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=pytest.mark.proof) if name in WIDER else name for name in MERGED],
+)
 def test_merged_is_base_plus_adapter(workshop, base, method):
-    """Into the unquantised base for QLoRA, with what that changes measured; LoftQ's stay on what
-    quantisation left.
-    """
+    """QLoRA merges into the unquantised base and measures that change; LoftQ into its own base."""
     run = workshop.train(**on(base), **METHODS[method])
     merged = merge([run / "model"], workshop.folder / "merged")
     assert merged.rounding < 1e-4
@@ -200,7 +212,10 @@ def test_adapters_that_cannot_be_added_are_not_merged(workshop, base):
         ("pissa", {"adapter__init": "pissa"}, "initialised from the weights of its base"),
         ("norms", METHODS["lora, norms"], "holds whole modules or biases"),
         ("biases", METHODS["lora, biases"], "holds whole modules or biases"),
-        ("loftq", {"adapter__kind": "qlora", "adapter__init": "loftq"}, "adapters of different bases"),
+        (
+            "loftq", {"adapter__kind": "qlora", "adapter__init": "loftq"},
+            "adapters of different bases",
+        ),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=why):
             merge([plain, trained(name, **changes)], workshop.folder / "merged")
@@ -210,17 +225,18 @@ def test_adapters_that_cannot_be_added_are_not_merged(workshop, base):
 
 
 SIXTEEN = {
-    "norms": {"adapter__train_norms": True}, "biases": {"adapter__bias": "all"}, "head": {"adapter__modules_to_save": ["lm_head"]},
+    "norms": {"adapter__train_norms": True}, "biases": {"adapter__bias": "all"},
+    "head": {"adapter__modules_to_save": ["lm_head"]},
     "new tokens": {"model__new_tokens": ["<a>"]},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", short([*SIXTEEN], "norms"))
 @pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.proof)])
-def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, method, monkeypatch):
-    """A norm is 1.0: in bfloat16 the next value below is 1/256 away, and steps of 2e-4 would all be
-    lost.
-    """
+def test_trained_weights_beside_a_16_bit_base_have_32_bits(
+    workshop, base, kind, method, monkeypatch
+):
+    """A norm is 1.0, and bfloat16's next value below is 1/256 away: steps of 2e-4 would be lost."""
     from finetune import loop
 
     states, moments, finish = [], [], loop.finish
@@ -267,15 +283,30 @@ def test_what_trains_beside_a_base_in_16_bits_has_32(workshop, base, kind, metho
 @pytest.mark.parametrize(
     ("first", "then", "why"),
     [
-        ({}, {"adapter__kind": "qlora"}, "the base would be nf4, doubly quantised, but .* was not quantised"),
-        ({"adapter__kind": "qlora"}, {}, "would be not quantised, but .* was nf4, doubly quantised"),
-        ({"adapter__kind": "qlora"}, {"adapter__kind": "qlora", "adapter__quantization": "int8"}, "would be int8"),
-        ({}, {"model__new_tokens": ["<a>"]}, r"model.new_tokens: \['<a>'\], but .* was trained with \[\]"),
-        ({"model__new_tokens": ["<a>"]}, {"model__new_tokens": ["<b>"]}, r"was trained with \['<a>'\]"),
+        (
+            {}, {"adapter__kind": "qlora"},
+            "the base would be nf4, doubly quantised, but .* was not quantised",
+        ),
+        (
+            {"adapter__kind": "qlora"}, {},
+            "would be not quantised, but .* was nf4, doubly quantised",
+        ),
+        (
+            {"adapter__kind": "qlora"}, {"adapter__kind": "qlora", "adapter__quantization": "int8"},
+            "would be int8",
+        ),
+        (
+            {}, {"model__new_tokens": ["<a>"]},
+            r"model.new_tokens: \['<a>'\], but .* was trained with \[\]",
+        ),
+        (
+            {"model__new_tokens": ["<a>"]}, {"model__new_tokens": ["<b>"]},
+            r"was trained with \['<a>'\]",
+        ),
     ],
     ids=["to qlora", "from qlora", "to int8", "tokens added", "other tokens"],
 )  # fmt: skip
-def test_an_adapter_is_not_gone_on_from_in_another_form(workshop, base, first, then, why):
+def test_an_adapter_cannot_continue_with_another_shape(workshop, base, first, then, why):
     """Already known before weights load."""
     path = workshop.train("first", **on(base), **({"adapter__kind": "lora"} | first)) / "model"
     with pytest.raises(ModelError, match=why):
@@ -284,7 +315,7 @@ def test_an_adapter_is_not_gone_on_from_in_another_form(workshop, base, first, t
         )
 
 
-def test_an_adapter_in_another_precision_still_knows_its_base(workshop, base):
+def test_an_adapter_in_another_precision_recognises_its_base(workshop, base):
     first = workshop.train("first", **on(base), adapter__kind="lora") / "model"
     workshop.train(
         "bf16", **on(base), adapter__kind="lora", adapter__path=str(first), train__precision="bf16"
@@ -301,7 +332,7 @@ def test_an_adapter_in_another_precision_still_knows_its_base(workshop, base):
         )
 
 
-def test_what_loftq_began_stays_marked(workshop, base):
+def test_a_loftq_adapter_keeps_its_mark(workshop, base):
     kind = {"adapter__kind": "qlora"}
     first = workshop.train("first", **on(base), **kind, adapter__init="loftq") / "model"
     second = workshop.train("second", **on(base), **kind, adapter__path=str(first)) / "model"
@@ -324,23 +355,32 @@ def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, ca
 @pytest.mark.parametrize(
     ("changes", "error", "why"),
     [
-        ({"adapter__kind": "qlora", "adapter__init": "loftq", "adapter__quantization": "int8"}, ConfigError, "adapter.init: loftq corrects"),
+        (
+            {"adapter__kind": "qlora", "adapter__init": "loftq", "adapter__quantization": "int8"},
+            ConfigError, "adapter.init: loftq corrects",
+        ),
         ({"optimizer__embedding_lr": 0.1}, ConfigError, "embedding_lr: would be ignored"),
         ({"optimizer__kind": "adafactor"}, ConfigError, "adafactor steps in proportion"),
         ({"optimizer__kind": "muon"}, ConfigError, "optimizer.kind: muon"),
-        ({"adapter__init": "eva", "adapter__r": 99}, ModelError, "adapter.r: 99 is more than the 64 directions"),
-        ({"model__new_tokens": ["<a>", "<a>"]}, ConfigError, "model.new_tokens: '<a>' is empty or repeated"),
+        (
+            {"adapter__init": "eva", "adapter__r": 99}, ModelError,
+            "adapter.r: 99 is more than the 64 directions",
+        ),
+        (
+            {"model__new_tokens": ["<a>", "<a>"]}, ConfigError,
+            "model.new_tokens: '<a>' is empty or repeated",
+        ),
         ({"model__new_tokens": [""]}, ConfigError, "model.new_tokens: '' is empty"),
     ],
 )  # fmt: skip
-def test_what_would_have_no_effect_is_refused_before_weights_load(
+def test_settings_without_effect_are_refused_before_weights_load(
     workshop, base, changes, error, why
 ):
     with pytest.raises(error, match=why):
         workshop.check(**on(base), **({"adapter__kind": "lora"} | changes))
 
 
-def test_what_the_whole_model_cannot_have_is_refused(workshop, base):
+def test_freezing_new_tokens_and_too_large_rates_are_refused(workshop, base):
     with pytest.raises(ModelError, match=r"model.new_tokens could not be trained"):
         workshop.check(**on(base), model__new_tokens=["<a>"], adapter__freeze=["embed"])
     with pytest.raises(ConfigError, match=r"adafactor never steps by more than 1 / sqrt\(step\)"):
@@ -349,14 +389,18 @@ def test_what_the_whole_model_cannot_have_is_refused(workshop, base):
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 def test_loftq_is_refused_for_layers_that_are_not_linear(workshop, kind):
-    config = {"gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
-              "mixtral": TINY_LLAMA | {"model_type": "mixtral", "num_local_experts": 2}}[kind]  # fmt: skip
+    config = {"gpt2": {
+        "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
+    },
+              "mixtral": TINY_LLAMA | {
+                  "model_type": "mixtral", "num_local_experts": 2,
+              }}[kind]  # fmt: skip
     model = workshop.train("base", model__config=config) / "model"
     with pytest.raises(ModelError, match=r"adapter.init: loftq is for linear layers, and .* is"):
         workshop.check(**on(str(model)), adapter__kind="qlora", adapter__init="loftq")
 
 
-def test_an_adapter_is_gone_on_from(workshop, base):
+def test_an_adapter_can_be_trained_further(workshop, base):
     first = workshop.train("first", **on(base), adapter__kind="lora", adapter__r=4)
     second = workshop.train(
         "second", **on(base), adapter__kind="lora", adapter__path=str(first / "model")
@@ -434,7 +478,11 @@ def test_a_square_layer_of_1000_with_rank_2_trains_4_000():
 
 def scaled(adapter: Adapter):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99))  # fmt: skip
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99
+        )
+    )
     layer = adapters.apply(model, adapter, Model(path="x")).get_submodule(
         "base_model.model.model.layers.0.self_attn.q_proj"
     )
@@ -467,7 +515,10 @@ def test_dora_keeps_length_apart_from_direction():
 
 def test_loftq_begins_closer_to_the_unquantised_model(base):
     def model(quantization=None):
-        return loading.load_model(Model(path=base), AutoConfig.from_pretrained(base), loading.bytes_tokenizer(), "sdpa", torch.float32, quantization)  # fmt: skip
+        kind, tokenizer = AutoConfig.from_pretrained(base), loading.bytes_tokenizer()
+        return loading.load_model(
+            Model(path=base), kind, tokenizer, "sdpa", torch.float32, quantization
+        )
 
     ids = torch.arange(64)[None]
     exact = model()(ids).logits
@@ -500,7 +551,10 @@ def state_bytes(kind: str) -> int:
 
 @pytest.mark.parametrize(
     ("kind", "bytes_per_weight"),
-    [("adamw", 8), ("adamw_8bit", 2), ("paged_adamw_8bit", 2), ("paged_adamw_32bit", 8), ("lion", 4), ("lion_8bit", 1), ("muon", 4), ("adafactor", 0)],
+    [
+        ("adamw", 8), ("adamw_8bit", 2), ("paged_adamw_8bit", 2), ("paged_adamw_32bit", 8),
+        ("lion", 4), ("lion_8bit", 1), ("muon", 4), ("adafactor", 0),
+    ],
 )  # fmt: skip
 def test_the_state_of_an_optimizer_is_as_small_as_it_says(kind, bytes_per_weight):
     """8 bits: a byte each, a float32 scale for 256 of them and a table of 256 values."""
@@ -527,7 +581,7 @@ def test_muon_moves_hidden_matrices_as_torch_does_and_the_rest_as_adamw():
     assert torch.allclose(ours["m"].bias, theirs["m"].bias)
 
 
-def test_muon_leaves_what_is_no_matrix_and_what_is_looked_up_to_adamw():
+def test_muon_leaves_embeddings_and_vectors_to_adamw():
     model = torch.nn.ModuleDict(
         {
             "wpe": torch.nn.Embedding(8, 8),

@@ -7,7 +7,8 @@ import threading
 import time
 
 import pytest
-from clouds import (
+from conftest import ROOT
+from metadata_server import (
     ACTION,
     ASKED_FOR,
     EVENTS,
@@ -22,7 +23,6 @@ from clouds import (
     final,
     preempt,
 )
-from conftest import ROOT
 
 from finetune.errors import ConfigError
 from finetune.survival import notices
@@ -41,10 +41,10 @@ class Listener:
     """Holds watches, which stop when the test ends."""
 
     def __init__(self):
-        self.heard, self.said, self.watches = [], [], []
+        self.heard, self.messages, self.watches = [], [], []
 
     def watch(self, cloud, every_seconds=0.005):
-        self.watches.append(Watch(cloud, self.heard.append, self.said.append, every_seconds))
+        self.watches.append(Watch(cloud, self.heard.append, self.messages.append, every_seconds))
         self.watches[-1].start()
         return self.watches[-1]
 
@@ -71,7 +71,7 @@ def no_watch_runs():
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_a_notice_is_heard_once_and_then_the_watch_ends(cloud, metadata, listener):
+def test_a_notice_is_reported_once_and_ends_the_watch(cloud, metadata, listener):
     listener.watch(cloud)
     until(lambda: metadata.num_asked(ASKED_FOR[cloud]) >= 3)
     assert listener.heard == []
@@ -81,7 +81,7 @@ def test_a_notice_is_heard_once_and_then_the_watch_ends(cloud, metadata, listene
     [notice] = listener.heard
     assert (notice.final, notice.reason) == (True, reason)
     assert notice.deadline == pytest.approx(time.time() + (30 if cloud == "gcp" else 120), abs=10)
-    assert listener.said == []
+    assert listener.messages == []
     assert not any(method == "POST" for method, _ in metadata.asked), (
         "an acknowledged event would not wait for the save"
     )
@@ -132,7 +132,7 @@ def test_an_event_of_azure_without_a_time_has_begun(metadata, listener):
     assert listener.heard[0].reason == "Azure takes this machine now (Preempt)"
 
 
-def test_what_azure_says_to_other_machines_or_of_other_events_is_not_heard(metadata, listener):
+def test_azure_events_of_other_machines_or_kinds_are_ignored(metadata, listener):
     others = (
         preempt("vmss_30", "vmss_1", "svmss_3")["Events"]
         + preempt("vmss_3", EventType="Reboot")["Events"]
@@ -140,7 +140,7 @@ def test_what_azure_says_to_other_machines_or_of_other_events_is_not_heard(metad
     metadata.says(EVENTS, (200, {"Events": others}))
     listener.watch("azure")
     until(lambda: metadata.num_asked(EVENTS) >= 4)
-    assert listener.heard == listener.said == []
+    assert listener.heard == listener.messages == []
     metadata.says(EVENTS, (200, {"Events": others + preempt("vmss_1", "VMSS_3")["Events"]}))
     until(no_watch_runs)
     assert len(listener.heard) == metadata.num_asked(NAME) == 1
@@ -155,7 +155,7 @@ def test_an_expired_token_is_renewed(metadata, listener):
     metadata.says(ACTION, final("aws")[0])
     until(no_watch_runs)
     assert len(listener.heard) == 1
-    assert listener.said == []
+    assert listener.messages == []
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
@@ -166,7 +166,7 @@ def test_a_service_that_fails_is_asked_again_and_reported_once(cloud, metadata, 
     listener.watch(cloud)
     until(no_watch_runs)
     assert [notice.reason for notice in listener.heard] == [reason]
-    [line] = listener.said
+    [line] = listener.messages
     assert line.startswith("note: ")
     assert f"GET {metadata.address}{ASKED_FOR[cloud]}: HTTPError: HTTP Error 429" in line
     assert "SIGTERM" in line
@@ -178,21 +178,21 @@ def test_a_hiccup_is_not_reported(metadata, listener):
     listener.watch("gcp")
     until(no_watch_runs)
     assert len(listener.heard) == 1
-    assert listener.said == []
+    assert listener.messages == []
 
 
 def test_a_service_that_cannot_be_reached_is_reported(listener, metadata):
     metadata.close()
     listener.watch("azure")
-    until(lambda: listener.said)
-    assert metadata.address in listener.said[0]
-    assert "refused" in listener.said[0]
+    until(lambda: listener.messages)
+    assert metadata.address in listener.messages[0]
+    assert "refused" in listener.messages[0]
 
 
 @pytest.mark.parametrize(
     "address", ["nonsense", "https://127.0.0.1", "http://[", "http://a:b", "http://a b"]
 )
-def test_an_address_that_is_none_is_an_error(address, listener, monkeypatch):
+def test_an_invalid_address_is_an_error(address, listener, monkeypatch):
     monkeypatch.setenv("FINETUNE_METADATA_ADDRESS", address)
     with pytest.raises(
         ConfigError, match=f"FINETUNE_METADATA_ADDRESS: {re.escape(address)} is not an address"
@@ -217,15 +217,13 @@ def flood(handler):
         handler.wfile.write(b" " * 65536)
 
 
-def test_a_token_that_does_not_come_as_behind_a_hop_limit_of_one_is_reported(
-    metadata, listener, monkeypatch
-):
+def test_a_token_blocked_by_a_hop_limit_is_reported(metadata, listener, monkeypatch):
     monkeypatch.setattr(notices, "REQUEST_SECONDS", 0.1)
     metadata.says(TOKEN, hang)
     listener.watch("aws")
-    until(lambda: listener.said)
-    assert f"PUT {metadata.address}{TOKEN}: TimeoutError" in listener.said[0]
-    assert "hop limit of 1" in listener.said[0]
+    until(lambda: listener.messages)
+    assert f"PUT {metadata.address}{TOKEN}: TimeoutError" in listener.messages[0]
+    assert "hop limit of 1" in listener.messages[0]
     assert metadata.num_asked(ACTION) == 0
 
 
@@ -259,16 +257,16 @@ def test_garbage_is_never_a_notice_and_never_an_error(garbage, metadata, listene
     assert sorted(notice.reason for notice in listener.heard) == sorted(
         reason for _, reason in finals.values()
     )
-    assert sorted(line.split()[1] for line in listener.said) == ["AWS", "Azure", "GCP"]
-    assert all(line.isprintable() and len(line) < 600 for line in listener.said)
+    assert sorted(line.split()[1] for line in listener.messages) == ["AWS", "Azure", "GCP"]
+    assert all(line.isprintable() and len(line) < 600 for line in listener.messages)
 
 
-def test_a_server_that_is_not_googles_is_not_believed(metadata, listener):
+def test_a_server_that_is_not_googles_is_ignored(metadata, listener):
     metadata.says(PREEMPTED, (200, "TRUE", {"Metadata-Flavor": "Amazon"}))
     listener.watch("gcp")
-    until(lambda: listener.said)
+    until(lambda: listener.messages)
     assert listener.heard == []
-    assert "without Metadata-Flavor: Google" in listener.said[0]
+    assert "without Metadata-Flavor: Google" in listener.messages[0]
 
 
 def test_proxies_of_the_environment_are_not_used(metadata, listener):
@@ -316,7 +314,7 @@ print('end')
     assert metadata.num_asked(PREEMPTED) == 1
 
 
-def test_nothing_is_heard_after_stop(metadata, listener):
+def test_nothing_is_reported_after_stop(metadata, listener):
     asked = threading.Event()
 
     def late(handler):

@@ -87,9 +87,7 @@ def steps(dtype, count, gradient, seed=0, **settings):
 
 
 def test_in_16_bits_small_updates_add_up():
-    """A hundred updates of 1e-4, where a step of bfloat16 below 1 is 4e-3: rounded to the nearest,
-    none of them moves anything.
-    """
+    """Each of 100 updates of 1e-4 would round away: bfloat16 steps by 4e-3 just below 1."""
     exact, _ = steps(torch.float32, 100, lambda _: 0.5, lr=1e-4)
     rounded, _ = steps(torch.bfloat16, 100, lambda _: 0.5, lr=1e-4)
     assert exact.mean().item() == pytest.approx(0.99, abs=1e-5)
@@ -123,10 +121,8 @@ def test_in_16_bits_a_step_is_adamws_but_for_rounding():
         )
 
 
-def test_in_16_bits_another_seed_rounds_otherwise():
-    """Seeds that differ above 32 bits, or step and seed swapped, count too; one seed always rounds
-    alike.
-    """
+def test_in_16_bits_another_seed_rounds_differently():
+    """Seeds beyond 32 bits, or swapped with the step, differ; one seed always rounds alike."""
     rounded = {
         seed: steps(torch.bfloat16, 2, lambda _: 0.5, seed=seed, lr=1e-4)[0]
         for seed in (0, 1, 2, 2**30)

@@ -1,4 +1,4 @@
-"""However an attempt ends, outcome.json says so; but not where another run or process is at home."""
+"""outcome.json records how every attempt ended, but never overwrites that of another run."""
 
 import contextlib
 import json
@@ -46,9 +46,9 @@ def fails(workshop, error, owner, name, exc, **settings):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, fail)
-        with pytest.raises(error) as told:
+        with pytest.raises(error) as caught:
             workshop.train(**settings)
-    return told.value
+    return caught.value
 
 
 def preempted_after(workshop, number, **settings):
@@ -70,7 +70,10 @@ def preempted_after(workshop, number, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(attention_probe, "check"), (head, "check"), (parameters, "fingerprints"), (RunDirectory, "lock"), (RunDirectory, "create")],
+    [
+        (attention_probe, "check"), (head, "check"), (parameters, "fingerprints"),
+        (RunDirectory, "lock"), (RunDirectory, "create"),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_failure_before_the_first_step_leaves_an_outcome(workshop, owner, name):
@@ -89,9 +92,16 @@ def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     assert outcome(workshop) == ("preempted", 3, "SIGTERM")
     fails(workshop, RuntimeError, attention_probe, "check", BUG, checkpoint__every_steps=1)
     assert outcome(workshop) == ("failed", 3, "RuntimeError: shapes do not fit")
-    told = fails(workshop, OutOfMemory, build, "build", torch.OutOfMemoryError("CUDA out of memory"), checkpoint__every_steps=1)  # fmt: skip
-    assert outcome(workshop) == ("failed", 3, str(told))
-    assert "out of memory at the start: CUDA out of memory\n" in str(told)
+    caught = fails(
+        workshop,
+        OutOfMemory,
+        build,
+        "build",
+        torch.OutOfMemoryError("CUDA out of memory"),
+        checkpoint__every_steps=1,
+    )
+    assert outcome(workshop) == ("failed", 3, str(caught))
+    assert "out of memory at the start: CUDA out of memory\n" in str(caught)
     rows = workshop.rows.read_text()
     workshop.rows.write_text('{"question": "a"}\n')
     with pytest.raises(DataError) as wrong:
@@ -106,7 +116,13 @@ def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     ("name", "settings"),
     [
         ("load_tokenizer", {}),
-        ("load_config", {"adapter__kind": "qlora", "model__init": "pretrained", "model__path": "a/b", "model__tokenizer": None, "model__config": None}),
+        (
+            "load_config",
+            {
+                "adapter__kind": "qlora", "model__init": "pretrained", "model__path": "a/b",
+                "model__tokenizer": None, "model__config": None,
+            },
+        ),
     ],
 )  # fmt: skip
 def test_hub_that_does_not_answer_leaves_an_outcome_in_a_new_directory(workshop, name, settings):
@@ -136,7 +152,7 @@ def test_refused_attempt_changes_nothing_of_the_other_run(workshop):
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_failed_attempt_beside_a_running_one_says_nothing(workshop):
+def test_failed_attempt_beside_a_running_one_leaves_its_outcome_alone(workshop):
     preempted_after(workshop, 3)
     before = outcome(workshop)
     first = RunDirectory(
@@ -150,7 +166,7 @@ def test_failed_attempt_beside_a_running_one_says_nothing(workshop):
     first.unlock()
 
 
-def test_failure_after_a_complete_run_does_not_make_it_less(workshop):
+def test_failure_after_a_complete_run_keeps_it_complete(workshop):
     workshop.train()
     before = outcome(workshop)
     workshop.rows.write_text('{"question": "a"}\n')
@@ -171,9 +187,7 @@ def test_next_start_says_that_the_attempt_before_ended_without_an_outcome(worksh
     assert "the attempt before" not in capsys.readouterr().out
 
 
-def test_launcher_learns_which_directory_is_the_runs_and_how_long_it_has_to_tell(
-    workshop: Workshop, monkeypatch
-):
+def test_launcher_is_informed_of_run_directory_and_time_limit(workshop: Workshop, monkeypatch):
     note, seen = workshop.folder / "run", []
     monkeypatch.setenv("FINETUNE_BEATS", str(workshop.folder))
     check = attention_probe.check
@@ -212,7 +226,7 @@ def tiny_disk(tmp_path):
 
 
 @pytest.mark.parametrize("reason", ["short", "long " * 2_000])
-def test_an_outcome_is_written_where_no_block_is_free(tiny_disk, reason):
+def test_an_outcome_is_written_on_a_full_disk(tiny_disk, reason):
     rundir.note_end_of(tiny_disk, "running", "started, or started again")
     with contextlib.suppress(OSError), (tiny_disk / "ballast").open("wb", buffering=0) as file:
         while True:
@@ -238,7 +252,7 @@ def test_an_outcome_that_is_overwritten_is_json_at_every_moment(tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["save", "verify"])
-def test_an_export_that_fills_the_disk_is_named_and_gives_the_space_back(workshop, name):
+def test_an_export_that_fills_the_disk_is_reported_and_cleaned_up(workshop, name):
     error = fails(
         workshop, Outage, publish, name, SafetensorError("No space left on device (os error 28)")
     )

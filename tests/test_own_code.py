@@ -1,6 +1,4 @@
-"""A base that brings its own Python code: that code is part of the run's identity, and of what it
-exports.
-"""
+"""A base's own Python code is part of the run's identity and of its export."""
 
 import json
 import shutil
@@ -48,26 +46,30 @@ def settings(workshop, monkeypatch):
     values = json.loads((base / "config.json").read_text())
     values |= {
         "model_type": "own", "architectures": ["OwnForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+        "auto_map": {
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
     }  # fmt: skip
     (base / "config.json").write_text(json.dumps(values))
     (base / "configuration_own.py").write_text(CONFIG)
     (base / "modeling_own.py").write_text(MODEL)
     (base / "helper_own.py").write_text("SCALE = 1\n")
     return {
-        "model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None,
+        "model__init": "pretrained", "model__path": str(base), "model__config": None,
+        "model__tokenizer": None,
         "model__trust_remote_code": True, "checkpoint__every_steps": 2,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "merged"])
-def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
-    """Folders of code, and files that only the class of a tokenizer names, which an adapter has to
-    hold too.
-    """
+def test_all_files_of_own_code_are_exported(workshop, settings, kind):
+    """Folders of code, and files that only a tokenizer's class names, also beside an adapter."""
     base = Path(settings["model__path"])
     files = {
-        "custom_generate/generate.py": "def generate(model): ...", "custom_generate/requirements.txt": "torch\n", "kernels/fast/own.py": "", "own.words": "a b",
+        "custom_generate/generate.py": "def generate(model): ...",
+        "custom_generate/requirements.txt": "torch\n", "kernels/fast/own.py": "",
+        "own.words": "a b",
         "tokenization_own.py": TOKENIZER,
     }  # fmt: skip
     others = {".git/hook.py": "", "runs/old/model/config.json": "{}", "runs/old/model/old.py": ""}
@@ -93,7 +95,7 @@ def test_all_that_own_code_needs_comes_along(workshop, settings, kind):
     assert load_tokenizer(folder, trust_remote_code=True).words == "a b"
 
 
-def test_code_comes_along_and_is_part_of_the_identity(workshop, settings):
+def test_code_is_exported_and_part_of_the_identity(workshop, settings):
     run = workshop.train("whole", **settings)
     assert {"configuration_own.py", "modeling_own.py", "helper_own.py"} <= {
         p.name for p in (run / "model").iterdir()

@@ -51,11 +51,11 @@ def conversations(workshop, source: str, raw: list, problems: rows.Problems | No
 
 def test_a_function_reads_rows_and_skips_some(workshop, own, capsys):
     run = workshop.train(data__format=own(TURNS))
-    said = capsys.readouterr().out
-    assert "data        20 rows -> 20 examples" in said
-    assert "; 20 rows skipped by data.format" in said
-    assert "own code    " in said
-    assert "| is 2 even\n" in said
+    output = capsys.readouterr().out
+    assert "data        20 rows -> 20 examples" in output
+    assert "; 20 rows skipped by data.format" in output
+    assert "own code    " in output
+    assert "| is 2 even\n" in output
     identity = workshop.receipt()["identity"]
     assert identity["code of data.format: own.py:rows"] == own_code.sha256(
         f"{workshop.folder}/own.py:rows"
@@ -63,7 +63,7 @@ def test_a_function_reads_rows_and_skips_some(workshop, own, capsys):
     assert len(read_jsonl(run / "metrics.jsonl")) == 3
 
 
-def test_rows_are_given_in_their_order_with_their_places(workshop):
+def test_rows_keep_their_order_and_line_numbers(workshop):
     made = conversations(workshop, TURNS, ROWS)
     assert [conversation.messages[0].content for conversation in made] == [
         f"is {n} even" for n in range(40) if n % 4 > 1
@@ -99,7 +99,8 @@ def test_every_format_may_come_out_of_a_function(workshop, values, turns):
         ),
         (
             "return [row]",
-            r"raw\.jsonl:1: data\.format: .*own\.py:rows should return a dict with messages, or .*, got \[\{",
+            r"raw\.jsonl:1: data\.format: .*own\.py:rows should return a dict with "
+            r"messages, or .*, got \[\{",
         ),
         ("return {1: 'a'}", r"should return a dict with messages"),
         (
@@ -130,14 +131,24 @@ def test_a_function_that_skips_every_row_is_refused(workshop, own):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"data__columns": {"question": "Patient"}}, "data.columns: would be ignored: own.py:rows reads the columns of the file itself"),
+        (
+            {"data__columns": {"question": "Patient"}},
+            "data.columns: would be ignored: own.py:rows reads the columns of the file itself",
+        ),
         ({"data__format": "own.py:row"}, "data.format: own.py defines no row; did you mean rows?"),
-        ({"data__format": "own.py:N"}, "data.format: own.py:N is of type int, not a function of a row"),
+        (
+            {"data__format": "own.py:N"},
+            "data.format: own.py:N is of type int, not a function of a row",
+        ),
         ({"data__format": "other.py:rows"}, "data.format: no file other.py in "),
-        ({"data__format": "rows"}, "data.format: should be 'auto', 'text', 'prompt_completion', 'question_answer', 'instruction' or 'messages' or FILE.py:NAME, got 'rows'"),
+        (
+            {"data__format": "rows"},
+            "data.format: should be 'auto', 'text', 'prompt_completion', 'question_answer', "
+            "'instruction' or 'messages' or FILE.py:NAME, got 'rows'",
+        ),
     ],
 )  # fmt: skip
-def test_what_a_config_may_not_say_of_it(workshop, own, settings, says):
+def test_invalid_references_to_a_function_are_refused(workshop, own, settings, says):
     values = workshop.config(**{"data__format": own(TURNS + "N = 3\n"), **settings})
     with pytest.raises(ConfigError) as caught:
         configs.from_dict(values, folder=workshop.folder)

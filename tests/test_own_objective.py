@@ -26,13 +26,17 @@ class Dft(Objective):
 
     def loss(self, policy, batch, settings, prepared):
         logprobs = policy(batch, {"logprobs"}).logprobs
-        return [Term("loss", -(settings.beta * logprobs.exp().detach() * logprobs).sum(), per="tokens")]
+        weights = settings.beta * logprobs.exp().detach()
+        return [Term("loss", -(weights * logprobs).sum(), per="tokens")]
 
 
 dft = Dft()
 number = 3
 """
-LOSS = "from finetune.objectives import Objective, Term\nclass Own(Objective):\n    def loss(self, policy, batch, settings, prepared):\n        "
+LOSS = (
+    "from finetune.objectives import Objective, Term\nclass Own(Objective):\n"
+    "    def loss(self, policy, batch, settings, prepared):\n        "
+)
 
 
 @pytest.fixture
@@ -61,8 +65,9 @@ def refusal(workshop):
 
 
 BATCH = Batch(
-    {"input_ids": torch.zeros(1, 9, dtype=torch.int64)}, labels=torch.arange(5), positions=torch.arange(5),
-    document=torch.tensor([0, 0, 0, 1, 1]), example=torch.tensor([0, 1]), lengths=(5, 4), num_documents=2,
+    {"input_ids": torch.zeros(1, 9, dtype=torch.int64)}, labels=torch.arange(5),
+    positions=torch.arange(5), document=torch.tensor([0, 0, 0, 1, 1]), example=torch.tensor([0, 1]),
+    lengths=(5, 4), num_documents=2,
     counts={"tokens": 5, "documents": 2, "examples": 2, "input_tokens": 9},
 )  # fmt: skip
 
@@ -84,7 +89,7 @@ def test_a_class_or_an_object_of_a_file_next_to_the_config_trains(workshop, own,
     assert code == own_code.get(saved["objective"]["kind"]).sha256
 
 
-def test_a_module_that_can_be_imported_is_named_with_dots(workshop, monkeypatch):
+def test_an_importable_module_is_written_with_dots(workshop, monkeypatch):
     package = workshop.folder / "losses"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -144,22 +149,35 @@ def test_a_file_is_found_beside_the_config_and_from_here(workshop, own, monkeypa
         ("def f(:", "Own", "own.py:1: SyntaxError: invalid syntax"),
         ("import math\n\nmath.sqrt(-1)", "Own", "own.py:3: ValueError: "),
         ("import sys\nsys.exit(3)", "Own", "own.py:2: SystemExit: 3"),
-        ("import no_such_module_here", "Own", "own.py:1: ModuleNotFoundError: No module named 'no_such_module_here'; install it, or"),
+        (
+            "import no_such_module_here", "Own",
+            "own.py:1: ModuleNotFoundError: No module named 'no_such_module_here'; install it, or",
+        ),
         (DFT, "dtf", "own.py defines no dtf; did you mean Dft?"),
-        (DFT, "number", "own.py:number is of type int, not an objective; derive it from finetune.objectives.Objective"),
+        (
+            DFT, "number",
+            "own.py:number is of type int, not an objective; "
+            "derive it from finetune.objectives.Objective",
+        ),
         ("class Own: ...", "Own", "own.py:Own is the class Own, not an objective; derive it from"),
-        (LOSS + "...\n    Settings = 3", "Own", "own.py:Own: Settings should be a pydantic.BaseModel, got 3"),
-        (DFT.replace("names:", "kind:"), "Dft", "own.py:Dft: Settings has a field kind, which names objectives; rename it"),
+        (
+            LOSS + "...\n    Settings = 3", "Own",
+            "own.py:Own: Settings should be a pydantic.BaseModel, got 3",
+        ),
+        (
+            DFT.replace("names:", "kind:"), "Dft",
+            "own.py:Dft: Settings has a field kind, which names objectives; rename it",
+        ),
         (LOSS + "...\n    def __init__(self, a): ...", "Own", "own.py: TypeError: "),
     ],
 )  # fmt: skip
 def test_a_file_that_gives_no_objective_is_refused_with_its_line(own, refusal, source, name, says):
     message = refusal(own(source, name), train__max_stps=3)
     assert f"objective.kind: {says}" in message
-    assert "train.max_stps: unknown key" in message, "every problem is told at once"
+    assert "train.max_stps: unknown key" in message, "every problem is reported at once"
 
 
-def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(workshop, own, refusal):
+def test_a_missing_file_is_refused_with_the_folders_searched(workshop, own, refusal):
     own(DFT)
     message = refusal("onw.py:Dft")
     assert (
@@ -175,34 +193,74 @@ def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(worksh
     ("body", "says"),
     [
         ("return 1 / 0", "own.py:4: ZeroDivisionError: division by zero"),
-        ("return policy(batch, {'logits'}).nll", "own.py:4: ValueError: a policy cannot be asked for logits"),
-        ("return policy(batch, {'nll'}).nll", "own.py:3: loss should return a list of terms, got the tensor"),
+        (
+            "return policy(batch, {'logits'}).nll",
+            "own.py:4: ValueError: a policy cannot be asked for logits",
+        ),
+        (
+            "return policy(batch, {'nll'}).nll",
+            "own.py:3: loss should return a list of terms, got the tensor",
+        ),
         ("return []", "own.py:3: loss returns no term with a weight, so there is no loss"),
-        ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens', "
-         "weight=0)]", "own.py:3: loss returns no term with a weight"),
-        ("return [Term('loss', policy(batch, {'nll'}).nll, "
-         "per='token')]", "own.py:3: loss term 'loss': nothing counts 'token'; per should be tokens"),
-        ("return [Term('loss', policy(batch, {'logprobs'}).logprobs, "
-         "per='tokens')]", "own.py:3: loss term 'loss': sum should be a tensor of one number, got a tensor of shape ["),
-        ("return [Term('loss', 3.0, "
-         "per='tokens')]", "own.py:3: loss term 'loss': sum should be a tensor of one number, got a float"),
-        ("return [Term('loss', policy(batch, {'nll'}).nll.detach(), "
-         "per='tokens')]", "own.py:3: loss does not depend on what the policy answers"),
-        ("return [Term('loss', policy(batch, {'logprobs'}).logprobs.log().sum(), "
-         "per='tokens')]", "own.py:3: loss term 'loss' is nan for log-probabilities"),
-        ("return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] * "
-         "2", "own.py:3: loss term 'loss': two terms have this name"),
-        ("return [Term('lr', policy(batch, {'nll'}).nll, "
-         "per='tokens')]", "own.py:3: loss term 'lr': the logs have a column of this name"),
+        (
+            "return [Term('loss', policy(batch, {'nll'}).nll, per='tokens', weight=0)]",
+            "own.py:3: loss returns no term with a weight",
+        ),
+        (
+            "return [Term('loss', policy(batch, {'nll'}).nll, per='token')]",
+            "own.py:3: loss term 'loss': nothing counts 'token'; per should be tokens",
+        ),
+        (
+            "return [Term('loss', policy(batch, {'logprobs'}).logprobs, per='tokens')]",
+            (
+                "own.py:3: loss term 'loss': sum should be a tensor of one number, got a tensor "
+                "of shape ["
+            ),
+        ),
+        (
+            "return [Term('loss', 3.0, per='tokens')]",
+            "own.py:3: loss term 'loss': sum should be a tensor of one number, got a float",
+        ),
+        (
+            "return [Term('loss', policy(batch, {'nll'}).nll.detach(), per='tokens')]",
+            "own.py:3: loss does not depend on what the policy answers",
+        ),
+        (
+            (
+                "return [Term('loss', policy(batch, {'logprobs'}).logprobs.log().sum(), "
+                "per='tokens')]"
+            ),
+            "own.py:3: loss term 'loss' is nan for log-probabilities",
+        ),
+        (
+            "return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] * 2",
+            "own.py:3: loss term 'loss': two terms have this name",
+        ),
+        (
+            "return [Term('lr', policy(batch, {'nll'}).nll, per='tokens')]",
+            "own.py:3: loss term 'lr': the logs have a column of this name",
+        ),
         ("policy.without_adapters()", "own.py:4: ValueError: all weights are trained"),
-        ("...\n    def prepare(self, policy, batches, settings):\n        return "
-         "[1]", "own.py:5: prepare should return a dict of names and tensors"),
-        ("...\n    def prepare(self, policy, batches, settings):\n        return {'tokens': "
-         "policy(batches[0], {'nll'}).nll}", "own.py:5: prepare gives 'tokens', which is counted already"),
-        ("...\n    def supervises(self, loss_on):\n        return "
-         "'nothing'", "own.py:Own: supervises should return one of completion, all, last_turn, got 'nothing'"),
+        (
+            "...\n    def prepare(self, policy, batches, settings):\n        return [1]",
+            "own.py:5: prepare should return a dict of names and tensors",
+        ),
+        (
+            (
+                "...\n    def prepare(self, policy, batches, settings):\n"
+                "        return {'tokens': policy(batches[0], {'nll'}).nll}"
+            ),
+            "own.py:5: prepare gives 'tokens', which is counted already",
+        ),
+        (
+            "...\n    def supervises(self, loss_on):\n        return 'nothing'",
+            (
+                "own.py:Own: supervises should return one of completion, all, last_turn, got "
+                "'nothing'"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, own, body, says):
     kind = f"{workshop.folder}/{own(LOSS + body)}"
 
@@ -221,8 +279,11 @@ def test_a_check_rehearses_the_objective(workshop, own):
         workshop.check(objective__kind=own(LOSS + "return 1 / 0"))
 
 
-def test_a_mistake_that_only_a_later_batch_shows_ends_the_run_with_its_line(workshop, own):
-    body = "self.calls = getattr(self, 'calls', 0) + 1\n        return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] if self.calls < 7 else 1 / 0"
+def test_an_error_in_a_later_batch_ends_the_run_with_its_line(workshop, own):
+    body = (
+        "self.calls = getattr(self, 'calls', 0) + 1\n        return [Term('loss', policy(batch, "
+        "{'nll'}).nll, per='tokens')] if self.calls < 7 else 1 / 0"
+    )
     with pytest.raises(ConfigError, match=r"objective.kind: .*own\.py:5: ZeroDivisionError"):
         workshop.train(objective__kind=own(LOSS + body))
     assert workshop.outcome()["state"] == "failed"

@@ -25,16 +25,15 @@ def test_every_package_is_installed():
 
 # File of pins -> the extras of `pip install` that name the same packages; "": what every run needs.
 FILES = {
-    "requirements.txt": ["", "gpu", "tracking", "cloud", "eval"], "requirements-cuda.txt": ["flash"],
+    "requirements.txt": ["", "gpu", "tracking", "cloud", "eval"],
+    "requirements-cuda.txt": ["flash"],
     "requirements-dev.txt": ["dev"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_pin_lies_in_the_range_that_pip_install_takes(name):
-    """`pip install .` must not force one torch on an environment that has another; both name the
-    same packages.
-    """
+    """`pip install .` must not force one torch on an environment that has another."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = {"": project["dependencies"], **project["optional-dependencies"]}
     given = [Requirement(line) for extra in FILES[name] for line in groups[extra]]
@@ -62,8 +61,10 @@ def test_every_optional_package_has_its_extra():
 @pytest.mark.parametrize(
     ("package", "settings"),
     [
-        ("bitsandbytes", {"optimizer__kind": "adamw_8bit"}), ("bitsandbytes", {"optimizer__kind": "lion_8bit"}),
-        ("bitsandbytes", {"optimizer__kind": "paged_adamw_8bit"}), ("wandb", {"tracking__trackers": ["wandb"]}),
+        ("bitsandbytes", {"optimizer__kind": "adamw_8bit"}),
+        ("bitsandbytes", {"optimizer__kind": "lion_8bit"}),
+        ("bitsandbytes", {"optimizer__kind": "paged_adamw_8bit"}),
+        ("wandb", {"tracking__trackers": ["wandb"]}),
         ("trackio", {"tracking__trackers": ["trackio"]}),
     ],
 )  # fmt: skip
@@ -113,16 +114,16 @@ def test_an_installed_package_works_from_any_folder(tmp_path):
     shutil.rmtree(tmp_path / "source")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
 
-    def said(*words: str) -> str:
+    def output(*words: str) -> str:
         process = subprocess.run(
             words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
         )
         return process.stdout + process.stderr
 
     finetune = str(tmp_path / "site/bin/finetune")
-    assert "train" in said(finetune, "--help")
-    assert "--optimizer.lr" in said(finetune, "train", "--help")
-    launched = said(
+    assert "train" in output(finetune, "--help")
+    assert "--optimizer.lr" in output(finetune, "train", "--help")
+    launched = output(
         finetune,
         "launch",
         "--config_file",
@@ -133,7 +134,7 @@ def test_an_installed_package_works_from_any_folder(tmp_path):
         "--help",
     )
     assert "--optimizer.lr" in launched
-    found = said(
+    found = output(
         sys.executable,
         "-c",
         "from finetune.places import found; print(found('ds_configs/zero2.json'))",

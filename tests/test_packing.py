@@ -45,9 +45,7 @@ def test_the_same_seed_makes_the_same_packs_and_another_seed_others(lengths):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_packs_are_close_to_the_fewest_there_can_be(seed):
-    """50 full packs cut into random pieces: 50 is the optimum, and 11/9 x 50 + 4 what is proved of
-    best-fit decreasing.
-    """
+    """50 full packs in random pieces: the optimum is 50, the bound of best-fit 11/9 x 50 + 4."""
     random = np.random.default_rng(seed)
     cuts = [
         np.sort(random.choice(np.arange(1, 1000), random.integers(1, 9), replace=False))
@@ -60,7 +58,7 @@ def test_packs_are_close_to_the_fewest_there_can_be(seed):
 
 @pytest.mark.parametrize("name", ["uniform", "short", "like answers", "ones"])
 def test_random_lengths_leave_little_room_empty(name):
-    """The sum of the lengths over the room of a pack is a lower bound; packs stay within 3 % of it."""
+    """Packs stay within 3 % of the lower bound: the sum of the lengths over the size of a pack."""
     lengths = SHAPES[name](np.random.default_rng(2), 5_000)
     assert len(pack(lengths, 100, seed=0)) <= math.ceil(1.03 * lengths.sum() / 100)
 

@@ -21,10 +21,11 @@ SIZES = ["--words", "400", "--train", "300", "--held-out", "40"]
     [
         ("apple", "appleway"), ("I", "Iway"), ("a", "away"), ("under", "underway"),
         ("pig", "igpay"), ("latin", "atinlay"), ("string", "ingstray"), ("three", "eethray"),
-        ("queen", "eenquay"), ("quick", "ickquay"), ("square", "aresquay"), ("squid", "idsquay"), ("qat", "atqay"),
-        ("my", "ymay"), ("sky", "yskay"), ("rhythm", "ythmrhay"), ("gypsy", "ypsygay"), ("myth", "ythmay"), ("fly", "yflay"),
-        ("yes", "esyay"), ("yellow", "ellowyay"), ("day", "ayday"), ("y", "yay"),
-        ("pst", "pstay"), ("hmm", "hmmay"), ("b", "bay"), ("nth", "nthay"),
+        ("queen", "eenquay"), ("quick", "ickquay"), ("square", "aresquay"), ("squid", "idsquay"),
+        ("qat", "atqay"), ("my", "ymay"), ("sky", "yskay"), ("rhythm", "ythmrhay"),
+        ("gypsy", "ypsygay"), ("myth", "ythmay"), ("fly", "yflay"), ("yes", "esyay"),
+        ("yellow", "ellowyay"), ("day", "ayday"), ("y", "yay"), ("pst", "pstay"), ("hmm", "hmmay"),
+        ("b", "bay"), ("nth", "nthay"),
     ],
 )  # fmt: skip
 def test_a_word_is_translated_by_the_rule(word, translation):

@@ -12,7 +12,10 @@ from finetune import places
 
 @pytest.mark.parametrize(
     ("program", "command"),
-    [("/venv/bin/finetune", "finetune"), ("finetune.exe", "finetune"), ("/x/finetune/__main__.py", "python -m finetune"), ("train.py", "python -m finetune")],
+    [
+        ("/venv/bin/finetune", "finetune"), ("finetune.exe", "finetune"),
+        ("/x/finetune/__main__.py", "python -m finetune"), ("train.py", "python -m finetune"),
+    ],
 )  # fmt: skip
 def test_messages_name_the_command_that_started_the_program(program, command, monkeypatch):
     monkeypatch.setattr(os, "environ", {})

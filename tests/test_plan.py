@@ -1,6 +1,4 @@
-"""What a run will need of memory, before it starts: against published tables, against real
-optimizers, against real runs.
-"""
+"""Forecasts of memory agree with published tables, real optimizers and real runs."""
 
 import errno
 import json
@@ -31,12 +29,14 @@ from finetune.models.build import build
 pytestmark = pytest.mark.slow
 
 OPT_350M = {
-    "model_type": "opt", "hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096, "num_attention_heads": 16,
-    "word_embed_proj_dim": 512, "vocab_size": 50272, "do_layer_norm_before": False,
+    "model_type": "opt", "hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096,
+    "num_attention_heads": 16, "word_embed_proj_dim": 512, "vocab_size": 50272,
+    "do_layer_norm_before": False,
 }  # fmt: skip
 FALCON_7B = {
-    "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024,
-    "alibi": False, "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "bias": False,
+    "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
+    "vocab_size": 65024, "alibi": False, "multi_query": True, "parallel_attn": True,
+    "new_decoder_architecture": False, "bias": False,
 }  # fmt: skip
 SINGLE, EIGHT = ParallelConfig(), {"kind": "fsdp2", "num_processes": 8}
 
@@ -47,13 +47,19 @@ def config_of(architecture, **changes):
         "model": {"config": architecture, "init": "random", "tokenizer": "bytes"},
         **changes,
     }  # fmt: skip
-    values["model"] = {**values["model"], **changes.get("model", {}), "config": architecture, "init": "random", "tokenizer": "bytes"}  # fmt: skip
+    values["model"] = {
+        **values["model"],
+        **changes.get("model", {}),
+        "config": architecture,
+        "init": "random",
+        "tokenizer": "bytes",
+    }
     return configs.Config.model_validate(values)
 
 
-def row(topology, said):
+def row(topology, output):
     """Its line in the table that plan prints."""
-    (line,) = [line for line in said.splitlines() if line.split()[:1] == [topology]]
+    (line,) = [line for line in output.splitlines() if line.split()[:1] == [topology]]
     return line
 
 
@@ -65,23 +71,34 @@ def rehearsal(config, attention, precision="fp32"):
 
 
 def as_they_did(model, inputs, *_):
-    """All logits, in 16 bits, shifted; as transformers computed OPT's loss when the tables were
-    made.
-    """
+    """Compute the loss as transformers did for OPT's tables: all logits, in 16 bits, shifted."""
     logits = model(**inputs).logits[:, :-1].flatten(0, 1).contiguous()
     return F.cross_entropy(logits, inputs["input_ids"][:, 1:].flatten())
 
 
 # Published: Voigt Godoy, fine-tuning LLMs, 2024: OPT-350M in 16 bits, one sequence of 2,000 tokens,
 # MB of a GPU before the optimizer's first step. (recomputed, LoRA): (eager, SDPA)
-OPT_TABLE = {(False, False): (15071, 2908), (False, True): (15266, 3109), (True, False): (2589, 1667), (True, True): (2059, 1603)}  # fmt: skip
+OPT_TABLE = {
+    (False, False): (15071, 2908),
+    (False, True): (15266, 3109),
+    (True, False): (2589, 1667),
+    (True, True): (2059, 1603),
+}
 
 
-@pytest.mark.parametrize(("recomputed", "lora"), [(False, True), *(pytest.param(*each, marks=pytest.mark.proof) for each in OPT_TABLE if each != (False, True))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recomputed", "lora"),
+    [
+        (False, True),
+        *(
+            pytest.param(*each, marks=pytest.mark.proof)
+            for each in OPT_TABLE
+            if each != (False, True)
+        ),
+    ],
+)
 def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
-    """Within 18 %. OPT's own attention of that time kept the masked scores too, 2 bytes for each of
-    L n s^2: they are added.
-    """
+    """Within 18 %, with OPT's masked scores of that time added: 2 bytes for each of L n s^2."""
     monkeypatch.setattr(trace, "_loss", as_they_did)
     adapter = {"kind": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]} if lora else {}
     config = config_of(
@@ -106,9 +123,7 @@ def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
     [(500, False, 12483), (2000, True, 11511)],
 )
 def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recomputed, published):
-    """LoRA, one sequence, flash attention; within 15 %. Published rows that were peaks of loading
-    have no counterpart here.
-    """
+    """LoRA, one sequence, flash attention: within 15 %; published peaks of loading are left out."""
     monkeypatch.setattr(trace, "_loss", as_they_did)
     adapter = {
         "kind": "qlora",
@@ -135,9 +150,7 @@ def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recom
 
 
 def test_layers_keep_what_the_known_formula_says():
-    """34 h b s + 5 n b s^2 bytes a layer (Korthikanti et al., 2022), in 16 bits with dropout;
-    without scores the second term is gone. Within 15 %.
-    """
+    """34 h b s + 5 n b s^2 bytes a layer (Korthikanti et al., 2022), within 15 %."""
     h, n, s = 512, 8, 512
     kept = {}
     for attention, extra in (("eager", {}), ("sdpa", {"attn_pdrop": 0.0})):
@@ -199,7 +212,12 @@ def test_quantised_weights_are_counted_as_they_are_stored(tmp_path):
             stored = bnb.nn.Int8Params(linear.weight.data, requires_grad=False).to("cpu")
             size = stored.data.nbytes
         else:
-            stored = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=double).to("cpu")  # fmt: skip
+            stored = bnb.nn.Params4bit(
+                linear.weight.data,
+                requires_grad=False,
+                quant_type="nf4",
+                compress_statistics=double,
+            ).to("cpu")
             state = stored.quant_state
             scales = [state.absmax] + ([state.state2.absmax] if double else [])
             size = stored.data.nbytes + sum(tensor.nbytes for tensor in scales)
@@ -213,8 +231,9 @@ def test_quantised_weights_are_counted_as_they_are_stored(tmp_path):
 
 
 MEASURED = {
-    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "vocab_size": 16000, "max_position_embeddings": 1024, "model_type": "llama",
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 16000, "max_position_embeddings": 1024,
+    "model_type": "llama",
 }  # fmt: skip
 
 
@@ -262,22 +281,22 @@ MEASURED = {
     ],
 )
 def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes, changes):
-    """Within 10 %, where what is freed goes back to the system; FSDP2 of torch 2.11 on a CPU held
-    19 % more than forecast.
-    """
-    from faults.nursery import start
+    """Within 10 % where freed memory returns; FSDP2 of torch 2.11 on a CPU held 19 % more."""
+    from faults.forked import start
 
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     (workshop.folder / "rows.txt").write_text(
         "".join(f"{i:04} " + "abcdefghi " * 89 + "\n" for i in range(40))
     )
     settings = {
-        "model__config": MEASURED, "objective__kind": "clm", "data__train": str(workshop.folder / "rows.txt"), "data__packing": True,
-        "data__max_length": 900, "train__global_batch_size": 4, "train__max_steps": 2, "checkpoint__asynchronous": False, **changes,
+        "model__config": MEASURED, "objective__kind": "clm",
+        "data__train": str(workshop.folder / "rows.txt"), "data__packing": True,
+        "data__max_length": 900, "train__global_batch_size": 4, "train__max_steps": 2,
+        "checkpoint__asynchronous": False, **changes,
     }  # fmt: skip
     path = workshop.write(workshop.config("measured", **settings))
     begun = start(path, topology, processes)
-    assert not any(begun.codes(240)), begun.said()
+    assert not any(begun.codes(240)), begun.output()
     measured = read_jsonl(workshop.run_dir("measured") / "metrics.jsonl")[-1]["memory_gb"]
     config, _ = configs.parse(["--config", str(path)])
     parallel = ParallelConfig(topology, processes)
@@ -306,7 +325,7 @@ def test_every_further_sequence_at_once_holds_as_much(attention):
     assert four - one == pytest.approx(3 * (two - one), rel=0.01)
 
 
-def test_parts_are_divided_by_those_who_share():
+def test_parts_are_divided_by_the_processes_that_share():
     config = config_of(MEASURED, train={"global_batch_size": 8, "precision": "bf16"})
     chooser = Chooser(config, precision="bf16", on_gpu=True)
     whole, parts = chooser.forecast(SINGLE), chooser.forecast(ParallelConfig(**EIGHT))
@@ -319,7 +338,7 @@ def test_parts_are_divided_by_those_who_share():
     assert waiting.peak < parts.peak
 
 
-def test_the_fewest_processes_are_the_first_whose_parts_fit():
+def test_the_fewest_processes_whose_parts_fit_are_found():
     config = config_of(
         FALCON_7B | {"num_hidden_layers": 8},
         train={"global_batch_size": 12, "micro_batch_size": 2, "precision": "bf16"},
@@ -343,7 +362,7 @@ def test_the_fewest_processes_are_the_first_whose_parts_fit():
     assert fewest(peak(1) / 2, 1, "single") is None
 
 
-def test_all_at_once_may_fit_where_parts_do_not():
+def test_the_sum_may_fit_where_single_parts_do_not():
     """With one micro-batch to a step no gradients wait beside its pass."""
     train = {
         "global_batch_size": 8,
@@ -379,7 +398,7 @@ def test_recomputing_half_the_layers_saves_half_of_it():
 
 
 @pytest.mark.proof
-def test_what_is_changed_first_costs_least(tmp_path):
+def test_the_cheapest_change_is_advised_first(tmp_path):
     config = config_of(
         MEASURED, train={"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16"}
     )
@@ -438,7 +457,7 @@ def test_any_architecture_can_be_forecast(architecture):
         )
 
 
-def test_what_cannot_be_followed_is_an_error_that_says_what_to_do(monkeypatch):
+def test_an_untraceable_model_is_an_error_with_advice(monkeypatch):
     from transformers import LlamaForCausalLM
 
     def forward(self, input_ids, **_):
@@ -453,17 +472,15 @@ def test_what_cannot_be_followed_is_an_error_that_says_what_to_do(monkeypatch):
         made.trace(Shape(1, 8, 8))
 
 
-def test_every_part_of_a_forecast_is_what_arithmetic_says():
-    """A Llama of N weights on 8 GPUs: bytes for each weight, in float32 with Adam; what ZeRO keeps,
-    and copies.
-    """
+def test_every_part_of_a_forecast_matches_arithmetic():
+    """A Llama of N weights on 8 GPUs with Adam in float32: the bytes per weight of every part."""
     config = config_of(
         MEASURED, train={"global_batch_size": 8, "precision": "bf16", "ema_decay": 0.9}
     )
     chooser = Chooser(config, precision="bf16", on_gpu=True)
     n = chooser.forecaster().weights.num
     zero = {"reduce_bucket_size": 5e8}
-    #           weights, float32, optimizer, gradients, average, copied by a checkpoint, CUDA with NCCL
+    # weights, float32, optimizer, gradients, average, copied by a checkpoint, CUDA with NCCL
     wanted = [
         (ParallelConfig("single", 1), (4 * n, 0, 8 * n, 4 * n, 4 * n, 16 * n, 0.6e9)),
         (
@@ -518,7 +535,7 @@ def test_zero_keeps_quantised_weights_as_they_are():
     )
 
 
-def test_a_gpu_offers_what_is_free_on_it_and_what_this_process_has_already(monkeypatch):
+def test_available_memory_is_free_memory_plus_this_processs_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30e9, 80e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10e9)
     assert choice.capacity(torch.device("cuda", 0)) == 40e9, "others hold the other 40"
@@ -542,7 +559,7 @@ def test_an_evaluation_may_need_more_than_a_step():
     assert peaks[0] == peaks[1] < peaks[2]
 
 
-def test_dropout_in_attention_costs_a_gpu_no_scores():
+def test_attention_dropout_stores_no_scores_on_a_gpu():
     gpt = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}
     kept = [
         Chooser(
@@ -571,8 +588,8 @@ def test_planning_takes_no_port(workshop, capsys, monkeypatch):
         assert re.search(f"{file} +[0-9]+ ", capsys.readouterr().out)
 
 
-def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
-    """A micro-batch that does not make whole steps on that number of processes is not said to fit."""
+def test_proposals_of_plan_are_valid_launch_arguments(workshop, capsys):
+    """Only micro-batches that divide the global batch on that number of processes can fit."""
     path = workshop.write(
         workshop.config("plan", train__global_batch_size=8, train__micro_batch_size=8)
     )
@@ -597,18 +614,18 @@ def test_what_plan_proposes_is_what_a_launch_takes(workshop, capsys):
             )
         }
     )
-    said = choice.advice(config, ParallelConfig("ddp", 2), torch.device("cpu"), "fp32")
-    assert said.endswith("try train.micro_batch_size: 3")
+    output = choice.advice(config, ParallelConfig("ddp", 2), torch.device("cpu"), "fp32")
+    assert output.endswith("try train.micro_batch_size: 3")
 
 
-def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
+def test_the_table_shows_what_fits_for_every_topology(workshop, capsys):
     path = workshop.write(
         workshop.config("plan", train__global_batch_size=16, train__micro_batch_size="auto")
     )
     assert command(["plan", "--config", str(path), "--gpu-memory", "24"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for file in (ROOT / "accelerate_configs").glob("*.yaml"):
-        line = row(file.stem, said)
+        line = row(file.stem, output)
         assert "fits" in line, line
         assert int(line.split()[2]) <= int(line.split()[1]), (
             "the fewest are not more than were given"
@@ -623,15 +640,15 @@ def test_the_table_says_for_every_topology_what_fits(workshop, capsys):
         ("0.7", "advice  on 1 GPU (single) it needs a change: "),
     ],
 )
-def test_a_plan_begins_with_what_to_take(workshop, capsys, memory, advice):
+def test_a_plan_begins_with_its_advice(workshop, capsys, memory, advice):
     path = workshop.write(
         workshop.config("plan", train__global_batch_size=16, data__max_length=256)
     )
     assert command(["plan", "--config", str(path), "--gpu-memory", memory]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[3].startswith(advice)
+    output = capsys.readouterr().out.splitlines()
+    assert output[3].startswith(advice)
     topologies = [
-        line.split()[0] for line in said[6:] if line.split()[1:2] and line.split()[1].isdigit()
+        line.split()[0] for line in output[6:] if line.split()[1:2] and line.split()[1].isdigit()
     ]
     assert topologies[0] == "single"
     assert topologies[-1].endswith("multinode")
@@ -641,13 +658,13 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
     path = workshop.write(workshop.config("plan"))
     topology = ["--topology", str(ROOT / "accelerate_configs/fsdp2.yaml"), "--num-processes", "2"]
     assert command(["plan", "--config", str(path), *topology, "--gpu-memory", "24"]) == 0
-    said = capsys.readouterr().out
-    assert "gathered" in said
-    assert "optimizer" in said
+    output = capsys.readouterr().out
+    assert "gathered" in output
+    assert "optimizer" in output
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "output"),
     [
         (["--topology", "nowhere.yaml"], "nowhere.yaml"),
         (["--num-processes", "0"], "a whole number from 1"),
@@ -659,13 +676,13 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
         ),
     ],
 )
-def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, said):
+def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, output):
     path = workshop.write(workshop.config("plan"))
     assert command(["plan", "--config", str(path), "--gpu-memory", "24", *more]) == 2
-    assert said in capsys.readouterr().err
+    assert output in capsys.readouterr().err
 
 
-def test_auto_takes_what_fits_and_trains_as_if_it_had_been_given(workshop, monkeypatch, capsys):
+def test_auto_picks_what_fits_and_trains_as_if_given(workshop, monkeypatch, capsys):
     """Dropout too: the attempt before the first step leaves nothing behind."""
     dropout = {"model__config": TINY_LLAMA | {"attention_dropout": 0.1}}
     config, _ = configs.parse(
@@ -715,19 +732,24 @@ def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypa
     monkeypatch.setattr(choice, "capacity", lambda *_: peak - 1)
     with pytest.raises(
         OutOfMemory, match=r"at step 1(.|\n)*forecast: .* GB; try train.micro_batch_size: 2"
-    ) as told:
+    ) as caught:
         workshop.train()
     outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
-    assert outcome["reason"] == str(told.value)
+    assert outcome["reason"] == str(caught.value)
 
 
-def test_a_machine_that_has_no_memory_left_is_told_apart(workshop):
+def test_a_machine_without_free_memory_is_reported_as_such(workshop):
     """For real: a process that may take 2.5 GB, and with gradients and optimizer wants more."""
     wide = TINY_LLAMA | {"hidden_size": 256, "intermediate_size": 65536, "num_hidden_layers": 4}
     path = workshop.write(workshop.config(model__config=wide, train__micro_batch_size=8))
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, (2500 * 10**6,) * 2); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, "
+        "(2500 * 10**6,) * 2); sys.argv = sys.argv[1:]; runpy.run_path('train.py', "
+        "run_name='__main__')"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", limited, "train.py", "--config", str(path)], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", limited, "train.py", "--config", str(path)], cwd=ROOT,
+        capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 1
@@ -735,7 +757,7 @@ def test_a_machine_that_has_no_memory_left_is_told_apart(workshop):
     assert "Traceback" not in done.stderr
 
 
-def test_the_ledger_forgets_what_is_let_go():
+def test_the_ledger_drops_freed_memory():
     ledger = trace.Ledger()
     with ledger:
         one = torch.zeros(1000)

@@ -39,12 +39,12 @@ except BaseException:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    said = (
+    expected = (
         "stopped: by Ctrl-C before the first step"
         if name == "SIGINT"
         else f"preempted: {name} before anything was begun"
     )
-    assert (done.returncode, done.stderr[: len(said)]) == (75, said)
+    assert (done.returncode, done.stderr[: len(expected)]) == (75, expected)
 
 
 def flag() -> StopFlag:
@@ -55,7 +55,7 @@ def flag() -> StopFlag:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_before_the_loop_a_signal_ends_the_run_where_it_is(name):
+def test_a_signal_before_the_loop_ends_the_run_at_once(name):
     flag()
     with pytest.raises(Preempted, match=f"{name}; run the same command again"):
         send(signal.Signals[name])
@@ -65,22 +65,22 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved():
     stop = flag()
     with pytest.raises(
         Preempted, match="by Ctrl-C before the first step of this attempt; it saved nothing"
-    ) as told:
+    ) as caught:
         send(signal.SIGINT)
-    assert told.value.label == "stopped"
-    assert told.value.exit_code == 75
+    assert caught.value.label == "stopped"
+    assert caught.value.exit_code == 75
     stop = flag()
     stop.only_note()
     send(signal.SIGINT)
-    with pytest.raises(Preempted, match="SIGINT; run the same command again") as told:
+    with pytest.raises(Preempted, match="SIGINT; run the same command again") as caught:
         stop.at_once()
-    assert told.value.label == "preempted"
+    assert caught.value.label == "preempted"
 
 
 def test_ctrl_c_in_the_loop_says_at_once_what_happens_and_what_a_second_one_does(
     capfd, monkeypatch
 ):
-    for rank, told in ((None, True), ("0", True), ("1", False)):
+    for rank, is_printed in ((None, True), ("0", True), ("1", False)):
         monkeypatch.delenv("RANK", raising=False)
         if rank is not None:
             monkeypatch.setenv("RANK", rank)
@@ -90,7 +90,7 @@ def test_ctrl_c_in_the_loop_says_at_once_what_happens_and_what_a_second_one_does
         assert (
             "stopping after this step, then saving; Ctrl-C again quits at once"
             in capfd.readouterr().err
-        ) == told
+        ) == is_printed
 
 
 def test_a_second_ctrl_c_quits_at_once():
@@ -110,7 +110,7 @@ for _ in range(2):
     assert done.stderr.count("stopping after this step") == 1
 
 
-def test_only_a_machine_that_goes_away_limits_the_last_save():
+def test_only_preemption_limits_the_time_of_the_last_save():
     for number, is_limited in ((signal.SIGTERM, True), (signal.SIGINT, False)):
         stop = flag()
         stop.configure(grace_seconds=20, max_minutes=None, cloud=None, log=print)
@@ -163,7 +163,7 @@ def test_a_first_interrupt_after_another_signal_is_not_the_second():
     assert stop.is_set
 
 
-def test_a_deadline_before_the_first_step_is_an_error_and_one_after_the_last_is_none():
+def test_only_a_deadline_before_the_first_step_is_an_error():
     """Trying again would end in the same way; what is saved is another matter."""
     stop = flag()
     stop.configure(grace_seconds=30, max_minutes=0.2 / 60, cloud=None, log=print)
@@ -217,9 +217,7 @@ subprocess.Popen(command).wait()
 
 @pytest.fixture
 def launched(tmp_path):
-    """Starts a launcher by these words of its command line; gives its process and its session, in
-    which the script is.
-    """
+    """Start a launcher by these words; yield its process and the session that holds the script."""
     started = []
 
     def launch(*words, **environment):
@@ -253,7 +251,11 @@ def until(condition, seconds=30):
 
 
 WORDS = pytest.mark.parametrize(
-    "words", [["/opt/bin/accelerate", "launch", "train.py"], ["-m", "accelerate.commands.launch"], ["/opt/bin/torchrun"]],
+    "words",
+    [
+        ["/opt/bin/accelerate", "launch", "train.py"], ["-m", "accelerate.commands.launch"],
+        ["/opt/bin/torchrun"],
+    ],
     ids=" ".join,
 )  # fmt: skip
 

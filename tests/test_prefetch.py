@@ -1,4 +1,4 @@
-"""The next step's batches are made on a thread while a step is learned, and are those of the step."""
+"""A thread makes the batches of the next step while the current step trains."""
 
 import threading
 
@@ -28,10 +28,14 @@ def test_steps_are_those_of_the_order_from_any_first_step(packing):
         ahead.close()
 
 
-def test_the_next_step_is_made_while_this_one_is_learned(monkeypatch):
+def test_the_next_step_is_prepared_while_this_one_trains(monkeypatch):
     batches = batches_of()
     made, whole = [], batches.at
-    monkeypatch.setattr(batches, "at", lambda step: (made.append((step, threading.current_thread())), whole(step))[1])  # fmt: skip
+    monkeypatch.setattr(
+        batches,
+        "at",
+        lambda step: (made.append((step, threading.current_thread())), whole(step))[1],
+    )
     ahead = Prefetch(batches, num_steps=3)
     ahead.at(0)
     ahead._next[1].result()
@@ -64,7 +68,12 @@ def test_a_gpu_gets_pinned_copies_of_this_processs_part(monkeypatch):
     parts = []
     ahead = Prefetch(batches_of(), 1, part=lambda batch: parts.append(batch) or batch, pin=True)
     made, _ = ahead.at(0)
-    tensors = {id(value) for batch in parts for value in [*vars(batch).values(), *batch.inputs.values()] if isinstance(value, torch.Tensor)}  # fmt: skip
+    tensors = {
+        id(value)
+        for batch in parts
+        for value in [*vars(batch).values(), *batch.inputs.values()]
+        if isinstance(value, torch.Tensor)
+    }
     assert {id(tensor) for tensor in pinned} == tensors
     assert len(pinned) == len(tensors), "a tensor under two names is copied once"
     assert ids(made) == ids(parts)

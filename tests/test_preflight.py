@@ -1,6 +1,4 @@
-"""Settings that do nothing in this run, and what the model asks for in vain, are notes of the
-summary.
-"""
+"""The summary notes settings without effect and requests that the model cannot meet."""
 
 import re
 from types import SimpleNamespace
@@ -20,22 +18,64 @@ ONE_LENGTH = {"objective__kind": "clm", "data__max_length": 8, "data__truncation
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"train__max_steps": 6}, "train.max_steps: 6 has no effect: train.epochs: 1 ends after 5 steps"),
+        (
+            {"train__max_steps": 6},
+            "train.max_steps: 6 has no effect: train.epochs: 1 ends after 5 steps",
+        ),
         ({"data__max_rows": 40}, "data.max_rows: 40 has no effect: there are 40 rows"),
-        ({**WITH_EVAL, "evaluation__every_steps": 4}, "evaluation.every_steps: 4 in a run of 4 steps: the only evaluation is at the end"),
-        ({**WITH_EVAL, "evaluation__every_steps": 9, "evaluation__export_best": True}, "evaluation.export_best has no effect"),
-        ({**WITH_EVAL, "evaluation__every_steps": 1, "evaluation__patience": 3}, "evaluation.patience: 3 has no effect in a run of 4 steps"),
-        ({"evaluation__sample_prompts": ["a"], "evaluation__sample_every_steps": 5}, "evaluation.sample_every_steps: 5 in a run of 5 steps"),
-        ({"checkpoint__every_steps": 5}, "checkpoint.every_steps: 5 in a run of 5 steps: by steps, only the end is saved"),
-        ({"checkpoint__every_steps": 2, "checkpoint__every_minutes": None, "checkpoint__keep_last": 4}, "checkpoint.keep_last: 4 has no effect: there are 3 checkpoints"),
-        ({"tracking__log_every_steps": 6}, "tracking.log_every_steps: 6 in a run of 5 steps: only the last step is logged"),
+        (
+            {**WITH_EVAL, "evaluation__every_steps": 4},
+            "evaluation.every_steps: 4 in a run of 4 steps: the only evaluation is at the end",
+        ),
+        (
+            {**WITH_EVAL, "evaluation__every_steps": 9, "evaluation__export_best": True},
+            "evaluation.export_best has no effect",
+        ),
+        (
+            {**WITH_EVAL, "evaluation__every_steps": 1, "evaluation__patience": 3},
+            "evaluation.patience: 3 has no effect in a run of 4 steps",
+        ),
+        (
+            {"evaluation__sample_prompts": ["a"], "evaluation__sample_every_steps": 5},
+            "evaluation.sample_every_steps: 5 in a run of 5 steps",
+        ),
+        (
+            {"checkpoint__every_steps": 5},
+            "checkpoint.every_steps: 5 in a run of 5 steps: by steps, only the end is saved",
+        ),
+        (
+            {
+                "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
+                "checkpoint__keep_last": 4,
+            },
+            "checkpoint.keep_last: 4 has no effect: there are 3 checkpoints",
+        ),
+        (
+            {"tracking__log_every_steps": 6},
+            "tracking.log_every_steps: 6 in a run of 5 steps: only the last step is logged",
+        ),
         ({"data__packing": True, "data__max_length": 90}, "data.packing packs nothing"),
-        ({"data__group_by_length": True}, "data.group_by_length saves nothing: with attention documents nothing is padded"),
-        ({"data__group_by_length": True, "model__attention": "sdpa", **ONE_LENGTH}, "data.group_by_length has no effect"),
+        (
+            {"data__group_by_length": True},
+            "data.group_by_length saves nothing: with attention documents nothing is padded",
+        ),
+        (
+            {"data__group_by_length": True, "model__attention": "sdpa", **ONE_LENGTH},
+            "data.group_by_length has no effect",
+        ),
         ({"data__loss_on": "last_turn"}, "data.loss_on: last_turn is the same as completion here"),
-        ({"schedule__kind": "wsd"}, "schedule.decay_fraction: 0.1 in a run of 5 steps is the last step alone"),
-        ({"model__config": MIXTRAL}, "asks for a router balance loss (router_aux_loss_coef 0.001); it is not yet added"),
-        ({"model__config": {**MIXTRAL, "output_router_logits": True}}, "(output_router_logits, router_aux_loss_coef 0.001)"),
+        (
+            {"schedule__kind": "wsd"},
+            "schedule.decay_fraction: 0.1 in a run of 5 steps is the last step alone",
+        ),
+        (
+            {"model__config": MIXTRAL},
+            "asks for a router balance loss (router_aux_loss_coef 0.001); it is not yet added",
+        ),
+        (
+            {"model__config": {**MIXTRAL, "output_router_logits": True}},
+            "(output_router_logits, router_aux_loss_coef 0.001)",
+        ),
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )  # fmt: skip
@@ -49,21 +89,23 @@ def test_a_setting_without_effect_in_this_run_is_noted(workshop, capsys, changes
 def test_settings_that_do_something_are_not_noted(workshop, capsys):
     """One less, or one more, than in the cases above."""
     workshop.check(
-        train__max_steps=3, train__epochs=2, data__max_rows=39, data__eval_fraction=0.2, evaluation__every_steps=1, evaluation__patience=1,
-        evaluation__export_best=True, evaluation__sample_prompts=["a"], evaluation__sample_every_steps=2, checkpoint__every_steps=2,
-        tracking__log_every_steps=3, data__packing=True, data__max_length=256,
+        train__max_steps=3, train__epochs=2, data__max_rows=39, data__eval_fraction=0.2,
+        evaluation__every_steps=1, evaluation__patience=1, evaluation__export_best=True,
+        evaluation__sample_prompts=["a"], evaluation__sample_every_steps=2,
+        checkpoint__every_steps=2, tracking__log_every_steps=3, data__packing=True,
+        data__max_length=256,
     )  # fmt: skip
-    said = capsys.readouterr().out
-    assert "steps       3 steps" in said
-    assert "without train.max_steps" in said
+    output = capsys.readouterr().out
+    assert "steps       3 steps" in output
+    assert "without train.max_steps" in output
     assert [
         line
-        for line in said.splitlines()
+        for line in output.splitlines()
         if line.startswith("note") and "change the model very little" not in line
     ] == []
 
 
-def test_what_is_not_read_or_empty_is_said_of_training_and_evaluation(workshop, capsys):
+def test_unread_columns_and_empty_rows_of_training_and_evaluation_are_reported(workshop, capsys):
     held_out = "".join(f"q {n},a,x,{n}\n,,,\n" for n in range(3))
     (workshop.folder / "t.csv").write_text(
         "question,answer,source\n" + "".join(f"q{n},a,s\n,,\n" for n in range(8))
@@ -73,15 +115,16 @@ def test_what_is_not_read_or_empty_is_said_of_training_and_evaluation(workshop, 
     workshop.check(
         data__train=str(workshop.folder / "t.csv"), data__eval=str(dev), train__max_steps=1
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         "not read    columns source (8 rows)\nnot read    in data.eval: columns likes (3 rows), "
-        "topic (3 rows)\n" in said
+        "topic (3 rows)\n" in output
     )
     assert (
-        "8 rows -> 8 examples -> 8 sequences of at most 128 tokens; 8 empty rows skipped\n" in said
+        "8 rows -> 8 examples -> 8 sequences of at most 128 tokens; 8 empty rows skipped\n"
+        in output
     )
-    assert "evaluation  3 examples; 3 empty rows skipped\n" in said
+    assert "evaluation  3 examples; 3 empty rows skipped\n" in output
 
 
 def test_the_rows_of_the_summary_add_up(workshop, capsys):
@@ -92,12 +135,12 @@ def test_the_rows_of_the_summary_add_up(workshop, capsys):
         data__eval_fraction=0.2,
         train__max_steps=1,
     )
-    said = capsys.readouterr().out
-    [line] = [line for line in said.splitlines() if line.startswith("data  ")]
+    output = capsys.readouterr().out
+    [line] = [line for line in output.splitlines() if line.startswith("data  ")]
     rows, *fates = map(int, re.findall(r"(\d+) (?:rows|dropped|left out|held out|trained)", line))
     assert len(fates) == 4
     assert rows == sum(fates) == 40
-    assert f"evaluation  {fates[2]} examples held out\n" in said
+    assert f"evaluation  {fates[2]} examples held out\n" in output
     assert f"{fates[3]} trained on -> {fates[3]} examples -> " in line
 
 
@@ -113,7 +156,8 @@ def test_rows_that_were_split_are_not_called_cut(workshop, capsys):
     )
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data  ")]
     assert re.match(
-        r"data        40 rows -> \d\d examples -> .* of at most 64 tokens; \d+ split into several examples$",
+        r"data        40 rows -> \d\d examples -> .* of at most 64 tokens; "
+        r"\d+ split into several examples$",
         line,
     )
 
@@ -122,7 +166,7 @@ def test_rows_that_were_split_are_not_called_cut(workshop, capsys):
     ("optimizer", "lr"),
     [("adamw", "2e-05"), ("lion", "4e-06"), ("adafactor", "0.001"), ("muon", "2e-05")],
 )
-def test_a_rate_that_suits_the_method_is_taken_and_said(workshop, capsys, optimizer, lr):
+def test_the_default_rate_suits_the_method_and_is_reported(workshop, capsys, optimizer, lr):
     workshop.check(optimizer__lr=None, optimizer__kind=optimizer)
     assert f"{optimizer}, lr {lr} (usual), linear" in capsys.readouterr().out
 
@@ -143,7 +187,7 @@ def test_the_first_example_is_shown_with_its_spaces():
     assert summary._marked(example, tokenizer) == "  | What[[ ever]] is it"
 
 
-def test_rows_that_fit_a_template_are_trained_though_the_shortest_conversation_does_not_fit(
+def test_rows_train_even_if_the_template_rejects_a_minimal_conversation(
     workshop,
 ):
     """As DeepSeek-R1's: the prompt opens the thoughts, and each row begins with them."""

@@ -23,9 +23,7 @@ def recipe() -> list[list[str]]:
 
 @pytest.mark.proof
 def test_the_quickstart_runs_from_rows_to_a_comparison(tmp_path):
-    """Few steps and rows; .ci/run runs the whole of it, and checks that the tuned model is right in
-    9 of 10.
-    """
+    """Few steps and rows; .ci/run runs it all and expects 9 of 10 tuned answers to be right."""
     short = {
         "data_scripts/pig_latin.py": ["--words", "600", "--train", "320", "--held-out", "16"],
         "configs/quickstart_pretrain.yaml": [
@@ -50,10 +48,8 @@ def test_the_quickstart_runs_from_rows_to_a_comparison(tmp_path):
         ]
         if "train.py" in arguments:
             arguments += ["--run.dir", f"{tmp_path}/runs", "--data.cache_dir", f"{tmp_path}/cache"]
-            arguments += [
-                "--data.train",
-                f"{tmp_path}/data/{'sentences.txt' if 'pretrain' in ' '.join(arguments) else 'train.jsonl'}",
-            ]
+            rows = "sentences.txt" if "pretrain" in " ".join(arguments) else "train.jsonl"
+            arguments += ["--data.train", f"{tmp_path}/data/{rows}"]
             if "pretrain" not in " ".join(arguments):
                 arguments += [
                     "--data.eval",

@@ -1,6 +1,4 @@
-"""Every file type is read with the line of each row; what cannot be read is refused by file and
-line.
-"""
+"""Every file type is read with line numbers; unreadable input is refused by file and line."""
 
 import gzip
 import json
@@ -115,7 +113,7 @@ def test_empty_rows_of_a_table_are_skipped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "again", ["question,answer", '"question",answer', "question , answer", "\ufeffquestion,answer"]
 )
-def test_a_header_that_is_repeated_is_named(tmp_path, again):
+def test_a_repeated_header_is_refused(tmp_path, again):
     """cat a.csv b.csv > rows.csv"""
     says = unreadable(tmp_path / "rows.csv", f"question,answer\na,b\n{again}\nc,d\n")
     assert says.startswith(":3: repeats the header; were files joined? Remove this line")
@@ -193,7 +191,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
     assert [values for _, values in lines_and_values(path)] == [{"text": "é"}]
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     path = str(tmp_path / "absent.jsonl")
     for reading in (
         lambda: list(readers.read(path)),
@@ -210,7 +208,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
 @pytest.mark.parametrize("content", ["", "\n", " \n\n"])
-def test_an_empty_file_is_named(tmp_path, name, content):
+def test_an_empty_file_is_refused(tmp_path, name, content):
     says = unreadable(tmp_path / name, content)
     assert "holds no rows" in says or "should hold a list of rows" in says
 
@@ -218,11 +216,11 @@ def test_an_empty_file_is_named(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content"), [("rows.csv", "question,answer\n"), ("rows.json", "[]")]
 )
-def test_a_file_without_rows_is_named(tmp_path, name, content):
+def test_a_file_without_rows_is_refused(tmp_path, name, content):
     assert ": holds no rows" in unreadable(tmp_path / name, content)
 
 
-def test_a_parquet_file_without_rows_is_named(parquet):
+def test_a_parquet_file_without_rows_is_refused(parquet):
     import pyarrow
 
     path = parquet([], schema=pyarrow.schema([("question", pyarrow.string())]))
@@ -230,14 +228,14 @@ def test_a_parquet_file_without_rows_is_named(parquet):
         list(readers.read(str(path)))
 
 
-def test_a_damaged_parquet_file_is_named(tmp_path, datasets_cache):
+def test_a_damaged_parquet_file_is_refused(tmp_path, datasets_cache):
     assert "not a whole Parquet file" in unreadable(
         tmp_path / "rows.parquet", b"PAR1 and nothing more"
     )
 
 
 @pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.jsonl.zst", "rows.parquet.gz"])
-def test_an_unknown_file_type_is_told_the_known_ones(tmp_path, name):
+def test_the_error_for_an_unknown_file_type_lists_the_known_ones(tmp_path, name):
     says = unreadable(tmp_path / name, b"anything")
     assert "unknown file type" in says
     assert "use one of .jsonl .json .csv .tsv .parquet .txt" in says
@@ -254,7 +252,7 @@ def test_an_unknown_file_type_is_told_the_known_ones(tmp_path, name):
         ("null\n", 1, "a row should be an object"),
     ],
 )
-def test_a_broken_json_line_is_named(tmp_path, content, line, says):
+def test_a_broken_json_line_is_refused(tmp_path, content, line, says):
     message = unreadable(tmp_path / "rows.jsonl", content)
     assert message.startswith((f":{line}: ", f":{line} (row "))
     assert says in message
@@ -337,7 +335,7 @@ def test_bytes_that_are_not_utf8_are_refused_at_their_line(tmp_path, name, conte
 
 
 @pytest.mark.parametrize("name", ["owner/no-such-name", "owner/name-2.5", "owner/name-v1.0:test"])
-def test_a_name_that_is_no_file_is_looked_for_on_the_hub(name):
+def test_a_name_without_a_file_is_looked_up_on_the_hub(name):
     with pytest.raises(DataError, match=re.escape(name) + ": datasets cannot load it"):
         list(readers.read(name))
 
@@ -364,7 +362,7 @@ def test_an_empty_list_of_sources_is_an_error(tmp_path):
             readers.sources(*given)
 
 
-def test_a_device_and_a_pipe_are_named(tmp_path):
+def test_a_device_and_a_pipe_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name in ("/dev/null", str(tmp_path / "pipe.jsonl")):
         with pytest.raises(DataError, match=f"data.train: {name} is a device or a pipe"):
@@ -422,7 +420,7 @@ def found(source: Any, key: str = "data.train") -> tuple[list[str], list[str]]:
     return [os.path.relpath(file, source) for file in files], notes
 
 
-def test_all_files_of_a_folder_are_read_or_named(tmp_path):
+def test_every_file_of_a_folder_is_read_or_reported(tmp_path):
     """datasets drops files without "train" in their names, and those of rarer types."""
     for name in ("train_a.jsonl", "b.jsonl", "deep/er/c.jsonl"):
         write(tmp_path / name)
@@ -520,7 +518,7 @@ def test_a_folder_of_splits_is_read_by_split(tmp_path, names, train, evaluation)
         assert f"{tmp_path}/{evaluation} (named as " in both.notes[0]
 
 
-def test_rows_to_hold_out_are_not_trained_on_for_want_of_others(tmp_path):
+def test_a_folder_with_only_held_out_rows_is_refused(tmp_path):
     write(tmp_path / "test.jsonl")
     write(tmp_path / "questions.jsonl")
     with pytest.raises(
@@ -578,7 +576,7 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, datasets_cache):
         "no/rows.zst:train",
     ],
 )
-def test_a_name_that_looks_like_a_file_is_never_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+def test_a_name_like_a_file_is_never_looked_up_on_the_hub(tmp_path, monkeypatch, name):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no such file in"):
@@ -596,7 +594,7 @@ def test_a_name_that_looks_like_a_file_is_never_looked_for_on_the_hub(tmp_path, 
         ("https://example.com/rows.jsonl", "URLs are not supported: download the file first"),
     ],
 )
-def test_a_missing_file_comes_with_what_may_have_been_meant(tmp_path, monkeypatch, name, hint):
+def test_the_error_for_a_missing_file_suggests_the_nearest(tmp_path, monkeypatch, name, hint):
     write(tmp_path / "folder/rows.jsonl")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=re.escape(f"no such file in {tmp_path}; {hint}")):
@@ -666,7 +664,7 @@ def test_a_semicolon_is_found_beside_commas(tmp_path, text):
     assert first.place.line == 1 + text.splitlines().index(";".join(first.values.values()))
 
 
-def test_a_blank_before_a_quote_is_named(tmp_path):
+def test_a_blank_before_a_quote_is_refused(tmp_path):
     says = unreadable(tmp_path / "rows.csv", 'question,answer\na, "b, c"\n')
     assert says.startswith(
         ":2: 3 cells, but the header names 2 columns ['question', 'answer']; put the quote right "
@@ -695,7 +693,8 @@ def test_a_column_named_twice_is_refused(tmp_path, header):
 
 
 TEXTS = {
-    "rows.jsonl": '{"text": "é€漢"}\n{"text": "b"}\n', "rows.json": '[{"text": "é€漢"},\r\n{"text": "b"}]',
+    "rows.jsonl": '{"text": "é€漢"}\n{"text": "b"}\n',
+    "rows.json": '[{"text": "é€漢"},\r\n{"text": "b"}]',
     "rows.csv": "text\né€漢\nb\n", "rows.tsv": "text\nb\né\n", "rows.txt": "é€漢\r\nb\n",
 }  # fmt: skip
 
@@ -727,15 +726,22 @@ def test_gzip_is_read_with_its_lines(tmp_path, name):
     ("text", "encoding", "says"),
     [
         ("Das heißt «schön», sagt er \u2013 für 5 "
-         "€\n" * 3, "cp1252", "probably cp1252; save the file as UTF-8, for example with iconv -f CP1252 -t UTF-8"),
+         "€\n" * 3, "cp1252", (
+             "probably cp1252; save the file as UTF-8, "
+             "for example with iconv -f CP1252 -t UTF-8"
+         )),
         ("Ça va très bien, merci à tous.\n", "latin-1", "probably cp1252"),
         ("Съешь же ещё этих мягких французских булок, да выпей "
          "чаю.\n" * 9, "cp1251", "probably cp1251"),
-        ("a b c\n" * 9, "utf-16-le", "probably UTF-16 without a byte order mark; save it as UTF-8, for example with iconv -f UTF-16LE"),
+        (
+            "a b c\n" * 9, "utf-16-le",
+            "probably UTF-16 without a byte order mark; save it as UTF-8, "
+            "for example with iconv -f UTF-16LE",
+        ),
         ("a b c\n" * 9, "utf-16-be", "iconv -f UTF-16BE"),
     ],
 )  # fmt: skip
-def test_an_encoding_that_is_not_read_is_named(tmp_path, text, encoding, says):
+def test_an_unsupported_encoding_is_refused(tmp_path, text, encoding, says):
     assert says in unreadable(tmp_path / "rows.txt", text.encode(encoding))
 
 
@@ -750,21 +756,24 @@ def test_one_damaged_character_does_not_make_a_file_cp1252(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [(b"PK\x03\x04xl/", "a zip archive or an Excel file"), (b"PAR1\x15", "a Parquet file"), (gzip.compress(b"a", mtime=0), "compressed by gzip"), (b"%PDF-1.7", "a PDF")],
+    [
+        (b"PK\x03\x04xl/", "a zip archive or an Excel file"), (b"PAR1\x15", "a Parquet file"),
+        (gzip.compress(b"a", mtime=0), "compressed by gzip"), (b"%PDF-1.7", "a PDF"),
+    ],
 )  # fmt: skip
-def test_a_file_that_is_not_text_is_named_for_what_it_is(tmp_path, content, what):
+def test_a_binary_file_is_refused_with_its_type(tmp_path, content, what):
     assert f"this file is {what}, not .csv" in unreadable(tmp_path / "rows.csv", content)
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.txt"])
-def test_lines_that_end_as_on_an_old_macintosh_are_named(tmp_path, name):
+def test_carriage_return_line_ends_are_refused(tmp_path, name):
     says = unreadable(tmp_path / name, b"question,answer\ra,b\rc,d\r")
     assert says.startswith(
         ":1: lines end in CR alone, as on an old Macintosh; convert them, for example with tr "
     )
 
 
-def test_a_list_in_a_file_of_lines_is_named(tmp_path):
+def test_a_list_in_a_jsonl_file_is_refused(tmp_path):
     assert "a file that holds one list is .json" in unreadable(
         tmp_path / "rows.jsonl", '[\n{"a": 1}\n]'
     )
@@ -787,16 +796,17 @@ def test_parquet_with_a_column_twice_is_refused(tmp_path):
         list(readers.read(str(tmp_path / "rows.parquet")))
 
 
-def test_a_long_value_is_shown_in_short_wherever_it_stands(tmp_path):
+def test_long_values_are_shortened_everywhere(tmp_path):
     long = "word " * 100_000
     for name, text in (
-        ("a.jsonl", f'{{"text": "{long}'), ("b.jsonl", f'{{"{long}": 1, "{long}": 2}}'), ("c.jsonl", f'["{long}"]'),
-        ("d.csv", f"{long},{long}\na,b"), ("e.csv", f"a,{long}\nx"), ("f.json", f'[] "{long}"'),
+        ("a.jsonl", f'{{"text": "{long}'), ("b.jsonl", f'{{"{long}": 1, "{long}": 2}}'),
+        ("c.jsonl", f'["{long}"]'), ("d.csv", f"{long},{long}\na,b"), ("e.csv", f"a,{long}\nx"),
+        ("f.json", f'[] "{long}"'),
     ):  # fmt: skip
         assert len(unreadable(tmp_path / name, text)) < 500, name
 
 
-def test_rows_called_as_a_description_are_rows_and_a_link_does_not_hide_its_file(tmp_path):
+def test_rows_named_like_descriptions_and_linked_files_are_read_once(tmp_path):
     write_jsonl(tmp_path / "citation.jsonl", [{"text": "a"}])
     write_jsonl(tmp_path / "z.jsonl", [{"text": "b"}])
     (tmp_path / "README.md").write_text("What these rows are.")
@@ -821,7 +831,7 @@ def test_blanks_after_each_separator_are_no_part_of_the_cells(tmp_path, text, ro
     )
 
 
-def test_a_pipe_in_a_folder_is_named_as_one(tmp_path):
+def test_a_pipe_in_a_folder_is_reported(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [QA])
     os.mkfifo(tmp_path / "more.jsonl")
     _, notes = readers.expand(str(tmp_path), "data.train")

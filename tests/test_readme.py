@@ -45,19 +45,20 @@ def test_the_makefile_has_every_target_that_is_named():
 
 
 def test_every_kind_of_command_is_run_by_a_test_here():
-    """A new kind of command in the README needs a test in this file; `pip install .` has
-    test_package.py.
-    """
-    known = ("make ", "source .venv", "python train.py --config configs/my_run.yaml", "python -m finetune chat", "accelerate launch",
-             "python -m finetune plan", "python -m finetune evaluate", "python -m finetune merge", "python train.py --help", "python -m finetune launch", "pip install --no-build-isolation", "pip install .")  # fmt: skip
+    """New kinds of commands need a test here; test_package.py has `pip install .`."""
+    known = (
+        "make ", "source .venv", "accelerate launch",
+        "python train.py --config configs/my_run.yaml", "python train.py --help",
+        "python -m finetune chat", "python -m finetune plan", "python -m finetune evaluate",
+        "python -m finetune merge", "python -m finetune launch",
+        "pip install --no-build-isolation", "pip install .",
+    )  # fmt: skip
     assert [c for c in commands() if not c.startswith(known)] == []
 
 
 @pytest.fixture(scope="module")
 def my_run(tmp_path_factory):
-    """The README's own run, typed as printed, with a two-layer model in place of the one from the
-    Hub.
-    """
+    """Train the README's own run as printed, with a two-layer model instead of the Hub's."""
     from conftest import Workshop, forget_process_state
 
     folder = tmp_path_factory.mktemp("own")
@@ -84,8 +85,10 @@ def typed(command: str, folder) -> list[str]:
 
     for name, place in (
         ("configs/my_run.yaml", folder / "my_run.yaml"), ("runs/my_run", folder / "runs/my_run"),
-        ("my_held_out_rows.jsonl", folder / "my_held_out_rows.jsonl"), ("Qwen/Qwen2.5-0.5B-Instruct", folder / "runs/base/model"),
-        ("accelerate_configs/ddp.yaml", ROOT / "accelerate_configs/ddp.yaml"), ("train.py", ROOT / "train.py"),
+        ("my_held_out_rows.jsonl", folder / "my_held_out_rows.jsonl"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", folder / "runs/base/model"),
+        ("accelerate_configs/ddp.yaml", ROOT / "accelerate_configs/ddp.yaml"),
+        ("train.py", ROOT / "train.py"),
     ):  # fmt: skip
         command = command.replace(name, str(place))
     words = shlex.split(command)
@@ -100,7 +103,7 @@ def typed(command: str, folder) -> list[str]:
 @pytest.mark.timeout(300)
 def test_the_commands_of_the_readme_in_order(my_run):
     """plan, --check, train, chat, evaluate, merge; then the same with several processes."""
-    from faults.nursery import fork
+    from faults.forked import fork
 
     [plan] = [c for c in commands() if c.startswith("python -m finetune plan")]
     assert main(typed(plan, my_run)[3:]) == 0
@@ -120,7 +123,7 @@ def test_the_commands_of_the_readme_in_order(my_run):
             assert main(arguments[1:]) == 0, command
         else:
             begun = fork("train", arguments, "single", [my_run / "train.log"], {})
-            assert begun.codes() == [0], f"{command}\n{begun.said()}"
+            assert begun.codes() == [0], f"{command}\n{begun.output()}"
     [chat] = [c for c in commands() if c.startswith("python -m finetune chat")]
     assert main(["chat", *typed(chat, my_run)[4:], "--prompt", "hi", "--max-new-tokens", "4"]) == 0
     [several] = [c for c in commands() if c.startswith("accelerate launch")]
@@ -159,8 +162,9 @@ def test_the_objective_of_contributing_learns_what_it_says(workshop):
     base = workshop.train("base") / "model"
     held_out = write_jsonl(workshop.folder / "held_out.jsonl", pairs(60)[40:])
     run = workshop.train(
-        **own, model__path=str(base), model__init="pretrained", model__config=None, model__tokenizer=None,
-        train__global_batch_size=40, train__epochs=2, data__eval=str(held_out), evaluation__every_steps=1,
+        **own, model__path=str(base), model__init="pretrained", model__config=None,
+        model__tokenizer=None, train__global_batch_size=40, train__epochs=2,
+        data__eval=str(held_out), evaluation__every_steps=1,
     )  # fmt: skip
     loss, grad_norm = plain_dft(
         base, workshop.folder / "cache/tokens" / workshop.receipt()["train_data"]["fingerprint"]
@@ -172,9 +176,7 @@ def test_the_objective_of_contributing_learns_what_it_says(workshop):
 
 
 def plain_dft(base, tokens):
-    """Dynamic fine-tuning over all rows in a folder of tokens: (mean of p * -log p with p held
-    fixed, norm of its gradient).
-    """
+    """Return (mean of p * -log p with p held fixed, norm of its gradient) over cached tokens."""
     model = AutoModelForCausalLM.from_pretrained(base)
     ids, supervised, ends = (
         np.load(tokens / f"{name}.npy") for name in ("input_ids", "supervised", "ends")
@@ -203,7 +205,10 @@ def test_links_and_files_are_in_the_repository():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).resolve() in there, f"{page.name}: {target}"
-    for file in re.findall(r"`((?:finetune|accelerate_configs|configs|tests)/[\w./]+\.\w+)`", README + (ROOT / "docs/architecture.md").read_text()):  # fmt: skip
+    for file in re.findall(
+        r"`((?:finetune|accelerate_configs|configs|tests)/[\w./]+\.\w+)`",
+        README + (ROOT / "docs/architecture.md").read_text(),
+    ):
         assert ROOT / file in there or file == "configs/my_run.yaml", file
 
 

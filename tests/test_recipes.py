@@ -1,6 +1,4 @@
-"""Every recipe of configs/ runs as it is, with a two-layer model of the same architecture in place
-of the real one.
-"""
+"""Every recipe of configs/ runs unchanged, with a two-layer model of the same architecture."""
 
 import json
 import re
@@ -76,7 +74,20 @@ def rows_for(recipe: dict, folder: Path) -> str:
     names = {name: data.get("columns", {}).get(name, name) for name in ("question", "answer")}
     turns = [(f"what is {n} times three", f"{3 * n}, {'so it is ' * (n % 7)}") for n in range(80)]
     if "conversations" in data["train"]:
-        return str(write_jsonl(folder / "r.jsonl", [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]))  # fmt: skip
+        return str(
+            write_jsonl(
+                folder / "r.jsonl",
+                [
+                    {
+                        "messages": [
+                            {"role": "user", "content": q},
+                            {"role": "assistant", "content": a},
+                        ]
+                    }
+                    for q, a in turns
+                ],
+            )
+        )
     if "instructions" in data["train"]:
         return str(
             write_jsonl(folder / "r.jsonl", [{"instruction": q, "output": a} for q, a in turns])
@@ -89,7 +100,11 @@ def rows_for(recipe: dict, folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [pytest.param(p, marks=() if p.stem in SOME else pytest.mark.proof) for p in RECIPES], ids=lambda p: p.stem)  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p.stem in SOME else pytest.mark.proof) for p in RECIPES],
+    ids=lambda p: p.stem,
+)
 def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
     from finetune import loop
     from finetune.survival.preemption import StopFlag
@@ -97,8 +112,10 @@ def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
     recipe = yaml.safe_load(path.read_text())
     model = stand_in(workshop, recipe["model"]["path"], bytes_tokenizer)
     arguments = {
-        "run.dir": workshop.folder / "runs", "model.path": model, "data.train": rows_for(recipe, workshop.folder),
-        "data.cache_dir": workshop.folder / "cache", "data.max_length": 250, "schedule.warmup_steps": 1, "train.max_steps": 3,
+        "run.dir": workshop.folder / "runs", "model.path": model,
+        "data.train": rows_for(recipe, workshop.folder),
+        "data.cache_dir": workshop.folder / "cache", "data.max_length": 250,
+        "schedule.warmup_steps": 1, "train.max_steps": 3,
         "checkpoint.every_steps": 2,
     }  # fmt: skip
     if "eval" in recipe["data"]:

@@ -1,6 +1,4 @@
-"""Compiled layers: one compilation for all layers and any pack, and the numbers of those that are
-not compiled.
-"""
+"""Layers compile once for all layers and packs, and give the numbers of uncompiled ones."""
 
 import pytest
 import torch
@@ -46,9 +44,7 @@ def losses_and_gradients(model, packs):
 @pytest.mark.parametrize("recomputed", [0, 3])
 @pytest.mark.slow
 def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recomputed):
-    """More would come with every new length of a pack, for minutes each time; a cut layer is hardly
-    faster.
-    """
+    """Otherwise each new length of a pack would compile for minutes."""
     packs = [[9], [3, 17, 1, 9], [5, 5], [2] * 12, [31, 2, 7], [2]]
     wanted = losses_and_gradients(build(), packs)
     model, counted = build(), []
@@ -104,7 +100,7 @@ def test_recomputed_layers_keep_their_inputs_only():
     assert none - one == pytest.approx((none - all_) / 3, rel=0.01)
 
 
-def test_as_many_layers_are_recomputed_as_was_said():
+def test_the_requested_number_of_layers_is_recomputed():
     model = build()
     assert [recompute.chosen(model, wanted) for wanted in (False, True, 1, 3)] == [0, 3, 1, 3]
     with pytest.raises(

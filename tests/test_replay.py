@@ -32,7 +32,7 @@ def test_a_run_comes_out_the_same(workshop, processes):
     assert receipts[0]["num_processes"] == receipts[1]["num_processes"] == processes
 
 
-def test_what_has_changed_since_is_named_and_nothing_is_trained(workshop):
+def test_changes_since_the_run_are_listed_and_nothing_trains(workshop):
     run = workshop.train()
     rows, receipt = workshop.rows.read_text(), json.loads((run / "receipt.json").read_text())
     workshop.rows.write_text(rows.replace("three", "four"))

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, Workshop, losses, read_jsonl, short
-from faults.nursery import start, wait_for
+from faults.forked import start, wait_for
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -22,6 +22,10 @@ from finetune import config as configs
 from finetune.errors import CheckpointError, DirectoryInUse, RunDirectoryError
 
 pytestmark = pytest.mark.slow
+TIED_WITH_DROPOUT = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "attention_dropout": 0.1, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 class Interrupted(BaseException):  # not caught by anything, as the end of a process is not
@@ -62,8 +66,7 @@ def train_until(
     [
         {"data__packing": True},
         {"data__group_by_length": True, "schedule__kind": "cosine", "schedule__warmup_steps": 3},
-        {"model__config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                           "num_attention_heads": 4, "attention_dropout": 0.1, "tie_word_embeddings": True}},
+        {"model__config": TIED_WITH_DROPOUT},
         {"model__dtype": "bfloat16", "train__precision": "bf16", "optimizer__lr": 1e-3},
     ],
     ids=["packed", "grouped, cosine", "tied, dropout", "in 16 bits, rounded by chance"],
@@ -89,8 +92,9 @@ def test_resumed_equals_uninterrupted_to_the_bit(workshop, monkeypatch, changes)
 def test_lora_resumes_to_the_bit(workshop, monkeypatch):
     base = workshop.train("base")
     lora = {
-        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None, "model__tokenizer": None,
-        "adapter__kind": "lora", "adapter__dropout": 0.1, "train__max_steps": 6, "train__epochs": 2, "checkpoint__every_steps": 2,
+        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None,
+        "model__tokenizer": None, "adapter__kind": "lora", "adapter__dropout": 0.1,
+        "train__max_steps": 6, "train__epochs": 2, "checkpoint__every_steps": 2,
     }  # fmt: skip
     whole = workshop.train("whole", **lora)
     train_until(workshop, monkeypatch, 5, "parts", **lora)
@@ -109,16 +113,18 @@ def test_lora_resumes_to_the_bit(workshop, monkeypatch):
     )
 
 
-def test_what_a_preempted_run_had_no_time_to_look_at_is_made_up_for(workshop, monkeypatch):
+def test_a_preempted_runs_missed_evaluation_is_made_up(workshop, monkeypatch):
     """Else it would stop at another step, and export another model, than an undisturbed one."""
     from finetune import loop
     from finetune.errors import Preempted
     from finetune.survival.preemption import StopFlag
 
     settings = {
-        "data__eval_fraction": 0.2, "evaluation__every_steps": 2, "evaluation__patience": 1, "evaluation__export_best": True,
-        "evaluation__sample_prompts": ["a\u2028b"], "evaluation__sample_every_steps": 2, "evaluation__sample_max_new_tokens": 2,
-        "optimizer__lr": 1.0, "schedule__kind": "constant", "train__max_steps": 12, "train__epochs": 9,
+        "data__eval_fraction": 0.2, "evaluation__every_steps": 2, "evaluation__patience": 1,
+        "evaluation__export_best": True, "evaluation__sample_prompts": ["a\u2028b"],
+        "evaluation__sample_every_steps": 2, "evaluation__sample_max_new_tokens": 2,
+        "optimizer__lr": 1.0, "schedule__kind": "constant", "train__max_steps": 12,
+        "train__epochs": 9,
     }  # fmt: skip
     whole = workshop.train("whole", **settings)
     with monkeypatch.context() as patch:
@@ -184,7 +190,7 @@ def test_a_checkpoint_of_other_data_is_refused(workshop, monkeypatch):
         workshop.train(checkpoint__every_steps=2)
 
 
-def test_what_does_not_change_the_arithmetic_may_change_on_resume(workshop, monkeypatch):
+def test_settings_outside_the_arithmetic_may_change_on_resume(workshop, monkeypatch):
     train_until(workshop, monkeypatch, 4, "run", checkpoint__every_steps=2)
     run = workshop.train(
         checkpoint__every_steps=3, train__micro_batch_size=4, tracking__log_every_steps=1
@@ -200,15 +206,16 @@ def test_a_signal_while_rows_are_tokenised_leaves_no_half_of_a_cache(workshop):
     launch = start(workshop.write(workshop.config()))
     wait_for(lambda: list(workshop.folder.glob("cache/tokens/.building-*")))
     launch.kill([0], signal.SIGTERM)
-    assert launch.codes() == [75], launch.said()
-    assert "SIGTERM" in launch.said()
+    assert launch.codes() == [75], launch.output()
+    assert "SIGTERM" in launch.output()
     assert not list(workshop.folder.glob("cache/tokens/.building-*")), "half a cache must not stay"
 
 
-def test_a_lora_run_does_not_go_on_over_another_base(workshop, monkeypatch):
+def test_a_lora_run_does_not_resume_over_another_base(workshop, monkeypatch):
     base = workshop.train("base")
     lora = {
-        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None, "model__tokenizer": None,
+        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None,
+        "model__tokenizer": None,
         "adapter__kind": "lora", "checkpoint__every_steps": 2,
     }  # fmt: skip
     train_until(workshop, monkeypatch, 3, "lora", **lora)
@@ -230,12 +237,12 @@ def test_a_moved_data_file_is_the_same_data(workshop, monkeypatch):
     assert losses(workshop.train(**settings)) == losses(workshop.train("whole", **settings))
 
 
-def test_a_run_that_is_going_does_not_say_it_was_preempted(workshop, monkeypatch):
+def test_a_running_run_has_no_preempted_outcome(workshop, monkeypatch):
     run = train_until(workshop, monkeypatch, 3, "run", checkpoint__every_steps=2)
     assert json.loads((run / "outcome.json").read_text())["state"] == "running"
 
 
-def test_a_run_in_progress_keeps_others_out(workshop):
+def test_a_run_in_progress_locks_its_directory(workshop):
     from finetune.engine.rundir import RunDirectory
 
     run = workshop.train()
@@ -249,7 +256,7 @@ def test_a_run_in_progress_keeps_others_out(workshop):
     workshop.train()
 
 
-def test_what_a_user_keeps_beside_checkpoints_is_not_taken_for_one(workshop):
+def test_user_files_beside_checkpoints_are_ignored(workshop):
     settings = {"checkpoint__every_steps": 1, "checkpoint__keep_last": 2}
     run = workshop.train(**settings)
     checkpoints = run / "checkpoints"
@@ -291,7 +298,11 @@ def test_an_edited_manifest_is_a_damaged_checkpoint(workshop, damage, capsys):
 
 
 @pytest.mark.parametrize("name", ["outcome.json", "metrics.jsonl", "receipt.json"])
-@pytest.mark.parametrize("content", [b"\xff\xfe", pytest.param(b"[]\n", marks=pytest.mark.proof)], ids=["not UTF-8", "a list"])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe", pytest.param(b"[]\n", marks=pytest.mark.proof)],
+    ids=["not UTF-8", "a list"],
+)
 def test_a_damaged_note_of_a_run_does_not_stop_it(workshop, name, content):
     run = workshop.train()
     (run / "outcome.json").unlink()
@@ -309,7 +320,7 @@ def test_a_finished_run_whose_model_is_gone_exports_it_again(workshop):
     assert (run / "model/model.safetensors").read_bytes() == before
 
 
-def test_a_save_that_takes_longer_than_the_bound_of_a_hang_is_waited_for(workshop, monkeypatch):
+def test_a_save_longer_than_the_hang_limit_is_waited_for(workshop, monkeypatch):
     """Only steps and evaluations have a bound."""
     from finetune.engine.checkpoint import folder
 
@@ -320,7 +331,7 @@ def test_a_save_that_takes_longer_than_the_bound_of_a_hang_is_waited_for(worksho
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_what_training_waits_for_is_measured(workshop, monkeypatch, asynchronous):
+def test_waiting_times_of_training_are_measured(workshop, monkeypatch, asynchronous):
     from finetune.engine.checkpoint import folder
 
     commit = folder.commit
@@ -333,12 +344,13 @@ def test_what_training_waits_for_is_measured(workshop, monkeypatch, asynchronous
         assert last["stall_seconds"] > 0.2, "the second save had to wait for the first one"
 
 
-def test_a_best_evaluation_whose_save_failed_costs_only_itself(workshop, monkeypatch, capsys):
+def test_a_failed_save_of_the_best_evaluation_does_not_stop_the_run(workshop, monkeypatch, capsys):
     """The best of those that are there is exported, and the loss is reported."""
     from finetune.engine.checkpoint import folder
 
     settings = {
-        "data__eval_fraction": 0.2, "evaluation__every_steps": 1, "evaluation__export_best": True, "train__max_steps": 8, "train__epochs": 9,
+        "data__eval_fraction": 0.2, "evaluation__every_steps": 1, "evaluation__export_best": True,
+        "train__max_steps": 8, "train__epochs": 9,
         "optimizer__lr": 1.0, "schedule__kind": "constant",
     }  # fmt: skip
     evals = read_jsonl(workshop.train("whole", **settings) / "eval.jsonl")
@@ -395,7 +407,7 @@ def test_processes_with_equal_weights_stage_each_tensor_once():
 def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(
     workshop, monkeypatch, capsys, death, why
 ):
-    """On a GPU the thread once died before anything could note why, and no run ended with a model."""
+    """On a GPU the thread once died before it could record why, and no run exported a model."""
     from finetune.engine.checkpoint.saver import Saver
 
     write, saves = Saver._write, []
@@ -406,18 +418,16 @@ def test_a_saver_thread_that_dies_at_its_first_line_is_a_failed_save(
 
     monkeypatch.setattr(Saver, "_write", once)
     run = workshop.train("run", checkpoint__every_steps=2, checkpoint__keep_last=9)
-    told = capsys.readouterr().out
-    assert f"note: checkpoint of step 2 could not be saved: process 0: {why}" in told
+    printed = capsys.readouterr().out
+    assert f"note: checkpoint of step 2 could not be saved: process 0: {why}" in printed
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[0] == "step-00000004", (
         "later saves are whole"
     )
     assert (run / "model/model.safetensors").exists()
 
 
-def test_what_one_process_cannot_do_before_a_save_is_a_failed_save(workshop, monkeypatch, capsys):
-    """As taking its GPU: outside what all processes agree on, the others would wait for it for two
-    hours.
-    """
+def test_an_error_of_one_process_before_a_save_fails_the_save(workshop, monkeypatch, capsys):
+    """If taking the GPU fails on one process, the others must not wait for it for two hours."""
     from finetune.engine.checkpoint.saver import Saver
 
     def broken(self):
@@ -429,7 +439,7 @@ def test_what_one_process_cannot_do_before_a_save_is_a_failed_save(workshop, mon
     assert "Expected a torch.device with a specified index" in capsys.readouterr().out
 
 
-def test_what_was_set_aside_is_no_reason_to_start_afresh(workshop, monkeypatch):
+def test_a_run_with_only_damaged_checkpoints_does_not_restart(workshop, monkeypatch):
     run = train_until(
         workshop, monkeypatch, 4, "parts", checkpoint__every_steps=2, checkpoint__keep_last=1
     )
@@ -442,7 +452,7 @@ def test_what_was_set_aside_is_no_reason_to_start_afresh(workshop, monkeypatch):
     assert (run / "metrics.jsonl").read_text() == lines
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(workshop):
+def test_a_closed_pipe_does_not_end_the_run(workshop):
     """A terminal that was closed, a pipe that has broken."""
     config = workshop.write(workshop.config(train__max_steps=300, train__epochs=99))
     process = subprocess.Popen(
@@ -497,8 +507,9 @@ def base(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     tokenizer = bytes_tokenizer()
     config = LlamaConfig(
-        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -509,8 +520,9 @@ def interrupted(workshop, monkeypatch, base: Path, kind: str) -> tuple[Path, dic
     """A copy of the base, and a run that died on it after a checkpoint."""
     shutil.copytree(base, workshop.folder / "base")
     settings = {
-        "model__init": "pretrained", "model__path": str(workshop.folder / "base"), "model__config": None, "model__tokenizer": None,
-        "adapter__kind": kind, "checkpoint__every_steps": 2, "data__template": "question_answer",
+        "model__init": "pretrained", "model__path": str(workshop.folder / "base"),
+        "model__config": None, "model__tokenizer": None, "adapter__kind": kind,
+        "checkpoint__every_steps": 2, "data__template": "question_answer",
     }  # fmt: skip
     train_until(workshop, monkeypatch, 3, "run", **settings)
     return workshop.folder / "base", settings
@@ -570,9 +582,7 @@ def test_a_complete_run_whose_base_has_changed_is_another_run(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_what_does_not_change_the_function_of_a_base_may_change(
-    workshop, monkeypatch, base, capsys
-):
+def test_harmless_config_changes_of_a_base_are_accepted(workshop, monkeypatch, base, capsys):
     folder, settings = interrupted(workshop, monkeypatch, base, "full")
     change_config(
         folder,
@@ -618,7 +628,7 @@ def test_another_tokenizer_or_template_is_another_run_and_named(workshop, monkey
         workshop.train(**settings)
 
 
-def test_fields_that_a_newer_transformers_knows_are_no_difference():
+def test_config_fields_added_by_newer_transformers_are_not_differences():
     from finetune.engine.checkpoint import resume
     from finetune.engine.checkpoint.folder import Found
 

@@ -63,7 +63,10 @@ def refused(
         ({"prompt": "p", "response": "c"}, (user("p"), assistant("c"))),
         ({"instruction": "i", "output": "o"}, (user("i"), assistant("o"))),
         ({"instruction": "i", "response": "o"}, (user("i"), assistant("o"))),
-        ({"instruction": "i", "input": "x", "output": "o"}, (user("i", context="x"), assistant("o"))),
+        (
+            {"instruction": "i", "input": "x", "output": "o"},
+            (user("i", context="x"), assistant("o")),
+        ),
         ({"instruction": "i", "input": "", "output": "o"}, (user("i"), assistant("o"))),
         ({"instruction": "i", "input": None, "output": "o"}, (user("i"), assistant("o"))),
         ({"question": "q", "answer": "a", "id": 5, "source": None}, (user("q"), assistant("a"))),
@@ -74,7 +77,8 @@ def refused(
         ),
         (
             {"conversations": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
-                               {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"},
+                               {"role": "assistant", "content": "a"},
+                               {"role": "user", "content": "r"},
                                {"role": "assistant", "content": "b"}]},
             (system("s"), user("q"), assistant("a"), user("r"), assistant("b")),
         ),
@@ -87,11 +91,18 @@ def test_a_row_of_every_format_becomes_a_conversation(values, messages):
 @pytest.mark.parametrize(
     ("format", "values", "columns"),
     [
-        ("question_answer", {"Patient": "q", "Doctor": "a"}, {"question": "Patient", "answer": "Doctor"}),
+        (
+            "question_answer", {"Patient": "q", "Doctor": "a"},
+            {"question": "Patient", "answer": "Doctor"},
+        ),
         ("question_answer", {"question": "q", "Doctor": "a"}, {"answer": "Doctor"}),
         ("prompt_completion", {"in": "q", "response": "a"}, {"prompt": "in"}),
         ("prompt_completion", {"prompt": "wrong", "in": "q", "completion": "a"}, {"prompt": "in"}),
-        ("messages", {"chat": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, {"messages": "chat"}),
+        (
+            "messages",
+            {"chat": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            {"messages": "chat"},
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("auto", [False, True], ids=["format given", "format auto"])
@@ -165,12 +176,14 @@ def test_the_format_of_a_file_is_that_of_its_first_row(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("tool_calls", 0), ("thinking", "hm"), ("tool_call_id", "c1"), ("weight", 0), ("weight", 0.5), ("train", False), ("loss", False),
-        ("loss_mask", [0]), ("mask", True), ("mask", False), ("isMasked", True), ("trainable", "no"), ("learn", 0),
-        ("rating", -1), ("rating", 1), ("score", "2/5"), ("label", "bad"), ("is_good", False), ("feedback", {"helpful": 1}),
+        ("tool_calls", 0), ("thinking", "hm"), ("tool_call_id", "c1"), ("weight", 0),
+        ("weight", 0.5), ("train", False), ("loss", False), ("loss_mask", [0]), ("mask", True),
+        ("mask", False), ("isMasked", True), ("trainable", "no"), ("learn", 0), ("rating", -1),
+        ("rating", 1), ("score", "2/5"), ("label", "bad"), ("is_good", False),
+        ("feedback", {"helpful": 1}),
     ],
 )  # fmt: skip
-def test_a_message_that_says_not_to_learn_it_or_holds_more_is_refused(key, value):
+def test_a_message_with_unsupported_keys_is_refused(key, value):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]
     assert f"message 2 of 'messages' has {key!r}, which would be ignored" in refused(
         {"messages": turns}
@@ -184,16 +197,16 @@ def test_a_message_that_says_not_to_learn_it_or_holds_more_is_refused(key, value
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("tool_calls", None), ("weight", 1), ("train", True), ("loss", True), ("mask", None), ("rating", None), ("label", "geography"),
-        ("_rating", -1), ("name", "Bob"), ("id", 7),
+        ("tool_calls", None), ("weight", 1), ("train", True), ("loss", True), ("mask", None),
+        ("rating", None), ("label", "geography"), ("_rating", -1), ("name", "Bob"), ("id", 7),
     ],
 )  # fmt: skip
-def test_a_message_whose_keys_change_nothing_is_as_good_as_one_without(key, value):
+def test_harmless_keys_of_a_message_are_accepted(key, value):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]
     assert converse({"messages": turns}) == (user("q"), assistant("a"))
 
 
-def test_a_score_of_a_question_is_left_alone():
+def test_a_score_on_a_question_is_ignored():
     turns = [{"role": "user", "content": "q", "score": 0.1}, {"role": "assistant", "content": "a"}]
     assert converse({"messages": turns}) == (user("q"), assistant("a"))
 
@@ -214,7 +227,8 @@ def test_keys_of_messages_that_are_not_read_are_counted_by_row(tmp_path):
 @pytest.mark.parametrize(
     ("values", "format", "columns"),
     [
-        ({"q": "x"}, "question_answer", {"question": "q", "answer": "q"}), (QA, "question_answer", {"question": "answer"}),
+        ({"q": "x"}, "question_answer", {"question": "q", "answer": "q"}),
+        (QA, "question_answer", {"question": "answer"}),
         ({"prompt": "p", "response": "r"}, "prompt_completion", {"prompt": "response"}),
         ({"instruction": "i", "output": "o"}, "instruction", {"input": "output"}),
     ],
@@ -241,7 +255,7 @@ def test_a_mapped_column_that_the_format_does_not_have_is_refused():
         converse({"question": "q", "answer": "a", "foo": "x"}, columns={"output": "foo"})
 
 
-def test_half_of_a_surrogate_pair_is_refused_at_its_line(tmp_path, bytes_tokenizer):
+def test_a_lone_surrogate_is_refused_at_its_line(tmp_path, bytes_tokenizer):
     """What is left of an emoji that was cut in two: JSON allows it, but no encoding can hold it."""
     from finetune.data import templates, tokens
     from finetune.data.examples import prepare
@@ -266,7 +280,8 @@ def test_half_of_a_surrogate_pair_is_refused_at_its_line(tmp_path, bytes_tokeniz
 
 
 PAIRS = [
-    {"question": "q", "answer": "a"}, {"prompt": "p", "completion": "c"}, {"prompt": "p", "response": "c"}, {"instruction": "i", "output": "o"},
+    {"question": "q", "answer": "a"}, {"prompt": "p", "completion": "c"},
+    {"prompt": "p", "response": "c"}, {"instruction": "i", "output": "o"},
     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
 ]  # fmt: skip
 
@@ -274,22 +289,27 @@ PAIRS = [
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("label", False), ("label", True), ("label", 0), ("label", "0"), ("Label", "bad"), ("score", 4.5), ("score", "4,5"), ("quality_score", -1),
-        ("isGood", True), ("is_good", "TRUE"), ("rating", "3"), ("reward", 1e-3), ("rewardModelScore", 1), ("ratings", [1, 2]), ("RATING", 5),
-        ("thumbs_up", True), ("chosen", "c"), ("rejected", "c"), ("rejected", ["c"]), ("feedback", "no"),
-        ("is_good", "Y"), ("is_good", "n"), ("is_good", "T"), ("score", "4/5"), ("score", "4 out of 5"), ("score", "80%"), ("score", "high"),
-        ("rating", "5 stars"), ("grade", "F"), ("grade", "B+"), ("reward", {"a": 1}), ("scores", {"helpful": 3, "safe": None}), ("preference", "A"),
-        ("ratings", [{"by": 3}, {"by": "4/5"}]), ("label", "positive"), ("ok", 0), ("passed", 1), ("win", False), ("is_correct", False), ("is_safe", False), ("liked", False),
-        ("reject", "any text"), ("loser", "any text"), ("worse_answer", "c"), ("dispreferred", ["c"]), ("pass", False), ("fail", 1), ("upvoted", False),
-        ("downvoted", True), ("hallucination", "yes"), ("hallucinated", 0), ("kto_tag", True), ("kto_tag", "desirable"), ("margin", 0.3),
-        ("winner", "model_a"), ("win", "gpt-4-0613"), ("winner", "tie (bothbad)"), ("winner", "Assistant 2"), ("winner", "llama-2-70b-chat"),
-        ("rejected_response", "c"), ("chosen_response", "c"), ("response_rejected", ["c"]), ("chosenAnswer", {"a": "c"}), ("bad_answer", True),
+        ("label", False), ("label", True), ("label", 0), ("label", "0"), ("Label", "bad"),
+        ("score", 4.5), ("score", "4,5"), ("quality_score", -1), ("isGood", True),
+        ("is_good", "TRUE"), ("rating", "3"), ("reward", 1e-3), ("rewardModelScore", 1),
+        ("ratings", [1, 2]), ("RATING", 5), ("thumbs_up", True), ("chosen", "c"), ("rejected", "c"),
+        ("rejected", ["c"]), ("feedback", "no"), ("is_good", "Y"), ("is_good", "n"),
+        ("is_good", "T"), ("score", "4/5"), ("score", "4 out of 5"), ("score", "80%"),
+        ("score", "high"), ("rating", "5 stars"), ("grade", "F"), ("grade", "B+"),
+        ("reward", {"a": 1}), ("scores", {"helpful": 3, "safe": None}), ("preference", "A"),
+        ("ratings", [{"by": 3}, {"by": "4/5"}]), ("label", "positive"), ("ok", 0), ("passed", 1),
+        ("win", False), ("is_correct", False), ("is_safe", False), ("liked", False),
+        ("reject", "any text"), ("loser", "any text"), ("worse_answer", "c"),
+        ("dispreferred", ["c"]), ("pass", False), ("fail", 1), ("upvoted", False),
+        ("downvoted", True), ("hallucination", "yes"), ("hallucinated", 0), ("kto_tag", True),
+        ("kto_tag", "desirable"), ("margin", 0.3), ("winner", "model_a"), ("win", "gpt-4-0613"),
+        ("winner", "tie (bothbad)"), ("winner", "Assistant 2"), ("winner", "llama-2-70b-chat"),
+        ("rejected_response", "c"), ("chosen_response", "c"), ("response_rejected", ["c"]),
+        ("chosenAnswer", {"a": "c"}), ("bad_answer", True),
     ],
 )  # fmt: skip
-def test_a_column_that_says_good_or_bad_is_refused(column, value):
-    """KTO's rows have prompt, completion and label; without the label, bad answers would be learned
-    as right ones.
-    """
+def test_a_quality_column_is_refused(column, value):
+    """Without its label, a KTO row would train on a bad answer as on a good one."""
     for values in PAIRS:
         says = refused({**values, column: value})
         assert f"column {column!r}" in says
@@ -300,16 +320,22 @@ def test_a_column_that_says_good_or_bad_is_refused(column, value):
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("label", "geography"), ("label", None), ("rejected", None), ("_label", False), ("_score", 3), ("id", 7), ("source", "good"), ("topic", 3),
-        ("labelled_by", "Ann"), ("scorer", 1), ("goodness", "yes"), ("difficulty", 2), ("score", {"a": "long"}), ("feedback", "Well said."),
-        ("page_rank", 0.3), ("weight_kg", 3.5), ("label_id", 3), ("zip_label", "12345"), ("valid_until", "2027"), ("label", "A"), ("score", {}), ("ok", None),
-        ("bad_answer", "Paris"), ("chosen", None), ("validity", 1), ("windows", True), ("quality", "grainy"), ("_chosen_response", "c"),
-        ("likes", 7), ("upvotes", 7), ("votes", -2), ("views", 900), ("stars", 5), ("rank", 0), ("weight", 0.5), ("quality", "good"), ("input_quality", "poor"),
-        ("problem_is_valid", "No"), ("correctness_count", 1), ("correctness_math_verify", [True, False]), ("toxic", False), ("flagged", True), ("best_of", 4),
-        ("search_score", 0.3), ("winner", "Germany"), ("hallucination", "He saw a unicorn."), ("pass", "the Brenner"), ("worse", None), ("margin", "wide"),
+        ("label", "geography"), ("label", None), ("rejected", None), ("_label", False),
+        ("_score", 3), ("id", 7), ("source", "good"), ("topic", 3), ("labelled_by", "Ann"),
+        ("scorer", 1), ("goodness", "yes"), ("difficulty", 2), ("score", {"a": "long"}),
+        ("feedback", "Well reply."), ("page_rank", 0.3), ("weight_kg", 3.5), ("label_id", 3),
+        ("zip_label", "12345"), ("valid_until", "2027"), ("label", "A"), ("score", {}),
+        ("ok", None), ("bad_answer", "Paris"), ("chosen", None), ("validity", 1), ("windows", True),
+        ("quality", "grainy"), ("_chosen_response", "c"), ("likes", 7), ("upvotes", 7),
+        ("votes", -2), ("views", 900), ("stars", 5), ("rank", 0), ("weight", 0.5),
+        ("quality", "good"), ("input_quality", "poor"), ("problem_is_valid", "No"),
+        ("correctness_count", 1), ("correctness_math_verify", [True, False]), ("toxic", False),
+        ("flagged", True), ("best_of", 4), ("search_score", 0.3), ("winner", "Germany"),
+        ("hallucination", "He saw a unicorn."), ("pass", "the Brenner"), ("worse", None),
+        ("margin", "wide"),
     ],
 )  # fmt: skip
-def test_a_column_that_says_something_else_is_left_alone(column, value):
+def test_a_column_unrelated_to_quality_is_ignored(column, value):
     assert converse({**QA, column: value}) == (user("q"), assistant("a"))
 
 
@@ -323,14 +349,26 @@ def test_plain_text_with_a_label_stays_text(column, value):
 @pytest.mark.parametrize(
     ("values", "columns", "messages"),
     [
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, {"completion": "chosen"}, (user("p"), assistant("c"))),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 5}, {"completion": "chosen"}, (user("p"), assistant("c"))),
-        ({"chosen": PAIRS[4]["messages"], "rejected": []}, {"messages": "chosen"}, (user("q"), assistant("a"))),
-        ({"prompt": "p", "chosen_response": "c", "rejected_response": "r"}, {"completion": "chosen_response"}, (user("p"), assistant("c"))),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "r"}, {"completion": "chosen"},
+            (user("p"), assistant("c")),
+        ),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 5},
+            {"completion": "chosen"}, (user("p"), assistant("c")),
+        ),
+        (
+            {"chosen": PAIRS[4]["messages"], "rejected": []}, {"messages": "chosen"},
+            (user("q"), assistant("a")),
+        ),
+        (
+            {"prompt": "p", "chosen_response": "c", "rejected_response": "r"},
+            {"completion": "chosen_response"}, (user("p"), assistant("c")),
+        ),
         ({"question": "q", "label": "4"}, {"answer": "label"}, (user("q"), assistant("4"))),
     ],
 )  # fmt: skip
-def test_the_answers_to_learn_may_be_named(values, columns, messages):
+def test_chosen_answers_train_once_they_are_mapped(values, columns, messages):
     row = rows.Row(rows.Place("rows.jsonl", 7), values)
     assert rows.to_conversation(row, rows.detect(row, columns), columns).messages == messages
 
@@ -353,13 +391,22 @@ PAIR = {"chosen": "c", "rejected": "r"}
         ({"system": "s", "question": "q", **PAIR}, "{answer: chosen}", (user("q"), assistant("c"))),
         ({**QA, **PAIR}, "{answer: chosen}", (user("q"), assistant("c"))),
         ({"instruction": "i", **PAIR}, "{output: chosen}", (user("i"), assistant("c"))),
-        ({"query": "q", **PAIR}, "{prompt: query, completion: chosen}", (user("q"), assistant("c"))),
+        (
+            {"query": "q", **PAIR}, "{prompt: query, completion: chosen}",
+            (user("q"), assistant("c")),
+        ),
         (PAIR, "{text: chosen}", (Message("text", "c", supervised=True),)),
-        ({"prompt": "p", "score_chosen": 5, "chosen_response": "c", "rejected_response": "r"}, "{completion: chosen_response}", (user("p"), assistant("c"))),
-        ({"prompt": "p", "chosen": PAIRS[4]["messages"], "rejected": [], "score_chosen": 5}, "{messages: chosen}", (user("q"), assistant("a"))),
+        (
+            {"prompt": "p", "score_chosen": 5, "chosen_response": "c", "rejected_response": "r"},
+            "{completion: chosen_response}", (user("p"), assistant("c")),
+        ),
+        (
+            {"prompt": "p", "chosen": PAIRS[4]["messages"], "rejected": [], "score_chosen": 5},
+            "{messages: chosen}", (user("q"), assistant("a")),
+        ),
     ],
 )  # fmt: skip
-def test_preference_rows_come_with_a_mapping_that_works(tmp_path, values, mapping, messages):
+def test_the_error_for_preference_rows_shows_a_working_mapping(tmp_path, values, mapping, messages):
     says = refused(values)
     assert "belongs to preference rows (DPO, reward models), which are not supported yet" in says
     assert f"write data.columns: {mapping}" in says
@@ -373,18 +420,30 @@ ASKED, SAID = {"from": "human", "value": "q"}, {"from": "gpt", "value": "c"}
 @pytest.mark.parametrize(
     ("values", "advice"),
     [
-        ({"conversations": [ASKED], "chosen": SAID, "rejected": SAID}, "append chosen to conversations; then drop the columns ['chosen', 'rejected']"),
-        ({"conversations": [ASKED], "chosen": SAID}, "append chosen to conversations; then drop the columns ['chosen']"),
-        ({"messages": [{"role": "user", "content": "q"}], "chosen": "c", "rejected": "r"}, "append chosen, as a message of the assistant, to messages; then drop"),
-        ({"prompt": [ASKED], "chosen": [SAID], "rejected": [SAID]}, "append chosen to prompt, and rename it to 'messages'; then drop the columns"),
+        (
+            {"conversations": [ASKED], "chosen": SAID, "rejected": SAID},
+            "append chosen to conversations; then drop the columns ['chosen', 'rejected']",
+        ),
+        (
+            {"conversations": [ASKED], "chosen": SAID},
+            "append chosen to conversations; then drop the columns ['chosen']",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "q"}], "chosen": "c", "rejected": "r"},
+            "append chosen, as a message of the assistant, to messages; then drop",
+        ),
+        (
+            {"prompt": [ASKED], "chosen": [SAID], "rejected": [SAID]},
+            "append chosen to prompt, and rename it to 'messages'; then drop the columns",
+        ),
     ],
 )  # fmt: skip
-def test_a_chosen_answer_that_continues_a_conversation_is_to_be_appended(tmp_path, values, advice):
+def test_the_error_for_a_continuing_chosen_answer_says_to_append_it(tmp_path, values, advice):
     assert f"to train on the chosen answers only, {advice}" in refused(values)
     asked = next(value for name, value in values.items() if name not in ("chosen", "rejected"))
-    said = SAID if "from" in asked[0] else {"role": "assistant", "content": "c"}
+    reply = SAID if "from" in asked[0] else {"role": "assistant", "content": "c"}
     name = "conversations" if "conversations" in values else "messages"
-    assert accepted(tmp_path, {name: [*asked, said]}, {}) == (user("q"), assistant("c"))
+    assert accepted(tmp_path, {name: [*asked, reply]}, {}) == (user("q"), assistant("c"))
 
 
 @pytest.mark.parametrize(
@@ -392,10 +451,13 @@ def test_a_chosen_answer_that_continues_a_conversation_is_to_be_appended(tmp_pat
     [
         ({**QA, "rejected_response": "r"}, "to train on the other answers only, drop the column"),
         ({**QA, "chosen": True}, "keep the good rows and drop the column"),
-        ({"messages": PAIRS[4]["messages"], "chosen": SAID, "rejected": SAID}, "drop the columns ['chosen', 'rejected']: 'messages' has an answer of its own"),
+        (
+            {"messages": PAIRS[4]["messages"], "chosen": SAID, "rejected": SAID},
+            "drop the columns ['chosen', 'rejected']: 'messages' has an answer of its own",
+        ),
     ],
 )  # fmt: skip
-def test_a_preference_column_next_to_an_answer_is_to_be_dropped(values, advice):
+def test_the_error_for_preference_columns_beside_an_answer_says_to_drop_them(values, advice):
     assert refused(values).endswith(advice)
 
 
@@ -422,7 +484,7 @@ def test_the_first_rows_of_training_and_of_evaluation_are_both_checked(tmp_path)
         rows.check([[train], [dev]], "auto", {}, "line", None, most=10)
 
 
-def test_of_a_column_and_its_alias_one_is_read(tmp_path):
+def test_an_alias_beside_its_column_is_counted_as_unread(tmp_path):
     path = str(
         write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p", "completion": "c", "response": "r"}])
     )
@@ -444,7 +506,7 @@ def test_a_mapped_column_that_no_row_has_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "theirs", ["customer question", "Customer Questions", " Customer Question ", "CustomerQuestion"]
 )
-def test_a_mapped_name_that_is_misspelt_comes_with_the_nearest(theirs):
+def test_a_misspelt_mapped_name_gets_the_nearest(theirs):
     row = rows.Row(rows.Place("rows.csv", 2), {"Customer Question": "q", "answer": "a"})
     with pytest.raises(
         DataError, match="data.columns: question: no column .*; did you mean 'Customer Question'"
@@ -460,7 +522,7 @@ def test_sharegpt_is_read():
     assert "message 3 of 'conversations' has 'weight', which would be ignored" in refused(values)
 
 
-def test_half_of_a_character_in_the_name_of_a_column_can_be_shown(tmp_path):
+def test_a_lone_surrogate_in_a_column_name_can_be_shown(tmp_path):
     for values in ({"question": "q", "\ud83d": "a"}, {**QA, "\ud83d": "a", "answer": None}):
         refused(values, "question_answer").encode()
     with pytest.raises(DataError) as caught:
@@ -472,8 +534,10 @@ def test_long_values_are_shortened_in_messages():
     long = "word " * 100_000
     message = {"role": "user", "content": "q"}
     for values in (
-        {long: 1}, {**{f"{n}{long}": n for n in range(30)}}, {"question": [long], "answer": "a"}, {"messages": [{"role": long, "content": "q"}]},
-        {"messages": [{long: "x"}]}, {"messages": [message, {"role": "assistant", "content": "a", "weight": long}]}, {**QA, "label": [0] * 100_000},
+        {long: 1}, {**{f"{n}{long}": n for n in range(30)}}, {"question": [long], "answer": "a"},
+        {"messages": [{"role": long, "content": "q"}]}, {"messages": [{long: "x"}]},
+        {"messages": [message, {"role": "assistant", "content": "a", "weight": long}]},
+        {**QA, "label": [0] * 100_000},
         {"messages": [{"from": long, "value": "q"}]}, {"messages": [message] * 50_000},
     ):  # fmt: skip
         assert len(refused(values)) < 3_000
@@ -490,7 +554,7 @@ def test_long_values_are_shortened_in_messages():
         ({}, "auto"),
     ],
 )
-def test_columns_that_fit_no_format_are_told_the_formats_and_how_to_map(values, format):
+def test_the_error_for_unknown_columns_lists_formats_and_mappings(values, format):
     message = refused(values, format)
     assert str(sorted(values)) in message
     assert "question_answer: question, answer" in message
@@ -500,27 +564,29 @@ def test_columns_that_fit_no_format_are_told_the_formats_and_how_to_map(values, 
 @pytest.mark.parametrize(
     ("values", "mapping"),
     [
-        ({"Question": "q", "Answer": "a"}, "{question: Question, answer: Answer}"), ({"question": "q", "ANSWER": "a"}, "{answer: ANSWER}"),
-        ({"Instruction": "i", "Response": "o"}, "{instruction: Instruction, output: Response}"), ({"Text": "t"}, "{text: Text}"),
+        ({"Question": "q", "Answer": "a"}, "{question: Question, answer: Answer}"),
+        ({"question": "q", "ANSWER": "a"}, "{answer: ANSWER}"),
+        ({"Instruction": "i", "Response": "o"}, "{instruction: Instruction, output: Response}"),
+        ({"Text": "t"}, "{text: Text}"),
     ],
 )  # fmt: skip
-def test_columns_in_capitals_come_with_what_to_write(values, mapping):
+def test_the_error_for_columns_in_capitals_shows_the_mapping(values, mapping):
     assert f"map them with data.columns, which is case-sensitive: {mapping}" in refused(values)
 
 
-def test_a_table_without_a_header_is_named(tmp_path):
+def test_a_table_without_a_header_is_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("What is 1+1?,2\nWhat is 2+2?,4\n")
     with pytest.raises(DataError, match="the first line should name the columns"):
         rows.detect_format([str(tmp_path / "rows.csv")], "line", {})
 
 
 @pytest.mark.parametrize("format", rows.FORMATS)
-def test_a_column_that_is_not_there_is_named_with_those_that_are(format):
+def test_the_error_for_a_missing_column_lists_the_columns(format):
     message = refused({"other": "x"}, format)
     assert f"no column {rows.FORMATS[format][0]!r}; this row has ['other']" in message
 
 
-def test_a_mapped_column_that_is_not_there_is_named():
+def test_a_missing_mapped_column_is_refused():
     message = refused({"question": "q", "answer": "a"}, "question_answer", {"answer": "Doctor"})
     assert "no column 'Doctor'; this row has ['answer', 'question']" in message
 
@@ -537,7 +603,7 @@ def test_a_mapped_column_that_is_not_there_is_named():
         ({"text": "  "}, "text"),
     ],
 )
-def test_an_empty_cell_is_named_by_its_column(values, column):
+def test_an_empty_cell_is_refused_by_its_column(values, column):
     assert f"column {column!r} is empty; fill it or remove the row" in refused(values)
 
 
@@ -552,7 +618,7 @@ def test_an_empty_cell_is_named_by_its_column(values, column):
         ({"prompt": True, "completion": "c"}, "prompt", "true"),
     ],
 )
-def test_what_is_no_text_is_named_by_its_column_and_shown(values, column, got):
+def test_a_value_that_is_not_text_is_refused_by_its_column(values, column, got):
     assert f"column {column!r} should be text, got {got}; write it as a string" in refused(values)
 
 
@@ -565,30 +631,60 @@ def turns(*roles: str) -> dict[str, Any]:
     [
         (turns("user", "assistant", "user"), "the conversation ends with the user"),
         (turns("user"), "the conversation ends with the user"),
-        (turns("assistant", "user"), "roles should be user, assistant, user, assistant, ..., got assistant, user"),
+        (
+            turns("assistant", "user"),
+            "roles should be user, assistant, user, assistant, ..., got assistant, user",
+        ),
         (turns("user", "user", "assistant"), "got user, user, assistant"),
         (turns("user", "assistant", "assistant"), "got user, assistant, assistant"),
         (turns("assistant"), "got assistant"),
         (turns("system"), "got none"),
         (turns("user", "system", "assistant"), "it can only be the first"),
         (turns("system", "system", "user", "assistant"), "it can only be the first"),
-        (turns("human", "gpt"), "message 1 of 'messages' has role 'human'; roles are system, user, assistant"),
+        (
+            turns("human", "gpt"),
+            "message 1 of 'messages' has role 'human'; roles are system, user, assistant",
+        ),
         (turns("user", "tool"), "message 2 of 'messages' has role 'tool'; roles are"),
         ({"messages": [{"role": None, "content": "x"}]}, "message 1 of 'messages' has role None"),
         ({"messages": []}, "column 'messages' should be a list of messages, got []"),
         ({"messages": "hello"}, "column 'messages' should be a list of messages, got hello"),
         ({"messages": None}, "column 'messages' should be a list of messages, got null"),
-        ({"messages": ["hello"]}, "message 1 of 'messages' should have role and content, got hello"),
-        ({"conversations": [{"from": "human", "value": "x"}]}, "the conversation ends with the user"),
-        ({"conversations": [{"from": "human", "value": None}]}, "message 1 of 'conversations' (user) should have text as content, got null"),
-        ({"conversations": [{"from": "observation", "value": "x"}]}, "message 1 of 'conversations' comes from 'observation'; ShareGPT's names are human,"),
-        ({"conversations": [{"from": "human"}]}, "message 1 of 'conversations' should have role and content"),
-        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}, "message 2 of 'messages' (assistant) should have text as content"),
-        ({"messages": [{"role": "user", "content": None}]}, "message 1 of 'messages' (user) should have text as content, got null"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "(user) should have text as content, got [{"),
+        (
+            {"messages": ["hello"]},
+            "message 1 of 'messages' should have role and content, got hello",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "x"}]},
+            "the conversation ends with the user",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": None}]},
+            "message 1 of 'conversations' (user) should have text as content, got null",
+        ),
+        (
+            {"conversations": [{"from": "observation", "value": "x"}]},
+            "message 1 of 'conversations' comes from 'observation'; ShareGPT's names are human,",
+        ),
+        (
+            {"conversations": [{"from": "human"}]},
+            "message 1 of 'conversations' should have role and content",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]},
+            "message 2 of 'messages' (assistant) should have text as content",
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "message 1 of 'messages' (user) should have text as content, got null",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "(user) should have text as content, got [{",
+        ),
     ],
 )  # fmt: skip
-def test_a_conversation_out_of_order_is_refused_with_what_it_should_be(values, says):
+def test_a_conversation_out_of_order_is_refused_with_the_right_order(values, says):
     assert says in refused(values)
 
 
@@ -615,7 +711,7 @@ def test_real_rows_become_conversations(real_data, name, format, count):
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "loss"])
-def test_a_question_that_is_not_to_be_learned_is_as_every_question(key):
+def test_an_unsupervised_question_is_accepted(key):
     """So SlimOrca's rows say of their questions; only answers are learned anyway."""
     turns = [{"from": "human", "value": "q", key: 0}, {"from": "gpt", "value": "a", key: 1}]
     found = rows.to_conversation(

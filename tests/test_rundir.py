@@ -1,6 +1,4 @@
-"""Notes of a run that something has damaged: named, or left out and said; never a traceback, and
-nothing is lost.
-"""
+"""Damaged notes of a run are named or left out; no traceback, no loss."""
 
 import argparse
 import json
@@ -22,9 +20,12 @@ from finetune.errors import Outage, Preempted, RunDirectoryError
 pytestmark = pytest.mark.slow
 
 JUNK = {
-    "empty": b"", "torn": b'{"step": 3, "eva', "binary": b"\xff\xfe\x00\x01", "null": b"null\n", "a list": b"[1]\n",
-    "deep": b"[" * 100_000, "other types": b'{"step": "3", "state": 5, "train_data": [], "eval_loss": {}}\n',
-    "no values": b'{"step": 3}\n', "negative": b'{"step": -3, "eval_loss": 1}\n', "no number": b'{"step": 1e999, "eval_loss": "x"}\n',
+    "empty": b"", "torn": b'{"step": 3, "eva', "binary": b"\xff\xfe\x00\x01", "null": b"null\n",
+    "a list": b"[1]\n",
+    "deep": b"[" * 100_000,
+    "other types": b'{"step": "3", "state": 5, "train_data": [], "eval_loss": {}}\n',
+    "no values": b'{"step": 3}\n', "negative": b'{"step": -3, "eval_loss": 1}\n',
+    "no number": b'{"step": 1e999, "eval_loss": "x"}\n',
 }  # fmt: skip
 SOME = ("torn", "binary", "other types")
 SETTINGS = {
@@ -54,7 +55,9 @@ def ended(workshop):
     return run
 
 
-@pytest.mark.parametrize("junk", [pytest.param(name, marks=() if name in SOME else pytest.mark.proof) for name in JUNK])  # fmt: skip
+@pytest.mark.parametrize(
+    "junk", [pytest.param(name, marks=() if name in SOME else pytest.mark.proof) for name in JUNK]
+)
 def test_damaged_notes_do_not_stop_a_run(workshop, junk, monkeypatch):
     template = workshop.folder / "dated.jinja"
     template.write_text(DATED)
@@ -63,7 +66,11 @@ def test_damaged_notes_do_not_stop_a_run(workshop, junk, monkeypatch):
     (ended / "outcome.json").unlink()
     day = json.loads((ended / "receipt.json").read_text())["template_date"]
     monkeypatch.setattr(rundir, "date", LaterDay)
-    logs = {name: (ended / name).read_bytes() for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "saves.jsonl") if (ended / name).exists()}  # fmt: skip
+    logs = {
+        name: (ended / name).read_bytes()
+        for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "saves.jsonl")
+        if (ended / name).exists()
+    }
     for name, content in logs.items():
         (ended / name).write_bytes(JUNK[junk] + b"\n" + content)
     for name in ("receipt.json", "outcome.json"):
@@ -82,7 +89,7 @@ def test_damaged_notes_do_not_stop_a_run(workshop, junk, monkeypatch):
     assert json.loads((ended / "outcome.json").read_text())["state"] == "complete"
 
 
-def test_a_line_that_cannot_be_read_is_said_and_kept_beside(workshop, ended, capsys):
+def test_an_unreadable_log_line_is_reported_and_kept_beside(workshop, ended, capsys):
     log = ended / "eval.jsonl"
     whole = log.read_text()
     log.write_text(whole + '{"step": 3}\n' + '{"step": 4, "eva')
@@ -96,7 +103,7 @@ def test_a_line_that_cannot_be_read_is_said_and_kept_beside(workshop, ended, cap
     assert log.read_text() == whole
 
 
-def test_a_complete_run_without_its_receipt_is_not_called_another(workshop):
+def test_a_complete_run_without_its_receipt_is_refused_unchanged(workshop):
     run = workshop.train()
     for damage in (None, "{", "[]", '{"train_data": null}', '{"train_data": {"fingerprint": 5}}'):
         (run / "receipt.json").unlink()
@@ -111,7 +118,7 @@ def test_a_complete_run_without_its_receipt_is_not_called_another(workshop):
         (run / "receipt.json").touch()
 
 
-def test_a_folder_where_a_file_belongs_is_named(workshop):
+def test_a_folder_in_place_of_a_file_is_reported(workshop):
     """And a file where a folder does."""
     run, kept = workshop.train(), workshop.folder / "kept"
     names = [
@@ -144,7 +151,7 @@ def test_a_folder_where_a_file_belongs_is_named(workshop):
         ("config.json", "one bit"),
     ],
 )
-def test_a_damaged_export_is_not_complete_and_is_done_again(workshop, capsys, name, damage):
+def test_a_damaged_export_is_repeated(workshop, capsys, name, damage):
     run = workshop.train()
     path = run / "model" / name
     content = path.read_bytes()
@@ -157,7 +164,7 @@ def test_a_damaged_export_is_not_complete_and_is_done_again(workshop, capsys, na
     assert path.read_bytes() == content
 
 
-def test_a_damaged_export_without_a_checkpoint_is_named_and_stays(workshop):
+def test_a_damaged_export_without_a_checkpoint_is_reported_and_kept(workshop):
     run = workshop.train()
     shutil.rmtree(run / "checkpoints")
     path = run / "model/model.safetensors"
@@ -169,7 +176,7 @@ def test_a_damaged_export_without_a_checkpoint_is_named_and_stays(workshop):
 
 
 @pytest.mark.parametrize("end", ["complete", "damaged", "torn"])
-def test_what_a_user_adds_to_an_export_stays(workshop, end):
+def test_files_a_user_adds_to_an_export_are_kept(workshop, end):
     run = workshop.train()
     model, mine = run / "model", ["NOTES.md", "quantised/model-q4.gguf"]
     (model / "quantised").mkdir()
@@ -186,12 +193,13 @@ def test_what_a_user_adds_to_an_export_stays(workshop, end):
 
 
 OPENS_OTHERWISE = [
-    "adapter_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-    "adapter_model.bin", "quantize_config.json", "additional_chat_templates/rag.jinja",
+    "adapter_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "adapter_model.bin", "quantize_config.json",
+    "additional_chat_templates/rag.jinja",
 ]  # fmt: skip
 
 
-def test_a_file_that_changes_what_opens_in_an_export_is_named(workshop):
+def test_an_added_file_that_shadows_the_export_is_reported(workshop):
     run = workshop.train()
     for path in (run / "model" / name for name in OPENS_OTHERWISE):
         path.parent.mkdir(exist_ok=True)
@@ -206,7 +214,7 @@ def test_a_file_that_changes_what_opens_in_an_export_is_named(workshop):
 
 
 @pytest.mark.parametrize("kind", ["a file", "a broken link"])
-def test_a_checkpoint_that_is_no_folder_is_named_and_set_aside(workshop, capsys, kind):
+def test_a_checkpoint_that_is_a_file_is_reported_and_set_aside(workshop, capsys, kind):
     settings = {"checkpoint__every_steps": 2}
     run = workshop.train(**settings)
     newest = run / "checkpoints/step-00000005"
@@ -217,8 +225,8 @@ def test_a_checkpoint_that_is_no_folder_is_named_and_set_aside(workshop, capsys,
         newest.symlink_to("nowhere")
     (run / "outcome.json").unlink()
     workshop.train(**settings)
-    said = capsys.readouterr().out
-    assert f"skipped a damaged checkpoint: {newest}: it is not a folder" in said
+    output = capsys.readouterr().out
+    assert f"skipped a damaged checkpoint: {newest}: it is not a folder" in output
     assert os.path.lexists(run / "checkpoints/damaged-step-00000005.0")
     assert (newest / "manifest.json").exists()
 
@@ -239,9 +247,7 @@ def test_a_receipt_stays_what_it_was_and_other_versions_are_noted_beside_it(
     assert "versions.python" in capsys.readouterr().out
 
 
-def test_a_receipt_of_a_run_that_began_again_has_the_old_one_beside_it(
-    workshop, ended, monkeypatch
-):
+def test_a_restarted_run_keeps_its_old_receipt_beside_the_new(workshop, ended, monkeypatch):
     before = json.loads((ended / "receipt.json").read_text())
     shutil.rmtree(ended / "checkpoints")
     shutil.rmtree(ended / "model")
@@ -252,7 +258,7 @@ def test_a_receipt_of_a_run_that_began_again_has_the_old_one_beside_it(
 
 
 @pytest.mark.parametrize("attempt", ["train", "check"])
-def test_a_place_where_no_folder_can_be_made_is_refused_at_once(workshop, attempt):
+def test_an_impossible_run_directory_is_refused_at_once(workshop, attempt):
     """Root may write anywhere, says os.access."""
     with pytest.raises(
         RunDirectoryError, match=r"/proc/x/run cannot be written: .*; choose another run\.dir"
@@ -327,7 +333,7 @@ def test_a_complete_run_on_a_read_only_disk_is_complete(workshop, capsys, read_o
 
 
 @pytest.mark.parametrize("damage", ["no outcome", "no model"])
-def test_a_read_only_disk_is_an_outage_that_is_named(workshop, read_only_disk, damage):
+def test_a_read_only_disk_is_reported_as_an_outage(workshop, read_only_disk, damage):
     run = workshop.train()
     (run / ("outcome.json" if damage == "no outcome" else "model/config.json")).unlink()
     read_only_disk(run.parent)
@@ -336,13 +342,14 @@ def test_a_read_only_disk_is_an_outage_that_is_named(workshop, read_only_disk, d
 
 
 BROKEN_CONFIGS = [
-    (b"", "it is not YAML with sections"), (b"run: {a", "it is not YAML"), (b"\xff\xfe", "it is UTF-16"),
-    (b"[1]", "it is not YAML"), (b"run: {name: run}\n", "its section model is missing"), (b"[" * 100_000, "it is not YAML"),
+    (b"", "it is not YAML with sections"), (b"run: {a", "it is not YAML"),
+    (b"\xff\xfe", "it is UTF-16"), (b"[1]", "it is not YAML"),
+    (b"run: {name: run}\n", "its section model is missing"), (b"[" * 100_000, "it is not YAML"),
     (b"run: " + b"9" * 5000, "it is not YAML"),
 ]  # fmt: skip
 
 
-def test_a_damaged_config_is_named_and_stays(workshop):
+def test_a_damaged_config_is_reported_and_kept(workshop):
     run = workshop.train()
     for content, says in BROKEN_CONFIGS:
         (run / "config.yaml").write_bytes(content)
@@ -359,7 +366,7 @@ def test_a_damaged_config_is_named_and_stays(workshop):
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
 
 
-def test_a_run_whose_config_is_gone_is_told_where_a_copy_is(workshop):
+def test_the_error_for_a_lost_config_names_its_copy(workshop):
     run = workshop.train()
     (run / "config.yaml").unlink()
     with pytest.raises(
@@ -403,10 +410,11 @@ def test_a_log_that_was_cut_in_half_is_noted_at_the_next_start(workshop, ended, 
     log = ended / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
     workshop.train(**SETTINGS)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert re.search(
-        rf"note: {log} lacks [23] of the 4 lines that tracking.log_every_steps: 1 asks for up to step 4: ",
-        said,
+        f"note: {log} lacks [23] of the 4 lines that tracking.log_every_steps: "
+        "1 asks for up to step 4: ",
+        output,
     )
 
 

@@ -1,4 +1,4 @@
-"""Adapters that others wrote, or a disk damaged: named by file and key before anything is loaded."""
+"""Damaged or foreign adapters are refused by file and key before anything loads."""
 
 import json
 import shutil
@@ -31,7 +31,8 @@ def adapter(saved, tmp_path):
 
 def on(model, **changes):
     return {
-        "model__init": "pretrained", "model__path": str(model), "model__config": None, "model__tokenizer": None,
+        "model__init": "pretrained", "model__path": str(model), "model__config": None,
+        "model__tokenizer": None,
         "adapter__kind": "lora", **changes,
     }  # fmt: skip
 
@@ -62,7 +63,7 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
         (SETTINGS, lambda path: path.write_bytes(b"\xff\xfe{"), f"/{SETTINGS}: broken JSON"),
     ],
 )
-def test_a_damaged_file_of_an_adapter_is_named(adapter, saved, capsys, name, damage, says):
+def test_a_damaged_file_of_an_adapter_is_reported(adapter, saved, capsys, name, damage, says):
     damage(adapter / name)
     assert main(["chat", "--model", str(adapter), "--prompt", "a"]) == 2
     assert f"error: --model: {adapter}{says}" in capsys.readouterr().err
@@ -72,8 +73,14 @@ def test_a_damaged_file_of_an_adapter_is_named(adapter, saved, capsys, name, dam
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path should be the folder or Hub id of the base, got 5"),
-        ({"peft_type": "ZZZ"}, 'peft_type should be LORA, the only supported kind of adapter, got "ZZZ"'),
+        (
+            {"base_model_name_or_path": 5},
+            "base_model_name_or_path should be the folder or Hub id of the base, got 5",
+        ),
+        (
+            {"peft_type": "ZZZ"},
+            'peft_type should be LORA, the only supported kind of adapter, got "ZZZ"',
+        ),
         ({"peft_type": ...}, "has no peft_type"),
         ({"r": 3}, "r is 3, but "),
         ({"r": "16"}, "r should be a whole number"),
@@ -85,19 +92,19 @@ def test_a_damaged_file_of_an_adapter_is_named(adapter, saved, capsys, name, dam
         ({"use_dora": True}, "use_dora is true, and"),
     ],
 )  # fmt: skip
-def test_a_wrong_setting_of_an_adapter_is_named_by_its_key(adapter, changes, says):
+def test_a_wrong_setting_of_an_adapter_is_refused_by_its_key(adapter, changes, says):
     change(adapter / SETTINGS, **changes)
     assert says in str(base.adapter_problem(str(adapter)))
     assert str(base.adapter_problem(str(adapter))).startswith(f"{adapter}/{SETTINGS}: ")
 
 
-def test_an_adapter_to_go_on_from_is_looked_at_with_the_config(workshop, saved, adapter):
+def test_an_adapter_to_continue_is_checked_with_the_config(workshop, saved, adapter):
     (adapter / WEIGHTS).unlink()
     with pytest.raises(ConfigError, match=f"adapter.path: {adapter} has no {WEIGHTS}"):
         workshop.check(**on(saved[0], adapter__path=str(adapter)))
 
 
-def test_weights_that_peft_would_leave_out_are_refused(workshop, saved, adapter):
+def test_weights_that_peft_would_ignore_are_refused(workshop, saved, adapter):
     """Without target_modules peft takes those that are usual for Llama: q and v."""
     change(adapter / SETTINGS, target_modules=None)
     with pytest.raises(ModelError, match=f"{adapter}: 20 of its weights do not fit"):
@@ -121,9 +128,11 @@ def test_an_adapter_that_names_no_base_needs_one(saved, adapter, capsys, known):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dtype": "zzz"}, {"dtype": "nn"}, {"dtype": 5}, {"quantization": "x"}, {"quantization": {}}, {"quantization": ...},
-        {"quantization": {"load_in_4bit": True}}, {"weights": [1]}, {"weights": {}}, {"weights": {"a": 5}}, {"values": 5},
-        {"new_tokens": 5}, {"new_token_ids": ["x"]}, {"new_token_ids": [-3]}, {"new_token_ids": [300]}, {"architecture": 5}, {"loftq": "x"},
+        {"dtype": "zzz"}, {"dtype": "nn"}, {"dtype": 5}, {"quantization": "x"},
+        {"quantization": {}}, {"quantization": ...}, {"quantization": {"load_in_4bit": True}},
+        {"weights": [1]}, {"weights": {}}, {"weights": {"a": 5}}, {"values": 5}, {"new_tokens": 5},
+        {"new_token_ids": ["x"]}, {"new_token_ids": [-3]}, {"new_token_ids": [300]},
+        {"architecture": 5}, {"loftq": "x"},
     ],
     ids=str,
 )  # fmt: skip
@@ -141,7 +150,7 @@ def test_a_record_of_an_older_version_is_read(adapter):
     assert base_identity.read(adapter)["loftq"] is False
 
 
-def test_the_base_of_an_adapter_is_looked_at_before_it_is_opened(saved, adapter, tmp_path):
+def test_the_base_of_an_adapter_is_checked_before_it_is_opened(saved, adapter, tmp_path):
     shutil.copytree(saved[0], tmp_path / "base")
     (tmp_path / "base/model.safetensors").write_text("")
     change(adapter / SETTINGS, base_model_name_or_path=str(tmp_path / "base"))

@@ -19,9 +19,7 @@ class ScalarReads(TorchDispatchMode):
 
 
 def test_host_waits_for_the_device_once_a_step(workshop, monkeypatch):
-    """Sums, gradient norm and requests travel in one tensor. (Attention on a CPU reads its own
-    bounds, in int32.)
-    """
+    """Sums, norm and requests travel in one tensor; attention on a CPU reads bounds in int32."""
     train_step, tolist, waits = loop.train_step, torch.Tensor.tolist, []
 
     def counted(tensor):

@@ -1,6 +1,4 @@
-"""The twin in an object store: whole or not there, verified on the way back, never two writers,
-errors that say what to do.
-"""
+"""The object store's copy is whole or absent, verified, of one writer, with clear errors."""
 
 import json
 import logging
@@ -99,9 +97,11 @@ def client(server):
 def s3(server, client, monkeypatch, tmp_path):
     """An empty bucket on that server, and the environment that a user would set."""
     for name, value in {
-        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     client.create_bucket(Bucket=bucket(tmp_path))
@@ -143,8 +143,9 @@ def checkpoint(root: Path, step: int, files: dict[str, bytes] | None = None) -> 
 
 
 FILES = {
-    "shards/.metadata": b"m" * 100, "shards/__0_0.distcp": bytes(range(256)) * 50, "shards/__1_0.distcp": b"y" * 7,
-    "process-0000.json": b"{}", "process-0001.json": b"", "config.json": b"c",
+    "shards/.metadata": b"m" * 100, "shards/__0_0.distcp": bytes(range(256)) * 50,
+    "shards/__1_0.distcp": b"y" * 7, "process-0000.json": b"{}", "process-0001.json": b"",
+    "config.json": b"c",
 }  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def test_a_checkpoint_comes_back_bit_by_bit_on_an_empty_machine(s3, tmp_path):
     assert not damaged
 
 
-def test_a_run_goes_there_and_back(s3, tmp_path):
+def test_a_run_survives_upload_and_download(s3, tmp_path):
     run = run_directory(tmp_path / "here/run")
     checkpoint(run / "checkpoints", 100)
     store = claimed(s3_url(tmp_path))
@@ -199,7 +200,7 @@ def test_a_run_goes_there_and_back(s3, tmp_path):
     }
 
 
-def test_every_look_is_a_fresh_one(s3, tmp_path):
+def test_every_listing_is_fresh(s3, tmp_path):
     mine, theirs = claimed(s3_url(tmp_path)), Storage(s3_url(tmp_path), "run")
     assert theirs.steps() == []
     mine.upload_checkpoint(checkpoint(tmp_path, 100))
@@ -247,7 +248,7 @@ def test_the_manifest_goes_up_last(flaky, tmp_path):
     ]
 
 
-def test_a_checkpoint_that_is_replaced_is_none_until_the_new_one_is_whole(flaky, tmp_path):
+def test_a_replaced_checkpoint_is_invalid_until_the_new_one_is_whole(flaky, tmp_path):
     flaky.upload_checkpoint(checkpoint(tmp_path / "old", 100))
     path = checkpoint(tmp_path / "new", 100, {**FILES, "shards/__0_0.distcp": b"trained again"})
     Flaky.fails["put", "checkpoints/step-00000100/shards/__1_0.distcp"] = [OSError("gone")] * 3
@@ -258,7 +259,7 @@ def test_a_checkpoint_that_is_replaced_is_none_until_the_new_one_is_whole(flaky,
     assert contents(flaky.fetch(100, tmp_path / "there")) == contents(path)
 
 
-def test_what_arrived_short_gets_no_manifest(flaky, tmp_path, monkeypatch):
+def test_a_truncated_upload_gets_no_manifest(flaky, tmp_path, monkeypatch):
     def cut(self, lpath, rpath, **kwargs):
         self.pipe_file(rpath, Path(lpath).read_bytes()[:5])
 
@@ -304,7 +305,7 @@ def spoiled(content: bytes) -> bytes:
         ("manifest.json", None, "manifest.json is missing"),
     ],
 )
-def test_a_damaged_object_is_named_and_nothing_is_left(flaky, tmp_path, name, spoil, problem):
+def test_a_damaged_object_is_reported_and_removed(flaky, tmp_path, name, spoil, problem):
     flaky.upload_checkpoint(checkpoint(tmp_path / "here", 100))
     store, path = fsspec.filesystem("flaky"), f"{flaky.url}/checkpoints/step-00000100/{name}"
     content = store.cat_file(path)
@@ -331,7 +332,7 @@ def test_a_manifest_cannot_write_elsewhere(flaky, tmp_path):
             flaky.fetch(100, tmp_path / "there")
 
 
-def test_what_is_whole_is_not_fetched_again_and_what_is_not_is_set_aside(flaky, tmp_path):
+def test_whole_checkpoints_are_not_fetched_again_and_damaged_ones_set_aside(flaky, tmp_path):
     path = checkpoint(tmp_path, 100)
     flaky.upload_checkpoint(path)
     wanted, Flaky.done = contents(path), []
@@ -344,7 +345,7 @@ def test_what_is_whole_is_not_fetched_again_and_what_is_not_is_set_aside(flaky, 
     assert sorted(os.listdir(tmp_path)) == ["damaged-step-00000100.0", "step-00000100"]
 
 
-def test_pruning_takes_the_manifest_first_and_only_what_it_may(flaky, tmp_path):
+def test_pruning_deletes_the_manifest_first_and_only_old_checkpoints(flaky, tmp_path):
     for step in (100, 200, 300, 400):
         flaky.upload_checkpoint(checkpoint(tmp_path, step))
     store, root = fsspec.filesystem("flaky"), f"{flaky.url}/checkpoints"
@@ -388,7 +389,7 @@ def test_pruning_that_was_cut_short_is_finished_by_the_next(flaky, tmp_path):
 
 
 @pytest.mark.parametrize("protected", [set(), {"step-00000300"}])
-def test_pruning_never_takes_the_last_one_to_go_on_from(flaky, tmp_path, protected):
+def test_pruning_keeps_the_last_resumable_checkpoint(flaky, tmp_path, protected):
     """What is protected may not have arrived yet."""
     for step in (100, 200):
         flaky.upload_checkpoint(checkpoint(tmp_path, step))
@@ -396,17 +397,15 @@ def test_pruning_never_takes_the_last_one_to_go_on_from(flaky, tmp_path, protect
     assert flaky.steps() == [200]
 
 
-def test_pruning_counts_what_is_there_not_what_is_here(flaky, tmp_path):
-    """A machine that has only just come has one checkpoint on its disk, and keeps as many there as
-    it was told to.
-    """
+def test_pruning_counts_checkpoints_in_the_store_not_on_disk(flaky, tmp_path):
+    """A new machine has one checkpoint on its disk, yet the store keeps keep_last of them."""
     for step in (100, 200, 300):
         flaky.upload_checkpoint(checkpoint(tmp_path, step))
     flaky.prune(2, set())
     assert flaky.steps() == [300, 200]
 
 
-def test_a_run_is_restored_only_where_none_is(flaky, tmp_path):
+def test_a_run_is_restored_only_into_an_empty_directory(flaky, tmp_path):
     run = run_directory(tmp_path / "here/run")
     assert not flaky.restore(tmp_path / "there")
     assert not (tmp_path / "there").exists()
@@ -417,7 +416,7 @@ def test_a_run_is_restored_only_where_none_is(flaky, tmp_path):
     assert Storage(flaky.url.removesuffix("/run"), "other").restore(tmp_path / "there") is False
 
 
-def test_config_yaml_comes_last_and_says_that_the_rest_is_there(flaky, tmp_path):
+def test_config_yaml_is_restored_last_to_mark_completion(flaky, tmp_path):
     run, back = run_directory(tmp_path / "here/run"), tmp_path / "there"
     Flaky.fails["put", "receipt.json"] = [OSError("gone")] * 3
     flaky.upload_model(run / "model")
@@ -453,7 +452,10 @@ def test_the_last_to_start_wins_and_the_other_writes_nothing_more(s3, tmp_path):
     first.require_claim()
     second = claimed(s3_url(tmp_path))
     before = s3.list_objects_v2(Bucket=bucket(tmp_path))["Contents"]
-    who = rf"another machine, {socket.gethostname()} \(process {os.getpid()}\), has taken s3://.*/run over at 20.*stops"
+    who = (
+        rf"another machine, {socket.gethostname()} \(process {os.getpid()}\), "
+        "has taken s3://.*/run over at 20.*stops"
+    )
     for write in (
         first.require_claim, lambda: first.upload_checkpoint(path), lambda: first.upload_notes(run),
         lambda: first.upload_model(run / "model"), lambda: first.prune(1, set()),
@@ -473,7 +475,7 @@ def test_the_last_to_start_wins_and_the_other_writes_nothing_more(s3, tmp_path):
         second.require_claim()
 
 
-def test_who_is_taken_over_during_an_upload_writes_no_manifest(flaky, tmp_path, monkeypatch):
+def test_a_run_replaced_during_an_upload_writes_no_manifest(flaky, tmp_path, monkeypatch):
     other = Storage(flaky.url.removesuffix("/run"), "run")
     put = Flaky.put_file
 
@@ -504,13 +506,13 @@ def refusal(url: str, kind: type[Exception] = ConfigError) -> str:
     return str(caught.value)
 
 
-def test_no_such_bucket_is_said(s3):
+def test_a_missing_bucket_is_reported(s3):
     message = refusal("s3://nowhere/runs")
     assert "s3://nowhere/runs/run cannot be written to" in message
     assert "create the bucket, or correct its name or the endpoint" in message
 
 
-def test_missing_credentials_are_said(s3, tmp_path, monkeypatch):
+def test_missing_credentials_are_reported(s3, tmp_path, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert "give credentials through the environment (S3: AWS_ACCESS_KEY_ID" in refusal(
@@ -518,7 +520,7 @@ def test_missing_credentials_are_said(s3, tmp_path, monkeypatch):
     )
 
 
-def test_wrong_credentials_are_said(s3, server, tmp_path):
+def test_wrong_credentials_are_reported(s3, server, tmp_path):
     require_signatures_after = f"{server}/moto-api/reset-auth"
     requests.post(require_signatures_after, data="0", timeout=10)
     try:
@@ -533,7 +535,7 @@ def test_wrong_credentials_are_said(s3, server, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_store_that_does_not_answer_is_said_in_time(s3, tmp_path, monkeypatch):
+def test_an_unresponsive_store_is_reported_in_time(s3, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
@@ -576,11 +578,11 @@ def test_a_store_that_does_not_answer_is_said_in_time(s3, tmp_path, monkeypatch)
         (f"{SECRET}://bucket@x?", "holds a user name"),
     ],
 )
-def test_a_url_that_cannot_be_is_refused_without_repeating_secrets(url, problem):
+def test_an_invalid_url_is_refused_without_repeating_secrets(url, problem):
     assert re.search(problem, refusal(url))
 
 
-def test_a_passing_failure_passes(flaky, tmp_path):
+def test_a_transient_failure_is_retried(flaky, tmp_path):
     path = checkpoint(tmp_path / "here", 100)
     manifest, shard = (
         f"checkpoints/step-00000100/{name}" for name in ("manifest.json", "shards/__0_0.distcp")
@@ -602,7 +604,7 @@ def test_a_passing_failure_passes(flaky, tmp_path):
     assert not any(Flaky.fails.values())
 
 
-def test_an_outage_is_no_empty_store(flaky, tmp_path):
+def test_an_outage_is_not_an_empty_store(flaky, tmp_path):
     flaky.upload_checkpoint(checkpoint(tmp_path, 100))
     flaky.upload_notes(run_directory(tmp_path / "here/run"))
     for look, name in (
@@ -616,7 +618,7 @@ def test_an_outage_is_no_empty_store(flaky, tmp_path):
             look()
 
 
-def test_a_bucket_that_has_gone_is_said(s3, tmp_path):
+def test_a_vanished_bucket_is_reported(s3, tmp_path):
     store = claimed(s3_url(tmp_path))
     s3.delete_object(Bucket=bucket(tmp_path), Key="runs/run/writer.json")
     s3.delete_bucket(Bucket=bucket(tmp_path))
@@ -629,9 +631,7 @@ def test_a_bucket_that_has_gone_is_said(s3, tmp_path):
 
 @pytest.mark.slow
 def test_any_thread_may_call(s3, tmp_path):
-    """Uploads come from a thread beside the training, and the training itself looks and fetches
-    meanwhile.
-    """
+    """A thread uploads while training itself lists and fetches."""
     store, failures = claimed(s3_url(tmp_path)), []
     paths = [checkpoint(tmp_path / "here", step) for step in range(1, 7)]
 
@@ -670,9 +670,7 @@ print(sent, tracemalloc.get_traced_memory()[1])
 
 @pytest.mark.slow
 def test_a_big_file_is_never_whole_in_memory(s3, tmp_path):
-    """Nor does memory grow with it: of parts of 8 MiB, twice 4. In a process of its own, since the
-    server is in this one.
-    """
+    """Memory holds 2 x 4 parts of 8 MiB; a process of its own leaves out this one's server."""
     content = os.urandom(2**20) * 88
     path = checkpoint(tmp_path / "here", 100, {"shards/__0_0.distcp": content})
     process = subprocess.run(

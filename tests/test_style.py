@@ -12,7 +12,8 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 # The words of docs/architecture.md and of PyTorch and Hugging Face stand for these.
 NAMES = {
-    "Job", "Wish", "wish", "finding", "judge", "learned", "look", "said", "say", "still", "targets", "tell", "told",
+    "Job", "Wish", "wish", "finding", "judge", "learned", "look", "said", "say", "still", "targets",
+    "tell", "told",
 }  # fmt: skip
 PHRASES = re.compile(
     r"(?<!there )\bis no (?!longer|more)\b|\b(is|are|be) told\b|\bfor ever\b|\bso many\b"
@@ -39,13 +40,22 @@ def test_lines_have_at_most_100_columns():
     long = [
         place
         for path in [*CODE, *TESTS]
-        for place in places(path, [n for n, line in enumerate(path.read_text().split("\n"), 1) if len(line) > 100])
-    ]  # fmt: skip
+        for number, line in enumerate(path.read_text().split("\n"), 1)
+        if len(line) > 100
+        for place in places(path, [number])
+    ]
     assert not long
 
 
 def test_names_are_the_fields_words():
-    assert not [place for path in CODE for name, line in names_in(path) if name in NAMES for place in places(path, [line])]  # fmt: skip
+    found = [
+        place
+        for path in CODE
+        for name, line in names_in(path)
+        if name in NAMES
+        for place in places(path, [line])
+    ]
+    assert not found
 
 
 def test_sentences_are_plain_english():

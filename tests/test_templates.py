@@ -1,4 +1,4 @@
-"""What is trained on is what inference renders, and exactly the answers of it are learned."""
+"""Training sees what inference renders, and exactly its answers are supervised."""
 
 from dataclasses import replace
 
@@ -22,26 +22,32 @@ VOCABULARY = {
 # Chat templates as tokenizers bring them along, each with a habit of its own.
 CHAT = {
     "header": """\
-{%- for message in messages %}{{ '<|start|>' + message.role + '<|sep|>\n' + message.content + '<|eot|>' }}{% endfor %}
+{%- for message in messages %}{{ '<|start|>' + message.role + '<|sep|>\n' }}
+{{- message.content + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant<|sep|>\n' }}{% endif %}""",
     "writes the BOS": """\
-{{- bos_token }}{% for message in messages %}{{ '[' + message.role + '] ' + message.content + '<|eot|>' }}{% endfor %}
+{{- bos_token }}{% for message in messages %}
+{{- '[' + message.role + '] ' + message.content + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}""",
     "trims": """\
-{%- for message in messages %}{{ message.role + ': ' + message.content | trim + '<|eot|>\n' }}{% endfor %}
+{%- for message in messages %}
+{{- message.role + ': ' + message.content | trim + '<|eot|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
     "a space before the end of the turn": """\
 {%- for message in messages %}{{ message.role + ': ' + message.content + ' <|eot|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
     "text after the last turn": """\
 {%- for message in messages %}{{ message.role + ': ' + message.content + '<|eot|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ 'The end.' + eos_token }}{% endif %}""",
+{%- if add_generation_prompt %}{{ 'assistant: ' }}
+{%- else %}{{ 'The end.' + eos_token }}{% endif %}""",
     "marks the content": """\
-{%- for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}
+{%- for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}
+{%- generation %}{{ message.content }}{% endgeneration %}
 {%- else %}{{ message.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
     "marks the turn": """\
-{%- for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|eot|>' }}{% endgeneration %}
+{%- for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}
+{%- generation %}{{ message.content + '<|eot|>' }}{% endgeneration %}
 {%- else %}{{ message.content + '<|eot|>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}""",
 }
@@ -55,11 +61,11 @@ ANSWERS = {
 }
 
 
-def conversation(*said: str, system: str | None = None) -> Conversation:
+def conversation(*texts: str, system: str | None = None) -> Conversation:
     """Turns of user and assistant in turn, after a system message where there is one."""
     messages = [
         Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1)
-        for i, text in enumerate(said)
+        for i, text in enumerate(texts)
     ]
     return Conversation(
         tuple([Message("system", system)] * (system is not None) + messages), Place("rows.jsonl", 3)
@@ -139,9 +145,7 @@ def test_the_segments_together_are_the_text_that_inference_renders(each_template
 
 
 def test_every_prompt_is_what_stands_before_its_answer(each_template, bytes_tokenizer):
-    """At inference the model sees the prompt; in training the supervised text begins right after
-    it.
-    """
+    """At inference the model sees the prompt; in training supervised text begins right after it."""
     for name, each in CONVERSATIONS.items():
         segments = each_template.segments(each)
         starts = [
@@ -163,7 +167,7 @@ def test_every_prompt_is_what_stands_before_its_answer(each_template, bytes_toke
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_exactly_the_answers_and_the_ends_of_their_turns_are_learned(name):
+def test_exactly_the_answers_and_their_turn_ends_are_supervised(name):
     for each in CONVERSATIONS.values():
         answers = [message.content for message in each.messages if message.supervised]
         assert supervised(template(name), each) == [
@@ -183,11 +187,11 @@ def test_exactly_the_answers_and_the_ends_of_their_turns_are_learned(name):
         ("marks the turn", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
     ],
 )
-def test_of_a_chat_template_the_answers_and_the_ends_of_their_turns_are_learned(name, answers):
+def test_chat_template_answers_and_their_turn_ends_are_supervised(name, answers):
     assert supervised(template(name), CONVERSATIONS["spaces and lines at the ends"]) == answers
 
 
-def test_only_the_last_answer_is_learned_where_that_is_asked(each_template):
+def test_only_the_last_answer_is_supervised_on_request(each_template):
     whole = CONVERSATIONS["several turns"]
     assert supervised(each_template, whole, "last_turn") == supervised(each_template, whole)[-1:]
     assert len(supervised(each_template, whole)) == 3
@@ -197,9 +201,17 @@ def test_only_the_last_answer_is_learned_where_that_is_asked(each_template):
     ("name", "expected"),
     [
         ("plain", "HiHello<|eos|>And?Fine<|eos|>"),
-        ("question_answer", "### Question:\nHi\n\n### Answer:\nHello<|eos|>\n\n### Question:\nAnd?\n\n### Answer:\nFine<|eos|>"),
+        (
+            "question_answer",
+            "### Question:\nHi\n\n### Answer:\nHello<|eos|>\n\n### Question:\nAnd?\n\n### "
+            "Answer:\nFine<|eos|>",
+        ),
         ("llama2", "[INST] Hi [/INST] Hello <|eos|>[INST] And? [/INST] Fine <|eos|>"),
-        ("chatml", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nFine<|im_end|>\n"),
+        (
+            "chatml",
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+            "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nFine<|im_end|>\n",
+        ),
     ],
 )  # fmt: skip
 def test_the_built_in_templates_are_as_their_models_know_them(name, expected):
@@ -211,9 +223,17 @@ def test_the_built_in_templates_are_as_their_models_know_them(name, expected):
     [
         ("plain", "Be brief.Hi"),
         ("question_answer", "Be brief.\n\n### Question:\nHi\n\n### Answer:\n"),
-        ("alpaca", "Be brief.\n\nBelow is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nHi\n\n### Response:\n"),
+        (
+            "alpaca",
+            "Be brief.\n\nBelow is an instruction that describes a task. Write a response that "
+            "appropriately completes the request.\n\n### Instruction:\nHi\n\n### Response:\n",
+        ),
         ("llama2", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"),
-        ("chatml", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            "chatml",
+            "<|im_start|>system\nBe "
+            "brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        ),
     ],
 )  # fmt: skip
 def test_a_system_prompt_stands_once_and_first(name, expected):
@@ -229,7 +249,7 @@ def instruction(context: str) -> Conversation:
     )
 
 
-def test_alpaca_gives_the_input_of_an_instruction_a_place_of_its_own():
+def test_alpaca_has_a_separate_section_for_input():
     assert rendered(template("alpaca"), instruction("1 + 2")) == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. "
@@ -239,7 +259,7 @@ def test_alpaca_gives_the_input_of_an_instruction_a_place_of_its_own():
     assert "### Input:" not in rendered(template("alpaca"), instruction(""))
 
 
-def test_elsewhere_the_input_of_an_instruction_follows_it():
+def test_other_templates_append_the_input_to_the_instruction():
     assert template("question_answer").prompt(instruction("1 + 2").messages[:1]) == (
         "### Question:\nAdd.\n\n1 + 2\n\n### Answer:\n"
     )
@@ -267,7 +287,7 @@ def test_plain_text_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "last_turn"])
-def test_plain_text_has_no_answer_to_learn(loss_on):
+def test_plain_text_has_no_answer_to_supervise(loss_on):
     text = Conversation((Message("text", "words", supervised=True),), Place("rows.txt", 5))
     with pytest.raises(DataError, match=r"^rows\.txt:5: .* use objective\.kind: clm"):
         template("plain").segments(text, loss_on)
@@ -287,17 +307,24 @@ def test_the_token_that_ends_an_answer_is_known(name, token):
 
 
 ENDS_IN_TEXT = {
-    "a line": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-    "a word": "{% for m in messages %}{{ m.role }}: {{ m.content }}[END]{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-    "a header": "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}",
+    "a line": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    ),
+    "a word": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}[END]{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    ),
+    "a header": (
+        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n"
+        "{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    ),
 }
 
 
 @pytest.mark.parametrize("source", ENDS_IN_TEXT.values(), ids=ENDS_IN_TEXT)
 def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
-    """The EOS comes behind it: the model can reach it, and its answers hold no text of the
-    template.
-    """
+    """The EOS follows it, so the model can reach it and answers hold no text of the template."""
     own, whole = chat(source), conversation("Hi", "Hello", "And?", "Fine")
     assert own.stop_token() is None
     assert supervised(own, conversation("Hi", "Hello")) == ["Hello"]
@@ -306,7 +333,10 @@ def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
     assert (asked.text, learned.text) == (own.prompt(whole.messages[:3]), "Fine")
     with pytest.raises(
         DataError,
-        match=r"^rows\.jsonl:3: data\.template 'chat' .* set data\.loss_on: last_turn, or use a template",
+        match=(
+            r"^rows\.jsonl:3: data\.template 'chat' .* set data\.loss_on: last_turn, "
+            "or use a template"
+        ),
     ):
         own.segments(whole)
 
@@ -314,10 +344,8 @@ def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
 # {% generation %} marks
 
 
-def test_marks_decide_what_is_learned_of_what_the_model_writes():
-    """The header is inside the marks, as SmolLM3 has it, but the prompt ends with it; the line
-    after the turn is inside too.
-    """
+def test_generation_marks_decide_which_answer_text_is_supervised():
+    """As in SmolLM3, marks hold the header (which ends the prompt) and the line after the turn."""
     source = (
         "{%- for m in messages %}{% if m.role == 'assistant' %}"
         "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% "
@@ -346,7 +374,7 @@ def test_marks_decide_what_is_learned_of_what_the_model_writes():
          "%}", 4),
     ],
 )  # fmt: skip
-def test_marks_that_are_not_one_around_each_answer_are_refused(source, marked):
+def test_marks_must_surround_each_answer_once(source, marked):
     with pytest.raises(DataError) as caught:
         chat(source).segments(conversation("a", "b", "c", "d"))
     assert str(caught.value).startswith("rows.jsonl:3: data.template 'chat'")
@@ -354,7 +382,10 @@ def test_marks_that_are_not_one_around_each_answer_are_refused(source, marked):
 
 
 def test_marks_may_trim_on_both_sides():
-    source = "{% for m in messages %}{%- if m.role == 'assistant' -%}{%- generation -%}{{ m.content }}{%- endgeneration -%}{% else %}{{ m.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}"
+    source = (
+        "{% for m in messages %}{%- if m.role == 'assistant' -%}{%- generation -%}{{ m.content }}"
+        "{%- endgeneration -%}{% else %}{{ m.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}"
+    )
     assert supervised(chat(source), conversation("Hi", "Hello")) == ["Hello<|eot|>"]
 
 
@@ -362,15 +393,24 @@ def test_marks_may_trim_on_both_sides():
 
 
 DROPS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-DROPS_EARLIER = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content + '<|eot|>' }}{% endif %}{% endfor %}"
+DROPS_EARLIER = (
+    "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content + '<|eot|>' }}"
+    "{% endif %}{% endfor %}"
+)
 SHOUTS = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
 HIDES_THOUGHTS = """\
-{%- for m in messages %}{% if m.role == 'assistant' and not loop.last %}{{ 'assistant: ' + m.content.split('</think>')[-1] }}
-{%- else %}{{ m.role + ': ' + m.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+{%- for m in messages %}{% if m.role == 'assistant' and not loop.last %}
+{{- 'assistant: ' + m.content.split('</think>')[-1] }}
+{%- else %}{{ m.role + ': ' + m.content }}{% endif %}{{ '<|eot|>' }}{% endfor %}
+{%- if add_generation_prompt %}assistant: {% endif %}"""
 POINTS_AT_THE_LAST = """\
-{%- for m in messages %}{{ ('(now) ' if loop.last else '') + m.role + ': ' + m.content + '<|eot|>' }}{% endfor %}
+{%- for m in messages %}{{ '(now) ' if loop.last else '' }}
+{{- m.role + ': ' + m.content + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
-WRITES_TWICE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}<|eot|>{% endfor %}"
+WRITES_TWICE = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}"
+    "{% endif %}<|eot|>{% endfor %}"
+)
 MARKS_THE_SECOND = WRITES_TWICE.replace(
     "%}{{ m.content }}{% endif", "%}{% generation %}{{ m.content }}{% endgeneration %}{% endif"
 )
@@ -378,33 +418,55 @@ RAISES = "{% if messages | length > 1 %}{{ raise_exception('one message only') }
 
 
 @pytest.mark.parametrize(
-    ("source", "said", "says"),
+    ("source", "texts", "says"),
     [
-        (DROPS, ("Hi", "Hello"), "drops the answer in message 2 ('Hello'); use another data.template"),
+        (
+            DROPS, ("Hi", "Hello"),
+            "drops the answer in message 2 ('Hello'); use another data.template",
+        ),
         (DROPS_EARLIER, ("Hi", "Hello", "And?", "Fine"), "drops the answer in message 2 ('Hello')"),
         (SHOUTS, ("Hi", "Hello"), "drops or rewrites the answer 'Hello'"),
         (SHOUTS, ("Hi", "HELLO"), "drops or changes the user message 1 ('Hi')"),
         (WRITES_TWICE, ("Hi", "Hello"), "writes the answer in message 2 more than once ('Hello')"),
-        (MARKS_THE_SECOND, ("Hi", "Hello"), "writes the answer in message 2 more than once ('Hello')"),
-        (HIDES_THOUGHTS, ("Hi", "<think>hm</think>Hello", "And?", "Fine"), "renders the answer in message 2 differently once later turns are there"),
-        (POINTS_AT_THE_LAST, ("Hi", "Hello"), "renders the prompt of message 2 differently once the answer is there"),
+        (
+            MARKS_THE_SECOND, ("Hi", "Hello"),
+            "writes the answer in message 2 more than once ('Hello')",
+        ),
+        (
+            HIDES_THOUGHTS, ("Hi", "<think>hm</think>Hello", "And?", "Fine"),
+            "renders the answer in message 2 differently once later turns are there",
+        ),
+        (
+            POINTS_AT_THE_LAST, ("Hi", "Hello"),
+            "renders the prompt of message 2 differently once the answer is there",
+        ),
         (RAISES, ("Hi", "Hello"), "fails: TemplateError: one message only"),
         ("{{ messages[7].content }}", ("Hi", "Hello"), "fails: "),
         ("{% for m in messages %}", ("Hi", "Hello"), "fails: "),
         ("{{ messages | no_such_filter }}", ("Hi", "Hello"), "fails: "),
         ("{{ 1 + messages }}", ("Hi", "Hello"), "fails: "),
     ],
-    ids=["drops", "drops an earlier answer", "rewrites", "rewrites the question", "twice", "twice with marks", "hides thoughts", "prompt changes", "raises", "undefined", "syntax", "filter", "type"],
+    ids=[
+        "drops", "drops an earlier answer", "rewrites", "rewrites the question", "twice",
+        "twice with marks", "hides thoughts", "prompt changes", "raises", "undefined", "syntax",
+        "filter", "type",
+    ],
 )  # fmt: skip
-def test_a_template_that_would_train_something_else_is_refused(source, said, says):
+def test_a_template_that_changes_answers_is_refused(source, texts, says):
     with pytest.raises(UserError) as caught:
-        chat(source).segments(conversation(*said))
+        chat(source).segments(conversation(*texts))
     assert str(caught.value).startswith("rows.jsonl:3: data.template 'chat'")
     assert says in str(caught.value)
 
 
-WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-CUTS_QUESTIONS = "{% for m in messages %}{{ m.content[:2] if m.role == 'user' else m.content }}<|eot|>{% endfor %}"
+WITHOUT_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+CUTS_QUESTIONS = (
+    "{% for m in messages %}{{ m.content[:2] if m.role == 'user' else m.content }}<|eot|>"
+    "{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "last_turn", "all"])
@@ -431,13 +493,16 @@ def test_a_template_that_loses_a_part_of_the_prompt_is_refused(source, whole, sa
     assert says in str(caught.value)
 
 
-def test_an_earlier_answer_that_goes_is_missed_where_only_the_last_is_learned():
+def test_a_dropped_earlier_answer_is_detected_with_last_turn():
     with pytest.raises(DataError, match=r"drops or changes the assistant message 2 \('Hello'\)"):
         chat(DROPS_EARLIER).segments(conversation("Hi", "Hello", "And?", "Fine"), "last_turn")
 
 
-def test_a_lost_input_of_an_instruction_is_missed():
-    source = "{% for m in messages %}{{ m.content }}{% if m.context == '1' %}{{ m.context }}{% endif %}<|eot|>{% endfor %}"
+def test_a_dropped_instruction_input_is_detected():
+    source = (
+        "{% for m in messages %}{{ m.content }}{% if m.context == '1' %}{{ m.context }}"
+        "{% endif %}<|eot|>{% endfor %}"
+    )
     own = chat(
         source.replace("m.context", "message.context")
         .replace("for m ", "for message ")
@@ -455,7 +520,7 @@ def test_a_lost_input_of_an_instruction_is_missed():
         ("REFUSES", "takes no system message: TemplateError: no system role; "),
     ],
 )
-def test_a_system_prompt_that_the_template_does_not_take_is_a_mistake_of_the_setting(source, says):
+def test_an_unsupported_system_prompt_is_reported_as_a_setting_error(source, says):
     system = Message("system", "Be brief.", from_setting=True)
     whole = Conversation((system, *conversation("Hi", "Hello").messages), Place("rows.jsonl", 3))
     own = chat(REFUSES if source == "REFUSES" else source)
@@ -466,7 +531,7 @@ def test_a_system_prompt_that_the_template_does_not_take_is_a_mistake_of_the_set
         own.segments(whole)
 
 
-def test_thoughts_of_earlier_turns_may_be_hidden_where_only_the_last_is_learned():
+def test_earlier_thoughts_may_be_hidden_with_last_turn():
     whole = conversation("Hi", "<think>hm</think>Hello", "And?", "<think>so</think>Fine")
     assert supervised(chat(HIDES_THOUGHTS), whole, "last_turn") == ["<think>so</think>Fine<|eot|>"]
 
@@ -523,7 +588,7 @@ def test_chat_needs_a_chat_template():
         templates.load("chat", "messages", None, SPECIAL, VOCABULARY)
 
 
-def test_an_unknown_template_is_told_the_known_ones():
+def test_the_error_for_an_unknown_template_lists_the_known_ones():
     with pytest.raises(DataError) as caught:
         templates.load("vicuna", "messages", None, SPECIAL, VOCABULARY)
     assert (
@@ -541,7 +606,7 @@ def test_a_template_is_read_from_a_file(tmp_path):
         assert supervised(own, CONVERSATIONS["one turn"]) == ["42<|eot|>"]
 
 
-def test_a_template_file_that_cannot_be_read_is_named(tmp_path):
+def test_an_unreadable_template_file_is_refused(tmp_path):
     (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
     for name in ("absent.jinja", "latin.jinja"):
         with pytest.raises(DataError, match=rf"data\.template: .*{name}: cannot be read"):
@@ -599,7 +664,7 @@ def test_a_real_template_renders_as_inference_does(real_data, bytes_tokenizer, n
         ("smollm3", ["Hello<|im_end|>\n", "Fine<|im_end|>\n"]),  # its marks hold the line end too
     ],
 )
-def test_of_a_real_template_exactly_the_answers_are_learned(real_data, name, learned):
+def test_real_templates_supervise_exactly_the_answers(real_data, name, learned):
     whole = conversation("Hi", "Hello", "And?", "Fine")
     assert supervised(real_template(real_data, name), whole) == learned
     assert supervised(real_template(real_data, name), whole, "last_turn") == learned[-1:]
@@ -621,7 +686,7 @@ def test_smollm3_asked_not_to_think_has_empty_thoughts_in_every_prompt(real_data
     assert own.prompt(whole.messages[:2]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n")
 
 
-def test_qwen3_hides_earlier_thoughts_so_only_the_last_turn_can_be_learned(real_data):
+def test_qwen3_hides_earlier_thoughts_and_needs_last_turn(real_data):
     whole = conversation(
         "Hi", "<think>\nhm\n</think>\n\nHello", "And?", "<think>\nso\n</think>\n\nFine"
     )
@@ -669,8 +734,10 @@ def test_generation_marks_do_not_hide_a_prompt_that_is_not_trained():
 
 TURN = "<|im_start|>{{ m.role }}\n"
 ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-THINKS_LAST = (  # as Qwen3: empty thoughts before the last answer, unless it has thoughts of its own
-    "{% for m in messages %}" + TURN + "{% if m.role == 'assistant' and loop.last and '<think>' not in m.content %}"
+# As Qwen3: empty thoughts before the last answer, unless it has thoughts of its own.
+THINKS_LAST = (
+    "{% for m in messages %}" + TURN + "{% if m.role == 'assistant' and loop.last"
+    " and '<think>' not in m.content %}"
     "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + ASKS
 )  # fmt: skip
 THINKS_EACH = THINKS_LAST.replace("loop.last", "true")
@@ -709,13 +776,13 @@ def test_text_of_the_template_before_an_answer_ends_the_prompt(source, opening, 
         (OPENS_THOUGHTS, "hm\n</think>\n\nFine<|im_end|>"),
     ],
 )
-def test_thoughts_of_a_row_are_learned_after_the_prompt_without_empty_ones(source, learned):
+def test_thoughts_of_a_row_are_supervised_without_empty_ones(source, learned):
     whole = conversation("Hi", "<think>\nhm\n</think>\n\nFine")
     assert supervised(chat(source), whole) == [learned]
     assert chat(source).opens_itself(chat(source).segments(whole))
 
 
-def test_where_some_rows_have_thoughts_the_others_learn_to_have_none():
+def test_rows_without_thoughts_are_supervised_on_empty_ones():
     own = replace(chat(THINKS_LAST), learn_opening=True)
     assert own.prompt(conversation("Hi").messages).endswith("<|im_start|>assistant\n")
     assert supervised(own, conversation("Hi", "Fine")) == ["<think>\n\n</think>\n\nFine<|im_end|>"]
@@ -742,7 +809,10 @@ def test_an_earlier_answer_without_what_the_last_has_before_it_is_refused(source
 
 
 def test_an_end_of_turn_that_only_the_last_answer_has_is_refused():
-    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|eot|>' if loop.last or m.role == 'user' else ';' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    source = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|eot|>' if loop.last or m.role "
+        "== 'user' else ';' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(DataError, match="message 2 differently once later turns are there"):
         chat(source).segments(conversation("Hi", "Hello", "And?", "Fine"))
 
@@ -799,13 +869,14 @@ def test_a_template_refuses_only_the_rows_that_do_not_fit_it(source, fits):
     with pytest.raises(
         DataError,
         match=r"^rows\.jsonl:3: data\.template 'chat' fails: TemplateError: "
-        r"(system .*; it needs a system message: set data\.system_prompt, |no system .*; it takes no system message: take it out)",
+        r"(system .*; it needs a system message: set data\.system_prompt, |no system .*; "
+        "it takes no system message: take it out)",
     ):
         own.segments(conversation("Hi", "Hello", system=other))
 
 
 @pytest.mark.parametrize("half", [r"{{ '\ud83d' }}", r"{{ messages[0].content ~ '\ude00' }}"])
-def test_a_template_that_writes_half_a_character_is_named(half):
+def test_a_template_that_writes_a_lone_surrogate_is_refused(half):
     with pytest.raises(
         DataError,
         match=r"rows\.jsonl:3: data\.template 'chat' writes '\\ud...', half of a character",
@@ -813,12 +884,12 @@ def test_a_template_that_writes_half_a_character_is_named(half):
         chat(half + templates.BUILT_IN["question_answer"]).segments(conversation("Hi", "Hello"))
 
 
-def test_a_template_that_holds_half_a_character_is_named():
+def test_a_template_that_holds_a_lone_surrogate_is_refused():
     with pytest.raises(DataError, match=r"data\.template: chat: holds half of a character"):
         templates.load("chat", "messages", "\ud83d" + templates.BUILT_IN["chatml"], {}, {})
 
 
-def test_a_template_that_cannot_be_parsed_is_told_with_its_line():
+def test_a_template_syntax_error_is_reported_with_its_line():
     with pytest.raises(
         templates.BrokenTemplate, match=r"rows\.jsonl:3: .* \(line 2 of the template\)"
     ):
@@ -862,12 +933,12 @@ def test_a_template_that_uses_chance_is_refused(source):
 # Several chat templates
 
 
-def test_of_several_chat_templates_the_default_is_taken():
+def test_the_default_of_several_chat_templates_is_used():
     named = {"tool_use": "{{ tools }}", "default": CHAT["header"]}
     assert templates.load("auto", "messages", named, SPECIAL, VOCABULARY).source == CHAT["header"]
 
 
-def test_chat_templates_without_a_default_are_named():
+def test_several_chat_templates_without_a_default_are_refused():
     named = {"rag": "{{ x }}", "tool_use": "{{ tools }}"}
     with pytest.raises(
         DataError, match="has the chat templates rag, tool_use, but none named default"
@@ -881,7 +952,7 @@ def test_chat_templates_without_a_default_are_named():
     ["{{ 1 / 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"],
     ids=["zero", "endless"],
 )
-def test_a_template_that_breaks_down_is_named(source):
+def test_a_template_that_exhausts_python_is_reported(source):
     with pytest.raises(
         DataError,
         match=r"rows\.jsonl:3: data\.template 'chat' fails: (ZeroDivisionError|RecursionError)",

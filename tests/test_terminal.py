@@ -1,6 +1,4 @@
-"""What a person sees of a run: lines on standard output, one bar on a terminal, errors apart, the
-commands that come next.
-"""
+"""A run prints lines, one bar on a terminal, errors on stderr, and the next commands."""
 
 import fcntl
 import logging
@@ -24,18 +22,18 @@ from finetune.generation import generate
 
 def test_a_run_reports_on_standard_output(workshop, capsys):
     workshop.train(evaluation__sample_prompts=["what is 3 times three"], data__eval_fraction=0.1)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     for part in (
         "model       llama",
         "step 1/5  epoch",
         "step 5/5  eval loss",
         "complete at step 5",
     ):
-        assert part in said.out
-    assert said.err == ""
+        assert part in output.out
+    assert output.err == ""
 
 
-def test_answers_to_sample_prompts_are_printed_two_of_them(workshop, capsys):
+def test_the_first_two_sample_answers_are_printed(workshop, capsys):
     run = workshop.train(evaluation__sample_prompts=["one", "two", "three"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 5/5  ")]
     assert [line.split("  ")[2] for line in lines if "  sample  " in line] == ["one", "two"]
@@ -67,9 +65,7 @@ def test_a_complete_run_names_the_commands_that_come_next(workshop, capsys):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A terminal of 80 columns: a call gives what was written there, and first puts the named
-    streams on it.
-    """
+    """Return a function that redirects streams to an 80-column terminal and returns its content."""
     ours, theirs = pty.openpty()
     stream = os.fdopen(theirs, "w")
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -98,45 +94,43 @@ def metrics_of(folder):
     )
 
 
-def steps(told):
+def steps(reporter):
     for number in range(1, 4):
         result = SimpleNamespace(loss=2.5, other_terms={}, grad_norm=1.0, tokens=10, skipped=False)
-        told.step(Progress(step=number), result, lr=1e-3, epoch=number / 3, memory_gb=0.5)
+        reporter.step(Progress(step=number), result, lr=1e-3, epoch=number / 3, memory_gb=0.5)
 
 
-def test_on_a_terminal_lines_stand_beside_a_bar_that_is_gone_at_the_end(
-    terminal, tmp_path, monkeypatch
-):
+def test_a_terminal_shows_lines_and_a_bar_that_disappears(terminal, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "LINE_SECONDS", -1)
     terminal("stdout", "stderr")
-    told = metrics_of(tmp_path)
-    steps(told)
+    reporter = metrics_of(tmp_path)
+    steps(reporter)
     during = terminal()
     assert re.search(r"\r *\d+%\|.{30,}\| \d/3 \[", during)
     assert [f"step {n}/3  epoch" in during for n in (1, 2, 3)] == [True] * 3
-    told.close_bar()
+    reporter.close_bar()
     metrics.log("complete")
     after = terminal()
-    told.close()
+    reporter.close()
     assert after.replace("\r", "").strip() == "complete"
     assert "|" not in after
 
 
 def test_a_bar_is_not_written_into_a_pipe(terminal, tmp_path, monkeypatch):
-    """As in `train.py | tee log`, where the bar would be on the terminal and the lines in the pipe."""
+    """With `train.py | tee log` the bar would reach the terminal and the lines the pipe."""
     import io
 
     terminal("stderr")
     monkeypatch.setattr(sys, "stdout", pipe := io.StringIO())
-    told = metrics_of(tmp_path)
-    steps(told)
-    told.close()
+    reporter = metrics_of(tmp_path)
+    steps(reporter)
+    reporter.close()
     sys.stderr.write("end")
     assert terminal() == "end"
     assert "step 3/3" in pipe.getvalue()
 
 
-def test_without_a_terminal_the_progress_of_answers_is_told(workshop, monkeypatch, capsys):
+def test_progress_of_answers_is_printed_without_a_terminal(workshop, monkeypatch, capsys):
     from finetune.export.load import load, load_tokenizer
 
     model = workshop.train("base", train__max_steps=1) / "model"
@@ -165,18 +159,18 @@ def test_a_chat_writes_its_answer_as_it_comes(workshop, monkeypatch, capsys):
     monkeypatch.setattr(generate, "TextStreamer", Told)
     capsys.readouterr()
     assert main(["chat", str(run), "--prompt", "hi", "--max-new-tokens", "5"]) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert len(seen) >= 5
-    assert said.out == "".join(seen) + "\n"
-    assert "cut after 5 tokens" in said.err or not said.err
+    assert output.out == "".join(seen) + "\n"
+    assert "cut after 5 tokens" in output.err or not output.err
 
 
-def test_a_chat_without_a_model_says_how_to_name_one(capsys):
+def test_a_chat_without_a_model_explains_the_option(capsys):
     assert main(["chat"]) == 2
     assert "chat runs/my_run" in capsys.readouterr().err
 
 
-def test_a_hub_that_does_not_answer_is_told_once_with_what_to_do(caplog):
+def test_an_unresponsive_hub_is_reported_once_with_advice(caplog):
     logger = logging.getLogger("huggingface_hub.utils._http")
     for _ in range(3):
         logger.warning(

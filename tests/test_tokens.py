@@ -1,4 +1,4 @@
-"""Labels line up with tokens, stopping is learned, one BOS, and a cache that is never wrong."""
+"""Labels match tokens, stopping is supervised, there is one BOS, and the cache is never wrong."""
 
 import contextlib
 import json
@@ -41,9 +41,7 @@ TEXTS = [
 
 
 def adds_bos(tokenizer: Any) -> Any:
-    """The same tokenizer with a BOS before every text, as the tokenizers of Llama and Gemma have
-    it.
-    """
+    """Return the same tokenizer with a BOS before every text, as those of Llama and Gemma."""
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos[0]} $A", special_tokens=[bos]
@@ -52,7 +50,7 @@ def adds_bos(tokenizer: Any) -> Any:
 
 
 def byte_pairs(*merges: tuple[str, str]) -> Any:
-    """Bytes, and these merges; like GPT-2 it has one token for BOS and EOS, here for padding too."""
+    """Return a byte tokenizer with these merges and, like GPT-2, one token for BOS and EOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {
         symbol: number for number, symbol in enumerate([*alphabet, *(a + b for a, b in merges)])
@@ -83,8 +81,7 @@ def like_gpt2() -> Any:
 
 
 def like_llama(swallows_lines: bool = False) -> Any:
-    """BPE whose spaces are \u2581, put before every text too; bytes for what it does not know; adds
-    a BOS.
+    """Return a BPE tokenizer with ▁ for spaces and before texts, byte fallback and a BOS.
 
     The control tokens of Phi-3 swallow the white space after them.
     """
@@ -121,8 +118,11 @@ def like_llama(swallows_lines: bool = False) -> Any:
     )
     return adds_bos(
         PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>",
-            extra_special_tokens=[AddedToken(t, normalized=False, rstrip=swallows_lines) for t in CHATML],
+            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>",
+            unk_token="<unk>",
+            extra_special_tokens=[
+                AddedToken(t, normalized=False, rstrip=swallows_lines) for t in CHATML
+            ],
             clean_up_tokenization_spaces=False,
         )
     )  # fmt: skip
@@ -157,7 +157,7 @@ def options(**changes: Any) -> tokens.Options:
     return replace(tokens.Options("auto", {}, "line", None, "completion", 1000, "error"), **changes)
 
 
-class Desk:
+class Tokenizing:
     """Writes rows to a file and tokenises them through a cache of its own."""
 
     def __init__(self, folder: Path) -> None:
@@ -198,8 +198,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path):
-    return Desk(tmp_path)
+def tokenizing(tmp_path):
+    return Tokenizing(tmp_path)
 
 
 def of(examples: Examples, number: int = 0) -> tuple[list[int], list[bool]]:
@@ -209,9 +209,7 @@ def of(examples: Examples, number: int = 0) -> tuple[list[int], list[bool]]:
 
 
 def learned(tokenizer: Any, ids: list[int], supervised: list[bool]) -> list[str]:
-    """The text of every run of learned tokens, as the model would write it after what stands
-    before.
-    """
+    """Return the text of every run of supervised tokens, as the model would write it."""
     edges = np.flatnonzero(np.diff([False, *supervised, False]))
     return [
         tokenizer.decode(ids[:end]).removeprefix(tokenizer.decode(ids[:start]))
@@ -222,43 +220,55 @@ def learned(tokenizer: Any, ids: list[int], supervised: list[bool]) -> list[str]
 # One BOS
 
 
-def test_a_bos_is_put_first_exactly_where_the_tokenizer_uses_one(desk):
+def test_a_bos_is_put_first_exactly_where_the_tokenizer_uses_one(tokenizing):
     for tokenizer, count in ((bytes_tokenizer(), 0), (adds_bos(bytes_tokenizer()), 1)):
         for name in BUILT_IN:
-            ids, supervised = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, name))
+            ids, supervised = of(
+                tokenizing.prepare([{"question": "q", "answer": "a"}], tokenizer, name)
+            )
             assert ids.count(tokenizer.bos_token_id) == count
             assert (ids[0] == tokenizer.bos_token_id) == bool(count)
             assert not supervised[0]
 
 
-def test_plain_text_gets_one_bos_and_one_eos(desk):
+def test_plain_text_gets_one_bos_and_one_eos(tokenizing):
     tokenizer = adds_bos(bytes_tokenizer())
-    ids, supervised = of(desk.prepare([{"text": "ab"}], tokenizer, loss_on="all"))
+    ids, supervised = of(tokenizing.prepare([{"text": "ab"}], tokenizer, loss_on="all"))
     assert tokenizer.decode(ids) == "<|bos|>ab<|eos|>"
     assert supervised == [False, True, True, True]
 
 
-WRITES_BOS = "{{ bos_token }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-WRITES_BOS_EACH_TIME = "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+WRITES_BOS = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+WRITES_BOS_EACH_TIME = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST]' + m.content + "
+    "'[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
-def test_a_template_that_writes_the_bos_gives_no_second_one(desk, tokenizer):
+def test_a_template_that_writes_the_bos_gives_no_second_one(tokenizing, tokenizer):
     tokenizer = TOKENIZERS[tokenizer]()
     ids, _ = of(
-        desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, WRITES_BOS))
+        tokenizing.prepare(
+            [{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, WRITES_BOS)
+        )
     )
     assert tokenizer.decode(ids) == "<|bos|>user:q<|eos|>assistant:a<|eos|>"
 
 
-def test_a_bos_before_every_question_is_taken_as_the_template_has_it(desk):
+def test_a_bos_before_every_question_is_taken_as_the_template_has_it(tokenizing):
     """As Llama 2's own chat template."""
     tokenizer = adds_bos(bytes_tokenizer())
     turns = [
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("qarb")
     ]
     ids, supervised = of(
-        desk.prepare([{"messages": turns}], tokenizer, chat_for(tokenizer, WRITES_BOS_EACH_TIME))
+        tokenizing.prepare(
+            [{"messages": turns}], tokenizer, chat_for(tokenizer, WRITES_BOS_EACH_TIME)
+        )
     )
     assert tokenizer.decode(ids) == "<|bos|>[INST]q[/INST]a<|eos|><|bos|>[INST]r[/INST]b<|eos|>"
     assert learned(tokenizer, ids, supervised) == ["a<|eos|>", "b<|eos|>"]
@@ -266,10 +276,10 @@ def test_a_bos_before_every_question_is_taken_as_the_template_has_it(desk):
 
 @pytest.mark.parametrize("between", ["", "\n"])
 @pytest.mark.parametrize("name", ["bytes", "bytes and BOS"])
-def test_a_template_that_begins_with_two_bos_is_refused(desk, name, between):
+def test_a_template_that_begins_with_two_bos_is_refused(tokenizing, name, between):
     tokenizer = TOKENIZERS[name]()
     own = chat_for(tokenizer, "{{ bos_token }}" + f"{{{{ '{between}' }}}}" + WRITES_BOS_EACH_TIME)
-    says = desk.refused([{"question": "q", "answer": "a"}], tokenizer, own)
+    says = tokenizing.refused([{"question": "q", "answer": "a"}], tokenizer, own)
     assert says == (
         "data.template 'chat' begins with more than one BOS '<|bos|>'; write it once, or leave it "
         "to the tokenizer"
@@ -277,9 +287,9 @@ def test_a_template_that_begins_with_two_bos_is_refused(desk, name, between):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_where_one_token_is_bos_and_eos_both_are_there(desk, name):
+def test_a_token_that_is_both_bos_and_eos_appears_twice(tokenizing, name):
     tokenizer = adds_bos(byte_pairs())
-    ids, supervised = of(desk.prepare([{"question": "q", "answer": "a"}], tokenizer, name))
+    ids, supervised = of(tokenizing.prepare([{"question": "q", "answer": "a"}], tokenizer, name))
     assert ids[0] == tokenizer.bos_token_id
     assert learned(tokenizer, ids, supervised)[-1].endswith(STOPS.get(name, "<|eos|>"))
 
@@ -290,89 +300,108 @@ def test_where_one_token_is_bos_and_eos_both_are_there(desk, name):
         {"question": "a <|bos|>", "answer": "b"},
         {"question": "a", "answer": "<|bos|>b"},
         {"instruction": "a", "input": "b<|bos|>", "output": "c"},
-        {"messages": [{"role": "system", "content": "<|bos|>"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [
+            {"role": "system", "content": "<|bos|>"}, {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]},
     ],
 )  # fmt: skip
-def test_a_bos_written_in_a_row_is_refused(desk, row):
-    says = desk.refused([row], adds_bos(bytes_tokenizer()))
-    assert (
-        says
-        == "the text contains '<|bos|>', a BOS that the tokenizer adds itself; remove it from the row"
+def test_a_bos_written_in_a_row_is_refused(tokenizing, row):
+    says = tokenizing.refused([row], adds_bos(bytes_tokenizer()))
+    assert says == (
+        "the text contains '<|bos|>', a BOS that the tokenizer adds itself; remove it from the row"
     )
 
 
 @pytest.mark.parametrize("token", ["<|eos|>", "<|im_end|>", "<|im_start|>"])
 @pytest.mark.parametrize("column", ["question", "answer"])
-def test_a_control_token_written_in_a_row_is_refused(desk, token, column):
+def test_a_control_token_written_in_a_row_is_refused(tokenizing, token, column):
     row = {"question": "q", "answer": "a"} | {column: f"some{token}thing"}
-    says = desk.refused([{"question": "q", "answer": "a"}, row], bytes_tokenizer(), "chatml")
+    says = tokenizing.refused([{"question": "q", "answer": "a"}, row], bytes_tokenizer(), "chatml")
     assert (
         says
         == f"the text contains {token!r}, a control token of the tokenizer; remove it from the row"
     )
 
 
-def test_an_eos_written_in_plain_text_is_refused(desk):
-    assert "'<|eos|>'" in desk.refused([{"text": "a<|eos|>b"}], bytes_tokenizer(), loss_on="all")
+def test_an_eos_written_in_plain_text_is_refused(tokenizing):
+    assert "'<|eos|>'" in tokenizing.refused(
+        [{"text": "a<|eos|>b"}], bytes_tokenizer(), loss_on="all"
+    )
 
 
 # What is learned
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_exactly_the_answer_and_the_token_that_stops_are_learned(desk, each_tokenizer, name):
+def test_exactly_the_answer_and_its_stop_token_are_supervised(tokenizing, each_tokenizer, name):
     row = {"question": "Whatever é🙂 is it?", "answer": "é🙂 so\n\nwhatever ünd 漢字!"}
-    ids, supervised = of(desk.prepare([row], each_tokenizer, name))
+    ids, supervised = of(tokenizing.prepare([row], each_tokenizer, name))
     stop = STOPS.get(name, each_tokenizer.eos_token)
     (text,) = learned(each_tokenizer, ids, supervised)
     assert text == (f" {row['answer']} {stop}" if name == "llama2" else row["answer"] + stop)
     assert ids[np.flatnonzero(supervised)[-1]] == each_tokenizer.convert_tokens_to_ids(stop)
 
 
-def test_stopping_is_learned_where_padding_is_the_eos(desk):
+def test_the_eos_is_supervised_where_it_also_pads(tokenizing):
     tokenizer = byte_pairs()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     for values, changes in (
         ([{"question": "q", "answer": "a"}], {}),
         ([{"text": "a"}], {"loss_on": "all"}),
     ):
-        ids, supervised = of(desk.prepare(values, tokenizer, **changes))
+        ids, supervised = of(tokenizing.prepare(values, tokenizer, **changes))
         assert (ids[-1], supervised[-1]) == (tokenizer.eos_token_id, True)
 
 
 @pytest.mark.parametrize(
     ("loss_on", "expected"),
-    [("completion", ["Hello<|eos|>", "Fine<|eos|>"]), ("last_turn", ["Fine<|eos|>"]), ("all", ["HiHello<|eos|>And?Fine<|eos|>"])],
+    [
+        ("completion", ["Hello<|eos|>", "Fine<|eos|>"]), ("last_turn", ["Fine<|eos|>"]),
+        ("all", ["HiHello<|eos|>And?Fine<|eos|>"]),
+    ],
 )  # fmt: skip
-def test_of_several_turns_those_that_are_asked_for_are_learned(desk, loss_on, expected):
-    said = ["Hi", "Hello", "And?", "Fine"]
-    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+def test_the_requested_turns_are_supervised(tokenizing, loss_on, expected):
+    printed = ["Hi", "Hello", "And?", "Fine"]
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(printed)
+    ]
     tokenizer = bytes_tokenizer()
     assert (
-        learned(tokenizer, *of(desk.prepare([{"messages": turns}], tokenizer, loss_on=loss_on)))
+        learned(
+            tokenizer, *of(tokenizing.prepare([{"messages": turns}], tokenizer, loss_on=loss_on))
+        )
         == expected
     )
 
 
-def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(desk):
+def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(tokenizing):
     tokenizer = bytes_tokenizer()
-    source = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    source = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n"
+        "' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     ids, supervised = of(
-        desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source))
+        tokenizing.prepare(
+            [{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)
+        )
     )
     assert tokenizer.decode(ids) == "user: q\nassistant: a<|eos|>"
     assert learned(tokenizer, ids, supervised) == ["a<|eos|>"]
 
 
-def test_whether_an_eos_is_missing_is_seen_row_by_row(desk):
+def test_a_missing_eos_is_detected_row_by_row(tokenizing):
     tokenizer = bytes_tokenizer()
-    source = "{% for m in messages %}{{ m.content }}{% if m.content != 'a' %}<|im_end|>{% else %}!{% endif %}{% endfor %}"
+    source = (
+        "{% for m in messages %}{{ m.content }}{% if m.content != 'a' %}<|im_end|>{% else %}!"
+        "{% endif %}{% endfor %}"
+    )
     rows = [{"question": "q", "answer": answer} for answer in ("b", "a")]
-    examples = desk.prepare(rows, tokenizer, chat_for(tokenizer, source))
+    examples = tokenizing.prepare(rows, tokenizer, chat_for(tokenizer, source))
     assert [learned(tokenizer, *of(examples, n)) for n in (0, 1)] == [["b<|im_end|>"], ["a<|eos|>"]]
 
 
-def test_a_turn_that_its_marks_end_gets_no_second_end(desk):
+def test_a_turn_ended_by_its_marks_gets_no_second_eos(tokenizing):
     """SmolLM3 marks an answer together with the end of its turn and the line after it."""
     tokenizer = bytes_tokenizer()
     source = (
@@ -381,29 +410,38 @@ def test_a_turn_that_its_marks_end_gets_no_second_end(desk):
         "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     )
     ids, _ = of(
-        desk.prepare([{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source))
+        tokenizing.prepare(
+            [{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)
+        )
     )
     assert tokenizer.decode(ids) == "q<|im_end|>\na<|im_end|>\n"
 
 
-def test_a_tokenizer_that_cannot_stop_is_refused(desk):
+def test_a_tokenizer_that_cannot_stop_is_refused(tokenizing):
     tokenizer = bytes_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match=r"no EOS token .*; set eos_token"):
-        desk.prepare([{"text": "a"}], tokenizer, loss_on="all")
+        tokenizing.prepare([{"text": "a"}], tokenizer, loss_on="all")
 
 
 # Where prompt and answer meet
 
 
-MEETINGS = [("What", "ever"), ("What: ", "ever"), ("What:\n\n", "ever"), ("What\n", "\never"), ("Wh\u00e9", "\u00e9t"), ("What?", " ever")]  # fmt: skip
+MEETINGS = [
+    ("What", "ever"),
+    ("What: ", "ever"),
+    ("What:\n\n", "ever"),
+    ("What\n", "\never"),
+    ("Wh\u00e9", "\u00e9t"),
+    ("What?", " ever"),
+]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(desk, each_tokenizer, name):
+def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(tokenizing, each_tokenizer, name):
     for prompt, answer in MEETINGS:
         ids, supervised = of(
-            desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name)
+            tokenizing.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name)
         )
         text = template_for(each_tokenizer, name).prompt([Message("user", prompt)])
         asked = tokens.encode_prompt(text, each_tokenizer)
@@ -415,10 +453,10 @@ def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(desk, each_toke
 SAID = ["Hi", "Hello there", "And?", "Fine", "Bye", "Bye"]
 
 
-def check_every_prompt(desk: Desk, tokenizer: Any, template: templates.Template) -> None:
-    """Every turn of a conversation is asked at inference with the tokens that stand before its
-    answer in training.
-    """
+def check_every_prompt(
+    tokenizing: Tokenizing, tokenizer: Any, template: templates.Template
+) -> None:
+    """Check that every turn is asked with the tokens that precede its answer in training."""
     messages = [
         Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1)
         for i, text in enumerate(SAID)
@@ -426,7 +464,7 @@ def check_every_prompt(desk: Desk, tokenizer: Any, template: templates.Template)
     values = [
         {"messages": [{"role": message.role, "content": message.content} for message in messages]}
     ]
-    ids, supervised = of(desk.prepare(values, tokenizer, template))
+    ids, supervised = of(tokenizing.prepare(values, tokenizer, template))
     for turn in (1, 3, 5):
         asked = tokens.encode_prompt(template.prompt(messages[:turn]), tokenizer)
         assert tokenizer.convert_ids_to_tokens(
@@ -436,20 +474,22 @@ def check_every_prompt(desk: Desk, tokenizer: Any, template: templates.Template)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_turn_is_asked_with_the_tokens_of_training(desk, each_tokenizer, name):
-    check_every_prompt(desk, each_tokenizer, template_for(each_tokenizer, name))
+def test_every_turn_is_asked_with_the_tokens_of_training(tokenizing, each_tokenizer, name):
+    check_every_prompt(tokenizing, each_tokenizer, template_for(each_tokenizer, name))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_control_tokens_that_swallow_a_line_end_swallow_it_in_training_too(desk, name):
+def test_control_tokens_that_swallow_a_line_end_swallow_it_in_training_too(tokenizing, name):
     tokenizer = like_llama(swallows_lines=True)
-    check_every_prompt(desk, tokenizer, template_for(tokenizer, name))
+    check_every_prompt(tokenizing, tokenizer, template_for(tokenizer, name))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_tokens_of_an_example_are_its_text(desk, each_tokenizer, name):
+def test_the_tokens_of_an_example_are_its_text(tokenizing, each_tokenizer, name):
     for prompt, answer in MEETINGS:
-        ids, _ = of(desk.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name))
+        ids, _ = of(
+            tokenizing.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name)
+        )
         messages = (Message("user", prompt), Message("assistant", answer, supervised=True))
         segments = template_for(each_tokenizer, name).segments(
             rows.Conversation(messages, rows.Place("r", 1))
@@ -469,14 +509,14 @@ def test_the_tokens_of_an_example_are_its_text(desk, each_tokenizer, name):
         (("©", "Ã"), "é", "éy"),  # the last byte of one character and the first of the next
     ],
 )
-def test_no_token_reaches_from_a_prompt_into_its_answer(desk, merge, prompt, answer):
+def test_no_token_reaches_from_a_prompt_into_its_answer(tokenizing, merge, prompt, answer):
     tokenizer = byte_pairs(merge)
     whole = tokenizer(prompt + answer)["input_ids"]
     apart = tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"]
     assert len(whole) < len(apart), (
         "the merge must reach over the boundary, or this test shows nothing"
     )
-    ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], tokenizer))
+    ids, supervised = of(tokenizing.prepare([{"prompt": prompt, "completion": answer}], tokenizer))
     assert ids == [*apart, tokenizer.eos_token_id]
     assert learned(tokenizer, ids, supervised) == [f"{answer}<|eos|>"]
 
@@ -531,10 +571,8 @@ def test_a_long_text_has_the_same_tokens_in_windows(each_tokenizer, monkeypatch,
     assert recorder.most <= 8_000  # spaces without end agree nowhere, and are taken together
 
 
-def test_windows_that_do_not_agree_are_made_longer(monkeypatch):
-    """Pairs of line ends: which two are a token is decided where the run begins, far before the
-    window.
-    """
+def test_disagreeing_windows_are_lengthened(monkeypatch):
+    """How line ends pair into tokens depends on the start of their run, far before the window."""
     tokenizer = byte_pairs(
         ("\u010a", "\u010a"), ("a", "b")
     )  # how GPT-2 writes the byte of a line end
@@ -548,10 +586,10 @@ def test_windows_that_do_not_agree_are_made_longer(monkeypatch):
     assert 2_000 < recorder.most < len(text) - 3_000
 
 
-def test_no_more_characters_are_tokenised_at_once_than_memory_holds(desk, monkeypatch):
+def test_no_more_characters_are_tokenised_at_once_than_memory_holds(tokenizing, monkeypatch):
     monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 100)
     recorder = Recorder(bytes_tokenizer())
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         [{"question": "q" * 30, "answer": "a"}] * 50, recorder, template="question_answer"
     )
     assert len(examples) == 50
@@ -567,11 +605,13 @@ from finetune.errors import DataError
 from finetune.models.load import bytes_tokenizer
 folder, before = Path(sys.argv[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tokenizer = bytes_tokenizer()
-template = templates.load("plain", "question_answer", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+special, added = tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+template = templates.load("plain", "question_answer", None, special, added)
 options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
 for name in sys.argv[2:]:
     try:
-        stored.prepare(readers.sources(str(folder / name), None)[0], template, tokenizer, options, str(folder / "cache"))
+        sources = readers.sources(str(folder / name), None)[0]
+        stored.prepare(sources, template, tokenizer, options, str(folder / "cache"))
     except DataError as exc:
         print(str(exc)[:400])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -579,7 +619,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 @pytest.mark.slow
-def test_a_row_of_50_megabytes_is_named_and_costs_little_memory(tmp_path):
+def test_a_row_of_50_megabytes_is_refused_with_little_memory(tmp_path):
     book = "A word. " * 6_250_000
     write_jsonl(
         tmp_path / "long.jsonl",
@@ -589,24 +629,28 @@ def test_a_row_of_50_megabytes_is_named_and_costs_little_memory(tmp_path):
     (tmp_path / "cell.csv").write_text(f"question,answer\n{book},a,b\n")
     (tmp_path / "header.csv").write_text(book)
     names = ["long.jsonl", "broken.jsonl", "cell.csv", "header.csv"]
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path), *names],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert said[0].startswith(
+    assert printed[0].startswith(
         f"{tmp_path}/long.jsonl:2: 50,000,001 characters, over data.max_length 1000; "
     )
-    assert said[1].startswith(f"{tmp_path}/broken.jsonl:1: broken JSON: Unterminated string")
-    assert said[2].startswith(f"{tmp_path}/cell.csv:2: 3 cells, but the header names 2 columns")
-    assert said[3].startswith(f"{tmp_path}/header.csv: holds no rows")
-    assert int(said[4]) < 1_500
+    assert printed[1].startswith(f"{tmp_path}/broken.jsonl:1: broken JSON: Unterminated string")
+    assert printed[2].startswith(f"{tmp_path}/cell.csv:2: 3 cells, but the header names 2 columns")
+    assert printed[3].startswith(f"{tmp_path}/header.csv: holds no rows")
+    assert int(printed[4]) < 1_500
 
 
-def test_a_row_over_max_length_is_refused_by_default(desk):
-    says = desk.refused([{"question": "q", "answer": "a"}, {"question": "q", "answer": "a" * 30}], bytes_tokenizer(), max_length=20)  # fmt: skip
+def test_a_row_over_max_length_is_refused_by_default(tokenizing):
+    says = tokenizing.refused(
+        [{"question": "q", "answer": "a"}, {"question": "q", "answer": "a" * 30}],
+        bytes_tokenizer(),
+        max_length=20,
+    )
     assert says.startswith(
         "32 tokens, over data.max_length 20; set data.max_length: 64, or data.truncation to "
     )
@@ -616,24 +660,40 @@ def test_a_row_over_max_length_is_refused_by_default(desk):
     ("limit", "positions", "advice"),
     [
         (20, 32, "set data.max_length: 32, or data.truncation to right"),
-        (20, 20, "data.max_length can be at most 20, as the model has no more positions: set data.truncation to right"),
-        (20, 24, "data.max_length can be at most 24, as the model has no more positions: set data.max_length: 24 and data.truncation to"),
-        (28, 24, "data.max_length can be at most 24, as the model has no more positions: set data.max_length: 24 and data.truncation to"),
+        (
+            20, 20,
+            "data.max_length can be at most 20, as the model has no more positions: "
+            "set data.truncation to right",
+        ),
+        (
+            20, 24,
+            "data.max_length can be at most 24, as the model has no more positions: "
+            "set data.max_length: 24 and data.truncation to",
+        ),
+        (
+            28, 24,
+            "data.max_length can be at most 24, as the model has no more positions: "
+            "set data.max_length: 24 and data.truncation to",
+        ),
     ],
 )  # fmt: skip
-def test_no_length_is_advised_that_the_model_cannot_have(desk, limit, positions, advice):
+def test_no_length_beyond_the_models_positions_is_advised(tokenizing, limit, positions, advice):
     values = [{"question": "q", "answer": "a" * 30}]
-    assert desk.refused(values, bytes_tokenizer(), max_length=limit, positions=positions).partition("; ")[2].startswith(advice)  # fmt: skip
-    says = desk.refused_all(values * 20, bytes_tokenizer(), max_length=limit, positions=positions)[
-        1
-    ]
+    assert (
+        tokenizing.refused(values, bytes_tokenizer(), max_length=limit, positions=positions)
+        .partition("; ")[2]
+        .startswith(advice)
+    )
+    says = tokenizing.refused_all(
+        values * 20, bytes_tokenizer(), max_length=limit, positions=positions
+    )[1]
     assert "the longest has 32 tokens" in says
     assert advice in says
     [most] = set(re.findall(r"data.max_length: (\d+)", says)) or {limit}
     cut = "right" if int(most) < 32 else "error"
     assert (
         len(
-            desk.prepare(
+            tokenizing.prepare(
                 values, bytes_tokenizer(), max_length=int(most), truncation=cut, positions=positions
             )
         )
@@ -641,17 +701,19 @@ def test_no_length_is_advised_that_the_model_cannot_have(desk, limit, positions,
     )
 
 
-def test_a_row_that_a_cut_leaves_nothing_to_learn_of_is_not_to_be_given_positions_that_the_model_lacks(
-    desk,
-):
+def test_no_length_beyond_the_models_positions_is_advised_for_a_cut_row(tokenizing):
     values = [{"question": "q" * 40, "answer": "a"}]
-    assert "; set data.truncation to drop" in desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right", positions=20)  # fmt: skip
-    assert "; raise data.max_length, or set" in desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right", positions=30)  # fmt: skip
+    assert "; set data.truncation to drop" in tokenizing.refused(
+        values, bytes_tokenizer(), max_length=20, truncation="right", positions=20
+    )
+    assert "; raise data.max_length, or set" in tokenizing.refused(
+        values, bytes_tokenizer(), max_length=20, truncation="right", positions=30
+    )
 
 
-def test_a_row_of_exactly_max_length_is_kept_whole(desk):
+def test_a_row_of_exactly_max_length_is_kept_whole(tokenizing):
     for truncation in ("error", "right", "left", "drop", "split"):
-        examples = desk.prepare(
+        examples = tokenizing.prepare(
             [{"text": "a" * 9}],
             bytes_tokenizer(),
             loss_on="all",
@@ -673,9 +735,9 @@ def test_a_row_of_exactly_max_length_is_kept_whole(desk):
         ("split", ["<|bos|>abcd", "<|bos|>efgh", "<|bos|><|eos|>"]),
     ],
 )
-def test_a_row_over_max_length_is_cut_and_keeps_its_bos(desk, truncation, expected):
+def test_a_row_over_max_length_is_cut_and_keeps_its_bos(tokenizing, truncation, expected):
     tokenizer = adds_bos(bytes_tokenizer())
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         [{"text": "abcdefgh"}], tokenizer, loss_on="all", max_length=5, truncation=truncation
     )
     assert [
@@ -688,9 +750,9 @@ def test_a_row_over_max_length_is_cut_and_keeps_its_bos(desk, truncation, expect
     assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (1, 1, 0)
 
 
-def test_what_is_cut_from_the_left_of_a_row_is_not_its_answer(desk):
+def test_cutting_from_the_left_keeps_the_answer(tokenizing):
     tokenizer = bytes_tokenizer()
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         [{"question": "q" * 50, "answer": "abc"}], tokenizer, max_length=10, truncation="left"
     )
     assert tokenizer.decode(of(examples)[0]) == "qqqqqqabc<|eos|>"
@@ -699,9 +761,9 @@ def test_what_is_cut_from_the_left_of_a_row_is_not_its_answer(desk):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
 @pytest.mark.parametrize("max_length", [2, 3, 4, 5, 6, 7, 8])
-def test_splitting_loses_no_token_not_even_the_last(desk, tokenizer, max_length):
+def test_splitting_loses_no_token_not_even_the_last(tokenizing, tokenizer, max_length):
     tokenizer = TOKENIZERS[tokenizer]()
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         [{"text": "abcdefghijkl"}],
         tokenizer,
         loss_on="all",
@@ -714,9 +776,9 @@ def test_splitting_loses_no_token_not_even_the_last(desk, tokenizer, max_length)
     assert tokenizer.decode(list(dict.fromkeys(without_bos))) == "abcdefghijkl<|eos|>"
 
 
-def test_rows_over_max_length_are_dropped_and_counted(desk):
+def test_rows_over_max_length_are_dropped_and_counted(tokenizing):
     values = [{"text": "a" * n} for n in (3, 50, 4, 60, 70)]
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         values, bytes_tokenizer(), loss_on="all", max_length=10, truncation="drop"
     )
     assert examples.lengths.tolist() == [4, 5]
@@ -724,11 +786,11 @@ def test_rows_over_max_length_are_dropped_and_counted(desk):
     assert examples.receipt()["dropped"] == 3
 
 
-def test_where_every_row_is_dropped_it_is_said(desk):
+def test_dropping_every_row_is_reported(tokenizing):
     with pytest.raises(
         DataError, match=r"rows\.jsonl: all 2 rows are over data\.max_length 10 and dropped"
     ):
-        desk.prepare(
+        tokenizing.prepare(
             [{"text": "a" * 50}] * 2,
             bytes_tokenizer(),
             loss_on="all",
@@ -737,18 +799,16 @@ def test_where_every_row_is_dropped_it_is_said(desk):
         )
 
 
-def test_a_cut_that_leaves_nothing_to_learn_is_refused(desk):
+def test_a_cut_that_leaves_no_label_is_refused(tokenizing):
     values = [{"question": "q", "answer": "a"}, {"question": "q" * 50, "answer": "a"}]
-    says = desk.refused(values, bytes_tokenizer(), max_length=20, truncation="right")
+    says = tokenizing.refused(values, bytes_tokenizer(), max_length=20, truncation="right")
     assert says.startswith("no supervised token is left in 52 tokens cut to 20; ")
     assert "raise data.max_length, or set data.truncation to drop" in says
 
 
-def test_the_only_learned_token_may_not_be_the_first(desk):
-    """The first token of a sequence is predicted by none, so labels on it alone would train
-    nothing.
-    """
-    says = desk.refused(
+def test_the_only_supervised_token_may_not_be_the_first(tokenizing):
+    """Nothing predicts the first token, so a label on it alone would train nothing."""
+    says = tokenizing.refused(
         [{"text": "ab"}], bytes_tokenizer(), loss_on="all", max_length=1, truncation="right"
     )
     assert says.startswith("no supervised token is left")
@@ -786,29 +846,32 @@ def test_an_example_knows_file_and_line_after_drops_splits_and_blank_lines(tmp_p
     ]
 
 
-def test_rows_stay_in_order_however_many_are_tokenised_at_once(desk):
+def test_rows_keep_their_order_at_any_batch_size(tokenizing):
     count = 2 * tokens.ROWS_AT_ONCE + 7
     tokenizer = bytes_tokenizer()
-    examples = desk.prepare([{"text": str(n)} for n in range(count)], tokenizer, loss_on="all")
+    examples = tokenizing.prepare(
+        [{"text": str(n)} for n in range(count)], tokenizer, loss_on="all"
+    )
     assert len(examples) == count
     for number in (0, tokens.ROWS_AT_ONCE - 1, tokens.ROWS_AT_ONCE, count - 1):
         assert tokenizer.decode(of(examples, number)[0]) == f"{number}<|eos|>"
         assert examples.place(number).endswith(f":{number + 1}")
 
 
-def test_the_counts_are_those_of_the_tokens(desk):
-    examples = desk.prepare(
+def test_counts_match_the_tokens(tokenizing):
+    examples = tokenizing.prepare(
         [{"question": "ab", "answer": "cd"}, {"question": "e", "answer": "f"}], bytes_tokenizer()
     )
     assert examples.receipt() | {"sources": 0, "fingerprint": 0} == {
-        "sources": 0, "fingerprint": 0, "rows": 2, "examples": 2, "truncated": 0, "dropped": 0, "tokens": 8,
+        "sources": 0, "fingerprint": 0, "rows": 2, "examples": 2, "truncated": 0, "dropped": 0,
+        "tokens": 8,
     }  # fmt: skip
     assert examples.num_supervised_tokens == 5
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
-def test_a_token_that_none_predicts_is_not_counted_as_learned(desk, tokenizer):
-    examples = desk.prepare(
+def test_the_first_token_is_not_counted_as_supervised(tokenizing, tokenizer):
+    examples = tokenizing.prepare(
         [{"text": "abc"}, {"text": "de"}], TOKENIZERS[tokenizer](), loss_on="all"
     )
     assert examples.num_supervised_tokens == (7 if tokenizer == "bytes and BOS" else 5)
@@ -818,8 +881,10 @@ def test_a_token_that_none_predicts_is_not_counted_as_learned(desk, tokenizer):
 
 
 @pytest.fixture
-def forty(desk):
-    return desk.prepare([{"text": f"row {n}"} for n in range(40)], bytes_tokenizer(), loss_on="all")
+def forty(tokenizing):
+    return tokenizing.prepare(
+        [{"text": f"row {n}"} for n in range(40)], bytes_tokenizer(), loss_on="all"
+    )
 
 
 def lines(examples: Examples) -> list[int]:
@@ -827,7 +892,7 @@ def lines(examples: Examples) -> list[int]:
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.1, 4), (0.5, 20), (0.001, 1), (0.97, 39)])
-def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(forty, fraction, count):
+def test_held_out_rows_are_not_trained_on_and_none_is_lost(forty, fraction, count):
     rest, part = stored.hold_out(forty, fraction, seed=3)
     assert len(part) == count
     assert sorted(lines(rest) + lines(part)) == list(range(1, 41))
@@ -835,7 +900,7 @@ def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(forty, fraction,
         assert of(part, number) == of(forty, line - 1)
 
 
-def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(desk, tmp_path):
+def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(tokenizing, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"text": f"row {n}"} for n in range(40)]))
     options = tokens.Options("auto", {}, "line", None, "all", 100, "error")
@@ -852,14 +917,17 @@ def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(desk, tmp_path)
     assert examples.place(7) == f"{path} row 8"
 
 
-def test_a_text_may_hold_what_some_vocabularies_call_special(desk):
+def test_a_text_may_hold_what_some_vocabularies_call_special(tokenizing):
     tokenizer = bytes_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
-    assert len(desk.prepare([{"text": "usage: cp <filename> dst"}], tokenizer, loss_on="all")) == 1
+    assert (
+        len(tokenizing.prepare([{"text": "usage: cp <filename> dst"}], tokenizer, loss_on="all"))
+        == 1
+    )
 
 
-def test_equal_rows_are_never_on_both_sides(desk):
-    examples = desk.prepare(
+def test_equal_rows_are_never_on_both_sides(tokenizing):
+    examples = tokenizing.prepare(
         [{"text": f"row {n % 10}"} for n in range(40)], bytes_tokenizer(), loss_on="all"
     )
     rest, part = stored.hold_out(examples, 0.3, seed=0)
@@ -867,7 +935,7 @@ def test_equal_rows_are_never_on_both_sides(desk):
     assert stored.num_trained_on(part, rest) == 0
 
 
-def test_every_bad_row_is_told_at_once(desk):
+def test_every_bad_row_is_reported_at_once(tokenizing):
     good = {"question": "q", "answer": "a"}
     values = [
         good,
@@ -877,29 +945,30 @@ def test_every_bad_row_is_told_at_once(desk):
         {"question": "<|eos|>", "answer": "a"},
     ]
     with pytest.raises(DataError) as caught:
-        desk.prepare(values, bytes_tokenizer())
+        tokenizing.prepare(values, bytes_tokenizer())
     says = str(caught.value).splitlines()
     assert says[0] == "3 of 5 rows are wrong:"
     assert [line.split(": ")[0].rpartition(":")[2] for line in says[1:]] == ["2", "4", "5"]
 
 
-def test_many_bad_rows_are_counted_by_kind(desk):
-    """Whatever is found first: empty answers while rows are read, control tokens while they are
-    tokenised.
-    """
+def test_many_bad_rows_are_counted_by_kind(tokenizing):
+    """Reading finds empty answers, and tokenising control tokens."""
     empty, control = {"question": "q", "answer": ""}, {"question": "q", "answer": "<|eos|>"}
-    says = desk.refused_all(
+    says = tokenizing.refused_all(
         [empty, control, BASE[0]] * 20, bytes_tokenizer(), format="question_answer"
     )
     assert says[0] == "40 of 60 rows are wrong:"
     assert len(says) == 3
-    assert "rows.jsonl:1: column 'answer' is empty; fill it or remove the row (19 more like it: 4, 7, 10, 13, 16, 19, 22, 25, 28, ...)" in says[1]  # fmt: skip
+    assert (
+        "rows.jsonl:1: column 'answer' is empty; fill it or remove the row (19 more like it: 4, 7, "
+        "10, 13, 16, 19, 22, 25, 28, ...)" in says[1]
+    )
     assert "rows.jsonl:2: the text contains '<|eos|>'" in says[2]
 
 
-def test_lengths_of_rows_that_are_too_long_are_summed_up(desk):
+def test_lengths_of_rows_that_are_too_long_are_summed_up(tokenizing):
     values = [{"question": "q", "answer": "a" * n} for n in range(1, 101)]
-    says = desk.refused_all(values, bytes_tokenizer(), max_length=50)
+    says = tokenizing.refused_all(values, bytes_tokenizer(), max_length=50)
     assert says[0] == "52 of 100 rows are wrong:"  # q, the answer, EOS
     assert says[1:] == [
         "  52 rows are longer than data.max_length 50; of all 100 the longest has 102 tokens and "
@@ -908,17 +977,17 @@ def test_lengths_of_rows_that_are_too_long_are_summed_up(desk):
     ]
 
 
-def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(desk, monkeypatch):
+def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(tokenizing, monkeypatch):
     monkeypatch.setattr(tokens, "WINDOW", 1_000)
     values = [{"question": "q", "answer": "a" * n} for n in (10, *[60] * 12, 100_000)]
-    says = desk.refused_all(values, bytes_tokenizer(), max_length=50)
+    says = tokenizing.refused_all(values, bytes_tokenizer(), max_length=50)
     assert says[1:] == [
         "  13 rows are longer than data.max_length 50, some by far: remove them, or set "
         "data.truncation to right, left, drop or (clm) split"
     ]
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(desk, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_refused(tokenizing, tmp_path, monkeypatch):
     """Its rows would be kept under the hash of other rows, for every run to come."""
     whole = stored._build
 
@@ -929,30 +998,32 @@ def test_a_file_that_changes_while_it_is_read_is_refused(desk, tmp_path, monkeyp
 
     monkeypatch.setattr(stored, "_build", build)
     with pytest.raises(DataError, match="changed while being read"):
-        desk.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE, bytes_tokenizer())
     monkeypatch.undo()
-    assert len(desk.prepare(BASE, bytes_tokenizer())) == len(BASE)
+    assert len(tokenizing.prepare(BASE, bytes_tokenizer())) == len(BASE)
 
 
-def test_the_rest_of_an_answer_whose_prompt_was_cut_off_is_not_learned(desk):
-    says = desk.refused(
+def test_the_rest_of_an_answer_without_its_prompt_is_not_supervised(tokenizing):
+    says = tokenizing.refused(
         [{"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=20, truncation="left"
     )
     assert says.startswith("no supervised token is left")
 
 
 @pytest.mark.parametrize("token", ["[INST]", "<tool_call>", "<|pad|>"])
-def test_a_special_token_in_a_row_is_refused(desk, token):
+def test_a_special_token_in_a_row_is_refused(tokenizing, token):
     tokenizer = bytes_tokenizer()
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [token]}
     ) if token != "<|pad|>" else None
-    assert "a control token" in desk.refused([{"question": f"q {token}", "answer": "a"}], tokenizer)
+    assert "a control token" in tokenizing.refused(
+        [{"question": f"q {token}", "answer": "a"}], tokenizer
+    )
 
 
-def test_the_pieces_of_a_row_are_held_out_together(desk):
+def test_the_pieces_of_a_row_are_held_out_together(tokenizing):
     """A row is evaluated on or trained on, never both, also where it was split."""
-    examples = desk.prepare(
+    examples = tokenizing.prepare(
         [{"text": f"row {n} " * 5} for n in range(20)],
         bytes_tokenizer(),
         loss_on="all",
@@ -975,7 +1046,9 @@ def test_what_is_held_out_follows_from_the_seed(forty):
 def test_holding_out_everything_is_refused(forty):
     with pytest.raises(
         DataError,
-        match=r"data\.eval_fraction: 0\.99 of 40 different rows leaves no rows to train on; lower it",
+        match=(
+            r"data\.eval_fraction: 0\.99 of 40 different rows leaves no rows to train on; lower it"
+        ),
     ):
         stored.hold_out(forty, 0.99, 0)
 
@@ -983,21 +1056,22 @@ def test_holding_out_everything_is_refused(forty):
 # The cache
 
 
-def entries(desk: Desk) -> dict[str, int]:
+def entries(tokenizing: Tokenizing) -> dict[str, int]:
     """Folder of the cache -> identity of its tokens on disk, which a rebuild would change."""
     return {
-        path.parent.name: path.stat().st_ino for path in desk.cache.glob("tokens/*/input_ids.npy")
+        path.parent.name: path.stat().st_ino
+        for path in tokenizing.cache.glob("tokens/*/input_ids.npy")
     }
 
 
 BASE = [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}]
 
 
-def test_tokens_are_made_once(desk):
-    first = desk.prepare(BASE, bytes_tokenizer())
-    before = entries(desk)
-    second = desk.prepare(BASE, bytes_tokenizer())
-    assert entries(desk) == before
+def test_tokens_are_cached(tokenizing):
+    first = tokenizing.prepare(BASE, bytes_tokenizer())
+    before = entries(tokenizing)
+    second = tokenizing.prepare(BASE, bytes_tokenizer())
+    assert entries(tokenizing) == before
     assert list(before) == [first.fingerprint] == [second.fingerprint]
     assert [of(first, n) for n in range(2)] == [of(second, n) for n in range(2)]
 
@@ -1028,15 +1102,17 @@ def with_another_token() -> Any:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_tokens_are_made_anew_where_anything_that_decides_them_changes(desk, change):
-    before = desk.prepare(BASE, bytes_tokenizer())
+def test_any_change_of_inputs_invalidates_the_cache(tokenizing, change):
+    before = tokenizing.prepare(BASE, bytes_tokenizer())
     own = {"values": BASE, "tokenizer": bytes_tokenizer, "template": "plain"} | change
-    after = desk.prepare(own.pop("values"), own.pop("tokenizer")(), own.pop("template"), **own)
+    after = tokenizing.prepare(
+        own.pop("values"), own.pop("tokenizer")(), own.pop("template"), **own
+    )
     assert after.fingerprint != before.fingerprint
-    assert sorted(entries(desk)) == sorted([before.fingerprint, after.fingerprint])
+    assert sorted(entries(tokenizing)) == sorted([before.fingerprint, after.fingerprint])
 
 
-def test_a_changed_template_file_is_not_served_from_the_cache(desk, tmp_path):
+def test_a_changed_template_file_is_not_served_from_the_cache(tokenizing, tmp_path):
     tokenizer, path = bytes_tokenizer(), tmp_path / "own.jinja"
     seen = []
     for word in ("Q", "R"):
@@ -1047,15 +1123,19 @@ def test_a_changed_template_file_is_not_served_from_the_cache(desk, tmp_path):
         own = templates.load(
             str(path), "messages", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
         )
-        seen.append(tokenizer.decode(of(desk.prepare(BASE, tokenizer, own))[0]))
+        seen.append(tokenizer.decode(of(tokenizing.prepare(BASE, tokenizer, own))[0]))
     assert seen == ["Qq<|eos|>Qa<|eos|>", "Rq<|eos|>Ra<|eos|>"]
 
 
-def test_a_failure_leaves_nothing_in_the_cache(desk):
-    desk.refused([*BASE, {"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=10)
-    assert entries(desk) == {}
+def test_a_failure_leaves_nothing_in_the_cache(tokenizing):
+    tokenizing.refused(
+        [*BASE, {"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=10
+    )
+    assert entries(tokenizing) == {}
     assert [
-        path.name for path in (desk.cache / "tokens").iterdir() if not path.name.endswith(".lock")
+        path.name
+        for path in (tokenizing.cache / "tokens").iterdir()
+        if not path.name.endswith(".lock")
     ] == []
 
 
@@ -1110,19 +1190,19 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_tokens_are_made_anew_with_a_note(desk, capsys, damage):
-    first = desk.prepare(BASE, bytes_tokenizer())
-    folder = desk.cache / "tokens" / first.fingerprint
+def test_damaged_cached_tokens_are_rebuilt_with_a_note(tokenizing, capsys, damage):
+    first = tokenizing.prepare(BASE, bytes_tokenizer())
+    folder = tokenizing.cache / "tokens" / first.fingerprint
     right = [(of(first, n), first.place(n)) for n in range(2)]
     DAMAGES[damage](folder)
-    again = desk.prepare(BASE, bytes_tokenizer())
+    again = tokenizing.prepare(BASE, bytes_tokenizer())
     assert [(of(again, n), again.place(n)) for n in range(2)] == right
     assert (again.num_rows, len(again)) == (2, 2)
     assert (
         f"note: the token cache {folder} is damaged and will be built again: "
         in capsys.readouterr().err
     )
-    desk.prepare(BASE, bytes_tokenizer())
+    tokenizing.prepare(BASE, bytes_tokenizer())
     assert capsys.readouterr().err == ""
     assert sorted(path.name for path in folder.parent.iterdir()) == [
         folder.name,
@@ -1130,26 +1210,26 @@ def test_damaged_tokens_are_made_anew_with_a_note(desk, capsys, damage):
     ]
 
 
-def test_tokens_of_other_rows_in_the_place_of_these_are_made_anew(desk):
-    mine = desk.prepare(BASE, bytes_tokenizer())
-    others = desk.prepare([{"question": "other", "answer": "row"}] * 2, bytes_tokenizer())
-    folder = desk.cache / "tokens"
+def test_cached_tokens_of_other_rows_are_rebuilt(tokenizing):
+    mine = tokenizing.prepare(BASE, bytes_tokenizer())
+    others = tokenizing.prepare([{"question": "other", "answer": "row"}] * 2, bytes_tokenizer())
+    folder = tokenizing.cache / "tokens"
     shutil.rmtree(folder / mine.fingerprint)
     shutil.copytree(folder / others.fingerprint, folder / mine.fingerprint)
-    assert of(desk.prepare(BASE, bytes_tokenizer())) == of(mine)
+    assert of(tokenizing.prepare(BASE, bytes_tokenizer())) == of(mine)
 
 
-def test_what_killed_runs_left_is_removed_and_what_live_ones_build_is_not(desk):
-    root = desk.cache / "tokens"
+def test_leftovers_of_killed_runs_are_removed_but_not_of_live_ones(tokenizing):
+    root = tokenizing.cache / "tokens"
     for name in ("dead", "alive"):
         (root / f".building-{name}-0123").mkdir(parents=True)
         (root / f"{name}.lock").touch()
     (root / ".removing-dead-0123").mkdir()
     with stored._locked(root / "alive.lock", "cache") as held:
         assert held
-        desk.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE, bytes_tokenizer())
         assert [path.name for path in root.glob(".*")] == [".building-alive-0123"]
-    desk.prepare(BASE, bytes_tokenizer())
+    tokenizing.prepare(BASE, bytes_tokenizer())
     assert list(root.glob(".*")) == []
 
 
@@ -1165,16 +1245,16 @@ def in_a_child(action: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_process_that_is_killed_while_it_builds_leaves_nothing_behind_for_long(desk):
+def test_a_killed_build_of_the_cache_is_cleaned_up(tokenizing):
 
     def be_killed() -> None:
         stored._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # in a child process
-        desk.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE, bytes_tokenizer())
 
     assert in_a_child(be_killed) == -signal.SIGKILL
-    root = desk.cache / "tokens"
+    root = tokenizing.cache / "tokens"
     assert len(list(root.glob(".building-*"))) == 1
-    desk.prepare(BASE, bytes_tokenizer())
+    tokenizing.prepare(BASE, bytes_tokenizer())
     assert list(root.glob(".*")) == []
 
 
@@ -1195,15 +1275,15 @@ def shared_desk():
     """In a folder that other users may enter, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
-        yield Desk(Path(name))
+        yield Tokenizing(Path(name))
 
 
-def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
-    desk, tokenizer = shared_desk, bytes_tokenizer()
-    desk.prepare(BASE, tokenizer)
-    sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
-    root = desk.cache / "tokens"
-    for path in (desk.cache, root):
+def test_a_read_only_cache_serves_its_entries(shared_desk):
+    tokenizing, tokenizer = shared_desk, bytes_tokenizer()
+    tokenizing.prepare(BASE, tokenizer)
+    sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
+    root = tokenizing.cache / "tokens"
+    for path in (tokenizing.cache, root):
         path.chmod(0o555)
 
     def prepare(**changes: Any) -> Examples:
@@ -1212,7 +1292,7 @@ def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
             template_for(tokenizer, "plain"),
             tokenizer,
             options(**changes),
-            str(desk.cache),
+            str(tokenizing.cache),
         )
 
     def is_refused() -> None:
@@ -1223,21 +1303,25 @@ def test_a_cache_that_may_only_be_read_serves_what_it_has(shared_desk):
 
     assert as_another_user(prepare) == 0
     assert as_another_user(is_refused) == 0
-    for path in (desk.cache, root):
+    for path in (tokenizing.cache, root):
         path.chmod(0o755)
 
 
-def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
-    desk, tokenizer = shared_desk, bytes_tokenizer()
-    examples = desk.prepare(BASE, tokenizer)
-    root = desk.cache / "tokens"
+def test_a_lock_of_another_user_is_respected(shared_desk):
+    tokenizing, tokenizer = shared_desk, bytes_tokenizer()
+    examples = tokenizing.prepare(BASE, tokenizer)
+    root = tokenizing.cache / "tokens"
     shutil.rmtree(root / examples.fingerprint)
     root.chmod(0o777)
-    sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
+    sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
     assert (
         as_another_user(
             lambda: stored.prepare(
-                sources, template_for(tokenizer, "plain"), tokenizer, options(), str(desk.cache)
+                sources,
+                template_for(tokenizer, "plain"),
+                tokenizer,
+                options(),
+                str(tokenizing.cache),
             )
         )
         == 0
@@ -1245,10 +1329,10 @@ def test_a_lock_of_another_user_is_respected_and_not_in_the_way(shared_desk):
     assert (root / examples.fingerprint / "meta.json").exists()
 
 
-def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(desk):
-    first = desk.prepare(BASE, bytes_tokenizer())
-    folder = desk.cache / "tokens" / first.fingerprint
-    sources = readers.sources(str(desk.folder / "rows.jsonl"), None).train
+def test_a_second_builder_without_locks_deletes_nothing(tokenizing):
+    first = tokenizing.prepare(BASE, bytes_tokenizer())
+    folder = tokenizing.cache / "tokens" / first.fingerprint
+    sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
     made = stored._make(
         folder,
         sources,
@@ -1260,7 +1344,7 @@ def test_a_second_builder_where_locks_do_not_reach_takes_nothing_away(desk):
     assert of(first) == of(made)
 
 
-def test_a_full_disk_is_called_full():
+def test_a_full_disk_is_reported():
     with (
         pytest.raises(Outage, match=r"data\.cache_dir: /cache: .*No space left"),
         stored._writable("/cache"),
@@ -1268,17 +1352,17 @@ def test_a_full_disk_is_called_full():
         stored._write(Path("/dev/full"), np.zeros(5000))
 
 
-def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
+def test_rows_with_thoughts_make_empty_thoughts_supervised(tokenizing):
     from test_templates import THINKS_LAST
 
     tokenizer = bytes_tokenizer()
     own = chat_for(tokenizer, THINKS_LAST)
     without = [{"question": "q", "answer": "a"}] * tokens.ROWS_AT_ONCE
-    examples = desk.prepare(without, tokenizer, own)
+    examples = tokenizing.prepare(without, tokenizer, own)
     assert not examples.learn_opening
     assert learned(tokenizer, *of(examples)) == ["a<|im_end|>"]
     for _ in range(2):  # the second time from the cache
-        examples = desk.prepare(
+        examples = tokenizing.prepare(
             [*without, {"question": "q", "answer": "<think>hm</think>a"}], tokenizer, own
         )
         assert examples.learn_opening
@@ -1286,24 +1370,27 @@ def test_rows_with_thoughts_make_the_template_s_empty_ones_learned(desk):
         assert learned(tokenizer, *of(examples, len(without))) == ["<think>hm</think>a<|im_end|>"]
 
 
-def test_a_template_that_cannot_be_parsed_is_told_once(desk):
+def test_a_template_syntax_error_is_reported_once(tokenizing):
     with pytest.raises(
         UserError,
         match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$",
     ):
-        desk.prepare(
+        tokenizing.prepare(
             BASE, bytes_tokenizer(), chat_for(bytes_tokenizer(), "{% for m in messages %}")
         )
 
 
-def test_a_cache_that_cannot_be_written_is_named(desk, tmp_path):
+def test_an_unwritable_cache_is_reported(tokenizing, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    desk.cache = tmp_path / "file" / "cache"
+    tokenizing.cache = tmp_path / "file" / "cache"
     with pytest.raises(
         DataError,
-        match=r"data\.cache_dir: .*file/cache: cannot be written: .*; choose another data\.cache_dir$",
+        match=(
+            r"data\.cache_dir: .*file/cache: cannot be written: .*; "
+            r"choose another data\.cache_dir$"
+        ),
     ):
-        desk.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE, bytes_tokenizer())
 
 
 PROCESS = """\
@@ -1314,12 +1401,14 @@ from finetune.data import readers, rows, templates, tokens
 from finetune.models.load import bytes_tokenizer
 folder, number = Path(sys.argv[1]), sys.argv[2]
 tokenizer = bytes_tokenizer()
-template = templates.load("plain", "question_answer", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab())
+special, added = tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+template = templates.load("plain", "question_answer", None, special, added)
 options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
 (folder / f"ready-{number}").touch()
 while not (folder / "go").exists():
     time.sleep(0.002)
-examples = stored.prepare(readers.sources(str(folder / "rows.jsonl"), None)[0], template, tokenizer, options, str(folder / "cache"))
+sources = readers.sources(str(folder / "rows.jsonl"), None)[0]
+examples = stored.prepare(sources, template, tokenizer, options, str(folder / "cache"))
 made = folder / "cache" / "tokens" / examples.fingerprint / "input_ids.npy"
 content = hashlib.sha256(examples.input_ids.tobytes() + examples.supervised.tobytes()).hexdigest()
 print(examples.fingerprint, len(examples), content, made.stat().st_ino)
@@ -1327,22 +1416,25 @@ print(examples.fingerprint, len(examples), content, made.stat().st_ino)
 
 
 @pytest.mark.slow
-def test_of_processes_that_start_together_one_makes_the_tokens_of_all(desk, tmp_path):
+def test_one_of_several_processes_tokenises_for_all(tokenizing, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", pairs(2000))
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(n)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path), str(n)], stdout=subprocess.PIPE,
+            text=True, cwd=ROOT,
+        )
         for n in range(2)
     ]  # fmt: skip
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     (tmp_path / "go").touch()
-    told = [process.communicate(timeout=60)[0].split() for process in processes]
+    outputs = [process.communicate(timeout=60)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert told[0] == told[1]
-    assert told[0][1] == "2000"
-    assert entries(desk) == {told[0][0]: int(told[0][3])}
-    assert not list(desk.cache.glob("tokens/.building-*"))
+    assert outputs[0] == outputs[1]
+    assert outputs[0][1] == "2000"
+    assert entries(tokenizing) == {outputs[0][0]: int(outputs[0][3])}
+    assert not list(tokenizing.cache.glob("tokens/.building-*"))
 
 
 # Real tokenizers
@@ -1355,15 +1447,18 @@ def real_tokenizer(request, real_data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "question_answer", "alpaca", "llama2", "auto"])
-def test_a_real_tokenizer_learns_every_answer_and_to_stop(real_data, real_tokenizer, desk, name):
+def test_a_real_tokenizer_supervises_every_answer_and_its_end(
+    real_data, real_tokenizer, tokenizing, name
+):
     own = templates.load(
-        name, "question_answer", real_tokenizer.chat_template, real_tokenizer.special_tokens_map, real_tokenizer.get_added_vocab()
+        name, "question_answer", real_tokenizer.chat_template, real_tokenizer.special_tokens_map,
+        real_tokenizer.get_added_vocab()
     )  # fmt: skip
     values = [
         json.loads(line)
         for line in (real_data / "gsm8k" / "test.jsonl").read_text().splitlines()[:100]
     ]
-    examples = desk.prepare(values, real_tokenizer, own)
+    examples = tokenizing.prepare(values, real_tokenizer, own)
     for number, row in enumerate(values):
         ids, supervised = of(examples, number)
         asked = tokens.encode_prompt(own.prompt([Message("user", row["question"])]), real_tokenizer)
@@ -1377,23 +1472,23 @@ def test_a_real_tokenizer_learns_every_answer_and_to_stop(real_data, real_tokeni
 
 
 @pytest.mark.parametrize(("prompt", "answer"), MEETINGS)
-def test_a_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer, desk, prompt, answer):
-    ids, supervised = of(desk.prepare([{"prompt": prompt, "completion": answer}], real_tokenizer))
+def test_a_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer, tokenizing, prompt, answer):
+    ids, supervised = of(
+        tokenizing.prepare([{"prompt": prompt, "completion": answer}], real_tokenizer)
+    )
     asked = tokens.encode_prompt(prompt, real_tokenizer)
     assert ids[: len(asked)] == asked
     assert supervised == [False] * len(asked) + [True] * (len(ids) - len(asked))
     assert real_tokenizer.decode(ids) == prompt + answer + real_tokenizer.eos_token
 
 
-def test_every_turn_of_phi3_is_asked_with_the_tokens_of_training(real_data, desk):
+def test_every_turn_of_phi3_is_asked_with_the_tokens_of_training(real_data, tokenizing):
     tokenizer = load_tokenizer(Model(path=str(real_data / "tokenizers" / "phi-3-mini")))
-    check_every_prompt(desk, tokenizer, chat_for(tokenizer, tokenizer.chat_template))
+    check_every_prompt(tokenizing, tokenizer, chat_for(tokenizer, tokenizer.chat_template))
 
 
-def test_a_tokenizer_that_splits_special_tokens_is_another_one():
-    """It gives other tokens for the same text, and neither cache nor resumption may take one for
-    the other.
-    """
+def test_splitting_special_tokens_changes_a_tokenizers_identity():
+    """It tokenises differently, so neither cache nor resumption may confuse the two."""
     plain, splits = bytes_tokenizer(), bytes_tokenizer()
     splits.split_special_tokens = True
     assert tokens.tokenizer_fingerprint(plain) != tokens.tokenizer_fingerprint(splits)

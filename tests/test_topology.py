@@ -73,7 +73,7 @@ def deepspeed(folder, **values):
         ),
     ],
 )
-def test_wishes_that_would_be_dropped_are_errors(environment, message):
+def test_settings_that_would_be_dropped_are_errors(environment, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         launch.read(environment)
 
@@ -85,15 +85,39 @@ def test_wishes_that_would_be_dropped_are_errors(environment, message):
         ({}, "stage is 0"),
         ({"zero_optimization": None}, "stage is None"),
         ({"zero_optimization": {"stage": True}}, "stage is True"),
-        ({"zero_optimization": {"stage": 3, "offload_param": True}}, "offload_param.device is True"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": True}},
+            "offload_param.device is True",
+        ),
         ({"zero_optimization": {"stage": 2}, "data_types": {}}, "data_types is untested"),
-        ({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}, "gradient_clipping is decided by train.max_grad_norm"),
-        ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}, "decided by train.global_batch_size and"),
-        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, "optimizer is decided by optimizer.kind"),
-        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "bf16 is decided by train.precision"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is nvme"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "with stage 2 is untested"),
-        ({"zero_optimization": {"stage": 2}, "prescale_gradients": True}, "prescale_gradients is untested"),
+        (
+            {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0},
+            "gradient_clipping is decided by train.max_grad_norm",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4},
+            "decided by train.global_batch_size and",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}},
+            "optimizer is decided by optimizer.kind",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+            "bf16 is decided by train.precision",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param.device is nvme",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "with stage 2 is untested",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "prescale_gradients": True},
+            "prescale_gradients is untested",
+        ),
     ],
 )  # fmt: skip
 def test_a_deepspeed_file_may_not_decide_what_the_run_config_does(tmp_path, values, message):
@@ -101,7 +125,7 @@ def test_a_deepspeed_file_may_not_decide_what_the_run_config_does(tmp_path, valu
         launch.read(deepspeed(tmp_path, **values))
 
 
-def test_wishes_are_read(tmp_path):
+def test_parallel_settings_are_read(tmp_path):
     assert launch.read({}).name == "single"
     assert launch.read({"MASTER_PORT": "tcp://10.0.0.1:80", "LOCAL_RANK": "-1"}).name == "single", (
         "not ours to read"
@@ -159,7 +183,7 @@ COLUMNS = ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3",
 @pytest.mark.parametrize(
     "feature", [f for f in support.FEATURES if f.refused], ids=lambda f: f.name
 )
-def test_what_cannot_be_is_an_error_that_says_what_to_take(feature):
+def test_impossible_combinations_are_errors_with_advice(feature):
     for topology in COLUMNS:
         parallel = launch.ParallelConfig(
             topology.removesuffix("_offload"), 2, offload=topology.endswith("_offload")
@@ -189,9 +213,7 @@ def test_the_launcher_and_the_run_config_must_agree_on_precision(workshop, monke
 
 
 def test_the_device_of_a_single_process_has_an_index(monkeypatch):
-    """Accelerate calls it "cuda", and `torch.cuda.set_device`, in the thread that saves, refuses
-    that.
-    """
+    """`torch.cuda.set_device` in the saver thread refuses "cuda", as Accelerate calls it."""
     import torch
 
     from finetune.engine.topology import start
@@ -203,9 +225,7 @@ def test_the_device_of_a_single_process_has_an_index(monkeypatch):
 
 
 def test_a_topology_on_a_gpu_has_what_a_gpu_needs(monkeypatch):
-    """Its device has an index, gradients lie in DDP's buckets, buffers are sent once, NCCL ends a
-    process that it lost.
-    """
+    """An indexed device, gradients in DDP's buckets, one broadcast of buffers, NCCL timeouts."""
     import torch
     from accelerate import Accelerator
 
@@ -284,13 +304,16 @@ def test_fsdp2_keeps_the_bits_of_weights_in_4_bits_under_a_float_dtype():
         assert torch.equal(layer.weight.detach().reshape(-1).view(torch.uint8), packed)
 
 
-@pytest.mark.parametrize(("kind", "processes", "together"), [("ddp", 2, False), ("fsdp2", 2, True), ("zero3", 2, True), ("fsdp2", 1, False)])  # fmt: skip
-def test_processes_that_share_a_model_end_their_answers_together(kind, processes, together):
-    """Else one leaves `generate` earlier than the others, which wait for its part of the weights."""
+@pytest.mark.parametrize(
+    ("kind", "processes", "together"),
+    [("ddp", 2, False), ("fsdp2", 2, True), ("zero3", 2, True), ("fsdp2", 1, False)],
+)
+def test_processes_that_share_a_model_stop_generating_together(kind, processes, together):
+    """Otherwise one leaves `generate` early and the others wait for its part of the weights."""
     assert launch.ParallelConfig(kind, processes).generates_together is together
 
 
-def test_each_process_takes_its_own_gpu_before_it_asks_what_that_can_do(monkeypatch):
+def test_each_process_selects_its_gpu_before_querying_it(monkeypatch):
     import torch
 
     from finetune.engine.topology import start
@@ -305,7 +328,7 @@ def test_each_process_takes_its_own_gpu_before_it_asks_what_that_can_do(monkeypa
 
 
 def test_gradients_of_ddp_stay_in_its_buckets_from_step_to_step(group_of_one):
-    """Forgotten and made anew, they would lie next to the buckets until the last pass of each step."""
+    """New gradients would sit next to the buckets until the last backward pass of each step."""
     import torch
     from accelerate import Accelerator
 

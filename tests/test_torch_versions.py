@@ -27,8 +27,8 @@ def varlen_2_11(
 
 
 def varlen_2_13(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
-    return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
 ):  # fmt: skip
     """The signature of torch 2.13 and 2.14."""
 

@@ -30,15 +30,17 @@ from finetune.generation import generate
 
 
 @pytest.mark.slow
-def test_a_run_leaves_everything_its_contract_names(workshop):
+def test_a_run_leaves_every_promised_file(workshop):
     run = workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "receipt.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "outcome.json", "model", ".lock", "saves.jsonl",
+        "config.yaml", "receipt.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "outcome.json",
+        "model", ".lock", "saves.jsonl",
     }  # fmt: skip
     lines = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4], "32 of 40 rows in steps of 8"
     assert lines[0].keys() == {
-        "step", "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second", "seconds", "memory_gb",
+        "step", "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens",
+        "tokens_per_second", "seconds", "memory_gb",
     }  # fmt: skip
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert [line["step"] for line in read_jsonl(run / "eval.jsonl")] == [2, 4]
@@ -55,7 +57,9 @@ def test_a_run_leaves_everything_its_contract_names(workshop):
     newest = max((run / "checkpoints").iterdir())
     manifest = json.loads((newest / "manifest.json").read_text())
     assert {name: file["bytes"] for name, file in manifest["files"].items()} == {
-        str(p.relative_to(newest)): p.stat().st_size for p in newest.rglob("*") if p.is_file() and p.name != "manifest.json"
+        str(
+            p.relative_to(newest),
+        ): p.stat().st_size for p in newest.rglob("*") if p.is_file() and p.name != "manifest.json"
     }  # fmt: skip
 
 
@@ -69,7 +73,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(workshop):
 
 
 @pytest.mark.slow
-def test_clm_learns_every_token_of_text(workshop):
+def test_clm_supervises_every_token_of_text(workshop):
     text = workshop.folder / "text.txt"
     text.write_text(
         "".join(f"line {i} of a text that goes on and on {'la ' * (i % 40)}\n" for i in range(60))
@@ -88,7 +92,7 @@ def test_clm_learns_every_token_of_text(workshop):
 
 
 @pytest.mark.slow
-def test_check_tells_what_would_be_trained_and_writes_nothing(workshop):
+def test_check_prints_a_summary_and_writes_nothing(workshop):
     result = workshop.launch(arguments=["--check"], data__packing=True)
     assert result.returncode == 0, result.stderr
     assert "35,296 parameters" in result.stderr
@@ -105,7 +109,7 @@ def test_check_tells_what_would_be_trained_and_writes_nothing(workshop):
     ],
     ids=str,
 )
-def test_an_architecture_that_no_token_can_pass_is_refused_before_weights_exist(workshop, sizes):
+def test_an_architecture_that_cannot_run_forward_is_refused_early(workshop, sizes):
     with pytest.raises(ModelError, match="heads"):
         workshop.train(model__config={**TINY_LLAMA, **sizes})
     assert not workshop.run_dir().exists()
@@ -115,7 +119,7 @@ def test_an_architecture_that_no_token_can_pass_is_refused_before_weights_exist(
     ("kind", "attention"),
     [("bert", "auto"), ("bert", "sdpa"), ("electra", "auto"), ("gemma3_text", "auto")],
 )
-def test_a_model_whose_tokens_see_those_after_them_is_refused(workshop, kind, attention):
+def test_a_model_that_is_not_causal_is_refused(workshop, kind, attention):
     """It would learn to copy the answer it is shown."""
     config = {**TINY_LLAMA, "model_type": kind}
     config |= {"use_bidirectional_attention": True, "head_dim": 8} if kind == "gemma3_text" else {}
@@ -148,7 +152,7 @@ def test_a_config_with_fewer_layers_than_its_weights_is_refused(workshop):
 
 
 @pytest.mark.slow
-def test_weights_that_are_no_numbers_are_refused(workshop):
+def test_nan_weights_are_refused(workshop):
     from safetensors.torch import load_file, save_file
 
     model = workshop.train("base") / "model"
@@ -171,7 +175,7 @@ def from_folder(model):
 
 
 @pytest.mark.slow
-def test_what_would_let_the_export_fail_is_an_error_before_training(workshop):
+def test_settings_that_would_fail_the_export_are_errors_before_training(workshop):
     model = workshop.train("base") / "model"
     (model / "generation_config.json").write_text('{"max_new_tokens": -1}')
     with pytest.raises(ModelError, match=r"generation_config\.json cannot be saved again"):
@@ -181,7 +185,7 @@ def test_what_would_let_the_export_fail_is_an_error_before_training(workshop):
 
 
 @pytest.mark.slow
-def test_a_generation_config_that_forgot_to_sample_does_not_spoil_the_export(workshop):
+def test_a_generation_config_without_do_sample_is_exported(workshop):
     model = workshop.train("base") / "model"
     (model / "generation_config.json").write_text('{"temperature": 0.5}')
     run = workshop.train(**from_folder(model))
@@ -191,7 +195,7 @@ def test_a_generation_config_that_forgot_to_sample_does_not_spoil_the_export(wor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("copied", ["all rows", "three rows"])
-def test_evaluating_on_training_rows_is_refused_or_told(workshop, capsys, copied):
+def test_evaluating_on_training_rows_is_refused_or_noted(workshop, capsys, copied):
     rows = pairs()
     evals = (
         rows
@@ -209,7 +213,7 @@ def test_evaluating_on_training_rows_is_refused_or_told(workshop, capsys, copied
 
 
 @pytest.mark.slow
-def test_the_summary_says_what_is_read_what_is_not_and_what_will_teach_nothing(workshop, capsys):
+def test_the_summary_lists_read_unread_and_useless_rows(workshop, capsys):
     folder = workshop.folder / "folder"
     folder.mkdir()
     values = pairs(20)
@@ -249,7 +253,7 @@ def test_text_unit_is_for_the_text_files_of_a_folder(workshop):
         workshop.check(data__train=str(folder), data__text_unit="file", objective__kind="clm")
 
 
-def test_rows_are_looked_at_before_anything_is_fetched(workshop):
+def test_rows_are_checked_before_anything_is_downloaded(workshop):
     """Without the Hub, what is wrong with rows can be mended all the same."""
     hub = {
         "model__init": "pretrained",
@@ -309,10 +313,8 @@ def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkey
 
 
 @pytest.mark.slow
-def test_the_export_is_asked_as_training_asked(workshop):
-    """The text that the template puts before an answer ends the prompt of every caller, unless he
-    says how to think.
-    """
+def test_the_export_gets_the_prompts_of_training(workshop):
+    """The template's text before an answer ends every caller's prompt, unless it sets thinking."""
     template = workshop.folder / "thinks.jinja"
     template.write_text(THINKS)
     tokenizer = load_tokenizer(workshop.train(data__template=str(template)) / "model")
@@ -331,7 +333,7 @@ def test_the_export_is_asked_as_training_asked(workshop):
 
 
 @pytest.mark.slow
-def test_rows_with_thoughts_leave_the_export_free_to_think(workshop):
+def test_rows_with_thoughts_export_without_forced_empty_thoughts(workshop):
     template = workshop.folder / "thinks.jinja"
     template.write_text(THINKS.replace("loop.last", "'<think>' not in m.content"))
     rows = [*pairs(), {"question": "why", "answer": "<think>hm</think>so"}]
@@ -356,10 +358,13 @@ REFUSED = {  # everything else trains
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "gemma-3", "smollm3"])
 def test_a_real_template_trains_or_is_refused_with_its_reason(real_data, workshop, name, kind):
-    said = [{"role": role, "content": f"{role} says {n}"} for n, role in enumerate(KINDS[kind])]
+    turns = [{"role": role, "content": f"{role} says {n}"} for n, role in enumerate(KINDS[kind])]
+    rows = write_jsonl(workshop.folder / "chats.jsonl", [{"messages": turns}] * 8)
     given = {
-        "data__template": str(real_data / "chat_templates" / f"{name}.jinja"), "data__max_length": 4096,
-        "data__train": str(write_jsonl(workshop.folder / "said.jsonl", [{"messages": said}] * 8)), "train__max_steps": 1,
+        "data__template": str(real_data / "chat_templates" / f"{name}.jinja"),
+        "data__max_length": 4096,
+        "data__train": str(rows),
+        "train__max_steps": 1,
         "model__config": TINY_LLAMA | {"max_position_embeddings": 4096},
         "model__new_tokens": ["<start_of_turn>", "<end_of_turn>"],
     }  # fmt: skip
@@ -381,11 +386,12 @@ def test_a_real_tokenizer_and_its_template_train(real_data, workshop, name):
     "wrong",
     [
         "{% for m in messages %}{{ m.content "
-        "}}", "{{ messages | nofilter }}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}",
-        "{{ nothing.at_all }}", "{{ messages[9].content }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ datetime.now() }}",
+        "}}", "{{ messages | nofilter }}", "{{ raise_exception('no') }}",
+        "{{ ''.__class__.__mro__ }}", "{{ nothing.at_all }}", "{{ messages[9].content }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}", "{{ datetime.now() }}",
     ],
 )  # fmt: skip
-def test_a_template_that_fails_is_told_with_a_row(workshop, wrong):
+def test_a_failing_template_is_reported_with_a_row(workshop, wrong):
     template = workshop.folder / "own.jinja"
     template.write_text(wrong)
     with pytest.raises(UserError, match=r"rows\.jsonl:1: data\.template '.*own\.jinja' fails: "):
@@ -393,7 +399,7 @@ def test_a_template_that_fails_is_told_with_a_row(workshop, wrong):
 
 
 @pytest.mark.slow
-def test_a_template_that_takes_the_rows_but_not_a_sample_prompt_is_told_before_training(workshop):
+def test_a_template_that_rejects_a_sample_prompt_is_reported_before_training(workshop):
     template = workshop.folder / "own.jinja"
     template.write_text(
         "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -432,7 +438,7 @@ def test_a_template_that_replaces_the_models_own_is_noted(workshop, capsys):
 
 
 @pytest.mark.slow
-def test_a_models_own_template_that_is_broken_and_not_used_is_no_obstacle(workshop, capsys):
+def test_an_unused_broken_template_is_ignored(workshop, capsys):
     model = workshop.train("base", data__template="chatml") / "model"
     (model / "chat_template.jinja").write_text("{% if %}")
     capsys.readouterr()
@@ -441,7 +447,7 @@ def test_a_models_own_template_that_is_broken_and_not_used_is_no_obstacle(worksh
 
 
 @pytest.mark.slow
-def test_check_of_an_existing_run_looks_at_the_data_first(workshop):
+def test_check_of_an_existing_run_checks_the_data_first(workshop):
     workshop.train()
     with pytest.raises(DataError, match="nothing.jsonl: no such file"):
         workshop.check(data__train="nothing.jsonl")
@@ -470,7 +476,11 @@ def test_wrong_config_is_exit_2_with_every_problem(workshop):
     )
     assert result.returncode == 2
     assert "3 problems" in result.stderr
-    for part in ("--optimizer.learning_rate: unknown option; did you mean optimizer.lr?", "train.epochs", "model.pth: unknown key; did you mean model.path?"):  # fmt: skip
+    for part in (
+        "--optimizer.learning_rate: unknown option; did you mean optimizer.lr?",
+        "train.epochs",
+        "model.pth: unknown key; did you mean model.path?",
+    ):
         assert part in result.stderr
 
 
@@ -502,7 +512,10 @@ def test_divergence_stops_before_the_weights_move_and_names_step_rate_and_rows(w
     }
     with pytest.raises(
         TrainingDiverged,
-        match=r"step 1: loss .*gradient norm (inf|nan).*learning rate 0.01; .* its rows: .*rows.jsonl:\d+",
+        match=(
+            "step 1: loss .*gradient norm (inf|nan).*learning rate 0.01; .* its rows: "
+            r".*rows.jsonl:\d+"
+        ),
     ):
         workshop.train("diverged", **pretrained)
     run = workshop.run_dir("diverged")
@@ -623,7 +636,7 @@ def test_a_model_that_leaks_between_documents_fails_before_the_first_step(worksh
     assert not workshop.run_dir().exists()
 
 
-def test_a_directory_that_is_no_run_is_not_touched(workshop):
+def test_a_directory_without_a_run_is_not_touched(workshop):
     workshop.run_dir().mkdir(parents=True)
     (workshop.run_dir() / "thesis.txt").write_text("precious")
     with pytest.raises(RunDirectoryError, match="exists and is not a run directory"):
@@ -666,7 +679,7 @@ def test_sft_on_plain_text_is_an_error(workshop):
 
 
 @pytest.mark.slow
-def test_stopping_is_learned_when_pad_is_eos(workshop, bytes_tokenizer):
+def test_the_eos_is_supervised_when_it_is_also_the_pad_token(workshop, bytes_tokenizer):
     """The tuned model ends its answer, although every pad is the same token as the end."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -677,7 +690,14 @@ def test_stopping_is_learned_when_pad_is_eos(workshop, bytes_tokenizer):
         workshop.rows,
         [{"question": q, "answer": "ok"} for q in ("a", "bb", "c c c", "dd dd dd dd")],
     )
-    run = workshop.train(model__tokenizer=str(folder), model__attention="sdpa", train__global_batch_size=4, train__micro_batch_size=4, train__epochs=60, train__max_steps=60)  # fmt: skip
+    run = workshop.train(
+        model__tokenizer=str(folder),
+        model__attention="sdpa",
+        train__global_batch_size=4,
+        train__micro_batch_size=4,
+        train__epochs=60,
+        train__max_steps=60,
+    )
     model, tokenizer = (
         c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer)
     )
@@ -720,7 +740,10 @@ def test_files_of_different_formats_are_an_error(workshop):
 def test_rows_longer_than_the_model_are_an_error(workshop):
     with pytest.raises(
         UserError,
-        match=r"rows.jsonl:\d+ has \d+ tokens, but the model has only 32 positions .* set data.max_length: 32 and data.truncation to",
+        match=(
+            r"rows.jsonl:\d+ has \d+ tokens, but the model has only 32 positions .* set "
+            "data.max_length: 32 and data.truncation to"
+        ),
     ):
         workshop.train(model__config={**TINY_LLAMA, "max_position_embeddings": 32})
 
@@ -743,7 +766,7 @@ def test_a_warmup_longer_than_the_run_is_an_error(workshop):
         ("ACCELERATE_USE_CPU", "true", "one process and ignores num_processes"),
     ],
 )
-def test_what_the_launcher_would_drop_or_change_in_silence_is_an_error(
+def test_settings_the_launcher_would_silently_change_are_errors(
     workshop, monkeypatch, name, value, message
 ):
     monkeypatch.setenv(name, value)
@@ -761,9 +784,7 @@ def test_what_the_launcher_would_drop_or_change_in_silence_is_an_error(
     ids=["mixtral", "qwen3_moe"],
 )
 def test_a_mixture_of_experts_trains_packed(workshop, architecture):
-    """Other tokens in one document change how many each expert gets, and so the rounding in the
-    other; no leak.
-    """
+    """Other tokens in one document change the rounding in another through experts: not a leak."""
     config = {**TINY_LLAMA, **architecture, "num_experts_per_tok": 2}
     run = workshop.train(model__config=config, data__packing=True, train__epochs=3)
     assert losses(run)[-1] < losses(run)[0]
@@ -771,11 +792,11 @@ def test_a_mixture_of_experts_trains_packed(workshop, architecture):
 
 @pytest.mark.slow
 def test_chunked_attention_is_not_taken_for_full(workshop):
-    """Llama 4's chunks are a mask, which the fast path does not have: padded batches with its own
-    attention instead.
-    """
-    config = {**TINY_LLAMA, "model_type": "llama4_text", "attention_chunk_size": 16, "head_dim": 8, "num_local_experts": 2,
-              "intermediate_size_mlp": 64}  # fmt: skip
+    """Llama 4's chunks are a mask, so it trains in padded batches with its own attention."""
+    config = {
+        **TINY_LLAMA, "model_type": "llama4_text", "attention_chunk_size": 16, "head_dim": 8,
+        "num_local_experts": 2, "intermediate_size_mlp": 64,
+    }  # fmt: skip
     run = workshop.train(model__config=config)
     assert json.loads((run / "receipt.json").read_text())["attention"] in ("sdpa", "eager")
 
@@ -840,7 +861,7 @@ def test_a_run_that_stops_early_has_its_last_step_on_record(workshop):
 
 
 @pytest.mark.slow
-def test_a_damaged_best_checkpoint_is_no_dead_end(workshop):
+def test_a_run_recovers_from_a_damaged_best_checkpoint(workshop):
     run = workshop.train(**OVERFITS, evaluation__export_best=True)
     best = json.loads((run / "outcome.json").read_text())["exported_step"]
     (run / "outcome.json").unlink()
@@ -856,9 +877,7 @@ def test_a_damaged_best_checkpoint_is_no_dead_end(workshop):
 
 
 @pytest.mark.slow
-def test_a_best_evaluation_that_was_not_kept_is_reported_and_the_best_of_the_others_exported(
-    workshop, capsys
-):
+def test_if_the_best_checkpoint_is_lost_the_next_best_is_exported(workshop, capsys):
     run = workshop.train(**OVERFITS)
     (run / "outcome.json").unlink()
     workshop.train(**OVERFITS, evaluation__export_best=True)
@@ -869,8 +888,14 @@ def test_a_best_evaluation_that_was_not_kept_is_reported_and_the_best_of_the_oth
     assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
 
 
-def test_a_run_stops_when_its_patience_is_out(workshop):
-    run = workshop.train(**OVERFITS, evaluation__patience=2, evaluation__sample_prompts=["hi"], evaluation__sample_every_steps=1, evaluation__sample_max_new_tokens=2)  # fmt: skip
+def test_a_run_stops_early_when_patience_runs_out(workshop):
+    run = workshop.train(
+        **OVERFITS,
+        evaluation__patience=2,
+        evaluation__sample_prompts=["hi"],
+        evaluation__sample_every_steps=1,
+        evaluation__sample_max_new_tokens=2,
+    )
     outcome = json.loads((run / "outcome.json").read_text())
     assert "stopped early, of 12 steps" in outcome["reason"]
     assert outcome["exported_step"] == outcome["step"] == len(eval_losses(run))
@@ -884,15 +909,27 @@ def test_a_run_stops_when_its_patience_is_out(workshop):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_samples_change_nothing_but_their_file(workshop, adapter):
-    settings = {"train__max_steps": 4, "data__packing": True, "train__global_batch_size": 2, "train__micro_batch_size": 2, "train__epochs": 9}  # fmt: skip
+def test_samples_do_not_affect_training(workshop, adapter):
+    settings = {
+        "train__max_steps": 4,
+        "data__packing": True,
+        "train__global_batch_size": 2,
+        "train__micro_batch_size": 2,
+        "train__epochs": 9,
+    }
     if adapter:
         settings |= from_folder(workshop.train("base") / "model") | {
             "adapter__kind": "lora",
             "adapter__dropout": 0.1,
         }
     plain = workshop.train("plain", **settings)
-    sampled = workshop.train("sampled", **settings, evaluation__sample_prompts=["what is 2 times three", "hi"], evaluation__sample_every_steps=2, evaluation__sample_max_new_tokens=5)  # fmt: skip
+    sampled = workshop.train(
+        "sampled",
+        **settings,
+        evaluation__sample_prompts=["what is 2 times three", "hi"],
+        evaluation__sample_every_steps=2,
+        evaluation__sample_max_new_tokens=5,
+    )
     assert losses(sampled) == losses(plain)
     lines = read_jsonl(sampled / "samples.jsonl")
     assert [(line["step"], line["prompt"]) for line in lines] == [

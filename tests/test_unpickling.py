@@ -1,6 +1,4 @@
-"""Anyone who can write to a run directory may write a pickle and its hash, too: nothing of a
-checkpoint is executed.
-"""
+"""Anyone who can write to a run directory can forge a pickle; checkpoints execute nothing."""
 
 import hashlib
 import json
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.nursery import start
+from faults.forked import start
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
@@ -72,10 +70,8 @@ def metadata(folder: Path, value: object) -> Reader:
     return Reader(folder)
 
 
-def test_metadata_is_read_as_every_python_writes_it(tmp_path, monkeypatch):
-    """3.11.2, which Debian 12 has, writes an enum's member as a call of getattr; later ones write
-    its value.
-    """
+def test_metadata_of_every_python_version_is_read(tmp_path, monkeypatch):
+    """3.11.2 (Debian 12) pickles an enum member as a call of getattr, later ones as its value."""
     written = Metadata(
         {"weight": TensorStorageMetadata(TensorProperties(), torch.Size([2]), [])}, storage_data={}
     )
@@ -100,7 +96,7 @@ class Attribute:
         return getattr, self.path
 
 
-def test_files_of_torch_are_read_as_every_python_writes_them(tmp_path, monkeypatch):
+def test_torch_files_of_every_python_version_are_read(tmp_path, monkeypatch):
     """DeepSpeed saves members of its enums with torch.save."""
     path, classes = tmp_path / "a.pt", [_MEM_FORMAT_ENCODING]
     monkeypatch.setattr(
@@ -117,7 +113,15 @@ def test_files_of_torch_are_read_as_every_python_writes_them(tmp_path, monkeypat
         torch.load(path, weights_only=False)
 
 
-@pytest.mark.parametrize("path", [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro"), ("text", "join")])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        (Metadata, "__init__"),
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        ("text", "join"),
+    ],
+)
 def test_getattr_gives_members_of_enums_only(tmp_path, path):
     with pytest.raises(DamagedCheckpoint, match="nothing was executed"):
         metadata(tmp_path, Attribute(*path)).read_metadata()
@@ -157,7 +161,7 @@ def test_code_in_the_files_of_deepspeed_is_refused_and_not_executed(workshop, to
         workshop.folder / "executed",
     )
     launch = start(config, topology, 1)
-    assert launch.codes() == [0], launch.said()
+    assert launch.codes() == [0], launch.output()
     run = workshop.run_dir()
     for path in newest(run).glob("shards/engine/*.pt"):
         torch.save(Command(marker), path)
@@ -165,7 +169,7 @@ def test_code_in_the_files_of_deepspeed_is_refused_and_not_executed(workshop, to
     (run / "outcome.json").unlink()
     launch = start(config, topology, 1)
     assert launch.codes() == [2]
-    assert "cannot be loaded" in launch.said()
+    assert "cannot be loaded" in launch.output()
     assert not marker.exists()
 
 
@@ -175,7 +179,8 @@ def test_code_in_weights_that_are_a_pickle_is_refused_and_not_executed(workshop,
     """Older repositories have pytorch_model.bin and adapter_model.bin."""
     base, marker = workshop.train("base") / "model", workshop.folder / "executed"
     settings = {
-        "model__init": "pretrained", "model__path": str(base), "model__config": None, "model__tokenizer": None, "adapter__kind": "lora",
+        "model__init": "pretrained", "model__path": str(base), "model__config": None,
+        "model__tokenizer": None, "adapter__kind": "lora",
     }  # fmt: skip
     if what == "base":
         (base / "model.safetensors").unlink()

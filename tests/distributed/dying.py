@@ -1,5 +1,4 @@
-"""train.py on two processes, of which the thread that saves dies on process 1, as DIES says; with
-MUTE without a trace.
+"""Run train.py on two processes and kill the saver thread of process 1 as DIES says.
 
 DIES: how `Saver._write` ends there at its first save.
 """

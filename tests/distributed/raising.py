@@ -1,6 +1,4 @@
-"""Errors on one of two processes, and what each of the two gets: one line of JSON for each case and
-process.
-"""
+"""Raise errors on one of two processes; print what each gets, one line of JSON per case."""
 
 import json
 import os
@@ -49,8 +47,10 @@ def log(verb, kind, act):
         act()
     except BaseException as exc:
         frames = [frame.name for frame in traceback.extract_tb(exc.__traceback__)]
-        told = {
-            "verb": verb, "kind": kind.__name__, "rank": int(os.environ["RANK"]), "type": type(exc).__name__, "said": str(exc),
-            "code": getattr(exc, "exit_code", None), "cause": repr(exc.__cause__), "shown": "where_it_happened" in frames,
+        result = {
+            "verb": verb, "kind": kind.__name__, "rank": int(os.environ["RANK"]),
+            "type": type(exc).__name__, "message": str(exc),
+            "code": getattr(exc, "exit_code", None),
+            "cause": repr(exc.__cause__), "shown": "where_it_happened" in frames,
         }  # fmt: skip
-        print("TOLD " + json.dumps(told), flush=True)
+        print("TOLD " + json.dumps(result), flush=True)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from faults.nursery import fork
+from faults.forked import fork
 
 from finetune import errors
 
@@ -28,11 +28,11 @@ def test_a_bad_row_ends_all_processes(workshop):
 
 def test_error_keeps_its_type_everywhere_and_its_traceback_where_it_happened(tmp_path):
     launch = fork("distributed.raising", [], "ddp", [tmp_path / "0.log", tmp_path / "1.log"], {})
-    assert launch.codes(within=60) == [0, 0], launch.said()
+    assert launch.codes(within=60) == [0, 0], launch.output()
     lines = [
-        json.loads(line[5:]) for line in launch.said().splitlines() if line.startswith("TOLD ")
+        json.loads(line[5:]) for line in launch.output().splitlines() if line.startswith("TOLD ")
     ]
-    told = {(each["verb"], each["kind"], each["rank"]): each for each in lines}
+    results = {(each["verb"], each["kind"], each["rank"]): each for each in lines}
     for verb, origin in (("on_main", 0), ("on_every", 1)):
         for kind in (
             "DirectoryInUse",
@@ -42,8 +42,8 @@ def test_error_keeps_its_type_everywhere_and_its_traceback_where_it_happened(tmp
             "UserError",
         ):
             for rank in (0, 1):
-                got = told[verb, kind, rank]
-                assert (got["type"], got["said"], got["code"]) == (
+                got = results[verb, kind, rank]
+                assert (got["type"], got["message"], got["code"]) == (
                     kind,
                     "why",
                     getattr(errors, kind).exit_code,
@@ -52,16 +52,16 @@ def test_error_keeps_its_type_everywhere_and_its_traceback_where_it_happened(tmp
             (kind, "ProcessFailed") for kind in ("KeyError", "SystemExit", "KeyboardInterrupt")
         ]
         for kind, elsewhere in (*unknown, ("OutOfMemoryError", "OutOfMemory")):
-            assert told[verb, kind, origin]["type"] == kind
-            got = told[verb, kind, 1 - origin]
+            assert results[verb, kind, origin]["type"] == kind
+            got = results[verb, kind, 1 - origin]
             assert (got["type"], got["code"]) == (elsewhere, 1)
-            assert got["said"].startswith(f"process {origin}: ")
-        for (said_by, _, rank), got in told.items():
+            assert got["message"].startswith(f"process {origin}: ")
+        for (said_by, _, rank), got in results.items():
             if said_by == verb:
                 assert got["shown"] == (rank == origin)
                 assert got["cause"] == ("ValueError('the cause')" if rank == origin else "None")
-    assert [told["both", "UserError", rank]["type"] for rank in (0, 1)] == [
+    assert [results["both", "UserError", rank]["type"] for rank in (0, 1)] == [
         "UserError",
         "UserError",
     ]
-    assert told["both", "UserError", 0]["cause"] == "TopologyError('why')"
+    assert results["both", "UserError", 0]["cause"] == "TopologyError('why')"

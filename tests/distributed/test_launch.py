@@ -1,4 +1,4 @@
-"""python -m finetune launch with the real train.py: what it gives back is what train.py said."""
+"""python -m finetune launch returns the exit codes and output of the real train.py."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, launcher, session
-from faults.nursery import in_the_long_form
+from faults.forked import long_form
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -29,7 +29,7 @@ def start(launcher, *arguments):
 
 
 def ended(process, within=240):
-    """Exit code and what was said."""
+    """Return the exit code and the output."""
     try:
         error = process.communicate(timeout=within)[1]
     finally:
@@ -81,7 +81,7 @@ def test_sigkill_of_one_process_ends_the_other(workshop):
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
-@in_the_long_form
+@long_form
 def test_process_that_aborts_leaves_an_outcome(workshop):
     """As NCCL's own thread does, when another process has gone or a collective times out."""
     process = long_run(workshop, LAUNCH)
@@ -99,7 +99,7 @@ def test_process_that_aborts_leaves_an_outcome(workshop):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
-@in_the_long_form
+@long_form
 def test_death_of_accelerate_launch_saves_and_leaves_nothing_running(workshop, number):
     """That of `accelerate launch` itself, which starts one process and passes nothing on."""
     process = long_run(workshop, launcher("single", 1))

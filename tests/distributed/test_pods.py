@@ -1,9 +1,8 @@
-"""Two pods of the manifests for several nodes, as the kubelet would start them, in namespaces of
-this machine; and one that is lost.
+"""Two pods of the multi-node manifests run in namespaces of this machine, and one is lost.
 
 Each has processes of its own, whose first is the launcher, and finds the other by the name that the
-manifest gives. What the controllers do after a pod has ended is tests/manifests.py's reading of
-their rules.
+manifest gives. tests/manifest_checks.py holds the rules by which controllers
+act once a pod has ended.
 """
 
 import contextlib
@@ -17,12 +16,15 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, losses
-from manifests import Work, environment, expanded, fate, render, work
+from manifest_checks import Work, environment, expanded, fate, render, work
 
 # A network and names of its own, as the port is the manifest's.
 NETWORK = ["unshare", "--net", "--mount", "--propagation", "private"]
 # SIOCSIFFLAGS: UP, LOOPBACK, RUNNING
-LO_UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 0x49))"
+LO_UP = (
+    "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', "
+    "b'lo', 0x49))"
+)
 
 
 def can_try() -> bool:
@@ -42,16 +44,17 @@ pytestmark = [
 
 
 class Cluster:
-    """The nodes, the names in their network, and the kubelet that starts pods and tells how they
-    ended.
-    """
+    """Stands in for the nodes, their network and the kubelet that starts pods."""
 
     def __init__(self, found: Work, folder: Path, config: Path) -> None:
         self.found, self.folder, self.config = found, folder, config
         self.pods: dict[int, subprocess.Popen[bytes]] = {}
         hosts = folder / "hosts"
         hosts.write_text(f"127.0.0.1 localhost {found.first_node}\n")
-        script = f'mount --bind {hosts} /etc/hosts && {sys.executable} -c "{LO_UP}" && echo ready && exec sleep infinity'
+        script = (
+            f'mount --bind {hosts} /etc/hosts && {sys.executable} -c "{LO_UP}" && echo ready && '
+            "exec sleep infinity"
+        )
         self.network = subprocess.Popen([*NETWORK, "bash", "-c", script], stdout=subprocess.PIPE)
         assert self.network.stdout
         assert self.network.stdout.readline() == b"ready\n"
@@ -66,16 +69,17 @@ class Cluster:
             here = {"/config/run.yaml": str(self.config), "16": "2"}
             words = [here.get(word, expanded(word, given)) for word in self.found.args]
             command = [
-                "nsenter", f"--target={self.network.pid}", "--net", "--mount", f"--wd={ROOT}", "unshare", "--pid", "--fork", "--kill-child=KILL",
-                sys.executable, "-m", "finetune", *words,
+                "nsenter", f"--target={self.network.pid}", "--net", "--mount", f"--wd={ROOT}",
+                "unshare", "--pid", "--fork", "--kill-child=KILL", sys.executable, "-m", "finetune",
+                *words,
             ]  # fmt: skip
-            with (self.folder / f"pod{rank}.log").open("ab") as said:
+            with (self.folder / f"pod{rank}.log").open("ab") as log:
                 self.pods[rank] = subprocess.Popen(
                     command,
                     cwd=ROOT,
                     env={**os.environ, **given},
-                    stdout=said,
-                    stderr=said,
+                    stdout=log,
+                    stderr=log,
                     start_new_session=True,
                 )
 
@@ -87,7 +91,7 @@ class Cluster:
         end = time.monotonic() + within
         return {rank: pod.wait(max(1, end - time.monotonic())) for rank, pod in self.pods.items()}
 
-    def said(self) -> str:
+    def output(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("pod*.log")))
 
     def close(self) -> None:
@@ -105,10 +109,18 @@ def cluster(overlay: str, folder: Path, config: Path) -> Iterator[Cluster]:
         started.close()
 
 
-@pytest.mark.parametrize("overlay", ["jobset", pytest.param("multi-node", marks=pytest.mark.fault), pytest.param("trainjob", marks=pytest.mark.fault)])  # fmt: skip
-def test_two_pods_train_as_one_process_and_lose_one_on_the_way(workshop, tmp_path, overlay):
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        "jobset",
+        pytest.param("multi-node", marks=pytest.mark.fault),
+        pytest.param("trainjob", marks=pytest.mark.fault),
+    ],
+)
+def test_two_pods_train_as_one_process_and_survive_losing_one(workshop, tmp_path, overlay):
     settings = {
-        "train__micro_batch_size": 2, "train__epochs": 12, "train__max_steps": 60, "checkpoint__every_steps": 10, "train__hang_minutes": 1,
+        "train__micro_batch_size": 2, "train__epochs": 12, "train__max_steps": 60,
+        "checkpoint__every_steps": 10, "train__hang_minutes": 1,
     }  # fmt: skip
     config = workshop.write(workshop.config("two", **settings))
     with cluster(overlay, tmp_path, config) as both:
@@ -118,10 +130,10 @@ def test_two_pods_train_as_one_process_and_lose_one_on_the_way(workshop, tmp_pat
         lost = both.codes()
         # A machine that vanishes is noticed minutes later: what is seen first is the peer, which
         # has crashed.
-        assert fate(both.found, lost[0], disrupted=False) == "counted", both.said()
+        assert fate(both.found, lost[0], disrupted=False) == "counted", both.output()
         both.start(0, 1)
-        assert both.codes() == {0: 0, 1: 0}, both.said()
-        assert "resumed from" in both.said()
+        assert both.codes() == {0: 0, 1: 0}, both.output()
+        assert "resumed from" in both.output()
     one = workshop.train("one", **settings)
     assert losses(workshop.run_dir("two")) == pytest.approx(losses(one), rel=1e-5)
 
@@ -131,12 +143,14 @@ def test_every_kind_starts_the_same_command():
         overlay: work(render(ROOT / "k8s/overlays" / overlay))
         for overlay in ("multi-node", "jobset", "trainjob")
     }
-    said = {
+    commands = {
         name: [expanded(word, environment(each, each.node, 1)) for word in each.args]
         for name, each in found.items()
     }
     nodes = {name: each.first_node for name, each in found.items()}
-    same = {name: [w.replace(nodes[name], "FIRST") for w in words] for name, words in said.items()}
+    same = {
+        name: [w.replace(nodes[name], "FIRST") for w in words] for name, words in commands.items()
+    }
     assert same["jobset"] == same["multi-node"] == same["trainjob"]
 
 
@@ -144,6 +158,6 @@ def wait_for(path: Path, pods: Cluster) -> None:
     for _ in range(600):
         if path.exists():
             return
-        assert all(pod.poll() is None for pod in pods.pods.values()), pods.said()
+        assert all(pod.poll() is None for pod in pods.pods.values()), pods.output()
         time.sleep(0.1)
-    raise AssertionError(pods.said())
+    raise AssertionError(pods.output())

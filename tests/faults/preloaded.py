@@ -1,6 +1,4 @@
-"""What the server of tests/faults/nursery.py imports once for all its children. Nothing here may
-start a thread.
-"""
+"""Import once what all forked children need. Nothing here may start a thread."""
 
 import gc
 import os
@@ -16,7 +14,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer
 import peft  # noqa: F401
 import torch.distributed.algorithms.join  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
-from faults import nursery  # noqa: F401
+from faults import forked  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train  # noqa: F401

@@ -1,6 +1,4 @@
-"""What disks do: they fill up, forbid, flip bits and lose ends. What was saved before stays, and
-the run says what happened.
-"""
+"""Disks fill up, forbid, flip bits and lose ends: earlier checkpoints stay, and errors name it."""
 
 import contextlib
 import shutil
@@ -9,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from conftest import Workshop, read_jsonl
-from faults.nursery import Launch, in_the_long_form, same_end, start, to_the_end, wait_for
+from faults.forked import Launch, assert_same_end, long_form, run_to_completion, start, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = {
-    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
+    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2,
+    "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
 }  # fmt: skip
 
 
@@ -47,7 +46,7 @@ def fill(folder: Path, leave_bytes: int) -> Path:
 
 @pytest.mark.parametrize(
     ("leave", "says"),
-    [pytest.param(60_000, "GB are needed", marks=in_the_long_form), (470_000, "the disk is full")],
+    [pytest.param(60_000, "GB are needed", marks=long_form), (470_000, "the disk is full")],
 )
 def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure(
     workshop, small_disk, leave, says
@@ -63,49 +62,51 @@ def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure
     run = small_disk / "run"
     wait_for(lambda: list((run / "checkpoints").glob("step-*")))
     ballast = fill(small_disk, leave)
-    assert launch.codes() == [1], launch.said()
-    assert "2 of 3 failures in a row" in launch.said()
-    assert "3 saves in a row have failed" in launch.said()
-    assert says in launch.said()
+    assert launch.codes() == [1], launch.output()
+    assert "2 of 3 failures in a row" in launch.output()
+    assert "3 saves in a row have failed" in launch.output()
+    assert says in launch.output()
     kept = [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith("step-")]
     assert kept
     ballast.unlink()
-    to_the_end(config)
+    run_to_completion(config)
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(1, 101))
 
 
 @pytest.mark.parametrize("where", ["run__dir", "data__cache_dir"])
-def test_a_disk_that_is_full_at_the_start_is_no_error_of_the_config(workshop, small_disk, where):
+def test_a_full_disk_at_the_start_is_not_a_config_error(workshop, small_disk, where):
     """Exit code 1: a cluster tries again, on another node or after somebody has made room."""
     fill(small_disk, 0)
     launch = start(workshop.write(workshop.config(**{where: str(small_disk / "new")})))
-    assert launch.codes() == [1], launch.said()
-    assert "No space left on device" in launch.said()
+    assert launch.codes() == [1], launch.output()
+    assert "No space left on device" in launch.output()
 
 
-def test_a_disk_that_was_full_for_a_while_costs_nothing_but_a_checkpoint(workshop, small_disk):
+def test_a_temporarily_full_disk_costs_only_one_checkpoint(workshop, small_disk):
     settings = SETTINGS | {
         "train__max_steps": 120,
         "train__epochs": 99,
         "checkpoint__every_steps": 25,
     }
     whole = workshop.write(workshop.config("whole", **settings))
-    to_the_end(whole)
+    run_to_completion(whole)
     config = workshop.write(workshop.config(**settings, run__dir=str(small_disk)))
     launch = start(config)
     run = small_disk / "run"
     wait_for(lambda: list((run / "checkpoints").glob("step-*")))
     ballast = fill(small_disk, 0)
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: "failures in a row" in launch.said(), 20)
+        wait_for(lambda: "failures in a row" in launch.output(), 20)
     ballast.unlink()
-    assert launch.codes() == [0], launch.said()
-    assert "1 of 3 failures in a row" in launch.said()
-    same_end(run, workshop.run_dir("whole"))
+    assert launch.codes() == [0], launch.output()
+    assert "1 of 3 failures in a row" in launch.output()
+    assert_same_end(run, workshop.run_dir("whole"))
 
 
 DAMAGES = {
-    "one bit flipped": lambda content: content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :],
+    "one bit flipped": lambda content: content[: len(content) // 2] + bytes(
+        [content[len(content) // 2] ^ 1],
+    ) + content[len(content) // 2 + 1 :],
     "cut short": lambda content: content[:-1],
     "empty": lambda content: b"",
 }  # fmt: skip
@@ -122,7 +123,7 @@ KINDS = {
 def saved(request, tmp_path_factory) -> tuple[Workshop, str, int]:
     workshop = Workshop(tmp_path_factory.mktemp("saved"))
     processes = 1 if request.param == "single" else 2
-    to_the_end(
+    run_to_completion(
         workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9)),
         request.param,
         processes,
@@ -149,18 +150,16 @@ def damaged(saved: tuple[Workshop, str, int], folder: Path, kind: str, how: str)
     return newest
 
 
-def assert_passed_over(said: str, newest: Path, kind: str, is_missing: bool) -> None:
-    line = next(line for line in said.splitlines() if "skipped a damaged checkpoint" in line)
+def assert_passed_over(output: str, newest: Path, kind: str, is_missing: bool) -> None:
+    line = next(line for line in output.splitlines() if "skipped a damaged checkpoint" in line)
     assert str(newest) in line
     assert kind in line or is_missing, line
     assert Path(line.rpartition("kept as ")[2]).is_dir()
-    assert "at step 10" in said
+    assert "at step 10" in output
 
 
-def test_damage_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path, capfd):
-    """Every kind of file in every way, in this process; for two that share, each kind in launches
-    of their own.
-    """
+def test_damage_is_reported_and_the_previous_checkpoint_used(saved, tmp_path, capfd):
+    """One process tries every file and damage; two that share, each kind in its own launch."""
     workshop, topology, processes = saved
     ways = [*DAMAGES, "missing"] if topology == "single" else ["cut short"]
     for kind in KINDS[topology]:
@@ -170,13 +169,13 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(saved, tmp_path, cap
             if topology == "single":
                 capfd.readouterr()
                 workshop.train(**SETTINGS, checkpoint__keep_last=9, run__dir=str(folder))
-                said = "".join(capfd.readouterr())
+                output = "".join(capfd.readouterr())
             else:
                 launch = copy_of(saved, folder)
-                assert launch.codes() == [0] * processes, launch.said()
-                said = launch.said()
-            assert_passed_over(said, newest, kind, how == "missing")
-            same_end(folder / "run", workshop.run_dir())
+                assert launch.codes() == [0] * processes, launch.output()
+                output = launch.output()
+            assert_passed_over(output, newest, kind, how == "missing")
+            assert_same_end(folder / "run", workshop.run_dir())
 
 
 def test_when_nothing_is_valid_the_run_stops_and_deletes_nothing(saved, tmp_path):
@@ -188,7 +187,7 @@ def test_when_nothing_is_valid_the_run_stops_and_deletes_nothing(saved, tmp_path
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     launch = copy_of(saved, tmp_path)
     assert launch.codes() == [2] * processes
-    assert "no checkpoint is valid, and nothing was deleted" in launch.said()
+    assert "no checkpoint is valid, and nothing was deleted" in launch.output()
     after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert "no checkpoint is valid" in after.pop(tmp_path / "run/outcome.json").decode()
     assert after == before

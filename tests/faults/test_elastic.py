@@ -1,18 +1,20 @@
-"""Another number of processes, another way to share the model: the run goes on, and ends the same."""
+"""A run continues on another number of processes or topology, and ends with the same weights."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 from conftest import TINY_LLAMA, Workshop, read_jsonl
-from faults.nursery import Launch, forget, in_the_long_form, start
+from faults.forked import Launch, forget, long_form, start
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SETTINGS = {
-    "train__max_steps": 8, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9,
-    "model__config": {**TINY_LLAMA, "tie_word_embeddings": True}, "data__eval_fraction": 0.2, "optimizer__weight_decay": 0.1,
+    "train__max_steps": 8, "train__epochs": 9, "train__micro_batch_size": 2,
+    "checkpoint__every_steps": 4, "checkpoint__keep_last": 9,
+    "model__config": {**TINY_LLAMA, "tie_word_embeddings": True}, "data__eval_fraction": 0.2,
+    "optimizer__weight_decay": 0.1,
 }  # fmt: skip
 METHODS = {
     "full": {},
@@ -32,16 +34,18 @@ def around(*places: tuple[str, int]) -> list:
 
 
 SHORT = [
-    ((("single", 1), ("fsdp2", 2)), "full"), ((("fsdp2", 2), ("ddp", 2)), "lora"), ((("zero2", 2), ("zero1", 1)), "full"),
+    ((("single", 1), ("fsdp2", 2)), "full"), ((("fsdp2", 2), ("ddp", 2)), "lora"),
+    ((("zero2", 2), ("zero1", 1)), "full"),
 ]  # fmt: skip
 LONG = [
     ((("ddp", 2), ("fsdp2", 2)), "averaged"), ((("zero3", 1), ("zero3", 2)), "full"),
     *((move, "full") for move in around(("ddp", 2), ("fsdp2", 4), ("single", 1))),
     *((move, "full") for move in around(("zero1", 1), ("zero2", 2), ("zero2", 4))),
-    *((move, "full") for move in around(("zero3", 2), ("zero3", 4), ("zero3", 1))), ((("fsdp2", 2), ("single", 1)), "averaged"),
+    *((move, "full") for move in around(("zero3", 2), ("zero3", 4), ("zero3", 1))),
+    ((("fsdp2", 2), ("single", 1)), "averaged"),
     *((move, "lora") for move in [(("zero2", 2), ("zero2", 1)), (("zero3", 2), ("zero3", 1))]),
 ]  # fmt: skip
-MOVES = [*SHORT, *(pytest.param(*each, marks=in_the_long_form) for each in LONG)]
+MOVES = [*SHORT, *(pytest.param(*each, marks=long_form) for each in LONG)]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def launched(
     workshop: Workshop, name: str, where: tuple[str, int], settings: dict, *arguments: str
 ) -> Launch:
     launch = start(workshop.write(workshop.config(name, **settings)), *where, *arguments)
-    assert launch.codes() == [0] * where[1], launch.said()
+    assert launch.codes() == [0] * where[1], launch.output()
     return launch
 
 
@@ -66,8 +70,12 @@ def copy_of(run: Path, folder: Path, step: int) -> Path:
     return folder / run.name
 
 
-@pytest.mark.parametrize(("move", "method"), MOVES, ids=lambda v: v if isinstance(v, str) else "-".join(f"{t}{n}" for t, n in v))  # fmt: skip
-def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
+@pytest.mark.parametrize(
+    ("move", "method"),
+    MOVES,
+    ids=lambda v: v if isinstance(v, str) else "-".join(f"{t}{n}" for t, n in v),
+)
+def test_a_run_resumes_under_another_topology(shop, tmp_path, move, method):
     before, after = move
     settings = SETTINGS | METHODS[method]
     if method == "lora":
@@ -77,7 +85,7 @@ def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
         launched(shop, name, before, settings)
     moved = copy_of(shop.run_dir(name), tmp_path, 4)
     launch = launched(shop, name, after, settings, "--run.dir", str(tmp_path))
-    assert "at step 4" in launch.said()
+    assert "at step 4" in launch.output()
     one, other = (read_jsonl(run / "metrics.jsonl") for run in (shop.run_dir(name), moved))
     assert [line["step"] for line in other] == list(range(1, 9))
     for what, part in (
@@ -96,10 +104,14 @@ def test_a_run_goes_on_under_another_topology(shop, tmp_path, move, method):
 
 @pytest.mark.parametrize(
     ("before", "after", "method", "says"),
-    [("zero2", "ddp", "full", "was saved by zero2, and this is ddp"), pytest.param("fsdp2", "zero3", "full", "was saved by fsdp2, and this is zero3", marks=in_the_long_form),
-     pytest.param("zero3", "zero2", "full", "was saved by zero3, and this is zero2", marks=in_the_long_form), ("zero2", "zero1", "lion", "state of adamw only, not of lion")],
+    [("zero2", "ddp", "full", "was saved by zero2, and this is ddp"), pytest.param(
+        "fsdp2", "zero3", "full", "was saved by fsdp2, and this is zero3", marks=long_form,
+    ),
+     pytest.param(
+         "zero3", "zero2", "full", "was saved by zero3, and this is zero2", marks=long_form,
+     ), ("zero2", "zero1", "lion", "state of adamw only, not of lion")],
 )  # fmt: skip
-def test_what_a_topology_cannot_read_is_refused_and_stays(
+def test_a_checkpoint_unreadable_by_a_topology_is_refused_and_kept(
     shop, tmp_path, before, after, method, says
 ):
     settings, name = SETTINGS | METHODS[method], f"{method}-{before}-2"
@@ -109,5 +121,5 @@ def test_what_a_topology_cannot_read_is_refused_and_stays(
     files = {p: p.read_bytes() for p in (moved / "checkpoints").rglob("*") if p.is_file()}
     launch = start(shop.write(shop.config(name, **settings)), after, 2, "--run.dir", str(tmp_path))
     assert launch.codes() == [2, 2]
-    assert says in launch.said()
+    assert says in launch.output()
     assert {p: p.read_bytes() for p in (moved / "checkpoints").rglob("*") if p.is_file()} == files

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 from conftest import Workshop
-from faults.nursery import KILLS, Scene, in_the_long_form
+from faults.forked import KILLS, Scene, long_form
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SEED = int(os.environ.get("FINETUNE_SEED", "0"))
 SETTINGS = {
-    "train__max_steps": 9, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 2, "checkpoint__every_minutes": None,
-    "checkpoint__keep_last": 3, "data__eval_fraction": 0.2, "evaluation__every_steps": 4, "train__hang_minutes": 0.3,
+    "train__max_steps": 9, "train__epochs": 9, "train__micro_batch_size": 2,
+    "checkpoint__every_steps": 2, "checkpoint__every_minutes": None, "checkpoint__keep_last": 3,
+    "data__eval_fraction": 0.2, "evaluation__every_steps": 4, "train__hang_minutes": 0.3,
 }  # fmt: skip
-SCENES = [("single", 1), ("fsdp2", 2), pytest.param(("zero2", 2), marks=in_the_long_form)]
+SCENES = [("single", 1), ("fsdp2", 2), pytest.param(("zero2", 2), marks=long_form)]
 
 
 @pytest.fixture(scope="module", params=SCENES, ids=lambda v: f"{v[0]}-{v[1]}")
@@ -24,10 +25,8 @@ def scene(request, tmp_path_factory) -> Scene:
     return Scene(Workshop(folder), *request.param, SETTINGS).undisturbed()
 
 
-def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
-    """Until that many processes have died: at any moment, at a line of the protocol, and in the
-    attempt that goes on, too.
-    """
+def test_a_killed_run_ends_like_an_undisturbed_one(scene):
+    """Kill at random moments, at protocol lines and in the resumption, until KILLS have hit."""
     dice = random.Random(SEED)
     killed, number = 0, 0
     kills = [
@@ -45,9 +44,9 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(scene):
         assert number < 2 * KILLS, "hardly any kill hits"
 
 
-@in_the_long_form
+@long_form
 def test_death_before_any_line_of_the_protocol_is_survived(scene):
-    """Once before every line that a save or a resumption executes, the first time or a later one."""
+    """Die once before every line that a save or a resumption executes, at a random repetition."""
     if scene.topology != "single":
         pytest.skip("lines are the same under every topology")
     dice = random.Random(SEED)
@@ -60,6 +59,10 @@ def test_death_before_any_line_of_the_protocol_is_survived(scene):
     only = scene.lines_of_a_resumption[0].keys() - scene.lines[0].keys()
     for line in sorted(only):
         at_a_save = next(each for each in scene.lines[0] if each.startswith("saver.py"))
-        first = lambda config, line=at_a_save: scene.at_a_line(config, dice, scene.lines, line)  # noqa: E731
-        second = lambda config, line=line: scene.at_a_line(config, dice, [{line: 1}], line)  # noqa: E731
-        scene.survives(line.replace(":", "-"), [first, second])
+        scene.survives(
+            line.replace(":", "-"),
+            [
+                lambda config, line=at_a_save: scene.at_a_line(config, dice, scene.lines, line),
+                lambda config, line=line: scene.at_a_line(config, dice, [{line: 1}], line),
+            ],
+        )

@@ -6,13 +6,14 @@ import shutil
 import boto3
 import pytest
 from conftest import Workshop, read_jsonl
-from faults.nursery import in_the_long_form, same_end, start, to_the_end, wait_for
+from faults.forked import assert_same_end, long_form, run_to_completion, start, wait_for
 from moto.server import ThreadedMotoServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = {
-    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2, "checkpoint__every_steps": 3, "checkpoint__every_minutes": None,
+    "train__max_steps": 12, "train__epochs": 9, "train__micro_batch_size": 2,
+    "checkpoint__every_steps": 3, "checkpoint__every_minutes": None,
     "data__eval_fraction": 0.2, "evaluation__every_steps": 4,
 }  # fmt: skip
 
@@ -44,7 +45,7 @@ def store():
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Workshop:
     workshop = Workshop(tmp_path_factory.mktemp("undisturbed"))
-    to_the_end(workshop.write(workshop.config("single", **SETTINGS)))
+    run_to_completion(workshop.write(workshop.config("single", **SETTINGS)))
     return workshop
 
 
@@ -54,9 +55,9 @@ def objects(client, folder: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("topology", "processes"), [("single", 1), pytest.param("fsdp2", 2, marks=in_the_long_form)]
+    ("topology", "processes"), [("single", 1), pytest.param("fsdp2", 2, marks=long_form)]
 )
-def test_a_machine_with_an_empty_disk_goes_on(workshop, undisturbed, store, topology, processes):
+def test_a_machine_with_an_empty_disk_resumes(workshop, undisturbed, store, topology, processes):
     environment, client = store
     folder = f"machines/{topology}/"
     config = workshop.write(
@@ -69,12 +70,14 @@ def test_a_machine_with_an_empty_disk_goes_on(workshop, undisturbed, store, topo
     launch.codes()
     shutil.rmtree(run)
     launch = start(config, topology, processes, **environment)
-    assert launch.codes() == [0] * processes, launch.said()
-    assert "restored from s3://bucket/machines" in launch.said()
-    assert "resumed from" in launch.said()
+    assert launch.codes() == [0] * processes, launch.output()
+    assert "restored from s3://bucket/machines" in launch.output()
+    assert "resumed from" in launch.output()
     if topology != "single":
-        to_the_end(undisturbed.write(undisturbed.config(topology, **SETTINGS)), topology, processes)
-    same_end(run, undisturbed.run_dir(topology))
+        run_to_completion(
+            undisturbed.write(undisturbed.config(topology, **SETTINGS)), topology, processes
+        )
+    assert_same_end(run, undisturbed.run_dir(topology))
     there = objects(client, folder)
     steps = {name.split("/")[1] for name in there if name.startswith("checkpoints/")}
     assert steps == {p.name for p in (run / "checkpoints").iterdir()}, (
@@ -84,13 +87,13 @@ def test_a_machine_with_an_empty_disk_goes_on(workshop, undisturbed, store, topo
 
     shutil.rmtree(run)
     launch = start(config, topology, processes, **environment)
-    assert launch.codes() == [0] * processes, launch.said()
-    assert "is complete" in launch.said()
+    assert launch.codes() == [0] * processes, launch.output()
+    assert "is complete" in launch.output()
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
     assert (run / "model/model.safetensors").exists()
 
 
-def test_a_newest_checkpoint_that_arrived_damaged_is_passed_over(workshop, undisturbed, store):
+def test_a_newest_checkpoint_that_arrived_damaged_is_skipped(workshop, undisturbed, store):
     environment, client = store
     settings = {
         **SETTINGS,
@@ -105,12 +108,12 @@ def test_a_newest_checkpoint_that_arrived_damaged_is_passed_over(workshop, undis
     body = client.get_object(Bucket="bucket", Key=key)["Body"].read()
     client.put_object(Bucket="bucket", Key=key, Body=body[:-1] + bytes([body[-1] ^ 1]))
     launch = to_the_end_of(start(config, **environment))
-    assert "__0_0.distcp" in launch.said()
-    assert "at step 9" in launch.said()
-    same_end(workshop.run_dir("single"), undisturbed.run_dir("single"))
+    assert "__0_0.distcp" in launch.output()
+    assert "at step 9" in launch.output()
+    assert_same_end(workshop.run_dir("single"), undisturbed.run_dir("single"))
 
 
-def test_a_run_that_another_machine_has_taken_over_stops(workshop, tmp_path, store):
+def test_a_run_taken_over_by_another_machine_stops(workshop, tmp_path, store):
     environment, _ = store
     settings = {
         **SETTINGS,
@@ -125,17 +128,15 @@ def test_a_run_that_another_machine_has_taken_over_stops(workshop, tmp_path, sto
     second = start(
         config.rename(tmp_path / "other.yaml"), "single", 1, "--run.dir", str(other), **environment
     )
-    wait_for(lambda: "resumed from" in second.said())
+    wait_for(lambda: "resumed from" in second.output())
     assert first.codes(within=60) == [2], (
-        "started again, the two would take turns without end: " + first.said()
+        "started again, the two would take turns without end: " + first.output()
     )
-    assert "has taken s3://bucket/taken/run over" in first.said()
+    assert "has taken s3://bucket/taken/run over" in first.output()
     assert second.processes[0].is_alive()
 
 
-def test_an_older_disk_beside_a_newer_store_goes_on_from_the_store_with_its_logs(
-    workshop, undisturbed, store
-):
+def test_a_newer_store_wins_over_an_older_disk(workshop, undisturbed, store):
     """Machine A, then B, then A again with what its disk still has."""
     environment, client = store
     config = workshop.write(
@@ -159,7 +160,7 @@ def test_an_older_disk_beside_a_newer_store_goes_on_from_the_store_with_its_logs
     shutil.rmtree(run)
     old.rename(run)
     to_the_end_of(start(config, **environment))
-    same_end(run, undisturbed.run_dir("single"))
+    assert_same_end(run, undisturbed.run_dir("single"))
     assert read_jsonl(run / "eval.jsonl") == read_jsonl(
         undisturbed.run_dir("single") / "eval.jsonl"
     )
@@ -183,15 +184,15 @@ def test_another_run_of_that_name_in_the_store_is_refused_and_the_disk_stays(wor
     )
     shutil.rmtree(workshop.run_dir())
     mine = {**SETTINGS, "optimizer__lr": 0.02}
-    to_the_end(workshop.write(workshop.config(**mine)))
+    run_to_completion(workshop.write(workshop.config(**mine)))
     files = {p: p.read_bytes() for p in workshop.run_dir().rglob("*") if p.is_file()}
     launch = start(
         workshop.write(workshop.config(**mine, checkpoint__storage="s3://bucket/two")),
         **environment,
     )
-    assert launch.codes() == [2], launch.said()
-    assert "s3://bucket/two/run holds another run" in launch.said()
-    assert "optimizer.lr: was 0.01, now 0.02" in launch.said()
+    assert launch.codes() == [2], launch.output()
+    assert "s3://bucket/two/run holds another run" in launch.output()
+    assert "optimizer.lr: was 0.01, now 0.02" in launch.output()
     assert {p: p.read_bytes() for p in workshop.run_dir().rglob("*") if p.is_file()} == files
 
 
@@ -201,19 +202,19 @@ def test_resume_never_refuses_what_is_in_the_store(workshop, store):
     to_the_end_of(start(config, **environment))
     shutil.rmtree(workshop.run_dir())
     launch = start(config, "single", 1, "--checkpoint.resume", "never", **environment)
-    assert launch.codes() == [2], launch.said()
-    assert "checkpoint.resume is never" in launch.said()
+    assert launch.codes() == [2], launch.output()
+    assert "checkpoint.resume is never" in launch.output()
 
 
 def test_a_store_that_cannot_be_reached_is_an_error_before_anything_loads(workshop, store):
     environment, _ = store
     config = workshop.write(workshop.config(checkpoint__storage="s3://no-such-bucket/runs"))
     launch = start(config, **environment)
-    assert launch.codes() == [2], launch.said()
-    assert "checkpoint.storage: s3://no-such-bucket" in launch.said()
+    assert launch.codes() == [2], launch.output()
+    assert "checkpoint.storage: s3://no-such-bucket" in launch.output()
     assert not workshop.run_dir().exists()
 
 
 def to_the_end_of(launch):
-    assert set(launch.codes()) == {0}, launch.said()
+    assert set(launch.codes()) == {0}, launch.output()
     return launch

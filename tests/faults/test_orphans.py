@@ -1,6 +1,4 @@
-"""`accelerate launch` of one process is killed, at any moment: the script that it started saves and
-ends, every time.
-"""
+"""When `accelerate launch` of one process is killed, its script always saves and ends."""
 
 import os
 import random
@@ -10,9 +8,9 @@ import time
 
 import pytest
 from conftest import ROOT, launcher, session
-from faults.nursery import KILLS, in_the_long_form, wait_for
+from faults.forked import KILLS, long_form, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), in_the_long_form]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), long_form]
 
 
 @pytest.mark.parametrize("trial", range(KILLS // 8))
@@ -25,7 +23,8 @@ def test_death_of_accelerate_launch_leaves_no_script(workshop, trial):
     }
     config = workshop.write(workshop.config(**settings))
     process = subprocess.Popen(
-        [*launcher("single", 1), "train.py", "--config", str(config)], cwd=ROOT, env=dict(os.environ), start_new_session=True
+        [*launcher("single", 1), "train.py", "--config", str(config)], cwd=ROOT,
+        env=dict(os.environ), start_new_session=True
     )  # fmt: skip
     try:
         wait_for(lambda: len(session(process.pid)) > 1)

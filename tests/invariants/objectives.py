@@ -1,6 +1,4 @@
-"""Three objectives as a user would write them, each with something that cross-entropy does not
-have.
-"""
+"""Three objectives as users would write them, each with a feature that cross-entropy lacks."""
 
 from dataclasses import replace
 
@@ -13,7 +11,7 @@ from finetune.objectives import Objective, Term
 
 
 class Dft(Objective):
-    """Dynamic fine-tuning (Wu et al., 2025): a cross-entropy whose weights come from the same pass."""
+    """Dynamic fine-tuning (Wu et al., 2025): cross-entropy weighted by its own probabilities."""
 
     def loss(self, policy, batch, settings, prepared):
         logprobs = policy(batch, {"logprobs"}).logprobs
@@ -21,9 +19,7 @@ class Dft(Objective):
 
 
 class Unlikelihood(Objective):
-    """Pushes down what the model is sure of, and divides by how many tokens these are, which only a
-    whole step knows.
-    """
+    """Lowers confident predictions; divides by their number, which only a whole step knows."""
 
     def prepare(self, policy, batches, settings):
         sure = [(policy(batch, {"logprobs"}).logprobs > SURE).sum() for batch in batches]
@@ -60,7 +56,8 @@ def paired(examples: Examples) -> Examples:
     """Two rows an example, as rows of preferences will be."""
     count = len(examples) // 2
     return replace(
-        examples.subset(np.arange(2 * count)), source=examples.source[:count], line=examples.line[:count], row=examples.row[:count],
+        examples.subset(np.arange(2 * count)), source=examples.source[:count],
+        line=examples.line[:count], row=examples.row[:count],
         example_ends=2 * np.arange(1, count + 1),
     )  # fmt: skip
 

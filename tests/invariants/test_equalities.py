@@ -25,9 +25,7 @@ def weights(run):
 
 
 def assert_same_weights(one, other, tolerance=2e-4):
-    """Adam divides by the root of the second moment, so a gradient near zero turns a reordering
-    into a visible step.
-    """
+    """Compare weights; Adam's root of the second moment enlarges roundings near zero."""
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
     for name in one:
@@ -54,7 +52,7 @@ def test_accumulation_1x8_equals_8x1(workshop, tied):
 
 
 def test_accumulation_by_a_mean_of_means_would_be_caught(workshop, monkeypatch):
-    """The test above must be able to fail: rows here differ enough for the wrong average to show."""
+    """The test above can fail: the rows differ enough for a wrong average to show."""
     right = workshop.train("right", train__micro_batch_size=1)
     whole = loop.train_step
 
@@ -112,9 +110,15 @@ def token_losses(model, batch):
     "architecture",
     [
         {},
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+        {
+            "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16,
+            "max_window_layers": 0,
+        },
         {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
-        {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
+        {
+            "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 16,
+            "query_pre_attn_scalar": 8,
+        },
     ],
     ids=lambda a: a.get("model_type", "llama"),
 )  # fmt: skip
@@ -154,9 +158,7 @@ def test_packed_and_unpacked_give_the_same_loss_for_every_token(
 
 
 def test_packing_keeps_the_loss_of_an_epoch(workshop):
-    """The mean over all supervised tokens of untouched weights is a fact of the data, packed or
-    not.
-    """
+    """Untouched weights have one mean loss over all supervised tokens, packed or not."""
     evaluated = [
         read_jsonl(
             workshop.train(
@@ -175,15 +177,13 @@ def test_packing_keeps_the_loss_of_an_epoch(workshop):
 
 
 def test_merged_equals_adapter(workshop):
-    """W + (alpha / r) B A, computed by hand, is the merged weight; logits agree; and training moved
-    them.
-    """
+    """The merged weight is W + (alpha / r) B A by hand; logits agree; training moved them."""
     from finetune.export.merge import merge
 
     base = workshop.train("base")
     run = workshop.train(
-        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
-        adapter__kind="lora", adapter__r=4, adapter__alpha=10.0,
+        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None,
+        model__tokenizer=None, adapter__kind="lora", adapter__r=4, adapter__alpha=10.0,
     )  # fmt: skip
     difference = merge([run / "model"], workshop.folder / "merged", "auto")
     adapter, merged = (
@@ -205,7 +205,8 @@ def test_only_adapters_train_and_the_base_stays(workshop):
     base = workshop.train("base")
     before = (base / "model/model.safetensors").read_bytes()
     run = workshop.train(
-        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None, model__tokenizer=None,
+        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None,
+        model__tokenizer=None,
         adapter__kind="lora",
     )  # fmt: skip
     assert (base / "model/model.safetensors").read_bytes() == before
@@ -217,9 +218,7 @@ def test_only_adapters_train_and_the_base_stays(workshop):
 
 
 def test_reported_loss_is_sum_over_count(workshop):
-    """Recomputed by hand from the exported initial weights: the first step's loss is sum / count
-    over its rows.
-    """
+    """Recompute the first step's loss by hand from the exported initial weights."""
     run = workshop.train(
         optimizer__lr=1e-9,
         train__max_steps=1,

@@ -2,12 +2,13 @@
 
 import pytest
 from conftest import Workshop, losses, read_jsonl
-from faults.nursery import fork
+from faults.forked import fork
 from invariants import objectives
 from safetensors.torch import load_file
 
 SIX = {
-    "train__max_steps": 6, "train__epochs": 9, "train__global_batch_size": 4, "optimizer__lr": 1e-3, "data__max_length": 256,
+    "train__max_steps": 6, "train__epochs": 9, "train__global_batch_size": 4, "optimizer__lr": 1e-3,
+    "data__max_length": 256,
     "data__eval_fraction": 0.2,
 }  # fmt: skip
 WAYS = {
@@ -38,7 +39,7 @@ def curves(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
-def test_how_a_step_is_cut_up_or_laid_out_changes_nothing(workshop, objective):
+def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
     own = {**SIX, "objective__kind": objectives.OBJECTIVES[objective]}
     runs = [workshop.train(name.replace(" ", "_"), **own, **way) for name, way in WAYS.items()]
     for run in runs[1:]:
@@ -51,7 +52,7 @@ def test_how_a_step_is_cut_up_or_laid_out_changes_nothing(workshop, objective):
 
 
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
-def test_examples_packed_together_learn_what_they_learn_alone(workshop, objective):
+def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
     """One step over all rows, so that packs hold the same examples as the steps without them."""
     whole = {
         **SIX,
@@ -77,7 +78,7 @@ CONTEXT = ["fsdp2_context"]
     [(["ddp", "zero3"], 2), pytest.param(["fsdp2"], 2, marks=pytest.mark.proof), (CONTEXT, 4)],
     ids=["two", "fsdp2", "context"],
 )
-def test_several_processes_learn_what_one_learns(tmp_path, topologies, processes):
+def test_several_processes_train_like_one(tmp_path, topologies, processes):
     from invariants.test_topologies import FOUR
 
     workshop, arguments = Workshop(tmp_path), []
@@ -93,9 +94,9 @@ def test_several_processes_learn_what_one_learns(tmp_path, topologies, processes
             arguments += [*(["pair"] if name == "Pairwise" else []), str(workshop.write(config))]
     logs = [tmp_path / f"{rank}.log" for rank in range(processes)]
     launch = fork(
-        "distributed.several", arguments, topologies[0], logs, {}, FOUR.get(topologies[0], [])
+        "distributed.many_runs", arguments, topologies[0], logs, {}, FOUR.get(topologies[0], [])
     )
-    assert launch.codes(280) == [0] * processes, launch.said()
+    assert launch.codes(280) == [0] * processes, launch.output()
     for topology in topologies:
         for name in objectives.OBJECTIVES:
             own, alone = workshop.run_dir(f"{topology}_{name}"), workshop.run_dir(f"{name}_alone")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_LLAMA, Workshop, losses, made_once, read_jsonl
 from distributed.test_nodes import FILES as ON_NODES
-from faults.nursery import Launch, fork
+from faults.forked import Launch, fork
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -61,19 +61,26 @@ ALL, PLAIN = [case for case in CASES if case not in NOT_ZERO], ["untied", "tied"
 SHORT = {
     "two": (2, {
         "ddp": ["untied", "compiled"],
-        "fsdp2": [case for case in CASES if case not in ("tied", "qlora", "compiled", "bf16")], "fsdp2_offload": ["tied"],
+        "fsdp2": [case for case in CASES if case not in ("tied", "qlora", "compiled", "bf16")],
+        "fsdp2_offload": ["tied"],
         "zero1": ["untied"], "zero2": ["bf16"], "zero3": ["clipped", "padded", "packed_recomputed"],
     }),
     "hybrid": (4, {"fsdp2_hybrid": ["untied"]}),
     "context": (4, {"fsdp2_context": ["packed_recomputed"]}),
 }  # fmt: skip
 LONG = {
-    "single": (1, {"single": PLAIN}), "cpu_debug": (2, {"cpu_debug": PLAIN}), "ddp": (2, {"ddp": list(CASES)}),
+    "single": (1, {"single": PLAIN}), "cpu_debug": (2, {"cpu_debug": PLAIN}),
+    "ddp": (2, {"ddp": list(CASES)}),
     "fsdp2": (2, {"fsdp2": list(CASES)}), "fsdp2 of one": (1, {"fsdp2": PLAIN}),
-    "fsdp2_offload": (2, {"fsdp2_offload": [*PLAIN, "lora"]}), "hybrid in full": (4, {"fsdp2_hybrid": PLAIN}),
-    "context in full": (4, {"fsdp2_context": ["untied", "packed_recomputed"]}), "zero1": (2, {"zero1": [*PLAIN, "lora"]}), "zero1 of one": (1, {"zero1": PLAIN}), "zero2": (2, {"zero2": ALL}),
-    "zero2 of one": (1, {"zero2": PLAIN}), "zero3": (2, {"zero3": [case for case in ALL if case != "compiled"]}),
-    "zero3 of one": (1, {"zero3": PLAIN}), "zero3_offload": (2, {"zero3_offload": [*PLAIN, "lora"]}),
+    "fsdp2_offload": (2, {"fsdp2_offload": [*PLAIN, "lora"]}),
+    "hybrid in full": (4, {"fsdp2_hybrid": PLAIN}),
+    "context in full": (4, {"fsdp2_context": ["untied", "packed_recomputed"]}),
+    "zero1": (2, {"zero1": [*PLAIN, "lora"]}), "zero1 of one": (1, {"zero1": PLAIN}),
+    "zero2": (2, {"zero2": ALL}),
+    "zero2 of one": (1, {"zero2": PLAIN}),
+    "zero3": (2, {"zero3": [case for case in ALL if case != "compiled"]}),
+    "zero3 of one": (1, {"zero3": PLAIN}),
+    "zero3_offload": (2, {"zero3_offload": [*PLAIN, "lora"]}),
 }  # fmt: skip
 LAUNCHES = SHORT | LONG
 RESUMED = {"ddp", "fsdp2", "zero2", "zero3"}
@@ -119,21 +126,17 @@ def settings(workshop: Workshop, case: str) -> dict:
 
 
 def several(folder: Path, topology: str, processes: int, *arguments: object) -> Launch:
-    """tests/distributed/several.py, once it has ended, in processes with the environment that the
-    launcher gives them.
-    """
-    said = [folder / f"{rank}.log" for rank in range(processes)]
+    """Run many_runs.py to the end in processes with the launcher's environment."""
+    logs = [folder / f"{rank}.log" for rank in range(processes)]
     launch = fork(
-        "distributed.several", [*map(str, arguments)], topology, said, {}, FOUR.get(topology, [])
+        "distributed.many_runs", [*map(str, arguments)], topology, logs, {}, FOUR.get(topology, [])
     )
     launch.codes(500)
     return launch
 
 
 def difference(run, reference) -> dict[str, float]:
-    """Largest difference of losses and gradient norms (as parts of them), of weights, and of the
-    last evaluation.
-    """
+    """Return the largest relative difference of losses, norms, weights and evaluations."""
     found = {}
     for name in ("loss", "grad_norm"):
         pairs = [
@@ -166,9 +169,7 @@ def agree(found: dict[str, float], half: bool = False) -> bool:
 def files_of(
     workshop: Workshop, alone: Workshop, topology: str, cases: list[str], is_resumed: bool
 ) -> list[object]:
-    """What several.py is to run under one topology: each case, and a run that goes on from its
-    fourth step.
-    """
+    """List many_runs.py's arguments for one topology: each case, then its resumption at step 4."""
     files: list[object] = [f"topology:{topology}"]
     for case in cases:
         config = workshop.config(case, **settings(alone, case))
@@ -177,7 +178,12 @@ def files_of(
         files.append(workshop.write(config).rename(workshop.folder / f"{topology}-{case}.yaml"))
     if is_resumed:
         method = settings(alone, "lora") if topology == "fsdp2" else SIX
-        resumed = {"train__micro_batch_size": 2, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9, "run__dir": str(workshop.folder / topology)}  # fmt: skip
+        resumed = {
+            "train__micro_batch_size": 2,
+            "checkpoint__every_steps": 4,
+            "checkpoint__keep_last": 9,
+            "run__dir": str(workshop.folder / topology),
+        }
         whole, parts = (
             workshop.write(workshop.config(name, **method | resumed)).rename(
                 workshop.folder / f"{topology}-{name}.yaml"
@@ -188,8 +194,11 @@ def files_of(
     return files
 
 
-@pytest.mark.parametrize("launched", [pytest.param(name, marks=pytest.mark.proof if name in LONG else ()) for name in LAUNCHES])  # fmt: skip
-def test_every_topology_is_one_process(alone, workshop, launched):
+@pytest.mark.parametrize(
+    "launched",
+    [pytest.param(name, marks=pytest.mark.proof if name in LONG else ()) for name in LAUNCHES],
+)
+def test_every_topology_trains_like_one_process(alone, workshop, launched):
     processes, topologies = LAUNCHES[launched]
     resumed = {"zero2", "zero3"} if launched == "two" else {launched} & RESUMED
     files = [] if launched in LONG else ["compiler:aot_eager"]
@@ -197,17 +206,17 @@ def test_every_topology_is_one_process(alone, workshop, launched):
         own = files_of(workshop, alone, topology, cases, topology in resumed)
         files += own if processes == 2 else own[1:]
     launch = several(workshop.folder, next(iter(topologies)), processes, *files)
-    assert launch.codes() == [0] * processes, launch.said()
+    assert launch.codes() == [0] * processes, launch.output()
     found = {
         (topology, case): difference(workshop.folder / topology / case, alone.run_dir(case))
         for topology, cases in topologies.items()
         for case in cases
     }
     assert not {case: value for case, value in found.items() if not agree(value, "bf16" in case[1])}
-    said = launch.said_to[0].read_text()
+    output = launch.logs[0].read_text()
     for topology in resumed:
         whole, parts = (workshop.folder / topology / name for name in ("whole", "parts"))
-        assert f"{parts}/checkpoints/step-00000004 at step 4" in said
+        assert f"{parts}/checkpoints/step-00000004 at step 4" in output
         assert losses(parts) == losses(whole)
         one, other = (
             load_file(next((run / "model").glob("*.safetensors"))) for run in (whole, parts)
@@ -219,10 +228,8 @@ def test_every_topology_is_one_process(alone, workshop, launched):
         assert (receipt["num_processes"], receipt["topology"]) == (processes, kind)
 
 
-def test_what_is_broken_on_purpose_is_seen(alone, workshop):
-    """The tests above can fail: by a wrong factor, by wrong means; and one process's part is never
-    exported as the whole.
-    """
+def test_deliberate_errors_are_detected(alone, workshop):
+    """The tests above can fail: by a wrong factor, wrong means, or a part exported as the whole."""
     names = ["forgotten_factor", "mean_of_means", "one_shard"]
     files = []
     for name in names:
@@ -233,7 +240,7 @@ def test_what_is_broken_on_purpose_is_seen(alone, workshop):
     for name in names[:2]:
         assert not agree(difference(workshop.run_dir(name), alone.run_dir("untied"))), name
     assert launch.codes() != [0, 0]
-    assert re.search(r".*: logits of 100% of the tokens differ, by up to", launch.said())
+    assert re.search(r".*: logits of 100% of the tokens differ, by up to", launch.output())
     assert not (workshop.run_dir("one_shard") / "model").exists()
 
 

@@ -22,7 +22,7 @@ def assert_as_recorded(found):
     } == {}
 
 
-def test_one_process_computes_what_it_computed(tmp_path):
+def test_one_process_reproduces_its_trajectory(tmp_path):
     assert_as_recorded(trajectories.alone(tmp_path))
 
 
@@ -38,13 +38,13 @@ LONG = dict.fromkeys(trajectories.TOPOLOGIES, trajectories.SHARED)
 @pytest.mark.parametrize(
     "cases", [SHORT, pytest.param(LONG, marks=pytest.mark.proof)], ids=["some", "all"]
 )
-def test_two_processes_compute_what_they_computed(tmp_path, cases):
+def test_two_processes_reproduce_their_trajectory(tmp_path, cases):
     assert_as_recorded(trajectories.shared(tmp_path, cases))
 
 
 @pytest.mark.parametrize("topology", trajectories.TOPOLOGIES)
 @pytest.mark.parametrize("case", trajectories.SHARED)
-def test_two_processes_computed_what_one_did(topology, case):
+def test_recorded_trajectories_of_one_and_two_processes_agree(topology, case):
     """The records themselves: sums in another order, with the bounds of test_topologies.py."""
     recorded = trajectories.references()[1]
     for name, bound in (("loss", 1e-5), ("grad_norm", 1e-4), ("weights", 1e-5)):
@@ -69,10 +69,8 @@ def test_every_case_is_recorded():
         (False, [1] * 11, "11 steps instead of 12"),
     ],
 )  # fmt: skip
-def test_a_changed_computation_is_seen(exact, factor, message):
-    """A last digit on the recorded machine; elsewhere one step too far off, all steps a little to
-    one side, a missing step.
-    """
+def test_a_changed_computation_is_detected(exact, factor, message):
+    """Catch a last digit here; elsewhere one step too far off, a shared drift, a missing step."""
     reference = trajectories.references()[1]["untied"]
     changed = copy.deepcopy(reference)
     changed["loss"] = [loss * by for loss, by in zip(reference["loss"], factor)]

@@ -63,9 +63,14 @@ CASES: dict[str, dict[str, Any]] = {
     "ema": {"train__ema_decay": 0.9},
     "recomputed": {"train__gradient_checkpointing": True},
     "bf16": {"train__precision": "bf16"},
-    "clipped": {"train__max_grad_norm": 0.1, "schedule__kind": "cosine", "schedule__warmup_steps": 3},
+    "clipped": {
+        "train__max_grad_norm": 0.1, "schedule__kind": "cosine", "schedule__warmup_steps": 3,
+    },
     "lora": LORA,
-    "lora_norms_and_tokens": {**LORA, "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"], "model__new_tokens": ["<|a|>"]},
+    "lora_norms_and_tokens": {
+        **LORA, "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"],
+        "model__new_tokens": ["<|a|>"],
+    },
     "qlora": {"adapter__kind": "qlora", "adapter__r": 4},
     **{name: {"optimizer__kind": name} for name in OPTIMIZERS},
 }  # fmt: skip
@@ -87,9 +92,7 @@ def settings(case: str, base: Path) -> dict[str, Any]:
 
 
 def of(run: Path) -> dict[str, Any]:
-    """The trajectory of a run directory: losses and gradient norms by step, a hash and the norm of
-    what it exported.
-    """
+    """Return losses and gradient norms by step, and hash and norm of the exported weights."""
     import torch
     from safetensors.torch import load_file
 
@@ -111,9 +114,7 @@ def of(run: Path) -> dict[str, Any]:
 def differences(
     run: dict[str, Any], reference: dict[str, Any], exact: bool, wider: int = 1
 ) -> list[str]:
-    """What sets a trajectory apart from its reference; nothing if they are equal, or as near as
-    rounding allows.
-    """
+    """Return how a trajectory differs from its reference beyond rounding."""
     if exact:
         return [name for name in reference if run[name] != reference[name]]
     found = []
@@ -147,8 +148,10 @@ def machine() -> dict[str, str]:
 
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
-        "cpu": model[1] if model else "unknown", "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__, "bitsandbytes": bitsandbytes.__version__,
+        "cpu": model[1] if model else "unknown",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
     }  # fmt: skip
 
 
@@ -170,7 +173,7 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
 
 def shared(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
     """Cases by two processes, under one topology after the other."""
-    from faults.nursery import fork
+    from faults.forked import fork
 
     workshop = Workshop(folder)
     base = workshop.train("base", **{**SMALL, **TIED}) / "model"
@@ -182,8 +185,8 @@ def shared(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any
                 str(workshop.write(workshop.config(f"{topology}-{name}", **settings(name, base))))
             )
     logs = [folder / f"{rank}.log" for rank in range(2)]
-    launch = fork("distributed.several", arguments, "ddp", logs, {}, [])
-    assert launch.codes(300) == [0, 0], launch.said()
+    launch = fork("distributed.many_runs", arguments, "ddp", logs, {}, [])
+    assert launch.codes(300) == [0, 0], launch.output()
     return {
         f"{where}/{name}": of(workshop.run_dir(f"{where}-{name}"))
         for where in cases

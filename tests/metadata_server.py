@@ -50,7 +50,7 @@ def final(cloud):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Refuses what the clouds refuse, then answers what the test said."""
+    """Refuses what the clouds refuse, otherwise sends the answers of the test."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or every answer in two writes takes 40 ms
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Metadata(ThreadingHTTPServer):
-    """Speaks as all three clouds: nothing to say, until a test gives answers to a path."""
+    """Serves the paths of all three clouds, without notices until a test sets answers."""
 
     daemon_threads = True
 
@@ -115,7 +115,7 @@ class Metadata(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=[0.002], daemon=True).start()
 
     def says(self, path, *answers):
-        """One after another, the last one repeated: (status, body, headers), or a function."""
+        """Answer one after another, repeating the last: (status, body, headers), or a function."""
         self.answers[path] = list(answers)
 
     def next_answer(self, path):

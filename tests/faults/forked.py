@@ -36,9 +36,7 @@ PROTOCOL = {
 
 @dataclass(frozen=True)
 class Death:
-    """Die by SIGKILL before a line of the protocol of checkpoints, such as "folder.py:77", is
-    executed for the n-th time.
-    """
+    """SIGKILL before the n-th execution of a line of the protocol, such as "folder.py:77"."""
 
     line: str
     time: int
@@ -49,15 +47,15 @@ def child(
     script: str,
     arguments: list[str],
     environment: dict[str, str],
-    said: str,
+    log: str,
     death: Death | None,
 ) -> None:
-    """In the forked process: a script as its own command line would run it."""
+    """Run a script in the forked process as its own command line would."""
     assert "faults.preloaded" in sys.modules, (
         "python -c 'import faults.preloaded' says which import has failed"
     )
     os.environ.update(environment)
-    with open(said, "a") as file:
+    with open(log, "a") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
@@ -76,9 +74,7 @@ def child(
 
 
 def stand_still(rank: int, step: int) -> None:
-    """The main thread of one process does nothing any more from a step on, as one does that waits
-    for a dead disk.
-    """
+    """Block the main thread of one process from a step on, as a dead disk would."""
     from finetune.data.batches import Batches
 
     at = Batches.at
@@ -92,9 +88,7 @@ def stand_still(rank: int, step: int) -> None:
 
 
 def trace(death: Death | None) -> dict[str, int]:
-    """How often each line of the protocol was executed, in any thread; and death before the one
-    that is meant.
-    """
+    """Count how often each protocol line executes, in any thread; die before the chosen one."""
     counted: dict[str, int] = {}
 
     def line(frame: Any, event: str, argument: Any) -> Any:
@@ -119,7 +113,7 @@ def trace(death: Death | None) -> dict[str, int]:
 
 
 KILLS = int(os.environ.get("FINETUNE_KILLS", "6"))  # make faults: 201
-in_the_long_form = pytest.mark.fault
+long_form = pytest.mark.fault
 os.environ["PYTHONPATH"] = (
     f"{ROOT}:{ROOT / 'tests'}"  # the server finds what it is to import by this alone
 )
@@ -132,7 +126,7 @@ class Launch:
     """All processes of one start of a run."""
 
     processes: list[Any]
-    said_to: list[Path]
+    logs: list[Path]
     began: float = field(default_factory=time.monotonic)
 
     def kill(self, ranks: list[int], number: int = signal.SIGKILL) -> None:
@@ -141,39 +135,46 @@ class Launch:
                 os.kill(self.processes[rank].pid, number)
 
     def codes(self, within: float = 120.0) -> list[int]:
-        """Exit code of each, -9 for one that was killed; all must have ended within `within`
-        seconds.
-        """
+        """Return all exit codes (-9: killed); fail if a process outlives `within` seconds."""
         end = time.monotonic() + within
         for process in self.processes:
             process.join(max(0.01, end - time.monotonic()))
         alive = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
         self.kill(alive)
-        assert not alive, f"processes {alive} were still there after {within:.0f} s:\n{self.said()}"
+        assert not alive, (
+            f"processes {alive} were still there after {within:.0f} s:\n{self.output()}"
+        )
         return [process.exitcode for process in self.processes]
 
-    def said(self) -> str:
-        return "\n".join(path.read_text()[-20_000:] for path in self.said_to if path.exists())
+    def output(self) -> str:
+        return "\n".join(path.read_text()[-20_000:] for path in self.logs if path.exists())
 
 
 def start(
-    config: Path, topology: str = "single", processes: int = 1, *arguments: str, script: str = "train", death: Death | None = None,
+    config: Path, topology: str = "single", processes: int = 1, *arguments: str,
+    script: str = "train", death: Death | None = None,
     dies: int = 0, **environment: str,
 ) -> Launch:  # fmt: skip
-    """One launch of train.py, or of a script that runs it. `dies`: the process that `death` is for."""
-    told = {"FINETUNE_JOIN_MINUTES": "0.3", **environment}
-    said = [config.with_suffix(f".{rank}.log") for rank in range(processes)]
+    """Start train.py, or a script that runs it; `death` is for the process of rank `dies`."""
+    settings = {"FINETUNE_JOIN_MINUTES": "0.3", **environment}
+    logs = [config.with_suffix(f".{rank}.log") for rank in range(processes)]
     return fork(
-        script, ["--config", str(config), *arguments], topology, said, told, death=death, dies=dies
+        script,
+        ["--config", str(config), *arguments],
+        topology,
+        logs,
+        settings,
+        death=death,
+        dies=dies,
     )
 
 
 def fork(
-    script: str, arguments: list[str], topology: str, said: list[Path], environment: dict[str, str], extra: Sequence[str] = (),
-    nodes: int = 1, death: Death | None = None, dies: int = 0, each: Sequence[list[str]] = (),
+    script: str, arguments: list[str], topology: str, logs: list[Path], environment: dict[str, str],
+    extra: Sequence[str] = (), nodes: int = 1, death: Death | None = None, dies: int = 0,
+    each: Sequence[list[str]] = (),
 ) -> Launch:  # fmt: skip
-    """Every process of a script under a topology file, with the environment that the launcher gives
-    it; each has a file to say in.
+    """Fork every process of a script under a topology file, each with a log of its own.
 
     `each`: further arguments of each process.
     """
@@ -181,20 +182,20 @@ def fork(
         "--config_file",
         f"accelerate_configs/{topology}.yaml",
         "--num_processes",
-        str(len(said)),
+        str(len(logs)),
         *extra,
     ]
     options = [
         [*file, *(["--num_machines", str(nodes), "--machine_rank", str(node)] if nodes > 1 else [])]
         for node in range(nodes)
     ]
-    if topology == "single" and len(said) == 1:
+    if topology == "single" and len(logs) == 1:
         options = [[]]
     with contextlib.chdir(ROOT):
         planned = [one for own in options for one in launcher.read([*own, "train.py"])[0]]
     started = []
     for rank, given in enumerate(planned):
-        said[rank].unlink(missing_ok=True)
+        logs[rank].unlink(missing_ok=True)
         mine = death if rank == dies else None
         own = {
             name: value
@@ -208,13 +209,13 @@ def fork(
                 script,
                 [*arguments, *(each[rank] if each else [])],
                 own,
-                str(said[rank]),
+                str(logs[rank]),
                 mine,
             ),
         )
         process.start()
         started.append(process)
-    LAUNCHED.append(Launch(started, said))
+    LAUNCHED.append(Launch(started, logs))
     return LAUNCHED[-1]
 
 
@@ -236,21 +237,19 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     raise AssertionError(f"waited {seconds:.0f} s in vain")
 
 
-def to_the_end(
+def run_to_completion(
     config: Path, topology: str = "single", processes: int = 1, attempts: int = 3
 ) -> None:
-    """Start again, as a cluster would, until the run is complete."""
+    """Restart, as a cluster would, until the run is complete."""
     for _ in range(attempts):
         launch = start(config, topology, processes)
         if launch.codes() == [0] * processes:
             return
-    raise AssertionError(f"not complete after {attempts} attempts:\n{launch.said()}")
+    raise AssertionError(f"not complete after {attempts} attempts:\n{launch.output()}")
 
 
-def same_end(run: Path, undisturbed: Path) -> None:
-    """Every step is on record once, with the loss and the weights of a run that nothing happened
-    to.
-    """
+def assert_same_end(run: Path, undisturbed: Path) -> None:
+    """Check that a run has the steps, losses and weights of an undisturbed one."""
     lines, wanted = (read_jsonl(each / "metrics.jsonl") for each in (run, undisturbed))
     assert [line["step"] for line in lines] == [line["step"] for line in wanted]
     for name in ("loss", "grad_norm", "lr", "tokens", "supervised_tokens"):
@@ -267,7 +266,7 @@ def same_end(run: Path, undisturbed: Path) -> None:
 
 @dataclass
 class Scene:
-    """A topology, a run that nothing happens to, and how long that takes."""
+    """A topology, a run of it that nothing disturbs, and how long that takes."""
 
     workshop: Workshop
     topology: str
@@ -289,23 +288,21 @@ class Scene:
         shutil.copytree(self.workshop.run_dir("undisturbed"), self.workshop.folder / "kept")
         forget(self.workshop.run_dir("undisturbed"), 6)
         self.lines_of_a_resumption = self._counted(config)
-        same_end(self.workshop.run_dir("undisturbed"), self.workshop.folder / "kept")
+        assert_same_end(self.workshop.run_dir("undisturbed"), self.workshop.folder / "kept")
         return self
 
     def _counted(self, config: Path) -> list[dict[str, int]]:
         counts = self.workshop.folder / "lines.json"
         launch = start(config, self.topology, self.processes, COUNTS_LINES=str(counts))
-        assert launch.codes() == [0] * self.processes, launch.said()
+        assert launch.codes() == [0] * self.processes, launch.output()
         return [json.loads(Path(f"{counts}.{rank}").read_text()) for rank in range(self.processes)]
 
     def survives(self, name: str, kills: Sequence[Callable[[Path], Launch]]) -> list[list[int]]:
-        """Start and be killed, as often as there are kills, go on to the end, and compare. The exit
-        codes of what was killed.
-        """
+        """Start and kill once per entry, finish, compare; return the exit codes of the killed."""
         config = self.config(name)
         codes = [kill(config).codes() for kill in kills]
-        to_the_end(config, self.topology, self.processes)
-        same_end(self.workshop.run_dir(name), self.workshop.run_dir("undisturbed"))
+        run_to_completion(config, self.topology, self.processes)
+        assert_same_end(self.workshop.run_dir(name), self.workshop.run_dir("undisturbed"))
         return codes
 
     def at_a_line(
@@ -332,7 +329,7 @@ class Scene:
 
 
 def forget(run: Path, step: int) -> None:
-    """As if the machine had gone after the checkpoint of a step."""
+    """Delete the outcome and later checkpoints, as if the machine had gone after a step."""
     for later in (run / "checkpoints").glob("step-*"):
         if int(later.name.removeprefix("step-")) > step:
             shutil.rmtree(later)

@@ -1,4 +1,4 @@
-"""What rendered manifests must hold beyond their schemas; each fault is a sentence.
+"""Find faults in rendered manifests beyond their schemas; each fault is a sentence.
 
 What Kubernetes does is written down here where it decides something: which rule of a policy counts,
 what it says when it ends a Job, which names it gives.
@@ -20,10 +20,11 @@ from finetune.survival import launcher
 
 Manifest = dict[str, Any]
 GPU = "nvidia.com/gpu"
-# The Pod Security Standard "restricted", with the image's user; SAYS below leaves out everything
-# else that it forbids.
+# The Pod Security Standard "restricted", with the image's user; ALLOWED_FIELDS below leaves out
+# everything else that it forbids.
 POD_SECURITY = {
-    "runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001, "fsGroupChangePolicy": "OnRootMismatch",
+    "runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001,
+    "fsGroupChangePolicy": "OnRootMismatch",
     "seccompProfile": {"type": "RuntimeDefault"},
 }  # fmt: skip
 CONTAINER_SECURITY = {
@@ -41,12 +42,13 @@ SPOT = {
 }
 # Where a container finds what: volume, its folder, and whether it may write there.
 MOUNTS = {
-    "/config": ("config", None, False), "/tokens": ("tokens", None, False), "/runs": ("storage", "runs", True),
-    "/models": ("storage", "models", True), "/scratch": ("scratch", None, True), "/dev/shm": ("shm", None, True),
+    "/config": ("config", None, False), "/tokens": ("tokens", None, False),
+    "/runs": ("storage", "runs", True), "/models": ("storage", "models", True),
+    "/scratch": ("scratch", None, True), "/dev/shm": ("shm", None, True),
 }  # fmt: skip
 # All that a run's pods and Jobs say. What is not here was never thought of: another container never
 # ends, a probe ends what goes well, a shared process namespace takes PID 1 from tini.
-SAYS = {
+ALLOWED_FIELDS = {
     "pod": set(
         "restartPolicy terminationGracePeriodSeconds serviceAccountName "
         "automountServiceAccountToken enableServiceLinks securityContext tolerations "
@@ -75,7 +77,7 @@ def render(folder: Path) -> list[Manifest]:
 
 @dataclass(frozen=True)
 class Work:
-    """What makes the pods of a run: a Job, or the child Job of a JobSet or of a TrainJob's runtime."""
+    """The Job that makes the pods of a run, perhaps the child of a JobSet or TrainJob runtime."""
 
     kind: str
     name: str
@@ -86,9 +88,7 @@ class Work:
 
     @property
     def first_node(self) -> str:
-        """Where its first pod is found: by the Service that is named like the Job, or in the
-        JobSet's network.
-        """
+        """Return the name of its first pod: by the Job's Service, or in the JobSet's network."""
         network = (
             self.pod.get("subdomain") if self.kind == "Job" else self.name.removesuffix("-node-0")
         )
@@ -145,7 +145,8 @@ def problems(manifests: list[Manifest], folder: Path) -> list[str]:
     """All faults; `folder`: for the files that a command line names."""
     found = work(manifests)
     return [
-        *pod_problems(manifests), *_said(found), *_nodes(manifests, found), *_kinds(manifests, found), *_policies(manifests, found), *_spot(found),
+        *pod_problems(manifests), *_said(found), *_nodes(manifests, found),
+        *_kinds(manifests, found), *_policies(manifests, found), *_spot(found),
         *_commands(manifests, found, folder),
     ]  # fmt: skip
 
@@ -154,7 +155,8 @@ def pod_problems(manifests: list[Manifest]) -> list[str]:
     """Those of a pod that may do anything, or nothing."""
     found = work(manifests)
     return [
-        *_references(manifests, found), *_mounts(found), *_profile(manifests, found), *_resources(found), *_images(found)
+        *_references(manifests, found), *_mounts(found), *_profile(manifests, found),
+        *_resources(found), *_images(found)
     ]  # fmt: skip
 
 
@@ -184,7 +186,10 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
             if not spec["selector"].items() <= found.labels.items():
                 yield f"Service {manifest['metadata']['name']} selects no pod"
             if found.pod.get("subdomain") != manifest["metadata"]["name"]:
-                yield f"pods are in the subdomain {found.pod.get('subdomain')}, not in that of the Service"
+                yield (
+                    f"pods are in the subdomain {found.pod.get('subdomain')}, "
+                    "not in that of the Service"
+                )
             if (spec.get("clusterIP"), spec.get("publishNotReadyAddresses")) != ("None", True):
                 yield "the Service gives no names to pods that are not ready"
         if kind == "NetworkPolicy":
@@ -222,7 +227,10 @@ def _mounts(found: Work) -> Iterator[str]:
             else {path: MOUNTS[path] for path in ("/runs", "/scratch")}
         )
         if {path: mounts.get(path) for path in needed} != needed:
-            yield f"container {container['name']} has not what it needs among {', '.join(needed)}, or may not write to it"
+            yield (
+                f"container {container['name']} has not what it needs among {', '.join(needed)}, "
+                "or may not write to it"
+            )
     environment = {entry["name"]: entry.get("value", "") for entry in found.node.get("env", [])}
     if (
         not environment.get("HF_TOKEN_PATH", "").startswith("/tokens/")
@@ -251,7 +259,10 @@ def _spot(found: Work) -> Iterator[str]:
         if value != wanted:
             yield f"no cloud's spot nodes are labelled {label}: {value}"
         if found.pod["terminationGracePeriodSeconds"] > seconds:
-            yield f"{found.pod['terminationGracePeriodSeconds']} s to end, where the cloud gives {seconds}"
+            yield (
+                f"{found.pod['terminationGracePeriodSeconds']} s to end, "
+                f"where the cloud gives {seconds}"
+            )
         if is_tainted and not any(
             taint["key"] == label for taint in found.pod.get("tolerations", [])
         ):
@@ -303,7 +314,10 @@ def _nodes(manifests: list[Manifest], found: Work) -> Iterator[str]:
             job.get("completionMode") == "Indexed"
             and job["parallelism"] == job["completions"] == found.nodes
         ):
-            yield f"{found.nodes} nodes, but completionMode, parallelism and completions say something else"
+            yield (
+                f"{found.nodes} nodes, but completionMode, parallelism and completions say "
+                "something else"
+            )
         if found.kind == "Job" and not any(manifest["kind"] == "Service" for manifest in manifests):
             yield "no Service gives the nodes their names"
         claims = [m for m in manifests if m["kind"] == "PersistentVolumeClaim"]
@@ -329,7 +343,7 @@ def _said(found: Work) -> Iterator[str]:
         *(("container", container) for container in found.containers),
     ]
     for what, spec in several:
-        if unknown := set(spec) - SAYS[what]:
+        if unknown := set(spec) - ALLOWED_FIELDS[what]:
             yield f"a {what} says {', '.join(sorted(unknown))}, which was never thought of"
     if len(found.pod["containers"]) != 1:
         yield "beside a second container a pod does not end with the run"
@@ -359,8 +373,9 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
         ):
             yield "a rule does not see how a run before the last one ends"
     wanted = {
-        "a wrong config (2)": (2, False, "ends"), "saved (75)": (75, False, "again"), "a crash (1)": (1, False, "counted"),
-        "preempted, saved": (75, True, "again"), "preempted, killed": (137, True, "again"), "preempted at the start": (2, True, "again"),
+        "a wrong config (2)": (2, False, "ends"), "saved (75)": (75, False, "again"),
+        "a crash (1)": (1, False, "counted"), "preempted, saved": (75, True, "again"),
+        "preempted, killed": (137, True, "again"), "preempted at the start": (2, True, "again"),
     }  # fmt: skip
     for what, (code, disrupted, outcome) in wanted.items():
         if (got := fate(found, code, disrupted)) != outcome:
@@ -368,9 +383,7 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
 
 
 def fate(found: Work, code: int, disrupted: bool) -> str:
-    """What becomes of a run whose pod has ended so: it `ends`, starts `again`, or again and is
-    `counted` as a failure.
-    """
+    """Return the fate of a run whose pod ended so: it `ends`, starts `again`, or is `counted`."""
     action, message = "Count", ""
     # matchPodFailurePolicy in pkg/controller/job of Kubernetes 1.31 has the order, and the
     # messages.
@@ -393,7 +406,10 @@ def fate(found: Work, code: int, disrupted: bool) -> str:
             and (code in codes["values"]) == (codes["operator"] == "In")
         ):
             action = rule["action"]
-            message = f"Container node for pod ns/x failed with exit code {code} matching {action} rule at index {index}"
+            message = (
+                f"Container node for pod ns/x failed with exit code {code} matching {action} rule "
+                f"at index {index}"
+            )
             break
     if found.kind == "Job":
         return {"Ignore": "again", "FailJob": "ends", "Count": "counted"}[action]
@@ -428,7 +444,10 @@ def _profile(manifests: list[Manifest], found: Work) -> Iterator[str]:
         yield f"the pod's securityContext is {found.pod.get('securityContext')}"
     for container in found.containers:
         if container.get("securityContext") != CONTAINER_SECURITY:
-            yield f"container {container['name']}: securityContext is {container.get('securityContext')}"
+            yield (
+                f"container {container['name']}: "
+                f"securityContext is {container.get('securityContext')}"
+            )
     for volume in found.pod["volumes"]:
         if not set(volume) - {"name"} <= VOLUMES:
             yield f"volume {volume['name']} is of a kind that is not restricted"
@@ -441,7 +460,9 @@ def _resources(found: Work) -> Iterator[str]:
             {"cpu", "memory", "ephemeral-storage"} <= set(asked.get(side, {}))
             for side in ("requests", "limits")
         ):
-            yield f"container {container['name']} asks for no cpu, memory and disk, or has no limits"
+            yield (
+                f"container {container['name']} asks for no cpu, memory and disk, or has no limits"
+            )
         elif asked["requests"]["memory"] != asked["limits"]["memory"]:
             yield f"container {container['name']} may be given less memory than it counts on"
         if asked.get("requests", {}).get(GPU) != asked.get("limits", {}).get(GPU):
@@ -479,9 +500,7 @@ def _images(found: Work) -> Iterator[str]:
 
 
 def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[str]:
-    """Every command line through the real parsers: the launcher's for each node, train.py's for the
-    rest.
-    """
+    """Parse every command line with the real parsers: the launcher's per node, train.py's else."""
     processes: set[str] = set()
     grace = found.pod["terminationGracePeriodSeconds"]
     given_gpus = int(found.node["resources"]["limits"].get(GPU, 0))
@@ -512,7 +531,10 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
             if container is found.node:
                 processes |= {environment.get("RANK", "0") for environment in environments}
                 if nodes > 1 and environments[0]["MASTER_ADDR"] != found.first_node:
-                    yield f"nodes look for {environments[0]['MASTER_ADDR']}, the first one is {found.first_node}"
+                    yield (
+                        f"nodes look for {environments[0]['MASTER_ADDR']}, "
+                        f"the first one is {found.first_node}"
+                    )
                 if len(environments) != max(given_gpus, 1):
                     yield f"{len(environments)} processes on a node of {given_gpus} GPUs"
     world = found.nodes * max(given_gpus, 1)
@@ -523,7 +545,10 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
     except UserError as exc:
         yield str(exc)
     if not config.checkpoint.grace_seconds < grace:
-        yield f"the run counts on {config.checkpoint.grace_seconds:g} s after SIGTERM, the pod has {grace}"
+        yield (
+            f"the run counts on {config.checkpoint.grace_seconds:g} s after SIGTERM, "
+            f"the pod has {grace}"
+        )
 
 
 def environment(found: Work, container: Manifest, rank: int) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Several runs one after the other in the processes of one launch, each through train.py's own
-`run`.
+"""Train several runs one after another in the processes of one launch.
 
-    accelerate launch tests/distributed/several.py A.yaml B.yaml forget:runs/b:3 B.yaml break:one_shard C.yaml
+    accelerate launch tests/distributed/many_runs.py A.yaml B.yaml forget:runs/b:3 B.yaml \\
+        break:one_shard C.yaml
 
 Most of a small run is the start of its processes. `forget:DIR:STEP` takes a run back to the
 checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the next run on
@@ -73,9 +73,7 @@ OF_A_TOPOLOGY = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 
 def environment_of(topology: str, asked_by_launcher: dict[str, str]) -> dict[str, str]:
-    """What the launcher would give this process for another topology; where the processes meet
-    stays.
-    """
+    """Return the launcher's environment for another topology, with the same rendezvous."""
     file = [
         "--config_file",
         f"accelerate_configs/{topology}.yaml",
@@ -95,7 +93,7 @@ def forget(run: Path, step: int) -> None:
 
 
 def instead(owner: object, name: str, value: object) -> functools.partial:
-    """Put it in; gives what puts the old one back."""
+    """Replace an attribute and return a function that restores it."""
     old = getattr(owner, name)
     setattr(owner, name, value)
     return functools.partial(setattr, owner, name, old)
