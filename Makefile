@@ -1,19 +1,23 @@
-# Every target needs nothing done before it: it makes .venv if it has to; only gpu takes PYTHON as it is.
+# Each target makes .venv if it is missing; only gpu uses PYTHON as it is.
 SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-fast proofs faults durations image image-test gpu bench lint schema clean
+.PHONY: install quickstart test test-fast proofs faults durations image image-test gpu bench lint \
+  schema clean
 .DELETE_ON_ERROR:
 
-# What a run needs; `make test` and `make lint` add their own tools.
+# Install what a run needs; `make test` and `make lint` add their own tools.
 install: .venv/installed
 
 .venv/installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) \
+	  and "Install Python 3.11 or newer; this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	# torch first: the others then accept the build that is there (on a CPU-only machine add --index-url of your CPU wheels)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	# torch first: the others then accept the installed build (on a CPU-only machine add
+	# --index-url of your CPU wheels)
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+	  "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
@@ -26,20 +30,20 @@ quickstart: install
 	$(BIN)/python train.py --config configs/quickstart_pretrain.yaml
 	$(BIN)/python train.py --config configs/quickstart.yaml
 	@echo
-	$(BIN)/python -m finetune evaluate --base runs/quickstart_base/model --tuned runs/quickstart/model \
-	  --data data/pig_latin/test.jsonl --max-new-tokens 80
+	$(BIN)/python -m finetune evaluate --base runs/quickstart_base/model \
+	  --tuned runs/quickstart/model --data data/pig_latin/test.jsonl --max-new-tokens 80
 	@echo
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
 
-# Under 6 minutes on two idle cores; what it leaves to the long forms below is named at its end.
+# Under 6 minutes on two idle cores; it ends with a count of what it leaves to the targets below.
 test: .venv/tools
 	$(BIN)/python -m pytest tests -n auto --dist worksteal
 
 test-fast: .venv/tools
 	$(BIN)/python -m pytest tests -n auto --dist worksteal -m "not slow"
 
-# Wide sweeps: every recipe, method, optimizer, topology with a real compiler, forecasts against runs.
+# Every recipe, method, optimizer and topology, with a real compiler; forecasts against runs.
 proofs: .venv/tools
 	$(BIN)/python -m pytest tests -n auto --dist worksteal -m proof
 
@@ -47,32 +51,38 @@ proofs: .venv/tools
 faults: .venv/tools
 	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults tests/distributed -n 2 -s -m ""
 
-# Records what each file of tests costs, in tests/durations.json.
+# Measure each file of tests, and write tests/durations.json.
 durations: .venv/tools
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal --record-durations
 
-# For NVIDIA GPUs; docs/containers.md has SUFFIX and ARGS for a CPU and for FlashAttention. BUILDER="buildah build" or "podman build" will do, too.
+# For NVIDIA GPUs; docs/containers.md has SUFFIX and ARGS for a CPU and for FlashAttention.
+# BUILDER="buildah build" and "podman build" work too.
 BUILDER ?= docker build
 image:
 	version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) && \
-	$(BUILDER) --file docker/Dockerfile --tag finetune:$$version$(SUFFIX) --build-arg VERSION=$$version \
+	$(BUILDER) --file docker/Dockerfile --tag finetune:$$version$(SUFFIX) \
+	  --build-arg VERSION=$$version \
 	  --build-arg REVISION=$$(git describe --always --dirty --abbrev=40 --exclude='*') \
 	  --build-arg SOURCE=$$(git config --get remote.origin.url || true) $(ARGS) .
 
-# Builds one for a CPU and runs it; as root, with Debian's buildah, runc and mmdebstrap.
+# Build the image for a CPU and run it; as root, with Debian's buildah, runc and mmdebstrap.
 image-test: .venv/tools
 	$(BIN)/python -m pytest tests/test_image.py tests/test_container.py -s -m ""
 
-# What only a GPU shows, each part in under five minutes, without a network: PART=correctness, memory or speed (all, if none is
-# given), with what PYTHON has installed. ONLY=regex, MINUTES=9, OUT=folder; CPU=1 rehearses on tiny models without a GPU.
+# Test a GPU with the packages of PYTHON, each part in under five minutes, without a network:
+# PART=correctness, memory or speed (default: all). ONLY=regex, MINUTES=9, OUT=folder. CPU=1 runs
+# on tiny models without a GPU.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(PART) $(if $(ONLY),--only '$(ONLY)') $(if $(MINUTES),--minutes $(MINUTES)) \
+	$(PYTHON) benchmarks/gpu.py $(PART) $(if $(ONLY),--only '$(ONLY)') \
+	  $(if $(MINUTES),--minutes $(MINUTES)) \
 	  $(if $(OUT),--out '$(OUT)') $(if $(CPU),--cpu)
 
-# Side by side with TRL, about half an hour, and a picture; ROWS=my.jsonl for your own. LITGPT=its/bin/python: with LitGPT, too.
+# Compare with TRL, in about half an hour, and draw it. ROWS=my.jsonl uses your rows,
+# LITGPT=its/bin/python adds LitGPT.
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
-	$(BIN)/python benchmarks/peers.py --plot peers.png $(if $(ROWS),--rows $(ROWS)) $(if $(LITGPT),--litgpt $(LITGPT))
+	$(BIN)/python benchmarks/peers.py --plot peers.png $(if $(ROWS),--rows $(ROWS)) \
+	  $(if $(LITGPT),--litgpt $(LITGPT))
 
 lint: .venv/tools
 	$(BIN)/ruff format --check .

@@ -1,11 +1,11 @@
 """Specialise a language model to a task.
 
-    accelerate launch --config_file accelerate_configs/ddp.yaml train.py --config configs/my_run.yaml
     python train.py --config configs/my_run.yaml            one process, CPU or one GPU
-    python train.py --config configs/my_run.yaml --check    everything that can be known without loading weights
+    python train.py --config configs/my_run.yaml --check    check everything but the weights
+    accelerate launch --config_file accelerate_configs/ddp.yaml train.py --config my_run.yaml
 
-finetune/loop.py tells the run from top to bottom; it imports torch, so --help and a wrong config
-answer before that.
+finetune/loop.py shows the run from top to bottom. It imports torch; --help and errors of the config
+come first, without waiting for it.
 """
 
 import os
@@ -21,7 +21,7 @@ from finetune.survival.preemption import StopFlag
 
 
 def main() -> int:
-    """Run, and turn how it ended into the exit code of the contract."""
+    """Run, and return the exit code."""
     sys.stdout, sys.stderr = BrokenPipeProof(sys.stdout), BrokenPipeProof(sys.stderr)
     paths.give_home()
     stop = StopFlag()  # until the run begins, a signal ends the process at once
@@ -41,11 +41,9 @@ def main() -> int:
 
 
 def grow_segments() -> None:
-    """Let the GPU's allocator grow its blocks: micro-batches differ in length, and blocks that fit
-    none would pile up.
+    """Let the GPU's allocator grow its blocks: lengths differ, and unusable blocks would pile up.
 
-    PyTorch reads this when it is imported; a setting of the user's own, under any of its names,
-    stays.
+    PyTorch reads this when it is imported. A user's own setting, under any of its names, stays.
     """
     names = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
     if not os.environ.keys() & names:
@@ -53,18 +51,20 @@ def grow_segments() -> None:
 
 
 def report(exc: BaseException) -> int:
-    """Write how the run failed, in a line if the error is one of ours, and return the exit code."""
+    """Report how the run failed, in one line if the error is ours, and return the exit code."""
     error = exc if isinstance(exc, Preempted) else failures.translate(exc)
-    if error is None or isinstance(error, DeviceError):  # the place tells a bug from a broken GPU
+    if error is None or isinstance(
+        error, DeviceError
+    ):  # the traceback distinguishes a bug from a broken GPU
         traceback.print_exception(exc)
     if error is None:
         return EXIT_FAILED
     rank, message = os.environ.get("RANK", "0"), f"{error.label}: {error}"
-    if error.exit_code == EXIT_USER_ERROR:  # the same on every process: one shows all of it
+    if error.exit_code == EXIT_USER_ERROR:  # the same on every process: rank 0 shows all of it
         message = message if rank == "0" else message.partition("\n")[0]
     elif os.environ.get("WORLD_SIZE", "1") != "1":
         message = f"[process {rank}] {message}"
-    sys.stderr.write(message + "\n")  # in one piece, as other processes write too
+    sys.stderr.write(message + "\n")  # one write, because other processes write too
     return error.exit_code
 
 
@@ -72,4 +72,4 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads may wait for processes that have gone, and streams for readers
+    os._exit(code)  # threads may wait for processes that are gone, and streams for readers

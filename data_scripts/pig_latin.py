@@ -1,5 +1,4 @@
-"""Make the Pig Latin data set of the quickstart: sentences of invented words and their
-translations.
+"""Make the Pig Latin data set of the quickstart: sentences of invented words, translated.
 
     python data_scripts/pig_latin.py --output data/pig_latin
 
@@ -15,7 +14,10 @@ import random
 import re
 from pathlib import Path
 
-ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sc sh sk sl sm sn sp spl st str sw t th tr v w y z".split()
+ONSETS = (
+    "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sc sh sk sl sm sn sp "
+    "spl st str sw t th tr v w y z".split()
+)
 CODAS = (
     "b ck d ft g l ld ll lt m mp n nd ng nk nt p r rd rk rm rn rt s sh sk sp ss st t th x".split()
 )
@@ -24,18 +26,16 @@ SPLITS = {"train": 0.8, "dev": 0.1, "test": 0.1}
 
 
 def pig_latin(text: str) -> str:
-    """Translate every word of a text; other characters stay in place, and so does a leading
-    capital.
-    """
+    """Translate every word of a text; keep other characters, and leading capitals."""
     return re.sub(r"[A-Za-z]+", lambda match: _word(match[0]), text)
 
 
 def _word(word: str) -> str:
-    """One word. The consonants before the first vowel go to the end, then "ay"; before a vowel,
-    "way".
+    """Translate one word: the consonants before the first vowel go to the end, then "ay".
 
-    y is a vowel except at the start (my -> ymay, rhythm -> ythmrhay, yes -> esyay), and qu moves
-    as one (queen -> eenquay). A word without any vowel has nothing to move before (pst -> pstay).
+    Before a vowel: "way". y is a vowel except at the start (my -> ymay, rhythm -> ythmrhay, yes ->
+    esyay), and qu moves as one (queen -> eenquay). A word without any vowel has nothing to move
+    before (pst -> pstay).
     """
     lower = word.lower()
     if lower[0] in "aeiou":
@@ -48,17 +48,12 @@ def _word(word: str) -> str:
 
 
 def vocabulary(count: int, random: random.Random) -> list[str]:
-    """Pronounceable words of one to three syllables, all different; one in 25 has y for its only
-    vowel.
-    """
+    """Make different pronounceable words of one to three syllables; 1 in 25 has only y as vowel."""
     words: set[str] = set()
     while len(words) < count:
         if random.random() < 0.04:
-            word = (
-                random.choice([o for o in ONSETS if o not in ("qu", "y")])
-                + "y"
-                + random.choice(["", *CODAS])
-            )
+            onset = random.choice([onset for onset in ONSETS if onset not in ("qu", "y")])
+            word = onset + "y" + random.choice(["", *CODAS])
         else:
             syllables = random.choices([1, 2, 3], weights=[4, 5, 1])[0]
             word = "".join(
@@ -78,24 +73,25 @@ def sentence(words: list[str], random: random.Random) -> str:
 
 
 def problem_with(folder: Path) -> str | None:
-    """Why nothing should be written there: it is not a folder, or has rows that this script did not
-    make.
+    """Return why a folder should not be written to, or None.
+
+    It may be a file, or hold rows that this script did not make.
     """
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir():
         return f"{above} is a file; give a folder"
     if not os.access(above, os.W_OK | os.X_OK):
         return f"{above} cannot be written; give another folder"
-    for path in (
-        folder / name for name in ("sentences.txt", *(f"{split}.jsonl" for split in SPLITS))
-    ):
+    for name in ("sentences.txt", *(f"{split}.jsonl" for split in SPLITS)):
+        path = folder / name
         if path.exists() and not is_ours(path):
-            return f"{path} exists, and this script did not write it; give another folder, or remove it"
+            why = "exists, and this script did not write it"
+            return f"{path} {why}; give another folder, or remove it"
     return None
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file begins as this script writes it, or is empty."""
+    """Return whether a file is empty, or begins as this script writes it."""
     try:
         with path.open(encoding="utf-8") as file:
             line = file.readline(1000)
@@ -110,18 +106,14 @@ def is_ours(path: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("data/pig_latin"), help="folder to write to"
-    )
-    parser.add_argument(
-        "--words", type=int, default=24_000, help="size of the vocabulary, all splits together"
-    )
-    parser.add_argument("--train", type=int, default=19_200, help="training sentences")
-    parser.add_argument("--held-out", type=int, default=200, help="sentences of dev, and of test")
-    parser.add_argument("--seed", type=int, default=0)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add, default = parser.add_argument, Path("data/pig_latin")
+    add("--output", type=Path, default=default, help="folder to write to")
+    add("--words", type=int, default=24_000, help="size of the vocabulary, all splits together")
+    add("--train", type=int, default=19_200, help="training sentences")
+    add("--held-out", type=int, default=200, help="sentences of dev, and of test")
+    add("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     source = random.Random(arguments.seed)
@@ -134,10 +126,8 @@ def main() -> None:
     for split, part in SPLITS.items():
         own = words[start : start + round(part * len(words))]
         start += len(own)
-        sentences = [
-            sentence(own, source)
-            for _ in range(arguments.train if split == "train" else arguments.held_out)
-        ]
+        count = arguments.train if split == "train" else arguments.held_out
+        sentences = [sentence(own, source) for _ in range(count)]
         rows = [json.dumps({"question": s, "answer": pig_latin(s)}) for s in sentences]
         (arguments.output / f"{split}.jsonl").write_text("".join(row + "\n" for row in rows))
         if split == "train":

@@ -23,30 +23,16 @@ from finetune.generation import generate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = "run directory, folder or Hub id, full weights or adapter"
-    parser.add_argument(
-        "model",
-        nargs="?",
-        type=model_argument,
-        metavar="MODEL",
-        default=argparse.SUPPRESS,
-        help=what,
-    )
-    parser.add_argument("--model", type=model_argument, help="the same, as an option")
-    parser.add_argument("--prompt", default=None, help="answer this one message and end")
-    parser.add_argument("--system", default=None, help="system message")
-    parser.add_argument(
-        "--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=_temperature,
-        default=0.0,
-        help="sampling temperature; 0: always take the likeliest token",
-    )
-    parser.add_argument(
-        "--one-turn", action="store_true", help="forget each message before the next"
-    )
+    add = parser.add_argument
+    what, none = "run directory, folder or Hub id, full weights or adapter", argparse.SUPPRESS
+    add("model", nargs="?", type=model_argument, metavar="MODEL", default=none, help=what)
+    add("--model", type=model_argument, help="the same, as an option")
+    add("--prompt", default=None, help="answer this one message and end")
+    add("--system", default=None, help="system message")
+    add("--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer")
+    what = "sampling temperature; 0: always take the likeliest token"
+    add("--temperature", type=_temperature, default=0.0, help=what)
+    add("--one-turn", action="store_true", help="forget each message before the next")
     base_argument(parser)
     trust_remote_code_argument(parser)
 
@@ -59,16 +45,13 @@ def _temperature(text: str) -> float:
 
 
 def require_system(tokenizer: Any, start: list[Message]) -> None:
-    """Raise ModelError if the chat template takes no system message, or needs one that was not
-    given.
-    """
+    """Raise ModelError if the chat template takes no system message, or needs one."""
     try:
         generate.chat_prompt(tokenizer, [*start, *QUESTION])
     except DataError as exc:
+        other = [] if start else [Message("system", "a")]
         try:
-            generate.chat_prompt(
-                tokenizer, [*([] if start else [Message("system", "a")]), *QUESTION]
-            )
+            generate.chat_prompt(tokenizer, [*other, *QUESTION])
         except DataError:
             raise exc from None  # the system message is not the reason
         takes, remedy = ("takes no", "remove it") if start else ("needs a", "give one")
@@ -79,9 +62,10 @@ def require_system(tokenizer: Any, start: list[Message]) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    """Answer --prompt, or the lines that the user types."""
     if arguments.model is None:
         raise ModelError(
-            f"no model is given: {places.command()} chat runs/my_run, or a folder, or a Hub id"
+            f"name a model: {places.command()} chat runs/my_run, or a folder, or a Hub id"
         )
     require_model(arguments.model, "--model")
     if arguments.base is not None and not is_adapter(arguments.model):
@@ -93,28 +77,12 @@ def main(arguments: argparse.Namespace) -> None:
     tokenizer = load_chat_tokenizer(arguments.model, arguments.trust_remote_code)
     start = [Message("system", arguments.system)] if arguments.system else []
     require_system(tokenizer, start)
-    model = load(
-        arguments.model, trust_remote_code=arguments.trust_remote_code, base=arguments.base
-    )
+    trusted = arguments.trust_remote_code
+    model = load(arguments.model, trust_remote_code=trusted, base=arguments.base)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(messages: list[Message]) -> str:
-        """The answer, printed as it is written."""
-        prompt = generate.chat_prompt(tokenizer, messages)
-        streamer = generate.TextStreamer(
-            tokenizer,
-            skip_prompt=True,
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        [given] = generate.answers(
-            model, tokenizer, [prompt], max_new_tokens=arguments.max_new_tokens, batch_size=1,
-            temperature=arguments.temperature, streamer=streamer,
-        )  # fmt: skip
-        if given.is_cut:
-            note = f"note: the answer was cut after {arguments.max_new_tokens} tokens; see --max-new-tokens"
-            print(note, file=sys.stderr)
-        return given.text
+        return _answer(model, tokenizer, messages, arguments)
 
     if arguments.prompt is not None:
         answer([*start, Message("user", arguments.prompt)])
@@ -131,3 +99,21 @@ def main(arguments: argparse.Namespace) -> None:
         if text:
             messages.append(Message("user", text))
             messages.append(Message("assistant", answer(messages)))
+
+
+def _answer(
+    model: Any, tokenizer: Any, messages: list[Message], arguments: argparse.Namespace
+) -> str:
+    """Return the answer, printed as it is written."""
+    prompt, limit = generate.chat_prompt(tokenizer, messages), arguments.max_new_tokens
+    streamer = generate.TextStreamer(
+        tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    [given] = generate.answers(
+        model, tokenizer, [prompt], max_new_tokens=limit, batch_size=1,
+        temperature=arguments.temperature, streamer=streamer,
+    )  # fmt: skip
+    if given.is_cut:
+        note = f"note: the answer was cut after {limit} tokens; see --max-new-tokens"
+        print(note, file=sys.stderr)
+    return given.text

@@ -1,11 +1,11 @@
-"""Where a run says things: streams that may lose their reader."""
+"""Output streams that may lose their reader."""
 
 import contextlib
 from typing import Any
 
 
 class BrokenPipeProof:
-    """A stream whose reader may be gone: closing a terminal must not end a run."""
+    """Ignore write errors of a stream: closing a terminal must not end a run."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""Loss, evaluation loss, learning rate, gradient norm and speed of runs, in one picture."""
+"""Draw loss, evaluation loss, learning rate, gradient norm and speed of runs in one picture."""
 
 import argparse
 import json
@@ -11,28 +11,22 @@ from finetune import extras
 from finetune.config import paths
 from finetune.errors import RunDirectoryError
 
-PANELS = {  # of a line of metrics.jsonl: what is drawn below the losses
-    "lr": "learning rate", "grad_norm": "gradient norm, before clipping", "tokens_per_second": "tokens / s",
-}  # fmt: skip
-SMOOTHED_FROM = 50  # points; shorter curves are drawn as they are
-MARKED_BELOW = 10  # points; a line through so few may be too short to see
+PANELS = {  # keys of metrics.jsonl that are drawn below the losses -> titles
+    "lr": "learning rate",
+    "grad_norm": "gradient norm, before clipping",
+    "tokens_per_second": "tokens / s",
+}
+SMOOTHED_FROM = 50  # points; shorter curves are drawn unsmoothed
+MARKED_BELOW = 10  # points; a line through fewer may be too short to see
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", type=_path, metavar="RUN", help="run directories, as runs/my_run"
-    )
-    parser.add_argument(
-        "--output",
-        type=_path,
-        default=None,
-        help="picture to write; default: curves.png, of one run inside it",
-    )
-    parser.add_argument(
-        "--log",
-        action="store_true",
-        help="logarithmic scales, for a loss whose first steps dwarf the rest",
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=_path, metavar="RUN", help="run directories, as runs/my_run")
+    what = "picture to write; default: curves.png, of one run inside it"
+    add("--output", type=_path, default=None, help=what)
+    what = "logarithmic scales, for a loss whose first steps dwarf the rest"
+    add("--log", action="store_true", help=what)
 
 
 def _path(text: str) -> Path:
@@ -40,10 +34,9 @@ def _path(text: str) -> Path:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    output = (
-        arguments.output
-        or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "curves.png"
-    )
+    """Draw the runs, and print the name of the picture."""
+    folder = arguments.runs[0] if len(arguments.runs) == 1 else Path()
+    output = arguments.output or folder / "curves.png"
     if not output.suffix:
         output = output / "curves.png" if output.is_dir() else output.with_suffix(".png")
     draw(arguments.runs, output, arguments.log)
@@ -51,57 +44,26 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def draw(runs: Sequence[Path], output: Path, log: bool = False) -> None:
-    """One colour per run: training loss (thin: each step; thick: smoothed), evaluation loss (dots),
-    the exported step (dotted line), and the rest below.
+    """Draw one colour per run: losses, the exported step (dotted line), and PANELS below.
 
-    Raises RunDirectoryError if a run has no metrics, or the picture cannot be written.
+    Training loss is thin for each step and thick smoothed; evaluation losses are dots. Raises
+    RunDirectoryError if a run has no metrics, or the picture cannot be written.
     """
     lines = {run: (read(run / "metrics.jsonl"), read(run / "eval.jsonl")) for run in runs}
-    if empty := [run for run, (metrics, _) in lines.items() if not metrics]:
-        raise RunDirectoryError(
-            f"{empty[0]} is not a run directory with metrics (metrics.jsonl); give one, such as "
-            "runs/my_run"
-        )
-    for name in (run / log for run in runs for log in ("metrics.jsonl", "eval.jsonl")):
-        if output.exists() and name.exists() and output.samefile(name):
-            raise RunDirectoryError(
-                f"--output: {output} is {name}, which is an input; choose another path"
-            )
+    _require_lines(lines, output)
     extras.require("matplotlib", "curves")
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
-    from matplotlib.lines import Line2D
 
     figure, axes = pyplot.subplot_mosaic(
-        [["loss"] * len(PANELS), list(PANELS)],
-        figsize=(13, 8),
-        height_ratios=[1.6, 1],
-        layout="constrained",
-        sharex=True,
-    )
+        [["loss"] * len(PANELS), list(PANELS)], figsize=(13, 8), height_ratios=[1.6, 1],
+        layout="constrained", sharex=True,
+    )  # fmt: skip
     marks: dict[str, Any] = {}
     for number, (run, (metrics, evals)) in enumerate(lines.items()):
-        colour = f"C{number % 10}"
-        steps, loss = series(metrics, "loss")
-        smooth, mark = smoothed(loss), "." if len(steps) < MARKED_BELOW else ""
-        axes["loss"].plot(
-            steps, loss, color=colour, alpha=0.3 if smooth is not loss else 1, linewidth=1
-        )
-        axes["loss"].plot(steps, smooth, color=colour, marker=mark, label=name_of(run, runs))
-        axes["loss"].plot(
-            *series(evals, "eval_loss"), "o--", color=colour, markersize=5, markeredgecolor="white"
-        )
-        for key in PANELS:
-            axes[key].plot(*series(metrics, key), color=colour, marker=mark, linewidth=1)
-        if (exported := exported_step(run)) is not None:
-            axes["loss"].axvline(exported, color=colour, linestyle=":", linewidth=1)
-            marks["exported"] = Line2D([], [], color="grey", linestyle=":")
-        if evals:
-            marks["evaluation"] = Line2D(
-                [], [], color="grey", marker="o", linestyle="--", markeredgecolor="white"
-            )
+        marks |= _draw_run(axes, run, name_of(run, runs), metrics, evals, f"C{number % 10}")
     axes["loss"].set_xlabel("step")
     axes["loss"].set_title("loss, nats per learned token", loc="left")
     for key, title in PANELS.items():
@@ -127,8 +89,47 @@ def draw(runs: Sequence[Path], output: Path, log: bool = False) -> None:
         pyplot.close(figure)
 
 
+def _require_lines(lines: dict[Path, tuple[list[Any], list[Any]]], output: Path) -> None:
+    """Raise RunDirectoryError for a run without metrics, or an output that is an input."""
+    if empty := [run for run, (metrics, _) in lines.items() if not metrics]:
+        raise RunDirectoryError(
+            f"{empty[0]} is not a run directory with metrics (metrics.jsonl); give one, such as "
+            "runs/my_run"
+        )
+    for name in (run / log for run in lines for log in ("metrics.jsonl", "eval.jsonl")):
+        if output.exists() and name.exists() and output.samefile(name):
+            raise RunDirectoryError(
+                f"--output: {output} is {name}, which is an input; choose another path"
+            )
+
+
+def _draw_run(
+    axes: Any, run: Path, name: str, metrics: list[Any], evals: list[Any], colour: str
+) -> dict[str, Any]:
+    """Draw the curves of one run; return the entries of the legend for the marks it has."""
+    from matplotlib.lines import Line2D
+
+    marks: dict[str, Any] = {}
+    steps, loss = series(metrics, "loss")
+    smooth, mark = smoothed(loss), "." if len(steps) < MARKED_BELOW else ""
+    alpha, white = 0.3 if smooth is not loss else 1, "white"
+    axes["loss"].plot(steps, loss, color=colour, alpha=alpha, linewidth=1)
+    axes["loss"].plot(steps, smooth, color=colour, marker=mark, label=name)
+    points = series(evals, "eval_loss")
+    axes["loss"].plot(*points, "o--", color=colour, markersize=5, markeredgecolor=white)
+    for key in PANELS:
+        axes[key].plot(*series(metrics, key), color=colour, marker=mark, linewidth=1)
+    if (exported := exported_step(run)) is not None:
+        axes["loss"].axvline(exported, color=colour, linestyle=":", linewidth=1)
+        marks["exported"] = Line2D([], [], color="grey", linestyle=":")
+    if evals:
+        dots: Any = {"marker": "o", "linestyle": "--", "markeredgecolor": white}
+        marks["evaluation"] = Line2D([], [], color="grey", **dots)
+    return marks
+
+
 def exported_step(run: Path) -> int | None:
-    """The step whose weights a complete run has exported; None if there is none on record."""
+    """Return the step whose weights a complete run has exported; None if it is not on record."""
     try:
         step = json.loads((run / "outcome.json").read_text()).get("exported_step")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -137,7 +138,7 @@ def exported_step(run: Path) -> int | None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log, also of a run that goes on: a torn last line is left out."""
+    """Return the lines of a log, without a torn last line of a run that is still going."""
     lines = []
     for text in path.read_text(errors="replace").split("\n") if path.is_file() else []:
         try:
@@ -150,28 +151,23 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values); NaN, a gap in the curve, for a missing number."""
-    return [line["step"] for line in lines], [
-        line[key] if isinstance(line.get(key), int | float) else math.nan for line in lines
-    ]
+    """Return (steps, values) of one key; NaN, a gap in the curve, for a missing number."""
+    numbers = (line.get(key) for line in lines)
+    values = [number if isinstance(number, int | float) else math.nan for number in numbers]
+    return [line["step"] for line in lines], values
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Means over a window of a fiftieth of the curve around each point; short curves as they are."""
+    """Return means over a window around each point, 1/50 of the curve; short curves unchanged."""
     if len(values) < SMOOTHED_FROM:
         return values
     reach = len(values) // 100 or 1
-    windows = (
-        [v for v in values[max(0, i - reach) : i + reach + 1] if not math.isnan(v)]
-        for i in range(len(values))
-    )
+    around = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    windows = ([value for value in window if not math.isnan(value)] for window in around)
     return [sum(window) / len(window) if window else math.nan for window in windows]
 
 
 def name_of(run: Path, runs: Sequence[Path]) -> str:
-    """The run's folder; with its parents where two have the same."""
-    return (
-        str(run)
-        if [other.resolve().name for other in runs].count(run.resolve().name) > 1
-        else run.resolve().name
-    )
+    """Return the name of the run's folder; the whole path where two runs have the same name."""
+    name = run.resolve().name
+    return str(run) if [other.resolve().name for other in runs].count(name) > 1 else name

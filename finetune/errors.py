@@ -1,5 +1,4 @@
-"""The errors that finetune raises on purpose, as a tree. Each says what is wrong, what was found
-and what to do.
+"""The tree of errors that finetune raises on purpose; each says what is wrong and what to do.
 
     FinetuneError              exit code 1
     ├── UserError              2: the input is wrong, and trying again cannot help
@@ -19,14 +18,14 @@ and what to do.
     ├── ProcessFailed          1
     ├── TopologyError          1
     └── TrainingDiverged       1
-    Preempted                  75: not an Exception, see there
+    Preempted                  75: a BaseException, see there
     └── Interrupted            75
 
-An error ends a run with one line; anything else that is raised is a bug and ends with its traceback
-and 1. Only a DeviceError has both, as the place tells a broken GPU from a broken kernel.
-`finetune/failures.py` translates the exceptions of libraries into these.
+Each ends a run with one line. Any other exception is a bug: it ends the run with its traceback and
+exit code 1. A DeviceError shows both, because the traceback distinguishes a broken GPU from a
+broken kernel. `finetune/failures.py` translates the exceptions of libraries into these.
 
-Only words travel between processes: each error takes one argument, its message.
+Each error takes one argument, its message, because processes send each other only text.
 """
 
 EXIT_COMPLETE = 0
@@ -37,16 +36,14 @@ EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 
 
 class FinetuneError(Exception):
-    """The root. A class says how the process ends (`exit_code`) and how the line about it begins
-    (`label`).
-    """
+    """The root. `exit_code`: of the process; `label`: begins the line that reports the error."""
 
     exit_code = EXIT_FAILED
     label = "failed"
 
 
 class UserError(FinetuneError):
-    """Input that is wrong: the run ends with exit code 2, and trying again cannot help."""
+    """The input is wrong: the run ends with exit code 2, and trying again cannot help."""
 
     exit_code = EXIT_USER_ERROR
     label = "error"
@@ -61,7 +58,7 @@ class DataError(UserError):
 
 
 class ModelError(UserError):
-    """The model, its tokenizer or its adapter cannot be what the config asks for."""
+    """The model, its tokenizer or its adapter does not fit the config."""
 
 
 class RunDirectoryError(UserError):
@@ -69,28 +66,22 @@ class RunDirectoryError(UserError):
 
 
 class CheckpointError(FinetuneError):
-    """A checkpoint could not be written or read back, without a mistake of the user."""
+    """A checkpoint could not be written or read, through no mistake of the user."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """What was written is not what is there: unlike a store that does not answer, a reason to take
-    an older one.
-    """
+    """A checkpoint is not what was written; unlike after an Outage, the run uses an older one."""
 
 
 class LostCheckpoints(CheckpointError):
-    """No checkpoint can be gone on from, and none will be at the next attempt: a person must decide
-    what becomes of the run.
-    """
+    """No checkpoint can be resumed, now or at the next attempt: a person must decide what to do."""
 
     exit_code = EXIT_USER_ERROR
     label = "error"
 
 
 class TakenOver(CheckpointError):
-    """Another machine writes this run now. Starting again would make the two overwrite each other
-    endlessly.
-    """
+    """Another machine writes this run now; a restart would make the two overwrite each other."""
 
     exit_code = EXIT_USER_ERROR
     label = "error"
@@ -109,11 +100,11 @@ class ExportError(FinetuneError):
 
 
 class Outage(FinetuneError):
-    """A hub does not answer, or a disk is full or has gone. Another attempt may find it well."""
+    """A hub does not answer, or a disk is full or gone. Another attempt may succeed."""
 
 
 class OutOfMemory(FinetuneError):
-    """A device or a machine has too little memory for what the config asks for."""
+    """A device or a machine has too little memory for this config."""
 
 
 class ProcessFailed(FinetuneError):
@@ -121,7 +112,7 @@ class ProcessFailed(FinetuneError):
 
 
 class TopologyError(FinetuneError):
-    """Processes did not find, or lost, each other. Starting all of them again may help."""
+    """Processes did not find each other, or lost each other. Restarting all of them may help."""
 
 
 class TrainingDiverged(FinetuneError):
@@ -131,9 +122,8 @@ class TrainingDiverged(FinetuneError):
 class Preempted(BaseException):
     """The machine is being taken away; exit code 75 asks to be run again.
 
-    Neither an Exception nor a FinetuneError: otherwise an `except Exception` of a library, or of
-    ours, that happens to be running when the signal arrives would take it for a failure of its own
-    and go on.
+    A BaseException, because the signal can arrive inside any `try`: an `except Exception` of a
+    library, or of ours, would take it for a failure of its own and continue.
     """
 
     exit_code = EXIT_PREEMPTED

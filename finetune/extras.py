@@ -1,6 +1,4 @@
-"""Packages that only some settings need, and the extra of `pip install 'finetune[EXTRA]'` with
-each.
-"""
+"""Packages that only some settings need: package -> EXTRA of `pip install 'finetune[EXTRA]'`."""
 
 import importlib.util
 
@@ -19,8 +17,7 @@ EXTRA = {
 
 
 def require(package: str, setting: str) -> None:
-    """Raise ConfigError if a package is missing that `setting`, or a command, needs."""
+    """Raise ConfigError if a package is missing. `setting`: what needs it, perhaps a command."""
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"{setting} needs the package {package}; pip install 'finetune[{EXTRA[package]}]'"
-        )
+        how = f"pip install 'finetune[{EXTRA[package]}]'"
+        raise ConfigError(f"{setting} needs the package {package}; {how}")

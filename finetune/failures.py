@@ -1,8 +1,8 @@
-"""Exceptions of libraries -> errors of finetune, in one table.
+"""Translate exceptions of libraries into errors of finetune, in one table.
 
-A library reports a full disk, a GPU that fell off its bus and a wrong argument in exceptions of
-many families, and often only in words. `translate` tells the machine's failures, which end a run
-with exit code 1, from everything else.
+Libraries report a full disk, a lost GPU and a wrong argument in exceptions of many families, often
+only in their text. `translate` separates failures of the machine, which end a run with exit code 1,
+from everything else.
 """
 
 import errno
@@ -20,16 +20,16 @@ from finetune.errors import (
     UserError,
 )
 
-MOST_LETTERS = 300  # of a library's words; CUDA's allocator writes a paragraph
+MOST_LETTERS = 300  # of a library's message; CUDA's allocator writes a paragraph
 
-# How libraries report it without an OutOfMemoryError: PyTorch on a CPU, cuBLAS, and CUDA's driver,
-# also to NCCL.
+# Too little memory without an OutOfMemoryError: PyTorch on a CPU, cuBLAS, and CUDA's driver, also
+# through NCCL.
 NO_MEMORY = re.compile(
     "DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: out of memory|CUDA out of memory"
     r"|(Cuda failure|cudaError:?) 2\b"  # cudaErrorMemoryAllocation; 201 is an invalid context
 )
-# What gloo says when a connection breaks. It names its own source first; another library's
-# connection does not belong to our processes.
+# What gloo writes when a connection breaks, after the name of its own source file; a connection of
+# another library does not belong to our processes.
 BROKEN = (
     "Connection closed",
     "Connection reset",
@@ -37,58 +37,45 @@ BROKEN = (
     "Broken pipe",
     "Timed out waiting",
 )
-# What the store says, by which processes find each other, and NCCL.
+# What NCCL writes, and the store through which processes find each other.
 NO_ANSWER = ("NCCL error", "recvValue failed", "sendBytes failed")
 DEVICE = re.compile(
-    r"CUDA|\bcuda[A-Z]\w+|Cuda failure|\bcuInit\b|CUBLAS|CUDNN|cuDNN|CUSOLVER|CUSPARSE|NCCL|NVML|\bHIP\b"
-    r"|\bECC\b|devices? (is |are )?busy"
+    r"CUDA|\bcuda[A-Z]\w+|Cuda failure|\bcuInit\b|CUBLAS|CUDNN|cuDNN|CUSOLVER|CUSPARSE|NCCL|NVML"
+    r"|\bHIP\b|\bECC\b|devices? (is |are )?busy"
 )
-# A device that this machine does not have: the next attempt would not find it either. Nor is a
-# library without code for this GPU found by trying again, or a tensor that is on another device
-# than it must be.
+# Trying again does not help: this machine has no such device, a library has no code for this GPU,
+# or a tensor is on the wrong device.
 NO_DEVICE = re.compile(
     r"requires?\b|required|not compiled|is_available\(\) is False|capability|only (be )?supported"
     r"|no kernel image|binary not found|expected \w+ tensor|with arguments from the"
 )
-DISK = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EROFS,
-}  # EROFS: what ext4 is after EIO
 FULL = {errno.ENOSPC, errno.EDQUOT}
-# Classes go by name, as their modules need not be imported: httpx, requests, aiohttp, urllib3,
+# EROFS: after EIO ext4 is read-only.
+DISK = FULL | {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EROFS}
+# Names of classes, so that their modules need not be imported: httpx, requests, aiohttp, urllib3,
 # Python's own.
 NETWORK = {
-    "TransportError",
-    "ConnectionError",
-    "Timeout",
-    "TimeoutError",
-    "ClientConnectionError",
+    "TransportError", "ConnectionError", "Timeout", "TimeoutError", "ClientConnectionError",
     "NewConnectionError",
-}
+}  # fmt: skip
 SERVER = {429, 500, 502, 503, 504}
-# What libraries that do not raise OSError write of a disk: safetensors and tokenizers (Rust),
-# torch.save.
+# Messages of libraries that raise no OSError: safetensors and tokenizers (Rust), torch.save.
 NO_SPACE = re.compile(r"No space left|Disk quota exceeded|os error (28|122)\b")
 NO_DISK = re.compile(
     NO_SPACE.pattern + r"|Input/output error|Read-only file system|os error (5|30|116)\b"
 )
 NO_NETWORK = (
-    "without a network give a folder, or HF_HUB_OFFLINE=1 to take what is in the cache; with a "
-    "mirror of the Hub, its address "
-    "in HF_ENDPOINT"
+    "without a network give a folder, or set HF_HUB_OFFLINE=1 to use the cache; with a mirror of "
+    "the Hub, set HF_ENDPOINT to its address"
 )
 PROCESSES = {"DistBackendError", "DistNetworkError", "DistStoreError"}  # torch.distributed
 
 
 def translate(exc: BaseException, what: str = "") -> FinetuneError | None:
-    """The error of ours for an exception, or for what led to it; None if the machine did not fail.
+    """Return our error for an exception or for its causes; None if the machine did not fail.
 
-    `what`: begins the message, such as "model 'a/b' cannot be loaded now". An error that is ours
-    already comes back as it is.
+    `what`: begins the message, such as "model 'a/b' cannot be loaded now". An error of ours is
+    returned unchanged.
     """
     if isinstance(exc, FinetuneError):
         return exc
@@ -102,7 +89,7 @@ def translate(exc: BaseException, what: str = "") -> FinetuneError | None:
 
 
 def reraise(exc: Exception, what: str = "") -> None:
-    """Raise what `translate` makes of an exception; return if that is nothing."""
+    """Raise our error for an exception; return if there is none."""
     if isinstance(exc, FinetuneError):
         raise exc
     if error := translate(exc, what):
@@ -111,26 +98,21 @@ def reraise(exc: Exception, what: str = "") -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise Outage that names `path` where the disk fails under what the block writes there: many
-    libraries name no file.
-    """
+    """Raise Outage that names `path` if the disk fails in this block; libraries may not name it."""
     try:
         yield
     except Exception as exc:
         failed = [each for each in _chain(exc) if _disk(each)]
         if isinstance(exc, FinetuneError) or not failed:
             raise
-        is_full = any(
-            getattr(each, "errno", 0) in FULL or NO_SPACE.search(str(each)) for each in failed
-        )
-        why = (
-            "the disk is full; free space, or choose another place" if is_full else "the disk fails"
-        )
+        why = "the disk fails"
+        if any(getattr(each, "errno", 0) in FULL or NO_SPACE.search(str(each)) for each in failed):
+            why = "the disk is full; free space, or choose another place"
         raise Outage(f"{path} cannot be written now: {why} ({_reason(exc)})") from exc
 
 
 def parsing_reason(exc: Exception) -> str:
-    """Why text cannot be read as JSON or YAML, without Python's advice to its own programmers."""
+    """Return why text cannot be read as JSON or YAML, without Python's advice to programmers."""
     if isinstance(exc, RecursionError):
         return "brackets are nested too deeply"
     return "a number has too many digits" if "set_int_max_str_digits" in str(exc) else str(exc)
@@ -145,24 +127,22 @@ def _no_memory(exc: BaseException) -> bool:
 
 
 def _lost_process(exc: BaseException) -> bool:
-    broken = "gloo/transport" in str(exc) and _says(exc, BROKEN)
-    return _is(exc, PROCESSES) or broken or _says(exc, NO_ANSWER)
+    broken = "gloo/transport" in str(exc) and _mentions(exc, BROKEN)
+    return _is(exc, PROCESSES) or broken or _mentions(exc, NO_ANSWER)
 
 
 def _device(exc: BaseException) -> bool:
-    said = str(exc)
-    words = isinstance(exc, RuntimeError) and DEVICE.search(said) and not NO_DEVICE.search(said)
+    text = str(exc)
+    words = isinstance(exc, RuntimeError) and DEVICE.search(text) and not NO_DEVICE.search(text)
     return _is(exc, {"AcceleratorError"}) or bool(words)
 
 
 def _disk(exc: BaseException) -> bool:
     if isinstance(exc, OSError):
         return exc.errno in DISK
-    # tokenizers raises Exception itself
-    in_words = (
-        isinstance(exc, RuntimeError) or type(exc) is Exception or _is(exc, {"SafetensorError"})
-    )
-    return in_words and bool(NO_DISK.search(str(exc)))
+    # tokenizers raises Exception itself.
+    has_text = type(exc) is Exception or _is(exc, {"RuntimeError", "SafetensorError"})
+    return has_text and bool(NO_DISK.search(str(exc)))
 
 
 def _too_long(exc: BaseException) -> bool:
@@ -174,7 +154,7 @@ def _network(exc: BaseException) -> bool:
     return _is(exc, NETWORK) or status in SERVER
 
 
-# The most specific first: NCCL reports a lack of memory, too, and CUDA errors of its own.
+# The most specific first: NCCL also reports a lack of memory, and CUDA errors.
 TABLE: tuple[tuple[type[FinetuneError], Callable[[BaseException], bool]], ...] = (
     (OutOfMemory, _no_memory),
     (TopologyError, _lost_process),
@@ -186,29 +166,27 @@ TABLE: tuple[tuple[type[FinetuneError], Callable[[BaseException], bool]], ...] =
 
 
 def _chain(exc: BaseException | None) -> Iterator[BaseException]:
-    """The exception and what led to it; nothing where no network is wanted (HF_HUB_OFFLINE): what
-    is missing stays missing.
-    """
+    """Yield an exception and its causes; nothing with HF_HUB_OFFLINE: trying again cannot help."""
     chain: dict[int, BaseException] = {}
     while exc is not None and id(exc) not in chain:
         chain[id(exc)] = exc
         exc = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
-    offline = any(
-        "OfflineModeIsEnabled" in f"{type(each).__name__}: {each}" for each in chain.values()
-    )
-    yield from () if offline else chain.values()
+    texts = (f"{type(each).__name__}: {each}" for each in chain.values())
+    if not any("OfflineModeIsEnabled" in text for text in texts):
+        yield from chain.values()
 
 
 def _is(exc: BaseException, names: set[str]) -> bool:
+    """Return whether the class of an exception, or one above it, has one of these names."""
     return bool({family.__name__ for family in type(exc).__mro__} & names)
 
 
-def _says(exc: BaseException, signs: tuple[str, ...]) -> bool:
+def _mentions(exc: BaseException, signs: tuple[str, ...]) -> bool:
     return isinstance(exc, RuntimeError) and any(sign in str(exc) for sign in signs)
 
 
 def _reason(exc: BaseException) -> str:
-    """Its first line; of NCCL also the last error, which is further below."""
+    """Return the first line of a message; for NCCL also its last error, which is further down."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
     if "Last error:" in lines[:-1]:
         lines[0] += f" {lines[lines.index('Last error:') + 1]}"

@@ -1,6 +1,4 @@
-"""Files written whole or not at all, with the mode that any other program would give them; their
-hashes; notes in JSON.
-"""
+"""Write files whole or not at all, with the usual mode; hash them; read notes in JSON."""
 
 import errno
 import hashlib
@@ -14,11 +12,9 @@ from typing import Any
 
 
 def follow_umask(*paths: Path) -> None:
-    """Give files that a library has made for their owner alone (safetensors, tempfile) the mode
-    that the umask says.
+    """Give files that a library made private (safetensors, tempfile) the mode of the umask.
 
-    An empty file shows it: asking the umask itself means to change it, for every thread of the
-    process.
+    The mode of a new empty file shows the umask; os.umask would change it for every thread.
     """
     modes: dict[Path, int] = {}
     for path in paths:
@@ -32,33 +28,29 @@ def follow_umask(*paths: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise the OSError now that `write_whole` would raise after the work."""
+    """Raise the OSError that `write_whole` would raise, before the work."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():  # opening a pipe would wait for its reader
         return
     if path.exists():
-        path.open("ab").close()  # which changes nothing
+        path.open("ab").close()  # changes nothing
     descriptor, temporary = _beside(path)
     os.close(descriptor)
     temporary.unlink()
 
 
 def probe_folder(folder: Path) -> None:
-    """Raise the OSError now that a new folder in this one would raise later: permissions do not
-    tell of /proc, or of a quota.
-    """
+    """Raise the OSError of making a folder here; permissions alone miss /proc and quotas."""
     os.rmdir(tempfile.mkdtemp(prefix=".writing-", dir=folder))
 
 
 def write_whole(path: Path, text: str, errors: str = "strict") -> None:
-    """Write a file next to its place and rename it, so that what was there stays until then. A link
-    stays a link.
+    """Replace a file at once: write a temporary file next to it, then rename. Links stay links.
 
-    `errors`: as in `open`. An OSError names a file: a full disk is found by a write, which names
-    none.
+    `errors`: as in `open`. An OSError names the file, which that of a full disk does not.
     """
-    if path.exists() and not path.is_file():  # a pipe or a device, which no file can replace
+    if path.exists() and not path.is_file():  # a pipe or a device, which must not be replaced
         path.write_text(text, encoding="utf-8")
         return
     descriptor, temporary = _beside(path)
@@ -86,25 +78,22 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """Where a damaged file is kept: beside its place, and over no other."""
-    ends = [".damaged", *(f".{number}.damaged" for number in range(1, 1000))]
-    names = (path.with_name(path.name + end) for end in ends)
+    """Return an unused name beside a damaged file, to keep it."""
+    endings = [".damaged", *(f".{number}.damaged" for number in range(1, 1000))]
+    names = (path.with_name(path.name + ending) for ending in endings)
     return next(name for name in names if not os.path.lexists(name))
 
 
 def _beside(path: Path) -> tuple[int, Path]:
-    """A new file in the folder where `path`, or what it links to, lies."""
+    """Open a new file in the folder of `path`, or of what it links to."""
     real = Path(os.path.realpath(path))
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=f".writing-{real.name[-100:]}-", dir=real.parent
-    )
+    prefix = f".writing-{real.name[-100:]}-"
+    descriptor, temporary = tempfile.mkstemp(prefix=prefix, dir=real.parent)
     return descriptor, Path(temporary)
 
 
 def read_note(path: Path) -> tuple[dict[str, Any], str | None]:
-    """(the object that a JSON file holds, what is wrong with the file); an empty one where it
-    cannot be read.
-    """
+    """Return (the object that a JSON file holds, or {}; what is wrong with the file)."""
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
@@ -117,7 +106,7 @@ def read_note(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def flush(path: Path) -> None:
-    """Send what was written to a file, or the names in a directory, to the disk."""
+    """Sync a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -126,11 +115,11 @@ def flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hash a file without holding it in memory."""
+    """Hash a file without reading it into memory at once."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_sha256(values: Mapping[str, Any]) -> str:
-    """Hash what a JSON object holds, in any order of its keys."""
+    """Hash a JSON object; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -17,9 +17,10 @@ from finetune.engine.passes import evaluate, try_pass
 from finetune.engine.state import TrainState
 from finetune.engine.step import StepResult, train_step
 from finetune.errors import Preempted, TrainingDiverged
-from finetune.models import attention_probe, base_identity, head, parameters
+from finetune.models import attention_probe, base_identity, head
 from finetune.models import build as models
 from finetune.run import Run
+from finetune.summary import summary
 from finetune.survival.preemption import StopFlag
 
 EVA_STEPS = 8  # steps whose inputs adapter.init: eva looks at
@@ -31,14 +32,13 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
     with runs.opened(config, check_only, stop) as run:
         if not check_only and run.is_complete():
             return
-        run.log(preflight.summary(run.config, run.topology, run.data))
+        facts = preflight.check_model(run.config, run.data)
+        run.log(summary(run.config, run.topology, run.data, facts))
         if check_only:
             run.directory.check(run.config)  # last: what is wrong with the data is of more use
             return
         build(run)
-        untrained = parameters.fingerprints(
-            run.topology.unwrap(run.state.model), run.topology.local_shard
-        )
+        untrained = run.fingerprints()
         run.lock()
         resumed_from = resume(run)
         run.open_directory(resumed_from)

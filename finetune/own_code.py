@@ -1,7 +1,7 @@
-"""Code of a user's own, named in a config as FILE.py:NAME or package.module:NAME. No torch.
+"""Load a user's own code, named in a config as FILE.py:NAME or package.module:NAME. No torch.
 
-Only `read` executes code, and only `config` calls it, with what the user's config or command line
-names. What was read stays in this process: a file that is edited during a run changes nothing.
+Only `read` executes code, and only `config` calls it, with names from the user's config or command
+line. It executes each file once: an edit during a run changes nothing.
 """
 
 import difflib
@@ -25,7 +25,10 @@ EXPECTED = "FILE.py:NAME"
 
 @dataclass(frozen=True, eq=False)
 class OwnCode:
-    """An object, its file, and the sha256 of that file (or of all files of its package)."""
+    """An object of a user's own.
+
+    `path`: its file; `sha256`: of that file, or of all files of its package.
+    """
 
     name: str
     path: Path
@@ -36,7 +39,7 @@ class OwnCode:
         return f"{shown(self.path)}:{self.name.rpartition(':')[2]}"
 
     def blame(self, exc: BaseException) -> str:
-        """`file:line: KeyError: 'x'`, with the last line of this file that led to an exception."""
+        """Return `file:line: KeyError: 'x'` of the last line of this file in a traceback."""
         return _blame(exc, self.path)
 
 
@@ -44,11 +47,12 @@ _READ: dict[str, OwnCode] = {}
 
 
 def is_own(value: object) -> bool:
+    """Return whether a value of a setting names code of the user's own."""
     return isinstance(value, str) and re.match(FORM, value) is not None
 
 
 def find(name: str, folder: Path | None = None) -> str:
-    """Complete the path in `name`, from `folder` (of the config) or from here. Raises ConfigError."""
+    """Complete the path in `name` from the config's `folder` or from here. Raises ConfigError."""
     place, _, attribute = name.rpartition(":")
     if not _is_file(place):
         return name
@@ -66,55 +70,52 @@ def find(name: str, folder: Path | None = None) -> str:
 
 
 def read(name: str) -> OwnCode:
-    """Execute the file of a `name` that `find` gave, once for each content. Raises ConfigError."""
+    """Execute the file of a `name` from `find`, once for each content. Raises ConfigError."""
     place, _, attribute = name.rpartition(":")
-    path, content, found = _sources(place)
-    if (known := _READ.get(name)) and known.sha256 == found:
+    path, content, digest = _sources(place)
+    if (known := _READ.get(name)) and known.sha256 == digest:
         return known
-    module = _executed(path, content, found) if _is_file(place) else _imported(place, path)
+    module = _execute(path, content, digest) if _is_file(place) else _import(place, path)
     if not hasattr(module, attribute):
         raise ConfigError(f"{shown(path)} defines no {attribute}; {_defined(module, attribute)}")
-    _READ[name] = OwnCode(name, path, found, getattr(module, attribute))
+    _READ[name] = OwnCode(name, path, digest, getattr(module, attribute))
     return _READ[name]
 
 
 def _defined(module: ModuleType, wanted: str) -> str:
-    """What a module defines that may be meant."""
-    names = [
-        name
-        for name, value in vars(module).items()
-        if getattr(value, "__module__", None) == module.__name__
-    ]  # fmt: skip
+    """Suggest what a module defines for a name that it does not define."""
+    own, values = module.__name__, vars(module).items()
+    names = [name for name, value in values if getattr(value, "__module__", None) == own]
     lowered = {name.lower(): name for name in reversed(names)}
     near = difflib.get_close_matches(wanted.lower(), lowered, n=1)
     return f"did you mean {lowered[near[0]]}?" if near else f"it has {', '.join(names) or 'none'}"
 
 
 def get(name: str) -> OwnCode:
-    """What `read` has read under this name."""
+    """Return what `read` returned for this name."""
     return _READ[name]
 
 
 def sha256(name: str) -> str:
-    """The hash of the file of `name`, which is not executed. Raises ConfigError."""
+    """Return the hash of the file of `name` without executing it. Raises ConfigError."""
     return _sources(name.rpartition(":")[0])[2]
 
 
 def _sources(place: str) -> tuple[Path, bytes, str]:
-    """The file of a place, its content, and the hash of that, or of a module's package."""
+    """Return (the file of a place, its content, the hash of that or of a module's package)."""
     path = Path(place) if _is_file(place) else _path_of_module(place)
     content = _content(path)
     return path, content, hashlib.sha256(content if _is_file(place) else _package(path)).hexdigest()
 
 
 def shown(path: Path) -> str:
-    """A path as short as it can be from here."""
+    """Return a path relative to the working directory if it is inside."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def without_folder(name: str) -> str:
-    """`name` as it is on any machine: the content of its file is compared by its hash."""
+    """Return `name` as it is on any machine; to compare its content take the hash."""
     return os.path.basename(name) if _is_file(name.rpartition(":")[0]) else name
 
 
@@ -136,16 +137,16 @@ def _content(path: Path) -> bytes:
 
 
 def _package(path: Path) -> bytes:
-    """All sources of the package that a module is in, or the module alone."""
+    """Return all sources of the package of a module, or the module alone."""
     is_packaged = (path.parent / "__init__.py").exists()
     return b"".join(map(_content, sorted(path.parent.rglob("*.py")) if is_packaged else [path]))
 
 
-def _executed(path: Path, content: bytes, sha256: str) -> ModuleType:
-    """A file as a module; it sees its own folder no more than any other."""
+def _execute(path: Path, content: bytes, sha256: str) -> ModuleType:
+    """Execute a file as a module; it cannot import files next to it."""
     module = ModuleType(f"own_code_{path.stem}_{sha256[:12]}")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
+    sys.modules[module.__name__] = module  # dataclasses need to find their module
     try:
         exec(compile(content, str(path), "exec"), vars(module))
     except (Exception, SystemExit) as exc:
@@ -155,21 +156,21 @@ def _executed(path: Path, content: bytes, sha256: str) -> ModuleType:
 
 
 def _path_of_module(place: str) -> Path:
-    """The file of a module that can be imported from here. Raises ConfigError."""
+    """Return the file of a module that can be imported from here. Raises ConfigError."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
-    found, inside, whole = None, None, ""
+    found, inside, full_name = None, None, ""
     for part in place.split("."):  # importlib.util.find_spec would execute the packages around it
-        whole = f"{whole}.{part}".lstrip(".")
-        specs = (finder.find_spec(whole, inside) for finder in sys.meta_path)
+        full_name = f"{full_name}.{part}".lstrip(".")
+        specs = (finder.find_spec(full_name, inside) for finder in sys.meta_path)
         found = next((spec for spec in specs if spec is not None), None)
         inside = found.submodule_search_locations if found else []
     if found is None or not found.has_location or found.origin is None:
-        raise ConfigError(f"no module {place} can be imported here; a file is named as {EXPECTED}")
+        raise ConfigError(f"no module {place} can be imported here; name a file as {EXPECTED}")
     return Path(found.origin)
 
 
-def _imported(place: str, path: Path) -> ModuleType:
+def _import(place: str, path: Path) -> ModuleType:
     try:
         return importlib.import_module(place)
     except (Exception, SystemExit) as exc:
@@ -177,15 +178,17 @@ def _imported(place: str, path: Path) -> ModuleType:
 
 
 def _failed(exc: BaseException, path: Path) -> FinetuneError:
+    """Return a ConfigError for an exception of the user's code; raise failures of the machine."""
     if isinstance(exc, Exception):
         failures.reraise(exc, f"{shown(path)} cannot be imported now")
     hint = ""
     if isinstance(exc, ModuleNotFoundError):
-        hint = "; install it, or, if it stands next to the file, move what you need into the file"
+        hint = "; install it, or, if it is next to the file, move what you need into the file"
     return ConfigError(f"{_blame(exc, path)}{hint}")
 
 
 def _blame(exc: BaseException, path: Path) -> str:
+    """Return where in a file an exception comes from, and the first line of its message."""
     frames = traceback.extract_tb(exc.__traceback__)
     lines, message = [each.lineno for each in frames if each.filename == str(path)], str(exc)
     if isinstance(exc, SyntaxError) and exc.filename == str(path):

@@ -1,6 +1,4 @@
-"""Everything one run needs: config, directories, topology, data, stop flag; and, once built, state,
-metrics and saver.
-"""
+"""Everything one run needs: config, directories, topology, data, stop flag, state and metrics."""
 
 import contextlib
 import os
@@ -49,19 +47,17 @@ from finetune.survival.preemption import StopFlag
 
 @dataclass
 class Run:
-    """What one run works with; `loop` fills in the rest as it builds it."""
+    """Everything one run needs; `loop` fills in the rest as it builds it."""
 
     config: Config
     directory: RunDirectory
     storage: Storage | None
-    """The run directory's twin in an object store."""
+    """The run directory's mirror in an object store."""
     topology: Topology
     data: Data
     stop: StopFlag
     reserved: int | None = None
-    """Bytes of optimizer state next to which the largest micro-batch is tried first; None: its size
-    was given.
-    """
+    """Bytes to keep free for optimizer state when trying micro-batches; None: size is given."""
     state: TrainState = field(init=False)
     metrics: Metrics = field(init=False)
     saver: Saver = field(init=False)
@@ -69,34 +65,28 @@ class Run:
     batches: Prefetch = field(init=False)
 
     def log(self, message: str) -> None:
-        """Write one line, once."""
+        """Print one line, from the main process only."""
         if self.topology.is_main:
             log(message)
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of one process in one step."""
+        """Micro-batches per process and step."""
         return configs.accumulation_steps(self.config, self.topology.num_data)
 
     @property
     def step(self) -> int | None:
-        """The last step that is done; None before there is a model."""
+        """The last finished step; None before the model is built."""
         return self.state.progress.step if hasattr(self, "state") else None
 
     def is_complete(self) -> bool:
-        """Whether the run has ended before, with a model that is still what was verified then; says
-        so.
+        """Return whether the run completed before and its model is unchanged; log it.
 
-        Raises RunDirectoryError if the directory holds another run, or what would be overwritten.
+        Raises RunDirectoryError if the directory holds another run, or would be overwritten.
         """
-        directory, topology, usual = (
-            self.directory,
-            self.topology,
-            base_identity.usual(self.data.model_config),
-        )
-        is_complete, note = topology.on_main(
-            lambda: directory.completion(self.data.identity, usual)
-        )
+        directory, topology, identity = self.directory, self.topology, self.data.identity
+        usual = base_identity.usual(self.data.model_config)
+        is_complete, note = topology.on_main(lambda: directory.completion(identity, usual))
         if is_complete:
             self.log(f"{directory.path} is complete; its model is in {directory.model}")
             return True
@@ -108,59 +98,42 @@ class Run:
         return False
 
     def known_identity(self) -> dict[str, Any]:
-        """What of `identity` is known before weights are loaded."""
+        """Return the part of `identity` that is known before loading weights."""
         return {**self.data.identity, "train.precision": self.topology.precision}
 
     def identity(self) -> dict[str, Any]:
-        """What the config only points at, and what auto became: a resumption must find the same."""
+        """Return fingerprints of data, weights and code; a resuming run must find the same."""
         facts = self.state.facts
         weights = {"frozen weights": facts.frozen, "code of the model": facts.code}
-        # Fresh adapters are left out: some start from what a GPU computes, which is not the same
-        # twice.
+        # Fresh adapters are left out: a GPU computes the start of some, not the same twice.
         if self.config.adapter.kind == "full" or self.config.adapter.path:
             weights["weights before the first step"] = facts.start
         return {**self.known_identity(), **weights}
 
     def lock(self) -> None:
-        """Keep other processes from running in the directory, and other machines from its store."""
+        """Lock the directory against other processes, and claim the store from other machines."""
         self.topology.on_main(lambda: self.directory.lock(self.config.checkpoint.grace_seconds))
         if self.storage:
             self.topology.on_main(self.storage.claim)
 
     def open_directory(self, resumed_from: int | None) -> None:
-        """From here on the run directory is this run's: write config and receipt, and open logs and
-        saver.
-        """
+        """Write config and receipt into the run directory, and open logs and saver."""
         self.topology.on_main(self._begin)
         self.metrics = self._metrics()
         self.saver = self._saver(resumed_from)
+        is_cuda = self.topology.device.type == "cuda"
         self.batches = Prefetch(
-            self.data.train,
-            self.data.num_steps,
-            part=self.topology.part,
-            pin=self.topology.device.type == "cuda",
+            self.data.train, self.data.num_steps, part=self.topology.part, pin=is_cuda
         )
         self.best = BestCheckpoint(
             self.config.evaluation, self.directory, self.topology, lambda: self.saver.under_way
         )
 
     def _begin(self) -> None:
-        config, topology, data, facts, step = (
-            self.config, self.topology, self.data, self.state.facts, self.state.progress.step
-        )  # fmt: skip
-        made = receipt.compose(
-            seed=config.run.seed, parameters={
-                "trainable": facts.num_trainable, "total": facts.num_parameters,
-                "trained_in_products": facts.products[0], "frozen_in_products": facts.products[1],
-            },
-            num_processes=topology.num_processes, topology=topology.name, precision=topology.precision,
-            device=topology.device.type, attention=data.attention, num_steps=data.num_steps, start_weights=facts.start,
-            template_date=data.template.date, identity=data.identity,
-            train_data=data.train.sequences.examples.receipt(),
-            eval_data=data.eval.sequences.examples.receipt() if data.eval else None, launch=topology.launched,
-        )  # fmt: skip
+        config, data, step = self.config, self.data, self.state.progress.step
+        made = self._receipt()
         self.directory.require_same_receipt(made)
-        if self.directory.outcome().get("state") == "running":  # the lock is ours: none runs here
+        if self.directory.outcome().get("state") == "running":  # we hold the lock: none runs here
             self.log(
                 "note: the previous attempt left no outcome: it was killed, or its machine was lost"
             )
@@ -177,26 +150,45 @@ class Run:
         if self.storage:
             self.storage.upload_notes(self.directory.path)
 
+    def _receipt(self) -> dict[str, Any]:
+        config, topology, data, facts = self.config, self.topology, self.data, self.state.facts
+        parameters = {
+            "trainable": facts.num_trainable,
+            "total": facts.num_parameters,
+            "trained_in_products": facts.products[0],
+            "frozen_in_products": facts.products[1],
+        }
+        return receipt.compose(
+            seed=config.run.seed,
+            parameters=parameters,
+            num_processes=topology.num_processes,
+            topology=topology.name,
+            precision=topology.precision,
+            device=topology.device.type,
+            attention=data.attention,
+            num_steps=data.num_steps,
+            start_weights=facts.start,
+            template_date=data.template.date,
+            identity=data.identity,
+            train_data=data.train.sequences.examples.receipt(),
+            eval_data=data.eval.sequences.examples.receipt() if data.eval else None,
+            launch=topology.launched,
+        )
+
     def fail(self, exc: BaseException) -> BaseException:
-        """Note, here and in the store, that and why the run ends before its time; return the error
-        to raise: see `explained`.
-        """
+        """Record, here and in the store, why the run ends early; return the error to raise."""
         error = explained(exc, self.config, self.topology)
         self.directory.note_end(error, self.step, may_create=True)
         if self.topology.is_main and self.directory.is_open and self.storage:
-            with contextlib.suppress(
-                CheckpointError
-            ):  # what is wrong with the store was said before
+            with contextlib.suppress(CheckpointError):  # earlier messages report the store's error
                 self.storage.upload_notes(self.directory.path)
-        # What waits for other processes would wait in vain.
+        # After a TopologyError or preemption a save may wait in vain for other processes.
         if hasattr(self, "saver") and not isinstance(error, Preempted | TopologyError):
             self.saver.abandon()
         return error
 
     def close(self) -> None:
-        """Let the directory go, after the outcome: uploads of trackers may take longer than a
-        machine that goes away has.
-        """
+        """Close batches, trackers and lock, after the outcome: trackers may upload for long."""
         if hasattr(self, "batches"):
             self.batches.close()
         if hasattr(self, "metrics"):
@@ -209,17 +201,22 @@ class Run:
         return chosen(self.config.objective)
 
     def policy(self, model: Any) -> Policy:
-        """The model as objectives see it."""
+        """Return the model as objectives see it."""
         return Policy(model, self.topology.unwrap)
 
+    def fingerprints(self) -> dict[str, float | str]:
+        """Return a fingerprint of what this process holds of each weight, by name."""
+        model = self.topology.unwrap(self.state.model)
+        return parameters.fingerprints(model, self.topology.local_shard)
+
     def require_changed(self, untrained: dict[str, float | str]) -> None:
-        """Raise ExportError if training has changed no weight; name those that it left alone.
+        """Raise ExportError if training changed no weight; log those that did not change.
 
         `untrained`: fingerprints of the weights before the first step.
         """
         model = self.topology.unwrap(self.state.model)
         step, adapter = self.state.progress.step, self.config.adapter
-        now = parameters.fingerprints(model, self.topology.local_shard)
+        now = self.fingerprints()
         changed = self.topology.union({name for name in now if now[name] != untrained[name]})
         unchanged, num_trained = parameters.unchanged(model, changed)
         if len(unchanged) == num_trained:
@@ -230,12 +227,12 @@ class Run:
             unchanged = [name for name in unchanged if not adapters.waits_for_other_factor(name)]
         if unchanged:
             self.log(
-                f"note: {len(unchanged)} of {num_trained} weight tensors did not change, such as "
-                f"{unchanged[0]}"
+                f"note: {len(unchanged)} of {num_trained} weight tensors did not change, "
+                f"such as {unchanged[0]}"
             )
 
     def save_export(self) -> Writing:
-        """Save the model beside its place in the run directory. Collective."""
+        """Save the model next to its final place in the run directory. Collective."""
         config, topology, template = self.config, self.topology, self.data.template
         model, is_adapter = topology.unwrap(self.state.model), config.adapter.kind != "full"
         if is_adapter:
@@ -266,7 +263,7 @@ class Run:
             names = export.publish()
             if self.storage:
                 self.storage.upload_model(self.directory.model)
-            self.stop.close()  # from here on a signal comes too late
+            self.stop.close()  # ignore signals: only the outcome remains to be written
             self.directory.write_outcome("complete", step, reason, names, exported_step=exported)
             if self.storage:
                 self.storage.upload_notes(self.directory.path)
@@ -276,7 +273,7 @@ class Run:
         self.log(f"next:\n{self.what_next()}")
 
     def what_next(self) -> str:
-        """The commands that use the exported model, one a line."""
+        """Return the commands that use the exported model, one per line."""
         command, path, base = places.command(), self.directory.path, self.config.model.path
         lines = [f"  draw        {command} curves {path}"]
         if self.objective.has_turns and base is not None:
@@ -289,59 +286,74 @@ class Run:
         return "\n".join(lines)
 
     def _metrics(self) -> Metrics:
-        config, directory, topology, progress = (
-            self.config,
-            self.directory,
-            self.topology,
-            self.state.progress,
-        )
-        wanted = config.tracking
+        config, directory, topology = self.config, self.directory, self.topology
+        settings, progress = config.tracking, self.state.progress
         trackers = None
-        if topology.is_main and wanted.trackers:
+        if topology.is_main and settings.trackers:
             trackers = Trackers(
-                wanted.trackers, project=wanted.project, run_name=config.run.name, run_id=progress.run_id,
-                directory=directory.path, first_step=progress.step + 1, wandb_mode=wanted.wandb_mode,
-                about={"config": config.model_dump(), "receipt": directory.receipt()}, history=directory.logs.history(), log=log,
-            )  # fmt: skip
+                settings.trackers,
+                project=settings.project,
+                run_name=config.run.name,
+                run_id=progress.run_id,
+                directory=directory.path,
+                first_step=progress.step + 1,
+                wandb_mode=settings.wandb_mode,
+                about={"config": config.model_dump(), "receipt": directory.receipt()},
+                history=directory.logs.history(),
+                log=log,
+            )
         lengths = self.data.train.sequences.examples.lengths.tolist()
         attention = parameters.attention_per_token(self.data.model_config, lengths)
         return Metrics(
-            directory, num_steps=self.data.num_steps, start=progress.step,
-            is_main=topology.is_main, num_processes=topology.num_processes, every=wanted.log_every_steps,
-            flops_per_token=parameters.flops_per_token(*self.state.facts.products, attention), trackers=trackers,
-        )  # fmt: skip
+            directory,
+            num_steps=self.data.num_steps,
+            start=progress.step,
+            is_main=topology.is_main,
+            num_processes=topology.num_processes,
+            every=settings.log_every_steps,
+            flops_per_token=parameters.flops_per_token(*self.state.facts.products, attention),
+            trackers=trackers,
+        )
 
     def _saver(self, resumed_from: int | None) -> Saver:
-        wanted = self.config.checkpoint
+        settings = self.config.checkpoint
         return Saver(
-            self.directory.checkpoints, self.topology, self.storage,
+            self.directory.checkpoints,
+            self.topology,
+            self.storage,
             about={"config": self.config.model_dump(), "identity": self.identity()},
-            every_minutes=wanted.every_minutes, keep_last=wanted.keep_last, asynchronous=wanted.asynchronous,
-            grace_seconds=wanted.grace_seconds,
-            resumed_from=resumed_from, log=self.log, record=self.metrics.saved, before=self.metrics.sync,
-        )  # fmt: skip
+            every_minutes=settings.every_minutes,
+            keep_last=settings.keep_last,
+            asynchronous=settings.asynchronous,
+            grace_seconds=settings.grace_seconds,
+            resumed_from=resumed_from,
+            log=self.log,
+            record=self.metrics.saved,
+            before=self.metrics.sync,
+        )
 
     def sample(self) -> None:
-        """Answers to the fixed prompts of the config; every process takes part, as each may hold a
-        part of the model.
-        """
-        wanted, data, step = self.config.evaluation, self.data, self.state.progress.step
+        """Sample answers to evaluation.sample_prompts. Collective: each may hold a shard."""
+        settings, data, step = self.config.evaluation, self.data, self.state.progress.step
         self.topology.watchdog.pause(f"the samples after step {step}")
         template = data.template if self.objective.has_turns else None
         with self.state.averaged(), self.topology.arithmetic():
             answers = generate.while_training(
-                self.topology.unwrap(self.state.model), data.tokenizer, template, wanted.sample_prompts,
-                system_prompt=self.config.data.system_prompt, max_new_tokens=wanted.sample_max_new_tokens,
-                together=self.topology.parallel.generates_together, log=self.log,
-            )  # fmt: skip
-        self.metrics.sampled(step, wanted.sample_prompts, answers)
+                self.topology.unwrap(self.state.model),
+                data.tokenizer,
+                template,
+                settings.sample_prompts,
+                system_prompt=self.config.data.system_prompt,
+                max_new_tokens=settings.sample_max_new_tokens,
+                together=self.topology.parallel.generates_together,
+                log=self.log,
+            )
+        self.metrics.sampled(step, settings.sample_prompts, answers)
 
 
 @contextlib.contextmanager
 def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
-    """Open everything a run needs before its model; however it ends before its time, outcome.json
-    says so.
-    """
+    """Open everything a run needs before its model; record any early end in outcome.json."""
     directory, run = RunDirectory(config, check_only), None
     try:
         if config.adapter.kind == "qlora":
@@ -382,35 +394,29 @@ def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
 
 
 def as_base_is(config: Config) -> Config:
-    """adapter.quantization as a base on the Hub has it that is quantised already; folders were
-    looked at with the config.
+    """Return the config with adapter.quantization of a quantised base on the Hub.
+
+    For a base in a folder, reading the config has done this already.
     """
-    if (
-        config.adapter.kind != "qlora"
-        or config.model.path is None
-        or os.path.isdir(config.model.path)
-    ):
+    path = config.model.path
+    if config.adapter.kind != "qlora" or path is None or os.path.isdir(path):
         return config
     return base.settled(config, load.load_config(config.model).to_dict())[0]
 
 
 def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
-    """train.micro_batch_size: auto as a number, and the bytes of optimizer state for which it was
-    chosen; None if it was one.
-    """
+    """Replace train.micro_batch_size: auto by a number, and return the bytes it reserves."""
     if config.train.micro_batch_size != "auto":
         return config, None
     if config.train.global_batch_size % topology.num_data:
         raise ConfigError(
             f"train.global_batch_size: {config.train.global_batch_size} sequences cannot be split "
-            f"evenly over {topology.num_data} processes; "
-            f"take a multiple of {topology.num_data}"
+            f"evenly over {topology.num_data} processes; take a multiple of {topology.num_data}"
         )
     from finetune.forecast import choice
 
-    limit = min(
-        topology.processes.gather(choice.capacity_here(topology.device))
-    )  # others may be at work on one of the GPUs
+    # The smallest capacity counts: other programs may use one of the GPUs.
+    limit = min(topology.processes.gather(choice.capacity_here(topology.device)))
     size, reserved, why = topology.on_main(
         lambda: choice.automatic(
             config, topology.parallel, topology.device, topology.precision, limit
@@ -418,19 +424,16 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
     )
     if topology.is_main:
         log(why)
-    return config.model_copy(
-        update={"train": config.train.model_copy(update={"micro_batch_size": size})}
-    ), reserved
+    train = config.train.model_copy(update={"micro_batch_size": size})
+    return config.model_copy(update={"train": train}), reserved
 
 
 def explained(exc: BaseException, config: Config, topology: Topology) -> BaseException:
-    """What an exception really was, where the run stood, and what helps; itself if `failures` does
-    not know it.
-    """
+    """Translate an exception: what failed, where the run was, what helps; else return it."""
     error = exc if isinstance(exc, Preempted) else failures.translate(exc)
     if isinstance(error, OutOfMemory):
         hint = f"{places.command()} plan --config FILE says what fits"
-        with contextlib.suppress(Exception):  # there may be no memory left to think with
+        with contextlib.suppress(Exception):  # the forecast may run out of memory, too
             from finetune.forecast import choice
 
             torch.cuda.empty_cache()
@@ -447,12 +450,10 @@ def explained(exc: BaseException, config: Config, topology: Topology) -> BaseExc
 def watched(
     config: Config, directory: RunDirectory, topology: Topology, stop: StopFlag
 ) -> Iterator[None]:
-    """Inside, clouds and deadlines are heeded, and processes that died or stand still end all
-    others.
-    """
+    """Inside, watch for cloud notices, deadlines, and processes that died or hang."""
 
     def end(problem: str) -> None:
-        """In a thread, because the main thread may wait without end, and so may a write to a disk."""
+        """End this process from a thread: the main thread, or a write to disk, may hang."""
         last = threading.Timer(5.0, os._exit, [EXIT_FAILED])
         last.daemon = True
         last.start()
@@ -460,14 +461,15 @@ def watched(
         print(f"[process {topology.rank}] failed: {problem}", file=sys.stderr, flush=True)
         os._exit(EXIT_FAILED)
 
-    wanted, hang = config.checkpoint, config.train.hang_minutes
-    cloud = wanted.notices if topology.is_first_of_node else None
+    settings, hang = config.checkpoint, config.train.hang_minutes
+    grace_seconds = settings.grace_seconds
+    cloud = settings.notices if topology.is_first_of_node else None
     stop.configure(
-        grace_seconds=wanted.grace_seconds, max_minutes=wanted.max_minutes, cloud=cloud, log=log
+        grace_seconds=grace_seconds, max_minutes=settings.max_minutes, cloud=cloud, log=log
     )
 
     def hurries() -> bool:
-        return stop.is_set and stop.seconds_left() < wanted.grace_seconds / 2
+        return stop.is_set and stop.seconds_left() < grace_seconds / 2
 
     topology.watchdog.start(None if hang is None else 60 * hang, end, hurries)
     try:
@@ -479,8 +481,9 @@ def watched(
 def reach(
     config: Config, directory: RunDirectory, topology: Topology, check_only: bool
 ) -> Storage | None:
-    """The run's twin in an object store, and from there what an empty disk does not have, but for
-    checkpoints.
+    """Open the run's mirror in the object store; restore from it what this disk lacks.
+
+    Checkpoints are fetched later, by `resume`.
     """
     if config.checkpoint.storage is None:
         return None
@@ -493,8 +496,8 @@ def reach(
         there = storage.steps()
         if there and config.checkpoint.resume == "never":
             raise RunDirectoryError(
-                f"{storage.url} has checkpoints, and checkpoint.resume is never; set it to auto, "
-                "or choose another run.name"
+                f"{storage.url} has checkpoints, and checkpoint.resume is never; "
+                "set it to auto, or choose another run.name"
             )
         known = storage.config()
         if known is not None and (different := differences(known, config)):
@@ -504,14 +507,11 @@ def reach(
             raise receipt.refusal(f"{storage.url} holds another run", different, instead)
         here = [path for path in folder.steps(directory.checkpoints) if folder.looks_whole(path)]
         further = bool(there) and (not here or folder.step_name(there[0]) > here[0].name)
-        if (
-            there
-            and here
-            and storage.run_id(there[0]) != folder.run_id((here[0] / folder.MANIFEST).read_bytes())
-        ):
+        own = folder.run_id((here[0] / folder.MANIFEST).read_bytes()) if here else None
+        if there and here and storage.run_id(there[0]) != own:
             raise RunDirectoryError(
-                f"{storage.url} and {directory.path} are two different runs with one name; give "
-                "this one another run.name or checkpoint.storage"
+                f"{storage.url} and {directory.path} are two different runs with one name; "
+                "give this one another run.name or checkpoint.storage"
             )
         if storage.restore(directory.path, over=further):
             log(f"restored from {storage.url}, which is ahead of this disk")

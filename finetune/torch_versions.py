@@ -1,7 +1,6 @@
-"""What differs between the versions of PyTorch that this project runs on: 2.11, 2.13 (pinned) and
-2.14.
+"""Handle the differences between the supported versions of PyTorch: 2.11, 2.13 (pinned) and 2.14.
 
-Each function says what changed, and when. Nothing else in the package asks for a version.
+Each function says what changed, and when. No other module depends on the version.
 """
 
 import inspect
@@ -16,7 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 
 def varlen_keywords(kernel: Callable[..., Any], *, is_grouped: bool) -> dict[str, Any]:
-    """Keyword arguments of `varlen_attn` for keys and values with fewer heads than the queries.
+    """Return arguments of `varlen_attn` for keys and values with fewer heads than the queries.
 
     2.13 refuses grouped heads without `enable_gqa=True`. 2.11 has no such argument, and its kernel
     takes grouped heads as they are.
@@ -28,16 +27,15 @@ def varlen_keywords(kernel: Callable[..., Any], *, is_grouped: bool) -> dict[str
 VARLEN_GROUPED = {
     is_grouped: varlen_keywords(varlen_attn, is_grouped=is_grouped) for is_grouped in (False, True)
 }
-"""The same for the installed version, found once: a compiler cannot look at signatures."""
+"""The arguments for the installed version, found once: torch.compile cannot trace signatures."""
 
 
 def host_copier(device: torch.device) -> Callable[[Any], Any]:
-    """A function that copies any tree of tensors into host memory, which it keeps from call to
-    call.
+    """Return a function that copies a tree of tensors into host memory, which it reuses.
 
     Not `DefaultStager`: 2.11's closes itself after the first copy (pytorch#183413), and a second
-    checkpoint fails. What it wraps is the same in all versions. With a GPU the memory is pinned,
-    and the copies are complete when the function returns.
+    checkpoint fails. The class that it wraps is the same in all versions. With a GPU the memory is
+    pinned, and the copies are complete when the function returns.
     """
     on_gpu = device.type == "cuda"
     stager = StateDictStager(pin_memory=on_gpu)
@@ -52,31 +50,29 @@ def host_copier(device: torch.device) -> Callable[[Any], Any]:
 
 
 def as_floats(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bytes of quantised weights under a float dtype, [N, 1]; the bits stay as they are.
+    """View the bytes of quantised weights as a float dtype, [N, 1], without changing the bits.
 
     `fully_shard` of 2.11 makes a parameter of each weight before it knows that it is frozen, and
-    only floats may require gradients (fixed in 2.12). `dtype` must be what FSDP gathers weights in,
-    or it would convert the bits as if they were numbers.
+    only floats may require gradients (fixed in 2.12). `dtype` must be that in which FSDP gathers
+    weights; otherwise FSDP would convert the bits as if they were numbers.
     """
     return packed.detach().reshape(-1).view(dtype).reshape(-1, 1)
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """How long collectives of the default group may take.
+    """Set how long collectives of the default group may take.
 
-    2.14 has a public function for it, and warns of the private one, which is all that 2.11 and 2.13
-    have.
+    2.14 has a public function, and warns about the private one, the only one in 2.11 and 2.13.
     """
     public = getattr(torch.distributed, "set_timeout", None)
     (public or torch.distributed.distributed_c10d._set_pg_timeout)(timeout)
 
 
 def ignore_new_names() -> None:
-    """Say nothing of names that 2.13 has renamed and other libraries still use, which no user can
-    change.
+    """Ignore warnings about old names in other libraries, which users cannot change.
 
-    Accelerate makes DDP with `broadcast_buffers`; DeepSpeed calls collectives by their old names,
-    at every step.
+    2.13 renamed them. Accelerate makes DDP with `broadcast_buffers`; DeepSpeed calls collectives by
+    their old names at every step.
     """
     for name in (".*broadcast_buffers.* is deprecated", r"`torch.distributed\.\w+` is deprecated"):
         warnings.filterwarnings("ignore", name, FutureWarning)

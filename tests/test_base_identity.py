@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune import config as configs
 from finetune.config import base
-from finetune.config.base import said_by
+from finetune.config.base import config_of
 from finetune.errors import ConfigError, ModelError, OutOfMemory
 from finetune.export.load import load
 from finetune.export.merge import merge
@@ -137,7 +137,7 @@ def folder_with(tmp_path, config=None, files=()):
 def test_a_config_nested_too_deeply_is_an_error_of_the_model(tmp_path):
     folder = folder_with(tmp_path, {})
     (folder / "config.json").write_text("[" * 100_000)
-    assert said_by(str(folder)) == {}
+    assert config_of(str(folder)) == {}
 
 
 def refusal(base, **adapter):

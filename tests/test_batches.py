@@ -62,7 +62,7 @@ def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
 
 def of_example(examples: Examples, number: int) -> tuple[list[int], list[int]]:
     """What a document should hold: its tokens, and for each the next one where that is learned."""
-    part = slice(examples.starts[number], examples.ends[number])
+    part = slice(examples.document_starts[number], examples.document_ends[number])
     ids, supervised = examples.input_ids[part].tolist(), examples.supervised[part].tolist()
     return ids, [
         token if learned else IGNORE for token, learned in zip(ids[1:], supervised[1:])

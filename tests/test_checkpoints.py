@@ -105,7 +105,7 @@ def test_damaged_manifest_is_passed_over(tmp_path, content):
 def test_checkpoint_of_a_step_beyond_the_end_is_passed_over(tmp_path):
     older, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 9)
     found, damaged = resume.find(tmp_path, None, num_steps=5)
-    assert (found.path, damaged) == (older, {newest: "it says step 9, and the run has 5 steps"})
+    assert (found.path, damaged) == (older, {newest: "it is of step 9, but the run has 5 steps"})
 
 
 class Command:
@@ -179,7 +179,7 @@ def test_checkpoint_that_cannot_be_loaded_names_its_file_and_an_older_one(worksh
         assert says in said, said
         assert name.split("/")[0] in said, said
         assert said.endswith(
-            f"move it away (from checkpoint.storage too, where that is set) to go on from {older}"
+            f"move it away (from checkpoint.storage too, where that is set) to resume from {older}"
         )
         assert "\n" not in said
         shutil.rmtree(newest)

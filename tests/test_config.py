@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, TINY_LLAMA
 
 from finetune import config as configs
-from finetune.config import Config, help, paths, reader
+from finetune.config import Config, help, paths
 from finetune.errors import ConfigError
 
 COMPLETE: dict[str, Any] = {
@@ -476,9 +476,9 @@ def test_a_home_that_cannot_be_written_is_not_taken_for_the_cache(monkeypatch):
         ("objective.kind", "KTO", "preference tuning (KTO) is not yet supported"),
         ("objective.kind", "reward", "reward models are not yet supported"),
         ("objective.kind", "grpo", "reinforcement learning (grpo) is not yet supported"),
-        ("tracking.trackers", "mlflow", "MLflow is not yet supported; take tensorboard"),
+        ("tracking.trackers", "mlflow", "MLflow is not yet supported; use tensorboard"),
         ("tracking.trackers", ["wandb", "mlflow"], "MLflow is not yet supported"),
-        ("train.precision", "mps", "Apple GPUs (mps) are not yet used"),
+        ("train.precision", "mps", "Apple GPUs (mps) are not yet supported"),
     ],
 )
 def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
@@ -492,7 +492,7 @@ def test_what_is_not_there_yet_is_named_with_what_to_do(key, value, advice):
     [
         ("use_peft", "adapter.kind"), ("val_split", "data.eval_fraction"), ("eval_split", "data.eval_fraction"), ("val_set_size", "data.eval_fraction"), ("bf16", "train.precision"),
         ("gradient_checkpointing", "train.gradient_checkpointing"), ("report_to", "tracking.trackers"), ("system", "data.system_prompt"),
-        ("lorra", "the sections are"), ("deepspeed", "the topology file decides"), ("device", "(mps) are not yet used"), ("xyzzy", "the sections are"),
+        ("lorra", "the sections are"), ("deepspeed", "the topology file decides"), ("device", "(mps) are not yet supported"), ("xyzzy", "the sections are"),
     ],
 )  # fmt: skip
 def test_names_of_other_tools_lead_to_the_setting_here(refusal, word, setting):
@@ -975,7 +975,7 @@ def test_every_field_is_documented():
         text = field.description
         assert text, f"{key} has no line of documentation"
         assert text.endswith("."), key
-        assert "\n" not in text, key
+        assert "\n\n" not in text, key
 
 
 def imports(process: subprocess.CompletedProcess[str]) -> set[str]:
@@ -1021,7 +1021,7 @@ def test_help_is_short_and_names_the_settings_that_matter_most(monkeypatch):
 )
 def test_help_answers_about_a_section_or_a_setting(capsys, asked, has, lacks):
     with pytest.raises(SystemExit) as ended:
-        reader.parse(["--help", asked])
+        configs.parse(["--help", asked])
     shown = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
     assert has in shown

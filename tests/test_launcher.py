@@ -597,7 +597,7 @@ MULTINODE = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "launch was given no script"),
+        ([], "launch needs a script"),
         (["no_such.py", "--config", "x"], "no script no_such.py in"),
         (["--num_processes", "2", "no_such.py"], "no script no_such.py in"),
         (["--module", "--no_python", "x"], "--module and --no_python exclude each other"),
@@ -605,7 +605,7 @@ MULTINODE = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml"
         (["--num_processes", "0", SCRIPT], "num_processes is 0; it must be a whole number from 1"),
         (["--multi_gpu", "--use_fsdp", SCRIPT], "You can only use one of"),
         (["--num_processes", "2", "--num_machines", "2", SCRIPT], "2 nodes need the address of the first one: give --main_process_ip"),
-        ([*MULTINODE, "--num_processes", "5", SCRIPT], "5 cannot be shared out to num_machines: 2"),
+        ([*MULTINODE, "--num_processes", "5", SCRIPT], "5 cannot be divided by num_machines: 2"),
         ([*MULTINODE, "--machine_rank", "2", SCRIPT], "machine_rank is 2, but there are 2 nodes; ranks start at 0"),
         (["--tpu", SCRIPT], "asks for TPUs or mpirun"),
         (["--config_file", "no_such.yaml", SCRIPT], "--config_file no_such.yaml cannot be read from"),
@@ -618,7 +618,7 @@ def test_wrong_arguments_are_told_in_one_line(capfd, arguments, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no settings, but a NoneType"),
+        ("", "holds a NoneType instead of settings"),
         ("a: [1\n", "cannot be read from .*: while parsing a flow sequence"),
         ("num_processes: 2\n", "A `distributed_type` must be specified in the config file"),
         ("distributed_type: MULTI_GPU\nnum_procesess: "

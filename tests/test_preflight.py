@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY_LLAMA, write_jsonl
 
-from finetune import preflight
+from finetune import summary
 from finetune.errors import ConfigError
 
 MIXTRAL = {**TINY_LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -22,18 +22,18 @@ ONE_LENGTH = {"objective__kind": "clm", "data__max_length": 8, "data__truncation
     [
         ({"train__max_steps": 6}, "train.max_steps: 6 has no effect: train.epochs: 1 ends after 5 steps"),
         ({"data__max_rows": 40}, "data.max_rows: 40 has no effect: there are 40 rows"),
-        ({**WITH_EVAL, "evaluation__every_steps": 4}, "evaluation.every_steps: 4 of 4 steps: the only evaluation is at the end"),
+        ({**WITH_EVAL, "evaluation__every_steps": 4}, "evaluation.every_steps: 4 in a run of 4 steps: the only evaluation is at the end"),
         ({**WITH_EVAL, "evaluation__every_steps": 9, "evaluation__export_best": True}, "evaluation.export_best has no effect"),
-        ({**WITH_EVAL, "evaluation__every_steps": 1, "evaluation__patience": 3}, "evaluation.patience: 3 can stop nothing of 4 steps"),
-        ({"evaluation__sample_prompts": ["a"], "evaluation__sample_every_steps": 5}, "evaluation.sample_every_steps: 5 of 5 steps"),
-        ({"checkpoint__every_steps": 5}, "checkpoint.every_steps: 5 of 5 steps: by steps, only the end is saved"),
+        ({**WITH_EVAL, "evaluation__every_steps": 1, "evaluation__patience": 3}, "evaluation.patience: 3 has no effect in a run of 4 steps"),
+        ({"evaluation__sample_prompts": ["a"], "evaluation__sample_every_steps": 5}, "evaluation.sample_every_steps: 5 in a run of 5 steps"),
+        ({"checkpoint__every_steps": 5}, "checkpoint.every_steps: 5 in a run of 5 steps: by steps, only the end is saved"),
         ({"checkpoint__every_steps": 2, "checkpoint__every_minutes": None, "checkpoint__keep_last": 4}, "checkpoint.keep_last: 4 has no effect: there are 3 checkpoints"),
-        ({"tracking__log_every_steps": 6}, "tracking.log_every_steps: 6 of 5 steps: only the last step is logged"),
+        ({"tracking__log_every_steps": 6}, "tracking.log_every_steps: 6 in a run of 5 steps: only the last step is logged"),
         ({"data__packing": True, "data__max_length": 90}, "data.packing packs nothing"),
         ({"data__group_by_length": True}, "data.group_by_length saves nothing: with attention documents nothing is padded"),
         ({"data__group_by_length": True, "model__attention": "sdpa", **ONE_LENGTH}, "data.group_by_length has no effect"),
         ({"data__loss_on": "last_turn"}, "data.loss_on: last_turn is the same as completion here"),
-        ({"schedule__kind": "wsd"}, "schedule.decay_fraction: 0.1 of 5 steps is the last step alone"),
+        ({"schedule__kind": "wsd"}, "schedule.decay_fraction: 0.1 in a run of 5 steps is the last step alone"),
         ({"model__config": MIXTRAL}, "asks for a router balance loss (router_aux_loss_coef 0.001); it is not yet added"),
         ({"model__config": {**MIXTRAL, "output_router_logits": True}}, "(output_router_logits, router_aux_loss_coef 0.001)"),
     ],
@@ -135,9 +135,12 @@ def test_the_first_example_is_shown_with_its_spaces():
     ids = tokenizer("What ever is it", add_special_tokens=False)["input_ids"]
     supervised = np.array(["ever" in tokenizer.convert_ids_to_tokens(i) for i in ids])
     example = SimpleNamespace(
-        starts=[0], ends=[len(ids)], input_ids=np.array(ids), supervised=supervised
+        document_starts=[0],
+        document_ends=[len(ids)],
+        input_ids=np.array(ids),
+        supervised=supervised,
     )
-    assert preflight._marked(example, tokenizer) == "  | What[[ ever]] is it"
+    assert summary._marked(example, tokenizer) == "  | What[[ ever]] is it"
 
 
 def test_rows_that_fit_a_template_are_trained_though_the_shortest_conversation_does_not_fit(

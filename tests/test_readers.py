@@ -231,7 +231,7 @@ def test_a_parquet_file_without_rows_is_named(parquet):
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path, datasets_cache):
-    assert "no whole Parquet file" in unreadable(
+    assert "not a whole Parquet file" in unreadable(
         tmp_path / "rows.parquet", b"PAR1 and nothing more"
     )
 

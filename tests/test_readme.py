@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune import config as configs
 from finetune.__main__ import main
-from finetune.config import reader
+from finetune.config.sections import sections_of_config
 
 README = (ROOT / "README.md").read_text()
 
@@ -131,7 +131,7 @@ def test_the_commands_of_the_readme_in_order(my_run):
 def test_help_names_every_setting_without_torch():
     result = launch([*typed("python train.py --help", ROOT), "all"])
     assert result.returncode == 0
-    for section, classes in reader._sections().items():
+    for section, classes in sections_of_config().items():
         assert all(
             f"--{section}.{name}" in result.stdout for cls in classes for name in cls.model_fields
         )

@@ -105,7 +105,9 @@ def test_a_receipt_sets_only_what_a_launcher_sets(workshop):
     ):
         launch = {"OMP_NUM_THREADS": "1", name: "/tmp/x.so"}
         (run / "receipt.json").write_text(json.dumps({**receipt, "launch": launch}))
-        with pytest.raises(RunDirectoryError, match=f"launch sets {name}, which no receipt"):
+        with pytest.raises(
+            RunDirectoryError, match=f"launch sets {name}, which this program never"
+        ):
             replaying._receipt(run)
 
 

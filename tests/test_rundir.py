@@ -386,7 +386,7 @@ def test_lines_that_a_log_lost_are_noted(workshop, content):
         else:
             log.write_bytes(content)
     directory.logs.rewind(10)
-    lost = "; evaluation.patience and evaluation.export_best judge without them"
+    lost = "; evaluation.patience and evaluation.export_best ignore them"
     assert directory.logs.missing(10, 1, None) == directory.logs.missing(10, 1, 2)[:1]
     assert directory.logs.missing(10, 1, 2) == [
         f"note: {directory.logs.metrics} lacks 10 of the 10 lines that tracking.log_every_steps: 1 "

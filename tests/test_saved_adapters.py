@@ -73,7 +73,7 @@ def test_a_damaged_file_of_an_adapter_is_named(adapter, saved, capsys, name, dam
     ("changes", "says"),
     [
         ({"base_model_name_or_path": 5}, "base_model_name_or_path should be the folder or Hub id of the base, got 5"),
-        ({"peft_type": "ZZZ"}, 'peft_type should be LORA, the one kind of adapter that can be opened here, got "ZZZ"'),
+        ({"peft_type": "ZZZ"}, 'peft_type should be LORA, the only supported kind of adapter, got "ZZZ"'),
         ({"peft_type": ...}, "has no peft_type"),
         ({"r": 3}, "r is 3, but "),
         ({"r": "16"}, "r should be a whole number"),

@@ -273,7 +273,7 @@ def test_what_arrived_short_gets_no_manifest(flaky, tmp_path, monkeypatch):
 def test_half_a_local_checkpoint_is_not_uploaded(flaky, tmp_path):
     path = checkpoint(tmp_path, 100)
     (path / "shards/__0_0.distcp").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="step-00000100 is not whole, and is not uploaded"):
+    with pytest.raises(CheckpointError, match="step-00000100 is not complete, so it was not uploaded"):
         flaky.upload_checkpoint(path)
     assert not [done for done in Flaky.done if done[0] == "put"]
 
@@ -527,7 +527,7 @@ def test_wrong_credentials_are_said(s3, server, tmp_path):
         "cannot be written to (PermissionError: The AWS Access Key Id you provided does not exist"
         in message
     )
-    assert "may they list, read, write and delete there" in message
+    assert "that they may list, read, write and delete there" in message
 
 
 @pytest.mark.slow

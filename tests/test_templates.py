@@ -527,7 +527,7 @@ def test_an_unknown_template_is_told_the_known_ones():
     with pytest.raises(DataError) as caught:
         templates.load("vicuna", "messages", None, SPECIAL, VOCABULARY)
     assert (
-        "data.template: 'vicuna' is none of auto, chat, plain, question_answer, alpaca, llama2, "
+        "data.template: 'vicuna' is not one of auto, chat, plain, question_answer, alpaca, llama2, "
         "chatml" in str(caught.value)
     )
 
@@ -870,7 +870,7 @@ def test_of_several_chat_templates_the_default_is_taken():
 def test_chat_templates_without_a_default_are_named():
     named = {"rag": "{{ x }}", "tool_use": "{{ tools }}"}
     with pytest.raises(
-        DataError, match="has the chat templates rag, tool_use, but none called default"
+        DataError, match="has the chat templates rag, tool_use, but none named default"
     ):
         templates.load("chat", "messages", named, SPECIAL, VOCABULARY)
     assert templates.load("chatml", "messages", named, SPECIAL, VOCABULARY).name == "chatml"

@@ -89,9 +89,10 @@ def terminal(monkeypatch):
 
 
 def metrics_of(folder):
-    place = SimpleNamespace(
+    files = SimpleNamespace(
         **{name: folder / name for name in ("metrics", "evals", "samples", "saves")}
     )
+    place = SimpleNamespace(logs=files)
     return Metrics(
         place, num_steps=3, start=0, every=1, is_main=True, num_processes=1, flops_per_token=0
     )

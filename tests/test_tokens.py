@@ -204,7 +204,7 @@ def desk(tmp_path):
 
 def of(examples: Examples, number: int = 0) -> tuple[list[int], list[bool]]:
     """Token ids of one example, and which of them are learned."""
-    part = slice(examples.starts[number], examples.ends[number])
+    part = slice(examples.document_starts[number], examples.document_ends[number])
     return examples.input_ids[part].tolist(), examples.supervised[part].tolist()
 
 
@@ -975,7 +975,7 @@ def test_what_is_held_out_follows_from_the_seed(forty):
 def test_holding_out_everything_is_refused(forty):
     with pytest.raises(
         DataError,
-        match=r"data\.eval_fraction: 0\.99 of 40 different rows leaves nothing to train on",
+        match=r"data\.eval_fraction: 0\.99 of 40 different rows leaves no rows to train on; lower it",
     ):
         stored.hold_out(forty, 0.99, 0)
 

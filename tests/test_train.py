@@ -720,7 +720,7 @@ def test_files_of_different_formats_are_an_error(workshop):
 def test_rows_longer_than_the_model_are_an_error(workshop):
     with pytest.raises(
         UserError,
-        match=r"rows.jsonl:\d+ has \d+ tokens, but the model only 32 positions .* set data.max_length: 32 and data.truncation to",
+        match=r"rows.jsonl:\d+ has \d+ tokens, but the model has only 32 positions .* set data.max_length: 32 and data.truncation to",
     ):
         workshop.train(model__config={**TINY_LLAMA, "max_position_embeddings": 32})
 

@@ -1,10 +1,11 @@
 """The run config: typed, strict and documented. YAML file + command line -> one Config. No torch.
 
-Every field has its default in `fields` and nowhere else, and the line of text under it is at once
-its documentation, its `--help` and its description in the JSON schema.
+Every field has its default in `fields` and nowhere else. The text under it is its documentation,
+its `--help` and its description in the JSON schema.
 """
 
 from finetune.config import base, paths
+from finetune.config.command_line import note_repeats, parse
 from finetune.config.fields import (
     PADDED_ATTENTION,
     Adapter,
@@ -29,17 +30,17 @@ from finetune.config.reader import (
     differences,
     flatten,
     from_dict,
-    from_yaml,
     json_schema,
-    note_repeats,
-    parse,
     read_resolved,
-    read_yaml,
     to_yaml,
 )
 from finetune.config.rules import conflicts
+from finetune.config.yaml_text import from_yaml, read_yaml
 
 __all__ = [
-    "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "CrossEntropy", "Data", "Full", "Lora", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule", "accumulation_steps", "base", "code_identity", "conflicts",
-    "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats", "own_codes", "parse", "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
+    "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "CrossEntropy", "Data", "Full",
+    "Lora", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule", "accumulation_steps", "base",
+    "code_identity", "conflicts", "differences", "flatten", "from_dict", "from_yaml", "json_schema",
+    "note_repeats", "own_codes", "parse", "paths", "read_resolved", "read_yaml", "to_yaml",
+    "usual_lr",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
-"""Tables of the optimizers, quantisations and starts of adapters.
+"""Tables of the optimizers, quantisations and initialisations of adapters.
 
 `optimizer.kind`, `adapter.quantization` and `adapter.init` take the names of the rows; to add one,
-add a row. No torch here, so that a wrong config answers at once.
+add a row. No torch here, so that a wrong config is reported at once.
 """
 
 from collections.abc import Mapping
@@ -11,35 +11,35 @@ from typing import Any
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """What an optimizer is made of, and what it needs."""
+    """How to make an optimizer, and what its state takes."""
 
     make: str
-    """package.module:Class, of torch.optim.Optimizer; called with parameter groups."""
+    """package.module:Class, a torch.optim.Optimizer; called with parameter groups."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What it is called with besides the settings in `takes`."""
+    """Arguments besides the settings in `takes`."""
     takes: tuple[str, ...] = ("betas", "eps")
-    """Settings that reach it, besides lr and weight_decay."""
+    """Settings that it uses, besides lr and weight_decay."""
     ignores: str = ""
-    """Why the other settings would be ignored."""
+    """Why it ignores the other settings."""
     lr: tuple[float, float] = (2e-5, 2e-4)
-    """optimizer.lr where none is given, for all weights and for adapters."""
+    """Default of optimizer.lr, for all weights and for adapters."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """optimizer.betas where none are given."""
+    """Default of optimizer.betas."""
     moments: int | None = 2
     """Values of state for each weight; None: sums of rows and columns instead."""
     hidden_moments: int | None = None
-    """The same of hidden matrices; None: as many."""
+    """The same for hidden matrices; None: as many."""
     bits: int | None = None
-    """Of each value of state; None: those of the weight."""
+    """Bits of each value of state; None: those of the weight."""
     not_for_adapters: str | None = None
-    """Why it cannot train adapters, and what to take."""
+    """Why it cannot train adapters, and what to use."""
 
 
 BNB_ADAMW, BNB_LION = "bitsandbytes.optim:AdamW", "bitsandbytes.optim:Lion"
 # Chen et al., 2023: the sign of a running average. Steps have the size of the rate for any
 # gradient, so the rate is a third to a tenth of AdamW's.
 LION: dict[str, Any] = {
-    "takes": ("betas",), "ignores": "lion divides by nothing", "lr": (4e-6, 4e-5),
+    "takes": ("betas",), "ignores": "lion does not divide", "lr": (4e-6, 4e-5),
     "betas": (0.9, 0.99), "moments": 1,
 }  # fmt: skip
 # Rates: 2e-5 for all weights (Llama-2, Alpaca, Tulu), ten times that for adapters (Hu et al., 2021;
@@ -57,8 +57,9 @@ OPTIMIZERS = {
     # to the size of a weight: 1e-3 (Raffel et al., 2020).
     "adafactor": OptimizerKind(
         "torch.optim:Adafactor", takes=(), ignores="adafactor has its own", lr=(1e-3, 1e-3),
-        moments=None, not_for_adapters="adafactor steps in proportion to the size of a weight, and half "
-        "of an adapter starts at 0; use adamw_8bit",
+        moments=None,
+        not_for_adapters="adafactor steps in proportion to the size of a weight, and half of an "
+        "adapter starts at 0; use adamw_8bit",
     ),
     # Jordan et al., 2024. Its updates are scaled to the size of AdamW's (Liu et al., 2025), so it
     # takes AdamW's rate.
@@ -81,23 +82,24 @@ class Quantization:
     """The same with adapter.double_quantization."""
 
 
-# 4 bits: a float32 scale for 64 weights; doubly quantised an 8-bit scale, and a float32 for 256 of
-# these.
+# 4 bits: a float32 scale for 64 weights; doubly quantised: an 8-bit scale for 64 weights, and a
+# float32 for 256 scales.
 _FOUR = Quantization(4, 32 / 64, 8 / 64 + 32 / 64 / 256)
 QUANTIZATIONS = {"nf4": _FOUR, "fp4": _FOUR, "int8": Quantization(8, 0, 0)}
 
 
 @dataclass(frozen=True)
 class AdapterInit:
-    """What adapters start from."""
+    """How adapters are initialised."""
 
     peft: bool | str = True
     """init_lora_weights of peft's LoraConfig."""
     has_directions: bool = True
-    """Whether it starts from directions of a linear layer, of which the rank can be no more."""
+    """Whether it starts from directions of a linear layer, whose number limits the rank."""
     leaves_model: bool = False
-    """Whether B starts at 0, so that the model starts as its base."""
+    """Whether B starts at 0, so that the model at first equals its base."""
     rewrites_base: bool = False
+    """Whether it changes the base weights."""
 
 
 ADAPTER_INITS = {

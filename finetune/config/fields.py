@@ -1,4 +1,4 @@
-"""Every setting of a run: its type, its default, its line of documentation."""
+"""Every setting of a run: its type, its default, its documentation."""
 
 import functools
 import math
@@ -6,7 +6,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from finetune import own_code
 from finetune.config import kinds, paths
@@ -25,22 +34,13 @@ else:
     Quantization = Literal[tuple(QUANTIZATIONS)]
 Positive = Annotated[int, Field(gt=0)]
 BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
-# What a format can call a column; the formats themselves are in data/rows.py.
+# The names that formats give to columns; the formats themselves are in data/rows.py.
 COLUMNS = (
-    "text",
-    "question",
-    "answer",
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
+    "text", "question", "answer", "prompt", "completion", "instruction", "input", "output",
     "messages",
-)
-PADDED_ATTENTION = (
-    "sdpa",
-    "eager",
-)  # they train padded rectangles; the others take sequences end to end in one row
+)  # fmt: skip
+# These train padded rectangles; the others take sequences end to end in one row.
+PADDED_ATTENTION = ("sdpa", "eager")
 OwnName = Annotated[str, Field(pattern=own_code.FORM, title=own_code.EXPECTED)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -52,11 +52,20 @@ class Section(BaseModel):
         extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
     )
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        """Put each description on one line: editors would show the line breaks."""
+        schema = handler(core)
+        for setting in handler.resolve_ref_schema(schema).get("properties", {}).values():
+            if "description" in setting:
+                setting["description"] = " ".join(setting["description"].split())
+        return schema
+
 
 class Run(Section):
     """Name, place and seed of the run."""
 
-    # 128: as many as W&B takes; a file's name has at most 255 bytes, and some programs add to it
+    # 128 is W&B's limit; file names have at most 255 bytes, and some programs add to them.
     name: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run; its directory is run.dir/run.name."""
     dir: PathString = "runs"
@@ -77,21 +86,21 @@ class Model(Section):
     config: dict[str, Any] | None = None
     """Architecture for init: random, as in config.json; needs model_type."""
     tokenizer: Annotated[str | None, ExpandedPath] = None
-    """Folder or Hub id of the tokenizer, or "bytes" for the built-in byte-level one; null: the
-    model's own.
+    """Folder or Hub id of the tokenizer, or "bytes" for the built-in byte-level one.
+    null: the model's own.
     """
     new_tokens: list[str] = []
-    """Special tokens to add, such as [<|im_start|>, <|im_end|>]; their embeddings start from the
-    mean and train.
+    """Special tokens to add, such as [<|im_start|>, <|im_end|>].
+    Their embeddings start from the mean and train.
     """
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the weights; auto: float32 for trained weights and the dtype of train.precision for
-    frozen ones. bfloat16 halves the memory of trained weights and rounds their updates
-    stochastically.
+    """Dtype of the weights.
+    auto: float32 for trained weights and the dtype of train.precision for frozen ones.
+    bfloat16 halves the memory of trained weights and rounds their updates stochastically.
     """
     attention: Literal["auto", "documents", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """Attention kernel; documents and flash_attention_2 need no padding, sdpa and eager train
-    padded batches.
+    """Attention kernel.
+    documents and flash_attention_2 need no padding, sdpa and eager train padded batches.
     """
     trust_remote_code: bool = False
     """Run Python code from the model's Hub repository."""
@@ -119,21 +128,20 @@ class Adapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the inputs of adapters."""
     target_modules: str | list[str] = "all-linear"
-    """Modules that get an adapter: names or suffixes, a regular expression, or all-linear (all but
-    the head).
+    """Modules that get an adapter.
+    Names or suffixes, a regular expression, or all-linear (all but the head).
     """
     rslora: bool = False
-    """Scale updates by alpha / sqrt(r), which keeps their size the same at high ranks
-    (Kalajdzievski, 2023).
-    """
+    """Scale updates by alpha / sqrt(r), to keep their size at high ranks (Kalajdzievski, 2023)."""
     dora: bool = False
-    """Learn the magnitude of weights separately from their direction (DoRA; Liu et al., 2024):
-    better at low ranks, slower.
+    """Learn the magnitude of weights separately from their direction (DoRA; Liu et al., 2024).
+    Better at low ranks, slower.
     """
     init: AdapterInit = "default"
-    """How to initialise adapters. default, gaussian: leave the model unchanged; random: make B
-    random too, for tests; pissa: principal directions of the weights; eva: principal directions of
-    the data; loftq: correct the error of 4-bit quantisation.
+    """How to initialise adapters.
+    default, gaussian: leave the model unchanged; random: make B random too, for tests;
+    pissa: principal directions of the weights; eva: principal directions of the data;
+    loftq: correct the error of 4-bit quantisation.
     """
     train_norms: bool = False
     """Train all weights of the norms."""
@@ -147,8 +155,8 @@ class Lora(Adapter):
     kind: Literal["lora"]
     """Train low-rank adapters."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases to train. This changes the base: switching the adapter off does not give the original
-    model back.
+    """Biases to train.
+    This changes the base: switching the adapter off does not give the original model back.
     """
 
 
@@ -162,8 +170,8 @@ class QLora(Adapter):
     double_quantization: bool = True
     """4 bits: quantise the scales too; saves 0.4 bits per weight."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """4 bits: dtype that weights are dequantised to for matrix products; auto: the dtype of the
-    other base weights.
+    """4 bits: dtype that weights are dequantised to for matrix products.
+    auto: the dtype of the other base weights.
     """
 
 
@@ -171,7 +179,8 @@ class Data(Section):
     """The rows, and how they become sequences."""
 
     train: Annotated[str | list[str], ExpandedPath]
-    """Training rows: files (.jsonl .json .csv .tsv .parquet .txt), folders, globs, or Hub names as
+    """Training rows.
+    Files (.jsonl .json .csv .tsv .parquet .txt), folders, globs, or Hub names as
     owner/name[:split].
     """
     max_rows: Positive | None = None
@@ -184,8 +193,9 @@ class Data(Section):
         Literal["auto", "text", "prompt_completion", "question_answer", "instruction", "messages"]
         | OwnName
     ) = "auto"
-    """Format of the rows; auto: detect it from the columns of the first row; FILE.py:NAME: a
-    function of your own (docs/data.md).
+    """Format of the rows.
+    auto: detect it from the columns of the first row; FILE.py:NAME: a function of your own
+    (docs/data.md).
     """
     columns: dict[str, str] = {}
     """Map columns with other names, as {question: Patient, answer: Doctor}."""
@@ -194,28 +204,26 @@ class Data(Section):
     system_prompt: str | None = None
     """System message for every conversation that has none."""
     template: PathString = "auto"
-    """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file;
+    """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file.
     auto: chat if the tokenizer has one, else the usual template of the format.
     """
     loss_on: Literal["completion", "all", "last_turn"] = "completion"
-    """Train on every answer (completion), on every token (all), or on the last answer only
-    (last_turn).
-    """
+    """Train on every answer (completion), every token (all) or only the last answer (last_turn)."""
     max_length: Annotated[int, Field(gt=1)] = 1024
     """Maximum number of tokens in a sequence."""
     truncation: Literal["error", "right", "left", "drop", "split"] = "error"
-    """What to do with a row longer than max_length: stop with an error, cut its right or left end,
-    drop it, or (clm) split it.
+    """What to do with a row longer than max_length.
+    Stop with an error, cut its right or left end, drop it, or (clm) split it.
     """
     packing: bool = False
-    """Pack several examples into one sequence of at most max_length tokens; attention does not
-    cross examples.
+    """Pack several examples into one sequence of at most max_length tokens.
+    Attention does not cross examples.
     """
     group_by_length: bool = False
     """Put examples of similar length into the same step, to reduce padding."""
     cache_dir: str = paths.DEFAULT_CACHE
-    """Folder for tokenised data, keyed by a hash of its content; run.dir/.cache if the home
-    directory is not writable.
+    """Folder for tokenised data, keyed by a hash of its content.
+    run.dir/.cache if the home directory is not writable.
     """
 
 
@@ -223,7 +231,7 @@ class CrossEntropy(Section):
     """Settings of a cross-entropy."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of each target to spread over the vocabulary; evaluation does not use it."""
+    """Fraction of each label to spread over the vocabulary; evaluation does not use it."""
 
 
 class _Kind(Section):
@@ -245,20 +253,20 @@ class Sft(CrossEntropy, _Kind):
 
 
 class OwnObjective(_Kind):
-    """An objective of your own; its class says which other settings it has (docs/objectives.md)."""
+    """An objective of your own; its class defines its other settings (docs/objectives.md)."""
 
     kind: OwnName
     """The subclass of finetune.objectives.Objective with this NAME, or such an object."""
     code: ClassVar[OwnCode]
-    """Where it comes from."""
+    """The file that defines it."""
     objective: ClassVar[Any]
     """The Objective itself."""
 
 
 @functools.cache
 def _own_section(code: OwnCode) -> type[OwnObjective]:
-    """The settings of a user's objective as a section. Raises ConfigError where it is none."""
-    module = sys.modules.get("finetune.objectives.base")  # not there: nothing derives from it
+    """Return the section of a user's objective. Raises ConfigError if it is not an objective."""
+    module = sys.modules.get("finetune.objectives.base")  # missing: nothing derives from it
     base, is_class = getattr(module, "Objective", None), isinstance(code.value, type)
     cls = code.value if is_class else type(code.value)
     if base is None or not issubclass(cls, base):
@@ -286,7 +294,7 @@ def _own_section(code: OwnCode) -> type[OwnObjective]:
 
 
 def own_codes(config: "Config") -> dict[str, OwnCode]:
-    """Setting -> the code of the user's own that it names."""
+    """Return setting -> the user's own code that it names."""
     found, objective, format = {}, config.objective, config.data.format
     if isinstance(objective, OwnObjective):
         found["objective.kind"] = objective.code
@@ -296,12 +304,12 @@ def own_codes(config: "Config") -> dict[str, OwnCode]:
 
 
 def code_identity(config: "Config") -> dict[str, str]:
-    """The hash of each, by setting and file: a resumption or a replay must find the same."""
+    """Return the hash of each by setting and file; to resume or replay a run they must be equal."""
     return {own_code.label(key, code.name): code.sha256 for key, code in own_codes(config).items()}
 
 
 def own_format(name: str) -> OwnCode:
-    """A function of the user's own that formats rows. Raises ConfigError."""
+    """Return a user's function that formats rows. Raises ConfigError."""
     code = own_code.read(name)
     if not callable(code.value):
         raise ConfigError(f"{code} is of type {type(code.value).__name__}, not a function of a row")
@@ -309,7 +317,7 @@ def own_format(name: str) -> OwnCode:
 
 
 def own_objective(name: str) -> type[OwnObjective]:
-    """The section of a user's objective, which is read if it was not yet. Raises ConfigError."""
+    """Return the section of a user's objective; read it if it was not yet. Raises ConfigError."""
     return _own_section(own_code.read(name))
 
 
@@ -317,24 +325,24 @@ class Optimizer(Section):
     """The optimizer and its learning rate."""
 
     kind: OptimizerKind = "adamw"
-    """Optimizer. 8-bit optimizers store their state in 8 bits, paged ones can move it to host
-    memory; lion needs half the state of adamw, adafactor almost none; muon works with adapter.kind:
-    full only.
+    """Optimizer.
+    8-bit optimizers store their state in 8 bits, paged ones can move it to host memory;
+    lion needs half the state of adamw, adafactor almost none;
+    muon works with adapter.kind: full only.
     """
+    # Config replaces null before this is checked.
     lr: Annotated[
         float,
         Field(gt=0, allow_inf_nan=False),
         WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]}),
-    ] = Field(default=None)  # type: ignore[assignment]  # Config makes it a number before it is checked
-    """Peak learning rate; null: 2e-4 for adapters and 2e-5 for all weights, a fifth of that for
-    lion, 1e-3 for adafactor.
+    ] = Field(default=None)  # type: ignore[assignment]
+    """Peak learning rate.
+    null: 2e-4 for adapters and 2e-5 for all weights, a fifth of that for lion, 1e-3 for adafactor.
     """
     embedding_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Peak learning rate of embeddings and head; null: optimizer.lr."""
     lora_plus_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """LoRA+ (Hayou et al., 2024): learning rate of B matrices divided by that of A matrices; null:
-    1.
-    """
+    """LoRA+ (Hayou et al., 2024): learning rate of B divided by that of A matrices; null: 1."""
     betas: (
         Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
         | None
@@ -369,32 +377,32 @@ class Train(Section):
     global_batch_size: BatchSize = 8
     """Sequences per optimizer step, summed over all processes."""
     micro_batch_size: BatchSize | Literal["auto"] = 1
-    """Sequences per forward pass of one process; auto: forecast the largest size that fits, and try
-    it before training.
+    """Sequences per forward pass of one process.
+    auto: forecast the largest size that fits, and try it before training.
     """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the arithmetic; auto: bf16 on GPUs that support it, else fp32."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
     """Clip gradients to this norm; null: do not clip."""
     neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """NEFTune: add noise of up to alpha / sqrt(tokens x width) to the embeddings during training;
+    """NEFTune: add noise of up to alpha / sqrt(tokens x width) to the embeddings during training.
     null: add none.
     """
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay rate of an exponential moving average of the weights, which is then evaluated, sampled
-    and exported; null: keep no average.
+    """Decay rate of an exponential moving average of the weights.
+    The run evaluates, samples and exports the average; null: keep no average.
     """
     gradient_checkpointing: bool | Positive = False
-    """Recompute activations in the backward pass: less memory, about a third more time. A number:
-    only in the first N layers.
+    """Recompute activations in the backward pass: less memory, about a third more time.
+    A number: only in the first N layers.
     """
     compile: bool = False
-    """Compile the layers with torch.compile: faster steps after a first one of a minute or two;
-    needs a C++ compiler.
+    """Compile the layers with torch.compile.
+    Steps are faster after a first one of a minute or two; needs a C++ compiler.
     """
     hang_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
-    """End all processes if one does not answer, or a micro-batch does not finish, within this many
-    minutes; null: no limit.
+    """End all processes if one does not answer or finish a micro-batch in this many minutes.
+    null: no limit.
     """
 
 
@@ -406,31 +414,28 @@ class Checkpoint(Section):
     every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 15.0
     """Save every N minutes; null: do not save by time."""
     keep_last: Positive = 2
-    """Number of checkpoints to keep, in addition to the best one and the one this attempt resumed
-    from.
-    """
+    """Number of checkpoints to keep, besides the best one and the one this attempt resumed from."""
     asynchronous: bool = True
-    """Write checkpoints in the background; training waits only for a copy to host memory. false:
-    wait for the write, which saves that memory.
+    """Write checkpoints in the background; training waits only for a copy to host memory.
+    false: wait for the write, which saves that memory.
     """
     storage: Annotated[str | None, ExpandedPath] = None
-    """Object store to copy checkpoints, logs and the model to, as s3://bucket/folder; a machine
-    with an empty disk resumes from it.
+    """Object store to copy checkpoints, logs and the model to, as s3://bucket/folder.
+    A machine with an empty disk resumes from it.
     """
     grace_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
-    """Seconds between SIGTERM and SIGKILL on your cluster. The run warns if saves take longer, and
-    waits this long at the start for a process that still holds the run directory.
+    """Seconds between SIGTERM and SIGKILL on your cluster.
+    The run warns if saves take longer, and waits this long at the start for another process that
+    holds the run directory.
     """
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Save and end with exit code 75 after this many minutes, for queues that kill at a deadline;
-    leave time for a step and a save.
+    """Save and end with exit code 75 after this many minutes, for queues that kill at a deadline.
+    Leave time for a step and a save.
     """
     notices: Literal["aws", "gcp", "azure"] | None = None
     """Poll this cloud for preemption notices; in Kubernetes rely on SIGTERM instead."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: resume from the newest valid checkpoint; never: refuse to start if the run has
-    checkpoints.
-    """
+    """auto: resume from the newest valid checkpoint; never: refuse to start if there are any."""
 
 
 class Evaluation(Section):
@@ -462,8 +467,8 @@ class Tracking(Section):
     project: str = "finetune"
     """Project name in wandb and trackio."""
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
-    """offline: write into the run directory, for `wandb sync`; disabled: send nothing; null: use
-    WANDB_MODE, else online.
+    """offline: write into the run directory, for `wandb sync`; disabled: send nothing.
+    null: use WANDB_MODE, else online.
     """
 
 
@@ -473,7 +478,7 @@ class Config(Section):
     run: Run
     model: Model = Model()
     adapter: Annotated[Full | Lora | QLora, kinds.by_kind(Full, Lora, QLora)] = Full()
-    """What trains: all weights, or low-rank adapters on top of frozen weights."""
+    """What to train: all weights, or low-rank adapters on top of frozen weights."""
     data: Data
     objective: Annotated[
         SerializeAsAny[Clm | Sft | OwnObjective], kinds.by_kind(Sft, Clm, own=own_objective)
@@ -495,25 +500,24 @@ class Config(Section):
             return values
         adapter = values.get("adapter")
         kind = adapter.get("kind", "full") if isinstance(adapter, dict) else "full"
-        return values | {
-            "optimizer": optimizer | {"lr": usual_lr(optimizer.get("kind", "adamw"), kind)}
-        }
+        lr = usual_lr(optimizer.get("kind", "adamw"), kind)
+        return values | {"optimizer": optimizer | {"lr": lr}}
 
     @property
     def cache_dir(self) -> str:
-        """data.cache_dir, or a folder in run.dir if the home directory is missing."""
+        """Return data.cache_dir, or a folder in run.dir if the home directory is missing."""
         return paths.cache_dir(self.data.cache_dir, self.run.dir)
 
     @property
     def micro_batch_size(self) -> int:
-        """train.micro_batch_size, after auto was replaced by a number."""
+        """Return train.micro_batch_size, after auto was replaced by a number."""
         size = self.train.micro_batch_size
         assert size != "auto"
         return size
 
     @property
     def trains_in_16_bits(self) -> bool:
-        """Whether trained weights are bfloat16; adapters always train in float32."""
+        """Return whether trained weights are bfloat16; adapters always train in float32."""
         return self.adapter.kind == "full" and self.model.dtype == "bfloat16"
 
     @property
@@ -522,27 +526,24 @@ class Config(Section):
 
 
 def usual_lr(optimizer: Any, adapter: Any) -> float:
-    """optimizer.lr where none is given, of an optimizer.kind and an adapter.kind that may be wrong."""
-    kind = (
-        OPTIMIZERS[optimizer]
-        if isinstance(optimizer, str) and optimizer in OPTIMIZERS
-        else OPTIMIZERS["adamw"]
-    )
-    return kind.lr[0 if adapter == "full" else 1]
+    """Return the default of optimizer.lr for an optimizer.kind and adapter.kind not yet checked."""
+    is_known = isinstance(optimizer, str) and optimizer in OPTIMIZERS
+    return OPTIMIZERS[optimizer if is_known else "adamw"].lr[0 if adapter == "full" else 1]
 
 
 def accumulation_steps(config: Config, num_processes: int) -> int:
-    """Micro-batches of one process in one step: global / (micro x processes). Raises ConfigError if
-    not whole.
+    """Return the micro-batches of one process in one step: global / (micro x processes).
+
+    Raises ConfigError if that is not a whole number.
     """
     train = config.train
     at_once = config.micro_batch_size * num_processes
     if train.global_batch_size % at_once:
+        example = math.ceil(train.global_batch_size / at_once) * at_once
         raise ConfigError(
             f"train.global_batch_size: {train.global_batch_size} cannot be split over "
-            f"{num_processes} processes of "
-            f"train.micro_batch_size {train.micro_batch_size}; it must be a multiple of {at_once}, "
-            f"for example {math.ceil(train.global_batch_size / at_once) * at_once}; for the same "
-            "steps lower train.micro_batch_size"
+            f"{num_processes} processes of train.micro_batch_size {train.micro_batch_size}; it "
+            f"must be a multiple of {at_once}, for example {example}; for the same steps lower "
+            "train.micro_batch_size"
         )
     return train.global_batch_size // at_once

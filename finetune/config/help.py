@@ -12,7 +12,7 @@ ESSENTIAL = (
     "train.micro_batch_size", "evaluation.every_steps",
 )  # fmt: skip
 EXAMPLES = (
-    ("my_run.yaml --check", "show what would be learned and what is wrong; load no weights"),
+    ("my_run.yaml --check", "show what would be trained on and what is wrong; load no weights"),
     ("my_run.yaml", "train"),
     ("my_run.yaml --optimizer.lr 1e-4", "train with another learning rate than the file's"),
 )
@@ -20,7 +20,7 @@ WORDS = ("-h", "--help")
 
 
 def topic(argv: list[str]) -> str | None:
-    """The word after --help, or "" if there is none; None without --help."""
+    """Return the word after --help, "" if there is none, None without --help."""
     for place, word in enumerate(argv):
         name, _, inside = word.partition("=")
         if name in WORDS:
@@ -30,39 +30,39 @@ def topic(argv: list[str]) -> str | None:
 
 
 def text(parser: argparse.ArgumentParser, asked: str) -> str:
-    """The help of `parser` on "" (in short), "all", a section (adapter) or a setting (adapter.r)."""
+    """Return the help on a section (adapter), a setting (adapter.r), "all", or "" (in short)."""
     if asked == "all":
         return parser.format_help()
     groups = {str(group.title): group for group in parser._action_groups if group.description}
-    settings = {
-        option[2:]: action for group in groups.values() for action in group._group_actions for option in action.option_strings
-    }  # fmt: skip
+    actions = [action for group in groups.values() for action in group._group_actions]
+    settings = {option[2:]: action for action in actions for option in action.option_strings}
     group = groups.get(asked)
     if group is not None:
         return _part(parser, asked, str(group.description), group._group_actions)
     if asked in settings:
         return _part(parser, "", "", [settings[asked]])
     width = parser._get_formatter()._width
-    more = f"--help SECTION lists the settings of a section ({', '.join(groups)}), --help all lists all."
+    listed = ", ".join(groups)
+    more = f"--help SECTION lists the settings of a section ({listed}), --help all lists all."
     if asked and not asked.endswith((".yaml", ".yml")):
         near = difflib.get_close_matches(asked, [*groups, *settings], n=1)
         meant = f"; did you mean {near[0]}?" if near else "."
-        return (
-            textwrap.fill(f"There is no section or setting {asked!r}{meant} {more}", width) + "\n"
-        )
+        answer = f"There is no section or setting {asked!r}{meant} {more}"
+        return textwrap.fill(answer, width) + "\n"
     examples = "\n".join(f"  {f'{parser.prog} {rest}':<44}{what}" for rest, what in EXAMPLES)
     essential = [settings[name] for name in ESSENTIAL if name in settings]
     return (
         f"usage: {str(parser.usage) % {'prog': parser.prog}}\n\n"
         f"{textwrap.fill(str(parser.description), width)}\n\n{examples}\n\n"
-        f"{_part(parser, 'the settings that matter most', '', essential)}\n{textwrap.fill(more, width)}\n"
+        f"{_part(parser, 'the settings that matter most', '', essential)}\n"
+        f"{textwrap.fill(more, width)}\n"
     )
 
 
 def _part(
     parser: argparse.ArgumentParser, title: str, about: str, actions: Iterable[argparse.Action]
 ) -> str:
-    """One group of settings as argparse prints it."""
+    """Return one group of settings as argparse prints it."""
     formatter = parser._get_formatter()
     formatter.start_section(title or None)
     formatter.add_text(about or None)

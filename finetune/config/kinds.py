@@ -12,9 +12,9 @@ from finetune import own_code
 def by_kind(
     *classes: type[BaseModel], own: Callable[[str], type[BaseModel]] | None = None
 ) -> WrapValidator:
-    """Validate a section by the class of its `kind`, the first where none is given.
+    """Validate a section by the class of its `kind`; the first class is the default.
 
-    `own`: gives the class for a kind that names a user's own code.
+    `own`: returns the class for a kind that names a user's own code.
     """
     known = {name_of(cls): cls for cls in classes}
     listed = [repr(name) for name in known] + ([own_code.EXPECTED] if own else [])
@@ -36,7 +36,7 @@ def by_kind(
 
 
 def name_of(cls: type[BaseModel]) -> str:
-    """The kind whose settings a class has; FILE.py:NAME for a user's own."""
+    """Return the kind of a class; FILE.py:NAME for a user's own."""
     options = get_args(cls.model_fields["kind"].annotation)
     return str(options[0]) if options else own_code.EXPECTED
 

@@ -1,6 +1,4 @@
-"""Paths as users write them: `~`, half characters, and what is a folder here rather than a name on
-the Hub. No torch.
-"""
+"""Paths as users write them: `~`, half characters, local folders and names on the Hub. No torch."""
 
 import glob
 import os
@@ -14,29 +12,24 @@ DEFAULT_CACHE = "~/.cache/finetune"
 
 
 def expanded(path: Any) -> Any:
-    """A path, or each of a list, with the home directory in place of `~`. Raises ValueError where
-    there is none.
-    """
+    """Replace `~` in a path, or in each of a list. Raises ValueError if home is unknown."""
     if isinstance(path, list):
         return [expanded(each) for each in path]
     if not isinstance(path, str):
         return path
     if "\0" in path:
-        raise ValueError("holds a zero byte, which no path can; write it again")
+        raise ValueError("holds a zero byte, which paths cannot; write it again")
     scheme, bare = ("file://", path[7:]) if path.startswith("file://") else ("", path)
     if not bare.startswith("~"):
         return path
     user = bare.split("/")[0]
     if user == "~" and not has_home():
-        raise ValueError(
-            "begins with ~, but this machine has no home directory; set HOME, or write the full "
-            "path"
-        )
+        what = "but this machine has no home directory; set HOME, or write the full path"
+        raise ValueError(f"begins with ~, {what}")
     whole = os.path.expanduser(bare)
     if whole == bare and user != "~":
-        raise ValueError(
-            f"begins with {user}, but this machine has no such user; write the full path"
-        )
+        what = "but this machine has no such user; write the full path"
+        raise ValueError(f"begins with {user}, {what}")
     return scheme + whole
 
 
@@ -46,28 +39,22 @@ PathString = Annotated[str, ExpandedPath]
 
 
 def beside_config(value: Any, folder: str) -> Any:
-    """A path of a config, or each of a list: as it is if it is there, else in the config's folder
-    if it is there.
+    """Return a path, or each of a list, in the config's folder if it exists only there.
 
-    Raises ValueError if both are there and differ: either could be meant.
+    Raises ValueError if it exists here and there, and differs: either could be meant.
     """
     if isinstance(value, list):
         return [beside_config(each, folder) for each in value]
-    if (
-        not isinstance(value, str)
-        or not value
-        or "\0" in value
-        or "://" in value
-        or value[0] in "/~"
-    ):
+    if not isinstance(value, str) or not value or "\0" in value:
+        return value
+    if "://" in value or value[0] in "/~":
         return value
     beside = os.path.join(folder, value)
     if not _is_there(beside) or os.path.realpath(beside) == os.path.realpath(value):
         return value
     if _is_there(value):
-        raise ValueError(
-            f"{value} is in {os.getcwd()} and in {os.path.abspath(folder)}; write the full path"
-        )
+        both = f"{os.getcwd()} and in {os.path.abspath(folder)}"
+        raise ValueError(f"{value} is in {both}; write the full path")
     return beside
 
 
@@ -76,7 +63,7 @@ def _is_there(path: str) -> bool:
 
 
 def argument(text: str) -> str:
-    """A path on the command line of a tool, for argparse."""
+    """Return a path of a command line with `~` replaced; a type for argparse."""
     import argparse
 
     try:
@@ -86,19 +73,16 @@ def argument(text: str) -> str:
 
 
 def cache_dir(given: str, run_dir: str) -> str:
-    """data.cache_dir without `~`; the default becomes a folder next to the runs if the home
-    directory cannot be written.
-    """
-    home = os.path.expanduser("~")
-    if given == DEFAULT_CACHE and not (
-        has_home() and (os.path.isdir(given_to := home + given[1:]) or _writable(given_to))
-    ):
-        return os.path.join(run_dir, ".cache")
+    """Return data.cache_dir without `~`; the default is beside the runs if home is not writable."""
+    if given == DEFAULT_CACHE:
+        path = os.path.expanduser("~") + given[1:]
+        if not has_home() or not (os.path.isdir(path) or _writable(path)):
+            return os.path.join(run_dir, ".cache")
     return str(expanded(given))
 
 
 def _writable(path: str) -> bool:
-    """Whether a folder, or the nearest one above that exists, can be written."""
+    """Return whether a folder, or the nearest one above that exists, can be written."""
     while not os.path.exists(path) and os.path.dirname(path) != path:
         path = os.path.dirname(path)
     return os.path.isdir(path) and os.access(path, os.W_OK)
@@ -109,15 +93,14 @@ def _stand_in() -> str:
 
 
 def has_home() -> bool:
-    """Whether this user has a home directory, other than what `give_home` made."""
+    """Return whether this user has a home directory, other than one of `give_home`."""
     return os.path.expanduser("~") not in ("~", _stand_in())
 
 
 def give_home() -> None:
-    """Let libraries that ask for a home directory and a user name find some: containers run under
-    user ids that have neither.
+    """Set HOME and USER if they are missing: containers run under user ids that have neither.
 
-    Without, huggingface_hub writes into a folder called `~`, and torch.compile ends in a KeyError.
+    Without them huggingface_hub writes into a folder called `~`, and torch.compile raises KeyError.
     """
     import getpass
 
@@ -129,20 +112,19 @@ def give_home() -> None:
         home = _stand_in()
         try:
             os.mkdir(home, mode=0o700)
-        except OSError:  # it is there, and should be ours alone, or there is nowhere to write
-            with_owner = os.lstat(home) if os.path.lexists(home) else None
-            if (
-                with_owner is None
-                or not stat.S_ISDIR(with_owner.st_mode)
-                or with_owner.st_uid != os.getuid()
-            ):
+        except OSError:  # it exists, and must be ours; or there is nowhere to write
+            if not os.path.lexists(home):
+                return
+            entry = os.lstat(home)
+            if not stat.S_ISDIR(entry.st_mode) or entry.st_uid != os.getuid():
                 return
         os.environ["HOME"] = home
 
 
 def is_local(name: str) -> bool:
-    """Whether a name can only be a path here: it exists, has the form of a path, or its first
-    folder is here. Else it is one of the Hub.
+    """Return whether a name is a path rather than one of the Hub.
+
+    It is if it exists, has the form of a path, or begins with a folder that exists.
     """
     return (
         os.path.exists(name)
@@ -155,24 +137,21 @@ def is_local(name: str) -> bool:
 
 
 def half_characters(value: Any, key: str = "") -> list[str]:
-    """Keys of strings that hold half of a surrogate pair, which no file and no tokenizer can hold."""
+    """Return the keys of strings with half a surrogate pair, which UTF-8 cannot encode."""
     if isinstance(value, str):
         return [key] if any("\ud800" <= letter <= "\udfff" for letter in value) else []
     if isinstance(value, dict):
-        return [
-            found
-            for name, inner in value.items()
-            for found in (
-                *half_characters(str(name), shown(f"{key}.{name}".lstrip("."))),
-                *half_characters(inner, shown(f"{key}.{name}".lstrip("."))),
-            )
-        ]
+        found = []
+        for name, inner in value.items():
+            full = shown(f"{key}.{name}".lstrip("."))
+            found += [*half_characters(str(name), full), *half_characters(inner, full)]
+        return found
     if isinstance(value, list):
-        return list(
-            dict.fromkeys(found for inner in value for found in half_characters(inner, key))
-        )
+        of_each = (half_characters(inner, key) for inner in value)
+        return list(dict.fromkeys(found for each in of_each for found in each))
     return []
 
 
 def shown(text: str) -> str:
+    """Replace half characters, which no terminal can print, by their escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

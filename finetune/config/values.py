@@ -1,6 +1,4 @@
-"""What may stand in files that other programs write: quantisations, adapters and tokenizers. No
-torch.
-"""
+"""Rules for files of other programs: quantisations, adapters and tokenizers. No torch."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -39,9 +37,8 @@ def _dtype_in(names: tuple[str, ...]) -> Callable[[Any], bool]:
     return _or_null(lambda value: str(value).removeprefix("torch.") in names)
 
 
-Rules = Mapping[
-    str, tuple[Callable[[Any], bool], str]
-]  # key -> (whether a value may stand there, what may)
+Rules = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""Key -> (a test of its value, what the value should be)."""
 BITS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
 SWITCH, OPTIONAL_SWITCH = (is_switch, "true or false"), (_or_null(is_switch), "true or false")
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
@@ -54,47 +51,70 @@ OF_BITSANDBYTES: Rules = {
     "llm_int8_skip_modules": (_or_null(are_words), "a list of names"),
     "llm_int8_enable_fp32_cpu_offload": SWITCH, "llm_int8_has_fp16_weight": SWITCH,
 }  # fmt: skip
-NAMES = (
-    _or_null(lambda value: _is_text(value) or are_words(value)),
-    "a list of names, or an expression",
-)
-NUMBERS = (_or_null(lambda value: is_object(value) and all(map(_is_number, value.values()))), "a mapping of names to numbers")  # fmt: skip
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or _is_text(value) or are_words(value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return value is None or (is_object(value) and all(map(_is_number, value.values())))
+
+
+def _are_layers(value: Any) -> bool:
+    is_list = isinstance(value, list) and all(map(_is_whole, value))
+    return value is None or _is_whole(value) or is_list
+
+
+def _is_template(value: Any) -> bool:
+    return value is None or isinstance(value, str | list | dict)
+
+
+NAMES = (_are_names, "a list of names, or an expression")
+NUMBERS = (_are_numbers, "a mapping of names to numbers")
 OF_LORA: Rules = {
-    "peft_type": (lambda value: value == "LORA", "LORA, the one kind of adapter that can be opened here"),
+    "peft_type": (lambda value: value == "LORA", "LORA, the only supported kind of adapter"),
     "base_model_name_or_path": (_or_null(_is_text), "the folder or Hub id of the base"),
     "revision": (_or_null(_is_text), "a revision of the base, or null"),
     "r": (lambda value: _is_whole(value) and value > 0, "a whole number of at least 1"),
     "lora_alpha": (_is_number, "a number"),
-    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
-    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "target_modules": NAMES, "exclude_modules": NAMES, "modules_to_save": (_or_null(are_words), "a list of names"),
-    "rank_pattern": NUMBERS, "alpha_pattern": NUMBERS,
-    "layers_to_transform": (
-        _or_null(lambda value: _is_whole(value) or (isinstance(value, list) and all(map(_is_whole, value)))), "a list of whole numbers"
+    "lora_dropout": (
+        lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1",
     ),
-    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying", "inference_mode"), OPTIONAL_SWITCH),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "target_modules": NAMES, "exclude_modules": NAMES,
+    "modules_to_save": (_or_null(are_words), "a list of names"),
+    "rank_pattern": NUMBERS, "alpha_pattern": NUMBERS,
+    "layers_to_transform": (_are_layers, "a list of whole numbers"),
+    **dict.fromkeys(
+        ("use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying", "inference_mode"),
+        OPTIONAL_SWITCH,
+    ),
     "auto_mapping": (_or_null(is_object), "a mapping, or null"),
 }  # fmt: skip
 OF_TOKENIZER: Mapping[str, Rules] = {
     "tokenizer.json": {
-        "model": (lambda value: is_object(value) and "vocab" in value, "an object with the vocabulary"),
+        "model": (
+            lambda value: is_object(value) and "vocab" in value, "an object with the vocabulary",
+        ),
         "added_tokens": (lambda value: isinstance(value, list), "a list"),
     },
     "tokenizer_config.json": {
         "added_tokens_decoder": (is_object, "an object"),
         "tokenizer_class": (_or_null(_is_text), "the name of a class"),
-        "chat_template": (lambda value: value is None or isinstance(value, str | list | dict), "text, or a list of templates"),
+        "chat_template": (_is_template, "text, or a list of templates"),
     },
 }  # fmt: skip
 
 
 def problem(where: str, values: Mapping[str, Any], rules: Rules) -> str | None:
-    """Name the first key with a value that its rule does not allow; None if there is none."""
-    for name, (allows, wanted) in rules.items():
+    """Return a message about the first value that its rule does not allow; None if all are fine."""
+    for name, (allows, expected) in rules.items():
         if name in values and not allows(values[name]):
-            return f"{where}: {name} should be {wanted}, got {short(values[name])}; correct it"
+            return f"{where}: {name} should be {expected}, got {short(values[name])}; correct it"
     return None
 
 
 def short(value: Any) -> str:
+    """Return a value as JSON, cut off where it is long."""
     return json.dumps(value, default=str)[:80]

@@ -1,9 +1,9 @@
 """Tokenised examples in memory-mapped arrays, cached by content.
 
 The cache key is a hash of everything that decides the tokens: bytes of the rows, tokenizer,
-template and options. An entry says the sha256 of what it holds, and each process checks what it
+template and options. An entry records the sha256 of its arrays, and each process checks what it
 opens: hashing takes about 4 s for a billion tokens (5 bytes each, at 1.3 GB/s), and processes of a
-node hash side by side from the same page cache.
+node hash in parallel from the same page cache.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ from finetune.data.templates import Template
 from finetune.data.tokens import Options
 from finetune.errors import DataError, Outage
 
-CACHE_VERSION = 5  # raise it when the same input should give other tokens than before
+CACHE_VERSION = 5  # increase it when the same input gives other tokens than before
 META = "meta.json"
 ARRAYS = ("input_ids", "supervised", "ends", "places")
 
@@ -39,16 +39,17 @@ ARRAYS = ("input_ids", "supervised", "ends", "places")
 class Examples:
     """Tokenised rows in memory-mapped arrays.
 
-    input_ids: int32 [all tokens]; supervised: bool [all tokens]; starts, ends: int64 [documents],
-    where each document lies in them; source, line, row: int64 [examples], where the row of an
-    example stands in the user's files. example_ends: int64 [examples], the number of documents of
-    all examples up to each; None: each example is one document.
+    input_ids: int32 [all tokens]; supervised: bool [all tokens].
+    document_starts, document_ends: int64 [documents], where each document lies in them.
+    source, line, row: int64 [examples], where the row of an example stands in the user's files.
+    example_ends: int64 [examples], the number of documents of all examples up to each; None: each
+    example is one document.
     """
 
     input_ids: np.ndarray
     supervised: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
+    document_starts: np.ndarray
+    document_ends: np.ndarray
     source: np.ndarray
     line: np.ndarray
     row: np.ndarray
@@ -58,56 +59,56 @@ class Examples:
     num_truncated: int
     num_dropped: int
     unread: dict[str, int] = field(default_factory=dict)
-    """Columns that are not read -> rows that have them."""
+    """Columns that are not read -> how many rows have them."""
     num_empty: int = 0
-    """Rows of tables without anything in them, which are skipped."""
+    """Empty rows of tables, which are skipped."""
     num_skipped: int = 0
-    """Rows that a function of the user's own skips; `num_rows` is without them."""
+    """Rows that the user's own data.format skips; `num_rows` does not count them."""
     example_ends: np.ndarray | None = None
     learn_opening: bool = False
-    """Whether `templates.Template.learn_opening` holds, as answers of some rows begin in their own
-    way.
-    """
+    """`templates.Template.learn_opening`: whether some answers begin in their own way."""
 
     def __len__(self) -> int:
         return len(self.source)
 
     @property
     def num_distinct_rows(self) -> int:
-        """Count the rows that these examples come from: a split row gives several."""
+        """Return how many rows these examples come from; a split row gives several examples."""
         return np.unique(np.stack([self.source, self.line, self.row]), axis=1).shape[1]
 
     def documents(self, example: int) -> range:
-        """Numbers of the documents of an example."""
+        """Return the numbers of the documents of an example."""
         if self.example_ends is None:
             return range(example, example + 1)
         return range(self.example_ends[example - 1] if example else 0, self.example_ends[example])
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64 [examples]."""
-        return self._per_example(self.ends - self.starts)
+        """Return the tokens of each example, int64 [examples]."""
+        return self._per_example(self.document_ends - self.document_starts)
 
     @functools.cached_property
     def num_supervised(self) -> np.ndarray:
-        """Tokens of each example that are supervised and follow another token of their document,
-        int64 [examples].
+        """Return the supervised tokens of each example, int64 [examples].
+
+        The first token of a document does not count: no token before it predicts it.
         """
-        counts = (
-            np.count_nonzero(self.supervised[s + 1 : e]) for s, e in zip(self.starts, self.ends)
-        )
-        return self._per_example(np.fromiter(counts, np.int64, len(self.starts)))
+        bounds = zip(self.document_starts, self.document_ends)
+        counts = (np.count_nonzero(self.supervised[start + 1 : end]) for start, end in bounds)
+        return self._per_example(np.fromiter(counts, np.int64, len(self.document_starts)))
 
     @property
     def num_supervised_tokens(self) -> int:
         return int(self.num_supervised.sum())
 
     def counts(self, examples: np.ndarray) -> dict[str, int]:
-        """How many supervised tokens, documents, examples and tokens at all these examples hold."""
+        """Return the supervised tokens, documents, examples and input tokens of these examples."""
         return {
-            "tokens": int(self.num_supervised[examples].sum()), "documents": sum(len(self.documents(e)) for e in examples),
-            "examples": len(examples), "input_tokens": int(self.lengths[examples].sum()),
-        }  # fmt: skip
+            "tokens": int(self.num_supervised[examples].sum()),
+            "documents": sum(len(self.documents(e)) for e in examples),
+            "examples": len(examples),
+            "input_tokens": int(self.lengths[examples].sum()),
+        }
 
     def _per_example(self, of_documents: np.ndarray) -> np.ndarray:
         if self.example_ends is None:
@@ -115,37 +116,42 @@ class Examples:
         return np.add.reduceat(of_documents, np.concatenate([[0], self.example_ends[:-1]]))
 
     def receipt(self) -> dict[str, Any]:
-        """What a run's receipt keeps of its data."""
+        """Return what a run's receipt records of its data."""
         return {
-            "sources": self.sources, "fingerprint": self.fingerprint, "rows": self.num_rows, "examples": len(self),
-            "truncated": self.num_truncated, "dropped": self.num_dropped, "tokens": int(self.lengths.sum()),
-        }  # fmt: skip
+            "sources": self.sources,
+            "fingerprint": self.fingerprint,
+            "rows": self.num_rows,
+            "examples": len(self),
+            "truncated": self.num_truncated,
+            "dropped": self.num_dropped,
+            "tokens": int(self.lengths.sum()),
+        }
 
     def place(self, example: int) -> str:
-        """file:line of the row an example came from."""
-        return str(
-            Place(
-                self.sources[self.source[example]], int(self.line[example]), int(self.row[example])
-            )
-        )
+        """Return file:line of the row that an example came from."""
+        source = self.sources[self.source[example]]
+        return str(Place(source, int(self.line[example]), int(self.row[example])))
 
     def digests(self) -> list[bytes]:
-        """A hash of the token ids of each example, to compare examples by."""
+        """Return a hash of the token ids of each example, to compare examples by."""
         found = []
         for example in range(len(self)):
             digest = hashlib.blake2b(digest_size=16)
             for number in self.documents(example):
-                digest.update(self.input_ids[self.starts[number] : self.ends[number]].tobytes())
+                start, end = self.document_starts[number], self.document_ends[number]
+                digest.update(self.input_ids[start:end].tobytes())
             found.append(digest.digest())
         return found
 
     def subset(self, chosen: np.ndarray) -> "Examples":
+        """Return these examples alone, in this order."""
         documents, ends = chosen, None
         if self.example_ends is not None:
             members = [self.documents(example) for example in chosen]
             documents, ends = np.concatenate(members), np.cumsum([len(each) for each in members])
         return replace(
-            self, starts=self.starts[documents], ends=self.ends[documents], source=self.source[chosen],
+            self, document_starts=self.document_starts[documents],
+            document_ends=self.document_ends[documents], source=self.source[chosen],
             line=self.line[chosen], row=self.row[chosen], example_ends=ends,
         )  # fmt: skip
 
@@ -153,11 +159,10 @@ class Examples:
 def prepare(
     sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options, cache_dir: str
 ) -> Examples:
-    """Tokenised rows of all sources (name -> hash of its content), from the cache if they are
-    there.
+    """Return the tokenised rows of all sources (name -> hash of its content), cached.
 
-    Every process may call this at once: the first builds, the others wait on a file lock, so no
-    collective can time out. Raises DataError naming file and line.
+    Every process may call this at once: the first builds and the others wait on a file lock, so
+    that no collective can time out. Raises DataError that names file and line.
     """
     names = list(sources)
     identity = {
@@ -171,7 +176,7 @@ def prepare(
     with _writable(cache_dir):
         root = Path(cache_dir).expanduser() / "tokens"
     folder = root / fingerprint
-    # First without a lock: a cache that may only be read cannot have one.
+    # First without a lock: a read-only cache cannot have one.
     if (found := _open(folder, names, fingerprint)) is None:
         with _writable(cache_dir):
             root.mkdir(parents=True, exist_ok=True)
@@ -183,15 +188,12 @@ def prepare(
 
 
 def _make(
-    folder: Path,
-    sources: Mapping[str, str],
-    template: Template,
-    tokenizer: Any,
-    options: Options,
+    folder: Path, sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options,
     cache_dir: str,
-) -> Examples:
-    """Build an entry of the cache next to its place, and move it there once it is whole. Raises
-    DataError, or Outage for a full disk.
+) -> Examples:  # fmt: skip
+    """Build an entry of the cache next to its place, and move it there once it is whole.
+
+    Raises DataError, or Outage for a full disk.
     """
     names, root, fingerprint = list(sources), folder.parent, folder.name
     build = root / f".building-{fingerprint}-{secrets.token_hex(4)}"
@@ -205,12 +207,12 @@ def _make(
                 "is whole"
             )
         with _writable(cache_dir):
-            if os.path.lexists(folder):  # a rename does not replace a folder that holds something
+            if os.path.lexists(folder):  # a rename does not replace a folder that is not empty
                 os.rename(folder, root / build.name.replace(".building-", ".removing-"))
             try:
                 os.rename(build, folder)
             except OSError:
-                if not folder.is_dir():  # without locks another process may have built the same
+                if not folder.is_dir():  # without locks another process may have built it, too
                     raise
             files.flush(root)
             made = _open(folder, names, fingerprint)
@@ -227,8 +229,8 @@ def _make(
 def _locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file, which the kernel releases when the process ends, however it ends.
 
-    False, and no wait, on a file system without locks; where not `wait`, also while another process
-    holds it.
+    Yields whether the lock is held: False on a file system without locks, and, unless `wait`, while
+    another process holds it.
     """
     with _writable(cache_dir):
         try:
@@ -236,9 +238,8 @@ def _locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
         except PermissionError:
             if not path.exists():
                 raise
-            descriptor = os.open(
-                path, os.O_RDONLY
-            )  # another user's file, which can still be locked
+            # Another user's file, which can be locked all the same.
+            descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -251,14 +252,13 @@ def _locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
 
 
 def _sweep(root: Path, cache_dir: str) -> None:
-    """Remove what killed runs left: replaced entries, and half built ones whose lock no process
-    holds.
-    """
+    """Remove what killed runs left: replaced entries, and half-built ones that are not locked."""
     with suppress(OSError, DataError, Outage):
         for left in root.glob(".removing-*"):
-            shutil.rmtree(
-                left, ignore_errors=True
-            ) if left.is_dir() and not left.is_symlink() else left.unlink()
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
         for left in root.glob(".building-*"):
             lock = root / f"{left.name.split('-')[1]}.lock"
             with _locked(lock, cache_dir, wait=False) as held:
@@ -270,11 +270,8 @@ def _sweep(root: Path, cache_dir: str) -> None:
 def _writable(cache_dir: str) -> Iterator[None]:
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as exc:  # a path with a NUL; ~ without a home directory
+    # ValueError: a path with a NUL. RuntimeError: ~ without a home directory.
+    except (OSError, ValueError, RuntimeError) as exc:
         failures.reraise(exc, f"data.cache_dir: {cache_dir}: cannot be written now")
         raise DataError(
             f"data.cache_dir: {cache_dir}: cannot be written: {exc}; choose another data.cache_dir"
@@ -282,10 +279,10 @@ def _writable(cache_dir: str) -> Iterator[None]:
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Split off a part for evaluation: (the rest, the part); the same for the same seed.
+    """Split off a part for evaluation; return (the rest, the part), the same for the same seed.
 
     Rows stay whole, also where they were split into several examples, and equal rows stay together:
-    what is trained on must not be what is evaluated on.
+    no row that is evaluated may be trained on.
     """
     places = np.stack([examples.source, examples.line, examples.row])
     _, row = np.unique(places, axis=1, return_inverse=True)
@@ -298,15 +295,15 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     count = max(1, round(fraction * len(order)))
     if count >= len(order):
         raise DataError(
-            f"data.eval_fraction: {fraction} of {len(order)} different rows leaves nothing to "
-            "train on"
+            f"data.eval_fraction: {fraction} of {len(order)} different rows leaves no rows to "
+            "train on; lower it"
         )
     held = np.isin(group, order[:count])
     return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
 
 
 def draw(examples: Examples, max_rows: int, seed: int) -> Examples:
-    """The examples of at most `max_rows` rows, drawn at random; the same for the same seed."""
+    """Draw the examples of at most `max_rows` rows at random, the same for the same seed."""
     places = np.stack([examples.source, examples.line, examples.row])
     row = np.unique(places, axis=1, return_inverse=True)[1]
     chosen = np.random.default_rng([seed, 0xD4A]).permutation(row.max() + 1)[:max_rows]
@@ -314,19 +311,15 @@ def draw(examples: Examples, max_rows: int, seed: int) -> Examples:
 
 
 def num_trained_on(evals: Examples, train: Examples) -> int:
-    """How many examples of the evaluation are also in the training data."""
+    """Return how many examples of the evaluation are also in the training data."""
     known = set(train.digests())
     return sum(digest in known for digest in evals.digests())
 
 
 def _build(
-    folder: Path,
-    sources: Sequence[str],
-    template: Template,
-    tokenizer: Any,
-    options: Options,
+    folder: Path, sources: Sequence[str], template: Template, tokenizer: Any, options: Options,
     cache_dir: str,
-) -> None:
+) -> None:  # fmt: skip
     made = tokens.tokenise(sources, template, tokenizer, options)
     arrays = {
         "input_ids": np.concatenate(made.ids),
@@ -349,12 +342,11 @@ def _store(folder: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) 
 
 
 def _write(path: Path, content: np.ndarray | bytes) -> None:
-    """All of it, on the disk. Not by np.save: where the disk is full, its OSError does not say so."""
+    """Write and sync a file, without np.save: its OSError does not tell that the disk is full."""
     with path.open("wb") as file:
         if isinstance(content, np.ndarray):
-            np.lib.format.write_array_header_1_0(
-                file, np.lib.format.header_data_from_array_1_0(content)
-            )
+            header = np.lib.format.header_data_from_array_1_0(content)
+            np.lib.format.write_array_header_1_0(file, header)
         file.write(content.data if isinstance(content, np.ndarray) else content)
         file.flush()
         os.fsync(file.fileno())
@@ -371,8 +363,9 @@ def _described(array: np.ndarray) -> dict[str, Any]:
 def _open(
     folder: Path, sources: list[str], fingerprint: str, note: bool = False
 ) -> Examples | None:
-    """An entry of the cache that is, bit for bit, what was written; None if there is none. `note`:
-    say what is wrong with it.
+    """Open an entry of the cache; None if it is missing, or is not bit for bit what was written.
+
+    `note`: print what is wrong with a damaged entry.
     """
     if not os.path.lexists(folder):
         return None
@@ -388,9 +381,10 @@ def _open(
         ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
         starts = np.concatenate([[0], ends[:-1]])
         return Examples(
-            arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1], places[:, 2], sources, fingerprint, **counts
+            arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1],
+            places[:, 2], sources, fingerprint, **counts,
         )  # fmt: skip
-    except Exception as exc:  # any damage: it can be built again
+    except Exception as exc:  # any damage: the entry can be built again
         if note:
             tqdm.write(
                 f"note: the token cache {folder} is damaged and will be built again: "

@@ -38,7 +38,7 @@ class Sequences:
 
     def _of_example(self, example: int) -> Iterator["Document"]:
         for number in self.examples.documents(example):
-            part = slice(self.examples.starts[number], self.examples.ends[number])
+            part = slice(self.examples.document_starts[number], self.examples.document_ends[number])
             ids = np.asarray(self.examples.input_ids[part], np.int64)
             yield Document(ids, np.flatnonzero(self.examples.supervised[part][1:]), int(example))
 

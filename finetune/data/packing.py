@@ -1,4 +1,4 @@
-"""Lengths -> packs. Pure numpy."""
+"""Put examples of given lengths into packs, with numpy alone."""
 
 from bisect import bisect_left, insort
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 def pack(lengths: np.ndarray, max_length: int, seed: int) -> list[np.ndarray]:
-    """Best-fit decreasing: each example goes into the fullest pack that still has room.
+    """Pack examples best-fit decreasing: each goes into the fullest pack that still has room.
 
     lengths: tokens of each example, int [examples], each at most max_length. Returns the example
     indices of each pack. Every example is in exactly one pack; among equal lengths the seed
-    decides. Needs O(n log max_length) time. (Johnson, Near-optimal bin packing algorithms, 1973:
+    decides. Takes O(n log max_length) time. (Johnson, Near-optimal bin packing algorithms, 1973:
     at most 11/9 of the optimal number of packs + 4.)
     """
     if len(lengths) and lengths.max() > max_length:

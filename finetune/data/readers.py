@@ -1,9 +1,8 @@
-"""Find the files that data.train and data.eval mean, and read their rows. Knows the file and line
-of every row.
+"""Find the files that data.train and data.eval name, and read their rows with file and line.
 
-JSON Lines, JSON, CSV and text are read record by record with the standard library, because an
-error must name its line and "42" in a CSV must stay text. Parquet is read by pyarrow; what
-`save_to_disk` wrote and Hub names are read by `datasets`.
+The standard library reads JSON Lines, JSON, CSV and text record by record, because an error must
+name its line and "42" in a CSV must stay text. pyarrow reads Parquet; `datasets` reads what
+`save_to_disk` wrote, and the Hub.
 """
 
 import codecs
@@ -28,36 +27,47 @@ from finetune import failures, places
 from finetune.errors import DataError
 from finetune.files import sha256
 
-# Types that other tools read. A name with such an ending is a file, also where no file has it.
+# Types that other tools read. A name with such an ending means a file, even a missing one.
 OTHER_TYPES = (
     ".7z .arrow .avro .bin .bz2 .db .doc .docx .epub .feather .gz .h5 .hdf5 .htm .html .jl "
-    ".jsonlines .log .lz4 .md .ndjson .npy .npz .ods .orc "
-    ".pdf .pkl .psv .pt .rar .rtf .sql .sqlite .tar .tex .text .tgz .xls .xlsx .xml .xz .yaml .yml "
-    ".zip .zst"
+    ".jsonlines .log .lz4 .md .ndjson .npy .npz .ods .orc .pdf .pkl .psv .pt .rar .rtf .sql "
+    ".sqlite .tar .tex .text .tgz .xls .xlsx .xml .xz .yaml .yml .zip .zst"
 ).split()
 # Files that describe data, by name and ending.
 DESCRIPTIONS = {
-    **dict.fromkeys("readme license licence copying notice citation changelog contributing".split(), ("", "md", "txt", "rst", "cff")),
+    **dict.fromkeys(
+        "readme license licence copying notice citation changelog contributing".split(),
+        ("", "md", "txt", "rst", "cff"),
+    ),
     **dict.fromkeys("dataset_info dataset_infos dataset_dict".split(), ("json",)),
-}  # fmt: skip
-TRAIN_WORDS = {"train", "training"}
-VALIDATION_WORDS = {"validation", "valid", "val", "dev", "eval", "evaluation", "held", "heldout"}
-TEST_WORDS = {"test", "testing"}
+}
+SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev", "eval", "evaluation", "held", "heldout"},
+    "test": {"test", "testing"},
+}
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
-SNIFFED_LINES, SNIFFED_CHARACTERS = (
-    100,
-    1 << 16,
-)  # of a CSV, and of each line, to find its delimiter
+SNIFFED_LINES = 100  # of a CSV, to find its delimiter
+SNIFFED_CHARACTERS = 1 << 16  # of each of these lines
 PARQUET_BYTES = 64 << 20  # read at once: a row may be a book
-# First bytes of files that are not text, under any name.
+# The first bytes of files that are not text, whatever their name.
 SIGNATURES = {
-    b"PK\x03\x04": "a zip archive or an Excel file", b"\xd0\xcf\x11\xe0": "an old Excel or Word file", b"PAR1": "a Parquet file",
-    b"\x1f\x8b": "compressed by gzip", b"\x28\xb5\x2f\xfd": "compressed by zstd", b"BZh": "compressed by bzip2",
-    b"\xfd7zXZ": "compressed by xz", b"%PDF": "a PDF", b"SQLite format 3": "an SQLite database",
-}  # fmt: skip
+    b"PK\x03\x04": "a zip archive or an Excel file",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"%PDF": "a PDF",
+    b"SQLite format 3": "an SQLite database",
+}
 MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
-}  # fmt: skip
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(:.+)?")
 csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a book
 
@@ -71,11 +81,8 @@ class Place:
     row: int = 0
 
     def __str__(self) -> str:
-        return (
-            f"{printable(self.source)} row {self.row}"
-            if self.row
-            else f"{printable(self.source)}:{self.line}"
-        )
+        name = printable(self.source)
+        return f"{name} row {self.row}" if self.row else f"{name}:{self.line}"
 
 
 @dataclass(frozen=True)
@@ -87,34 +94,32 @@ class Row:
 
 
 class Sources(NamedTuple):
-    """What data.train and data.eval mean: file, saved data set or Hub name -> hash of its content."""
+    """Files, saved data sets and Hub names of data.train and data.eval -> hash of their content."""
 
     train: dict[str, str]
     eval: dict[str, str]
     notes: list[str]
-    """Which files of folders and globs are not read, and why; what a name makes doubtful."""
+    """Which files of folders and globs are not read, and why; doubts that names raise."""
 
 
 # ---------------------------------------------------------------------------------- which files
 
 
 def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sources:
-    """Training and evaluation sources. Raises DataError if one is both, or is named twice."""
+    """Return the training and evaluation sources. Raise DataError for one that is named twice."""
     train_names = [train] if isinstance(train, str) else train
     eval_names = [evaluation] if isinstance(evaluation, str) else evaluation or []
     if not train_names:
         raise DataError("data.train: the list is empty; name at least one file")
     if evaluation is not None and not eval_names:
         raise DataError(
-            "data.eval: the list is empty; name at least one file, or remove it to have no "
+            "data.eval: the list is empty; name at least one file, or remove it to train without "
             "evaluation"
         )
     known: dict[str, str] = {}
     found = Sources({}, {}, [])
-    for own, key, names in (
-        (found.train, "data.train", train_names),
-        (found.eval, "data.eval", eval_names),
-    ):
+    groups = ((found.train, "data.train", train_names), (found.eval, "data.eval", eval_names))
+    for own, key, names in groups:
         for name in names:
             files, notes = expand(name, key)
             found.notes.extend(note for note in notes if note not in found.notes)
@@ -131,7 +136,7 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sourc
 
 
 def expand(name: str, key: str) -> tuple[list[str], list[str]]:
-    """Files that a file, folder, glob or Hub name means, and notes about those that are not read.
+    """Return the files of a file, folder, glob or Hub name, and notes about files not read.
 
     `key` is data.train, or anything else for rows to evaluate on. Raises DataError.
     """
@@ -164,30 +169,24 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
             _collect(path, set(), files, left_out)
     literal = re.split(r"[*?[]", path)[0] if pattern else path + "/"
     notes: list[str] = []
-    wanted = _of_split(
-        name, literal[: literal.rfind("/") + 1], files, left_out, key, pattern, notes
-    )
+    root = literal[: literal.rfind("/") + 1]
+    wanted = _of_split(name, root, files, left_out, key, pattern, notes)
     if not wanted:
-        raise DataError(
-            f"{key}: {printable(name)} holds no file with "
-            f"rows{_listed_reasons(left_out, '; not read: ')}"
-        )
+        why = f"; not read: {_listed_reasons(left_out)}" if left_out else ""
+        raise DataError(f"{key}: {printable(name)} holds no file with rows{why}")
     if left_out:
         notes.append(f"{key} does not read {_listed_reasons(left_out)}")
     return wanted, notes
 
 
 def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[str, str]]) -> None:
-    """Add a file, or all files in a folder, in the order of their names; once, also where links
-    lead to it again.
-    """
+    """Add a file, or a folder's files in order of name. A file with several links counts once."""
     real = os.path.realpath(path)
     if real in seen:
         return
     name, _, ending = os.path.basename(path.rstrip("/")).lower().partition(".")
-    if (
-        os.path.isdir(path) or _type(path) in READERS
-    ):  # a link with another ending does not stand for its file
+    # A link with another ending does not stand for its file.
+    if os.path.isdir(path) or _type(path) in READERS:
         seen.add(real)
     if os.path.isdir(path) and not _is_saved(path):
         for entry in sorted(os.listdir(path)):
@@ -216,17 +215,10 @@ def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[s
 
 
 def _of_split(
-    name: str,
-    root: str,
-    files: list[str],
-    left_out: list[tuple[str, str]],
-    key: str,
-    pattern: bool,
-    notes: list[str],
-) -> list[str]:
-    """Of the files that a folder or glob means, those to train or to evaluate on, where their names
-    say so.
-    """
+    name: str, root: str, files: list[str], left_out: list[tuple[str, str]], key: str,
+    pattern: bool, notes: list[str],
+) -> list[str]:  # fmt: skip
+    """Return the files of a folder or glob whose names fit `key`: training or evaluation."""
     splits = {file: _split(file.removeprefix(root)) for file in files}
     held_out = [file for file in files if splits[file] in ("validation", "test")]
     held = f"{some(held_out)} {'is' if len(held_out) == 1 else 'are'}"
@@ -241,8 +233,8 @@ def _of_split(
             everything = printable(os.path.join(name, "**", "*"))
             raise DataError(
                 f"data.train: {held} named as rows to hold out, and no file of {printable(name)} "
-                "is named as training rows; "
-                f"list the files to train on, or write {everything} to train on all of them"
+                f"is named as training rows; list the files to train on, or write {everything} to "
+                "train on all of them"
             )
     elif held_out and has_train:
         best = "validation" if "validation" in splits.values() else "test"
@@ -252,20 +244,12 @@ def _of_split(
 
 
 def _split(path: str) -> str | None:
-    """train, validation or test, as the name of a file says, or else that of a folder it is in."""
+    """Return train, validation or test, from the name of a file, else from its nearest folder."""
     for part in reversed(path.split("/")):
         words = {word.removesuffix("set") for word in re.findall(r"[a-z]+", part.lower())}
-        said = {
-            split
-            for split, known in (
-                ("train", TRAIN_WORDS),
-                ("validation", VALIDATION_WORDS),
-                ("test", TEST_WORDS),
-            )
-            if words & known
-        }
-        if said:
-            return said.pop() if len(said) == 1 else None
+        found = [split for split, known in SPLIT_WORDS.items() if words & known]
+        if found:
+            return found[0] if len(found) == 1 else None
     return None
 
 
@@ -276,18 +260,15 @@ def some(paths: list[str], most: int = 3) -> str:
     return listed + (f" and {others:,} others" if others > 0 else "")
 
 
-def _listed_reasons(left_out: list[tuple[str, str]], before: str = "") -> str:
+def _listed_reasons(left_out: list[tuple[str, str]]) -> str:
     reasons: dict[str, list[str]] = {}
     for path, why in left_out:
         reasons.setdefault(why, []).append(path)
-    listed = "; ".join(f"{some(paths)} ({why})" for why, paths in reasons.items())
-    return before + listed if listed else ""
+    return "; ".join(f"{some(paths)} ({why})" for why, paths in reasons.items())
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name can only mean a data set on the Hub: owner/name[:split], and not a file that
-    is missing.
-    """
+    """Return whether a name is owner/name[:split] of the Hub, and not that of a missing file."""
     if os.path.lexists(name) or not _HUB_NAME.fullmatch(name):
         return False
     owner, _, rest = name.partition(":")[0].partition("/")
@@ -297,6 +278,7 @@ def is_hub_name(name: str) -> bool:
 
 def _absent(name: str, key: str = "data.train") -> DataError:
     takes = f"{key} takes" if key.startswith("--") else "data.train and data.eval take"
+    what = "files, folders, globs, or Hub names as owner/name[:split]"
     path = os.path.expanduser(name)
     folder, base = os.path.split(path)
     hint = ""
@@ -312,22 +294,20 @@ def _absent(name: str, key: str = "data.train") -> DataError:
         hint = f"; it was not searched on the Hub, because {printable(folder)} is a local folder"
     return DataError(
         f"{printable(name) or '(empty name)'}: no such file in "
-        f"{printable(places.looked_in())}{hint}; "
-        f"{takes} files, folders, globs, or Hub names as owner/name[:split]"
+        f"{printable(places.looked_in())}{hint}; {takes} {what}"
     )
 
 
 def fingerprint(source: str) -> str:
-    """Hash of what a source holds; changes when any byte of it does."""
+    """Return a hash of what a source holds; it changes when any byte does."""
     with _readable(source):
         if os.path.isfile(source):
             return sha256(Path(source))
         if os.path.isdir(source):
             digest = hashlib.sha256()
             for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
-                digest.update(
-                    os.fsencode(path.relative_to(source)) + f" {fingerprint(str(path))}\n".encode()
-                )
+                digest.update(os.fsencode(path.relative_to(source)))
+                digest.update(f" {fingerprint(str(path))}\n".encode())
             return digest.hexdigest()
     if is_hub_name(source):
         return str(_load_dataset(source)._fingerprint)
@@ -335,7 +315,7 @@ def fingerprint(source: str) -> str:
 
 
 def describe(source: str) -> str:
-    """A file's name, and what is unusual about how it is read."""
+    """Return a file's name, and what is unusual about how it is read."""
     unusual = []
     if _type(source) in (".csv", ".tsv"):
         delimiter, _, has_blanks = _dialect(source)
@@ -355,7 +335,7 @@ def describe(source: str) -> str:
 
 
 def read(source: str, text_unit: str = "line") -> Iterator[Row]:
-    """Rows of one source, in order. Raises DataError naming file and line."""
+    """Yield the rows of one source, in order. Raise DataError that names file and line."""
     if _is_saved(source) or is_hub_name(source):
         rows = _read_with_datasets(source)
     elif not os.path.exists(source):
@@ -391,17 +371,16 @@ def _readable(source: str) -> Iterator[None]:
 
 
 def _type(source: str) -> str:
-    """The ending that says how to read a file; .gz is read through, for lines."""
+    """Return the ending that decides how to read a file; .gz is looked through for lines."""
     name = os.path.basename(source).lower()
     inner = name.removesuffix(".gz")
     suffix = Path(inner).suffix
-    return (
-        suffix if inner == name or suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt") else ".gz"
-    )
+    is_readable = inner == name or suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt")
+    return suffix if is_readable else ".gz"
 
 
 def is_text(source: str) -> bool:
-    """Whether text_unit says what a row of it is."""
+    """Return whether data.text_unit applies to a source."""
     return _type(source) == ".txt"
 
 
@@ -414,13 +393,13 @@ def _opened(source: str) -> Any:
 
 
 def _encoding_by_mark(file: Any) -> str | None:
-    """utf-16 or utf-32 where a file begins with the byte order mark of one."""
+    """Return utf-16 or utf-32 where a file begins with its byte order mark, else None."""
     start = file.peek(4)[:4]
     return next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
 
 
 def _lines(source: str) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers; UTF-8, or what the byte order mark says."""
+    """Yield lines with their numbers; UTF-8, or the encoding of the byte order mark."""
     with _opened(source) as file:
         if encoding := _encoding_by_mark(file):
             yield from _marked_lines(source, file, encoding)
@@ -453,7 +432,7 @@ def _marked_lines(source: str, file: IO[bytes], encoding: str) -> Iterator[tuple
 
 
 def _require_text(source: str, start: bytes) -> None:
-    """Raise DataError for a file that is something else than its name says, from its first bytes."""
+    """Raise DataError for a file whose first bytes are not of the type that its name says."""
     for signature, what in SIGNATURES.items():
         if start.startswith(signature):
             raise DataError(
@@ -463,15 +442,17 @@ def _require_text(source: str, start: bytes) -> None:
     if b"\r" in start[:-1] and b"\n" not in start:
         raise DataError(
             f"{printable(source)}:1: lines end in CR alone, as on an old Macintosh; convert them, "
-            "for example with "
-            f"tr '\\r' '\\n' < {printable(source)} > {_converted(source)}"
+            f"for example with tr '\\r' '\\n' < {printable(source)} > {_converted(source)}"
         )
     if b"\0" in start:
         even, odd = start[::2].count(0), start[1::2].count(0)
         probable = "not text"
         if max(even, odd) > 0.3 * len(start) / 2:
-            little = odd > even
-            probable = f"probably UTF-16 without a byte order mark; save it as UTF-8, for example with {_iconv(source, 'UTF-16LE' if little else 'UTF-16BE')}"  # fmt: skip
+            command = _iconv(source, "UTF-16LE" if odd > even else "UTF-16BE")
+            probable = (
+                "probably UTF-16 without a byte order mark; save it as UTF-8, for example with "
+                f"{command}"
+            )
         raise DataError(f"{printable(source)}:1: holds zero bytes: {probable}")
 
 
@@ -480,13 +461,13 @@ def _remedy(source: str, raw: bytes, exc: UnicodeDecodeError, saw_utf8: bool) ->
         return "the file ends inside a character; create it again"
     if saw_utf8 or any(byte >= 0x80 for byte in raw[: exc.start]):
         return "everything before it is UTF-8; correct this character, or save the file as UTF-8"
+    around = raw[max(0, exc.start - 1000) : exc.start + 1000]
     with _opened(source) as file:
-        guess = _probable_encoding(
-            file.read(1 << 16) + raw[max(0, exc.start - 1000) : exc.start + 1000]
-        )
+        guess = _probable_encoding(file.read(1 << 16) + around)
     if guess is None:
         return "save the file as UTF-8"
-    return f"the file is probably {guess}; save the file as UTF-8, for example with {_iconv(source, guess)}"
+    command = _iconv(source, guess)
+    return f"the file is probably {guess}; save the file as UTF-8, for example with {command}"
 
 
 def _iconv(source: str, encoding: str) -> str:
@@ -499,8 +480,9 @@ def _converted(source: str) -> str:
 
 
 def _probable_encoding(sample: bytes) -> str | None:
-    """cp1252 (and Latin-1, a part of it) where few letters are outside ASCII; else what the
-    statistics of bytes say.
+    """Guess an encoding: cp1252 where few letters are outside ASCII, else by byte statistics.
+
+    Latin-1 is a part of cp1252.
     """
     letters = [byte for byte in sample if byte >= 0x80 or chr(byte).isalpha()]
     if sum(byte >= 0x80 for byte in letters) < 0.4 * len(letters):
@@ -515,11 +497,8 @@ def _probable_encoding(sample: bytes) -> str | None:
 
 def _record(place: Place, value: Any) -> Row:
     if not isinstance(value, dict):
-        hint = (
-            "; a file that holds one list is .json"
-            if isinstance(value, list) and place.row == 0
-            else ""
-        )
+        is_list = isinstance(value, list) and place.row == 0
+        hint = "; a file that holds one list is .json" if is_list else ""
         raise DataError(
             f"{place}: a row should be an object like {{...}}, got {short(value)}{hint}"
         )
@@ -527,13 +506,12 @@ def _record(place: Place, value: Any) -> Row:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, without silent duplicate keys."""
+    """Make a JSON object. Raise ValueError for a key that is given twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(
-            f"{short(next(name for name in names if names.count(name) > 1))!r} is given twice"
-        )
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{short(twice)!r} is given twice")
     return values
 
 
@@ -543,25 +521,20 @@ def _read_jsonl(source: str) -> Iterator[Row]:
             try:
                 value = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as exc:
-                why = (
-                    f"{exc.msg} at character {exc.pos + 1}"
-                    if isinstance(exc, json.JSONDecodeError)
-                    else failures.parsing_reason(exc)
-                )
+                why = failures.parsing_reason(exc)
+                if isinstance(exc, json.JSONDecodeError):
+                    why = f"{exc.msg} at character {exc.pos + 1}"
+                is_list = line.lstrip().startswith("[")
+                hint = "; a file that holds one list is .json" if is_list else ""
                 raise DataError(
                     f"{Place(source, number)}: broken JSON: {why}: {short(line.strip())}; correct "
-                    "or remove it"
-                    + (
-                        "; a file that holds one list is .json"
-                        if line.lstrip().startswith("[")
-                        else ""
-                    )
+                    f"or remove it{hint}"
                 ) from exc
             yield _record(Place(source, number), value)
 
 
 def _read_json(source: str) -> Iterator[Row]:
-    """A list of objects, known by their numbers; in .jsonl each has a line."""
+    """Yield the objects of a list; their places are row numbers."""
     text = "".join(line for _, line in _lines(source))
     if not text.lstrip().startswith("["):
         raise DataError(
@@ -580,14 +553,13 @@ def _read_json(source: str) -> Iterator[Row]:
 
 
 class _Dialect(NamedTuple):
-    """How a CSV is written, as its first lines show."""
+    """How a CSV is written, judged by its first lines."""
 
     delimiter: str
     skipped: int
     """Lines before the header."""
     has_blanks: bool
-    """Whether blanks follow the delimiter, as in the header `question, answer`; they belong to it.
-    """
+    """Whether a blank follows each delimiter and belongs to it, as in `question, answer`."""
 
 
 def _dialect(source: str) -> _Dialect:
@@ -600,20 +572,21 @@ def _dialect(source: str) -> _Dialect:
 
 
 def _delimiter(lines: list[str], usual: str) -> tuple[str, int]:
-    """What separates the cells of a CSV, and how many lines stand before its header.
+    """Return what separates the cells of a CSV, and how many lines stand before its header.
 
     The delimiter is one that the header holds outside of quotes; of several, the one by which most
-    rows have as many cells as the header. Excel's `sep=;` in the first line decides by itself.
+    rows have as many cells as the header. Excel's `sep=;` in the first line decides alone.
     """
-    if lines and (said := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):
-        return said[1], 1
+    if lines and (named := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):
+        return named[1], 1
 
     def fit(delimiter: str) -> tuple[bool, bool, float, bool]:
         reader, is_broken = csv.reader(lines, delimiter=delimiter, strict=True), False
         rows: list[list[str]] = []
         try:
             rows.extend(cells for cells in reader if any(map(str.strip, cells)))
-        except csv.Error:  # a quote next to anything but this delimiter, or one that ends after the lines looked at
+        except csv.Error:
+            # A quote next to anything but this delimiter; or one that ends after these lines.
             is_broken = reader.line_num < SNIFFED_LINES
         header, rest = (rows[0], rows[1:]) if rows else ([], [])
         same = sum(len(cells) == len(header) for cells in rest) / max(1, len(rest))
@@ -628,9 +601,8 @@ def _read_csv(source: str) -> Iterator[Row]:
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=has_blanks, strict=True)
     start = skipped + 1
     try:
-        cells = next(
-            (cells for cells in reader if any(map(str.strip, cells))), None
-        )  # Excel exports empty rows, too
+        # Excel exports empty rows, too.
+        cells = next((cells for cells in reader if any(map(str.strip, cells))), None)
         if not cells:
             return
         header = _header(Place(source, reader.line_num + skipped), cells)
@@ -638,14 +610,15 @@ def _read_csv(source: str) -> Iterator[Row]:
         start = reader.line_num + skipped + 1
         for cells in reader:
             if cells and not any(map(str.strip, cells)):
-                cells = [""] * len(header)  # as many separators as a spreadsheet likes
+                cells = [""] * len(header)  # spreadsheets write any number of separators
             if list(map(str.strip, cells)) == names:
                 raise DataError(
                     f"{Place(source, start)}: repeats the header; were files joined? Remove this "
                     "line"
                 )
             if cells and len(cells) != len(header):
-                hint = f"put quotes around cells that hold {DELIMITERS.get(delimiter, repr(delimiter))}"
+                name = DELIMITERS.get(delimiter, repr(delimiter))
+                hint = f"put quotes around cells that hold {name}"
                 if any(cell.startswith(' "') for cell in cells):
                     hint = "put the quote right after the separator, without a space"
                 raise DataError(
@@ -663,8 +636,9 @@ def _read_csv(source: str) -> Iterator[Row]:
 
 
 def is_empty(row: Row) -> bool:
-    """Whether a row of a table has nothing in it, as spreadsheets export them. Where columns are
-    written out, that is a mistake.
+    """Return whether a row of a table is empty, as spreadsheets export them.
+
+    In formats that name the columns in each row, an empty row is a mistake.
     """
     return _type(row.place.source) in (".csv", ".tsv") and not any(
         map(str.strip, row.values.values())
@@ -672,9 +646,7 @@ def is_empty(row: Row) -> bool:
 
 
 def _header(place: Place, cells: list[str]) -> list[str]:
-    """Names of the columns, without blanks around them; those without a name are called by their
-    number.
-    """
+    """Return the names of the columns, stripped; columns without a name get their number."""
     header = [cell.strip() for cell in cells]
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice:
@@ -712,14 +684,15 @@ def _read_parquet(source: str) -> Iterator[Row]:
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         size = sum(group.total_byte_size for group in groups) // max(1, file.metadata.num_rows)
         number = 0
-        for batch in file.iter_batches(
-            batch_size=min(1_000, max(1, PARQUET_BYTES // max(1, size)))
-        ):
+        at_once = min(1_000, max(1, PARQUET_BYTES // max(1, size)))
+        for batch in file.iter_batches(batch_size=at_once):
             for values in batch.to_pylist():
                 number += 1
                 yield Row(Place(source, number), values)
     except ArrowException as exc:
-        raise DataError(f"{printable(source)}: no whole Parquet file: {exc}") from exc
+        raise DataError(
+            f"{printable(source)}: not a whole Parquet file: {exc}; create it again"
+        ) from exc
 
 
 READERS: dict[str, Callable[[str], Iterator[Row]]] = {
@@ -733,10 +706,9 @@ READERS: dict[str, Callable[[str], Iterator[Row]]] = {
 
 
 def _is_saved(path: str) -> bool:
-    """Whether a folder is what datasets.Dataset.save_to_disk writes."""
-    return all(
-        os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_info.json")
-    )
+    """Return whether datasets.Dataset.save_to_disk wrote a folder."""
+    files = (os.path.join(path, name) for name in ("state.json", "dataset_info.json"))
+    return all(map(os.path.isfile, files))
 
 
 def _read_with_datasets(source: str) -> Iterator[Row]:
@@ -745,7 +717,7 @@ def _read_with_datasets(source: str) -> Iterator[Row]:
 
 
 def _load_dataset(source: str) -> Any:
-    """A data set of save_to_disk, or a Hub name with an optional :split, as a datasets.Dataset."""
+    """Load a data set of save_to_disk, or a Hub name with an optional :split."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -754,9 +726,7 @@ def _load_dataset(source: str) -> Any:
         if _is_saved(source):
             return datasets.load_from_disk(source)
         return datasets.load_dataset(name, split=split or "train")
-    except (
-        Exception
-    ) as exc:  # datasets raises a dozen kinds, many of them plain ValueError and OSError
+    except Exception as exc:  # of a dozen kinds, many of them plain ValueError and OSError
         if _is_saved(source):
             raise DataError(
                 f"{printable(source)}: damaged: {type(exc).__name__}: {short(str(exc))}"
@@ -767,27 +737,28 @@ def _load_dataset(source: str) -> Any:
         ) from exc
 
 
-NO_HUB = "without the Hub give a file or a folder, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use what was downloaded before"
+NO_HUB = (
+    "without the Hub give a file or a folder, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to "
+    "use what was downloaded before"
+)
 
 
 # --------------------------------------------------------------------------------------- words
 
 
 def printable(text: str) -> str:
-    """Text that any stream can write: bytes of a file name that are not UTF-8, and halves of
-    characters, as escapes.
-    """
+    """Escape what streams cannot write: undecodable bytes of file names, halves of characters."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def short(value: Any, most: int = 80) -> str:
-    """A value as an error shows it."""
+    """Shorten a value for an error message."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return printable(f"{text[:most]}..." if len(text) > most else text)
 
 
 def list_columns(columns: Any, most: int = 20) -> str:
-    """Columns as an error lists them."""
+    """List columns for an error message."""
     listed = list(columns)
     shown = str([short(name) for name in listed[:most]])
     return shown if len(listed) <= most else f"{shown[:-1]}, and {len(listed) - most:,} more]"

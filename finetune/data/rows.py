@@ -1,4 +1,4 @@
-"""Turn rows into conversations: which columns are read, and what is wrong with a row."""
+"""Turn rows into conversations: choose the columns to read, and report wrong rows."""
 
 import difflib
 import functools
@@ -25,8 +25,7 @@ class Message:
     supervised: bool = False
     context: str = ""
     from_setting: bool = field(default=False, compare=False)
-    """Whether data.system_prompt put it there, so that messages name the setting and not the row.
-    """
+    """Whether data.system_prompt added it; errors then name the setting, not the row."""
 
 
 @dataclass(frozen=True)
@@ -45,73 +44,66 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
     "text": ("text",),
 }
+PAIRS = ("question_answer", "prompt_completion", "instruction")  # formats of one question each
 SHAPES = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
 # Other names in common use for a column.
 ALIASES = {"response": ("completion", "output"), "conversations": ("messages",)}
 ROLES = ("system", "user", "assistant")
-# How ShareGPT calls them; its messages have `from` and `value`.
+# ShareGPT's names of roles -> ours; its messages have `from` and `value`.
 SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "assistant": "assistant", "system": "system",
-}  # fmt: skip
-# Words in the name of a column that says whether this answer is good or bad, where its values are
-# numbers, yes or no. Not words for what many data sets carry along, where the good and the bad have
-# been sorted out or the value is about something else: likes, votes, views, stars, rank, weight,
-# quality, correctness, toxic, valid, flagged, best.
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "assistant"), "assistant"),
+    "system": "system",
+}
+# Words in the name of a column that rates the answer, where its values are numbers, yes or no. Left
+# out are words of columns that many data sets carry along after bad answers were removed, or that
+# rate something else: likes, votes, views, stars, rank, weight, quality, correctness, toxic, valid,
+# flagged, best.
 VERDICTS = set(
     "accepted approved bad chosen correct desirable dislike disliked downvoted fail failed "
-    "feedback good grade hallucinated hallucination "
-    "harmful harmless helpful helpfulness incorrect kto label labels liked margin ok pass passed "
-    "preference preferred rating ratings "
-    "rejected reward rewards safe score scores thumb thumbs unsafe upvoted verdict win winner won "
+    "feedback good grade hallucinated hallucination harmful harmless helpful helpfulness incorrect "
+    "kto label labels liked margin ok pass passed preference preferred rating ratings rejected "
+    "reward rewards safe score scores thumb thumbs unsafe upvoted verdict win winner won "
     "wrong".split()
 )
-# Words next to them that make the name one of something else: label_id, search_score, reward_date.
+# Words beside them that change what the name means: label_id, search_score, reward_date.
 OTHER_MEANINGS = set("at count date id ids index page path position search time url zip".split())
 VERDICT_VALUES = set(
     "true false t f yes no y n good bad great poor excellent terrible better worse best worst high "
-    "medium low positive negative neutral "
-    "desirable undesirable correct incorrect right wrong valid invalid ok pass passed fail failed "
-    "accepted approved rejected chosen preferred safe unsafe toxic "
-    "harmful harmless helpful unhelpful win won loss lost tie up down 👍 👎".split()
+    "medium low positive negative neutral desirable undesirable correct incorrect right wrong "
+    "valid invalid ok pass passed fail failed accepted approved rejected chosen preferred safe "
+    "unsafe toxic harmful harmless helpful unhelpful win won loss lost tie up down 👍 👎".split()
 )
 _NUMBER = r"[+-]?\d*[.,]?\d+(e[+-]?\d+)?"
-_VERDICT_TEXT = re.compile(
+_VERDICT_TEXT = re.compile(  # 3, 4/5, 5 stars
     rf"{_NUMBER}\s*(%|stars?|points?|(/|of|out of)\s*{_NUMBER}( stars?| points?)?)?"
-)  # 3, 4/5, 5 stars
+)
 _LETTER = re.compile(r"[a-f][+-]?")  # a grade, or which of two answers is better
 LETTERS_OF = set(
     "grade preference preferred rating ratings score scores verdict win winner".split()
 )
 # Which of several models gave the better answer: model_a, assistant 2, gpt-4, tie (bothbad).
 _MODEL = re.compile(
-    r"(model|assistant|response|answer|candidate|option|system)[ _-]?([a-f]|\d+)|tie \(.*\)|both[ _-]?(good|bad)"
-    r"|(chatgpt|claude|command|deepseek|falcon|gemini|gemma|gpt|llama|mi[sx]tral|phi|qwen|vicuna)[ _-]?\d?.*"
+    r"(model|assistant|response|answer|candidate|option|system)[ _-]?([a-f]|\d+)"
+    r"|tie \(.*\)|both[ _-]?(good|bad)"
+    r"|(chatgpt|claude|command|deepseek|falcon|gemini|gemma|gpt|llama|mi[sx]tral|phi|qwen|vicuna)"
+    r"[ _-]?\d?.*"
 )
 MODELS_OF = {"preferred", "verdict", "win", "winner"}
 CHOSEN = frozenset({"chosen"})
-# Words in the names of columns that hold the worse of two answers, whatever their values are.
+# Words in the names of columns that hold the worse of two answers, whatever their values.
 REJECTED = frozenset({"rejected", "reject", "loser", "worse", "dispreferred"})
-# Words in the keys of messages by which other tools say whether a turn is learned.
+# Words in the keys of messages by which other tools choose which turns are supervised.
 LEARNING = set(
     "learn learnable loss mask masked supervised train trainable training weight".split()
 )
-LEARNED: tuple[Any, ...] = (None, [], "", 1, 1.0, True)
-MASKS = {
-    "mask",
-    "masked",
-}  # some tools mean what is learned by it, and some what is not: no value says "learned"
+SUPERVISED: tuple[Any, ...] = (None, [], "", 1, 1.0, True)
+# Some tools mask what is supervised, some what is not: no value surely means "supervised".
+MASKS = {"mask", "masked"}
 # Keys of a message that hold a part of it, which would be lost here.
-PARTS = (
-    "function_call",
-    "reasoning",
-    "reasoning_content",
-    "thinking",
-    "tool_call_id",
-    "tool_calls",
-)
+PARTS = set("function_call reasoning reasoning_content thinking tool_call_id tool_calls".split())
 READ_KEYS = {"role", "content", "from", "value"}
-MOST_PROBLEMS = 10  # shown one by one; more are summed up by kind
+MOST_PROBLEMS = 10  # listed one by one; more are summed up by kind
 MOST_CHECKED = 10_000  # rows: reading takes 0.1 ms a row, and every start reads them again
 
 
@@ -119,13 +111,13 @@ def detect_format(
     sources: list[str],
     text_unit: str,
     columns: Mapping[str, str],
-    learned: bool = True,
+    for_training: bool = True,
     format: str = "auto",
 ) -> str:
-    """The one format of all sources, each from its first row. Raises DataError if they differ: a
-    template fits one.
+    """Return the one format of all sources. Raise DataError if they differ: a template fits one.
 
-    `format`: auto, or a function of the user's own, which gives the rows whose format it is.
+    The first row of each source decides. `format`: auto, or a function of the user's own, which
+    makes the rows to look at.
     """
     found: dict[str, list[str]] = {}
     for source in sources:
@@ -136,11 +128,11 @@ def detect_format(
         )
         row = next((row for row in (formatted(row, format) for row in rows) if row), None)
         if row:
-            found.setdefault(detect(row, columns, learned), []).append(source)
+            found.setdefault(detect(row, columns, for_training), []).append(source)
     if not found:
         raise DataError(
-            f"{readers.some(sources)}: {_own(format)} returns None for every row, so nothing is "
-            "left to learn"
+            f"{readers.some(sources)}: {_own(format)} returns None for every row, so no row is "
+            "left to train on"
         )
     if len(found) > 1:
         listed = "; ".join(f"{format}: {readers.some(files)}" for format, files in found.items())
@@ -152,10 +144,10 @@ def detect_format(
 
 
 def formatted(row: Row, format: str) -> Row | None:
-    """The row as a function of the user's own gives it, None where that skips it.
+    """Return the row as the user's own function `format` makes it; None where that skips it.
 
-    For any other format, the row as it is. Raises DataError that names the row, and the line of the
-    function.
+    For any other format, return the row unchanged. Raises DataError that names the row and the line
+    of the function.
     """
     if not own_code.is_own(format):
         return row
@@ -175,8 +167,8 @@ def formatted(row: Row, format: str) -> Row | None:
     made = Row(row.place, values)
     if _fitting(made, {}) is None:
         raise DataError(
-            f"{row.place}: data.format: {code} gives columns {list_columns(sorted(values))}, "
-            f"which fit no format ({SHAPES})"
+            f"{row.place}: data.format: {code} gives columns {list_columns(sorted(values))}, which "
+            f"fit no format ({SHAPES})"
         )
     return made
 
@@ -186,17 +178,18 @@ def _own(format: str) -> str:
 
 
 def detect(
-    row: Row, columns: Mapping[str, str] = MappingProxyType({}), learned: bool = True
+    row: Row, columns: Mapping[str, str] = MappingProxyType({}), for_training: bool = True
 ) -> str:
-    """Format of the rows, from the columns of the first one. `columns` maps our name to the file's;
-    `learned`: see `conversations`.
+    """Return the format of a row, from its columns.
+
+    `columns` maps our name to the file's; `for_training`: see `conversations`.
     """
     if name := _fitting(row, columns):
         return name
     for ours, theirs in columns.items():
         if theirs not in row.values:
             raise DataError(f"{row.place}: data.columns: {ours}: {_no_column(row, theirs)}")
-    if learned:
+    if for_training:
         _require_no_verdict(row, columns)
     mapping = _by_other_case(row) or "for example {question: Patient, answer: Doctor}"
     is_table = row.place.source.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
@@ -208,18 +201,19 @@ def detect(
 
 
 def _fitting(row: Row, columns: Mapping[str, str]) -> str | None:
-    """The first format whose columns are all there."""
+    """Return the first format whose columns are all there, or None."""
     present = set(row.values) | {name for column in row.values for name in ALIASES.get(column, ())}
     present |= {ours for ours, theirs in columns.items() if theirs in row.values}
     return next((name for name, needed in FORMATS.items() if present.issuperset(needed)), None)
 
 
 def _by_other_case(row: Row) -> str | None:
-    """data.columns for columns that fit a format but for capitals and blanks around them."""
-    known = {name.strip().lower(): name for name in row.values if len(name) <= 200}
-    known = {
-        ours: theirs for alias, theirs in known.items() for ours in ALIASES.get(alias, ())
-    } | known
+    """Return data.columns for columns that fit a format except for case and spaces, or None."""
+    known: dict[str, str] = {}
+    for name in (name for name in row.values if len(name) <= 200):
+        known[name.strip().lower()] = name
+        for ours in ALIASES.get(name.strip().lower(), ()):
+            known.setdefault(ours, name)
     for needed in FORMATS.values():
         if known.keys() >= set(needed):
             listed = ", ".join(f"{ours}: {known[ours]}" for ours in needed if known[ours] != ours)
@@ -232,12 +226,11 @@ def to_conversation(
     format: str,
     columns: Mapping[str, str],
     system_prompt: str | None = None,
-    learned: bool = True,
+    for_training: bool = True,
 ) -> Conversation:
-    """One row -> Conversation. `columns` maps our name to the file's; `learned`: see
-    `conversations`.
+    """Convert one row to a Conversation. Raise DataError that names row and column.
 
-    Raises DataError naming row and column.
+    `columns` maps our name to the file's; `for_training`: see `conversations`.
     """
 
     def cell(name: str, may_be_empty: bool = False) -> str:
@@ -256,12 +249,12 @@ def to_conversation(
                 f"data.columns: {ours} and {twice[0]} would both be read from column "
                 f"{short(theirs)!r}; name another column for one of them"
             )
-    if learned and (format != "text" or _preference_columns(tuple(row.values), REJECTED)):
+    if for_training and (format != "text" or _preference_columns(tuple(row.values), REJECTED)):
         _require_no_verdict(row, taken)
     if format == "text":
         return Conversation((Message("text", cell("text"), supervised=True),), row.place)
     if format == "messages":
-        messages = _messages(row, taken["messages"], learned)
+        messages = _messages(row, taken["messages"], for_training)
     else:
         user, answer = FORMATS[format]
         has_input = "input" in taken and row.values.get(taken["input"]) is not None
@@ -276,17 +269,15 @@ def to_conversation(
 
 
 class Problems:
-    """What is wrong with rows. All are read before anything is said, so that one start shows every
-    kind of mistake.
-    """
+    """Wrong rows, collected over all rows, so that one start reports every kind of mistake."""
 
     def __init__(self) -> None:
         self.num_rows = 0
         """Rows read, right or wrong."""
         self.num_empty = 0
-        """Rows of tables without anything in them, which are skipped."""
+        """Empty rows of tables, which are skipped."""
         self.num_skipped = 0
-        """Rows that a function of the user's own skips."""
+        """Rows that the user's own data.format skips."""
         self._first: list[str] = []
         self._kinds: dict[str, list[str]] = {}  # kind -> its first messages
         self._counts: Counter[str] = Counter()
@@ -296,21 +287,20 @@ class Problems:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Take down a DataError of the block, and go on."""
+        """Note a DataError of the block, and go on."""
         try:
             yield
         except DataError as exc:
             self.note(str(exc))
 
     def note(self, message: str, kind: str | None = None) -> None:
-        """`message` begins with the place. Its kind is by default the message without place,
-        numbers and values.
+        """Note a problem; `message` begins with the place.
+
+        Its kind is by default the message without place, numbers and values.
         """
-        kind = kind or re.sub(
-            r"\d+",
-            "#",
-            re.split(r", got |; this row has |: it renders ", message.partition(": ")[2])[0],
-        )
+        if kind is None:
+            what = re.split(r", got |; this row has |: it renders ", message.partition(": ")[2])[0]
+            kind = re.sub(r"\d+", "#", what)
         self._counts[kind] += 1
         for kept in (self._first, self._kinds.setdefault(kind, [])):
             if len(kept) < MOST_PROBLEMS:
@@ -320,8 +310,9 @@ class Problems:
         return self._counts[kind]
 
     def raise_if_any(self, sums: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Raise DataError if anything was noted: each row, or if there are many, each kind. `sums`:
-        what to say of a kind.
+        """Raise DataError if anything was noted: each problem, or if there are many, each kind.
+
+        `sums`: messages that sum up a kind.
         """
         if not self:
             return
@@ -330,9 +321,8 @@ class Problems:
         lines = self._first
         if len(self) > MOST_PROBLEMS:
             kinds = self._counts.most_common()
-            lines = [
-                sums.get(kind) or self._sum(kind, count) for kind, count in kinds[:MOST_PROBLEMS]
-            ]
+            shown = kinds[:MOST_PROBLEMS]
+            lines = [sums.get(kind) or self._sum(kind, count) for kind, count in shown]
             if len(kinds) > MOST_PROBLEMS:
                 lines.append(f"and {len(kinds) - MOST_PROBLEMS:,} more kinds of problems")
         listed = "".join(f"\n  {line}" for line in lines)
@@ -346,7 +336,8 @@ class Problems:
             return first
         file = first.partition(": ")[0].rpartition(":")[0]
         places = [other.partition(": ")[0].removeprefix(f"{file}:") for other in others]
-        return f"{first} ({count - 1:,} more like it: {', '.join(places)}{', ...' if count > len(places) + 1 else ''})"
+        listed = [*places, "..."] if count > len(places) + 1 else places
+        return f"{first} ({count - 1:,} more like it: {', '.join(listed)})"
 
 
 def conversations(
@@ -357,39 +348,29 @@ def conversations(
     system_prompt: str | None,
     problems: Problems,
     unread: "Counter[str] | None" = None,
-    learned: bool = True,
+    for_training: bool = True,
 ) -> Iterator[Conversation]:
-    """Rows of all sources as conversations; `format` may be auto, or name a function of the user's
-    own.
+    """Yield the rows of all sources as conversations.
 
-    What is wrong with rows goes into `problems`, and into `unread` how many rows have a column that
-    is not read. `learned`: a column that says how good an answer is makes a row wrong, as training
-    would learn bad answers, too. Raises ConfigError if no row has a column that `columns` names.
+    `format` may be auto, or name a function of the user's own. Wrong rows are noted in `problems`;
+    `unread` counts the rows that have a column that is not read. `for_training`: whether answers
+    will be trained on; if so, a column that rates an answer makes its row wrong, as bad answers
+    would be learned, too. Raises ConfigError if no row has a column that `columns` names.
     """
     missing = dict(columns)
     for source in sources:
-        with problems.noted():  # a file that is broken is read no further
+        with problems.noted():  # stop reading a broken file
             own, before = "auto" if own_code.is_own(format) else format, problems.num_rows
-            for row_of_file in readers.read(source, text_unit):
-                if readers.is_empty(row_of_file):
-                    problems.num_empty += 1
-                    continue
-                problems.num_rows += 1
-                row = None
-                with problems.noted():
-                    row = formatted(row_of_file, format)
-                    problems.num_skipped += row is None
-                if row is None:
-                    continue
+            for row in _formatted_rows(source, format, text_unit, problems):
                 if own == "auto":
-                    own = detect(row, columns, learned)
+                    own = detect(row, columns, for_training)
                 for ours in [ours for ours, theirs in missing.items() if theirs in row.values]:
                     del missing[ours]
                 if unread is not None:
                     unread.update(_unread(row, set(_taken(row, own, columns).values())))
                 conversation = None
                 with problems.noted():
-                    conversation = to_conversation(row, own, columns, system_prompt, learned)
+                    conversation = to_conversation(row, own, columns, system_prompt, for_training)
                 if conversation:
                     yield conversation
             if problems.num_rows == before:
@@ -404,6 +385,21 @@ def conversations(
         )
 
 
+def _formatted_rows(source: str, format: str, text_unit: str, problems: Problems) -> Iterator[Row]:
+    """Yield the rows of a source, formatted; note or count the others in `problems`."""
+    for row_of_file in readers.read(source, text_unit):
+        if readers.is_empty(row_of_file):
+            problems.num_empty += 1
+            continue
+        problems.num_rows += 1
+        row = None
+        with problems.noted():
+            row = formatted(row_of_file, format)
+            problems.num_skipped += row is None
+        if row is not None:
+            yield row
+
+
 def check(
     groups: Sequence[Sequence[str]],
     format: str,
@@ -412,8 +408,7 @@ def check(
     system_prompt: str | None,
     most: int = MOST_CHECKED,
 ) -> None:
-    """Raise DataError for rows that are wrong with any tokenizer, so that users can mend them
-    before anything is fetched.
+    """Raise DataError for rows that are wrong with any tokenizer, before anything is fetched.
 
     `groups`: the files of data.train, and those of data.eval. Reads the first `most` rows of each,
     and all of them once one is wrong; tokenising checks the rest.
@@ -432,7 +427,7 @@ def _columns_of(format: str) -> tuple[str, ...]:
 
 
 def _taken(row: Row, format: str, columns: Mapping[str, str]) -> dict[str, str]:
-    """The columns that a format reads -> the row's own names of them."""
+    """Return the columns that a format reads -> the row's own names of them."""
     taken = {
         name: columns[name] if name in columns else _present(row, name) for name in FORMATS[format]
     }
@@ -442,62 +437,54 @@ def _taken(row: Row, format: str, columns: Mapping[str, str]) -> dict[str, str]:
 
 
 def _unread(row: Row, read: Set[str]) -> Iterator[str]:
-    """What a row says and nothing reads: columns, and keys of messages as `messages[].name`."""
-    yield from (
-        name for name, value in row.values.items() if name not in read and value not in (None, "")
-    )
+    """Yield the filled columns that are not read, and keys of messages, as `messages[].name`."""
+    for name, value in row.values.items():
+        if name not in read and value not in (None, ""):
+            yield name
     for column in read:
         turns = row.values.get(column)
-        turns = turns if isinstance(turns, list) else []
-        yield from {
-            f"{column}[].{key}"
-            for turn in turns
-            if isinstance(turn, dict)
-            for key in turn.keys() - READ_KEYS
-            if turn[key] not in (None, "")
-        }
+        keys: set[str] = set()
+        for turn in turns if isinstance(turns, list) else []:
+            if isinstance(turn, dict):
+                keys |= {key for key in turn.keys() - READ_KEYS if turn[key] not in (None, "")}
+        yield from (f"{column}[].{key}" for key in keys)
 
 
 def _require_no_verdict(row: Row, taken: Mapping[str, str]) -> None:
-    """Raise DataError for a column that says how good the answer is: without it bad answers are
-    learned as right ones.
+    """Raise DataError for a column that rates the answer: training would learn bad answers.
 
     `taken`: our names of the columns that are read -> the row's own.
     """
     names, read = tuple(row.values), set(taken.values())
     chosen, rejected = (_preference_columns(names, words) for words in (CHOSEN, REJECTED))
     if read & set(chosen):
-        return  # the user has said which answers to learn
+        return  # data.columns chooses the good answers
     for column in (*rejected, *chosen):
         if row.values[column] is not None:
+            remedy = _to_train_on_chosen(row, column, taken, chosen, rejected)
             raise DataError(
                 f"{row.place}: column {short(column)!r} belongs to preference rows (DPO, reward "
-                "models), which are not supported yet; "
-                f"{_to_train_on_chosen(row, column, taken, chosen, rejected)}"
+                f"models), which are not supported yet; {remedy}"
             )
     for column in _verdict_columns(names):
         if column not in read and _is_verdict(row.values[column], column):
             raise DataError(
                 f"{row.place}: column {column!r} ({short(row.values[column])}) says how good an "
-                "answer is, but training would learn every answer "
-                "as a good one; preference, KTO and reward training are not supported yet: keep "
-                "the good rows and "
-                f"drop the column, or rename it to '_{column}' if it means something else"
+                "answer is, but training would learn every answer as a good one; preference, KTO "
+                "and reward training are not supported yet: keep the good rows and drop the "
+                f"column, or rename it to '_{column}' if it means something else"
             )
 
 
 def _to_train_on_chosen(
     row: Row, column: str, taken: Mapping[str, str], chosen: Sequence[str], rejected: Sequence[str]
 ) -> str:
-    """What to do with a preference row so that it trains on the good answer, by where that stands."""
+    """Say how to train on the good answer of a preference row, by where that answer stands."""
     best = next((name for name in chosen if isinstance(row.values[name], str | list | dict)), None)
     if best is None:
-        is_text = isinstance(row.values[column], str | list | dict)
-        return (
-            "to train on the other answers only, drop the column"
-            if is_text
-            else "keep the good rows and drop the column"
-        )
+        if isinstance(row.values[column], str | list | dict):
+            return "to train on the other answers only, drop the column"
+        return "keep the good rows and drop the column"
     aim, answer = "to train on the chosen answers only, ", row.values[best]
     drop = f"drop the columns {list_columns(sorted({*chosen, *rejected}))}"
     if isinstance(answer, list) and (not answer or _role(answer[0]) != "assistant"):
@@ -507,80 +494,65 @@ def _to_train_on_chosen(
         if isinstance(turns, list) and turns:
             if _role(turns[-1]) == "assistant":
                 return f"{aim}{drop}: {short(name)!r} has an answer of its own"
-            what = (
-                short(best)
-                if not isinstance(answer, str)
-                else f"{short(best)}, as a message of the assistant,"
-            )
+            is_text = isinstance(answer, str)
+            what = short(best) + (", as a message of the assistant," if is_text else "")
             rename = ", and rename it to 'messages'" if name == "prompt" else ""
             return f"{aim}append {what} to {short(name)}{rename}; then {drop}"
     if not isinstance(answer, str):
-        return f"{aim}write them as text into a column that is called completion; then {drop}"
-    fits = _fitting(row, taken) not in (None, "text")
-    return f"{aim}write data.columns: {_mapping(row, best, taken, rejected)}" + (
-        f", or {drop}" if fits else ""
-    )
+        return f"{aim}write them as text into a column named completion; then {drop}"
+    otherwise = f", or {drop}" if _fitting(row, taken) not in (None, "text") else ""
+    return f"{aim}write data.columns: {_mapping(row, best, taken, rejected)}{otherwise}"
 
 
 def _mapping(row: Row, best: str, taken: Mapping[str, str], rejected: Sequence[str]) -> str:
-    """data.columns for a row whose column `best` holds the text of the answer."""
-    for ours, answer in (
-        ("question", "answer"),
-        ("prompt", "completion"),
-        ("instruction", "output"),
-    ):
+    """Return data.columns for a row whose column `best` holds the text of the answer."""
+    for ours, answer in (FORMATS[name] for name in PAIRS):
         theirs = taken.get(ours, ours)
         if isinstance(row.values.get(theirs), str):
-            return f"{{{'' if theirs == ours else f'{ours}: {short(theirs)}, '}{answer}: {short(best)}}}"
-    others = [
-        name
-        for name, value in row.values.items()
-        if isinstance(value, str) and name not in (best, *rejected)
-    ]
+            asked = "" if theirs == ours else f"{ours}: {short(theirs)}, "
+            return f"{{{asked}{answer}: {short(best)}}}"
+    answers = (best, *rejected)
+    texts = [name for name, value in row.values.items() if isinstance(value, str)]
+    others = [name for name in texts if name not in answers]
     if not others:
         return f"{{text: {short(best)}}}, which learns all of the text"
-    asked = short(others[0]) if len(others) == 1 else "NAME"
-    return f"{{prompt: {asked}, completion: {short(best)}}}" + (
-        ", with the NAME of the column that asks" if len(others) > 1 else ""
-    )
+    if len(others) == 1:
+        return f"{{prompt: {short(others[0])}, completion: {short(best)}}}"
+    return f"{{prompt: NAME, completion: {short(best)}}}, with the NAME of the column that asks"
 
 
 def _role(turn: Any) -> str | None:
-    """Our name for who says a message."""
+    """Return our name for the author of a message."""
     name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
     return SHAREGPT_ROLES.get(name) if isinstance(name, str) else None
 
 
 @functools.lru_cache(10_000)
 def _words(name: str) -> frozenset[str]:
-    """isGood, is_good, score_2 -> their words; none for a name that begins with _."""
+    """Split isGood, is_good, score_2 into words; none for a name that begins with _."""
     split = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name[:200])
     return frozenset() if name.startswith("_") else frozenset(word.lower() for word in split)
 
 
 @functools.lru_cache(1_000)
 def _preference_columns(columns: tuple[str, ...], words: frozenset[str]) -> list[str]:
-    """Columns whose name holds one of CHOSEN, or of REJECTED; first that which is called so."""
+    """Return the columns whose name holds one of `words`, exact names first."""
     found = [column for column in columns if _words(column) & words]
     return sorted(found, key=lambda column: (column not in words, column))
 
 
 @functools.lru_cache(1_000)
 def _verdict_columns(columns: tuple[str, ...]) -> list[str]:
-    """Columns whose name holds a word of VERDICTS, as is_good, rewardScore, score_2; not those that
-    begin with _.
+    """Return the columns whose name holds a word of VERDICTS, as is_good, rewardScore, score_2.
+
+    A name that begins with _ never does.
     """
-    return [
-        column
-        for column in columns
-        if _words(column) & VERDICTS and not _words(column) & OTHER_MEANINGS
-    ]
+    found = [column for column in columns if _words(column) & VERDICTS]
+    return [column for column in found if not _words(column) & OTHER_MEANINGS]
 
 
 def _is_verdict(value: Any, column: str) -> bool:
-    """Whether all that a value holds are numbers, yes, no and the like; a list or a mapping of them
-    too.
-    """
+    """Return whether a value, or all in a list or mapping, is a number, yes, no and the like."""
     leaves, inside = [], [value]
     while inside:
         value = inside.pop()
@@ -611,7 +583,7 @@ def _no_column(row: Row, column: str) -> str:
 
 
 def _present(row: Row, name: str) -> str:
-    """The row's own name for a column: itself, or a common alias."""
+    """Return the row's own name for a column: itself, or a common alias."""
     if name not in row.values:
         for alias, stands_for in ALIASES.items():
             if name in stands_for and alias in row.values:
@@ -643,8 +615,8 @@ def _require_unicode(where: str, text: str) -> None:
         ) from exc
 
 
-def _messages(row: Row, column: str, learned: bool) -> list[Message]:
-    """Check and convert a list of turns: system first if at all, then user and assistant in turn."""
+def _messages(row: Row, column: str, for_training: bool) -> list[Message]:
+    """Check and convert a list of turns: an optional system message, then user and assistant."""
     if column not in row.values:
         raise DataError(f"{row.place}: {_no_column(row, column)}")
     turns = row.values[column]
@@ -655,11 +627,8 @@ def _messages(row: Row, column: str, learned: bool) -> list[Message]:
     messages = []
     for number, turn in enumerate(turns, 1):
         where = f"{row.place}: message {number} of {column!r}"
-        if (
-            isinstance(turn, dict)
-            and {"from", "value"} <= turn.keys()
-            and not {"role", "content"} & turn.keys()
-        ):
+        keys = turn.keys() if isinstance(turn, dict) else set()
+        if {"from", "value"} <= keys and not {"role", "content"} & keys:
             if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
                 raise DataError(
                     f"{where} comes from {short(turn['from'])!r}; ShareGPT's names are "
@@ -669,7 +638,7 @@ def _messages(row: Row, column: str, learned: bool) -> list[Message]:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise DataError(f"{where} should have role and content, got {short(turn)}")
         role, content = turn["role"], turn["content"]
-        _require_nothing_lost(where, turn, learned)
+        _require_nothing_lost(where, turn, for_training)
         if role not in ROLES:
             raise DataError(f"{where} has role {short(repr(role))}; roles are {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
@@ -683,48 +652,39 @@ def _messages(row: Row, column: str, learned: bool) -> list[Message]:
             "first"
         )
     if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
-        ends = (
-            "the conversation ends with the user, so it has no last answer to learn; "
-            if spoken[-1:] == ["user"]
-            else ""
-        )
+        hint = ""
+        if spoken[-1:] == ["user"]:
+            hint = "the conversation ends with the user, so it has no last answer to learn; "
         raise DataError(
-            f"{row.place}: {ends}roles should be user, assistant, user, assistant, ..., got "
+            f"{row.place}: {hint}roles should be user, assistant, user, assistant, ..., got "
             f"{short(', '.join(spoken)) or 'none'}"
         )
     return messages
 
 
-def _require_nothing_lost(where: str, turn: dict[str, Any], learned: bool) -> None:
-    """Raise DataError for a key of a message that says whether, or how well, it is to be learned,
-    or holds a part of it.
-    """
+def _require_nothing_lost(where: str, turn: dict[str, Any], for_training: bool) -> None:
+    """Raise DataError for a key of a message that would be lost: a rating, a mask, a part."""
     extra = tuple(sorted(turn.keys() - READ_KEYS))
     for key in extra:
         value, words = turn[key], _words(key)
-        if key in PARTS and value not in LEARNED:
+        if key in PARTS and value not in SUPERVISED:
             raise DataError(
                 f"{where} has {key!r}, which would be ignored; remove it, or write it into the "
                 "content"
             )
         if turn["role"] != "assistant" and value in (0, False):
-            continue  # it says what holds anyway: only answers are learned
-        if (
-            learned
-            and words & LEARNING
-            and value not in (LEARNED[:3] if words & MASKS else LEARNED)
-        ):
+            continue  # true anyway: only answers are supervised
+        usual = SUPERVISED[:3] if words & MASKS else SUPERVISED
+        if for_training and words & LEARNING and value not in usual:
             raise DataError(
                 f"{where} has {key!r}, which would be ignored ({short(value)}), and training would "
-                "learn every answer; remove what "
-                "should not be learned, and the key with it; if it means something else, rename "
-                f"it to '_{key}'"
+                "learn every answer; remove what should not be learned, and the key with it; if it "
+                f"means something else, rename it to '_{key}'"
             )
-    for key in _verdict_columns(extra) if learned and turn["role"] == "assistant" else ():
+    for key in _verdict_columns(extra) if for_training and turn["role"] == "assistant" else ():
         if not _words(key) & LEARNING and _is_verdict(turn[key], key):
             raise DataError(
                 f"{where} has {key!r}, which would be ignored ({short(turn[key])}): it says how "
-                "good the answer is, but training would learn "
-                "every answer as a good one; keep the good ones and remove the key, or rename it "
-                f"to '_{key}' if it means something else"
+                "good the answer is, but training would learn every answer as a good one; keep the "
+                f"good ones and remove the key, or rename it to '_{key}' if it means something else"
             )

@@ -1,9 +1,9 @@
-"""Conversation -> text segments, each supervised or not.
+"""Render conversations as text segments, each supervised or not.
 
-Every template is a Jinja chat template, the built-in ones too, so that what is trained on is what
-`tokenizer.apply_chat_template` renders from the exported model. Which text is supervised follows
-from how the template was rendered: an answer starts where the prompt before it ends, and ends
-where text appended to its content would appear. No answer is ever searched for by a string.
+Every template is a Jinja chat template, the built-in ones too, so that training sees what
+`tokenizer.apply_chat_template` renders from the exported model. An answer starts where the rendered
+prompt before it ends, and ends where text appended to its content would appear. No answer is
+searched for by a string.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ _ALPACA = """\
 {% if message.role == 'system' %}{{ message.content }}
 
 {% elif message.role == 'user' %}\
-{% if message.context %}Below is an instruction that describes a task, paired with an input that provides further context. \
-Write a response that appropriately completes the request.
+{% if message.context %}Below is an instruction that describes a task, paired with an input that \
+provides further context. Write a response that appropriately completes the request.
 
 ### Instruction:
 {{ message.content }}
@@ -90,14 +90,13 @@ BUILT_IN = {
     "llama2": _LLAMA2,
     "chatml": _CHATML,
 }
-# What `auto` takes for a tokenizer without a chat template of its own.
+# What `auto` selects for a tokenizer without a chat template.
 USUAL = {"question_answer": "question_answer", "instruction": "alpaca", "messages": "chatml"}
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "\ufdd0"  # a Unicode noncharacter: no text contains it
 
-
-PROMPT = Place("the prompt", 1)  # where a conversation stands that is in no file
+PROMPT = Place("the prompt", 1)  # the place of a conversation that is not in a file
 QUESTION = (Message("user", "a"),)
 _THINKING = re.compile(r"\s*</?think(?:ing)?>\s*")
 _END_OF_THINKING = re.compile(r"</think(?:ing)?>")
@@ -119,13 +118,13 @@ class Template:
     source: str
     special_tokens: Mapping[str, str]
     turn_ends: Sequence[str] = field(default=())
-    """Tokens of the vocabulary that can end a turn: all special ones, <|im_end|> and the like."""
+    """Tokens of the vocabulary that can end a turn: the special ones, <|im_end|> and the like."""
     date: str | None = None
-    """The day, as 2026-11-26, that a template which writes the date is given; None: today."""
+    """The day, as 2026-11-26, for templates that write it; None: today."""
     learn_opening: bool = False
-    """Whether the model learns to write `opening` itself, because some answers begin in another way."""
+    """Whether the model learns to write `opening`, because some answers begin otherwise."""
     example: Conversation | None = field(default=None, compare=False)
-    """A row that the template takes, to ask it how answers end; None: the shortest conversation."""
+    """A row that the template takes, to see how answers end; None: the shortest conversation."""
 
     @property
     def fingerprint(self) -> str:
@@ -143,7 +142,10 @@ class Template:
 
     @cached_property
     def probe(self) -> tuple[Message, ...]:
-        """The shortest prompt that the template takes: some demand a system message, others refuse it. Raises DataError."""
+        """Return the shortest prompt that the template takes. Raise DataError if it takes none.
+
+        Some templates demand a system message, others refuse it.
+        """
         found: DataError | None = None
         tried = [QUESTION, (Message("system", "a"), *QUESTION)]
         if self.example is not None:
@@ -162,9 +164,10 @@ class Template:
 
     @cached_property
     def opening(self) -> str:
-        """What the template writes between the generation prompt and an answer, such as an empty thinking block.
+        """Return what the template writes between the generation prompt and an answer.
 
-        Empty if that is only white space, which tokenizers join with the first word of the answer.
+        This may be an empty thinking block. White space alone does not count, as tokenizers join it
+        with the first word of the answer.
         """
         with contextlib.suppress(DataError):
             asked = self._render(Conversation(self.probe, PROMPT), add_generation_prompt=True)
@@ -176,22 +179,24 @@ class Template:
         return ""
 
     def segments(self, conversation: Conversation, loss_on: str = "completion") -> list[Segment]:
-        """Rendered text in pieces whose concatenation is exactly the rendered text.
+        """Return the rendered text in pieces whose concatenation is exactly that text.
 
-        If no token of the template ends the last answer that is learned, the text ends with that answer,
-        so that the EOS comes right behind it: text in between would not be learned, and then the model
-        would not reach the EOS; learned, it would come back as a part of each answer.
+        If no token of the template ends the last supervised answer, the text ends with that answer,
+        so that the EOS comes right behind it. If text in between were not learned, the model would
+        not reach the EOS; if it were, the model would repeat it in every answer.
 
-        `loss_on`: completion (every assistant turn), last_turn, or all. Raises DataError when the
-        template fails, drops or changes a message, renders a prompt differently once the answer is known, or
-        an answer differently once later turns are there, and if an answer before the last that is learned has no end.
+        `loss_on`: completion (every assistant turn), last_turn, or all. Raises DataError if the
+        template fails, drops or changes a message, renders a prompt differently once the answer is
+        known, or an answer differently once later turns are there, and if an answer before the last
+        one has no end.
         """
         messages = conversation.messages
         if messages[0].role == "text":
             if loss_on != "all":
                 raise DataError(
-                    f"{conversation.place}: is plain text without an answer, but objective.kind: sft learns answers; "
-                    "use objective.kind: clm, or rows with prompts and answers"
+                    f"{conversation.place}: the row is plain text without an answer, but "
+                    "objective.kind: sft learns answers; use objective.kind: clm, or rows with "
+                    "prompts and answers"
                 )
             return [Segment(messages[0].content, True)]
         text = self._render(conversation)
@@ -210,15 +215,16 @@ class Template:
         if self.stop_of(segments) is None:
             if len(spans) > 1:
                 raise DataError(
-                    f"{conversation.place}: data.template {self.name!r} ends answers with no token of the tokenizer, so only the "
-                    f"last of {len(spans)} would teach the model to stop; set data.loss_on: last_turn, or use a template that "
-                    "writes {{ eos_token }} or another special token after each answer"
+                    f"{conversation.place}: data.template {self.name!r} ends answers without a "
+                    f"token of the tokenizer, so only the last of {len(spans)} would teach the "
+                    "model to stop; set data.loss_on: last_turn, or use a template that writes "
+                    "{{ eos_token }} or another special token after each answer"
                 )
             segments = _cut(text[: spans[-1][1]], spans)
         return segments
 
     def opens_itself(self, segments: Sequence[Segment]) -> bool:
-        """Whether an answer begins with its row's own text where the template would write `opening`."""
+        """Return whether an answer begins with its own text where `opening` would stand."""
         before = ""
         for segment in segments:
             if segment.supervised and not before.endswith(self.opening):
@@ -227,12 +233,12 @@ class Template:
         return False
 
     def prompt(self, messages: Sequence[Message], place: Place = PROMPT) -> str:
-        """Text up to the point where the model should begin to answer."""
+        """Return the text up to the point where the model should begin to answer."""
         asked = self._render(Conversation(tuple(messages), place), add_generation_prompt=True)
         return asked if self.learn_opening or asked.endswith(self.opening) else asked + self.opening
 
     def stop_token(self, conversation: Conversation | None = None) -> str | None:
-        """The token that ends an answer, or None if the template leaves that to the tokenizer's EOS.
+        """Return the token that ends an answer; None if the tokenizer's EOS must do that.
 
         `conversation`: a row that the template takes; by default `example`, or the shortest.
         """
@@ -244,16 +250,16 @@ class Template:
         return self.stop_of(self.segments(conversation, "last_turn"))
 
     def stop_of(self, segments: Sequence[Segment]) -> str | None:
-        """The token that ends the last answer of these segments, or None."""
+        """Return the token that ends the last answer of these segments, or None."""
         answer = [segment.text for segment in segments if segment.supervised][-1]
         return next((token for token in self.turn_ends if answer.rstrip().endswith(token)), None)
 
     def _span(
         self, conversation: Conversation, text: str, turn: int, mark: tuple[int, int] | None
     ) -> tuple[int, int]:
-        """Where answer `turn` begins and ends in the rendered text, its end-of-turn token included.
+        """Return where answer `turn` begins and ends in the text, with its end-of-turn token.
 
-        `mark`: where its {% generation %} block does, in templates that have them.
+        `mark`: the span of its {% generation %} block, in templates that have them.
         """
         messages, place = conversation.messages, conversation.place
         until = Conversation(messages[: turn + 1], place)
@@ -262,20 +268,21 @@ class Template:
         if mark is None:
             end = self._end(conversation, text, start, turn)
         else:
-            self._end(conversation, text, start, turn)  # for what it refuses
+            self._end(conversation, text, start, turn)  # for the errors it raises
             start = mark[0] if text[start : mark[0]].strip() else start
             end = self._with_turn_end(text, mark[1])
         if not alone.startswith(text[:end]) or self._with_turn_end(alone, end) != end:
             raise self._differs(conversation, turn)
         if not _holds(text[start:end], messages[turn].content):
             raise DataError(
-                f"{place}: data.template {self.name!r} drops or rewrites the answer {_short(messages[turn].content)}: "
-                f"it renders {_short(text[start:end])}; use another data.template, or data.loss_on: last_turn"
+                f"{place}: data.template {self.name!r} drops or rewrites the answer "
+                f"{_short(messages[turn].content)}: it renders {_short(text[start:end])}; use "
+                "another data.template, or data.loss_on: last_turn"
             )
         return start, end
 
     def _prompt_of(self, conversation: Conversation, text: str, alone: str, turn: int) -> str:
-        """What a model is asked before message `turn`. Raises DataError if the rendered text does not begin with it.
+        """Return the prompt of message `turn`. Raise DataError if the text does not begin with it.
 
         `alone`: the rendered text without the messages after `turn`.
         """
@@ -285,9 +292,10 @@ class Template:
         )
         if not text.startswith(asked):
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} renders the prompt of message {turn + 1} differently once the "
-                "answer is there, so what is trained would not be what is asked; use data.loss_on: last_turn, or a template "
-                "whose add_generation_prompt gives what stands before the answer"
+                f"{conversation.place}: data.template {self.name!r} renders the prompt of message "
+                f"{turn + 1} differently once the answer is there, so what is trained would not be "
+                "what is asked; use data.loss_on: last_turn, or a template whose "
+                "add_generation_prompt gives what stands before the answer"
             )
         if self.learn_opening or asked.endswith(self.opening):
             return asked
@@ -300,9 +308,10 @@ class Template:
 
     def _differs(self, conversation: Conversation, turn: int) -> DataError:
         return DataError(
-            f"{conversation.place}: data.template {self.name!r} renders the answer in message {turn + 1} differently once later "
-            "turns are there, so what is trained would not be what is asked; use data.loss_on: last_turn, or make a row of "
-            "each answer with the turns before it"
+            f"{conversation.place}: data.template {self.name!r} renders the answer in message "
+            f"{turn + 1} differently once later turns are there, so what is trained would not be "
+            "what is asked; use data.loss_on: last_turn, or make a row of each answer with the "
+            "turns before it"
         )
 
     def _end(self, conversation: Conversation, text: str, start: int, turn: int) -> int:
@@ -314,32 +323,31 @@ class Template:
         end = moved.find(_MARK)
         if end < start:
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} drops the answer in message {turn + 1} "
-                f"({_short(messages[turn].content)}); use another data.template"
+                f"{conversation.place}: data.template {self.name!r} drops the answer in message "
+                f"{turn + 1} ({_short(messages[turn].content)}); use another data.template"
             )
         if moved.count(_MARK) > 1:
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} writes the answer in message {turn + 1} more than once "
-                f"({_short(messages[turn].content)}); correct the template, or use another data.template"
+                f"{conversation.place}: data.template {self.name!r} writes the answer in message "
+                f"{turn + 1} more than once ({_short(messages[turn].content)}); correct the "
+                "template, or use another data.template"
             )
         return self._with_turn_end(text, end)
 
     def _with_turn_end(self, text: str, end: int) -> int:
-        """Move the end of an answer past the token that ends its turn, if one follows and none is inside."""
+        """Move the end of an answer past the token that ends its turn, if that follows."""
         if text[:end].rstrip().endswith(tuple(self.turn_ends)):
             return end
-        stop = (
-            re.compile(r"\s*(?:" + "|".join(map(re.escape, self.turn_ends)) + ")")
-            if self.turn_ends
-            else None
-        )
-        match = stop.match(text, end) if stop else None
+        if not self.turn_ends:
+            return end
+        stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.turn_ends)) + ")")
+        match = stop.match(text, end)
         return match.end() if match else end
 
     def _marked_spans(
         self, conversation: Conversation, answers: list[int]
     ) -> Sequence[tuple[int, int] | None]:
-        """The span of the {% generation %} block of each answer, None for templates without these blocks."""
+        """Return the span of each answer's {% generation %} block; None in templates without."""
         if not _GENERATION.search(self.source):
             return [None] * len(answers)
         spans: list[tuple[int, int]] = []
@@ -349,43 +357,46 @@ class Template:
         ]
         if len(spans) != len(assistants):
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} marks {len(spans)} {{% generation %}} blocks "
-                f"for {len(assistants)} assistant messages; there should be one around each"
+                f"{conversation.place}: data.template {self.name!r} marks {len(spans)} {{% "
+                f"generation %}} blocks for {len(assistants)} assistant messages; there should be "
+                "one around each"
             )
         return [spans[assistants.index(turn)] for turn in answers]
 
     @cached_property
     def _may_go(self) -> re.Pattern[str]:
-        """What a template may take out of a message: white space around thoughts, and commands to itself, as /no_think."""
+        """Match what a template may drop from a message: spaces around thoughts, and /no_think.
+
+        The latter are commands that the source of the template compares with.
+        """
         commands = sorted(set(re.findall(r"['\"](/\w+)['\"]", self.source)), key=len, reverse=True)
-        return re.compile(
-            "|".join([_THINKING.pattern, *(rf"\s*{re.escape(command)}\s*" for command in commands)])
-        )
+        patterns = (rf"\s*{re.escape(command)}\s*" for command in commands)
+        return re.compile("|".join([_THINKING.pattern, *patterns]))
 
     def _require_all(self, conversation: Conversation, text: str) -> None:
-        """Raise DataError if the rendered text lacks what a message says. Earlier thoughts may go."""
-        for number, (message, turn) in enumerate(
-            zip(conversation.messages, self._plain(conversation)), 1
-        ):
-            says = turn["content"]
-            if message.supervised:  # whether its thoughts are there too, `_span` sees
-                says = _END_OF_THINKING.split(says)[-1]
-            if _holds(text, says, self._may_go) and _holds(
-                text, turn.get("context", ""), self._may_go
-            ):
+        """Raise DataError if the rendered text lacks a message. Earlier thoughts may go."""
+        turns = zip(conversation.messages, self._plain(conversation))
+        for number, (message, turn) in enumerate(turns, 1):
+            content, context = turn["content"], turn.get("context", "")
+            if message.supervised:  # `_span` checks that its thoughts are there, too
+                content = _END_OF_THINKING.split(content)[-1]
+            if all(_holds(text, part, self._may_go) for part in (content, context)):
                 continue
             if message.from_setting:
                 raise ConfigError(
-                    f"data.system_prompt: would be ignored: data.template {self.name!r} drops or changes system messages; "
-                    "remove the setting, or use another data.template"
+                    f"data.system_prompt: would be ignored: data.template {self.name!r} drops or "
+                    "changes system messages; remove the setting, or use another data.template"
                 )
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} drops or changes the {message.role} message {number} "
-                f"({_short(says)}); use another data.template"
+                f"{conversation.place}: data.template {self.name!r} drops or changes the "
+                f"{message.role} message {number} ({_short(content)}); use another data.template"
             )
 
     def _plain(self, conversation: Conversation) -> list[dict[str, str]]:
-        """Messages as the template sees them; without a place of its own, an instruction's input joins it."""
+        """Return messages as the template sees them.
+
+        The input of an instruction row joins its content, unless the template has a place for it.
+        """
         own = "message.context" in self.source
         plain = []
         for message in conversation.messages:
@@ -403,9 +414,10 @@ class Template:
         add_generation_prompt: bool = False,
         spans: list[tuple[int, int]] | None = None,
     ) -> str:
-        """Render as `apply_chat_template` does, but for the date. `spans` gets those of {% generation %} blocks.
+        """Render as `apply_chat_template` does, except for the date.
 
-        Raises DataError, BrokenTemplate if no conversation can be rendered.
+        `spans` gets those of {% generation %} blocks. Raises DataError, or BrokenTemplate if no
+        conversation can be rendered.
         """
         from jinja2 import TemplateSyntaxError
 
@@ -415,19 +427,20 @@ class Template:
             return text
         except UnicodeEncodeError as exc:
             raise DataError(
-                f"{conversation.place}: data.template {self.name!r} writes {exc.object[exc.start]!a}, half of a character, "
-                "which no tokenizer can read; correct the template"
+                f"{conversation.place}: data.template {self.name!r} writes "
+                f"{exc.object[exc.start]!a}, half of a character, which no tokenizer can read; "
+                "correct the template"
             ) from exc
         except Exception as exc:  # a template is a program: it can divide by zero, or never end
-            fails = f"{conversation.place}: data.template {self.name!r} fails: {type(exc).__name__}: {exc}"
+            why = f"{type(exc).__name__}: {exc}"
+            fails = f"{conversation.place}: data.template {self.name!r} fails: {why}"
             if isinstance(exc, TemplateSyntaxError):
                 raise BrokenTemplate(f"{fails} (line {exc.lineno} of the template)") from exc
-            if conversation.messages[0].from_setting and self._takes(
-                conversation.messages[1:], add_generation_prompt
-            ):
+            first, *others = conversation.messages
+            if first.from_setting and self._takes(others, add_generation_prompt):
                 raise ConfigError(
-                    f"data.system_prompt: data.template {self.name!r} takes no system message: {type(exc).__name__}: {exc}; "
-                    "remove the setting, or use another data.template"
+                    f"data.system_prompt: data.template {self.name!r} takes no system message: "
+                    f"{type(exc).__name__}: {exc}; remove the setting, or use another data.template"
                 ) from exc
             raise DataError(fails + self._remedy(conversation, add_generation_prompt)) from exc
 
@@ -440,9 +453,12 @@ class Template:
         from transformers.utils import chat_template_utils
 
         given: dict[str, Any] = {
-            **self.special_tokens, "messages": self._plain(conversation), "tools": None, "documents": None,
+            **self.special_tokens,
+            "messages": self._plain(conversation),
+            "tools": None,
+            "documents": None,
             "add_generation_prompt": add_generation_prompt,
-        }  # fmt: skip
+        }
         if self.date is not None:  # as a variable, which hides transformers' function of that name
             given["strftime_now"] = datetime.fromisoformat(self.date).strftime
         compiled = chat_template_utils._compile_jinja_template(self.source)
@@ -460,28 +476,24 @@ class Template:
         return True
 
     def _remedy(self, conversation: Conversation, add_generation_prompt: bool) -> str:
-        """What to do about a template that fails, where it is the system message."""
+        """Say what to do if a system message, or the lack of one, makes the template fail."""
         messages, is_row = conversation.messages, conversation.place != PROMPT
         if messages[0].role != "system":
             if self._takes([Message("system", "a"), *messages], add_generation_prompt):
-                return (
-                    "; it needs a system message"
-                    + ": set data.system_prompt, or put one into the row" * is_row
-                )
+                remedy = ": set data.system_prompt, or put one into the row" if is_row else ""
+                return f"; it needs a system message{remedy}"
         elif len(messages) > 1 and self._takes(messages[1:], add_generation_prompt):
-            return (
-                "; it takes no system message"
-                + ": take it out, or use another data.template" * is_row
-            )
+            remedy = ": take it out, or use another data.template" if is_row else ""
+            return f"; it takes no system message{remedy}"
         return ""
 
 
 class BrokenTemplate(ConfigError):
-    """No conversation can be rendered, so one row is enough to say so."""
+    """The template renders no conversation at all, so one row suffices to report it."""
 
 
 def _is_text(source: str) -> bool:
-    """Whether it can be written: half a character (a lone surrogate) cannot."""
+    """Return whether a source can be encoded: half a character (a lone surrogate) cannot."""
     try:
         source.encode()
     except UnicodeEncodeError:
@@ -493,10 +505,10 @@ def load(
     name: str, format: str, chat_template: str | Mapping[str, str] | None,
     special_tokens: Mapping[str, str], vocabulary: Mapping[str, int], date: str | None = None,
 ) -> Template:  # fmt: skip
-    """Find a template by its config name. Raises DataError if there is none, or the tokenizer cannot end its turns.
+    """Find a template by its config name. Raise DataError if it is missing or unfit.
 
-    `chat_template`: the tokenizer's own, or several by name, of which `default` is taken as transformers does.
-    `date`: the day for templates that write it.
+    `chat_template`: the tokenizer's own, or several by name, of which `default` is taken as
+    transformers does. `date`: the day for templates that write it.
     """
     found = _find(name, format, chat_template, special_tokens, vocabulary)
     if not _is_text(found.source):
@@ -505,12 +517,13 @@ def load(
         )
     if _is_random(found):
         raise DataError(
-            f"data.template: {found.name}: uses chance (random, lipsum), so each start would train other text; use another template"
+            f"data.template: {found.name}: uses chance (random, lipsum), so each start would train "
+            "other text; use another template"
         )
     if date is not None and _writes_time(found):
         raise DataError(
-            f"data.template: {found.name}: writes the time, so each prompt would differ from those of training; take it out of "
-            "the template (the date alone may stay)"
+            f"data.template: {found.name}: writes the time, so each prompt would differ from those "
+            "of training; take it out of the template (the date alone may stay)"
         )
     return replace(found, date=date if found.writes_date else None)
 
@@ -530,26 +543,26 @@ def _find(
     if name == "chat":
         if not chat_template:
             raise DataError(
-                f"data.template: chat, but the tokenizer has no chat template; use one of {', '.join(BUILT_IN)}, or a .jinja file"
+                "data.template: chat, but the tokenizer has no chat template; use one of "
+                f"{', '.join(BUILT_IN)}, or a .jinja file"
             )
         if not isinstance(chat_template, str):
             if "default" not in chat_template:
                 raise DataError(
-                    f"data.template: the tokenizer has the chat templates {', '.join(chat_template)}, but none called default; "
-                    "write the one you want into a .jinja file and give that"
+                    "data.template: the tokenizer has the chat templates "
+                    f"{', '.join(chat_template)}, but none named default; write the one you want "
+                    "into a .jinja file and give that"
                 )
             chat_template = chat_template["default"]
         return Template(name, chat_template, special_tokens, turn_ends)
     if name in BUILT_IN:
-        missing = [
-            token
-            for token in ("<|im_start|>", "<|im_end|>")
-            if name == "chatml" and token not in vocabulary
-        ]
+        needed = ("<|im_start|>", "<|im_end|>") if name == "chatml" else ()
+        missing = [token for token in needed if token not in vocabulary]
         if missing:
             raise DataError(
-                f"data.template: chatml ends turns with the token <|im_end|>, but the tokenizer has no {' and '.join(missing)}; "
-                f"add them with model.new_tokens: [{', '.join(missing)}], or use question_answer, alpaca or llama2"
+                "data.template: chatml ends turns with the token <|im_end|>, but the tokenizer has "
+                f"no {' and '.join(missing)}; add them with model.new_tokens: "
+                f"[{', '.join(missing)}], or use question_answer, alpaca or llama2"
             )
         return Template(name, BUILT_IN[name], special_tokens, turn_ends)
     if name.endswith(".jinja"):
@@ -560,12 +573,12 @@ def _find(
         except (OSError, UnicodeDecodeError) as exc:
             raise DataError(f"data.template: {name}: cannot be read: {exc}") from exc
     raise DataError(
-        f"data.template: {name!r} is none of auto, chat, {', '.join(BUILT_IN)}, and no .jinja file"
+        f"data.template: {name!r} is not one of auto, chat, {', '.join(BUILT_IN)}, or a .jinja file"
     )
 
 
 def sample_prompt(template: Template | None, prompt: str, system_prompt: str | None) -> str:
-    """The text that the model goes on from after one of evaluation.sample_prompts; without a template the prompt itself."""
+    """Render one of evaluation.sample_prompts; without a template return the prompt itself."""
     system = (
         [Message("system", system_prompt, from_setting=True)] if system_prompt is not None else []
     )
@@ -574,53 +587,44 @@ def sample_prompt(template: Template | None, prompt: str, system_prompt: str | N
 
 
 def _writes_time(template: Template) -> bool:
-    """Whether the template renders other text at another time of the same day."""
+    """Return whether the template renders other text at another time of the same day."""
     if not template.writes_date:
         return False
-    with contextlib.suppress(DataError):  # said with the first row
-        clocks = [
-            replace(template, date=f"2001-02-03T{time}")
-            for time in ("04:05:06.000007", "17:38:49.500000")
-        ]
-        return (
-            len(
-                {
-                    clock._render(Conversation(clock.probe, PROMPT), add_generation_prompt=True)
-                    for clock in clocks
-                }
-            )
-            > 1
+    with contextlib.suppress(DataError):  # reported with the first row
+        times = ("04:05:06.000007", "17:38:49.500000")
+        clocks = [replace(template, date=f"2001-02-03T{time}") for time in times]
+        early, late = (
+            clock._render(Conversation(clock.probe, PROMPT), add_generation_prompt=True)
+            for clock in clocks
         )
+        return early != late
     return False
 
 
 def _is_random(template: Template) -> bool:
-    """Whether the template uses what Jinja has for chance."""
+    """Return whether the template uses Jinja's sources of chance."""
     if not re.search("random|lipsum", template.source):
         return False
     from jinja2 import TemplateSyntaxError, nodes
     from transformers.utils import chat_template_utils
 
     try:
-        parsed = chat_template_utils._compile_jinja_template(template.source).environment.parse(
-            template.source
-        )
+        compiled = chat_template_utils._compile_jinja_template(template.source)
+        parsed = compiled.environment.parse(template.source)
     except TemplateSyntaxError:
-        return False  # said with the first row
+        return False  # reported with the first row
     filters, names = parsed.find_all(nodes.Filter), parsed.find_all(nodes.Name)
-    return any(each.name == "random" for each in filters) or any(
-        each.name == "lipsum" for each in names
-    )
+    is_random = any(each.name == "random" for each in filters)
+    return is_random or any(each.name == "lipsum" for each in names)
 
 
 def _looks_special(token: str) -> bool:
-    return (token.startswith("<|") and token.endswith("|>")) or (
-        token.startswith("<") and token.endswith("_of_turn>")
-    )
+    in_bars = token.startswith("<|") and token.endswith("|>")
+    return in_bars or (token.startswith("<") and token.endswith("_of_turn>"))
 
 
 def _holds(rendered: str, message: str, may_go: re.Pattern[str] = _THINKING) -> bool:
-    """Whether a message stands in its rendered form, but for white space at its ends and what `may_go`."""
+    """Return whether rendered text holds a message, but for spaces at its ends and `may_go`."""
     at = 0
     for piece in may_go.split(message.strip()):
         at = rendered.find(piece, at)
@@ -631,7 +635,7 @@ def _holds(rendered: str, message: str, may_go: re.Pattern[str] = _THINKING) -> 
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[Segment]:
-    """Text and supervised spans -> segments, none empty."""
+    """Cut text at the supervised spans into segments, none of them empty."""
     segments, at = [], 0
     for start, end in spans:
         segments += [Segment(text[at:start], False), Segment(text[start:end], True)]

@@ -1,7 +1,7 @@
-"""Rows -> token ids, and which of them are supervised.
+"""Turn rows into token ids, and mark which of these are supervised.
 
-The rendered text is tokenised whole, as inference will tokenise it, and a token is supervised when
-its characters lie in a supervised segment.
+The rendered text is tokenised whole, as at inference, and a token is supervised when its characters
+lie in a supervised segment.
 """
 
 import hashlib
@@ -28,16 +28,14 @@ ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
 # for a row of 50 MB.
 CHARACTERS_AT_ONCE = 1 << 21
 WINDOW = 1 << 20  # characters of a longer text that are tokenised together
-OVERLAP = 1 << 14  # by which two windows overlap
-AGREED = 32  # tokens that two windows must have in common where they are joined
-TOO_LONG = "too long"  # a kind of problem
+OVERLAP = 1 << 14  # characters that two windows share
+AGREED = 32  # equal tokens that join two windows
+TOO_LONG = "too long"  # a kind of `Problems`
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the tokens besides rows, tokenizer and template; `positions` are for messages
-    only.
-    """
+    """What decides the tokens besides rows, tokenizer and template."""
 
     format: str
     columns: dict[str, str]
@@ -47,10 +45,21 @@ class Options:
     max_length: int
     truncation: str
     positions: int | None = None
-    """Tokens that a sequence may have in the model; None: as many as it likes."""
+    """How many tokens a sequence may have in the model; None: any number. For messages only."""
+
+    def conversations(
+        self, sources: Sequence[str], problems: Problems, unread: "Counter[str] | None" = None
+    ) -> Iterator[Conversation]:
+        """Yield the rows of all sources as conversations; see `rows.conversations`."""
+        return rows.conversations(
+            sources, self.format, self.columns, self.text_unit, self.system_prompt, problems, unread
+        )
 
     def deciding(self) -> dict[str, Any]:
-        """What the tokens depend on, for the key of the cache; a user's function by its content."""
+        """Return what the tokens depend on, for the key of the cache.
+
+        A user's own function counts by its content.
+        """
         values = {name: value for name, value in asdict(self).items() if name != "positions"}
         if own_code.is_own(self.format):
             values["format"] = own_code.get(self.format).sha256
@@ -59,9 +68,7 @@ class Options:
 
 @dataclass
 class Tokenised:
-    """The pieces of all rows, in order: their tokens, which of these are supervised, and where
-    their rows stand.
-    """
+    """The pieces of all rows, in order: their tokens, supervision and places."""
 
     ids: list[np.ndarray] = field(default_factory=list)
     """int32 [tokens] of each piece."""
@@ -70,21 +77,14 @@ class Tokenised:
     places: list[tuple[int, int, int]] = field(default_factory=list)
     """(number of the source, line, row) of each piece."""
     counts: dict[str, Any] = field(default_factory=dict)
-    """What an `Examples` says of all rows, by the names of its fields."""
+    """The fields of `Examples` that count rows."""
 
 
 def first_that_fits(
     sources: Mapping[str, str], template: Template, options: Options
 ) -> Conversation | None:
-    """The first row that the template takes; None for rows of text."""
-    for conversation in rows.conversations(
-        list(sources),
-        options.format,
-        options.columns,
-        options.text_unit,
-        options.system_prompt,
-        Problems(),
-    ):
+    """Return the first row that the template takes; None for rows of text."""
+    for conversation in options.conversations(list(sources), Problems()):
         if conversation.messages[0].role == "text":
             return None
         with suppress(DataError):
@@ -96,7 +96,7 @@ def first_that_fits(
 def encode(
     texts: Sequence[Sequence[Segment]], tokenizer: Any
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Segments of several rows -> (input_ids int32 [T], supervised bool [T]) of each."""
+    """Encode the segments of several rows: (input_ids int32 [T], supervised bool [T]) of each."""
     if not texts:
         return []
     whole = ["".join(segment.text for segment in segments) for segments in texts]
@@ -105,37 +105,36 @@ def encode(
         [n for n, segment in enumerate(segments) if n and segment.supervised] for segments in texts
     ]
     encoded = _tokenise(whole, tokenizer)
-    asked = iter(
-        _ids(
-            [text[: b[n]] for text, b, turns in zip(whole, bounds, answers) for n in turns],
-            tokenizer,
-        )
-    )
+    prompts = [text[: b[n]] for text, b, turns in zip(whole, bounds, answers) for n in turns]
+    asked = iter(_ids(prompts, tokenizer))
     results = []
     for (ids, starts), bound, segments, turns in zip(encoded, bounds, texts, answers):
         owner = np.searchsorted(bound.astype(starts.dtype), starts, side="right")
         owner -= 1
         np.minimum(owner, len(segments) - 1, out=owner)
-        if any(
-            not np.array_equal(ids[: len(prompt)], prompt)
-            or (owner[: len(prompt)] >= n).any()
-            or (owner[len(prompt) :] < n).any()
-            for n, prompt in zip(turns, [next(asked) for _ in turns])
-        ):
-            # At inference a prompt is tokenised alone, and here that gives other tokens than before
-            # its answer: one would reach over the boundary. So the boundary is one of tokens in
-            # training too.
+        prompts_alone = [(n, next(asked)) for n in turns]
+        if not all(_begins_with(ids, owner, prompt, n) for n, prompt in prompts_alone):
+            # Inference tokenises a prompt alone, and here that gives other tokens than before its
+            # answer: one token would reach over the boundary. So training cuts there, too.
             parts = [
                 _continue(segment.text, tokenizer) if n else _ids([segment.text], tokenizer)[0]
                 for n, segment in enumerate(segments)
             ]
-            ids, owner = (
-                np.concatenate(parts),
-                np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
-            )
-        learned = np.array([segment.supervised for segment in segments], bool)
-        results.append((ids, learned[owner]))
+            ids = np.concatenate(parts)
+            owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        supervised = np.array([segment.supervised for segment in segments], bool)
+        results.append((ids, supervised[owner]))
     return results
+
+
+def _begins_with(ids: np.ndarray, owner: np.ndarray, prompt: np.ndarray, turn: int) -> bool:
+    """Return whether a row begins with the tokens of its prompt, and only those precede `turn`.
+
+    owner: the segment of each token; turn: the segment behind the prompt.
+    """
+    length = len(prompt)
+    is_apart = (owner[:length] < turn).all() and (owner[length:] >= turn).all()
+    return bool(is_apart and np.array_equal(ids[:length], prompt))
 
 
 def _ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
@@ -145,38 +144,31 @@ def _ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
 def _tokenise(
     texts: list[str], tokenizer: Any, offsets: bool = True, most: int | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids int32 [T], first character of each token [T]) of each text; without `offsets` the ids
-    alone are right.
+    """Return (ids int32 [T], first character of each token [T]) of each text.
+
+    Without `offsets` the second is meaningless.
     """
     most = most or WINDOW
     usual = [text for text in texts if len(text) <= most]
-    encoded = (
-        tokenizer(
-            usual,
-            add_special_tokens=False,
-            return_offsets_mapping=offsets,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        if usual
-        else {"input_ids": []}
-    )
+    encoded: Any = {"input_ids": []}
+    if usual:
+        encoded = tokenizer(
+            usual, add_special_tokens=False, return_offsets_mapping=offsets,
+            return_attention_mask=False, verbose=False,
+        )  # fmt: skip
     ids = (np.array(ids, np.int32) for ids in encoded["input_ids"])
-    starts = (
-        np.array([start for start, _ in pairs], np.int64)
-        for pairs in encoded.get("offset_mapping", repeat(()))
-    )
+    offset_pairs = encoded.get("offset_mapping", repeat(()))
+    starts = (np.array([start for start, _ in pairs], np.int64) for pairs in offset_pairs)
     short = zip(ids, starts)
     return [next(short) if len(text) <= most else _tokenise_long(text, tokenizer) for text in texts]
 
 
 def _tokenise_long(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The same for a text of any length, in windows that overlap, so that memory grows with a
-    window and not with the text.
+    """Tokenise a text of any length in overlapping windows, so that memory does not grow with it.
 
     Two windows are joined inside their overlap, where AGREED tokens in a row are the same in both:
-    what is far away does not change a token. Where they do not agree, the first is made longer, in
-    the end as long as the text.
+    distant text does not change a token. Where they do not agree, the first is made longer, at last
+    as long as the text.
     """
 
     def window(begin: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -199,31 +191,28 @@ def _tokenise_long(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
             ids, starts = next_ids[j:], next_starts[j:]
             begin, size, joint = following, WINDOW, int(starts[0])
     parts.append((ids, starts))
-    return np.concatenate([ids for ids, _ in parts]), np.concatenate(
-        [starts for _, starts in parts]
-    )
+    all_ids, all_starts = zip(*parts)
+    return np.concatenate(all_ids), np.concatenate(all_starts)
 
 
 def _joint(
     ids: np.ndarray, starts: np.ndarray, next_ids: np.ndarray, next_starts: np.ndarray
 ) -> tuple[int, int] | None:
-    """A token of one window, and the same in the next, from which on AGREED tokens are equal; None
-    if there are none.
+    """Return a token of one window and the same in the next, where AGREED equal tokens begin.
+
+    None if there are none.
     """
     for i in range(int(np.searchsorted(starts, next_starts[0])), len(ids) - AGREED + 1):
         j = int(np.searchsorted(next_starts, starts[i]))
         here, there = slice(i, i + AGREED), slice(j, j + AGREED)
-        if np.array_equal(ids[here], next_ids[there]) and np.array_equal(
-            starts[here], next_starts[there]
-        ):
+        same_ids = np.array_equal(ids[here], next_ids[there])
+        if same_ids and np.array_equal(starts[here], next_starts[there]):
             return i, j
     return None
 
 
 def _continue(text: str, tokenizer: Any) -> np.ndarray:
-    """Tokens of a text that goes on after another: Llama's tokenizer puts a space before what
-    stands alone.
-    """
+    """Tokenise a text that continues another: Llama's tokenizer puts a space before text alone."""
     for before in ("\n", tokenizer.eos_token or "\n"):
         head, ids = _ids([before, before + text], tokenizer)
         if np.array_equal(ids[: len(head)], head):
@@ -232,7 +221,7 @@ def _continue(text: str, tokenizer: Any) -> np.ndarray:
 
 
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
-    """A prompt as training saw it: one BOS if the tokenizer uses one."""
+    """Encode a prompt as training saw it: with one BOS if the tokenizer uses one."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if uses_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
@@ -240,15 +229,15 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
 
 
 def uses_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a BOS before a text by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
-        tokenizer.bos_token_id
-    ]
+    """Return whether the tokenizer itself puts a BOS before a text."""
+    bos_id = tokenizer.bos_token_id
+    return bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of vocabulary, merges, normalisation and special tokens, and of what
-    tokenizer_config.json changes at each call.
+    """Hash a tokenizer: vocabulary, merges, normalisation, special tokens.
+
+    Settings of tokenizer_config.json that apply at each call count, too.
     """
     switches = [uses_bos(tokenizer), bool(getattr(tokenizer, "split_special_tokens", False))]
     parts = [
@@ -259,7 +248,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _batches(stream: Iterator[Conversation]) -> Iterator[list[Conversation]]:
-    """As many as the tokenizer takes at once, by number and by characters."""
+    """Yield as many conversations as the tokenizer takes at once, by number and characters."""
     batch, characters = [], 0
     for conversation in stream:
         batch.append(conversation)
@@ -278,38 +267,25 @@ def _characters(conversation: Conversation) -> int:
 def tokenise(
     sources: Sequence[str], template: Template, tokenizer: Any, options: Options
 ) -> Tokenised:
-    """Tokenise all rows of all sources. Raises DataError that names file and line of what is wrong."""
+    """Tokenise all rows of all sources. Raise DataError that names file and line."""
     made = Tokenised()
-    made.counts = {
-        "num_rows": 0,
-        "num_truncated": 0,
-        "num_dropped": 0,
-        "learn_opening": template.learn_opening,
-    }
+    made.counts = dict.fromkeys(("num_rows", "num_truncated", "num_dropped"), 0)
+    made.counts["learn_opening"] = template.learn_opening
     finish, control = _Finisher(template, tokenizer), ControlTokens(tokenizer, template.turn_ends)
     index = {source: number for number, source in enumerate(sources)}
     bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
     problems, unread = Problems(), Counter[str]()
     lengths: list[int] = []
-    stream = rows.conversations(
-        sources,
-        options.format,
-        options.columns,
-        options.text_unit,
-        options.system_prompt,
-        problems,
-        unread,
-    )
+    stream = options.conversations(sources, problems, unread)
     # A longer row always has more than max_length tokens, so it is not tokenised, which would take
     # a minute for 50 MB.
     most = max(WINDOW, options.max_length * max(map(len, tokenizer.get_vocab())))
     for batch in _batches(stream):
         rendered = _rendered(batch, template, control, options, most, problems, made.counts)
         if len(problems) > problems.count(TOO_LONG):
-            continue  # the rest is read to count what is wrong; tokens are of no use any more
-        if not template.learn_opening and any(
-            template.opens_itself(segments) for _, segments in rendered
-        ):
+            continue  # read the rest only to count wrong rows
+        opened = (template.opens_itself(segments) for _, segments in rendered)
+        if not template.learn_opening and any(opened):
             bar.close()
             return tokenise(sources, replace(template, learn_opening=True), tokenizer, options)
         encoded = encode([segments for _, segments in rendered], tokenizer)
@@ -317,11 +293,9 @@ def tokenise(
             place, pieces = conversation.place, []
             made.counts["num_rows"] += 1
             with problems.noted():
-                ids, supervised = finish(conversation, segments, ids, supervised)
-                lengths.append(len(ids))
-                pieces = _pieces(
-                    ids, supervised, options, finish.bos_id, place, problems, made.counts
-                )
+                whole = finish(conversation, segments, ids, supervised)
+                lengths.append(len(whole[0]))
+                pieces = _pieces(*whole, options, finish.bos_id, place, problems, made.counts)
             for piece_ids, piece_supervised in pieces:
                 made.ids.append(piece_ids)
                 made.supervised.append(piece_supervised)
@@ -329,44 +303,45 @@ def tokenise(
         bar.update(len(batch))
     bar.close()
     problems.raise_if_any({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
-    if not made.ids and not made.counts["num_rows"]:
-        raise DataError(
-            f"{readers.some(list(sources), most=1)}: data.format skips all "
-            f"{problems.num_skipped:,} rows"
-        )
-    if not made.ids:
-        raise DataError(
-            f"{readers.some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over "
-            f"data.max_length {options.max_length} and dropped"
-        )
     made.counts |= {
         "num_empty": problems.num_empty,
         "num_skipped": problems.num_skipped,
         "unread": unread,
     }
+    _require_any(made, sources, options)
     return made
 
 
+def _require_any(made: Tokenised, sources: Sequence[str], options: Options) -> None:
+    """Raise DataError if no row is left to train on."""
+    if made.ids:
+        return
+    if not made.counts["num_rows"]:
+        raise DataError(
+            f"{readers.some(list(sources), most=1)}: data.format skips all "
+            f"{made.counts['num_skipped']:,} rows; correct the function"
+        )
+    raise DataError(
+        f"{readers.some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over "
+        f"data.max_length {options.max_length} and dropped; raise it"
+    )
+
+
 def _rendered(
-    batch: Sequence[Conversation], template: Template, control: "ControlTokens", options: Options, most: int, problems: Problems,
-    counts: dict[str, int],
+    batch: Sequence[Conversation], template: Template, control: "ControlTokens", options: Options,
+    most: int, problems: Problems, counts: dict[str, int],
 ) -> list[tuple[Conversation, list[Segment]]]:  # fmt: skip
-    """Conversations with their segments; rows over `most` characters are dropped or noted."""
+    """Return conversations with their segments; drop or note rows over `most` characters."""
     rendered = []
     for conversation in batch:
-        if (
-            options.truncation in ("error", "drop")
-            and (characters := _characters(conversation)) > most
-        ):
-            if options.truncation == "drop":
-                counts["num_rows"], counts["num_dropped"] = (
-                    counts["num_rows"] + 1,
-                    counts["num_dropped"] + 1,
-                )
-            else:
-                problems.note(
-                    _over(conversation.place, f"{characters:,} characters", options, None), TOO_LONG
-                )
+        characters = _characters(conversation)
+        if characters > most and options.truncation == "drop":
+            counts["num_rows"] += 1
+            counts["num_dropped"] += 1
+            continue
+        if characters > most and options.truncation == "error":
+            size = f"{characters:,} characters"
+            problems.note(_over(conversation.place, size, options, None), TOO_LONG)
             continue
         with problems.noted():
             control.refuse(conversation)
@@ -375,18 +350,19 @@ def _rendered(
 
 
 def _pieces(
-    ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None, place: Place, problems: Problems,
-    counts: dict[str, int],
+    ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None, place: Place,
+    problems: Problems, counts: dict[str, int],
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """A row cut to max_length: one piece, several, or none. Raises DataError if a piece teaches
-    nothing.
+    """Cut a row to max_length: one piece, several, or none.
+
+    Raises DataError if a piece has no supervised token.
     """
     is_long = len(ids) > options.max_length
     if options.truncation == "error" and is_long:
         problems.note(_over(place, f"{len(ids)} tokens", options, len(ids)), TOO_LONG)
         return []
     pieces = _shorten(ids, supervised, options, bos_id, place)
-    if not all(learned[1:].any() for _, learned in pieces):
+    if not all(supervised[1:].any() for _, supervised in pieces):
         can_rise = options.positions is None or options.max_length < options.positions
         raise DataError(
             f"{place}: no supervised token is left in {len(ids)} tokens cut to "
@@ -400,34 +376,28 @@ def _pieces(
 
 
 class ControlTokens:
-    """What no row may hold as text: BOS, EOS, what ends a turn, and other special tokens."""
+    """Reject text that contains BOS, EOS, ends of turns, or other special tokens."""
 
     def __init__(self, tokenizer: Any, turn_ends: Sequence[str]) -> None:
         self._bos = tokenizer.bos_token
-        bos, eos, unk, pad = (
-            getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")
-        )
-        ends = (set(turn_ends) | {eos, pad} | ({bos} if uses_bos(tokenizer) else set())) - {
-            None,
-            unk,
-        }
-        special = {
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        } - {unk}
-        self._of_text, self._of_turns = _any_of(ends), _any_of(ends | special)
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        ends = {*turn_ends, tokenizer.eos_token, tokenizer.pad_token}
+        if uses_bos(tokenizer):
+            ends.add(tokenizer.bos_token)
+        allowed = {None, tokenizer.unk_token}
+        self._of_text, self._of_turns = _any_of(ends - allowed), _any_of((ends | special) - allowed)
 
     def refuse(self, conversation: Conversation) -> None:
         """Raise DataError if a row's text would be tokenised to one of them."""
         for message in conversation.messages:
-            # A text has no turns to forge, and code is full of what some vocabularies call special,
-            # as <filename>.
+            # Text has no turns to forge, and code is full of tokens that some vocabularies call
+            # special, such as <filename>.
             control = self._of_text if message.role == "text" else self._of_turns
             if found := control.search(message.content + message.context):
-                what = (
-                    "a BOS that the tokenizer adds itself"
-                    if found[0] == self._bos
-                    else "a control token of the tokenizer"
-                )
+                what = "a control token of the tokenizer"
+                if found[0] == self._bos:
+                    what = "a BOS that the tokenizer adds itself"
                 raise DataError(
                     f"{conversation.place}: the text contains {found[0]!r}, {what}; remove it from "
                     "the row"
@@ -435,7 +405,7 @@ class ControlTokens:
 
 
 class _Finisher:
-    """Puts one BOS before an example and the token that ends it behind."""
+    """Put one BOS before an example, and behind it the token that ends it."""
 
     def __init__(self, template: Template, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -452,21 +422,20 @@ class _Finisher:
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.bos_id is not None and (ids.size == 0 or ids[0] != self.bos_id):
             ids, supervised = np.insert(ids, 0, self.bos_id), np.insert(supervised, 0, False)
-        # Further on, it is the template's own: Llama 2's puts one before every question.
+        # Further BOS are the template's own: Llama 2's puts one before every question.
         is_text, bos_id = conversation.messages[0].role == "text", self.tokenizer.bos_token_id
         begins = not is_text and bos_id not in (None, self.eos_id) and ids.size and ids[0] == bos_id
         again = np.flatnonzero(ids[1:] == bos_id)
         if begins and again.size and not self.tokenizer.decode(ids[1 : 1 + again[0]]).strip():
             raise DataError(
                 f"{conversation.place}: data.template {self.template.name!r} begins with more than "
-                "one BOS "
-                f"{self.tokenizer.bos_token!r}; write it once, or leave it to the tokenizer"
+                f"one BOS {self.tokenizer.bos_token!r}; write it once, or leave it to the tokenizer"
             )
         if is_text or self.template.stop_of(segments) is None:
             if self.eos_id is None:
                 raise ModelError(
-                    "the tokenizer has no EOS token and the template ends no turn, so stopping "
-                    "cannot be learned; set eos_token"
+                    "the tokenizer has no EOS token and the template does not end turns, so the "
+                    "model cannot learn to stop; set eos_token"
                 )
             ids, supervised = np.append(ids, np.int32(self.eos_id)), np.append(supervised, True)
         return ids, supervised
@@ -476,42 +445,44 @@ CUT = "data.truncation to right, left, drop or (clm) split"
 
 
 def _over(place: Place, size: str, options: Options, length: int | None) -> str:
-    """That a row is too long. `length`: its tokens; None if there are too many to count."""
-    fits = (
-        f"remove it, or set {CUT}"
-        if length is None
-        else fitting(length, options.max_length, options.positions)
-    )
-    return f"{place}: {size}, over data.max_length {options.max_length}; {fits}"
+    """Say that a row is too long. `length`: its tokens; None if there are too many to count."""
+    remedy = f"remove it, or set {CUT}"
+    if length is not None:
+        remedy = fitting(length, options.max_length, options.positions)
+    return f"{place}: {size}, over data.max_length {options.max_length}; {remedy}"
 
 
 def fitting(longest: int, limit: int, positions: int | None) -> str:
-    """What to do about rows of up to `longest` tokens where data.max_length is `limit`: no length
-    that the model cannot have.
+    """Say what to do about rows of up to `longest` tokens where data.max_length is `limit`.
+
+    Never suggests a length that the model's positions do not allow.
     """
     if positions is not None and longest > positions:
         lower = f"data.max_length: {positions} and " if limit != positions else ""
-        return f"data.max_length can be at most {positions}, as the model has no more positions: set {lower}{CUT}"
+        return (
+            f"data.max_length can be at most {positions}, as the model has no more positions: set "
+            f"{lower}{CUT}"
+        )
     enough = -(-longest // 64) * 64
-    return (
-        f"set data.max_length: {enough if positions is None else min(enough, positions)}, or {CUT}"
-    )
+    return f"set data.max_length: {min(enough, positions or enough)}, or {CUT}"
 
 
 def _lengths(lengths: list[int], too_long: int, options: Options) -> str:
-    """How many rows are too long, and which data.max_length would do."""
+    """Say how many rows are too long, and which data.max_length would fit."""
     limit = options.max_length
     if not lengths:
         return f"{too_long:,} rows are longer than data.max_length {limit}"
-    if len(lengths) < too_long + sum(
-        length <= limit for length in lengths
-    ):  # some were not even tokenised
-        return f"{too_long:,} rows are longer than data.max_length {limit}, some by far: remove them, or set {CUT}"
+    fit = sum(length <= limit for length in lengths)
+    if len(lengths) < too_long + fit:  # some were not even tokenised
+        return (
+            f"{too_long:,} rows are longer than data.max_length {limit}, some by far: remove them, "
+            f"or set {CUT}"
+        )
     longest, usual = max(lengths), int(np.percentile(lengths, 95, method="higher"))
     return (
         f"{too_long:,} rows are longer than data.max_length {limit}; of all {len(lengths):,} the "
-        f"longest has {longest:,} tokens and 95% "
-        f"have at most {usual:,}: {fitting(longest, limit, options.positions)}"
+        f"longest has {longest:,} tokens and 95% have at most {usual:,}: "
+        f"{fitting(longest, limit, options.positions)}"
     )
 
 
@@ -522,7 +493,7 @@ def _any_of(tokens: set[str]) -> re.Pattern[str]:
 def _shorten(
     ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None, place: Place
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """At most max_length tokens: the example itself, or what data.truncation makes of it."""
+    """Return at most max_length tokens: the example itself, or what data.truncation makes of it."""
     limit, over = options.max_length, len(ids) - options.max_length
     if over <= 0:
         return [(ids, supervised)]
@@ -536,23 +507,17 @@ def _shorten(
             has_prompt = not supervised[head:].all()
             ids = np.concatenate([ids[:head], ids[head + over :]])
             supervised = np.concatenate([supervised[:head], supervised[head + over :]])
-            if has_prompt:  # the rest of an answer whose prompt is gone is read, but not learned
-                rest = (
-                    len(ids)
-                    if supervised[head:].all()
-                    else head + int(np.argmin(supervised[head:]))
-                )
+            if has_prompt:  # the rest of an answer without its prompt is read, but not learned
+                rest = len(ids)
+                if not supervised[head:].all():
+                    rest = head + int(np.argmin(supervised[head:]))
                 supervised[head:rest] = False
         return [(ids, supervised)]
     pieces = []
-    # Without a BOS to begin with, a piece begins with the last token of the one before, so that
-    # each is predicted once.
+    # Without a BOS, a piece begins with the last token of the one before, so that each token is
+    # predicted once.
     for start in range(head, len(ids) - (1 - head), limit - 1):
         piece = slice(start, start + limit - head)
-        pieces.append(
-            (
-                np.concatenate([ids[:head], ids[piece]]),
-                np.concatenate([supervised[:head], supervised[piece]]),
-            )
-        )
+        piece_ids = np.concatenate([ids[:head], ids[piece]])
+        pieces.append((piece_ids, np.concatenate([supervised[:head], supervised[piece]])))
     return pieces

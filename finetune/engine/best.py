@@ -1,6 +1,4 @@
-"""The best evaluation: which checkpoint holds its weights, and whether the run has stopped
-improving.
-"""
+"""Track the best evaluation: which checkpoint has its weights; has the run stopped improving?"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -19,20 +17,19 @@ class BestCheckpoint:
     """Every process has one, and all call the same methods after the same steps."""
 
     def __init__(
-        self, settings: fields.Evaluation, directory: RunDirectory, topology: Topology,
+        self,
+        settings: fields.Evaluation,
+        directory: RunDirectory,
+        topology: Topology,
         under_way: Callable[[], set[int]] = set,
-    ) -> None:  # fmt: skip
-        """`under_way`: the steps whose checkpoints are being written now."""
-        self.settings, self.directory, self.topology, self.under_way = (
-            settings,
-            directory,
-            topology,
-            under_way,
-        )
+    ) -> None:
+        """`under_way` returns the steps whose checkpoints are being written now."""
+        self.settings, self.directory, self.topology = settings, directory, topology
+        self.under_way = under_way
         self.step: int | None = None
         """The step of the best evaluation, if its weights are to be exported."""
         self.stalled = False
-        """Whether the last evaluation.patience evaluations were all no better than one before."""
+        """Whether none of the last evaluation.patience evaluations improved on those before."""
 
     def fetch(self, storage: "Storage | None") -> None:
         """Fetch the checkpoint of the best evaluation from the store, if this disk lacks it."""
@@ -41,32 +38,28 @@ class BestCheckpoint:
             self.topology.on_main(lambda: resume.bring(self.directory.checkpoints, best, storage))
 
     def update(self, step: int) -> None:
-        """Judge the evaluations up to `step`, where the run is. Only a step whose weights are kept
-        can be the best.
-        """
+        """Find the best of the evaluations up to `step`, the run's last, whose weights are kept."""
 
-        def judged() -> tuple[int | None, bool]:
+        def find() -> tuple[int | None, bool]:
             saved = resume.kept(self.directory.checkpoints) | self.under_way() | {step}
             logs = self.directory.logs
             return logs.best_step(saved), logs.has_stalled(self.settings.patience)
 
-        best, self.stalled = self.topology.on_main(judged)
+        best, self.stalled = self.topology.on_main(find)
         self.step = best if self.settings.export_best else None
 
     def restore(self, state: TrainState, log: Callable[[str], None]) -> int:
-        """Put the weights of the best evaluation into the model, if they are to be exported; return
-        the step of its weights.
-        """
+        """Load the weights of the best evaluation, if they are exported; return their step."""
         here = state.progress.step
         if not self.settings.export_best:
             return here
 
-        def found() -> tuple[int, int]:
+        def find() -> tuple[int, int]:
             kept = resume.kept(self.directory.checkpoints) | {here}
             saved, lowest = self.directory.logs.best_step(kept), self.directory.logs.best_step()
             return (here if saved is None else saved), (here if lowest is None else lowest)
 
-        best, lowest = self.topology.on_main(found)
+        best, lowest = self.topology.on_main(find)
         if best != lowest:
             log(
                 f"note: the evaluation of step {lowest} was better, but its checkpoint was not kept"

@@ -1,4 +1,4 @@
-"""The logs of a run directory: JSON lines, each of one step. No torch."""
+"""Write and read the logs of a run directory: JSON lines, one per step. No torch."""
 
 import contextlib
 import json
@@ -13,15 +13,15 @@ from finetune import files
 
 
 class Log:
-    """Append JSON lines; a full disk only delays them: they go out with the next line."""
+    """Append JSON lines; if the disk is full, keep them and write them with the next line."""
 
     def __init__(self, path: Path, log: Callable[[str], None]) -> None:
-        """`log` gets one line for a person."""
+        """`log` reports to the user that the file cannot be written."""
         self.path, self._log = path, log
         self._waiting = ""
 
     def add(self, values: dict[str, Any]) -> None:
-        # JSON knows no NaN and no infinity.
+        # JSON has neither NaN nor infinity.
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
@@ -51,7 +51,7 @@ class Log:
 
 
 class Logs:
-    """What a run has logged so far: read, and cut back where a run resumes."""
+    """Read what a run has logged, and cut it back to the step where the run resumes."""
 
     def __init__(self, folder: Path) -> None:
         self.metrics = folder / "metrics.jsonl"
@@ -64,7 +64,7 @@ class Logs:
         return max((values["step"] for values in records(self.metrics)), default=0)
 
     def eval_losses(self) -> dict[int, float]:
-        """Step -> loss of every evaluation on record; infinity where it was not a number."""
+        """Return step -> loss of every recorded evaluation; infinity where the loss was NaN."""
         losses = {}
         for values in records(self.evals):
             if _has_loss(values):
@@ -73,20 +73,20 @@ class Logs:
         return losses
 
     def best_step(self, saved: set[int] | None = None) -> int | None:
-        """Find the step of the lowest evaluation loss; `saved`: only these can be the best."""
+        """Return the step of the lowest evaluation loss; `saved`: consider only these steps."""
         losses = self.eval_losses()
         could = [step for step in losses if saved is None or step in saved]
         return min(could, key=lambda step: losses[step], default=None)
 
     def has_stalled(self, patience: int | None) -> bool:
-        """Whether the last `patience` evaluations were all no better than one before."""
+        """Return whether none of the last `patience` evaluations improved on those before."""
         losses = list(self.eval_losses().values())
         if patience is None or len(losses) <= patience:
             return False
         return min(losses[-patience:]) >= min(losses[:-patience])
 
     def history(self) -> list[dict[str, Any]]:
-        """Every line of metrics and evaluations, in the order of their steps."""
+        """Return all metrics and evaluations, ordered by step."""
         lines = [*records(self.metrics), *records(self.evals)]
         return sorted(lines, key=lambda line: line["step"])
 
@@ -94,10 +94,9 @@ class Logs:
         return any(values["step"] == step for values in records(self.samples))
 
     def rewind(self, step: int) -> list[str]:
-        """Take lines of later steps (and a torn last line) out: they will be trained again.
+        """Remove lines of later steps, which will be trained again, and a partial last line.
 
-        Other lines that cannot be read go too; then the log as it was stays next to it. Returns
-        notes for a person.
+        Also removes damaged lines, but then keeps a copy of the log. Returns notes for the user.
         """
         notes = []
         for log in self.all:
@@ -109,10 +108,9 @@ class Logs:
             for number, line in enumerate(all_lines, 1):
                 values = _values(line)
                 if values is None or (log == self.evals and not _has_loss(values)):
-                    # The last one, without a newline, is torn if it begins as our lines do.
-                    is_torn = (
-                        number == len(all_lines) and line.startswith("{") and (kept or not step)
-                    )
+                    # A last line without a newline is partial if it begins as our lines do.
+                    is_last = number == len(all_lines)
+                    is_torn = is_last and line.startswith("{") and (kept or not step)
                     damaged += [number] if line and not is_torn else []
                 elif values["step"] <= step:
                     kept.append(line)
@@ -127,9 +125,9 @@ class Logs:
         return notes
 
     def missing(self, step: int, log_every: int, eval_every: int | None) -> list[str]:
-        """Notes on lines up to `step` that the logs should hold and do not, after `rewind`.
+        """Return notes on lines up to `step` that are missing from the logs after `rewind`.
 
-        The evaluation after `step` itself may have had no time, and is made up for.
+        The evaluation after `step` itself may be missing: the run catches up on it.
         """
         logged = {values["step"] for values in records(self.metrics)}
         due = range(log_every, step + 1, log_every)
@@ -137,7 +135,7 @@ class Logs:
         if eval_every is not None:
             due, evaluated = range(eval_every, step, eval_every), set(self.eval_losses())
             key = f"evaluation.every_steps: {eval_every}"
-            lost = "; evaluation.patience and evaluation.export_best judge without them"
+            lost = "; evaluation.patience and evaluation.export_best ignore them"
             notes += [note + lost for note in _missing(self.evals, due, evaluated, key, step)]
         return notes
 
@@ -148,15 +146,15 @@ def _missing(log: Path, due: range, found: set[int], key: str, step: int) -> lis
         return []
     listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
     return [
-        f"note: {log} lacks {len(absent)} of the {len(due)} lines that {key} asks for "
-        f"up to step {step}: {listed}"
+        f"note: {log} lacks {len(absent)} of the "
+        f"{len(due)} lines that {key} asks for up to step {step}: {listed}"
     ]
 
 
 def lines(log: Path) -> list[str]:
-    """Lines of a log, of which each byte comes back when they are written again.
+    """Return the lines of a log, such that writing them again restores each byte.
 
-    Only a newline ends one: answers of a model may hold what Python's splitlines takes for an end.
+    Splits only at newlines: a model's answers may hold other characters at which splitlines splits.
     """
     if not log.is_file():
         return []
@@ -164,12 +162,12 @@ def lines(log: Path) -> list[str]:
 
 
 def records(log: Path) -> list[dict[str, Any]]:
-    """What the lines of a log hold; damaged ones are left out."""
+    """Return the values of a log's lines, without damaged ones."""
     return [values for line in lines(log) if (values := _values(line))]
 
 
 def _values(line: str) -> dict[str, Any] | None:
-    """What a line of a log holds, if it holds a step."""
+    """Return the values of a line; None if it is damaged or has no step."""
     try:
         line.encode()  # fails for bytes that are not UTF-8
         values = json.loads(line)
@@ -180,6 +178,6 @@ def _values(line: str) -> dict[str, Any] | None:
 
 
 def _has_loss(values: dict[str, Any]) -> bool:
-    """Whether a line of eval.jsonl can be judged by."""
+    """Return whether a line of eval.jsonl has a usable loss (None stands for NaN)."""
     loss = values.get("eval_loss", "absent")
     return loss is None or type(loss) is float or (type(loss) is int and abs(loss) < 1e300)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, eval.jsonl, a progress bar or plain lines."""
+"""Report a run's progress: metrics.jsonl, eval.jsonl, and a progress bar or plain lines."""
 
 import re
 import sys
@@ -16,26 +16,25 @@ from finetune.engine.rundir import RunDirectory
 from finetune.engine.step import StepResult
 from finetune.engine.trackers import Trackers
 
-# Peak dense rate of products of 16-bit numbers in FLOP/s, from the vendors' data sheets: words of a
-# GPU's name -> rate. The first line whose words are all in the name; what has no line has no
-# utilisation.
+# Words of a GPU's name -> peak dense rate of 16-bit matrix products in FLOP/s, from the vendors'
+# data sheets. The first entry whose words are all in the name counts.
 PEAK_16_BITS = {
-    ("GB300",): 2500e12, ("B300",): 2250e12, ("GB200",): 2500e12, ("B200",): 2250e12, ("GH200",): 989e12, ("H200", "NVL"): 835e12,
-    ("H200",): 989e12, ("H100", "NVL"): 835e12, ("H100", "PCIe"): 756e12, ("H100",): 989e12, ("H800",): 989e12, ("H20",): 148e12,
+    ("GB300",): 2500e12, ("B300",): 2250e12, ("GB200",): 2500e12, ("B200",): 2250e12,
+    ("GH200",): 989e12, ("H200", "NVL"): 835e12, ("H200",): 989e12, ("H100", "NVL"): 835e12,
+    ("H100", "PCIe"): 756e12, ("H100",): 989e12, ("H800",): 989e12, ("H20",): 148e12,
     ("A100",): 312e12, ("A800",): 312e12, ("A40",): 149.7e12, ("A30",): 165e12, ("A10",): 125e12,
     ("L40S",): 362e12, ("L40",): 181e12, ("L4",): 121e12,
-    ("RTX", "6000", "Ada"): 364e12, ("RTX", "A6000"): 154.8e12, ("RTX", "5090"): 209.5e12, ("RTX", "4090"): 165e12, ("RTX", "3090"): 71e12,
+    ("RTX", "6000", "Ada"): 364e12, ("RTX", "A6000"): 154.8e12, ("RTX", "5090"): 209.5e12,
+    ("RTX", "4090"): 165e12, ("RTX", "3090"): 71e12,
     ("MI355X",): 2500e12, ("MI325X",): 1307e12, ("MI300X",): 1307e12,
 }  # fmt: skip
-
-
 LINE_SECONDS = 10  # between two lines about steps
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 2, 100  # of the answers to evaluation.sample_prompts
 
 
 def peak_rate(gpu: str) -> float | None:
-    """FLOP/s of a GPU by its name; None if unknown."""
+    """Return the FLOP/s of a GPU by its name; None if unknown."""
     words = set(re.split(r"[\s-]+", gpu))
     return next((rate for needed, rate in PEAK_16_BITS.items() if words.issuperset(needed)), None)
 
@@ -43,28 +42,24 @@ def peak_rate(gpu: str) -> float | None:
 def utilisation(
     tokens_per_second: float, flops_per_token: float, peak: float | None, num_processes: int
 ) -> float | None:
-    """Model FLOPs utilisation: the arithmetic that the model needs over what the GPUs could do in
-    16 bits. None if unknown.
-    """
+    """Return the model FLOPs utilisation, of the GPUs' 16-bit peak; None if unknown."""
     if not peak or not flops_per_token:
         return None
     return round(tokens_per_second * flops_per_token / (peak * num_processes), 4)
 
 
 def log(message: str) -> None:
-    """One line for a person, past any progress bar, on standard output; errors go to standard
-    error.
-    """
+    """Print a message for the user to standard output, above any progress bar."""
     tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()  # a file or a pipe would keep it back
+    sys.stdout.flush()  # a file or a pipe would buffer it
 
 
 class Metrics:
-    """Writes on the main process; elsewhere every call does nothing."""
+    """Write metrics on the main process; do nothing on the others."""
 
     def __init__(
-        self, directory: RunDirectory, *, num_steps: int, start: int, every: int, is_main: bool, num_processes: int,
-        flops_per_token: float, trackers: Trackers | None = None,
+        self, directory: RunDirectory, *, num_steps: int, start: int, every: int, is_main: bool,
+        num_processes: int, flops_per_token: float, trackers: Trackers | None = None,
     ) -> None:  # fmt: skip
         """`trackers` get every line that the files get."""
         self.trackers = trackers
@@ -73,16 +68,12 @@ class Metrics:
         self.samples, self.saves = Log(logs.samples, log), Log(logs.saves, log)
         self.num_steps, self.every, self.is_main = num_steps, every, is_main
         self.flops_per_token, self.num_processes = flops_per_token, num_processes
-        # Not if one of them is a pipe: tee would write its lines into the bar.
+        # No bar if one of them is a pipe: tee would write its lines into the bar.
         shows_bar = is_main and sys.stderr.isatty() and sys.stdout.isatty()
         self.bar = tqdm(
-            total=num_steps,
-            initial=start,
-            bar_format=BAR,
-            disable=not shows_bar,
-            dynamic_ncols=True,
-            leave=False,
-        )
+            total=num_steps, initial=start, bar_format=BAR, disable=not shows_bar,
+            dynamic_ncols=True, leave=False,
+        )  # fmt: skip
         self.started = self.last_line = self.mark = time.monotonic()
         self.tokens = 0
         self.first = start
@@ -91,9 +82,7 @@ class Metrics:
     def step(
         self, progress: Progress, result: StepResult, *, lr: float, epoch: float, memory_gb: float
     ) -> None:
-        """After each step. `tokens` and `supervised_tokens` of a line are totals since the start of
-        the run.
-        """
+        """Record a step. `tokens` and `supervised_tokens` of a line are totals of the whole run."""
         if not self.is_main:
             return
         self.tokens += result.tokens
@@ -103,10 +92,12 @@ class Metrics:
         seconds = now - self.mark
         rate = self.tokens / max(seconds, 1e-9)
         line = {
-            "step": step, "epoch": round(epoch, 4), "loss": result.loss, **result.other_terms, "lr": lr, "grad_norm": result.grad_norm,
+            "step": step, "epoch": round(epoch, 4),
+            "loss": result.loss, **result.other_terms, "lr": lr, "grad_norm": result.grad_norm,
             "tokens": progress.tokens, "supervised_tokens": progress.supervised_tokens,
-            "tokens_per_second": round(rate, 1), "seconds": round(seconds, 4), "memory_gb": round(memory_gb, 3),
-            **self._utilisation(rate), **({"skipped": True} if result.skipped else {}),
+            "tokens_per_second": round(rate, 1), "seconds": round(seconds, 4),
+            "memory_gb": round(memory_gb, 3), **self._utilisation(rate),
+            **({"skipped": True} if result.skipped else {}),
         }  # fmt: skip
         self.unwritten = line if step % self.every and not last else None
         if self.unwritten:
@@ -117,14 +108,13 @@ class Metrics:
         if now - self.last_line > LINE_SECONDS or last or step == self.first + 1:
             left = (now - self.started) / (step - self.first) * (self.num_steps - step)
             log(
-                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f}  lr "
-                f"{lr:.2e}  "
-                f"{rate:,.0f} tokens/s  {memory_gb:.1f} GB  {_duration(left)} left"
+                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f} "
+                f" lr {lr:.2e}  {rate:,.0f} tokens/s  {memory_gb:.1f} GB  {_duration(left)} left"
             )
             self.last_line = now
 
     def flush(self) -> None:
-        """Write the latest step although its turn has not come: there will be no other."""
+        """Write the latest step even if it is not due: the run ends here."""
         if self.unwritten:
             self._record(self.steps, self.unwritten)
             self.unwritten = None
@@ -135,25 +125,20 @@ class Metrics:
             own, entropy = values["eval_loss"], values["cross_entropy"]
             beside = "" if own == entropy else f"cross-entropy {entropy:.4f}  "
             log(
-                f"step {step}/{self.num_steps}  eval loss {own:.4f}  {beside}perplexity "
-                f"{values['perplexity']:.2f}"
+                f"step {step}/{self.num_steps}  eval "
+                f"loss {own:.4f}  {beside}perplexity {values['perplexity']:.2f}"
             )
 
     def saved(self, facts: dict[str, Any]) -> None:
-        """After a checkpoint: its step, how long training waited for it, how long it took, its
-        size.
-        """
+        """Record a checkpoint: its step and size, how long it took and how long training waited."""
         if self.is_main:
             self.saves.add(facts)
-            uploaded = (
-                f", {facts['upload_seconds']:.3g} s of that for the upload"
-                if "upload_seconds" in facts
-                else ""
-            )
+            uploaded = ""
+            if "upload_seconds" in facts:
+                uploaded = f", {facts['upload_seconds']:.3g} s of that for the upload"
             log(
                 f"saved step {facts['step']}: {facts['bytes'] / 1e9:.3g} GB, training waited "
-                f"{facts['stall_seconds']:.3g} s, "
-                f"safe after {facts['seconds']:.3g} s{uploaded}"
+                f"{facts['stall_seconds']:.3g} s, safe after {facts['seconds']:.3g} s{uploaded}"
             )
 
     def sampled(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
@@ -162,28 +147,26 @@ class Metrics:
                 self.samples.add({"step": step, "prompt": prompt, "answer": answer})
             for prompt, answer in list(zip(prompts, answers))[:SHOWN_SAMPLES]:
                 log(
-                    f"step {step}/{self.num_steps}  sample  {_line(prompt)}  ->  "
-                    f"{_line(answer) or '(nothing)'}"
+                    f"step {step}/{self.num_steps}  sample "
+                    f" {_line(prompt)}  ->  {_line(answer) or '(nothing)'}"
                 )
             if (more := len(prompts) - SHOWN_SAMPLES) > 0:
                 log(f"step {step}/{self.num_steps}  {more} more in {self.samples.path}")
 
     def sync(self) -> None:
-        """Everything that was told is on the disk. Raises OSError: a checkpoint must find its past
-        there.
-        """
+        """Flush the logs to the disk, as a checkpoint needs its history there. Raises OSError."""
         for log in (self.steps, self.evals, self.samples):
             log.sync()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent inside does not count as training time."""
+        """Exclude the time spent inside from the training time."""
         began = time.monotonic()
         yield
         self.mark += time.monotonic() - began
 
     def close_bar(self) -> None:
-        """After the last step: what follows would be written around it."""
+        """Remove the bar after the last step, before other output."""
         self.bar.close()
 
     def close(self) -> None:
@@ -205,7 +188,7 @@ class Metrics:
 
 
 def _line(text: str) -> str:
-    """A text in one line, its beginning if it is long."""
+    """Return a text in one line, cut if it is long."""
     text = " ".join(text.split())
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers, and the learning rate as a pure function of the step."""
+"""Build parameter groups and optimizers; compute the learning rate from the step alone."""
 
 import hashlib
 import importlib
@@ -12,30 +12,29 @@ from torch import nn
 from finetune.config import Optimizer, Schedule
 from finetune.config.choices import OPTIMIZERS
 
-SLICE = 1 << 24  # values that are stepped at once: 64 MB for each of the float32 copies
+SLICE = 1 << 24  # values per update: 64 MB for each of the float32 copies
 
 
 def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Weights that train, by what is done to them: weight decay, and `scale` of the learning rate.
+    """Group the trained weights by weight decay and by `scale` of the learning rate.
 
-    Matrices decay; norms, biases and every other vector do not. Embeddings and head have
-    optimizer.embedding_lr, LoRA's B matrices optimizer.lora_plus_ratio x the rate of the others.
-    `hidden` marks the matrices that are neither embeddings nor head, which muon turns.
+    Matrices decay; norms, biases and other vectors do not. Embeddings and head use
+    optimizer.embedding_lr; LoRA's B matrices use optimizer.lora_plus_ratio x the rate of the rest.
+    `hidden` marks the matrices that are neither embeddings nor head: muon updates these.
     """
-    ends = {id(p) for module in _ends(model) for p in module.parameters()}
-    looked_up = {
-        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)
-    }  # positions, too
+    outer = {id(p) for module in _embedding_and_head(model) for p in module.parameters()}
+    # Position embeddings, too.
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_end, is_matrix = id(parameter) in ends, parameter.ndim >= 2
-            hidden = parameter.ndim == 2 and id(parameter) not in looked_up and not is_end
-            scale = (
-                optimizer.embedding_lr / optimizer.lr if is_end and optimizer.embedding_lr else 1.0
-            )
+            is_outer, is_matrix = id(parameter) in outer, parameter.ndim >= 2
+            hidden = parameter.ndim == 2 and id(parameter) not in embeddings and not is_outer
+            scale = 1.0
             if "lora_B" in name or "lora_embedding_B" in name:
                 scale = optimizer.lora_plus_ratio or 1.0
+            elif is_outer and optimizer.embedding_lr:
+                scale = optimizer.embedding_lr / optimizer.lr
             key = (optimizer.weight_decay if is_matrix else 0.0, scale, hidden)
             groups.setdefault(key, []).append(parameter)
     return [
@@ -47,10 +46,10 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
 def build(
     model: nn.Module, optimizer: Optimizer, in_16_bits: bool = False, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimizer over `parameter_groups`, at learning rate optimizer.lr x scale.
+    """Build the optimizer over `parameter_groups`, at learning rate optimizer.lr x scale.
 
-    `in_16_bits`: the weights that train are bfloat16, with no float32 copy of them anywhere; `seed`
-    decides which of them are rounded up.
+    `in_16_bits`: the trained weights are bfloat16 without a float32 copy; `seed` then seeds the
+    stochastic rounding.
     """
     groups = parameter_groups(model, optimizer)
     for group in groups:
@@ -69,35 +68,34 @@ def build(
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    """Rare tokens move rarely and far: 8 bits are too few for them (Dettmers et al., 2022, section
-    3).
+    """Keep embeddings' state in 32 bits: rare tokens get rare, large updates.
+
+    Source: Dettmers et al., 2022, section 3.
     """
     import bitsandbytes.optim as bnb
 
     overrides = bnb.GlobalOptimManager.get_instance()
-    overrides.initialize()  # it is one for the process, and knows parameters by their place
+    overrides.initialize()  # a process has only one, and it identifies parameters by position
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             overrides.register_module_override(module, "weight", {"optim_bits": 32})
-    warnings.filterwarnings(
-        "ignore", "Paged optimizers are not supported on CPU"
-    )  # there, all memory is the host's
+    # On a CPU all memory is the host's, so nothing needs paging.
+    warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
 
 
 def needs_bitsandbytes(kind: str) -> bool:
-    """Whether an optimizer, by its optimizer.kind, is one of bitsandbytes."""
+    """Return whether an optimizer.kind is one of bitsandbytes' optimizers."""
     return kind not in ("adamw", "adafactor", "muon")
 
 
 class RoundedAdamW(torch.optim.Optimizer):
-    """AdamW on bfloat16 weights, 8 bytes for each with gradient and averages, computed in float32
-    and rounded stochastically.
+    """AdamW on bfloat16 weights, computed in float32 and rounded stochastically.
 
-    bfloat16 has steps of 1/256 to 1/128 of a value. Rounded to the nearest, an update below half a
-    step is lost each time, and 0.999 v is v again, so that the second moment never falls. Rounded
-    up or down by chance, with the odds of how near each is, all are right on average (Gupta et al.,
-    2015; Zamirai et al., 2020). The chance is a function of (seed, step), so a resumed run draws
-    the same numbers and a run of another seed draws others.
+    A weight with its gradient and averages takes 8 bytes. bfloat16 has steps of 1/256 to 1/128 of a
+    value. Rounding to the nearest loses every update below half a step and turns 0.999 v into v, so
+    that the second moment never falls. Stochastic rounding, up or down with probability
+    proportional to proximity, is right on average (Gupta et al., 2015; Zamirai et al., 2020). The
+    random numbers depend on (seed, step), so a resumed run draws the same.
     """
 
     def __init__(
@@ -116,15 +114,13 @@ class RoundedAdamW(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.tensor(0.0)
-                    state["exp_avg"], state["exp_avg_sq"] = (
-                        torch.zeros_like(parameter),
-                        torch.zeros_like(parameter),
-                    )
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
                 number = int(state["step"].item())
-                chance = chance or torch.Generator(parameter.device).manual_seed(
-                    _mixed(self.seed, number)
-                )
+                if chance is None:
+                    chance = torch.Generator(parameter.device)
+                    chance.manual_seed(_mixed(self.seed, number))
                 tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
                 slices = (_own_part(tensor).view(-1).split(SLICE) for tensor in tensors)
                 for weight, grad, first, second in zip(*slices):
@@ -132,34 +128,31 @@ class RoundedAdamW(torch.optim.Optimizer):
 
 
 def _adamw_(
-    weight: torch.Tensor, grad: torch.Tensor, first: torch.Tensor, second: torch.Tensor, step: int, group: dict[str, Any], chance: torch.Generator
+    weight: torch.Tensor, grad: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
+    step: int, group: dict[str, Any], chance: torch.Generator,
 ) -> None:  # fmt: skip
-    """One step of a slice (Loshchilov and Hutter, 2019), in place."""
+    """Update a slice in place (Loshchilov and Hutter, 2019)."""
     (beta1, beta2), lr, exact = group["betas"], group["lr"], grad.float()
     mean = first.float().lerp_(exact, 1 - beta1)
     square = second.float().mul_(beta2).addcmul_(exact, exact, value=1 - beta2)
     moved = weight.float().mul_(1 - lr * group["weight_decay"])
-    moved.addcdiv_(
-        mean, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-lr / (1 - beta1**step)
-    )
+    scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    moved.addcdiv_(mean, scale, value=-lr / (1 - beta1**step))
     for stored, value in ((weight, moved), (first, mean), (second, square)):
         round_(stored, value, chance)
 
 
 def _mixed(seed: int, step: int) -> int:
-    """A seed from two numbers: PyTorch's generator on a CPU heeds 32 bits only, so each must reach
-    all of them.
-    """
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest(), "little"
-    )
+    """Hash two numbers to a seed: PyTorch's CPU generator uses only 32 of its bits."""
+    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
 
 
 def round_(stored: torch.Tensor, value: torch.Tensor, chance: torch.Generator) -> None:
-    """float32 `value` into bfloat16 `stored`: up or down, with the odds of how near each is.
+    """Round float32 `value` into bfloat16 `stored`, up or down, by proximity.
 
-    bfloat16 is the upper half of float32: a number from 0 to 65,535 added to the lower half carries
-    into the upper one as often as the lower half says.
+    bfloat16 is the upper half of float32: adding a random number from 0 to 65,535 to the lower half
+    carries into the upper half with probability lower half / 65,536.
     """
     if stored.dtype == torch.bfloat16:
         bits = value.view(torch.int32)
@@ -171,15 +164,15 @@ def round_(stored: torch.Tensor, value: torch.Tensor, chance: torch.Generator) -
 
 
 def _own_part(tensor: Any) -> torch.Tensor:
-    """What this process has of it."""
+    """Return this process's part of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) for hidden matrices, AdamW for everything else; as one optimizer.
+    """Muon (Jordan et al., 2024) for hidden matrices, AdamW for everything else, in one optimizer.
 
-    Rates are matched to the root mean square of AdamW's updates (Liu et al., 2025), so optimizer.lr
-    means the same for both.
+    Muon's updates match the root mean square of AdamW's (Liu et al., 2025), so optimizer.lr means
+    the same for both.
     """
 
     def __init__(
@@ -188,8 +181,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {})
         matrices = [group for group in self.param_groups if group["hidden"]]
         others = [group for group in self.param_groups if not group["hidden"]]
-        # Their groups are made of ours, so that a rate set here is theirs; state is one mapping
-        # from parameter to state.
+        # Both share our groups, so that a rate set here is theirs, and one state per parameter.
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
@@ -214,11 +206,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def lr_at(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
-    """Learning rate of step `step` (from 0) of `num_steps`.
+    """Return the learning rate of step `step` (from 0) of `num_steps`.
 
-    Warm-up rises linearly and reaches the peak at step warmup_steps. After it linear, cosine and
-    wsd reach min_lr_fraction x peak after the last step; inverse_sqrt is peak x sqrt(warmup /
-    step).
+    Warm-up rises linearly to the peak at step warmup_steps. Then linear, cosine and wsd fall to
+    min_lr_fraction x peak after the last step; inverse_sqrt is peak x sqrt(warmup / step).
     """
     warmup, floor = schedule.warmup_steps, schedule.min_lr_fraction
     if step < warmup:
@@ -228,7 +219,7 @@ def lr_at(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
     if schedule.kind == "inverse_sqrt":
         return peak * math.sqrt(warmup / max(step, 1))
     start = warmup
-    if schedule.kind == "wsd":  # linear from where the stable part ends
+    if schedule.kind == "wsd":  # linear after the stable part
         start = max(warmup, num_steps - math.ceil(schedule.decay_fraction * num_steps))
     done = max(0, step - start) / max(1, num_steps - start)
     falling = (1 + math.cos(math.pi * done)) / 2 if schedule.kind == "cosine" else 1 - done
@@ -236,31 +227,28 @@ def lr_at(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
 
 
 def page_again(optimizer: torch.optim.Optimizer) -> None:
-    """After a resumption: state of paged optimizers back into memory that the GPU may page out;
-    bitsandbytes loads it into its own.
+    """After resuming, move the state of paged optimizers back to memory that the GPU can page out.
+
+    bitsandbytes loads it into ordinary GPU memory.
     """
     if not getattr(optimizer, "is_paged", False):
         return
     for parameter, state in optimizer.state.items():
         for name in ("state1", "state2"):
             loaded = state.get(name)
-            if (
-                isinstance(loaded, torch.Tensor)
-                and loaded.is_cuda
-                and not getattr(loaded, "is_paged", False)
-            ):
+            is_on_gpu = isinstance(loaded, torch.Tensor) and loaded.is_cuda
+            if is_on_gpu and not getattr(loaded, "is_paged", False):
                 state[name] = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
                 state[name].copy_(loaded)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """`lr` x the scale of each group."""
+    """Set the learning rate of each group to `lr` x its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
 
 
-def _ends(model: nn.Module) -> list[nn.Module]:
-    """Embedding and head."""
+def _embedding_and_head(model: nn.Module) -> list[nn.Module]:
     found = [
         getattr(model, name)()
         for name in ("get_input_embeddings", "get_output_embeddings")

@@ -1,4 +1,4 @@
-"""How far a run has come. No torch."""
+"""Count how far a run has come. No torch."""
 
 import secrets
 from dataclasses import asdict, dataclass, field, fields
@@ -7,11 +7,11 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Everything that places a run in its plan.
+    """A run's position in its order.
 
-    `step` is the number of optimizer steps done; `epoch` and `sequences` count what those
-    steps consumed; `tokens` and `supervised_tokens` are totals over all processes. `run_id` is
-    how trackers know the run, however often it is started.
+    `step` is the number of optimizer steps done; `epoch` and `sequences` count what these steps
+    consumed; `tokens` and `supervised_tokens` are totals over all processes. Trackers know all
+    attempts of a run by `run_id`.
     """
 
     step: int = 0
@@ -25,13 +25,13 @@ class Progress:
         return asdict(self)
 
     def advance(self, sequences: int, tokens: int, supervised_tokens: int) -> None:
-        """One more step is done, and this is what it consumed."""
+        """Count one more step and what it consumed."""
         self.step += 1
         self.sequences += sequences
         self.tokens += tokens
         self.supervised_tokens += supervised_tokens
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Take over what `to_dict` gave."""
+        """Restore what `to_dict` returned."""
         for each in fields(self):
             setattr(self, each.name, values[each.name])

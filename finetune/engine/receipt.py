@@ -1,6 +1,4 @@
-"""The receipt: what was run on what, so that it can be run again, or be refused with what has
-changed since.
-"""
+"""Write the receipt: what ran on what, to repeat the run, or refuse it and list what changed."""
 
 import contextlib
 import hashlib
@@ -15,34 +13,28 @@ from finetune.errors import RunDirectoryError
 from finetune.places import IS_CHECKOUT, TRAIN
 
 PACKAGES = (
-    "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy", "safetensors", "bitsandbytes", "deepspeed", "flash-attn",
+    "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy",
+    "safetensors", "bitsandbytes", "deepspeed", "flash-attn",
 )  # fmt: skip
-# What another machine, another day and another place may change without changing the run.
+# Another machine, day or folder may change these without changing the run.
 FREE = (
-    "written",
-    "machine",
-    "code.git_revision",
-    "code.git_changed",
-    "train_data.sources",
-    "eval_data.sources",
-    "launch",
-)
+    "written", "machine", "code.git_revision", "code.git_changed",
+    "train_data.sources", "eval_data.sources", "launch",
+)  # fmt: skip
 
 
 def compose(**facts: Any) -> dict[str, Any]:
-    """`facts` of the run, and versions, code and machine."""
+    """Return a receipt: `facts` of the run, and versions, code and machine."""
     return {**facts, "versions": versions(), "code": code_fingerprint(), "machine": machine()}
 
 
 def refusal(what: str, different: list[str], instead: str) -> RunDirectoryError:
-    """The error for a run that is another than the one that is here: what it is, what differs, what
-    to do instead.
-    """
+    """Return the error that refuses another run: what it is, what differs, what to do instead."""
     return RunDirectoryError("\n  ".join([f"{what}; what differs:", *different]) + f"\n{instead}")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two receipts so that the same run would not be the same."""
+    """Return the differences between two receipts that change the run."""
     before, now = _flat(old), _flat(new)
     return [
         f"{key}: was {before.get(key)}, now {now.get(key)}"
@@ -54,11 +46,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def identity_differences(
     old: dict[str, Any], new: dict[str, Any], usual: dict[str, Any]
 ) -> list[str]:
-    """What differs in what a config only points at.
+    """Return what differs in the data, weights and code that a config names.
 
     Both map a name to a fingerprint, such as that of the training data, or to fields, such as those
-    of the model's config. `usual`: what a field is where it is not given, as another version of
-    transformers may know more fields.
+    of the model's config. `usual`: defaults of fields that are missing, as another version of
+    transformers may have more fields.
     """
     different = []
     for name, now in new.items():
@@ -75,11 +67,8 @@ def identity_differences(
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
+        key = f"{prefix}{name}"
+        flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return flat
 
 
@@ -92,13 +81,11 @@ def versions() -> dict[str, str]:
 
 
 def code_fingerprint() -> dict[str, Any]:
-    """Git revision, whether the tree was changed, and a hash of the package's own sources."""
+    """Return Git revision, whether the tree was changed, and a hash of the package's sources."""
     package = Path(__file__).resolve().parents[1]
     sources = hashlib.sha256()
-    for path in [
-        *sorted(path for path in package.rglob("*.py") if "shipped" not in path.parts),
-        TRAIN,
-    ]:
+    own = sorted(path for path in package.rglob("*.py") if "shipped" not in path.parts)
+    for path in [*own, TRAIN]:
         sources.update(path.read_bytes())
 
     def git(*arguments: str) -> str | None:

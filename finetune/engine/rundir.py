@@ -1,4 +1,4 @@
-"""The run directory: what one run leaves behind, and the rule that no run overwrites another's."""
+"""The run directory: what a run writes, and the checks that no run overwrites another's."""
 
 import contextlib
 import json
@@ -31,12 +31,10 @@ from finetune.places import BEATS, REPLAY_OF, RUN
 LOCK = ".lock"
 OUTCOME = "outcome.json"
 STATES = ("running", "complete", "preempted", "failed")
-# What `files.write_synced` leaves when its process is killed; `.mode-`: the probe of
-# `files.follow_umask`.
+# Files that a killed `files.write_synced` leaves; `.mode-` is the probe of `files.follow_umask`.
 TEMPORARY = re.compile(r"(\.mode-)?\.writing-[a-z]+\.(json|jsonl|yaml)-[a-z0-9_]{8}")
-MOST_REASON = 1_000  # letters, where outcome.json must fit into the block that it has
-# The directory belongs to another run or process: its outcome does not describe how this attempt
-# ended.
+MOST_REASON = 1_000  # letters, if outcome.json must fit into its present block on a full disk
+# After these the directory belongs to another run or process: leave its outcome alone.
 REFUSED = (RunDirectoryError, DirectoryInUse, TakenOver)
 
 
@@ -44,7 +42,7 @@ class RunDirectory:
     """`runs/<name>/` of one run. Only the main process writes."""
 
     def __init__(self, config: Config, check_only: bool = False) -> None:
-        """`check_only`: how this attempt ends is not noted."""
+        """`check_only`: do not write how this attempt ends."""
         self.path = config.run_dir
         self._config = config
         is_main = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
@@ -66,7 +64,10 @@ class RunDirectory:
         if os.path.exists(saved):
             different = configs.differences(configs.read_resolved(saved), config)
             if different:
-                instead = "give this run another run.name, go back to those values, or remove the directory to start over"
+                instead = (
+                    "give this run another run.name, "
+                    "go back to those values, or remove the directory to start over"
+                )
                 raise refusal(f"{self.path} holds another run", different, instead)
         elif os.path.exists(self.path) and (
             not self.path.is_dir()
@@ -74,8 +75,8 @@ class RunDirectory:
         ):
             if not any(self.path.glob(f"checkpoints/*step-*/{MANIFEST}")):
                 raise RunDirectoryError(
-                    f"{self.path} exists and is not a run directory (no config.yaml); choose "
-                    "another run.name or run.dir"
+                    f"{self.path} exists and is not a run directory (no config.yaml); "
+                    "choose another run.name or run.dir"
                 )
             raise RunDirectoryError(
                 f"{saved} is missing, and {self.checkpoints} holds checkpoints; "
@@ -84,26 +85,20 @@ class RunDirectory:
         self._require_kinds()
         if config.checkpoint.resume == "never" and any(self.checkpoints.glob("step-*")):
             raise RunDirectoryError(
-                f"{self.path} has checkpoints, and checkpoint.resume is never; set it to auto, or "
-                "choose another run.name"
+                f"{self.path} has checkpoints, and checkpoint.resume is never; "
+                "set it to auto, or choose another run.name"
             )
-        if self.outcome().get("state") != "complete":  # a complete run is reported from any disk
+        if self.outcome().get("state") != "complete":  # reporting a complete run writes nothing
             self.require_writable()
 
     def require_writable(self) -> None:
-        """Raise Outage for a disk that cannot be written now, RunDirectoryError for files or
-        folders that forbid it.
-        """
-        nearest = next(
-            parent
-            for parent in (self.path, *self.path.absolute().parents)
-            if os.path.exists(parent)
-        )
+        """Raise Outage if the disk is not writable now, RunDirectoryError if permissions forbid."""
+        parents = (self.path, *self.path.absolute().parents)
+        nearest = next(parent for parent in parents if os.path.exists(parent))
         if nearest.is_dir() and os.statvfs(nearest).f_flag & os.ST_RDONLY:
             raise Outage(
-                f"{self.path} cannot be written now: {nearest} is on a disk that is mounted "
-                "read-only; mount it to be written, "
-                "or choose another run.dir"
+                f"{self.path} cannot be written now: {nearest} is on a "
+                "disk that is mounted read-only; remount it read-write, or choose another run.dir"
             )
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             why = "no permission in" if nearest.is_dir() else "there is a file called"
@@ -120,10 +115,10 @@ class RunDirectory:
                 )
 
     def lock(self, seconds: float) -> None:
-        """Make the directory and keep others from running in it, as long as this process lives.
+        """Make the directory and lock it against other processes, as long as this one lives.
 
-        One that is about to end, as when a machine is replaced, is waited for. Raises
-        DirectoryInUse, RunDirectoryError.
+        Waits up to `seconds` for a process that is shutting down. Raises DirectoryInUse,
+        RunDirectoryError.
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -132,29 +127,28 @@ class RunDirectory:
                 lock.acquire(timeout=seconds)
             except Timeout:
                 raise DirectoryInUse(
-                    f"{self.path} is still in use by another process after {seconds:g} s; wait for "
-                    "it, or choose another run.name"
+                    f"{self.path} is still in use by another process after {seconds:g} s; "
+                    "wait for it, or choose another run.name"
                 ) from None
             self._lock = lock
 
     def unlock(self) -> None:
         if self._lock:
-            # The file stays: who removed it could take it from under the next one's feet
+            # Keep the file: another process may already hold a lock on it.
             self._lock.release()
 
     def create(self, config: Config) -> None:
         """Make the directory and write the resolved config. Raises RunDirectoryError."""
         with self._writing():
-            files.write_synced(
-                self.path / "config.yaml", configs.to_yaml(config)
-            )  # first: it makes it a run directory
+            # First, as this file makes it a run directory.
+            files.write_synced(self.path / "config.yaml", configs.to_yaml(config))
             self.checkpoints.mkdir(exist_ok=True)
             self._sweep()
             self.is_open = True
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Raise Outage for a disk that fails inside, RunDirectoryError for any other OSError."""
+        """Raise Outage if the disk fails inside, RunDirectoryError for any other OSError."""
         try:
             yield
         except OSError as exc:
@@ -164,75 +158,65 @@ class RunDirectory:
             ) from exc
 
     def _sweep(self) -> None:
-        """Remove what `files.write_synced` has left of attempts that were killed. Under the lock:
-        no other process writes here.
-        """
+        """Remove temporary files of killed attempts; the lock keeps other writers away."""
         for path in self.path.iterdir():
             if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink()
 
     def write_receipt(self, receipt: dict[str, Any], step: int) -> str | None:
-        """Write what this start runs on, at the step that it goes on from; what to tell a person,
-        if anything.
+        """Write the receipt of an attempt that starts at `step`; return a note, or None.
 
-        A receipt is that of the attempt that began at step 0. One that goes on never changes it:
-        other facts are noted in starts.jsonl. One that finds no checkpoint begins at step 0 again
-        and replaces it; starts.jsonl keeps the old one.
+        The receipt describes the attempt that began at step 0. Resuming never changes it: other
+        facts go to starts.jsonl. An attempt that finds no checkpoint begins at step 0 again and
+        replaces it; starts.jsonl keeps the old one.
         """
         old, problem = self._read_receipt()
         path, made = self.path / "receipt.json", {"written": _now(), **receipt}
         if problem is None and step:
             if different := differences(old, receipt):
                 self._note_start({"written": made["written"], "step": step, "different": different})
-                return f"note: not as the receipt says, and noted in {self.starts}: {'; '.join(different)}"
+                changes = "; ".join(different)
+                return f"note: this start differs from the receipt (see {self.starts}): {changes}"
             return None
         if problem is None and differences(old, receipt):
             self._note_start({"written": made["written"], "step": 0, "receipt_before": old})
         if os.path.lexists(path) and problem is not None:
             os.replace(path, files.free_name(path))
         files.write_synced(path, json.dumps(made, indent=2))
-        return (
-            f"note: {path} {problem}; it says from now on what step {step} went on with"
-            if step
-            else None
-        )
+        if not step:
+            return None
+        return f"note: {path} {problem}; a new one describes the run from step {step} on"
 
     def _note_start(self, facts: dict[str, Any]) -> None:
         kept = [line for line in lines(self.starts) if line]
         files.write_synced(self.starts, "".join(line + "\n" for line in [*kept, json.dumps(facts)]))
 
     def require_same_receipt(self, receipt: dict[str, Any]) -> None:
-        """Raise RunDirectoryError with what differs between this run's receipt and that of the run
-        which `replay` repeats.
-        """
+        """Raise RunDirectoryError if this receipt differs from that of the run being replayed."""
         if other := os.environ.get(REPLAY_OF):
             old, _ = files.read_note(Path(other) / "receipt.json")
             if different := differences(old, receipt):
-                raise refusal(
+                what, instead = (
                     f"this would not repeat the run {other}",
-                    different,
-                    "restore these to repeat the run",
+                    "restore these to repeat it",
                 )
+                raise refusal(what, different, instead)
 
     def template_date(self) -> str:
-        """The day that a template was given at the first start of this run, or of the run it
-        repeats; else today.
+        """Return the date in the template at the first start of this run or the one it replays.
 
-        Where the receipt is damaged, the newest checkpoint says it.
+        Reads it from the receipt, else from the newest checkpoint; else it is today.
         """
         of = Path(os.environ.get(REPLAY_OF, self.path))
         receipt, _ = files.read_note(of / "receipt.json")
-        with contextlib.suppress(
-            ValueError, LookupError, TypeError
-        ):  # a damaged receipt is said elsewhere
+        # `write_receipt` reports a damaged receipt.
+        with contextlib.suppress(ValueError, LookupError, TypeError):
             return str(date.fromisoformat(receipt["template_date"]))
         for path in steps(of / "checkpoints"):
-            with contextlib.suppress(
-                OSError, ValueError, LookupError, TypeError
-            ):  # damaged, or of an older version
-                return str(
-                    date.fromisoformat(read_manifest(path)["identity"]["date in the template"])
-                )
+            # A checkpoint may be damaged, or of an older version.
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                day = read_manifest(path)["identity"]["date in the template"]
+                return str(date.fromisoformat(day))
         return str(date.today())
 
     def receipt(self) -> dict[str, Any]:
@@ -241,9 +225,7 @@ class RunDirectory:
     def write_outcome(
         self, state: str, step: int, reason: str, exported: Sequence[str] = (), **facts: Any
     ) -> None:
-        """state: one of STATES. `exported`: the files of the model of a complete run, not a user's
-        own.
-        """
+        """Write outcome.json; `state`: one of STATES; `exported`: files of a complete model."""
         outcome = {"state": state, "step": step, "reason": reason, **facts, "written": _now()}
         if state == "complete":
             outcome["model"] = described(self.model, list(exported))
@@ -252,13 +234,11 @@ class RunDirectory:
     def note_end(
         self, error: BaseException, step: int | None = None, may_create: bool = False
     ) -> None:
-        """Write that and why this attempt ends before its time. The first call counts, as it is
-        nearest to the cause.
+        """Write why this attempt ends early. The first call counts, being nearest to the cause.
 
-        Before `create` that is written only where no other run or process is at home, and never
-        over a complete outcome. `may_create`: a directory is made for it, but not for a mistake of
-        the user, who then starts with a clean one. Never raises: a full disk must not hide the
-        reason.
+        Before `create`, writes only where no other run or process works, and never over a complete
+        outcome. `may_create`: make a directory for it, except for a mistake of the user, who then
+        starts with a clean one. Never raises: a full disk must not hide the reason.
         """
         if self.has_ended:
             return
@@ -282,87 +262,73 @@ class RunDirectory:
         self.withdraw()
 
     def announce(self) -> None:
-        """Tell the launcher that this directory is the run's: it writes the outcome of a process
-        that dies without one.
-        """
+        """Give the launcher the directory, where it writes the outcome if this process dies."""
         if self._may_note and (folder := os.environ.get(BEATS)):
             with contextlib.suppress(OSError):
                 self._announced = Path(folder) / RUN
                 self._announced.write_text(str(self.path.absolute()))
 
     def withdraw(self) -> None:
-        """This process has said how it ended, or has nothing to say."""
+        """Take the announcement back: this process has written its outcome, or needs none."""
         if self._announced:
             with contextlib.suppress(OSError):
                 self._announced.unlink(missing_ok=True)
 
     def outcome(self) -> dict[str, Any]:
-        """How the last attempt ended; empty if there was none."""
+        """Return how the last attempt ended; empty if there was none."""
         return files.read_note(self.path / OUTCOME)[0]
 
     def completion(
         self, identity: dict[str, Any], usual: dict[str, Any]
     ) -> tuple[bool, str | None]:
-        """(whether a run has ended here and every file of its model is what was verified then, a
-        note for a person).
+        """Return (whether the run is complete with its model unchanged, a note for the user).
 
-        Raises RunDirectoryError if it was of other data or another base, or if that cannot be
-        known. `identity`, `usual`: as in `receipt.identity_differences`. A base's weights are not
-        compared, as they are not loaded yet.
+        Raises RunDirectoryError if it had other data or another base, or if that is unknown.
+        `identity`, `usual`: as in `receipt.identity_differences`. The base's weights are not
+        compared: they are not loaded yet.
         """
         outcome, problem = files.read_note(self.path / OUTCOME)
         if problem is None and outcome.get("state") not in STATES:
             problem = "is damaged: it names no state"
         if problem is not None and os.path.lexists(self.path / OUTCOME):
-            return (
-                False,
-                f"note: {self.path / OUTCOME} {problem}; it is unknown how the run ended, so it "
-                "continues",
-            )
+            unknown = "how the run ended is unknown, so it continues"
+            return False, f"note: {self.path / OUTCOME} {problem}; {unknown}"
         if outcome.get("state") != "complete":
             return False, None
         if isinstance(outcome.get("model"), dict) and outcome["model"]:
             self._require_no_other_model(outcome["model"])
         if damaged := self._damaged_model(outcome.get("model")):
-            return (
-                False,
-                f"note: {self.path} was complete, but {damaged}: the model is exported again",
-            )
+            again = "exporting the model again"
+            return False, f"note: {self.path} was complete, but {damaged}: {again}"
         receipt, problem = self._read_receipt()
         if problem is not None:
             raise RunDirectoryError(
-                f"{self.path} is complete, but its receipt.json {problem}, so it is unclear "
-                "whether it is this run; "
-                f"put it back, or give this run another run.name. Its model is whole: {self.model}"
+                f"{self.path} is complete, but its receipt.json {problem}, "
+                "so it may be another run; put it back, "
+                f"or give this run another run.name. Its model is complete: {self.model}"
             )
         known = receipt.get("identity")
-        if not isinstance(
-            known, dict
-        ):  # of an older version: it knows the rows, tokenizer and template alone
+        if not isinstance(known, dict):  # an older version had only rows, tokenizer and template
             known = {"training data": receipt["train_data"]["fingerprint"]}
-        if different := identity_differences(
-            known, {n: v for n, v in identity.items() if n in known}, usual
-        ):
+        now = {name: value for name, value in identity.items() if name in known}
+        if different := identity_differences(known, now, usual):
             instead = "give this run another run.name, or put those back"
             raise refusal(f"{self.path} is complete, but it is another run", different, instead)
         return True, None
 
     def require_no_model(self) -> None:
-        """Raise RunDirectoryError if a run without a checkpoint would train again, and replace a
-        model that is here.
-        """
+        """Raise RunDirectoryError if training from the beginning would replace a model."""
         if any(self.model.glob("*")):
             raise RunDirectoryError(
-                f"{self.path} holds a model, but no checkpoint from which it could be exported "
-                "again, and training would start "
-                f"over and replace it; restore {self.model}, or move it away to train again"
+                f"{self.path} holds a model, but no checkpoint from "
+                "which it could be exported again, and training would start over and replace it; "
+                f"restore {self.model}, or move it away to train again"
             )
 
     def _require_no_other_model(self, known: dict[str, Any]) -> None:
-        """Raise RunDirectoryError for a file in the export that was not verified with it and
-        changes what opens there.
+        """Raise RunDirectoryError for an unverified file that changes what programs open there.
 
-        A user's own files stay, and count for nothing.
+        Other files of the user do no harm.
         """
         names = {path.relative_to(self.model).as_posix() for path in self.model.rglob("*")}
         others = [
@@ -370,15 +336,13 @@ class RunDirectory:
         ]
         if others:
             raise RunDirectoryError(
-                f"{self.model / others[0]} was not there when the model was verified, and changes "
-                "what programs open in this "
-                "folder; move it away, and start again to verify the rest"
+                f"{self.model / others[0]} was not there when the model was verified, "
+                "and changes what programs open in this folder; "
+                "move it away, and start again to verify the rest"
             )
 
     def _damaged_model(self, known: Any) -> str | None:
-        """The first file of the export that is not what `outcome.json` says, and how; None if all
-        are.
-        """
+        """Return the first file of the export that differs from outcome.json, and how, or None."""
         if not isinstance(known, dict) or not known:
             return "outcome.json does not name the files of its model"
         for name, wanted in known.items():
@@ -389,18 +353,16 @@ class RunDirectory:
             except OSError as exc:
                 return f"{path} cannot be read ({exc.strerror})"
             except (TypeError, KeyError):
-                return f"outcome.json does not say what {name} holds"
+                return f"outcome.json lacks the size or sha256 of {name}"
         return None
 
     def _require_kinds(self) -> None:
-        """Raise RunDirectoryError for a file where a folder belongs, a folder where a file does, or
-        one that cannot be read.
-        """
+        """Raise RunDirectoryError for files in place of folders, the reverse, or no permission."""
         for path in (self.checkpoints, self.model):
             if os.path.lexists(path) and not path.is_dir():
                 raise RunDirectoryError(
-                    f"{path} should be a folder, but is not; move it away, or choose another "
-                    "run.name"
+                    f"{path} should be a folder, but is not; "
+                    "move it away, or choose another run.name"
                 )
         for path in self._files():
             if not os.path.lexists(path):
@@ -415,7 +377,7 @@ class RunDirectory:
                 )
 
     def _files(self) -> list[Path]:
-        """What this program writes at the top of the directory."""
+        """Return the files that this program writes at the top of the directory."""
         return [
             *self.logs.all,
             self.starts,
@@ -424,19 +386,17 @@ class RunDirectory:
 
     def _read_receipt(self) -> tuple[dict[str, Any], str | None]:
         receipt, problem = files.read_note(self.path / "receipt.json")
-        trained = receipt.get("train_data")
-        if problem is None and not (
-            isinstance(trained, dict) and isinstance(trained.get("fingerprint"), str)
-        ):
-            problem = "does not say which data was trained"
+        data = receipt.get("train_data")
+        has_data = isinstance(data, dict) and isinstance(data.get("fingerprint"), str)
+        if problem is None and not has_data:
+            problem = "lacks the fingerprint of the training data"
         return receipt, problem
 
 
 def note_end_of(path: Path, state: str, reason: str) -> None:
-    """Write how an attempt ended that does not hold the lock of the run directory `path` any more,
-    or never did.
+    """Write how an attempt ended that does not hold the lock of the run directory `path`.
 
-    Nothing is written where another process runs, and over a complete outcome. Raises OSError.
+    Writes nothing if another process runs there, or over a complete outcome. Raises OSError.
     """
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -452,9 +412,7 @@ def note_end_of(path: Path, state: str, reason: str) -> None:
 
 
 def _write_outcome(path: Path, outcome: dict[str, Any]) -> None:
-    """Write how a run stands; on a disk without room for another file over what is there, as long
-    as that is small.
-    """
+    """Write outcome.json; on a full disk overwrite the old one in place."""
     text = json.dumps(outcome, indent=2)
     try:
         files.write_synced(path, text)
@@ -466,10 +424,9 @@ def _write_outcome(path: Path, outcome: dict[str, Any]) -> None:
 
 
 def _overwrite(path: Path, outcome: dict[str, Any], room: int) -> None:
-    """Write JSON into a file of `room` bytes without asking the disk for more than its last block
-    holds.
+    """Write JSON into a file of `room` bytes without needing another block of the disk.
 
-    One write, and blanks over the rest of what was there, so that the file is JSON even if the
+    A single write, padded with blanks over the old text, keeps the file valid JSON even if the
     process dies now.
     """
     text = json.dumps(outcome, indent=2).encode()

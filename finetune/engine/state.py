@@ -1,4 +1,4 @@
-"""What a step moves, and a checkpoint holds."""
+"""The state that a step changes and a checkpoint holds."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,29 +11,23 @@ from finetune.engine.progress import Progress
 from finetune.errors import TrainingDiverged
 from finetune.models.build import Facts
 
-MOST_SKIPS = (
-    25  # fp16 halves its scale at each overflow: 25 halvings from 2^16 leave nothing to scale
-)
+MOST_SKIPS = 25  # fp16 halves its scale at each overflow: 25 halvings from 2^16 leave nothing
 
 
 @dataclass
 class TrainState:
-    """Model and optimizer, shared between processes, the average of the weights if there is one,
-    and how far it is.
-    """
+    """Model and optimizer, shared between processes, averages of the weights, and progress."""
 
     model: nn.Module
     optimizer: Any
     facts: Facts
-    """Of the model before it was shared out and trained."""
+    """Of the model before sharding and training."""
     ema: Ema | None = None
     progress: Progress = field(default_factory=Progress)
-    num_skips: int = 0  # steps in a row that fp16 has left out
+    num_skips: int = 0  # steps in a row that fp16 has skipped
 
     def count_skips(self, skipped: bool) -> None:
-        """Raise TrainingDiverged once fp16 has left out so many steps in a row that its scale is
-        used up.
-        """
+        """Raise TrainingDiverged after MOST_SKIPS skipped steps in a row."""
         self.num_skips = self.num_skips + 1 if skipped else 0
         if self.num_skips == MOST_SKIPS:
             raise TrainingDiverged(
@@ -41,12 +35,10 @@ class TrainState:
             )
 
     def release(self) -> None:
-        """Let go of model, optimizer and averages: what comes after the last step needs their
-        memory.
-        """
+        """Free model, optimizer and averages: the export's verification needs their memory."""
         del self.model, self.optimizer
         self.ema = None
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the model has the weights that count: the averages if the run keeps them."""
+        """Inside, the model has the averages as its weights, if the run keeps them."""
         return self.ema.in_place() if self.ema else nullcontext()

@@ -1,7 +1,7 @@
-"""Programs that watch a run from elsewhere: Weights & Biases, TensorBoard, Trackio.
+"""Send metrics to Weights & Biases, TensorBoard and Trackio.
 
-They are guests. metrics.jsonl is the record; a tracker that fails is left out with one line, and
-the run goes on. What they get is free of this machine's secrets.
+metrics.jsonl is the record: if a tracker fails, the run logs one line and continues without it.
+Secrets of this machine are removed from what trackers get.
 """
 
 import json
@@ -16,10 +16,9 @@ from finetune.errors import ConfigError
 
 SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 SHORTEST_SECRET = 8  # shorter values (true, 1, info) are not secrets and occur everywhere
-WANDB_INIT_SECONDS = 30  # of its 90 by default, with every process waiting
-WANDB_FINISH_SECONDS = (
-    30  # an upload that hangs must not outlast the machine; `wandb sync` sends what is left
-)
+WANDB_INIT_SECONDS = 30  # instead of 90, since every process waits
+# A hanging upload must not outlast the machine; `wandb sync` sends the rest.
+WANDB_FINISH_SECONDS = 30
 
 
 def check(names: Sequence[str], wandb_mode: str | None) -> None:
@@ -28,38 +27,34 @@ def check(names: Sequence[str], wandb_mode: str | None) -> None:
         extras.require(name, f"tracking.trackers: {name}")
     if "wandb" in names and _mode(wandb_mode) == "online" and not _has_wandb_key():
         raise ConfigError(
-            "tracking.trackers: wandb has no key; set WANDB_API_KEY, or call `wandb login` once, "
-            "or set tracking.wandb_mode to offline"
+            "tracking.trackers: wandb has no key; "
+            "set WANDB_API_KEY, or call `wandb login` once, or set tracking.wandb_mode to offline"
         )
 
 
 def redacted(value: Any) -> Any:
-    """`value` with what secret environment variables (by their names) hold replaced by their names,
-    at any depth.
-    """
+    """Replace the values of secret environment variables by their names, at any depth."""
     if isinstance(value, dict):
         return {key: redacted(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [redacted(inner) for inner in value]
     if isinstance(value, str):
         for name, secret in os.environ.items():
-            if len(secret) >= SHORTEST_SECRET and any(
-                part in name.upper() for part in SECRET_NAMES
-            ):
+            is_secret = any(part in name.upper() for part in SECRET_NAMES)
+            if is_secret and len(secret) >= SHORTEST_SECRET:
                 value = value.replace(secret, f"${name}")
     return value
 
 
 class Trackers:
-    """All that a run has; of the main process."""
+    """The trackers of a run, on the main process."""
 
     def __init__(
-        self, names: Sequence[str], *, project: str, run_name: str, run_id: str, directory: Path, first_step: int,
-        wandb_mode: str | None, about: dict[str, Any], history: list[dict[str, Any]], log: Callable[[str], None],
+        self, names: Sequence[str], *, project: str, run_name: str, run_id: str, directory: Path,
+        first_step: int, wandb_mode: str | None, about: dict[str, Any],
+        history: list[dict[str, Any]], log: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """`about`: config and receipt, stored with the run. `history`: what earlier attempts
-        logged, up to before `first_step`.
-        """
+        """`about`: config and receipt, to store; `history`: logged lines before `first_step`."""
         self.log = log
         self.running: dict[str, Any] = {}
         about = redacted(about)
@@ -76,20 +71,18 @@ class Trackers:
 
         for name in names:
             self._guarded(name, start, name)
+        # When synced, the newest offline folder replaces earlier ones, so it needs their lines.
         if _mode(wandb_mode) == "offline" and "wandb" in self.running:
-            for (
-                line
-            ) in history:  # the newest offline folder replaces the earlier ones when it is synced
+            for line in history:
                 self._guarded("wandb", self.running["wandb"].log, _numbers(line))
 
     def record(self, values: dict[str, Any]) -> None:
-        """Numbers after the step values["step"]; other values are left out."""
+        """Send the numbers among the values of step values["step"]."""
         numbers = _numbers(values)
         step = numbers.pop("step")
         for name, tracker in list(self.running.items()):
-            if (
-                name == "wandb"
-            ):  # its own steps only rise; on an axis of ours, a resumed run may go over steps again
+            # wandb's own steps only rise; on our axis a resumed run may repeat steps.
+            if name == "wandb":
                 self._guarded(name, tracker.log, {"step": step, **numbers})
             else:
                 self._guarded(name, tracker.log, numbers, step)
@@ -102,13 +95,11 @@ class Trackers:
     def _guarded(self, name: str, action: Callable[..., None], *arguments: Any) -> None:
         try:
             action(*arguments)
-        except Exception as exc:  # an error of theirs must not end a run
+        except Exception as exc:  # a tracker's error must not end a run
             self.running.pop(name, None)
+            problem = f"{type(exc).__name__}: {exc}"
             self.log(
-                redacted(
-                    f"note: tracker {name} failed; the run continues without it: "
-                    f"{type(exc).__name__}: {exc}"
-                )
+                redacted(f"note: tracker {name} failed; the run continues without it: {problem}")
             )
 
 
@@ -123,13 +114,13 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 def _start_wandb(
     project: str, run_name: str, run_id: str, directory: Path, mode: str, about: dict[str, Any]
 ) -> Any:
-    """One W&B run over all attempts: `run_id` is kept with the checkpoints."""
+    """Open one W&B run for all attempts: checkpoints keep the `run_id`."""
     from accelerate.tracking import WandBTracker
 
     tracker = WandBTracker(
         project, id=run_id, name=run_name, dir=str(directory), mode=mode, config=about,
         resume="allow" if mode == "online" else None,
-        settings={  # command line, remote and output may hold secrets; config and receipt say the rest
+        settings={  # command line, remote and output may hold secrets
             "console": "off", "disable_git": True, "x_disable_meta": True, "silent": True,
             "init_timeout": WANDB_INIT_SECONDS, "finish_timeout": WANDB_FINISH_SECONDS,
         },
@@ -167,7 +158,7 @@ def _mode(wanted: str | None) -> str:
 
 
 def _has_wandb_key() -> bool:
-    """Look for a key in the environment and in ~/.netrc, which `wandb login` writes."""
+    """Return whether the environment or ~/.netrc, which `wandb login` writes, has a key."""
     from requests.utils import get_netrc_auth
 
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -1,4 +1,4 @@
-"""Base and tuned model side by side on the same held-out rows."""
+"""Compare base and tuned model on the same held-out rows."""
 
 import argparse
 import json
@@ -35,70 +35,46 @@ from finetune.export.load import (
 from finetune.generation import generate
 from finetune.generation.generate import Answer
 
-# How a file of answers begins, so that no other file is replaced.
+# The beginning of a file of answers: --output replaces no other file.
 ANSWERS = re.compile(rb'\{"row": "(?:[^"\\]|\\.)*", "(?:prompt": \[|wanted": ")')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--base",
-        required=True,
-        type=model_argument,
-        help="folder or Hub id of the model before tuning",
-    )
-    parser.add_argument(
-        "--tuned",
-        required=True,
-        type=model_argument,
-        help="the model after tuning, as runs/<name> or runs/<name>/model",
-    )
-    parser.add_argument(
-        "--data",
-        required=True,
-        type=paths.argument,
-        help="held-out rows, in any format that training reads",
-    )
-    parser.add_argument(
+    add, at_least = parser.add_argument, generate.at_least
+    what = "folder or Hub id of the model before tuning"
+    add("--base", required=True, type=model_argument, help=what)
+    what = "the model after tuning, as runs/<name> or runs/<name>/model"
+    add("--tuned", required=True, type=model_argument, help=what)
+    what = "held-out rows, in any format that training reads"
+    add("--data", required=True, type=paths.argument, help=what)
+    add(
         "--format",
         default="auto",
         type=_format,
         metavar="|".join(["auto", *rows.FORMATS, own_code.EXPECTED]),
-        help="format of the rows; auto: from the columns of the first; FILE.py:NAME: a function of your own, as data.format",
+        help="format of the rows; auto: from the columns of the first; FILE.py:NAME: a function of "
+        "your own, as data.format",
     )
-    parser.add_argument(
-        "--columns",
-        type=_mapping,
-        default={},
-        help="map columns with other names, as data.columns does",
-    )
-    parser.add_argument(
-        "--limit", type=generate.at_least(1), default=None, help="use only the first N rows"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=generate.at_least(1),
-        default=64,
-        help="number of answers to generate at once",
-    )
-    parser.add_argument(
-        "--examples", type=generate.at_least(0), default=5, help="rows printed in full"
-    )
-    parser.add_argument(
+    what = "map columns with other names, as data.columns does"
+    add("--columns", type=_mapping, default={}, help=what)
+    add("--limit", type=at_least(1), default=None, help="use only the first N rows")
+    add("--max-new-tokens", type=at_least(1), default=256, help="longest answer")
+    what = "number of answers to generate at once"
+    add("--batch-size", type=at_least(1), default=64, help=what)
+    add("--examples", type=at_least(0), default=5, help="rows printed in full")
+    add(
         "--output",
         default=None,
         type=paths.argument,
-        help="also write to this .jsonl file, for each row, what it was (row: file and line; prompt, wanted), the answers (base, "
-        "tuned), whether --max-new-tokens cut them (base_cut, tuned_cut), and the scores "
-        "(exact_match_base and so on, from 0 to 1)",
+        help="also write to this .jsonl file, for each row, what it was (row: file and line; "
+        "prompt, wanted), the answers (base, tuned), whether --max-new-tokens cut them (base_cut, "
+        "tuned_cut), and the scores (exact_match_base and so on, from 0 to 1)",
     )
     trust_remote_code_argument(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Generate, score, print. Both models get the same prompts, by the tuned model's chat template."""
+    """Generate, score and print. Both models get the same prompts, by the tuned chat template."""
     if arguments.output:
         require_output(Path(arguments.output), arguments.data)
     for option in ("base", "tuned"):
@@ -112,32 +88,12 @@ def main(arguments: argparse.Namespace) -> None:
     tokenizer = load_chat_tokenizer(arguments.tuned, arguments.trust_remote_code)
     generate.refuse_control_tokens(tokenizer, conversations)
     wanted = [conversation.messages[-1].content for conversation in conversations]
-    given: dict[str, list[Answer]] = {}
     of_base = load_tokenizer(arguments.base, arguments.trust_remote_code)
     of_base.chat_template = tokenizer.chat_template
-    for name, path, own in (
-        ("base", arguments.base, of_base),
-        ("tuned", arguments.tuned, tokenizer),
-    ):
-        prompts = [generate.chat_prompt(own, c.messages[:-1], c.place) for c in conversations]
-        model = load(
-            path,
-            trust_remote_code=arguments.trust_remote_code,
-            base=moved_base if name == "tuned" else None,
-        )
-        if name == "base" and (note := other_base(arguments.tuned, model)):
-            print(f"note: {note}", file=sys.stderr)
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-        answers = generate.answers(
-            model,
-            own,
-            prompts,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-            title=name,
-        )
-        texts = generate.without_opening(own, [answer.text for answer in answers])
-        given[name] = [replace(answer, text=text) for answer, text in zip(answers, texts)]
+    given = {
+        "base": _answers("base", of_base, conversations, arguments),
+        "tuned": _answers("tuned", tokenizer, conversations, arguments, moved_base),
+    }
     results = {
         score: {
             name: [rule(a.text, w) for a, w in zip(answers, wanted)]
@@ -145,14 +101,12 @@ def main(arguments: argparse.Namespace) -> None:
         }
         for score, rule in scores.SCORES.items()
     }
-    print(
-        report(conversations, wanted, given, results, arguments.examples, arguments.max_new_tokens)
-    )
+    shown, max_new_tokens = arguments.examples, arguments.max_new_tokens
+    print(report(conversations, wanted, given, results, shown, max_new_tokens))
     if arguments.output:
+        lines = as_lines(conversations, wanted, given, results)
         try:
-            files.write_whole(
-                Path(arguments.output), as_lines(conversations, wanted, given, results)
-            )
+            files.write_whole(Path(arguments.output), lines)
         except OSError as exc:
             raise Outage(
                 f"--output: {arguments.output}: cannot be written: {exc.strerror}; only the table "
@@ -160,12 +114,28 @@ def main(arguments: argparse.Namespace) -> None:
             ) from exc
 
 
+def _answers(
+    name: str, tokenizer: Any, conversations: list[Conversation], arguments: argparse.Namespace,
+    moved_base: str | None = None,
+) -> list[Answer]:  # fmt: skip
+    """Return the answers of one of the two models, --base or --tuned."""
+    prompts = [generate.chat_prompt(tokenizer, c.messages[:-1], c.place) for c in conversations]
+    trusted = arguments.trust_remote_code
+    model = load(getattr(arguments, name), trust_remote_code=trusted, base=moved_base)
+    if name == "base" and (note := other_base(arguments.tuned, model)):
+        print(f"note: {note}", file=sys.stderr)
+    answers = generate.answers(
+        model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, prompts,
+        max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name,
+    )  # fmt: skip
+    texts = generate.without_opening(tokenizer, [answer.text for answer in answers])
+    return [replace(answer, text=text) for answer, text in zip(answers, texts)]
+
+
 def require_output(output: Path, data: str) -> None:
-    """Raise UserError for a file that is read, that holds something else than answers, or that
-    cannot be written.
-    """
+    """Raise UserError for an output that is an input, holds something else, or is not writable."""
     if not output.absolute().parent.is_dir():
-        raise UserError(f"--output: {output}: its folder does not exist")
+        raise UserError(f"--output: {output}: its folder does not exist; create it")
     if output.is_dir():
         raise UserError(
             f"--output: {output} is a folder; name a file, such as {output / 'answers.jsonl'}"
@@ -174,7 +144,8 @@ def require_output(output: Path, data: str) -> None:
         is_same = output.exists() and source.exists() and output.samefile(source)
         if is_same or (source.is_dir() and source.resolve() in output.resolve().parents):
             raise UserError(
-                f"--output: {output} is a part of --data, which would be lost; choose another name"
+                f"--output: {output} is a part of --data, which it would overwrite; choose another "
+                "name"
             )
     try:
         files.require_writable(output)
@@ -195,16 +166,14 @@ def require_output(output: Path, data: str) -> None:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names are one model: the same folder, or one name on the Hub."""
-    return (
-        os.path.samefile(one, other)
-        if os.path.exists(one) and os.path.exists(other)
-        else one == other
-    )
+    """Return whether two names are one model: the same folder, or one name on the Hub."""
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return one == other
 
 
 def _mapping(text: str) -> dict[str, str]:
-    """{question: Patient} of the command line."""
+    """Parse {question: Patient} of the command line."""
     try:
         values = configs.from_yaml(text)
     except yaml.YAMLError as exc:
@@ -217,7 +186,7 @@ def _mapping(text: str) -> dict[str, str]:
 
 
 def _format(text: str) -> str:
-    """A format of rows, or a function of the user's own, which is read here."""
+    """Parse a format of rows, or load a function of the user's own."""
     known = ("auto", *rows.FORMATS)
     if text in known:
         return text
@@ -234,8 +203,9 @@ def _format(text: str) -> str:
 def read(
     source: str, format: str, columns: dict[str, str], limit: int | None
 ) -> list[Conversation]:
-    """Rows that end with an answer, of a file, folder, glob or Hub name. Raises DataError with all
-    that is wrong.
+    """Return the rows of a file, folder, glob or Hub name. Raise DataError that lists wrong ones.
+
+    Each row ends with an answer.
     """
     found, notes = readers.expand(source, "--data")
     for note in notes:
@@ -248,16 +218,15 @@ def read(
         )
     try:
         if format == "auto":
-            format = rows.detect_format(found, "line", columns, learned=False)
+            format = rows.detect_format(found, "line", columns, for_training=False)
         stream = rows.conversations(
-            found, format, columns, "line", None, problems, unread, learned=False
+            found, format, columns, "line", None, problems, unread, for_training=False
         )
         read = list(islice(stream, limit))
         problems.raise_if_any()
-    except UserError as exc:  # which speaks of the run config
-        raise type(exc)(
-            str(exc).replace("data.columns", "--columns").replace("data.format", "--format")
-        ) from exc
+    except UserError as exc:  # its message names settings of the run config
+        message = str(exc).replace("data.columns", "--columns").replace("data.format", "--format")
+        raise type(exc)(message) from exc
     if problems.num_empty:
         skipped = "1 empty row" if problems.num_empty == 1 else f"{problems.num_empty:,} empty rows"
         print(f"note: {skipped} skipped", file=sys.stderr)
@@ -285,7 +254,7 @@ def report(
     shown: int,
     max_new_tokens: int,
 ) -> str:
-    """The table and the first examples, as text."""
+    """Return the table and the first examples, as text."""
     lines = [
         f"{len(wanted)} held-out {'row' if len(wanted) == 1 else 'rows'}",
         f"{'':<16}{'base':>8}{'tuned':>8}   gain, 95% interval over the rows",
@@ -301,12 +270,10 @@ def report(
     if any(cut.values()):
         lines.append(
             f"{'cut':<16}{cut['base']:>8}{cut['tuned']:>8}   answers not ended after "
-            f"{max_new_tokens} tokens, "
-            "and scored as they are; raise --max-new-tokens"
+            f"{max_new_tokens} tokens, and scored as they are; raise --max-new-tokens"
         )
-    for conversation, right, base, tuned in list(
-        zip(conversations, wanted, given["base"], given["tuned"])
-    )[:shown]:
+    shown_rows = zip(conversations, wanted, given["base"], given["tuned"])
+    for conversation, right, base, tuned in islice(shown_rows, shown):
         lines += [
             "",
             f"prompt  {_line(conversation.messages[-2].content)}",
@@ -323,19 +290,15 @@ def as_lines(
     given: dict[str, list[Answer]],
     results: dict[str, Any],
 ) -> str:
-    """What --output holds: a JSON object for each row."""
+    """Return the content of --output: a JSON object for each row."""
     written = []
     for i, conversation in enumerate(conversations):
+        prompt = [{"role": m.role, "content": m.content} for m in conversation.messages[:-1]]
+        for turn, message in zip(prompt, conversation.messages):
+            turn |= {"context": message.context} if message.context else {}
         line = {
             "row": str(conversation.place),
-            "prompt": [
-                {
-                    "role": m.role,
-                    "content": m.content,
-                    **({"context": m.context} if m.context else {}),
-                }
-                for m in conversation.messages[:-1]
-            ],
+            "prompt": prompt,
             "wanted": wanted[i],
             **{name: answers[i].text for name, answers in given.items()},
             **{f"{name}_cut": answers[i].is_cut for name, answers in given.items()},

@@ -104,7 +104,7 @@ def load_config(model: Model) -> Any:
             raise ModelError(problem)
         return config
     _require_folder_or_hub("model.path", model.path)
-    with translated(f"model {model.path!r}: its config.json", base.said_by(str(model.path))):
+    with translated(f"model {model.path!r}: its config.json", base.config_of(str(model.path))):
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )

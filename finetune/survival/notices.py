@@ -1,8 +1,7 @@
-"""What a cloud says before it takes a spot machine away.
+"""Ask the cloud's metadata service whether it is about to take this spot machine away.
 
-A bonus on plain machines, where SIGTERM comes late or not at all. The run never waits for it: a
-daemon thread asks, which is abandoned if the metadata service hangs, and an answer that makes no
-sense does not count as a notice.
+This helps on plain machines, where SIGTERM comes late or not at all. The run never waits for it: a
+daemon thread asks, and is abandoned if the service hangs. Invalid answers do not count as notices.
 """
 
 import json
@@ -28,17 +27,15 @@ REQUEST_SECONDS = 2.0
 MOST_BYTES = 64 * 1024
 TOKEN_SECONDS = 6 * 3600  # the most that AWS allows
 GCP_LEAD_SECONDS = 30.0
-LONGEST_LEAD_SECONDS = 3600.0  # clouds give seconds to minutes: what is further off is a mistake
+LONGEST_LEAD_SECONDS = 3600.0  # clouds give seconds to minutes: more is a mistake
 FAILURES_BEFORE_A_NOTE = 3  # do not report one hiccup in a week
-# A proxy of the environment knows no link-local address.
+# A proxy in the environment cannot reach the link-local address.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
 class Notice:
-    """`deadline`: when the machine goes, as time.time() counts; None where the cloud gave no time
-    that makes sense.
-    """
+    """`deadline`: when the machine goes, as in time.time(); None without a valid time."""
 
     reason: str
     deadline: float | None
@@ -46,10 +43,10 @@ class Notice:
 
 
 class Watch:
-    """Asks one cloud every few seconds, in a thread of its own; never raises, never is waited for.
+    """Ask one cloud every few seconds in a daemon thread, which never raises.
 
-    `heard` gets the warning and the final notice once each, after which the thread ends. `say` gets
-    one line if the cloud cannot be asked. Both are called in that thread, and must not raise.
+    `heard` gets the warning and the final notice once each; then the thread ends. `log` gets one
+    line if the cloud cannot be asked. The thread calls both; they must not raise.
     """
 
     def __init__(
@@ -59,7 +56,7 @@ class Watch:
         log: Callable[[str], None],
         every_seconds: float = 5.0,
     ) -> None:
-        """FINETUNE_METADATA_ADDRESS (http://host:port) replaces the address. Raises ConfigError."""
+        """FINETUNE_METADATA_ADDRESS (http://host:port) sets another address. Raises ConfigError."""
         address = os.environ.get("FINETUNE_METADATA_ADDRESS") or ADDRESS
         if not IS_ADDRESS.fullmatch(address):
             raise ConfigError(
@@ -67,7 +64,7 @@ class Watch:
             )
         self._cloud = _SERVICES[cloud](address.rstrip("/"))
         self._heard = heard
-        self._say = log
+        self._log = log
         self._every_seconds = every_seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="notices", daemon=True)
@@ -76,11 +73,11 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ignore what the question under way may still answer."""
+        """Ignore the answer to a pending request."""
         self._stopped.set()
 
     def _run(self) -> None:
-        num_failures, has_said = 0, False
+        num_failures, has_logged = 0, False
         while not self._stopped.is_set():
             notice = None
             try:
@@ -88,9 +85,9 @@ class Watch:
                 num_failures = 0
             except Exception as exc:  # a failing service must not end the run
                 num_failures += 1
-                if num_failures == FAILURES_BEFORE_A_NOTE and not has_said:
-                    has_said = True
-                    self._say(self._cloud.note(exc))
+                if num_failures == FAILURES_BEFORE_A_NOTE and not has_logged:
+                    has_logged = True
+                    self._log(self._cloud.note(exc))
             if notice is not None and not self._stopped.is_set():
                 self._heard(notice)
                 if notice.final:
@@ -99,7 +96,7 @@ class Watch:
 
 
 class _Service:
-    """One cloud's metadata service. `poll` raises anything for an answer that it cannot use."""
+    """One cloud's metadata service; `poll` may raise any exception for an unusable answer."""
 
     name: str
     hint: str
@@ -110,22 +107,22 @@ class _Service:
         self._question = ""
 
     def note(self, exc: Exception) -> str:
-        """One line about a service that gives no notices; what it sent is cut and printable."""
+        """Return one line about a failing service; its answer is cut and made printable."""
         why = re.sub("[^ -~]+", " ", f"{self._question}: {type(exc).__name__}: {exc}")[:300]
         return (
-            f"note: {self.name} gives no spot notices: {why}. The run keeps asking; until then "
-            f"only SIGTERM stops the run before the machine goes. {self.hint}"
+            f"note: {self.name} gives no spot notices: {why}. The run keeps asking; "
+            f"until then only SIGTERM stops the run before the machine goes. {self.hint}"
         )
 
     def _ask(self, path: str, headers: dict[str, str], method: str = "GET") -> tuple[str, Message]:
-        """Body and headers of an answer. Raises HTTPError for a status that is not 2xx."""
+        """Return body and headers of an answer. Raises HTTPError for a status that is not 2xx."""
         self._question = f"{method} {self._address}{path}"
         request = urllib.request.Request(self._address + path, headers=headers, method=method)
         with _OPENER.open(request, timeout=REQUEST_SECONDS) as response:
             return response.read(MOST_BYTES).decode().strip(), response.headers
 
     def _final(self, moment: float | None, kind: str) -> Notice:
-        """The time is optional: the cloud clearly said that the machine goes."""
+        """Return a final notice, without the time if it is invalid: the machine goes anyway."""
         if moment is None or not 0 <= moment - time.time() <= LONGEST_LEAD_SECONDS:
             return Notice(f"{self.name} takes this machine soon ({kind})", None, final=True)
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
@@ -133,7 +130,7 @@ class _Service:
 
 
 class _Aws(_Service):
-    """IMDSv2: a token first, then 404 as long as there is nothing to say."""
+    """IMDSv2: get a token, then ask; 404 means that there is no notice."""
 
     name = "AWS"
     hint = "From a container, IMDSv2's hop limit of 1 is the usual reason: rely on SIGTERM there"
@@ -148,10 +145,8 @@ class _Aws(_Service):
             return self._final(
                 _moment(datetime.fromisoformat, action.get("time")), action["action"]
             )
-        if (
-            self._has_warned
-            or self._get("/latest/meta-data/events/recommendations/rebalance") is None
-        ):
+        rebalance = "/latest/meta-data/events/recommendations/rebalance"
+        if self._has_warned or self._get(rebalance) is None:
             return None
         self._has_warned = True
         return Notice(
@@ -190,10 +185,10 @@ class _Gcp(_Service):
 
 
 class _Azure(_Service):
-    """Scheduled events, of all machines of a set.
+    """Scheduled events of all machines in a set.
 
-    They are never acknowledged (POST StartRequests): that says "go on", and the machine would go
-    before the save is done.
+    The run never acknowledges them (POST StartRequests): Azure would take the machine at once,
+    before the save ends.
     """
 
     name = "Azure"
@@ -220,7 +215,7 @@ _SERVICES: dict[str, type[_Service]] = {"aws": _Aws, "gcp": _Gcp, "azure": _Azur
 
 
 def _moment(parse: Callable[[str], datetime], text: Any) -> float | None:
-    """As time.time() counts; None without a time and its zone: local time would be a guess."""
+    """Parse a time to seconds as in time.time(); None without a zone: local time is a guess."""
     try:
         moment = parse(text)
         return None if moment.tzinfo is None else moment.timestamp()

@@ -1,6 +1,4 @@
-"""What ends a run before its time -> one flag, which every step reads: signals, a cloud's notice, a
-deadline.
-"""
+"""Collect signals, cloud notices and the deadline in one flag, which every step reads."""
 
 import ctypes
 import os
@@ -16,43 +14,40 @@ from finetune.places import LAUNCHER
 from finetune.survival.notices import Notice, Watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# What the kernel sends when the launcher dies: not SIGTERM, as it also sends it when only the
-# launcher's thread has ended.
-LAUNCHER_DIED = getattr(signal, "SIGRTMIN", signal.SIGUSR1)  # only Linux has it, and the request
+# The kernel sends this when the launcher dies. Not SIGTERM: the kernel also sends it when only the
+# launcher's thread ends. Only Linux has SIGRTMIN and PR_SET_PDEATHSIG.
+LAUNCHER_DIED = getattr(signal, "SIGRTMIN", signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 LAUNCHERS = {
     "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli",
     "torchrun", "torch.distributed.run", "torch.distributed.launch",
 }  # fmt: skip
-STOPPING = b"\nstopping after this step, then saving; Ctrl-C again quits at once, and loses what is not saved yet\n"
+STOPPING = (
+    b"\nstopping after this step, then saving; "
+    b"Ctrl-C again quits at once, and loses what is not saved yet\n"
+)
 DEADLINE = "checkpoint.max_minutes are over"
 
 
 class StopFlag:
-    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup ignores it), the launcher's death, what a
-    cloud says, and checkpoint.max_minutes.
+    """Set by SIGTERM, SIGINT, SIGUSR1, SIGHUP, the launcher's death, a cloud or the deadline.
 
-    At first, while torch is being imported, they end the process, as there is nothing to save: code
-    in C swallows what a handler raises, or aborts. After `raises` they raise Preempted. After
-    `only_note` they set the flag, and what is under way is finished and saved; a second SIGINT
-    quits at once.
+    nohup ignores SIGHUP; the deadline is checkpoint.max_minutes. At first, while the process
+    imports torch, these end the process: there is nothing to save, and C code swallows what a
+    handler raises, or aborts. After `raises` they raise Preempted. After `only_note` they set the
+    flag, and the run finishes its step and saves; a second SIGINT quits at once.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.wants_save = False
         """A cloud has warned that it may take the machine."""
-        self._began = (
-            time.monotonic()
-        )  # of the process, near enough: this is the first that train.py makes
+        # Nearly the start of the process: train.py makes this object first.
+        self._began = time.monotonic()
         self._grace_seconds = 0.0
         self._goes: float | None = None
-        self._is_importing, self._at_once, self._has_begun, self._interrupted = (
-            True,
-            True,
-            False,
-            False,
-        )
+        self._is_importing, self._at_once = True, True
+        self._has_begun, self._interrupted = False, False
         self._watch: Watch | None = None
         self._timer: threading.Timer | None = None
         self._launcher = 0
@@ -63,10 +58,10 @@ class StopFlag:
             signal.signal(number, self._handle)
 
     def follow_launcher(self) -> None:
-        """Stop when the launcher that started this process dies: ours, `accelerate launch` or
-        torchrun. It may not live to pass a signal on.
+        """Stop when the launcher dies, which may not live to forward a signal.
 
-        Linux only. No other parent counts: a shell may end, and what it has started goes on.
+        Launchers are ours, `accelerate launch` and torchrun; other parents do not count, as a shell
+        may end before the programs that it started. Linux only.
         """
         if not Path("/proc/self/cmdline").exists():
             return
@@ -76,10 +71,10 @@ class StopFlag:
             self._signals.append(LAUNCHER_DIED)
             signal.signal(LAUNCHER_DIED, self._handle)
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_DIED)
-            has_died = os.getppid() != parent  # before the kernel was asked
-        elif ours:  # or while Python started
+            has_died = os.getppid() != parent  # it died before prctl
+        elif ours:  # it may have died while Python started
             has_died = not Path("/proc", ours).exists()
-        else:  # then what Accelerate has set is all that tells of it
+        else:  # only Accelerate's variable shows that there was a launcher
             has_died = "ACCELERATE_MIXED_PRECISION" in os.environ and _has_other_parent()
         if has_died:
             self._handle(LAUNCHER_DIED, None)
@@ -92,7 +87,7 @@ class StopFlag:
         cloud: str | None,
         log: Callable[[str], None],
     ) -> None:
-        """`cloud`: whose notices to ask for, on this machine."""
+        """Start the deadline's timer and the thread that asks `cloud` for notices."""
         self._grace_seconds = grace_seconds
         if max_minutes is not None:
             left = max(0.0, self._began + 60 * max_minutes - time.monotonic())
@@ -104,7 +99,7 @@ class StopFlag:
             self._watch.start()
 
     def close(self) -> None:
-        """The run has ended: nothing can stop it any more."""
+        """Ignore signals, deadline and notices from now on, as the run has ended."""
         for number in self._signals:
             signal.signal(number, signal.SIG_IGN)
         if self._timer:
@@ -117,43 +112,43 @@ class StopFlag:
         return self.reason is not None
 
     def seconds_left(self) -> float:
-        """Count the seconds until the machine goes, as far as is known."""
+        """Return the seconds until the machine goes, as far as is known."""
         return self._goes - time.monotonic() if self._goes is not None else self._grace_seconds
 
     def save_seconds(self) -> float | None:
-        """Time for a last save; None: any, as after Ctrl-C, where the machine stays."""
+        """Return the time for a last save; None after Ctrl-C, where the machine stays."""
         return None if self.reason == signal.SIGINT.name else self.seconds_left()
 
     def raises(self) -> None:
-        """From now on what stops the run is an exception."""
+        """From now on, raise an exception to stop the run."""
         self._is_importing = False
 
     def only_note(self) -> None:
-        """From now on the loop decides when to stop."""
+        """From now on, only set the flag: the loop decides when to stop."""
         self._at_once, self._has_begun = False, True
 
     def at_once(self) -> None:
-        """Everything is saved: from now on a signal ends the run at once."""
+        """From now on a signal ends the run at once, as everything is saved."""
         self._at_once = True
         if self.is_set:
             raise Preempted(f"{self.reason}; run the same command again")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == LAUNCHER_DIED and os.getppid() == self._launcher:
-            return  # it lives: only the thread that started this process has ended
+            return  # the launcher lives: only the thread that started this process has ended
         reason = "the launcher has died" if number == LAUNCHER_DIED else signal.Signals(number).name
         if self._is_importing:
             end = _preempted(reason, f"{reason} before anything was begun")
             os.write(2, f"{end.label}: {end}\n".encode())
             os._exit(end.exit_code)
-        # Noted before it is raised: what is raised inside a destructor is lost.
+        # Set the flag before raising: Python drops exceptions raised inside a destructor.
         if self.reason is None:
             self.reason, self._goes = reason, time.monotonic() + self._grace_seconds
         if self._at_once:
             if self.reason == DEADLINE and not self._has_begun:
                 raise CheckpointError(
-                    f"{DEADLINE} before the first step of this attempt, and would be every time; "
-                    "raise them"
+                    f"{DEADLINE} before the first step of this attempt, "
+                    "and would be over at every start; raise them"
                 )
             if not self._has_begun:
                 raise _preempted(self.reason, self.reason)
@@ -162,10 +157,8 @@ class StopFlag:
             if self._interrupted:
                 os._exit(128 + number)
             self._interrupted = True
-            if (
-                os.environ.get("RANK", "0") == "0"
-            ):  # print may be what the signal has interrupted, and would fail
-                os.write(2, STOPPING)
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, STOPPING)  # the signal may have interrupted a print
 
     def _heard(self, notice: Notice) -> None:
         if not notice.final:
@@ -176,13 +169,13 @@ class StopFlag:
         self._stop_by_signal(notice.reason)
 
     def _stop_by_signal(self, reason: str) -> None:
-        """From another thread: only a signal reaches a main thread that is not in the loop."""
+        """Stop from another thread; only a signal reaches a main thread outside the loop."""
         self.reason = self.reason or reason
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def _preempted(reason: str, when: str) -> Preempted:
-    """The end of an attempt before its first step. After Ctrl-C there is no advice to try again."""
+    """Return the error for an end before the first step; after Ctrl-C without advice to retry."""
     if reason == signal.SIGINT.name:
         return Interrupted("by Ctrl-C before the first step of this attempt; it saved nothing")
     return Preempted(f"{when}; run the same command again")
@@ -193,7 +186,7 @@ def _is_ignored(number: signal.Signals) -> bool:
 
 
 def _is_launcher(pid: int) -> bool:
-    """Whether a process is `accelerate launch` or torchrun, by its command line."""
+    """Return whether a process is `accelerate launch` or torchrun, by its command line."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # it has gone
@@ -203,10 +196,8 @@ def _is_launcher(pid: int) -> bool:
 
 
 def _has_other_parent() -> bool:
-    """Whether the process that started this one has gone: a session is inherited, and this one's is
-    not the parent's.
-    """
+    """Return whether this process's original parent is gone: the session is not the parent's."""
     try:
         return os.getsid(0) not in (os.getpid(), os.getsid(os.getppid()))
-    except (OSError, ValueError):  # PID 1 of a container has no parent that it could see
+    except (OSError, ValueError):  # PID 1 of a container sees no parent
         return False

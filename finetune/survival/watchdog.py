@@ -1,9 +1,8 @@
-"""Notices when a process has died, was stopped, or stands still, and then ends this one.
+"""End this process when another one has died, was stopped, or makes no progress.
 
-A process that waits in a collective for one that has gone would wait for hours. So each tells a
-store, once a second, that it is there and how far its main thread has come; the main process reads
-what all of them say, and the others what the main process says: N messages a second for N
-processes.
+A process in a collective would wait for hours for one that is gone. So once a second each process
+writes to a store that it lives and how far its main thread is. The main process reads all entries,
+the others only that of the main process: N messages a second for N processes.
 """
 
 import json
@@ -18,7 +17,7 @@ from torch.distributed import TCPStore
 
 from finetune.places import BEATS
 
-# Of silence, after which a process is taken for the one that has gone once a connection has broken
+# After a connection broke, a process that is silent for this long counts as gone.
 SOON_SECONDS = 3.0
 
 
@@ -29,9 +28,8 @@ class Watchdog:
         self._ticks, self._ticked, self._moves = 0, time.monotonic(), False
         self._waiting: Callable[[], float] | None = None
         self._store: TCPStore | None = None
-        self._heard: dict[
-            int, tuple[dict[str, Any], float]
-        ] = {}  # what each said last, and when that was new
+        # Rank -> its last heartbeat, and when that arrived.
+        self._heard: dict[int, tuple[dict[str, Any], float]] = {}
         self._verdict: str | None = None
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -44,27 +42,23 @@ class Watchdog:
         end: Callable[[str], None],
         hurries: Callable[[], bool] = lambda: False,
     ) -> None:
-        """From now on call `end` with a sentence, in a thread, when a process is silent or all
-        stand still for so long.
+        """Call `end` with a message, in a thread, if a process is silent or all hang.
 
-        None: never. `hurries`: whether the machine goes away soon; then a save in which all wait
-        for one another ends the run after SOON_SECONDS.
+        `bound_seconds`: for how long; None: never. `hurries`: whether the machine goes away soon;
+        then a save in which all wait for each other ends the run after SOON_SECONDS.
         """
         self._bound, self._end, self._hurries = bound_seconds, end, hurries
         self._interval = min(1.0, (bound_seconds or 10.0) / 10)
-        if (
-            self.number > 1
-        ):  # a connection of its own to the store by which the processes have found each other
+        if self.number > 1:  # open another connection to the store where the processes met
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._store = TCPStore(address, port, is_master=False, wait_for_workers=False)
             self._heard = {rank: ({}, time.monotonic()) for rank in self._others()}
-        # Asking a store whose process was stopped never returns: what asks cannot be what watches
-        # the clock.
+        # Asking a store whose process was stopped never returns, so another thread watches the
+        # clock.
         for work in (self._exchange, self._watch):
-            self._threads.append(
-                threading.Thread(target=work, name=f"watchdog{work.__name__}", daemon=True)
-            )
-            self._threads[-1].start()
+            thread = threading.Thread(target=work, name=f"watchdog{work.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
@@ -72,26 +66,22 @@ class Watchdog:
             thread.join(self._interval)
 
     def heartbeat(self, at: str | None = None) -> None:
-        """The main thread has come further. From here until `rest`, no beat means that it stands
-        still.
-        """
+        """Record progress of the main thread. Until `pause`, no heartbeat means that it hangs."""
         self._ticks, self._ticked = self._ticks + 1, time.monotonic()
         self.at, self._moves, self._waiting = at or self.at, True, None
         if at and at.startswith("step "):
-            self.step = int(at.removeprefix("step ")) - 1  # the last that is done
+            self.step = int(at.removeprefix("step ")) - 1  # the last finished one
 
     def pause(self, at: str, waiting: Callable[[], float] | None = None) -> None:
-        """What comes now may take as long as it likes.
+        """Allow any time until the next heartbeat.
 
-        `waiting`: for a save, how many seconds this process has waited for the others: not even a
-        save may keep every process waiting, as then one of them has gone without a word.
+        `waiting`: for a save, returns for how many seconds this process has waited for the others:
+        if all processes wait, one has died silently.
         """
         self.at, self._waiting, self._moves = at, waiting, False
 
     def silent(self) -> list[int]:
-        """Other processes that have said nothing for SOON_SECONDS: who has gone, once a connection
-        has broken.
-        """
+        """Return processes without a heartbeat for SOON_SECONDS; one died if a connection broke."""
         time.sleep(SOON_SECONDS)
         now = time.monotonic()
         return [
@@ -116,65 +106,54 @@ class Watchdog:
                 self._store.set(f"beat/{self.rank}", json.dumps(heartbeat))
                 for rank in self._others():
                     if self._store.check([f"beat/{rank}"]):
-                        said = json.loads(self._store.get(f"beat/{rank}"))
-                        if said != self._heard[rank][0]:
-                            self._heard[rank] = (said, time.monotonic())
-            except (
-                Exception
-            ):  # it lived with the main process, or its launcher; their silence is what counts now
+                        latest = json.loads(self._store.get(f"beat/{rank}"))
+                        if latest != self._heard[rank][0]:
+                            self._heard[rank] = (latest, time.monotonic())
+            # The store died with the main process or its launcher; now their silence counts.
+            except Exception:
                 self._store = None
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
             if problem := self._problem():
                 self._verdict = problem
-                self._stopped.wait(2 * self._interval)  # for the others to hear it in these words
+                self._stopped.wait(2 * self._interval)  # for the others to read this verdict
                 self._end(problem)
                 return
 
     def _own(self) -> dict[str, Any]:
-        """Where this process is, and for how many seconds it has stood still there."""
+        """Return where this process is, and for how many seconds it has made no progress."""
         moves, waiting = self._moves, self._waiting
-        still = time.monotonic() - self._ticked if moves else waiting() if waiting else 0.0
-        return {
-            "at": self.at,
-            "ticks": self._ticks,
-            "still": still,
-            "saves": not moves and waiting is not None,
-        }
+        idle = time.monotonic() - self._ticked if moves else waiting() if waiting else 0.0
+        saves = not moves and waiting is not None
+        return {"at": self.at, "ticks": self._ticks, "idle": idle, "saves": saves}
 
     def _problem(self) -> str | None:
         now, bound = time.monotonic(), self._bound
-        for rank, (said, since) in self._heard.items():
-            if verdict := said.get("verdict"):
+        for rank, (heartbeat, since) in self._heard.items():
+            if verdict := heartbeat.get("verdict"):
                 return str(verdict)
             if bound is not None and now - since > bound:
-                where = self.at if self._moves else said.get("at", self.at)
+                where = self.at if self._moves else heartbeat.get("at", self.at)
                 return f"process {rank} has not answered for {bound:.3g} s, last at {where}"
         if self.rank > 0:
             return None
-        heartbeats = {
-            0: self._own(),
-            **{rank: said for rank, (said, _) in self._heard.items() if said},
-        }
+        heartbeats = {0: self._own()}
+        heartbeats |= {rank: latest for rank, (latest, _) in self._heard.items() if latest}
         if all(heartbeat["saves"] for heartbeat in heartbeats.values()) and self._hurries():
             bound = SOON_SECONDS if bound is None else min(bound, SOON_SECONDS)
         if (
             bound is None
             or len(heartbeats) < self.number
-            or any(heartbeat["still"] <= bound for heartbeat in heartbeats.values())
+            or any(heartbeat["idle"] <= bound for heartbeat in heartbeats.values())
         ):
             return None
-        # All wait, for the one that has come least far.
+        # All wait for those that are least far.
         least = min(heartbeats.values(), key=lambda heartbeat: heartbeat["ticks"])
-        behind = [
-            rank for rank, heartbeat in heartbeats.items() if heartbeat["ticks"] == least["ticks"]
-        ]
-        who = (
-            "every process"
-            if len(behind) == self.number
-            else f"process {', '.join(map(str, behind))}"
-        )
+        behind = [rank for rank in heartbeats if heartbeats[rank]["ticks"] == least["ticks"]]
+        who = f"process {', '.join(map(str, behind))}"
+        if len(behind) == self.number:
+            who = "every process"
         return f"{who} has made no progress for {bound:.3g} s at {least['at']}"
 
     def _note(self) -> None:
@@ -184,4 +163,4 @@ class Watchdog:
                 fresh.write_text(self.at)
                 fresh.rename(self._file)  # never half of it
             except OSError:
-                self._file = None  # the launcher has gone
+                self._file = None  # the launcher is gone

@@ -1,1 +1,1 @@
-"""Checkpoints: written whole or not at all, found only if whole, gone on from exactly."""
+"""Write checkpoints atomically, find only complete ones, and resume from them bit for bit."""

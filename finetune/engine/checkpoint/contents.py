@@ -1,7 +1,7 @@
-"""What is in a checkpoint: a TrainState, copied to host memory, written, and put back.
+"""Copy a TrainState to host memory, write it into a checkpoint, and restore it.
 
 Every process writes its own part: through `torch.distributed.checkpoint` (dcp), or as DeepSpeed's
-own files under ZeRO. Only what trains is in it; the rest is where the run got it from.
+own files under ZeRO. Frozen weights are left out: the base model has them.
 """
 
 import json
@@ -37,20 +37,24 @@ from finetune.errors import CheckpointError, DamagedCheckpoint, LostCheckpoints
 from finetune.failures import MOST_LETTERS
 
 SHARDS = "shards"
-# It saves in one process, as intended.
+# What reading a process's damaged JSON can raise.
+MALFORMED = (
+    ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
+# dcp warns when it saves in a single process, which is what we want.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass(frozen=True)
 class Staged:
-    """This process's part of a state at one step, in host memory, where training does not reach it."""
+    """This process's part of a state at one step, copied to host memory."""
 
     tensors: dict[str, Any]
-    """For dcp; empty under ZeRO. What several processes hold alike is staged by one of them."""
+    """For dcp; empty under ZeRO. Of replicated tensors, one process stages each."""
     files: dict[str, Any]
-    """ZeRO: path -> what DeepSpeed would write there; empty elsewhere."""
+    """ZeRO: path -> what DeepSpeed would write there; empty otherwise."""
     own: dict[str, Any]
-    """What only this process knows: random numbers, fp16's scale."""
+    """State of this process alone: random number generators, fp16's scale."""
 
     @property
     def num_bytes(self) -> int:
@@ -60,10 +64,10 @@ class Staged:
 
 
 def stage(topology: Topology, state: TrainState, copied: Callable[[Any], Any]) -> Staged:
-    """Take this process's part of a state, which is all that training has to wait for. Collective.
+    """Copy this process's part of a state; training waits only for this. Collective.
 
-    `copied` copies a tree of tensors into host memory, or returns it as it is where training waits
-    for the whole save.
+    `copied` copies a tree of tensors to host memory, or returns it unchanged if training waits for
+    the whole save.
     """
     own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
     if topology.parallel.is_zero:
@@ -73,18 +77,17 @@ def stage(topology: Topology, state: TrainState, copied: Callable[[Any], Any]) -
 
 
 def share(tensors: dict[str, Any], rank: int, number: int) -> dict[str, Any]:
-    """Of tensors that several processes hold alike, those that this one stages: about as many bytes
-    each.
+    """Return the replicated tensors that process `rank` stages: about as many bytes each.
 
     Otherwise each of 8 processes under DDP would copy the 96 GB of an 8B model with AdamW, of which
-    dcp writes one. Every process decides alike, as all see the same names and sizes in the same
-    order.
+    dcp writes one copy. All processes see the same names and sizes in the same order, so they agree
+    without communicating.
     """
     loads: dict[int, list[int]] = {}
 
     def owned(value: Any) -> bool:
         if not isinstance(value, torch.Tensor):
-            return True  # numbers and names: dcp drops the copies
+            return True  # numbers and strings: dcp drops the copies
         own, copies = _replica(value, rank, number)
         load = loads.setdefault(copies, [0] * copies)
         owner = load.index(min(load))
@@ -105,13 +108,11 @@ def share(tensors: dict[str, Any], rank: int, number: int) -> dict[str, Any]:
 
 
 def _replica(tensor: Any, rank: int, number: int) -> tuple[int, int]:
-    """(which of the equal copies of a tensor this process holds, how many copies there are)"""
+    """Return (index of this process's copy of a tensor, number of copies)."""
     if not hasattr(tensor, "placements"):
         return rank, number
-    own, copies = 0, 1
-    for dimension, placement in enumerate(
-        tensor.placements
-    ):  # a DTensor: replicated over some dimensions of its mesh
+    own, copies = 0, 1  # a DTensor may be replicated over some dimensions of its mesh
+    for dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             size = tensor.device_mesh.size(dimension)
             own, copies = own * size + tensor.device_mesh.get_local_rank(dimension), copies * size
@@ -124,9 +125,7 @@ def _local(tensor: Any) -> torch.Tensor:
 
 
 def write(writing: Path, staged: Staged, processes: Processes) -> None:
-    """Write every process's part into a directory that is there. Collective; raises on every
-    process if one fails.
-    """
+    """Write every process's part into an existing directory. Collective; if one fails, all do."""
 
     def write_own() -> None:
         folder.write_json(writing / _own_name(processes.rank), staged.own)
@@ -139,7 +138,7 @@ def write(writing: Path, staged: Staged, processes: Processes) -> None:
                 os.fsync(file.fileno())
 
     processes.on_every(write_own)
-    if not staged.files:  # no ZeRO; dcp flushes its files itself
+    if not staged.files:  # not ZeRO; dcp flushes its files itself
         with _translated():
             dcp.save(
                 staged.tensors,
@@ -150,7 +149,7 @@ def write(writing: Path, staged: Staged, processes: Processes) -> None:
 
 
 def written(writing: Path, staged: Staged, rank: int) -> set[str]:
-    """Names of the files that this process has written."""
+    """Return the names of the files that this process has written."""
     return {
         _own_name(rank),
         *staged.files,
@@ -159,9 +158,7 @@ def written(writing: Path, staged: Staged, rank: int) -> set[str]:
 
 
 def read(found: Found, topology: Topology, state: TrainState) -> None:
-    """Put weights, optimizer, random numbers and progress back as they were. Collective. Raises
-    LostCheckpoints.
-    """
+    """Restore weights, optimizer, random state and progress. Collective. Raises LostCheckpoints."""
     try:
         if topology.parallel.is_zero:
             _read_engine(found, topology)
@@ -178,51 +175,47 @@ def read(found: Found, topology: Topology, state: TrainState) -> None:
 
 
 def why(exc: Exception) -> str:
-    """Why a checkpoint cannot be loaded, without the paragraphs that torch writes."""
+    """Return in one sentence why a checkpoint cannot be loaded; torch writes paragraphs."""
     text = " ".join(str(exc).split())
     if isinstance(exc, DamagedCheckpoint):
         return text
     if isinstance(exc, pickle.UnpicklingError) or "weights_only" in text or "Weights only" in text:
         return f"a file in {SHARDS} holds more than tensors; nothing was executed"
-    return f"{SHARDS} is damaged, or does not fit the model ({type(exc).__name__}: {text[:MOST_LETTERS]})"
+    cause = f"{type(exc).__name__}: {text[:MOST_LETTERS]}"
+    return f"{SHARDS} is damaged, or does not fit the model ({cause})"
 
 
 def _instead(found: Found) -> str:
-    """What a user can do about a checkpoint that cannot be loaded."""
+    """Return what a user can do about a checkpoint that cannot be loaded."""
     root = found.path.parent
     older = next(
         (p for p in folder.steps(root) if p.name < found.path.name and folder.looks_whole(p)), None
     )
     if older is None:
-        return f"put back a copy of it, or move {root} away (and checkpoint.storage, where that is set) to start at step 1"
-    return f"move it away (from checkpoint.storage too, where that is set) to go on from {older}"
+        return (
+            f"restore a copy of it, or move {root} away (and checkpoint.storage, "
+            "where that is set) to start at step 1"
+        )
+    return f"move it away (from checkpoint.storage too, where that is set) to resume from {older}"
 
 
 def _read_own(found: Found, topology: Topology) -> None:
-    """Put back random numbers and fp16's scale."""
+    """Restore the random number generators and fp16's scale."""
     path = found.path / _own_name(topology.rank)
     try:
         if path.exists():
             _restore_random_state(json.loads(path.read_text())["random"], topology)
-        else:  # a process that was not there before draws new random numbers
+        else:  # the run has more processes now: this one draws new random numbers
             torch.manual_seed(hash((torch.initial_seed(), found.step)) % 2**63)
-        # One scaler for all: processes that are new have none saved, and must scale as the others
-        # do.
+        # New processes have saved no scale, and all must use the same: that of process 0.
         path = found.path / _own_name(0)
         topology.restore_scaler(json.loads(path.read_text())["scaler"])
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as exc:
+    except MALFORMED as exc:
         raise DamagedCheckpoint(f"{path} is damaged ({type(exc).__name__}: {exc})") from exc
 
 
 def read_weights(found: Found, topology: Topology, state: TrainState) -> None:
-    """Put back the weights (and their averages), and nothing else. Collective."""
+    """Restore only the weights (and their averages). Collective."""
     if topology.parallel.is_zero:
         _read_engine(found, topology)
         return
@@ -231,9 +224,7 @@ def read_weights(found: Found, topology: Topology, state: TrainState) -> None:
 
 
 def _read_engine(found: Found, topology: Topology) -> None:
-    """DeepSpeed's files fit the topology that wrote them; for another they are converted first, and
-    that is thrown away again.
-    """
+    """Load DeepSpeed's files; for another topology than wrote them, convert them temporarily."""
     if (found.manifest["topology"], found.manifest["num_processes"]) == (
         topology.name,
         topology.num_processes,
@@ -248,7 +239,7 @@ def _read_engine(found: Found, topology: Topology) -> None:
 
     topology.on_main(convert)
     topology.load_engine(converted)
-    topology.on_every(lambda: None)  # all have read it
+    topology.on_every(lambda: None)  # wait until all have read it
     topology.on_main(lambda: shutil.rmtree(converted))
 
 
@@ -268,15 +259,13 @@ def _load(found: Found, tensors: dict[str, Any], topology: Topology) -> None:
     def check() -> None:
         reader.read_metadata()
 
-    topology.on_main(check)  # first, as dcp would tell of it in words of its own
+    topology.on_main(check)  # first: dcp's own message would not name the file
     with _translated(), unpickling.weights_only():
         dcp.load(tensors, storage_reader=reader, no_dist=topology.num_processes == 1)
 
 
 def _tensors(topology: Topology, state: TrainState) -> dict[str, Any]:
-    """Weights that train, their averages and the optimizer's state, under the names of the bare
-    model.
-    """
+    """Return trained weights, their averages and optimizer state, named as in the bare model."""
     moments = get_optimizer_state_dict(state.model, _bare(state.optimizer), options=_options())
     return {**_weights(topology, state), "optimizer": moments}
 
@@ -292,18 +281,15 @@ def _weights(topology: Topology, state: TrainState) -> dict[str, Any]:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """dcp's own exception is none that `except Exception` catches, and carries every process's
-    traceback in its text.
+    """Turn dcp's exception into ours.
+
+    `except Exception` does not catch dcp's, and its text holds every process's traceback.
     """
     try:
         yield
     except CheckpointException as exc:
-        for (
-            one,
-            _,
-        ) in (
-            exc.failures.values()
-        ):  # a disk that fails may be well again: the checkpoint is not lost
+        # A disk that fails may recover, so the checkpoint is not lost.
+        for one, _ in exc.failures.values():
             if error := failures.translate(one):
                 raise error from exc
         reasons = "; ".join(
@@ -318,7 +304,7 @@ def _options() -> StateDictOptions:
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside Accelerate's wrapper."""
+    """Return the optimizer inside Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
@@ -328,15 +314,13 @@ def _own_name(rank: int) -> str:
 
 def _random_state(topology: Topology) -> dict[str, Any]:
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    cuda = (
-        torch.cuda.get_rng_state(topology.device).tolist()
-        if topology.device.type == "cuda"
-        else None
-    )
+    is_cuda = topology.device.type == "cuda"
     return {
-        "python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(), "cuda": cuda,
-    }  # fmt: skip
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": torch.cuda.get_rng_state(topology.device).tolist() if is_cuda else None,
+    }
 
 
 def _restore_random_state(state: dict[str, Any], topology: Topology) -> None:

@@ -1,10 +1,10 @@
-"""A checkpoint as a folder: written so that a torn one is never taken for a whole one. No torch.
+"""Write checkpoint folders so that a partial one is never taken for a complete one. No torch.
 
-Protocol: a fresh directory `.writing-step-00000300` on the same file system; every process writes
-its part into it, and every file is flushed to the disk; `manifest.json` comes last, with the size
-and hash of each file and a hash of itself; then one rename makes it `step-00000300`, and the parent
-directory is flushed too. What a crash leaves begins with a dot, is never read, and goes at the next
-save.
+Protocol: the main process makes `.writing-step-00000300` on the same file system; every process
+writes its part into it and flushes each file to the disk; the main process adds `manifest.json`,
+with the size and hash of each file and a hash of itself, renames the folder to `step-00000300`, and
+flushes the parent. What a crash leaves begins with a dot: it is never read, and the next save
+removes it.
 """
 
 import json
@@ -25,7 +25,7 @@ TORN = (".writing-*", ".removing-*", ".fetching-*", ".converting-*")  # never a 
 
 
 class OtherFormat(RunDirectoryError, ValueError):
-    """A checkpoint that is whole, and of another version of this program."""
+    """A complete checkpoint of another version of this program."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,12 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step of a checkpoint's name; None for any other."""
+    """Return the step in a checkpoint's name; None for any other name."""
     return int(name.removeprefix("step-")) if re.fullmatch(r"step-\d{8}", name) else None
 
 
 def steps(root: Path) -> list[Path]:
-    """Checkpoints under `root`, whole or not, the newest first; what a user keeps next to them is
-    not ours.
-    """
+    """Return the checkpoints under `root`, complete or not, newest first; skip a user's files."""
     return sorted((p for p in root.glob("step-*") if step_of(p.name) is not None), reverse=True)
 
 
@@ -60,7 +58,7 @@ def steps(root: Path) -> list[Path]:
 
 
 def begin(root: Path, step: int) -> Path:
-    """A fresh directory to write into; what crashes left goes."""
+    """Make a fresh directory to write into; remove what crashes left."""
     sweep(root)
     writing = root / f".writing-{step_name(step)}"
     writing.mkdir(parents=True)
@@ -68,7 +66,7 @@ def begin(root: Path, step: int) -> Path:
 
 
 def sweep(root: Path) -> None:
-    """Remove what is half written or half removed."""
+    """Remove checkpoints that are half written or half removed."""
     for pattern in TORN:
         for torn in root.glob(pattern):
             shutil.rmtree(torn, ignore_errors=True)
@@ -84,7 +82,7 @@ def require_space(root: Path, needed_bytes: int) -> None:
 
 
 def files(folder: Path) -> list[str]:
-    """Every file below `folder` but the manifest, by its path in it."""
+    """Return the paths, relative to `folder`, of all files below it except the manifest."""
     return sorted(
         str(p.relative_to(folder))
         for p in folder.rglob("*")
@@ -93,7 +91,7 @@ def files(folder: Path) -> list[str]:
 
 
 def described(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and hash of some files."""
+    """Return the size and hash of each named file."""
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
         for name in names
@@ -101,14 +99,15 @@ def described(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def commit(writing: Path, manifest: dict[str, Any]) -> Path:
-    """The manifest, last, and the rename that makes it a checkpoint. `manifest["files"]` describes
-    every file.
+    """Write the manifest and rename the folder to a checkpoint; return it.
+
+    `manifest["files"]` describes every file.
     """
     final = writing.with_name(writing.name.removeprefix(".writing-"))
     write_json(writing / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
     for folder in [*(p for p in writing.rglob("*") if p.is_dir()), writing]:
         flush(folder)
-    # Trained again from an older one, after this one was found damaged or was asked to be forgotten
+    # It exists if this one was damaged or set aside, and the run resumed from an older one.
     if final.exists():
         remove(final)
     os.rename(writing, final)
@@ -117,9 +116,9 @@ def commit(writing: Path, manifest: dict[str, Any]) -> Path:
 
 
 def prune(root: Path, keep_last: int, protected: set[str]) -> None:
-    """Remove whole checkpoints beyond the newest `keep_last`, but none of `protected`.
+    """Remove complete checkpoints beyond the newest `keep_last`, except those named `protected`.
 
-    Broken ones are neither counted, since they could not be gone on from, nor removed.
+    Damaged ones are not counted, since no run can resume from them, and not removed.
     """
     whole = [path for path in steps(root) if looks_whole(path)]
     for path in whole[keep_last:]:
@@ -128,8 +127,9 @@ def prune(root: Path, keep_last: int, protected: set[str]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Out of sight with one rename, so that half of it is never seen; then away. Of a link only the
-    link.
+    """Hide a checkpoint with one rename, so that half of it is never seen, then delete it.
+
+    Of a symbolic link, remove only the link.
     """
     if path.is_symlink() or path.is_file():
         path.unlink()
@@ -141,9 +141,7 @@ def remove(path: Path) -> None:
 
 
 def set_aside(damaged: list[Path]) -> dict[Path, Path]:
-    """Rename checkpoints that are not whole to `damaged-step-...`: kept, but neither read, counted
-    nor in the way. Where each is now.
-    """
+    """Rename damaged checkpoints to `damaged-step-...`, never read; return where each is now."""
     kept = {}
     for path in filter(os.path.lexists, damaged):
         free = next(
@@ -160,8 +158,7 @@ def set_aside(damaged: list[Path]) -> dict[Path, Path]:
 
 
 def find_newest(root: Path, num_steps: int | None = None) -> tuple[Found | None, dict[Path, str]]:
-    """The newest valid checkpoint under `root`, and what is wrong with each newer one; None if none
-    is valid.
+    """Return the newest valid checkpoint under `root`, or None, and the problem of each newer one.
 
     `num_steps`: of the run; None: unknown.
     """
@@ -178,17 +175,16 @@ def find_newest(root: Path, num_steps: int | None = None) -> tuple[Found | None,
 
 
 def require_step(path: Path, num_steps: int | None) -> None:
-    """Raise ValueError for a checkpoint of a step that the run does not have: it would export it as
-    its end.
-    """
+    """Raise ValueError if a checkpoint is beyond the run's last step, which would export it."""
     step = step_of(path.name)
     if step is not None and num_steps is not None and step > num_steps:
-        raise ValueError(f"it says step {step}, and the run has {num_steps} steps")
+        raise ValueError(f"it is of step {step}, but the run has {num_steps} steps")
 
 
 def verified(path: Path) -> dict[str, Any]:
-    """The manifest, if it and every file are what was written. Raises OSError or ValueError that
-    names the file.
+    """Return the manifest after checking it and every file.
+
+    Raises OSError or ValueError that names the file.
     """
     manifest = read_manifest(path)
     for name, wanted in manifest["files"].items():
@@ -198,23 +194,19 @@ def verified(path: Path) -> dict[str, Any]:
 
 
 def difference(path: Path, wanted: dict[str, Any]) -> str | None:
-    """How a file is not what `described` said of it; None if it is. Raises OSError."""
-    if not path.is_file():  # or reading it could wait for another program
+    """Return how a file differs from what `described` recorded; None if equal. Raises OSError."""
+    if not path.is_file():  # reading a pipe could block
         return "is missing, or is not a file"
     size = path.stat().st_size
     if size != wanted["bytes"]:
         return f"has {size} bytes instead of {wanted['bytes']}"
-    return (
-        None
-        if sha256(path) == wanted["sha256"]
-        else "is corrupt: its sha256 is not the one on record"
-    )
+    if sha256(path) != wanted["sha256"]:
+        return "is corrupt: its sha256 is not the one on record"
+    return None
 
 
 def looks_whole(path: Path) -> bool:
-    """Whether manifest and sizes agree, which costs next to nothing; `verified` also reads the
-    files.
-    """
+    """Return whether manifest and sizes agree, which is cheap; `verified` also reads the files."""
     try:
         manifest = read_manifest(path)
         return all(
@@ -226,7 +218,7 @@ def looks_whole(path: Path) -> bool:
 
 
 def run_id(manifest: bytes) -> str | None:
-    """Which run a manifest belongs to, however often that was started; None if it does not say."""
+    """Return the id of a manifest's run, the same for all its attempts; None if it has none."""
     try:
         return str(parsed(manifest)["progress"]["run_id"])
     except (ValueError, KeyError, TypeError):
@@ -241,22 +233,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     if manifest.pop("sha256", None) != json_sha256(manifest):
-        raise ValueError(f"{MANIFEST} is corrupt: its sha256 differs from what it says")
+        raise ValueError(f"{MANIFEST} is corrupt: its content does not match its sha256")
     if type(format := manifest.get("format")) is int and format != FORMAT:
         raise OtherFormat(
-            f"{path} was written by another version of this program (format {format}, this one "
-            f"reads {FORMAT}), which this "
-            "version cannot check; finish the run with that version, or give this one another "
-            "run.name"
+            f"{path} was written by another version of this program (format {format}, "
+            f"this one reads {FORMAT}), which this version cannot check; "
+            "finish the run with that version, or give this one another run.name"
         )
     _require_shape(manifest)
     if manifest["progress"]["step"] != step_of(path.name.removeprefix(".fetching-")):
-        raise ValueError(f"{MANIFEST} is not that of {path.name}")
+        raise ValueError(f"{MANIFEST} belongs to another step than {path.name}")
     return manifest
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """What a manifest holds, its hash and its keys not looked at. Raises ValueError."""
+    """Parse a manifest without checking its hash or keys. Raises ValueError."""
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as exc:
@@ -269,7 +260,7 @@ def parsed(content: bytes) -> dict[str, Any]:
 
 
 def sizes(manifest: dict[str, Any]) -> dict[str, int]:
-    """Bytes of each file of a checkpoint. Raises ValueError, also for a file outside its folder."""
+    """Return the bytes of each file of a checkpoint. Raises ValueError, also for a path outside."""
     described = manifest.get("files")
     if not isinstance(described, dict) or not described:
         raise ValueError(f"{MANIFEST} is damaged: files does not list the files of a checkpoint")
@@ -277,37 +268,34 @@ def sizes(manifest: dict[str, Any]) -> dict[str, int]:
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or "\0" in name:
             raise ValueError(f"{MANIFEST} names {name}, which is not in the checkpoint's folder")
         if not _is_like(about, {"bytes": 0, "sha256": ""}):
-            raise ValueError(
-                f"{MANIFEST} is damaged: files does not say the size and sha256 of {name}"
-            )
+            raise ValueError(f"{MANIFEST} is damaged: files lacks the size or sha256 of {name}")
     return {name: about["bytes"] for name, about in described.items()}
 
 
 def _require_shape(manifest: dict[str, Any]) -> None:
-    """Raise ValueError that names the key which is missing, or holds what none of our manifests
-    does.
+    """Raise ValueError that names a key which is missing or has the wrong type.
 
-    The hash does not show it: a changed manifest can be hashed again.
+    The hash cannot show this: anyone can hash a changed manifest again.
     """
     sizes(manifest)
     config = manifest.get("config")
-    sections: dict[str, Any] = (
-        {section: {} for section in config} if isinstance(config, dict) else {}
-    )
-    like = {
-        "format": FORMAT, "progress": Progress().to_dict(), "config": {**sections, "optimizer": {"kind": ""}},
-        "identity": {}, "topology": "", "num_processes": 0,
-    }  # fmt: skip
+    sections: dict[str, Any] = {}
+    if isinstance(config, dict):
+        sections = {section: {} for section in config}
+    like: dict[str, Any] = {
+        "format": FORMAT,
+        "progress": Progress().to_dict(),
+        "config": {**sections, "optimizer": {"kind": ""}},
+        "identity": {},
+        "topology": "",
+        "num_processes": 0,
+    }
     if wrong := [key for key in like if not _is_like(manifest.get(key), like[key])]:
-        raise ValueError(
-            f"{MANIFEST} is damaged: {wrong[0]} is missing, or holds what no checkpoint does"
-        )
+        raise ValueError(f"{MANIFEST} is damaged: {wrong[0]} is missing, or has another type")
 
 
 def _is_like(value: Any, like: Any) -> bool:
-    """Whether a value has the type of `like` and, if that is an object, all of its keys; a number
-    counts something.
-    """
+    """Return whether a value has the type of `like` and its keys; integers must not be negative."""
     if isinstance(like, dict):
         return isinstance(value, dict) and all(
             _is_like(value.get(key), each) for key, each in like.items()

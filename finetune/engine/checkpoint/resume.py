@@ -1,6 +1,4 @@
-"""Where a run goes on: the newest checkpoint that is whole and its own, here or in the object
-store.
-"""
+"""Find where a run resumes: its newest complete checkpoint, on this disk or in the object store."""
 
 import contextlib
 import re
@@ -23,12 +21,11 @@ if TYPE_CHECKING:
 def find(
     root: Path, storage: "Storage | None", num_steps: int | None = None
 ) -> tuple[Found | None, dict[Path, str]]:
-    """The newest valid checkpoint, fetched if it is only in the store, and what is wrong with each
-    newer one.
+    """Return the newest valid checkpoint, fetched if need be, and the problem of each newer one.
 
     Raises LostCheckpoints if there are checkpoints but none is valid: starting afresh would hide
-    that work was lost. So does a store that does not answer: an older one would be as bad.
-    `num_steps`: of the run.
+    that work was lost. Raises CheckpointError if the store does not answer: resuming from an older
+    one would hide it, too. `num_steps`: of the run.
     """
     found, damaged = folder.find_newest(root, num_steps)
     for step in storage.steps() if storage else []:
@@ -38,7 +35,7 @@ def find(
             folder.require_step(root / folder.step_name(step), num_steps)
             path = storage.fetch(step, root)  # type: ignore[union-attr]
             found = Found(path, folder.read_manifest(path))  # `fetch` has verified the files
-            damaged.pop(found.path, None)  # a whole one is in its place now
+            damaged.pop(found.path, None)  # the fetched one has replaced it
             break
         except folder.OtherFormat:
             raise
@@ -56,17 +53,13 @@ def find(
 
 
 def _is_of_disk(problem: str) -> bool:
-    """Whether a checkpoint could not be read because its disk fails, which the next attempt may
-    find well.
-    """
+    """Return whether a disk's failure prevented reading; the next attempt may succeed."""
     number = re.match(r"\[Errno (\d+)\]", problem)
     return number is not None and int(number[1]) in failures.DISK
 
 
 def newest(root: Path) -> Found | None:
-    """The newest checkpoint whose manifest can be read, its files not looked at: to refuse another
-    run early.
-    """
+    """Return the newest checkpoint with a readable manifest, unverified: to refuse early."""
     for path in folder.steps(root):
         with contextlib.suppress(OSError, ValueError):
             return Found(path, folder.read_manifest(path))
@@ -76,8 +69,7 @@ def newest(root: Path) -> Found | None:
 def require_same_run(
     found: Found, config: Config, identity: dict[str, Any], usual: dict[str, Any]
 ) -> None:
-    """Raise RunDirectoryError with what differs if a checkpoint belongs to another config, or to
-    other data or weights.
+    """Raise RunDirectoryError if a checkpoint has another config, data or weights; list them.
 
     `identity`, `usual`: as in `receipt.identity_differences`.
     """
@@ -89,59 +81,47 @@ def require_same_run(
 
 
 def require_readable(found: Found, topology: Topology) -> None:
-    """Raise RunDirectoryError where DeepSpeed's own files meet what cannot read them."""
-    saved, number, optimizer = (
-        found.manifest["topology"],
-        found.manifest["num_processes"],
-        found.manifest["config"]["optimizer"]["kind"],
-    )
+    """Raise RunDirectoryError if this topology cannot read what the saving one wrote."""
+    saved, number = found.manifest["topology"], found.manifest["num_processes"]
+    optimizer = found.manifest["config"]["optimizer"]["kind"]
     instead = "launch it so, or give this run another run.name"
     if _family(saved) != _family(topology.name):
         raise RunDirectoryError(
-            f"{found.path} was saved by {saved}, and this is {topology.name}; what ZeRO-1 and "
-            "ZeRO-2 save is read by these two, "
-            "what ZeRO-3 saves by ZeRO-3, what others save by others, on any number of processes; "
-            f"{instead}"
+            f"{found.path} was saved by {saved}, and this is {topology.name}; "
+            "ZeRO-1 and ZeRO-2 read each other's checkpoints, ZeRO-3 only its own, "
+            f"the other topologies each other's, on any number of processes; {instead}"
         )
-    if (
-        topology.parallel.is_zero
-        and (saved, number) != (topology.name, topology.num_processes)
-        and optimizer != "adamw"
-    ):
+    is_other = (saved, number) != (topology.name, topology.num_processes)
+    if topology.parallel.is_zero and is_other and optimizer != "adamw":
         raise RunDirectoryError(
-            f"{found.path} was saved by {saved} on {number} processes, and this is {topology.name} "
-            f"on {topology.num_processes}; "
+            f"{found.path} was saved by {saved} on {number} processes, "
+            f"and this is {topology.name} on {topology.num_processes}; "
             f"DeepSpeed converts the state of adamw only, not of {optimizer}; {instead}"
         )
 
 
 def _family(topology: str) -> str:
-    """Topologies whose checkpoints are alike."""
+    """Return the group of topologies that can read each other's checkpoints."""
     return {"zero1": "zero1 or zero2", "zero2": "zero1 or zero2", "zero3": "zero3"}.get(
         topology[:5], "the others"
     )
 
 
 def bring(root: Path, step: int | None, storage: "Storage | None") -> None:
-    """The checkpoint of a step, if the store has it and this disk has not. Raises CheckpointError."""
-    if (
-        storage
-        and step is not None
-        and not (root / folder.step_name(step)).exists()
-        and step in storage.steps()
-    ):
+    """Fetch the checkpoint of a step if only the store has it. Raises CheckpointError."""
+    if not storage or step is None or (root / folder.step_name(step)).exists():
+        return
+    if step in storage.steps():
         storage.fetch(step, root)
 
 
 def kept(root: Path) -> set[int]:
-    """Steps whose checkpoints are on this disk."""
+    """Return the steps whose checkpoints are on this disk."""
     return {int(path.name.removeprefix("step-")) for path in folder.steps(root) if path.is_dir()}
 
 
 def put_back_best(root: Path, step: int, topology: Topology, state: TrainState) -> None:
-    """Put back the weights (and their averages), and nothing else, of one checkpoint. Collective.
-    Raises LostCheckpoints.
-    """
+    """Restore only a checkpoint's weights and averages. Collective. Raises LostCheckpoints."""
     path = root / folder.step_name(step)
     try:
         manifest: dict[str, Any] = topology.on_main(lambda: folder.verified(path))

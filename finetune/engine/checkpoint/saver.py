@@ -1,6 +1,4 @@
-"""When checkpoints are saved, and by whom: one at a time, in a thread of its own, while training
-goes on.
-"""
+"""Save checkpoints in a background thread, one at a time, while training continues."""
 
 import shutil
 import threading
@@ -29,22 +27,19 @@ class Saver:
     """Every process has one, and all call the same methods after the same steps."""
 
     def __init__(
-        self, root: Path, topology: Topology, storage: "Storage | None", *, about: dict[str, Any], every_minutes: float | None,
-        keep_last: int, asynchronous: bool, grace_seconds: float, resumed_from: int | None, log: Callable[[str], None],
+        self, root: Path, topology: Topology, storage: "Storage | None", *,
+        about: dict[str, Any], every_minutes: float | None, keep_last: int, asynchronous: bool,
+        grace_seconds: float, resumed_from: int | None, log: Callable[[str], None],
         record: Callable[[dict[str, Any]], None], before: Callable[[], None],
     ) -> None:  # fmt: skip
-        """`about` goes into the manifest: what a resumption must agree with.
+        """`about` goes into the manifest; a resuming run must agree with it.
 
-        `record` gets the facts of each save; `before` is called on the main process just before one
-        becomes valid, and may raise.
+        `record` gets the facts of each save. The main process calls `before` just before a
+        checkpoint becomes valid; it may raise.
         """
         self.root, self.storage, self.about = root, storage, about
-        self.every_minutes, self.keep_last, self.asynchronous = (
-            every_minutes,
-            keep_last,
-            asynchronous,
-        )
-        self.grace_seconds = grace_seconds
+        self.every_minutes, self.keep_last = every_minutes, keep_last
+        self.asynchronous, self.grace_seconds = asynchronous, grace_seconds
         self.resumed_from, self.log, self.record, self.before = resumed_from, log, record, before
         self.topology, self.background = topology, topology.processes.apart()
         self._copied = (
@@ -52,43 +47,38 @@ class Saver:
         )
         self.saved_at = time.monotonic()
         self.last_seconds = 0.0
-        """From the beginning of the last save to its end."""
+        """How long the last save took."""
         self.last_step: int | None = resumed_from
-        """The newest step that is safe."""
+        """The newest saved step."""
         self._thread: threading.Thread | None = None
         self._problem: FinetuneError | None = None
         self._facts: dict[str, Any] = {}
         self._failures, self._is_warned = 0, False
 
     def is_time(self) -> bool:
-        """Whether checkpoint.every_minutes have passed on this process's clock."""
-        return (
-            self.every_minutes is not None
-            and time.monotonic() - self.saved_at > 60 * self.every_minutes
-        )
+        """Return whether checkpoint.every_minutes have passed on this process's clock."""
+        if self.every_minutes is None:
+            return False
+        return time.monotonic() - self.saved_at > 60 * self.every_minutes
 
     def has_ended(self) -> bool:
-        """Whether a save under way has come to its end on this process; `settle` then learns how,
-        on all of them.
-        """
+        """Return whether this process's part of a save has ended; `settle` then gets the result."""
         return self._thread is not None and not self._thread.is_alive()
 
     def save(
         self, state: TrainState, best: int | None = None, seconds_left: float | None = None
     ) -> None:
-        """Write checkpoint `step-<progress.step>` and prune older ones, but not that of step
-        `best`. Collective.
+        """Write checkpoint `step-<progress.step>`; prune older ones except step `best`. Collective.
 
-        Returns when the state is copied. A save that fails leaves the older ones as they are and is
-        reported; the third in a row raises CheckpointError. `seconds_left`: until the machine goes;
-        None: it stays.
+        Returns when the state is copied. A failed save is reported and leaves the older checkpoints
+        alone; the third in a row raises CheckpointError. `seconds_left`: until the machine goes
+        away; None: it stays.
         """
         if seconds_left is not None and self.last_seconds > max(0.0, seconds_left):
             self.log(
-                f"note: the last save took {self.last_seconds:.3g} s, and about "
-                f"{max(0.0, seconds_left):.3g} s are left: "
-                f"a save that is under way is finished first, then step {state.progress.step} is "
-                "saved if there is time"
+                f"note: the last save took {self.last_seconds:.3g} s, "
+                f"and about {max(0.0, seconds_left):.3g} s are left: a save under "
+                f"way finishes first, then step {state.progress.step} is saved if there is time"
             )
         began, progress = time.monotonic(), state.progress.to_dict()
         self.settle()
@@ -101,16 +91,19 @@ class Saver:
             self._failed(progress["step"], exc)
             return
         manifest = {
-            "format": folder.FORMAT, "progress": progress, "num_processes": self.topology.num_processes,
-            "topology": self.topology.name, **self.about,
-        }  # fmt: skip
+            "format": folder.FORMAT,
+            "progress": progress,
+            "num_processes": self.topology.num_processes,
+            "topology": self.topology.name,
+            **self.about,
+        }
         self._facts = {"step": progress["step"]}
         self._thread = threading.Thread(
             target=self._run, args=(staged, manifest, best, began), name="checkpoint", daemon=True
         )
         try:
             self._thread.start()
-        except Exception as exc:  # a limit on threads, on this process alone
+        except Exception as exc:  # this process may have reached a limit on threads
             self._problem = self._words(exc)
         if not self.asynchronous:
             self._wait()
@@ -119,16 +112,14 @@ class Saver:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the save under way, and tell how it went. Collective in effect: it ended alike
-        everywhere.
-        """
+        """Wait for the save under way and report its result, the same on all. Collective."""
         if self._thread is None:
             return
         self._wait()
         self._thread = None
         step, (problem, is_whole) = self._facts["step"], self._ended()
         if is_whole:
-            self.last_step = step  # on this disk, even if a later part failed
+            self.last_step = step  # it is on this disk, even if the upload or pruning failed
         if problem is not None:
             self._failed(step, problem)
             return
@@ -136,23 +127,20 @@ class Saver:
         if self.last_seconds > self.grace_seconds and not self._is_warned:
             self._is_warned = True
             self.log(
-                f"note: the save of step {step} took {self.last_seconds:.3g} s, longer than "
-                f"checkpoint.grace_seconds ({self.grace_seconds:g}): "
-                "a machine that goes away may go before it is done; save more often, or get more "
-                "grace"
+                f"note: the save of step {step} took {self.last_seconds:.3g} s, "
+                f"longer than checkpoint.grace_seconds ({self.grace_seconds:g}): a preempted "
+                "machine may be gone before a save ends; save more often, or get more grace"
             )
         self.record(self._facts)
 
     def abandon(self) -> None:
-        """The run fails for another reason: what is under way is still finished, unless it hangs,
-        too.
-        """
+        """Let a save under way finish, unless it hangs, when the run fails for another reason."""
         if self._thread and self._thread.is_alive():
             self._thread.join(ABANDON_SECONDS)
 
     @property
     def under_way(self) -> set[int]:
-        """The step that is being saved."""
+        """The step that is being saved, if any."""
         return {self._facts["step"]} if self._thread else set()
 
     def _wait(self) -> None:
@@ -164,12 +152,11 @@ class Saver:
             self._thread.join()
 
     def _ended(self) -> tuple[FinetuneError | None, bool]:
-        """(why the save failed on one of the processes, whether the checkpoint is whole all the
-        same): alike on all of them.
+        """Return (the first error of any process, whether the checkpoint is complete), same on all.
 
-        A thread may end at any line, for a reason that no code of ours sees, while those of other
-        processes wait for it. So a process whose thread did not come to its end leaves their group,
-        which ends the others' waiting.
+        A thread may die at any line without our code noticing, while the threads of other processes
+        wait for it. So a process whose thread did not finish leaves their group, which makes the
+        others' waits fail.
         """
         own, self._problem = self._problem, None
         processes, watchdog = self.topology.processes, self.topology.watchdog
@@ -191,69 +178,62 @@ class Saver:
         return errors[first], is_whole
 
     def _words(self, exc: BaseException) -> FinetuneError:
-        """An exception without its traceback, whose frames would keep the group of `background`
-        alive.
-        """
+        """Return an error without the traceback, whose frames would keep `background` alive."""
         if not isinstance(exc, Exception):
             return CheckpointError(f"process {self.topology.rank}: {type(exc).__name__}: {exc}")
         known = failures.translate(exc)
         return type(known)(str(known)) if known else CheckpointError(str(exc) or type(exc).__name__)
 
     def require(self, step: int) -> None:
-        """Raise CheckpointError if this step is not safe."""
+        """Raise CheckpointError if this step is not saved."""
         if self.last_step != step:
             raise CheckpointError(
-                f"step {step} could not be saved before the end; the newest checkpoint is of step "
-                f"{self.last_step}"
+                f"step {step} could not be saved before the end; "
+                f"the newest checkpoint is of step {self.last_step}"
             )
 
     def _failed(self, step: int, problem: Exception) -> None:
         if isinstance(problem, TakenOver):
             raise problem
         self._failures += 1
-        newest = (
-            "none is on this disk yet"
-            if self.last_step is None
-            else f"the newest on this disk is of step {self.last_step}"
-        )
+        newest = "none is on this disk yet"
+        if self.last_step is not None:
+            newest = f"the newest on this disk is of step {self.last_step}"
         what = "could not be saved"
-        if self.last_step == step:
-            what = (
-                "is not in the store"
-                if self.storage
-                else "is saved, but older ones could not be removed"
-            )
+        if self.last_step == step and self.storage:
+            what = "is not in the store"
+        elif self.last_step == step:
+            what = "is saved, but older ones could not be removed"
         text = f"checkpoint of step {step} {what}: {problem}"
         if self._failures == MOST_FAILURES:
             raise CheckpointError(
                 f"{text}; {MOST_FAILURES} saves in a row have failed, and {newest}"
             ) from problem
         self.log(
-            f"note: {text}; {newest}, and training continues ({self._failures} of {MOST_FAILURES} "
-            "failures in a row)"
+            f"note: {text}; {newest}, and training "
+            f"continues ({self._failures} of {MOST_FAILURES} failures in a row)"
         )
 
     def _run(
         self, staged: contents.Staged, manifest: dict[str, Any], best: int | None, began: float
     ) -> None:
-        """Do all of the thread's work: what ends it waits for `settle`."""
+        """Do all of the thread's work; keep an error for `settle`."""
         try:
             self._write(staged, manifest, best)
             if "bytes" in self._facts:
                 self._facts["seconds"] = round(time.monotonic() - began, 3)
-        except (
-            BaseException
-        ) as exc:  # a full disk can surface as OSError, RuntimeError or dcp's CheckpointException
+        # A full disk can surface as OSError, RuntimeError or dcp's CheckpointException.
+        except BaseException as exc:
             self._problem = self._words(exc)
 
     def _use_own_gpu(self) -> None:
-        """A new thread starts on the first GPU, not on the process's own."""
+        """Switch to the process's GPU: a new thread starts on the first one."""
         if self.topology.device.type == "cuda":
             torch.cuda.set_device(self.topology.device)
 
     def _write(self, staged: contents.Staged, manifest: dict[str, Any], best: int | None) -> None:
-        # Where one process alone fails outside `on_every` or `on_main`, the others wait until
-        # `_ended` ends it.
+        # If one process fails outside `on_every` or `on_main`, the others wait until `_ended`
+        # makes it leave the group.
         processes, root, step = self.background, self.root, manifest["progress"]["step"]
         processes.on_every(self._use_own_gpu)
         total = sum(processes.gather(staged.num_bytes))
@@ -282,36 +262,32 @@ class Saver:
             if processes.is_main:
                 is_full = shutil.disk_usage(root).free < total
                 folder.sweep(root)  # its space may be what is missing
-                if is_full:  # which libraries tell in words of their own
+                if is_full:  # libraries word this differently
                     raise CheckpointError(f"the disk is full ({exc})") from exc
             raise
         self._facts["bytes"] = sum(each["bytes"] for each in files.values())
         processes.on_main(lambda: self._tidy(final, step, best))
 
     def _all_there(self, writing: Path, wrote: list[set[str]]) -> list[str]:
-        """Every file; raises CheckpointError if the main process does not see what another one
-        wrote.
-        """
+        """Return all files. Raises CheckpointError if one that another process wrote is missing."""
         names = folder.files(writing)
         if missing := sorted(set().union(*wrote) - set(names)):
             raise CheckpointError(
-                f"{missing[0]}, which another process wrote, is not in {writing} as process 0 sees "
-                "it; "
+                f"process 0 does not see {missing[0]}, which another process wrote, in {writing}; "
                 "run.dir must be on storage that all nodes share"
             )
         return names
 
     def _tidy(self, final: Path, step: int, best: int | None) -> None:
-        """Older ones may go; and what is here goes to the store."""
+        """Prune older checkpoints, and upload this one and the logs to the store."""
         protected = {
             folder.step_name(each) for each in (step, best, self.resumed_from) if each is not None
         }
         folder.prune(self.root, self.keep_last, protected)
         if self.storage:
             began = time.monotonic()
-            self.storage.upload_notes(
-                self.root.parent
-            )  # first: what is whole there must find its past there
+            # Notes first: a complete checkpoint must find its logs there.
+            self.storage.upload_notes(self.root.parent)
             self.storage.upload_checkpoint(final)
             self.storage.prune(self.keep_last, protected)
             self._facts["upload_seconds"] = round(time.monotonic() - began, 3)

@@ -1,10 +1,9 @@
-"""A run directory's twin in an object store, so that a machine with an empty disk can go on. No
-torch.
+"""Mirror a run directory in an object store, so that an empty disk can resume. No torch.
 
-`<url>/<run name>/` holds the names that `runs/<run name>/` has. An object store knows no rename, so
-order takes its place: what says that the rest is there (a checkpoint's manifest.json, the run's
-config.yaml) arrives last and goes first. Credentials come from the environment alone: URLs end in
-logs and receipts.
+`<url>/<run name>/` has the same names as `runs/<run name>/`. Object stores have no rename, so order
+takes its place: the file that marks the rest as complete (a checkpoint's manifest.json, the run's
+config.yaml) is written last and removed first. Credentials come only from the environment, because
+URLs end up in logs and receipts.
 """
 
 import contextlib
@@ -35,21 +34,17 @@ from finetune.errors import CheckpointError, ConfigError, DamagedCheckpoint, Tak
 CONFIG, CLAIM = "config.yaml", "writer.json"
 CHECK_SECONDS = 30.0
 WAITS_SECONDS = (1.0, 3.0)  # before the second and the third attempt
+# Errors after which another attempt cannot help.
 CANNOT_HELP = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    NotImplementedError,
-)
-# 4 files of 4 parts of 8 MiB at once, which takes 256 MiB (s3fs keeps a part until its next one has
-# gone). Left to itself it would take 128 files of 10 parts of 50 MiB.
+    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError,
+)  # fmt: skip
+# 4 files x 4 parts x 8 MiB at once take 256 MiB (s3fs keeps a part until its next one is sent). By
+# default s3fs would send 128 files x 10 parts x 50 MiB.
 FILES_AT_ONCE, PARTS_AT_ONCE, PART_BYTES = 4, 4, 8 * 2**20
-MAX_PARTS = (
-    10_000  # of an object in S3; s3fs heeds it only where it chooses the size of parts itself
-)
+# S3's limit for an object; s3fs respects it only if it chooses the size of parts itself.
+MAX_PARTS = 10_000
 S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss")
-PACKAGES = {  # s3fs and gcsfs are released together with fsspec, and each works with its own release only
+PACKAGES = {  # s3fs and gcsfs work only with the fsspec of the same release
     **dict.fromkeys(S3, f"s3fs=={fsspec.__version__}"),
     **dict.fromkeys(GCS, f"gcsfs=={fsspec.__version__}"),
     **dict.fromkeys(AZURE, "adlfs"),
@@ -57,9 +52,7 @@ PACKAGES = {  # s3fs and gcsfs are released together with fsspec, and each works
 
 
 class Storage:
-    """`<url>/<run name>/`. Remembers nothing that it has seen there; may be called from any thread,
-    not after a fork.
-    """
+    """`<url>/<run name>/`. Caches nothing; any thread may call it, but no forked process."""
 
     def __init__(self, url: str, run_name: str) -> None:
         self._fs, root = _opened(url)
@@ -68,9 +61,9 @@ class Storage:
         self.url = f"{url.rstrip('/')}/{run_name}"
 
     def check(self) -> None:
-        """Write, list, read and remove one small object. Within CHECK_SECONDS.
+        """Write, list, read and remove one small object within CHECK_SECONDS.
 
-        Raises ConfigError for what the user must mend, CheckpointError where trying again may help.
+        Raises ConfigError for a mistake of the user, CheckpointError if trying again may help.
         """
         path, content = f"{self._root}/.check-{secrets.token_hex(4)}", secrets.token_bytes(16)
 
@@ -80,28 +73,28 @@ class Storage:
 
         def read() -> None:
             if self._fs.cat_file(path) != content:
-                raise OSError("an object that was just written is another one")
+                raise OSError("an object that was just written has other content")
 
         deadline = time.monotonic() + CHECK_SECONDS
-        for verb, attempt in {
-            "written to": lambda: self._fs.pipe_file(path, content), "listed": list_it, "read": read,
+        attempts = {
+            "written to": lambda: self._fs.pipe_file(path, content),
+            "listed": list_it,
+            "read": read,
             "deleted from": lambda: self._fs.rm_file(path),
-        }.items():  # fmt: skip
+        }
+        for verb, attempt in attempts.items():
             try:
                 _within(deadline - time.monotonic(), attempt)
             except Exception as exc:
                 kind = CheckpointError if _may_pass(exc) else ConfigError
-                raise kind(
-                    f"checkpoint.storage: {self.url} cannot be {verb} ({_plain(exc)}); "
-                    f"{_advice(exc)}"
-                ) from exc
+                problem = f"{self.url} cannot be {verb} ({_plain(exc)}); {_advice(exc)}"
+                raise kind(f"checkpoint.storage: {problem}") from exc
 
     def restore(self, directory: Path, over: bool = False) -> bool:
-        """Fetch everything but checkpoints into a run directory, config.yaml last: its presence
-        says that all is there.
+        """Fetch everything but checkpoints into a run directory, config.yaml last.
 
-        False, and nothing touched, if the store has no run of this name, or the directory has a
-        config.yaml and is not to be written `over`, as when the store is further.
+        Returns False and changes nothing if the store has no run of this name, or if the directory
+        has a config.yaml and `over` does not allow overwriting, as when the store is further ahead.
         """
         names = [n for n in self._listing("", below=False) if n[0] != "." and n != CLAIM]
         if ((directory / CONFIG).exists() and not over) or CONFIG not in names:
@@ -120,9 +113,7 @@ class Storage:
         return True
 
     def config(self) -> dict[str, Any] | None:
-        """The resolved config of the run that is there; None if there is none. Raises
-        CheckpointError.
-        """
+        """Return the resolved config of the stored run, None if none. Raises CheckpointError."""
         content = self._content(CONFIG)
         try:
             return dict(yaml.safe_load(content)) if content else None
@@ -130,21 +121,21 @@ class Storage:
             raise CheckpointError(f"{self.url}/{CONFIG} is damaged: {exc}") from exc
 
     def run_id(self, step: int) -> str | None:
-        """Read which run a checkpoint belongs to."""
+        """Return the id of the run that a checkpoint belongs to."""
         return folder.run_id(self._content(f"checkpoints/{folder.step_name(step)}/{MANIFEST}"))
 
     def steps(self) -> list[int]:
-        """Steps of committed checkpoints, newest first."""
+        """Return the steps of committed checkpoints, newest first."""
         names = [PurePosixPath(name) for name in self._listing("checkpoints")]
         found = [folder.step_of(str(name.parent)) for name in names if name.name == MANIFEST]
         return sorted((step for step in found if step is not None), reverse=True)
 
     def fetch(self, step: int, root: Path) -> Path:
-        """Checkpoint `root/step-...`: verified, on the disk. One that is there and whole is not
-        fetched, a damaged one set aside.
+        """Fetch a checkpoint to `root/step-...`, verify it and return its path.
 
-        Raises DamagedCheckpoint that names the object and its problem, CheckpointError if the store
-        does not answer; then nothing is left behind.
+        Keeps a complete one that is already there; sets a damaged one aside. Raises
+        DamagedCheckpoint that names the object and its problem, CheckpointError if the store does
+        not answer; an error leaves nothing behind.
         """
         name = folder.step_name(step)
         remote, final, arriving = f"checkpoints/{name}", root / name, root / f".fetching-{name}"
@@ -156,7 +147,7 @@ class Storage:
         try:
             manifest = self._content(f"{remote}/{MANIFEST}")
             sizes = _sizes(manifest)
-            self._require_sizes(remote, sizes)  # before anything large is fetched in vain
+            self._require_sizes(remote, sizes)  # before fetching anything large in vain
             arriving.mkdir(parents=True)
             folder.require_space(root, sum(sizes.values()))
             self._transfer("fetching", self._get, arriving, remote, sorted(sizes))
@@ -178,32 +169,29 @@ class Storage:
         return final
 
     def upload_checkpoint(self, path: Path) -> None:
-        """All files of a committed checkpoint, then its manifest. What was there under its name is
-        overwritten.
-        """
+        """Upload all files of a committed checkpoint, then its manifest; overwrite older ones."""
         self.require_claim()
         remote = f"checkpoints/{path.name}"
         if not folder.looks_whole(path):
-            raise CheckpointError(f"{path} is not whole, and is not uploaded")
+            raise CheckpointError(f"{path} is not complete, so it was not uploaded")
         sizes = _sizes((path / MANIFEST).read_bytes())
-        self._remove(f"{remote}/{MANIFEST}")  # or a mixture of two would be taken for a whole one
+        self._remove(f"{remote}/{MANIFEST}")  # or a mixture of two would look complete
         self._transfer("uploading", self._put, path, remote, sorted(sizes))
         self._require_sizes(remote, sizes)
         self.require_claim()  # again, since the files may have taken minutes
         self._transfer("uploading", self._put, path, remote, [MANIFEST])
 
     def upload_notes(self, directory: Path) -> None:
-        """The files at the top of a run directory; config.yaml last, which makes it a run that can
-        be restored.
-        """
+        """Upload the files at the top of a run directory, config.yaml last."""
         self.require_claim()
         names = {p.name for p in directory.iterdir() if p.is_file() and p.name[0] != "."}
         self._transfer("uploading", self._put, directory, "", sorted(names - {CONFIG, CLAIM}))
         self._transfer("uploading", self._put, directory, "", [CONFIG])
 
     def upload_model(self, model: Path) -> None:
-        """The export, and away with what an older one left there. Before the outcome.json that
-        calls the run complete.
+        """Upload the exported model and remove what an older one left.
+
+        Call it before uploading the outcome.json that marks the run complete.
         """
         self.require_claim()
         names = {p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()}
@@ -212,41 +200,31 @@ class Storage:
             self._remove(f"model/{name}")
 
     def prune(self, keep_last: int, protected: set[str]) -> None:
-        """Keep the newest whole checkpoints and those `protected`; of the others the manifest goes
-        first, so that no half is taken for a whole.
+        """Remove all but the newest complete checkpoints and those `protected`, manifests first.
 
-        Torn uploads go too, unless newer than every whole checkpoint: such a one may be arriving
-        right now, and goes once a newer one is whole.
+        Also removes partial uploads, except those newer than every complete checkpoint: another
+        process may be uploading one right now. They go once a newer one is complete.
         """
         self.require_claim()
         found: dict[str, list[str]] = {}
         for name in self._listing("checkpoints"):
             if folder.step_of(name.split("/")[0]) is not None:
                 found.setdefault(name.split("/")[0], []).append(name)
-        whole = {
-            checkpoint for checkpoint, names in found.items() if f"{checkpoint}/{MANIFEST}" in names
-        }
+        whole = {name for name, objects in found.items() if f"{name}/{MANIFEST}" in objects}
         keep = {*sorted(whole, reverse=True)[:keep_last], *protected}
         if whole:
             for checkpoint in sorted(found.keys() - keep):
                 if checkpoint in whole or checkpoint < max(whole):
-                    for name in sorted(
-                        found[checkpoint], key=lambda name: PurePosixPath(name).name != MANIFEST
-                    ):
+                    names = found[checkpoint]
+                    for name in sorted(names, key=lambda n: PurePosixPath(n).name != MANIFEST):
                         self._remove(f"checkpoints/{name}")
 
     def claim(self) -> None:
-        """This process writes the run from now on; the one that did stops at its next write. The
-        last to start wins.
-        """
+        """Make this process the run's writer; the previous one stops at its next write."""
         token, now = secrets.token_hex(16), datetime.now(UTC).isoformat(timespec="seconds")
         writer = {"host": socket.gethostname(), "pid": os.getpid(), "time": now, "token": token}
-        self._attempt(
-            f"writing {CLAIM}",
-            self._fs.pipe_file,
-            f"{self._root}/{CLAIM}",
-            json.dumps(writer).encode(),
-        )
+        path, content = f"{self._root}/{CLAIM}", json.dumps(writer).encode()
+        self._attempt(f"writing {CLAIM}", self._fs.pipe_file, path, content)
         self._token = token
 
     def require_claim(self) -> None:
@@ -255,7 +233,7 @@ class Storage:
         content = self._content(CLAIM)
         if not content:
             raise TakenOver(
-                f"{self.url}/{CLAIM} is gone: someone has removed this run there; this one stops"
+                f"{self.url}/{CLAIM} is gone: someone has removed this run; this process stops"
             )
         try:
             writer = dict(json.loads(content))
@@ -263,25 +241,22 @@ class Storage:
             writer = {}
         if writer.get("token") != self._token:
             raise TakenOver(
-                f"another machine, {writer.get('host')} (process {writer.get('pid')}), has taken "
-                f"{self.url} over "
-                f"at {writer.get('time')}; this one stops"
+                f"another machine, {writer.get('host')} (process {writer.get('pid')}), "
+                f"has taken {self.url} over at {writer.get('time')}; this one stops"
             )
 
     def _listing(self, name: str, below: bool = True) -> dict[str, int]:
-        """Every object in `name`, and in what is below it: its path in there and its size in bytes.
+        """Return path -> bytes of the objects in `name` and, unless `below` is False, below it.
 
-        Level by level: `find` is one request on S3, but elsewhere it takes an error for an empty
-        folder.
+        Lists level by level: `find` is one request on S3, but other stores' `find` takes an error
+        for an empty folder.
         """
         path, found = f"{self._root}/{name}".rstrip("/"), {}
-        for entry in (
-            self._attempt(f"listing {name}", self._fs.ls, path, True, missing_ok=True) or []
-        ):
+        entries = self._attempt(f"listing {name}", self._fs.ls, path, True, missing_ok=True)
+        for entry in entries or []:
             base = entry["name"].removeprefix(f"{path}/")
-            if (
-                entry["type"] == "file" and base
-            ):  # consoles keep a folder as an object with an empty name in it
+            # Consoles store a folder as an object with an empty name.
+            if entry["type"] == "file" and base:
                 found[base] = int(entry["size"])
             elif entry["type"] == "directory" and below and entry["name"].rstrip("/") != path:
                 inside = self._listing(f"{name}/{base}".strip("/"))
@@ -289,28 +264,22 @@ class Storage:
         return found
 
     def _content(self, name: str) -> bytes:
-        """A small object; empty if it is not there."""
-        return (
-            self._attempt(
-                f"reading {name}", self._fs.cat_file, f"{self._root}/{name}", missing_ok=True
-            )
-            or b""
-        )
+        """Return a small object's content; empty if it does not exist."""
+        path = f"{self._root}/{name}"
+        return self._attempt(f"reading {name}", self._fs.cat_file, path, missing_ok=True) or b""
 
     def _remove(self, name: str) -> None:
-        """One at a time: s3fs removes many in one request, and then is silent on those that it may
-        not remove.
-        """
+        """Remove one object; when s3fs removes many at once, it hides those that it could not."""
         self._attempt(f"removing {name}", self._fs.rm_file, f"{self._root}/{name}", missing_ok=True)
 
     def _require_sizes(self, remote: str, sizes: dict[str, int]) -> None:
-        """Raise CheckpointError that names an object that is missing or has another size."""
+        """Raise DamagedCheckpoint that names an object that is missing or has another size."""
         there = self._listing(remote)
         for name, size in sizes.items():
             if there.get(name) != size:
-                problem = (
-                    f"has {there[name]} bytes instead of {size}" if name in there else "is missing"
-                )
+                problem = "is missing"
+                if name in there:
+                    problem = f"has {there[name]} bytes instead of {size}"
                 raise DamagedCheckpoint(f"{self.url}/{remote}: {name} {problem}")
 
     def _transfer(
@@ -324,19 +293,15 @@ class Storage:
         for start in range(0, len(names), FILES_AT_ONCE):
             some = names[start : start + FILES_AT_ONCE]
             objects = [f"{remote}/{name}".lstrip("/") for name in some]
-            here, there = (
-                [str(local / name) for name in some],
-                [f"{self._root}/{name}" for name in objects],
-            )
+            here = [str(local / name) for name in some]
+            there = [f"{self._root}/{name}" for name in objects]
             self._attempt(f"{doing} {', '.join(objects)}", call, here, there)
 
     def _put(self, here: list[str], there: list[str]) -> None:
-        largest = max(os.path.getsize(path) for path in here)
-        parts = (
-            {"chunksize": max(PART_BYTES, math.ceil(largest / MAX_PARTS))}
-            if "s3" in self._fs.protocol
-            else {}
-        )
+        parts = {}
+        if "s3" in self._fs.protocol:
+            largest = max(os.path.getsize(path) for path in here)
+            parts["chunksize"] = max(PART_BYTES, math.ceil(largest / MAX_PARTS))
         self._fs.put(here, there, **parts)
 
     def _get(self, here: list[str], there: list[str]) -> None:
@@ -345,8 +310,9 @@ class Storage:
     def _attempt(
         self, doing: str, call: Callable[..., Any], *arguments: Any, missing_ok: bool = False
     ) -> Any:
-        """Where failures of a store become ours, after three attempts; None for what is not there,
-        if that is expected.
+        """Call the store up to three times; raise CheckpointError if it fails.
+
+        `missing_ok`: return None for an object that does not exist.
         """
         for wait in (*WAITS_SECONDS, None):
             try:
@@ -360,50 +326,50 @@ class Storage:
         raise AssertionError("the last attempt returns or raises")
 
 
-def _opened(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it. Raises ConfigError."""
+def _refused(why: str) -> ConfigError:
+    return ConfigError(f"checkpoint.storage: {why}")
 
-    def refused(why: str) -> ConfigError:
-        return ConfigError(f"checkpoint.storage: {why}")
 
+def _require_url(url: str) -> str:
+    """Return the protocol of a URL. Raises ConfigError for secrets in it, or a missing part."""
     protocol, separator, rest = url.partition("://")
     host = rest.split("/")[0]  # a bucket; for Azure it may be container@account
     in_host = ":" in host and protocol in PACKAGES and not host.startswith("arn:")
-    if in_host or (
-        "@" in url and not (protocol in AZURE and re.fullmatch(r"[\w-]+@[\w.-]+(/[^@]*)?", rest))
-    ):
-        raise refused(
-            "the URL holds a user name, a password or a key (not repeated here); write "
-            "protocol://bucket/folder, "
-            "and give credentials through the environment"
+    is_account = protocol in AZURE and re.fullmatch(r"[\w-]+@[\w.-]+(/[^@]*)?", rest)
+    if in_host or ("@" in url and not is_account):
+        raise _refused(
+            "the URL holds a user name, a password or a key (not repeated here); "
+            "write protocol://bucket/folder, and give credentials through the environment"
         )
     if "?" in rest:
-        raise refused(
+        raise _refused(
             "the URL has a query string (not repeated here); write protocol://bucket/folder"
         )
     if not separator:
-        raise refused(
+        raise _refused(
             f"got {url!r}, which has no protocol such as s3:// or gs://; run.dir is for a folder"
         )
     if not rest.strip("/"):
-        raise refused(f"got {url!r}, which names no bucket or folder")
+        raise _refused(f"got {url!r}, which names no bucket or folder")
     if protocol == "memory":
-        raise refused("memory:// ends with the process; take a store that does not")
+        raise _refused("memory:// vanishes with the process; take a lasting store, such as s3://")
     if protocol in ("file", "local") and not rest.startswith("/"):
-        raise refused(
-            f"got {url!r}; give the whole path, as file:///mnt/store, or the next start may look "
-            "elsewhere"
+        raise _refused(
+            f"got {url!r}; give the whole path, "
+            "as file:///mnt/store, or the next start may look elsewhere"
         )
-    options: dict[str, Any] = {
-        "use_listings_cache": False,
-        "skip_instance_cache": True,
-    }  # others write there, too
+    return protocol
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """Return fsspec's options for a protocol."""
+    # Without caches, as other processes write there, too.
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in S3:
-        retries = {"total_max_attempts": 3, "mode": "standard"}
         network = {
             "connect_timeout": 5,
             "read_timeout": 60,
-            "retries": retries,
+            "retries": {"total_max_attempts": 3, "mode": "standard"},
             "max_pool_connections": 16,
         }
         options |= {
@@ -413,38 +379,40 @@ def _opened(url: str) -> tuple[Any, str]:
         }
     elif protocol in ("file", "local"):
         options["auto_mkdir"] = True
+    return options
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and the path in it. Raises ConfigError."""
+    protocol = _require_url(url)
     try:
         fsspec.get_filesystem_class(protocol)
     except ValueError:
-        raise refused(
+        raise _refused(
             f"got {url!r}, whose protocol is not known; try s3://, gs:// or az://"
         ) from None
     except ImportError as exc:
         install = f"pip install {PACKAGES[protocol]}" if protocol in PACKAGES else str(exc)
-        raise refused(f"{protocol}:// needs a package that is missing: {install}") from exc
+        raise _refused(f"{protocol}:// needs a package that is missing: {install}") from exc
     try:
-        fs, root = fsspec.url_to_fs(url, **options)
-    except Exception as exc:  # some look for credentials already here
+        fs, root = fsspec.url_to_fs(url, **_options(protocol))
+    except Exception as exc:  # some file systems look for credentials here
         failures.reraise(exc, f"checkpoint.storage: {url} cannot be opened now")
-        raise refused(f"{url} cannot be opened ({_plain(exc)}); {_advice(exc)}") from exc
+        raise _refused(f"{url} cannot be opened ({_plain(exc)}); {_advice(exc)}") from exc
     if protocol in S3:
-        # Its own, which would multiply with botocore's: a dead endpoint would be reported after
-        # minutes
-        fs.retries = 1
+        fs.retries = 1  # s3fs's multiply with botocore's: a dead endpoint would take minutes
     return fs, root
 
 
 def _sizes(manifest: bytes) -> dict[str, int]:
-    """Bytes of each file of a checkpoint. Raises ValueError."""
+    """Return the bytes of each file of a checkpoint. Raises ValueError."""
     if not manifest:
         raise ValueError(f"{MANIFEST} is missing")
     return folder.sizes(folder.parsed(manifest))
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:
-    """Call in a thread that is left alone if it takes longer: what libraries wait and retry has no
-    common bound.
-    """
+    """Call in a thread, and abandon it after `seconds`: libraries retry without a common limit."""
     outcome: Future[None] = Future()
 
     def run() -> None:
@@ -468,12 +436,11 @@ def _plain(exc: Exception) -> str:
 
 
 def _may_pass(exc: Exception) -> bool:
-    """A network that is not up yet, a server that is busy: nothing of the user's."""
+    """Return whether an error may pass by itself: the network is down or the server is busy."""
     name, busy = type(exc).__name__, (errno.EBUSY, errno.EIO, errno.EAGAIN)
-    unreachable = (
-        isinstance(exc, (ConnectionError, TimeoutError)) or "Connect" in name or "Timeout" in name
-    )
-    return unreachable or (isinstance(exc, OSError) and exc.errno in busy)
+    if isinstance(exc, (ConnectionError, TimeoutError)) or "Connect" in name or "Timeout" in name:
+        return True
+    return isinstance(exc, OSError) and exc.errno in busy
 
 
 def _advice(exc: Exception) -> str:
@@ -481,7 +448,13 @@ def _advice(exc: Exception) -> str:
     if isinstance(exc, FileNotFoundError):
         return "create the bucket, or correct its name or the endpoint"
     if "Credential" in name:
-        return "give credentials through the environment (S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
+        return (
+            "give credentials through the environment (S3: "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
+        )
     if _may_pass(exc):
-        return "is the network up, the server well, and (S3) AWS_ENDPOINT_URL right? Trying again may help"
-    return "are these the right credentials, and may they list, read, write and delete there?"
+        return (
+            "check that the network and the server are up and, "
+            "for S3, that AWS_ENDPOINT_URL is right; trying again may help"
+        )
+    return "check the credentials, and that they may list, read, write and delete there"

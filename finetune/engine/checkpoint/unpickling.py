@@ -1,8 +1,8 @@
 """Read a checkpoint's pickles without executing what they name.
 
 Anyone who can write to a run directory or its object store can also write a manifest with the right
-hashes, so a hash does not make a file safe. A pickle is a program; what is read here may only name
-the classes that a checkpoint consists of.
+hashes, so a hash does not make a file safe. A pickle is a program; here it may only name the
+classes that a checkpoint consists of.
 """
 
 import os
@@ -24,20 +24,28 @@ from torch.distributed.checkpoint.metadata import (
 from finetune import failures
 from finetune.errors import DamagedCheckpoint
 
-# All that dcp's `.metadata` names, the same in torch 2.11, 2.13 and 2.14.
+# All names in dcp's `.metadata`, the same in torch 2.11, 2.13 and 2.14.
+_METADATA = (
+    "BytesStorageMetadata ChunkStorageMetadata Metadata "
+    "MetadataIndex StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING"
+)
 DCP = frozenset(
-    {("torch", "Size"), ("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
-    | {("torch.distributed.checkpoint.metadata", name) for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )}
-    | {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")}
-    | {("collections", "OrderedDict")}
-)  # fmt: skip
+    {
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA.split()),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "PurePosixPath"),
+        ("pathlib._local", "PosixPath"),
+        ("pathlib._local", "PurePosixPath"),
+        ("collections", "OrderedDict"),
+    }
+)
 
 
 class _Foreign(pickle.UnpicklingError):
-    """What a file holds that it must not; goes on from the file's name."""
+    """A file holds something it must not; the message continues after the file's name."""
 
 
 def _needless(what: str) -> _Foreign:
@@ -48,9 +56,7 @@ def _needless(what: str) -> _Foreign:
 
 @contextmanager
 def _reading(path: Any) -> Iterator[None]:
-    """Raise DamagedCheckpoint that names the file for whatever the block raises: a damaged pickle,
-    as a program, may fail at anything.
-    """
+    """Raise DamagedCheckpoint that names the file for any error inside: a pickle can raise any."""
     try:
         yield
     except _Foreign as exc:
@@ -61,7 +67,7 @@ def _reading(path: Any) -> Iterator[None]:
 
 
 def _member(kind: Any, name: str) -> Enum:
-    """An enum's member by name: all that `getattr` may do here.
+    """Return an enum's member by name: the only use of `getattr` that is allowed here.
 
     Python 3.11.2, which Debian 12 has, pickles a member as `getattr(kind, name)`; 3.11.7 as
     `kind(value)`.
@@ -71,10 +77,8 @@ def _member(kind: Any, name: str) -> Enum:
     return kind[name]
 
 
-MEMBER = (
-    _member,
-    "builtins.getattr",
-)  # for torch.serialization.safe_globals: which function stands for which name
+# For torch.serialization.safe_globals: use this function for that name.
+MEMBER = (_member, "builtins.getattr")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -88,10 +92,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
-    """dcp's reader, whose own `read_metadata` is a bare `pickle.load`."""
+    """dcp's reader with a safe `read_metadata`; dcp's own is a bare `pickle.load`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises DamagedCheckpoint that names the file, also for a class that no checkpoint needs."""
+        """Read `.metadata`. Raises DamagedCheckpoint that names the file, also for a class."""
         path = self._get_metadata_path(kwargs.get("rank"))
         with _reading(path):
             with self.fs.create_stream(path, "rb") as file:
@@ -103,9 +107,7 @@ class Reader(FileSystemReader):
 
 
 def _require_parts(metadata: Any) -> None:
-    """Raise _Foreign, AttributeError or TypeError unless this is what dcp writes, of files in the
-    checkpoint's own folder.
-    """
+    """Raise _Foreign, AttributeError or TypeError unless this is dcp's, of files in its folder."""
     if not isinstance(metadata, Metadata):
         raise _Foreign(f"is damaged: it holds a {type(metadata).__name__}")
     for entry in metadata.state_dict_metadata.values():
@@ -119,10 +121,9 @@ def _require_parts(metadata: Any) -> None:
 
 
 def require_tensors(paths: Iterable[Path], classes: Sequence[type]) -> None:
-    """Raise DamagedCheckpoint that names the first of torch.save's files which names another class
-    than `classes`.
+    """Raise DamagedCheckpoint for the first of torch.save's files with a class outside `classes`.
 
-    Only the list of what is in a file is read, so this takes no time next to loading it.
+    Reads only a file's list of contents, so this is fast compared with loading it.
     """
     for path in paths:
         with _reading(path), torch.serialization.safe_globals([*classes, MEMBER]):
@@ -132,17 +133,13 @@ def require_tensors(paths: Iterable[Path], classes: Sequence[type]) -> None:
 
 @contextmanager
 def weights_only(classes: Sequence[type] = ()) -> Iterator[None]:
-    """Inside, every `torch.load` of this process is `weights_only`, even if a library asks for
-    more.
+    """Inside, make every `torch.load` of this process `weights_only`, whatever a library passes.
 
-    dcp reads objects, and DeepSpeed reads all its files, with `weights_only=False`. torch obeys
-    this variable above that argument. `classes`: what files may hold besides tensors and Python's
-    own types.
+    dcp reads objects, and DeepSpeed all its files, with `weights_only=False`; this environment
+    variable overrides that. `classes`: what files may hold besides tensors and Python's types.
     """
-    names = (
-        "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
-        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
-    )  # both set is an error of torch
+    # torch raises an error if both are set.
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[0]] = "1"
     try:

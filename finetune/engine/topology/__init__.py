@@ -1,4 +1,4 @@
-"""How processes share the model: the only package that knows Accelerate, FSDP and DeepSpeed."""
+"""Share the model between processes; only this package uses Accelerate, FSDP and DeepSpeed."""
 
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.engine.topology.processes import Processes

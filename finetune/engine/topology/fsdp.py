@@ -1,9 +1,8 @@
-"""FSDP2: every process holds a part of each weight, its gradient and its optimizer state, by
-PyTorch's `fully_shard`.
+"""FSDP2: shard weights, gradients and optimizer state with PyTorch's `fully_shard`.
 
-Not through Accelerate's own `prepare`: on CPUs it takes DDP instead, without a word; it needs the
-optimizer before the weights are shared out, and finds parameters again by their address, which
-empty ones do not have; and it reduces gradients in 16 bits.
+Accelerate's own `prepare` does not fit: on CPUs it silently uses DDP instead; it needs the
+optimizer before sharding and maps parameters by address, which meta parameters lack; and it reduces
+gradients in 16 bits.
 """
 
 import functools
@@ -39,7 +38,7 @@ class Fsdp2:
         dtype: torch.dtype | None,
         on_main: Callable[[Callable[[], Any]], Any],
     ) -> None:
-        """`dtype` of the arithmetic; None for float32."""
+        """`dtype`: of the arithmetic; None for float32."""
         self.parallel, self.device, self.dtype, self.on_main = parallel, device, dtype, on_main
         shards = parallel.num_processes // parallel.num_replicas
         hybrid = parallel.num_replicas > 1
@@ -54,75 +53,14 @@ class Fsdp2:
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         **_: Any,
     ) -> tuple[nn.Module, Any]:
-        """Shard the empty model, then send each weight from the main process, one at a time, and
-        keep the own part.
-
-        Each layer is gathered as one, in the dtype of the arithmetic, and so is the head: autocast
-        would convert its weights to that dtype anyway. The embedding and the last norm are gathered
-        in float32, so that autocast gives what it gives elsewhere; a head that shares the weights
-        of the embedding goes with it. After each pass all are sharded again: code that looks at
-        weights between passes expects shards. Gradients are added up in float32.
-        """
+        """Shard the empty model, then broadcast one weight at a time from the main process."""
         self._store_as_floats(model)
         weights = {name: p.detach() for name, p in model.named_parameters()}
         buffers = self.on_main(lambda: meta.buffers_of(model))
         meta.move(model, "meta")
-        offload = (
-            CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-            if self.parallel.offload
-            else OffloadPolicy()
-        )
-        root = (
-            model.get_base_model() if hasattr(model, "get_base_model") else model
-        )  # what generates, with or without adapters
-        # A CPU's LayerNorm wants its weights in the dtype of its input, which autocast leaves in
-        # float32.
-        exact = self.device.type == "cpu" and any(
-            isinstance(module, nn.LayerNorm) for module in model.modules()
-        )
-        half = MixedPrecisionPolicy(
-            param_dtype=None if exact else self.dtype,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
-        for layer in reversed(self._layers(model)):  # what lies inside another comes first
-            fully_shard(
-                layer,
-                mesh=self.mesh,
-                reshard_after_forward=True,
-                mp_policy=half,
-                offload_policy=offload,
-            )
-        whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
-        if head is not None and not _share_weights(embedding, head):
-            # `models/head.py` calls it twice a pass: it stays whole in between, and until its
-            # backward pass.
-            fully_shard(
-                head,
-                mesh=self.mesh,
-                reshard_after_forward=False,
-                mp_policy=half,
-                offload_policy=offload,
-            )
-            root.register_forward_hook(
-                lambda *_: None if torch.is_grad_enabled() else head.reshard()
-            )
-            # By itself, it is whole during the lookup only, and not until the end of the pass.
-            fully_shard(
-                embedding,
-                mesh=self.mesh,
-                reshard_after_forward=True,
-                mp_policy=whole,
-                offload_policy=offload,
-            )
-        fully_shard(
-            root,
-            mesh=self.mesh,
-            reshard_after_forward=True,
-            mp_policy=whole,
-            offload_policy=offload,
-        )
+        # What generates, with or without adapters.
+        root = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._shard(model, root)
         model.to_empty(device="cpu" if self.parallel.offload else self.device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -133,8 +71,47 @@ class Fsdp2:
         self._verify(model, root)
         return model, make_optimizer(model)
 
+    def _shard(self, model: nn.Module, root: Any) -> None:
+        """Shard layers, head, embedding and the rest, each gathered as a unit.
+
+        Layers and head are gathered in the dtype of the arithmetic, to which autocast would convert
+        their weights anyway; embedding and last norm in float32, so that autocast computes the same
+        as without sharding. A head that shares the embedding's weights is gathered with it. After
+        each pass everything is sharded again: code that reads weights between passes expects
+        shards. Gradients are summed in float32.
+        """
+        policy: OffloadPolicy = OffloadPolicy()
+        if self.parallel.offload:
+            policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        # On a CPU, LayerNorm needs its weights in the dtype of its input, which autocast leaves in
+        # float32.
+        has_layer_norm = any(isinstance(module, nn.LayerNorm) for module in model.modules())
+        dtype = None if self.device.type == "cpu" and has_layer_norm else self.dtype
+        half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+        def shard(module: Any, precision: MixedPrecisionPolicy, reshard: bool = True) -> None:
+            fully_shard(
+                module, mesh=self.mesh, reshard_after_forward=reshard,
+                mp_policy=precision, offload_policy=policy,
+            )  # fmt: skip
+
+        for layer in reversed(self._layers(model)):  # nested layers first
+            shard(layer, half)
+        embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
+        if head is not None and not _share_weights(embedding, head):
+            # `models/head.py` calls it twice a pass: it stays whole in between, and until its
+            # backward pass.
+            shard(head, half, reshard=False)
+            root.register_forward_hook(
+                lambda *_: None if torch.is_grad_enabled() else head.reshard()
+            )
+            # As its own unit it is whole only during the lookup, not until the end of the pass.
+            shard(embedding, whole)
+        shard(root, whole)
+
     def _store_as_floats(self, model: nn.Module) -> None:
-        """Keep the bytes of quantised weights under a float dtype, as `as_floats` explains."""
+        """View the bytes of quantised weights as a float dtype; `as_floats` explains why."""
         dtype = self.dtype or torch.float32
         for module in model.modules():
             if getattr(module, "quant_state", None) is not None:  # bitsandbytes' 4-bit layers
@@ -147,22 +124,19 @@ class Fsdp2:
     def _layers(self, model: nn.Module) -> list[nn.Module]:
         classes = self.parallel.layer_classes or tuple(recompute.classes(model))
         found = [module for module in model.modules() if type(module).__name__ in classes]
-        wrong = [
-            name
-            for name in self.parallel.layer_classes
-            if name not in {type(layer).__name__ for layer in found}
-        ]
+        names = {type(layer).__name__ for layer in found}
+        wrong = [name for name in self.parallel.layer_classes if name not in names]
         if not found or wrong or any(layer is model for layer in found):
             raise ConfigError(
                 "fsdp_transformer_layer_cls_to_wrap: "
-                f"{' or '.join(wrong or classes) or '(none is known)'} is not a layer class of "
-                "this model; "
+                f"{' or '.join(wrong or classes) or '(none is known)'} "
+                "is not a layer class of this model; "
                 f"use one of {', '.join(sorted({type(m).__name__ for m in model.modules()}))}"
             )
         return found
 
     def _send(self, weight: torch.Tensor, parameter: Any) -> None:
-        """Broadcast from the main process; each keeps its own part of it."""
+        """Broadcast a weight from the main process; each process keeps its shard."""
         full = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
         if not weight.is_meta:
             full.copy_(weight)
@@ -171,17 +145,17 @@ class Fsdp2:
         parameter.to_local().copy_(part.to_local())
 
     def _verify(self, model: nn.Module, root: nn.Module) -> None:
-        """Raise ConfigError unless what was asked for is what has happened."""
+        """Raise ConfigError unless the model is sharded as the topology file asks."""
         shards = self.mesh.size(-1)
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor) or parameter.device_mesh != self.mesh:
                 raise ConfigError(
-                    f"FSDP2 was asked for, but {name} is not sharded; this model needs ddp.yaml or "
-                    "zero3.yaml"
+                    f"FSDP2 was asked for, but {name} is not sharded; "
+                    "this model needs ddp.yaml or zero3.yaml"
                 )
             share = math.ceil(parameter.shape[0] / shards) * parameter.shape[1:].numel()
             if parameter.to_local().numel() > share:
-                raise ConfigError(f"FSDP2 was asked for, but {name} lies whole on every process")
+                raise ConfigError(f"FSDP2 was asked for, but {name} is whole on every process")
         if not isinstance(root, FSDPModule):
             raise ConfigError("FSDP2 was asked for, but the model was not wrapped")
 
@@ -189,9 +163,7 @@ class Fsdp2:
         return model
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Every backward pass reduces: keeping gradients until the last would keep them whole,
-        which is what FSDP avoids.
-        """
+        """Reduce in every backward pass: gradients kept until the last would be unsharded."""
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -211,11 +183,10 @@ class Fsdp2:
     def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each weight, whole; collective."""
+        """Yield each weight unsharded. Collective."""
         for name, parameter in parameters:
-            moved: Any = parameter.detach().to(
-                self.device
-            )  # parts in host memory are gathered on the device
+            # Offloaded shards are gathered on the device.
+            moved: Any = parameter.detach().to(self.device)
             yield name, moved.full_tensor()
 
     def local_shard(self, parameter: Any) -> torch.Tensor:

@@ -1,6 +1,4 @@
-"""A model without its weights: what all processes but the first have until the weights are shared
-out.
-"""
+"""Models without weights: all processes but the first have one until the weights are sharded."""
 
 from typing import Any
 
@@ -13,11 +11,10 @@ def is_empty(model: nn.Module) -> bool:
 
 
 def move(model: nn.Module, device: torch.device | str) -> None:
-    """Put weights and buffers without values on a device, in place of those that are there; what
-    was tied stays tied.
+    """Replace weights and buffers by uninitialised ones on a device; keep tied weights tied.
 
-    `nn.Module.to_empty` would make two weights of a tied one. On a CPU memory is promised here, and
-    the system gives it when it is written.
+    `nn.Module.to_empty` would make two weights of a tied one. On a CPU the system provides the
+    memory only when it is written.
     """
     known: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -35,22 +32,19 @@ def move(model: nn.Module, device: torch.device | str) -> None:
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: buffer.detach().cpu() for name, buffer in model.named_buffers(remove_duplicate=False)
-    }
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {name: buffer.detach().cpu() for name, buffer in buffers}
 
 
 def put_buffers(model: nn.Module, buffers: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Buffers in the dtype they were made in: rotary frequencies in 16 bits would be other
-    frequencies.
-    """
+    """Set buffers in their original dtype: 16 bits would change rotary frequencies."""
     for name, buffer in buffers.items():
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = buffer.to(device, copy=True)
 
 
 def outline(model: nn.Module) -> list[Any]:
-    """What all processes must agree on before weights are sent."""
+    """Return what all processes must agree on before weights are sent."""
     return [
         (name, tuple(p.shape), str(p.dtype), p.requires_grad)
         for name, p in model.named_parameters()

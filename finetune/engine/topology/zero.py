@@ -1,8 +1,7 @@
-"""DeepSpeed ZeRO: optimizer state (1), gradients (2) and weights (3) in parts, by DeepSpeed's
-engine.
+"""DeepSpeed ZeRO: shard optimizer state (1), gradients (2) and weights (3) with its engine.
 
-The engine gets whole steps: it knows which backward pass is the last, divides by nothing that
-is not undone here, and has clipping, accumulation and precision from the run config.
+The engine runs whole steps: it knows which backward pass is the last, does not scale the loss, and
+gets clipping, accumulation and precision from the run config.
 """
 
 import argparse
@@ -41,41 +40,44 @@ class Zero:
         settings = parallel.deepspeed["zero_optimization"]
         try:
             self.deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**settings)
-        except ValueError as exc:  # pydantic's, with a line for each
-            raise ConfigError(
-                f"zero_optimization: DeepSpeed does not take it: {' '.join(str(exc).split())[:300]}"
-            ) from exc
+        except ValueError as exc:  # pydantic's, with one line per error
+            why = " ".join(str(exc).split())[:300]
+            raise ConfigError(f"zero_optimization: DeepSpeed does not accept it: {why}") from exc
         if old := sorted(
             {"cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory"} & set(settings)
         ):
             raise ConfigError(
-                f"zero_optimization.{old[0]}: write offload_optimizer and offload_param, as in "
-                "ds_configs/zero3_offload.json"
+                f"zero_optimization.{old[0]}: write offload_optimizer and offload_param, "
+                "as in ds_configs/zero3_offload.json"
             )
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
         accumulation_steps: int, micro_batch_size: int, max_norm: float,
     ) -> tuple[nn.Module, Any]:  # fmt: skip
-        """The engine sends each weight from the main process; for ZeRO-3 one at a time, of which
-        each keeps its part.
+        """Let the engine broadcast the weights from the main process, and check what it set up.
 
-        So only the main process, and no GPU, holds all of a model that ZeRO-3 shares:
-        memory promised by `meta.move` is given when a weight comes. Left to itself the engine would
-        put the whole model on the device first.
+        Under ZeRO-3 it broadcasts one weight at a time and each process keeps its part, so only the
+        main process, and no GPU, holds the whole model: after `meta.move` a weight takes memory
+        only when it arrives. By default the engine would put the whole model on the device first.
         """
         buffers = self.on_main(lambda: meta.buffers_of(model))
-        for parameter in model.parameters():  # `zero.Init` parts them in the dtype they have
+        for parameter in model.parameters():  # `zero.Init` shards them in their present dtype
             if self.dtype is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.to(self.dtype)
         if meta.is_empty(model):
             meta.move(model, "cpu")
         config = {
             **self.parallel.deepspeed,
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "communication_data_type": "fp32", "steps_per_print": None,
-            "train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation_steps,
-            "gradient_clipping": 0.0 if math.isinf(max_norm) else max_norm, "bf16": {"enabled": self.dtype == torch.bfloat16},
-        }  # fmt: skip
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "communication_data_type": "fp32",
+            "steps_per_print": None,
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": accumulation_steps,
+            "gradient_clipping": 0.0 if math.isinf(max_norm) else max_norm,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+        }
         optimizer = make_optimizer(model)
         if self.parallel.kind == "zero3":
             self.deepspeed.init_distributed(dist_init_required=False)
@@ -90,22 +92,18 @@ class Zero:
         return self.engine, optimizer
 
     def _verify(self, accumulation_steps: int, max_norm: float) -> None:
-        """Raise ConfigError unless what was asked for is what has happened."""
+        """Raise ConfigError unless the engine has the settings that were asked for."""
         engine, parallel = self.engine, self.parallel
+        clipping = 0.0 if math.isinf(max_norm) else max_norm
+        offload = engine.zero_use_cpu_optimizer() or _is_offloaded(engine.zero_offload_param())
         found = {
             "stage": (engine.zero_optimization_stage(), int(parallel.kind[-1])),
             "gradient_accumulation_steps": (
                 engine.gradient_accumulation_steps(),
                 accumulation_steps,
             ),
-            "gradient_clipping": (
-                engine.gradient_clipping(),
-                0.0 if math.isinf(max_norm) else max_norm,
-            ),
-            "offload": (
-                engine.zero_use_cpu_optimizer() or _is_offloaded(engine.zero_offload_param()),
-                parallel.offload,
-            ),
+            "gradient_clipping": (engine.gradient_clipping(), clipping),
+            "offload": (offload, parallel.offload),
             "processes": (engine.dp_world_size, parallel.num_processes),
         }
         for name, (got, wanted) in found.items():
@@ -116,7 +114,7 @@ class Zero:
         if parallel.kind == "zero3" and not all(
             hasattr(p, "ds_tensor") for p in engine.module.parameters()
         ):
-            raise ConfigError("zero3 was asked for, but DeepSpeed left weights whole")
+            raise ConfigError("zero3 was asked for, but DeepSpeed did not shard the weights")
 
     def unwrap(self, model: Any) -> Any:
         return self.engine.module
@@ -129,10 +127,10 @@ class Zero:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def clip(self, model: nn.Module, max_norm: float) -> None:
-        """DeepSpeed clips as it steps, to the norm of its config."""
+        """Do nothing: DeepSpeed clips in its step, to the norm in its config."""
 
     def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
-        """The engine leaves out a step that overflows."""
+        """Step the engine; return (gradient norm, False if it skipped an overflowing step)."""
         self.engine.step()
         moved = bool(self.engine.was_step_applied())
         found = self.engine.get_global_grad_norm()
@@ -141,7 +139,7 @@ class Zero:
     def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each weight, whole, in float32 if it trains; collective."""
+        """Yield each weight unsharded, in float32 if it trains. Collective."""
         from deepspeed import zero
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -150,10 +148,10 @@ class Zero:
                 yield name, safe_get_full_fp32_param(parameter).detach().view(_shape(parameter))
             else:
                 with zero.GatheredParameters([parameter], enabled=self.parallel.kind == "zero3"):
-                    yield name, parameter.detach().clone()  # it is let go again
+                    yield name, parameter.detach().clone()  # the gathered one is freed
 
     def local_shard(self, parameter: Any) -> torch.Tensor:
-        """In float32, if it trains: small steps do not show in the 16 bits next to it."""
+        """Return this process's part, in float32 if it trains: 16 bits would hide small steps."""
         from deepspeed.utils import safe_get_local_fp32_param
 
         if not parameter.requires_grad:
@@ -161,15 +159,13 @@ class Zero:
         elif self.parallel.kind == "zero3":
             part = safe_get_local_fp32_param(parameter)
         else:
-            kept = parameter._hp_mapping  # None where other processes keep all of it
+            kept = parameter._hp_mapping  # None if other processes keep all of it
             part = kept.get_hp_fragment() if kept is not None else torch.zeros(0)
         own: torch.Tensor = part.detach()
         return own
 
     def files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
-        """What DeepSpeed would write for this process, by file name, each `copied`; nothing is
-        written.
-        """
+        """Return file name -> what DeepSpeed would save for this process, `copied`."""
         files: dict[str, Any] = {}
 
         def keep(state_dict: Any, path: str) -> None:
@@ -184,9 +180,9 @@ class Zero:
         return files
 
     def load(self, folder: Path) -> None:
-        """Files of the same topology, or what `universal` has made of another's."""
+        """Load files of the same topology, or what `universal` has made of another's."""
         is_universal = (folder / TAG / "zero").exists()
-        if not is_universal:  # those are our own, made of files that were looked at
+        if not is_universal:  # `universal` has checked the files that it converted
             self.on_main(lambda: require_tensors(sorted((folder / TAG).glob("*.pt")), _in_files()))
         groups = self.engine.optimizer.optimizer.param_groups
         settings = [
@@ -202,8 +198,8 @@ class Zero:
             self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")
-        # ZeRO-3 gives all groups the settings of the first one, and one counter of steps that each
-        # adds to
+        # After converting, ZeRO-3 gives all groups the settings of the first, and all weights one
+        # step counter, which each would increase.
         if is_universal:
             for group, own in zip(groups, settings):
                 group.update(own)
@@ -212,24 +208,21 @@ class Zero:
                     moments["step"] = moments["step"].clone()
 
     def universal(self, folder: Path, converted: Path) -> None:
-        """DeepSpeed's own conversion (Universal Checkpointing, Lian et al., 2024): each weight's
-        state whole, in a folder of its own.
-        """
+        """Convert to one folder per weight (Universal Checkpointing, Lian et al., 2024)."""
         from deepspeed.checkpoint import ds_to_universal
 
         require_tensors(sorted((folder / TAG).glob("*.pt")), _in_files())
         arguments = argparse.Namespace(
-            input_folder=str(folder / TAG), output_folder=str(converted / TAG), num_extract_workers=1, num_merge_workers=1,
-            keep_temp_folder=False, strict=True, inject_missing_state=True,
+            input_folder=str(folder / TAG), output_folder=str(converted / TAG),
+            num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False,
+            strict=True, inject_missing_state=True,
         )  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()), weights_only(_in_files()):
             ds_to_universal.main(arguments)
 
 
 def _in_files() -> list[type]:
-    """Classes in what DeepSpeed saves, besides tensors and Python's own types. They hold numbers
-    only.
-    """
+    """Return the classes in DeepSpeed's files besides tensors and Python's; they hold numbers."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -247,7 +240,7 @@ def _shape(parameter: Any) -> torch.Size:
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """The library, told which device it has, and kept from compiling: without a GPU, gloo serves."""
+    """Import DeepSpeed for a device; on a CPU use gloo instead of compiling an extension."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     try:

@@ -1,13 +1,12 @@
-"""Start the processes of one node and end with them: signals reach all, exit codes come back.
+"""Start the processes of one node, forward signals to all, and return their exit code.
 
     python -m finetune launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2
         train.py --config configs/my_run.yaml
     python -m finetune launch train.py --config configs/my_run.yaml      one process, nothing set
 
-Arguments and the environment that follows from them are Accelerate's; only the processes are ours,
-because `accelerate launch` loses the SIGTERM of a single process, kills several 30 seconds after
-it, and turns exit codes 2 and 75 into 1.
-Linux only.
+Accelerate parses the arguments and sets the environment. We start the processes ourselves, because
+`accelerate launch` does not forward SIGTERM to a single process, kills several 30 seconds after it,
+and turns exit codes 2 and 75 into 1. Linux only.
 """
 
 from finetune.errors import FinetuneError
@@ -18,7 +17,7 @@ __all__ = ["free_port", "main", "ranked", "read", "run"]
 
 
 def main(argv: list[str]) -> int:
-    """What stands behind `python -m finetune launch` -> exit code."""
+    """Run `python -m finetune launch`; return its exit code."""
     with forwarding() as heard:
         try:
             environments, command = read(argv)

@@ -1,6 +1,4 @@
-"""The arguments of `accelerate launch`, by Accelerate's own parser -> the environments of this
-node's processes, and what each runs.
-"""
+"""Turn the arguments of `accelerate launch` into the environments and command of each process."""
 
 import argparse
 import json
@@ -19,20 +17,21 @@ from finetune.errors import ConfigError
 from finetune.places import found
 from finetune.survival.launcher.processes import log
 
-PORT = 29500  # default port for the nodes to meet; on one node any free port will do
-# Options of the ways by which Accelerate starts processes, which is what we do ourselves.
+PORT = 29500  # where nodes meet by default; a single node takes any free port
+# How Accelerate starts processes; we start them ourselves.
 IGNORED = (
-    "rdzv_backend", "rdzv_conf", "max_restarts", "monitor_interval", "tee", "log_dir", "role", "deepspeed_hostfile",
-    "deepspeed_inclusion_filter", "deepspeed_exclusion_filter", "deepspeed_multinode_launcher",
+    "rdzv_backend", "rdzv_conf", "max_restarts", "monitor_interval", "tee", "log_dir", "role",
+    "deepspeed_hostfile", "deepspeed_inclusion_filter", "deepspeed_exclusion_filter",
+    "deepspeed_multinode_launcher",
 )  # fmt: skip
 
 
 def read(argv: list[str]) -> tuple[list[dict[str, str]], list[str]]:
-    """Environments of this node's processes, and what each runs."""
+    """Return the environments of this node's processes, and the command that each runs."""
     if not argv:
         raise ConfigError(
-            f"launch was given no script; {places.command()} launch train.py --config "
-            "configs/my_run.yaml"
+            f"launch needs a script: {places.command()} "
+            "launch train.py --config configs/my_run.yaml"
         )
     if not argv[0].startswith("-"):  # without Accelerate, whose import takes seconds
         return [dict(os.environ)], _command(argv[0], argv[1:])
@@ -53,28 +52,27 @@ def read(argv: list[str]) -> tuple[list[dict[str, str]], list[str]]:
     elif arguments.num_processes is None:
         arguments.num_processes = 1
     elif arguments.num_processes > 1 and not _paradigm(arguments):
-        arguments.multi_gpu = (
-            True  # Accelerate, without GPUs, would start one process and not say so
-        )
+        # Without GPUs Accelerate would silently start one process.
+        arguments.multi_gpu = True
     launch.default_config_file = ""  # ignore what `accelerate config` has left in ~/.cache
-    logging.getLogger(launch.__name__).setLevel(logging.ERROR)  # what it says of defaults
+    logging.getLogger(launch.__name__).setLevel(logging.ERROR)  # hide its notes on defaults
     try:
         _, defaults, from_file = launch._validate_launch_command(arguments)
         _check(arguments, where)
         return _environments(arguments, defaults, from_file, where), command
-    except Exception as exc:  # Accelerate's own checks, and files of a shape that it does not check
+    except Exception as exc:  # Accelerate's checks, and what it trips over in a malformed file
         failures.reraise(exc)
         raise ConfigError(f"{where}: {_one_line(exc)}; see docs/topologies.md") from exc
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Parse with Accelerate's parser; say which options mean nothing here."""
+    """Parse with Accelerate's parser; log which options have no effect here."""
     from accelerate.commands import launch
 
     def wrong(message: str) -> NoReturn:
         raise ConfigError(
-            f"launch: {message}; {places.command()} launch --help lists the options before the "
-            "script"
+            f"launch: {message}; "
+            f"{places.command()} launch --help lists the options before the script"
         )
 
     parser = launch.launch_command_parser()
@@ -82,11 +80,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments: argparse.Namespace = parser.parse_args(argv)
     given = [name for name in IGNORED if name in getattr(arguments, "nondefault", ())]
     if given:
-        instead = (
-            "; FINETUNE_JOIN_MINUTES bounds the waiting for other nodes"
-            if "rdzv_conf" in given
-            else ""
-        )
+        instead = ""
+        if "rdzv_conf" in given:
+            instead = "; FINETUNE_JOIN_MINUTES limits the wait for other nodes"
         log(f"ignored, as launch starts the processes itself: --{', --'.join(given)}{instead}")
     return arguments
 
@@ -105,31 +101,31 @@ def _command(
     script = found(script)
     if not Path(script).is_file():
         raise ConfigError(
-            f"no script {script} in {os.getcwd()}; what follows the launcher's options is the "
-            "script and its own options"
+            f"found no script {script} in {os.getcwd()}; "
+            "give the script and its options after the launcher's options"
         )
     return [sys.executable, script, *arguments]
 
 
 def _check_file(path: str) -> None:
-    """What Accelerate would not tell, or would tell with a traceback."""
+    """Raise ConfigError where Accelerate would say nothing, or print a traceback."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else _one_line(exc)
         raise ConfigError(
-            f"--config_file {path} cannot be read from {os.getcwd()}: {why}; see "
-            "accelerate_configs/"
+            f"--config_file {path} cannot be read from {os.getcwd()}: {why}; "
+            "see accelerate_configs/"
         ) from exc
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path} holds no settings, but a {type(values).__name__}; see accelerate_configs/"
+            f"{path} holds a {type(values).__name__} instead of settings; see accelerate_configs/"
         )
     if (machine := values.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
         raise ConfigError(
-            f"{path}: compute_environment is {machine}; take LOCAL_MACHINE, as in "
-            "accelerate_configs/"
+            f"{path}: compute_environment is {machine}; "
+            "take LOCAL_MACHINE, as in accelerate_configs/"
         )
     for key, value in values.items():
         if str(key).endswith("_config") and not isinstance(value, dict | None):
@@ -139,26 +135,15 @@ def _check_file(path: str) -> None:
 
 
 def _paradigm(arguments: argparse.Namespace) -> bool:
-    names = (
-        "cpu",
-        "multi_gpu",
-        "tpu",
-        "tpu_use_cluster",
-        "use_deepspeed",
-        "use_fsdp",
-        "use_megatron_lm",
-    )
-    return any(getattr(arguments, name) for name in names)
+    """Return whether the arguments choose how to use several devices."""
+    names = "cpu multi_gpu tpu tpu_use_cluster use_deepspeed use_fsdp use_megatron_lm"
+    return any(getattr(arguments, name) for name in names.split())
 
 
 def _check(arguments: argparse.Namespace, where: str) -> None:
-    """Numbers of processes and nodes; Accelerate rounds down what does not divide, and takes text
-    for some.
-    """
-    arguments.num_machines, arguments.machine_rank = (
-        arguments.num_machines or 1,
-        arguments.machine_rank or 0,
-    )
+    """Check the numbers of processes and nodes: Accelerate rounds down, and accepts some text."""
+    arguments.num_machines = arguments.num_machines or 1
+    arguments.machine_rank = arguments.machine_rank or 0
     smallest = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
     for name, least in smallest.items():
         value = getattr(arguments, name)
@@ -169,25 +154,23 @@ def _check(arguments: argparse.Namespace, where: str) -> None:
     processes, nodes = arguments.num_processes, arguments.num_machines
     if processes % nodes:
         raise ConfigError(
-            f"{where}: num_processes counts those of all nodes: {processes} cannot be shared out "
-            f"to num_machines: {nodes}; "
-            f"give --num_processes $(({nodes} * GPUs of a node))"
+            f"{where}: num_processes counts those of all nodes: {processes} cannot be "
+            f"divided by num_machines: {nodes}; give --num_processes $(({nodes} * GPUs of a node))"
         )
     if arguments.machine_rank >= nodes:
         raise ConfigError(
-            f"{where}: machine_rank is {arguments.machine_rank}, but there are {nodes} nodes; "
-            "ranks start at 0"
+            f"{where}: machine_rank is {arguments.machine_rank}, "
+            f"but there are {nodes} nodes; ranks start at 0"
         )
     if nodes > 1 and not (arguments.main_process_ip and arguments.main_process_port != 0):
         raise ConfigError(
             f"{where}: {nodes} nodes need the address of the first one: give --main_process_ip, "
-            f"and, where {PORT} is not free, "
-            "the same --main_process_port on all"
+            f"and, where {PORT} is not free, the same --main_process_port on all"
         )
     if not isinstance(arguments.mixed_precision, str):  # a `no` without quotes is YAML's false
         raise ConfigError(
-            f"{where}: mixed_precision is {arguments.mixed_precision!r}; remove it: "
-            "train.precision of the run config decides"
+            f"{where}: mixed_precision is {arguments.mixed_precision!r}; "
+            "remove it: train.precision of the run config decides"
         )
     if arguments.tpu or arguments.tpu_use_cluster or arguments.mpirun_hostfile:
         raise ConfigError(
@@ -198,38 +181,30 @@ def _check(arguments: argparse.Namespace, where: str) -> None:
 def _environments(
     arguments: argparse.Namespace, defaults: Any, from_file: bool, where: str
 ) -> list[dict[str, str]]:
-    """Accelerate's, in the order in which its `launch_command` looks, and the ranks, which torchrun
-    would add.
-    """
+    """Return Accelerate's environment, checked in the order of its `launch_command`, plus ranks."""
     from accelerate import utils
     from accelerate.utils import launch
 
     zero = arguments.use_deepspeed and not arguments.cpu
     if not zero and (arguments.cpu or not _paradigm(arguments)):
-        if arguments.num_processes > 1 and not (
-            arguments.cpu or arguments.use_cpu
-        ):  # those train.py explains
+        # train.py explains what is wrong with use_cpu.
+        if arguments.num_processes > 1 and not (arguments.cpu or arguments.use_cpu):
             raise ConfigError(
-                f"{where}: {arguments.num_processes} processes, but this distributed_type starts "
-                "one; "
-                "take distributed_type: MULTI_GPU, as in accelerate_configs/ddp.yaml, also without "
-                "a GPU"
+                f"{where}: {arguments.num_processes} processes, "
+                "but this distributed_type starts one; take distributed_type: MULTI_GPU, "
+                "as in accelerate_configs/ddp.yaml, also without a GPU"
             )
         _, environment = launch.prepare_simple_launcher_cmd_env(arguments)
         return [environment]
     address = arguments.main_process_ip
     if arguments.num_machines == 1:
-        address, arguments.main_process_port = (
-            "127.0.0.1",
-            free_port(arguments.main_process_port or 0),
-        )
+        address = "127.0.0.1"
+        arguments.main_process_port = free_port(arguments.main_process_port or 0)
     arguments.main_process_port = arguments.main_process_port or PORT
     if zero:
         arguments.deepspeed_multinode_launcher = "standard"  # only our own node's processes
-        fields = [
-            *(defaults.deepspeed_config if defaults else ()),
-            *(["mixed_precision"] if from_file else ()),
-        ]
+        fields = list(defaults.deepspeed_config) if defaults else []
+        fields += ["mixed_precision"] if from_file else []
         arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
         _, environment = launch.prepare_deepspeed_cmd_env(arguments)
     else:
@@ -238,16 +213,19 @@ def _environments(
         environment = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1", **environment}
     number = arguments.num_processes // arguments.num_machines
     if number > 1:
-        environment.setdefault("OMP_NUM_THREADS", "1")  # ZeRO's lacks it; torchrun sets it so
+        environment.setdefault("OMP_NUM_THREADS", "1")  # as torchrun; ZeRO's environment lacks it
     environment |= {
-        "WORLD_SIZE": str(arguments.num_processes), "LOCAL_WORLD_SIZE": str(number),
-        "GROUP_RANK": str(arguments.machine_rank), "MASTER_ADDR": address, "MASTER_PORT": str(arguments.main_process_port),
-    }  # fmt: skip
+        "WORLD_SIZE": str(arguments.num_processes),
+        "LOCAL_WORLD_SIZE": str(number),
+        "GROUP_RANK": str(arguments.machine_rank),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(arguments.main_process_port),
+    }
     return ranked(environment, number, arguments.machine_rank * number)
 
 
 def ranked(environment: dict[str, str], number: int, first: int = 0) -> list[dict[str, str]]:
-    """The environments of a node's processes; `first`: the rank of the first one."""
+    """Return the environments of a node's processes; `first`: the rank of the first one."""
     return [
         {**environment, "RANK": str(first + local), "LOCAL_RANK": str(local)}
         for local in range(number)
@@ -255,7 +233,7 @@ def ranked(environment: dict[str, str], number: int, first: int = 0) -> list[dic
 
 
 def free_port(wanted: int = 0) -> int:
-    """A port of this machine at which nothing listens: the one that is wanted, else any."""
+    """Return a free port of this machine: `wanted` if it is free, else any."""
     with socket.socket() as probe:
         try:
             probe.bind(("", wanted))
@@ -267,8 +245,6 @@ def free_port(wanted: int = 0) -> int:
 
 def _one_line(exc: Exception) -> str:
     text = " ".join(str(exc).split()) or "no reason given"
-    return (
-        text.rstrip(".")
-        if isinstance(exc, ValueError | yaml.YAMLError)
-        else f"{type(exc).__name__}: {text}"
-    )
+    if isinstance(exc, ValueError | yaml.YAMLError):
+        return text.rstrip(".")
+    return f"{type(exc).__name__}: {text}"

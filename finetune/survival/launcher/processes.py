@@ -1,4 +1,4 @@
-"""The processes of one node: signals reach all, the exit code is that of the first that failed."""
+"""Run the processes of one node: forward signals to all, return the first failure's exit code."""
 
 import contextlib
 import os
@@ -14,45 +14,46 @@ from pathlib import Path
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from finetune.places import BEATS, LAUNCHER, RUN
 
-OTHERS_SECONDS = 10.0  # after one has failed: for the others to notice, and to write why they end
-FINISH_SECONDS = 120.0  # after one has ended as it should: for the others to finish
-KILL_SECONDS = 10.0  # for the kernel to end what was killed
+OTHERS_SECONDS = 10.0  # after one has failed, for the others to notice and write why they end
+FINISH_SECONDS = 120.0  # after one has ended normally, for the others to finish
+KILL_SECONDS = 10.0  # for the kernel to end a killed process
 FORWARDED = {
-    signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGHUP: signal.SIGTERM,  # the terminal has gone: save and end
-}  # fmt: skip
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGHUP: signal.SIGTERM,  # the terminal has closed: save and end
+}
 POLL_SECONDS = 0.05
 
 
 def run(environments: list[dict[str, str]], command: list[str]) -> int:
-    """Start one process for each environment and wait for all; in the main thread, for signals.
+    """Start one process per environment, wait for all, and return their exit code.
 
-    0 if all have ended with 0. Else that of the first one that ended with something else, if it is
-    2 or 75; else 1.
-    A process that SIGTERM killed before it had a handler counts as 75: it had nothing to save yet.
+    Returns 0 if all end with 0, else the first other code if it is 2 or 75, else 1. A process that
+    SIGTERM killed before it had a handler counts as 75: it had nothing to save yet. Call it in the
+    main thread, which handles signals.
     """
     with forwarding() as heard:
         return supervise(heard, environments, command)
 
 
 def log(line: str) -> None:
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # a closed stream is not a reason to leave the processes
+    with contextlib.suppress(OSError, ValueError):  # keep supervising if the stream is closed
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
 
 @contextlib.contextmanager
 def forwarding() -> Iterator[list[signal.Signals]]:
-    """The signals that have come and are to be forwarded, in order."""
+    """Yield a list that collects the signals to forward, in the order in which they arrive."""
     heard: list[signal.Signals] = []
     is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     numbers = [number for number in FORWARDED if number != signal.SIGHUP or not is_nohup]
-    before = {
-        n: signal.signal(n, lambda number, _: heard.append(FORWARDED[signal.Signals(number)]))
-        for n in numbers
-    }
+
+    def note(number: int, _: object) -> None:
+        heard.append(FORWARDED[signal.Signals(number)])
+
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield heard
     finally:
@@ -61,20 +62,18 @@ def forwarding() -> Iterator[list[signal.Signals]]:
 
 
 class _Worker:
-    """One process that leads a session: Ctrl-C in a terminal reaches the launcher alone."""
+    """A process in its own session, so that Ctrl-C in a terminal reaches only the launcher."""
 
     def __init__(self, environment: dict[str, str], command: list[str], beats: Path | None) -> None:
         self.rank = environment.get("RANK", "0")
         self.name = f"process {self.rank}"
         self.code: int | None = None
-        """As subprocess has it: -9 is SIGKILL."""
+        """The exit code as in subprocess: -9 means SIGKILL."""
         self._was_terminated = False
         self._beat = beats / self.rank if beats else None
-        environment = {
-            **environment,
-            LAUNCHER: str(os.getpid()),
-            **({BEATS: str(beats)} if beats else {}),
-        }
+        environment = {**environment, LAUNCHER: str(os.getpid())}
+        if beats:
+            environment[BEATS] = str(beats)
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
 
     @property
@@ -82,7 +81,7 @@ class _Worker:
         return self.code not in (None, EXIT_COMPLETE, EXIT_USER_ERROR, EXIT_PREEMPTED)
 
     def has_ended(self) -> bool:
-        """Once it has, its session, such as children that load data, is gone, and `code` known."""
+        """Return whether it has ended; if so, kill its session (data loaders) and set `code`."""
         if self.code is None and (code := self._process.poll()) is not None:
             self.kill()
             had_no_handler = self._was_terminated and code == -signal.SIGTERM
@@ -94,20 +93,20 @@ class _Worker:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill it and its children, also while it is stopped."""
+        """Kill it and its children, even while it is stopped."""
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def bury(self) -> None:
-        """Wait until it is gone, after `kill`."""
+        """Wait until it is gone, after `kill`; log it if the kernel does not let it go."""
         try:
             self._process.wait(timeout=KILL_SECONDS)
         except subprocess.TimeoutExpired:
             log(f"{self.name} cannot be killed: it waits in the kernel for a disk or a GPU")
 
     def end(self) -> str:
-        """How it ended, and where: `was killed by SIGKILL in step 38`."""
+        """Return how it ended, and where: `was killed by SIGKILL in step 38`."""
         if self.code is not None and self.code < 0:
             known = -self.code in set(signal.Signals)
             name = signal.Signals(-self.code).name if known else f"signal {-self.code}"
@@ -119,17 +118,17 @@ class _Worker:
     def where(self) -> str:
         try:
             [at, *_] = self._beat.read_text(errors="replace").splitlines() if self._beat else [""]
-        except (OSError, ValueError):  # it never wrote, or was about to
+        except (OSError, ValueError):  # it has not written anything yet
             return ""
-        return (
-            f" {'in' if at.startswith('step') else 'at'} {at[:100].strip()}" if at.strip() else ""
-        )
+        if not at.strip():
+            return ""
+        return f" {'in' if at.startswith('step') else 'at'} {at[:100].strip()}"
 
 
 def supervise(
     heard: list[signal.Signals], environments: list[dict[str, str]], command: list[str]
 ) -> int:
-    """Start and watch the processes; leave none behind, even after an error."""
+    """Start and supervise the processes; leave none behind, even after an error."""
     if heard:
         log(
             "preempted: a signal came before the first process was started; "
@@ -165,7 +164,7 @@ def _note_end(run: Path, problem: str) -> None:
 def _beats() -> Iterator[Path | None]:
     try:
         folder = tempfile.mkdtemp(prefix="finetune-")
-    except OSError:  # nothing can be written on this machine: messages will not name the step
+    except OSError:  # this machine cannot write: messages will not name the step
         yield None
         return
     try:
@@ -175,11 +174,10 @@ def _beats() -> Iterator[Path | None]:
 
 
 def _watch(heard: list[signal.Signals], workers: list[_Worker], problems: list[str]) -> int:
-    """Wait until all have ended, or kill those that took too long after another's end.
+    """Wait until all processes end, or kill those that take too long after another's end.
 
-    Returns the exit code. After a signal they may take any time.
-
-    `problems`: what is said of processes that did not end as they should is added.
+    Returns the exit code, and appends to `problems` a message about each process that failed. After
+    a signal they may take any time.
     """
     codes: list[int | None] = []  # in the order in which they ended
     deadline, because = float("inf"), ""
@@ -206,10 +204,8 @@ def _watch(heard: list[signal.Signals], workers: list[_Worker], problems: list[s
                 log(problems[-1])
             seconds = OTHERS_SECONDS if worker.has_failed else FINISH_SECONDS
             if time.monotonic() + seconds < deadline:
-                deadline, because = (
-                    time.monotonic() + seconds,
-                    f"{seconds:g} seconds after {worker.name}",
-                )
+                deadline = time.monotonic() + seconds
+                because = f"{seconds:g} seconds after {worker.name}"
     first = next((code for code in codes if code), EXIT_COMPLETE)
     if first in (EXIT_USER_ERROR, EXIT_PREEMPTED):
         return first

@@ -1,0 +1,337 @@
+"""Describe a run before it starts: model, data, steps, settings without effect, first example."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune import own_code
+from finetune.config import Config, Lora, accumulation_steps, base, own_codes, usual_lr
+from finetune.config import fields as config_fields
+from finetune.data import readers, templates
+from finetune.engine.topology import Topology
+from finetune.errors import DataError
+from finetune.objectives import chosen
+from finetune.preflight import Data, ModelFacts
+
+SHOWN_CHARACTERS = 600
+SHOWN_NAMES = 10
+FEW_STEPS = 20
+
+
+def summary(config: Config, topology: Topology, data: Data, model: ModelFacts) -> str:
+    """Describe the run in a dozen lines, then its first example with [[supervised]] text."""
+    name = config.model.path or f"{data.model_config.model_type} from random weights"
+    total, trainable = model.num_parameters, model.num_trainable
+    lines = [
+        f"model       {name}: {total:,} parameters, {trainable:,} of them train "
+        f"({trainable / total:.2%}, {config.adapter.kind})",
+        f"topology    {topology.name}, {_counted(topology.num_processes, 'process')} on "
+        f"{topology.device.type}, {topology.precision}, attention {data.attention}",
+        *_data_lines(config, topology, data),
+        *_file_lines(config, data),
+    ]
+    if why := model.why_all_logits:
+        lines.append(f"note        all logits are held in memory at once: {why}")
+    notes = [*data.sources.notes, *_surprises(config, data), *_template_notes(config, data)]
+    notes += [*_stops_without_effect(config, data), *_data_without_effect(config, data)]
+    lines += [f"note        {note}" for note in notes]
+    examples = data.train.sequences.examples
+    return "\n".join(
+        [*lines, "first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
+    )
+
+
+def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
+    """Describe what is trained, in how many steps, and what is held out."""
+    train, examples = data.train.sequences, data.train.sequences.examples
+    num_context, natural = topology.parallel.num_context, _natural_steps(config, data)
+    lines = [
+        f"data        {_rows(config, data)} -> {_counted(len(examples), 'example')} -> "
+        f"{_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
+        + _changed(config, examples),
+        f"tokens      {examples.lengths.sum():,}, {examples.num_supervised_tokens:,} of them "
+        f"learned; an example has {_quartiles(examples.lengths)}",
+        f"template    {data.template.name}, objective "
+        f"{own_code.without_folder(config.objective.kind)}",
+        f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} "
+        f"sequences ({config.micro_batch_size} at once x "
+        f"{accumulation_steps(config, topology.num_data)} x "
+        f"{_counted(topology.num_data, 'process')})"
+        + (f", each shared by {num_context}" if num_context > 1 else "")
+        + (f"; {natural:,} without train.max_steps" if data.num_steps < natural else ""),
+        *_methods(config, base.quantization(data.model_config.to_dict()) is not None),
+    ]
+    if config.data.packing:
+        full = train.lengths.sum() / (len(train) * config.data.max_length)
+        lines.append(f"packing     {full:.1%} full")
+    if data.eval:
+        evals, known = data.eval.sequences.examples, data.num_eval_known
+        lines.append(
+            f"evaluation  {_counted(len(evals), 'example')}"
+            + (" held out" if config.data.eval_fraction else "")
+            + (f"; {known:,} of them are also trained on" if known else "")
+            + (_of_eval_files(config, evals) if data.sources.eval else "")
+        )
+    return lines
+
+
+def _rows(config: Config, data: Data) -> str:
+    """Say what became of every training row; the numbers add up."""
+    train, held = data.train.sequences.examples, 0
+    if data.eval and config.data.eval_fraction:
+        held = data.eval.sequences.examples.num_distinct_rows
+    trained = train.num_distinct_rows
+    left_out = data.num_rows - train.num_dropped - held - trained
+    fates = (
+        (train.num_dropped, "dropped"),
+        (left_out, "left out by data.max_rows"),
+        (held, "held out"),
+        (trained, "trained on"),
+    )
+    parts = [f"{count:,} {fate}" for count, fate in fates if count]
+    return _counted(data.num_rows, "row") + (f": {', '.join(parts)}" if len(parts) > 1 else "")
+
+
+def _changed(config: Config, examples: Any) -> str:
+    """Say how many rows were cut or split, and how many were skipped."""
+    how = "split into several examples" if config.data.truncation == "split" else "cut"
+    cut, empty, skipped = examples.num_truncated, examples.num_empty, examples.num_skipped
+    return (
+        (f"; {cut:,} {how}" if cut else "")
+        + (f"; {_counted(empty, 'empty row')} skipped" if empty else "")
+        + (f"; {_counted(skipped, 'row')} skipped by data.format" if skipped else "")
+    )
+
+
+def _of_eval_files(config: Config, examples: Any) -> str:
+    dropped = f"; {examples.num_dropped:,} dropped" if examples.num_dropped else ""
+    return dropped + _changed(config, examples)
+
+
+def _file_lines(config: Config, data: Data) -> list[str]:
+    """List the user's own code, the files, and their columns that are not read."""
+    examples = data.train.sequences.examples
+    lines = [
+        f"own code    {code}, {key}, sha256 {code.sha256[:16]}"
+        for key, code in own_codes(config).items()
+    ]
+    lines += [f"files       {_files(list(data.sources.train))}"]
+    if data.sources.eval:
+        lines.append(f"eval files  {_files(list(data.sources.eval))}")
+    lines += [f"not read    {_unread(examples)}"] if examples.unread else []
+    if data.sources.eval and (unread := data.eval and _unread(data.eval.sequences.examples)):
+        lines.append(f"not read    in data.eval: {unread}")
+    return lines
+
+
+def _unread(examples: Any) -> str:
+    """List columns, and keys of messages, that are not read, and how many rows have them."""
+    listed = [
+        f"{readers.short(name)} ({_counted(count, 'row')})"
+        for name, count in sorted(examples.unread.items())
+    ]
+    more = f" and {len(listed) - SHOWN_NAMES} more" if len(listed) > SHOWN_NAMES else ""
+    return f"columns {', '.join(listed[:SHOWN_NAMES])}{more}" if listed else ""
+
+
+def _methods(config: Config, is_quantized: bool) -> list[str]:
+    """Describe the method, and what else the run does."""
+    adapter, optimizer, train = config.adapter, config.optimizer, config.train
+    how = []
+    if adapter.kind == "qlora":
+        twice = adapter.double_quantization and adapter.quantization != "int8"
+        doubly = ", doubly quantised" if twice else ""
+        how.append(
+            adapter.quantization + doubly + (" (the base is saved so)" if is_quantized else "")
+        )
+    if adapter.kind != "full" and adapter.path:
+        how.append(f"going on from {adapter.path}")
+    elif adapter.kind != "full":
+        how.append(f"r {adapter.r}, alpha {adapter.alpha:g}, starting by {adapter.init}")
+    usual = " (usual)" if optimizer.lr == usual_lr(optimizer.kind, adapter.kind) else ""
+    how.append(f"{optimizer.kind}, lr {optimizer.lr:g}{usual}, {config.schedule.kind}")
+    lines = [f"method      {'; '.join(how)}"]
+    if others := [*filter(None, _others(config, train)), *config.tracking.trackers]:
+        lines.append(f"besides     {'; '.join(others)}")
+    return lines
+
+
+def _others(config: Config, train: config_fields.Train) -> Iterator[str]:
+    evaluation = config.evaluation
+    if train.ema_decay:
+        yield f"averages of the weights ({train.ema_decay})"
+    if train.neftune_alpha:
+        yield f"noise on embeddings ({train.neftune_alpha:g})"
+    if evaluation.patience:
+        yield f"stops after {_counted(evaluation.patience, 'evaluation')} without a new best"
+    if evaluation.export_best:
+        yield "exports the best evaluation"
+    if evaluation.sample_prompts:
+        yield _counted(len(evaluation.sample_prompts), "sample")
+
+
+# --------------------------------------------------------------------------------------- notes
+
+
+def _surprises(config: Config, data: Data) -> Iterator[str]:
+    """Note what is allowed and may surprise."""
+    num_steps, adapter = data.num_steps, config.adapter
+    if num_steps < FEW_STEPS:
+        more = "lower train.global_batch_size or raise train.epochs"
+        if num_steps == config.train.max_steps:
+            more = "raise train.max_steps"
+        if config.data.packing:
+            more += ", or set data.packing to false (a pack is one sequence)"
+        yield f"{_counted(num_steps, 'step')} will change the model very little; {more}"
+    if forgotten := base.forgotten_losses(data.model_config.to_dict()):
+        yield forgotten
+    if isinstance(adapter, Lora) and adapter.bias != "none":
+        yield (
+            f"adapter.bias: {adapter.bias} changes biases of the base: with the adapter switched "
+            "off, the model is not the base"
+        )
+    if torch.backends.mps.is_available() and not torch.cuda.is_available():
+        yield "Apple GPUs (mps) are not supported yet; this run uses the CPU"
+
+
+def _template_notes(config: Config, data: Data) -> Iterator[str]:
+    """Note what the template does that its user may not expect."""
+    template, has_turns = data.template, chosen(config.objective).has_turns
+    if has_turns and data.tokenizer.chat_template and template.name != "chat":
+        # Suppress: the model's own template need not be usable.
+        with contextlib.suppress(DataError, templates.BrokenTemplate):
+            own = templates.load(
+                "chat", "messages", data.tokenizer.chat_template, template.special_tokens, {},
+                template.date,
+            )  # fmt: skip
+            if own.prompt(own.probe) != template.prompt(own.probe):
+                yield (
+                    f"the model has a chat template of its own, which {template.name} replaces, "
+                    "here and in the export; data.template: chat keeps it"
+                )
+    if template.date is not None:
+        yield (
+            f"the template writes the date: {template.date}, that of the first start, stays the "
+            "same for the whole run"
+        )
+    if template.opening and has_turns:
+        what = "it ends the prompt, and is not learned"
+        if template.learn_opening:
+            what = "some rows begin otherwise, so the model learns to write it"
+        yield f"the template puts {template.opening!r} before an answer; {what}"
+
+
+def _stops_without_effect(config: Config, data: Data) -> Iterator[str]:
+    """Note settings of steps that have no effect, given how many steps the run turned out to have.
+
+    Settings that can never have an effect are errors of the config.
+    """
+    train, checkpoint, evaluation = config.train, config.checkpoint, config.evaluation
+    steps, natural = data.num_steps, _natural_steps(config, data)
+    here = f"in a run of {_counted(steps, 'step')}"
+    if train.max_steps is not None and train.max_steps > natural:
+        yield (
+            f"train.max_steps: {train.max_steps:,} has no effect: train.epochs: {train.epochs} "
+            f"ends after {_counted(natural, 'step')}"
+        )
+    every, at_the_end = evaluation.every_steps, "the only evaluation is at the end"
+    if every is not None and every >= steps:
+        yield f"evaluation.every_steps: {every:,} {here}: {at_the_end}"
+        if evaluation.export_best:
+            yield (
+                f"evaluation.export_best has no effect: {at_the_end}; lower evaluation.every_steps"
+            )
+    if every is not None and evaluation.patience is not None:
+        first = (evaluation.patience + 1) * every
+        if first >= steps:
+            yield (
+                f"evaluation.patience: {evaluation.patience:,} has no effect {here}: the first "
+                f"stop would be after step {first:,}; lower it or evaluation.every_steps"
+            )
+    sampled = evaluation.sample_every_steps
+    if sampled is not None and sampled >= steps:
+        yield (
+            f"evaluation.sample_every_steps: {sampled:,} {here}: sample_prompts are answered at "
+            "the end only"
+        )
+    saved, keep_last = checkpoint.every_steps, checkpoint.keep_last
+    if saved is not None and saved >= steps:
+        yield f"checkpoint.every_steps: {saved:,} {here}: by steps, only the end is saved"
+    num_saves = 1 if saved is None else -(-steps // saved)
+    usual = config_fields.Checkpoint().keep_last
+    if checkpoint.every_minutes is None and keep_last > max(num_saves, usual):
+        count = _counted(num_saves, "checkpoint")
+        yield f"checkpoint.keep_last: {keep_last:,} has no effect: there are {count}"
+    if config.tracking.log_every_steps > steps:
+        every = config.tracking.log_every_steps
+        yield f"tracking.log_every_steps: {every:,} {here}: only the last step is logged"
+    decay = config.schedule.decay_fraction if config.schedule.kind == "wsd" else None
+    if decay is not None and decay * steps <= 1:
+        yield f"schedule.decay_fraction: {decay:g} {here} is the last step alone"
+
+
+def _data_without_effect(config: Config, data: Data) -> Iterator[str]:
+    """Note settings of the data that have no effect, given the rows."""
+    wanted, sequences, num_rows = config.data, data.train.sequences, data.num_rows
+    if wanted.max_rows is not None and wanted.max_rows >= num_rows:
+        count = _counted(num_rows, "row")
+        yield f"data.max_rows: {wanted.max_rows:,} has no effect: there are {count}"
+    if wanted.packing and len(sequences) == len(sequences.examples):
+        yield "data.packing packs nothing: no two examples fit into data.max_length together"
+    if wanted.group_by_length and not data.train.padded:
+        kernel = data.attention
+        yield f"data.group_by_length saves nothing: with attention {kernel} nothing is padded"
+    if wanted.group_by_length and sequences.lengths.min() == sequences.lengths.max():
+        yield "data.group_by_length has no effect: all examples have the same length"
+    if wanted.loss_on == "last_turn" and data.format != "messages":
+        yield (
+            "data.loss_on: last_turn is the same as completion here: rows of format "
+            f"{data.format} have one answer"
+        )
+
+
+# --------------------------------------------------------------------------------------- words
+
+
+def _natural_steps(config: Config, data: Data) -> int:
+    """Return the steps of all epochs, without train.max_steps."""
+    return data.train.steps_per_epoch * config.train.epochs
+
+
+def _files(names: list[str]) -> str:
+    listed = ", ".join(readers.describe(name) for name in names[:SHOWN_NAMES])
+    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    return listed + more
+
+
+def _counted(number: int, noun: str) -> str:
+    plural = noun if number == 1 else noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {plural}"
+
+
+def _quartiles(lengths: np.ndarray) -> str:
+    low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
+    if low == high:
+        return f"{low} tokens"
+    return f"{low} to {high} tokens, half of them at most {middle}"
+
+
+def _marked(examples: Any, tokenizer: Any) -> str:
+    """Decode the first document, with its supervised runs in double brackets."""
+    part = slice(examples.document_starts[0], examples.document_ends[0])
+    ids, supervised = np.asarray(examples.input_ids[part]), np.asarray(examples.supervised[part])
+    cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1), len(ids)]
+    # Decode prefixes, not runs: some tokenizers drop a space at the beginning of what they decode.
+    until = [
+        tokenizer.decode(ids[:cut].tolist(), clean_up_tokenization_spaces=False) for cut in cuts
+    ]
+    text = ""
+    for start, before, after in zip(cuts, until, until[1:]):
+        piece = after[len(before) :]
+        text += f"[[{piece}]]" if supervised[start] else piece
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[: SHOWN_CHARACTERS // 2]} ... {text[-SHOWN_CHARACTERS // 2 :]}"
+    return "\n".join(f"  | {line}" for line in text.splitlines())
