@@ -232,7 +232,7 @@ def no_process_is_left() -> Iterator[None]:
 
 
 def short(values: Sequence[Any], *kept: Any) -> list[Any]:
-    """Parameters of a test, of which `make test` runs only the ones kept; `make proofs` the others."""
+    """Parameters of a test: `make test` runs only the ones kept, `make proofs` the others."""
     proof = pytest.mark.proof
     return [
         value
