@@ -252,6 +252,7 @@ def understood(words: list[str], folder: Path) -> Any:
     return len(environments), config
 
 
+@pytest.mark.slow
 def test_compose_the_unit_and_skypilot_start_a_run_that_the_real_parsers_understand(tmp_path):
     processes, config = understood(of_compose(), tmp_path)
     assert (processes, config.checkpoint.notices, config.checkpoint.storage) == (2, None, None)
@@ -264,6 +265,7 @@ def test_compose_the_unit_and_skypilot_start_a_run_that_the_real_parsers_underst
         )
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_documentation_are_understood(tmp_path):
     known = set()
     for command in by_hand():

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY_LLAMA, losses, read_jsonl
+from conftest import ROOT, TINY_LLAMA, losses, read_jsonl, short
 
 from finetune import config as configs
 from finetune.__main__ import main as command
@@ -433,12 +433,21 @@ def test_advised_adapters_keep_the_shape_that_was_given():
 
 @pytest.mark.parametrize(
     "architecture",
-    [
+    short(
+        [
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+            {
+                "model_type": "gpt_oss",
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "head_dim": 8,
+            },
+            {"model_type": "gemma2", "head_dim": 8},
+            {"model_type": "mamba", "num_hidden_layers": 2},
+        ],
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
         {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-        {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-        {"model_type": "gemma2", "head_dim": 8},
-        {"model_type": "mamba", "num_hidden_layers": 2},
-    ],
+    ),
     ids=lambda architecture: architecture["model_type"],
 )
 def test_any_architecture_can_be_forecast(architecture):
@@ -738,6 +747,7 @@ def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypa
     assert outcome["reason"] == str(caught.value)
 
 
+@pytest.mark.proof
 def test_a_machine_without_free_memory_is_reported_as_such(workshop):
     """For real: a process that may take 2.5 GB, and with gradients and optimizer wants more."""
     wide = TINY_LLAMA | {"hidden_size": 256, "intermediate_size": 65536, "num_hidden_layers": 4}

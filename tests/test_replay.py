@@ -8,6 +8,7 @@ from conftest import ROOT, launch
 
 from finetune import replay as replaying
 from finetune.errors import RunDirectoryError
+from finetune.places import REPLAY_OF
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -32,22 +33,23 @@ def test_a_run_comes_out_the_same(workshop, processes):
     assert receipts[0]["num_processes"] == receipts[1]["num_processes"] == processes
 
 
-def test_changes_since_the_run_are_listed_and_nothing_trains(workshop):
+def test_changes_since_the_run_are_listed_and_nothing_trains(workshop, monkeypatch):
     run = workshop.train()
     rows, receipt = workshop.rows.read_text(), json.loads((run / "receipt.json").read_text())
     workshop.rows.write_text(rows.replace("three", "four"))
     receipt["versions"]["torch"], receipt["code"]["sha256"] = "2.0.0", "0" * 64
     (run / "receipt.json").write_text(json.dumps(receipt))
-    again = replay(run)
-    assert again.returncode == 2
+    monkeypatch.setenv(REPLAY_OF, str(run))  # as replay hands it to the processes it starts
+    with pytest.raises(RunDirectoryError) as refused:
+        workshop.train("run-replay")
     for key in (
         "versions.torch: was 2.0.0, now",
         "code.sha256: was 000",
         "train_data.fingerprint: was",
     ):
-        assert key in again.stderr, again.stderr
+        assert key in str(refused.value)
     assert not (workshop.run_dir("run-replay") / "metrics.jsonl").exists()
-    assert str(ROOT) not in again.stderr
+    assert str(ROOT) not in str(refused.value)
 
 
 def test_a_run_that_has_not_ended_is_not_repeated(workshop):

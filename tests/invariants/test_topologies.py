@@ -66,7 +66,6 @@ SHORT = {
         "zero1": ["untied"], "zero2": ["bf16"], "zero3": ["clipped", "padded", "packed_recomputed"],
     }),
     "hybrid": (4, {"fsdp2_hybrid": ["untied"]}),
-    "context": (4, {"fsdp2_context": ["packed_recomputed"]}),
 }  # fmt: skip
 LONG = {
     "single": (1, {"single": PLAIN}), "cpu_debug": (2, {"cpu_debug": PLAIN}),
