@@ -60,9 +60,10 @@ def report(exc: BaseException) -> int:
     if error is None:
         return EXIT_FAILED
     rank, message = os.environ.get("RANK", "0"), f"{error.label}: {error}"
-    if error.exit_code == EXIT_USER_ERROR:  # the same on every process: rank 0 shows all of it
-        message = message if rank == "0" else message.partition("\n")[0]
-    elif os.environ.get("WORLD_SIZE", "1") != "1":
+    is_users = error.exit_code == EXIT_USER_ERROR
+    if is_users and rank != "0":  # most are the same on every process: rank 0 shows all of it
+        message = message.partition("\n")[0]
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not (is_users and rank == "0"):
         message = f"[process {rank}] {message}"
     sys.stderr.write(message + "\n")  # one write, because other processes write too
     return error.exit_code

@@ -161,11 +161,11 @@ def one_step(run: Run) -> StepResult:
             batches, totals, lr=lr, max_grad_norm=config.train.max_grad_norm,
             requests=lambda: (stop.is_set, stop.wants_save or saver.is_time(), saver.has_ended()),
         )  # fmt: skip
-        state.count_skips(result.skipped)
     except TrainingDiverged as exc:
         advice = "lower optimizer.lr under another run.name, or look at its rows"
         rows = ", ".join(order.places(progress.step))
         raise TrainingDiverged(f"step {step}: {exc}; {advice}: {rows}") from exc
+    state.count_skips(result.skipped)
     num_sequences = len(order.of_step(progress.step))
     progress.advance(num_sequences, result.tokens, result.supervised_tokens)
     progress.epoch = step // order.steps_per_epoch

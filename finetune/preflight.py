@@ -97,7 +97,8 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     check_lengths(train, config, model_config, num_steps)
     if isinstance(objective, Own):
         has_adapters = config.adapter.kind != "full"
-        objective.rehearse(plan.at(0)[0], config.objective, has_adapters=has_adapters)
+        first, filler = plan.of_all().at(0)[0], plan.filler()
+        topology.on_every(lambda: objective.rehearse(first, filler, config.objective, has_adapters))
     _check_sample_prompts(config, kept, tokenizer)
     identity = {
         "training data": plan.fingerprint,

@@ -121,10 +121,8 @@ class Run:
         self.topology.on_main(self._begin)
         self.metrics = self._metrics()
         self.saver = self._saver(resumed_from)
-        is_cuda = self.topology.device.type == "cuda"
-        self.batches = Prefetch(
-            self.data.train, self.data.num_steps, part=self.topology.part, pin=is_cuda
-        )
+        part, device = self.topology.part, self.topology.device
+        self.batches = Prefetch(self.data.train, self.data.num_steps, part=part, device=device)
         self.best = BestCheckpoint(
             self.config.evaluation, self.directory, self.topology, lambda: self.saver.under_way
         )

@@ -65,8 +65,14 @@ def test_a_gpu_gets_pinned_copies_of_this_processs_part(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone()
     )
-    parts = []
-    ahead = Prefetch(batches_of(), 1, part=lambda batch: parts.append(batch) or batch, pin=True)
+    devices, parts = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    ahead = Prefetch(
+        batches_of(),
+        1,
+        part=lambda batch: parts.append(batch) or batch,
+        device=torch.device("cuda"),
+    )
     made, _ = ahead.at(0)
     tensors = {
         id(value)
@@ -77,3 +83,4 @@ def test_a_gpu_gets_pinned_copies_of_this_processs_part(monkeypatch):
     assert {id(tensor) for tensor in pinned} == tensors
     assert len(pinned) == len(tensors), "a tensor under two names is copied once"
     assert ids(made) == ids(parts)
+    assert devices == [torch.device("cuda")], "the thread copies for the process's own GPU"

@@ -40,7 +40,9 @@ class Batch:
     weights: torch.Tensor | None = None
     """float32 [S]: factors of the losses, where a row gave some."""
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
-    """[D, ...] or [S, ...]: what is known beforehand of documents or supervised tokens, by name."""
+    """[D, ...] by name: what is known beforehand of documents."""
+    token_columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[S, ...] by name: what is known beforehand of supervised tokens."""
     group: Any = None
     """The processes that share this sequence, each with a `part` of its tokens."""
     owned: torch.Tensor | None = None
@@ -71,16 +73,15 @@ class Batch:
             "tokens": int(mine.sum()), "documents": len(owned), "examples": len(example.unique()),
             "input_tokens": in_stretch if self.counts["input_tokens"] else 0,
         }  # fmt: skip
-        columns = {
-            name: values[owned if len(values) == self.num_documents else mine]
-            for name, values in self.columns.items()
-        }
+        columns = {name: values[owned] for name, values in self.columns.items()}
+        of_tokens = {name: values[mine] for name, values in self.token_columns.items()}
         ids, places = (stretch(self.inputs[name]) for name in ("input_ids", "position_ids"))
         inputs = {**_end_to_end(ids, places, lengths), "sequence_group": group}
         weights = None if self.weights is None else self.weights[mine]
         return Batch(
             inputs, self.labels[mine], self.positions[mine] - where.start, self.document[mine],
-            example, lengths, counts, weights, columns, group, owned, self.num_documents,
+            example, lengths, counts, weights, columns, of_tokens, group, owned,
+            self.num_documents,
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
@@ -172,6 +173,10 @@ class Batches:
     def _collated(self, sequences: np.ndarray) -> Batch:
         documents = [each for number in sequences for each in self.sequences.documents(number)]
         return (_pad if self.padded else _lay_end_to_end)(documents, self.pad_id)
+
+    def filler(self) -> Batch:
+        """Return what a process gets that has no sequence left: nothing in it is supervised."""
+        return self._collated(np.zeros(0, np.int64))
 
     def largest(self) -> Batch:
         """Return as many of the longest sequences as a micro-batch may hold."""

@@ -1,7 +1,10 @@
 """The batches of the next step, made on a thread while the current one is learned."""
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
 
 from finetune.data.batches import Batch, Batches, Counts
 
@@ -9,29 +12,31 @@ from finetune.data.batches import Batch, Batches, Counts
 class Prefetch:
     """Collates one step ahead: reading rows from a network disk then costs a step no time.
 
-    With `pin`, batches lie in page-locked memory, from where a GPU copies them while it computes;
+    For a GPU, batches lie in page-locked memory, from where it copies them while it computes;
     copies from other memory make the host wait.
     """
 
     def __init__(
         self, batches: Batches, num_steps: int, *,
-        part: Callable[[Batch], Batch] = lambda batch: batch, pin: bool = False,
+        part: Callable[[Batch], Batch] = lambda batch: batch,
+        device: torch.device = torch.device("cpu"),  # noqa: B008  # a constant
     ) -> None:  # fmt: skip
-        """`part`: what this process has of a batch that several share."""
-        self.batches, self.num_steps, self.part, self.pin = batches, num_steps, part, pin
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        """`part`: what this process has of a batch that several share. `device`: where it goes."""
+        self.batches, self.num_steps, self.part = batches, num_steps, part
+        self.pin = device.type == "cuda"
+        # A new thread starts on the first GPU, not on the process's own.
+        use_own_gpu = functools.partial(torch.cuda.set_device, device) if self.pin else None
+        self._thread = ThreadPoolExecutor(1, "prefetch", initializer=use_own_gpu)
         self._next: tuple[int, Future[tuple[Sequence[Batch], Counts]]] | None = None
 
     def at(self, step: int) -> tuple[Sequence[Batch], Counts]:
-        """This process's micro-batches of a step, and what the step is divided by over all
-        processes.
+        """Return this process's micro-batches of a step, and the totals over all processes.
 
         Raises what making them raised.
         """
         number, made = self._next or (-1, None)
-        made = (
-            made if made is not None and number == step else self._thread.submit(self._make, step)
-        )
+        if made is None or number != step:
+            made = self._thread.submit(self._make, step)
         found = made.result()
         if step + 1 < self.num_steps:
             self._next = (step + 1, self._thread.submit(self._make, step + 1))

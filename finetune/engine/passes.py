@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from finetune.data.batches import Batch, Counts
-from finetune.engine.step import means_over_processes, prepared_over_processes
+from finetune.engine.step import logged, means_over_processes, prepared_over_processes
 from finetune.engine.topology import Topology
 from finetune.models.policy import Policy
 from finetune.objectives.base import Objective, Term, add, as_divisors
@@ -73,13 +73,15 @@ def evaluate(
                     add(added, term)
     policy.model.train(was_training)
     means, _ = means_over_processes(
-        topology, list(added.values()), {**totals, **as_divisors(divisors)}, []
+        topology,
+        sorted(added.values(), key=lambda term: term.name),
+        {**totals, **as_divisors(divisors)},
+        [],
     )
     loss = sum(term.weight * means[term.name] for term in added.values())
     entropy = means.pop(CROSS_ENTROPY)
-    means.pop("loss", None)
     perplexity = math.exp(entropy) if entropy < 700 else math.inf  # e^709 overflows
     return {
-        "eval_loss": loss, **means, CROSS_ENTROPY: entropy, "perplexity": perplexity,
+        "eval_loss": loss, **logged(means, loss), CROSS_ENTROPY: entropy, "perplexity": perplexity,
         "eval_tokens": float(totals["tokens"]),
     }  # fmt: skip

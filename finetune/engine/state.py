@@ -31,7 +31,8 @@ class TrainState:
         self.num_skips = self.num_skips + 1 if skipped else 0
         if self.num_skips == MOST_SKIPS:
             raise TrainingDiverged(
-                f"fp16 gradients overflowed {MOST_SKIPS} times in a row; use bf16"
+                f"step {self.progress.step + 1}: fp16 gradients overflowed {MOST_SKIPS} times in a "
+                "row; use bf16"
             )
 
     def release(self) -> None:

@@ -35,8 +35,8 @@ class StepResult:
 
     @property
     def other_terms(self) -> dict[str, float]:
-        """Terms that have a line of their own in the logs, next to the loss."""
-        return {name: mean for name, mean in self.terms.items() if name != "loss"}
+        """Terms that have a column of their own in the logs, next to the loss."""
+        return logged(self.terms, self.loss)
 
 
 def train_step(
@@ -66,6 +66,7 @@ def train_step(
     norm = topology.clip(policy.model, max_grad_norm)
     own_norm = norm if topology.is_main and norm is not None else 0.0  # the same on all processes
     others = [own_norm, *map(float, requests())]
+    added = sorted(added, key=lambda term: term.name)  # each process may add them in another order
     means, (grad_norm, *requested) = means_over_processes(topology, added, divisors, others)
     loss, moved = sum(term.weight * means[term.name] for term in added), False
     if math.isfinite(loss):
@@ -73,11 +74,23 @@ def train_step(
         grad_norm, moved = topology.step(policy.model, optimizer, grad_norm)
     # Overflowing fp16 gradients are no divergence: the scaler leaves the step out and scales less.
     if not math.isfinite(loss) or not (moved or topology.scales_gradients):
+        grad_norm = math.nan if norm is None and not math.isfinite(loss) else grad_norm
         norms = f"gradient norm {grad_norm:.4g}, learning rate {lr:g}"
         raise TrainingDiverged(f"loss {loss:.4g}, {norms}")
     made = tuple(request > 0 for request in requested)
     counts = totals["input_tokens"], totals["tokens"]
     return StepResult(loss, means, grad_norm, *counts, skipped=not moved, requests=made)
+
+
+def logged(terms: Mapping[str, float], loss: float) -> dict[str, float]:
+    """Name the means of terms as the logs do.
+
+    A term `loss` that is not all of the loss is `loss_term`.
+    """
+    others = {name: mean for name, mean in terms.items() if name != "loss"}
+    own = terms.get("loss", loss)
+    is_all = own == loss or math.isnan(loss)
+    return others if is_all else {"loss_term": own, **others}
 
 
 def prepared_over_processes(

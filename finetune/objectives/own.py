@@ -1,6 +1,7 @@
 """Run a user's own objective, and report mistakes in it with their file and line."""
 
 import inspect
+import traceback
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,8 @@ from finetune.objectives.base import Objective, Term, as_divisors, total
 # Columns of metrics.jsonl and eval.jsonl that terms may not use.
 TAKEN = {
     "step", "epoch", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second",
-    "seconds", "memory_gb", "mfu", "skipped", "eval_loss", "perplexity", "eval_tokens",
+    "seconds", "memory_gb", "mfu", "skipped", "cross_entropy", "loss_term", "eval_loss",
+    "perplexity", "eval_tokens",
 }  # fmt: skip
 VOCABULARY = 8  # of the rehearsal, so that probabilities are neither near 0 nor near 1
 
@@ -28,6 +30,7 @@ class Own(Objective):
     def __init__(self, settings: OwnObjective) -> None:
         self.code, self.objective = settings.code, settings.objective
         self.has_turns = self.objective.has_turns
+        self._units: dict[str, dict[str, tuple[str, float]]] = {}  # of the terms of each method
 
     @property
     def prepares(self) -> bool:
@@ -63,27 +66,34 @@ class Own(Objective):
             terms = self.objective.evaluate(policy, batch, settings, prepared)
         return self._checked("evaluate", terms, [*batch.counts, *prepared])
 
-    def rehearse(self, batch: Batch, settings: Any, has_adapters: bool) -> None:
-        """Run once on random answers, to find most mistakes before weights are loaded."""
-        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters)
+    def rehearse(self, batch: Batch, filler: Batch, settings: Any, has_adapters: bool) -> None:
+        """Run on random answers, to find most mistakes before weights are loaded.
+
+        `filler`: a batch without supervised tokens, which a process gets that has no sequence left.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            with torch.no_grad():
-                prepared = self.prepare(policy, [batch], settings)
-            terms = self.loss(policy, batch, settings, prepared)
-            self._require_finite("loss", terms)
-            counts = {name: max(count, 1) for name, count in batch.counts.items()}
-            loss = total(terms, {**counts, **as_divisors(prepared)})
-            if not loss.requires_grad:
-                raise self._wrong("loss", "does not depend on what the policy answers")
-            with self._blamed():
-                loss.backward()
-            gradients = [leaf.grad for leaf in policy.leaves if leaf.grad is not None]
-            if not all(gradient.isfinite().all() for gradient in gradients):
-                raise self._wrong("loss", "has a gradient that is NaN or infinite")
-            with torch.no_grad():
-                terms = self.evaluate(policy, batch, settings, prepared)
-            self._require_finite("evaluate", terms)
+            self._rehearse(batch, settings, has_adapters, "log-probabilities around -2")
+            self._rehearse(filler, settings, has_adapters, "a batch without supervised tokens")
+
+    def _rehearse(self, batch: Batch, settings: Any, has_adapters: bool, where: str) -> None:
+        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters)
+        with torch.no_grad():
+            prepared = self.prepare(policy, [batch], settings)
+        terms = self.loss(policy, batch, settings, prepared)
+        self._require_finite("loss", terms, where)
+        counts = {name: max(count, 1) for name, count in batch.counts.items()}
+        loss = total(terms, {**counts, **as_divisors(prepared)})
+        if not loss.requires_grad:
+            raise self._wrong("loss", "does not depend on what the policy answers")
+        with self._blamed():
+            loss.backward()
+        gradients = [leaf.grad for leaf in policy.leaves if leaf.grad is not None]
+        if not all(gradient.isfinite().all() for gradient in gradients):
+            raise self._wrong("loss", f"has a gradient that is NaN or infinite for {where}")
+        with torch.no_grad():
+            terms = self.evaluate(policy, batch, settings, prepared)
+        self._require_finite("evaluate", terms, where)
 
     def _checked(self, method: str, terms: Any, counted: Sequence[str]) -> list[Term]:
         if not isinstance(terms, list | tuple) or not all(isinstance(t, Term) for t in terms):
@@ -93,13 +103,19 @@ class Own(Objective):
         for number, term in enumerate(terms):
             if why := _problem(term, counted, {other.name for other in terms[:number]}):
                 raise self._wrong(method, f"term {term.name!r}: {why}")
+        # Processes add up terms of one name, also where one has a batch without supervised tokens.
+        units = {term.name: (term.per, term.weight) for term in terms}
+        if (first := self._units.setdefault(method, units)) != units:
+            raise self._wrong(
+                method, f"returns the terms {units}, and returned {first} for another batch; "
+                "return the same names, units and weights for every batch"
+            )  # fmt: skip
         return list(terms)
 
-    def _require_finite(self, method: str, terms: Sequence[Term]) -> None:
+    def _require_finite(self, method: str, terms: Sequence[Term], where: str) -> None:
         for term in terms:
             if not torch.isfinite(term.sum):
-                what = f"term {term.name!r} is {term.sum.item()}"
-                raise self._wrong(method, f"{what} for log-probabilities around -2")
+                raise self._wrong(method, f"term {term.name!r} is {term.sum.item()} for {where}")
 
     @contextmanager
     def _blamed(self) -> Iterator[None]:
@@ -109,6 +125,8 @@ class Own(Objective):
             raise
         except Exception as exc:
             failures.reraise(exc)
+            if _is_of_model(exc):  # no mistake of the user's: its traceback says where it is
+                raise
             raise ConfigError(f"objective.kind: {self.code.blame(exc)}") from exc
 
     def _wrong(self, method: str, what: str) -> ConfigError:
@@ -117,6 +135,16 @@ class Own(Objective):
         if code and code.co_filename == str(self.code.path):
             where = f"{own_code.shown(self.code.path)}:{code.co_firstlineno}"
         return ConfigError(f"objective.kind: {where}: {method} {what}")
+
+
+def _is_of_model(exc: BaseException) -> bool:
+    """Whether an exception was raised inside a forward pass of the policy."""
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(exc.__traceback__)]
+    calls = [place for place, code in enumerate(frames) if code is Policy.__call__.__code__]
+    return any(
+        place + 1 < len(frames) and frames[place + 1] is not Policy.known.__code__
+        for place in calls
+    )
 
 
 def _problem(term: Term, counted: Sequence[str], before: Set[str]) -> str | None:

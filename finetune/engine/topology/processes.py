@@ -77,6 +77,7 @@ class Processes:
         """
         if not values:
             return {}
+        values = dict(sorted(values.items()))  # each process may name them in another order
         total = torch.stack([value.double() for value in values.values()])
         if self.number > 1:
             with self._waits():
