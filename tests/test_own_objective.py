@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import read_jsonl
 
 from finetune import config as configs
 from finetune import own_code, replay
@@ -69,6 +70,13 @@ BATCH = Batch(
     positions=torch.arange(5), document=torch.tensor([0, 0, 0, 1, 1]), example=torch.tensor([0, 1]),
     lengths=(5, 4), num_documents=2,
     counts={"tokens": 5, "documents": 2, "examples": 2, "input_tokens": 9},
+)  # fmt: skip
+
+
+FILLER = Batch(
+    {"input_ids": torch.zeros(1, 2, dtype=torch.int64)},
+    **dict.fromkeys(("labels", "positions", "document", "example"), torch.zeros(0).long()),
+    lengths=(2,), counts={"tokens": 0, "documents": 0, "examples": 0, "input_tokens": 0},
 )  # fmt: skip
 
 
@@ -266,7 +274,7 @@ def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, 
 
     def rehearse() -> None:
         settings = own_objective(kind)(kind=kind)
-        Own(settings).rehearse(BATCH, settings, has_adapters=False)
+        Own(settings).rehearse(BATCH, FILLER, settings, has_adapters=False)
 
     with pytest.raises(ConfigError, match=re.escape(says)):
         rehearse()
@@ -329,3 +337,59 @@ def test_a_replay_executes_only_the_file_of_the_receipt(workshop, own, monkeypat
     (workshop.folder / "own.py").unlink()
     with pytest.raises(RunDirectoryError, match=r"objective.kind: no file .*own\.py"):
         replay.main(arguments)
+
+
+NLL = "policy(batch, {'nll'}).nll"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (
+            "return [Term('loss', policy(batch, {'logprobs'}).logprobs.min(), per='tokens')]",
+            r"own\.py:4: ",  # a process without a sequence has nothing to take the least of
+        ),
+        (
+            "return [Term('loss', -policy(batch, {'logprobs'}).logprobs.mean(), per='documents')]",
+            "for a batch without supervised tokens",
+        ),
+        (
+            f"names = ['a'] if len(batch.labels) else []\n"
+            f"        return [Term('loss', {NLL}, per='tokens'), *(Term(n, {NLL}, per='tokens', "
+            "weight=0.0) for n in names)]",
+            "return the same names, units and weights for every batch",
+        ),
+        (
+            f"return [Term('loss', {NLL}, per='tokens', weight=float(len(batch.labels) + 1))]",
+            "return the same names, units and weights for every batch",
+        ),
+        (
+            f"return [Term('cross_entropy', {NLL}, per='tokens')]",
+            "the logs have a column of this name",
+        ),
+    ],
+    ids=["least", "mean", "names", "weights", "cross-entropy"],
+)
+def test_what_only_some_batches_show_is_found_before_weights_are_loaded(workshop, own, body, says):
+    with pytest.raises(ConfigError, match=says):
+        workshop.check(objective__kind=own(LOSS + body))
+
+
+def test_an_error_inside_the_model_is_not_called_the_users(workshop, own, monkeypatch):
+    from finetune.models import head
+
+    def broken(*_):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(head, "_of_states", broken)
+    monkeypatch.setattr(head, "check", lambda *_: None)
+    kind = own(LOSS + f"return [Term('loss', {NLL}, per='tokens')]")
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        workshop.train(objective__kind=kind)
+
+
+def test_a_loss_of_several_terms_is_logged_beside_each(workshop, own):
+    body = f"nll = {NLL}\n        return [Term('loss', nll, per='tokens'), Term('b', nll, per='tokens')]"
+    run = workshop.train(objective__kind=own(LOSS + body), train__max_steps=1)
+    [line] = read_jsonl(run / "metrics.jsonl")
+    assert line["loss"] == pytest.approx(line["loss_term"] + line["b"])
