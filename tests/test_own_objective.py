@@ -389,7 +389,8 @@ def test_an_error_inside_the_model_is_not_called_the_users(workshop, own, monkey
 
 
 def test_a_loss_of_several_terms_is_logged_beside_each(workshop, own):
-    body = f"nll = {NLL}\n        return [Term('loss', nll, per='tokens'), Term('b', nll, per='tokens')]"
+    terms = "[Term('loss', nll, per='tokens'), Term('b', nll, per='tokens')]"
+    body = f"nll = {NLL}\n        return {terms}"
     run = workshop.train(objective__kind=own(LOSS + body), train__max_steps=1)
     [line] = read_jsonl(run / "metrics.jsonl")
     assert line["loss"] == pytest.approx(line["loss_term"] + line["b"])
