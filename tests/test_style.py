@@ -5,6 +5,7 @@ import re
 import tokenize
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 CODE = [ROOT / "train.py", *sorted(ROOT.glob("finetune/**/*.py"))]
@@ -70,11 +71,31 @@ def test_sentences_are_plain_english():
     assert not found
 
 
+def calls_of_a_model(source: str) -> list[int]:
+    """Lines that call a model: by its name, as `x.forward(...)`, or as `unwrap(x)(...)`."""
+    models, found = {"base", "bare", "engine", "model", "module", "whole"}, []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = node.func
+            name = getattr(called, "id", None) or getattr(called, "attr", None)
+            is_forward = isinstance(called, ast.Attribute) and name == "forward"
+            inner = called.func if isinstance(called, ast.Call) else None
+            is_unwrapped = getattr(inner, "attr", getattr(inner, "id", None)) == "unwrap"
+            if name in models or is_forward or is_unwrapped:
+                found.append(node.lineno)
+    return found
+
+
 def test_only_the_policy_calls_the_model_in_training():
-    models = {"model", "base", "bare", "module", "whole"}
     for path in TRAINING:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call):
-                called = node.func
-                name = getattr(called, "id", None) or getattr(called, "attr", None)
-                assert name not in models, places(path, [node.lineno])
+        assert not calls_of_a_model(path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["model(x)", "state.model(x)", "engine(x)", "model.forward(x)", "topology.unwrap(model)(x)"],
+)
+def test_a_call_of_the_model_elsewhere_would_be_caught(call):
+    assert calls_of_a_model(f"def step(topology, state, model, engine, x):\n    return {call}") == [
+        2
+    ]
