@@ -72,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_COMPLETE
         command = importlib.import_module(COMMANDS[arguments.command][0])
         return command.main(arguments) or EXIT_COMPLETE
+    except BrokenPipeError:  # the reader has left, as `head` does; no more can be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_COMPLETE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as exc:

@@ -1,6 +1,7 @@
 """Output streams that may lose their reader."""
 
 import contextlib
+import os
 from typing import Any
 
 
@@ -8,7 +9,8 @@ class BrokenPipeProof:
     """Ignore write errors of a stream: closing a terminal must not end a run."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        """`stream`: None where it was closed before the program began."""
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

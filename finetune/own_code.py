@@ -147,11 +147,14 @@ def _execute(path: Path, content: bytes, sha256: str) -> ModuleType:
     module = ModuleType(f"own_code_{path.stem}_{sha256[:12]}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses need to find their module
+    here = os.getcwd()
     try:
         exec(compile(content, str(path), "exec"), vars(module))
     except (Exception, SystemExit) as exc:
         del sys.modules[module.__name__]
         raise _failed(exc, path) from exc
+    finally:
+        os.chdir(here)  # other paths of the config are relative to it
     return module
 
 

@@ -1174,3 +1174,18 @@ def test_the_schema_describes_every_field():
 def test_the_schema_lists_the_choices_of_a_field():
     choices = configs.json_schema()["$defs"]["Data"]["properties"]["truncation"]["enum"]
     assert tuple(choices) == get_args(configs.Data.model_fields["truncation"].annotation)
+
+
+def test_a_config_that_an_earlier_version_wrote_out_still_trains():
+    """Before kinds had settings of their own, config.yaml held the defaults of all of them."""
+    adapter = {
+        "kind": "full", "freeze": [], "path": None, "r": 16, "alpha": 32, "dropout": 0.0,
+        "target_modules": "all-linear", "layers": None, "rank_pattern": {}, "alpha_pattern": {},
+        "rslora": False, "dora": False, "init": "default", "bias": "none", "train_norms": False,
+        "modules_to_save": [], "quantization": "nf4", "double_quantization": True,
+        "compute_dtype": "auto",
+    }  # fmt: skip
+    values = changed() | {"adapter": adapter}
+    assert configs.from_dict(values) == configs.from_dict(changed())
+    with pytest.raises(ConfigError, match="adapter.r: adapter.kind is full"):
+        configs.from_dict(changed() | {"adapter": adapter | {"r": 8}})

@@ -394,3 +394,39 @@ def test_a_loss_of_several_terms_is_logged_beside_each(workshop, own):
     run = workshop.train(objective__kind=own(LOSS + body), train__max_steps=1)
     [line] = read_jsonl(run / "metrics.jsonl")
     assert line["loss"] == pytest.approx(line["loss_term"] + line["b"])
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise SystemExit(0)", "own.py:4: SystemExit"),
+        (f"return [Term('loss', {NLL}, per='tokens', weight='2')]", "weight should be a number"),
+        (f"return ['x', Term('loss', {NLL}, per='tokens')]", "item 0 is a str"),
+        (
+            f"return [Term('loss', {NLL}, per='n')]\n\n"
+            "    def prepare(self, policy, batches, settings):\n"
+            "        return {'n': 0.0 * batches[0].labels.sum()}",
+            "counts 0 of 'n', which divides a sum",
+        ),
+    ],
+    ids=["exit", "weight", "item", "zero"],
+)
+def test_no_mistake_in_an_objective_trains_nothing_in_silence(workshop, own, body, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        workshop.check(objective__kind=own(LOSS + body))
+
+
+def test_a_file_that_changes_the_working_directory_moves_no_path(workshop, own, monkeypatch):
+    monkeypatch.chdir(workshop.folder)
+    moves = "import os, tempfile\nos.chdir(tempfile.mkdtemp())\n"
+    kind = own(moves + LOSS + f"return [Term('loss', {NLL}, per='tokens')]")
+    workshop.check(objective__kind=kind, data__train=workshop.rows.name)
+
+
+def test_an_objective_that_edits_its_batch_does_not_change_what_is_measured(workshop, own):
+    body = f"batch.labels.fill_(1)\n        return [Term('loss', {NLL}, per='tokens')]"
+    run = workshop.train(
+        objective__kind=own(LOSS + body), train__max_steps=1, data__eval_fraction=0.2
+    )
+    [line] = read_jsonl(run / "eval.jsonl")
+    assert line["cross_entropy"] != pytest.approx(line["eval_loss"], rel=1e-3)

@@ -289,7 +289,7 @@ def _own_section(code: OwnCode) -> type[OwnObjective]:
         return type("Own", bases, {**own, "__module__": __name__, "__doc__": OwnObjective.__doc__})
     except ConfigError:
         raise
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise ConfigError(code.blame(exc)) from exc
 
 

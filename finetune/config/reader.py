@@ -44,7 +44,7 @@ def from_dict(
     if any("half a character" in problem for problem in problems):  # nothing else could be printed
         raise ConfigError(listed(problems, where))
     config = None
-    values, of_code = _with_own_code(_with_lists(values), folder)
+    values, of_code = _with_own_code(_without_other_kinds(_with_lists(values)), folder)
     problems += of_code
     try:
         config = Config.model_validate(values)
@@ -58,6 +58,13 @@ def from_dict(
         errors = exc.errors()
         problems += joined(dict.fromkeys(describe(error, values) for error in errors))
         config = _without(values, errors)
+    except Exception as exc:
+        if not isinstance(values.get("objective"), dict) or not own_code.is_own(
+            values["objective"].get("kind")
+        ):
+            raise
+        code = own_code.get(values["objective"]["kind"])  # its Settings check in code of its own
+        raise ConfigError(listed([*problems, f"objective: {code.blame(exc)}"], where)) from exc
     if config is not None and not any(each.startswith("objective.kind: ") for each in of_code):
         config, of_base = _beside_base(config)
         problems += of_base
@@ -210,6 +217,26 @@ def _of_their_kinds(old: dict[str, Any]) -> dict[str, Any]:
         }
         for section, fields in old.items()
     }
+
+
+def _without_other_kinds(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop defaults of other kinds: the config.yaml of an earlier version wrote them, too."""
+    kept = {}
+    for section, given in values.items():
+        classes = sections_of_config().get(section, ())
+        if len(classes) < 2 or not isinstance(given, dict) or own_code.is_own(given.get("kind")):
+            continue
+        defaults = {n: f.default for cls in classes for n, f in cls.model_fields.items()}
+        if not set(defaults) <= set(given):  # a user wrote it
+            continue
+        kept[section] = {
+            name: value
+            for name, value in given.items()
+            if name not in defaults
+            or _belongs(section, name, given.get("kind"))
+            or value != defaults[name]
+        }
+    return values | kept
 
 
 def _belongs(section: str, name: str, kind: Any) -> bool:

@@ -154,8 +154,9 @@ def formatted(row: Row, format: str) -> Row | None:
     code = own_code.get(format)
     try:
         values = code.value(dict(row.values))
-    except Exception as exc:
-        failures.reraise(exc)
+    except (Exception, SystemExit) as exc:
+        if isinstance(exc, Exception):
+            failures.reraise(exc)
         raise DataError(f"{row.place}: data.format: {code.blame(exc)}") from exc
     if values is None:
         return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from finetune.data.batches import Batch, Counts
-from finetune.engine.step import logged, means_over_processes, prepared_over_processes
+from finetune.engine.terms import logged, means_over_processes, prepared_over_processes
 from finetune.engine.topology import Topology
 from finetune.models.policy import Policy
 from finetune.objectives.base import Objective, Term, add, as_divisors
@@ -65,10 +65,11 @@ def evaluate(
                 divisors[name] = divisors.get(name, 0.0) + value
             for part in parts:
                 batch = part.to(topology.device)
+                # First: an objective of a user's own may change the batch.
+                nll = None if objective.reports_cross_entropy else policy(batch, {"nll"}).nll
                 terms = objective.evaluate(policy, batch, settings, prepared)
-                if all(term.name != CROSS_ENTROPY for term in terms):
-                    nll = policy(batch, {"nll"}).nll
-                    terms.append(Term(CROSS_ENTROPY, nll, "tokens", weight=0.0))
+                if nll is not None:
+                    terms = [*terms, Term(CROSS_ENTROPY, nll, "tokens", weight=0.0)]
                 for term in terms:
                     add(added, term)
     policy.model.train(was_training)

@@ -1,14 +1,13 @@
 """One optimizer step, normalised over all micro-batches and processes."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from finetune.data.batches import Batch, Counts
 from finetune.engine.optim import set_lr
+from finetune.engine.terms import logged, means_over_processes, prepared_over_processes
 from finetune.engine.topology import Topology
 from finetune.errors import TrainingDiverged
 from finetune.models.policy import Policy
@@ -80,48 +79,3 @@ def train_step(
     made = tuple(request > 0 for request in requested)
     counts = totals["input_tokens"], totals["tokens"]
     return StepResult(loss, means, grad_norm, *counts, skipped=not moved, requests=made)
-
-
-def logged(terms: Mapping[str, float], loss: float) -> dict[str, float]:
-    """Name the means of terms as the logs do.
-
-    A term `loss` that is not all of the loss is `loss_term`.
-    """
-    others = {name: mean for name, mean in terms.items() if name != "loss"}
-    own = terms.get("loss", loss)
-    is_all = own == loss or math.isnan(loss)
-    return others if is_all else {"loss_term": own, **others}
-
-
-def prepared_over_processes(
-    topology: Topology, policy: Policy, objective: Objective, settings: Any,
-    batches: Sequence[Batch],
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Compute what the objective needs of the whole step before its first pass.
-
-    Float64 scalars on the device, summed over all processes.
-    """
-    if not objective.prepares:  # send no batch to the device for nothing
-        return {}
-    with torch.no_grad():
-        there = [batch.to(topology.device) for batch in batches]
-        own = objective.prepare(policy, there, settings)
-    return topology.processes.sum_on_device(own)
-
-
-def means_over_processes(
-    topology: Topology, added: Sequence[Term], divisors: Mapping[str, float | torch.Tensor],
-    others: Sequence[float | torch.Tensor],
-) -> tuple[dict[str, float], list[float]]:  # fmt: skip
-    """(mean of each term by name, sums of `others`) over all processes; waits for the device once.
-
-    A divisor on the device divides there; one that the host knows divides what has arrived.
-    """
-    on_device = [isinstance(divisors[term.per], torch.Tensor) for term in added]
-    sums = [t.sum / divisors[t.per] if there else t.sum for t, there in zip(added, on_device)]
-    summed = topology.sum([*sums, *others])
-    means = {
-        term.name: value if there else value / divisors[term.per]
-        for term, there, value in zip(added, on_device, summed)
-    }
-    return means, summed[len(added) :]

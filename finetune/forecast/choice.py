@@ -143,7 +143,8 @@ class Chooser:
         settings = {} if isinstance(adapter, Full) else adapter.model_dump(exclude={"kind"})
         for cls, other in (Lora, "lora"), (QLora, "qlora"):
             if kind not in (other, "qlora"):
-                changed = cls.model_validate({"kind": other, **settings})
+                own = {name: settings[name] for name in settings if name in cls.model_fields}
+                changed = cls.model_validate({"kind": other, **own})
                 with_adapter = recomputed.model_copy(update={"adapter": changed})
                 yield f"{before}adapter.kind: {other}", with_adapter
 

@@ -37,6 +37,9 @@ class Objective:
     has_turns = True
     """Whether rows are conversations, whose template the export keeps."""
 
+    reports_cross_entropy = False
+    """Whether `evaluate` returns the cross-entropy of the supervised tokens itself."""
+
     @property
     def prepares(self) -> bool:
         """Whether `prepare` computes anything."""

@@ -1,6 +1,7 @@
 """Run a user's own objective, and report mistakes in it with their file and line."""
 
 import inspect
+import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -83,6 +84,9 @@ class Own(Objective):
         terms = self.loss(policy, batch, settings, prepared)
         self._require_finite("loss", terms, where)
         counts = {name: max(count, 1) for name, count in batch.counts.items()}
+        for term in terms:
+            if term.per in prepared and not prepared[term.per] and term.sum:
+                raise self._wrong("prepare", f"counts 0 of {term.per!r}, which divides a sum")
         loss = total(terms, {**counts, **as_divisors(prepared)})
         if not loss.requires_grad:
             raise self._wrong("loss", "does not depend on what the policy answers")
@@ -96,13 +100,20 @@ class Own(Objective):
         self._require_finite("evaluate", terms, where)
 
     def _checked(self, method: str, terms: Any, counted: Sequence[str]) -> list[Term]:
-        if not isinstance(terms, list | tuple) or not all(isinstance(t, Term) for t in terms):
+        if not isinstance(terms, list | tuple):
             raise self._wrong(method, f"should return a list of terms, got {_shown(terms)}")
-        if not any(term.weight for term in terms):
-            raise self._wrong(method, "returns no term with a weight, so there is no loss")
+        for number, term in enumerate(terms):
+            if not isinstance(term, Term):
+                what = f"item {number} is {_shown(term)}"
+                raise self._wrong(method, f"should return a list of terms, but {what}")
         for number, term in enumerate(terms):
             if why := _problem(term, counted, {other.name for other in terms[:number]}):
                 raise self._wrong(method, f"term {term.name!r}: {why}")
+        if not any(term.weight for term in terms):
+            raise self._wrong(method, "returns no term with a weight, so there is no loss")
+        depends = any(term.weight and term.sum.requires_grad for term in terms)
+        if method == "loss" and torch.is_grad_enabled() and not depends:
+            raise self._wrong(method, "does not depend on what the policy answers")
         # Processes add up terms of one name, also where one has a batch without supervised tokens.
         units = {term.name: (term.per, term.weight) for term in terms}
         if (first := self._units.setdefault(method, units)) != units:
@@ -123,8 +134,9 @@ class Own(Objective):
             yield
         except FinetuneError:
             raise
-        except Exception as exc:
-            failures.reraise(exc)
+        except (Exception, SystemExit) as exc:
+            if isinstance(exc, Exception):
+                failures.reraise(exc)
             if _is_of_model(exc):  # no mistake of the user's: its traceback says where it is
                 raise
             raise ConfigError(f"objective.kind: {self.code.blame(exc)}") from exc
@@ -150,6 +162,11 @@ def _is_of_model(exc: BaseException) -> bool:
 def _problem(term: Term, counted: Sequence[str], before: Set[str]) -> str | None:
     if term.name in TAKEN:
         return "the logs have a column of this name; choose another"
+    if not isinstance(term.name, str):
+        return f"the name should be text, got {_shown(term.name)}"
+    is_number = isinstance(term.weight, int | float) and not isinstance(term.weight, bool)
+    if not is_number or not math.isfinite(term.weight):
+        return f"weight should be a number, got {term.weight!r}"
     if term.name in before:
         return "two terms have this name; choose another"
     if not _is_number(term.sum):

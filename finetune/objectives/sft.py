@@ -15,6 +15,7 @@ class Sft(Objective):
     """Cross-entropy of the supervised tokens."""
 
     Settings = CrossEntropy
+    reports_cross_entropy = True
 
     def loss(
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]

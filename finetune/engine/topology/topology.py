@@ -39,6 +39,7 @@ class Topology(Process):
             from finetune.engine.topology.zero import Zero
 
             return Zero(self.parallel, self.device, dtype, self.on_main)
+        assert self.parallel.kind in ("single", "ddp"), self.parallel.kind
         return Replicated(self.accelerator, self.on_main)
 
     def _sequence_group(self) -> Any:
