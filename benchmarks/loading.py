@@ -89,7 +89,7 @@ def build_and_note(folder: Path) -> None:
     from finetune.run import Run
     from finetune.survival.preemption import StopFlag
 
-    # The first pass through the model gathers layers and is no part of loading.
+    # The first pass through the model gathers layers, which does not belong to loading.
     attention_probe.check = head.check = lambda *_: None
     config = configs.from_dict({
         "run": {"name": "loading", "dir": str(folder / "runs")},

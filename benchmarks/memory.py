@@ -74,7 +74,7 @@ def write(folder: Path, train: dict[str, Any]) -> Path:
         "run": {"name": "memory", "dir": str(folder / "runs")},
         "model": {"init": "random", "tokenizer": "bytes", "config": SHAPE},
         "objective": {"kind": "clm"}, "optimizer": {"lr": 1e-4},
-        "checkpoint": {"asynchronous": False},  # its copy is no part of a step
+        "checkpoint": {"asynchronous": False},  # a step makes no copy
         "data": {"train": str(folder / "rows.txt"), "packing": True, "max_length": 1003,
                  "cache_dir": str(folder / "cache")},
         "train": {"global_batch_size": 4, "max_steps": STEPS, "precision": "bf16", **train},

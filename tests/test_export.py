@@ -656,7 +656,7 @@ def test_an_adapter_finds_its_moved_base(workshop, capsys, command):
     }[command]
     if command != "evaluate":  # it has --base in any case
         assert main(arguments) == 2
-        assert "its base is no longer in" in (printed := capsys.readouterr().err)
+        assert "the folder of its base, " in (printed := capsys.readouterr().err)
         assert "give --base" in printed
     assert main([*arguments, "--base", other]) == 2
     assert (

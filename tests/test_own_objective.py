@@ -209,10 +209,10 @@ def test_a_missing_file_is_refused_with_the_folders_searched(workshop, own, refu
             "return policy(batch, {'nll'}).nll",
             "own.py:3: loss should return a list of terms, got the tensor",
         ),
-        ("return []", "own.py:3: loss returns no term with a weight, so there is no loss"),
+        ("return []", "own.py:3: loss returns only terms of weight 0; give the loss a weight"),
         (
             "return [Term('loss', policy(batch, {'nll'}).nll, per='tokens', weight=0)]",
-            "own.py:3: loss returns no term with a weight",
+            "own.py:3: loss returns only terms of weight 0",
         ),
         (
             "return [Term('loss', policy(batch, {'nll'}).nll, per='token')]",
@@ -421,6 +421,7 @@ def test_a_file_that_changes_the_working_directory_moves_no_path(workshop, own, 
     moves = "import os, tempfile\nos.chdir(tempfile.mkdtemp())\n"
     kind = own(moves + LOSS + f"return [Term('loss', {NLL}, per='tokens')]")
     workshop.check(objective__kind=kind, data__train=workshop.rows.name)
+    assert Path.cwd() == workshop.folder
 
 
 def test_an_objective_that_edits_its_batch_does_not_change_what_is_measured(workshop, own):

@@ -128,8 +128,9 @@ SIZES = {
 TOPOLOGIES = ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload")
 
 BASE = {
-    "data.packing": True, "data.eval_fraction": 0.1, "optimizer.lr": 1e-3, "train.precision": "bf16", "train.epochs": 99,
-    "train.global_batch_size": 4, "train.micro_batch_size": 2, "train.max_steps": STEPS,
+    "data.packing": True, "data.eval_fraction": 0.1, "optimizer.lr": 1e-3,
+    "train.precision": "bf16", "train.epochs": 99, "train.global_batch_size": 4,
+    "train.micro_batch_size": 2, "train.max_steps": STEPS,
     "evaluation.every_steps": 4, "checkpoint.every_steps": 3,
 }  # fmt: skip
 LORA = {"adapter.kind": "lora", "adapter.r": 8}
@@ -156,7 +157,8 @@ QUANTIZATIONS = {"nf4": SAME_START, "fp4": NEAR_START, "int8": NEAR_START}
 # compared with: about what four cores have time for. What has no turn among these ends with 1; the
 # others are left out where time is short.
 FIRST = (
-    "plain-full", "compiled-full", "plain-lora", "plain-qlora", "cpu-adamw", "optimizer-adamw", "fp16", "long-full", "resumed-single",
+    "plain-full", "compiled-full", "plain-lora", "plain-qlora", "cpu-adamw", "optimizer-adamw",
+    "fp16", "long-full", "resumed-single",
     "ddp-full", "fsdp2-full", "zero2-full", "zero3-full", "fsdp2-lora", "fsdp2-qlora",
 )  # fmt: skip
 
@@ -361,7 +363,10 @@ def _layouts() -> Iterable[Case]:
 
 
 def _extras() -> Iterable[Case]:
-    sampling = {"evaluation.sample_prompts": ["what is 3 times three"], "evaluation.sample_every_steps": 4, "evaluation.sample_max_new_tokens": 8}  # fmt: skip
+    sampling = {
+        "evaluation.sample_prompts": ["what is 3 times three"], "evaluation.sample_every_steps": 4,
+        "evaluation.sample_max_new_tokens": 8,
+    }  # fmt: skip
     yield Case("samples", sampling, None, "plain-full", BF16)
     yield Case("ema", {"train.ema_decay": 0.9}, None, "plain-full", BF16, only_first=True)
     yield Case("neftune", {"train.neftune_alpha": 5.0})

@@ -71,7 +71,7 @@ def train_step(
     if math.isfinite(loss):
         set_lr(optimizer, lr)
         grad_norm, moved = topology.step(policy.model, optimizer, grad_norm)
-    # Overflowing fp16 gradients are no divergence: the scaler leaves the step out and scales less.
+    # fp16 gradients may overflow without divergence: the scaler skips the step and scales less.
     if not math.isfinite(loss) or not (moved or topology.scales_gradients):
         grad_norm = math.nan if norm is None and not math.isfinite(loss) else grad_norm
         norms = f"gradient norm {grad_norm:.4g}, learning rate {lr:g}"

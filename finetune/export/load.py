@@ -133,8 +133,8 @@ def base_of(folder: Path, adapter: Any, given: str | None) -> tuple[str, str | N
         )
     if os.path.isabs(known) and not os.path.isdir(known):
         raise ModelError(
-            f"{folder} is an adapter, and its base is no longer in {known}; give --base with the "
-            "folder where it is now"
+            f"{folder} is an adapter, and the folder of its base, {known}, does not exist; give "
+            "--base with the folder where it is now"
         )
     return known, adapter.revision
 

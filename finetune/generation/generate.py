@@ -18,7 +18,7 @@ from finetune.data.rows import Conversation, Message, Place, Problems
 from finetune.data.templates import Template
 from finetune.data.tokens import ControlTokens, encode_prompt
 
-LINE_SECONDS = 10  # between two lines about progress where there is no terminal
+LINE_SECONDS = 10  # between two lines about progress without a terminal
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -69,6 +69,6 @@ class Policy:
         """Switch the adapters off inside the block. Raises ValueError if there are none."""
         bare = self._unwrap(self.model)
         if not hasattr(bare, "disable_adapter"):
-            raise ValueError("all weights are trained: there is no base under adapters to ask")
+            raise ValueError("all weights are trained, so the model has no adapters to switch off")
         disabled: AbstractContextManager[Any] = bare.disable_adapter()
         return disabled

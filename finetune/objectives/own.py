@@ -110,7 +110,7 @@ class Own(Objective):
             if why := _problem(term, counted, {other.name for other in terms[:number]}):
                 raise self._wrong(method, f"term {term.name!r}: {why}")
         if not any(term.weight for term in terms):
-            raise self._wrong(method, "returns no term with a weight, so there is no loss")
+            raise self._wrong(method, "returns only terms of weight 0; give the loss a weight")
         depends = any(term.weight and term.sum.requires_grad for term in terms)
         if method == "loss" and torch.is_grad_enabled() and not depends:
             raise self._wrong(method, "does not depend on what the policy answers")
