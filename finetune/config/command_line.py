@@ -128,7 +128,7 @@ def _own_objective(kind: str, folder: Path | None, where: str) -> type[OwnObject
 def _parser(sections: Sections) -> "_Parser":
     """Make a parser with an option for each setting of the sections."""
     parser = _Parser(
-        prog="finetune train" if places.command() == "finetune" else "train.py",
+        prog=places.train_command(),
         usage="%(prog)s CONFIG [--check] [--section.field VALUE ...]",
         description="Specialise a Hugging Face language model to a task. Write the settings into a "
         "YAML file; those on the command line override it.",
