@@ -35,7 +35,7 @@ def test_the_installed_command_names_itself(tmp_path):
         [sys.executable, str(script), "launch"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "launch needs a script: finetune launch train.py --config" in done.stderr
+    assert "launch needs a script: finetune launch train.py my_run.yaml" in done.stderr
 
 
 @pytest.mark.parametrize("name", sorted({*COMMANDS, *OTHERS} - {"launch"}))  # it takes signals

@@ -48,7 +48,7 @@ def test_every_kind_of_command_is_run_by_a_test_here():
     """New kinds of commands need a test here; test_package.py has `pip install .`."""
     known = (
         "make ", "source .venv", "accelerate launch",
-        "python train.py --config configs/my_run.yaml", "python train.py --help",
+        "python train.py my_run.yaml", "python train.py --help",
         "python -m finetune chat", "python -m finetune plan", "python -m finetune evaluate",
         "python -m finetune merge", "python -m finetune launch",
         "pip install --no-build-isolation", "pip install .",
@@ -84,7 +84,7 @@ def typed(command: str, folder) -> list[str]:
     import sys
 
     for name, place in (
-        ("configs/my_run.yaml", folder / "my_run.yaml"), ("runs/my_run", folder / "runs/my_run"),
+        ("my_run.yaml", folder / "my_run.yaml"), ("runs/my_run", folder / "runs/my_run"),
         ("my_held_out_rows.jsonl", folder / "my_held_out_rows.jsonl"),
         ("Qwen/Qwen2.5-0.5B-Instruct", folder / "runs/base/model"),
         ("accelerate_configs/ddp.yaml", ROOT / "accelerate_configs/ddp.yaml"),
@@ -111,7 +111,7 @@ def test_the_commands_of_the_readme_in_order(my_run):
         c
         for c in commands()
         if c.startswith(
-            ("python train.py --config", "python -m finetune evaluate", "python -m finetune merge")
+            ("python train.py my_run", "python -m finetune evaluate", "python -m finetune merge")
         )
     ]
     assert len(chosen) == 4
@@ -209,7 +209,7 @@ def test_links_and_files_are_in_the_repository():
         r"`((?:finetune|accelerate_configs|configs|tests)/[\w./]+\.\w+)`",
         README + (ROOT / "docs/architecture.md").read_text(),
     ):
-        assert ROOT / file in there or file == "configs/my_run.yaml", file
+        assert ROOT / file in there, file
 
 
 def test_the_architecture_names_every_module():
