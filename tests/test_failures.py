@@ -141,56 +141,47 @@ def test_a_path_that_is_too_long_is_a_user_error(tmp_path):
     assert str(error).endswith("; choose a shorter one")
 
 
-MACHINE = [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemory),
-    (MemoryError(), OutOfMemory),
-    (
+MACHINE = {
+    OutOfMemory: [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory",
+            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"
         ),
-        OutOfMemory,
-    ),
-    (
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        OutOfMemory,
-    ),
-    (
         torch.distributed.DistBackendError(
-            "NCCL error\nLast error:\nCuda failure 2 'out of memory'",
+            "NCCL error\nLast error:\nCuda failure 2 'out of memory'"
         ),
-        OutOfMemory,
-    ),
-    (RuntimeError("Registering memory failed with cudaError: 2"), OutOfMemory),
-    # An invalid context
-    (RuntimeError("Registering memory failed with cudaError: 201"), DeviceError),
-    (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), DeviceError),
-    (torch.AcceleratorError("CUDA error: device-side assert triggered"), DeviceError),
-    (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), DeviceError),
-    (
+        RuntimeError("Registering memory failed with cudaError: 2"),
+    ],
+    DeviceError: [
+        RuntimeError("Registering memory failed with cudaError: 201"),  # an invalid context
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"),
         RuntimeError(
-            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"
         ),
-        DeviceError,
-    ),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), DeviceError),
-    (RuntimeError("device busy"), DeviceError),
-    (
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        RuntimeError("device busy"),
+    ],
+    TopologyError: [
         torch.distributed.DistBackendError(
-            "NCCL error in: NCCLUtils.cpp:94, unhandled system error",
+            "NCCL error in: NCCLUtils.cpp:94, unhandled system error"
         ),
-        TopologyError,
-    ),
-    (
         RuntimeError(
-            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
         ),
-        TopologyError,
-    ),
-    (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), TopologyError),
-]  # fmt: skip
+        torch.distributed.DistNetworkError("failed to recv, got 0 bytes"),
+    ],
+}
 
 
-@pytest.mark.parametrize(("exc", "error"), MACHINE, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("exc", "error"),
+    [(exc, error) for error, raised in MACHINE.items() for exc in raised],
+    ids=lambda value: str(value)[:40],
+)
 def test_failure_of_a_device_while_loading_is_not_the_users(exc, error):
     with (
         pytest.raises(error, match="^model 'a/b' cannot be loaded now: ") as caught,
@@ -206,9 +197,7 @@ def test_device_failures_are_found_below_library_errors():
         pytest.raises(DeviceError, match="cannot be loaded now: cannot read shard 2"),
         translated("model a/b"),
     ):
-        raise ValueError("cannot read shard 2") from next(
-            exc for exc, error in MACHINE if error is DeviceError
-        )
+        raise ValueError("cannot read shard 2") from MACHINE[DeviceError][0]
 
 
 @pytest.mark.parametrize(
