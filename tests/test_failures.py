@@ -4,6 +4,7 @@ import errno
 import http.server
 import pickle
 import threading
+from functools import partial
 
 import httpx
 import pytest
@@ -58,15 +59,8 @@ def as_transformers_does(ask):
 
 @pytest.mark.parametrize("get", [httpx.get, requests.get], ids=["httpx", "requests"])
 def test_an_unreachable_hub_is_not_a_user_error(get):
-    with (
-        pytest.raises(
-            Outage,
-            match=(
-                "model a/b cannot be loaded now: We couldn't connect.*HF_HUB_OFFLINE=1.*HF_ENDPOINT"
-            ),
-        ),
-        translated("model a/b"),
-    ):
+    message = "model a/b cannot be loaded now: We couldn't connect.*HF_HUB_OFFLINE=1.*HF_ENDPOINT"
+    with pytest.raises(Outage, match=message), translated("model a/b"):
         as_transformers_does(lambda: get("http://127.0.0.1:9", timeout=1))
 
 
@@ -251,50 +245,37 @@ def test_machine_failures_are_separated_from_other_library_errors(monkeypatch, t
         (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
         save_file({"a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
         monkeypatch.setattr(peft.PeftModel, "from_pretrained", fail)
-
-        def act():
-            adapters._continued(torch.nn.Linear(1, 1), str(tmp_path))
+        act = partial(adapters._continued, torch.nn.Linear(1, 1), str(tmp_path))
     elif place == "head":
         from finetune.models import head
 
         model = torch.nn.Linear(1, 1)
         model.config, model.forward = type("Config", (), {"get_text_config": fail}), None
-
-        def act():
-            head._probe(model, model, model)
+        act = partial(head._probe, model, model, model)
     elif place == "forecast":
         from finetune.forecast import trace
 
         made = trace.Rehearsal.__new__(trace.Rehearsal)
         monkeypatch.setattr(trace.Rehearsal, "_trace", fail)
-
-        def act():
-            made.trace(trace.Shape(1, 1, 1))
+        act = partial(made.trace, trace.Shape(1, 1, 1))
     elif place == "best":
         from finetune.engine.checkpoint import resume
 
         topology = type("Stub", (), {"on_main": fail})
-
-        def act():
-            resume.put_back_best(tmp_path, 1, topology, None)
+        act = partial(resume.put_back_best, tmp_path, 1, topology, None)
     elif place == "launch":
         from accelerate.commands import launch
 
         from finetune.survival import launcher
 
         monkeypatch.setattr(launch, "_validate_launch_command", fail)
-
-        def act():
-            launcher.read(["--cpu", "train.py"])
+        act = partial(launcher.read, ["--cpu", "train.py"])
     else:
         error = Outage
-        monkeypatch.setattr(
-            readers.hashlib, "file_digest", raising(OSError(errno.EIO, "Input/output error"))
-        )
+        of_disk = raising(OSError(errno.EIO, "Input/output error"))
+        monkeypatch.setattr(readers.hashlib, "file_digest", of_disk)
         (tmp_path / "rows.jsonl").touch()
-
-        def act():
-            readers.fingerprint(str(tmp_path / "rows.jsonl"))
+        act = partial(readers.fingerprint, str(tmp_path / "rows.jsonl"))
 
     with pytest.raises(error):
         act()

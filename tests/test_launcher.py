@@ -377,15 +377,7 @@ def test_a_worker_orphaned_while_python_starts_ends_as_preempted():
         "from finetune.survival.preemption import StopFlag; StopFlag().follow_launcher(); "
         "print('goes on')"
     )
-    environment = {**os.environ, "FINETUNE_LAUNCHER": "999999999"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = main(command=("-c", code), env={**os.environ, "FINETUNE_LAUNCHER": "999999999"})
     assert (done.returncode, done.stdout) == (75, "")
     assert "the launcher has died" in done.stderr
 
@@ -420,9 +412,9 @@ def test_processes_start_without_a_step_folder(worker, monkeypatch, capfd):
     assert capfd.readouterr().err == "process 0 ended with exit code 3\n"
 
 
-def main(*arguments, code=MAIN, **keywords):
+def main(*arguments, command=("-c", MAIN), **keywords):
     """The command in a process of its own."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    command = [sys.executable, *command, *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **keywords
     )
@@ -440,7 +432,7 @@ def test_one_process_without_a_topology_file_is_what_python_would_start(log):
     light = MAIN.replace("(code)", "(code or 'torch' in sys.modules)")
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     assert printed(
-        main(log, "--config", "x.yaml", "--num_processes", "2", code=light, env=clean)
+        main(log, "--config", "x.yaml", "--num_processes", "2", command=("-c", light), env=clean)
     ) == [[{}, None, ["--config", "x.yaml", "--num_processes", "2"]]]
 
 
@@ -451,9 +443,13 @@ def test_processes_inherit_the_terminal(worker):
     assert (result.stdout, result.stderr) == ("what was typed\n", "aside\n")
 
 
+SCRIPT = str(ROOT / "train.py")
+MULTINODE = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml")]
+
+
 def plan(*arguments):
     """Environments of the processes that would be started."""
-    return launcher.read([*map(str, arguments), str(ROOT / "train.py")])[0]
+    return launcher.read([*map(str, arguments), SCRIPT])[0]
 
 
 # File -> kind, processes of this node, replicas, processes that share a sequence.
@@ -504,18 +500,9 @@ def test_every_topology_file_gives_its_topology(file, monkeypatch):
 )  # fmt: skip
 def test_processes_get_what_accelerate_launch_gives_them(log, monkeypatch, topology, extra):
     monkeypatch.chdir(ROOT)
-    arguments = [
-        "--config_file",
-        f"accelerate_configs/{topology}.yaml",
-        *extra,
-        "--main_process_port",
-        "0",
-        str(log),
-    ]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-    theirs = printed(
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    )
+    file = f"accelerate_configs/{topology}.yaml"
+    arguments = ["--config_file", file, *extra, "--main_process_port", "0", log]
+    theirs = printed(main(*arguments, command=("-m", "accelerate.commands.launch")))
     ours = printed(main(*arguments))
     assert [launch.read(given) for given, _, _ in ours] == [
         launch.read(given) for given, _, _ in theirs
@@ -563,13 +550,7 @@ def test_a_taken_port_on_the_first_node_is_reported(capfd):
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        nodes = [
-            "--config_file",
-            str(ROOT / "accelerate_configs/ddp_multinode.yaml"),
-            "--main_process_port",
-            str(port),
-        ]
-        assert launcher.main([*nodes, str(ROOT / "train.py")]) == 1
+        assert launcher.main([*MULTINODE, "--main_process_port", str(port), SCRIPT]) == 1
     error = capfd.readouterr().err
     assert error.startswith("failed: ")
     assert f"port `{port}`" in error
@@ -597,10 +578,6 @@ def test_ignored_torchrun_options_are_reported(capfd):
 def test_help_exits_with_0(capfd):
     assert launcher.main(["--help"]) == 0
     assert "--num_processes" in capfd.readouterr().out
-
-
-SCRIPT = str(ROOT / "train.py")
-MULTINODE = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml")]
 
 
 @pytest.mark.parametrize(

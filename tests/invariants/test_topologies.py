@@ -87,8 +87,8 @@ LONG = {
     "zero3_offload": (2, {"zero3_offload": [*PLAIN, "lora"]}),
 }  # fmt: skip
 LAUNCHES = SHORT | LONG
-# Trained once more from step 4; tests/faults has one process and fsdp2.
-RESUMED = {"ddp": "untied", "fsdp2": "qlora", "zero2": "bf16", "zero3": "padded_clipped"}
+# Trained a second time from the checkpoint of step 4, to the same bits.
+RESUMED = {"ddp": "untied", "fsdp2": "lora", "zero2": "bf16", "zero3": "padded_clipped"}
 FOUR = {
     name: f"--parallelism_config_{what}_size 2 --parallelism_config_dp_shard_size 2".split()
     for name, what in (("fsdp2_hybrid", "dp_replicate"), ("fsdp2_context", "cp"))
