@@ -5,8 +5,8 @@
 
 Most of a small run is the start of its processes. `forget:DIR:STEP` keeps a copy of a run and takes
 it back to the checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the
-next run on purpose, so that the tests of the others are seen to fail; `pair` makes each two of its
-rows one example; `topology:NAME` has all that follow share the model in another way.
+next run on purpose, so that the tests of the others are seen to fail; `topology:NAME` has all that
+follow share the model in another way.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from conftest import forget_process_state
 from faults.forked import forget
-from invariants import objectives
 
 from finetune import config as configs
 from finetune import loop
@@ -45,8 +44,6 @@ def main() -> None:
                 torch.distributed.barrier()
         elif argument.startswith("break:"):
             mends.append(BREAKS[argument.removeprefix("break:")]())
-        elif argument == "pair":
-            mends.append(objectives.pair())
         elif argument.startswith("topology:"):
             name = argument.removeprefix("topology:")
             asked_by_launcher = environment_of(name, asked_by_launcher)

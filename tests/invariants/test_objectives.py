@@ -1,14 +1,12 @@
 """Objectives of a user's own: cut up, packed or shared between processes, they learn the same."""
 
-import contextlib
-
 import pytest
 from conftest import losses, read_jsonl, short
 from invariants import objectives
 from invariants.test_topologies import several
 from safetensors.torch import load_file
 
-SETTINGS = {
+FOUR_STEPS = {
     "train__max_steps": 4, "train__epochs": 9, "train__global_batch_size": 4, "optimizer__lr": 1e-3,
     "data__max_length": 256,
     "data__eval_fraction": 0.2,
@@ -18,20 +16,6 @@ WAYS = {
     "one by one": {"train__micro_batch_size": 1},
     "padded": {"train__micro_batch_size": 2, "model__attention": "sdpa"},
 }
-
-
-@contextlib.contextmanager
-def pairs_of(objective):
-    """Make examples of two documents for the objective that compares them."""
-    restore = objectives.pair() if objective == "Pairwise" else lambda: None
-    yield
-    restore()
-
-
-@pytest.fixture
-def objective(request):
-    with pairs_of(request.param):
-        yield request.param
 
 
 def curves(run):
@@ -47,9 +31,9 @@ def curves(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
+@pytest.mark.parametrize("objective", objectives.SETTINGS)
 def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
-    own = {**SETTINGS, "objective__kind": objectives.OBJECTIVES[objective]}
+    own = FOUR_STEPS | objectives.SETTINGS[objective]
     runs = [workshop.train(name.replace(" ", "_"), **own, **way) for name, way in WAYS.items()]
     for run in runs[1:]:
         assert curves(run) == pytest.approx(curves(runs[0]), rel=1e-4)
@@ -60,12 +44,12 @@ def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
     ] <= line.keys()
 
 
-@pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
+@pytest.mark.parametrize("objective", objectives.SETTINGS)
 def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
     """One step over all rows, so that packs hold the same examples as the steps without them."""
     whole = {
-        **SETTINGS,
-        "objective__kind": objectives.OBJECTIVES[objective],
+        **FOUR_STEPS,
+        **objectives.SETTINGS[objective],
         "train__max_steps": 3,
         "train__global_batch_size": 40,
         "data__eval_fraction": 0,
@@ -78,7 +62,7 @@ def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
 
 
 # Processes, and topologies one after the other with their objectives.
-ALL = [*objectives.OBJECTIVES]
+ALL = [*objectives.SETTINGS]
 LAUNCHES = {
     "two": (2, {"ddp": ["Dft", "Unlikelihood"], "zero3": ["Pairwise"]}),
     "context": (4, {"fsdp2_context": ["Pairwise"]}),
@@ -92,18 +76,15 @@ LAUNCHES = {
 @pytest.mark.parametrize("launched", short([*LAUNCHES], "two", "context"))
 def test_several_processes_train_like_one(workshop, launched):
     processes, topologies = LAUNCHES[launched]
-    settings = {**SETTINGS, "train__micro_batch_size": 1, "data__packing": True}
+    settings = {**FOUR_STEPS, "train__micro_batch_size": 1, "data__packing": True}
     arguments, runs, alone = [], [], {}
     for name in sorted({name for names in topologies.values() for name in names}):
-        with pairs_of(name):
-            kind = objectives.OBJECTIVES[name]
-            alone[name] = workshop.train(f"{name}_alone", **settings, objective__kind=kind)
+        alone[name] = workshop.train(f"{name}_alone", **settings, **objectives.SETTINGS[name])
     for topology, names in topologies.items():
         arguments += [f"topology:{topology}"] if processes == 2 else []
         for name in names:
-            kind = objectives.OBJECTIVES[name]
-            config = workshop.config(f"{topology}_{name}", **settings, objective__kind=kind)
-            arguments += [*(["pair"] if name == "Pairwise" else []), str(workshop.write(config))]
+            own = workshop.config(f"{topology}_{name}", **settings, **objectives.SETTINGS[name])
+            arguments.append(workshop.write(own))
             runs.append((workshop.run_dir(f"{topology}_{name}"), alone[name]))
     launch = several(workshop.folder, next(iter(topologies)), processes, *arguments)
     assert launch.codes() == [0] * processes, launch.output()
