@@ -38,7 +38,10 @@ def qa(question: str, answer: str) -> dict[str, str]:
         ),
         (
             "rows.csv", 'question,answer\n"a\n\nb",c\n\nd,"e, ""f"""\n"g","h\n"\ni,j\n',
-            [(2, qa("a\n\nb", "c")), (6, qa("d", 'e, "f"')), (7, qa("g", "h\n")), (9, qa("i", "j"))],
+            [
+                (2, qa("a\n\nb", "c")), (6, qa("d", 'e, "f"')), (7, qa("g", "h\n")),
+                (9, qa("i", "j")),
+            ],
         ),
         (
             "rows.csv", "question,answer\n007,1e3\nnull,\n",
@@ -115,8 +118,8 @@ def test_empty_rows_of_a_table_are_skipped_and_counted(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('question,answer\n,\na,b\n , \n,,,\n""\nc,\n')
     problems = rows.Problems()
-    read = list(rows.conversations([str(path)], "auto", {}, "line", None, problems))
-    assert [conversation.place.line for conversation in read] == [3]
+    read = list(rows.samples([str(path)], "auto", {}, "line", None, problems))
+    assert [sample.conversations[0].place.line for sample in read] == [3]
     assert (problems.num_rows, problems.num_empty) == (2, 4)
     assert len(problems) == 1, "that of half a row is an error"
     path.write_text("question,answer\n,\n,\n")

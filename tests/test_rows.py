@@ -34,7 +34,7 @@ def sharegpt(question: Any, answer: Any) -> list[dict[str, Any]]:
 def unread_columns(path: object, problems: rows.Problems | None = None) -> Counter[str]:
     unread: Counter[str] = Counter()
     problems = rows.Problems() if problems is None else problems
-    list(rows.conversations([str(path)], "auto", {}, "line", None, problems, unread))
+    list(rows.samples([str(path)], "auto", {}, "line", None, problems, unread))
     return unread
 
 
@@ -137,7 +137,7 @@ def test_columns_are_read_under_the_names_they_are_given(
 ):
     path = write_jsonl(tmp_path / "rows.jsonl", [values])
     examples = tokenised(path, bytes_tokenizer, columns, "auto" if auto else format)
-    assert bytes_tokenizer.decode(examples.input_ids) == "qa<|eos|>"
+    assert bytes_tokenizer.decode(examples.input.ids) == "qa<|eos|>"
 
 
 def test_text_and_input_can_stand_under_other_names():
@@ -349,8 +349,8 @@ def test_chosen_answers_train_once_they_are_mapped(values, columns, messages):
 def accepted(folder, values: dict[str, Any], columns: dict[str, str]) -> tuple[Message, ...]:
     path = str(write_jsonl(folder / "rows.jsonl", [values]))
     rows.check([[path]], "auto", columns, "line", None)
-    [conversation] = rows.conversations([path], "auto", columns, "line", None, rows.Problems())
-    return conversation.messages
+    [sample] = rows.samples([path], "auto", columns, "line", None, rows.Problems())
+    return sample.conversations[0].messages
 
 
 PAIR = {"chosen": "c", "rejected": "r"}

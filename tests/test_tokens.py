@@ -188,8 +188,8 @@ def tokenizing(tmp_path):
 
 def of(examples: Examples, number: int = 0) -> tuple[list[int], list[bool]]:
     """Return the token ids of one example, and which of them are supervised."""
-    part = slice(examples.document_starts[number], examples.document_ends[number])
-    return examples.input_ids[part].tolist(), examples.supervised[part].tolist()
+    part = examples.input.span(number)
+    return examples.input.ids[part].tolist(), examples.supervised[part].tolist()
 
 
 QA = {"question": "q", "answer": "a"}
@@ -1154,7 +1154,7 @@ def test_one_of_several_processes_tokenises_for_all(tokenizing, tmp_path):
         while len(list(tmp_path.glob("ready-*"))) < 2:
             time.sleep(0.002)
         examples = tokenizing.read(str(tokenizing.rows))
-        arrays = (examples.input_ids.tolist(), examples.supervised.tolist())
+        arrays = (examples.input.ids.tolist(), examples.supervised.tolist())
         found = [entries(tokenizing), len(examples), files.json_sha256(arrays)]
         (tmp_path / f"found-{number}.json").write_text(json.dumps(found))
 
