@@ -81,13 +81,13 @@ def test_names_of_the_hub_and_full_paths_stay(project):
 
 
 def test_an_error_names_both_folders(project):
-    from finetune.data import readers
+    from finetune.data import source_files
 
     folder, parse = project
     config = parse("missing.jsonl")
     here = re.escape(f"{folder}/here")
     with pytest.raises(DataError, match=f"missing.jsonl: no such file in {here} and .*project"):
-        readers.sources(config.data.train, None)
+        source_files.sources(config.data.train, None)
 
 
 def test_models_templates_and_evaluation_rows_are_found_the_same_way(project):

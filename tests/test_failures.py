@@ -1,6 +1,7 @@
 """Failures of the machine exit with 1 and are retried; user errors exit with 2 and are not."""
 
 import errno
+import hashlib
 import http.server
 import pickle
 import threading
@@ -13,7 +14,7 @@ from conftest import Workshop
 from safetensors.torch import save_file
 
 from finetune import failures
-from finetune.data import readers
+from finetune.data import source_files
 from finetune.data.readers import _load_dataset
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import (
@@ -300,12 +301,12 @@ def test_machine_failures_are_separated_from_other_library_errors(monkeypatch, t
     else:
         error = Outage
         monkeypatch.setattr(
-            readers.hashlib, "file_digest", raising(OSError(errno.EIO, "Input/output error"))
+            hashlib, "file_digest", raising(OSError(errno.EIO, "Input/output error"))
         )
         (tmp_path / "rows.jsonl").touch()
 
         def act():
-            readers.fingerprint(str(tmp_path / "rows.jsonl"))
+            source_files.fingerprint(str(tmp_path / "rows.jsonl"))
 
     with pytest.raises(error):
         act()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from finetune.data import readers, rows
+from finetune.data import readers, rows, source_files
 from finetune.data.rows import Message
 from finetune.errors import DataError
 
@@ -197,8 +197,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, suffix):
 @pytest.mark.parametrize(
     "reading",
     [
-        lambda path: list(readers.read(path)), readers.fingerprint,
-        lambda path: readers.sources(path, None),
+        lambda path: list(readers.read(path)), source_files.fingerprint,
+        lambda path: source_files.sources(path, None),
     ],
 )  # fmt: skip
 def test_a_missing_file_is_refused(tmp_path, reading):
@@ -329,23 +329,23 @@ def test_a_name_without_a_file_is_looked_up_on_the_hub(name):
 
 def test_sources_are_lists_of_names(tmp_path):
     a, b = (str(write_jsonl(tmp_path / f"{n}.jsonl", [{"text": n}])) for n in "ab")
-    assert [list(names) for names in readers.sources(a, None)[:2]] == [[a], []]
-    assert [list(names) for names in readers.sources([a], b)[:2]] == [[a], [b]]
-    assert [list(names) for names in readers.sources([a, b], None)[:2]] == [[a, b], []]
+    assert [list(names) for names in source_files.sources(a, None)[:2]] == [[a], []]
+    assert [list(names) for names in source_files.sources([a], b)[:2]] == [[a], [b]]
+    assert [list(names) for names in source_files.sources([a, b], None)[:2]] == [[a, b], []]
 
 
 def test_an_empty_list_of_sources_is_an_error(tmp_path):
     path = str(write_jsonl(tmp_path / "a.jsonl", [QA]))
     for key, given in (("data.train", ([], path)), ("data.eval", (path, []))):
         with refuses(f"{key}: the list is empty; name at least one file"):
-            readers.sources(*given)
+            source_files.sources(*given)
 
 
 def test_a_device_and_a_pipe_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name in ("/dev/null", str(tmp_path / "pipe.jsonl")):
         with refuses(f"data.train: {name} is a device or a pipe"):
-            readers.sources(name, None)
+            source_files.sources(name, None)
 
 
 @pytest.mark.parametrize(
@@ -356,23 +356,23 @@ def test_the_same_rows_for_training_and_evaluation_are_refused(tmp_path, copied)
     evaluation = write_jsonl(tmp_path / "dev.jsonl", [QA]) if copied else train
     says = f"^data.eval: {evaluation} holds the same rows as data.train {train}; "
     with refuses(says + "do not evaluate on training rows"):
-        readers.sources([str(train)], [str(evaluation)])
+        source_files.sources([str(train)], [str(evaluation)])
 
 
 def test_the_same_rows_given_twice_are_refused(tmp_path):
     path = str(write_jsonl(tmp_path / "train.jsonl", [QA]))
     with refuses(r"data\.train: .* holds the same rows as .*; .*, and list each file once"):
-        readers.sources([path, path], None)
+        source_files.sources([path, path], None)
 
 
 def test_a_fingerprint_changes_with_any_byte(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_text("abc")
-    before = readers.fingerprint(str(path))
+    before = source_files.fingerprint(str(path))
     path.write_text("abd")
-    assert readers.fingerprint(str(path)) != before
+    assert source_files.fingerprint(str(path)) != before
     path.write_text("abc")
-    assert readers.fingerprint(str(path)) == before
+    assert source_files.fingerprint(str(path)) == before
 
 
 # Folders, globs and Hub names.
@@ -385,7 +385,7 @@ def write(path: Path, values: Any = (QA,)) -> Path:
 
 def found(source: Any, key: str = "data.train") -> tuple[list[str], list[str]]:
     """Files by their names under the folder, and the notes."""
-    files, notes = readers.expand(str(source), key)
+    files, notes = source_files.expand(str(source), key)
     return [os.path.relpath(file, source) for file in files], notes
 
 
@@ -418,7 +418,7 @@ def test_rows_of_folders_and_globs_have_places_that_exist(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     for source in (tmp_path, tmp_path / "**", tmp_path / "**/*.txt", tmp_path / "*"):
-        files = readers.sources(str(source), None).train
+        files = source_files.sources(str(source), None).train
         places = [str(row.place) for file in files for row in readers.read(file)]
         assert places == [f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:3", f"{tmp_path}/deep/b.txt:1"]
 
@@ -426,20 +426,20 @@ def test_rows_of_folders_and_globs_have_places_that_exist(tmp_path):
 def test_a_name_with_the_signs_of_a_glob_may_be_a_file(tmp_path):
     path = write(tmp_path / "rows[1].jsonl")
     write(tmp_path / "rows1.jsonl")
-    assert readers.expand(str(path), "data.train") == ([str(path)], [])
+    assert source_files.expand(str(path), "data.train") == ([str(path)], [])
 
 
 @pytest.mark.parametrize("name", ["*.jsonl", "absent/*.jsonl", "**/x*", "rows[1].jsonl"])
 def test_a_glob_that_matches_nothing_is_refused(tmp_path, name):
     (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
     with refuses(r"^data\.train: .* matches no file; searched in /"):
-        readers.sources(str(tmp_path / name), None)
+        source_files.sources(str(tmp_path / name), None)
 
 
 def test_a_folder_without_rows_is_refused_with_what_it_holds(tmp_path):
     (tmp_path / "table.xlsx").write_text("words")
     with refuses(r"holds no file with rows; not read: .*/table\.xlsx \(type not known\)"):
-        readers.sources(str(tmp_path), None)
+        source_files.sources(str(tmp_path), None)
 
 
 def test_links_are_followed_once(tmp_path):
@@ -473,7 +473,7 @@ def test_a_folder_of_splits_is_read_by_split(tmp_path, names, train, evaluation)
     assert bool(notes) == (train != evaluation)
     assert sorted(found(tmp_path, "data.eval")[0]) == sorted(evaluation.split())
     if train != evaluation:
-        both = readers.sources(str(tmp_path), str(tmp_path))
+        both = source_files.sources(str(tmp_path), str(tmp_path))
         assert not set(both.train) & set(both.eval)
         assert f"{tmp_path}/{evaluation} (named as " in both.notes[0]
 
@@ -483,7 +483,7 @@ def test_a_folder_with_only_held_out_rows_is_refused(tmp_path):
     write(tmp_path / "questions.jsonl")
     with refuses(r"test\.jsonl is named as rows to hold out, .* list the files to train on, or"):
         found(tmp_path)
-    files, notes = readers.expand(f"{tmp_path}/**/*", "data.train")
+    files, notes = source_files.expand(f"{tmp_path}/**/*", "data.train")
     assert len(files) == 2
     assert notes == [
         f"data.train: {tmp_path}/test.jsonl is trained on, though named as rows to hold out"
@@ -497,7 +497,7 @@ def test_the_same_file_by_two_ways_is_found(tmp_path, other):
     path = write(tmp_path / "folder/rows.jsonl")
     (tmp_path / "link.jsonl").symlink_to(path)
     with refuses(r"^data\.eval: .*jsonl holds the same rows as data\.train .*jsonl; "):
-        readers.sources(str(path), f"{tmp_path}/{other}")
+        source_files.sources(str(path), f"{tmp_path}/{other}")
 
 
 def test_a_folder_of_save_to_disk_is_read(tmp_path, datasets_cache):
@@ -512,7 +512,7 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, datasets_cache):
     assert "saved/test (named as test rows)" in notes[0]
     assert lines_and_values(saved / "train") == [(1, QA)]
     assert found(saved, "data.eval")[0] == ["test"]
-    assert readers.expand(str(saved / "test"), "data.train") == ([str(saved / "test")], [])
+    assert source_files.expand(str(saved / "test"), "data.train") == ([str(saved / "test")], [])
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_a_name_like_a_file_is_never_looked_up_on_the_hub(tmp_path, monkeypatch,
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     with refuses("no such file in"):
-        readers.sources(name, None)
+        source_files.sources(name, None)
 
 
 @pytest.mark.parametrize(
@@ -545,25 +545,25 @@ def test_the_error_for_a_missing_file_suggests_the_nearest(tmp_path, monkeypatch
     write(tmp_path / "folder/rows.jsonl")
     monkeypatch.chdir(tmp_path)
     with refuses(re.escape(f"no such file in {tmp_path}; {hint}")):
-        readers.sources(name, None)
+        source_files.sources(name, None)
 
 
 def test_without_the_hub_the_error_says_what_to_do():
     with refuses("give a file or a folder, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1"):
-        readers.sources("owner/no-such-name", None)
+        source_files.sources("owner/no-such-name", None)
 
 
 def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = write(tmp_path / "rows.jsonl")
-    assert list(readers.sources("~/rows.jsonl", None).train) == [str(path)]
+    assert list(source_files.sources("~/rows.jsonl", None).train) == [str(path)]
 
 
 def test_a_name_that_is_not_unicode_can_be_shown(tmp_path):
     """As an archive of Latin-1 names leaves it."""
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
     Path(path).write_text('{"question": ""}\n')
-    [file] = readers.expand(str(tmp_path), "data.train")[0]
+    [file] = source_files.expand(str(tmp_path), "data.train")[0]
     assert file == path
     [row] = readers.read(file)
     assert str(row.place).encode() == str(tmp_path).encode() + rb"/caf\udce9.jsonl:1"
@@ -719,7 +719,7 @@ def test_rows_named_like_descriptions_and_linked_files_are_read_once(tmp_path):
     write_jsonl(tmp_path / "z.jsonl", [{"text": "b"}])
     (tmp_path / "README.md").write_text("What these rows are.")
     (tmp_path / "a_link").symlink_to(tmp_path / "z.jsonl")
-    files = readers.sources(str(tmp_path), None).train
+    files = source_files.sources(str(tmp_path), None).train
     assert [Path(file).name for file in files] == ["citation.jsonl", "z.jsonl"]
 
 
@@ -742,5 +742,5 @@ def test_blanks_after_each_separator_are_no_part_of_the_cells(tmp_path, text, ro
 def test_a_pipe_in_a_folder_is_reported(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [QA])
     os.mkfifo(tmp_path / "more.jsonl")
-    _, notes = readers.expand(str(tmp_path), "data.train")
+    _, notes = source_files.expand(str(tmp_path), "data.train")
     assert "more.jsonl (a device or a pipe)" in notes[0]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from finetune.data import readers, rows
+from finetune.data import readers, rows, source_files
 from finetune.data.rows import Message
 from finetune.errors import ConfigError, DataError
 
@@ -45,7 +45,7 @@ def tokenised(path: Path, tokenizer: Any, columns: dict[str, str], format: str =
 
     options = tokens.Options(format, columns, "line", None, "completion", 100, "error")
     template = templates.load("plain", format, None, tokenizer.special_tokens_map, {})
-    sources = readers.sources(str(path), None).train
+    sources = source_files.sources(str(path), None).train
     return prepare(sources, template, tokenizer, options, str(path.parent / "cache"))
 
 

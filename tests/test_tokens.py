@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune import files
 from finetune.config import Model
 from finetune.data import examples as stored
-from finetune.data import readers, rows, templates, tokens
+from finetune.data import rows, source_files, templates, tokens
 from finetune.data.examples import Examples
 from finetune.data.rows import Message
 from finetune.errors import DataError, ModelError, Outage, UserError
@@ -152,7 +152,7 @@ class Tokenizing:
         tokenizer = tokenizer or bytes_tokenizer()
         if isinstance(template, str):
             template = load_template(tokenizer, template)
-        sources = readers.sources(names, None).train
+        sources = source_files.sources(names, None).train
         return stored.prepare(sources, template, tokenizer, options(**changes), str(self.cache))
 
     def prepare(self, values: Sequence[Any], *arguments: Any, **changes: Any) -> Examples:
@@ -1101,7 +1101,7 @@ def test_a_lock_of_another_user_is_respected(shared_desk):
 def test_a_second_builder_without_locks_deletes_nothing(tokenizing):
     first = tokenizing.prepare(BASE)
     folder, tokenizer = tokenizing.cache / "tokens" / first.fingerprint, bytes_tokenizer()
-    sources = readers.sources(str(tokenizing.rows), None).train
+    sources = source_files.sources(str(tokenizing.rows), None).train
     plain = load_template(tokenizer, "plain")
     made = stored._make(folder, sources, plain, tokenizer, options(), "cache")
     assert of(first) == of(made)

@@ -12,7 +12,7 @@ from finetune import loop
 from finetune.data.batches import Batches
 from finetune.data.examples import prepare
 from finetune.data.order import Sequences
-from finetune.data.readers import sources
+from finetune.data.source_files import sources
 from finetune.data.tokens import Options
 from finetune.objectives.sft import Sft
 
