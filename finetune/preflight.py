@@ -7,7 +7,17 @@ from typing import Any
 from finetune import extras, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields
-from finetune.data import batches, examples, order, readers, rows, source_files, templates, tokens
+from finetune.data import (
+    batches,
+    chat_templates,
+    examples,
+    order,
+    readers,
+    rows,
+    source_files,
+    templates,
+    tokens,
+)
 from finetune.data.source_files import Sources
 from finetune.engine import optim, trackers
 from finetune.engine.topology import Topology
@@ -166,7 +176,7 @@ def _template(
             "data.template, data.system_prompt: would be ignored: rows of text have no turns; "
             "remove them"
         )
-    return templates.load(
+    return chat_templates.load(
         wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map,
         tokenizer.get_added_vocab(), date,
     )  # fmt: skip

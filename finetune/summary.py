@@ -10,7 +10,7 @@ import torch
 from finetune import own_code
 from finetune.config import Config, Lora, accumulation_steps, base, own_codes, usual_lr
 from finetune.config import fields as config_fields
-from finetune.data import readers, templates
+from finetune.data import chat_templates, readers, templates
 from finetune.engine.topology import Topology
 from finetune.errors import DataError
 from finetune.objectives import chosen
@@ -203,7 +203,7 @@ def _template_notes(config: Config, data: Data) -> Iterator[str]:
     if has_turns and data.tokenizer.chat_template and template.name != "chat":
         # Suppress: the model's own template need not be usable.
         with contextlib.suppress(DataError, templates.BrokenTemplate):
-            own = templates.load(
+            own = chat_templates.load(
                 "chat", "messages", data.tokenizer.chat_template, template.special_tokens, {},
                 template.date,
             )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data import templates
+from finetune.data import chat_templates, templates
 from finetune.data.rows import Conversation, Message, Place
 from finetune.data.templates import Template
 from finetune.errors import ConfigError, DataError, UserError
@@ -96,7 +96,7 @@ def load(
     name: str, format: str = "messages", source: object = None, vocabulary: object = VOCABULARY,
     date: str | None = None,
 ) -> Template:  # fmt: skip
-    return templates.load(name, format, source, SPECIAL, vocabulary, date)
+    return chat_templates.load(name, format, source, SPECIAL, vocabulary, date)
 
 
 def template(name: str) -> Template:
@@ -545,7 +545,7 @@ NAMED = {"rag": "{{ x }}", "tool_use": "{{ tools }}"}
             "'vicuna' is not one of auto, chat, plain, question_answer, alpaca, llama2, chatml",
         ),
         ("chat", NAMED, ".* has the chat templates rag, tool_use, but none named default"),
-        ("chat", "\ud83d" + templates.BUILT_IN["chatml"], "chat: holds half of a character"),
+        ("chat", "\ud83d" + chat_templates.BUILT_IN["chatml"], "chat: holds half of a character"),
         ("chat", "{{ ['a', 'b'] | random }}", "chat: uses chance"),
         ("chat", "{{ lipsum(1) }}", "chat: uses chance"),
     ],
@@ -578,9 +578,9 @@ def test_a_fingerprint_changes_with_all_that_decides_the_text():
         (*base[:3], {**SPECIAL, "eos_token": "</s>"}, VOCABULARY),
         (*base[:4], {**VOCABULARY, "<|other_end|>": 7}),
     ]
-    prints = {templates.load(*arguments).fingerprint for arguments in [base, *changes]}
+    prints = {chat_templates.load(*arguments).fingerprint for arguments in [base, *changes]}
     assert len(prints) == 4
-    assert templates.load(*base).fingerprint in prints
+    assert chat_templates.load(*base).fingerprint in prints
 
 
 # The chat templates of real models
@@ -661,7 +661,7 @@ def test_phi3_ends_a_turn_and_then_the_text(real_data):
 
     tokenizer = load_tokenizer(Model(path=str(real_data / "tokenizers" / "phi-3-mini")))
     special, added = tokenizer.special_tokens_map, tokenizer.get_added_vocab()
-    own = templates.load("auto", "messages", tokenizer.chat_template, special, added)
+    own = chat_templates.load("auto", "messages", tokenizer.chat_template, special, added)
     assert own.name == "chat"
     assert rendered(own, FOUR) == as_inference_renders(tokenizer, own, FOUR.messages)
     assert supervised(own, FOUR) == ["Hello<|end|>", "Fine<|end|>"]
@@ -827,7 +827,9 @@ def test_a_template_refuses_only_the_rows_that_do_not_fit_it(source, fits, says)
 @pytest.mark.parametrize("half", [r"{{ '\ud83d' }}", r"{{ messages[0].content ~ '\ude00' }}"])
 def test_a_template_that_writes_a_lone_surrogate_is_refused(half):
     with refuses(r"rows\.jsonl:3: data\.template 'chat' writes '\\ud...', half of a character"):
-        chat(half + templates.BUILT_IN["question_answer"]).segments(conversation("Hi", "Hello"))
+        chat(half + chat_templates.BUILT_IN["question_answer"]).segments(
+            conversation("Hi", "Hello")
+        )
 
 
 def test_a_template_syntax_error_is_reported_with_its_line():

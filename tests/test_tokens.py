@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune import files
 from finetune.config import Model
+from finetune.data import chat_templates, rows, source_files, templates, tokens
 from finetune.data import examples as stored
-from finetune.data import rows, source_files, templates, tokens
 from finetune.data.examples import Examples
 from finetune.data.rows import Message
 from finetune.errors import DataError, ModelError, Outage, UserError
@@ -123,7 +123,7 @@ def load_template(
     tokenizer: Any, name: str, format: str = "question_answer", source: str | None = None
 ) -> templates.Template:
     added = tokenizer.get_added_vocab()
-    return templates.load(name, format, source, tokenizer.special_tokens_map, added)
+    return chat_templates.load(name, format, source, tokenizer.special_tokens_map, added)
 
 
 def chat_for(tokenizer: Any, source: str) -> templates.Template:
