@@ -1,34 +1,30 @@
 """Check the folder and config.json of a model before anything is loaded. No torch."""
 
 import fnmatch
-import json
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import failures, places
+from finetune import places
 from finetune.config import paths
 from finetune.config import values as allowed
+from finetune.config.model_files import (
+    ADAPTER_WEIGHTS,
+    AGAIN,
+    object_in,
+    start_of,
+    tensors_in,
+    unreadable,
+    weights_in,
+)
 from finetune.errors import ModelError
 
 if TYPE_CHECKING:
     from finetune.config.fields import Config
 
-# What transformers looks for, in this order.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # as peft looks for them
-LFS_POINTER = b"version https://git-lfs"
-MOST_HEADER = 100_000_000  # bytes; the most that safetensors itself reads
 SMALL = 1 << 16  # bytes of a tokenizer.json that takes a millisecond to parse; real ones are larger
-AGAIN = "download it again"
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
     "spiece.model",
@@ -41,6 +37,10 @@ OPENED = (
     "hf_quant_config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
     "special_tokens_map.json", "chat_template.*", "additional_chat_templates/*",
 )  # fmt: skip
+OTHER_FORMATS = {
+    ".gguf": "GGUF files, which are for inference; give the model they were made from",
+    ".pth": "Meta's own format (.pth); give the same model in transformers' format",
+}
 # Endings of architectures whose heads predict something else than the next token.
 OTHER_HEADS = {
     "ForSequenceClassification": "a classifier, or a reward model",
@@ -66,8 +66,6 @@ BALANCE = (
 )  # fmt: skip
 # Names of the number of layers in configs.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-# First bytes of a file of torch.save: a zip archive, or before torch 1.6 a pickle.
-PICKLES = (b"PK", b"\x80")
 
 
 def kind_of_folder(path: str) -> str:
@@ -85,16 +83,13 @@ def kind_of_folder(path: str) -> str:
     names = [entry.name for entry in folder.iterdir()]
     if not names:
         return "is an empty folder; was a download interrupted?"
-    if any(name.endswith(".gguf") for name in names):
-        what = "holds GGUF files, which are for inference; give the model they were made from"
-        return f"{what}, with config.json and .safetensors"
-    if any(name.endswith(".pth") for name in names):
-        what = "holds Meta's own format (.pth); give the same model in transformers' format"
-        return f"{what}, with config.json and .safetensors"
+    for ending, what in OTHER_FORMATS.items():
+        if any(name.endswith(ending) for name in names):
+            return f"holds {what}, with config.json and .safetensors"
     runs = sorted(name for name in names if is_model_or_adapter(folder / name / "model"))
     if runs:
         listed = [str(folder / name / "model") for name in runs[:5]]
-        listed += ["..."] if len(runs) > 5 else []
+        listed += ["..."] * (len(runs) > 5)
         return f"is a folder of runs; name the model of one: {', '.join(listed)}"
     inside = sorted(name for name in names if is_model_or_adapter(folder / name))
     if inside:
@@ -200,13 +195,8 @@ def weights_problem(folder: Path) -> str | None:
 
     Reads only indices, headers and sizes, in milliseconds.
     """
-    tensors, problem = _weights_in(folder)
+    tensors, problem = weights_in(folder)
     return problem or (None if tensors is None else _packing_problem(folder, tensors))
-
-
-def shapes(path: str) -> dict[str, list[int]] | None:
-    """Return names and shapes of the weights in a folder; None without valid .safetensors."""
-    return _weights_in(Path(path))[0] if os.path.isdir(path) else None
 
 
 def _packing_problem(folder: Path, tensors: Iterable[str]) -> str | None:
@@ -233,129 +223,6 @@ def _packing_problem(folder: Path, tensors: Iterable[str]) -> str | None:
         how = "remove it from config.json (adapter.kind: qlora quantises them itself)"
         return f"{claim} not quantised; {how}"
     return None if form["quantization"] in types else f"{claim} {listed}; correct it"
-
-
-def _weights_in(folder: Path) -> tuple[dict[str, list[int]] | None, str | None]:
-    """Return (names and shapes of the weights, what is wrong with their files).
-
-    The first is None if they are not in .safetensors.
-    """
-    names = sorted(os.listdir(folder))
-    if object_in(folder / "config.json")[0].get("transformers_weights"):
-        return None, None  # names a file of its own
-    first = next((name for name in WEIGHTS if name in names), None)
-    if first is None:
-        return None, _absence(folder, names)
-    if not first.endswith(".json"):
-        return tensors_in(folder / first)
-    index, problem = object_in(folder / first)
-    if problem:
-        return None, problem
-    parts = index.get("weight_map")
-    if not isinstance(parts, dict) or not parts or not allowed.are_words(list(parts.values())):
-        return None, f"{folder / first}: has no weight_map, so it is not an index; {AGAIN}"
-    tensors: dict[str, list[int]] = {}
-    for part in sorted(set(parts.values())):
-        held, problem = tensors_in(folder / part)
-        if problem is not None:
-            return None, problem
-        if held is None:
-            continue
-        absent = sorted(name for name in parts if parts[name] == part and name not in held)
-        if absent:
-            what = f"lacks {absent[0]}, which {first} says is in it; download both again"
-            return None, f"{folder / part}: {what}"
-        tensors |= held
-    return tensors or None, None
-
-
-def _absence(folder: Path, names: list[str]) -> str:
-    """Describe which weights a folder lacks. `names`: the files in it."""
-    shards = [name for name in names if re.search(r"-\d+-of-\d+\.(safetensors|bin)$", name)]
-    if shards:
-        missing = WEIGHTS[3] if shards[0].endswith(".bin") else WEIGHTS[1]
-        what = f"has weights in parts ({shards[0]}), but not their index, {missing}"
-        return f"{folder} {what}; download it too"
-    others = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    others = [name for name in others if name != "training_args.bin"]
-    if others:
-        what = f"has no model.safetensors, and transformers does not look for {others[0]}"
-        return f"{folder} {what}; rename it, or download the model again"
-    what = "; was a download interrupted?"
-    if any(name.endswith(".gguf") for name in names):
-        what = ", only GGUF, which is for inference; give the model it was made from"
-    return f"{folder} has no weights (.safetensors){what}"
-
-
-def tensors_in(path: Path) -> tuple[dict[str, list[int]] | None, str | None]:
-    """Return (names and shapes of the tensors in a file of weights, what is wrong with it).
-
-    The first is None if it is not .safetensors.
-    """
-    start, size, problem = _start_of(path)
-    if problem:
-        return None, problem
-    if path.suffix != ".safetensors":
-        if not start.startswith(PICKLES):
-            return None, f"{path} is not a file of PyTorch; {AGAIN}"
-        is_cut = start.startswith(b"PK") and not zipfile.is_zipfile(path)
-        return None, f"{path} is not whole; {AGAIN}" if is_cut else None
-    length = int.from_bytes(start[:8], "little")
-    if size < 8 or length > MOST_HEADER:
-        return None, f"{path} is not .safetensors; {AGAIN}"
-    if length > size - 8:
-        return None, f"{path} is cut off in its header, at {size:,} bytes; {AGAIN}"
-    try:
-        with path.open("rb") as file:
-            file.seek(8)
-            header = json.loads(file.read(length))
-        tensors = {name: values for name, values in header.items() if name != "__metadata__"}
-        end = max((values["data_offsets"][1] for values in tensors.values()), default=0)
-        found = {name: list(values["shape"]) for name, values in tensors.items()}
-        expected = 8 + length + end
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
-        what = f"its header cannot be read ({type(exc).__name__}), so it is not .safetensors"
-        return None, f"{path}: {what}; {AGAIN}"
-    if size != expected:
-        return None, f"{path} has {size:,} bytes, and should have {expected:,}; {AGAIN}"
-    return found, None
-
-
-def _start_of(path: Path) -> tuple[bytes, int, str | None]:
-    """Return (first bytes, size, what is wrong) of a file that a download should have brought."""
-    try:
-        with path.open("rb") as file:
-            start, size = file.read(len(LFS_POINTER)), os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        return b"", 0, f"{path} is missing; download it too"
-    except OSError as exc:
-        return b"", 0, _unreadable(path, exc)
-    if not size:
-        return start, size, f"{path} is empty; {AGAIN}"
-    if start == LFS_POINTER:
-        what = "is a pointer of Git LFS, not the file itself"
-        return start, size, f"{path} {what}; run git lfs pull in its folder, or {AGAIN}"
-    return start, size, None
-
-
-def _unreadable(path: Path, exc: OSError) -> str:
-    """Return why a file cannot be read. Raises Outage if the disk fails: the file may be fine."""
-    failures.reraise(exc, f"{path}: cannot be read now")
-    return f"{path}: cannot be read: {exc.strerror or exc}"
-
-
-def object_in(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return (the object that a JSON file holds, what is wrong with it)."""
-    _, _, problem = _start_of(path)
-    if problem:
-        return {}, problem
-    try:
-        values = json.loads(path.read_bytes().decode())  # UTF-8, as transformers and peft read it
-    except (ValueError, RecursionError) as exc:
-        return {}, f"{path}: broken JSON: {failures.parsing_reason(exc)}; correct it, or {AGAIN}"
-    if not isinstance(values, dict):
-        return {}, f"{path}: should hold an object, {{...}}, got {allowed.short(values)}; {AGAIN}"
-    return values, None
 
 
 def name_problem(name: str | None) -> str | None:
@@ -439,7 +306,7 @@ def tokenizer_problem(path: str) -> str | None:
         hint = "give the one that belongs to the model as model.tokenizer"
         return f"{path} has no tokenizer ({TOKENIZER[0]}); {hint}"
     for file in (folder / name for name in TOKENIZER if os.path.lexists(folder / name)):
-        _, size, problem = _start_of(file)
+        _, size, problem = start_of(file)
         if file.suffix == ".json" and size < SMALL and not problem:
             values, problem = object_in(file)
             if file.name == TOKENIZER[0] and not problem and "model" not in values:
@@ -465,7 +332,7 @@ def _templates_problem(folder: Path) -> str | None:
             except UnicodeDecodeError as exc:
                 return f"{file}: is not UTF-8 at byte {exc.start}; save it as UTF-8, or {AGAIN}"
             except OSError as exc:
-                return _unreadable(file, exc)
+                return unreadable(file, exc)
     return None
 
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from finetune import failures, places
-from finetune.config import Model, base
+from finetune.config import Model, base, model_files
 from finetune.errors import ModelError
 from finetune.models import attention as attention  # registers the kernel for documents
 from finetune.models import base_identity, embeddings
@@ -319,7 +319,7 @@ def check_weights(skeleton: Any, model: Model) -> None:
     if model.init != "pretrained":
         return
     folder = model.path or ""
-    saved = base.shapes(folder) or shapes_of_pickle(Path(folder, "pytorch_model.bin"))
+    saved = model_files.shapes(folder) or shapes_of_pickle(Path(folder, "pytorch_model.bin"))
     if saved is None or base.quantization(skeleton.config.to_dict()) is not None:
         return
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
@@ -349,7 +349,7 @@ def _embedding_and_head(model: Any) -> list[Any]:
 
 def shapes_of_file(file: Path) -> dict[str, list[int]] | None:
     """Return names and shapes in one file of weights; None for formats before torch 1.6."""
-    return shapes_of_pickle(file) if file.suffix == ".bin" else base.tensors_in(file)[0]
+    return shapes_of_pickle(file) if file.suffix == ".bin" else model_files.tensors_in(file)[0]
 
 
 def shapes_of_pickle(file: Path) -> dict[str, list[int]] | None:
@@ -363,7 +363,7 @@ def shapes_of_pickle(file: Path) -> dict[str, list[int]] | None:
         found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     if not isinstance(found, dict):
         raise ModelError(
-            f"{file}: holds {type(found).__name__}, not weights by their names; {base.AGAIN}"
+            f"{file}: holds {type(found).__name__}, not weights by their names; {model_files.AGAIN}"
         )
     tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -451,7 +451,7 @@ def _reason(exc: Exception, values: Mapping[str, Any]) -> str:
     if isinstance(exc, KeyError):
         return (
             f"one of its files lacks the key {exc}, or holds a word that transformers does not "
-            f"know; correct it, or {base.AGAIN}"
+            f"know; correct it, or {model_files.AGAIN}"
         )
     return " ".join(lines[:2]) or type(exc).__name__
 
