@@ -15,13 +15,13 @@ from finetune.config.fields import (
     Full,
     Lora,
     Model,
-    OwnObjective,
     QLora,
     Schedule,
-    Section,
     Tracking,
     Train,
 )
+from finetune.config.kinds import Section
+from finetune.config.own import OwnObjective
 
 PLACES = (
     ("run", "dir"), ("model", "path"), ("model", "tokenizer"), ("adapter", "path"),

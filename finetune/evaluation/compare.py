@@ -18,7 +18,7 @@ from finetune import config as configs
 from finetune import failures, files, own_code
 from finetune.config import paths
 from finetune.config.base import model_argument, require_model
-from finetune.config.fields import own_format
+from finetune.config.own import own_format
 from finetune.data import readers, rows, source_files
 from finetune.data.rows import Conversation
 from finetune.errors import ConfigError, DataError, Outage, UserError
