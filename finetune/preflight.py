@@ -7,17 +7,8 @@ from typing import Any
 from finetune import extras, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields
-from finetune.data import (
-    batches,
-    chat_templates,
-    examples,
-    order,
-    readers,
-    rows,
-    source_files,
-    templates,
-    tokens,
-)
+from finetune.data import batches, examples, order, readers, rows, source_files, templates, tokens
+from finetune.data.chat_templates import load as load_template
 from finetune.data.source_files import Sources
 from finetune.engine import optim, trackers
 from finetune.engine.topology import Topology
@@ -176,7 +167,7 @@ def _template(
             "data.template, data.system_prompt: would be ignored: rows of text have no turns; "
             "remove them"
         )
-    return chat_templates.load(
+    return load_template(
         wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map,
         tokenizer.get_added_vocab(), date,
     )  # fmt: skip

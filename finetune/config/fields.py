@@ -23,6 +23,7 @@ else:
     OptimizerKind = Literal[tuple(OPTIMIZERS)]
     Quantization = Literal[tuple(QUANTIZATIONS)]
 Positive = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 # The names that formats give to columns; the formats themselves are in data/rows.py.
 COLUMNS = (
@@ -95,7 +96,7 @@ class Adapter(Section):
     """Folder or Hub id of an adapter to continue from; it keeps its own rank and modules."""
     r: Positive = 16
     """LoRA rank."""
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32
+    alpha: PositiveNumber = 32
     """LoRA scale: the update is (alpha / r) B A."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the inputs of adapters."""
@@ -238,16 +239,16 @@ class Optimizer(Section):
     """Peak learning rate.
     null: 2e-4 for adapters and 2e-5 for all weights, a fifth of that for lion, 1e-3 for adafactor.
     """
-    embedding_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    embedding_lr: PositiveNumber | None = None
     """Peak learning rate of embeddings and head; null: optimizer.lr."""
-    lora_plus_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    lora_plus_ratio: PositiveNumber | None = None
     """LoRA+ (Hayou et al., 2024): learning rate of B divided by that of A matrices; null: 1."""
     betas: (
         Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
         | None
     ) = None
     """Decay rates of the running averages; null: [0.9, 0.999], or [0.9, 0.99] for lion."""
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    eps: PositiveNumber = 1e-8
     """Term added to Adam's denominator."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Decoupled weight decay; norms and biases are not decayed."""
@@ -281,9 +282,9 @@ class Train(Section):
     """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the arithmetic; auto: bf16 on GPUs that support it, else fp32."""
-    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
+    max_grad_norm: PositiveNumber | None = 1.0
     """Clip gradients to this norm; null: do not clip."""
-    neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    neftune_alpha: PositiveNumber | None = None
     """NEFTune: add noise of up to alpha / sqrt(tokens x width) to the embeddings during training.
     null: add none.
     """
@@ -299,7 +300,7 @@ class Train(Section):
     """Compile the layers with torch.compile.
     Steps are faster after a first one of a minute or two; needs a C++ compiler.
     """
-    hang_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+    hang_minutes: PositiveNumber | None = 10.0
     """End all processes if one does not answer or finish a micro-batch in this many minutes.
     null: no limit.
     """
@@ -310,7 +311,7 @@ class Checkpoint(Section):
 
     every_steps: Positive | None = None
     """Save every N steps; null: do not save by steps."""
-    every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 15.0
+    every_minutes: PositiveNumber | None = 15.0
     """Save every N minutes; null: do not save by time."""
     keep_last: Positive = 2
     """Number of checkpoints to keep, besides the best one and the one this attempt resumed from."""
@@ -322,7 +323,7 @@ class Checkpoint(Section):
     """Object store to copy checkpoints, logs and the model to, as s3://bucket/folder.
     A machine with an empty disk resumes from it.
     """
-    grace_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    grace_seconds: PositiveNumber = 30.0
     """Seconds between SIGTERM and SIGKILL on your cluster.
     The run warns if saves take longer, and waits this long at the start for another process that
     holds the run directory.

@@ -8,18 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune import places
-from finetune.data.readers import (
-    READERS,
-    absent,
-    hub_fingerprint,
-    is_hub_name,
-    is_saved,
-    printable,
-    readable,
-    some,
-    type_of,
-    wrong,
-)
+from finetune.data import readers
+from finetune.data.readers import printable, some, wrong
 from finetune.errors import DataError
 from finetune.files import sha256
 
@@ -81,18 +71,18 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
     """
     path = os.path.expanduser(name)
     pattern = not os.path.lexists(path) and glob.has_magic(path) and "\0" not in path
-    if is_hub_name(path):
+    if readers.is_hub_name(path):
         return [path], []
     if not os.path.exists(path) and not pattern:
-        raise absent(name, key)
+        raise readers.absent(name, key)
     if not pattern and not os.path.isfile(path) and not os.path.isdir(path):
         why = "which cannot be read twice; write its rows into a file"
         raise DataError(f"{key}: {printable(name)} is a device or a pipe, {why}")
-    if not pattern and (not os.path.isdir(path) or is_saved(path)):
+    if not pattern and (not os.path.isdir(path) or readers.is_saved(path)):
         return [path], []
     files: list[str] = []
     left_out: list[tuple[str, str]] = []
-    with readable(path):
+    with readers.readable(path):
         seen: set[str] = set()
         for match in sorted(glob.glob(path, recursive=True)) if pattern else [path]:
             _collect(match, seen, files, left_out)
@@ -118,9 +108,9 @@ def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[s
         return
     name, _, ending = os.path.basename(path.rstrip("/")).lower().partition(".")
     # A link with another ending does not stand for its file.
-    if os.path.isdir(path) or type_of(path) in READERS:
+    if os.path.isdir(path) or readers.type_of(path) in readers.READERS:
         seen.add(real)
-    if os.path.isdir(path) and not is_saved(path):
+    if os.path.isdir(path) and not readers.is_saved(path):
         for entry in sorted(os.listdir(path)):
             inside = os.path.join(path, entry)
             if entry.startswith("."):
@@ -136,7 +126,7 @@ def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[s
         left_out.append((path, "describes data"))
     elif not os.path.isfile(path):
         left_out.append((path, "a device or a pipe"))
-    elif type_of(path) not in READERS:
+    elif readers.type_of(path) not in readers.READERS:
         left_out.append((path, "type not known"))
     elif os.path.getsize(path) == 0:
         left_out.append((path, "empty"))
@@ -192,7 +182,7 @@ def _listed_reasons(left_out: list[tuple[str, str]]) -> str:
 
 def fingerprint(source: str) -> str:
     """Return a hash of what a source holds; it changes when any byte does."""
-    with readable(source):
+    with readers.readable(source):
         if os.path.isfile(source):
             return sha256(Path(source))
         if os.path.isdir(source):
@@ -201,6 +191,6 @@ def fingerprint(source: str) -> str:
                 digest.update(os.fsencode(path.relative_to(source)))
                 digest.update(f" {fingerprint(str(path))}\n".encode())
             return digest.hexdigest()
-    if is_hub_name(source):
-        return hub_fingerprint(source)
-    raise absent(source)
+    if readers.is_hub_name(source):
+        return readers.hub_fingerprint(source)
+    raise readers.absent(source)
