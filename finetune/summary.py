@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from finetune import own_code
-from finetune.config import Config, Lora, accumulation_steps, base, own_codes, usual_lr
+from finetune.config import Config, Lora, accumulation_steps, base, own_codes, quantized, usual_lr
 from finetune.config import fields as config_fields
 from finetune.data import chat_templates, readers, templates
 from finetune.engine.topology import Topology
@@ -62,7 +62,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         f"{_counted(topology.num_data, 'process')})"
         + (f", each shared by {num_context}" if num_context > 1 else "")
         + (f"; {natural:,} without train.max_steps" if data.num_steps < natural else ""),
-        *_methods(config, base.quantization(data.model_config.to_dict()) is not None),
+        *_methods(config, quantized.quantization(data.model_config.to_dict()) is not None),
     ]
     if config.data.packing:
         full = train.lengths.sum() / (len(train) * config.data.max_length)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import places
-from finetune.config import paths
+from finetune.config import paths, quantized
 from finetune.config import values as allowed
 from finetune.config.model_files import (
     ADAPTER_WEIGHTS,
@@ -41,23 +41,20 @@ OTHER_FORMATS = {
     ".gguf": "GGUF files, which are for inference; give the model they were made from",
     ".pth": "Meta's own format (.pth); give the same model in transformers' format",
 }
-# Endings of architectures whose heads predict something else than the next token.
+# What else heads predict than the next token -> endings of their architectures.
 OTHER_HEADS = {
-    "ForSequenceClassification": "a classifier, or a reward model",
-    "ForTokenClassification": "a tagger",
-    "ForQuestionAnswering": "an extractive question answerer",
-    "ForMultipleChoice": "a classifier",
-    "ForMaskedLM": "a masked language model, which fills gaps",
-    "ForPreTraining": "an encoder",
-    "ForNextSentencePrediction": "an encoder",
-    "ForImageClassification": "an image classifier",
-    "ForObjectDetection": "an object detector",
-    "ForImageTextRetrieval": "a retriever",
-    "ForSpeechSeq2Seq": "a speech recogniser",
-    "ForCTC": "a speech recogniser",
-    "ForAudioClassification": "an audio classifier",
-    "ForTextEncoding": "an encoder",
-    "RewardModel": "a reward model",
+    "a classifier, or a reward model": ("ForSequenceClassification",),
+    "a classifier": ("ForMultipleChoice",),
+    "a tagger": ("ForTokenClassification",),
+    "an extractive question answerer": ("ForQuestionAnswering",),
+    "a masked language model, which fills gaps": ("ForMaskedLM",),
+    "an encoder": ("ForPreTraining", "ForNextSentencePrediction", "ForTextEncoding"),
+    "an image classifier": ("ForImageClassification",),
+    "an object detector": ("ForObjectDetection",),
+    "a retriever": ("ForImageTextRetrieval",),
+    "a speech recogniser": ("ForSpeechSeq2Seq", "ForCTC"),
+    "an audio classifier": ("ForAudioClassification",),
+    "a reward model": ("RewardModel",),
 }
 # Coefficients of losses other than the next token's, as configs call them.
 BALANCE = (
@@ -99,9 +96,8 @@ def kind_of_folder(path: str) -> str:
 
 def decides_what_opens(name: str) -> bool:
     """Return whether a file, by its path in a folder, decides which model or tokenizer it is."""
-    return any(
-        fnmatch.fnmatch(name, pattern) for pattern in OPENED if "/" in pattern or "/" not in name
-    )
+    patterns = (each for each in OPENED if "/" in each or "/" not in name)
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def mixed_problem(folder: Path) -> str | None:
@@ -168,26 +164,7 @@ def values_problem(where: str, values: Mapping[str, Any]) -> str | None:
             if isinstance(number, int) and number < 1:
                 return f"{where}: {name} should be at least 1, got {number}; correct it"
     found = values.get("quantization_config")
-    return None if found is None else _quantization_problem(f"{where}: quantization_config", found)
-
-
-def _quantization_problem(where: str, found: Any) -> str | None:
-    """Return why a quantization_config is invalid; None if it is valid, trainable or not."""
-    remedy = "correct it, or remove it if the weights are not quantised"
-    if not isinstance(found, Mapping):
-        got = allowed.short(found)
-        return f"{where} should be a mapping with quant_method, got {got}; {remedy}"
-    bits = [name for name in allowed.BITS if found.get(name)]
-    method = _method(found)
-    if not method and not bits and (not found or any(name in found for name in allowed.BITS)):
-        return f"{where} has no quant_method, so transformers cannot open the model; {remedy}"
-    if not bits and not method.startswith("bitsandbytes"):
-        return None
-    if problem := allowed.problem(where, found, allowed.OF_BITSANDBYTES):
-        return problem
-    if len({name.strip("_") for name in bits}) > 1:
-        return f"{where} has both load_in_4bit and load_in_8bit; set one of them to false"
-    return None
+    return None if found is None else quantized.problem_of(f"{where}: quantization_config", found)
 
 
 def weights_problem(folder: Path) -> str | None:
@@ -204,8 +181,8 @@ def _packing_problem(folder: Path, tensors: Iterable[str]) -> str | None:
 
     Knows the format of bitsandbytes only.
     """
-    found = quantization(config_of(str(folder)))
-    form = form_of(found) if found else None
+    found = quantized.quantization(config_of(str(folder)))
+    form = quantized.form_of(found) if found else None
     if found and form is None:
         return None
     file = folder / "config.json"
@@ -218,7 +195,9 @@ def _packing_problem(folder: Path, tensors: Iterable[str]) -> str | None:
         return f"{file}: {what} ({listed}); {AGAIN}"
     if form is None:
         return None
-    claim = f"{file}: quantization_config says {name_of(found or {})}, but the weights are"
+    claim = (
+        f"{file}: quantization_config says {quantized.name_of(found or {})}, but the weights are"
+    )
     if not types:
         how = "remove it from config.json (adapter.kind: qlora quantises them itself)"
         return f"{claim} not quantised; {how}"
@@ -356,72 +335,6 @@ def config_of(path: str) -> dict[str, Any]:
     return values
 
 
-def quantization(model_config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the quantisation of a model by its config; None if it is not quantised."""
-    nested = model_config.get("text_config")
-    for values in (model_config, nested if isinstance(nested, Mapping) else {}):
-        for name in ("quantization_config", "compression_config", "quantization"):
-            found: Any = values.get(name)
-            found = found.to_dict() if hasattr(found, "to_dict") else found
-            if isinstance(found, dict) and found and not _is_off(found):
-                return found
-    return None
-
-
-def _is_off(found: Mapping[str, Any]) -> bool:
-    """Return whether bitsandbytes has neither 4 nor 8 bits: the weights are not quantised."""
-    return _method(found) == "bitsandbytes" and not any(found.get(name) for name in allowed.BITS)
-
-
-def _method(found: Mapping[str, Any]) -> str:
-    """Return quant_method (in a config that transformers opened, an enum); empty without one."""
-    method = found.get("quant_method")
-    return str(getattr(method, "value", method) or "")
-
-
-def form_of(found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a quantisation of bitsandbytes as settings of `adapter`; None for any other."""
-    has_bits = found.get("load_in_4bit") or found.get("load_in_8bit")
-    method = _method(found) or ("bitsandbytes" if has_bits else "")
-    if method.removesuffix("_4bit").removesuffix("_8bit") != "bitsandbytes":
-        return None
-    if found.get("load_in_8bit", found.get("_load_in_8bit")):
-        return {"quantization": "int8"}
-    return {
-        "quantization": found.get("bnb_4bit_quant_type", "fp4"),
-        "double_quantization": bool(found.get("bnb_4bit_use_double_quant")),
-    }
-
-
-def name_of(found: Mapping[str, Any]) -> str:
-    """Name a quantisation in a few words."""
-    form = form_of(found)
-    if form:
-        doubly = ", doubly quantised" if form.get("double_quantization") else ""
-        return f"bitsandbytes {form['quantization']}{doubly}"
-    method = _method(found)
-    if not method:
-        return "MLX" if "group_size" in found else "of an unnamed kind"
-    bits = found.get("bits") or found.get("w_bit")
-    return method + (f", {bits} bits" if bits else "")
-
-
-def quantized_problem(name: str, model_config: Mapping[str, Any], adapter_kind: str) -> str | None:
-    """Return why this adapter cannot train a quantised model; None if it can."""
-    found = quantization(model_config)
-    if found is None:
-        return None
-    what = f"{name} is quantised already ({name_of(found)})"
-    original = "give the model before quantisation as model.path"
-    if form_of(found) is None:
-        hint = f"{original} (adapter.kind: qlora quantises it itself)"
-        return f"{what}, which cannot be trained; {hint}"
-    if adapter_kind != "qlora":
-        hint = f"set adapter.kind: qlora, or {original}"
-        return f"{what}, so adapter.kind: {adapter_kind} cannot train it; {hint}"
-    return None
-
-
 def architecture_problem(name: str, model_config: Mapping[str, Any]) -> str | None:
     """Return why a model does not continue text; None if it may.
 
@@ -434,8 +347,8 @@ def architecture_problem(name: str, model_config: Mapping[str, Any]) -> str | No
         hint = "use a model that only decodes, such as Qwen or Llama"
         return f"{name} is an encoder-decoder ({is_one}); these are not yet supported: {hint}"
     original = "give the causal language model it was made from"
-    for ending, what in OTHER_HEADS.items():
-        if architecture.endswith(ending):
+    for what, endings in OTHER_HEADS.items():
+        if architecture.endswith(endings):
             kind = f"{what} ({architecture}), not a model that continues text"
             return f"{name} is {kind}; {original}"
     is_body = architecture.endswith("Model") and "LMHead" not in architecture
@@ -467,16 +380,15 @@ def forgotten_losses(model_config: Mapping[str, Any]) -> str | None:
 
 def settled(config: "Config", model_config: Mapping[str, Any]) -> tuple["Config", list[str]]:
     """Return (the config with adapter.quantization as its base has it, problems of the base)."""
-    name, found = str(config.model.path), quantization(model_config)
-    problems = (
-        [f"model.path: {problem}"] if (problem := architecture_problem(name, model_config)) else []
-    )
+    name, found = str(config.model.path), quantized.quantization(model_config)
+    problem = architecture_problem(name, model_config)
+    problems = [f"model.path: {problem}"] if problem else []
     if config.model.init == "random" or found is None:
         return config, problems
-    if problem := quantized_problem(name, model_config, config.adapter.kind):
+    if problem := quantized.training_problem(name, model_config, config.adapter.kind):
         return config, [*problems, f"model.path: {problem}"]
-    form, adapter = form_of(found) or {}, config.adapter
-    problems += list(_against(form, adapter, name_of(found)))
+    form, adapter = quantized.form_of(found) or {}, config.adapter
+    problems += list(_against(form, adapter, quantized.name_of(found)))
     return config.model_copy(update={"adapter": adapter.model_copy(update=form)}), problems
 
 

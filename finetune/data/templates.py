@@ -1,9 +1,8 @@
 """Render conversations as text segments, each supervised or not.
 
 Every template is a Jinja chat template, so that training sees what `tokenizer.apply_chat_template`
-renders from the exported model. An answer starts where the rendered
-prompt before it ends, and ends where text appended to its content would appear. No answer is
-searched for by a string.
+renders from the exported model. An answer starts where the rendered prompt before it ends, and ends
+where text appended to its content would appear. No answer is searched for by a string.
 """
 
 import contextlib

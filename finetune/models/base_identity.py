@@ -16,8 +16,8 @@ from torch import nn
 from transformers.utils import cached_file
 
 from finetune.config import values as allowed
-from finetune.config.base import name_of
 from finetune.config.model_files import WEIGHTS, object_in
+from finetune.config.quantized import name_of
 from finetune.errors import ModelError
 
 FILE = "base_weights.json"  # next to an adapter

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from finetune import failures, places
-from finetune.config import Model, base, model_files
+from finetune.config import Model, base, model_files, quantized
 from finetune.errors import ModelError
 from finetune.models import attention as attention  # registers the kernel for documents
 from finetune.models import base_identity, embeddings
@@ -107,7 +107,7 @@ def load_config(model: Model) -> Any:
     if problem := problem or base.architecture_problem(str(model.path), values):
         raise ModelError(f"model.path: {problem}")
     is_quantized = hasattr(config, "quantization_config")
-    if is_quantized and (model.init == "random" or base.quantization(vars(config)) is None):
+    if is_quantized and (model.init == "random" or quantized.quantization(vars(config)) is None):
         del config.quantization_config  # the weights are not used, or have neither 4 nor 8 bits
     return config
 
@@ -219,7 +219,7 @@ def quantized_as(config: Any, quantization: dict[str, Any] | None) -> dict[str, 
 
     A saved quantisation is kept, with the compute dtype of `quantization`.
     """
-    saved = base.quantization(vars(config))
+    saved = quantized.quantization(vars(config))
     if saved is None or quantization is None:
         wanted = BitsAndBytesConfig(**quantization) if quantization else None
         return {"config": config, "quantization_config": wanted}
@@ -320,7 +320,7 @@ def check_weights(skeleton: Any, model: Model) -> None:
         return
     folder = model.path or ""
     saved = model_files.shapes(folder) or shapes_of_pickle(Path(folder, "pytorch_model.bin"))
-    if saved is None or base.quantization(skeleton.config.to_dict()) is not None:
+    if saved is None or quantized.quantization(skeleton.config.to_dict()) is not None:
         return
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     known = parameters.keys() | dict(skeleton.named_buffers()).keys()
