@@ -35,6 +35,7 @@ COMMANDS = {
 }
 OTHERS = {
     "train": "train in this process, as train.py does; train --help lists every setting",
+    "check": "check everything but the weights, as train --check does",
     "launch": "start train.py as `accelerate launch` does, and pass on signals and exit codes",
     "schema": "JSON schema of the run config, for editors",
 }
@@ -55,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     paths.give_home()
     if argv[:1] == ["launch"]:  # its arguments are those of `accelerate launch`
         return _launch(argv[1:])
-    if argv[:1] == ["train"]:
-        sys.argv = [str(places.TRAIN), *argv[1:]]
+    if argv[:1] in (["train"], ["check"]):
+        sys.argv = [str(places.TRAIN), *argv[1:], *(["--check"] if argv[0] == "check" else [])]
         runpy.run_path(str(places.TRAIN), run_name="__main__")  # ends the process
     if halves := [word for word in argv if paths.half_characters(word, "it")]:
         what = "holds half a character, or bytes that are not UTF-8"
