@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune import config as configs
-from finetune.config import base
+from finetune.config import model_files
 from finetune.config.base import config_of
 from finetune.errors import ConfigError, ModelError, OutOfMemory
 from finetune.export.load import load
@@ -344,7 +344,7 @@ def test_incomplete_weights_of_other_formats_are_refused(plain, tmp_path, name, 
 
 def test_complete_shards_are_accepted(workshop, plain, parts):
     workshop.check(**on(parts))
-    assert base.shapes(str(parts)) == base.shapes(str(plain))
+    assert model_files.shapes(str(parts)) == model_files.shapes(str(plain))
 
 
 def test_random_weights_need_no_saved_ones(workshop, parts):
@@ -357,7 +357,7 @@ def test_random_weights_need_no_saved_ones(workshop, parts):
     }
     run = workshop.train(model__init="random", **settings)
     assert (
-        base.shapes(str(run / "model")).keys()
+        model_files.shapes(str(run / "model")).keys()
         == json.loads((parts / INDEX).read_text())["weight_map"].keys()
     )
 

@@ -462,7 +462,7 @@ def test_saving_does_not_modify_its_input(workshop, bytes_tokenizer):
 
     from transformers import AutoModelForCausalLM
 
-    from finetune.data import templates
+    from finetune.data import chat_templates
 
     run = workshop.train()
     model = AutoModelForCausalLM.from_pretrained(run / "model")
@@ -470,7 +470,7 @@ def test_saving_does_not_modify_its_input(workshop, bytes_tokenizer):
     before = copy.deepcopy(
         (bytes_tokenizer.chat_template, model.generation_config.to_dict(), model.config.to_dict())
     )
-    template = templates.load(
+    template = chat_templates.load(
         "question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {}
     )
     save(

@@ -1,6 +1,7 @@
 """Failures of the machine exit with 1 and are retried; user errors exit with 2 and are not."""
 
 import errno
+import hashlib
 import http.server
 import pickle
 import threading
@@ -14,7 +15,7 @@ from conftest import Workshop
 from safetensors.torch import save_file
 
 from finetune import failures
-from finetune.data import readers
+from finetune.data import source_files
 from finetune.data.readers import _load_dataset
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import (
@@ -273,9 +274,9 @@ def test_machine_failures_are_separated_from_other_library_errors(monkeypatch, t
     else:
         error = Outage
         of_disk = raising(OSError(errno.EIO, "Input/output error"))
-        monkeypatch.setattr(readers.hashlib, "file_digest", of_disk)
+        monkeypatch.setattr(hashlib, "file_digest", of_disk)
         (tmp_path / "rows.jsonl").touch()
-        act = partial(readers.fingerprint, str(tmp_path / "rows.jsonl"))
+        act = partial(source_files.fingerprint, str(tmp_path / "rows.jsonl"))
 
     with pytest.raises(error):
         act()

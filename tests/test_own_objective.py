@@ -10,7 +10,7 @@ from conftest import read_jsonl
 
 from finetune import config as configs
 from finetune import own_code, replay
-from finetune.config.fields import own_objective
+from finetune.config.own import own_objective
 from finetune.data.batches import Batch
 from finetune.errors import ConfigError, RunDirectoryError
 from finetune.objectives import Own

@@ -10,8 +10,10 @@ import yaml
 
 from finetune import failures, own_code, places
 from finetune.config import help, kinds, paths
-from finetune.config.fields import Config, OwnObjective, Section, own_objective
+from finetune.config.fields import Config
+from finetune.config.kinds import Section
 from finetune.config.messages import listed, quoted, unknown_argument
+from finetune.config.own import OwnObjective, own_objective
 from finetune.config.reader import from_dict
 from finetune.config.sections import (
     Sections,

@@ -12,7 +12,7 @@ from finetune import loop
 from finetune.data.batches import Batches
 from finetune.data.examples import prepare
 from finetune.data.order import Sequences
-from finetune.data.readers import sources
+from finetune.data.source_files import sources
 from finetune.data.tokens import Options
 from finetune.objectives.sft import Sft
 
@@ -135,10 +135,10 @@ def test_packed_and_unpacked_give_the_same_loss_for_every_token(
     tmp_path, bytes_tokenizer, architecture
 ):
     """Also with sliding windows shorter than the documents."""
-    from finetune.data import templates
+    from finetune.data import chat_templates
     from finetune.models import attention  # noqa: F401  registers "documents"
 
-    template = templates.load(
+    template = chat_templates.load(
         "question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {}
     )
     options = Options("question_answer", {}, "line", None, "completion", 256, "error")
