@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,12 @@ class Workshop:
         """Return the number of whole lines that a run has written so far."""
         path = self.run_dir() / log
         return path.read_text().count("\n") if path.exists() else 0
+
+    def copy_of(self, run: Path, left_out: Sequence[str] = ()) -> Path:
+        """Copy a run of another workshop, to go on with it here; return the run directory."""
+        shutil.copytree(run, self.run_dir(run.name), ignore=shutil.ignore_patterns(*left_out))
+        self.rows = run.parents[1] / "rows.jsonl"
+        return self.run_dir(run.name)
 
     def train(self, name: str = "run", **changes: Any) -> Path:
         """Train in this process and return the run directory; raise the errors of train.py."""

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import shutil
 
 import pytest
 import torch
@@ -147,10 +146,8 @@ def test_it_learns_exports_and_resumes_to_the_bit(workshop, base, trained, metho
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
     final = exported(run)
 
-    after_step_3 = shutil.ignore_patterns("outcome.json", "model", "step-00000006")
-    shutil.copytree(run, workshop.run_dir(), ignore=after_step_3)
-    rows = run.parents[1] / "rows.jsonl"
-    resumed = workshop.train(**six_steps(base, method, optimizer), data__train=str(rows))
+    workshop.copy_of(run, left_out=("outcome.json", "model", "step-00000006"))
+    resumed = workshop.train(**six_steps(base, method, optimizer))
     assert losses(resumed) == curve
     again = exported(resumed)
     assert final.keys() == again.keys()

@@ -779,17 +779,15 @@ def best_exported(tmp_path_factory):
 @pytest.fixture
 def again(best_exported, workshop):
     """Return its best step, its run directory without outcome, and what starts it again."""
-    shutil.copytree(best_exported, workshop.run_dir())
-    settings = OVERFITS | {"data__train": str(best_exported.parents[1] / "rows.jsonl")}
+    run = workshop.copy_of(best_exported)
 
     def start(export_best):
-        (workshop.run_dir() / "outcome.json").unlink(missing_ok=True)
-        workshop.train(**settings, evaluation__export_best=export_best)
-        weights = load_file(workshop.run_dir() / "model/model.safetensors")
-        return workshop.outcome()["exported_step"], weights
+        (run / "outcome.json").unlink(missing_ok=True)
+        workshop.train(**OVERFITS, evaluation__export_best=export_best)
+        return workshop.outcome()["exported_step"], load_file(run / "model/model.safetensors")
 
     found = eval_losses(best_exported)
-    return min(found, key=found.get), workshop.run_dir(), start
+    return min(found, key=found.get), run, start
 
 
 def same(one, other):
