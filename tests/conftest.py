@@ -139,16 +139,8 @@ class Workshop:
         return self.run_dir(name)
 
     def main(self, name: str = "run", arguments: Sequence[str] = (), **changes: Any) -> int:
-        """Run the main function of train.py in this process and return its exit code."""
-        import train
-
-        config = self.write(self.config(name, **changes))
-        forget_process_state()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["train.py", "--config", str(config), *arguments])
-            for stream in ("stdout", "stderr"):  # which it wraps
-                patch.setattr(sys, stream, getattr(sys, stream))
-            return train.main()
+        """Run train.py's main function in this process and return its exit code."""
+        return run_main("--config", self.write(self.config(name, **changes)), *arguments)
 
     def launch(
         self, name: str = "run", processes: int = 1, arguments: Sequence[str] = (), **changes: Any
@@ -196,6 +188,18 @@ def session(leader: int) -> list[int]:
             if int(number) == leader and state != "Z":
                 found.append(int(stat.parent.name))
     return found
+
+
+def run_main(*arguments: str | Path) -> int:
+    """Run train.py's main function in this process and return its exit code."""
+    import train
+
+    forget_process_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        for stream in ("stdout", "stderr"):  # which it wraps
+            patch.setattr(sys, stream, getattr(sys, stream))
+        return train.main()
 
 
 def forget_process_state() -> None:
