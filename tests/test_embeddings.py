@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TINY_LLAMA, losses
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import DataError, ModelError
 from finetune.export.load import load
@@ -12,6 +12,11 @@ from finetune.export.merge import merge
 from finetune.models import embeddings
 
 NEW = ["<|turn|>", "<|stop|>"]
+
+
+def llama(**changes):
+    values = {key: value for key, value in TINY_LLAMA.items() if key != "model_type"}
+    return AutoConfig.for_model("llama", **values | changes)
 
 
 @pytest.fixture
@@ -29,8 +34,9 @@ def plain(workshop, bytes_tokenizer):
         )
         bare.save_pretrained(workshop.folder / "tokenizer")
         config = TINY_LLAMA | {"tie_word_embeddings": tied}
+        tokenizer = str(workshop.folder / "tokenizer")
         base = workshop.train(
-            "base", model__config=config, model__tokenizer=str(workshop.folder / "tokenizer")
+            "base", model__config=config, model__tokenizer=tokenizer, train__max_steps=1
         )
         return {
             "model__init": "pretrained",
@@ -74,7 +80,8 @@ def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
         "chat",
         **settings,
         model__new_tokens=["<|im_start|>", "<|im_end|>"],
-        train__max_steps=30,
+        train__max_steps=8,
+        train__micro_batch_size=8,
         train__epochs=9,
     )
     assert losses(run)[-1] < losses(run)[0]
@@ -90,8 +97,8 @@ def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
         assert plainly.get_output_embeddings().weight.shape[0] == 261
 
 
-def test_new_rows_start_from_the_mean_of_the_old(workshop):
-    model = AutoModelForCausalLM.from_pretrained(workshop.train("base") / "model")
+def test_new_rows_start_from_the_mean_of_the_old():
+    model = AutoModelForCausalLM.from_config(llama(vocab_size=261))
     old = [
         module.weight.detach().clone()
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -120,13 +127,7 @@ def test_a_pad_token_of_the_vocabulary_is_taken_before_eos(workshop, bytes_token
 
 def test_noise_reaches_models_in_16_bits():
     """length x width, 64 x 4,096, is more than float16 can hold."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(
-        "llama",
-        **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"} | {"hidden_size": 4096},
-        vocab_size=9,
-    )
+    config = llama(hidden_size=4096, num_hidden_layers=1, intermediate_size=8, vocab_size=9)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     embeddings.add_noise(model, alpha=5.0)
     ids, embedding = torch.ones(1, 64, dtype=torch.long), model.get_input_embeddings()
@@ -150,7 +151,12 @@ def test_new_tokens_beside_an_adapter_with_unusual_embedding_names(workshop, kin
             "intermediate_size": 64, "tie_word_embeddings": True,
         },
     }  # fmt: skip
-    base = workshop.train("base", model__config={"model_type": kind, **sizes[kind]}) / "model"
+    base = (
+        workshop.train(
+            "base", model__config={"model_type": kind, **sizes[kind]}, train__max_steps=1
+        )
+        / "model"
+    )
     run = workshop.train(
         model__init="pretrained", model__path=str(base), model__config=None, model__tokenizer=None,
         adapter__kind="lora", model__new_tokens=["<a>"],
@@ -162,12 +168,7 @@ def test_new_tokens_beside_an_adapter_with_unusual_embedding_names(workshop, kin
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_noise_is_as_large_as_its_formula_by_the_length_of_each_document(packed):
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(
-        "llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(llama(vocab_size=99))
     embeddings.add_noise(model, alpha=5.0)
     seen = []
     model.get_input_embeddings().register_forward_hook(
