@@ -62,6 +62,21 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_jsonl(run / "metrics.jsonl")]
 
 
+def pretrained(model: Path | str, **changes: Any) -> dict[str, Any]:
+    """Return the settings of a run on saved weights."""
+    return {
+        "model__init": "pretrained", "model__path": str(model), "model__config": None,
+        "model__tokenizer": None, **changes,
+    }  # fmt: skip
+
+
+def tiny_llama(**changes: Any) -> Any:
+    """Return the config of a two-layer Llama."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**TINY_LLAMA | changes)
+
+
 class Workshop:
     """A folder with rows, and configs of small runs in it."""
 

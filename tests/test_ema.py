@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Workshop, losses, read_jsonl
+from conftest import Workshop, losses, pretrained, read_jsonl
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -80,9 +80,8 @@ def test_the_best_averages_are_exported(workshop):
 def test_averages_of_an_adapter(workshop):
     base = workshop.train("base", train__max_steps=1) / "model"
     run = workshop.train(
-        model__path=str(base), model__init="pretrained", model__config=None, model__tokenizer=None,
-        adapter__kind="lora", adapter__dropout=0.1, train__ema_decay=0.9,
-    )  # fmt: skip
+        **pretrained(base), adapter__kind="lora", adapter__dropout=0.1, train__ema_decay=0.9
+    )
     averages = weights_of_step(run, 5, "ema")
     saved = load_file(run / "model/adapter_model.safetensors")
     for name, tensor in saved.items():

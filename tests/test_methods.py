@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY_LLAMA, Workshop, losses, short
+from conftest import TINY_LLAMA, Workshop, losses, pretrained, short, tiny_llama
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -113,16 +113,7 @@ def trained(tmp_path_factory, base):
 def six_steps(base: str, method: str, optimizer: str) -> dict:
     rate = RATES.get(optimizer) or RATES.get(method, 1e-2)
     chosen = {"optimizer__kind": optimizer, "optimizer__lr": rate}
-    return {**on(base), **METHODS[method], **SIX, **chosen}
-
-
-def on(base: str) -> dict:
-    return {
-        "model__init": "pretrained",
-        "model__path": base,
-        "model__config": None,
-        "model__tokenizer": None,
-    }
+    return {**pretrained(base), **METHODS[method], **SIX, **chosen}
 
 
 def pairs_of_method_and_optimizer():
@@ -189,7 +180,7 @@ def test_merged_is_base_plus_adapter(workshop, trained, method):
 
 
 def test_several_adapters_of_one_base_are_added_up(workshop, base, trained):
-    second = workshop.train("b", **on(base), **METHODS["lora"], **ONE, run__seed=2)
+    second = workshop.train("b", **pretrained(base), **METHODS["lora"], **ONE, run__seed=2)
     runs = [trained("lora"), second]
     merge([run / "model" for run in runs], workshop.folder / "merged")
     name = "model.layers.0.self_attn.q_proj"
@@ -206,8 +197,8 @@ def test_several_adapters_of_one_base_are_added_up(workshop, base, trained):
 def test_adapters_that_cannot_be_added_are_not_merged(workshop, base, other_base, trained):
     """Of other bases, with whole modules, and those that change the base under the others."""
     plain, merged = trained("lora") / "model", workshop.folder / "merged"
-    biases = workshop.train("biases", **on(base), **METHODS["lora, biases"], **ONE)
-    elsewhere = workshop.train("elsewhere", **on(other_base), **METHODS["lora"], **ONE)
+    biases = workshop.train("biases", **pretrained(base), **METHODS["lora, biases"], **ONE)
+    elsewhere = workshop.train("elsewhere", **pretrained(other_base), **METHODS["lora"], **ONE)
     for run, why in (
         (elsewhere, "adapters of different bases"),
         (trained("qlora, LoftQ"), "adapters of different bases"),
@@ -247,7 +238,7 @@ def test_trained_weights_beside_a_16_bit_base_have_32_bits(
 
     monkeypatch.setattr(loop, "finish", looked_at)
     settings = {
-        **on(base),
+        **pretrained(base),
         **SIXTEEN[method],
         "adapter__kind": kind,
         "train__precision": "bf16",
@@ -298,10 +289,12 @@ QLORA = {"adapter__kind": "qlora"}
 def test_an_adapter_cannot_continue_with_another_shape(workshop, base, trained, first, then, why):
     """Already known before weights load."""
     lora = {"adapter__kind": "lora"}
-    with_tokens = {**on(base), **lora, "model__new_tokens": ["<a>"], **ONE}
+    with_tokens = {**pretrained(base), **lora, "model__new_tokens": ["<a>"], **ONE}
     run = trained(first) if first else workshop.train("first", **with_tokens)
     with pytest.raises(ModelError, match=why):
-        workshop.check("then", **on(base), **(lora | then), adapter__path=str(run / "model"))
+        workshop.check(
+            "then", **pretrained(base), **(lora | then), adapter__path=str(run / "model")
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -312,29 +305,33 @@ def test_an_adapter_can_be_trained_further(workshop, base, other_base, trained, 
         "adapter__kind": "lora", "adapter__path": str(first / "model"),
         "train__precision": precision, **ONE,
     }  # fmt: skip
-    second = workshop.train("second", **on(base), **further)
+    second = workshop.train("second", **pretrained(base), **further)
     assert losses(second)[0] < losses(first)[0], "it begins where the first has ended"
     before, after = exported(first), exported(second)
     assert {name: t.shape for name, t in after.items()} == {n: t.shape for n, t in before.items()}
     with pytest.raises(ModelError, match="has changed since the adapter was trained"):
-        workshop.train("third", **on(other_base), **further)
+        workshop.train("third", **pretrained(other_base), **further)
 
 
 def test_a_loftq_adapter_keeps_its_mark(workshop, base, trained):
     path = str(trained("qlora, LoftQ") / "model")
-    second = workshop.train("second", **on(base), **QLORA, **ONE, adapter__path=path) / "model"
+    second = (
+        workshop.train("second", **pretrained(base), **QLORA, **ONE, adapter__path=path) / "model"
+    )
     assert merge([second], workshop.folder / "merged").quantization < 1e-4
 
 
 def test_the_summary_of_a_run_that_goes_on_counts_what_trains(workshop, base, trained, capfd):
     first = trained("lora, PiSSA") / "model"
     capfd.readouterr()
-    workshop.check("second", **on(base), adapter__kind="lora", adapter__path=str(first))
+    workshop.check("second", **pretrained(base), adapter__kind="lora", adapter__path=str(first))
     assert " 0 of them train" not in capfd.readouterr().out
     with pytest.raises(
         ConfigError, match=r"is a run directory; its adapter is in .*/model: give that folder"
     ):
-        workshop.check("third", **on(base), adapter__kind="lora", adapter__path=str(first.parent))
+        workshop.check(
+            "third", **pretrained(base), adapter__kind="lora", adapter__path=str(first.parent)
+        )
 
 
 @pytest.mark.parametrize(
@@ -362,14 +359,14 @@ def test_settings_without_effect_are_refused_before_weights_load(
     workshop, base, changes, error, why
 ):
     with pytest.raises(error, match=why):
-        workshop.check(**on(base), **({"adapter__kind": "lora"} | changes))
+        workshop.check(**pretrained(base), **({"adapter__kind": "lora"} | changes))
 
 
 def test_freezing_new_tokens_and_too_large_rates_are_refused(workshop, base):
     with pytest.raises(ModelError, match=r"model.new_tokens could not be trained"):
-        workshop.check(**on(base), model__new_tokens=["<a>"], adapter__freeze=["embed"])
+        workshop.check(**pretrained(base), model__new_tokens=["<a>"], adapter__freeze=["embed"])
     with pytest.raises(ConfigError, match=r"adafactor never steps by more than 1 / sqrt\(step\)"):
-        workshop.check(**on(base), optimizer__kind="adafactor", optimizer__lr=0.9)
+        workshop.check(**pretrained(base), optimizer__kind="adafactor", optimizer__lr=0.9)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
@@ -380,7 +377,7 @@ def test_loftq_is_refused_for_layers_that_are_not_linear(workshop, kind):
     }[kind] | {"model_type": kind}
     model = workshop.train("base", model__config=config, **ONE) / "model"
     with pytest.raises(ModelError, match=r"adapter.init: loftq is for linear layers, and .* is"):
-        workshop.check(**on(str(model)), adapter__kind="qlora", adapter__init="loftq")
+        workshop.check(**pretrained(model), adapter__kind="qlora", adapter__init="loftq")
 
 
 @pytest.mark.parametrize("kind", short(["nf4", "fp4", "int8"], "nf4", "int8"))
@@ -397,7 +394,7 @@ def test_the_quantised_base_stays_to_the_last_bit(workshop, base, kind, monkeypa
 
     monkeypatch.setattr(loop, "build", watched)
     settings = {"data__eval_fraction": 0.2, "evaluation__every_steps": 1, "train__max_steps": 2}
-    run = workshop.train(**on(base), **settings, **QLORA, adapter__quantization=kind)
+    run = workshop.train(**pretrained(base), **settings, **QLORA, adapter__quantization=kind)
     assert sha256(seen[0]) == seen[1]
     counts = json.loads((run / "receipt.json").read_text())["parameters"]
     assert counts["total"] - counts["trainable"] == sum(
@@ -439,11 +436,7 @@ def test_a_square_layer_of_1000_with_rank_2_trains_4_000():
 
 def scaled(adapter: Adapter):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            "llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99
-        )
-    )
+    model = AutoModelForCausalLM.from_config(tiny_llama(vocab_size=99))
     layer = adapters.apply(model, adapter, Model(path="x")).get_submodule(
         "base_model.model.model.layers.0.self_attn.q_proj"
     )
@@ -571,10 +564,7 @@ def test_embeddings_keep_their_state_in_32_bits(kind):
 
 def test_groups_have_their_own_rates():
     with torch.device("meta"):
-        config = AutoConfig.for_model(
-            "llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99
-        )
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(tiny_llama(vocab_size=99))
     full = optim.parameter_groups(model, Optimizer(lr=1e-3, embedding_lr=1e-4))
     assert {
         round(g["scale"], 6): len(g["params"]) for g in full if g["hidden"] or g["scale"] < 1

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Workshop, losses, read_jsonl, short
+from conftest import TINY_LLAMA, Workshop, losses, pretrained, read_jsonl, short
 from faults.forked import assert_same_end, forget, start, wait_for
 from safetensors.torch import load_file, save_file
 
@@ -22,10 +22,7 @@ from finetune import config as configs
 from finetune.errors import CheckpointError, DirectoryInUse, RunDirectoryError
 
 pytestmark = pytest.mark.slow
-TIED_WITH_DROPOUT = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "attention_dropout": 0.1, "tie_word_embeddings": True,
-}  # fmt: skip
+TIED_WITH_DROPOUT = TINY_LLAMA | {"attention_dropout": 0.1, "tie_word_embeddings": True}
 
 
 class Interrupted(BaseException):  # not caught by anything, as the end of a process is not
@@ -113,13 +110,15 @@ def test_other_rows_are_another_run(workshop, monkeypatch):
     settings = {"data__eval": str(rows), "checkpoint__every_steps": 2}
     run = train_until(workshop, monkeypatch, 3, "run", **settings)
     assert json.loads((run / "outcome.json").read_text())["state"] == "running"
-    for path, word, what in ((rows, "yes", "evaluation"), (workshop.rows, "three", "training")):
-        content = path.read_text()
-        path.write_text(content.replace(word, "four"))
-        with pytest.raises(RunDirectoryError, match=f"{what} data: was"):
-            workshop.train(**settings)
-        path.write_text(content)
-    workshop.train(**settings)
+    for starts in ("is a checkpoint of another run", "is complete, but it is another run"):
+        for path, word, what in ((rows, "yes", "evaluation"), (workshop.rows, "three", "training")):
+            content = path.read_text()
+            path.write_text(content.replace(word, "four"))
+            with pytest.raises(RunDirectoryError, match=f"({starts})(.*\n)*  {what} data: was"):
+                workshop.train(**settings)
+            path.write_text(content)
+        workshop.train(**settings)
+    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
 
 
 def test_a_finished_run_started_again_is_still_finished(workshop):
@@ -378,21 +377,7 @@ def change_config(folder: Path, **fields) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from finetune.models.load import bytes_tokenizer
-
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    tokenizer = bytes_tokenizer()
-    config = LlamaConfig(
-        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return Workshop(tmp_path_factory.mktemp("base")).train(train__max_steps=1) / "model"
 
 
 @pytest.fixture(scope="module")
@@ -415,8 +400,7 @@ def on_the_base(kind: str) -> dict[str, Any]:
     """Paths are relative to the working directory, so that the whole folder can be copied."""
     return {
         "run__dir": "runs", "data__train": "rows.jsonl", "data__template": "question_answer",
-        "model__init": "pretrained", "model__path": "base", "model__config": None,
-        "model__tokenizer": None, "adapter__kind": kind, "checkpoint__every_steps": 2,
+        "adapter__kind": kind, "checkpoint__every_steps": 2, **pretrained("base"),
     }  # fmt: skip
 
 
