@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # the models are tiny, and several processes share few cores
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Else importing torch spends 2 s of CPU on collecting garbage that it does not make.
+gc.set_threshold(200_000, 20, 100)
 
 pytest_plugins = ["durations"]
 TINY_LLAMA = {
@@ -57,6 +60,21 @@ def tracked() -> list[str]:
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_jsonl(run / "metrics.jsonl")]
+
+
+def pretrained(model: Path | str, **changes: Any) -> dict[str, Any]:
+    """Return the settings of a run on saved weights."""
+    return {
+        "model__init": "pretrained", "model__path": str(model), "model__config": None,
+        "model__tokenizer": None, **changes,
+    }  # fmt: skip
+
+
+def tiny_llama(**changes: Any) -> Any:
+    """Return the config of a two-layer Llama."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**TINY_LLAMA | changes)
 
 
 class Workshop:
@@ -107,6 +125,12 @@ class Workshop:
         path = self.run_dir() / log
         return path.read_text().count("\n") if path.exists() else 0
 
+    def copy_of(self, run: Path, left_out: Sequence[str] = ()) -> Path:
+        """Copy a run of another workshop, to go on with it here; return the run directory."""
+        shutil.copytree(run, self.run_dir(run.name), ignore=shutil.ignore_patterns(*left_out))
+        self.rows = run.parents[1] / "rows.jsonl"
+        return self.run_dir(run.name)
+
     def train(self, name: str = "run", **changes: Any) -> Path:
         """Train in this process and return the run directory; raise the errors of train.py."""
         return self._run([], name, changes)
@@ -126,8 +150,12 @@ class Workshop:
             ["--config", str(self.write(self.config(name, **changes))), *arguments]
         )
         loop.run(config, check_only, StopFlag())
-        freeze_imports()
+        freeze_imports(len(sys.modules))
         return self.run_dir(name)
+
+    def main(self, name: str = "run", arguments: Sequence[str] = (), **changes: Any) -> int:
+        """Run train.py's main function in this process and return its exit code."""
+        return run_main("--config", self.write(self.config(name, **changes)), *arguments)
 
     def launch(
         self, name: str = "run", processes: int = 1, arguments: Sequence[str] = (), **changes: Any
@@ -151,8 +179,8 @@ def no_config_folder():
 
 
 @functools.cache
-def freeze_imports() -> None:
-    """Freeze imported objects once, so that collecting garbage after each run saves 0.3 s."""
+def freeze_imports(num_modules: int) -> None:
+    """Freeze objects of new imports: runs collect garbage, which would cost 0.3 s in each."""
     gc.collect()
     gc.freeze()
 
@@ -175,6 +203,18 @@ def session(leader: int) -> list[int]:
             if int(number) == leader and state != "Z":
                 found.append(int(stat.parent.name))
     return found
+
+
+def run_main(*arguments: str | Path) -> int:
+    """Run train.py's main function in this process and return its exit code."""
+    import train
+
+    forget_process_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        for stream in ("stdout", "stderr"):  # which it wraps
+            patch.setattr(sys, stream, getattr(sys, stream))
+        return train.main()
 
 
 def forget_process_state() -> None:
