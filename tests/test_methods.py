@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY_LLAMA, Workshop, losses, pretrained, short, tiny_llama
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config import Adapter, Model, Optimizer, QLora
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 METHODS = {
     "full": {},
     "full, frozen by pattern": {"adapter__freeze": ["embed_tokens", r"layers\.0\."]},
-    "lora": {"adapter__kind": "lora", "adapter__r": 4},
+    "lora": {"adapter__kind": "lora", "adapter__r": 4, "adapter__dropout": 0.1},
     "lora, some layers": {
         "adapter__kind": "lora", "adapter__target_modules": r".*layers\.1\..*(q_proj|up_proj)",
     },
@@ -143,6 +144,17 @@ def test_it_learns_exports_and_resumes_to_the_bit(workshop, base, trained, metho
     again = exported(resumed)
     assert final.keys() == again.keys()
     assert all(torch.equal(final[name], again[name]) for name in final)
+
+
+@pytest.mark.parametrize("method", ["lora", "full, frozen by pattern"])
+def test_checkpoints_hold_no_frozen_weight(trained, method):
+    shards = FileSystemReader(trained(method) / "checkpoints/step-00000006/shards")
+    saved = [name for name in shards.read_metadata().state_dict_metadata if "groups" not in name]
+    assert any("layers.1" in name for name in saved)
+    if method == "lora":
+        assert all("lora_" in name for name in saved)
+    else:
+        assert not any("embed_tokens" in name or "layers.0" in name for name in saved)
 
 
 def exported(run):
