@@ -5,12 +5,14 @@ import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from finetune import failures, own_code
 from finetune.config import OwnObjective
+from finetune.data import batches as layouts
 from finetune.data.batches import Batch
 from finetune.errors import ConfigError, FinetuneError
 from finetune.models.policy import Answers, Policy
@@ -73,9 +75,9 @@ class Own(Objective):
         `filler`: a batch without supervised tokens, which a process gets that has no sequence left.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
             self._rehearse(batch, settings, has_adapters, "log-probabilities around -2")
             self._rehearse(filler, settings, has_adapters, "a batch without supervised tokens")
+            self._require_sums(batch, settings, has_adapters)
 
     def _rehearse(self, batch: Batch, settings: Any, has_adapters: bool, where: str) -> None:
         batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters)
@@ -98,6 +100,33 @@ class Own(Objective):
         with torch.no_grad():
             terms = self.evaluate(policy, batch, settings, prepared)
         self._require_finite("evaluate", terms, where)
+
+    def _require_sums(self, batch: Batch, settings: Any, has_adapters: bool) -> None:
+        """Raise ConfigError for a value that does not double where every document comes twice."""
+
+        def values(batch: Batch, copies: int) -> dict[tuple[str, str], float]:
+            policy = _Rehearsal(has_adapters, copies)
+            with torch.no_grad():
+                prepared = self.prepare(policy, [batch], settings)
+            found = {("prepare", f"gives {name!r}, which"): n for name, n in prepared.items()}
+            for term in self.loss(policy, batch, settings, prepared):
+                found["loss", f"term {term.name!r}"] = term.sum
+            with torch.no_grad():
+                for term in self.evaluate(policy, batch, settings, prepared):
+                    found["evaluate", f"term {term.name!r}"] = term.sum
+            return {key: value.item() for key, value in found.items()}
+
+        both = _twice(batch)  # first: an objective of a user's own may change the batch
+        once, twice = values(batch, 1), values(both, 2)
+        for (method, what), value in once.items():
+            got = twice[method, what]
+            # Sums over many tokens may be nearly 0, and their rounding is not.
+            if not math.isclose(got, 2 * value, rel_tol=1e-3, abs_tol=1e-6 * len(both.labels)):
+                raise self._wrong(
+                    method, f"{what} is {value:.3g}, and {got:.3g} where every document comes "
+                    "twice, where a sum doubles; add up with .sum(), not with .mean(), and name "
+                    "what divides the sum in `per`, which may be a name that prepare gives"
+                )  # fmt: skip
 
     def _checked(self, method: str, terms: Any, counted: Sequence[str]) -> list[Term]:
         if not isinstance(terms, list | tuple):
@@ -177,16 +206,47 @@ def _problem(term: Term, counted: Sequence[str], before: Set[str]) -> str | None
     return None
 
 
+def _twice(batch: Batch) -> Batch:
+    """Return a batch with each document a second time, as a document of an example of its own."""
+
+    def apart(numbers: torch.Tensor, count: int) -> torch.Tensor:
+        return torch.cat([numbers, numbers + count])
+
+    def repeated(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: torch.cat([each, each]) for name, each in values.items()}
+
+    ids, lengths = batch.inputs["input_ids"], batch.lengths * 2
+    if "attention_mask" in batch.inputs:
+        inputs = repeated({k: v for k, v in batch.inputs.items() if isinstance(v, torch.Tensor)})
+    else:
+        places = batch.inputs["position_ids"]
+        inputs = layouts._end_to_end(ids.repeat(1, 2), places.repeat(1, 2), lengths)
+    return replace(
+        batch, inputs=inputs, labels=batch.labels.repeat(2), lengths=lengths,
+        positions=apart(batch.positions, ids.numel()),
+        document=apart(batch.document, batch.num_documents),
+        example=apart(batch.example, batch.counts["examples"]),
+        counts={name: 2 * count for name, count in batch.counts.items()},
+        weights=None if batch.weights is None else batch.weights.repeat(2),
+        columns=repeated(batch.columns), token_columns=repeated(batch.token_columns),
+        num_documents=2 * batch.num_documents,
+    )  # fmt: skip
+
+
 class _Rehearsal(Policy):
     """Answer with random numbers in the shapes of a batch."""
 
-    def __init__(self, has_adapters: bool) -> None:
+    def __init__(self, has_adapters: bool, copies: int = 1) -> None:
+        """`copies`: how often the batch holds each document; all copies get the same answers."""
         super().__init__(model=None)
-        self.has_adapters, self.leaves = has_adapters, list[torch.Tensor]()
+        self.has_adapters, self.copies = has_adapters, copies
+        self.leaves = list[torch.Tensor]()
+        torch.manual_seed(0)
 
     def __call__(self, batch: Batch, want: Any, *, label_smoothing: float = 0.0) -> Answers:
         wanted = self.known(want)
-        logits = torch.randn(len(batch.labels), VOCABULARY, requires_grad=torch.is_grad_enabled())
+        logits = torch.randn(len(batch.labels) // self.copies, VOCABULARY).repeat(self.copies, 1)
+        logits.requires_grad_(torch.is_grad_enabled())
         self.leaves.append(logits)
         distribution = logits.log_softmax(-1)
         logprobs = distribution[:, 0]
