@@ -22,7 +22,7 @@ from finetune.models import (
     parameters,
     recompute,
 )
-from finetune.objectives import Own, chosen
+from finetune.objectives import Objective, Own, chosen
 
 # Share of the evaluation rows that may also be training rows: common data sets have a few.
 MAX_EVAL_OVERLAP = 0.1
@@ -94,10 +94,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     num_steps = train_batches.steps_per_epoch * config.train.epochs
     num_steps = min(num_steps, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
-    if isinstance(objective, Own):
-        has_adapters = config.adapter.kind != "full"
-        first, filler = train_batches.of_all().at(0)[0], train_batches.filler()
-        topology.on_every(lambda: objective.rehearse(first, filler, config.objective, has_adapters))
+    topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     _check_sample_prompts(config, kept, tokenizer)
     identity = {
         "training data": train_batches.fingerprint,
@@ -219,6 +216,12 @@ def _batched(
     of_train = batched(train, size, micro_size, wanted.group_by_length)
     at_once = config.evaluation.micro_batch_size or config.micro_batch_size
     return of_train, batched(evals, at_once * topology.num_data, at_once, True) if evals else None
+
+
+def _rehearse_objective(config: Config, objective: Objective, train: batches.Batches) -> None:
+    if isinstance(objective, Own):
+        first, filler = train.of_all().at(0)[0], train.filler()
+        objective.rehearse(first, filler, config.objective, config.adapter.kind != "full")
 
 
 def _positions(model_config: Any) -> int | None:

@@ -13,7 +13,6 @@ from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint
 from finetune.errors import ExportError, ModelError, OutOfMemory
 from finetune.export.load import load, load_tokenizer
-from finetune.export.save import embedding_dtype, generation, with_template
 from finetune.models import adapters, attention_choice, attention_probe
 
 PROBE_TOKENS = 16
@@ -41,40 +40,6 @@ class Trained:
     eos_token_id: int | list[int] | None
     tokenizer: Any
     """The exported one."""
-
-
-def trained(
-    model: Any,
-    weights: dict[str, torch.Tensor],
-    logits: torch.Tensor,
-    tokenizer: Any,
-    template: Template | None,
-    *,
-    system_prompt: str | None,
-    precision: str,
-    device: torch.device,
-    probe_dtype: torch.dtype | None = None,
-) -> Trained:
-    """Return what to compare an export with.
-
-    `model` gives class and settings, and its weights may be sharded; `weights` are whole.
-    """
-    is_adapter = adapters.are_in(model)
-    if is_adapter:
-        dtype = getattr(torch, model.base_record["dtype"])
-    else:
-        dtype = embedding_dtype(model, weights)
-    return Trained(
-        weights=weights,
-        logits=logits,
-        device=device,
-        dtype=dtype,
-        probe_dtype=probe_dtype,
-        precision=precision,
-        is_adapter=is_adapter,
-        eos_token_id=generation(model, tokenizer, template).eos_token_id,
-        tokenizer=with_template(tokenizer, template, system_prompt),
-    )
 
 
 def verify(

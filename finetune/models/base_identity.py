@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from finetune.config import values as allowed
 from finetune.config.base import WEIGHTS, name_of, object_in
 from finetune.errors import ModelError
+from finetune.models.embeddings import embedding_and_head
 
 FILE = "base_weights.json"  # next to an adapter
 # What bitsandbytes saves next to the bytes of a quantised weight.
@@ -57,8 +58,7 @@ def _known_whole(base: nn.Module, with_new_tokens: bool) -> set[str]:
     """
     replaced: set[int] = set()
     if with_new_tokens:
-        modules = (base.get_input_embeddings(), base.get_output_embeddings())
-        replaced = {id(getattr(module, "weight", None)) for module in modules}
+        replaced = {id(module.weight) for module in embedding_and_head(base)}
     named = base.named_parameters()
     return {name for name, p in named if p.is_floating_point() and id(p) not in replaced}
 

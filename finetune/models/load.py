@@ -203,7 +203,7 @@ def _require_tied_as_configured(path: Any, model: Any, config: Any) -> None:
 
     Libraries disagree on which of them such a model has.
     """
-    weights = [module.weight for module in _embedding_and_head(model)]
+    weights = [module.weight for module in embeddings.embedding_and_head(model)]
     text = config.get_text_config()
     is_tied = config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False)
     if is_tied and len(weights) == 2 and weights[0] is not weights[1]:
@@ -330,7 +330,9 @@ def check_weights(skeleton: Any, model: Model) -> None:
     both = saved.keys() & parameters.keys()
     held = {id(parameters[name]) for name in both}  # tied weights are saved under one name
     absent = sorted(name for name, parameter in parameters.items() if id(parameter) not in held)
-    extended = _embedding_and_head(skeleton) if model.new_tokens else []  # new tokens add rows
+    extended = (
+        embeddings.embedding_and_head(skeleton) if model.new_tokens else []
+    )  # new tokens add rows
     may_differ = {id(module.weight) for module in extended}
     compared = [name for name in both if id(parameters[name]) not in may_differ]
     other = sorted(name for name in compared if saved[name] != list(parameters[name].shape))
@@ -340,11 +342,6 @@ def check_weights(skeleton: Any, model: Model) -> None:
             f"another shape, such as {(absent or other)[0]}; "
             "they would be random; download the model again, or correct its config.json"
         )
-
-
-def _embedding_and_head(model: Any) -> list[Any]:
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [module for module in modules if getattr(module, "weight", None) is not None]
 
 
 def shapes_of_file(file: Path) -> dict[str, list[int]] | None:

@@ -43,7 +43,7 @@ def one_by_one(
 
     Returns (output [1, T, H, D], log-sum-exp of the scores, float32 [1, H, T]).
     """
-    out, sums = _shapes(query, key, value, bounds, scale, window)
+    out, sums = _shapes(query)
     for part, band in each(lengths_of(bounds), window, query.device):
         states = query[:, :, part], key[:, :, part], value[:, :, part]
         own, own_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -54,14 +54,7 @@ def one_by_one(
 
 
 @one_by_one.register_fake
-def _shapes(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    scale: float,
-    window: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _shapes(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, width = query.shape
     sums = query.new_empty(batch, heads, length, dtype=torch.float32)
     return query.new_empty(batch, length, heads, width), sums

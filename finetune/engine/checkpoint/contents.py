@@ -71,7 +71,7 @@ def stage(topology: Topology, state: TrainState, copied: Callable[[Any], Any]) -
     """
     own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
     if topology.parallel.is_zero:
-        return Staged({}, topology.engine_files(copied), own)
+        return Staged({}, topology.sharing.files(copied), own)
     tensors = share(_tensors(topology, state), topology.rank, topology.num_processes)
     return Staged(copied(tensors), {}, own)
 
@@ -229,16 +229,16 @@ def _read_engine(found: Found, topology: Topology) -> None:
         topology.name,
         topology.num_processes,
     ):
-        topology.load_engine(found.path / SHARDS)
+        topology.sharing.load(found.path / SHARDS)
         return
     converted = found.path.with_name(f".converting-{found.path.name}")
 
     def convert() -> None:
         shutil.rmtree(converted, ignore_errors=True)
-        topology.universal(found.path / SHARDS, converted)
+        topology.sharing.universal(found.path / SHARDS, converted)
 
     topology.on_main(convert)
-    topology.load_engine(converted)
+    topology.sharing.load(converted)
     topology.on_every(lambda: None)  # wait until all have read it
     topology.on_main(lambda: shutil.rmtree(converted))
 

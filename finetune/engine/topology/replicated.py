@@ -12,10 +12,11 @@ from torch import nn
 
 from finetune import torch_versions
 from finetune.engine.topology import meta
+from finetune.engine.topology.sharing import Sharing
 from finetune.errors import ConfigError
 
 
-class Replicated:
+class Replicated(Sharing):
     """One process alone, or DDP."""
 
     def __init__(
@@ -49,7 +50,7 @@ class Replicated:
             )
         return model, optimizer
 
-    def unwrap(self, model: nn.Module) -> Any:
+    def unwrap(self, model: Any) -> Any:
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -77,9 +78,9 @@ class Replicated:
     def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each weight, on every process."""
         for name, parameter in parameters:
             yield name, parameter.detach()
 
-    def local_shard(self, parameter: torch.Tensor) -> torch.Tensor:
-        return parameter.detach()
+    def local_shard(self, parameter: Any) -> torch.Tensor:
+        own: torch.Tensor = parameter.detach()
+        return own

@@ -21,12 +21,13 @@ from finetune import torch_versions
 from finetune.engine.checkpoint.unpickling import require_tensors, weights_only
 from finetune.engine.topology import meta
 from finetune.engine.topology.launch import ParallelConfig
+from finetune.engine.topology.sharing import Sharing
 from finetune.errors import CheckpointError, ConfigError
 
 FILES, TAG = "shards", "engine"  # DeepSpeed's files lie in shards/engine
 
 
-class Zero:
+class Zero(Sharing):
     def __init__(
         self,
         parallel: ParallelConfig,
@@ -139,7 +140,7 @@ class Zero:
     def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each weight unsharded, in float32 if it trains. Collective."""
+        """Yield whole weights, in float32 if they train."""
         from deepspeed import zero
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -164,8 +165,10 @@ class Zero:
         own: torch.Tensor = part.detach()
         return own
 
+    def release(self) -> None:
+        self.engine = None
+
     def files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
-        """Return file name -> what DeepSpeed would save for this process, `copied`."""
         files: dict[str, Any] = {}
 
         def keep(state_dict: Any, path: str) -> None:
@@ -180,7 +183,6 @@ class Zero:
         return files
 
     def load(self, folder: Path) -> None:
-        """Load files of the same topology, or what `universal` has made of another's."""
         is_universal = (folder / TAG / "zero").exists()
         if not is_universal:  # `universal` has checked the files that it converted
             self.on_main(lambda: require_tensors(sorted((folder / TAG).glob("*.pt")), _in_files()))
