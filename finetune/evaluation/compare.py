@@ -247,13 +247,9 @@ def read(
 
 
 def report(
-    conversations: list[Conversation],
-    wanted: list[str],
-    given: dict[str, list[Answer]],
-    results: dict[str, Any],
-    shown: int,
-    max_new_tokens: int,
-) -> str:
+    conversations: list[Conversation], wanted: list[str], given: dict[str, list[Answer]],
+    results: dict[str, Any], shown: int, max_new_tokens: int,
+) -> str:  # fmt: skip
     """Return the table and the first examples, as text."""
     lines = [
         f"{len(wanted)} held-out {'row' if len(wanted) == 1 else 'rows'}",

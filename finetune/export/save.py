@@ -33,14 +33,9 @@ class Base:
 
 
 def save(
-    model: Any,
-    weights: dict[str, torch.Tensor],
-    tokenizer: Any,
-    template: Template | None,
-    folder: Path,
-    system_prompt: str | None = None,
-    base: Base | None = None,
-) -> None:
+    model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None,
+    folder: Path, system_prompt: str | None = None, base: Base | None = None,
+) -> None:  # fmt: skip
     """Write model and tokenizer into a fresh `folder`, without changing the arguments.
 
     `weights`: whole, on the CPU. The template becomes the tokenizer's chat template, and the

@@ -43,13 +43,9 @@ class Trained:
 
 
 def verify(
-    folder: Path,
-    trained: Trained,
-    template: Template | None,
-    *,
-    trust_remote_code: bool,
+    folder: Path, trained: Trained, template: Template | None, *, trust_remote_code: bool,
     system_prompt: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Open `folder` as a user would and compare it with what was trained. Raises ExportError.
 
     Every tensor must be equal bit for bit, no adapter may be zero, the logits of `probe_ids` must

@@ -61,15 +61,9 @@ class Forecaster:
     """
 
     def __init__(
-        self,
-        config: Config,
-        model_config: Any,
-        tokenizer: Any,
-        *,
-        attention: str,
-        precision: str,
+        self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str,
         on_gpu: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
         self._about = (model_config, tokenizer, attention)
         self._rehearsals: dict[bool, Rehearsal] = {}
@@ -134,14 +128,9 @@ class Forecaster:
         if halved not in self._rehearsals:
             model_config, tokenizer, attention = self._about
             self._rehearsals[halved] = Rehearsal(
-                self.config,
-                model_config,
-                tokenizer,
-                attention=attention,
-                precision=self.precision,
-                halved=halved,
-                on_gpu=self.on_gpu,
-            )
+                self.config, model_config, tokenizer, attention=attention, precision=self.precision,
+                halved=halved, on_gpu=self.on_gpu,
+            )  # fmt: skip
         return self._rehearsals[halved]
 
     def _held(self, parallel: ParallelConfig) -> _Held:

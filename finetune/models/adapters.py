@@ -151,20 +151,15 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
     is_everywhere = prefix and adapter.target_modules == "all-linear"
     on_meta = next(model.parameters()).is_meta  # there, only shapes count
     config = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
+        r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
         target_modules=adapter.target_modules,
         exclude_modules=rf"(?!{re.escape(prefix)}\.).*" if is_everywhere else None,
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
+        use_rslora=adapter.rslora, use_dora=adapter.dora,
         init_lora_weights=True if on_meta else ADAPTER_INITS[adapter.init].peft,
         eva_config=EvaConfig(rho=1.0) if adapter.init == "eva" and not on_meta else None,
         bias=adapter.bias if isinstance(adapter, Lora) else "none",
-        modules_to_save=list(whole) or None,
-        task_type="CAUSAL_LM",
-        ensure_weight_tying=keeps_tied,
-    )
+        modules_to_save=list(whole) or None, task_type="CAUSAL_LM", ensure_weight_tying=keeps_tied,
+    )  # fmt: skip
     try:
         with warnings.catch_warnings():
             # `apply` raises an error for it.

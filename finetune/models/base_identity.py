@@ -30,13 +30,9 @@ CHUNK = 1 << 24
 
 
 def record(
-    base: nn.Module,
-    dtype: torch.dtype,
-    quantization: dict[str, Any] | None,
-    loftq: bool,
-    new_tokens: Sequence[str],
-    new_token_ids: Sequence[int],
-) -> dict[str, Any]:
+    base: nn.Module, dtype: torch.dtype, quantization: dict[str, Any] | None, loftq: bool,
+    new_tokens: Sequence[str], new_token_ids: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
     """Return what identifies this base; without hashes for a model on the meta device."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -319,14 +315,10 @@ def _files(name: str, commit: str | None) -> list[Path]:
 
     def found(file: str) -> Path | None:
         path = cached_file(
-            name,
-            file,
-            revision=commit,
-            local_files_only=True,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
+            name, file, revision=commit, local_files_only=True,
+            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-        )
+        )  # fmt: skip
         return None if path is None else Path(path)
 
     first = next((path for path in map(found, WEIGHTS) if path is not None), None)

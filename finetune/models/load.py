@@ -134,13 +134,9 @@ def model_class(config: Any) -> Any:
 
 
 def load_model(
-    model: Model,
-    config: Any,
-    tokenizer: Any,
-    attention: str,
-    dtype: torch.dtype,
+    model: Model, config: Any, tokenizer: Any, attention: str, dtype: torch.dtype,
     quantization: dict[str, Any] | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """Return the model in `dtype`, with saved or random weights. Raises ModelError.
 
     It is on the CPU; if quantised, where bitsandbytes puts it. `quantization`: arguments of
@@ -160,14 +156,10 @@ def load_model(
     else:
         with translated(f"model {model.path!r}"):
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                model.path,
-                attn_implementation=attention,
-                dtype=dtype,
-                revision=model.revision,
-                trust_remote_code=model.trust_remote_code,
-                output_loading_info=True,
+                model.path, attn_implementation=attention, dtype=dtype, revision=model.revision,
+                trust_remote_code=model.trust_remote_code, output_loading_info=True,
                 **quantized_as(config, quantization),
-            )
+            )  # fmt: skip
         require_all_weights(model.path, loaded, info)
         _require_tied_as_configured(model.path, loaded, config)
         _require_embedding(model.path, loaded)
@@ -399,13 +391,9 @@ def bytes_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        pad_token="<|pad|>",
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
