@@ -123,7 +123,7 @@ class RoundedAdamW(torch.optim.Optimizer):
                     chance = torch.Generator(parameter.device)
                     chance.manual_seed(_mixed(self.seed, number))
                 tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-                slices = (_own_part(tensor).view(-1).split(SLICE) for tensor in tensors)
+                slices = (own_part(tensor).view(-1).split(SLICE) for tensor in tensors)
                 for weight, grad, first, second in zip(*slices):
                     _adamw_(weight, grad, first, second, number, group, chance)
 
@@ -164,7 +164,7 @@ def round_(stored: torch.Tensor, value: torch.Tensor, chance: torch.Generator) -
     stored.copy_(value)
 
 
-def _own_part(tensor: Any) -> torch.Tensor:
+def own_part(tensor: Any) -> torch.Tensor:
     """Return this process's part of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 

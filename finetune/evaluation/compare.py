@@ -47,14 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tuned", required=True, type=model_argument, help=what)
     what = "held-out rows, in any format that training reads"
     add("--data", required=True, type=paths.argument, help=what)
-    add(
-        "--format",
-        default="auto",
-        type=_format,
-        metavar="|".join(["auto", *rows.FORMATS, own_code.EXPECTED]),
-        help="format of the rows; auto: from the columns of the first; FILE.py:NAME: a function of "
-        "your own, as data.format",
+    what = (
+        "format of the rows; auto: from the columns of the first; FILE.py:NAME: a function of your "
+        "own, as data.format"
     )
+    shown = "|".join(["auto", *rows.FORMATS, own_code.EXPECTED])
+    add("--format", default="auto", type=_format, metavar=shown, help=what)
     what = "map columns with other names, as data.columns does"
     add("--columns", type=_mapping, default={}, help=what)
     add("--limit", type=at_least(1), default=None, help="use only the first N rows")
@@ -62,14 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "number of answers to generate at once"
     add("--batch-size", type=at_least(1), default=64, help=what)
     add("--examples", type=at_least(0), default=5, help="rows printed in full")
-    add(
-        "--output",
-        default=None,
-        type=paths.argument,
-        help="also write to this .jsonl file, for each row, what it was (row: file and line; "
-        "prompt, wanted), the answers (base, tuned), whether --max-new-tokens cut them (base_cut, "
-        "tuned_cut), and the scores (exact_match_base and so on, from 0 to 1)",
+    what = (
+        "also write to this .jsonl file, for each row, what it was (row: file and line; prompt, "
+        "wanted), the answers (base, tuned), whether --max-new-tokens cut them (base_cut, "
+        "tuned_cut), and the scores (exact_match_base and so on, from 0 to 1)"
     )
+    add("--output", default=None, type=paths.argument, help=what)
     trust_remote_code_argument(parser)
 
 

@@ -55,7 +55,7 @@ def verify(
     try:
         eos_token_id = _verify_model(folder, trained, trust_remote_code)
     except Exception as exc:
-        # A quantised base opens on one GPU, which may lack memory for what several shared.
+        # One GPU may lack memory for what several shared.
         is_out_of_memory = isinstance(failures.translate(exc), OutOfMemory)
         if trained.device.type == "cpu" or not is_out_of_memory:
             raise
@@ -114,20 +114,13 @@ def require_weights(folder: Path, reloaded: Any, weights: dict[str, torch.Tensor
 
 
 def _logits_as_trained(model: Any, trained: Trained) -> torch.Tensor:
-    """Return the `probe_logits` of a reloaded model on the device and in the dtype of training.
-
-    On the CPU if the device has too little memory, as for a model that several GPUs shared.
-    """
+    """Return the `probe_logits` of a reloaded model on the device and in the dtype of training."""
     if trained.probe_dtype is not None:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(trained.probe_dtype)
     if not getattr(model, "is_quantized", False):  # a quantised one was loaded onto its device
-        try:
-            model.to(trained.device)
-        except torch.OutOfMemoryError:
-            model.to("cpu")
-            torch.cuda.empty_cache()
+        model.to(trained.device)
     return probe_logits(model)
 
 

@@ -60,7 +60,7 @@ class Staged:
     def num_bytes(self) -> int:
         """Bytes of the tensors that this process writes."""
         leaves = pytree.tree_leaves((self.tensors, self.files))
-        return sum(_local(leaf).nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return sum(optim.own_part(leaf).nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def stage(topology: Topology, state: TrainState, copied: Callable[[Any], Any]) -> Staged:
@@ -117,11 +117,6 @@ def _replica(tensor: Any, rank: int, number: int) -> tuple[int, int]:
             size = tensor.device_mesh.size(dimension)
             own, copies = own * size + tensor.device_mesh.get_local_rank(dimension), copies * size
     return own, copies
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
 
 
 def write(writing: Path, staged: Staged, processes: Processes) -> None:

@@ -26,19 +26,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from finetune import torch_versions
 from finetune.engine.topology import meta
 from finetune.engine.topology.launch import ParallelConfig
-from finetune.engine.topology.sharing import Sharing
+from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
 from finetune.errors import ConfigError
 from finetune.models import recompute
 
 
 class Fsdp2(Sharing):
     def __init__(
-        self,
-        parallel: ParallelConfig,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        on_main: Callable[[Callable[[], Any]], Any],
-    ) -> None:
+        self, parallel: ParallelConfig, device: torch.device, dtype: torch.dtype | None,
+        on_main: OnMain,
+    ) -> None:  # fmt: skip
         """`dtype`: of the arithmetic; None for float32."""
         self.parallel, self.device, self.dtype, self.on_main = parallel, device, dtype, on_main
         shards = parallel.num_processes // parallel.num_replicas
@@ -49,10 +46,7 @@ class Fsdp2(Sharing):
         )  # fmt: skip
 
     def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        **_: Any,
+        self, model: nn.Module, make_optimizer: MakeOptimizer, **_: Any
     ) -> tuple[nn.Module, Any]:
         """Shard the empty model, then broadcast one weight at a time from the main process."""
         self._store_as_floats(model)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,24 +12,19 @@ from torch import nn
 
 from finetune import torch_versions
 from finetune.engine.topology import meta
-from finetune.engine.topology.sharing import Sharing
+from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
 from finetune.errors import ConfigError
 
 
 class Replicated(Sharing):
     """One process alone, or DDP."""
 
-    def __init__(
-        self, accelerator: Accelerator, on_main: Callable[[Callable[[], Any]], Any]
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, on_main: OnMain) -> None:
         self.accelerator, self.on_main = accelerator, on_main
         self.num_processes: int = accelerator.num_processes
 
     def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        **_: Any,
+        self, model: nn.Module, make_optimizer: MakeOptimizer, **_: Any
     ) -> tuple[nn.Module, Any]:
         """Let DDP send the main process's weights; send buffers once, not at each pass."""
         if self.num_processes > 1:

@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+OnMain = Callable[[Callable[[], Any]], Any]
+"""Do something on the main process, whose result every process gets."""
+
 
 class Sharing:
-    """Base of the ways to share a model. Every method is collective but those that say otherwise.
+    """Base of the ways to share a model. Every method is collective but those that say otherwise."""
 
-    `on_main`: does something on the main process, whose result every process gets.
-    """
-
-    on_main: Callable[[Callable[[], Any]], Any]
+    on_main: OnMain
 
     def prepare(
-        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
-        accumulation_steps: int, micro_batch_size: int, max_norm: float,
+        self, model: nn.Module, make_optimizer: MakeOptimizer, *, accumulation_steps: int,
+        micro_batch_size: int, max_norm: float,
     ) -> tuple[nn.Module, Any]:  # fmt: skip
         """Move the model to the device, share it, and return it with its optimizer.
 

@@ -14,7 +14,7 @@ from finetune.config import Config, accumulation_steps
 from finetune.data.batches import Batch
 from finetune.engine.topology import meta
 from finetune.engine.topology.replicated import Replicated
-from finetune.engine.topology.sharing import Sharing
+from finetune.engine.topology.sharing import MakeOptimizer, Sharing
 from finetune.engine.topology.start import HALF, Process
 from finetune.objectives import base as objectives
 from finetune.objectives.base import Term
@@ -65,10 +65,7 @@ class Topology(Process):
         return self.accelerator.scaler is not None
 
     def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        config: Config,
+        self, model: nn.Module, make_optimizer: MakeOptimizer, config: Config
     ) -> tuple[nn.Module, Any]:
         """Move model and optimizer to the device, share them, and check that they really are.
 

@@ -21,7 +21,7 @@ from finetune import torch_versions
 from finetune.engine.checkpoint.unpickling import require_tensors, weights_only
 from finetune.engine.topology import meta
 from finetune.engine.topology.launch import ParallelConfig
-from finetune.engine.topology.sharing import Sharing
+from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
 from finetune.errors import CheckpointError, ConfigError
 
 FILES, TAG = "shards", "engine"  # DeepSpeed's files lie in shards/engine
@@ -29,12 +29,9 @@ FILES, TAG = "shards", "engine"  # DeepSpeed's files lie in shards/engine
 
 class Zero(Sharing):
     def __init__(
-        self,
-        parallel: ParallelConfig,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        on_main: Callable[[Callable[[], Any]], Any],
-    ) -> None:
+        self, parallel: ParallelConfig, device: torch.device, dtype: torch.dtype | None,
+        on_main: OnMain,
+    ) -> None:  # fmt: skip
         self.parallel, self.device, self.dtype, self.on_main = parallel, device, dtype, on_main
         self.deepspeed = _deepspeed(device)
         self.engine: Any = None
@@ -53,7 +50,7 @@ class Zero(Sharing):
             )
 
     def prepare(
-        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
+        self, model: nn.Module, make_optimizer: MakeOptimizer, *,
         accumulation_steps: int, micro_batch_size: int, max_norm: float,
     ) -> tuple[nn.Module, Any]:  # fmt: skip
         """Let the engine broadcast the weights from the main process, and check what it set up.
