@@ -19,7 +19,7 @@ OnMain = Callable[[Callable[[], Any]], Any]
 
 
 class Sharing:
-    """Base of the ways to share a model. Every method is collective but those that say otherwise."""
+    """Base of the ways to share a model. Every method is collective unless it says otherwise."""
 
     on_main: OnMain
 
