@@ -344,7 +344,7 @@ def test_a_check_rehearses_the_objective(workshop, own):
 def test_an_error_in_a_later_batch_ends_the_run_with_its_line(workshop, own):
     body = (
         "self.calls = getattr(self, 'calls', 0) + 1\n        return [Term('loss', policy(batch, "
-        "{'nll'}).nll, per='tokens')] if self.calls < 9 else 1 / 0"
+        "{'nll'}).nll, per='tokens')] if self.calls < 7 else 1 / 0"
     )
     with pytest.raises(ConfigError, match=r"objective.kind: .*own\.py:5: ZeroDivisionError"):
         workshop.train(objective__kind=own(LOSS + body))
@@ -352,12 +352,12 @@ def test_an_error_in_a_later_batch_ends_the_run_with_its_line(workshop, own):
 
 
 def test_without_a_finite_evaluation_none_is_called_the_best(workshop, own, capsys):
-    """The rehearsal, which evaluates four times, finds nothing."""
+    """The rehearsal, which evaluates three times, finds nothing."""
     body = (
         f"return [Term('loss', {NLL}, per='tokens')]\n\n"
         "    def evaluate(self, policy, batch, settings, prepared):\n"
         "        self.calls = getattr(self, 'calls', 0) + 1\n"
-        f"        return [Term('loss', {NLL} * (1 if self.calls < 5 else float('nan')), 'tokens')]"
+        f"        return [Term('loss', {NLL} * (1 if self.calls < 4 else float('nan')), 'tokens')]"
     )
     workshop.train(
         objective__kind=own(LOSS + body), data__eval_fraction=0.2, train__max_steps=4,

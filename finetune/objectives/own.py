@@ -74,13 +74,30 @@ class Own(Objective):
 
         `filler`: a batch without supervised tokens, which a process gets that has no sequence left.
         """
+        both = _twice(batch)  # first: an objective of a user's own may change the batch
         with torch.random.fork_rng(devices=[]):
-            self._rehearse(batch, settings, has_adapters, "log-probabilities around -2")
+            once = self._rehearse(batch, settings, has_adapters, "log-probabilities around -2")
             self._rehearse(filler, settings, has_adapters, "a batch without supervised tokens")
-            self._require_sums(batch, settings, has_adapters)
+            twice = self._rehearse(both, settings, has_adapters, "documents that come twice", 2)
+        # Sums over many tokens may be nearly 0, and their rounding is not.
+        rounding = 1e-6 * len(both.labels)
+        for (method, what), value in once.items():
+            got = twice[method, what]
+            if not math.isclose(got, 2 * value, rel_tol=1e-3, abs_tol=rounding):
+                raise self._wrong(
+                    method, f"{what} is {value:.3g}, and {got:.3g} where every document comes "
+                    "twice, where a sum doubles; add up with .sum(), not with .mean(), and name "
+                    "what divides the sum in `per`, which may be a name that prepare gives"
+                )  # fmt: skip
 
-    def _rehearse(self, batch: Batch, settings: Any, has_adapters: bool, where: str) -> None:
-        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters)
+    def _rehearse(
+        self, batch: Batch, settings: Any, has_adapters: bool, where: str, copies: int = 1
+    ) -> dict[tuple[str, str], float]:
+        """Return every value that the methods give, by method and name.
+
+        `copies`: how often the batch holds each document.
+        """
+        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, copies)
         with torch.no_grad():
             prepared = self.prepare(policy, [batch], settings)
         terms = self.loss(policy, batch, settings, prepared)
@@ -98,35 +115,12 @@ class Own(Objective):
         if not all(gradient.isfinite().all() for gradient in gradients):
             raise self._wrong("loss", f"has a gradient that is NaN or infinite for {where}")
         with torch.no_grad():
-            terms = self.evaluate(policy, batch, settings, prepared)
-        self._require_finite("evaluate", terms, where)
-
-    def _require_sums(self, batch: Batch, settings: Any, has_adapters: bool) -> None:
-        """Raise ConfigError for a value that does not double where every document comes twice."""
-
-        def values(batch: Batch, copies: int) -> dict[tuple[str, str], float]:
-            policy = _Rehearsal(has_adapters, copies)
-            with torch.no_grad():
-                prepared = self.prepare(policy, [batch], settings)
-            found = {("prepare", f"gives {name!r}, which"): n for name, n in prepared.items()}
-            for term in self.loss(policy, batch, settings, prepared):
-                found["loss", f"term {term.name!r}"] = term.sum
-            with torch.no_grad():
-                for term in self.evaluate(policy, batch, settings, prepared):
-                    found["evaluate", f"term {term.name!r}"] = term.sum
-            return {key: value.item() for key, value in found.items()}
-
-        both = _twice(batch)  # first: an objective of a user's own may change the batch
-        once, twice = values(batch, 1), values(both, 2)
-        for (method, what), value in once.items():
-            got = twice[method, what]
-            # Sums over many tokens may be nearly 0, and their rounding is not.
-            if not math.isclose(got, 2 * value, rel_tol=1e-3, abs_tol=1e-6 * len(both.labels)):
-                raise self._wrong(
-                    method, f"{what} is {value:.3g}, and {got:.3g} where every document comes "
-                    "twice, where a sum doubles; add up with .sum(), not with .mean(), and name "
-                    "what divides the sum in `per`, which may be a name that prepare gives"
-                )  # fmt: skip
+            evaluated = self.evaluate(policy, batch, settings, prepared)
+        self._require_finite("evaluate", evaluated, where)
+        values = {("prepare", f"gives {name!r}, which"): n for name, n in prepared.items()}
+        values |= {("loss", f"term {term.name!r}"): term.sum for term in terms}
+        values |= {("evaluate", f"term {term.name!r}"): term.sum for term in evaluated}
+        return {key: value.item() for key, value in values.items()}
 
     def _checked(self, method: str, terms: Any, counted: Sequence[str]) -> list[Term]:
         if not isinstance(terms, list | tuple):
