@@ -235,10 +235,11 @@ def _positions(model_config: Any) -> int | None:
 
 def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: int) -> None:
     """Raise ConfigError for too few positions in the model, or too few steps for the warm-up."""
-    longest = int(examples.lengths.max())
+    document = int(examples.input.lengths.argmax())
+    longest = int(examples.input.lengths[document])
     positions = _positions(model_config)
     if positions is not None and positions < longest:
-        where = examples.place(int(examples.lengths.argmax()))
+        where = examples.place(examples.example_of(document))
         raise ConfigError(
             f"data.max_length: {where} has {longest} tokens, but the model has only {positions} "
             "positions (max_position_embeddings); "

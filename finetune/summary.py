@@ -321,8 +321,8 @@ def _quartiles(lengths: np.ndarray) -> str:
 
 def _marked(examples: Any, tokenizer: Any) -> str:
     """Decode the first document, with its supervised runs in double brackets."""
-    part = slice(examples.document_starts[0], examples.document_ends[0])
-    ids, supervised = np.asarray(examples.input_ids[part]), np.asarray(examples.supervised[part])
+    part = examples.input.span(0)
+    ids, supervised = np.asarray(examples.input.ids[part]), np.asarray(examples.supervised[part])
     cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1), len(ids)]
     # Decode prefixes, not runs: some tokenizers drop a space at the beginning of what they decode.
     until = [

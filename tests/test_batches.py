@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.data.batches import Batch, Batches
-from finetune.data.examples import Examples
+from finetune.data.examples import Examples, Ragged
 from finetune.data.order import GROUP_STEPS, Sequences, order
 
 IGNORE = -100  # no label
@@ -28,7 +28,7 @@ def examples_of(lengths: np.ndarray) -> Examples:
         supervised.append(np.arange(length) >= max(1, length // 2))
     ends = np.cumsum(lengths)
     return Examples(
-        np.concatenate(parts), np.concatenate(supervised), ends - lengths, ends,
+        {"input": Ragged(np.concatenate(parts), ends - lengths, ends)}, np.concatenate(supervised),
         np.arange(len(lengths)) % 2, np.arange(len(lengths)) + 1, np.zeros(len(lengths), int),
         ["a.jsonl", "b.jsonl"], "fingerprint", len(lengths), 0, 0,
     )  # fmt: skip
@@ -61,8 +61,8 @@ def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
 
 def of_example(examples: Examples, number: int) -> tuple[list[int], list[int]]:
     """What a document should hold: its tokens, and for each the next one where that is learned."""
-    part = slice(examples.document_starts[number], examples.document_ends[number])
-    ids, supervised = examples.input_ids[part].tolist(), examples.supervised[part].tolist()
+    part = examples.input.span(number)
+    ids, supervised = examples.input.ids[part].tolist(), examples.supervised[part].tolist()
     return ids, [
         token if learned else IGNORE for token, learned in zip(ids[1:], supervised[1:])
     ] + [IGNORE]

@@ -3,12 +3,17 @@
 import argparse
 import re
 
+import numpy as np
 import pytest
 from conftest import read_jsonl, write_jsonl
+from test_tokens import Tokenizing
 
 from finetune import config as configs
 from finetune import own_code
 from finetune.data import rows
+from finetune.data.batches import Batches
+from finetune.data.examples import hold_out
+from finetune.data.order import Sequences
 from finetune.errors import ConfigError, DataError, RunDirectoryError, UserError
 from finetune.evaluation import compare
 
@@ -24,6 +29,9 @@ ROWS = [
 ]
 
 
+A = "A = {'prompt': 'a', 'completion': 'b'}\n"
+
+
 @pytest.fixture
 def own(workshop):
     """Write a function of the user's own next to the config; gives how a config names it."""
@@ -36,14 +44,14 @@ def own(workshop):
     return own
 
 
-def conversations(workshop, source: str, raw: list, problems: rows.Problems | None = None):
+def samples(workshop, source: str, raw: list, problems: rows.Problems | None = None):
     """What a function makes of rows of a file."""
     name = f"{workshop.folder}/own.py:rows"
     (workshop.folder / "own.py").write_text(source)
     own_code.read(name)
     path = write_jsonl(workshop.folder / "raw.jsonl", raw)
     return list(
-        rows.conversations(
+        rows.samples(
             [str(path)], name, {}, "line", None, rows.Problems() if problems is None else problems
         )
     )
@@ -64,13 +72,12 @@ def test_a_function_reads_rows_and_skips_some(workshop, own, capsys):
 
 
 def test_rows_keep_their_order_and_line_numbers(workshop):
-    made = conversations(workshop, TURNS, ROWS)
+    made = [sample.conversations[0] for sample in samples(workshop, TURNS, ROWS)]
+    kept = [n for n in range(40) if n % 4 > 1]
     assert [conversation.messages[0].content for conversation in made] == [
-        f"is {n} even" for n in range(40) if n % 4 > 1
+        f"is {n} even" for n in kept
     ]
-    assert [conversation.place.line for conversation in made] == [
-        n + 1 for n in range(40) if n % 4 > 1
-    ]
+    assert [conversation.place.line for conversation in made] == [n + 1 for n in kept]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +93,60 @@ def test_rows_keep_their_order_and_line_numbers(workshop):
     ],
 )
 def test_every_format_may_come_out_of_a_function(workshop, values, turns):
-    [made] = conversations(workshop, f"def rows(row):\n    return {values}\n", [{"x": 1}])
-    assert [message.content for message in made.messages] == turns
+    [made] = samples(workshop, f"def rows(row):\n    return {values}\n", [{"x": 1}])
+    assert [message.content for message in made.conversations[0].messages] == turns
+
+
+PAIRS = """
+def rows(row):
+    good, bad = ({"prompt": row["Patient"], "completion": text} for text in ("yes", "no, not so"))
+    return {"documents": [good, bad], "fields": {"rank": [1, 0], "votes": row["votes"]}}
+"""
+
+
+def test_several_documents_of_a_row_are_one_example_with_its_fields(tmp_path, bytes_tokenizer):
+    """Never parted by packs, by held-out rows or by an epoch's order; each with its numbers."""
+    (tmp_path / "own.py").write_text(PAIRS)
+    own_code.read(name := f"{tmp_path}/own.py:rows")
+    made = Tokenizing(tmp_path).prepare(ROWS, bytes_tokenizer, format=name, max_length=100)
+    assert len(made) == 40
+    assert made.counts(np.arange(3))["documents"] == 6
+    train, held = hold_out(made, 0.25, seed=1)
+    assert (len(train), len(held)) == (30, 10)
+    for examples in (made, train, held):
+        packed = Batches(
+            Sequences(examples, True, 100, seed=1), seed=1, global_batch_size=4, micro_batch_size=2
+        )
+        assert packed.largest().counts["examples"] > 2, "packs hold several examples"
+        for batch in (batch for step in packed.epoch() for batch in step):
+            assert batch.example.bincount().tolist() == [2] * batch.counts["examples"]
+            assert batch.columns["rank"].tolist() == [1.0, 0.0] * batch.counts["examples"]
+            text = bytes_tokenizer.decode(batch.inputs["input_ids"][0])
+            votes = [int(number) % 4 for number in re.findall(r"is (\d+) even", text)]
+            assert batch.columns["votes"].tolist() == votes
+        assert packed.filler().columns["votes"].shape == (0,)
+
+
+def test_rows_of_several_documents_are_learned_whole_or_not_at_all(tmp_path, bytes_tokenizer):
+    (tmp_path / "own.py").write_text(PAIRS)
+    own_code.read(name := f"{tmp_path}/own.py:rows")
+    tokenizing, longest = Tokenizing(tmp_path), [*ROWS[:3], {"Patient": "x" * 50, "votes": 1}]
+    for truncation in ("error", "right", "left"):
+        says = tokenizing.refused(
+            longest, bytes_tokenizer, format=name, max_length=100, truncation=truncation
+        )
+        assert says == (
+            "115 tokens in 2 documents, over data.max_length 100; set data.max_length: 128, or "
+            "data.truncation to drop, as rows of several documents are not cut"
+        )
+    made = tokenizing.prepare(
+        longest, bytes_tokenizer, format=name, max_length=100, truncation="drop"
+    )
+    assert (len(made), made.num_dropped, made.columns["votes"].tolist()) == (
+        3,
+        1,
+        [0, 0, 1, 1, 2, 2],
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,13 +154,28 @@ def test_every_format_may_come_out_of_a_function(workshop, values, turns):
     [
         (
             "return row['question']",
-            r"raw\.jsonl:1: data\.format: .*own\.py:2: KeyError: 'question'",
+            r"raw\.jsonl:1: data\.format: .*own\.py:3: KeyError: 'question'",
         ),
         (
             "return [row]",
             r"raw\.jsonl:1: data\.format: .*own\.py:rows should return a dict with "
             r"messages, or .*, got \[\{",
         ),
+        ("return {'documents': [A, 3]}", r"should return a dict with messages, or .*, got 3"),
+        ("return {'documents': []}", "returns no documents; return None to skip the row"),
+        (
+            "return {'documents': [A, A], 'prompt': 'a'}",
+            r"returns \['prompt'\] beside documents, which would be ignored",
+        ),
+        ("return {'documents': [{**A, 'fields': {}}]}", "returns fields inside a document"),
+        (
+            "return {'documents': [A, A], 'fields': {'rank': [1, 2, 3]}}",
+            r"fields: rank should be a finite number, or a list with one for each document \(2\)"
+            r", by name, got \[1, 2, 3\]",
+        ),
+        ("return {**A, 'fields': {'rank': float('nan')}}", "fields: rank should be a finite"),
+        ("return {**A, 'fields': {3: 1}}", "fields: 3 should be a finite number"),
+        ("return {**A, 'fields': [1]}", r"fields should be a finite number, .* got \[1\]"),
         ("return {1: 'a'}", r"should return a dict with messages"),
         (
             "return {'Patient': 'a'}",
@@ -114,11 +188,9 @@ def test_every_format_may_come_out_of_a_function(workshop, values, turns):
         ("return {'prompt': 'a', 'chosen': 'b', 'completion': 'c'}", "belongs to preference rows"),
     ],
 )
-def test_a_mistake_names_the_row_and_the_line_of_the_function(workshop, body, says):
+def test_a_mistake_of_the_function_names_the_row_and_the_line_of_the_function(workshop, body, says):
     problems = rows.Problems()
-    assert (
-        conversations(workshop, f"def rows(row):\n    {body}\n", [{"Patient": "x"}], problems) == []
-    )
+    assert samples(workshop, f"{A}def rows(row):\n    {body}\n", [{"Patient": "x"}], problems) == []
     with pytest.raises(DataError, match=says):
         problems.raise_if_any()
 

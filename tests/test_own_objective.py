@@ -83,9 +83,9 @@ FILLER = Batch(
 )  # fmt: skip
 
 
-def rehearse(kind: str, batch: Batch = BATCH) -> None:
+def rehearse(kind: str, batch: Batch = BATCH, filler: Batch = FILLER) -> None:
     settings = own_objective(kind)(kind=kind)
-    Own(settings).rehearse(batch, FILLER, settings, has_adapters=False)
+    Own(settings).rehearse(batch, filler, settings, has_adapters=False)
 
 
 @pytest.mark.parametrize("name", ["Dft", "dft"])
@@ -328,10 +328,14 @@ def test_a_value_that_is_not_a_sum_is_refused(workshop, own, body, says):
     assert "a sum doubles; add up with .sum(), " in str(caught.value)
 
 
-@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+@pytest.mark.parametrize("name", objectives.SETTINGS)
 def test_a_sum_of_documents_pairs_or_tokens_is_not_refused(name):
-    pair = replace(BATCH, example=torch.tensor([0, 0]), counts={**BATCH.counts, "examples": 1})
-    rehearse(objectives.OBJECTIVES[name], pair)
+    pair = replace(
+        BATCH, example=torch.tensor([0, 0]), counts={**BATCH.counts, "examples": 1},
+        columns={"margin": torch.full((2,), 0.1)},
+    )  # fmt: skip
+    filler = replace(FILLER, columns={"margin": torch.zeros(0)})
+    rehearse(objectives.SETTINGS[name]["objective__kind"], pair, filler)
 
 
 def test_a_check_rehearses_the_objective(workshop, own):

@@ -8,6 +8,7 @@ import pytest
 from conftest import TINY_LLAMA, write_jsonl
 
 from finetune import summary
+from finetune.data.examples import Ragged
 from finetune.errors import ConfigError
 
 MIXTRAL = {**TINY_LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -178,12 +179,8 @@ def test_the_first_example_is_shown_with_its_spaces():
     tokenizer = like_llama()
     ids = tokenizer("What ever is it", add_special_tokens=False)["input_ids"]
     supervised = np.array(["ever" in tokenizer.convert_ids_to_tokens(i) for i in ids])
-    example = SimpleNamespace(
-        document_starts=[0],
-        document_ends=[len(ids)],
-        input_ids=np.array(ids),
-        supervised=supervised,
-    )
+    stream = Ragged(np.array(ids), np.array([0]), np.array([len(ids)]))
+    example = SimpleNamespace(input=stream, supervised=supervised)
     assert summary._marked(example, tokenizer) == "  | What[[ ever]] is it"
 
 

@@ -98,8 +98,8 @@ def test_empty_rows_of_a_table_are_skipped_and_counted(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('question,answer\n,\na,b\n , \n,,,\n""\nc,\n')
     problems = rows.Problems()
-    read = list(rows.conversations([str(path)], "auto", {}, "line", None, problems))
-    assert [conversation.place.line for conversation in read] == [3]
+    read = list(rows.samples([str(path)], "auto", {}, "line", None, problems))
+    assert [sample.conversations[0].place.line for sample in read] == [3]
     assert (problems.num_rows, problems.num_empty, len(problems)) == (
         2,
         4,

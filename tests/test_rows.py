@@ -125,7 +125,7 @@ def test_columns_are_read_under_the_names_they_are_given(
         options,
         str(tmp_path / "cache"),
     )
-    assert bytes_tokenizer.decode(examples.input_ids) == "qa<|eos|>"
+    assert bytes_tokenizer.decode(examples.input.ids) == "qa<|eos|>"
 
 
 def test_text_and_input_can_stand_under_other_names():
@@ -220,7 +220,7 @@ def test_keys_of_messages_that_are_not_read_are_counted_by_row(tmp_path):
     unread = Counter()
     for column, values in (("messages", turns), ("conversations", sharegpt)):
         path = str(write_jsonl(tmp_path / f"{column}.jsonl", [{column: values}] * 2))
-        list(rows.conversations([path], "auto", {}, "line", None, rows.Problems(), unread))
+        list(rows.samples([path], "auto", {}, "line", None, rows.Problems(), unread))
     assert unread == {"messages[].name": 2, "conversations[].id": 2}
 
 
@@ -376,8 +376,8 @@ def test_chosen_answers_train_once_they_are_mapped(values, columns, messages):
 def accepted(folder, values: dict[str, Any], columns: dict[str, str]) -> tuple[Message, ...]:
     path = str(write_jsonl(folder / "rows.jsonl", [values]))
     rows.check([[path]], "auto", columns, "line", None)
-    [conversation] = rows.conversations([path], "auto", columns, "line", None, rows.Problems())
-    return conversation.messages
+    [sample] = rows.samples([path], "auto", columns, "line", None, rows.Problems())
+    return sample.conversations[0].messages
 
 
 PAIR = {"chosen": "c", "rejected": "r"}
@@ -469,7 +469,7 @@ def test_columns_that_only_later_rows_have_are_counted_and_refused(tmp_path):
     )
     problems, unread = rows.Problems(), Counter()
     path = str(write_jsonl(tmp_path / "r.jsonl", late))
-    assert len(list(rows.conversations([path], "auto", {}, "line", None, problems, unread))) == 34
+    assert len(list(rows.samples([path], "auto", {}, "line", None, problems, unread))) == 34
     assert unread == {"note": 4, "source": 1}
     path = str(write_jsonl(tmp_path / "r.jsonl", [QA] * 30 + [{**QA, "label": False}]))
     with pytest.raises(DataError, match=r"r\.jsonl:31: column 'label' \(false\) says how good"):
@@ -489,7 +489,7 @@ def test_an_alias_beside_its_column_is_counted_as_unread(tmp_path):
         write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p", "completion": "c", "response": "r"}])
     )
     unread = Counter()
-    list(rows.conversations([path], "auto", {}, "line", None, rows.Problems(), unread))
+    list(rows.samples([path], "auto", {}, "line", None, rows.Problems(), unread))
     assert unread == {"response": 1}
 
 

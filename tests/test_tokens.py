@@ -204,8 +204,8 @@ def tokenizing(tmp_path):
 
 def of(examples: Examples, number: int = 0) -> tuple[list[int], list[bool]]:
     """Token ids of one example, and which of them are learned."""
-    part = slice(examples.document_starts[number], examples.document_ends[number])
-    return examples.input_ids[part].tolist(), examples.supervised[part].tolist()
+    part = examples.input.span(number)
+    return examples.input.ids[part].tolist(), examples.supervised[part].tolist()
 
 
 def learned(tokenizer: Any, ids: list[int], supervised: list[bool]) -> list[str]:
@@ -1410,7 +1410,7 @@ while not (folder / "go").exists():
 sources = readers.sources(str(folder / "rows.jsonl"), None)[0]
 examples = stored.prepare(sources, template, tokenizer, options, str(folder / "cache"))
 made = folder / "cache" / "tokens" / examples.fingerprint / "input_ids.npy"
-content = hashlib.sha256(examples.input_ids.tobytes() + examples.supervised.tobytes()).hexdigest()
+content = hashlib.sha256(examples.input.ids.tobytes() + examples.supervised.tobytes()).hexdigest()
 print(examples.fingerprint, len(examples), content, made.stat().st_ino)
 """
 

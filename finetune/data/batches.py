@@ -172,7 +172,13 @@ class Batches:
 
     def _collated(self, sequences: np.ndarray) -> Batch:
         documents = [each for number in sequences for each in self.sequences.documents(number)]
-        return (_pad if self.padded else _lay_end_to_end)(documents, self.pad_id)
+        batch = (_pad if self.padded else _lay_end_to_end)(documents, self.pad_id)
+        names = self.sequences.examples.columns
+        columns = {
+            name: torch.tensor([each.columns[name] for each in documents], dtype=torch.float32)
+            for name in names
+        }
+        return replace(batch, columns=columns)
 
     def filler(self) -> Batch:
         """Return what a process gets that has no sequence left: nothing in it is supervised."""

@@ -32,24 +32,41 @@ from finetune.errors import DataError, Outage
 
 CACHE_VERSION = 5  # increase it when the same input gives other tokens than before
 META = "meta.json"
-ARRAYS = ("input_ids", "supervised", "ends", "places")
+ARRAYS = {"input_ids", "supervised", "ends", "places"}
+# Only where rows of several documents, or with fields, have them.
+EXAMPLE_ENDS, COLUMNS = "example_ends", "columns"
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Token ids of documents: ids int32 [all tokens]; starts, ends int64 [documents] in them."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.ends - self.starts
+
+    def span(self, document: int) -> slice:
+        return slice(self.starts[document], self.ends[document])
 
 
 @dataclass(frozen=True)
 class Examples:
     """Tokenised rows in memory-mapped arrays.
 
-    input_ids: int32 [all tokens]; supervised: bool [all tokens].
-    document_starts, document_ends: int64 [documents], where each document lies in them.
+    streams: what a model takes, by name; `input` is all of a causal model.
+    supervised: bool [all tokens of the input].
     source, line, row: int64 [examples], where the row of an example stands in the user's files.
     example_ends: int64 [examples], the number of documents of all examples up to each; None: each
     example is one document.
+    columns: float32 [documents] by name, what is known of each and never tokenised.
     """
 
-    input_ids: np.ndarray
+    streams: dict[str, Ragged]
     supervised: np.ndarray
-    document_starts: np.ndarray
-    document_ends: np.ndarray
     source: np.ndarray
     line: np.ndarray
     row: np.ndarray
@@ -65,11 +82,16 @@ class Examples:
     num_skipped: int = 0
     """Rows that the user's own data.format skips; `num_rows` does not count them."""
     example_ends: np.ndarray | None = None
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
     learn_opening: bool = False
     """`templates.Template.learn_opening`: whether some answers begin in their own way."""
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def input(self) -> Ragged:
+        return self.streams["input"]
 
     @property
     def num_distinct_rows(self) -> int:
@@ -82,10 +104,15 @@ class Examples:
             return range(example, example + 1)
         return range(self.example_ends[example - 1] if example else 0, self.example_ends[example])
 
+    def example_of(self, document: int) -> int:
+        if self.example_ends is None:
+            return document
+        return int(np.searchsorted(self.example_ends, document, side="right"))
+
     @property
     def lengths(self) -> np.ndarray:
         """Return the tokens of each example, int64 [examples]."""
-        return self._per_example(self.document_ends - self.document_starts)
+        return self._per_example(self.input.lengths)
 
     @functools.cached_property
     def num_supervised(self) -> np.ndarray:
@@ -93,9 +120,9 @@ class Examples:
 
         The first token of a document does not count: no token before it predicts it.
         """
-        bounds = zip(self.document_starts, self.document_ends)
+        bounds = zip(self.input.starts, self.input.ends)
         counts = (np.count_nonzero(self.supervised[start + 1 : end]) for start, end in bounds)
-        return self._per_example(np.fromiter(counts, np.int64, len(self.document_starts)))
+        return self._per_example(np.fromiter(counts, np.int64, len(self.input.starts)))
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -138,8 +165,7 @@ class Examples:
         for example in range(len(self)):
             digest = hashlib.blake2b(digest_size=16)
             for number in self.documents(example):
-                start, end = self.document_starts[number], self.document_ends[number]
-                digest.update(self.input_ids[start:end].tobytes())
+                digest.update(self.input.ids[self.input.span(number)].tobytes())
             found.append(digest.digest())
         return found
 
@@ -149,10 +175,14 @@ class Examples:
         if self.example_ends is not None:
             members = [self.documents(example) for example in chosen]
             documents, ends = np.concatenate(members), np.cumsum([len(each) for each in members])
+        streams = {
+            name: Ragged(each.ids, each.starts[documents], each.ends[documents])
+            for name, each in self.streams.items()
+        }
         return replace(
-            self, document_starts=self.document_starts[documents],
-            document_ends=self.document_ends[documents], source=self.source[chosen],
-            line=self.line[chosen], row=self.row[chosen], example_ends=ends,
+            self, streams=streams, source=self.source[chosen], line=self.line[chosen],
+            row=self.row[chosen], example_ends=ends,
+            columns={name: values[documents] for name, values in self.columns.items()},
         )  # fmt: skip
 
 
@@ -327,6 +357,11 @@ def _build(
         "ends": np.cumsum([len(part) for part in made.ids]),
         "places": np.array(made.places, np.int64),
     }
+    if made.example_ends[-1] > len(made.example_ends):
+        arrays[EXAMPLE_ENDS] = np.array(made.example_ends, np.int64)
+    if made.columns:
+        arrays[COLUMNS] = np.array(list(made.columns.values()), np.float32)
+        made.counts["columns"] = list(made.columns)
     with _writable(cache_dir):
         _store(folder, arrays, made.counts)
 
@@ -374,15 +409,17 @@ def _open(
         if meta.pop("sha256") != files.json_sha256(meta) or meta["fingerprint"] != fingerprint:
             raise ValueError(f"{META} has changed")
         counts, arrays = meta["counts"], {}
-        for name in ARRAYS:
+        for name in ARRAYS | meta["arrays"].keys():
             arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             if _described(arrays[name]) != meta["arrays"][name]:
                 raise ValueError(f"{name}.npy has changed")
         ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
-        starts = np.concatenate([[0], ends[:-1]])
+        stream = Ragged(arrays["input_ids"], np.concatenate([[0], ends[:-1]]), ends)
+        source, line, row = places.T
+        counts["columns"] = dict(zip(counts.get("columns", ()), arrays.get(COLUMNS, ())))
         return Examples(
-            arrays["input_ids"], arrays["supervised"], starts, ends, places[:, 0], places[:, 1],
-            places[:, 2], sources, fingerprint, **counts,
+            {"input": stream}, arrays["supervised"], source, line, row, sources, fingerprint,
+            example_ends=arrays.get(EXAMPLE_ENDS), **counts,
         )  # fmt: skip
     except Exception as exc:  # any damage: the entry can be built again
         if note:

@@ -3,7 +3,7 @@
 A position in it is an integer, so resuming is arithmetic.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,19 +37,26 @@ class Sequences:
         return [each for example in self.members(sequence) for each in self._of_example(example)]
 
     def _of_example(self, example: int) -> Iterator["Document"]:
-        for number in self.examples.documents(example):
-            part = slice(self.examples.document_starts[number], self.examples.document_ends[number])
-            ids = np.asarray(self.examples.input_ids[part], np.int64)
-            yield Document(ids, np.flatnonzero(self.examples.supervised[part][1:]), int(example))
+        examples, stream = self.examples, self.examples.input
+        for number in examples.documents(example):
+            part = stream.span(number)
+            ids = np.asarray(stream.ids[part], np.int64)
+            columns = {name: values[number] for name, values in examples.columns.items()}
+            supervised = np.flatnonzero(examples.supervised[part][1:])
+            yield Document(ids, supervised, int(example), columns)
 
 
 @dataclass(frozen=True)
 class Document:
-    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; its example."""
+    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; its example.
+
+    columns: its numbers by name.
+    """
 
     ids: np.ndarray
     predicted: np.ndarray
     example: int
+    columns: Mapping[str, np.ndarray]
 
 
 def order(

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -30,10 +31,21 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The one internal shape of a row; plain text is a single message of role "text"."""
+    """The one internal shape of what is learned; plain text is a single message of role "text"."""
 
     messages: tuple[Message, ...]
     place: Place
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a row asks to be learned together: one conversation, or several, as two answers are.
+
+    fields: what is known of it and never tokenised; for each name a number for each conversation.
+    """
+
+    conversations: tuple[Conversation, ...]
+    fields: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 # Format -> the columns it needs. Detection takes the first format whose columns are all there.
@@ -126,9 +138,9 @@ def detect_format(
             for row in readers.read(source, text_unit)
             if format == "auto" or not readers.is_empty(row)
         )
-        row = next((row for row in (formatted(row, format) for row in rows) if row), None)
-        if row:
-            found.setdefault(detect(row, columns, for_training), []).append(source)
+        made = next((made for made in (formatted(row, format) for row in rows) if made), None)
+        if made:
+            found.setdefault(detect(made[0][0], columns, for_training), []).append(source)
     if not found:
         raise DataError(
             f"{readers.some(sources)}: {_own(format)} returns None for every row, so no row is "
@@ -143,14 +155,18 @@ def detect_format(
     return next(iter(found))
 
 
-def formatted(row: Row, format: str) -> Row | None:
-    """Return the row as the user's own function `format` makes it; None where that skips it.
+Formatted = tuple[list[Row], dict[str, tuple[float, ...]]]
+"""A row of each conversation of a sample, and the sample's fields."""
 
-    For any other format, return the row unchanged. Raises DataError that names the row and the line
-    of the function.
+
+def formatted(row: Row, format: str) -> Formatted | None:
+    """Return the rows and fields that the user's own function `format` makes of a row.
+
+    None where it skips the row. Any other format leaves the row as it is. Raises DataError that
+    names the row and the line of the function.
     """
     if not own_code.is_own(format):
-        return row
+        return [row], {}
     code = own_code.get(format)
     try:
         values = code.value(dict(row.values))
@@ -160,18 +176,59 @@ def formatted(row: Row, format: str) -> Row | None:
         raise DataError(f"{row.place}: data.format: {code.blame(exc)}") from exc
     if values is None:
         return None
+    where = f"{row.place}: data.format: {code}"
+    fields, documents = {}, [values]
+    if isinstance(values, dict):
+        fields = values.get("fields", {})
+        documents = [{name: value for name, value in values.items() if name != "fields"}]
+        if isinstance(values.get("documents"), list):
+            others, documents = documents[0].keys() - {"documents"}, values["documents"]
+            if others:
+                raise DataError(
+                    f"{where} returns {list_columns(sorted(map(str, others)))} beside documents, "
+                    "which would be ignored; move them into each document, or numbers into fields"
+                )
+    made = [_document(row.place, where, each) for each in documents]
+    if not made:
+        raise DataError(f"{where} returns no documents; return None to skip the row")
+    return made, _fields(where, fields, len(made))
+
+
+def _document(place: Place, where: str, values: Any) -> Row:
+    """Check what a user's function returned for one conversation."""
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise DataError(
-            f"{row.place}: data.format: {code} should return a dict with messages, or prompt and "
-            f"completion, or text, or None to skip the row, got {short(values)}"
+            f"{where} should return a dict with messages, or prompt and completion, or text, or "
+            f"documents (a list of such dicts), or None to skip the row, got {short(values)}"
         )
-    made = Row(row.place, values)
+    if "fields" in values:
+        raise DataError(f"{where} returns fields inside a document; return them beside documents")
+    made = Row(place, values)
     if _fitting(made, {}) is None:
         raise DataError(
-            f"{row.place}: data.format: {code} gives columns {list_columns(sorted(values))}, which "
-            f"fit no format ({SHAPES})"
+            f"{where} gives columns {list_columns(sorted(made.values))}, which fit no format "
+            f"({SHAPES})"
         )
     return made
+
+
+def _fields(where: str, fields: Any, count: int) -> dict[str, tuple[float, ...]]:
+    """Check the fields of `count` conversations; a single number belongs to each of them."""
+    found = {}
+    for name, value in fields.items() if isinstance(fields, dict) else [(None, fields)]:
+        numbers = value if isinstance(value, list | tuple) else [value] * count
+        if (
+            not isinstance(name, str)
+            or len(numbers) != count
+            or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+        ):
+            what = "fields" if name is None else f"fields: {short(name)}"
+            raise DataError(
+                f"{where}: {what} should be a finite number, or a list with one for each document "
+                f"({count}), by name, got {short(value)}"
+            )
+        found[name] = tuple(map(float, numbers))
+    return found
 
 
 def _own(format: str) -> str:
@@ -183,7 +240,7 @@ def detect(
 ) -> str:
     """Return the format of a row, from its columns.
 
-    `columns` maps our name to the file's; `for_training`: see `conversations`.
+    `columns` maps our name to the file's; `for_training`: see `samples`.
     """
     if name := _fitting(row, columns):
         return name
@@ -231,7 +288,7 @@ def to_conversation(
 ) -> Conversation:
     """Convert one row to a Conversation. Raise DataError that names row and column.
 
-    `columns` maps our name to the file's; `for_training`: see `conversations`.
+    `columns` maps our name to the file's; `for_training`: see `samples`.
     """
 
     def cell(name: str, may_be_empty: bool = False) -> str:
@@ -341,7 +398,7 @@ class Problems:
         return f"{first} ({count - 1:,} more like it: {', '.join(listed)})"
 
 
-def conversations(
+def samples(
     sources: Sequence[str],
     format: str,
     columns: Mapping[str, str],
@@ -350,8 +407,8 @@ def conversations(
     problems: Problems,
     unread: "Counter[str] | None" = None,
     for_training: bool = True,
-) -> Iterator[Conversation]:
-    """Yield the rows of all sources as conversations.
+) -> Iterator[Sample]:
+    """Yield the rows of all sources as samples.
 
     `format` may be auto, or name a function of the user's own. Wrong rows are noted in `problems`;
     `unread` counts the rows that have a column that is not read. `for_training`: whether answers
@@ -362,18 +419,23 @@ def conversations(
     for source in sources:
         with problems.noted():  # stop reading a broken file
             own, before = "auto" if own_code.is_own(format) else format, problems.num_rows
-            for row in _formatted_rows(source, format, text_unit, problems):
+            for rows, fields in _formatted_rows(source, format, text_unit, problems):
                 if own == "auto":
-                    own = detect(row, columns, for_training)
-                for ours in [ours for ours, theirs in missing.items() if theirs in row.values]:
-                    del missing[ours]
-                if unread is not None:
-                    unread.update(_unread(row, set(_taken(row, own, columns).values())))
-                conversation = None
+                    own = detect(rows[0], columns, for_training)
+                for row in rows:
+                    for ours in [ours for ours, theirs in missing.items() if theirs in row.values]:
+                        del missing[ours]
+                    if unread is not None:
+                        unread.update(_unread(row, set(_taken(row, own, columns).values())))
+                sample = None
                 with problems.noted():
-                    conversation = to_conversation(row, own, columns, system_prompt, for_training)
-                if conversation:
-                    yield conversation
+                    made = (
+                        to_conversation(row, own, columns, system_prompt, for_training)
+                        for row in rows
+                    )
+                    sample = Sample(tuple(made), fields)
+                if sample:
+                    yield sample
             if problems.num_rows == before:
                 raise DataError(
                     f"{printable(source)}: all its rows are empty; is it the right file?"
@@ -386,19 +448,21 @@ def conversations(
         )
 
 
-def _formatted_rows(source: str, format: str, text_unit: str, problems: Problems) -> Iterator[Row]:
+def _formatted_rows(
+    source: str, format: str, text_unit: str, problems: Problems
+) -> Iterator[Formatted]:
     """Yield the rows of a source, formatted; note or count the others in `problems`."""
     for row_of_file in readers.read(source, text_unit):
         if readers.is_empty(row_of_file):
             problems.num_empty += 1
             continue
         problems.num_rows += 1
-        row = None
+        made = None
         with problems.noted():
-            row = formatted(row_of_file, format)
-            problems.num_skipped += row is None
-        if row is not None:
-            yield row
+            made = formatted(row_of_file, format)
+            problems.num_skipped += made is None
+        if made is not None:
+            yield made
 
 
 def check(
@@ -416,7 +480,7 @@ def check(
     """
     problems = Problems()
     for sources in groups:
-        stream = conversations(sources, format, columns, text_unit, system_prompt, problems)
+        stream = samples(sources, format, columns, text_unit, system_prompt, problems)
         for number, _ in enumerate(stream, 1):
             if number >= most and not problems:
                 break

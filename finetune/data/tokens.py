@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from finetune import own_code
 from finetune.data import readers, rows
-from finetune.data.rows import Conversation, Place, Problems
+from finetune.data.rows import Conversation, Place, Problems, Sample
 from finetune.data.templates import Segment, Template
 from finetune.errors import DataError, ModelError
 
@@ -47,11 +47,11 @@ class Options:
     positions: int | None = None
     """How many tokens a sequence may have in the model; None: any number. For messages only."""
 
-    def conversations(
+    def samples(
         self, sources: Sequence[str], problems: Problems, unread: "Counter[str] | None" = None
-    ) -> Iterator[Conversation]:
-        """Yield the rows of all sources as conversations; see `rows.conversations`."""
-        return rows.conversations(
+    ) -> Iterator[Sample]:
+        """Yield the rows of all sources as samples; see `rows.samples`."""
+        return rows.samples(
             sources, self.format, self.columns, self.text_unit, self.system_prompt, problems, unread
         )
 
@@ -66,30 +66,58 @@ class Options:
         return values
 
 
+Tokens = tuple[np.ndarray, np.ndarray]
+"""A document: input_ids int32 [T], and which are supervised, bool [T]."""
+
+
 @dataclass
 class Tokenised:
-    """The pieces of all rows, in order: their tokens, supervision and places."""
+    """The examples of all rows, in order: their tokens, supervision and places."""
 
     ids: list[np.ndarray] = field(default_factory=list)
-    """int32 [tokens] of each piece."""
+    """int32 [tokens] of each document."""
     supervised: list[np.ndarray] = field(default_factory=list)
-    """bool [tokens] of each piece."""
+    """bool [tokens] of each document."""
+    columns: dict[str, list[float]] = field(default_factory=dict)
+    """A number of each document, by name."""
     places: list[tuple[int, int, int]] = field(default_factory=list)
-    """(number of the source, line, row) of each piece."""
+    """(number of the source, line, row) of each example."""
+    example_ends: list[int] = field(default_factory=list)
+    """Documents of all examples up to each."""
     counts: dict[str, Any] = field(default_factory=dict)
     """The fields of `Examples` that count rows."""
+
+    def add(
+        self, examples: list[list[Tokens]], sample: Sample, place: tuple[int, int, int]
+    ) -> None:
+        """Add the examples of a row. Raise DataError if it has other fields than those before."""
+        if self.ids and sample.fields.keys() != self.columns.keys():
+            names, before = (readers.list_columns(sorted(f)) for f in (sample.fields, self.columns))
+            raise DataError(
+                f"{sample.conversations[0].place}: data.format: the fields {names} differ from "
+                f"those of the rows before, {before}; return the same for every row"
+            )
+        for documents in examples:
+            for ids, supervised in documents:
+                self.ids.append(ids)
+                self.supervised.append(supervised)
+            for name, numbers in sample.fields.items():
+                self.columns.setdefault(name, []).extend(numbers)
+            self.places.append(place)
+            self.example_ends.append(len(self.ids))
 
 
 def first_that_fits(
     sources: Mapping[str, str], template: Template, options: Options
 ) -> Conversation | None:
     """Return the first row that the template takes; None for rows of text."""
-    for conversation in options.conversations(list(sources), Problems()):
-        if conversation.messages[0].role == "text":
-            return None
-        with suppress(DataError):
-            template.stop_token(conversation)
-            return conversation
+    for sample in options.samples(list(sources), Problems()):
+        for conversation in sample.conversations:
+            if conversation.messages[0].role == "text":
+                return None
+            with suppress(DataError):
+                template.stop_token(conversation)
+                return conversation
     return None
 
 
@@ -247,12 +275,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _batches(stream: Iterator[Conversation]) -> Iterator[list[Conversation]]:
-    """Yield as many conversations as the tokenizer takes at once, by number and characters."""
+def _batches(stream: Iterator[Sample]) -> Iterator[list[Sample]]:
+    """Yield as many samples as the tokenizer takes at once, by number and characters."""
     batch, characters = [], 0
-    for conversation in stream:
-        batch.append(conversation)
-        characters += _characters(conversation)
+    for sample in stream:
+        batch.append(sample)
+        characters += _characters(sample)
         if len(batch) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
             yield batch
             batch, characters = [], 0
@@ -260,8 +288,9 @@ def _batches(stream: Iterator[Conversation]) -> Iterator[list[Conversation]]:
         yield batch
 
 
-def _characters(conversation: Conversation) -> int:
-    return sum(len(message.content) + len(message.context) for message in conversation.messages)
+def _characters(sample: Sample) -> int:
+    messages = (message for each in sample.conversations for message in each.messages)
+    return sum(len(message.content) + len(message.context) for message in messages)
 
 
 def tokenise(
@@ -275,8 +304,8 @@ def tokenise(
     index = {source: number for number, source in enumerate(sources)}
     bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
     problems, unread = Problems(), Counter[str]()
-    lengths: list[int] = []
-    stream = options.conversations(sources, problems, unread)
+    lengths, num_documents = list[int](), 1
+    stream = options.samples(sources, problems, unread)
     # A longer row always has more than max_length tokens, so it is not tokenised, which would take
     # a minute for 50 MB.
     most = max(WINDOW, options.max_length * max(map(len, tokenizer.get_vocab())))
@@ -284,25 +313,29 @@ def tokenise(
         rendered = _rendered(batch, template, control, options, most, problems, made.counts)
         if len(problems) > problems.count(TOO_LONG):
             continue  # read the rest only to count wrong rows
-        opened = (template.opens_itself(segments) for _, segments in rendered)
-        if not template.learn_opening and any(opened):
+        texts = [segments for _, parts in rendered for segments in parts]
+        if not template.learn_opening and any(map(template.opens_itself, texts)):
             bar.close()
             return tokenise(sources, replace(template, learn_opening=True), tokenizer, options)
-        encoded = encode([segments for _, segments in rendered], tokenizer)
-        for (conversation, segments), (ids, supervised) in zip(rendered, encoded):
-            place, pieces = conversation.place, []
+        encoded = iter(encode(texts, tokenizer))
+        for sample, parts in rendered:
             made.counts["num_rows"] += 1
+            num_documents = len(parts)
+            plain = list(islice(encoded, num_documents))
             with problems.noted():
-                whole = finish(conversation, segments, ids, supervised)
-                lengths.append(len(whole[0]))
-                pieces = _pieces(*whole, options, finish.bos_id, place, problems, made.counts)
-            for piece_ids, piece_supervised in pieces:
-                made.ids.append(piece_ids)
-                made.supervised.append(piece_supervised)
-                made.places.append((index[place.source], place.line, place.row))
+                documents = [
+                    finish(conversation, segments, *each)
+                    for conversation, segments, each in zip(sample.conversations, parts, plain)
+                ]
+                lengths.append(sum(len(ids) for ids, _ in documents))
+                place = sample.conversations[0].place
+                pieces = _pieces(documents, options, finish.bos_id, place, problems, made.counts)
+                made.add(pieces, sample, (index[place.source], place.line, place.row))
         bar.update(len(batch))
     bar.close()
-    problems.raise_if_any({TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options)})
+    problems.raise_if_any(
+        {TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options, num_documents)}
+    )
     made.counts |= {
         "num_empty": problems.num_empty,
         "num_skipped": problems.num_skipped,
@@ -328,44 +361,52 @@ def _require_any(made: Tokenised, sources: Sequence[str], options: Options) -> N
 
 
 def _rendered(
-    batch: Sequence[Conversation], template: Template, control: "ControlTokens", options: Options,
+    batch: Sequence[Sample], template: Template, control: "ControlTokens", options: Options,
     most: int, problems: Problems, counts: dict[str, int],
-) -> list[tuple[Conversation, list[Segment]]]:  # fmt: skip
-    """Return conversations with their segments; drop or note rows over `most` characters."""
+) -> list[tuple[Sample, list[list[Segment]]]]:  # fmt: skip
+    """Return samples with their segments; drop or note rows over `most` characters."""
     rendered = []
-    for conversation in batch:
-        characters = _characters(conversation)
+    for sample in batch:
+        characters = _characters(sample)
         if characters > most and options.truncation == "drop":
             counts["num_rows"] += 1
             counts["num_dropped"] += 1
             continue
         if characters > most and options.truncation == "error":
             size = f"{characters:,} characters"
-            problems.note(_over(conversation.place, size, options, None), TOO_LONG)
+            place, count = sample.conversations[0].place, len(sample.conversations)
+            problems.note(_over(place, size, options, None, count), TOO_LONG)
             continue
         with problems.noted():
-            control.refuse(conversation)
-            rendered.append((conversation, template.segments(conversation, options.loss_on)))
+            for conversation in sample.conversations:
+                control.refuse(conversation)
+            parts = [template.segments(each, options.loss_on) for each in sample.conversations]
+            rendered.append((sample, parts))
     return rendered
 
 
 def _pieces(
-    ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None, place: Place,
+    documents: list[Tokens], options: Options, bos_id: int | None, place: Place,
     problems: Problems, counts: dict[str, int],
-) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """Cut a row to max_length: one piece, several, or none.
+) -> list[list[Tokens]]:  # fmt: skip
+    """Cut the documents of a row to max_length: they give one example, several, or none.
 
-    Raises DataError if a piece has no supervised token.
+    Several documents are learned whole or not at all. Raises DataError if a piece has no supervised
+    token.
     """
-    is_long = len(ids) > options.max_length
-    if options.truncation == "error" and is_long:
-        problems.note(_over(place, f"{len(ids)} tokens", options, len(ids)), TOO_LONG)
+    length, is_one = sum(len(ids) for ids, _ in documents), len(documents) == 1
+    is_long = length > options.max_length
+    if is_long and options.truncation != "drop" and (options.truncation == "error" or not is_one):
+        size = f"{length} tokens" + ("" if is_one else f" in {len(documents)} documents")
+        problems.note(_over(place, size, options, length, len(documents)), TOO_LONG)
         return []
-    pieces = _shorten(ids, supervised, options, bos_id, place)
-    if not all(supervised[1:].any() for _, supervised in pieces):
+    pieces = [documents]
+    if is_long:
+        pieces = [[piece] for piece in _shorten(*documents[0], options, bos_id)] if is_one else []
+    if not all(supervised[1:].any() for piece in pieces for _, supervised in piece):
         can_rise = options.positions is None or options.max_length < options.positions
         raise DataError(
-            f"{place}: no supervised token is left in {len(ids)} tokens cut to "
+            f"{place}: no supervised token is left in {length} tokens cut to "
             f"{options.max_length}; "
             + ("raise data.max_length, or set" if can_rise else "set")
             + " data.truncation to drop"
@@ -441,18 +482,22 @@ class _Finisher:
         return ids, supervised
 
 
-CUT = "data.truncation to right, left, drop or (clm) split"
+def _cut(num_documents: int) -> str:
+    """Say which data.truncation takes a row that is too long."""
+    if num_documents > 1:
+        return "data.truncation to drop, as rows of several documents are not cut"
+    return "data.truncation to right, left, drop or (clm) split"
 
 
-def _over(place: Place, size: str, options: Options, length: int | None) -> str:
+def _over(place: Place, size: str, options: Options, length: int | None, num_documents: int) -> str:
     """Say that a row is too long. `length`: its tokens; None if there are too many to count."""
-    remedy = f"remove it, or set {CUT}"
+    remedy = f"remove it, or set {_cut(num_documents)}"
     if length is not None:
-        remedy = fitting(length, options.max_length, options.positions)
+        remedy = fitting(length, options.max_length, options.positions, num_documents)
     return f"{place}: {size}, over data.max_length {options.max_length}; {remedy}"
 
 
-def fitting(longest: int, limit: int, positions: int | None) -> str:
+def fitting(longest: int, limit: int, positions: int | None, num_documents: int = 1) -> str:
     """Say what to do about rows of up to `longest` tokens where data.max_length is `limit`.
 
     Never suggests a length that the model's positions do not allow.
@@ -461,13 +506,13 @@ def fitting(longest: int, limit: int, positions: int | None) -> str:
         lower = f"data.max_length: {positions} and " if limit != positions else ""
         return (
             f"data.max_length can be at most {positions}, as the model has no more positions: set "
-            f"{lower}{CUT}"
+            f"{lower}{_cut(num_documents)}"
         )
     enough = -(-longest // 64) * 64
-    return f"set data.max_length: {min(enough, positions or enough)}, or {CUT}"
+    return f"set data.max_length: {min(enough, positions or enough)}, or {_cut(num_documents)}"
 
 
-def _lengths(lengths: list[int], too_long: int, options: Options) -> str:
+def _lengths(lengths: list[int], too_long: int, options: Options, num_documents: int) -> str:
     """Say how many rows are too long, and which data.max_length would fit."""
     limit = options.max_length
     if not lengths:
@@ -476,13 +521,13 @@ def _lengths(lengths: list[int], too_long: int, options: Options) -> str:
     if len(lengths) < too_long + fit:  # some were not even tokenised
         return (
             f"{too_long:,} rows are longer than data.max_length {limit}, some by far: remove them, "
-            f"or set {CUT}"
+            f"or set {_cut(num_documents)}"
         )
     longest, usual = max(lengths), int(np.percentile(lengths, 95, method="higher"))
     return (
         f"{too_long:,} rows are longer than data.max_length {limit}; of all {len(lengths):,} the "
         f"longest has {longest:,} tokens and 95% have at most {usual:,}: "
-        f"{fitting(longest, limit, options.positions)}"
+        f"{fitting(longest, limit, options.positions, num_documents)}"
     )
 
 
@@ -491,12 +536,10 @@ def _any_of(tokens: set[str]) -> re.Pattern[str]:
 
 
 def _shorten(
-    ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None, place: Place
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return at most max_length tokens: the example itself, or what data.truncation makes of it."""
+    ids: np.ndarray, supervised: np.ndarray, options: Options, bos_id: int | None
+) -> list[Tokens]:
+    """Return what data.truncation makes of a document of over max_length tokens."""
     limit, over = options.max_length, len(ids) - options.max_length
-    if over <= 0:
-        return [(ids, supervised)]
     if options.truncation == "drop":
         return []
     head = 0 if bos_id is None else 1  # every piece begins with the BOS

@@ -215,10 +215,10 @@ def read(
     try:
         if format == "auto":
             format = rows.detect_format(found, "line", columns, for_training=False)
-        stream = rows.conversations(
+        stream = rows.samples(
             found, format, columns, "line", None, problems, unread, for_training=False
         )
-        read = list(islice(stream, limit))
+        samples = list(islice(stream, limit))
         problems.raise_if_any()
     except UserError as exc:  # its message names settings of the run config
         message = str(exc).replace("data.columns", "--columns").replace("data.format", "--format")
@@ -236,6 +236,13 @@ def read(
             f"note: not read: columns {readers.list_columns(sorted(unread))}; every answer counts "
             "as correct",
             file=sys.stderr,
+        )
+    read = [conversation for sample in samples for conversation in sample.conversations]
+    if len(read) > len(samples):
+        several = next(each.conversations[0] for each in samples if len(each.conversations) > 1)
+        raise DataError(
+            f"{several.place}: --format gives several documents, of which evaluate cannot compare "
+            "one answer; write a function for it that returns the one to compare with"
         )
     if without := next((c for c in read if c.messages[-1].role != "assistant"), None):
         raise DataError(f"{without.place}: has no answer to compare with")

@@ -5,9 +5,8 @@
 
 Most of a small run is the start of its processes. `forget:DIR:STEP` takes a run back to the
 checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the next run on
-purpose, so that the tests of the others are seen to fail; `pair` makes each two of its rows one
-example; `topology:NAME` has all that follow share the model in another way;
-`compiler:NAME` compiles all that follow by another backend.
+purpose, so that the tests of the others are seen to fail; `topology:NAME` has all that follow share
+the model in another way; `compiler:NAME` compiles all that follow by another backend.
 """
 
 import dataclasses
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import torch
 from conftest import forget_process_state
-from invariants import objectives
 
 from finetune import config as configs
 from finetune import loop
@@ -44,8 +42,6 @@ def main() -> None:
                 torch.distributed.barrier()
         elif argument.startswith("break:"):
             mend = BREAKS[argument.removeprefix("break:")]()
-        elif argument == "pair":
-            mend = objectives.pair()
         elif argument.startswith(
             "compiler:"
         ):  # "aot_eager" captures the same graphs, and generates no code

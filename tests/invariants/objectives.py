@@ -1,12 +1,8 @@
 """Three objectives as users would write them, each with a feature that cross-entropy lacks."""
 
-from dataclasses import replace
-
-import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from finetune.data.examples import Examples
 from finetune.objectives import Objective, Term
 
 
@@ -36,12 +32,12 @@ class Unlikelihood(Objective):
 
 
 class Pairwise(Objective):
-    """The first document of an example should be likelier than the second."""
+    """The first document of an example should be likelier than the second, by a margin."""
 
     def loss(self, policy, batch, settings, prepared):
         sums = policy.per_document(policy(batch, {"logprobs"}).logprobs, batch)
         assert torch.equal(batch.example[::2], batch.example[1::2])
-        margin = 0.05 * (sums[::2] - sums[1::2])
+        margin = 0.05 * (sums[::2] - sums[1::2]) - batch.columns["margin"][::2]
         return [
             Term("loss", -logsigmoid(margin).sum(), per="examples"),
             Term("margin", margin.detach().sum(), per="examples", weight=0.0),
@@ -49,29 +45,14 @@ class Pairwise(Objective):
 
 
 SURE = -5.0  # tiny models know little
-OBJECTIVES = {name: f"{__file__}:{name}" for name in ("Dft", "Unlikelihood", "Pairwise")}
+SETTINGS = {
+    name: {"objective__kind": f"{__file__}:{name}"} for name in ("Dft", "Unlikelihood", "Pairwise")
+}
+SETTINGS["Pairwise"]["data__format"] = f"{__file__}:pairs"
 
 
-def paired(examples: Examples) -> Examples:
-    """Two rows an example, as rows of preferences will be."""
-    count = len(examples) // 2
-    return replace(
-        examples.subset(np.arange(2 * count)), source=examples.source[:count],
-        line=examples.line[:count], row=examples.row[:count],
-        example_ends=2 * np.arange(1, count + 1),
-    )  # fmt: skip
-
-
-def pair():
-    """Make pairs of the rows of every run from here on; returns what ends that."""
-    from finetune import preflight
-
-    prepare = preflight.examples.prepare
-    preflight.examples.prepare = lambda *arguments, **keywords: paired(
-        prepare(*arguments, **keywords)
-    )
-
-    def restore() -> None:
-        preflight.examples.prepare = prepare
-
-    return restore
+def pairs(row):
+    """An answer and one that ends wrong, with a margin from the row."""
+    good = {"question": row["question"], "answer": row["answer"]}
+    bad = {**good, "answer": row["answer"].replace("so", "no") + " not"}
+    return {"documents": [good, bad], "fields": {"margin": len(row["answer"]) / 100}}

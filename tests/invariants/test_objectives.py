@@ -20,13 +20,6 @@ WAYS = {
 }
 
 
-@pytest.fixture
-def objective(request):
-    restore = objectives.pair() if request.param == "Pairwise" else lambda: None
-    yield request.param
-    restore()
-
-
 def curves(run):
     """Every number of its logs that comes from the model."""
     kept = ("loss", "grad_norm", "unlikelihood", "margin", "eval_loss", "cross_entropy")
@@ -40,9 +33,9 @@ def curves(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
+@pytest.mark.parametrize("objective", objectives.SETTINGS)
 def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
-    own = {**SIX, "objective__kind": objectives.OBJECTIVES[objective]}
+    own = SIX | objectives.SETTINGS[objective]
     runs = [workshop.train(name.replace(" ", "_"), **own, **way) for name, way in WAYS.items()]
     for run in runs[1:]:
         assert curves(run) == pytest.approx(curves(runs[0]), rel=1e-4)
@@ -56,19 +49,19 @@ def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
 def test_a_total_of_only_one_micro_batch_would_be_caught(workshop, monkeypatch):
     """A deliberate break: each sum divided by what the first micro-batch alone counts."""
     monkeypatch.setattr(Batches, "totals", lambda batches, step: batches.at(step)[0].counts)
-    own = {**SIX, "objective__kind": objectives.OBJECTIVES["Dft"], "train__max_steps": 1}
+    own = {**SIX, **objectives.SETTINGS["Dft"], "train__max_steps": 1}
     one, other = (
         workshop.train(f"run{size}", **own, train__micro_batch_size=size) for size in (4, 1)
     )
     assert curves(other) != pytest.approx(curves(one), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", objectives.OBJECTIVES, indirect=True)
+@pytest.mark.parametrize("objective", objectives.SETTINGS)
 def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
     """One step over all rows, so that packs hold the same examples as the steps without them."""
     whole = {
         **SIX,
-        "objective__kind": objectives.OBJECTIVES[objective],
+        **objectives.SETTINGS[objective],
         "train__max_steps": 3,
         "train__global_batch_size": 40,
         "data__eval_fraction": 0,
@@ -95,22 +88,20 @@ def test_several_processes_train_like_one(tmp_path, topologies, processes):
 
     workshop, arguments = Workshop(tmp_path), []
     settings = {**SIX, "train__micro_batch_size": 1, "data__packing": True}
-    for name, kind in objectives.OBJECTIVES.items():
-        restore = objectives.pair() if name == "Pairwise" else lambda: None
-        workshop.train(f"{name}_alone", **settings, objective__kind=kind)
-        restore()
+    for name, own in objectives.SETTINGS.items():
+        workshop.train(f"{name}_alone", **settings, **own)
     for topology in topologies:
         arguments += [f"topology:{topology}"] if processes == 2 else []
-        for name, kind in objectives.OBJECTIVES.items():
-            config = workshop.config(f"{topology}_{name}", **settings, objective__kind=kind)
-            arguments += [*(["pair"] if name == "Pairwise" else []), str(workshop.write(config))]
+        for name, own in objectives.SETTINGS.items():
+            config = workshop.config(f"{topology}_{name}", **settings, **own)
+            arguments.append(str(workshop.write(config)))
     logs = [tmp_path / f"{rank}.log" for rank in range(processes)]
     launch = fork(
         "distributed.many_runs", arguments, topologies[0], logs, {}, FOUR.get(topologies[0], [])
     )
     assert launch.codes(280) == [0] * processes, launch.output()
     for topology in topologies:
-        for name in objectives.OBJECTIVES:
+        for name in objectives.SETTINGS:
             own, alone = workshop.run_dir(f"{topology}_{name}"), workshop.run_dir(f"{name}_alone")
             assert curves(own) == pytest.approx(curves(alone), rel=1e-4), (topology, name)
             one, other = (load_file(run / "model/model.safetensors") for run in (own, alone))
