@@ -77,7 +77,7 @@ def main(arguments: argparse.Namespace) -> None:
         require_model(getattr(arguments, option), f"--{option}")
     moved_base = moved(arguments.tuned, arguments.base)
     if same_model(arguments.base, arguments.tuned):
-        print("note: --base and --tuned are the same model", file=sys.stderr)
+        _note("--base and --tuned are the same model")
     elif moved_base:
         require_base(arguments.base)
     conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
@@ -119,7 +119,7 @@ def _answers(
     trusted = arguments.trust_remote_code
     model = load(getattr(arguments, name), trust_remote_code=trusted, base=moved_base)
     if name == "base" and (note := other_base(arguments.tuned, model)):
-        print(f"note: {note}", file=sys.stderr)
+        _note(note)
     answers = generate.answers(
         model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, prompts,
         max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name,
@@ -205,7 +205,7 @@ def read(
     """
     found, notes = readers.expand(source, "--data")
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        _note(note)
     problems, unread = rows.Problems(), Counter[str]()
     if columns and own_code.is_own(format):
         raise UserError(
@@ -225,18 +225,12 @@ def read(
         raise type(exc)(message) from exc
     if problems.num_empty:
         skipped = "1 empty row" if problems.num_empty == 1 else f"{problems.num_empty:,} empty rows"
-        print(f"note: {skipped} skipped", file=sys.stderr)
+        _note(f"{skipped} skipped")
     if problems.num_skipped:
-        print(
-            f"note: --format skips {problems.num_skipped:,} of {problems.num_rows:,} rows",
-            file=sys.stderr,
-        )
+        _note(f"--format skips {problems.num_skipped:,} of {problems.num_rows:,} rows")
     if unread:
-        print(
-            f"note: not read: columns {readers.list_columns(sorted(unread))}; every answer counts "
-            "as correct",
-            file=sys.stderr,
-        )
+        listed = readers.list_columns(sorted(unread))
+        _note(f"not read: columns {listed}; every answer counts as correct")
     read = [conversation for sample in samples for conversation in sample.conversations]
     if len(read) > len(samples):
         several = next(each.conversations[0] for each in samples if len(each.conversations) > 1)
@@ -306,6 +300,10 @@ def as_lines(
             line |= {f"{score.replace(' ', '_')}_{name}": by_model[name][i] for name in given}
         written.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(written)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _line(text: str, width: int = 100) -> str:

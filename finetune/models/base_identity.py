@@ -142,16 +142,14 @@ def require_architecture(
     ]
     if others:
         name = "model_type" if "model_type" in others else others[0]  # the rest follows from it
+        before = known["architecture"][name]
         if given is not None:
-            raise ModelError(
-                f"--base: {given} is not the base of {folder}: {name} was "
-                f"{known['architecture'][name]} there, and is {now[name]} here; give the folder of "
-                "the base that the adapter was trained on"
+            raise _not_the_base(
+                given, folder, f"{name} was {before} there, and is {now[name]} here"
             )
         raise ModelError(
             f"{folder}: its base has another config than when the adapter was trained: {name} was "
-            f"{known['architecture'][name]}, now {now[name]}; put the old config.json back, or "
-            "train again"
+            f"{before}, now {now[name]}; put the old config.json back, or train again"
         )
 
 
@@ -193,18 +191,22 @@ def _require_hashes(
     found: dict[str, str], known: dict[str, str], folder: Path, given: str | None = None
 ) -> None:
     others = [name for name, wanted in known.items() if found.get(name) != wanted]
-    if others and given is not None:
-        raise ModelError(
-            f"--base: {given} is not the base of {folder}: {len(others)} of {len(known)} weights "
-            f"differ, such as {others[0]}; give the folder of the base that the adapter was "
-            "trained on"
-        )
-    if others:
-        raise ModelError(
-            f"{folder}: its base has changed since the adapter was trained on it: {len(others)} of "
-            f"{len(known)} weights differ, such as {others[0]}; put the old base back, or train "
-            "again"
-        )
+    if not others:
+        return
+    how = f"{len(others)} of {len(known)} weights differ, such as {others[0]}"
+    if given is not None:
+        raise _not_the_base(given, folder, how)
+    raise ModelError(
+        f"{folder}: its base has changed since the adapter was trained on it: {how}; put the old "
+        "base back, or train again"
+    )
+
+
+def _not_the_base(given: str, folder: Path, how: str) -> ModelError:
+    return ModelError(
+        f"--base: {given} is not the base of {folder}: {how}; give the folder of the base that the "
+        "adapter was trained on"
+    )
 
 
 def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
