@@ -608,24 +608,26 @@ def test_an_unwritable_output_is_refused_before_the_work(capsys):
     assert "--output: /no/such/folder/x: its folder does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["chat", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["chat", "evaluate", "export", "merge"])
 def test_an_invalid_model_is_refused_at_once(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "empty").mkdir()
     for name, says in (
         ("models/x", "no such folder"), ("./x", "no such folder"), ("x/", "no such folder"),
-        ("~/no/such", "no such folder"),
+        ("~/no/such", "no such folder"), ("runs/x", "no such folder"), ("my run", "no such folder"),
+        ("./emty", "no such folder (looked for in {}); did you mean ./empty?"),
         ("empty", "is an empty folder"), ("", "is empty"),
     ):  # fmt: skip
         needed = {
             "chat": ["--model", name, "--prompt", "a"],
             "export": ["--merge", "--model", name, "--output", "m"],
+            "merge": [name, "--output", "m"],
             "evaluate": ["--tuned", name, "--base", name, "--data", "rows.jsonl"],
         }  # fmt: skip
         assert main([command, *needed[command]]) == 2
         error = capsys.readouterr().err
-        assert says in error
+        assert says.format(tmp_path) in error
         assert error.startswith("error: --")
 
 

@@ -173,7 +173,7 @@ NEAR = Case("own", beside="other", within=Tolerance(1e-3, 1e-2, "why"))
 
 def curves(**changes):
     values = {
-        "code": 0, "said": "", "was_out_of_turn": False, "seconds": 1.0,
+        "code": 0, "output": "", "was_out_of_turn": False, "seconds": 1.0,
         "losses": [5.0, 4.0, 3.0, 2.5, 2.0, 1.8, 1.6, 1.5], "norms": [1.0] * 8, "evals": [3.0, 2.0],
         "num_saves": 3, "opened": 2.5,
     }  # fmt: skip
@@ -181,7 +181,7 @@ def curves(**changes):
 
 
 def test_a_run_equal_to_its_reference_passes():
-    row = correctness.judge(NEAR, curves(losses=[5.001, *curves().losses[1:]]), curves())
+    row = correctness.row_of(NEAR, curves(losses=[5.001, *curves().losses[1:]]), curves())
     assert (row.status, row.reason) == ("right", "")
     assert row.values["loss"] == pytest.approx(2e-4)
 
@@ -196,7 +196,7 @@ def test_a_run_equal_to_its_reference_passes():
         ({"evals": [3.0, 2.1]}, "losses differ"),
         ({"opened": 2.6}, "losses differ"),
         ({"norms": [2.0] * 8}, "gradient norms differ"),
-        ({"code": 1, "said": "note\nValueError: no\n"}, "ended with 1: ValueError: no"),
+        ({"code": 1, "output": "note\nValueError: no\n"}, "ended with 1: ValueError: no"),
         ({"code": None}, "killed, as it had not ended"),
         ({"losses": [5.0]}, "1 steps of 8"),
         ({"norms": [float("nan")] * 8}, "not finite"),
@@ -209,16 +209,17 @@ def test_a_run_equal_to_its_reference_passes():
     ],
 )
 def test_a_run_unlike_its_reference_fails(changes, reason):
-    row = correctness.judge(NEAR, curves(**changes), curves())
+    row = correctness.row_of(NEAR, curves(**changes), curves())
     assert row.status == "wrong"
     assert reason in row.reason
 
 
 def test_a_reference_that_failed_proves_nothing():
     assert (
-        "did not end well: ended with 1" in correctness.judge(NEAR, curves(), curves(code=1)).reason
+        "did not end well: ended with 1"
+        in correctness.row_of(NEAR, curves(), curves(code=1)).reason
     )
-    nan = correctness.judge(NEAR, curves(), curves(losses=[float("nan")] * 8))
+    nan = correctness.row_of(NEAR, curves(), curves(losses=[float("nan")] * 8))
     assert (nan.status, "not finite" in nan.reason) == ("wrong", True)
 
 
@@ -226,19 +227,19 @@ def test_a_reference_that_failed_proves_nothing():
     "other", [None, curves(code=None, was_out_of_turn=True)], ids=["not begun", "cut off"]
 )
 def test_rows_of_a_skipped_reference_are_skipped(other):
-    row = correctness.judge(NEAR, curves(), other)
+    row = correctness.row_of(NEAR, curves(), other)
     assert (row.status, "before other, which it is compared with" in row.reason) == (
         "no turn",
         True,
     )
-    assert correctness.judge(NEAR, curves(code=1), other).status == "wrong", (
+    assert correctness.row_of(NEAR, curves(code=1), other).status == "wrong", (
         "that it does by itself"
     )
 
 
 def test_a_run_ended_by_the_deadline_does_not_fail():
     assert (
-        correctness.judge(NEAR, curves(code=None, was_out_of_turn=True), curves()).status
+        correctness.row_of(NEAR, curves(code=None, was_out_of_turn=True), curves()).status
         == "no turn"
     )
 
@@ -375,18 +376,18 @@ def test_a_run_can_leave_out_steps_as_fp16_does(workshop, monkeypatch):
 
 
 def test_a_row_shows_the_comparison():
-    alone = correctness.judge(Case("own"), curves(), None)
+    alone = correctness.row_of(Case("own"), curves(), None)
     assert (alone.status, alone.values["compared"]) == ("right", "nothing")
-    assert correctness.judge(NEAR, curves(), curves()).values["compared"] == "all"
+    assert correctness.row_of(NEAR, curves(), curves()).values["compared"] == "all"
 
 
 def test_where_methods_differ_only_the_first_loss_is_compared():
     case = Case("own", beside="other", within=Tolerance(1e-3, 1e-2, "why"), only_first=True)
     assert (
-        correctness.judge(case, curves(losses=[5.0, *[1.0] * 7], norms=[9.0] * 8), curves()).status
+        correctness.row_of(case, curves(losses=[5.0, *[1.0] * 7], norms=[9.0] * 8), curves()).status
         == "right"
     )
-    assert correctness.judge(case, curves(losses=[5.1, *[1.0] * 7]), curves()).status == "wrong"
+    assert correctness.row_of(case, curves(losses=[5.1, *[1.0] * 7]), curves()).status == "wrong"
 
 
 def test_forecasts_are_right_within_bounds():
@@ -528,8 +529,8 @@ def test_each_process_has_its_own_part_of_the_log(tmp_path):
     started(tmp_path, "print('first')")
     ended = started(tmp_path, "raise ValueError('second')")
     assert ended.code == 1
-    assert "first" not in ended.said
-    assert runner.last_words(ended.said) == "ValueError: second"
+    assert "first" not in ended.output
+    assert runner.last_words(ended.output) == "ValueError: second"
     assert "first" in (tmp_path / "log").read_text()
 
 

@@ -48,7 +48,7 @@ def test_every_kind_of_command_is_run_by_a_test_here():
     """New kinds of commands need a test here; test_package.py has `pip install .`."""
     known = (
         "make ", "source .venv", "accelerate launch",
-        "python train.py --config configs/my_run.yaml", "python train.py --help",
+        "python train.py my_run.yaml", "python train.py --help",
         "python -m finetune chat", "python -m finetune plan", "python -m finetune evaluate",
         "python -m finetune merge", "python -m finetune launch",
         "pip install --no-build-isolation", "pip install .",
@@ -84,7 +84,7 @@ def typed(command: str, folder) -> list[str]:
     import sys
 
     for name, place in (
-        ("configs/my_run.yaml", folder / "my_run.yaml"), ("runs/my_run", folder / "runs/my_run"),
+        ("my_run.yaml", folder / "my_run.yaml"), ("runs/my_run", folder / "runs/my_run"),
         ("my_held_out_rows.jsonl", folder / "my_held_out_rows.jsonl"),
         ("Qwen/Qwen2.5-0.5B-Instruct", folder / "runs/base/model"),
         ("accelerate_configs/ddp.yaml", ROOT / "accelerate_configs/ddp.yaml"),
@@ -111,7 +111,7 @@ def test_the_commands_of_the_readme_in_order(my_run):
         c
         for c in commands()
         if c.startswith(
-            ("python train.py --config", "python -m finetune evaluate", "python -m finetune merge")
+            ("python train.py my_run", "python -m finetune evaluate", "python -m finetune merge")
         )
     ]
     assert len(chosen) == 4
@@ -151,14 +151,21 @@ def test_every_recipe_passes_the_config_check(path):
     assert not check_only
 
 
-def test_the_objective_of_contributing_learns_what_it_says(workshop):
-    """One step over all rows: loss and gradient norm of dft.py against its formula, on logits."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    [source], [setting] = blocks("python", text), blocks("yaml", text)
-    (workshop.folder / "dft.py").write_text(source)
-    own = {
-        f"objective__{key}": value for key, value in yaml.safe_load(setting)["objective"].items()
-    }
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("CONTRIBUTING.md", lambda logprobs: -(logprobs.exp().detach() * logprobs).mean()),
+        ("docs/objectives.md", lambda logprobs: -(logprobs.softmax(0).detach() * logprobs).sum()),
+    ],
+    ids=["contributing", "denominator"],
+)
+def test_an_objective_of_the_documentation_learns_what_it_says(workshop, page, expected):
+    """One step over all rows: loss and gradient norm against the formula, on logits."""
+    text = (ROOT / page).read_text()
+    source = next(block for block in blocks("python", text) if "import Objective" in block)
+    settings = yaml.safe_load(blocks("yaml", text)[-1])["objective"]
+    (workshop.folder / settings["kind"].partition(":")[0]).write_text(source)
+    own = {f"objective__{key}": value for key, value in settings.items()}
     base = workshop.train("base") / "model"
     held_out = write_jsonl(workshop.folder / "held_out.jsonl", pairs(60)[40:])
     run = workshop.train(
@@ -166,31 +173,29 @@ def test_the_objective_of_contributing_learns_what_it_says(workshop):
         model__tokenizer=None, train__global_batch_size=40, train__epochs=2,
         data__eval=str(held_out), evaluation__every_steps=1,
     )  # fmt: skip
-    loss, grad_norm = plain_dft(
-        base, workshop.folder / "cache/tokens" / workshop.receipt()["train_data"]["fingerprint"]
-    )
+    tokens = workshop.folder / "cache/tokens" / workshop.receipt()["train_data"]["fingerprint"]
+    model, logprobs = token_logprobs(base, tokens)
+    loss = expected(logprobs)
+    loss.backward()
+    grad_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     first = read_jsonl(run / "metrics.jsonl")[0]
-    assert (first["loss"], first["grad_norm"]) == pytest.approx((loss, grad_norm), rel=1e-5)
+    assert (first["loss"], first["grad_norm"]) == pytest.approx((loss.item(), grad_norm), rel=1e-5)
     line = read_jsonl(run / "eval.jsonl")[-1]
     assert line["eval_loss"] < line["cross_entropy"] == pytest.approx(math.log(line["perplexity"]))
 
 
-def plain_dft(base, tokens):
-    """Return (mean of p * -log p with p held fixed, norm of its gradient) over cached tokens."""
+def token_logprobs(base, tokens):
+    """Return (model, its log-probabilities of the supervised tokens in the cache)."""
     model = AutoModelForCausalLM.from_pretrained(base)
     ids, supervised, ends = (
         np.load(tokens / f"{name}.npy") for name in ("input_ids", "supervised", "ends")
     )
-    losses = []
+    found = []
     for start, end in zip([0, *ends], ends):
         row = torch.tensor(ids[start:end], dtype=torch.int64)
         logprobs = model(row[None]).logits[0, :-1].log_softmax(-1)[range(len(row) - 1), row[1:]]
-        losses.append(
-            -(logprobs.exp().detach() * logprobs)[torch.tensor(supervised[start + 1 : end])]
-        )
-    mean = torch.cat(losses).mean()
-    mean.backward()
-    return mean.item(), torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        found.append(logprobs[torch.tensor(supervised[start + 1 : end])])
+    return model, torch.cat(found)
 
 
 def test_the_schema_is_that_of_the_config():
@@ -209,7 +214,7 @@ def test_links_and_files_are_in_the_repository():
         r"`((?:finetune|accelerate_configs|configs|tests)/[\w./]+\.\w+)`",
         README + (ROOT / "docs/architecture.md").read_text(),
     ):
-        assert ROOT / file in there or file == "configs/my_run.yaml", file
+        assert ROOT / file in there, file
 
 
 def test_the_architecture_names_every_module():

@@ -140,7 +140,7 @@ def folder_problem(path: str, needs_weights: bool) -> str | None:
         base = f"model.path: {named}" if named else "its base in model.path"
         return (
             f"{path} is an adapter, not a model; to train it further give {base} and adapter.path: "
-            f"{path}; to train on top of it, merge it first: {places.command()} export --merge"
+            f"{path}; to train on top of it, merge it first: {places.command()} merge"
         )
     if kind == "run":
         inside = os.path.join(path, "model")
@@ -363,7 +363,9 @@ def name_problem(name: str | None) -> str | None:
     if not name or not name.strip():
         return "is empty; give a folder, or a Hub id as owner/name"
     if not os.path.exists(name) and paths.is_local(name):
+        near = places.nearest(*os.path.split(name.rstrip("/")))
         hint = "a run's model is in runs/<name>/model, a Hub id is owner/name"
+        hint = f"did you mean {near}?" if near else hint
         return f"{name}: no such folder (looked for in {places.looked_in()}); {hint}"
     return None
 

@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     overrides = vars(known)
     path, check = overrides.pop("config", None), overrides.pop("check", False)
     if path is None and unknown and unknown[0].endswith((".yaml", ".yml")):
-        path = unknown.pop(0)  # train.py configs/my_run.yaml
+        path = unknown.pop(0)  # train.py my_run.yaml
     taken = _taken_configs(path, overrides)
     if taken and path is None:  # without the config every required setting would be missing
         problems = _problems_of_words(path, unknown, sections) + taken
@@ -128,7 +128,7 @@ def _own_objective(kind: str, folder: Path | None, where: str) -> type[OwnObject
 def _parser(sections: Sections) -> "_Parser":
     """Make a parser with an option for each setting of the sections."""
     parser = _Parser(
-        prog="finetune train" if places.command() == "finetune" else "train.py",
+        prog=places.train_command(),
         usage="%(prog)s CONFIG [--check] [--section.field VALUE ...]",
         description="Specialise a Hugging Face language model to a task. Write the settings into a "
         "YAML file; those on the command line override it.",

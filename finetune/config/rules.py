@@ -90,7 +90,8 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         has_turns = objective.objective.has_turns
         trains_on_all = objective.objective.supervises("completion") == "all"
     else:
-        has_turns, trains_on_all = objective.kind == "sft", objective.kind == "clm"
+        trains_on_all = objective.kind == "clm"
+        has_turns = not trains_on_all
     if trains_on_all:
         why = f"objective.kind: {name} trains on every token"
         yield from _ignored(data, "data", ("loss_on",), why)
