@@ -11,6 +11,7 @@ from torch import nn
 
 from finetune.config import Optimizer, Schedule
 from finetune.config.choices import OPTIMIZERS
+from finetune.models.embeddings import embedding_and_head
 
 SLICE = 1 << 24  # values per update: 64 MB for each of the float32 copies
 
@@ -22,7 +23,7 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     optimizer.embedding_lr; LoRA's B matrices use optimizer.lora_plus_ratio x the rate of the rest.
     `hidden` marks the matrices that are neither embeddings nor head: muon updates these.
     """
-    outer = {id(p) for module in _embedding_and_head(model) for p in module.parameters()}
+    outer = {id(p) for module in embedding_and_head(model) for p in module.parameters()}
     # Position embeddings, too.
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
@@ -122,7 +123,7 @@ class RoundedAdamW(torch.optim.Optimizer):
                     chance = torch.Generator(parameter.device)
                     chance.manual_seed(_mixed(self.seed, number))
                 tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-                slices = (_own_part(tensor).view(-1).split(SLICE) for tensor in tensors)
+                slices = (own_part(tensor).view(-1).split(SLICE) for tensor in tensors)
                 for weight, grad, first, second in zip(*slices):
                     _adamw_(weight, grad, first, second, number, group, chance)
 
@@ -163,7 +164,7 @@ def round_(stored: torch.Tensor, value: torch.Tensor, chance: torch.Generator) -
     stored.copy_(value)
 
 
-def _own_part(tensor: Any) -> torch.Tensor:
+def own_part(tensor: Any) -> torch.Tensor:
     """Return this process's part of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -246,12 +247,3 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of each group to `lr` x its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
-
-
-def _embedding_and_head(model: nn.Module) -> list[nn.Module]:
-    found = [
-        getattr(model, name)()
-        for name in ("get_input_embeddings", "get_output_embeddings")
-        if hasattr(model, name)
-    ]
-    return [module for module in found if module is not None]
