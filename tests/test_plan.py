@@ -508,15 +508,13 @@ def test_a_plan_begins_with_its_advice_and_shows_what_fits_for_every_topology(wo
     sizes = {"train__global_batch_size": 16, "train__micro_batch_size": "auto"}
     assert plan(workshop, "--gpu-memory", "24", **sizes) == 0
     output = capsys.readouterr().out
-    assert output.splitlines()[3].startswith(
-        "advice  it fits on 1 GPU with accelerate_configs/single.yaml; 2"
-    )
+    advice = "advice  it fits on 1 GPU with accelerate_configs/single.yaml; 2"
+    assert output.splitlines()[3].startswith(advice)
     for file in (ROOT / "accelerate_configs").glob("*.yaml"):
         line = row(file.stem, output)
         assert "fits" in line, line
-        assert int(line.split()[2]) <= int(line.split()[1]), (
-            "the fewest are not more than were given"
-        )
+        given, fewest = map(int, line.split()[1:3])
+        assert fewest <= given, line
         assert ("for auto" in line) == ("zero" in file.stem), line
     words = [line.split() for line in output.splitlines()[6:]]
     topologies = [found[0] for found in words if found[1:2] and found[1].isdigit()]
@@ -526,11 +524,8 @@ def test_a_plan_begins_with_its_advice_and_shows_what_fits_for_every_topology(wo
 
 def test_a_plan_that_fits_nowhere_advises_a_change(workshop, capsys):
     assert plan(workshop, "--gpu-memory", "0.5") == 0
-    assert (
-        capsys.readouterr()
-        .out.splitlines()[3]
-        .startswith("advice  on 1 GPU (single) it needs a change: ")
-    )
+    line = capsys.readouterr().out.splitlines()[3]
+    assert line.startswith("advice  on 1 GPU (single) it needs a change: ")
 
 
 def test_one_topology_is_shown_in_its_parts(workshop, capsys):
