@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.models import attention_choice, cross_entropy, head
+from finetune.models import attention, attention_choice, cross_entropy, head
 
 VOCAB = 1009
 SIZES = {
@@ -126,16 +126,14 @@ def test_loss_and_every_gradient_are_those_of_all_logits(chunks_of_a_few, name, 
     assert learned_alike(model, smoothing) >= names - unused
 
 
-@pytest.mark.parametrize("kernel", ["documents", "eager"])
+@pytest.mark.parametrize("kernel", [attention.DOCUMENTS, "eager"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_traced_under_every_attention_and_without_weights(name, kernel):
     config = AutoConfig.for_model(name.split(",")[0], **SIZES | MODELS[name])
     kind = AutoModelForCausalLM._model_mapping[type(config)]
-    if (
-        kernel == "documents"
-        and attention_choice.choose("auto", kind, config, torch.device("cpu"), "fp32") != kernel
-    ):
-        kernel = "eager"
+    if kernel == attention.DOCUMENTS:  # some take no other than eager
+        kernel = attention_choice.choose("auto", kind, config, torch.device("cpu"), "fp32")
+        kernel = kernel if kernel == attention.DOCUMENTS else "eager"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
     assert head.probe(model) == (FINISHES.get(name, head.LogitTransform()), None)
