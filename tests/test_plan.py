@@ -523,7 +523,8 @@ def test_a_plan_begins_with_its_advice_and_shows_what_fits_for_every_topology(wo
 
 
 def test_a_plan_that_fits_nowhere_advises_a_change(workshop, capsys):
-    assert plan(workshop, "--gpu-memory", "0.5") == 0
+    sizes = {"train__global_batch_size": 2, "train__micro_batch_size": 2}
+    assert plan(workshop, "--gpu-memory", "0.5", **sizes) == 0
     line = capsys.readouterr().out.splitlines()[3]
     assert line.startswith("advice  on 1 GPU (single) it needs a change: ")
 
