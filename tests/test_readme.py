@@ -4,14 +4,25 @@ import json
 import math
 import re
 import shlex
+import sys
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, launch, pairs, read_jsonl, tracked, write_jsonl
+from conftest import (
+    ROOT,
+    Workshop,
+    forget_process_state,
+    launch,
+    pairs,
+    read_jsonl,
+    tracked,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
+import train
 from finetune import config as configs
 from finetune.__main__ import main
 from finetune.config.sections import sections_of_config
@@ -59,8 +70,6 @@ def test_every_kind_of_command_is_run_by_a_test_here():
 @pytest.fixture(scope="module")
 def my_run(tmp_path_factory):
     """Train the README's own run as printed, with a two-layer model instead of the Hub's."""
-    from conftest import Workshop, forget_process_state
-
     folder = tmp_path_factory.mktemp("own")
     base = Workshop(folder).train("base") / "model"
     forget_process_state()
@@ -81,8 +90,6 @@ def my_run(tmp_path_factory):
 
 def typed(command: str, folder) -> list[str]:
     """A README command with the test's own folder and model in place of the reader's."""
-    import sys
-
     for name, place in (
         ("my_run.yaml", folder / "my_run.yaml"), ("runs/my_run", folder / "runs/my_run"),
         ("my_held_out_rows.jsonl", folder / "my_held_out_rows.jsonl"),
@@ -92,42 +99,43 @@ def typed(command: str, folder) -> list[str]:
     ):  # fmt: skip
         command = command.replace(name, str(place))
     words = shlex.split(command)
-    return (
-        [sys.executable, *words[1:]]
-        if words[0] == "python"
-        else [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
-    )
+    first = [] if words[0] == "python" else ["-m", "accelerate.commands.launch"]
+    return [sys.executable, *first, *words[2 if first else 1 :]]
+
+
+# What is added to a command, for less of the same: fewer tokens, one topology of all, two steps.
+BRIEF = {
+    "plan": ["--topology", str(ROOT / "accelerate_configs/ddp.yaml")],
+    "evaluate": ["--max-new-tokens", "4"],
+    "chat": ["--prompt", "hi", "--max-new-tokens", "4"],
+    "several": ["--run.name", "several", "--train.max_steps", "2"],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_commands_of_the_readme_in_order(my_run):
-    """plan, --check, train, chat, evaluate, merge; then the same with several processes."""
-    from faults.forked import fork
+def test_the_commands_of_the_readme_in_order(my_run, monkeypatch):
+    """--check, plan, train, chat, evaluate, merge; then the same with several processes.
 
-    [plan] = [c for c in commands() if c.startswith("python -m finetune plan")]
-    assert main(typed(plan, my_run)[3:]) == 0
-    chosen = [
-        c
-        for c in commands()
-        if c.startswith(
-            ("python train.py my_run", "python -m finetune evaluate", "python -m finetune merge")
-        )
-    ]
-    assert len(chosen) == 4
-    # Several of them cold would take a minute; test_launch.py and the last one here start as a user
-    # does
+    Several of them cold would take a minute, so one process runs all but the last of them;
+    test_launch.py and the last one here start as a user does.
+    """
+    runs = ("python train.py my_run", "python -m finetune ")
+    chosen = [c for c in commands() if c.startswith(runs) and c != "python -m finetune launch"]
+    assert len(chosen) == 6
     for command in chosen:
         script, *arguments = typed(command, my_run)[1:]
         if script == "-m":
-            assert main(arguments[1:]) == 0, command
-        else:
-            begun = fork("train", arguments, "single", [my_run / "train.log"], {})
-            assert begun.codes() == [0], f"{command}\n{begun.output()}"
-    [chat] = [c for c in commands() if c.startswith("python -m finetune chat")]
-    assert main(["chat", *typed(chat, my_run)[4:], "--prompt", "hi", "--max-new-tokens", "4"]) == 0
+            assert main([*arguments[1:], *BRIEF.get(arguments[1], [])]) == 0, command
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *arguments])
+            patch.setattr(sys, "stdout", sys.stdout)  # main replaces both
+            patch.setattr(sys, "stderr", sys.stderr)
+            assert train.main() == 0, command
+        forget_process_state()
     [several] = [c for c in commands() if c.startswith("accelerate launch")]
-    result = launch([*typed(several, my_run), "--run.name", "several"])
+    result = launch([*typed(several, my_run), *BRIEF["several"]])
     assert result.returncode == 0, result.stderr
 
 

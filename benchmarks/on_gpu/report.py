@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,11 +19,13 @@ class Log:
     """Print lines on the terminal and into a file."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._path = path
+        path.write_text("")
 
     def __call__(self, line: str) -> None:
-        for stream in (sys.stdout, self._file):
-            print(line, file=stream, flush=True)
+        print(line, flush=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def exit_code(rows: Sequence[Row]) -> int:

@@ -30,7 +30,7 @@ from finetune.survival import launcher
 
 PROTOCOL = {
     str(ROOT / "finetune/engine/checkpoint" / name)
-    for name in ("finding.py", "folder.py", "saver.py", "shards.py")
+    for name in ("contents.py", "folder.py", "resume.py", "saver.py")
 }
 
 
