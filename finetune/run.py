@@ -288,7 +288,7 @@ class Run:
                 about={"config": config.model_dump(), "receipt": directory.receipt()},
                 history=directory.logs.history(), log=log,
             )  # fmt: skip
-        lengths = self.data.train.sequences.examples.lengths.tolist()
+        lengths = self.data.train.sequences.examples.input.lengths.tolist()
         attention = parameters.attention_per_token(self.data.model_config, lengths)
         flops = parameters.flops_per_token(*self.state.facts.products, attention)
         return Metrics(

@@ -467,3 +467,18 @@ def test_an_objective_that_edits_its_batch_does_not_change_what_is_measured(work
     run = workshop.train(objective__kind=kind, train__max_steps=1, data__eval_fraction=0.2)
     [line] = read_jsonl(run / "eval.jsonl")
     assert line["cross_entropy"] != pytest.approx(line["eval_loss"], rel=1e-3)
+
+
+def test_a_metric_that_is_not_finite_is_no_divergence(workshop, own):
+    """A term of weight 0 counts for nothing, in training and in evaluation."""
+    body = (
+        "self.calls = getattr(self, 'calls', 0) + 1\n"
+        f"        nll, bad = {NLL}, float('nan' if self.calls > 6 else 1)\n"
+        "        return [Term('loss', nll, 'tokens'), Term('m', bad * nll.detach(), 'tokens', 0)]"
+    )
+    run = workshop.train(
+        objective__kind=own(LOSS + body), data__eval_fraction=0.2, evaluation__every_steps=1,
+        train__max_steps=1,
+    )  # fmt: skip
+    assert read_jsonl(run / "metrics.jsonl")[0]["m"] is None
+    assert read_jsonl(run / "eval.jsonl")[0]["eval_loss"] is not None

@@ -8,7 +8,12 @@ import torch
 
 from finetune.data.batches import Batch, Counts
 from finetune.engine.step import add_gradients
-from finetune.engine.terms import logged, means_over_processes, prepared_over_processes
+from finetune.engine.terms import (
+    logged,
+    loss_of,
+    means_over_processes,
+    prepared_over_processes,
+)
 from finetune.engine.topology import Topology
 from finetune.models.policy import Policy
 from finetune.objectives.base import Objective, Term, add, as_divisors
@@ -73,7 +78,7 @@ def evaluate(
         {**totals, **as_divisors(divisors)},
         [],
     )
-    loss = sum(term.weight * means[term.name] for term in added.values())
+    loss = loss_of(added.values(), means)
     entropy = means.pop(CROSS_ENTROPY)
     perplexity = math.exp(entropy) if entropy < 700 else math.inf  # e^709 overflows
     return {
