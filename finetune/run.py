@@ -1,6 +1,7 @@
 """Everything one run needs: config, directories, topology, data, stop flag, state and metrics."""
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -189,8 +190,9 @@ class Run:
         if self.topology.is_main:
             self.directory.unlock()
 
-    @property
+    @functools.cached_property
     def objective(self) -> Objective:
+        """One for the whole run: it compares the terms of all steps."""
         return chosen(self.config.objective)
 
     def policy(self, model: Any) -> Policy:

@@ -14,6 +14,7 @@ from finetune.data import rows
 from finetune.data.batches import Batches
 from finetune.data.examples import hold_out
 from finetune.data.order import Sequences
+from finetune.data.problems import Problems
 from finetune.errors import ConfigError, DataError, RunDirectoryError, UserError
 from finetune.evaluation import compare
 
@@ -44,7 +45,7 @@ def own(workshop):
     return own
 
 
-def samples(workshop, source: str, raw: list, problems: rows.Problems | None = None):
+def samples(workshop, source: str, raw: list, problems: Problems | None = None):
     """What a function makes of rows of a file."""
     name = f"{workshop.folder}/own.py:rows"
     (workshop.folder / "own.py").write_text(source)
@@ -52,7 +53,7 @@ def samples(workshop, source: str, raw: list, problems: rows.Problems | None = N
     path = write_jsonl(workshop.folder / "raw.jsonl", raw)
     return list(
         rows.samples(
-            [str(path)], name, {}, "line", None, rows.Problems() if problems is None else problems
+            [str(path)], name, {}, "line", None, Problems() if problems is None else problems
         )
     )
 
@@ -174,6 +175,9 @@ def test_rows_of_several_documents_are_learned_whole_or_not_at_all(tmp_path, byt
             r", by name, got \[1, 2, 3\]",
         ),
         ("return {**A, 'fields': {'rank': float('nan')}}", "fields: rank should be a finite"),
+        ("return {**A, 'fields': {'id': 16_777_217}}", "float32 holds them, so whole numbers to"),
+        ("return {**A, 'fields': {'id': 10**400}}", "fields: id should be a finite number"),
+        ("return {**A, 'fields': {'rank': 1e300}}", "fields: rank should be a finite number"),
         ("return {**A, 'fields': {3: 1}}", "fields: 3 should be a finite number"),
         ("return {**A, 'fields': [1]}", r"fields should be a finite number, .* got \[1\]"),
         ("return {1: 'a'}", r"should return a dict with messages"),
@@ -189,7 +193,7 @@ def test_rows_of_several_documents_are_learned_whole_or_not_at_all(tmp_path, byt
     ],
 )
 def test_a_mistake_of_the_function_names_the_row_and_the_line_of_the_function(workshop, body, says):
-    problems = rows.Problems()
+    problems = Problems()
     assert samples(workshop, f"{A}def rows(row):\n    {body}\n", [{"Patient": "x"}], problems) == []
     with pytest.raises(DataError, match=says):
         problems.raise_if_any()

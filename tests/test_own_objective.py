@@ -482,3 +482,41 @@ def test_a_metric_that_is_not_finite_is_no_divergence(workshop, own):
     )  # fmt: skip
     assert read_jsonl(run / "metrics.jsonl")[0]["m"] is None
     assert read_jsonl(run / "eval.jsonl")[0]["eval_loss"] is not None
+
+
+def test_an_evaluation_prepares_over_the_rows_of_a_step_however_it_is_cut_up(workshop, own):
+    """As KTO's z: what is prepared enters each loss, so another step would be another loss."""
+    kind = own(
+        "import torch\nfrom finetune.objectives import Objective, Term\n\n\n"
+        "class Own(Objective):\n"
+        "    def prepare(self, policy, batches, settings):\n"
+        "        found = [policy(each, {'logprobs'}).logprobs for each in batches]\n"
+        "        count = sum(len(each.labels) for each in batches)\n"
+        "        total = sum(each.sum() for each in found)\n"
+        "        return {'sum': total, 'count': torch.tensor(count)}\n\n"
+        "    def loss(self, policy, batch, settings, prepared):\n"
+        "        z = prepared['sum'] / prepared['count'].clamp(min=1)\n"
+        "        logprobs = policy(batch, {'logprobs'}).logprobs\n"
+        "        return [Term('loss', -torch.sigmoid(logprobs - z).sum(), per='tokens')]\n"
+    )
+    found = []
+    for size in (1, 8):
+        run = workshop.train(
+            f"at_once_{size}", objective__kind=kind, data__eval_fraction=0.5, train__max_steps=1,
+            evaluation__micro_batch_size=size,
+        )  # fmt: skip
+        found.append(read_jsonl(run / "eval.jsonl")[-1]["eval_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_terms_may_not_change_during_a_run(workshop, own):
+    """Each step has one micro-batch here, so that steps are compared."""
+    body = (
+        "self.calls = getattr(self, 'calls', 0) + 1\n"
+        f"        return [Term('loss', {NLL}, 'tokens', 1.0 if self.calls < 9 else 5.0)]"
+    )
+    with pytest.raises(ConfigError, match="the same names, units and weights for every batch"):
+        workshop.train(
+            objective__kind=own(LOSS + body), train__micro_batch_size=8, train__max_steps=9,
+            train__epochs=9,
+        )  # fmt: skip

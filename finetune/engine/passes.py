@@ -1,7 +1,8 @@
 """Passes that update nothing: an evaluation, and the trial of a micro-batch's size."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +40,21 @@ def try_pass(
     del kept
 
 
+def _terms(
+    policy: Policy, objective: Objective, settings: Any, batch: Batch,
+    prepared: Mapping[str, torch.Tensor],
+) -> list[Term]:  # fmt: skip
+    """Return the objective's terms, and the cross-entropy of all supervised tokens alike."""
+    if objective.reports_cross_entropy and batch.weights is None:
+        return objective.evaluate(policy, batch, settings, prepared)
+    # First: an objective of a user's own may change the batch.
+    nll = policy(replace(batch, weights=None), {"nll"}).nll
+    assert nll is not None
+    found = objective.evaluate(policy, batch, settings, prepared)
+    others = [term for term in found if term.name != CROSS_ENTROPY]
+    return [*others, Term(CROSS_ENTROPY, nll, "tokens", weight=0.0)]
+
+
 def evaluate(
     topology: Topology, policy: Policy, objective: Objective, settings: Any,
     batches: Iterable[Sequence[Batch]], totals: Counts, stop: Callable[[], bool] = bool,
@@ -64,12 +80,7 @@ def evaluate(
                 divisors[name] = divisors.get(name, 0.0) + value
             for part in parts:
                 batch = part.to(topology.device)
-                # First: an objective of a user's own may change the batch.
-                nll = None if objective.reports_cross_entropy else policy(batch, {"nll"}).nll
-                terms = objective.evaluate(policy, batch, settings, prepared)
-                if nll is not None:
-                    terms = [*terms, Term(CROSS_ENTROPY, nll, "tokens", weight=0.0)]
-                for term in terms:
+                for term in _terms(policy, objective, settings, batch, prepared):
                     add(added, term)
     policy.model.train(was_training)
     means, _ = means_over_processes(
