@@ -282,10 +282,14 @@ def prepare(line):
             "'nothing'",
         ),
         # A process without a sequence has nothing to take the least of.
-        (term(f"{LOGPROBS}.min()"), "own.py:4: "),
+        (term(f"{LOGPROBS}.min() * len(batch.labels)"), "own.py:4: "),
+        (
+            term(f"-{LOGPROBS}.mean() * len(batch.labels)", "per='documents'"),
+            "for a batch without supervised tokens",
+        ),
         (
             term(f"-{LOGPROBS}.mean()", "per='documents'"),
-            "for a batch without supervised tokens",
+            "add up with .sum(), not with .mean()",
         ),
         (
             f"names = ['a'] if len(batch.labels) else []\n"

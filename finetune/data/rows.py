@@ -176,7 +176,7 @@ def _fields(where: str, fields: Any, count: int) -> dict[str, tuple[float, ...]]
             what = "fields" if name is None else f"fields: {short(name)}"
             raise DataError(
                 f"{where}: {what} should be a finite number, or a list with one for each document "
-                f"({count}), by name, got {short(value)}; float32 holds them, so whole numbers to "
+                f"({count}), by name, got {value!r:.80}; float32 holds them, so whole numbers to "
                 "16,777,216"
             )
         found[name] = tuple(map(float, numbers))

@@ -77,7 +77,6 @@ class Own(Objective):
         both = _twice(batch)  # first: an objective of a user's own may change the batch
         with torch.random.fork_rng(devices=[]):
             once = self._rehearse(batch, settings, has_adapters, "log-probabilities around -2")
-            self._rehearse(filler, settings, has_adapters, "a batch without supervised tokens")
             twice = self._rehearse(both, settings, has_adapters, "documents that come twice", 2)
         # Sums over many tokens may be nearly 0, and their rounding is not.
         rounding = 1e-6 * len(both.labels)
@@ -89,6 +88,10 @@ class Own(Objective):
                     "twice, where a sum doubles; add up with .sum(), not with .mean(), and name "
                     "what divides the sum in `per`, which may be a name that prepare gives"
                 )  # fmt: skip
+        # Last: the mean of nothing is NaN, but the check above says what to do.
+        with torch.random.fork_rng(devices=[]):
+            empty = "a batch without supervised tokens, as a process gets with no sequence left"
+            self._rehearse(filler, settings, has_adapters, empty)
 
     def _rehearse(
         self, batch: Batch, settings: Any, has_adapters: bool, where: str, copies: int = 1
