@@ -188,6 +188,12 @@ def _examples(
                 "template puts before every answer of data.train; evaluation rows have thoughts "
                 "that no training row has"
             )
+        if evals.columns.keys() != train.columns.keys():
+            here, there = (readers.list_columns(sorted(e.columns)) for e in (evals, train))
+            raise DataError(
+                f"data.eval: data.format gives its rows the fields {here}, and those of data.train "
+                f"{there}; return the same for every row"
+            )
     num_rows = train.num_rows
     if wanted.max_rows is not None:
         train = examples.draw(train, wanted.max_rows, seed)

@@ -59,11 +59,12 @@ class Options:
     def deciding(self) -> dict[str, Any]:
         """Return what the tokens depend on, for the key of the cache.
 
-        A user's own function counts by its content.
+        A user's own function counts by the content of its file, which may define several.
         """
         values = {name: value for name, value in asdict(self).items() if name != "positions"}
         if own_code.is_own(self.format):
-            values["format"] = own_code.get(self.format).sha256
+            code, name = own_code.get(self.format), self.format.rpartition(":")[2]
+            values["format"] = f"{code.sha256}:{name}"
         return values
 
 
