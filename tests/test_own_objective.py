@@ -282,7 +282,7 @@ def prepare(line):
             "'nothing'",
         ),
         # A process without a sequence has nothing to take the least of.
-        (term(f"{LOGPROBS}.min() * len(batch.labels)"), "own.py:4: "),
+        (term(f"{LOGPROBS}.sum() + 0 * {LOGPROBS}[0]"), "own.py:4: "),
         (
             term(f"-{LOGPROBS}.mean() * len(batch.labels)", "per='documents'"),
             "for a batch without supervised tokens",
@@ -313,12 +313,12 @@ def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, 
     [
         (
             "return [Term('loss', nll / max(len(batch.labels), 1), per='tokens')]",
-            "loss term 'loss' is 2.63, and 2.63 where every document comes twice",
+            "loss term 'loss' is 2.75 for a batch, and 5.5 for its two halves",
         ),
         (
             "return [Term('loss', nll, per='tokens'),\n"
             "            Term('most', nll.sum().clamp(max=1.0), per='tokens', weight=0)]",
-            "loss term 'most' is 1, and 1 where every document comes twice",
+            "loss term 'most' is 1 for a batch, and 2 for its two halves",
         ),
         (
             "return [Term('loss', nll / prepared['n'].clamp(min=1), per='n')]\n\n"
@@ -330,7 +330,7 @@ def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, 
             "return [Term('loss', nll, per='n')]\n\n"
             "    def prepare(self, policy, batches, settings):\n"
             "        return {'n': batches[0].labels.new_ones(())}",
-            "prepare gives 'n', which is 1, and 1 where every document comes twice",
+            "prepare gives 'n', which is 1 for a batch, and 2 for its two halves",
         ),
         (
             "return [Term('loss', nll, per='tokens')]\n\n"
@@ -345,7 +345,31 @@ def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, 
 def test_a_value_that_is_not_a_sum_is_refused(workshop, own, body, says):
     with pytest.raises(ConfigError, match=re.escape(says)) as caught:
         rehearse(f"{workshop.folder}/{own(LOSS + f'nll = {NLL}; {body}')}")
-    assert "a sum doubles; add up with .sum(), " in str(caught.value)
+    assert re.search(r"add up with \.sum\(\), |where a sum doubles", str(caught.value))
+
+
+def test_a_mean_whose_value_is_zero_is_refused_for_its_gradient(workshop, own):
+    """As in policy gradients, where each probability is divided by itself."""
+    body = f"l = {LOGPROBS}; {term('(l - l.detach()).sum() / max(len(l), 1)')}"
+    with pytest.raises(ConfigError, match=r"own\.py:3: loss has other gradients for a batch than"):
+        rehearse(f"{workshop.folder}/{own(LOSS + body)}")
+
+
+def test_a_comparison_inside_a_batch_is_refused_and_with_the_whole_step_is_not(workshop, own):
+    body = (
+        "l = policy(batch, {{'logprobs'}}).logprobs; x = l.detach()\n"
+        f"        {term('-(({}) * l).sum()')}"
+    )
+    inside = own(LOSS + body.format("x - x.sum() / max(len(x), 1)"))
+    with pytest.raises(ConfigError, match=r"own\.py:3: loss .* compare with nothing else of the"):
+        rehearse(f"{workshop.folder}/{inside}")
+    whole = own(
+        LOSS + body.format("x - prepared['sum'] / (prepared['n'] - 1)") + "\n\n"
+        "    def prepare(self, policy, batches, settings):\n"
+        "        all = [policy(each, {'logprobs'}).logprobs for each in batches]\n"
+        "        return {'sum': sum(x.sum() for x in all), 'n': sum((x < 1).sum() for x in all)}"
+    )
+    rehearse(f"{workshop.folder}/{whole}")
 
 
 @pytest.mark.parametrize("name", objectives.SETTINGS)
@@ -367,19 +391,19 @@ def test_a_check_rehearses_the_objective(workshop, own):
 
 def test_an_error_in_a_later_batch_ends_the_run_with_its_line(workshop, own):
     count = "self.calls = getattr(self, 'calls', 0) + 1"
-    body = f"{count}\n        {term()} if self.calls < 7 else 1 / 0"
+    body = f"{count}\n        {term()} if self.calls < 15 else 1 / 0"
     with pytest.raises(ConfigError, match=r"objective.kind: .*own\.py:5: ZeroDivisionError"):
         workshop.train(objective__kind=own(LOSS + body))
     assert workshop.outcome()["state"] == "failed"
 
 
 def test_without_a_finite_evaluation_none_is_called_the_best(workshop, own, capsys):
-    """The rehearsal, which evaluates three times, finds nothing."""
+    """The rehearsal, which evaluates seven times, finds nothing."""
     body = (
         f"return [Term('loss', {NLL}, per='tokens')]\n\n"
         "    def evaluate(self, policy, batch, settings, prepared):\n"
         "        self.calls = getattr(self, 'calls', 0) + 1\n"
-        f"        return [Term('loss', {NLL} * (1 if self.calls < 4 else float('nan')), 'tokens')]"
+        f"        return [Term('loss', {NLL} * (1 if self.calls < 8 else float('nan')), 'tokens')]"
     )
     workshop.train(
         objective__kind=own(LOSS + body), data__eval_fraction=0.2, train__max_steps=4,
@@ -477,7 +501,7 @@ def test_a_metric_that_is_not_finite_is_no_divergence(workshop, own):
     """A term of weight 0 counts for nothing, in training and in evaluation."""
     body = (
         "self.calls = getattr(self, 'calls', 0) + 1\n"
-        f"        nll, bad = {NLL}, float('nan' if self.calls > 6 else 1)\n"
+        f"        nll, bad = {NLL}, float('nan' if self.calls > 14 else 1)\n"
         "        return [Term('loss', nll, 'tokens'), Term('m', bad * nll.detach(), 'tokens', 0)]"
     )
     run = workshop.train(
@@ -517,7 +541,7 @@ def test_terms_may_not_change_during_a_run(workshop, own):
     """Each step has one micro-batch here, so that steps are compared."""
     body = (
         "self.calls = getattr(self, 'calls', 0) + 1\n"
-        f"        return [Term('loss', {NLL}, 'tokens', 1.0 if self.calls < 9 else 5.0)]"
+        f"        return [Term('loss', {NLL}, 'tokens', 1.0 if self.calls < 17 else 5.0)]"
     )
     with pytest.raises(ConfigError, match="the same names, units and weights for every batch"):
         workshop.train(
