@@ -281,7 +281,7 @@ def prepare(line):
             "own.py:Own: supervises should return one of completion, all, last_turn, got "
             "'nothing'",
         ),
-        # A process without a sequence has nothing to take the least of.
+        # A process without a sequence has no first token.
         (term(f"{LOGPROBS}.sum() + 0 * {LOGPROBS}[0]"), "own.py:4: "),
         (
             term(f"-{LOGPROBS}.mean() * len(batch.labels)", "per='documents'"),
