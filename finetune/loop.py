@@ -213,7 +213,7 @@ def due(step: int, every: int | None) -> bool:
 def finish(run: Run, untrained: dict[str, float | str]) -> None:
     """Export the model, open the export and compare, and only then call the run complete."""
     run.stop.at_once()
-    run.topology.watchdog.pause("the export")
+    run.topology.watchdog.pause(runs.EXPORT)
     state, step = run.state, run.state.progress.step
     exported, kind = run.best.restore(state, run.log)
     if state.ema:

@@ -45,6 +45,7 @@ from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
 from finetune.survival.preemption import StopFlag
 
+EXPORT = "the export"  # where the run is after the last step
 LATER: Any = None  # the value of a field until `loop` has come so far
 
 
@@ -171,7 +172,7 @@ class Run:
 
     def fail(self, exc: BaseException) -> BaseException:
         """Record, here and in the store, why the run ends early; return the error to raise."""
-        error = explained(exc, self.config, self.topology)
+        error = explained(exc, self.config, self.topology, self.step)
         self.directory.note_end(error, self.step, may_create=True)
         if self.topology.is_main and self.directory.is_open and self.storage:
             with contextlib.suppress(CheckpointError):  # earlier messages report the store's error
@@ -399,11 +400,22 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
     return config.model_copy(update={"train": train}), reserved
 
 
-def explained(exc: BaseException, config: Config, topology: Topology) -> BaseException:
-    """Translate an exception: what failed, where the run was, what helps; else return it."""
+def explained(
+    exc: BaseException, config: Config, topology: Topology, step: int | None = None
+) -> BaseException:
+    """Translate an exception: what failed, where the run was, what helps; else return it.
+
+    `step`: the last finished one; None before the model is built.
+    """
     error = exc if isinstance(exc, Preempted) else failures.translate(exc)
     if isinstance(error, OutOfMemory):
         hint = f"{places.command()} plan --config FILE says what fits"
+        if topology.watchdog.at == EXPORT:  # training is over: its advice would not help
+            hint = (
+                f"the checkpoint of step {step} is kept, and the same command exports again; free "
+                "memory first, or use a machine with more"
+            )
+            return OutOfMemory(f"out of memory at {EXPORT}: {error}\n  {hint}")
         with contextlib.suppress(Exception):  # the forecast may run out of memory, too
             from finetune.forecast import choice
 

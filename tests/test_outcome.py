@@ -10,7 +10,7 @@ import yaml
 from conftest import Workshop
 
 from finetune import config as configs
-from finetune import files, loop
+from finetune import files, loop, run
 from finetune.engine import rundir
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import (
@@ -104,6 +104,17 @@ def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     workshop.rows.write_text(rows)
     workshop.train(**SAVES)
     assert outcome(workshop)[:2] == ("complete", 5)
+
+
+def test_out_of_memory_at_the_export_says_that_training_is_kept(workshop):
+    """And not what to change in training, which is over."""
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    caught = fails(workshop, OutOfMemory, run.Run, "save_export", full, **ONE_STEP)
+    assert str(caught).startswith("out of memory at the export: CUDA out of memory\n")
+    kept = "the checkpoint of step 1 is kept, and the same command exports again"
+    assert kept in str(caught) and "micro_batch_size" not in str(caught)
+    workshop.train(**ONE_STEP)
+    assert outcome(workshop)[:2] == ("complete", 1)
 
 
 @pytest.mark.parametrize(
