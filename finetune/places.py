@@ -57,9 +57,10 @@ def looked_in() -> str:
 
 
 def nearest(folder: str, name: str) -> str | None:
-    """Return the path with the name nearest to `name` in a folder; None if there is none."""
+    """Return the path of the other name nearest to `name` in a folder; None if there is none."""
     try:
-        inside = os.listdir(folder or ".")
+        # Without the name itself: a link whose target is gone is listed, too.
+        inside = [each for each in os.listdir(folder or ".") if each != name]
     except (OSError, ValueError):
         return None
     near = difflib.get_close_matches(name, inside, n=1)

@@ -55,3 +55,10 @@ def test_check_is_train_with_check(workshop, monkeypatch, capsys):
         main(["check", str(workshop.write(workshop.config()))])
     assert (ended.value.code, workshop.run_dir().exists()) == (0, False)
     assert "first example" in capsys.readouterr().out
+
+
+def test_a_link_to_nothing_is_not_suggested_for_itself(tmp_path):
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert places.nearest(str(tmp_path), "rows.jsonl") is None
+    (tmp_path / "row.jsonl").touch()
+    assert places.nearest(str(tmp_path), "rows.jsonl") == str(tmp_path / "row.jsonl")
