@@ -597,6 +597,12 @@ def test_the_command_line_wins_over_the_file(parse):
     assert (config.optimizer.lr, config.run.seed) == (1e-3, 4)
 
 
+@pytest.mark.parametrize("argv", [[], ["--check"]])
+def test_a_command_without_a_config_asks_for_its_path(argv):
+    with pytest.raises(ConfigError, match="nothing to do: give the path of a config"):
+        configs.parse(argv)
+
+
 def test_a_config_needs_no_file():
     config, check = configs.parse(
         ["--run.name", "a", "--model.path", "m", "--data.train", "rows.jsonl", "--check"]

@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     if (asked := help.topic(argv)) is not None:
         print(help.text(parser, asked), end="")
         raise SystemExit(0)
-    if not argv:
+    if not [word for word in argv if word != "--check"]:  # `finetune check` adds it
         raise ConfigError(
             "nothing to do: give the path of a config, such as configs/quickstart.yaml; see --help"
         )
