@@ -476,7 +476,11 @@ def test_an_invalid_model_is_refused_at_once(tmp_path, capsys, monkeypatch, comm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "runs/my_run").mkdir(parents=True)
+    for name in ("config.yaml", "outcome.json"):
+        (tmp_path / "runs/my_run" / name).touch()
     for name, says in (
+        ("my_run", "my_run: no such folder here; did you mean runs/my_run?"),
         ("models/x", "no such folder"), ("./x", "no such folder"), ("x/", "no such folder"),
         ("~/no/such", "no such folder"), ("runs/x", "no such folder"), ("my run", "no such folder"),
         ("./emty", "no such folder (looked for in {}); did you mean ./empty?"),

@@ -413,7 +413,11 @@ def model_argument(text: str) -> str:
 
 def require_model(name: str, option: str) -> None:
     """Raise ModelError if a name is a path without a model or adapter that can be loaded."""
-    problem = name_problem(name)
+    problem, run = name_problem(name), os.path.join(paths.RUNS, name)
+    # A base may be on the Hub under the name that a run has here: gpt2, tuned as runs/gpt2.
+    is_run = not paths.is_local(name) and kind_of_folder(run) == "run" and option != "--base"
+    if problem is None and is_run:
+        problem = f"{name}: no such folder here; did you mean {run}?"
     if problem is None and os.path.exists(name):
         is_one = kind_of_folder(name) == "adapter"
         problem = adapter_problem(name) if is_one else folder_problem(name, needs_weights=True)
