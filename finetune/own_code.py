@@ -48,7 +48,7 @@ _READ: dict[str, OwnCode] = {}
 
 def is_own(value: object) -> bool:
     """Return whether a value of a setting names code of the user's own."""
-    return isinstance(value, str) and re.match(FORM, value) is not None
+    return isinstance(value, str) and re.fullmatch(FORM, value) is not None
 
 
 def find(name: str, folder: Path | None = None) -> str:
@@ -58,7 +58,11 @@ def find(name: str, folder: Path | None = None) -> str:
         return name
     folders = list(dict.fromkeys((*([folder.absolute()] if folder else []), Path.cwd())))
     paths = (each / os.path.expanduser(place) for each in folders)
-    found = list(dict.fromkeys(os.path.realpath(path) for path in paths if path.is_file()))
+    try:
+        found = list(dict.fromkeys(os.path.realpath(path) for path in paths if path.is_file()))
+    except OSError as exc:  # such as a name that is too long
+        start = place if len(place) <= 100 else f"{place[:100]}..."
+        raise ConfigError(f"{start} cannot be a file: {exc.strerror}; correct the path") from exc
     if len(found) > 1:
         raise ConfigError(f"{place} is in {folders[0]} and in {folders[1]}; write the full path")
     if found:

@@ -201,6 +201,9 @@ def test_a_missing_file_is_refused_with_the_folders_searched(workshop, own, refu
     assert "own.py?" in message
     assert "should be 'sft', 'clm' or FILE.py:NAME, got 'own.py'" in refusal("own.py")
     assert "no module no.such.module can be imported here" in refusal("no.such.module:Own")
+    long = f"objective.kind: {'o' * 100}... cannot be a file: File name too long; correct the path"
+    assert long in refusal(f"{'o' * 5000}.py:Own")
+    assert "FILE.py:NAME, got 'own.py:Dft\\n'" in refusal("own.py:Dft\n")
 
 
 NLL, LOGPROBS = "policy(batch, {'nll'}).nll", "policy(batch, {'logprobs'}).logprobs"
