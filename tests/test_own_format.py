@@ -225,6 +225,8 @@ def test_a_function_that_skips_every_row_is_refused(workshop, own):
             "data.format: should be 'auto', 'text', 'prompt_completion', 'question_answer', "
             "'instruction' or 'messages' or FILE.py:NAME, got 'rows'",
         ),
+        ({"data__format": 3}, "'instruction' or 'messages' or FILE.py:NAME, got 3"),
+        ({"data__format": "own.py:rows\n"}, "or FILE.py:NAME, got 'own.py:rows\\n'"),
     ],
 )  # fmt: skip
 def test_invalid_references_to_a_function_are_refused(workshop, own, settings, says):

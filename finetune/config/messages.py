@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_origin
 
 from finetune import own_code
 from finetune.config import names, paths
@@ -46,6 +46,8 @@ def describe(error: Any, values: dict[str, Any]) -> str:
     if problem.endswith("_type") and str in types:
         given = [each for each in types if each is not type(None)]
         expected = " or ".join(getattr(each, "__name__", str(each)) for each in given)
+        if any(get_origin(each) is Literal for each in given):  # another error lists its words
+            expected = own_code.EXPECTED
         return f"{key}: should be {expected}, got {got!r}"
     if problem == "string_pattern_mismatch" and key != "run.name":
         return f"{key}: should be {own_code.EXPECTED}, got {got!r}"
