@@ -112,7 +112,8 @@ def test_out_of_memory_at_the_export_says_that_training_is_kept(workshop):
     caught = fails(workshop, OutOfMemory, run.Run, "save_export", full, **ONE_STEP)
     assert str(caught).startswith("out of memory at the export: CUDA out of memory\n")
     kept = "the checkpoint of step 1 is kept, and the same command exports again"
-    assert kept in str(caught) and "micro_batch_size" not in str(caught)
+    assert kept in str(caught)
+    assert "micro_batch_size" not in str(caught)
     workshop.train(**ONE_STEP)
     assert outcome(workshop)[:2] == ("complete", 1)
 
