@@ -105,6 +105,13 @@ def rows(row):
 """
 
 
+def test_documents_may_be_a_tuple(workshop):
+    [made] = samples(
+        workshop, f"{A}def rows(row):\n    return {{'documents': (A, A)}}\n", [{"x": 1}]
+    )
+    assert len(made.conversations) == 2
+
+
 def test_several_documents_of_a_row_are_one_example_with_its_fields(tmp_path, bytes_tokenizer):
     """Never parted by packs, by held-out rows or by an epoch's order; each with its numbers."""
     (tmp_path / "own.py").write_text(PAIRS)
@@ -163,6 +170,11 @@ def test_rows_of_several_documents_are_learned_whole_or_not_at_all(tmp_path, byt
             r"messages, or .*, got \[\{",
         ),
         ("return {'documents': [A, 3]}", r"should return a dict with messages, or .*, got 3"),
+        (
+            "return {'documents': (each for each in (A, A))}",
+            "own.py:rows: documents should be a list, got a generator",
+        ),
+        ("return {'documents': ()}", "returns no documents; return None to skip the row"),
         ("return {'documents': []}", "returns no documents; return None to skip the row"),
         (
             "return {'documents': [A, A], 'prompt': 'a'}",

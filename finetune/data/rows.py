@@ -135,8 +135,10 @@ def formatted(row: Row, format: str) -> Formatted | None:
     if isinstance(values, dict):
         fields = values.get("fields", {})
         documents = [{name: value for name, value in values.items() if name != "fields"}]
-        if isinstance(values.get("documents"), list):
-            others, documents = documents[0].keys() - {"documents"}, values["documents"]
+        if isinstance(given := values.get("documents"), Iterator):
+            raise DataError(f"{where}: documents should be a list, got a {type(given).__name__}")
+        if isinstance(given, list | tuple):
+            others, documents = documents[0].keys() - {"documents"}, list(given)
             if others:
                 raise DataError(
                     f"{where} returns {list_columns(sorted(map(str, others)))} beside documents, "
