@@ -225,6 +225,11 @@ def prepare(line):
         ("return 1 / 0", "own.py:4: ZeroDivisionError: division by zero"),
         ("raise SystemExit(0)", "own.py:4: SystemExit"),
         (
+            "return batch.columns['margin']",
+            "own.py:4: NoColumn: no column 'margin'; batch.columns has [], the fields that the "
+            "function of data.format returns",
+        ),
+        (
             "return policy(batch, {'logits'}).nll",
             "own.py:4: ValueError: a policy cannot be asked for logits",
         ),

@@ -19,6 +19,23 @@ Counts = dict[str, int]
 """What losses are divided by: supervised `tokens`, `documents`, `examples`; and `input_tokens`."""
 
 
+class Columns(dict[str, torch.Tensor]):
+    """What is known beforehand of documents, by name; a missing name says which there are."""
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        raise NoColumn(
+            f"no column {name!r}; batch.columns has {list(self)}, the fields that the function of "
+            "data.format returns"
+        )
+
+
+class NoColumn(KeyError):
+    """A KeyError that shows its message as it is."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one process puts through the model at once.
@@ -49,6 +66,9 @@ class Batch:
     """int64 [D]: in a group, the documents that count here; example and columns are theirs."""
     num_documents: int = 0
     """Of the whole sequences, without fillers: what `document` counts up to."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", Columns(self.columns))
 
     def part(self, index: int, count: int, group: Any) -> "Batch":
         """Return one of `count` equal stretches of sequences laid end to end.
