@@ -254,11 +254,12 @@ def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: i
     longest = int(examples.input.lengths[document])
     positions = _positions(model_config)
     if positions is not None and positions < longest:
-        where = examples.place(examples.example_of(document))
+        example = examples.example_of(document)
+        where, num_documents = examples.place(example), len(examples.documents(example))
         raise ConfigError(
             f"data.max_length: {where} has {longest} tokens, but the model has only {positions} "
             "positions (max_position_embeddings); "
-            + tokens.fitting(longest, config.data.max_length, positions)
+            + tokens.fitting(longest, config.data.max_length, positions, num_documents)
         )
     if config.schedule.warmup_steps >= num_steps:
         raise ConfigError(

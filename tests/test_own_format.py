@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import losses, read_jsonl, write_jsonl
+from conftest import TINY_LLAMA, losses, read_jsonl, write_jsonl
 from test_tokens import Tokenizing
 
 from finetune import config as configs
@@ -155,6 +155,19 @@ def test_rows_of_several_documents_are_learned_whole_or_not_at_all(tmp_path, byt
         1,
         [0, 0, 1, 1, 2, 2],
     )
+
+
+def test_advice_for_long_rows_of_several_documents_is_to_drop_them(workshop, own):
+    """Also where the last row has one document, and where positions of the model end first."""
+    source = PAIRS.replace("[good, bad],", "[good, bad] if row['votes'] < 3 else [good],")
+    source = source.replace('"rank": [1, 0], ', "")
+    says = "rows are longer than data.max_length 8; .*, or data.truncation to drop, as rows of "
+    with pytest.raises(DataError, match=says):
+        workshop.check(data__format=own(source), data__max_length=8)
+    short = TINY_LLAMA | {"max_position_embeddings": 8}
+    with pytest.raises(ConfigError, match="has only 8 positions") as refused:
+        workshop.check(data__format=own(PAIRS), data__max_length=256, model__config=short)
+    assert "data.truncation to drop, as rows of several documents" in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,7 @@ def tokenise(
     # a minute for 50 MB.
     most = max(WINDOW, options.max_length * max(map(len, tokenizer.get_vocab())))
     for batch in _batches(stream):
+        num_documents = max(num_documents, *(len(each.conversations) for each in batch))
         rendered = _rendered(batch, template, control, options, most, problems, made.counts)
         if len(problems) > problems.count(TOO_LONG):
             continue  # read the rest only to count wrong rows
@@ -322,8 +323,7 @@ def tokenise(
         encoded = iter(encode(texts, tokenizer))
         for sample, parts in rendered:
             made.counts["num_rows"] += 1
-            num_documents = len(parts)
-            plain = list(islice(encoded, num_documents))
+            plain = list(islice(encoded, len(parts)))
             with problems.noted():
                 documents = [
                     finish(conversation, segments, *each)
