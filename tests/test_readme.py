@@ -171,7 +171,8 @@ def test_an_objective_of_the_documentation_learns_what_it_says(workshop, page, e
     """One step over all rows: loss and gradient norm against the formula, on logits."""
     text = (ROOT / page).read_text()
     source = next(block for block in blocks("python", text) if "import Objective" in block)
-    settings = yaml.safe_load(blocks("yaml", text)[-1])["objective"]
+    of_pages = [block for block in blocks("yaml", text) if "pairwise.py" not in block]
+    settings = yaml.safe_load(of_pages[-1])["objective"]
     (workshop.folder / settings["kind"].partition(":")[0]).write_text(source)
     own = {f"objective__{key}": value for key, value in settings.items()}
     base = workshop.train("base") / "model"
@@ -190,6 +191,22 @@ def test_an_objective_of_the_documentation_learns_what_it_says(workshop, page, e
     assert (first["loss"], first["grad_norm"]) == pytest.approx((loss.item(), grad_norm), rel=1e-5)
     line = read_jsonl(run / "eval.jsonl")[-1]
     assert line["eval_loss"] < line["cross_entropy"] == pytest.approx(math.log(line["perplexity"]))
+
+
+def test_the_pairs_of_the_documentation_learn_which_answer_is_better(workshop):
+    text = (ROOT / "docs/objectives.md").read_text()
+    [source] = [block for block in blocks("python", text) if "def pairs" in block]
+    [settings] = [block for block in blocks("yaml", text) if "pairwise.py" in block]
+    settings = yaml.safe_load(settings)
+    (workshop.folder / "pairwise.py").write_text(source)
+    row = {"best": "yes, it is", "worst": "no, it is not", "score_gap": 0.1}
+    write_jsonl(workshop.rows, [{"q": f"is {n} a number?", **row} for n in range(16)])
+    run = workshop.train(
+        data__format=settings["data"]["format"], objective__kind=settings["objective"]["kind"],
+        train__max_steps=6,
+    )  # fmt: skip
+    losses = [line["loss"] for line in read_jsonl(run / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
 
 
 def token_logprobs(base, tokens):
