@@ -296,6 +296,8 @@ def test_parts_are_divided_by_the_processes_that_share():
     waiting = chooser.forecast(ParallelConfig(**EIGHT, offload=True))
     assert waiting.host["optimizer"] == pytest.approx(whole.device["optimizer"] / 8)
     assert waiting.peak < parts.peak
+    with pytest.raises(ValueError, match="no forecast knows what a process holds under 'pipeline'"):
+        chooser.forecast(ParallelConfig("pipeline", 8))
 
 
 def test_the_fewest_processes_whose_parts_fit_are_found():

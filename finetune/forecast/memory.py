@@ -136,8 +136,10 @@ class Forecaster:
             held = self._fsdp2(parallel)
         elif parallel.is_zero:
             held = self._deepspeed(parallel)
-        else:
+        elif parallel.kind in ("single", "ddp"):
             held = self._unsharded()
+        else:
+            raise ValueError(f"no forecast knows what a process holds under {parallel.kind!r}")
         if self.weights.unpacked:
             held.passing["unpacked"] = self.weights.unpacked
         if parallel.offload:
