@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from finetune.config import Optimizer, Schedule
+from finetune.config.choices import OptimizerKind
 from finetune.engine import optim
 
 
@@ -35,6 +36,13 @@ def test_warmup_rises_from_the_first_step_and_reaches_the_peak():
 
 def test_falls_to_the_fraction_asked_for():
     assert curve(1000, kind="cosine", min_lr_fraction=0.1)[-1] == pytest.approx(0.1, abs=1e-4)
+
+
+def test_what_makes_an_optimizer_says_whether_it_needs_bitsandbytes(monkeypatch):
+    """Its row, not its name: also of a kind added later."""
+    for make, needs in (("bitsandbytes.optim:AdEMAMix", True), ("torch.optim:SGD", False)):
+        monkeypatch.setitem(optim.OPTIMIZERS, "own_8bit", OptimizerKind(make))
+        assert optim.needs_bitsandbytes("own_8bit") == needs
 
 
 def test_weight_decay_spares_norms_and_biases():
