@@ -150,12 +150,14 @@ def _methods(config: Config, is_quantized: bool) -> list[str]:
     if adapter.kind != "full" and adapter.path:
         how.append(f"going on from {adapter.path}")
     elif adapter.kind != "full":
-        how.append(f"r {adapter.r}, alpha {adapter.alpha:g}, starting by {adapter.init}")
+        how.append(f"r {adapter.r}, alpha {adapter.alpha:g}, init {adapter.init}")
     usual = " (usual)" if optimizer.lr == usual_lr(optimizer.kind, adapter.kind) else ""
     how.append(f"{optimizer.kind}, lr {optimizer.lr:g}{usual}, {config.schedule.kind}")
     lines = [f"method      {'; '.join(how)}"]
     if others := [*filter(None, _others(config, train)), *config.tracking.trackers]:
         lines.append(f"besides     {'; '.join(others)}")
+    if prompts := config.evaluation.sample_prompts:
+        lines.append(f"samples     {_counted(len(prompts), 'prompt')}")
     return lines
 
 
@@ -169,8 +171,6 @@ def _others(config: Config, train: config_fields.Train) -> Iterator[str]:
         yield f"stops after {_counted(evaluation.patience, 'evaluation')} without a new best"
     if evaluation.export_best:
         yield "exports the best evaluation"
-    if evaluation.sample_prompts:
-        yield _counted(len(evaluation.sample_prompts), "sample")
 
 
 # --------------------------------------------------------------------------------------- notes

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY_LLAMA, write_jsonl
 
+from finetune import config as configs
 from finetune import summary
 from finetune.data.examples import Ragged
 from finetune.errors import ConfigError
@@ -172,6 +173,27 @@ def test_the_default_rate_suits_the_method_and_is_reported(workshop, capsys, opt
     assert f"{optimizer}, lr {lr} (usual), linear" in capsys.readouterr().out
 
 
+def test_the_summary_names_the_start_of_adapters_and_counts_prompts(workshop):
+    config = configs.from_dict(workshop.config(evaluation__sample_prompts=["a"]))
+    adapted = config.model_copy(update={"adapter": summary.Lora(kind="lora")})
+    method, samples = summary._methods(adapted, is_quantized=False)
+    assert "r 16, alpha 32, init default; " in method
+    assert samples == "samples     1 prompt"
+
+
+def test_every_document_of_the_first_example_is_shown_with_its_fields():
+    ids, taught = np.arange(5), np.array([False, True, False, False, True])
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join("abcde"[each] for each in ids))
+    example = SimpleNamespace(
+        input=Ragged(ids, np.array([0, 2]), np.array([2, 5])), supervised=taught,
+        documents=lambda _: range(2), columns={"margin": np.array([0.5, 2.0])},
+    )  # fmt: skip
+    assert summary._marked(example, tokenizer).splitlines() == [
+        "  document 1 of 2  margin 0.5", "  | a[[b]]",
+        "  document 2 of 2  margin 2", "  | cd[[e]]",
+    ]  # fmt: skip
+
+
 def test_the_first_example_is_shown_with_its_spaces():
     """SentencePiece takes the space from the beginning of what it decodes."""
     from test_tokens import like_llama
@@ -180,7 +202,7 @@ def test_the_first_example_is_shown_with_its_spaces():
     ids = tokenizer("What ever is it", add_special_tokens=False)["input_ids"]
     supervised = np.array(["ever" in tokenizer.convert_ids_to_tokens(i) for i in ids])
     stream = Ragged(np.array(ids), np.array([0]), np.array([len(ids)]))
-    example = SimpleNamespace(input=stream, supervised=supervised)
+    example = SimpleNamespace(input=stream, supervised=supervised, documents=lambda _: range(1))
     assert summary._marked(example, tokenizer) == "  | What[[ ever]] is it"
 
 

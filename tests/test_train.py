@@ -68,6 +68,7 @@ def test_a_run_leaves_every_promised_file(workshop):
     }  # fmt: skip
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert [line["step"] for line in read_jsonl(run / "eval.jsonl")] == [2, 4]
+    assert isinstance(read_jsonl(run / "eval.jsonl")[-1]["eval_tokens"], int)
     assert read_jsonl(run / "eval.jsonl")[-1]["perplexity"] == pytest.approx(
         math.exp(read_jsonl(run / "eval.jsonl")[-1]["eval_loss"])
     )

@@ -94,5 +94,5 @@ def evaluate(
     perplexity = math.exp(entropy) if entropy < 700 else math.inf  # e^709 overflows
     return {
         "eval_loss": loss, **logged(means, loss), CROSS_ENTROPY: entropy, "perplexity": perplexity,
-        "eval_tokens": float(totals["tokens"]),
+        "eval_tokens": totals["tokens"],
     }  # fmt: skip
