@@ -57,10 +57,11 @@ def looked_in() -> str:
 
 
 def nearest(folder: str, name: str) -> str | None:
-    """Return the path of the other name nearest to `name` in a folder; None if there is none."""
+    """Return the existing path with the name nearest to `name` in a folder; None if there is none."""
     try:
-        # Without the name itself: a link whose target is gone is listed, too.
-        inside = [each for each in os.listdir(folder or ".") if each != name]
+        # Without links whose targets are gone.
+        found = os.listdir(folder or ".")
+        inside = [each for each in found if os.path.exists(os.path.join(folder, each))]
     except (OSError, ValueError):
         return None
     near = difflib.get_close_matches(name, inside, n=1)

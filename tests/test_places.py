@@ -57,7 +57,7 @@ def test_check_is_train_with_check(workshop, monkeypatch, capsys):
     assert "first example" in capsys.readouterr().out
 
 
-def test_a_link_to_nothing_is_not_suggested_for_itself(tmp_path):
+def test_a_link_to_nothing_is_not_suggested(tmp_path):
     (tmp_path / "rows.jsonl").symlink_to(tmp_path / "gone.jsonl")
     assert places.nearest(str(tmp_path), "rows.jsonl") is None
     (tmp_path / "row.jsonl").touch()
