@@ -70,6 +70,8 @@ def build(run: Run) -> None:
     ))  # fmt: skip
     facts = topology.on_main(lambda: models.facts(whole, base))
     model, optimizer = topology.prepare(whole, make_optimizer, config)
+    if why := getattr(optimizer, "note", ""):
+        run.log(f"note: the optimizer takes some 15 passes over the weights for one, because {why}")
     attention_probe.check(model, base, data.attention, topology.device, topology.precision)
     if why := head.check(model, base, topology.device, topology.precision):
         run.log(f"note: all logits are held in memory at once, because {why}")
