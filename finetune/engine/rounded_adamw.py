@@ -103,7 +103,7 @@ def kernel_or_reference(device: torch.device) -> tuple[Update, str]:
 
 
 def differences(other: Update, device: torch.device, count: int = 5_000) -> int:
-    """Return how many bits of weights and averages differ from the reference's after three steps."""
+    """Return how many numbers of weights and averages differ from the reference's after 3 steps."""
     random = torch.Generator().manual_seed(0)
     start = [torch.randn(count, generator=random).mul_(scale) for scale in (1.0, 1e-3)]
     group = {"betas": (0.9, 0.95), "lr": 1e-2, "weight_decay": 0.1, "eps": 1e-8}
