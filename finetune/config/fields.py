@@ -98,7 +98,10 @@ class Model(Section):
     auto: float32 for trained weights and the dtype of train.precision for frozen ones.
     bfloat16 halves the memory of trained weights and rounds their updates stochastically.
     """
-    attention: Literal["auto", "documents", "flash_attention_2", "sdpa", "eager"] = "auto"
+    attention: Literal[
+        "auto", "documents", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+        "cudnn", "sdpa", "eager",
+    ] = "auto"  # fmt: skip
     """Attention kernel.
     documents and flash_attention_2 need no padding, sdpa and eager train padded batches.
     """
