@@ -147,7 +147,7 @@ def test_heads_of_any_width_fit_the_fused_kernel(monkeypatch, width, window):
 
     def fused(query, key, value):
         return attention._varlen(
-            query, key, value, bounds_of(lengths), max(lengths), width**-0.5, window
+            query, key, value, bounds_of(lengths), max(lengths), None, width**-0.5, window
         )
 
     tensors = states(4, 2, sum(lengths), width=width, value_width=width)

@@ -226,6 +226,9 @@ def test_flash_attention_4_gets_its_arguments_and_gives_its_gradients(flash_4, h
     work = replace(WORK, has_windows=has_windows)
     assert varlen_choice.wrong(FLASH_4, work, CPU) == ""
     assert varlen_gpu.in_use() == FLASH_2, "a trial changes nothing"
+    states = [torch.randn(9, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+    arguments = (*states, torch.tensor([0, 4, 9]).int(), 5, 0.25, 3 if has_windows else 0)
+    assert set(torch.library.opcheck(varlen_gpu.flash_4, arguments).values()) == {"SUCCESS"}
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def flash_4(
         max_seqlen_k=longest, softmax_scale=scale, causal=True,
         window_size_left=window - 1 if window else None, return_lse=True,
     )  # fmt: skip
-    return out, sums
+    return out.contiguous(), sums.contiguous()  # compilers rely on the strides of the fake
 
 
 @flash_4.register_fake
@@ -133,7 +133,7 @@ def _flash_4_backward(
         window_size_left=window - 1 if window else None, cu_seqlens_q=bounds, cu_seqlens_k=bounds,
         deterministic=torch.are_deterministic_algorithms_enabled(), **at_most,
     )  # fmt: skip
-    return of_query, of_key, of_value
+    return of_query.contiguous(), of_key.contiguous(), of_value.contiguous()
 
 
 @_flash_4_backward.register_fake
