@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from finetune import loop, replay
 from finetune.engine import metrics, rounded_adamw
-from finetune.models import attention_choice, varlen_choice
+from finetune.models import attention_choice, cross_entropy, logits, varlen_choice
 from finetune.models.attention import attend_within_documents
 from finetune.models.cross_entropy import nll_in_chunks
 from finetune.models.logits import LogitTransform
@@ -250,3 +250,26 @@ def test_kernels_that_are_there_agree_with_float32(kernel):
     for each in (work, replace(work, key_heads=32), replace(work, has_windows=kernel != "cudnn")):
         assert varlen_choice.wrong(kernel, each, device) == ""
     print(f"{kernel}: {varlen_choice.milliseconds(kernel, work, device):.2f} ms")
+
+
+def test_the_loss_is_one_kernel_that_agrees_with_pytorchs_operations():
+    kernel, why = logits.fused(torch.device("cuda", torch.cuda.current_device()))
+    assert why == ""
+    assert kernel is not None
+
+
+def test_the_gradient_of_the_head_is_summed_in_float32_over_chunks(monkeypatch):
+    """Products of 16 bits that add to float32 as they write; autocast must not convert them."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2**16)
+    head, labels = torch.nn.Linear(64, 1_000, bias=False), torch.randint(1_000, (300,))
+    states, found = torch.randn(300, 64), []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cuda")):
+        moved = head.to(device)
+        moved.weight.grad = None
+        hidden = states.to(device)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = nll_in_chunks(moved, moved, hidden, labels.to(device), 1_000, LogitTransform())
+        loss.backward()
+        found.append(moved.weight.grad.cpu().clone())
+    exact, own = found
+    assert (own - exact).norm() <= 2**-7 * exact.norm()

@@ -1,6 +1,5 @@
 """Learning rate, parameter groups, AdamW on bfloat16 weights."""
 
-import importlib
 import itertools
 import re
 import sys
@@ -150,20 +149,11 @@ def test_random_bits_are_those_of_splitmix64_at_any_place():
     assert torch.equal(rounded_adamw.random_bits(0, 2, 2, torch.device("cpu")), bits[2:])
 
 
-@pytest.fixture
-def kernel(monkeypatch):
-    """The kernel as Triton's interpreter runs it, on a CPU."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, "finetune.engine.adamw_kernel", raising=False)
-    yield importlib.import_module("finetune.engine.adamw_kernel")
-    del sys.modules["finetune.engine.adamw_kernel"]  # not for who comes without the interpreter
-
-
 CPU = torch.device("cpu")
 
 
-def test_the_kernel_gives_the_bits_of_the_reference(kernel):
+def test_the_kernel_gives_the_bits_of_the_reference(interpreted):
+    kernel = interpreted("finetune.engine.adamw_kernel")
     for count in (1, 1_023, 5_000):
         assert rounded_adamw.differences(kernel.update, CPU, count) == 0
     assert rounded_adamw.kernel_or_reference(CPU) == (kernel.update, "")

@@ -11,14 +11,13 @@ of (seed, step, parameter, place), and every operation rounds as IEEE 754 says.
 """
 
 import hashlib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from finetune import failures
+from finetune import kernels
 
 SLICE = 1 << 20  # values per update: 8 MB for each copy, which caches of CPUs hold
 # SplitMix64 (Steele, Lea and Flood, 2014), as PyTorch's signed integers
@@ -90,16 +89,13 @@ def fastest(device: torch.device) -> tuple[Update, str]:
 
 def kernel_or_reference(device: torch.device) -> tuple[Update, str]:
     """Return the kernel if it gives the bits of the reference, else the reference and why."""
-    try:
-        kernel: Any = importlib.import_module("finetune.engine.adamw_kernel")  # needs Triton
+
+    def difference(kernel: Any) -> str:
         differing = differences(kernel.update, device)
-    # Triton compiles at the first call; what is missing for it comes in many exceptions.
-    except Exception as exc:
-        failures.reraise(exc)
-        return update, f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"
-    if differing:
-        return update, f"{differing} of its numbers are not those of the reference"
-    return kernel.update, ""
+        return f"{differing} of its numbers are not those of the reference" if differing else ""
+
+    kernel, why = kernels.load("finetune.engine.adamw_kernel", difference)
+    return kernel.update if kernel else update, why
 
 
 def differences(other: Update, device: torch.device, count: int = 5_000) -> int:
