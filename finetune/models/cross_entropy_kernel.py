@@ -22,7 +22,7 @@ def cross_entropy_(
     losses_C = torch.empty(count, dtype=torch.float32, device=raw_CV.device)
     _cross_entropy[(count,)](
         raw_CV, raw_CV.stride(0), labels_C, losses_C if weights_C is None else weights_C, losses_C,
-        size, finish.scale, finish.cap or 1.0, smoothing, HAS_CAP=finish.cap is not None,
+        finish.scale, finish.cap or 1.0, smoothing, SIZE=size, HAS_CAP=finish.cap is not None,
         HAS_WEIGHTS=weights_C is not None, NEEDS_GRAD=needs_grad, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return losses_C.sum()
@@ -30,8 +30,8 @@ def cross_entropy_(
 
 @triton.jit
 def _cross_entropy(  # type: ignore[no-untyped-def]
-    raw, row_stride, labels, weights, losses, size, scale, cap, smoothing, HAS_CAP: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    raw, row_stride, labels, weights, losses, scale, cap, smoothing, SIZE: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WEIGHTS: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each token."""
     row = tl.program_id(0).to(tl.int64)
@@ -40,9 +40,9 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     highest = -float("inf")
     total = 0.0
     summed = 0.0  # of the logits, for label smoothing
-    for start in range(0, size, BLOCK):
+    for start in range(0, SIZE, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        inside = place < size
+        inside = place < SIZE
         logits = _finished(tl.load(raw + place, mask=inside).to(tl.float32), scale, cap, HAS_CAP)
         summed += tl.sum(tl.where(inside, logits, 0.0))
         logits = tl.where(inside, logits, -float("inf"))
@@ -53,16 +53,16 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     weight = 1.0
     if HAS_WEIGHTS:
         weight = tl.load(weights + row)
-    loss = (highest - of_label) + tl.log(total) + smoothing * (of_label - summed / size)
+    loss = (highest - of_label) + tl.log(total) + smoothing * (of_label - summed / SIZE)
     tl.store(losses + row, loss * weight)
     if NEEDS_GRAD:
-        for start in range(0, size, BLOCK):
+        for start in range(0, SIZE, BLOCK):
             place = start + tl.arange(0, BLOCK)
-            inside = place < size
+            inside = place < SIZE
             logits = _finished(
                 tl.load(raw + place, mask=inside).to(tl.float32), scale, cap, HAS_CAP
             )
-            grad = tl.exp(logits - highest) / total - smoothing / size
+            grad = tl.exp(logits - highest) / total - smoothing / SIZE
             grad += tl.where(place == label, smoothing - 1.0, 0.0)
             grad *= weight * scale
             if HAS_CAP:
