@@ -1,4 +1,4 @@
-"""The kernel of the loss: as PyTorch's operations, by Triton's interpreter; a wrong one is refused."""
+"""The kernel of the loss computes what PyTorch's operations do; a wrong one is refused."""
 
 from dataclasses import replace
 from types import SimpleNamespace
