@@ -216,9 +216,8 @@ def finish(run: Run, untrained: dict[str, float | str]) -> None:
     """Export the model, open the export and compare, and only then call the run complete."""
     run.stop.at_once()
     run.topology.watchdog.pause("the export")
-    config, state, step = run.config, run.state, run.state.progress.step
-    exported = run.best.restore(state, run.log)
-    kind = "weights of the best evaluation" if config.evaluation.export_best else "last weights"
+    state, step = run.state, run.state.progress.step
+    exported, kind = run.best.restore(state, run.log)
     if state.ema:
         state.ema.put_in()
         kind = kind.replace("weights", "averaged weights")
@@ -228,6 +227,6 @@ def finish(run: Run, untrained: dict[str, float | str]) -> None:
     run.topology.release()
     reason = f"the {kind}, of step {exported}, exported and verified"
     if step < run.data.num_steps:
-        why = "because the evaluation loss stopped improving"
-        reason = f"stopped early, of {run.data.num_steps} steps, {why}; {reason}"
+        why = run.best.stalled
+        reason = f"stopped early, of {run.data.num_steps} steps, because {why}; {reason}"
     run.complete(export, step, reason, exported)

@@ -22,7 +22,7 @@ from finetune.models import (
     parameters,
     recompute,
 )
-from finetune.objectives import Own, chosen
+from finetune.objectives import Objective, Own, chosen
 
 # Share of the evaluation rows that may also be training rows: common data sets have a few.
 MAX_EVAL_OVERLAP = 0.1
@@ -90,27 +90,23 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     of_base = Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
-    padded, pad_id = attention_choice.is_padded(kernel), tokenizer.pad_token_id or 0
-    plan, eval_plan = _planned(config, topology, train, evals, padded, pad_id)
-    num_steps = plan.steps_per_epoch * config.train.epochs
+    train_batches, eval_batches = _batched(config, topology, train, evals, kernel, tokenizer)
+    num_steps = train_batches.steps_per_epoch * config.train.epochs
     num_steps = min(num_steps, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
-    if isinstance(objective, Own):
-        has_adapters = config.adapter.kind != "full"
-        first, filler = plan.of_all().at(0)[0], plan.filler()
-        topology.on_every(lambda: objective.rehearse(first, filler, config.objective, has_adapters))
+    topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     _check_sample_prompts(config, kept, tokenizer)
     identity = {
-        "training data": plan.fingerprint,
-        "evaluation data": eval_plan.fingerprint if eval_plan else "none",
+        "training data": train_batches.fingerprint,
+        "evaluation data": eval_batches.fingerprint if eval_batches else "none",
         "tokenizer": tokens.tokenizer_fingerprint(tokenizer), "template": template.fingerprint,
         "date in the template": template.date or "none", "model": architecture,
         **code_identity(config),
     }  # fmt: skip
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     return Data(
-        tokenizer, template, model_config, kernel, plan, eval_plan, num_steps, new_ids, sources,
-        known, identity, format, num_rows,
+        tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
+        sources, known, identity, format, num_rows,
     )  # fmt: skip
 
 
@@ -202,11 +198,12 @@ def _examples(
     return train, evals, known, num_rows
 
 
-def _planned(
-    config: Config, topology: Topology, train: Any, evals: Any, padded: bool, pad_id: int
+def _batched(
+    config: Config, topology: Topology, train: Any, evals: Any, kernel: str, tokenizer: Any
 ) -> tuple[batches.Batches, batches.Batches | None]:
     """Return the batches of training and of evaluation."""
     wanted, seed = config.data, config.run.seed
+    padded, pad_id = attention_choice.is_padded(kernel), tokenizer.pad_token_id or 0
 
     def batched(examples: Any, size: int, micro_size: int, group: bool) -> batches.Batches:
         return batches.Batches(
@@ -216,9 +213,15 @@ def _planned(
         )  # fmt: skip
 
     size, micro_size = config.train.global_batch_size, config.micro_batch_size
-    plan = batched(train, size, micro_size, wanted.group_by_length)
+    of_train = batched(train, size, micro_size, wanted.group_by_length)
     at_once = config.evaluation.micro_batch_size or config.micro_batch_size
-    return plan, batched(evals, at_once * topology.num_data, at_once, True) if evals else None
+    return of_train, batched(evals, at_once * topology.num_data, at_once, True) if evals else None
+
+
+def _rehearse_objective(config: Config, objective: Objective, train: batches.Batches) -> None:
+    if isinstance(objective, Own):
+        first, filler = train.of_all().at(0)[0], train.filler()
+        objective.rehearse(first, filler, config.objective, config.adapter.kind != "full")
 
 
 def _positions(model_config: Any) -> int | None:

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,10 +44,12 @@ from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
 from finetune.survival.preemption import StopFlag
 
+LATER: Any = None  # the value of a field until `loop` has come so far
+
 
 @dataclass
 class Run:
-    """Everything one run needs; `loop` fills in the rest as it builds it."""
+    """Everything one run needs, in two stages: opened, and with a model and an open directory."""
 
     config: Config
     directory: RunDirectory
@@ -58,11 +60,13 @@ class Run:
     stop: StopFlag
     reserved: int | None = None
     """Bytes to keep free for optimizer state when trying micro-batches; None: size is given."""
-    state: TrainState = field(init=False)
-    metrics: Metrics = field(init=False)
-    saver: Saver = field(init=False)
-    best: BestCheckpoint = field(init=False)
-    batches: Prefetch = field(init=False)
+    state: TrainState = LATER
+    """Set by `build`."""
+    metrics: Metrics = LATER
+    """This and the next are set by `open_directory`."""
+    saver: Saver = LATER
+    best: BestCheckpoint = LATER
+    batches: Prefetch = LATER
 
     def log(self, message: str) -> None:
         """Print one line, from the main process only."""
@@ -77,7 +81,7 @@ class Run:
     @property
     def step(self) -> int | None:
         """The last finished step; None before the model is built."""
-        return self.state.progress.step if hasattr(self, "state") else None
+        return self.state.progress.step if self.state else None
 
     def is_complete(self) -> bool:
         """Return whether the run completed before and its model is unchanged; log it.
@@ -151,27 +155,18 @@ class Run:
     def _receipt(self) -> dict[str, Any]:
         config, topology, data, facts = self.config, self.topology, self.data, self.state.facts
         parameters = {
-            "trainable": facts.num_trainable,
-            "total": facts.num_parameters,
-            "trained_in_products": facts.products[0],
-            "frozen_in_products": facts.products[1],
-        }
+            "trainable": facts.num_trainable, "total": facts.num_parameters,
+            "trained_in_products": facts.products[0], "frozen_in_products": facts.products[1],
+        }  # fmt: skip
         return receipt.compose(
-            seed=config.run.seed,
-            parameters=parameters,
-            num_processes=topology.num_processes,
-            topology=topology.name,
-            precision=topology.precision,
-            device=topology.device.type,
-            attention=data.attention,
-            num_steps=data.num_steps,
-            start_weights=facts.start,
-            template_date=data.template.date,
-            identity=data.identity,
+            seed=config.run.seed, parameters=parameters, num_processes=topology.num_processes,
+            topology=topology.name, precision=topology.precision, device=topology.device.type,
+            attention=data.attention, num_steps=data.num_steps, start_weights=facts.start,
+            template_date=data.template.date, identity=data.identity,
             train_data=data.train.sequences.examples.receipt(),
             eval_data=data.eval.sequences.examples.receipt() if data.eval else None,
             launch=topology.launched,
-        )
+        )  # fmt: skip
 
     def fail(self, exc: BaseException) -> BaseException:
         """Record, here and in the store, why the run ends early; return the error to raise."""
@@ -181,15 +176,15 @@ class Run:
             with contextlib.suppress(CheckpointError):  # earlier messages report the store's error
                 self.storage.upload_notes(self.directory.path)
         # After a TopologyError or preemption a save may wait in vain for other processes.
-        if hasattr(self, "saver") and not isinstance(error, Preempted | TopologyError):
+        if self.saver and not isinstance(error, Preempted | TopologyError):
             self.saver.abandon()
         return error
 
     def close(self) -> None:
         """Close batches, trackers and lock, after the outcome: trackers may upload for long."""
-        if hasattr(self, "batches"):
+        if self.batches:
             self.batches.close()
-        if hasattr(self, "metrics"):
+        if self.metrics:
             self.metrics.close()
         if self.topology.is_main:
             self.directory.unlock()
@@ -205,7 +200,7 @@ class Run:
     def fingerprints(self) -> dict[str, float | str]:
         """Return a fingerprint of what this process holds of each weight, by name."""
         model = self.topology.unwrap(self.state.model)
-        return parameters.fingerprints(model, self.topology.local_shard)
+        return parameters.fingerprints(model, self.topology.sharing.local_shard)
 
     def require_changed(self, untrained: dict[str, float | str]) -> None:
         """Raise ExportError if training changed no weight; log those that did not change.
@@ -285,50 +280,30 @@ class Run:
 
     def _metrics(self) -> Metrics:
         config, directory, topology = self.config, self.directory, self.topology
-        settings, progress = config.tracking, self.state.progress
-        trackers = None
+        settings, progress, trackers = config.tracking, self.state.progress, None
         if topology.is_main and settings.trackers:
             trackers = Trackers(
-                settings.trackers,
-                project=settings.project,
-                run_name=config.run.name,
-                run_id=progress.run_id,
-                directory=directory.path,
-                first_step=progress.step + 1,
-                wandb_mode=settings.wandb_mode,
+                settings, run_name=config.run.name, run_id=progress.run_id,
+                directory=directory.path, first_step=progress.step + 1,
                 about={"config": config.model_dump(), "receipt": directory.receipt()},
-                history=directory.logs.history(),
-                log=log,
-            )
+                history=directory.logs.history(), log=log,
+            )  # fmt: skip
         lengths = self.data.train.sequences.examples.lengths.tolist()
         attention = parameters.attention_per_token(self.data.model_config, lengths)
+        flops = parameters.flops_per_token(*self.state.facts.products, attention)
         return Metrics(
-            directory,
-            num_steps=self.data.num_steps,
-            start=progress.step,
-            is_main=topology.is_main,
-            num_processes=topology.num_processes,
-            every=settings.log_every_steps,
-            flops_per_token=parameters.flops_per_token(*self.state.facts.products, attention),
-            trackers=trackers,
-        )
+            directory, num_steps=self.data.num_steps, start=progress.step, is_main=topology.is_main,
+            num_processes=topology.num_processes, every=settings.log_every_steps,
+            flops_per_token=flops, trackers=trackers,
+        )  # fmt: skip
 
     def _saver(self, resumed_from: int | None) -> Saver:
-        settings = self.config.checkpoint
         return Saver(
-            self.directory.checkpoints,
-            self.topology,
-            self.storage,
+            self.directory.checkpoints, self.topology, self.storage, self.config.checkpoint,
             about={"config": self.config.model_dump(), "identity": self.identity()},
-            every_minutes=settings.every_minutes,
-            keep_last=settings.keep_last,
-            asynchronous=settings.asynchronous,
-            grace_seconds=settings.grace_seconds,
-            resumed_from=resumed_from,
-            log=self.log,
-            record=self.metrics.saved,
+            resumed_from=resumed_from, log=self.log, record=self.metrics.saved,
             before=self.metrics.sync,
-        )
+        )  # fmt: skip
 
     def sample(self) -> None:
         """Sample answers to evaluation.sample_prompts. Collective: each may hold a shard."""
@@ -337,15 +312,11 @@ class Run:
         template = data.template if self.objective.has_turns else None
         with self.state.averaged(), self.topology.arithmetic():
             answers = generate.while_training(
-                self.topology.unwrap(self.state.model),
-                data.tokenizer,
-                template,
-                settings.sample_prompts,
-                system_prompt=self.config.data.system_prompt,
+                self.topology.unwrap(self.state.model), data.tokenizer, template,
+                settings.sample_prompts, system_prompt=self.config.data.system_prompt,
                 max_new_tokens=settings.sample_max_new_tokens,
-                together=self.topology.parallel.generates_together,
-                log=self.log,
-            )
+                together=self.topology.parallel.generates_together, log=self.log,
+            )  # fmt: skip
         self.metrics.sampled(step, settings.sample_prompts, answers)
 
 

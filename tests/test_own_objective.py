@@ -1,12 +1,14 @@
 """An objective of a user's own, by FILE.py:NAME: its settings, its mistakes, its identity."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import read_jsonl
+from invariants import objectives
 
 from finetune import config as configs
 from finetune import own_code, replay
@@ -38,6 +40,7 @@ LOSS = (
     "from finetune.objectives import Objective, Term\nclass Own(Objective):\n"
     "    def loss(self, policy, batch, settings, prepared):\n        "
 )
+NLL = "policy(batch, {'nll'}).nll"
 
 
 @pytest.fixture
@@ -66,9 +69,9 @@ def refusal(workshop):
 
 
 BATCH = Batch(
-    {"input_ids": torch.zeros(1, 9, dtype=torch.int64)}, labels=torch.arange(5),
-    positions=torch.arange(5), document=torch.tensor([0, 0, 0, 1, 1]), example=torch.tensor([0, 1]),
-    lengths=(5, 4), num_documents=2,
+    dict.fromkeys(("input_ids", "position_ids"), torch.zeros(1, 9, dtype=torch.int64)),
+    labels=torch.arange(5), positions=torch.arange(5), document=torch.tensor([0, 0, 0, 1, 1]),
+    example=torch.tensor([0, 1]), lengths=(5, 4), num_documents=2,
     counts={"tokens": 5, "documents": 2, "examples": 2, "input_tokens": 9},
 )  # fmt: skip
 
@@ -78,6 +81,11 @@ FILLER = Batch(
     **dict.fromkeys(("labels", "positions", "document", "example"), torch.zeros(0).long()),
     lengths=(2,), counts={"tokens": 0, "documents": 0, "examples": 0, "input_tokens": 0},
 )  # fmt: skip
+
+
+def rehearse(kind: str, batch: Batch = BATCH, filler: Batch = FILLER) -> None:
+    settings = own_objective(kind)(kind=kind)
+    Own(settings).rehearse(batch, filler, settings, has_adapters=False)
 
 
 @pytest.mark.parametrize("name", ["Dft", "dft"])
@@ -172,9 +180,15 @@ def test_a_file_is_found_beside_the_config_and_from_here(workshop, own, monkeypa
             LOSS + "...\n    Settings = 3", "Own",
             "own.py:Own: Settings should be a pydantic.BaseModel, got 3",
         ),
-        (
-            DFT.replace("names:", "kind:"), "Dft",
-            "own.py:Dft: Settings has a field kind, which names objectives; rename it",
+        *(
+            (
+                DFT.replace("names:", f"{name}:"), "Dft",
+                f"own.py:Dft: Settings has a field {name}, which {use}; rename it",
+            )
+            for name, use in {
+                "kind": "names objectives", "code": "the trainer uses itself",
+                "objective": "the trainer uses itself",
+            }.items()
         ),
         (LOSS + "...\n    def __init__(self, a): ...", "Own", "own.py: TypeError: "),
     ],
@@ -270,14 +284,58 @@ def test_a_missing_file_is_refused_with_the_folders_searched(workshop, own, refu
     ],
 )
 def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, own, body, says):
-    kind = f"{workshop.folder}/{own(LOSS + body)}"
-
-    def rehearse() -> None:
-        settings = own_objective(kind)(kind=kind)
-        Own(settings).rehearse(BATCH, FILLER, settings, has_adapters=False)
-
     with pytest.raises(ConfigError, match=re.escape(says)):
-        rehearse()
+        rehearse(f"{workshop.folder}/{own(LOSS + body)}")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (
+            "return [Term('loss', nll / max(len(batch.labels), 1), per='tokens')]",
+            "loss term 'loss' is 2.63, and 2.63 where every document comes twice",
+        ),
+        (
+            "return [Term('loss', nll, per='tokens'),\n"
+            "            Term('most', nll.sum().clamp(max=1.0), per='tokens', weight=0)]",
+            "loss term 'most' is 1, and 1 where every document comes twice",
+        ),
+        (
+            "return [Term('loss', nll / prepared['n'].clamp(min=1), per='n')]\n\n"
+            "    def prepare(self, policy, batches, settings):\n"
+            "        return {'n': sum((each.labels >= 0).sum() for each in batches)}",
+            "loss term 'loss' is",
+        ),
+        (
+            "return [Term('loss', nll, per='n')]\n\n"
+            "    def prepare(self, policy, batches, settings):\n"
+            "        return {'n': batches[0].labels.new_ones(())}",
+            "prepare gives 'n', which is 1, and 1 where every document comes twice",
+        ),
+        (
+            "return [Term('loss', nll, per='tokens')]\n\n"
+            "    def evaluate(self, policy, batch, settings, prepared):\n"
+            "        nll = policy(batch, {'nll'}).nll\n"
+            "        return [Term('loss', nll / max(len(batch.labels), 1), per='tokens')]",
+            "evaluate term 'loss' is",
+        ),
+    ],
+    ids=["mean", "clamp", "divided twice", "prepared", "evaluate"],
+)
+def test_a_value_that_is_not_a_sum_is_refused(workshop, own, body, says):
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        rehearse(f"{workshop.folder}/{own(LOSS + f'nll = {NLL}; {body}')}")
+    assert "a sum doubles; add up with .sum(), " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", objectives.SETTINGS)
+def test_a_sum_of_documents_pairs_or_tokens_is_not_refused(name):
+    pair = replace(
+        BATCH, example=torch.tensor([0, 0]), counts={**BATCH.counts, "examples": 1},
+        columns={"margin": torch.full((2,), 0.1)},
+    )  # fmt: skip
+    filler = replace(FILLER, columns={"margin": torch.zeros(0)})
+    rehearse(objectives.SETTINGS[name]["objective__kind"], pair, filler)
 
 
 def test_a_check_rehearses_the_objective(workshop, own):
@@ -295,6 +353,28 @@ def test_an_error_in_a_later_batch_ends_the_run_with_its_line(workshop, own):
     with pytest.raises(ConfigError, match=r"objective.kind: .*own\.py:5: ZeroDivisionError"):
         workshop.train(objective__kind=own(LOSS + body))
     assert workshop.outcome()["state"] == "failed"
+
+
+def test_without_a_finite_evaluation_none_is_called_the_best(workshop, own, capsys):
+    """The rehearsal, which evaluates three times, finds nothing."""
+    body = (
+        f"return [Term('loss', {NLL}, per='tokens')]\n\n"
+        "    def evaluate(self, policy, batch, settings, prepared):\n"
+        "        self.calls = getattr(self, 'calls', 0) + 1\n"
+        f"        return [Term('loss', {NLL} * (1 if self.calls < 4 else float('nan')), 'tokens')]"
+    )
+    workshop.train(
+        objective__kind=own(LOSS + body), data__eval_fraction=0.2, train__max_steps=4,
+        evaluation__every_steps=1, evaluation__patience=2, evaluation__export_best=True,
+    )  # fmt: skip
+    outcome = workshop.outcome()
+    assert outcome["exported_step"] == outcome["step"] == 3
+    assert outcome["reason"] == (
+        "stopped early, of 4 steps, because no evaluation loss was finite; the last weights, of "
+        "step 3, exported and verified"
+    )
+    note = "note: no evaluation loss was finite, so none is best; exporting the last weights"
+    assert note in capsys.readouterr().out
 
 
 def test_settings_that_are_not_plain_values_are_refused(own, refusal):
@@ -337,9 +417,6 @@ def test_a_replay_executes_only_the_file_of_the_receipt(workshop, own, monkeypat
     (workshop.folder / "own.py").unlink()
     with pytest.raises(RunDirectoryError, match=r"objective.kind: no file .*own\.py"):
         replay.main(arguments)
-
-
-NLL = "policy(batch, {'nll'}).nll"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """A thread makes the batches of the next step while the current step trains."""
 
+import errno
 import threading
 
 import pytest
 import torch
 from test_batches import batches_of
 
+from finetune.data.batches import Batches
 from finetune.data.prefetch import Prefetch
+from finetune.errors import EXIT_FAILED, Outage
 
 
 def ids(batches) -> list[list[int]]:
@@ -58,6 +61,27 @@ def test_an_error_belongs_to_its_step(monkeypatch):
     ahead.at(0)
     with pytest.raises(OSError, match="the disk has gone"):
         ahead.at(1)
+
+
+def test_an_error_in_the_thread_ends_the_run_with_its_message(workshop, monkeypatch):
+    whole = Batches.totals
+
+    def totals(batches, step):
+        if step == 1:
+            assert threading.current_thread() is not threading.main_thread()
+            raise OSError(errno.EIO, "Input/output error", "rows.bin")
+        return whole(batches, step)
+
+    monkeypatch.setattr(Batches, "totals", totals)
+    with pytest.raises(Outage, match=r"Input/output error: 'rows\.bin'") as caught:
+        workshop.train(train__max_steps=3)
+    assert caught.value.exit_code == EXIT_FAILED
+    assert workshop.outcome()["state"] == "failed"
+    assert workshop.outcome()["step"] == 1
+    for thread in threading.enumerate():  # one that goes on would keep the process from ending
+        if thread.name.startswith("prefetch"):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def test_a_gpu_gets_pinned_copies_of_this_processs_part(monkeypatch):

@@ -266,6 +266,9 @@ class OwnObjective(_Kind):
     """The Objective itself."""
 
 
+OWN_NAMES = tuple(OwnObjective.__class_vars__)
+
+
 @functools.cache
 def _own_section(code: OwnCode) -> type[OwnObjective]:
     """Return the section of a user's objective. Raises ConfigError if it is not an objective."""
@@ -279,8 +282,10 @@ def _own_section(code: OwnCode) -> type[OwnObjective]:
     settings = cls.Settings
     if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
         raise ConfigError(f"{code}: Settings should be a pydantic.BaseModel, got {settings!r}")
-    if "kind" in settings.model_fields:
-        raise ConfigError(f"{code}: Settings has a field kind, which names objectives; rename it")
+    uses = {"kind": "names objectives", **dict.fromkeys(OWN_NAMES, "the trainer uses itself")}
+    if taken := [name for name in uses if name in settings.model_fields]:
+        name = taken[0]
+        raise ConfigError(f"{code}: Settings has a field {name}, which {uses[name]}; rename it")
     try:
         objective = code.value() if is_class else code.value
         parts = get_args(Data.model_fields["loss_on"].annotation)

@@ -28,8 +28,8 @@ class BestCheckpoint:
         self.under_way = under_way
         self.step: int | None = None
         """The step of the best evaluation, if its weights are to be exported."""
-        self.stalled = False
-        """Whether none of the last evaluation.patience evaluations improved on those before."""
+        self.stalled: str | None = None
+        """Why the run stops early: the last evaluation.patience evaluations improved nothing."""
 
     def fetch(self, storage: "Storage | None") -> None:
         """Fetch the checkpoint of the best evaluation from the store, if this disk lacks it."""
@@ -40,30 +40,37 @@ class BestCheckpoint:
     def update(self, step: int) -> None:
         """Find the best of the evaluations up to `step`, the run's last, whose weights are kept."""
 
-        def find() -> tuple[int | None, bool]:
+        def find() -> tuple[int | None, str | None]:
             saved = resume.kept(self.directory.checkpoints) | self.under_way() | {step}
             logs = self.directory.logs
-            return logs.best_step(saved), logs.has_stalled(self.settings.patience)
+            return logs.best_step(saved), logs.why_stalled(self.settings.patience)
 
         best, self.stalled = self.topology.on_main(find)
         self.step = best if self.settings.export_best else None
 
-    def restore(self, state: TrainState, log: Callable[[str], None]) -> int:
-        """Load the weights of the best evaluation, if they are exported; return their step."""
+    def restore(self, state: TrainState, log: Callable[[str], None]) -> tuple[int, str]:
+        """Load the weights of the best evaluation, if they are exported.
+
+        Return the step of the weights that are there now, and which those are, in words.
+        """
         here = state.progress.step
         if not self.settings.export_best:
-            return here
+            return here, "last weights"
 
-        def find() -> tuple[int, int]:
+        def find() -> tuple[int | None, int | None]:
             kept = resume.kept(self.directory.checkpoints) | {here}
-            saved, lowest = self.directory.logs.best_step(kept), self.directory.logs.best_step()
-            return (here if saved is None else saved), (here if lowest is None else lowest)
+            return self.directory.logs.best_step(kept), self.directory.logs.best_step()
 
         best, lowest = self.topology.on_main(find)
+        if lowest is None:
+            log("note: no evaluation loss was finite, so none is best; exporting the last weights")
+            return here, "last weights"
         if best != lowest:
             log(
                 f"note: the evaluation of step {lowest} was better, but its checkpoint was not kept"
             )
+        if best is None:
+            return here, "last weights"
         if best != here:
             resume.put_back_best(self.directory.checkpoints, best, self.topology, state)
-        return best
+        return best, "weights of the best evaluation"

@@ -73,17 +73,21 @@ class Logs:
         return losses
 
     def best_step(self, saved: set[int] | None = None) -> int | None:
-        """Return the step of the lowest evaluation loss; `saved`: consider only these steps."""
-        losses = self.eval_losses()
+        """Return the step of the lowest finite evaluation loss; `saved`: only of these steps."""
+        losses = {step: loss for step, loss in self.eval_losses().items() if math.isfinite(loss)}
         could = [step for step in losses if saved is None or step in saved]
         return min(could, key=lambda step: losses[step], default=None)
 
-    def has_stalled(self, patience: int | None) -> bool:
-        """Return whether none of the last `patience` evaluations improved on those before."""
+    def why_stalled(self, patience: int | None) -> str | None:
+        """Return why to stop if none of the last `patience` evaluations improved on the others."""
         losses = list(self.eval_losses().values())
         if patience is None or len(losses) <= patience:
-            return False
-        return min(losses[-patience:]) >= min(losses[:-patience])
+            return None
+        if math.isinf(min(losses)):
+            return "no evaluation loss was finite"
+        if min(losses[-patience:]) < min(losses[:-patience]):
+            return None
+        return "the evaluation loss stopped improving"
 
     def history(self) -> list[dict[str, Any]]:
         """Return all metrics and evaluations, ordered by step."""

@@ -11,6 +11,7 @@ from torch import nn
 from finetune.config import Optimizer, Schedule
 from finetune.config.choices import OPTIMIZERS
 from finetune.engine.rounded_adamw import RoundedAdamW
+from finetune.models.embeddings import embedding_and_head
 
 
 def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -20,7 +21,7 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     optimizer.embedding_lr; LoRA's B matrices use optimizer.lora_plus_ratio x the rate of the rest.
     `hidden` marks the matrices that are neither embeddings nor head: muon updates these.
     """
-    outer = {id(p) for module in _embedding_and_head(model) for p in module.parameters()}
+    outer = {id(p) for module in embedding_and_head(model) for p in module.parameters()}
     # Position embeddings, too.
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
@@ -164,12 +165,3 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of each group to `lr` x its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
-
-
-def _embedding_and_head(model: nn.Module) -> list[nn.Module]:
-    found = [
-        getattr(model, name)()
-        for name in ("get_input_embeddings", "get_output_embeddings")
-        if hasattr(model, name)
-    ]
-    return [module for module in found if module is not None]

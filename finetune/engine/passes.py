@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from finetune.data.batches import Batch, Counts
+from finetune.engine.step import add_gradients
 from finetune.engine.terms import logged, means_over_processes, prepared_over_processes
 from finetune.engine.topology import Topology
 from finetune.models.policy import Policy
@@ -23,19 +24,12 @@ def try_pass(
     Two passes where micro-batches add up: the second runs beside all gradients. Not with DeepSpeed,
     which counts passes.
     """
-    policy.model.train()
     kept = torch.empty(reserved, dtype=torch.uint8, device=topology.device)
     devices = [topology.device] if topology.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         batches = [topology.part(batch)] * num_passes
-        prepared = prepared_over_processes(topology, policy, objective, settings, batches[:1])
-        counts = {name: max(count, 1) for name, count in batch.counts.items()}
-
-        def terms(part: Batch) -> list[Term]:
-            return objective.loss(policy, part, settings, prepared)
-
-        divisors = {**counts, **as_divisors(prepared)}
-        topology.forward_backward(policy.model, batches, terms, divisors, last=False)
+        totals = {name: max(count, 1) for name, count in batch.counts.items()}
+        add_gradients(topology, policy, objective, settings, batches, totals, last=False)
     policy.model.zero_grad()
     del kept
 

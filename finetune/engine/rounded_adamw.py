@@ -77,7 +77,7 @@ class RoundedAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 step = int(state["step"].item())
                 tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-                weight, grad, mean, square = (_own_part(tensor).view(-1) for tensor in tensors)
+                weight, grad, mean, square = (own_part(tensor).view(-1) for tensor in tensors)
                 key = key_of(self.seed, step, self._numbers[parameter])
                 self.update(weight, grad, mean, square, Factors.of(group, step), key)
 
@@ -168,6 +168,6 @@ def key_of(seed: int, step: int, parameter: int) -> int:
     return (1 << 62) + int.from_bytes(digest, "little")
 
 
-def _own_part(tensor: Any) -> torch.Tensor:
+def own_part(tensor: Any) -> torch.Tensor:
     """Return this process's part of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from finetune.data.batches import Batch, Counts
 from finetune.engine.optim import set_lr
 from finetune.engine.terms import logged, means_over_processes, prepared_over_processes
@@ -38,6 +40,24 @@ class StepResult:
         return logged(self.terms, self.loss)
 
 
+def add_gradients(
+    topology: Topology, policy: Policy, objective: Objective, settings: Any,
+    batches: Sequence[Batch], totals: Counts, *, last: bool = True,
+) -> tuple[list[Term], dict[str, float | torch.Tensor]]:  # fmt: skip
+    """Run forward and backward. Return the terms' sums over this process, and what divides them.
+
+    `last`: as in `forward_backward`.
+    """
+    policy.model.train()
+    prepared = prepared_over_processes(topology, policy, objective, settings, batches)
+    divisors = {**totals, **as_divisors(prepared)}
+
+    def terms(batch: Batch) -> list[Term]:
+        return objective.loss(policy, batch, settings, prepared)
+
+    return topology.forward_backward(policy.model, batches, terms, divisors, last=last), divisors
+
+
 def train_step(
     topology: Topology, policy: Policy, optimizer: Any, objective: Objective, settings: Any,
     batches: Sequence[Batch], totals: Counts, *, lr: float, max_grad_norm: float | None,
@@ -54,14 +74,7 @@ def train_step(
     Raises TrainingDiverged before the weights move if the loss or a gradient is not finite.
     """
     topology.watchdog.heartbeat()  # the data is there
-    policy.model.train()
-    prepared = prepared_over_processes(topology, policy, objective, settings, batches)
-    divisors = {**totals, **as_divisors(prepared)}
-
-    def terms(batch: Batch) -> list[Term]:
-        return objective.loss(policy, batch, settings, prepared)
-
-    added = topology.forward_backward(policy.model, batches, terms, divisors)
+    added, divisors = add_gradients(topology, policy, objective, settings, batches, totals)
     norm = topology.clip(policy.model, max_grad_norm)
     own_norm = norm if topology.is_main and norm is not None else 0.0  # the same on all processes
     others = [own_norm, *map(float, requests())]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import extras
+from finetune.config import fields
 from finetune.errors import ConfigError
 
 SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
@@ -50,29 +51,27 @@ class Trackers:
     """The trackers of a run, on the main process."""
 
     def __init__(
-        self, names: Sequence[str], *, project: str, run_name: str, run_id: str, directory: Path,
-        first_step: int, wandb_mode: str | None, about: dict[str, Any],
-        history: list[dict[str, Any]], log: Callable[[str], None],
+        self, settings: fields.Tracking, *, run_name: str, run_id: str, directory: Path,
+        first_step: int, about: dict[str, Any], history: list[dict[str, Any]],
+        log: Callable[[str], None],
     ) -> None:  # fmt: skip
         """`about`: config and receipt, to store; `history`: logged lines before `first_step`."""
         self.log = log
         self.running: dict[str, Any] = {}
-        about = redacted(about)
+        about, project, mode = redacted(about), settings.project, _mode(settings.wandb_mode)
 
         def start(name: str) -> None:
             if name == "wandb":
-                self.running[name] = _start_wandb(
-                    project, run_name, run_id, directory, _mode(wandb_mode), about
-                )
+                self.running[name] = _start_wandb(project, run_name, run_id, directory, mode, about)
             elif name == "tensorboard":
                 self.running[name] = _start_tensorboard(directory, first_step, about)
             else:
                 self.running[name] = _start_trackio(project, run_name, run_id, about)
 
-        for name in names:
+        for name in settings.trackers:
             self._guarded(name, start, name)
         # When synced, the newest offline folder replaces earlier ones, so it needs their lines.
-        if _mode(wandb_mode) == "offline" and "wandb" in self.running:
+        if mode == "offline" and "wandb" in self.running:
             for line in history:
                 self._guarded("wandb", self.running["wandb"].log, _numbers(line))
 

@@ -47,14 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tuned", required=True, type=model_argument, help=what)
     what = "held-out rows, in any format that training reads"
     add("--data", required=True, type=paths.argument, help=what)
-    add(
-        "--format",
-        default="auto",
-        type=_format,
-        metavar="|".join(["auto", *rows.FORMATS, own_code.EXPECTED]),
-        help="format of the rows; auto: from the columns of the first; FILE.py:NAME: a function of "
-        "your own, as data.format",
+    what = (
+        "format of the rows; auto: from the columns of the first; FILE.py:NAME: a function of your "
+        "own, as data.format"
     )
+    shown = "|".join(["auto", *rows.FORMATS, own_code.EXPECTED])
+    add("--format", default="auto", type=_format, metavar=shown, help=what)
     what = "map columns with other names, as data.columns does"
     add("--columns", type=_mapping, default={}, help=what)
     add("--limit", type=at_least(1), default=None, help="use only the first N rows")
@@ -62,14 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "number of answers to generate at once"
     add("--batch-size", type=at_least(1), default=64, help=what)
     add("--examples", type=at_least(0), default=5, help="rows printed in full")
-    add(
-        "--output",
-        default=None,
-        type=paths.argument,
-        help="also write to this .jsonl file, for each row, what it was (row: file and line; "
-        "prompt, wanted), the answers (base, tuned), whether --max-new-tokens cut them (base_cut, "
-        "tuned_cut), and the scores (exact_match_base and so on, from 0 to 1)",
+    what = (
+        "also write to this .jsonl file, for each row, what it was (row: file and line; prompt, "
+        "wanted), the answers (base, tuned), whether --max-new-tokens cut them (base_cut, "
+        "tuned_cut), and the scores (exact_match_base and so on, from 0 to 1)"
     )
+    add("--output", default=None, type=paths.argument, help=what)
     trust_remote_code_argument(parser)
 
 
@@ -81,7 +77,7 @@ def main(arguments: argparse.Namespace) -> None:
         require_model(getattr(arguments, option), f"--{option}")
     moved_base = moved(arguments.tuned, arguments.base)
     if same_model(arguments.base, arguments.tuned):
-        print("note: --base and --tuned are the same model", file=sys.stderr)
+        _note("--base and --tuned are the same model")
     elif moved_base:
         require_base(arguments.base)
     conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
@@ -123,7 +119,7 @@ def _answers(
     trusted = arguments.trust_remote_code
     model = load(getattr(arguments, name), trust_remote_code=trusted, base=moved_base)
     if name == "base" and (note := other_base(arguments.tuned, model)):
-        print(f"note: {note}", file=sys.stderr)
+        _note(note)
     answers = generate.answers(
         model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, prompts,
         max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, title=name,
@@ -209,7 +205,7 @@ def read(
     """
     found, notes = readers.expand(source, "--data")
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        _note(note)
     problems, unread = rows.Problems(), Counter[str]()
     if columns and own_code.is_own(format):
         raise UserError(
@@ -229,18 +225,12 @@ def read(
         raise type(exc)(message) from exc
     if problems.num_empty:
         skipped = "1 empty row" if problems.num_empty == 1 else f"{problems.num_empty:,} empty rows"
-        print(f"note: {skipped} skipped", file=sys.stderr)
+        _note(f"{skipped} skipped")
     if problems.num_skipped:
-        print(
-            f"note: --format skips {problems.num_skipped:,} of {problems.num_rows:,} rows",
-            file=sys.stderr,
-        )
+        _note(f"--format skips {problems.num_skipped:,} of {problems.num_rows:,} rows")
     if unread:
-        print(
-            f"note: not read: columns {readers.list_columns(sorted(unread))}; every answer counts "
-            "as correct",
-            file=sys.stderr,
-        )
+        listed = readers.list_columns(sorted(unread))
+        _note(f"not read: columns {listed}; every answer counts as correct")
     read = [conversation for sample in samples for conversation in sample.conversations]
     if len(read) > len(samples):
         several = next(each.conversations[0] for each in samples if len(each.conversations) > 1)
@@ -254,13 +244,9 @@ def read(
 
 
 def report(
-    conversations: list[Conversation],
-    wanted: list[str],
-    given: dict[str, list[Answer]],
-    results: dict[str, Any],
-    shown: int,
-    max_new_tokens: int,
-) -> str:
+    conversations: list[Conversation], wanted: list[str], given: dict[str, list[Answer]],
+    results: dict[str, Any], shown: int, max_new_tokens: int,
+) -> str:  # fmt: skip
     """Return the table and the first examples, as text."""
     lines = [
         f"{len(wanted)} held-out {'row' if len(wanted) == 1 else 'rows'}",
@@ -314,6 +300,10 @@ def as_lines(
             line |= {f"{score.replace(' ', '_')}_{name}": by_model[name][i] for name in given}
         written.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(written)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _line(text: str, width: int = 100) -> str:

@@ -24,13 +24,9 @@ from finetune.models.load import keep_layout, quantized_as, require_all_weights,
 
 
 def load(
-    path: str | Path,
-    dtype: torch.dtype | str = "auto",
-    trust_remote_code: bool = False,
-    quantized: bool = True,
-    base: str | None = None,
-    device: torch.device | None = None,
-) -> Any:
+    path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False,
+    quantized: bool = True, base: str | None = None, device: torch.device | None = None,
+) -> Any:  # fmt: skip
     """Load full weights, or an adapter on its base, quantised as in training. Raises ModelError.
 
     `quantized`: False loads the base of a QLoRA adapter unquantised. `base`: where the base of an
@@ -52,13 +48,9 @@ def load(
 
 
 def _load_adapter(
-    folder: Path,
-    dtype: torch.dtype | str,
-    trust_remote_code: bool,
-    quantized: bool,
-    base: str | None,
-    device: torch.device | None,
-) -> Any:
+    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool, quantized: bool,
+    base: str | None, device: torch.device | None,
+) -> Any:  # fmt: skip
     from peft import PeftConfig, PeftModel
 
     require_adapter(folder)
@@ -92,13 +84,9 @@ def _load_adapter(
 
 
 def _load_base(
-    where: str,
-    revision: str | None,
-    dtype: torch.dtype | str,
-    trust_remote_code: bool,
-    quantization: dict[str, Any] | None,
-    on_cpu: bool,
-) -> Any:
+    where: str, revision: str | None, dtype: torch.dtype | str, trust_remote_code: bool,
+    quantization: dict[str, Any] | None, on_cpu: bool,
+) -> Any:  # fmt: skip
     """Return the base of an adapter. Raises ModelError if weights are missing."""
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= quantized_as(AutoConfig.from_pretrained(where, **options), quantization)

@@ -59,14 +59,7 @@ def merge(
     first = sources[0]
     tokenizer = load_tokenizer(first, trust_remote_code)
     _require_template(first, tokenizer)
-    # float16 has a smaller range than the others: add in float32 and round last.
-    adding = {"float16": "float32"}.get(dtype, dtype)
-    wanted = adding if adding == "auto" else getattr(torch, adding)
-    model = load(first, wanted, trust_remote_code, quantized=False, base=base)
-    names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
-    for name, source in zip(names[1:], sources[1:]):
-        model.load_adapter(str(source), name)
-        adapters.require_whole(model, str(source), name)
+    model, names = _with_adapters(sources, dtype, trust_remote_code, base)
     trained = _beside_quantized_base(first, model, trust_remote_code, base)
     model.base_model.set_adapter(names)
     before = probe_logits(model)
@@ -96,6 +89,21 @@ def merge(
         rounding=_relative_difference(after, before),
         quantization=_relative_difference(after, trained) if is_comparable else None,
     )
+
+
+def _with_adapters(
+    sources: Sequence[Path], dtype: str, trust_remote_code: bool, base: str | None
+) -> tuple[Any, list[str]]:
+    """Return the base with all adapters, unquantised, and the names of these in it."""
+    # float16 has a smaller range than the others: add in float32 and round last.
+    adding = {"float16": "float32"}.get(dtype, dtype)
+    wanted = adding if adding == "auto" else getattr(torch, adding)
+    model = load(sources[0], wanted, trust_remote_code, quantized=False, base=base)
+    names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
+    for name, source in zip(names[1:], sources[1:]):
+        model.load_adapter(str(source), name)
+        adapters.require_whole(model, str(source), name)
+    return model, names
 
 
 def _require_template(source: Path, tokenizer: Any) -> None:
@@ -188,23 +196,14 @@ def require_mergeable(sources: Sequence[Path]) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--merge", action="store_true", required=True, help="merge adapters into their base"
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=model_argument,
-        nargs="+",
-        help="adapter, as runs/<name> or runs/<name>/model, or several of one base",
-    )
-    parser.add_argument("--output", required=True, type=paths.argument, help="folder to write")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="dtype of the weights; auto: that of the base",
-    )
+    add = parser.add_argument
+    add("--merge", action="store_true", required=True, help="merge adapters into their base")
+    what = "adapter, as runs/<name> or runs/<name>/model, or several of one base"
+    add("--model", required=True, type=model_argument, nargs="+", help=what)
+    add("--output", required=True, type=paths.argument, help="folder to write")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    what = "dtype of the weights; auto: that of the base"
+    add("--dtype", default="auto", choices=dtypes, help=what)
     base_argument(parser)
     trust_remote_code_argument(parser)
 

@@ -18,13 +18,16 @@ from finetune.errors import ExportError, ModelError, Outage
 from finetune.export.load import load_tokenizer
 from finetune.export.save import (
     Base,
+    embedding_dtype,
     fetched_folder,
+    generation,
     require_generation_config,
     save,
     save_tokenizer,
     with_template,
 )
-from finetune.export.verify import trained, verify, verify_prompt
+from finetune.export.verify import Trained, verify, verify_prompt
+from finetune.models import adapters
 
 
 class Writing:
@@ -43,31 +46,25 @@ class Writing:
         self.folder = target.with_name(f".writing-{target.name}")
 
     def save(
-        self,
-        model: Any,
-        weights: dict[str, torch.Tensor],
-        logits: torch.Tensor,
-        tokenizer: Any,
-        *,
-        precision: str,
-        device: torch.device,
-        probe_dtype: torch.dtype | None,
-    ) -> None:
+        self, model: Any, weights: dict[str, torch.Tensor], logits: torch.Tensor, tokenizer: Any, *,
+        precision: str, device: torch.device, probe_dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        """Save the model, whose weights may be sharded, with whole `weights`.
+
+        The rest is what `publish` compares with: see `Trained`.
+        """
+        template, system_prompt = self.template, self.system_prompt
         with self._writing():
-            save(
-                model, weights, tokenizer, self.template, self.folder, self.system_prompt, self.base
-            )
-        self._trained = trained(
-            model,
-            weights,
-            logits,
-            tokenizer,
-            self.template,
-            system_prompt=self.system_prompt,
-            precision=precision,
-            device=device,
-            probe_dtype=probe_dtype,
-        )
+            save(model, weights, tokenizer, template, self.folder, system_prompt, self.base)
+        is_adapter = adapters.are_in(model)
+        self._trained = Trained(
+            weights, logits, device,
+            getattr(torch, model.base_record["dtype"])
+            if is_adapter else embedding_dtype(model, weights),
+            probe_dtype, precision, is_adapter,
+            generation(model, tokenizer, template).eos_token_id,
+            with_template(tokenizer, template, system_prompt),
+        )  # fmt: skip
 
     def publish(self) -> list[str]:
         """Verify the export, put it in place and return its files.

@@ -20,6 +20,7 @@ from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import uses_bos
 from finetune.errors import ModelError
 from finetune.models import adapters, base_identity
+from finetune.models.embeddings import embedding_and_head
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,9 @@ class Base:
 
 
 def save(
-    model: Any,
-    weights: dict[str, torch.Tensor],
-    tokenizer: Any,
-    template: Template | None,
-    folder: Path,
-    system_prompt: str | None = None,
-    base: Base | None = None,
-) -> None:
+    model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None,
+    folder: Path, system_prompt: str | None = None, base: Base | None = None,
+) -> None:  # fmt: skip
     """Write model and tokenizer into a fresh `folder`, without changing the arguments.
 
     `weights`: whole, on the CPU. The template becomes the tokenizer's chat template, and the
@@ -179,11 +175,9 @@ def _local(source: str, name: str, revision: str | None) -> str | None:
 def _may_be_tied(model: Any, weights: dict[str, torch.Tensor]) -> bool:
     """Return whether embedding and head hold the same values, as a config that ties them says."""
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    embedding, head = (
-        weights.get(names.get(id(getattr(module, "weight", None)), "")) for module in modules
-    )
-    return embedding is None or head is None or torch.equal(embedding, head)
+    found = [weights.get(names.get(id(m.weight), "")) for m in embedding_and_head(model)]
+    held = [weight for weight in found if weight is not None]
+    return len(held) < 2 or torch.equal(held[0], held[1])
 
 
 def with_template(tokenizer: Any, template: Template | None, system_prompt: str | None) -> Any:

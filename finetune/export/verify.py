@@ -13,7 +13,6 @@ from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint
 from finetune.errors import ExportError, ModelError, OutOfMemory
 from finetune.export.load import load, load_tokenizer
-from finetune.export.save import embedding_dtype, generation, with_template
 from finetune.models import adapters, attention_choice, attention_probe
 
 PROBE_TOKENS = 16
@@ -43,48 +42,10 @@ class Trained:
     """The exported one."""
 
 
-def trained(
-    model: Any,
-    weights: dict[str, torch.Tensor],
-    logits: torch.Tensor,
-    tokenizer: Any,
-    template: Template | None,
-    *,
-    system_prompt: str | None,
-    precision: str,
-    device: torch.device,
-    probe_dtype: torch.dtype | None = None,
-) -> Trained:
-    """Return what to compare an export with.
-
-    `model` gives class and settings, and its weights may be sharded; `weights` are whole.
-    """
-    is_adapter = adapters.are_in(model)
-    if is_adapter:
-        dtype = getattr(torch, model.base_record["dtype"])
-    else:
-        dtype = embedding_dtype(model, weights)
-    return Trained(
-        weights=weights,
-        logits=logits,
-        device=device,
-        dtype=dtype,
-        probe_dtype=probe_dtype,
-        precision=precision,
-        is_adapter=is_adapter,
-        eos_token_id=generation(model, tokenizer, template).eos_token_id,
-        tokenizer=with_template(tokenizer, template, system_prompt),
-    )
-
-
 def verify(
-    folder: Path,
-    trained: Trained,
-    template: Template | None,
-    *,
-    trust_remote_code: bool,
+    folder: Path, trained: Trained, template: Template | None, *, trust_remote_code: bool,
     system_prompt: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Open `folder` as a user would and compare it with what was trained. Raises ExportError.
 
     Every tensor must be equal bit for bit, no adapter may be zero, the logits of `probe_ids` must
@@ -94,7 +55,7 @@ def verify(
     try:
         eos_token_id = _verify_model(folder, trained, trust_remote_code)
     except Exception as exc:
-        # A quantised base opens on one GPU, which may lack memory for what several shared.
+        # One GPU may lack memory for what several shared.
         is_out_of_memory = isinstance(failures.translate(exc), OutOfMemory)
         if trained.device.type == "cpu" or not is_out_of_memory:
             raise
@@ -153,20 +114,13 @@ def require_weights(folder: Path, reloaded: Any, weights: dict[str, torch.Tensor
 
 
 def _logits_as_trained(model: Any, trained: Trained) -> torch.Tensor:
-    """Return the `probe_logits` of a reloaded model on the device and in the dtype of training.
-
-    On the CPU if the device has too little memory, as for a model that several GPUs shared.
-    """
+    """Return the `probe_logits` of a reloaded model on the device and in the dtype of training."""
     if trained.probe_dtype is not None:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(trained.probe_dtype)
     if not getattr(model, "is_quantized", False):  # a quantised one was loaded onto its device
-        try:
-            model.to(trained.device)
-        except torch.OutOfMemoryError:
-            model.to("cpu")
-            torch.cuda.empty_cache()
+        model.to(trained.device)
     return probe_logits(model)
 
 

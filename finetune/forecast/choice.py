@@ -69,13 +69,9 @@ class Chooser:
 
     def _forecaster(self, change: str | None = None) -> Forecaster:
         return Forecaster(
-            self.config if change is None else dict(self._changes())[change],
-            self.model_config,
-            self.tokenizer,
-            attention=self.attention,
-            precision=self.precision,
-            on_gpu=self.on_gpu,
-        )
+            self.config if change is None else dict(self._changes())[change], self.model_config,
+            self.tokenizer, attention=self.attention, precision=self.precision, on_gpu=self.on_gpu,
+        )  # fmt: skip
 
     def forecast(self, parallel: ParallelConfig, micro_batch_size: int | None = None) -> Forecast:
         return self.forecaster().of(parallel, shape(self.config, micro_batch_size))

@@ -22,27 +22,15 @@ GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     parser.usage = "%(prog)s --config FILE [options] [--section.field VALUE ...]"
-    parser.add_argument("--config", required=True, metavar="FILE", help="run config")
-    parser.add_argument(
-        "--topology",
-        type=paths.argument,
-        metavar="FILE",
-        help="show one topology file in detail; default: all of accelerate_configs/",
-    )
-    parser.add_argument(
-        "--num-processes",
-        type=int,
-        metavar="N",
-        help="number of processes; default: from the topology files",
-    )
-    parser.add_argument(
-        "--gpu-memory",
-        type=float,
-        metavar="GB",
-        help="memory of each GPU in GB (10^9 bytes); default: the GPUs of this machine, or its "
-        "main memory without GPUs",
-    )
+    add("--config", required=True, metavar="FILE", help="run config")
+    what = "show one topology file in detail; default: all of accelerate_configs/"
+    add("--topology", type=paths.argument, metavar="FILE", help=what)
+    what = "number of processes; default: from the topology files"
+    add("--num-processes", type=int, metavar="N", help=what)
+    what = "memory of each GPU in GB (10^9 bytes); default: the GPUs of this machine, or its "
+    add("--gpu-memory", type=float, metavar="GB", help=what + "main memory without GPUs")
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ Traces what a pass holds; counts weights, gradients and optimizer state; divides
 and adds what is gathered to compute with.
 """
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,19 +62,15 @@ class Forecaster:
     """
 
     def __init__(
-        self,
-        config: Config,
-        model_config: Any,
-        tokenizer: Any,
-        *,
-        attention: str,
-        precision: str,
+        self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str,
         on_gpu: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
         self._about = (model_config, tokenizer, attention)
-        self._rehearsals: dict[bool, Rehearsal] = {}
-        self._traces: dict[tuple[bool, Shape, bool], Trace] = {}
+        self._rehearsal = functools.cache(self._rehearse)
+        self._traced = functools.cache(
+            lambda halved, part, backward: self._rehearsal(halved).trace(part, backward)
+        )
         self._half = 4 if precision == "fp32" else 2  # bytes of a number in the arithmetic
         self.weights = count(self._rehearsal(False).model, config, self._half)
 
@@ -125,24 +122,14 @@ class Forecaster:
         if not is_padded(self._about[2]):  # without padding only the number of tokens counts
             number = part.num_sequences
             part = Shape(1, number * part.length, number * part.supervised)
-        key = halved, part, backward
-        if key not in self._traces:
-            self._traces[key] = self._rehearsal(halved).trace(part, backward)
-        return self._traces[key]
+        return self._traced(halved, part, backward)
 
-    def _rehearsal(self, halved: bool) -> Rehearsal:
-        if halved not in self._rehearsals:
-            model_config, tokenizer, attention = self._about
-            self._rehearsals[halved] = Rehearsal(
-                self.config,
-                model_config,
-                tokenizer,
-                attention=attention,
-                precision=self.precision,
-                halved=halved,
-                on_gpu=self.on_gpu,
-            )
-        return self._rehearsals[halved]
+    def _rehearse(self, halved: bool) -> Rehearsal:
+        model_config, tokenizer, attention = self._about
+        return Rehearsal(
+            self.config, model_config, tokenizer, attention=attention, precision=self.precision,
+            halved=halved, on_gpu=self.on_gpu,
+        )  # fmt: skip
 
     def _held(self, parallel: ParallelConfig) -> _Held:
         if parallel.kind == "fsdp2":

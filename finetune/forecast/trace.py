@@ -104,16 +104,9 @@ class Rehearsal:
     """The model of a run without memory, to trace with any number of tokens."""
 
     def __init__(
-        self,
-        config: Config,
-        model_config: Any,
-        tokenizer: Any,
-        *,
-        attention: str,
-        precision: str,
-        halved: bool = False,
-        on_gpu: bool = False,
-    ) -> None:
+        self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str,
+        halved: bool = False, on_gpu: bool = False,
+    ) -> None:  # fmt: skip
         """Build the model. `precision`: of the arithmetic; `halved`: of all weights too.
 
         ZeRO keeps weights halved, and FSDP2 gathers them so.
@@ -123,16 +116,10 @@ class Rehearsal:
         self.attention, self.on_gpu = attention, on_gpu
         self.dtype = None if precision == "fp32" else torch.bfloat16
         self.model, self.base = build(
-            uncompiled,
-            model_config,
-            tokenizer,
-            attention=attention,
-            precision=precision,
+            uncompiled, model_config, tokenizer, attention=attention, precision=precision,
             new_token_ids=tokenizer.convert_tokens_to_ids(config.model.new_tokens),
-            device=torch.device("cpu"),
-            first_inputs=list,
-            with_weights=False,
-        )
+            device=torch.device("cpu"), first_inputs=list, with_weights=False,
+        )  # fmt: skip
         if halved and self.dtype:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.to(self.dtype)

@@ -17,6 +17,7 @@ from finetune.data import templates
 from finetune.data.rows import Conversation, Message, Place, Problems
 from finetune.data.templates import Template
 from finetune.data.tokens import ControlTokens, encode_prompt
+from finetune.models.attention_choice import own_attention
 
 LINE_SECONDS = 10  # between two lines about progress without a terminal
 
@@ -89,8 +90,7 @@ def answers(
                 **inputs, max_new_tokens=limit, synced_gpus=together, streamer=streamer
             )
         for i, row in zip(chosen, out[:, longest:], strict=True):
-            text = _decode(tokenizer, row)
-            results[i] = Answer(text, is_cut=stops.isdisjoint(row.tolist()))
+            results[i] = Answer(_decode(tokenizer, row), stops.isdisjoint(row.tolist()))
         bar.update(len(chosen))
         if bar.disable and not streamer and time.monotonic() - last_line > LINE_SECONDS:
             log(f"{title}: {start + len(chosen):,} of {len(encoded):,} answers")
@@ -147,17 +147,16 @@ def while_training(
     """
     texts = [templates.sample_prompt(template, prompt, system_prompt) for prompt in prompts]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    attention, was_training = inner.config._attn_implementation, model.training
+    was_training = model.training
     settings = [(each, each.generation_config) for each in (model, inner)]
-    inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
     try:
-        found = answers(
-            model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts),
-            together=together, log=log,
-        )  # fmt: skip
+        with own_attention(inner):
+            found = answers(
+                model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=len(texts),
+                together=together, log=log,
+            )  # fmt: skip
         return [answer.text for answer in found]
     finally:
-        inner.set_attn_implementation(attention)
         for each, config in settings:
             each.generation_config = config
         model.train(was_training)

@@ -25,14 +25,10 @@ def initialise_from_data(model: "PeftModel", batches: Iterable[dict[str, Any]]) 
         # Lengths and switches are not tensors.
         warnings.filterwarnings("ignore", "input of type .* could not be moved")
         initialize_lora_eva_weights(
-            model,
-            list(batches),
-            forward_fn=lambda inner, inputs: inner(**inputs),
-            prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=None,
-            show_progress_bar=False,
+            model, list(batches), forward_fn=lambda inner, inputs: inner(**inputs),
+            prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False,
             gather_distributed_inputs=False,
-        )
+        )  # fmt: skip
 
 
 def initialise_from_quantization(model: "PeftModel", original: nn.Module) -> None:

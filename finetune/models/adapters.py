@@ -18,6 +18,7 @@ from finetune.config.base import ADAPTER_WEIGHTS, adapter_problem
 from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
 from finetune.errors import ModelError
 from finetune.models import adapter_init, base_identity, load
+from finetune.models.embeddings import embedding_and_head
 
 # peft imports bitsandbytes, and that the compiler: a run of full weights saves these seconds.
 if TYPE_CHECKING:
@@ -52,24 +53,17 @@ def apply(
         base_identity.require_same(record, known, Path(adapter.path))
         base_identity.require_architecture(model, known, Path(adapter.path))
         record["loftq"] = known["loftq"]
-    embedding_and_head = {id(module) for module in _embedding_and_head(model)}
+    own = {id(module) for module in embedding_and_head(model)}
     if adapter.path:
         adapted = _continued(model, adapter.path)
     else:
         adapted = _fresh(model, adapter, bool(new_token_ids))
-    for name, layer in adapted.named_modules():
-        is_adapted = hasattr(layer, "lora_A") and id(layer.get_base_layer()) in embedding_and_head
-        if is_adapted and model.config.get_text_config().tie_word_embeddings:
-            raise ModelError(
-                f"adapter.target_modules: {name.removeprefix('base_model.model.')} shares its "
-                "weights between head and embedding in this model, so an adapter on it could not "
-                "be merged; leave it out"
-            )
+    _require_apart(adapted, own)
     # An absolute path: from another directory peft would look for a relative one on the Hub.
-    saved = adapted.peft_config["default"]
-    saved.base_model_name_or_path = base.path
-    if base.path and os.path.isdir(base.path):
-        saved.base_model_name_or_path = os.path.abspath(base.path)
+    saved, where = adapted.peft_config["default"], base.path
+    saved.base_model_name_or_path = (
+        os.path.abspath(where) if where and os.path.isdir(where) else where
+    )
     saved.revision = base.revision
     adapted.base_record = record
     adapted.start_rewrites_base = ADAPTER_INITS[adapter.init].rewrites_base and not adapter.path
@@ -77,17 +71,30 @@ def apply(
         if parameter.requires_grad:  # in 16 bits, most steps of a norm or an embedding round away
             parameter.data = parameter.data.float()
     _require_directions(adapted, adapter)
+    _require_bias(adapted, adapter)
+    return adapted
+
+
+def _require_bias(model: "PeftModel", adapter: Adapter) -> None:
+    """Raise ModelError if biases should train and there are none."""
     if isinstance(adapter, Lora) and adapter.bias != "none":
-        trained = (name for name, p in adapted.named_parameters() if p.requires_grad)
+        trained = (name for name, p in model.named_parameters() if p.requires_grad)
         if not any(name.endswith("bias") for name in trained):
             raise ModelError(
                 f"adapter.bias: {adapter.bias}, but this model has no bias; set it to none"
             )
-    return adapted
 
 
-def _embedding_and_head(model: Any) -> tuple[Any, Any]:
-    return model.get_input_embeddings(), model.get_output_embeddings()
+def _require_apart(model: "PeftModel", embedding_and_head: set[int]) -> None:
+    """Raise ModelError for an adapter on one of two tied modules, given by their `id`s."""
+    for name, layer in model.named_modules():
+        is_adapted = hasattr(layer, "lora_A") and id(layer.get_base_layer()) in embedding_and_head
+        if is_adapted and model.config.get_text_config().tie_word_embeddings:
+            raise ModelError(
+                f"adapter.target_modules: {name.removeprefix('base_model.model.')} shares its "
+                "weights between head and embedding in this model, so an adapter on it could not "
+                "be merged; leave it out"
+            )
 
 
 def quantization(adapter: Full | Adapter, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -144,20 +151,15 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
     is_everywhere = prefix and adapter.target_modules == "all-linear"
     on_meta = next(model.parameters()).is_meta  # there, only shapes count
     config = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
+        r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
         target_modules=adapter.target_modules,
         exclude_modules=rf"(?!{re.escape(prefix)}\.).*" if is_everywhere else None,
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
+        use_rslora=adapter.rslora, use_dora=adapter.dora,
         init_lora_weights=True if on_meta else ADAPTER_INITS[adapter.init].peft,
         eva_config=EvaConfig(rho=1.0) if adapter.init == "eva" and not on_meta else None,
         bias=adapter.bias if isinstance(adapter, Lora) else "none",
-        modules_to_save=list(whole) or None,
-        task_type="CAUSAL_LM",
-        ensure_weight_tying=keeps_tied,
-    )
+        modules_to_save=list(whole) or None, task_type="CAUSAL_LM", ensure_weight_tying=keeps_tied,
+    )  # fmt: skip
     try:
         with warnings.catch_warnings():
             # `apply` raises an error for it.
@@ -181,7 +183,7 @@ def _trained_whole(model: Any, adapter: Adapter, has_new_tokens: bool) -> list[s
     whole = list(adapter.modules_to_save)
     modules = [(name.split(".")[-1], module) for name, module in model.named_modules()]
     if has_new_tokens:
-        ids = {id(module) for module in _embedding_and_head(model)}
+        ids = {id(module) for module in embedding_and_head(model)}
         whole += [name for name, module in modules if id(module) in ids]
     if adapter.train_norms:
         whole += sorted({name for name, m in modules if "norm" in type(m).__name__.lower()})
@@ -203,7 +205,7 @@ def _keep_tied(model: "PeftModel", whole: list[str]) -> None:
     """
     embedding, head = (
         next((p for p in module.parameters() if p.requires_grad), None)
-        for module in _embedding_and_head(model)
+        for module in embedding_and_head(model)
     )
     if embedding is not head:
         raise ModelError(
@@ -257,9 +259,8 @@ def require_whole(model: "PeftModel", path: str, adapter: str = "default") -> No
     if other:
         raise ModelError(
             f"{path}: {len(other)} of its weights do not fit its adapter_config.json and this "
-            f"base, such as {other[0]}; put back "
-            "the adapter_config.json that belongs to them, or give the base that they were trained "
-            "on"
+            f"base, such as {other[0]}; put back the adapter_config.json that belongs to them, or "
+            "give the base that they were trained on"
         )
 
 
@@ -322,8 +323,7 @@ def waits_for_other_factor(name: str) -> bool:
 
 def trains_embedding_and_head(model: nn.Module) -> bool:
     """Return whether any weight of embedding or head trains."""
-    modules = [module for module in _embedding_and_head(model) if module is not None]
-    return any(p.requires_grad for module in modules for p in module.parameters())
+    return any(p.requires_grad for m in embedding_and_head(model) for p in m.parameters())
 
 
 def check_target_modules(model: nn.Module, names: str | list[str]) -> None:

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from finetune.config import values as allowed
 from finetune.config.base import WEIGHTS, name_of, object_in
 from finetune.errors import ModelError
+from finetune.models.embeddings import embedding_and_head
 
 FILE = "base_weights.json"  # next to an adapter
 # What bitsandbytes saves next to the bytes of a quantised weight.
@@ -29,13 +30,9 @@ CHUNK = 1 << 24
 
 
 def record(
-    base: nn.Module,
-    dtype: torch.dtype,
-    quantization: dict[str, Any] | None,
-    loftq: bool,
-    new_tokens: Sequence[str],
-    new_token_ids: Sequence[int],
-) -> dict[str, Any]:
+    base: nn.Module, dtype: torch.dtype, quantization: dict[str, Any] | None, loftq: bool,
+    new_tokens: Sequence[str], new_token_ids: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
     """Return what identifies this base; without hashes for a model on the meta device."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -57,8 +54,7 @@ def _known_whole(base: nn.Module, with_new_tokens: bool) -> set[str]:
     """
     replaced: set[int] = set()
     if with_new_tokens:
-        modules = (base.get_input_embeddings(), base.get_output_embeddings())
-        replaced = {id(getattr(module, "weight", None)) for module in modules}
+        replaced = {id(module.weight) for module in embedding_and_head(base)}
     named = base.named_parameters()
     return {name for name, p in named if p.is_floating_point() and id(p) not in replaced}
 
@@ -146,16 +142,14 @@ def require_architecture(
     ]
     if others:
         name = "model_type" if "model_type" in others else others[0]  # the rest follows from it
+        before = known["architecture"][name]
         if given is not None:
-            raise ModelError(
-                f"--base: {given} is not the base of {folder}: {name} was "
-                f"{known['architecture'][name]} there, and is {now[name]} here; give the folder of "
-                "the base that the adapter was trained on"
+            raise _not_the_base(
+                given, folder, f"{name} was {before} there, and is {now[name]} here"
             )
         raise ModelError(
             f"{folder}: its base has another config than when the adapter was trained: {name} was "
-            f"{known['architecture'][name]}, now {now[name]}; put the old config.json back, or "
-            "train again"
+            f"{before}, now {now[name]}; put the old config.json back, or train again"
         )
 
 
@@ -197,18 +191,22 @@ def _require_hashes(
     found: dict[str, str], known: dict[str, str], folder: Path, given: str | None = None
 ) -> None:
     others = [name for name, wanted in known.items() if found.get(name) != wanted]
-    if others and given is not None:
-        raise ModelError(
-            f"--base: {given} is not the base of {folder}: {len(others)} of {len(known)} weights "
-            f"differ, such as {others[0]}; give the folder of the base that the adapter was "
-            "trained on"
-        )
-    if others:
-        raise ModelError(
-            f"{folder}: its base has changed since the adapter was trained on it: {len(others)} of "
-            f"{len(known)} weights differ, such as {others[0]}; put the old base back, or train "
-            "again"
-        )
+    if not others:
+        return
+    how = f"{len(others)} of {len(known)} weights differ, such as {others[0]}"
+    if given is not None:
+        raise _not_the_base(given, folder, how)
+    raise ModelError(
+        f"{folder}: its base has changed since the adapter was trained on it: {how}; put the old "
+        "base back, or train again"
+    )
+
+
+def _not_the_base(given: str, folder: Path, how: str) -> ModelError:
+    return ModelError(
+        f"--base: {given} is not the base of {folder}: {how}; give the folder of the base that the "
+        "adapter was trained on"
+    )
 
 
 def other_weights(base: Any, known: dict[str, Any]) -> list[str]:
@@ -319,14 +317,10 @@ def _files(name: str, commit: str | None) -> list[Path]:
 
     def found(file: str) -> Path | None:
         path = cached_file(
-            name,
-            file,
-            revision=commit,
-            local_files_only=True,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
+            name, file, revision=commit, local_files_only=True,
+            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-        )
+        )  # fmt: skip
         return None if path is None else Path(path)
 
     first = next((path for path in map(found, WEIGHTS) if path is not None), None)

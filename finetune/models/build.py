@@ -21,26 +21,17 @@ from finetune.models import (
 
 
 def build(
-    config: Config,
-    model_config: Any,
-    tokenizer: Any,
-    *,
-    attention: str,
-    precision: str,
-    new_token_ids: list[int],
-    device: torch.device,
-    first_inputs: Callable[[], Iterable[dict[str, Any]]],
-    with_weights: bool = True,
-) -> tuple[Any, Any]:
+    config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str,
+    new_token_ids: list[int], device: torch.device,
+    first_inputs: Callable[[], Iterable[dict[str, Any]]], with_weights: bool = True,
+) -> tuple[Any, Any]:  # fmt: skip
     """Return (model, base inside it, which computes the loss), on the CPU. Raises ModelError.
 
     Without weights, both are on the meta device, for another process to send the weights.
     Weights that train are float32; frozen ones under adapters have the dtype of the arithmetic.
     `first_inputs`: the first inputs of training, for initialisations from the data.
     """
-    dtype = load.DTYPES[precision] if config.adapter.kind != "full" else torch.float32
-    if config.model.dtype != "auto":
-        dtype = getattr(torch, config.model.dtype)
+    dtype = _dtype(config, precision)
     torch.manual_seed(config.run.seed)  # random weights and fresh adapters are the same everywhere
 
     def load_base(quantization: dict[str, Any] | None) -> Any:
@@ -53,10 +44,10 @@ def build(
     else:
         base = load.skeleton(config.model, model_config, tokenizer, attention, dtype)
     model = adapters.apply(base, config.adapter, config.model, dtype, new_token_ids)
-    init = None if config.adapter.kind == "full" else config.adapter.init
-    if with_weights and init == "loftq":
+    init = config.adapter.init if with_weights and config.adapter.kind != "full" else None
+    if init == "loftq":
         adapter_init.initialise_from_quantization(model, load_base(None))
-    elif with_weights and init == "eva":
+    elif init == "eva":
         adapter_init.initialise_from_data(model.to(device), first_inputs())
     head.install(base)
     if config.train.neftune_alpha is not None:
@@ -73,6 +64,14 @@ def build(
             f"as {broken[0]}"
         )
     return model, base
+
+
+def _dtype(config: Config, precision: str) -> torch.dtype:
+    """Return the dtype of the base: as model.dtype says, or what suits the method."""
+    if config.model.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.model.dtype)
+        return dtype
+    return load.DTYPES[precision] if config.adapter.kind != "full" else torch.float32
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,15 @@
-"""Add new tokens to the embedding, and noise to its output."""
+"""Find embedding and head; add new tokens to them, and noise to the embedding's output."""
 
 from typing import Any
 
 import torch
+
+
+def embedding_and_head(model: Any) -> list[Any]:
+    """Return those of the two that the model has, with a weight, in this order."""
+    names = ("get_input_embeddings", "get_output_embeddings")
+    found = [getattr(model, name)() for name in names if hasattr(model, name)]
+    return [module for module in found if getattr(module, "weight", None) is not None]
 
 
 def extend(model: Any, ids: list[int]) -> None:
@@ -16,9 +23,8 @@ def extend(model: Any, ids: list[int]) -> None:
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     with torch.no_grad():
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if module is not None and not module.weight.is_meta:
-                weight = module.weight
+        for weight in (module.weight for module in embedding_and_head(model)):
+            if not weight.is_meta:
                 weight[ids] = weight[:old].mean(0, dtype=torch.float32).to(weight.dtype)
 
 

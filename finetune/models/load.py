@@ -134,13 +134,9 @@ def model_class(config: Any) -> Any:
 
 
 def load_model(
-    model: Model,
-    config: Any,
-    tokenizer: Any,
-    attention: str,
-    dtype: torch.dtype,
+    model: Model, config: Any, tokenizer: Any, attention: str, dtype: torch.dtype,
     quantization: dict[str, Any] | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """Return the model in `dtype`, with saved or random weights. Raises ModelError.
 
     It is on the CPU; if quantised, where bitsandbytes puts it. `quantization`: arguments of
@@ -160,14 +156,10 @@ def load_model(
     else:
         with translated(f"model {model.path!r}"):
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                model.path,
-                attn_implementation=attention,
-                dtype=dtype,
-                revision=model.revision,
-                trust_remote_code=model.trust_remote_code,
-                output_loading_info=True,
+                model.path, attn_implementation=attention, dtype=dtype, revision=model.revision,
+                trust_remote_code=model.trust_remote_code, output_loading_info=True,
                 **quantized_as(config, quantization),
-            )
+            )  # fmt: skip
         require_all_weights(model.path, loaded, info)
         _require_tied_as_configured(model.path, loaded, config)
         _require_embedding(model.path, loaded)
@@ -203,7 +195,7 @@ def _require_tied_as_configured(path: Any, model: Any, config: Any) -> None:
 
     Libraries disagree on which of them such a model has.
     """
-    weights = [module.weight for module in _embedding_and_head(model)]
+    weights = [module.weight for module in embeddings.embedding_and_head(model)]
     text = config.get_text_config()
     is_tied = config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False)
     if is_tied and len(weights) == 2 and weights[0] is not weights[1]:
@@ -330,7 +322,9 @@ def check_weights(skeleton: Any, model: Model) -> None:
     both = saved.keys() & parameters.keys()
     held = {id(parameters[name]) for name in both}  # tied weights are saved under one name
     absent = sorted(name for name, parameter in parameters.items() if id(parameter) not in held)
-    extended = _embedding_and_head(skeleton) if model.new_tokens else []  # new tokens add rows
+    extended = (
+        embeddings.embedding_and_head(skeleton) if model.new_tokens else []
+    )  # new tokens add rows
     may_differ = {id(module.weight) for module in extended}
     compared = [name for name in both if id(parameters[name]) not in may_differ]
     other = sorted(name for name in compared if saved[name] != list(parameters[name].shape))
@@ -340,11 +334,6 @@ def check_weights(skeleton: Any, model: Model) -> None:
             f"another shape, such as {(absent or other)[0]}; "
             "they would be random; download the model again, or correct its config.json"
         )
-
-
-def _embedding_and_head(model: Any) -> list[Any]:
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [module for module in modules if getattr(module, "weight", None) is not None]
 
 
 def shapes_of_file(file: Path) -> dict[str, list[int]] | None:
@@ -402,13 +391,9 @@ def bytes_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        pad_token="<|pad|>",
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:

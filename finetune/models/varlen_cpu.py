@@ -32,18 +32,14 @@ def lengths_of(bounds: torch.Tensor) -> list[int]:
 
 @torch.library.custom_op("finetune::one_by_one", mutates_args=())
 def one_by_one(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float,
     window: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Apply PyTorch's flash attention for CPUs to one document at a time.
 
     Returns (output [1, T, H, D], log-sum-exp of the scores, float32 [1, H, T]).
     """
-    out, sums = _shapes(query, key, value, bounds, scale, window)
+    out, sums = _shapes(query)
     for part, band in each(lengths_of(bounds), window, query.device):
         states = query[:, :, part], key[:, :, part], value[:, :, part]
         own, own_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -54,14 +50,7 @@ def one_by_one(
 
 
 @one_by_one.register_fake
-def _shapes(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    scale: float,
-    window: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _shapes(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, width = query.shape
     sums = query.new_empty(batch, heads, length, dtype=torch.float32)
     return query.new_empty(batch, length, heads, width), sums
@@ -69,16 +58,9 @@ def _shapes(
 
 @torch.library.custom_op("finetune::one_by_one_backward", mutates_args=())
 def _backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    sums: torch.Tensor,
-    bounds: torch.Tensor,
-    scale: float,
-    window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    out: torch.Tensor, sums: torch.Tensor, bounds: torch.Tensor, scale: float, window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     grads = tuple(torch.empty_like(states) for states in (query, key, value))
     for part, band in each(lengths_of(bounds), window, query.device):
         own_grad, own_out = (states[:, part].transpose(1, 2) for states in (grad, out))
@@ -97,14 +79,9 @@ def _backward(
 
 
 def _short_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sums: torch.Tensor,
-    band: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, ...]:
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    sums: torch.Tensor, band: torch.Tensor | None, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Compute the same gradients by plain products over all heads.
 
     Faster in bf16, while the scores of a document fit a CPU's cache. Query heads that share keys

@@ -5,12 +5,14 @@ import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from finetune import failures, own_code
 from finetune.config import OwnObjective
+from finetune.data import batches as layouts
 from finetune.data.batches import Batch
 from finetune.errors import ConfigError, FinetuneError
 from finetune.models.policy import Answers, Policy
@@ -72,13 +74,30 @@ class Own(Objective):
 
         `filler`: a batch without supervised tokens, which a process gets that has no sequence left.
         """
+        both = _twice(batch)  # first: an objective of a user's own may change the batch
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self._rehearse(batch, settings, has_adapters, "log-probabilities around -2")
+            once = self._rehearse(batch, settings, has_adapters, "log-probabilities around -2")
             self._rehearse(filler, settings, has_adapters, "a batch without supervised tokens")
+            twice = self._rehearse(both, settings, has_adapters, "documents that come twice", 2)
+        # Sums over many tokens may be nearly 0, and their rounding is not.
+        rounding = 1e-6 * len(both.labels)
+        for (method, what), value in once.items():
+            got = twice[method, what]
+            if not math.isclose(got, 2 * value, rel_tol=1e-3, abs_tol=rounding):
+                raise self._wrong(
+                    method, f"{what} is {value:.3g}, and {got:.3g} where every document comes "
+                    "twice, where a sum doubles; add up with .sum(), not with .mean(), and name "
+                    "what divides the sum in `per`, which may be a name that prepare gives"
+                )  # fmt: skip
 
-    def _rehearse(self, batch: Batch, settings: Any, has_adapters: bool, where: str) -> None:
-        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters)
+    def _rehearse(
+        self, batch: Batch, settings: Any, has_adapters: bool, where: str, copies: int = 1
+    ) -> dict[tuple[str, str], float]:
+        """Return every value that the methods give, by method and name.
+
+        `copies`: how often the batch holds each document.
+        """
+        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, copies)
         with torch.no_grad():
             prepared = self.prepare(policy, [batch], settings)
         terms = self.loss(policy, batch, settings, prepared)
@@ -96,8 +115,12 @@ class Own(Objective):
         if not all(gradient.isfinite().all() for gradient in gradients):
             raise self._wrong("loss", f"has a gradient that is NaN or infinite for {where}")
         with torch.no_grad():
-            terms = self.evaluate(policy, batch, settings, prepared)
-        self._require_finite("evaluate", terms, where)
+            evaluated = self.evaluate(policy, batch, settings, prepared)
+        self._require_finite("evaluate", evaluated, where)
+        values = {("prepare", f"gives {name!r}, which"): n for name, n in prepared.items()}
+        values |= {("loss", f"term {term.name!r}"): term.sum for term in terms}
+        values |= {("evaluate", f"term {term.name!r}"): term.sum for term in evaluated}
+        return {key: value.item() for key, value in values.items()}
 
     def _checked(self, method: str, terms: Any, counted: Sequence[str]) -> list[Term]:
         if not isinstance(terms, list | tuple):
@@ -177,16 +200,47 @@ def _problem(term: Term, counted: Sequence[str], before: Set[str]) -> str | None
     return None
 
 
+def _twice(batch: Batch) -> Batch:
+    """Return a batch with each document a second time, as a document of an example of its own."""
+
+    def apart(numbers: torch.Tensor, count: int) -> torch.Tensor:
+        return torch.cat([numbers, numbers + count])
+
+    def repeated(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: torch.cat([each, each]) for name, each in values.items()}
+
+    ids, lengths = batch.inputs["input_ids"], batch.lengths * 2
+    if "attention_mask" in batch.inputs:
+        inputs = repeated({k: v for k, v in batch.inputs.items() if isinstance(v, torch.Tensor)})
+    else:
+        places = batch.inputs["position_ids"]
+        inputs = layouts._end_to_end(ids.repeat(1, 2), places.repeat(1, 2), lengths)
+    return replace(
+        batch, inputs=inputs, labels=batch.labels.repeat(2), lengths=lengths,
+        positions=apart(batch.positions, ids.numel()),
+        document=apart(batch.document, batch.num_documents),
+        example=apart(batch.example, batch.counts["examples"]),
+        counts={name: 2 * count for name, count in batch.counts.items()},
+        weights=None if batch.weights is None else batch.weights.repeat(2),
+        columns=repeated(batch.columns), token_columns=repeated(batch.token_columns),
+        num_documents=2 * batch.num_documents,
+    )  # fmt: skip
+
+
 class _Rehearsal(Policy):
     """Answer with random numbers in the shapes of a batch."""
 
-    def __init__(self, has_adapters: bool) -> None:
+    def __init__(self, has_adapters: bool, copies: int = 1) -> None:
+        """`copies`: how often the batch holds each document; all copies get the same answers."""
         super().__init__(model=None)
-        self.has_adapters, self.leaves = has_adapters, list[torch.Tensor]()
+        self.has_adapters, self.copies = has_adapters, copies
+        self.leaves = list[torch.Tensor]()
+        torch.manual_seed(0)
 
     def __call__(self, batch: Batch, want: Any, *, label_smoothing: float = 0.0) -> Answers:
         wanted = self.known(want)
-        logits = torch.randn(len(batch.labels), VOCABULARY, requires_grad=torch.is_grad_enabled())
+        logits = torch.randn(len(batch.labels) // self.copies, VOCABULARY).repeat(self.copies, 1)
+        logits.requires_grad_(torch.is_grad_enabled())
         self.leaves.append(logits)
         distribution = logits.log_softmax(-1)
         logprobs = distribution[:, 0]

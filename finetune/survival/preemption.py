@@ -80,13 +80,9 @@ class StopFlag:
             self._handle(LAUNCHER_DIED, None)
 
     def configure(
-        self,
-        *,
-        grace_seconds: float,
-        max_minutes: float | None,
-        cloud: str | None,
+        self, *, grace_seconds: float, max_minutes: float | None, cloud: str | None,
         log: Callable[[str], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Start the deadline's timer and the thread that asks `cloud` for notices."""
         self._grace_seconds = grace_seconds
         if max_minutes is not None:

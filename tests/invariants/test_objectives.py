@@ -6,6 +6,8 @@ from faults.forked import fork
 from invariants import objectives
 from safetensors.torch import load_file
 
+from finetune.data.batches import Batches
+
 SIX = {
     "train__max_steps": 6, "train__epochs": 9, "train__global_batch_size": 4, "optimizer__lr": 1e-3,
     "data__max_length": 256,
@@ -42,6 +44,16 @@ def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
     assert {"Dft": set(), "Unlikelihood": {"unlikelihood"}, "Pairwise": {"margin"}}[
         objective
     ] <= line.keys()
+
+
+def test_a_total_of_only_one_micro_batch_would_be_caught(workshop, monkeypatch):
+    """A deliberate break: each sum divided by what the first micro-batch alone counts."""
+    monkeypatch.setattr(Batches, "totals", lambda batches, step: batches.at(step)[0].counts)
+    own = {**SIX, **objectives.SETTINGS["Dft"], "train__max_steps": 1}
+    one, other = (
+        workshop.train(f"run{size}", **own, train__micro_batch_size=size) for size in (4, 1)
+    )
+    assert curves(other) != pytest.approx(curves(one), rel=1e-4)
 
 
 @pytest.mark.parametrize("objective", objectives.SETTINGS)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils import _pytree as pytree
 
 from finetune import failures
-from finetune.engine import optim
+from finetune.engine import optim, rounded_adamw
 from finetune.engine.checkpoint import folder, unpickling
 from finetune.engine.checkpoint.folder import Found
 from finetune.engine.state import TrainState
@@ -60,7 +60,9 @@ class Staged:
     def num_bytes(self) -> int:
         """Bytes of the tensors that this process writes."""
         leaves = pytree.tree_leaves((self.tensors, self.files))
-        return sum(_local(leaf).nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return sum(
+            rounded_adamw.own_part(leaf).nbytes for leaf in leaves if isinstance(leaf, torch.Tensor)
+        )
 
 
 def stage(topology: Topology, state: TrainState, copied: Callable[[Any], Any]) -> Staged:
@@ -71,7 +73,7 @@ def stage(topology: Topology, state: TrainState, copied: Callable[[Any], Any]) -
     """
     own = {"random": _random_state(topology), "scaler": topology.scaler_state()}
     if topology.parallel.is_zero:
-        return Staged({}, topology.engine_files(copied), own)
+        return Staged({}, topology.sharing.files(copied), own)
     tensors = share(_tensors(topology, state), topology.rank, topology.num_processes)
     return Staged(copied(tensors), {}, own)
 
@@ -117,11 +119,6 @@ def _replica(tensor: Any, rank: int, number: int) -> tuple[int, int]:
             size = tensor.device_mesh.size(dimension)
             own, copies = own * size + tensor.device_mesh.get_local_rank(dimension), copies * size
     return own, copies
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
 
 
 def write(writing: Path, staged: Staged, processes: Processes) -> None:
@@ -229,16 +226,16 @@ def _read_engine(found: Found, topology: Topology) -> None:
         topology.name,
         topology.num_processes,
     ):
-        topology.load_engine(found.path / SHARDS)
+        topology.sharing.load(found.path / SHARDS)
         return
     converted = found.path.with_name(f".converting-{found.path.name}")
 
     def convert() -> None:
         shutil.rmtree(converted, ignore_errors=True)
-        topology.universal(found.path / SHARDS, converted)
+        topology.sharing.universal(found.path / SHARDS, converted)
 
     topology.on_main(convert)
-    topology.load_engine(converted)
+    topology.sharing.load(converted)
     topology.on_every(lambda: None)  # wait until all have read it
     topology.on_main(lambda: shutil.rmtree(converted))
 

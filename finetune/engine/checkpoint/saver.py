@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune import failures, torch_versions
+from finetune.config import fields
 from finetune.engine.checkpoint import contents, folder
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
@@ -27,24 +28,21 @@ class Saver:
     """Every process has one, and all call the same methods after the same steps."""
 
     def __init__(
-        self, root: Path, topology: Topology, storage: "Storage | None", *,
-        about: dict[str, Any], every_minutes: float | None, keep_last: int, asynchronous: bool,
-        grace_seconds: float, resumed_from: int | None, log: Callable[[str], None],
-        record: Callable[[dict[str, Any]], None], before: Callable[[], None],
+        self, root: Path, topology: Topology, storage: "Storage | None",
+        settings: fields.Checkpoint, *, about: dict[str, Any], resumed_from: int | None,
+        log: Callable[[str], None], record: Callable[[dict[str, Any]], None],
+        before: Callable[[], None],
     ) -> None:  # fmt: skip
         """`about` goes into the manifest; a resuming run must agree with it.
 
         `record` gets the facts of each save. The main process calls `before` just before a
         checkpoint becomes valid; it may raise.
         """
-        self.root, self.storage, self.about = root, storage, about
-        self.every_minutes, self.keep_last = every_minutes, keep_last
-        self.asynchronous, self.grace_seconds = asynchronous, grace_seconds
+        self.root, self.storage, self.settings, self.about = root, storage, settings, about
         self.resumed_from, self.log, self.record, self.before = resumed_from, log, record, before
         self.topology, self.background = topology, topology.processes.apart()
-        self._copied = (
-            torch_versions.host_copier(topology.device) if asynchronous else lambda tensors: tensors
-        )
+        copier = torch_versions.host_copier(topology.device) if settings.asynchronous else None
+        self._copied = copier or (lambda tensors: tensors)
         self.saved_at = time.monotonic()
         self.last_seconds = 0.0
         """How long the last save took."""
@@ -57,9 +55,8 @@ class Saver:
 
     def is_time(self) -> bool:
         """Return whether checkpoint.every_minutes have passed on this process's clock."""
-        if self.every_minutes is None:
-            return False
-        return time.monotonic() - self.saved_at > 60 * self.every_minutes
+        every = self.settings.every_minutes
+        return every is not None and time.monotonic() - self.saved_at > 60 * every
 
     def has_ended(self) -> bool:
         """Return whether this process's part of a save has ended; `settle` then gets the result."""
@@ -105,10 +102,10 @@ class Saver:
             self._thread.start()
         except Exception as exc:  # this process may have reached a limit on threads
             self._problem = self._words(exc)
-        if not self.asynchronous:
+        if not self.settings.asynchronous:
             self._wait()
         self._facts["stall_seconds"] = round(time.monotonic() - began, 4)
-        if not self.asynchronous:
+        if not self.settings.asynchronous:
             self.settle()
 
     def settle(self) -> None:
@@ -124,12 +121,13 @@ class Saver:
             self._failed(step, problem)
             return
         self._failures, self.last_seconds = 0, self._facts["seconds"]
-        if self.last_seconds > self.grace_seconds and not self._is_warned:
+        if self.last_seconds > self.settings.grace_seconds and not self._is_warned:
             self._is_warned = True
             self.log(
                 f"note: the save of step {step} took {self.last_seconds:.3g} s, "
-                f"longer than checkpoint.grace_seconds ({self.grace_seconds:g}): a preempted "
-                "machine may be gone before a save ends; save more often, or get more grace"
+                f"longer than checkpoint.grace_seconds ({self.settings.grace_seconds:g}): a "
+                "preempted machine may be gone before a save ends; save more often, or get more "
+                "grace"
             )
         self.record(self._facts)
 
@@ -283,11 +281,11 @@ class Saver:
         protected = {
             folder.step_name(each) for each in (step, best, self.resumed_from) if each is not None
         }
-        folder.prune(self.root, self.keep_last, protected)
+        folder.prune(self.root, self.settings.keep_last, protected)
         if self.storage:
             began = time.monotonic()
             # Notes first: a complete checkpoint must find its logs there.
             self.storage.upload_notes(self.root.parent)
             self.storage.upload_checkpoint(final)
-            self.storage.prune(self.keep_last, protected)
+            self.storage.prune(self.settings.keep_last, protected)
             self._facts["upload_seconds"] = round(time.monotonic() - began, 3)

@@ -283,13 +283,9 @@ class Storage:
                 raise DamagedCheckpoint(f"{self.url}/{remote}: {name} {problem}")
 
     def _transfer(
-        self,
-        doing: str,
-        call: Callable[[list[str], list[str]], None],
-        local: Path,
-        remote: str,
+        self, doing: str, call: Callable[[list[str], list[str]], None], local: Path, remote: str,
         names: list[str],
-    ) -> None:
+    ) -> None:  # fmt: skip
         for start in range(0, len(names), FILES_AT_ONCE):
             some = names[start : start + FILES_AT_ONCE]
             objects = [f"{remote}/{name}".lstrip("/") for name in some]

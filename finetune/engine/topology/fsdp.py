@@ -2,13 +2,13 @@
 
 Accelerate's own `prepare` does not fit: on CPUs it silently uses DDP instead; it needs the
 optimizer before sharding and maps parameters by address, which meta parameters lack; and it reduces
-gradients in 16 bits.
+gradients in 16 bits. Processes reduce gradients in every backward pass: kept until the last, they
+would be unsharded.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,18 +26,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from finetune import torch_versions
 from finetune.engine.topology import meta
 from finetune.engine.topology.launch import ParallelConfig
+from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
 from finetune.errors import ConfigError
 from finetune.models import recompute
 
 
-class Fsdp2:
+class Fsdp2(Sharing):
     def __init__(
-        self,
-        parallel: ParallelConfig,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        on_main: Callable[[Callable[[], Any]], Any],
-    ) -> None:
+        self, parallel: ParallelConfig, device: torch.device, dtype: torch.dtype | None,
+        on_main: OnMain,
+    ) -> None:  # fmt: skip
         """`dtype`: of the arithmetic; None for float32."""
         self.parallel, self.device, self.dtype, self.on_main = parallel, device, dtype, on_main
         shards = parallel.num_processes // parallel.num_replicas
@@ -48,10 +46,7 @@ class Fsdp2:
         )  # fmt: skip
 
     def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        **_: Any,
+        self, model: nn.Module, make_optimizer: MakeOptimizer, **_: Any
     ) -> tuple[nn.Module, Any]:
         """Shard the empty model, then broadcast one weight at a time from the main process."""
         self._store_as_floats(model)
@@ -159,31 +154,14 @@ class Fsdp2:
         if not isinstance(root, FSDPModule):
             raise ConfigError("FSDP2 was asked for, but the model was not wrapped")
 
-    def unwrap(self, model: nn.Module) -> Any:
-        return model
-
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Reduce in every backward pass: gradients kept until the last would be unsharded."""
-        return nullcontext()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
     def clip(self, model: nn.Module, max_norm: float) -> torch.Tensor:
         total: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         norm: torch.Tensor = total.full_tensor() if isinstance(total, DTensor) else total
         return norm
 
-    def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
-        if finite := math.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad()
-        return norm, finite
-
     def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each weight unsharded. Collective."""
         for name, parameter in parameters:
             # Offloaded shards are gathered on the device.
             moved: Any = parameter.detach().to(self.device)

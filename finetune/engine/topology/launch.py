@@ -171,14 +171,10 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Parall
     classes = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     names = [] if classes == "None" else [name.strip() for name in classes.split(",")]
     return ParallelConfig(
-        "fsdp2",
-        number,
-        offload=_is_on(environment, "FSDP_OFFLOAD_PARAMS"),
-        num_replicas=sizes["DP_REPLICATE"],
-        num_context=sizes["CP"],
-        mixed_precision=precision,
+        "fsdp2", number, offload=_is_on(environment, "FSDP_OFFLOAD_PARAMS"),
+        num_replicas=sizes["DP_REPLICATE"], num_context=sizes["CP"], mixed_precision=precision,
         layer_classes=tuple(name for name in names if name),
-    )
+    )  # fmt: skip
 
 
 def _parallelism(environment: Mapping[str, str], number: int) -> dict[str, int]:

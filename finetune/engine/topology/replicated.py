@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,23 +12,19 @@ from torch import nn
 
 from finetune import torch_versions
 from finetune.engine.topology import meta
+from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
 from finetune.errors import ConfigError
 
 
-class Replicated:
+class Replicated(Sharing):
     """One process alone, or DDP."""
 
-    def __init__(
-        self, accelerator: Accelerator, on_main: Callable[[Callable[[], Any]], Any]
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, on_main: OnMain) -> None:
         self.accelerator, self.on_main = accelerator, on_main
         self.num_processes: int = accelerator.num_processes
 
     def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        **_: Any,
+        self, model: nn.Module, make_optimizer: MakeOptimizer, **_: Any
     ) -> tuple[nn.Module, Any]:
         """Let DDP send the main process's weights; send buffers once, not at each pass."""
         if self.num_processes > 1:
@@ -49,7 +45,7 @@ class Replicated:
             )
         return model, optimizer
 
-    def unwrap(self, model: nn.Module) -> Any:
+    def unwrap(self, model: Any) -> Any:
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -77,9 +73,9 @@ class Replicated:
     def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each weight, on every process."""
         for name, parameter in parameters:
             yield name, parameter.detach()
 
-    def local_shard(self, parameter: torch.Tensor) -> torch.Tensor:
-        return parameter.detach()
+    def local_shard(self, parameter: Any) -> torch.Tensor:
+        own: torch.Tensor = parameter.detach()
+        return own

@@ -4,7 +4,6 @@ Whatever the topology, a step sees the same few verbs: prepare, forward_backward
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from finetune.config import Config, accumulation_steps
 from finetune.data.batches import Batch
 from finetune.engine.topology import meta
 from finetune.engine.topology.replicated import Replicated
+from finetune.engine.topology.sharing import MakeOptimizer, Sharing
 from finetune.engine.topology.start import HALF, Process
 from finetune.objectives import base as objectives
 from finetune.objectives.base import Term
@@ -26,10 +26,10 @@ class Topology(Process):
     def __init__(self, precision: str, check_only: bool = False) -> None:
         """`check_only`: nothing will be trained, so a precision that only a GPU has is allowed."""
         super().__init__(precision, check_only)
-        self.sharing: Any = self._sharing()
+        self.sharing = self._sharing()
         self._context = self._sequence_group()
 
-    def _sharing(self) -> Any:
+    def _sharing(self) -> Sharing:
         dtype = HALF.get(self.precision)
         if self.parallel.kind == "fsdp2":
             from finetune.engine.topology.fsdp import Fsdp2
@@ -65,10 +65,7 @@ class Topology(Process):
         return self.accelerator.scaler is not None
 
     def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        config: Config,
+        self, model: nn.Module, make_optimizer: MakeOptimizer, config: Config
     ) -> tuple[nn.Module, Any]:
         """Move model and optimizer to the device, share them, and check that they really are.
 
@@ -78,14 +75,13 @@ class Topology(Process):
         outline = self.on_main(lambda: meta.outline(model))
         assert outline == meta.outline(model), f"process {self.rank} built another model"
         max_norm = config.train.max_grad_norm
-        shared: tuple[nn.Module, Any] = self.sharing.prepare(
+        return self.sharing.prepare(
             model,
             make_optimizer,
             accumulation_steps=accumulation_steps(config, self.num_data),
             micro_batch_size=config.micro_batch_size,
             max_norm=float("inf") if max_norm is None else max_norm,
         )
-        return shared
 
     def unwrap(self, model: nn.Module) -> Any:
         return self.sharing.unwrap(model)
@@ -111,22 +107,12 @@ class Topology(Process):
         return list(added.values())
 
     def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor | None:
-        """Clip the gradients to max_norm.
-
-        Return their norm before that, on the device; None where `step` clips.
-        """
-        most = float("inf") if max_norm is None else max_norm
-        norm: torch.Tensor | None = self.sharing.clip(model, most)
-        return norm
+        """Clip the gradients; see `Sharing.clip`. `max_norm`: None only measures their norm."""
+        return self.sharing.clip(model, float("inf") if max_norm is None else max_norm)
 
     def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
-        """Update the weights and forget the gradients.
-
-        Return (the norm of the gradients before clipping, whether the weights moved). They stay
-        where they are if `norm`, which `clip` returned, is not finite.
-        """
-        moved: tuple[float, bool] = self.sharing.step(model, optimizer, norm)
-        return moved
+        """Update the weights; see `Sharing.step`."""
+        return self.sharing.step(model, optimizer, norm)
 
     def scaler_state(self) -> dict[str, Any]:
         """Return the state of fp16's gradient scaler, the same on every process."""
@@ -157,34 +143,9 @@ class Topology(Process):
             full |= {name: b.detach().cpu() for name, b in bare.named_buffers() if name in saved}
         return full
 
-    def local_shard(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return what this process holds of a weight."""
-        shard: torch.Tensor = self.sharing.local_shard(parameter)
-        return shard
-
-    def engine_files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
-        """Copy what ZeRO keeps here, by the names of DeepSpeed's files. Collective."""
-        files: dict[str, Any] = self.sharing.files(copied)
-        return files
-
-    def load_engine(self, folder: Path) -> None:
-        """Restore what the same topology saved, or what `universal` made of another's files.
-
-        ZeRO only; collective.
-        """
-        self.sharing.load(folder)
-
-    def universal(self, folder: Path, converted: Path) -> None:
-        """Convert the files of the processes that saved for any number of processes.
-
-        ZeRO only, on the main process.
-        """
-        self.sharing.universal(folder, converted)
-
     def release(self) -> None:
         """Free the memory of model and optimizer, once nothing else holds them."""
-        if self.parallel.is_zero:
-            self.sharing.engine = None
+        self.sharing.release()
         self.accelerator.free_memory()
         # Again: Accelerate forgets models only after it has collected.
         clear_device_cache(garbage_collection=True)

@@ -21,19 +21,17 @@ from finetune import torch_versions
 from finetune.engine.checkpoint.unpickling import require_tensors, weights_only
 from finetune.engine.topology import meta
 from finetune.engine.topology.launch import ParallelConfig
+from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
 from finetune.errors import CheckpointError, ConfigError
 
 FILES, TAG = "shards", "engine"  # DeepSpeed's files lie in shards/engine
 
 
-class Zero:
+class Zero(Sharing):
     def __init__(
-        self,
-        parallel: ParallelConfig,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        on_main: Callable[[Callable[[], Any]], Any],
-    ) -> None:
+        self, parallel: ParallelConfig, device: torch.device, dtype: torch.dtype | None,
+        on_main: OnMain,
+    ) -> None:  # fmt: skip
         self.parallel, self.device, self.dtype, self.on_main = parallel, device, dtype, on_main
         self.deepspeed = _deepspeed(device)
         self.engine: Any = None
@@ -52,7 +50,7 @@ class Zero:
             )
 
     def prepare(
-        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
+        self, model: nn.Module, make_optimizer: MakeOptimizer, *,
         accumulation_steps: int, micro_batch_size: int, max_norm: float,
     ) -> tuple[nn.Module, Any]:  # fmt: skip
         """Let the engine broadcast the weights from the main process, and check what it set up.
@@ -139,7 +137,7 @@ class Zero:
     def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each weight unsharded, in float32 if it trains. Collective."""
+        """Yield whole weights, in float32 if they train."""
         from deepspeed import zero
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -164,8 +162,10 @@ class Zero:
         own: torch.Tensor = part.detach()
         return own
 
+    def release(self) -> None:
+        self.engine = None
+
     def files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
-        """Return file name -> what DeepSpeed would save for this process, `copied`."""
         files: dict[str, Any] = {}
 
         def keep(state_dict: Any, path: str) -> None:
@@ -180,7 +180,6 @@ class Zero:
         return files
 
     def load(self, folder: Path) -> None:
-        """Load files of the same topology, or what `universal` has made of another's."""
         is_universal = (folder / TAG / "zero").exists()
         if not is_universal:  # `universal` has checked the files that it converted
             self.on_main(lambda: require_tensors(sorted((folder / TAG).glob("*.pt")), _in_files()))

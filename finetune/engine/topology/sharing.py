@@ -1,0 +1,98 @@
+"""The contract of `Replicated`, `Fsdp2` and `Zero`: what a topology asks of a way to share a model.
+
+A step calls, on every process: for each micro-batch `accumulate` around its passes and `backward`,
+then `clip` and `step`. Here are what is the same for most of them, and what each must write itself.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+OnMain = Callable[[Callable[[], Any]], Any]
+"""Do something on the main process, whose result every process gets."""
+
+
+class Sharing:
+    """Base of the ways to share a model. Every method is collective unless it says otherwise."""
+
+    on_main: OnMain
+
+    def prepare(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, *, accumulation_steps: int,
+        micro_batch_size: int, max_norm: float,
+    ) -> tuple[nn.Module, Any]:  # fmt: skip
+        """Move the model to the device, share it, and return it with its optimizer.
+
+        Afterwards every process has the weights of the main process; the others may give a model
+        without weights. Call `make_optimizer` when parameters are where they will be. Raises
+        ConfigError if the model is not shared as the topology file asks.
+        """
+        raise NotImplementedError
+
+    def unwrap(self, model: Any) -> Any:
+        """Return the model inside what `prepare` returned. Not collective."""
+        return model
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Return what surrounds the passes of a micro-batch; `last`: of the step's last one.
+
+        By default processes exchange gradients in every backward pass.
+        """
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`; over processes they become a mean."""
+        loss.backward()
+
+    def clip(self, model: nn.Module, max_norm: float) -> torch.Tensor | None:
+        """Clip the gradients of the whole model to `max_norm`, which may be infinite.
+
+        Return their norm before that, a scalar on the device, the same on every process; None if
+        `step` clips.
+        """
+        raise NotImplementedError
+
+    def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
+        """Update the weights and forget the gradients.
+
+        Return (the norm of the gradients before clipping, whether the weights moved). They stay
+        where they are if `norm`, which `clip` returned, is not finite.
+        """
+        if finite := math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm, finite
+
+    def full(
+        self, parameters: list[tuple[str, nn.Parameter]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and whole value of each of these weights, on every process."""
+        raise NotImplementedError
+
+    def local_shard(self, parameter: Any) -> torch.Tensor:
+        """Return what this process holds of a weight, as trained. Not collective."""
+        raise NotImplementedError
+
+    def files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return file name -> `copied` content that this process adds to a checkpoint. ZeRO only.
+
+        Others keep their state in model and optimizer, which the checkpoint reads itself.
+        """
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> None:
+        """Restore what the same topology saved, or `universal` made of another's. ZeRO only."""
+        raise NotImplementedError
+
+    def universal(self, folder: Path, converted: Path) -> None:
+        """Convert the files of all processes for any number of them. ZeRO, main process only."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Drop what is held of model and optimizer. Not collective."""
