@@ -400,9 +400,10 @@ class Train(Section):
     """Decay rate of an exponential moving average of the weights.
     The run evaluates, samples and exports the average; null: keep no average.
     """
-    gradient_checkpointing: bool | Positive = False
+    gradient_checkpointing: Literal["auto"] | bool | Positive = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time.
     A number: only in the first N layers.
+    auto: on a GPU in as few layers as fit by forecast, on a CPU in none.
     """
     compile: bool = False
     """Compile the layers with torch.compile.

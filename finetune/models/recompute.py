@@ -19,7 +19,7 @@ def classes(model: nn.Module) -> set[str]:
     return set().union(*lists)
 
 
-def chosen(model: nn.Module, wanted: bool | int) -> int:
+def chosen(model: nn.Module, wanted: bool | int | str) -> int:
     """Return the number of layers to recompute. Raises ModelError if the model has fewer."""
     count = len(_layers(model)) if wanted else 0
     if wanted is not True and wanted > count:
@@ -28,6 +28,11 @@ def chosen(model: nn.Module, wanted: bool | int) -> int:
             "layers; true recomputes all of them"
         )
     return count if wanted is True else wanted
+
+
+def count_layers(model: nn.Module) -> int:
+    """Return how many layers can be recomputed; 0 if transformers does not say what they are."""
+    return len(list(_outermost(model, classes(model))))
 
 
 def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:

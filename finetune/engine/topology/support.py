@@ -112,7 +112,7 @@ FEATURES = [
     ),
     Feature(
         "gradient checkpointing", "train.gradient_checkpointing",
-        lambda c: bool(c.train.gradient_checkpointing), {},
+        lambda c: c.train.gradient_checkpointing not in (False, "auto"), {},
     ),
     Feature(
         "compiled layers", "train.compile", lambda c: c.train.compile,
