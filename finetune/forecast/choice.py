@@ -201,7 +201,7 @@ def recomputed(
 ) -> tuple[int, str]:
     """Return the fewest layers to recompute so that a step fits with ROOM to spare, and a message.
 
-    Each layer that is kept holds as much as any other, so two forecasts tell where to look.
+    Each layer that is kept holds about as much as any other, so two forecasts tell where to look.
     """
     chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
     count, most = chooser.num_layers, limit * (1 - ROOM)
@@ -213,7 +213,8 @@ def recomputed(
     number, needed = 0, peak(0)
     if needed > most and count:
         per_layer = (needed - peak(count)) / count
-        number = count if per_layer <= 0 else min(count, math.ceil((needed - most) / per_layer))
+        estimate = (needed - most) / per_layer if per_layer > 0 else count
+        number = min(count, max(1, math.floor(estimate) - 1))
         while (needed := peak(number)) > most and number < count:
             number += 1
     layers = f"{number} of {count} layers" if number else "no layer"

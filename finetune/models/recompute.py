@@ -20,14 +20,19 @@ def classes(model: nn.Module) -> set[str]:
 
 
 def chosen(model: nn.Module, wanted: bool | int | str) -> int:
-    """Return the number of layers to recompute. Raises ModelError if the model has fewer."""
-    count = len(_layers(model)) if wanted else 0
-    if wanted is not True and wanted > count:
+    """Return the number of layers to recompute. Raises ModelError if the model has fewer.
+
+    A run on a GPU has replaced auto by a number; elsewhere auto means none.
+    """
+    if wanted in (False, "auto"):
+        return 0
+    count = len(_layers(model))
+    if wanted is not True and int(wanted) > count:
         raise ModelError(
             f"train.gradient_checkpointing: {wanted}, but {type(model).__name__} has {count} "
             "layers; true recomputes all of them"
         )
-    return count if wanted is True else wanted
+    return count if wanted is True else int(wanted)
 
 
 def count_layers(model: nn.Module) -> int:
